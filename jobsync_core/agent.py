@@ -1,0 +1,226 @@
+"""The agent thread: drives the protocol against PostgreSQL over one connection."""
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import psycopg2
+
+from . import clock
+from .callbacks import Callbacks
+from .config import CoordinationConfig
+from .errors import DatabaseUnavailable, JobSyncError
+from .messages import Connect, Connected, Reply, Request
+from .protocol import Entered, Failed, Left, Note, Phase, Protocol, RebalanceEvent, Release
+from .store.connection import Connection
+from .store.control import Control
+
+__all__ = ['Agent']
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT = 60.0
+#: Errors of the server that pass by themselves: a lock or a statement that took too long, a server that starts or stops.
+_PASSING = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled, psycopg2.errors.SerializationFailure,
+            psycopg2.errors.DeadlockDetected, psycopg2.errors.IdleInTransactionSessionTimeout, psycopg2.errors.AdminShutdown,
+            psycopg2.errors.CannotConnectNow)
+
+
+class Agent:
+    """Thin driver: performs the protocol's requests, waits where it has none, runs its effects.
+
+    The protocol is touched by this thread alone; others post commands.
+
+    Args:
+        protocol: The node's state machine.
+        control: Answers requests on a connection.
+        config: For opening the connection.
+        callbacks: Where user callbacks run.
+    """
+
+    def __init__(self, protocol: Protocol, control: Control, config: CoordinationConfig, callbacks: Callbacks) -> None:
+        self.protocol = protocol
+        self.failure: Exception | None = None
+        self.last_beat: float | None = None
+        self._control = control
+        self._config = config
+        self._callbacks = callbacks
+        self._connection: Connection | None = None
+        self._commands: deque[Callable[[], object]] = deque()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._entered = threading.Event()
+        self._changed = threading.Condition()
+        self._abandoned = False
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name=f'jobsync-{protocol.name}', daemon=True)
+
+    # --- for other threads ---
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def post(self, command: Callable[[], object]) -> None:
+        """Have `command` called on the agent thread soon."""
+        self._commands.append(command)
+        try:
+            self._wake_sender.send(b'.')
+        except (BlockingIOError, OSError):
+            pass  # full: it will wake anyway; closed: it has ended
+
+    def wait_entered(self) -> None:
+        """Wait until the node has entered.
+
+        Raises:
+            JobSyncError: It cannot enter; the error tells why.
+        """
+        self._entered.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `condition()` holds, looking whenever the agent has done something; whether it does."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, timeout: float) -> bool:
+        """Leave the cluster and end the thread, within `timeout` seconds; whether it ended in time."""
+        self.post(lambda: self.protocol.leave(clock.now()))
+        if self._thread.ident is None:
+            return True
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._abandoned = True
+            self.post(lambda: None)
+        return not self._thread.is_alive()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while self.protocol.phase not in (Phase.LEFT, Phase.FAILED) and not self._abandoned:
+                self._step()
+            self._run_effects()
+        except BaseException as error:
+            # Nothing may claim on without somebody who renews the lease and follows the hand-overs.
+            self.protocol.claims.suspend()
+            self.failure = self.failure or (error if isinstance(error, Exception) else None)
+            logger.exception('agent of node %s ended', self.protocol.name)
+        finally:
+            self.protocol.claims.suspend()
+            self._close_connection()
+            self._entered.set()
+            with self._changed:
+                self._changed.notify_all()
+            self._wake_receiver.close()
+            self._wake_sender.close()
+
+    def _step(self) -> None:
+        self._run_commands()
+        now = clock.now()
+        request = self.protocol.next(now)
+        self._run_effects()
+        if request is None:
+            self._wait(min(max(self.protocol.wake_at - now, 0.0), _LONGEST_WAIT))
+            return
+        try:
+            reply = self._perform(request)
+        except DatabaseUnavailable as error:
+            self._request_failed(request, error)
+        except psycopg2.Error as error:
+            self._request_failed(request, error)
+        else:
+            self._run_commands()
+            self.protocol.reply(request, reply, clock.now())
+        self._run_effects()
+
+    def _perform(self, request: Request) -> Reply:
+        if isinstance(request, Connect):
+            self._close_connection()
+            self._connection = Connection.open(self._config, self.protocol.name)
+            if self._config.listen:
+                self._connection.listen(self._control.tables.channel)
+            return Connected(self._connection.server)
+        assert self._connection is not None
+        return self._control.handle(self._connection, request)
+
+    def _request_failed(self, request: Request, error: Exception) -> None:
+        self._close_connection()
+        self.protocol.failed(request, clock.now())
+        passing = isinstance(error, (DatabaseUnavailable, *_PASSING))
+        logger.log(logging.WARNING if passing else logging.ERROR, 'node=%s request=%s failed: %s',
+                   self.protocol.name, type(request).__name__, str(error).strip())
+        if self.protocol.phase is Phase.LEAVING:
+            # Others will see this node dead after one timeout; waiting for the database helps nobody.
+            self._abandoned = True
+        elif not self.protocol.entered and (not passing or isinstance(request, Connect)) and self.protocol.phase is Phase.JOINING:
+            self.failure = error if isinstance(error, JobSyncError) else DatabaseUnavailable(
+                f'{type(request).__name__} failed: {str(error).strip()}')
+            self._abandoned = True
+
+    def _wait(self, seconds: float) -> None:
+        connection = self._connection if self.protocol.connected else None
+        sources: list[int] = [self._wake_receiver.fileno()]
+        if connection is not None:
+            sources.append(connection.fileno())
+        ready, _, _ = select.select(sources, [], [], seconds)
+        if self._wake_receiver.fileno() in ready:
+            try:
+                self._wake_receiver.recv(4096)
+            except BlockingIOError:
+                pass
+        if connection is not None and connection.fileno() in ready:
+            try:
+                payloads = connection.notifies()
+            except (DatabaseUnavailable, psycopg2.Error) as error:
+                logger.warning('node=%s lost its connection: %s', self.protocol.name, str(error).strip())
+                self._close_connection()
+                self.protocol.disconnected(clock.now())
+                return
+            for payload in payloads:
+                self.protocol.notified(payload, clock.now())
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _run_effects(self) -> None:
+        for effect in self.protocol.take_effects():
+            if isinstance(effect, RebalanceEvent):
+                self._callbacks.rebalanced(effect)
+            elif isinstance(effect, Release):
+                self._run_release(effect)
+            elif isinstance(effect, Entered):
+                self._entered.set()
+            elif isinstance(effect, Failed):
+                self.failure = effect.error
+                logger.error('node=%s cannot go on: %s', self.protocol.name, effect.error)
+            elif isinstance(effect, Note):
+                logger.log(getattr(logging, effect.level.upper()), '%s %s', effect.event,
+                           ' '.join(f'{name}={value}' for name, value in effect.fields.items()))
+            else:
+                assert isinstance(effect, Left)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run_release(self, effect: Release) -> None:
+        def done() -> None:
+            self.post(lambda: self.protocol.released(effect.number, clock.now()))
+        self._callbacks.release(effect.tokens, done)
+
+    def _close_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()

@@ -1,0 +1,109 @@
+"""Running the user's callbacks: in order, one at a time, never on the agent's thread, never fatal."""
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from . import clock
+from .protocol import RebalanceEvent
+from .tokens import TokenSet
+
+__all__ = ['Callbacks']
+
+logger = logging.getLogger(__name__)
+
+SLOW_SEC = 1.0
+
+
+class Callbacks:
+    """The callback thread. It lives only while there is something to run, so that a steady node has one thread.
+
+    Args:
+        on_rebalance: Called with a RebalanceEvent, or without arguments if it takes none.
+        on_release: Called with the tokens that are about to be handed over.
+    """
+
+    def __init__(self, on_rebalance: Callable[..., object] | None, on_release: Callable[[TokenSet], object] | None) -> None:
+        self._on_rebalance = _with_event(on_rebalance) if on_rebalance is not None else None
+        self._on_release = on_release
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._queue: deque[RebalanceEvent | tuple[TokenSet, Callable[[], object]]] = deque()
+        self._running = False
+        self.failures = 0
+        self.slow = 0
+
+    def rebalanced(self, event: RebalanceEvent) -> None:
+        """Queue an event; it is merged into one that waits and has not begun."""
+        if self._on_rebalance is None:
+            return
+        with self._lock:
+            last = self._queue[-1] if self._queue else None
+            if isinstance(last, RebalanceEvent):
+                self._queue[-1] = RebalanceEvent(
+                    last.is_initial or event.is_initial, event.token_version,
+                    last.tokens_added + event.tokens_added, last.tokens_removed + event.tokens_removed)
+            else:
+                self._queue.append(event)
+            self._ensure_thread()
+
+    def release(self, tokens: TokenSet, done: Callable[[], object]) -> None:
+        """Queue `on_release(tokens)`; `done` is called when it has returned or raised."""
+        with self._lock:
+            self._queue.append((tokens, done))
+            self._ensure_thread()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is queued or running, at most `timeout` seconds; whether that is so. True at once on the callback thread."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._running, timeout)
+
+    def _ensure_thread(self) -> None:
+        if not self._running:
+            self._running = True
+            threading.Thread(target=self._run, name='jobsync-callbacks', daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._idle:
+                if not self._queue:
+                    self._running = False
+                    self._idle.notify_all()
+                    return
+                item = self._queue.popleft()
+            if isinstance(item, RebalanceEvent):
+                self._call('on_rebalance', self._on_rebalance, item)
+            else:
+                tokens, done = item
+                self._call('on_release', self._on_release, tokens)
+                done()
+
+    def _call(self, name: str, function: Callable[[Any], object] | None, argument: object) -> None:
+        if function is None:
+            return
+        began = clock.now()
+        try:
+            function(argument)
+        except Exception:
+            self.failures += 1
+            logger.exception('%s raised; coordination goes on', name)
+        took = clock.now() - began
+        if took > SLOW_SEC:
+            self.slow += 1
+            logger.warning('%s took %.1f s: delegate long work to a thread of your own', name, took)
+
+
+def _with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:
+    """Accept callbacks with and without a parameter; decided once, not by catching TypeError from inside the callback."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-ins have no signature
+        return function
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if any(parameter.kind in positional for parameter in parameters):
+        return function
+    return lambda event: function()

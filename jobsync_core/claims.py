@@ -1,0 +1,67 @@
+"""What this node may claim, right now: a token bitmap and a lease deadline in memory that forked children share."""
+from __future__ import annotations
+
+import mmap
+import os
+
+from .tokens import TokenSet
+
+__all__ = ['Claims']
+
+_HEADER = 8  # one double: the deadline
+
+
+class Claims:
+    """The local token set and the lease, written by the agent and read by everybody.
+
+    A claim reads one bit and one double, both of which change atomically, so that no lock is needed: not between
+    threads, and not between the process that entered a Job and the children that it forks (the map is anonymous and
+    shared). Times are seconds of the clock that the owner passes in; forked children use the same one.
+
+    Args:
+        total_tokens: Tokens of the cluster.
+    """
+
+    def __init__(self, total_tokens: int) -> None:
+        self.total_tokens = total_tokens
+        self._pid = os.getpid()
+        self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
+        view = memoryview(self._map)
+        self.lease = view[:_HEADER].cast('d')
+        self.bits = view[_HEADER:]
+        self._tokens = TokenSet()
+        self.excluded: frozenset[int] = frozenset()
+
+    @property
+    def deadline(self) -> float:
+        """When the lease ends; 0 where there is none."""
+        return self.lease[0]
+
+    @property
+    def tokens(self) -> TokenSet:
+        """The tokens in the set, whether the lease is valid or not."""
+        if os.getpid() == self._pid:
+            return self._tokens
+        bits = self.bits
+        return TokenSet.of(token for token in range(self.total_tokens) if bits[token >> 3] >> (token & 7) & 1)
+
+    def may_claim(self, token: int, now: float) -> bool:
+        """Whether the set holds the token and the lease has not run out."""
+        return now < self.lease[0] and bool(self.bits[token >> 3] >> (token & 7) & 1)
+
+    def exclude(self, keys: frozenset[int]) -> None:
+        """Remember tasks (by hashing.task_key) that others have taken although their tokens come here."""
+        self.excluded = (self.excluded | keys) if self._tokens else keys
+
+    def replace(self, tokens: TokenSet) -> None:
+        """Put another set in place of this one. When this returns, no later answer comes from the old set."""
+        self._tokens = tokens
+        tokens.write_bitmap(self.bits, self.total_tokens)
+
+    def extend(self, deadline: float) -> None:
+        """Let the lease end at `deadline`."""
+        self.lease[0] = deadline
+
+    def suspend(self) -> None:
+        """End the lease now."""
+        self.lease[0] = 0.0

@@ -1,0 +1,218 @@
+"""The settings of a cluster, checked when they are written down."""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from .errors import ConfigurationError
+from .hashing import HASH_FUNCTIONS
+
+__all__ = ['LEASE_FRACTION', 'CoordinationConfig']
+
+MAX_TOKENS = 1_000_000
+#: Part of the heartbeat timeout for which a heartbeat entitles a node to claim. The rest is the margin
+#: that covers clock rates that differ by 1 % each way, with room to spare.
+LEASE_FRACTION = 0.9
+_APPNAME = re.compile(r'[a-z_][a-z0-9_]{0,39}\Z')
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinationConfig:
+    """How a node reaches the database and how its cluster behaves.
+
+    Args:
+        host: Database host, a directory of Unix sockets, or several hosts separated by commas; of several, the writable one is used.
+        port: Port, or one per host separated by commas.
+        dbname, user, password: As PostgreSQL knows them. The password is never shown.
+        appname: Prefix of every table; folded to lower case; a letter or `_`, then letters, digits and `_`, at most 40 in all.
+        total_tokens: Hash slots of the cluster, 1 to 1,000,000; equal on all nodes.
+        minimum_nodes: Nodes that must have registered when `wait_on_enter` ends.
+        heartbeat_interval_sec: Seconds between heartbeats.
+        heartbeat_timeout_sec: Seconds without a heartbeat after which a node counts as dead; longer than the interval.
+        rebalance_check_interval_sec: Seconds between fallback checks, should a notification be lost.
+        hash_function: 'double_sha256', 'sha256' or 'md5'; equal on all nodes.
+        connect_timeout_sec: Seconds that one connection attempt may take, per host.
+        release_timeout_sec: Seconds that `on_release` may hold up a hand-over.
+        listen: False where LISTEN does not work (a transaction-pooling PgBouncer): polling alone then.
+        connection_options: Further libpq parameters, for example {'sslmode': 'require'}.
+
+    Raises:
+        ConfigurationError: A value cannot work. It is a ValueError.
+    """
+
+    host: str = 'localhost'
+    port: int | str = 5432
+    dbname: str = 'jobsync'
+    user: str = 'postgres'
+    password: str | None = field(default='postgres', repr=False)
+    appname: str = 'sync_'
+    total_tokens: int = 10_000
+    minimum_nodes: int = 1
+    heartbeat_interval_sec: float = 5
+    heartbeat_timeout_sec: float = 15
+    rebalance_check_interval_sec: float = 30
+    hash_function: str = 'double_sha256'
+    connect_timeout_sec: float = 5
+    release_timeout_sec: float = 5
+    listen: bool = True
+    connection_options: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ('host', 'dbname', 'user', 'appname', 'hash_function'):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value or '\0' in value:
+                raise ConfigurationError(f'{name}={value!r}: give a non-empty string')
+        object.__setattr__(self, 'appname', self.appname.lower())
+        if not _APPNAME.match(self.appname):
+            raise ConfigurationError(
+                f'appname={self.appname!r} is no table prefix: use a letter or _, then letters, digits and _, at most 40 characters')
+        if self.hash_function not in HASH_FUNCTIONS:
+            raise ConfigurationError(
+                f'hash_function={self.hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
+        if self.password is not None and (not isinstance(self.password, str) or '\0' in self.password):
+            raise ConfigurationError('password must be a string without NUL characters, or None')
+        self._check_ports()
+        self._check_integer('total_tokens', 1, MAX_TOKENS)
+        self._check_integer('minimum_nodes', 1, None)
+        for name in ('heartbeat_interval_sec', 'heartbeat_timeout_sec', 'rebalance_check_interval_sec', 'connect_timeout_sec'):
+            self._check_seconds(name, zero=False)
+        self._check_seconds('release_timeout_sec', zero=True)
+        if self.heartbeat_interval_sec >= self.heartbeat_timeout_sec * LEASE_FRACTION:
+            raise ConfigurationError(
+                f'heartbeat_timeout_sec={self.heartbeat_timeout_sec} leaves no room for heartbeat_interval_sec={self.heartbeat_interval_sec}: '
+                f'a lease lasts {LEASE_FRACTION:.0%} of the timeout and must outlast the interval; three times the interval is usual')
+
+    def _check_ports(self) -> None:
+        if isinstance(self.port, bool) or not isinstance(self.port, (int, str)):
+            raise ConfigurationError(f'port={self.port!r}: give a number from 1 to 65535')
+        ports = str(self.port).split(',')
+        if not all(part.strip().isdecimal() and 1 <= int(part) <= 65535 for part in ports):
+            raise ConfigurationError(f'port={self.port!r}: give a number from 1 to 65535, or one per host, separated by commas')
+        if len(ports) not in (1, len(self.hosts)):
+            raise ConfigurationError(f'port={self.port!r} gives {len(ports)} ports for {len(self.hosts)} hosts: give one, or one per host')
+
+    def _check_integer(self, name: str, least: int, most: int | None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+            bound = f'from {least:,} to {most:,}' if most is not None else f'of at least {least}'
+            raise ConfigurationError(f'{name}={value!r}: give a whole number {bound}')
+
+    def _check_seconds(self, name: str, zero: bool) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and (0 if zero else 1e-3) <= value <= 86_400
+        if not good:
+            raise ConfigurationError(f'{name}={value!r}: give seconds, {"zero" if zero else "more than zero"} to 86400')
+
+    @property
+    def hosts(self) -> tuple[tuple[str, int], ...]:
+        """Host and port pairs, in the order in which they are tried."""
+        names = [name.strip() for name in self.host.split(',')]
+        ports = [int(part) for part in str(self.port).split(',') if part.strip().isdecimal()]
+        if len(ports) != len(names):
+            ports = ports[:1] * len(names) if ports else [5432] * len(names)
+        return tuple(zip(names, ports, strict=True))
+
+    @property
+    def lease_sec(self) -> float:
+        """Seconds for which one heartbeat, counted from its sending, entitles to claim."""
+        return self.heartbeat_timeout_sec * LEASE_FRACTION
+
+    @classmethod
+    def from_url(cls, url: str, **settings: object) -> CoordinationConfig:
+        """Read `postgresql://user:password@host:port/dbname?sslmode=require`.
+
+        Args:
+            url: A libpq URL. Several hosts (`a:5432,b:5433`) and a socket directory (`?host=/run/pg`) work; parts may be percent-encoded.
+            settings: Any other field of the class.
+
+        Raises:
+            ConfigurationError: The URL or a setting cannot work. The password is not repeated.
+        """
+        try:
+            parts = urlsplit(url)
+        except (ValueError, AttributeError, TypeError):
+            raise ConfigurationError('the database URL cannot be read: use postgresql://user:password@host:port/dbname') from None
+        if parts.scheme not in ('postgresql', 'postgres'):
+            raise ConfigurationError(f'database URL scheme {parts.scheme!r}: use postgresql://user:password@host:port/dbname')
+        userinfo, _, location = parts.netloc.rpartition('@')
+        user, _, password = userinfo.partition(':')
+        found: dict[str, object] = {'password': unquote(password) if password else None}
+        if user:
+            found['user'] = unquote(user)
+        if location:
+            pairs = [_split_port(item) for item in location.split(',')]
+            found['host'] = ','.join(unquote(host) for host, _ in pairs)
+            found['port'] = ','.join(port for _, port in pairs)
+        if parts.path.strip('/'):
+            found['dbname'] = unquote(parts.path.lstrip('/'))
+        options = dict(parse_qsl(parts.query))
+        for name in ('host', 'port', 'user', 'password', 'dbname'):
+            if name in options:
+                found[name] = options.pop(name)
+        found['connection_options'] = options
+        return cls._checked({**found, **settings})
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, prefix: str = 'JOBSYNC_', **settings: object) -> CoordinationConfig:
+        """Read `JOBSYNC_DATABASE_URL` and `JOBSYNC_<FIELD>` for each field, for example `JOBSYNC_TOTAL_TOKENS=50000`.
+
+        Args:
+            environ: Where to look.
+            prefix: What the names begin with.
+            settings: Fields that win over the environment.
+
+        Raises:
+            ConfigurationError: A value cannot work; the message names the variable.
+        """
+        found: dict[str, object] = {}
+        for item in fields(cls):
+            raw = environ.get(prefix + item.name.upper())
+            if raw is not None and item.name != 'connection_options':
+                found[item.name] = _from_text(prefix + item.name.upper(), raw, item.default)
+        url = environ.get(prefix + 'DATABASE_URL')
+        if url:
+            return cls.from_url(url, **{**found, **settings})
+        return cls._checked({**found, **settings})
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, object]) -> CoordinationConfig:
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ConfigurationError(f'unknown setting {unknown[0]!r}: the settings are {", ".join(item.name for item in fields(cls))}')
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks each value
+
+    @staticmethod
+    def recommended_tokens(expected_tasks: int, expected_nodes: int) -> int:
+        """The guide's formula: ten tokens a task, a hundred a node, 10,000 at least, 1,000,000 at most."""
+        for name, value in (('expected_tasks', expected_tasks), ('expected_nodes', expected_nodes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f'{name}={value!r}: give a whole number of at least 1')
+        return min(MAX_TOKENS, max(expected_tasks * 10, expected_nodes * 100, 10_000))
+
+
+def _split_port(item: str) -> tuple[str, str]:
+    if item.startswith('['):
+        host, _, rest = item[1:].partition(']')
+        return host, rest.lstrip(':') or '5432'
+    host, _, port = item.partition(':')
+    return host, port or '5432'
+
+
+def _from_text(name: str, raw: str, default: object) -> object:
+    if isinstance(default, bool):
+        if raw.lower() in ('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'):
+            return raw.lower() in ('1', 'true', 'yes', 'on')
+        raise ConfigurationError(f'{name}={raw!r}: give true or false')
+    if isinstance(default, int) and not name.endswith('PORT'):
+        try:
+            return int(raw)
+        except ValueError:
+            pass
+        try:
+            return float(raw)
+        except ValueError:
+            raise ConfigurationError(f'{name}={raw!r}: give a number') from None
+    return raw

@@ -1,0 +1,77 @@
+"""Every error that JobSync raises, as one small tree by cause.
+
+An error's docstring says what happened and what to do about it; it is the
+default message. Built-in bases stand where callers expect them.
+"""
+from __future__ import annotations
+
+__all__ = [
+    'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError',
+    'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
+    'Fenced', 'JobSyncError', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
+]
+
+
+class JobSyncError(Exception):
+    """Something in JobSync failed."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or ' '.join((self.__doc__ or '').split()))
+
+
+# --- wrong input ---
+
+class ConfigurationError(JobSyncError, ValueError):
+    """A setting has a value that cannot work; the message names both and the remedy."""
+
+
+class ConfigMismatch(ConfigurationError):
+    """This node's total_tokens or hash_function differ from those of the live cluster. Start it with the cluster's values,
+    or stop every node first: the first node of an empty cluster sets them."""
+
+
+class SchemaConflict(JobSyncError):
+    """The tables under this appname were not made by this version. Choose another appname, or follow the upgrade steps."""
+
+
+class NotEntered(JobSyncError, RuntimeError):
+    """The Job is not running. Use it inside its `with` block, once."""
+
+
+# --- the cluster ---
+
+class ClusterNotFormed(JobSyncError, TimeoutError):
+    """Fewer than minimum_nodes had registered when wait_on_enter ended. Start the missing nodes, raise wait_on_enter,
+    or lower minimum_nodes."""
+
+
+class DuplicateNodeName(JobSyncError):
+    """Another live process uses this node name. Give every process its own name."""
+
+
+class ClaimLost(JobSyncError):
+    """This node no longer owns the task. Do not process it: another node does."""
+
+
+# --- the database ---
+
+class DatabaseUnavailable(JobSyncError, ConnectionError):
+    """PostgreSQL could not be reached. Check host, port, network and that the server accepts connections."""
+
+
+class StoreTimeout(DatabaseUnavailable, TimeoutError):
+    """PostgreSQL did not answer in time. The network or the server is stuck; the statement was abandoned."""
+
+
+# --- the ledger ---
+
+class DuplicateExecution(JobSyncError):
+    """The key was already completed, and on_duplicate is 'raise'."""
+
+
+class ExecutionRunning(JobSyncError):
+    """The key is being executed elsewhere right now. Try again later."""
+
+
+class Fenced(JobSyncError):
+    """Another attempt has taken this key over; nothing was recorded. Roll your own writes back: the newer attempt makes them."""

@@ -1,0 +1,275 @@
+"""What a node says to the store and what it hears: plain values, no behaviour.
+
+The protocol (protocol.py) produces requests and consumes replies; the PostgreSQL store (store/control.py) and the
+simulated store (tests/sim) both answer them. Each request is atomic: it happens wholly or not at all, at one instant,
+and its reply may be lost after it happened. Every request carries the incarnation that it speaks for, so that a
+statement which arrives late can do no harm.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = [
+    'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Given', 'Give', 'Holdings', 'Housekeep', 'Join',
+    'Joined', 'Lead', 'Leave', 'Led', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied', 'Process', 'Range', 'Refresh',
+    'Reply', 'Request', 'Segment', 'Sign', 'Take', 'Taken',
+]
+
+#: Tokens from the first number up to, not including, the second.
+Range: TypeAlias = 'tuple[int, int]'
+
+
+@dataclass(frozen=True)
+class Process:
+    """Identity of an operating-system process: enough to know whether it is dead, on the machine where it ran."""
+
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    started: str
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A node's sign of life as one look at the node table showed it. `beat` counts heartbeats; compare it for equality only."""
+
+    name: str
+    incarnation: str
+    beat: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """One row of the node table. `created_on` orders nodes by age; it is compared with others of its kind only."""
+
+    name: str
+    incarnation: str
+    beat: int
+    created_on: float
+    state: str  # joining | active | draining
+    weight: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One row of the assignment table: tokens `lo … hi-1`.
+
+    moving: the owner is asked to give the tokens away, to `moving_to`, or to nobody where `blocked`.
+    blocked: no live node is eligible.
+    version: the cluster version at which the row was written.
+    """
+
+    lo: int
+    hi: int
+    node: str | None
+    moving: bool = False
+    moving_to: str | None = None
+    blocked: bool = False
+    version: int = 0
+
+
+# --- requests, each followed by its reply ---
+
+@dataclass(frozen=True)
+class Connect:
+    """Open the control connection (and LISTEN)."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """`server` names the database's history: it changes when a standby has been promoted."""
+
+    server: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """Insert the node row; replies Joined, Occupied or Mismatch.
+
+    active: skip the grace period (a node that comes back after an eviction).
+    replace: (incarnation, beat) of a row of this name that is known dead; it is deleted if it still looks so.
+    reap: nodes seen dead; deleted if they still look so, before the settings are compared.
+    A Join whose incarnation is in the table already succeeded earlier: Joined.
+    """
+
+    name: str
+    incarnation: str
+    process: Process
+    weight: float
+    active: bool
+    replace: tuple[str, int] | None = None
+    reap: tuple[Sign, ...] = ()
+
+
+@dataclass(frozen=True)
+class Joined:
+    version: int
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """Another incarnation has the name."""
+
+    sign: Sign
+    process: Process
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The cluster has nodes and other settings."""
+
+    total_tokens: int
+    hash_function: str
+    nodes: tuple[Sign, ...]
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Heartbeat; replies Beaten, or None when the incarnation has been evicted."""
+
+    name: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Beaten:
+    """older: all nodes older than this one, oldest first."""
+
+    version: int
+    state: str
+    older: tuple[Sign, ...]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted."""
+
+    name: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """planned: the latest plan took the present nodes and locks into account. incoming: tokens on their way to this node."""
+
+    version: int
+    state: str
+    segments: tuple[Segment, ...]
+    planned: bool
+    incoming: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """Ask which tasks of tokens about to be activated are audited for this node's date, or claimed by another live node; replies Taken."""
+
+    name: str
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """keys: 64-bit digests (hashing.task_key) of those tasks."""
+
+    keys: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Give:
+    """Give away the rows of mine that are moving, lie within `ranges` and are not newer than `version`; replies Given.
+
+    promised: (task_id, token) pairs that this node has just said it may claim; recorded as its claims in the same transaction.
+    """
+
+    name: str
+    incarnation: str
+    ranges: tuple[Range, ...]
+    version: int
+    promised: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Activate:
+    """The grace period is over: become active if enough nodes are there (not counting `dead`); replies Activated, or None when evicted."""
+
+    name: str
+    incarnation: str
+    minimum_nodes: int
+    dead: tuple[Sign, ...] = ()
+
+
+@dataclass(frozen=True)
+class Activated:
+    ok: bool
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Set or clear this node's draining state; replies True, or None when evicted."""
+
+    name: str
+    incarnation: str
+    draining: bool
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Delete the node row, its ranges become unowned; replies True."""
+
+    name: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Look at the whole node table; replies Observed."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """stale: nodes or locks differ from those of the latest plan. next_expiry: seconds until the next lock expires."""
+
+    members: tuple[Member, ...]
+    version: int
+    stale: bool
+    next_expiry: float | None
+
+
+@dataclass(frozen=True)
+class Lead:
+    """One leader's round: evict `dead` where they still look so, then plan if anything changed; replies Led."""
+
+    name: str
+    incarnation: str
+    dead: tuple[Sign, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Led:
+    """led: this node was the oldest of those not seen dead. evicted: names. moved: tokens that the plan moves."""
+
+    led: bool
+    version: int
+    evicted: tuple[str, ...] = ()
+    moved: int = 0
+    blocked: int = 0
+    conflicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Housekeep:
+    """Delete what is past its retention: ledger rows, rebalance rows, claims of nodes that are gone; replies True."""
+
+
+Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Give | Activate | Drain | Leave | Observe | Lead | Housekeep'
+Reply: TypeAlias = (
+    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | Given | Activated | Observed | Led | bool | None')

@@ -1,0 +1,666 @@
+"""A node's life as a state machine without I/O and without a clock.
+
+Whoever drives it asks `next(now)` for the one request to send, hands the answer to `reply` (or calls `failed`), passes
+on notifications, and runs the effects. The agent drives it against PostgreSQL, the simulator against a simulated store
+in virtual time: it is the same code. The form is that of sans-I/O protocols (httpcore's connection pool, psycopg 3's
+generators); that a range is granted only after its old owner has let go of it is Kafka's incremental rebalance protocol.
+
+Why at most one node claims a token at any instant:
+1. Only the owner named in the database has a token in its set, and the database names one.
+2. A live owner loses a token in one way: it takes it out of its set first and gives the row away afterwards (`Give`).
+3. A dead owner loses all in one way: its row is deleted by somebody who has seen no heartbeat for a whole timeout, while
+   its lease, counted from the sending of its last answered heartbeat, lasts less than that.
+4. Statements that arrive late carry an incarnation and a version, and find nothing to change.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from .claims import Claims
+from .errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
+from .liveness import Liveness
+from .messages import (
+    Activate, Activated, Beat, Beaten, Connect, Connected, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead,
+    Leave, Led, Mismatch, Observe, Observed, Occupied, Process, Refresh, Reply, Request, Sign, Take, Taken,
+)
+from .tokens import TokenSet
+
+__all__ = ['Effect', 'Entered', 'Failed', 'Left', 'Note', 'Phase', 'Protocol', 'RebalanceEvent', 'Release', 'Settings']
+
+_NEVER = float('inf')
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
+#: Joins within this many seconds are planned together.
+_JOIN_WINDOW = 0.1
+#: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
+_ENTRY_POLL = 0.25
+_HOUSEKEEPING_INTERVAL = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the protocol must know of a CoordinationConfig and a Job.
+
+    All times in seconds; `lease` counts from the sending of a heartbeat. has_release: somebody wants to be told before
+    tokens are handed over. has_gate: the grace period does not end before `open_gate` is called (locks are registered first).
+    """
+
+    interval: float = 5.0
+    timeout: float = 15.0
+    lease: float = 13.5
+    check_interval: float = 30.0
+    release_timeout: float = 5.0
+    wait_on_enter: float = 0.0
+    minimum_nodes: int = 1
+    weight: float = 1.0
+    total_tokens: int = 10_000
+    hash_function: str = 'double_sha256'
+    has_release: bool = False
+    has_gate: bool = False
+
+    @property
+    def poll(self) -> float:
+        """Seconds between two looks of the leader and its successor at the node table."""
+        return min(0.75, self.timeout / 8)
+
+    @property
+    def max_gap(self) -> float:
+        """Seconds without a look after which an observer starts its waits anew."""
+        return max(2 * self.poll, 1.5 * self.interval)
+
+
+class Phase(Enum):
+    """Where a node is in its life."""
+
+    JOINING = 'joining'  # not in the node table
+    WAITING = 'waiting'  # in the table, grace period running
+    ACTIVE = 'active'
+    LEAVING = 'leaving'
+    LEFT = 'left'
+    FAILED = 'failed'
+
+
+@dataclass(frozen=True)
+class RebalanceEvent:
+    """A change of the tokens that this node may claim.
+
+    Attributes:
+        is_initial: True for the first one after entering.
+        token_version: Version of the cluster's assignment.
+        tokens_added: Number of tokens gained.
+        tokens_removed: Number of tokens lost.
+    """
+
+    is_initial: bool
+    token_version: int
+    tokens_added: int
+    tokens_removed: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Run `on_release(tokens)`, then call `Protocol.released(number)`."""
+
+    number: int
+    tokens: TokenSet
+
+
+@dataclass(frozen=True)
+class Entered:
+    """`__enter__` may return."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """The row is gone; the node has nothing more to do."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The node cannot go on."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line for the log."""
+
+    level: str
+    event: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+Effect: TypeAlias = 'RebalanceEvent | Release | Entered | Left | Failed | Note'
+
+
+@dataclass
+class _Batch:
+    """Tokens on their way out: already out of the local set, given away once `ready`."""
+
+    number: int
+    tokens: TokenSet
+    version: int
+    ready: bool
+    deadline: float
+
+
+class Protocol:
+    """One node.
+
+    Args:
+        name: The node's name.
+        settings: Times and sizes.
+        process: Identity of this process, for others to judge whether it is dead.
+        claims: What `can_claim_task` reads; this object alone writes it.
+        new_incarnation: Makes a fresh id for each life of the name.
+        is_known_dead: Whether a process is certainly gone.
+        promises: Takes a set of tokens that have just left the local set and names the (task_id, token) pairs of them that
+            this node has answered True for and not yet recorded.
+    """
+
+    def __init__(
+        self, name: str, settings: Settings, process: Process, claims: Claims, *,
+        new_incarnation: Callable[[], str], is_known_dead: Callable[[Process], bool],
+        promises: Callable[[TokenSet], tuple[tuple[str, int], ...]] = lambda tokens: (),
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.claims = claims
+        self.phase = Phase.JOINING
+        self.incarnation = new_incarnation()
+        self.version = 0
+        self.state = 'joining'
+        self.connected = False
+        self.entered = False
+        self.evictions = 0
+        self.owned = TokenSet()
+        self._process = process
+        self._new_incarnation = new_incarnation
+        self._is_known_dead = is_known_dead
+        self._promises = promises
+        self._mine = {self.incarnation}  # every life of mine: a row of one of them is no rival's
+        self._effects: list[Effect] = []
+        self._pending: Request | None = None
+        self._sent_at = 0.0
+        # connection
+        self._server: str | None = None
+        self._retry_at = 0.0
+        self._backoff = _BACKOFF_FIRST
+        # membership
+        self._join_at = 0.0
+        self._replace: tuple[str, int] | None = None
+        self._reap: tuple[Sign, ...] = ()
+        self._rejoins = False
+        self._wait_until = _NEVER
+        self._settle_until = _NEVER
+        self._gate_open = not settings.has_gate
+        self._beat_at = 0.0
+        # assignment
+        self._must_refresh = True  # nothing may be claimed before the next Refresh
+        self._refresh_at = 0.0
+        self._gain = TokenSet()
+        self._batch: _Batch | None = None
+        self._batches = 0
+        self._quarantine_until: float | None = None
+        self._announced: TokenSet = TokenSet()
+        self._initial_announced = False
+        self._wants_drain: bool | None = None
+        # leadership
+        self._liveness = Liveness(settings.timeout, settings.max_gap)
+        self._older: tuple[Sign, ...] | None = None
+        self._observe_at = 0.0
+        self._known: frozenset[str] = frozenset()
+        self._lead_at = _NEVER
+        self._housekeep_at = 0.0
+
+    # --- questions ---
+
+    def rank(self, now: float) -> int | None:
+        """How many live nodes are older: 0 for the leader, 1 for its successor, None while unknown."""
+        if self._older is None:
+            return None
+        return sum(not self._liveness.is_dead(sign, now) for sign in self._older)
+
+    def has_lease(self, now: float) -> bool:
+        """Whether the lease is valid."""
+        return now < self.claims.deadline
+
+    @property
+    def drained(self) -> bool:
+        """Whether this node is draining and has given everything away."""
+        return self.state == 'draining' and not self.owned and not self._gain and self._batch is None
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether the database has another history than before, so that old leases must run out first."""
+        return self._quarantine_until is not None
+
+    # --- commands ---
+
+    def leave(self, now: float) -> None:
+        """Stop claiming at once; the row goes when `on_release` has run."""
+        if self.phase in (Phase.LEFT, Phase.FAILED, Phase.LEAVING):
+            return
+        tokens = self.claims.tokens
+        self._stop_claiming()
+        self._announce(now)
+        if self.phase is Phase.JOINING and not self._rejoins and not isinstance(self._pending, Join):
+            self._finish(Left())
+            return
+        self.phase = Phase.LEAVING
+        self._batch = self._start_batch(tokens, now) if tokens else None
+
+    def open_gate(self) -> None:
+        """The node may become active as soon as its grace period is over."""
+        self._gate_open = True
+
+    def drain(self, now: float) -> None:
+        """Give all tokens away and stay alive."""
+        self._wants_drain = True
+
+    def undrain(self, now: float) -> None:
+        """Take part again."""
+        self._wants_drain = False
+
+    # --- events ---
+
+    def notified(self, payload: str, now: float) -> None:
+        """A notification arrived. It only makes this node look earlier: all of them may be lost."""
+        kind, _, detail = payload.partition(' ')
+        if kind == 'plan' or (kind == 'give' and (not detail or self.name in detail.split(','))):
+            self._refresh_at = now
+        elif kind != 'give':
+            self._observe_at = now
+
+    def released(self, number: int, now: float) -> None:
+        """`on_release` has returned."""
+        if self._batch is not None and self._batch.number == number:
+            self._batch.ready = True
+
+    def disconnected(self, now: float) -> None:
+        """The control connection is gone."""
+        self.connected = False
+        self._pending = None
+        self._must_refresh = True
+        self._gain = TokenSet()
+        self._retry_at = now + self._backoff
+        self._backoff = min(2 * self._backoff, _BACKOFF_MOST)
+
+    def failed(self, request: Request, now: float) -> None:
+        """The request failed; it may have been carried out, or may be later."""
+        self.disconnected(now)
+
+    def take_effects(self) -> list[Effect]:
+        """What is to be done now, in order; each effect is handed out once."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    # --- what to send ---
+
+    def next(self, now: float) -> Request | None:
+        """The request to send now, if any; there is never more than one under way."""
+        self._pass_time(now)
+        if self._pending is None:
+            self._pending = self._choose(now)
+            self._sent_at = now
+            return self._pending
+        return None
+
+    @property
+    def wake_at(self) -> float:
+        """When `next` has something to do if nothing happens before; the past means now."""
+        if self.phase in (Phase.LEFT, Phase.FAILED):
+            return _NEVER
+        times = [self.claims.deadline or _NEVER]
+        if self._batch is not None and not self._batch.ready:
+            times.append(self._batch.deadline)
+        if self._quarantine_until is not None:
+            times.append(self._quarantine_until)
+        if not self.connected:
+            return min([*times, self._retry_at])
+        if self.phase is Phase.JOINING:
+            return min([*times, self._join_at])
+        times.append(self._beat_at)
+        if self.phase is Phase.LEAVING:
+            return min(times)
+        if not self.quarantined:
+            times.append(self._refresh_at)
+        if self.phase is Phase.WAITING and self._gate_open:
+            times.append(self._wait_until)
+        if self._observes(self._sent_at):
+            times += [self._observe_at, self._liveness.next_death(self._sent_at)]
+            if self.rank(self._sent_at) == 0 and self.has_lease(self._sent_at):
+                times.append(self._lead_at)
+        return min(times)
+
+    def _pass_time(self, now: float) -> None:
+        batch = self._batch
+        if batch is not None and not batch.ready and now >= batch.deadline:
+            batch.ready = True
+            self._note('warning', 'on_release took too long; handing over', limit_sec=self.settings.release_timeout)
+        if self._quarantine_until is not None and now >= self._quarantine_until:
+            self._quarantine_until = None
+            self._must_refresh = True
+        if not self.has_lease(now):
+            if self.claims.deadline:
+                self.claims.suspend()
+                self._note('warning', 'lease ran out; claiming stopped', version=self.version)
+            self._announce(now)
+
+    def _choose(self, now: float) -> Request | None:
+        if self.phase in (Phase.LEFT, Phase.FAILED):
+            return None
+        if not self.connected:
+            return Connect() if now >= self._retry_at else None
+        if self.phase is Phase.JOINING:
+            return self._join() if now >= self._join_at else None
+        if self.phase is Phase.LEAVING and (self._batch is None or self._batch.ready):
+            return Leave(self.name, self.incarnation)
+        if self._must_refresh and not self.quarantined and self.phase is not Phase.LEAVING:
+            return Refresh(self.name, self.incarnation)
+        if now >= self._beat_at:
+            return Beat(self.name, self.incarnation)
+        if self.phase is Phase.LEAVING:
+            return None
+        if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
+            return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._liveness.dead(now))
+        if self._wants_drain is not None and self._wants_drain != (self.state == 'draining') and self.phase is Phase.ACTIVE:
+            return Drain(self.name, self.incarnation, self._wants_drain)
+        if not self.quarantined:
+            if self._gain:
+                return Take(self.name, self._gain.ranges)
+            if self._batch is not None and self._batch.ready:
+                batch = self._batch
+                return Give(self.name, self.incarnation, batch.tokens.ranges, batch.version, self._promises(batch.tokens))
+            if now >= self._refresh_at:
+                return Refresh(self.name, self.incarnation)
+        return self._duty(now)
+
+    def _join(self) -> Join:
+        active = self._rejoins and self._wait_until is _NEVER
+        return Join(self.name, self.incarnation, self._process, self.settings.weight, active, self._replace, self._reap)
+
+    def _observes(self, now: float) -> bool:
+        rank = self.rank(now)
+        return rank is not None and rank <= 1
+
+    def _duty(self, now: float) -> Request | None:
+        """What the leader and its successor do."""
+        if not self._observes(now):
+            return None
+        if self.rank(now) == 0 and self.has_lease(now):
+            dead = self._liveness.dead(now)
+            if dead or now >= self._lead_at:
+                return Lead(self.name, self.incarnation, dead, 'nodes died' if dead else 'nodes or locks changed')
+            if now >= self._housekeep_at:
+                return Housekeep()
+        return Observe() if now >= self._observe_at else None
+
+    # --- answers ---
+
+    def reply(self, request: Request, reply: Reply, now: float) -> None:
+        """The answer to `request`."""
+        self._pending = None
+        if not isinstance(request, Connect):
+            self._backoff = _BACKOFF_FIRST
+        if isinstance(request, Join):
+            self._on_join(request, reply, now)
+        elif isinstance(request, Leave):
+            self._finish(Left())
+        elif reply is None:
+            self._on_evicted(now)
+        elif isinstance(reply, Connected):
+            self._on_connected(reply, now)
+        elif isinstance(reply, Beaten):
+            self._on_beaten(reply, now)
+        elif self.phase is Phase.LEAVING:
+            pass  # asked before the decision to leave; of no use now
+        elif isinstance(reply, Holdings):
+            self._on_holdings(reply, now)
+        elif isinstance(reply, Taken):
+            self.claims.exclude(reply.keys)
+            self._activate_gain(now)
+        elif isinstance(reply, Given):
+            self._batch = None
+            self._refresh_at = now
+        elif isinstance(reply, Activated):
+            self._on_activated(reply, now)
+        elif isinstance(reply, Observed):
+            self._on_observed(reply, now)
+        elif isinstance(reply, Led):
+            self._on_led(reply, now)
+        elif isinstance(request, Housekeep):
+            self._housekeep_at = now + _HOUSEKEEPING_INTERVAL
+        elif isinstance(request, Drain):
+            self.state = 'draining' if request.draining else 'active'
+            self._refresh_at = now
+
+    def _on_connected(self, reply: Connected, now: float) -> None:
+        self.connected = True
+        self._must_refresh = True
+        self._beat_at = min(self._beat_at, now)
+        self._join_at = min(self._join_at, now)
+        self._observe_at = now
+        if self._server is not None and self._server != reply.server:
+            # A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from the old server
+            # will have lost it after one timeout; until then nothing is claimed, given away or planned.
+            self._quarantine_until = now + self.settings.timeout
+            self._stop_claiming()
+            self._announce(now)
+            self._note('warning', 'another database server; waiting until old leases have run out', wait_sec=self.settings.timeout)
+        self._server = reply.server
+
+    def _on_join(self, request: Join, reply: Reply, now: float) -> None:
+        if isinstance(reply, Joined):
+            self.version = reply.version
+            self.state = 'active' if request.active else 'joining'
+            self._must_refresh = False
+            self._beat_at = self._refresh_at = self._observe_at = now
+            self._replace, self._reap = None, ()
+            self._older = None
+            if self.phase is Phase.LEAVING:
+                return
+            if request.active:
+                self.phase = Phase.ACTIVE
+            else:
+                self.phase = Phase.WAITING
+                if self._wait_until is _NEVER:
+                    self._wait_until = now + self.settings.wait_on_enter
+            self._note('info', 'joined', incarnation=self.incarnation)
+        elif isinstance(reply, Occupied):
+            self._on_occupied(reply, now)
+        elif isinstance(reply, Mismatch):
+            self._on_mismatch(reply, now)
+
+    def _on_occupied(self, reply: Occupied, now: float) -> None:
+        sign = reply.sign
+        if sign.incarnation in self._mine or self._is_known_dead(reply.process):
+            self._replace = (sign.incarnation, sign.beat)
+            self._join_at = now
+            return
+        if self._liveness.changed(sign) and not self.entered:
+            self._finish(Failed(DuplicateNodeName(
+                f'node name {self.name!r} is used by a live process (pid {reply.process.pid} on {reply.process.host}): give every process its own name')))
+            return
+        if self._liveness.changed(sign):
+            self._note('error', 'another live process took this node name; not claiming', host=reply.process.host, pid=reply.process.pid)
+        self._liveness.look([sign], now)
+        self._replace = (sign.incarnation, sign.beat) if self._liveness.is_dead(sign, now) else None
+        self._join_at = now if self._replace else now + self.settings.poll
+
+    def _on_mismatch(self, reply: Mismatch, now: float) -> None:
+        if any(self._liveness.changed(sign) for sign in reply.nodes):
+            mine, theirs = (self.settings.total_tokens, self.settings.hash_function), (reply.total_tokens, reply.hash_function)
+            self._finish(Failed(ConfigMismatch(
+                f'this node has total_tokens, hash_function = {mine}, the live cluster has {theirs}: use the same, or stop all nodes first')))
+            return
+        self._liveness.look(reply.nodes, now)
+        dead = all(self._liveness.is_dead(sign, now) for sign in reply.nodes)
+        self._reap = reply.nodes if dead else ()
+        self._join_at = now if dead else now + self.settings.poll
+
+    def _on_beaten(self, reply: Beaten, now: float) -> None:
+        self._beat_at = self._sent_at + self.settings.interval
+        self._older = reply.older
+        self._liveness.look(reply.older, now)
+        self.state = reply.state
+        if reply.version != self.version:
+            self._refresh_at = now
+        if self.phase is not Phase.LEAVING and not self.quarantined and not self._must_refresh:
+            self.claims.extend(self._sent_at + self.settings.lease)
+            self._announce(now)
+            self._consider_entered(False, now)
+
+    def _on_activated(self, reply: Activated, now: float) -> None:
+        if not reply.ok:
+            self._finish(Failed(ClusterNotFormed(
+                f'{reply.nodes} of minimum_nodes={self.settings.minimum_nodes} nodes had registered after wait_on_enter='
+                f'{self.settings.wait_on_enter:g} s: start the missing nodes, wait longer, or lower minimum_nodes')))
+            return
+        self.phase = Phase.ACTIVE
+        self.state = 'active'
+        self._wait_until = _NEVER
+        self._settle_until = now + 2 * self.settings.timeout + self.settings.release_timeout
+        self._refresh_at = self._observe_at = now
+
+    def _on_evicted(self, now: float) -> None:
+        """The row is gone: somebody saw this node dead. Clear first, then come back as somebody new."""
+        if self.phase is Phase.LEAVING:
+            self._finish(Left())
+            return
+        self.evictions += 1
+        if self.state == 'draining' and self._wants_drain is None:
+            self._wants_drain = True  # an operator's drain outlives the eviction
+        self._stop_claiming()
+        self.owned = TokenSet()
+        self._batch = None
+        self._announce(now)
+        self._note('warning', 'evicted; joining again', incarnation=self.incarnation)
+        self.incarnation = self._new_incarnation()
+        self._mine.add(self.incarnation)
+        self.phase = Phase.JOINING
+        self._rejoins = True
+        self._older = None
+        self._lead_at = _NEVER
+        self._join_at = now
+
+    def _on_holdings(self, reply: Holdings, now: float) -> None:
+        self.version = reply.version
+        self.state = reply.state
+        self._must_refresh = False
+        self._refresh_at = now + (self.settings.check_interval if self.entered else _ENTRY_POLL)
+        moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving)
+        kept = TokenSet((s.lo, s.hi) for s in reply.segments if not s.moving)
+        self.owned = moving | kept
+        self._shrink(kept)
+        self._follow_moves(moving, now)
+        self._gain = kept - self.claims.tokens
+        self._announce(now)
+        self._consider_entered(reply.planned and not reply.incoming, now)
+
+    def _shrink(self, kept: TokenSet) -> None:
+        """Take out of the local set what is leaving, before anybody else can be told."""
+        if not self.claims.tokens <= kept:
+            self.claims.replace(self.claims.tokens & kept)
+
+    def _follow_moves(self, moving: TokenSet, now: float) -> None:
+        batch = self._batch
+        if batch is not None:
+            batch.tokens &= moving
+            batch.version = self.version
+            if not batch.tokens:
+                batch = self._batch = None
+        if batch is None and moving:
+            self._batch = self._start_batch(moving, now)
+
+    def _start_batch(self, tokens: TokenSet, now: float) -> _Batch:
+        self._batches += 1
+        if self.settings.has_release:
+            self._effects.append(Release(self._batches, tokens))
+        return _Batch(self._batches, tokens, self.version, not self.settings.has_release, now + self.settings.release_timeout)
+
+    def _activate_gain(self, now: float) -> None:
+        gain, self._gain = self._gain, TokenSet()
+        self.claims.replace(self.claims.tokens | gain)
+        self._announce(now)
+        if not self.entered:
+            self._refresh_at = now
+
+    def _on_observed(self, reply: Observed, now: float) -> None:
+        me = next((m for m in reply.members if m.incarnation == self.incarnation), None)
+        signs = {m.incarnation: Sign(m.name, m.incarnation, m.beat) for m in reply.members}
+        others = [m for m in reply.members if m is not me]
+        self._liveness.look([signs[m.incarnation] for m in others], now)
+        self._liveness.keep([m.name for m in others])
+        if me is not None:
+            self._older = tuple(signs[m.incarnation] for m in others if (m.created_on, m.name) < (me.created_on, me.name))
+        self._observe_at = now + self.settings.poll
+        if reply.next_expiry is not None:
+            self._observe_at = min(self._observe_at, now + max(reply.next_expiry, 0.0))
+        if reply.version != self.version:
+            self._refresh_at = min(self._refresh_at, now + self.settings.interval)
+        known, self._known = self._known, frozenset(signs)
+        if not reply.stale and (reply.next_expiry is None or reply.next_expiry > 0):
+            self._lead_at = _NEVER
+        elif self._lead_at == _NEVER:
+            self._lead_at = now + (_JOIN_WINDOW if known < self._known else 0.0)
+
+    def _on_led(self, reply: Led, now: float) -> None:
+        self._lead_at = _NEVER
+        self._observe_at = now if not reply.led else now + self.settings.poll
+        self._liveness.forget(reply.evicted)
+        if self._older is not None:
+            self._older = tuple(sign for sign in self._older if sign.name not in reply.evicted)
+        if reply.version != self.version:
+            self._refresh_at = now
+        for conflict in reply.conflicts:
+            self._note('warning', 'locks in conflict', conflict=conflict)
+        if reply.evicted or reply.moved:
+            self._note('info', 'led a rebalance', version=reply.version, evicted=list(reply.evicted), moved=reply.moved, blocked=reply.blocked)
+
+    # --- consequences ---
+
+    def _stop_claiming(self) -> None:
+        self.claims.suspend()
+        self.claims.replace(TokenSet())
+        self._gain = TokenSet()
+
+    def _consider_entered(self, settled: bool, now: float) -> None:
+        if self.entered or self.phase is not Phase.ACTIVE or not self.has_lease(now):
+            return
+        if (settled and not self._gain) or now >= self._settle_until:
+            if not settled:
+                self._note('warning', 'entered before the first plan had settled')
+            self.entered = True
+            self._announce(now)
+            self._effects.append(Entered())
+
+    def _announce(self, now: float) -> None:
+        """Tell the user about tokens that became claimable, or ceased to be."""
+        claimable = self.claims.tokens if self.has_lease(now) else TokenSet()
+        initial = not self._initial_announced and self.entered
+        if claimable == self._announced and not initial:
+            return
+        if not self._initial_announced and not self.entered:
+            return  # the first event tells of all that was gained while entering
+        added, removed = len(claimable - self._announced), len(self._announced - claimable)
+        self._announced = claimable
+        self._initial_announced = True
+        self._effects.append(RebalanceEvent(initial, self.version, added, removed))
+
+    def _finish(self, effect: Left | Failed) -> None:
+        self._stop_claiming()
+        self._batch = None
+        # A node that fails after it joined must not stay in the table: the others would wait for it.
+        if isinstance(effect, Failed) and self.phase in (Phase.WAITING, Phase.ACTIVE):
+            self.phase = Phase.LEAVING
+            self._effects.append(effect)
+            return
+        self.phase = Phase.LEFT if isinstance(effect, Left) else Phase.FAILED
+        self._effects.append(effect)
+
+    def _note(self, level: str, event: str, **fields: object) -> None:
+        self._effects.append(Note(level, event, {'node': self.name, **fields}))
