@@ -1,8 +1,9 @@
 """The agent thread: drives the protocol against PostgreSQL over one connection."""
 from __future__ import annotations
 
+import datetime
 import logging
-import os
+import math
 import select
 import socket
 import threading
@@ -15,7 +16,7 @@ from . import clock
 from .callbacks import Callbacks
 from .config import CoordinationConfig
 from .errors import DatabaseUnavailable, JobSyncError
-from .messages import Connect, Connected, Reply, Request
+from .messages import Beaten, Connect, Connected, Reply, Request
 from .protocol import Entered, Failed, Left, Note, Phase, Protocol, RebalanceEvent, Release
 from .store.connection import Connection
 from .store.control import Control
@@ -46,7 +47,8 @@ class Agent:
     def __init__(self, protocol: Protocol, control: Control, config: CoordinationConfig, callbacks: Callbacks) -> None:
         self.protocol = protocol
         self.failure: Exception | None = None
-        self.last_beat: float | None = None
+        self.last_beat: datetime.datetime | None = None
+        self.events: deque[dict[str, object]] = deque(maxlen=20)
         self._control = control
         self._config = config
         self._callbacks = callbacks
@@ -58,7 +60,7 @@ class Agent:
         self._entered = threading.Event()
         self._changed = threading.Condition()
         self._abandoned = False
-        self._pid = os.getpid()
+        self._failing_since: float | None = None
         self._thread = threading.Thread(target=self._run, name=f'jobsync-{protocol.name}', daemon=True)
 
     # --- for other threads ---
@@ -85,10 +87,15 @@ class Agent:
         if self.failure is not None:
             raise self.failure
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+    def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Wait until `condition()` holds, looking whenever the agent has done something; whether it does."""
         with self._changed:
             return self._changed.wait_for(condition, timeout)
+
+    @property
+    def running(self) -> bool:
+        """Whether the node is, or is about to become, a member: nothing failed and the thread has not ended."""
+        return self.failure is None and self._thread.is_alive() and self.protocol.phase not in (Phase.LEFT, Phase.FAILED)
 
     @property
     def alive(self) -> bool:
@@ -137,11 +144,12 @@ class Agent:
             return
         try:
             reply = self._perform(request)
-        except DatabaseUnavailable as error:
-            self._request_failed(request, error)
-        except psycopg2.Error as error:
+        except (DatabaseUnavailable, psycopg2.Error) as error:
             self._request_failed(request, error)
         else:
+            self._failing_since = None
+            if isinstance(reply, Beaten):
+                self.last_beat = _wall_clock()
             self._run_commands()
             self.protocol.reply(request, reply, clock.now())
         self._run_effects()
@@ -157,25 +165,35 @@ class Agent:
         return self._control.handle(self._connection, request)
 
     def _request_failed(self, request: Request, error: Exception) -> None:
+        now = clock.now()
         self._close_connection()
-        self.protocol.failed(request, clock.now())
+        self.protocol.failed(request, now)
+        if self._failing_since is None:
+            self._failing_since = now
         passing = isinstance(error, (DatabaseUnavailable, *_PASSING))
         logger.log(logging.WARNING if passing else logging.ERROR, 'node=%s request=%s failed: %s',
                    self.protocol.name, type(request).__name__, str(error).strip())
         if self.protocol.phase is Phase.LEAVING:
             # Others will see this node dead after one timeout; waiting for the database helps nobody.
             self._abandoned = True
-        elif not self.protocol.entered and (not passing or isinstance(request, Connect)) and self.protocol.phase is Phase.JOINING:
+        elif not self.protocol.entered and self._hopeless(request, passing, now):
             self.failure = error if isinstance(error, JobSyncError) else DatabaseUnavailable(
                 f'{type(request).__name__} failed: {str(error).strip()}')
             self._abandoned = True
 
+    def _hopeless(self, request: Request, passing: bool, now: float) -> bool:
+        """Whether a node that has not entered yet should give up: at once where it never joined, after one timeout where it had."""
+        if self.protocol.phase is Phase.JOINING:
+            return not passing or isinstance(request, Connect)
+        return now - (self._failing_since or now) > self._config.heartbeat_timeout_sec
+
     def _wait(self, seconds: float) -> None:
         connection = self._connection if self.protocol.connected else None
-        sources: list[int] = [self._wake_receiver.fileno()]
+        poll = select.poll()  # select.select cannot watch descriptors from 1024 on
+        poll.register(self._wake_receiver, select.POLLIN)
         if connection is not None:
-            sources.append(connection.fileno())
-        ready, _, _ = select.select(sources, [], [], seconds)
+            poll.register(connection.fileno(), select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1000))}
         if self._wake_receiver.fileno() in ready:
             try:
                 self._wake_receiver.recv(4096)
@@ -208,6 +226,7 @@ class Agent:
                 self.failure = effect.error
                 logger.error('node=%s cannot go on: %s', self.protocol.name, effect.error)
             elif isinstance(effect, Note):
+                self.events.append({'type': effect.event, 'timestamp': _wall_clock(), 'data': dict(effect.fields)})
                 logger.log(getattr(logging, effect.level.upper()), '%s %s', effect.event,
                            ' '.join(f'{name}={value}' for name, value in effect.fields.items()))
             else:
@@ -224,3 +243,7 @@ class Agent:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def _wall_clock() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)

@@ -509,6 +509,9 @@ class Protocol:
         self.state = reply.state
         if reply.version != self.version:
             self._refresh_at = now
+        elif self.entered and self._refresh_at > now:
+            # The version says that nothing has changed: as good as a look at the rows.
+            self._refresh_at = max(self._refresh_at, now + self.settings.check_interval)
         if self.phase is not Phase.LEAVING and not self.quarantined and not self._must_refresh:
             self.claims.extend(self._sent_at + self.settings.lease)
             self._announce(now)

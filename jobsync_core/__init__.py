@@ -1,0 +1,33 @@
+"""JobSync's core: processes that share work through PostgreSQL, each task on one of them."""
+from .config import CoordinationConfig
+from .errors import (
+    ClaimLost,
+    ClusterNotFormed,
+    ConfigMismatch,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    DuplicateNodeName,
+    ExecutionRunning,
+    Fenced,
+    InvalidTaskId,
+    JobSyncError,
+    NotEntered,
+    SchemaConflict,
+    StoreTimeout,
+)
+from .job import Job
+from .ledger import Execution, current_execution
+from .once import exactly_once
+from .protocol import RebalanceEvent
+from .task import Task
+from .tokens import TokenSet
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseUnavailable',
+    'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
+    'JobSyncError', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet',
+    'current_execution', 'exactly_once',
+]

@@ -1,0 +1,172 @@
+"""Which tasks this node may take, has taken and has finished: the side of a Job that tasks see."""
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from . import clock
+from .claims import Claims
+from .config import CoordinationConfig
+from .errors import ClaimLost
+from .hashing import HASH_FUNCTIONS, check_task_id, task_key
+from .store import tasks
+from .store.connection import Sessions
+from .store.schema import Tables
+from .task import Task, task_id_of
+from .tokens import TokenSet
+
+__all__ = ['TaskBook']
+
+logger = logging.getLogger(__name__)
+
+#: Attempts at recording a claim that is refused although the token is here: the leader may be rewriting the row just then.
+_CLAIM_ATTEMPTS = 3
+
+
+class TaskBook:
+    """Claims, promises and the audit of one node.
+
+    A True from `can_claim` is a promise until the same thread asks for another task or records this one: should the token
+    be handed over in between, the promise goes into the claim table with the hand-over, and the new owner leaves the task
+    alone. So `can_claim_task → add_task → process` runs each task once while tokens move.
+
+    Args:
+        claims: The local token set and lease.
+        sessions: Where statements run.
+        config: The cluster's settings.
+        tables: Names of the tables.
+        node: This node's name.
+        date: The date of the audit.
+        incarnation: Returns the node's present incarnation.
+    """
+
+    def __init__(
+        self, claims: Claims, sessions: Sessions, config: CoordinationConfig, tables: Tables, node: str, date: datetime.date,
+        incarnation: Callable[[], str],
+    ) -> None:
+        self._claims = claims
+        self._sessions = sessions
+        self._tables = tables
+        self._node = node
+        self._date = date
+        self._incarnation = incarnation
+        self._hash = HASH_FUNCTIONS[config.hash_function]
+        self._total_tokens = config.total_tokens
+        self._promise_sec = config.heartbeat_timeout_sec
+        self._closed = False
+        # thread id -> (text, token, when): what the thread was told last
+        self._promises: dict[int, tuple[str, int, float]] = {}
+        # text -> (token, incarnation): promises whose tokens went away, recorded with the hand-over
+        self._given: dict[str, tuple[int, str]] = {}
+        # text -> (incarnation, thread id): recorded by add_task, not audited yet; the newest last
+        self._added: dict[str, tuple[str, int]] = {}
+        # texts audited here: done for the date, as tasks are that others audited
+        self._done: set[str] = set()
+
+    def can_claim(self, task: object) -> bool:
+        """Whether this node may take the task now: one hash, one bit and one comparison.
+
+        Raises:
+            InvalidTaskId: The id cannot be used.
+            DatabaseUnavailable: The task may have been taken by another node, and the database cannot be asked.
+        """
+        task_id = task.id if type(task) is Task else task_id_of(task)
+        text = str(task_id) if type(task_id) is int else check_task_id(task_id)
+        token = self._hash(text.encode()) % self._total_tokens
+        claims = self._claims
+        now = clock.now()
+        if not claims.may_claim(token, now) or self._closed:
+            return self._holds(text, now)
+        if text in self._done:
+            return False
+        if claims.excluded and task_key(text) in claims.excluded and self._taken(text):
+            return False
+        self._promises[threading.get_ident()] = (text, token, now)
+        # The token may have gone between the look and the promise; from here on the hand-over sees the promise.
+        return claims.may_claim(token, clock.now())
+
+    def token_of(self, task_id: object) -> int:
+        """The token that the task id hashes to."""
+        return self._hash(check_task_id(task_id).encode()) % self._total_tokens
+
+    def promises(self, tokens: TokenSet) -> tuple[tuple[str, int], ...]:
+        """What this node may still do for tokens that it is about to hand over: (task_id, token) pairs."""
+        oldest = clock.now() - self._promise_sec
+        incarnation = self._incarnation()
+        for text, token, since in list(self._promises.values()):
+            if since >= oldest and token in tokens and text not in self._added:
+                self._given[text] = (token, incarnation)
+        return tuple((text, token) for text, (token, life) in list(self._given.items()) if token in tokens and life == incarnation)
+
+    def record(self, batch: Iterable[object]) -> list[str]:
+        """Record durably that this node takes the tasks; returns their ids as text.
+
+        Raises:
+            ClaimLost: Another node owns or has taken one of them; the others are recorded.
+            DatabaseUnavailable: Nothing is known; do not process the task.
+        """
+        texts = [check_task_id(task_id_of(task)) for task in batch]
+        missing = {text: self.token_of(text) for text in texts}
+        for _ in range(_CLAIM_ATTEMPTS):
+            with self._sessions.session() as connection:
+                accepted = tasks.claim(
+                    connection, self._tables, self._node, self._incarnation(), self._date, list(missing.items()))
+            for text in accepted:
+                missing.pop(text, None)
+            if not any(self._claims.may_claim(token, clock.now()) for token in missing.values()):
+                break
+        if missing:
+            raise ClaimLost(f'task {next(iter(missing))!r} belongs to another node by now, or was taken by one: do not process it here')
+        return texts
+
+    def add(self, task: object) -> None:
+        """Record the task as taken, for the audit too; errors as for `record`."""
+        text, = self.record([task])
+        thread = threading.get_ident()
+        self._added[text] = (self._incarnation(), thread)
+        promise = self._promises.get(thread)
+        if promise is not None and promise[0] == text:
+            del self._promises[thread]
+        self._given.pop(text, None)
+
+    def audit(self, but_last_of: int | None = None) -> int:
+        """Write what was added to the audit; returns how many tasks.
+
+        Args:
+            but_last_of: A thread whose last task did not come to its end; that one is left out.
+        """
+        texts = list(self._added)
+        if but_last_of is not None:
+            last = next((text for text in reversed(texts) if self._added[text][1] == but_last_of), None)
+            if last is not None:
+                texts.remove(last)
+                logger.warning('node=%s task=%s was not finished and is not audited', self._node, last)
+        if texts:
+            with self._sessions.session() as connection:
+                tasks.audit(connection, self._tables, self._node, self._date, texts)
+            self._done.update(texts)
+            for text in texts:
+                self._added.pop(text, None)
+        return len(texts)
+
+    def close(self) -> None:
+        """Answer False from now on."""
+        self._closed = True
+
+    def release(self) -> None:
+        """Delete this node's claims; what was not audited is free."""
+        with self._sessions.session() as connection:
+            tasks.release_claims(connection, self._tables, self._node, self._incarnation())
+
+    def _holds(self, text: str, now: float) -> bool:
+        """Whether this node took the task before its token went away: then it still is this node's, and nobody else's."""
+        if not self._added and not self._given or self._closed:
+            return False
+        life = self._added[text][0] if text in self._added else self._given.get(text, (0, ''))[1]
+        return life == self._incarnation() and now < self._claims.deadline
+
+    def _taken(self, text: str) -> bool:
+        with self._sessions.session() as connection:
+            return tasks.is_taken(connection, self._tables, self._node, self._date, text)
