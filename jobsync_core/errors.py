@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError',
     'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
-    'Fenced', 'JobSyncError', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
+    'Fenced', 'InvalidTaskId', 'JobSyncError', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
 ]
 
 
@@ -23,6 +23,11 @@ class JobSyncError(Exception):
 
 class ConfigurationError(JobSyncError, ValueError):
     """A setting has a value that cannot work; the message names both and the remedy."""
+
+
+class InvalidTaskId(JobSyncError, ValueError, TypeError):
+    """This cannot be a task id. Use a hashable value whose text is the same in every process, such as a string, a number or a tuple of those:
+    at most 2000 bytes of UTF-8, no NUL."""
 
 
 class ConfigMismatch(ConfigurationError):

@@ -196,10 +196,10 @@ class Cluster:
         return node
 
     def start(self, *labels: str, settle: bool = True, **options: Any) -> float:
-        """Start processes one after the other, so that the first is the eldest, and wait until all have entered and own tokens."""
+        """Start processes at once and wait until all have entered and each owns its share; the moment before."""
         since = moment()
-        for label in labels:
-            self.launch(label, **options).wait_event('entered')
+        for node in [self.launch(label, **options) for label in labels]:
+            node.wait_event('entered')
         if settle:
             self.wait_balanced()
             self.wait_claimed()

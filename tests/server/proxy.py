@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -68,10 +69,12 @@ class Proxy:
 
     Args:
         host, port: The PostgreSQL server.
+        tap: Told of all that passes: a number for the connection, whether it goes to the server, and the bytes.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, tap: Callable[[int, bool, bytes], None] | None = None) -> None:
         self.target = (host, port)
+        self._tap = tap
         self.delay = 0.0
         self._mode = Mode.PASS
         self._listener: socket.socket | None = self._listen(0)
@@ -257,6 +260,8 @@ class Proxy:
             link.broken = True
             way.ended = way.ended or not data
         elif data:
+            if self._tap is not None:
+                self._tap(id(link), way.to_server, data)
             way.chunks.append((time.monotonic() + (self.delay if self._mode is Mode.DELAY else 0.0), data))
             way.size += len(data)
         else:

@@ -1,0 +1,4 @@
+"""`python -m jobsync_core.cli`."""
+from . import main
+
+main()

@@ -1,0 +1,122 @@
+"""What the commands share: where the database is, how to say what went wrong, how to print."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import psycopg2
+from psycopg2 import errorcodes
+from rich.console import Console
+
+from ..config import CoordinationConfig
+from ..errors import JobSyncError
+from ..store import status
+from ..store.connection import Sessions
+from ..store.schema import Tables
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+__all__ = ['Database', 'Group', 'console', 'database_options', 'printable']
+
+_Command = TypeVar('_Command', bound=Callable[..., Any])
+_PLAIN_WIDTH = 200
+
+
+@dataclass
+class Database:
+    """The database of this call; nothing is read or opened before it is needed."""
+
+    url: str | None = None
+    appname: str | None = None
+
+    def config(self) -> CoordinationConfig:
+        """The settings from the options and the environment.
+
+        Raises:
+            ConfigurationError: A setting cannot work.
+        """
+        environ = dict(os.environ)
+        if self.url:
+            environ['JOBSYNC_DATABASE_URL'] = self.url
+        return CoordinationConfig.from_env(environ, **({'appname': self.appname} if self.appname else {}))
+
+    @contextmanager
+    def sessions(self) -> Iterator[tuple[Sessions, Tables]]:
+        """A pool of connections that is closed at the end, and the names of the tables."""
+        config = self.config()
+        sessions = Sessions(config, 'jobsync cli')
+        try:
+            yield sessions, Tables(config.appname)
+        finally:
+            sessions.close_all()
+
+    @contextmanager
+    def session(self) -> Iterator[tuple[PgConnection, Tables]]:
+        """One connection in one transaction, and the names of the tables."""
+        with self.sessions() as (sessions, tables), sessions.session() as connection:
+            yield connection, tables
+
+    def cluster(self, connection: PgConnection, tables: Tables) -> dict[str, Any]:
+        """The cluster's row.
+
+        Raises:
+            JobSyncError: No node has ever registered.
+        """
+        found = status.cluster(connection, tables)
+        if found is None:
+            raise JobSyncError('the cluster has no settings yet: its first node writes them')
+        return found
+
+
+class Group(click.Group):
+    """Commands whose foreseeable failures are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (JobSyncError, psycopg2.Error) as error:
+            raise click.ClickException(describe(error)) from None
+
+
+def describe(error: Exception) -> str:
+    """One line for an operator."""
+    code = getattr(error, 'pgcode', None)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if code in (errorcodes.UNDEFINED_TABLE, errorcodes.UNDEFINED_COLUMN):
+        return f'{first}; start a node, run `jobsync init-db`, or give the right --appname'
+    if code == errorcodes.INSUFFICIENT_PRIVILEGE:
+        return f'{first}; `jobsync doctor` tells which rights are missing'
+    return first
+
+
+def database_options(command: _Command) -> _Command:
+    """Add --url and --appname, before the command's name and after it alike."""
+
+    def remember(name: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
+        def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+            if value is not None:
+                setattr(ctx.ensure_object(Database), name, value)
+        return callback
+
+    command = click.option(
+        '--appname', expose_value=False, callback=remember('appname'), help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].')(command)
+    return click.option(
+        '--url', expose_value=False, callback=remember('url'), metavar='URL',
+        help='postgresql://user@host:port/dbname [env JOBSYNC_DATABASE_URL]. A password is better kept in the environment or ~/.pgpass.')(command)
+
+
+def console() -> Console:
+    """A console on stdout: coloured on a terminal, plain and wide elsewhere."""
+    terminal = sys.stdout.isatty()
+    return Console(markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH)
+
+
+def printable(value: object) -> str:
+    """Text for a terminal: what would steer it is spelled out."""
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in str(value))

@@ -1,0 +1,188 @@
+"""The commands of `jobsync`."""
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import click
+from rich.console import RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ..errors import DatabaseUnavailable
+from ..hashing import HASH_FUNCTIONS, check_task_id
+from ..store import status
+from ..store.connection import Sessions
+from ..store.schema import Tables, create_schema, render_schema
+from . import doctor, status_view
+from .context import Database, Group, console, database_options, describe, printable
+from .locks_commands import locks_group
+from .simulate_view import simulate_command
+
+__all__ = ['jobsync']
+
+
+@click.group(cls=Group, context_settings={'help_option_names': ['-h', '--help']})
+@click.version_option(package_name='jobsync-workers', prog_name='jobsync')
+@database_options
+@click.pass_context
+def jobsync(ctx: click.Context) -> None:
+    """Look at a JobSync cluster and steer it."""
+    ctx.ensure_object(Database)
+
+
+@jobsync.command('status')
+@click.option('--watch', is_flag=False, flag_value=1.0, type=click.FloatRange(min=0.1), metavar='[SECONDS]', help='Repeat every so many seconds (1).')
+@click.option('--json', 'as_json', is_flag=True, help='JSON; with --watch one line each time.')
+@database_options
+@click.pass_obj
+def status_command(database: Database, watch: float | None, as_json: bool) -> None:
+    """Show nodes, leader, tokens, leases, blocked tokens and the last rebalances."""
+    with database.sessions() as (sessions, tables):
+        if watch is None:
+            with sessions.session() as connection:
+                found = status_view.snapshot(connection, tables)
+            if as_json:
+                click.echo(status_view.as_json(found))
+            else:
+                console().print(status_view.render(found, tables.appname))
+            return
+        with suppress(KeyboardInterrupt):
+            _watch(sessions, tables, watch, as_json)
+
+
+def _watch(sessions: Sessions, tables: Tables, every: float, as_json: bool) -> None:
+    out = console()
+    if as_json or not out.is_terminal:
+        while True:
+            with sessions.session() as connection:
+                found = status_view.snapshot(connection, tables)
+            if as_json:
+                click.echo(status_view.as_json(found, indent=None))
+            else:
+                out.print(status_view.render(found, tables.appname))
+            time.sleep(every)
+    with Live(console=out, auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(_picture(sessions, tables), refresh=True)
+            time.sleep(every)
+
+
+def _picture(sessions: Sessions, tables: Tables) -> RenderableType:
+    try:
+        with sessions.session() as connection:
+            return status_view.render(status_view.snapshot(connection, tables), tables.appname)
+    except DatabaseUnavailable as error:
+        return Text(describe(error), style='red')
+
+
+@jobsync.command('who')
+@click.argument('task_id')
+@database_options
+@click.pass_obj
+def who_command(database: Database, task_id: str) -> None:
+    """Tell which node owns TASK_ID, and why."""
+    text = check_task_id(task_id)
+    with database.session() as (connection, tables):
+        settings = database.cluster(connection, tables)
+        token = HASH_FUNCTIONS[settings['hash_function']](text.encode()) % settings['total_tokens']
+        found = status.explain(connection, tables, text, token)
+    lock = found['lock']
+    owner = found['owner'] or ('nobody: blocked, no live node matches' if found['blocked'] else 'nobody at this moment')
+    lines = [('task', text), ('token', f'{token} of {settings["total_tokens"]:,}'), ('owner', owner)]
+    if found['since'] is not None:
+        lines.append(('since', f'{found["since"]:%Y-%m-%d %H:%M:%S} (version {found["version"]})'))
+    if found['moving_to']:
+        lines.append(('moving to', found['moving_to']))
+    lines.append(('lock', ', '.join(lock['node_patterns']) if lock else 'none'))
+    if lock:
+        lines.append(('matched', found['pattern'] or 'no live node'))
+        lines += [(name, str(lock[column])) for name, column in (
+            ('reason', 'reason'), ('locked by', 'created_by'), ('expires', 'expires_at')) if lock[column] is not None]
+    if found['others']:
+        lines.append(('same token', ', '.join(found['others'][:5]) + (' …' if len(found['others']) > 5 else '') + ' (locked as well)'))
+    lines.append(('next', found['next'] or 'nobody'))
+    for name, value in lines:
+        click.echo(f'{name:<11}{printable(value)}')
+
+
+@jobsync.command('drain')
+@click.argument('node')
+@click.option('--dry-run', is_flag=True, help='Only show what would move, and where.')
+@database_options
+@click.pass_obj
+def drain_command(database: Database, node: str, dry_run: bool) -> None:
+    """Make NODE give all its tokens away; it stays alive."""
+    with database.session() as (connection, tables):
+        if not dry_run:
+            changed = status.set_drain(connection, tables, node, True)
+            click.echo(f'{printable(node)} {"gives its tokens away now" if changed else "was draining already"}')
+            return
+        moves = status.plan_without(connection, tables, node)
+    if not moves:
+        click.echo(f'{printable(node)} owns nothing: nothing would move')
+        return
+    result = status_view.table('from', 'to', 'tokens', right=('tokens',))
+    for move in moves:
+        result.add_row(printable(move.source or 'nobody'), printable(move.target or 'nobody: blocked'), f'{move.tokens:,}')
+    console().print(result)
+
+
+@jobsync.command('undrain')
+@click.argument('node')
+@database_options
+@click.pass_obj
+def undrain_command(database: Database, node: str) -> None:
+    """Let NODE take part again."""
+    with database.session() as (connection, tables):
+        changed = status.set_drain(connection, tables, node, False)
+    click.echo(f'{printable(node)} {"takes part again" if changed else "was not draining"}')
+
+
+@jobsync.command('rebalances')
+@click.option('--limit', default=20, show_default=True, type=click.IntRange(1, 100_000), help='How many.')
+@database_options
+@click.pass_obj
+def rebalances_command(database: Database, limit: int) -> None:
+    """List the last rebalances, newest first."""
+    with database.session() as (connection, tables):
+        found = status.rebalances(connection, tables, limit)
+    if found:
+        console().print(status_view.rebalance_table(found))
+    else:
+        click.echo('no rebalance yet')
+
+
+@jobsync.command('init-db')
+@database_options
+@click.pass_obj
+def init_db_command(database: Database) -> None:
+    """Create the tables, or bring them up to date."""
+    config = database.config()
+    with database.session() as (connection, tables):
+        create_schema(connection, config)
+    click.echo(f'tables {tables.appname}* are in place')
+
+
+@jobsync.command('schema')
+@click.option('--sql', is_flag=True, required=True, help='Print the statements that create the tables.')
+@database_options
+@click.pass_obj
+def schema_command(database: Database, sql: bool) -> None:
+    """Print the schema, for whoever creates tables by hand."""
+    click.echo(render_schema(database.config().appname))
+
+
+@jobsync.command('doctor')
+@database_options
+@click.pass_context
+def doctor_command(ctx: click.Context) -> None:
+    """Try everything that a node needs of the database, and say what to mend."""
+    checks = doctor.examine(ctx.ensure_object(Database).config())
+    doctor.show(checks)
+    if any(check.verdict == 'bad' for check in checks):
+        ctx.exit(1)
+
+
+jobsync.add_command(locks_group)
+jobsync.add_command(simulate_command)

@@ -1,0 +1,111 @@
+"""The picture that `jobsync status` draws of a cluster, and its JSON."""
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..store import status
+from .context import printable
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+    from ..store.schema import Tables
+
+__all__ = ['as_json', 'rebalance_table', 'render', 'snapshot', 'table']
+
+_LOCKS_SHOWN = 5
+
+
+def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> dict[str, Any]:
+    """Everything that `status` shows, as one dictionary."""
+    nodes = status.nodes(connection, tables)
+    segments = status.assignment(connection, tables)
+    return {
+        'cluster': status.cluster(connection, tables),
+        'leader': next((node['name'] for node in nodes if node['is_leader']), None),
+        'nodes': nodes,
+        'unowned_tokens': sum(s.hi - s.lo for s in segments if s.node is None),
+        'moving_tokens': sum(s.hi - s.lo for s in segments if s.moving),
+        'blocked_tokens': sum(s.hi - s.lo for s in segments if s.blocked),
+        'blocked': status.blocked(connection, tables),
+        'rebalances': status.rebalances(connection, tables, rebalances),
+    }
+
+
+def as_json(value: object, indent: int | None = 2) -> str:
+    """JSON with times in ISO 8601."""
+    return json.dumps(value, indent=indent, default=_plain)
+
+
+def _plain(value: object) -> object:
+    return value.isoformat() if isinstance(value, (datetime.date, datetime.datetime)) else str(value)
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table in the house style; columns named in `right` are numbers."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        result.add_column(column, justify='right' if column in right else 'left', overflow='fold')
+    return result
+
+
+def render(found: Mapping[str, Any], appname: str) -> RenderableType:
+    """The snapshot as tables."""
+    cluster = found['cluster']
+    if cluster is None:
+        return Text(f'cluster {appname}: no node has registered yet')
+    parts: list[RenderableType] = [Text(
+        f'cluster {appname}: {cluster["total_tokens"]:,} tokens, {cluster["hash_function"]}, version {cluster["version"]}, '
+        f'leader {printable(found["leader"] or "none")}')]
+    parts.append(_node_table(found['nodes'], cluster['total_tokens']))
+    for count, what, style in (
+        (found['moving_tokens'], 'on their way to another node', ''), (found['unowned_tokens'], 'without an owner', 'yellow'),
+        (found['blocked_tokens'], 'blocked: no live node matches their locks', 'red'),
+    ):
+        if count:
+            parts.append(Text(f'{count:,} tokens {what}', style=style))
+    parts += _blocked_lines(found['blocked'])
+    if found['rebalances']:
+        parts += [Text('\nlast rebalances'), rebalance_table(found['rebalances'])]
+    return Stack(*parts)
+
+
+def _node_table(nodes: Sequence[Mapping[str, Any]], total: int) -> Table:
+    result = table(
+        'node', 'state', 'tokens', 'share', 'weight', 'heartbeat', 'lease', 'host', 'pid', right=('tokens', 'share', 'weight', 'heartbeat', 'lease', 'pid'))
+    for node in nodes:
+        state = ('leader, ' if node['is_leader'] else '') + (node['state'] if node['alive'] else 'silent')
+        result.add_row(
+            printable(node['name']), state, f'{node["tokens"]:,}', f'{node["tokens"] / total:.1%}', f'{node["weight"]:g}',
+            f'{node["age_sec"]:.1f} s ago', f'{max(0.0, node["lease_sec"] - node["age_sec"]):.1f} s', printable(node['host']), str(node['pid']),
+            style='' if node['alive'] else 'red')
+    return result
+
+
+def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    locks = [lock for item in blocked for lock in item['locks']]
+    lines: list[RenderableType] = [
+        Text(f'  task {printable(lock["task_id"])} wants {", ".join(map(printable, lock["node_patterns"]))}', style='red')
+        for lock in locks[:_LOCKS_SHOWN]]
+    if len(locks) > _LOCKS_SHOWN:
+        lines.append(Text(f'  and {len(locks) - _LOCKS_SHOWN:,} more', style='red'))
+    return lines
+
+
+def rebalance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Plans, newest first."""
+    result = table('when', 'reason', 'leader', 'nodes', 'moved', 'took', right=('moved', 'took'))
+    for row in rows:
+        result.add_row(
+            f'{row["triggered_at"]:%Y-%m-%d %H:%M:%S}', printable(row['trigger_reason']), printable(row['leader_node']),
+            f'{row["nodes_before"]} → {row["nodes_after"]}', f'{row["tokens_moved"]:,}', f'{row["duration_ms"]} ms')
+    return result

@@ -1,0 +1,678 @@
+"""The exactly-once ledger: who executes a key, and that it completes once.
+
+A key is begun by one attempt at a time. Each attempt holds a fence; only the holder of the newest one can record the
+completion. What the user writes in the transaction that records it happens exactly once; everything else that an
+attempt does may happen again in a later attempt, if this one dies before its completion is recorded.
+"""
+from __future__ import annotations
+
+import datetime
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg2
+import psycopg2.errors
+
+from .errors import (
+    ClaimLost,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    JobSyncError,
+    NotEntered,
+    StoreTimeout,
+)
+from .process import is_known_dead, this_process
+from .store import executions
+from .store.executions import Holder, Row
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection  # noqa: N812
+
+    from .messages import Process
+    from .store.connection import Sessions
+    from .store.schema import Tables
+
+__all__ = [
+    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'Ledger', 'LocalLedger', 'check_key', 'current_execution', 'current_ledger',
+    'retention_seconds', 'set_current_ledger',
+]
+
+logger = logging.getLogger(__name__)
+
+#: How long a completed key is remembered, unless the caller says otherwise.
+DEFAULT_RETENTION = datetime.timedelta(days=7)
+#: Longest key, in bytes of UTF-8: it is a primary key.
+MAX_KEY_BYTES = 2000
+#: Longest result that is stored, in bytes of JSON.
+MAX_RESULT_BYTES = 1_000_000
+_MAX_RETENTION_SEC = 36_500 * 86_400.0
+_ERROR_LENGTH = 2000
+# PostgreSQL's jsonb has no NUL character; an even number of backslashes before it is an escaped backslash.
+_NUL_ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\u0000')
+_RACES = 10
+# Looks for an attempt that may have been begun: the server may execute a statement after its client gave up.
+_ORPHAN_TRIES = 5
+_FIRST_RETRY_SEC, _LAST_RETRY_SEC = 0.2, 2.0
+
+T = TypeVar('T')
+
+
+def check_key(key: object) -> str:
+    """The key, if the ledger can hold it.
+
+    Raises:
+        ConfigurationError: It is no string, empty, too long, or has characters that PostgreSQL cannot store.
+    """
+    if not isinstance(key, str):
+        raise ConfigurationError(f'execution key {key!r} is a {type(key).__name__}: give a string')
+    if not key or '\0' in key:
+        raise ConfigurationError(f'execution key {key!r}: give a non-empty string without NUL characters')
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(f'execution key {key!r} has lone surrogates: give text that UTF-8 can encode') from None
+    if size > MAX_KEY_BYTES:
+        raise ConfigurationError(f'execution key {key[:40]!r}... has {size} bytes, {MAX_KEY_BYTES} are allowed: use a hash of it')
+    return key
+
+
+def retention_seconds(retention: datetime.timedelta | float) -> float:
+    """Seconds of a retention that is given as a timedelta or as seconds.
+
+    Raises:
+        ConfigurationError: It is not more than zero, or more than 100 years.
+    """
+    seconds = retention.total_seconds() if isinstance(retention, datetime.timedelta) else retention
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= _MAX_RETENTION_SEC:
+        raise ConfigurationError(f'retention={retention!r}: give a timedelta or seconds, more than zero, at most 100 years')
+    return float(seconds)
+
+
+def _encode(result: object) -> str:
+    try:
+        text = json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f'a result of type {type(result).__name__} is no JSON ({error}): return what json.dumps takes, or use store_result=False') from None
+    if len(text) > MAX_RESULT_BYTES:
+        raise ConfigurationError(
+            f'a result has {len(text)} bytes of JSON, {MAX_RESULT_BYTES} are stored at most: store it elsewhere and return where it is')
+    if _NUL_ESCAPE.search(text):
+        raise ConfigurationError('a result has a NUL character, which PostgreSQL cannot store: remove it, or use store_result=False')
+    return text
+
+
+def _describe(error: BaseException) -> str:
+    text = f'{type(error).__name__}: {error}'.replace('\0', '?')[:_ERROR_LENGTH]
+    return text.encode(errors='replace').decode()
+
+
+class Execution:
+    """One attempt to execute a key.
+
+    Args:
+        ledger: Where it was begun.
+        key: The key.
+        fence: Greater than the fence of any earlier attempt of the key; 0 in single-node mode.
+        attempts: Attempts so far, this one included.
+        retention_sec: Seconds for which the completion is remembered.
+    """
+
+    def __init__(self, ledger: Ledger | LocalLedger, key: str, fence: int, attempts: int, retention_sec: float) -> None:
+        self.key = key
+        self.fence = fence
+        self.attempts = attempts
+        self.retention_sec = retention_sec
+        self._ledger = ledger
+        self._pid = os.getpid()
+        self._completed = False
+        self._foreign = False
+        self._result: Any = None
+        self._encoded: str | None = None
+        self._recorded: str | None = None
+
+    def __repr__(self) -> str:
+        return f'<Execution {self.key!r} fence={self.fence} attempts={self.attempts}>'
+
+    @property
+    def completed(self) -> bool:
+        """The completion is recorded, or written into a transaction of the caller's by `complete`."""
+        return self._completed
+
+    @property
+    def result(self) -> Any:
+        """What duplicates of the key get. Set it to anything that json.dumps takes.
+
+        Raises:
+            ConfigurationError: On setting: it is no JSON, longer than 1 MB, or has a NUL character.
+        """
+        return self._result
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._encoded = None if value is None else _encode(value)
+        self._result = value
+
+    def transaction(self) -> AbstractContextManager[PgConnection]:
+        """A transaction whose commit carries the completion: `with execution.transaction() as connection:`.
+
+        What the block writes on the connection (psycopg2's) happens exactly once, or not at all. Do not commit in the block.
+
+        Raises:
+            Fenced: Another attempt has taken the key over; the transaction was rolled back.
+            DatabaseUnavailable: The transaction was rolled back, or it is unknown whether it was committed; another attempt
+                of the key finds out.
+            ConfigurationError: In single-node mode, where there is no database.
+        """
+        return self._ledger._transaction(self)
+
+    def complete(self, cursor: Any, result: Any = None) -> None:
+        """Write the completion into a transaction that the caller has, and commits.
+
+        Args:
+            cursor: A DB-API cursor (psycopg2, psycopg, Django), a psycopg connection, or a SQLAlchemy Connection or Session, on
+                the database that holds JobSync's tables. It may see the key only if its snapshot is younger than this attempt.
+            result: What duplicates of the key get.
+
+        Raises:
+            Fenced: Another attempt has taken the key over. Roll back.
+            ConfigurationError: The result cannot be stored, or the cursor is an asynchronous one (use `acomplete`).
+        """
+        if result is not None:
+            self.result = result
+        statement = self._ledger._completion(self)
+        if statement is None:
+            self._completed = True
+            return
+        target, outcome = _send(cursor, *statement)
+        if inspect.isawaitable(outcome):
+            if inspect.iscoroutine(outcome):
+                outcome.close()
+            raise ConfigurationError(f'{type(cursor).__name__} is asynchronous: use `await execution.acomplete(cursor)`')
+        self._count(target, outcome)
+
+    async def acomplete(self, cursor: Any, result: Any = None) -> None:
+        """`complete` for the asynchronous cursors and connections of psycopg 3 and SQLAlchemy."""
+        if result is not None:
+            self.result = result
+        statement = self._ledger._completion(self)
+        if statement is None:
+            self._completed = True
+            return
+        target, outcome = _send(cursor, *statement)
+        self._count(target, await outcome if isinstance(outcome, Awaitable) else outcome)
+
+    def _count(self, target: Any, outcome: Any) -> None:
+        changed = getattr(outcome, 'rowcount', None)
+        if changed is None:
+            changed = target.rowcount
+        if changed != 1:
+            raise Fenced(f'another attempt has taken the key {self.key!r} over (or the transaction is older than this attempt): roll back')
+        self._completed = self._foreign = True
+        self._recorded = self._encoded
+
+
+def _send(cursor: Any, sql: str, parameters: tuple[object, ...]) -> tuple[Any, Any]:
+    if any(base.__module__.partition('.')[0] == 'sqlalchemy' for base in type(cursor).__mro__):
+        names = ('result', 'retention', 'key', 'fence')
+        text = importlib.import_module('sqlalchemy').text(sql % tuple(f':{name}' for name in names))
+        return cursor, cursor.execute(text, dict(zip(names, parameters, strict=True)))
+    if not callable(getattr(cursor, 'execute', None)) and callable(getattr(cursor, 'cursor', None)):
+        cursor = cursor.cursor()
+    if not callable(getattr(cursor, 'execute', None)):
+        raise ConfigurationError(f'{type(cursor).__name__} has no execute(): give a DB-API cursor, or a SQLAlchemy connection or session')
+    return cursor, cursor.execute(sql, parameters)
+
+
+class LocalLedger:
+    """The ledger of single-node mode: every key runs, nothing is remembered, no database is needed."""
+
+    def begin(self, key: str, retention_sec: float) -> Execution:
+        """Always an attempt."""
+        return Execution(self, check_key(key), 0, 1, retention_sec)
+
+    def finish(self, execution: Execution) -> None:
+        """Mark the attempt as completed."""
+        execution._completed = True
+
+    def fail(self, execution: Execution, error: BaseException) -> None:
+        """Nothing to record."""
+
+    def abandon(self, execution: Execution) -> None:
+        """Nothing to record."""
+
+    def release(self, pid: int) -> int:
+        """Nothing to release."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _transaction(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+        raise ConfigurationError('execution.transaction() needs a database: single-node mode has none; give the Job a CoordinationConfig')
+
+    def _completion(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
+        return None
+
+
+@dataclass
+class _Loose:
+    """An attempt whose end could not be recorded yet."""
+
+    key: str
+    holder: Holder
+    fence: int | None
+    retention_sec: float
+    completed: bool = False
+    result: str | None = None
+    error: str = ''
+    tries: int = 0
+
+
+@dataclass
+class _Local:
+    """What one process knows: a forked child begins with nothing."""
+
+    process: Process
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    held: set[str] = field(default_factory=set)
+    loose: dict[str, _Loose] = field(default_factory=dict)
+    thread: threading.Thread | None = None
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+class Ledger:
+    """Executions of one node, recorded in the cluster's database.
+
+    It may be inherited by forked children: each has connections of its own and is recorded as a process of its own.
+    An attempt whose end cannot be recorded (the database is away, or the caller's transaction is still open) is settled by a
+    background thread of its process, so that no key stays taken while its process lives.
+
+    Args:
+        sessions: Connections to the database.
+        tables: Names of the tables.
+        node: This node's name.
+        incarnation: Gives this node's present incarnation.
+    """
+
+    def __init__(self, sessions: Sessions, tables: Tables, node: str, incarnation: Callable[[], str]) -> None:
+        self._sessions = sessions
+        self._tables = tables
+        self._node = node
+        self._incarnation = incarnation
+        self._locals: dict[int, _Local] = {}
+
+    def begin(self, key: str, retention_sec: float) -> Execution:
+        """Begin an attempt.
+
+        Args:
+            key: The key, at most 2000 bytes.
+            retention_sec: Seconds for which its completion is remembered.
+
+        Raises:
+            DuplicateExecution: The key was completed; `.result` is its stored result.
+            ExecutionRunning: Another attempt is running.
+            ClaimLost: This node was evicted; it rejoins by itself. Nothing was begun.
+            DatabaseUnavailable: Nothing was begun.
+        """
+        check_key(key)
+        here = self._here()
+        with here.lock:
+            if key in here.held:
+                raise _running(key)
+            here.held.add(key)
+        begun = False
+        try:
+            loose = here.loose.get(key)
+            if loose is not None and loose.fence is None:
+                self._forget(here, loose)  # begin itself takes over what this process does not hold
+            elif loose is not None and not self._settle(here, loose):
+                raise _running(key)
+            holder = Holder(self._node, self._incarnation(), here.process)
+            fence, attempts = self._begin(here, key, holder, retention_sec)
+            begun = True
+        finally:
+            if not begun:
+                with here.lock:
+                    here.held.discard(key)
+        return Execution(self, key, fence, attempts, retention_sec)
+
+    def _begin(self, here: _Local, key: str, holder: Holder, retention_sec: float) -> tuple[int, int]:
+        try:
+            return self._call(lambda connection: self._claim(connection, key, holder))
+        except (ClaimLost, DuplicateExecution, ExecutionRunning, psycopg2.Error):
+            raise
+        except BaseException:
+            # The attempt may be begun and its reply lost: then nobody else could begin it while this process lives.
+            self._loosen(here, _Loose(key, holder, None, retention_sec, error='begun, but the database did not answer'))
+            raise
+
+    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> tuple[int, int]:
+        for _ in range(_RACES):
+            try:
+                row = executions.begin(connection, self._tables, key, holder)
+            except psycopg2.errors.LockNotAvailable:
+                # A transaction that completes the key is open.
+                raise _running(key) from None
+            if row.began:
+                return row.fence, row.attempts
+            if not row.registered:
+                raise ClaimLost(
+                    f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
+                    'an evicted node rejoins by itself: try again')
+            if row.free or row.state is None:
+                continue
+            if row.state == 'done':
+                duplicate = DuplicateExecution(f'the key {key!r} was already completed')
+                vars(duplicate).update(key=key, result=row.result)
+                raise duplicate
+            if row.holder is None or not self._is_gone(row, holder):
+                raise _running(key)
+            taken = executions.take_over(connection, self._tables, key, holder, row.fence)
+            if taken is not None:
+                return taken
+        raise _running(key)
+
+    @staticmethod
+    def _is_gone(row: Row, me: Holder) -> bool:
+        # A row of this very process that it does not hold is an attempt whose reply was lost.
+        return row.holder is not None and (row.holder == me or is_known_dead(row.holder.process))
+
+    def finish(self, execution: Execution) -> None:
+        """Record that the attempt completed, unless `transaction` or `complete` did.
+
+        Raises:
+            Fenced: Another attempt has taken the key over.
+            DatabaseUnavailable: The completion is not known to be recorded; the key may run again.
+            JobSyncError: The transaction that `complete` wrote into was rolled back.
+        """
+        here = self._here()
+        if execution._pid != here.process.pid:
+            return
+        try:
+            if execution._foreign:
+                self._check_committed(here, execution)
+            elif not execution._completed:
+                self._finish(here, execution)
+            self._add_result(execution)
+        finally:
+            with here.lock:
+                here.held.discard(execution.key)
+
+    def _finish(self, here: _Local, execution: Execution) -> None:
+        try:
+            finished = self._call(lambda connection: self._record(connection, execution.key, execution.fence, execution._encoded,
+                                                                  execution.retention_sec))
+        except DatabaseUnavailable as error:
+            self._loosen(here, self._loose(here, execution, completed=True))
+            raise type(error)(
+                f'{execution.key!r} was executed, but the database could not record its completion ({error}); '
+                'it is tried again in the background, and until it succeeds another attempt may run') from error
+        except psycopg2.Error:
+            raise
+        except BaseException:  # a time limit's signal, for one, may strike here
+            self._loosen(here, self._loose(here, execution, completed=True))
+            raise
+        if not finished:
+            raise Fenced(f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
+        execution._completed = True
+        execution._recorded = execution._encoded
+
+    def _record(self, connection: PgConnection, key: str, fence: int, result: str | None, retention_sec: float) -> bool:
+        try:
+            return executions.finish(connection, self._tables, key, fence, result, retention_sec)
+        except psycopg2.DataError as error:
+            if result is None:
+                raise
+            logger.warning('key=%s completed without its result, which the database refuses: %s', key, error)
+            return executions.finish(connection, self._tables, key, fence, None, retention_sec)
+
+    def _check_committed(self, here: _Local, execution: Execution) -> None:
+        error = 'the transaction that complete() wrote into was rolled back'
+        state = self._end(here, execution, error)
+        if state == 'failed':
+            raise JobSyncError(f'{execution.key!r}: {error}; the key may run again')
+        if state is None:
+            raise Fenced(f'another attempt has taken the key {execution.key!r} over')
+
+    def _add_result(self, execution: Execution) -> None:
+        text = execution._encoded
+        if text is None or execution._recorded == text or not execution._completed:
+            return
+        try:
+            self._call(lambda connection: executions.add_result(connection, self._tables, execution.key, execution.fence, text))
+        except (DatabaseUnavailable, psycopg2.DataError) as error:
+            logger.warning('key=%s completed without its result: %s', execution.key, error)
+
+    def fail(self, execution: Execution, error: BaseException) -> None:
+        """Record that the attempt failed, so that anybody may begin the next one at once. Raises nothing: `error` goes on."""
+        here = self._here()
+        if execution._pid != here.process.pid:
+            return
+        try:
+            self._end(here, execution, _describe(error))
+        except DatabaseUnavailable as trouble:
+            logger.warning('key=%s failed, which could not be recorded yet: %s', execution.key, trouble)
+        except psycopg2.Error:
+            logger.exception('key=%s failed, which could not be recorded', execution.key)
+        finally:
+            with here.lock:
+                here.held.discard(execution.key)
+
+    def _end(self, here: _Local, execution: Execution, error: str) -> str | None:
+        loose = self._loose(here, execution, error=error)
+        try:
+            state = self._call(lambda connection: executions.settle(
+                connection, self._tables, execution.key, execution.fence, error, execution.retention_sec))
+        except DatabaseUnavailable:
+            self._loosen(here, loose)
+            raise
+        if state == 'running':
+            self._loosen(here, loose)
+        return state
+
+    def abandon(self, execution: Execution) -> None:
+        """Let go of an attempt that will not run, without waiting for the database."""
+        here = self._here()
+        if execution._pid == here.process.pid:
+            self._loosen(here, self._loose(here, execution, error='abandoned'))
+            with here.lock:
+                here.held.discard(execution.key)
+
+    def release(self, pid: int) -> int:
+        """Let others take over what a lost child of this node was executing; returns how many keys.
+
+        Args:
+            pid: The child's process id; the caller knows that it is dead.
+
+        Raises:
+            DatabaseUnavailable: Nothing is known to be released; call it again.
+        """
+        return self._call(lambda connection: executions.release(
+            connection, self._tables, self._node, self._incarnation(), pid, 'its process was lost', DEFAULT_RETENTION.total_seconds()))
+
+    def close(self) -> None:
+        """Try once more to record what could not be recorded, then stop trying."""
+        here = self._here()
+        here.closing.set()
+        try:
+            self._settle_all(here)
+        except DatabaseUnavailable as error:
+            logger.warning('%d executions end unrecorded; they may run again when this node is gone: %s', len(here.loose), error)
+
+    # --- inside ---
+
+    def _here(self) -> _Local:
+        pid = os.getpid()
+        here = self._locals.get(pid)
+        return here if here is not None else self._locals.setdefault(pid, _Local(this_process()))
+
+    def _call(self, action: Callable[[PgConnection], T]) -> T:
+        """Run statements that each commit by themselves; a second time on a new connection, if the first connection was lost."""
+        try:
+            return self._call_once(action)
+        except StoreTimeout:
+            raise
+        except DatabaseUnavailable:
+            return self._call_once(action)
+
+    def _call_once(self, action: Callable[[PgConnection], T]) -> T:
+        with self._sessions.session() as connection:
+            connection.autocommit = True
+            try:
+                return action(connection)
+            finally:
+                if not connection.closed:
+                    connection.autocommit = False
+
+    def _loose(self, here: _Local, execution: Execution, *, completed: bool = False, error: str = '') -> _Loose:
+        holder = Holder(self._node, self._incarnation(), here.process)
+        return _Loose(execution.key, holder, execution.fence, execution.retention_sec, completed, execution._encoded, error)
+
+    def _loosen(self, here: _Local, loose: _Loose) -> None:
+        with here.lock:
+            here.loose[loose.key] = loose
+            if here.thread is None and not here.closing.is_set():
+                here.thread = threading.Thread(target=self._tend, args=(here,), name='jobsync ledger', daemon=True)
+                here.thread.start()
+
+    def _tend(self, here: _Local) -> None:
+        delay = _FIRST_RETRY_SEC
+        while not here.closing.wait(delay):
+            try:
+                self._settle_all(here)
+            except DatabaseUnavailable as error:
+                logger.debug('executions=%d still unrecorded: %s', len(here.loose), error)
+            with here.lock:
+                if not here.loose:
+                    here.thread = None
+                    return
+            delay = min(2 * delay, _LAST_RETRY_SEC)
+
+    def _settle_all(self, here: _Local) -> None:
+        for loose in list(here.loose.values()):
+            with here.lock:
+                if loose.key in here.held or here.loose.get(loose.key) is not loose:
+                    continue
+                here.held.add(loose.key)  # so that the key does not begin here while its last attempt ends
+            try:
+                self._settle(here, loose)
+            except psycopg2.Error:
+                logger.exception('key=%s cannot be settled', loose.key)
+                self._forget(here, loose)
+            finally:
+                with here.lock:
+                    here.held.discard(loose.key)
+
+    def _settle(self, here: _Local, loose: _Loose) -> bool:
+        """Record the end of an attempt; False while the caller's transaction is still open."""
+        if loose.fence is None:
+            process = loose.holder.process
+            released = self._call(lambda connection: executions.release(
+                connection, self._tables, loose.holder.node, loose.holder.incarnation, process.pid, loose.error, loose.retention_sec,
+                loose.key))
+            loose.tries += 1
+            if not released and loose.tries < _ORPHAN_TRIES:
+                return False
+        elif loose.completed:
+            fence = loose.fence
+            finished = self._call(lambda connection: self._record(connection, loose.key, fence, loose.result, loose.retention_sec))
+            logger.info('key=%s recorded=%s after the database had been away', loose.key, finished)
+        else:
+            fence = loose.fence
+            state = self._call(lambda connection: executions.settle(
+                connection, self._tables, loose.key, fence, loose.error, loose.retention_sec))
+            if state == 'running':
+                return False
+        self._forget(here, loose)
+        return True
+
+    @staticmethod
+    def _forget(here: _Local, loose: _Loose) -> None:
+        with here.lock:
+            if here.loose.get(loose.key) is loose:
+                del here.loose[loose.key]
+
+    @contextmanager
+    def _transaction(self, execution: Execution) -> Iterator[PgConnection]:
+        if execution._completed:
+            raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
+        with self._sessions.session() as connection:
+            marker = f'{execution.fence} {execution.key}'
+            with connection.cursor() as cursor:
+                # The limits of short calls are not those of the user's work; and the marker tells whether this very
+                # transaction is still open at the end.
+                cursor.execute(
+                    "SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true),"
+                    " set_config('idle_in_transaction_session_timeout', '0', true), set_config('jobsync.execution', %s, true)", (marker,))
+            yield connection
+            encoded = execution._encoded
+            if not executions.finish(
+                    connection, self._tables, execution.key, execution.fence, encoded, execution.retention_sec, marker=marker):
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT current_setting('jobsync.execution', true)")
+                    if cursor.fetchall() != [(marker,)]:
+                        raise JobSyncError(
+                            f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
+                            'are not those of the completion: leave that to the end of the block')
+                raise Fenced(f'another attempt has taken the key {execution.key!r} over; the transaction is rolled back')
+        execution._completed = True
+        execution._recorded = encoded
+
+    def _completion(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
+        parameters = executions.finish_parameters(execution.key, execution.fence, execution._encoded, execution.retention_sec)
+        return executions.finish_sql(self._tables), parameters
+
+
+def _running(key: str) -> ExecutionRunning:
+    running = ExecutionRunning(f'the key {key!r} is being executed right now; try again later')
+    vars(running).update(key=key)
+    return running
+
+
+_ledger: Ledger | LocalLedger | None = None
+_execution: ContextVar[Execution | None] = ContextVar('jobsync_execution', default=None)
+
+
+def set_current_ledger(ledger: Ledger | LocalLedger | None) -> None:
+    """Make `ledger` the one of this process, and of the children that it forks from now on."""
+    global _ledger
+    _ledger = ledger
+
+
+def current_ledger() -> Ledger | LocalLedger:
+    """The ledger of this process.
+
+    Raises:
+        NotEntered: This process has entered no Job.
+    """
+    if _ledger is None:
+        raise NotEntered(
+            'this process has entered no Job, so it cannot tell what was executed before: call this inside `with Job(...)`, '
+            'or inside `with Job(name)` for single-node mode, where everything just runs')
+    return _ledger
+
+
+def current_execution() -> Execution:
+    """The attempt that is running here: inside of an `exactly_once` function, or of a `job.once(...)` block.
+
+    Raises:
+        NotEntered: Nothing of the kind is running in this context.
+    """
+    execution = _execution.get()
+    if execution is None:
+        raise NotEntered('no execution is running here: call this inside of an @exactly_once function or a job.once() block')
+    return execution

@@ -1,0 +1,80 @@
+r"""Node-name patterns of locks: SQL LIKE (`%` any text, `_` one character, `\` escapes), case-sensitive, tried in order.
+
+A pattern without `@` also matches the part of a node name before its `@`, because worker names often end in `@host`.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+
+from .errors import ConfigurationError
+
+__all__ = ['check_patterns', 'compile_pattern', 'eligible', 'matched_pattern', 'matches']
+
+_PIECE = re.compile(r'\\(.)|(%+)|(_)|(.)', re.DOTALL)
+
+
+@lru_cache(maxsize=4096)
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern, for `fullmatch`."""
+    pieces = []
+    for escaped, anything, single, literal in _PIECE.findall(pattern):
+        if anything:
+            pieces.append('.*')
+        elif single:
+            pieces.append('.')
+        else:
+            pieces.append(re.escape(escaped or literal))
+    return re.compile(''.join(pieces), re.DOTALL)
+
+
+def matches(pattern: str, node_name: str) -> bool:
+    """Whether the pattern matches the node name, or its part before `@` where the pattern has none."""
+    expression = compile_pattern(pattern)
+    if expression.fullmatch(node_name):
+        return True
+    return '@' not in pattern and '@' in node_name and expression.fullmatch(node_name.partition('@')[0]) is not None
+
+
+def matched_pattern(patterns: Sequence[str], names: Iterable[str]) -> str | None:
+    """The first of the patterns that matches one of the names; None where none does."""
+    known = names if isinstance(names, Collection) else list(names)
+    return next((pattern for pattern in patterns if any(matches(pattern, name) for name in known)), None)
+
+
+def eligible(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
+    """The names that the first pattern with a match matches; empty where no pattern matches."""
+    known = names if isinstance(names, Collection) else list(names)
+    for pattern in patterns:
+        found = frozenset(name for name in known if matches(pattern, name))
+        if found:
+            return found
+    return frozenset()
+
+
+def check_patterns(value: object) -> tuple[str, ...]:
+    """The patterns of a lock from what a caller gave: one, or several in order.
+
+    Raises:
+        ConfigurationError: No pattern, no text, NUL in it, or a `\\` that escapes nothing.
+    """
+    if isinstance(value, str):
+        patterns: tuple[object, ...] = (value,)
+    elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        patterns = tuple(value)
+    else:
+        raise ConfigurationError(f"node_patterns={value!r}: give a pattern such as 'gpu-%', or a list of them")
+    if not patterns:
+        raise ConfigurationError('node_patterns is empty: give at least one pattern; \'%\' matches every node')
+    return tuple(_checked(pattern) for pattern in patterns)
+
+
+def _checked(pattern: object) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigurationError(f"node pattern {pattern!r}: give a non-empty string such as 'gpu-%'")
+    if '\0' in pattern:
+        raise ConfigurationError(f'node pattern {pattern!r} contains a NUL character: remove it')
+    if (len(pattern) - len(pattern.rstrip('\\'))) % 2:
+        raise ConfigurationError(f'node pattern {pattern!r} ends in a backslash that escapes nothing: double it, or remove it')
+    return pattern

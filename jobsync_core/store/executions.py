@@ -1,0 +1,237 @@
+"""The ledger's rows: one per key, with the fence that only its newest attempt holds.
+
+`begin` is a compare-and-swap in one statement: it looks at the row in the statement's snapshot, decides there whether
+the key is free, and takes it only if the row is still the one that it looked at. So a decision never mixes an old view
+of the node table with a newer row, and duplicates of a completed key cost a read and no lock.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..messages import Process
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection  # noqa: N812
+
+    from .schema import Tables
+
+__all__ = [
+    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'lookup', 'release', 'settle', 'take_over',
+]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who executes: a node's incarnation, and the process that runs for it."""
+
+    node: str
+    incarnation: str
+    process: Process
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `begin` or `lookup` found.
+
+    Args:
+        began: The caller holds the key now, by `fence`.
+        registered: The caller's incarnation is in the node table; without that nothing is begun.
+        state: 'running', 'done' or 'failed'; None where there is no row.
+        free: The row may be taken over, but another process has just done so: ask again.
+        holder: Who holds or held the key.
+    """
+
+    began: bool
+    registered: bool
+    state: str | None
+    free: bool
+    fence: int
+    attempts: int
+    result: Any
+    holder: Holder | None
+
+
+_SEEN = """
+    SELECT e.key, e.state, e.fence, e.attempts, e.node, e.incarnation, e.host, e.boot_id, e.pid_namespace, e.pid, e.started,
+           CASE WHEN e.state = 'done' THEN e.result END AS result,
+           CASE e.state
+               WHEN 'failed' THEN true
+               WHEN 'done' THEN coalesce(e.expires_at <= now(), false)
+               ELSE NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
+           END AS free
+    FROM {execution} AS e
+    WHERE e.key = %(key)s"""
+
+# A new row's fence is the id of the transaction that makes it, not 1: so fences of a key rise even across the deletion
+# of its expired row, and an attempt that slept through that deletion is still told apart.
+_BEGIN = """
+WITH seen AS (""" + _SEEN + """
+), begun AS (
+    INSERT INTO {execution} AS e
+        (key, state, node, incarnation, host, boot_id, pid_namespace, pid, started, fence, attempts, started_at)
+    SELECT %(key)s, 'running', me.name, me.incarnation, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s,
+           pg_current_xact_id()::text::bigint, 1, now()
+    FROM {node} AS me LEFT JOIN seen ON true
+    WHERE me.name = %(node)s AND me.incarnation = %(incarnation)s AND coalesce(seen.free, true)
+    ON CONFLICT (key) DO UPDATE SET
+        state = 'running', node = excluded.node, incarnation = excluded.incarnation, host = excluded.host, boot_id = excluded.boot_id,
+        pid_namespace = excluded.pid_namespace, pid = excluded.pid, started = excluded.started,
+        fence = greatest(e.fence + 1, excluded.fence), attempts = CASE e.state WHEN 'done' THEN 1 ELSE e.attempts + 1 END,
+        started_at = now(), finished_at = NULL, result = NULL, error = NULL, expires_at = NULL
+    WHERE (e.fence, e.state) = (SELECT fence, state FROM seen)
+    RETURNING e.fence, e.attempts
+)
+SELECT begun.fence IS NOT NULL, EXISTS (SELECT FROM {node} WHERE name = %(node)s AND incarnation = %(incarnation)s),
+       seen.state, seen.free, coalesce(begun.fence, seen.fence), coalesce(begun.attempts, seen.attempts), seen.result,
+       seen.node, seen.incarnation, seen.host, seen.boot_id, seen.pid_namespace, seen.pid, seen.started
+FROM (VALUES (1)) AS always LEFT JOIN begun ON true LEFT JOIN seen ON true"""
+
+_LOOKUP = """
+SELECT false, true, seen.state, seen.free, seen.fence, seen.attempts, seen.result,
+       seen.node, seen.incarnation, seen.host, seen.boot_id, seen.pid_namespace, seen.pid, seen.started
+FROM (""" + _SEEN + """
+) AS seen"""
+
+_TAKE_OVER = """
+UPDATE {execution} AS e
+SET node = me.name, incarnation = me.incarnation, host = %(host)s, boot_id = %(boot_id)s, pid_namespace = %(pid_namespace)s,
+    pid = %(pid)s, started = %(started)s, fence = greatest(e.fence + 1, pg_current_xact_id()::text::bigint),
+    attempts = e.attempts + 1, started_at = now()
+FROM {node} AS me
+WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s AND me.incarnation = %(incarnation)s
+RETURNING e.fence, e.attempts"""
+
+# 'done' as well, so that an attempt whose reply was lost can record its completion again. clock_timestamp(), because the
+# transaction may be older than the attempt.
+_FINISH = """
+UPDATE {execution}
+SET state = 'done', result = CAST(%s AS jsonb), error = NULL, finished_at = clock_timestamp(),
+    expires_at = clock_timestamp() + make_interval(secs => %s)
+WHERE key = %s AND fence = %s AND state IN ('running', 'done')"""
+
+_IN_TRANSACTION = " AND current_setting('jobsync.execution', true) = %s"
+
+_ADD_RESULT = """
+UPDATE {execution} SET result = CAST(%s AS jsonb) WHERE key = %s AND fence = %s AND state = 'done' AND result IS NULL"""
+
+# SKIP LOCKED: whoever holds the row's lock is a transaction that is about to complete the key, or to roll that back.
+_SETTLE = """
+WITH loose AS (
+    SELECT key FROM {execution} WHERE key = %(key)s AND fence = %(fence)s AND state = 'running' FOR UPDATE SKIP LOCKED
+), failed AS (
+    UPDATE {execution} AS e
+    SET state = 'failed', error = %(error)s, finished_at = now(), expires_at = now() + make_interval(secs => %(retention)s)
+    FROM loose WHERE e.key = loose.key
+    RETURNING e.key
+)
+SELECT CASE WHEN EXISTS (SELECT FROM failed) THEN 'failed' ELSE e.state END
+FROM {execution} AS e WHERE e.key = %(key)s AND e.fence = %(fence)s"""
+
+_RELEASE = """
+UPDATE {execution}
+SET state = 'failed', error = %(error)s, finished_at = now(), expires_at = now() + make_interval(secs => %(retention)s)
+WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AND pid = %(pid)s
+  AND (%(key)s::text IS NULL OR key = %(key)s)"""
+
+
+def _sql(text: str, tables: Tables) -> str:
+    return text.format(execution=tables.execution, node=tables.node)
+
+
+def _parameters(key: str, holder: Holder) -> dict[str, object]:
+    process = holder.process
+    return {
+        'key': key, 'node': holder.node, 'incarnation': holder.incarnation, 'host': process.host, 'boot_id': process.boot_id,
+        'pid_namespace': process.pid_namespace, 'pid': process.pid, 'started': process.started}
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    began, registered, state, free, fence, attempts, result, node, incarnation, host, boot_id, pid_namespace, pid, started = values
+    holder = None
+    if state is not None:
+        process = Process(host=host or '', boot_id=boot_id or '', pid_namespace=pid_namespace or '', pid=pid or 0, started=started or '')
+        holder = Holder(node or '', str(incarnation or ''), process)
+    return Row(began, registered, state, bool(free), fence or 0, attempts or 0, result, holder)
+
+
+def begin(connection: PgConnection, tables: Tables, key: str, holder: Holder) -> Row:
+    """Take the key if it is new, failed, expired, or running under an incarnation that is no longer in the node table.
+
+    A row with `began` false and `free` true, or with no state, lost a race: ask again.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_BEGIN, tables), _parameters(key, holder))
+        return _row(cursor.fetchall()[0])
+
+
+def take_over(connection: PgConnection, tables: Tables, key: str, holder: Holder, fence: int) -> tuple[int, int] | None:
+    """Take a running key whose holder is known to be dead, if its fence is still `fence`; returns the new fence and attempts."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_TAKE_OVER, tables), {**_parameters(key, holder), 'fence': fence})
+        rows = cursor.fetchall()
+    return (rows[0][0], rows[0][1]) if rows else None
+
+
+def lookup(connection: PgConnection, tables: Tables, key: str) -> Row | None:
+    """The key's row as it is; None where there is none."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_LOOKUP, tables), {'key': key})
+        rows = cursor.fetchall()
+    return _row(rows[0]) if rows else None
+
+
+def finish_sql(tables: Tables) -> str:
+    """The statement that completes a key, for a transaction of the user's; it takes `finish_parameters` in their order."""
+    return _sql(_FINISH, tables)
+
+
+def finish_parameters(key: str, fence: int, result: str | None, retention_sec: float) -> tuple[object, ...]:
+    """Parameters of `finish_sql`."""
+    return (result, retention_sec, key, fence)
+
+
+def finish(
+    connection: PgConnection, tables: Tables, key: str, fence: int, result: str | None, retention_sec: float, marker: str | None = None,
+) -> bool:
+    """Record the completion; False where another attempt holds the key.
+
+    Args:
+        result: JSON text.
+        marker: If given, only in the transaction that has it as its local setting `jobsync.execution`.
+    """
+    sql, parameters = finish_sql(tables), finish_parameters(key, fence, result, retention_sec)
+    if marker is not None:
+        sql, parameters = sql + _IN_TRANSACTION, (*parameters, marker)
+    with connection.cursor() as cursor:
+        cursor.execute(sql, parameters)
+        return cursor.rowcount == 1
+
+
+def add_result(connection: PgConnection, tables: Tables, key: str, fence: int, result: str) -> None:
+    """Store the result of a completion that carried none."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_ADD_RESULT, tables), (result, key, fence))
+
+
+def settle(connection: PgConnection, tables: Tables, key: str, fence: int, error: str, retention_sec: float) -> str | None:
+    """End an attempt that did not complete: it becomes 'failed', unless a transaction that completes it is under way.
+
+    Returns the state that the attempt is in now: 'failed', 'done', 'running' (its row is locked: ask again later), or None
+    where another attempt holds the key.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_SETTLE, tables), {'key': key, 'fence': fence, 'error': error, 'retention': retention_sec})
+        rows = cursor.fetchall()
+    return rows[0][0] if rows else None
+
+
+def release(
+    connection: PgConnection, tables: Tables, node: str, incarnation: str, pid: int, error: str, retention_sec: float,
+    key: str | None = None,
+) -> int:
+    """Let others take over what a process of this incarnation was running (or its one `key`); returns how many keys."""
+    parameters = {'node': node, 'incarnation': incarnation, 'pid': pid, 'error': error, 'retention': retention_sec, 'key': key}
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_RELEASE, tables), parameters)
+        return cursor.rowcount

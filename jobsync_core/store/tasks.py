@@ -1,0 +1,123 @@
+"""Rows of the claim and audit tables: which tasks nodes have begun, and which they have finished."""
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+    from .schema import Tables
+
+__all__ = ['audit', 'claim', 'get_audit', 'is_taken', 'release_claims']
+
+
+def claim(
+    connection: PgConnection, tables: Tables, node: str, incarnation: str, date: datetime.date, rows: Sequence[tuple[str, int]],
+) -> list[str]:
+    """Record durably that `node` takes tasks; what is refused belongs to somebody else.
+
+    A task is accepted when the database names this life of the node as owner of the token, nobody has audited the task for
+    the date, and no other live node has claimed it; or when this life of the node has a claim already. The assignment rows
+    are share-locked meanwhile: a hand-over of the token comes wholly before (then the claim is refused) or wholly after
+    (then the new owner sees the claim).
+
+    Args:
+        connection: Where to write. If no transaction is open on it, the claims are committed when this returns.
+        tables: Names of the tables.
+        node: The node's name.
+        incarnation: Its present life.
+        date: The date of the audit.
+        rows: Task id as text, and its token.
+
+    Returns:
+        The texts that were accepted.
+    """
+    if not rows:
+        return []
+    texts = sorted({text for text, _ in rows})
+    params = {
+        'node': node, 'incarnation': incarnation, 'date': date, 'texts': texts,
+        'task_ids': [text for text, _ in rows], 'tokens': [token for _, token in rows],
+    }
+    # Alone it is one round trip and one implicit transaction; there is no moment at which a stopped process would hold the locks.
+    own = connection.info.transaction_status == TRANSACTION_STATUS_IDLE and not connection.autocommit
+    if own:
+        connection.autocommit = True
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(_claim_sql(tables), params)
+            return [row[0] for row in cursor.fetchall()]
+    finally:
+        if own and not connection.closed:
+            connection.autocommit = False
+
+
+def _claim_sql(tables: Tables) -> str:
+    # The audit is looked at twice. An old owner that audits while this waits for its claim row shows only to a statement
+    # that begins afterwards.
+    return f'''
+        WITH wanted AS MATERIALIZED (
+            SELECT DISTINCT w.task_id, w.token FROM unnest(%(task_ids)s::text[], %(tokens)s::int[]) AS w (task_id, token)
+            WHERE NOT EXISTS (SELECT FROM {tables.audit} AS a WHERE a.task_id = w.task_id AND a.date = %(date)s)
+        ), mine AS MATERIALIZED (
+            SELECT w.task_id, w.token FROM wanted AS w JOIN {tables.assignment} AS a ON a.tokens @> w.token
+            WHERE a.node = %(node)s
+              AND EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = %(node)s AND n.incarnation = %(incarnation)s)
+            ORDER BY a.tokens FOR SHARE OF a
+        )
+        INSERT INTO {tables.claim} AS c (node, task_id, created_on, date, token, incarnation)
+        SELECT %(node)s, task_id, now(), %(date)s, token, %(incarnation)s FROM mine ORDER BY task_id
+        ON CONFLICT (task_id, date) DO UPDATE
+            SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation
+            WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation);
+        DELETE FROM {tables.claim} AS c USING {tables.audit} AS a
+            WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s AND a.task_id = c.task_id AND a.date = c.date;
+        SELECT c.task_id FROM {tables.claim} AS c JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
+            WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s AND c.incarnation = %(incarnation)s
+            ORDER BY c.task_id
+    '''
+
+
+def audit(connection: PgConnection, tables: Tables, node: str, date: datetime.date, texts: Iterable[str]) -> None:
+    """Record tasks as finished by `node` for the date, and drop its claims on them."""
+    params = {'node': node, 'date': date, 'texts': sorted(set(texts))}
+    if not params['texts']:
+        return
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            INSERT INTO {tables.audit} (created_on, node, task_id, date)
+            SELECT now(), %(node)s, task_id, %(date)s FROM unnest(%(texts)s::text[]) AS t (task_id)
+            ON CONFLICT DO NOTHING;
+            DELETE FROM {tables.claim} WHERE node = %(node)s AND date = %(date)s AND task_id = ANY(%(texts)s::text[])
+            ''', params)
+
+
+def get_audit(connection: PgConnection, tables: Tables, date: datetime.date) -> list[dict[str, Any]]:
+    """Who finished what for the date, in the order of recording: {'node', 'task_id'}."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT node, task_id FROM {tables.audit} WHERE date = %s ORDER BY created_on, task_id', (date,))
+        return [{'node': node, 'task_id': task_id} for node, task_id in cursor.fetchall()]
+
+
+def is_taken(connection: PgConnection, tables: Tables, node: str, date: datetime.date, text: str) -> bool:
+    """Whether the task is audited for the date by anybody, or claimed for it by a live node other than `node`."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT EXISTS (SELECT FROM {tables.audit} WHERE task_id = %(text)s AND date = %(date)s)
+                OR EXISTS (SELECT FROM {tables.claim} AS c JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
+                           WHERE c.task_id = %(text)s AND c.date = %(date)s AND c.node <> %(node)s)
+            ''', {'node': node, 'date': date, 'text': text})
+        row = cursor.fetchone()
+        return bool(row and row[0])
+
+
+def release_claims(connection: PgConnection, tables: Tables, node: str, incarnation: str) -> None:
+    """Delete the claims of this life of the node."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'DELETE FROM {tables.claim} WHERE node = %s AND incarnation = %s', (node, incarnation))

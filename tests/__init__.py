@@ -1,0 +1,1 @@
+"""Tests of JobSync. Each name states the property that holds."""

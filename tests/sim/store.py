@@ -1,0 +1,363 @@
+"""The store of the simulation: answers each request of messages.py at one instant, as store/control.py does in one transaction."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from jobsync_core.leader import Decision, Pin, decide
+from jobsync_core.messages import (
+    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Member, Mismatch,
+    Observe, Observed, Occupied, Process, Range, Refresh, Reply, Request, Segment, Sign, Take, Taken,
+)
+
+__all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
+
+
+class Overlap(Exception):
+    """Two rows of the assignment table share a token: the exclusion constraint refuses them."""
+
+
+def mask_of(ranges: Iterable[Range]) -> int:
+    """The tokens of the ranges as the bits of an int."""
+    mask = 0
+    for lo, hi in ranges:
+        mask |= (1 << hi) - (1 << lo)
+    return mask
+
+
+def task_key(text: str) -> int:
+    """Stands for hashing.task_key; the tasks of the simulation are named `token.number`."""
+    token, _, number = text.partition('.')
+    return int(token) * 1000 + int(number)
+
+
+def token_of(text: str) -> int:
+    """Token of a simulated task."""
+    return int(text.partition('.')[0])
+
+
+@dataclass
+class Row:
+    """One row of the node table."""
+
+    name: str
+    incarnation: str
+    process: Process
+    created_on: float
+    state: str
+    weight: float
+    beat: int = 0
+
+    @property
+    def sign(self) -> Sign:
+        return Sign(self.name, self.incarnation, self.beat)
+
+    @property
+    def member(self) -> Member:
+        return Member(self.name, self.incarnation, self.beat, self.created_on, self.state, self.weight)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One row of the lock table; `expires_at` by the database's clock."""
+
+    token: int
+    patterns: tuple[str, ...]
+    created_at: float
+    expires_at: float | None = None
+
+
+#: What a plan depends on: nodes with their lives, states and weights, and the version of the locks.
+Fingerprint = tuple[tuple[tuple[str, str, str, float], ...], int]
+
+
+@dataclass
+class SimStore:
+    """All tables of one cluster.
+
+    `clock` is the database's wall clock, which the world sets before each request; it may jump. `outbox` holds the
+    notifications of the last request. `on_plan` is told of each plan before it is written.
+    """
+
+    total_tokens: int
+    hash_function: str = 'double_sha256'
+    clock: float = 0.0
+    version: int = 0
+    lock_version: int = 0
+    planned: Fingerprint | None = None
+    nodes: dict[str, Row] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+    locks: dict[str, Lock] = field(default_factory=dict)
+    claims: dict[str, tuple[str, str]] = field(default_factory=dict)
+    audits: set[str] = field(default_factory=set)
+    outbox: list[str] = field(default_factory=list)
+    changes: int = 0
+    on_plan: Callable[[list[Member], list[Segment], list[Pin], Decision], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.segments = self.segments or [Segment(0, self.total_tokens, None)]
+
+    def handle(self, request: Request) -> Reply:
+        """Answer one request."""
+        if isinstance(request, Beat):
+            return self._beat(request)
+        if isinstance(request, Observe):
+            return self._observe()
+        if isinstance(request, Refresh):
+            return self._refresh(request)
+        if isinstance(request, Lead):
+            return self._lead(request)
+        if isinstance(request, Give):
+            return self._give(request)
+        if isinstance(request, Take):
+            return self._take(request)
+        if isinstance(request, Join):
+            return self._join(request)
+        if isinstance(request, Activate):
+            return self._activate(request)
+        if isinstance(request, Drain):
+            return self._drain(request)
+        if isinstance(request, Leave):
+            row = self._row(request.name, request.incarnation)
+            if row is not None:
+                self._delete(row.name)
+                self.outbox.append(f'leave {row.name}')
+            return True
+        assert isinstance(request, Housekeep)
+        return True
+
+    # --- what the API's own sessions do ---
+
+    def add_lock(self, task: str, lock: Lock) -> None:
+        self.locks[task] = lock
+        self._locks_changed()
+
+    def clear_lock(self, task: str) -> None:
+        if self.locks.pop(task, None) is not None:
+            self._locks_changed()
+
+    def set_draining(self, name: str, draining: bool) -> None:
+        """What the command line's `drain NODE` does."""
+        row = self.nodes.get(name)
+        if row is not None and row.state != 'joining':
+            row.state = 'draining' if draining else 'active'
+            self.outbox.append(f'drain {name}')
+
+    def claim(self, name: str, incarnation: str, task: str) -> bool:
+        """store/tasks.claim for one task."""
+        if self._row(name, incarnation) is None or task in self.audits:
+            return False
+        held = self._live_claim(task)
+        if held == (name, incarnation):
+            return True
+        if held is not None or not self.owned_mask(name) >> token_of(task) & 1:
+            return False
+        self.claims[task] = (name, incarnation)
+        return True
+
+    def audit(self, name: str, tasks: Iterable[str]) -> None:
+        for task in tasks:
+            self.audits.add(task)
+            if self.claims.get(task, ('', ''))[0] == name:
+                del self.claims[task]
+
+    def is_taken(self, name: str, task: str) -> bool:
+        held = self._live_claim(task)
+        return task in self.audits or (held is not None and held[0] != name)
+
+    # --- for the invariants ---
+
+    def owned_mask(self, name: str) -> int:
+        """The tokens whose owner is `name`, as bits."""
+        return mask_of((s.lo, s.hi) for s in self.segments if s.node == name)
+
+    def snapshot(self) -> SimStore:
+        """A copy of all tables, as a standby may have it."""
+        other = copy.copy(self)
+        other.nodes = {name: replace(row) for name, row in self.nodes.items()}
+        other.segments, other.outbox = list(self.segments), []
+        other.locks, other.claims, other.audits = dict(self.locks), dict(self.claims), set(self.audits)
+        return other
+
+    # --- requests ---
+
+    def _row(self, name: str, incarnation: str) -> Row | None:
+        row = self.nodes.get(name)
+        return row if row is not None and row.incarnation == incarnation else None
+
+    def _looks_so(self, sign: Sign) -> bool:
+        row = self.nodes.get(sign.name)
+        return row is not None and row.sign == sign
+
+    def _live_claim(self, task: str) -> tuple[str, str] | None:
+        held = self.claims.get(task)
+        return held if held is not None and self._row(*held) is not None else None
+
+    def _fingerprint(self) -> Fingerprint:
+        return tuple((r.name, r.incarnation, r.state, r.weight) for r in sorted(self.nodes.values(), key=lambda r: r.name)), self.lock_version
+
+    def _locks_changed(self) -> None:
+        self.lock_version += 1
+        self.outbox.append('locks')
+
+    def _delete(self, name: str) -> None:
+        """Delete a node row; foreign keys set what refers to it to NULL."""
+        del self.nodes[name]
+        for index, segment in enumerate(self.segments):
+            if name in (segment.node, segment.moving_to):
+                self.segments[index] = replace(
+                    segment, node=None if segment.node == name else segment.node,
+                    moving_to=None if segment.moving_to == name else segment.moving_to)
+        self.changes += 1
+
+    def _write(self, segments: Iterable[Segment]) -> None:
+        written = sorted(segments, key=lambda s: s.lo)
+        self._check_exclusion(written)
+        self.segments = written
+        self.changes += 1
+
+    def _check_exclusion(self, segments: list[Segment]) -> None:
+        for left, right in zip(segments, segments[1:], strict=False):
+            if left.hi > right.lo:
+                raise Overlap(f'{left} overlaps {right}')
+
+    def _join(self, request: Join) -> Reply:
+        for sign in request.reap:
+            if self._looks_so(sign):
+                self._delete(sign.name)
+        row = self.nodes.get(request.name)
+        if row is not None and row.incarnation == request.incarnation:
+            return Joined(self.version)
+        if row is not None:
+            if request.replace != (row.incarnation, row.beat):
+                return Occupied(row.sign, row.process)
+            self._delete(row.name)
+        self.nodes[request.name] = Row(
+            request.name, request.incarnation, request.process, self.clock, 'active' if request.active else 'joining', request.weight)
+        self.changes += 1
+        self.outbox.append(f'join {request.name}')
+        return Joined(self.version)
+
+    def _beat(self, request: Beat) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        row.beat += 1
+        age = (row.created_on, row.name)
+        older = sorted((r.created_on, r.name) for r in self.nodes.values() if (r.created_on, r.name) < age)
+        return Beaten(self.version, row.state, tuple(self.nodes[name].sign for _, name in older))
+
+    def _refresh(self, request: Refresh) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        mine = tuple(s for s in self.segments if s.node == row.name)
+        incoming = sum(s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name)
+        return Holdings(self.version, row.state, mine, self.planned == self._fingerprint(), incoming)
+
+    def _take(self, request: Take) -> Reply:
+        taken = {task_key(task) for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
+                 and any(lo <= token_of(task) < hi for lo, hi in request.ranges)}
+        return Taken(frozenset(taken))
+
+    def _may_give(self, segment: Segment, request: Give) -> bool:
+        return (segment.node == request.name and segment.moving and (segment.moving_to is not None or segment.blocked)
+                and any(lo <= segment.lo and segment.hi <= hi for lo, hi in request.ranges) and self._version_fits(segment, request))
+
+    def _version_fits(self, segment: Segment, request: Give) -> bool:
+        return segment.version <= request.version
+
+    def _give(self, request: Give) -> Reply:
+        if self._row(request.name, request.incarnation) is None:
+            return None
+        given = [s for s in self.segments if self._may_give(s, request)]
+        owned = self.owned_mask(request.name)
+        for task, token in request.promised:
+            if owned >> token & 1 and task not in self.audits and self._live_claim(task) is None:
+                self.claims[task] = (request.name, request.incarnation)
+        if not given:
+            return Given(0)
+        self.version += 1
+        gone = set(given)
+        self._write(replace(s, node=s.moving_to, moving=False, moving_to=None, blocked=s.moving_to is None, version=self.version)
+                    if s in gone else s for s in self.segments)
+        self.outbox.append('give ' + ','.join(sorted({s.moving_to for s in given if s.moving_to})))
+        return Given(sum(s.hi - s.lo for s in given))
+
+    def _activate(self, request: Activate) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        nodes = len(self.nodes) - sum(self._looks_so(sign) for sign in request.dead)
+        if nodes < request.minimum_nodes:
+            return Activated(False, nodes)
+        if row.state == 'joining':
+            row.state = 'active'
+            self.outbox.append(f'join {row.name}')
+        return Activated(True, nodes)
+
+    def _drain(self, request: Drain) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        row.state = 'draining' if request.draining else 'active'
+        self.outbox.append(f'drain {row.name}')
+        return True
+
+    def _observe(self) -> Reply:
+        members = sorted((r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name))
+        expiries = [lock.expires_at for lock in self.locks.values() if lock.expires_at is not None]
+        return Observed(tuple(members), self.version, self.planned != self._fingerprint(),
+                        min(expiries) - self.clock if expiries else None)
+
+    # --- the leader's round ---
+
+    def _lead(self, request: Lead) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        if not self._is_eldest(row, request.dead):
+            return Led(False, self.version)
+        evicted = tuple(sign.name for sign in request.dead if self._is_dead(sign))
+        for name in evicted:
+            self._delete(name)
+        expired = [task for task, lock in self.locks.items() if lock.expires_at is not None and lock.expires_at <= self.clock]
+        for task in expired:
+            del self.locks[task]
+        self.lock_version += bool(expired)
+        if not evicted and self._fingerprint() == self.planned:
+            return Led(True, self.version)
+        decision = self._plan()
+        return Led(True, self.version, evicted, decision.moved, decision.blocked, decision.conflicts)
+
+    def _is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
+        living = [r for r in self.nodes.values() if r.sign not in dead]
+        return bool(living) and min(living, key=lambda r: (r.created_on, r.name)) is row
+
+    def _is_dead(self, sign: Sign) -> bool:
+        """The leader's re-check: the row still looks as it was seen."""
+        return self._looks_so(sign)
+
+    def _plan(self) -> Decision:
+        members = sorted((r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name))
+        pins = [Pin(task, lock.token, lock.patterns, lock.created_at) for task, lock in sorted(self.locks.items())]
+        self.version += 1
+        decision = decide(members, self.segments, pins, self.total_tokens, self.version)
+        if self.on_plan is not None:
+            self.on_plan(members, self.segments, pins, decision)
+        for name in decision.activate:
+            self.nodes[name].state = 'active'
+        self._write(decision.segments)
+        self.planned = self._fingerprint()
+        self.outbox.append(f'plan {self.version}')
+        return decision
+
+    def _iter_tokens(self) -> Iterator[tuple[int, Segment]]:
+        for segment in self.segments:
+            for token in range(segment.lo, segment.hi):
+                yield token, segment
+
+    def per_token(self) -> dict[int, Segment]:
+        """Each token's row."""
+        return dict(self._iter_tokens())

@@ -1,0 +1,160 @@
+"""Promises: what a node has said yes to goes along when the token is handed over."""
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobsync_core import CoordinationConfig, Task, clock, taskbook
+from jobsync_core.claims import Claims
+from jobsync_core.errors import ClaimLost, InvalidTaskId
+from jobsync_core.hashing import task_key
+from jobsync_core.store.schema import Tables
+from jobsync_core.taskbook import TaskBook
+from jobsync_core.tokens import TokenSet
+
+TOTAL = 64
+EVERYTHING = TokenSet([(0, TOTAL)])
+
+
+class Database:
+    """Stands for the claim and audit tables: what the task book asks of store.tasks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refused: set[str] = set()
+        self.taken: set[str] = set()
+        self.audited: list[str] = []
+        for name in ('claim', 'audit', 'is_taken'):
+            monkeypatch.setattr(taskbook.tasks, name, getattr(self, name))
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        yield None
+
+    def claim(self, connection: None, tables: Tables, node: str, incarnation: str, date: object, rows: list[tuple[str, int]]) -> list[str]:
+        return [text for text, _ in rows if text not in self.refused]
+
+    def audit(self, connection: None, tables: Tables, node: str, date: object, texts: list[str]) -> None:
+        self.audited += texts
+
+    def is_taken(self, connection: None, tables: Tables, node: str, date: object, text: str) -> bool:
+        return text in self.taken
+
+
+class Node:
+    """A task book with everything it needs, and a lease."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(clock, 'now', lambda: self.now)
+        self.database = Database(monkeypatch)
+        self.claims = Claims(TOTAL)
+        self.claims.replace(EVERYTHING)
+        self.claims.extend(self.now + 10)
+        self.incarnation = 'first'
+        sessions: Any = self.database
+        self.book = TaskBook(
+            self.claims, sessions, CoordinationConfig(total_tokens=TOTAL), Tables('sync_'), 'a', datetime.date(2026, 1, 2),
+            lambda: self.incarnation)
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Node:
+    return Node(monkeypatch)
+
+
+def test_a_yes_is_a_promise_that_goes_along_with_the_token(node: Node) -> None:
+    assert node.book.can_claim(Task('x'))
+    node.claims.replace(TokenSet())
+    assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
+
+
+def test_a_promise_of_other_tokens_stays(node: Node) -> None:
+    token = node.book.token_of('x')
+    assert node.book.can_claim('x')
+    assert node.book.promises(EVERYTHING - TokenSet.of([token])) == ()
+
+
+def test_the_next_question_of_the_thread_ends_its_promise(node: Node) -> None:
+    assert node.book.can_claim('x')
+    assert node.book.can_claim('y')
+    assert [text for text, _ in node.book.promises(EVERYTHING)] == ['y']
+
+
+def test_an_old_promise_is_void(node: Node) -> None:
+    assert node.book.can_claim('x')
+    node.now += CoordinationConfig().heartbeat_timeout_sec + 1
+    assert node.book.promises(EVERYTHING) == ()
+
+
+def test_a_task_that_was_promised_when_its_token_went_is_still_this_nodes(node: Node) -> None:
+    assert node.book.can_claim('x')
+    node.claims.replace(TokenSet())
+    node.book.promises(EVERYTHING)
+    assert node.book.can_claim('x')
+    assert not node.book.can_claim('y')
+
+
+def test_what_an_earlier_life_took_is_not_this_ones(node: Node) -> None:
+    node.book.add('x')
+    node.claims.replace(TokenSet())
+    assert node.book.can_claim('x')
+    node.incarnation = 'second'
+    assert not node.book.can_claim('x')
+
+
+def test_nothing_is_held_without_a_lease(node: Node) -> None:
+    node.book.add('x')
+    node.claims.suspend()
+    assert not node.book.can_claim('x')
+
+
+def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([True, False])
+    monkeypatch.setattr(Claims, 'may_claim', lambda self, token, now: next(looks))
+    assert not node.book.can_claim('x')
+
+
+def test_a_task_that_another_node_took_is_refused_though_its_token_is_here(node: Node) -> None:
+    node.database.taken.add('x')
+    node.claims.exclude(frozenset({task_key('x'), task_key('y')}))
+    assert not node.book.can_claim('x')
+    assert node.book.can_claim('y'), 'a hit that the database does not confirm is no refusal'
+
+
+def test_a_refused_claim_raises(node: Node) -> None:
+    node.database.refused.add('x')
+    with pytest.raises(ClaimLost, match="'x'"):
+        node.book.record(['x', 'y'])
+
+
+def test_an_audited_task_is_done(node: Node) -> None:
+    node.book.add('x')
+    assert node.book.audit() == 1
+    assert node.database.audited == ['x']
+    assert not node.book.can_claim('x')
+    assert node.book.audit() == 0
+
+
+def test_the_task_in_which_the_block_failed_is_not_audited(node: Node) -> None:
+    import threading
+    node.book.add('x')
+    node.book.add('y')
+    assert node.book.audit(but_last_of=threading.get_ident()) == 1
+    assert node.database.audited == ['x']
+
+
+@pytest.mark.parametrize('bad', [None, [1], {'a': 1}, 'a\0b', '\ud800', 'x' * 3000])
+def test_ids_that_cannot_be_stored_are_refused(node: Node, bad: object) -> None:
+    with pytest.raises(InvalidTaskId):
+        node.book.can_claim(bad)
+
+
+def test_a_closed_book_answers_no(node: Node) -> None:
+    node.book.add('x')
+    node.book.close()
+    assert not node.book.can_claim('x')
+    assert not node.book.can_claim('y')
