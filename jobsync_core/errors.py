@@ -26,8 +26,8 @@ class ConfigurationError(JobSyncError, ValueError):
 
 
 class InvalidTaskId(JobSyncError, ValueError, TypeError):
-    """This cannot be a task id. Use a hashable value whose text is the same in every process, such as a string, a number or a tuple of those:
-    at most 2000 bytes of UTF-8, no NUL."""
+    """This cannot be a task id. Use a hashable value whose text is the same in every process, such as a string, a number
+    or a tuple of those: at most 2000 bytes of UTF-8, no NUL."""
 
 
 class ConfigMismatch(ConfigurationError):

@@ -63,11 +63,11 @@ def _text(task_id: object) -> str:
     try:
         hash(task_id)
     except TypeError:
-        raise InvalidTaskId(f'a task id of type {type(task_id).__name__} is not hashable: use a string, a number or a tuple of those') from None
+        raise InvalidTaskId(f'a task id of type {type(task_id).__name__} is not hashable: use a string, a number or a tuple') from None
     kind = type(task_id)
     if isinstance(task_id, frozenset) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
         raise InvalidTaskId(
-            f'the text of a {kind.__name__} differs from process to process, so that it cannot be a task id: use a string, or define __str__')
+            f'the text of a {kind.__name__} differs between processes, so that it cannot be a task id: use a string, or define __str__')
     return _converted(task_id)
 
 

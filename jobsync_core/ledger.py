@@ -39,7 +39,7 @@ from .store import executions
 from .store.executions import Holder, Row
 
 if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection  # noqa: N812
+    from psycopg2.extensions import connection as PgConnection
 
     from .messages import Process
     from .store.connection import Sessions

@@ -163,8 +163,8 @@ class ExactlyOnce:
 
 
 def exactly_once(
+    *bare: object,
     key: str | Callable[..., str] | None = None,
-    *,
     retention: datetime.timedelta | float = DEFAULT_RETENTION,
     on_duplicate: str = 'skip',
     on_running: str = 'requeue',
@@ -178,6 +178,7 @@ def exactly_once(
     effects happen exactly once only in the transaction of `current_execution()`. A call that raises may be called again.
 
     Args:
+        bare: Nothing: it is here to refuse `@exactly_once` without its options.
         key: A format string over the arguments, defaults included (`{order_id}`, `{order.id}`, `{0}` for the first one), or
             a callable that takes the arguments and returns a string.
         retention: For how long a completion is remembered: a timedelta, or seconds.
@@ -195,8 +196,8 @@ def exactly_once(
         ConfigurationError: At decoration: an option cannot work, or the key names an argument that the function does not have.
         NotEntered: At the call: this process has entered no Job.
     """
-    if key is not None and inspect.isfunction(key) and _used_bare(key):
-        raise ConfigurationError(f"@exactly_once on {key.__qualname__} lacks its options: write @exactly_once(key='order:{{order_id}}')")
+    if bare:
+        raise ConfigurationError("@exactly_once takes its options by name: write @exactly_once(key='order:{order_id}')")
 
     def decorate(function: F) -> F:
         options = ExactlyOnce(function, key, retention, on_duplicate, on_running, store_result, scope, default_key)
@@ -207,7 +208,181 @@ def exactly_once(
     return decorate
 
 
-def _used_bare(function: Callable[..., Any]) -> bool:
-    # `@exactly_once` without brackets: the decorated function arrives as the key, and its `def` is being executed by the caller.
-    frame = sys._getframe(2)
-    return frame.f_code.co_qualname == '' if False else False  # noqa
+def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            block = once(current_ledger(), options.ledger_key_of(args, kwargs), retention=options.retention_sec)
+            execution = block.__enter__()
+        except (DuplicateExecution, ExecutionRunning) as error:
+            return options.answer(error)
+        # Not around the call: an inner function's own DuplicateExecution is this one's failure, not its answer.
+        try:
+            result = function(*args, **kwargs)
+            _check_result(options.name, result)
+            options.keep(execution, result)
+        except BaseException as error:
+            block.__exit__(type(error), error, error.__traceback__)
+            raise
+        block.__exit__(None, None, None)
+        return result
+
+    return run
+
+
+def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        ledger = current_ledger()
+        try:
+            execution = await _begin(ledger, options.ledger_key_of(args, kwargs), options.retention_sec)
+        except (DuplicateExecution, ExecutionRunning) as error:
+            return options.answer(error)
+        token = _execution.set(execution)
+        try:
+            result = await function(*args, **kwargs)
+            options.keep(execution, result)
+        except GeneratorExit:  # the coroutine was closed: nothing may be awaited any more
+            ledger.abandon(execution)
+            raise
+        except BaseException as error:
+            _execution.reset(token)
+            await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
+            raise
+        _execution.reset(token)
+        await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
+        return result
+
+    return run
+
+
+async def _begin(ledger: Ledger | LocalLedger, key: str, retention_sec: float) -> Execution:
+    # A caller that is cancelled or closed leaves the thread alone with an attempt that nobody will run.
+    lock = threading.Lock()
+    begun: list[Execution] = []
+    gone = False
+
+    def begin() -> Execution:
+        execution = ledger.begin(key, retention_sec)
+        with lock:
+            if not gone:
+                begun.append(execution)
+                return execution
+        ledger.abandon(execution)
+        return execution
+
+    try:
+        return await asyncio.to_thread(begin)
+    except BaseException:
+        with lock:
+            gone = True
+        for execution in begun:
+            ledger.abandon(execution)
+        raise
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
+
+
+def _check_result(name: str, result: object) -> None:
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise ConfigurationError(
+            f'{name} returned a {type(result).__name__} that has not run yet: put @exactly_once on the function that does the work')
+
+
+def _check_function(function: object) -> str:
+    if isinstance(function, (classmethod, staticmethod)):
+        raise ConfigurationError(f'@exactly_once on a {type(function).__name__}: write it below @{type(function).__name__}')
+    if inspect.isclass(function) or not callable(function):
+        raise ConfigurationError(f'@exactly_once on {function!r}: put it on a function, a method or an `async def`')
+    plain = function
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    name = f'{_module_of(plain)}.{getattr(plain, "__qualname__", type(plain).__qualname__)}'
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise ConfigurationError(f'@exactly_once on the generator {name}: it has not run when it returns; return a list')
+    return name
+
+
+def _module_of(function: object) -> str:
+    module = str(getattr(function, '__module__', None) or type(function).__module__)
+    # `python -m proj.tasks` runs the same functions that others import as proj.tasks.
+    spec = getattr(sys.modules.get('__main__'), '__spec__', None) if module == '__main__' else None
+    return spec.name if spec is not None else module
+
+
+class _Format:
+    """Makes keys from a format string over the arguments of a function."""
+
+    def __init__(self, text: str, function: Callable[..., Any], name: str) -> None:
+        self._text = check_key(text)
+        self._name = name
+        try:
+            self._signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            raise ConfigurationError(f'key={text!r} of {name}: its arguments are unknown; give a callable as key') from None
+        parameters = self._signature.parameters
+        self._order = list(parameters)
+        self._extra = next((item.name for item in parameters.values() if item.kind is item.VAR_KEYWORD), None)
+        self._formatter = _Formatter()
+        for field in self._fields(text):
+            self._check_field(field)
+
+    def _fields(self, text: str) -> Iterator[str]:
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ConfigurationError(f'key={self._text!r} of {self._name} is no format string: {error}') from None
+        for _, field, spec, _ in parsed:
+            if field is not None:
+                yield field
+                yield from self._fields(spec or '')
+
+    def _check_field(self, field: str) -> None:
+        first = _first(field)
+        takes = f'it takes {", ".join(self._order) or "no arguments"}'
+        if first == '':
+            raise ConfigurationError(f'key={self._text!r} of {self._name} has an empty {{}}: name the argument; {takes}')
+        if first.isdecimal():
+            known = int(first) < len(self._order)
+        else:
+            known = first in self._order or self._extra is not None
+        if not known:
+            raise ConfigurationError(f'key={self._text!r} of {self._name} names {first!r}: {takes}')
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values: dict[str, Any] = {**bound.arguments.get(self._extra or '', {}), **bound.arguments}
+        ordered = [bound.arguments[name] for name in self._order]
+        try:
+            return self._formatter.vformat(self._text, ordered, values)
+        except ConfigurationError as error:
+            raise ConfigurationError(f'key={self._text!r} of {self._name}: {error}') from None
+        except (LookupError, AttributeError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f'key={self._text!r} of {self._name} does not fit the arguments: {type(error).__name__}: {error}') from error
+
+
+def _first(field: str) -> str:
+    for position, character in enumerate(field):
+        if character in '.[':
+            return field[:position]
+    return field
+
+
+class _Formatter(string.Formatter):
+    """Refuses values that would make one key of different calls, or different keys of equal ones."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None or value == '':
+            raise ConfigurationError(f'{field_name} is {value!r}: calls that lack it would all share one key')
+        kind = type(value)
+        if kind.__format__ is object.__format__ and kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:
+            raise ConfigurationError(
+                f'{field_name} is a {kind.__name__}, whose text is its address in memory: name an attribute that identifies it')
+        return value, first

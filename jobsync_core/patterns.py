@@ -15,7 +15,7 @@ __all__ = ['check_patterns', 'compile_pattern', 'eligible', 'matched_pattern', '
 _PIECE = re.compile(r'\\(.)|(%+)|(_)|(.)', re.DOTALL)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern, for `fullmatch`."""
     pieces = []

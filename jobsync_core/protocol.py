@@ -37,6 +37,8 @@ _JOIN_WINDOW = 0.1
 #: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
 _ENTRY_POLL = 0.25
 _HOUSEKEEPING_INTERVAL = 60.0
+#: Two clocks that disagree on when a lock expires must not make a node look in a tight loop.
+_SHORTEST_WAIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class Protocol:
         self._observe_at = 0.0
         self._known: frozenset[str] = frozenset()
         self._lead_at = _NEVER
+        self._must_look = False  # the last round did not go as expected: look again before the next one
         self._housekeep_at = 0.0
 
     # --- questions ---
@@ -251,7 +254,9 @@ class Protocol:
             self._finish(Left())
             return
         self.phase = Phase.LEAVING
-        self._batch = self._start_batch(tokens, now) if tokens else None
+        # A release that runs already goes on; callbacks run in order, so that a further one ends after it.
+        if tokens:
+            self._batch = self._start_batch(tokens, now)
 
     def open_gate(self) -> None:
         """The node may become active as soon as its grace period is over."""
@@ -391,7 +396,7 @@ class Protocol:
         """What the leader and its successor do."""
         if not self._observes(now):
             return None
-        if self.rank(now) == 0 and self.has_lease(now):
+        if self.rank(now) == 0 and self.has_lease(now) and not self._must_look:
             dead = self._liveness.dead(now)
             if dead or now >= self._lead_at:
                 return Lead(self.name, self.incarnation, dead, 'nodes died' if dead else 'nodes or locks changed')
@@ -430,8 +435,8 @@ class Protocol:
             self._on_activated(reply, now)
         elif isinstance(reply, Observed):
             self._on_observed(reply, now)
-        elif isinstance(reply, Led):
-            self._on_led(reply, now)
+        elif isinstance(request, Lead) and isinstance(reply, Led):
+            self._on_led(request, reply, now)
         elif isinstance(request, Housekeep):
             self._housekeep_at = now + _HOUSEKEEPING_INTERVAL
         elif isinstance(request, Drain):
@@ -555,9 +560,10 @@ class Protocol:
         self.state = reply.state
         self._must_refresh = False
         self._refresh_at = now + (self.settings.check_interval if self.entered else _ENTRY_POLL)
-        moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving)
+        # A row whose receiver has gone stays here, out of the set, until the next plan says where to.
+        moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving and (s.moving_to is not None or s.blocked))
         kept = TokenSet((s.lo, s.hi) for s in reply.segments if not s.moving)
-        self.owned = moving | kept
+        self.owned = TokenSet((s.lo, s.hi) for s in reply.segments)
         self._shrink(kept)
         self._follow_moves(moving, now)
         self._gain = kept - self.claims.tokens
@@ -600,9 +606,12 @@ class Protocol:
         self._liveness.keep([m.name for m in others])
         if me is not None:
             self._older = tuple(signs[m.incarnation] for m in others if (m.created_on, m.name) < (me.created_on, me.name))
+        else:
+            self._beat_at = now  # evicted: the heartbeat will tell
+        self._must_look = False
         self._observe_at = now + self.settings.poll
-        if reply.next_expiry is not None:
-            self._observe_at = min(self._observe_at, now + max(reply.next_expiry, 0.0))
+        if reply.next_expiry is not None and reply.next_expiry > 0:
+            self._observe_at = min(self._observe_at, now + max(reply.next_expiry, _SHORTEST_WAIT))
         if reply.version != self.version:
             self._refresh_at = min(self._refresh_at, now + self.settings.interval)
         known, self._known = self._known, frozenset(signs)
@@ -611,9 +620,11 @@ class Protocol:
         elif self._lead_at == _NEVER:
             self._lead_at = now + (_JOIN_WINDOW if known < self._known else 0.0)
 
-    def _on_led(self, reply: Led, now: float) -> None:
+    def _on_led(self, request: Lead, reply: Led, now: float) -> None:
         self._lead_at = _NEVER
-        self._observe_at = now if not reply.led else now + self.settings.poll
+        # Somebody older is alive, or one of the dead is: without a fresh look the same round would be sent over and over.
+        self._must_look = not reply.led or len(reply.evicted) < len(request.dead)
+        self._observe_at = now if self._must_look else now + self.settings.poll
         self._liveness.forget(reply.evicted)
         if self._older is not None:
             self._older = tuple(sign for sign in self._older if sign.name not in reply.evicted)

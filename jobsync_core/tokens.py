@@ -157,7 +157,8 @@ class TokenSet(AbstractSet[int]):
     def write_bitmap(self, buffer: memoryview | bytearray, total_tokens: int) -> None:
         """Make a bitmap show this set: token t is bit t & 7 of byte t >> 3.
 
-        The bitmap is copied whole from a finished one, so that a reader, even in another process, never sees a token that is neither in the old set nor in this one.
+        The bitmap is copied whole from a finished one, so that a reader, even in another process, never sees a token that is
+        neither in the old set nor in this one.
 
         Args:
             buffer: At least (total_tokens + 7) // 8 bytes.

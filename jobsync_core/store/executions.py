@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..messages import Process
 
 if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection  # noqa: N812
+    from psycopg2.extensions import connection as PgConnection
 
     from .schema import Tables
 

@@ -107,16 +107,15 @@ class Recorder:
 
 def read_runs(path: Path, node: str) -> list[Run]:
     """All runs that a process has recorded so far."""
-    data = path.read_bytes()
-    if len(data) < _COUNT.size:
-        return []  # not yet made
-    count, _ = _COUNT.unpack_from(data, 0)
-    runs = []
-    for number in range(count):
-        task, first_begin, first_end, last_begin, last_end = _SLOT.unpack_from(data, _COUNT.size + number * _SLOT.size)
-        # A kill between the two stores of an update leaves a new begin with an old end.
-        runs.append(Run(node, task, first_begin, first_end, last_begin, max(last_begin, last_end)))
-    return runs
+    with path.open('rb') as file:
+        header = file.read(_COUNT.size)
+        if len(header) < _COUNT.size:
+            return []  # not yet made
+        count, _ = _COUNT.unpack(header)
+        slots = file.read(count * _SLOT.size)
+    # A kill between the two stores of an update leaves a new begin with an old end.
+    return [Run(node, task, first_begin, first_end, last_begin, max(last_begin, last_end))
+            for task, first_begin, first_end, last_begin, last_end in _SLOT.iter_unpack(slots)]
 
 
 class History:

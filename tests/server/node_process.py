@@ -19,7 +19,6 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +54,9 @@ def main() -> int:
     def released(tokens: Any) -> None:
         _say('released', tokens=len(tokens))
 
-    callbacks: dict[str, Callable[..., object]] = {'on_rebalance': rebalanced}
-    if settings.get('on_release'):
-        callbacks['on_release'] = released
     try:
-        job = Job(settings['name'], CoordinationConfig(**settings['config']), **settings['job'], **callbacks)
+        job = Job(settings['name'], CoordinationConfig(**settings['config']), on_rebalance=rebalanced,
+                  on_release=released if settings.get('on_release') else None, **settings['job'])
         _say('constructed', pid=os.getpid())
         with job:
             _say('entered')
@@ -130,14 +127,11 @@ def _shift_wall_clocks(offset: float) -> None:
     true_time, true_time_ns, true_gettime = time.time, time.time_ns, time.clock_gettime
     true_datetime = datetime.datetime
 
-    class ShiftedDatetime(true_datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
-            return true_datetime.now(tz) + datetime.timedelta(seconds=offset)
+    def now(cls: type, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return true_datetime.now(tz) + datetime.timedelta(seconds=offset)
 
-        @classmethod
-        def utcnow(cls) -> Any:
-            return cls.now(datetime.timezone.utc).replace(tzinfo=None)
+    def today(cls: type) -> datetime.date:
+        return now(cls).date()
 
     def gettime(clock_id: int) -> float:
         return true_gettime(clock_id) + (offset if clock_id == time.CLOCK_REALTIME else 0.0)
@@ -145,7 +139,8 @@ def _shift_wall_clocks(offset: float) -> None:
     setattr(time, 'time', lambda: true_time() + offset)
     setattr(time, 'time_ns', lambda: true_time_ns() + int(offset * 1e9))
     setattr(time, 'clock_gettime', gettime)
-    setattr(datetime, 'datetime', ShiftedDatetime)
+    setattr(datetime, 'datetime', type('datetime', (true_datetime,), {'now': classmethod(now)}))
+    setattr(datetime, 'date', type('date', (datetime.date,), {'today': classmethod(today)}))
 
 
 if __name__ == '__main__':

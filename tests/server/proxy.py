@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import enum
+import queue
 import select
 import socket
 import struct
@@ -75,13 +76,13 @@ class Proxy:
     def __init__(self, host: str, port: int, tap: Callable[[int, bool, bytes], None] | None = None) -> None:
         self.target = (host, port)
         self._tap = tap
-        self.delay = 0.0
+        self._delay = 0.0
         self._mode = Mode.PASS
         self._listener: socket.socket | None = self._listen(0)
         self.host, self.port = '127.0.0.1', int(self._listener.getsockname()[1])
         self._waiting: list[socket.socket] = []  # accepted while the network is down
         self._links: list[_Link] = []
-        self._lock = threading.Lock()
+        self._changes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._closing = False
@@ -106,8 +107,8 @@ class Proxy:
             mode: What to do.
             delay: Seconds by which DELAY delivers late, each way.
         """
-        with self._lock:
-            self._mode, self.delay = mode, delay
+        def change() -> None:
+            self._mode, self._delay = mode, delay
             if mode is Mode.REFUSE and self._listener is not None:
                 self._listener.close()
                 self._listener = None
@@ -115,7 +116,8 @@ class Proxy:
                 self._listener = self._listen(self.port)
             for link in [link for link in self._links if link.broken and not self._swallows()]:
                 self._drop(link, reset=True)
-        self._wake()
+
+        self._do(change)
 
     def heal(self) -> None:
         """Let everything pass."""
@@ -123,33 +125,47 @@ class Proxy:
 
     def reset(self) -> None:
         """Reset every open connection, once."""
-        with self._lock:
+        def change() -> None:
             for link in list(self._links):
                 self._drop(link, reset=True)
-        self._wake()
+
+        self._do(change)
 
     @property
     def connections(self) -> int:
         """How many connections are open."""
-        with self._lock:
-            return len(self._links) + len(self._waiting)
+        return len(self._links) + len(self._waiting)
 
     def close(self) -> None:
         """End the thread and close everything."""
-        self._closing = True
-        self._wake()
+        def change() -> None:
+            self._closing = True
+
+        self._do(change)
         self._thread.join(10)
-        with self._lock:
-            for link in list(self._links):
-                self._drop(link)
-            for client in self._waiting:
-                client.close()
-            self._waiting.clear()
-            if self._listener is not None:
-                self._listener.close()
-                self._listener = None
+        for link in list(self._links):
+            self._drop(link)
+        for client in self._waiting:
+            client.close()
+        self._waiting.clear()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         self._wake_receiver.close()
         self._wake_sender.close()
+
+    def _do(self, change: Callable[[], None]) -> None:
+        """Have the thread, which alone touches the sockets, make a change, and wait until it has."""
+        done = threading.Event()
+
+        def run() -> None:
+            change()
+            done.set()
+
+        self._changes.put(run)
+        self._wake_sender.send(b'.')
+        if not done.wait(10):
+            raise RuntimeError('the proxy does not run')
 
     # --- the thread ---
 
@@ -162,29 +178,20 @@ class Proxy:
         listener.setblocking(False)
         return listener
 
-    def _wake(self) -> None:
-        try:
-            self._wake_sender.send(b'.')
-        except OSError:
-            pass  # closed
-
     def _swallows(self) -> bool:
         return self._mode in _SWALLOWS_TO_SERVER or self._mode in _SWALLOWS_TO_CLIENT
 
     def _run(self) -> None:
         while not self._closing:
-            with self._lock:
-                if self._mode not in _HOLDS_TO_SERVER and not self._swallows():
-                    for client in self._waiting:
-                        self._connect(client)
-                    self._waiting.clear()
-                readers, writers, pause = self._interests()
-            try:
-                readable, writable, _ = select.select(readers, writers, [], pause)
-            except (OSError, ValueError):
-                continue  # a socket was closed by `switch`, `reset` or `close` meanwhile
-            with self._lock:
-                self._serve(set(readable), set(writable))
+            if self._mode not in _HOLDS_TO_SERVER and not self._swallows():
+                for client in self._waiting:
+                    self._connect(client)
+                self._waiting.clear()
+            readers, writers, pause = self._interests()
+            readable, writable, _ = select.select(readers, writers, [], pause)
+            self._serve(frozenset(readable), frozenset(writable))
+            while not self._changes.empty():
+                self._changes.get()()
 
     def _interests(self) -> tuple[list[socket.socket], list[socket.socket], float]:
         readers, writers, pause = [self._wake_receiver], [], 1.0
@@ -208,7 +215,7 @@ class Proxy:
     def _swallows_way(self, way: _Way) -> bool:
         return self._mode in (_SWALLOWS_TO_SERVER if way.to_server else _SWALLOWS_TO_CLIENT)
 
-    def _serve(self, readable: set[socket.socket], writable: set[socket.socket]) -> None:
+    def _serve(self, readable: frozenset[socket.socket], writable: frozenset[socket.socket]) -> None:
         if self._wake_receiver in readable:
             self._wake_receiver.recv(_CHUNK)
         if self._listener in readable:
@@ -262,7 +269,7 @@ class Proxy:
         elif data:
             if self._tap is not None:
                 self._tap(id(link), way.to_server, data)
-            way.chunks.append((time.monotonic() + (self.delay if self._mode is Mode.DELAY else 0.0), data))
+            way.chunks.append((time.monotonic() + (self._delay if self._mode is Mode.DELAY else 0.0), data))
             way.size += len(data)
         else:
             way.ended = True

@@ -5,8 +5,10 @@ different processes overlap. That each task finds an owner again is awaited; how
 """
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,12 +240,9 @@ class TestWallClocks:
         cluster.wait_claimed(since)
         cluster.wait_balanced()
 
-    def test_the_servers_clock_jumps_a_minute_each_way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        library, offset = build_clock(tmp_path)
-        monkeypatch.setenv('LD_PRELOAD', str(library))
-        monkeypatch.setenv('JOBSYNC_TEST_CLOCK', str(offset))
-        with EmbeddedPostgres() as server:
-            monkeypatch.delenv('LD_PRELOAD')
+    def test_the_servers_clock_jumps_a_minute_each_way(self, tmp_path: Path, wrong_clock: tuple[Path, Path]) -> None:
+        bin_dir, offset = wrong_clock
+        with EmbeddedPostgres(bin_dir=bin_dir, settings={'fsync': 'off'}) as server:
             server.create_database('clock')
             with Cluster(server.config('clock', **FAST), tmp_path) as cluster:
                 cluster.start(*FIVE)
@@ -382,19 +381,23 @@ time_t time(time_t *at) {
 """
 
 
-def build_clock(directory: Path) -> tuple[Path, Path]:
-    """A library to preload that adds the seconds written in a file to every wall clock, and that file."""
+@pytest.fixture
+def wrong_clock() -> Iterator[tuple[Path, Path]]:
+    """A directory of server binaries whose wall clocks are wrong by the seconds written in a file, and that file."""
     compiler = shutil.which('cc') or shutil.which('gcc')
     if compiler is None:
         pytest.skip('the server cannot be given a wrong clock: no C compiler here')
-    # The server may run as another user.
-    for path in (directory, *directory.parents):
-        if path.stat().st_uid == directory.stat().st_uid and path != Path('/') and not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o011)
+    real = EmbeddedPostgres(bin_dir=os.environ.get('JOBSYNC_TEST_PG_BIN'))._bin
+    directory = Path(tempfile.mkdtemp(prefix='wrong-clock-'))
+    directory.chmod(0o755)  # the server may run as another user
     source, library, offset = directory / 'clock.c', directory / 'clock.so', directory / 'offset'
     source.write_text(CLOCK_SOURCE)
     offset.write_text('0')
-    offset.chmod(0o644)
     subprocess.run([compiler, '-shared', '-fPIC', '-O1', '-o', str(library), str(source), '-ldl'], check=True)
-    library.chmod(0o755)
-    return library, offset
+    for program in ('postgres', 'initdb'):
+        script = directory / program
+        clock = f'JOBSYNC_TEST_CLOCK={offset} LD_PRELOAD={library} ' if program == 'postgres' else ''
+        script.write_text(f'#!/bin/sh\n{clock}exec {real / program} "$@"\n')
+        script.chmod(0o755)
+    yield directory, offset
+    shutil.rmtree(directory)

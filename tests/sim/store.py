@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from jobsync_core.leader import Decision, Pin, decide
 from jobsync_core.messages import (
-    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Member, Mismatch,
+    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Member,
     Observe, Observed, Occupied, Process, Range, Refresh, Reply, Request, Segment, Sign, Take, Taken,
 )
 

@@ -1,0 +1,1 @@
+"""Measurements of JobSync beside the package `jobsync` from PyPI: `python -m bench`."""

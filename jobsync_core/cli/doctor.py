@@ -1,0 +1,174 @@
+"""`jobsync doctor`: try what a node needs of the database, one thing at a time, and say what to mend."""
+from __future__ import annotations
+
+import select
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import psycopg2
+from rich.text import Text
+
+from ..config import CoordinationConfig
+from ..errors import JobSyncError
+from ..store import probe
+from ..store.connection import Connection, Sessions
+from ..store.schema import SCHEMA_VERSION, Tables
+from .context import console, describe, printable
+from .status_view import table
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+__all__ = ['Check', 'examine', 'show']
+
+_OLDEST_SERVER = 140_000
+_NOTIFY_WAIT = 3.0
+#: Beyond this many seconds the dates of audits and the times in logs mislead. JobSync itself compares no clocks.
+_CLOCK_OFFSET = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried. `warn` is worth knowing, `bad` must be mended."""
+
+    name: str
+    verdict: Literal['ok', 'warn', 'bad']
+    found: str
+    remedy: str = ''
+
+
+def examine(config: CoordinationConfig) -> list[Check]:
+    """Try everything; stops at a connection that cannot be had."""
+    tables = Tables(config.appname)
+    sessions = Sessions(config, 'jobsync doctor')
+    checks: list[Check] = []
+    try:
+        for check in _checks(config, tables, sessions):
+            checks.append(check)
+    except (JobSyncError, psycopg2.Error) as error:
+        checks.append(Check('connection', 'bad', describe(error), 'mend the URL, the network or the server, then run the doctor again'))
+    finally:
+        sessions.close_all()
+    return checks
+
+
+def show(checks: list[Check]) -> None:
+    """Print the findings."""
+    result = table('check', '', 'found', 'what to do')
+    for check in checks:
+        mark = Text(check.verdict, style={'ok': 'green', 'warn': 'yellow', 'bad': 'red'}[check.verdict])
+        result.add_row(check.name, mark, printable(check.found), printable(check.remedy))
+    console().print(result)
+
+
+def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> Iterator[Check]:
+    begun = time.monotonic()
+    with sessions.session() as connection:
+        where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
+        yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
+    pooler = probe.pooling(sessions)
+    for examine_one in (_version, _writable, _clock, _schema, _rights, _durability):
+        with sessions.session() as connection:
+            yield examine_one(connection, tables)
+    yield _pooler_check(config, pooler)
+    yield _listen_check(config)
+
+
+def _version(connection: PgConnection, tables: Tables) -> Check:
+    version, text = probe.server_version(connection)
+    if version < _OLDEST_SERVER:
+        return Check('server version', 'bad', text, 'upgrade to PostgreSQL 14 or newer')
+    return Check('server version', 'ok', text)
+
+
+def _writable(connection: PgConnection, tables: Tables) -> Check:
+    reason = probe.read_only(connection)
+    if reason:
+        return Check('writable', 'bad', reason, "connect to the primary; host='a,b' with all hosts finds it by itself")
+    return Check('writable', 'ok', 'yes')
+
+
+def _clock(connection: PgConnection, tables: Tables) -> Check:
+    offset = probe.clock_offset(connection)
+    found = f'the server is {abs(offset):.3f} s {"ahead" if offset >= 0 else "behind"}'
+    if abs(offset) > _CLOCK_OFFSET:
+        return Check('clock', 'warn', found, 'run NTP on both machines; claims stay safe, but dates and displayed ages mislead')
+    return Check('clock', 'ok', found)
+
+
+def _schema(connection: PgConnection, tables: Tables) -> Check:
+    missing = probe.missing_tables(connection, tables)
+    if not missing:
+        version = probe.schema_version(connection, tables)
+        if version is None:
+            return Check('schema', 'ok', f'tables {tables.appname}* exist; no node has registered yet')
+        if version == SCHEMA_VERSION:
+            return Check('schema', 'ok', f'tables {tables.appname}* of version {version}')
+        return Check('schema', 'bad', f'tables of version {version}, this program has {SCHEMA_VERSION}', 'use one version of JobSync everywhere, then `jobsync init-db`')
+    if len(missing) < len(probe.RELATIONS):
+        return Check('schema', 'bad', f'not there: {", ".join(missing)}', 'run `jobsync init-db` with a role that may create tables')
+    if probe.may_create(connection):
+        return Check('schema', 'ok', f'no tables {tables.appname}* yet; the first node, or `jobsync init-db`, creates them')
+    return Check('schema', 'bad', f'no tables {tables.appname}*, and no right to create them', 'let a DBA run the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
+
+
+def _rights(connection: PgConnection, tables: Tables) -> Check:
+    if probe.missing_tables(connection, tables):
+        return Check('rights', 'ok', 'whoever creates the tables owns them')
+    lacking = probe.missing_rights(connection, tables)
+    if lacking:
+        return Check('rights', 'bad', f'lacking: {"; ".join(lacking)}', 'GRANT SELECT, INSERT, UPDATE, DELETE on these tables to this user')
+    return Check('rights', 'ok', 'all that a node needs')
+
+
+def _durability(connection: PgConnection, tables: Tables) -> Check:
+    found = probe.replication(connection)
+    if not found.fsync:
+        return Check('durability', 'warn', 'fsync is off', 'set fsync=on: a crash of the machine may otherwise corrupt the database')
+    if found.standbys and not found.synchronous:
+        return Check(
+            'durability', 'warn', f'{found.standbys} asynchronous standby{"" if found.standbys == 1 else "s"}',
+            'a failover may forget the last claims and completions: set synchronous_standby_names (see GUARANTEES)')
+    if found.synchronous and not found.standbys:
+        return Check('durability', 'warn', f'synchronous_standby_names={found.synchronous!r}, and no standby is connected', 'every commit will wait: start the standby')
+    return Check('durability', 'ok', f'synchronous standbys: {found.synchronous}' if found.synchronous else 'no standby: what is committed is on this server')
+
+
+def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:
+    if pooler == 'transaction':
+        if config.listen:
+            return Check('pooler', 'bad', 'transaction pooling', 'set listen=False (JOBSYNC_LISTEN=false), or connect to PostgreSQL itself')
+        return Check('pooler', 'ok', 'transaction pooling, and listen=False')
+    return Check('pooler', 'ok', 'session pooling' if pooler == 'session' else 'none')
+
+
+def _listen_check(config: CoordinationConfig) -> Check:
+    if not config.listen:
+        return Check('notifications', 'ok', 'not used: listen=False')
+    channel = f'jobsync_doctor_{uuid.uuid4().hex}'
+    try:
+        connection = Connection.open(config, 'jobsync doctor')
+        try:
+            connection.listen(channel)
+            begun = time.monotonic()
+            connection.execute('SELECT pg_notify(%s, %s)', (channel, 'ping'))
+            arrived = _wait(lambda: 'ping' in connection.notifies(), connection.fileno(), begun + _NOTIFY_WAIT)
+        finally:
+            connection.close()
+    except (JobSyncError, psycopg2.Error) as error:
+        return Check('notifications', 'bad', describe(error), 'set listen=False where LISTEN cannot work')
+    if not arrived:
+        return Check('notifications', 'bad', f'none arrived within {_NOTIFY_WAIT:g} s', 'set listen=False, or connect past the pooler')
+    return Check('notifications', 'ok', f'arrived after {(time.monotonic() - begun) * 1000:.0f} ms')
+
+
+def _wait(condition: Callable[[], bool], descriptor: int, deadline: float) -> bool:
+    while not condition():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        select.select([descriptor], [], [], min(left, 0.1))
+    return True

@@ -1,0 +1,54 @@
+"""Real PostgreSQL for every test that asks for it, and a database of its own for each test."""
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.embedded import EmbeddedPostgres
+
+#: Times that make a cluster's life quick to watch.
+SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.0, 'rebalance_check_interval_sec': 1.0}
+#: The tests crash processes, never the machine: what fsync protects against does not happen.
+SETTINGS = {'fsync': 'off', 'full_page_writes': 'off', 'max_connections': '200'}
+
+
+def _server() -> EmbeddedPostgres:
+    return EmbeddedPostgres(bin_dir=os.environ.get('JOBSYNC_TEST_PG_BIN'), settings=SETTINGS)
+
+
+@pytest.fixture(scope='session')
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """A server that all tests of this process share: never kill or pause it."""
+    with _server() as server:
+        yield server
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedPostgres]:
+    """A server that this test may kill or pause."""
+    with _server() as server:
+        yield server
+
+
+@pytest.fixture
+def make_config(postgres: EmbeddedPostgres) -> Iterator[Callable[..., CoordinationConfig]]:
+    """Makes CoordinationConfigs for one fresh database, with short times unless told otherwise."""
+    name = f'test_{uuid.uuid4().hex[:12]}'
+    postgres.create_database(name)
+
+    def make(**settings: Any) -> CoordinationConfig:
+        return postgres.config(name, **{**SHORT, **settings})
+
+    yield make
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def config(make_config: Callable[..., CoordinationConfig]) -> CoordinationConfig:
+    """A CoordinationConfig for a fresh database, with short times."""
+    return make_config()

@@ -1,0 +1,141 @@
+"""The embedded server: crash, pause, recovery, and nothing left behind."""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
+from jobsync_core.embedded_supervisor import running, server_processes
+
+from ..conftest import SETTINGS
+from ..waiting import eventually
+
+_OWNER = """
+import sys, time
+from jobsync_core.embedded import EmbeddedPostgres
+server = EmbeddedPostgres(settings={'fsync': 'off'})
+server.start()
+print(server._postmaster, server.log.parent, flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def connected(server: EmbeddedPostgres) -> Iterator[psycopg2.extensions.connection]:
+    with contextlib.closing(psycopg2.connect(server.url(), connect_timeout=5)) as connection:
+        connection.autocommit = True
+        yield connection
+
+
+def ask(server: EmbeddedPostgres, statement: str) -> object:
+    with connected(server) as connection, connection.cursor() as cursor:
+        cursor.execute(statement)
+        row = cursor.fetchone() if cursor.description else None
+        return row[0] if row else None
+
+
+def processes(server: EmbeddedPostgres) -> list[int]:
+    pid = ask(server, "SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)")
+    return server_processes(int(str(pid)))
+
+
+def test_committed_rows_survive_a_kill(own_server: EmbeddedPostgres) -> None:
+    port = own_server.port
+    ask(own_server, 'CREATE TABLE kept AS SELECT 7 AS value')
+    pids = processes(own_server)
+    own_server.kill()
+    assert not own_server.is_running()
+    assert not [pid for pid in pids if running(pid)]
+    own_server.start()
+    assert own_server.port == port
+    assert ask(own_server, 'SELECT value FROM kept') == 7
+
+
+def test_a_kill_ends_paused_backends_too(own_server: EmbeddedPostgres) -> None:
+    with connected(own_server) as connection:
+        own_server.pause()
+        own_server.kill()
+        own_server.start()
+        with pytest.raises(psycopg2.OperationalError), connection.cursor() as cursor:
+            cursor.execute('SELECT 1')
+    assert ask(own_server, 'SELECT 1') == 1
+
+
+def test_a_paused_server_answers_nobody_and_keeps_its_connections(own_server: EmbeddedPostgres) -> None:
+    with connected(own_server) as connection:
+        own_server.pause()
+        with pytest.raises(psycopg2.OperationalError, match='timeout'):
+            psycopg2.connect(own_server.url(), connect_timeout=2)
+        own_server.resume()
+        with connection.cursor() as cursor:
+            cursor.execute('SELECT 1')
+            assert cursor.fetchone() == (1,)
+
+
+def test_stop_removes_a_temporary_directory_and_keeps_a_given_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with EmbeddedPostgres(settings=SETTINGS) as server:
+        temporary = server.log.parent
+        assert temporary.is_dir()
+        given = temporary.parent / f'{temporary.name}-given'
+    assert not temporary.exists()
+    kept = EmbeddedPostgres(data_dir=given, settings=SETTINGS)
+    try:
+        with kept:
+            ask(kept, 'CREATE TABLE kept ()')
+        with EmbeddedPostgres(data_dir=given, settings=SETTINGS) as again:
+            assert ask(again, 'SELECT count(*) FROM kept') == 0
+    finally:
+        subprocess.run(['rm', '-rf', str(given)], check=True)
+
+
+def test_a_second_server_on_the_same_data_is_refused(own_server: EmbeddedPostgres) -> None:
+    with pytest.raises(EmbeddedServerError, match='already exists'):
+        EmbeddedPostgres(data_dir=own_server.log.parent).start()
+    assert ask(own_server, 'SELECT 1') == 1
+
+
+def test_a_failed_start_says_what_the_log_says() -> None:
+    server = EmbeddedPostgres(settings={'shared_buffers': 'many'})
+    with pytest.raises(EmbeddedServerError, match='invalid value for parameter "shared_buffers"'):
+        server.start()
+    server.stop()
+    assert not server.is_running()
+
+
+def test_binaries_that_are_not_there_are_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(EmbeddedServerError, match='cannot be run'):
+        EmbeddedPostgres(bin_dir=tmp_path)
+
+
+def test_a_database_name_needs_no_care(postgres: EmbeddedPostgres) -> None:
+    name = 'a"b/c d%?'
+    postgres.create_database(name)
+    with contextlib.closing(psycopg2.connect(postgres.url(name))) as connection:
+        assert connection.info.dbname == name
+        postgres.drop_database(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root has to run the server as somebody else')
+def test_under_root_the_server_runs_as_an_unprivileged_user(postgres: EmbeddedPostgres) -> None:
+    owners = {Path('/proc', str(pid)).stat().st_uid for pid in processes(postgres)}
+    assert owners and 0 not in owners
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_no_server_outlives_its_owner(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, '-c', _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid, home = owner.stdout.readline().split()
+        pids = server_processes(int(pid))
+        assert len(pids) > 1
+        owner.send_signal(number)
+    eventually(lambda: not [pid for pid in pids if running(pid)])
+    eventually(lambda: not Path(home).exists())
