@@ -43,7 +43,10 @@ class Watch:
         while not self._stopping.wait(0.002):
             for index, task in enumerate(self._tasks):
                 before = time.monotonic()
-                may = self._can_claim(task)
+                try:
+                    may = self._can_claim(task)
+                except Exception:  # before it is entered, a Job may refuse to answer
+                    may = False
                 if may and was[index]:
                     self._spans[index][-1][1] = before
                 elif may:

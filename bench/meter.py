@@ -32,7 +32,8 @@ class Counts:
 
     def since(self, before: Counts) -> dict[str, float]:
         """What passed after `before` was copied."""
-        return {name: float(getattr(self, name) - getattr(before, name)) for name in vars(self)}
+        passed = {name: float(getattr(self, name) - getattr(before, name)) for name in vars(self)}
+        return {**passed, 'bytes': passed['sent'] + passed['received']}
 
     def copy(self) -> Counts:
         """The present values."""

@@ -132,7 +132,8 @@ class Job:
             self._ledger: Ledger | LocalLedger = LocalLedger()
         else:
             try:
-                create_schema(self.config)
+                with self._sessions.session() as connection:
+                    create_schema(connection, self.config)
                 self._join()
             except BaseException:
                 self._leave()

@@ -70,7 +70,7 @@ def decide(
     moved = assigned = blocked = 0
     for lo, hi, row, owner, target in _overlaid(present, owners, planned):
         wanted = _wanted(row.node if row.node in live else None, target)
-        changed = replace(wanted, lo=row.lo, hi=row.hi, version=row.version) != row
+        changed = wanted != (row.node, row.moving, row.moving_to, row.blocked)
         tokens = hi - lo
         if target is None:
             blocked += tokens
@@ -78,7 +78,7 @@ def decide(
             assigned += tokens
         if changed and owner is not None and target != owner:
             moved += tokens
-        _append(rows, replace(wanted, lo=lo, hi=hi, version=version if changed else row.version))
+        _append(rows, Segment(lo, hi, *wanted, version if changed else row.version))
     return Decision(tuple(rows), activate, moved, assigned, blocked, conflicts)
 
 
@@ -174,15 +174,19 @@ def _overlaid(
         lo = hi
 
 
-def _wanted(owner: str | None, target: str | None) -> Segment:
-    """The row, but for its range and version, that takes tokens from their live owner to the target."""
+def _wanted(owner: str | None, target: str | None) -> tuple[str | None, bool, str | None, bool]:
+    """node, moving, moving_to and blocked of the row that takes tokens from their live owner to the target."""
     if owner is None or owner == target:
-        return Segment(0, 0, target, blocked=target is None)
-    return Segment(0, 0, owner, moving=True, moving_to=target, blocked=target is None)
+        return target, False, None, target is None
+    return owner, True, target, target is None
 
 
 def _append(rows: list[Segment], row: Segment) -> None:
-    if rows and replace(rows[-1], lo=row.lo, hi=row.hi) == row:
+    if rows and _contents(rows[-1]) == _contents(row):
         rows[-1] = replace(rows[-1], hi=row.hi)
     else:
         rows.append(row)
+
+
+def _contents(row: Segment) -> tuple[object, ...]:
+    return row.node, row.moving, row.moving_to, row.blocked, row.version

@@ -6,6 +6,7 @@ attempt does may happen again in a later attempt, if this one dies before its co
 """
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib
 import inspect
@@ -17,7 +18,6 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg2
@@ -106,7 +106,8 @@ def _encode(result: object) -> str:
         text = json.dumps(result, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f'a result of type {type(result).__name__} is no JSON ({error}): return what json.dumps takes, or use store_result=False') from None
+            f'a result of type {type(result).__name__} is no JSON ({error}): '
+            'return what json.dumps takes, or use store_result=False') from None
     if len(text) > MAX_RESULT_BYTES:
         raise ConfigurationError(
             f'a result has {len(text)} bytes of JSON, {MAX_RESULT_BYTES} are stored at most: store it elsewhere and return where it is')
@@ -268,7 +269,7 @@ class LocalLedger:
         return None
 
 
-@dataclass
+@dataclasses.dataclass
 class _Loose:
     """An attempt whose end could not be recorded yet."""
 
@@ -282,16 +283,16 @@ class _Loose:
     tries: int = 0
 
 
-@dataclass
+@dataclasses.dataclass
 class _Local:
     """What one process knows: a forked child begins with nothing."""
 
     process: Process
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    held: set[str] = field(default_factory=set)
-    loose: dict[str, _Loose] = field(default_factory=dict)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    held: set[str] = dataclasses.field(default_factory=set)
+    loose: dict[str, _Loose] = dataclasses.field(default_factory=dict)
     thread: threading.Thread | None = None
-    closing: threading.Event = field(default_factory=threading.Event)
+    closing: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 class Ledger:
@@ -352,39 +353,44 @@ class Ledger:
 
     def _begin(self, here: _Local, key: str, holder: Holder, retention_sec: float) -> tuple[int, int]:
         try:
-            return self._call(lambda connection: self._claim(connection, key, holder))
-        except (ClaimLost, DuplicateExecution, ExecutionRunning, psycopg2.Error):
+            row = self._call(lambda connection: self._claim(connection, key, holder))
+        except psycopg2.Error:
             raise
         except BaseException:
             # The attempt may be begun and its reply lost: then nobody else could begin it while this process lives.
             self._loosen(here, _Loose(key, holder, None, retention_sec, error='begun, but the database did not answer'))
             raise
+        if row is None:
+            raise _running(key)
+        if row.began:
+            return row.fence, row.attempts
+        if not row.registered:
+            raise ClaimLost(
+                f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
+                'an evicted node rejoins by itself: try again')
+        if row.state != 'done':
+            raise _running(key)
+        duplicate = DuplicateExecution(f'the key {key!r} was already completed')
+        vars(duplicate).update(key=key, result=row.result)
+        raise duplicate
 
-    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> tuple[int, int]:
+    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row | None:
+        """What became of the wish to begin; None where others are at the key."""
         for _ in range(_RACES):
             try:
                 row = executions.begin(connection, self._tables, key, holder)
             except psycopg2.errors.LockNotAvailable:
-                # A transaction that completes the key is open.
-                raise _running(key) from None
-            if row.began:
-                return row.fence, row.attempts
-            if not row.registered:
-                raise ClaimLost(
-                    f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
-                    'an evicted node rejoins by itself: try again')
+                return None  # a transaction that completes the key is open
+            if row.began or not row.registered:
+                return row
             if row.free or row.state is None:
                 continue
-            if row.state == 'done':
-                duplicate = DuplicateExecution(f'the key {key!r} was already completed')
-                vars(duplicate).update(key=key, result=row.result)
-                raise duplicate
-            if row.holder is None or not self._is_gone(row, holder):
-                raise _running(key)
+            if row.state == 'done' or not self._is_gone(row, holder):
+                return row
             taken = executions.take_over(connection, self._tables, key, holder, row.fence)
             if taken is not None:
-                return taken
-        raise _running(key)
+                return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
+        return None
 
     @staticmethod
     def _is_gone(row: Row, me: Holder) -> bool:

@@ -282,7 +282,8 @@ async def _begin(ledger: Ledger | LocalLedger, key: str, retention_sec: float) -
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
+    call = function.__call__  # type: ignore[operator]  # every callable has it
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _check_result(name: str, result: object) -> None:
@@ -298,7 +299,7 @@ def _check_function(function: object) -> str:
         raise ConfigurationError(f'@exactly_once on a {type(function).__name__}: write it below @{type(function).__name__}')
     if inspect.isclass(function) or not callable(function):
         raise ConfigurationError(f'@exactly_once on {function!r}: put it on a function, a method or an `async def`')
-    plain = function
+    plain: object = function
     while isinstance(plain, functools.partial):
         plain = plain.func
     name = f'{_module_of(plain)}.{getattr(plain, "__qualname__", type(plain).__qualname__)}'
@@ -382,7 +383,7 @@ class _Formatter(string.Formatter):
         if value is None or value == '':
             raise ConfigurationError(f'{field_name} is {value!r}: calls that lack it would all share one key')
         kind = type(value)
-        if kind.__format__ is object.__format__ and kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:
+        if all(getattr(kind, name) is getattr(object, name) for name in ('__format__', '__str__', '__repr__')):
             raise ConfigurationError(
                 f'{field_name} is a {kind.__name__}, whose text is its address in memory: name an attribute that identifies it')
         return value, first

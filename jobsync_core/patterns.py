@@ -5,7 +5,7 @@ A pattern without `@` also matches the part of a node name before its `@`, becau
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from .errors import ConfigurationError
@@ -31,26 +31,27 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def matches(pattern: str, node_name: str) -> bool:
     """Whether the pattern matches the node name, or its part before `@` where the pattern has none."""
-    expression = compile_pattern(pattern)
-    if expression.fullmatch(node_name):
-        return True
-    return '@' not in pattern and '@' in node_name and expression.fullmatch(node_name.partition('@')[0]) is not None
+    return bool(_matching(pattern, (node_name,)))
 
 
 def matched_pattern(patterns: Sequence[str], names: Iterable[str]) -> str | None:
     """The first of the patterns that matches one of the names; None where none does."""
-    known = names if isinstance(names, Collection) else list(names)
-    return next((pattern for pattern in patterns if any(matches(pattern, name) for name in known)), None)
+    known = tuple(names)
+    return next((pattern for pattern in patterns if _matching(pattern, known)), None)
 
 
 def eligible(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
     """The names that the first pattern with a match matches; empty where no pattern matches."""
-    known = names if isinstance(names, Collection) else list(names)
-    for pattern in patterns:
-        found = frozenset(name for name in known if matches(pattern, name))
-        if found:
-            return found
-    return frozenset()
+    known = tuple(names)
+    found = (_matching(pattern, known) for pattern in patterns)
+    return frozenset(next((some for some in found if some), ()))
+
+
+def _matching(pattern: str, names: tuple[str, ...]) -> list[str]:
+    fits = compile_pattern(pattern).fullmatch
+    if '@' in pattern:
+        return [name for name in names if fits(name)]
+    return [name for name in names if fits(name) or ('@' in name and fits(name.partition('@')[0]))]
 
 
 def check_patterns(value: object) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def check_patterns(value: object) -> tuple[str, ...]:
     else:
         raise ConfigurationError(f"node_patterns={value!r}: give a pattern such as 'gpu-%', or a list of them")
     if not patterns:
-        raise ConfigurationError('node_patterns is empty: give at least one pattern; \'%\' matches every node')
+        raise ConfigurationError("node_patterns is empty: give at least one pattern; '%' matches every node")
     return tuple(_checked(pattern) for pattern in patterns)
 
 

@@ -39,7 +39,7 @@ def plan(
     pieces, blocked = _grouped(_covered(owners, weights, total_tokens), pins, weights)
     total = total_tokens - sum(hi - lo for lo, hi, _ in blocked)
     free = pieces.pop(frozenset(weights), [])
-    groups = [_Group.of(tuple(sorted(names)), pieces[names], weights) for names in sorted(pieces, key=sorted)]
+    groups = [_Group.of(names, some, weights) for names, some in sorted((sorted(names), some) for names, some in pieces.items())]
     held = _held(free)
     _round(groups, held, weights, total)
     _relieve(groups, weights, total)
@@ -119,7 +119,7 @@ def _held(pieces: Iterable[Owned]) -> Counter[str]:
 class _Group:
     """Locked tokens with one set of eligible nodes.
 
-    base: each node's weighted part, rounded down.
+    base: each node's weighted part, rounded down; nodes with none are left out.
     candidates: nodes whose part was cut; `spare` of them are rounded up instead: `chosen`.
     """
 
@@ -134,13 +134,20 @@ class _Group:
     def of(cls, names: Sequence[str], pieces: list[Owned], weights: Mapping[str, int]) -> _Group:
         size = sum(hi - lo for lo, hi, _ in pieces)
         whole = sum(weights[name] for name in names)
-        base = {name: size * weights[name] // whole for name in names}
+        base = {name: count for name in names if (count := size * weights[name] // whole)}
         candidates = [name for name in names if size * weights[name] % whole]
         return cls(pieces, _held(pieces), base, candidates, size - sum(base.values()))
 
     @property
     def share(self) -> dict[str, int]:
-        return {name: count + (name in self.chosen) for name, count in self.base.items()}
+        share = dict(self.base)
+        for name in self.chosen:
+            share[name] = share.get(name, 0) + 1
+        return share
+
+    def keepers(self) -> list[str]:
+        """Candidates that hold the larger number already."""
+        return [name for name in self.candidates if self.held[name] > self.base.get(name, 0)]
 
 
 def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, int], total: int) -> None:
@@ -148,18 +155,19 @@ def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, i
     whole = sum(weights.values())
     load = Counter(free)
     for group in groups:
-        for name, count in group.base.items():
-            load[name] += min(group.held[name], count + 1) if name in group.candidates else count
+        load.update(group.base)
+        load.update(group.keepers())
 
     def room(name: str) -> int:
         return total * weights[name] - load[name] * whole
 
     for group in groups:
-        keepers = [name for name in group.candidates if group.held[name] > group.base[name]]
-        keepers.sort(key=room, reverse=True)
+        keepers = sorted(group.keepers(), key=room, reverse=True)
         group.chosen.update(keepers[:group.spare])
         load.subtract(keepers[group.spare:])
     for group in groups:
+        if len(group.chosen) == group.spare:
+            continue
         others = [name for name in group.candidates if name not in group.chosen]
         takers = heapq.nlargest(group.spare - len(group.chosen), others, key=room)
         group.chosen.update(takers)
@@ -169,6 +177,9 @@ def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, i
 def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -> None:
     """Where locked tokens alone exceed a node's part of the whole, let other candidates be rounded up, directly or in a chain."""
     whole = sum(weights.values())
+    multiple = lcm(*weights.values())
+    inverse = {name: multiple // weight for name, weight in weights.items()}
+    limit = {name: -(-total * weight // whole) for name, weight in weights.items()}
     load: Counter[str] = Counter()
     for group in groups:
         load.update(group.share)
@@ -178,7 +189,7 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
             chosen_in[name][number] = None
 
     def chain(start: str) -> list[tuple[str, str, int]]:
-        """Steps (from, to, group) to the node where the token weighs least, if it weighs less there."""
+        """Steps (to, from, group), last one first, to a node with room, else to one where the token weighs less."""
         came: dict[str, tuple[str, int]] = {start: ('', -1)}
         queue = [start]
         for name in queue:
@@ -190,13 +201,13 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
                         queue.append(other)
                 if len(came) == len(weights):
                     break
-        end = min(queue, key=lambda name: (Fraction(2 * load[name] + 1, weights[name]), name))
-        if (2 * load[end] + 1) * weights[start] >= (2 * load[start] - 1) * weights[end]:
+        end = min(queue, key=lambda name: (load[name] >= limit[name], (2 * load[name] + 1) * inverse[name], name))
+        if load[end] >= limit[end] and (2 * load[end] + 1) * inverse[end] >= (2 * load[start] - 1) * inverse[start]:
             return []
         steps = []
         while end != start:
             name, number = came[end]
-            steps.append((name, end, number))
+            steps.append((end, name, number))
             end = name
         return steps
 
@@ -204,18 +215,18 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
     while improved:
         improved = False
         for name in weights:
-            while load[name] * whole > total * weights[name]:
+            while load[name] > limit[name]:
                 steps = chain(name)
                 if not steps:
                     break
                 improved = True
-                for giver, taker, number in steps:
+                for taker, giver, number in steps:
                     groups[number].chosen.remove(giver)
                     groups[number].chosen.add(taker)
                     del chosen_in[giver][number]
                     chosen_in[taker][number] = None
                 load[name] -= 1
-                load[steps[0][1]] += 1
+                load[steps[0][0]] += 1
 
 
 def _levelled(held: Counter[str], pinned: Counter[str], weights: Mapping[str, int], total: int) -> dict[str, int]:
@@ -228,7 +239,7 @@ def _levelled(held: Counter[str], pinned: Counter[str], weights: Mapping[str, in
         below.append(name)
         level += pinned[name]
         width += weights[name]
-    share = {name: max(0, level * weights[name] // width - pinned[name]) for name in below}
+    share = {name: level * weights[name] // width - pinned[name] for name in below}
     spare = level - sum(pinned[name] + share[name] for name in below)
     cut = [name for name in below if level * weights[name] % width]
     # Who holds one more already keeps it: any other choice would move a token for nothing.

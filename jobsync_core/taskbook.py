@@ -145,7 +145,7 @@ class TaskBook:
                 logger.warning('node=%s task=%s was not finished and is not audited', self._node, last)
         if texts:
             with self._sessions.session() as connection:
-                tasks.audit(connection, self._tables, self._node, self._date, texts)
+                tasks.audit(connection, self._tables, self._node, self._date, [(text, self.token_of(text)) for text in texts])
             self._done.update(texts)
             for text in texts:
                 self._added.pop(text, None)

@@ -105,10 +105,11 @@ def database_options(command: _Command) -> _Command:
         return callback
 
     command = click.option(
-        '--appname', expose_value=False, callback=remember('appname'), help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].')(command)
+        '--appname', expose_value=False, callback=remember('appname'), metavar='PREFIX',
+        help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].')(command)
     return click.option(
         '--url', expose_value=False, callback=remember('url'), metavar='URL',
-        help='postgresql://user@host:port/dbname [env JOBSYNC_DATABASE_URL]. A password is better kept in the environment or ~/.pgpass.')(command)
+        help='postgresql://user@host:port/dbname [env JOBSYNC_DATABASE_URL]. Keep a password in the environment or ~/.pgpass.')(command)
 
 
 def console() -> Console:

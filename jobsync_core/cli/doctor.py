@@ -17,7 +17,6 @@ from ..store import probe
 from ..store.connection import Connection, Sessions
 from ..store.schema import SCHEMA_VERSION, Tables
 from .context import console, describe, printable
-from .status_view import table
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -57,11 +56,12 @@ def examine(config: CoordinationConfig) -> list[Check]:
 
 def show(checks: list[Check]) -> None:
     """Print the findings."""
-    result = table('check', '', 'found', 'what to do')
+    out = console()
     for check in checks:
-        mark = Text(check.verdict, style={'ok': 'green', 'warn': 'yellow', 'bad': 'red'}[check.verdict])
-        result.add_row(check.name, mark, printable(check.found), printable(check.remedy))
-    console().print(result)
+        style = {'ok': 'green', 'warn': 'yellow', 'bad': 'red'}[check.verdict]
+        out.print(Text(f'{check.verdict:<5}', style=style) + Text(f'{check.name}: {printable(check.found)}'), soft_wrap=True)
+        if check.remedy:
+            out.print(f'     {printable(check.remedy)}', soft_wrap=True)
 
 
 def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> Iterator[Check]:
@@ -74,7 +74,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
         with sessions.session() as connection:
             yield examine_one(connection, tables)
     yield _pooler_check(config, pooler)
-    yield _listen_check(config)
+    yield _listen_check(config, sessions)
 
 
 def _version(connection: PgConnection, tables: Tables) -> Check:
@@ -107,12 +107,16 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
             return Check('schema', 'ok', f'tables {tables.appname}* exist; no node has registered yet')
         if version == SCHEMA_VERSION:
             return Check('schema', 'ok', f'tables {tables.appname}* of version {version}')
-        return Check('schema', 'bad', f'tables of version {version}, this program has {SCHEMA_VERSION}', 'use one version of JobSync everywhere, then `jobsync init-db`')
+        return Check(
+            'schema', 'bad', f'tables of version {version}, this program has {SCHEMA_VERSION}',
+            'use one version of JobSync everywhere, then `jobsync init-db`')
     if len(missing) < len(probe.RELATIONS):
         return Check('schema', 'bad', f'not there: {", ".join(missing)}', 'run `jobsync init-db` with a role that may create tables')
     if probe.may_create(connection):
         return Check('schema', 'ok', f'no tables {tables.appname}* yet; the first node, or `jobsync init-db`, creates them')
-    return Check('schema', 'bad', f'no tables {tables.appname}*, and no right to create them', 'let a DBA run the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
+    return Check(
+        'schema', 'bad', f'no tables {tables.appname}*, and no right to create them',
+        'let a DBA run the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:
@@ -133,8 +137,12 @@ def _durability(connection: PgConnection, tables: Tables) -> Check:
             'durability', 'warn', f'{found.standbys} asynchronous standby{"" if found.standbys == 1 else "s"}',
             'a failover may forget the last claims and completions: set synchronous_standby_names (see GUARANTEES)')
     if found.synchronous and not found.standbys:
-        return Check('durability', 'warn', f'synchronous_standby_names={found.synchronous!r}, and no standby is connected', 'every commit will wait: start the standby')
-    return Check('durability', 'ok', f'synchronous standbys: {found.synchronous}' if found.synchronous else 'no standby: what is committed is on this server')
+        return Check(
+            'durability', 'warn', f'synchronous_standby_names={found.synchronous!r}, and no standby is connected',
+            'every commit will wait: start the standby')
+    if found.synchronous:
+        return Check('durability', 'ok', f'synchronous standbys: {found.synchronous}')
+    return Check('durability', 'ok', 'no standby: what is committed is on this server')
 
 
 def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:
@@ -145,7 +153,7 @@ def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:
     return Check('pooler', 'ok', 'session pooling' if pooler == 'session' else 'none')
 
 
-def _listen_check(config: CoordinationConfig) -> Check:
+def _listen_check(config: CoordinationConfig, sessions: Sessions) -> Check:
     if not config.listen:
         return Check('notifications', 'ok', 'not used: listen=False')
     channel = f'jobsync_doctor_{uuid.uuid4().hex}'
@@ -154,7 +162,8 @@ def _listen_check(config: CoordinationConfig) -> Check:
         try:
             connection.listen(channel)
             begun = time.monotonic()
-            connection.execute('SELECT pg_notify(%s, %s)', (channel, 'ping'))
+            with sessions.session() as sender:  # another session: a pooler may hand a client's own notifications back by chance
+                probe.notify(sender, channel, 'ping')
             arrived = _wait(lambda: 'ping' in connection.notifies(), connection.fileno(), begun + _NOTIFY_WAIT)
         finally:
             connection.close()

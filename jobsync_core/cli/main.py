@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from .. import __version__
 from ..errors import DatabaseUnavailable
 from ..hashing import HASH_FUNCTIONS, check_task_id
 from ..store import status
@@ -23,7 +24,7 @@ __all__ = ['jobsync']
 
 
 @click.group(cls=Group, context_settings={'help_option_names': ['-h', '--help']})
-@click.version_option(package_name='jobsync-workers', prog_name='jobsync')
+@click.version_option(__version__, prog_name='jobsync')
 @database_options
 @click.pass_context
 def jobsync(ctx: click.Context) -> None:
@@ -32,7 +33,8 @@ def jobsync(ctx: click.Context) -> None:
 
 
 @jobsync.command('status')
-@click.option('--watch', is_flag=False, flag_value=1.0, type=click.FloatRange(min=0.1), metavar='[SECONDS]', help='Repeat every so many seconds (1).')
+@click.option(
+    '--watch', is_flag=False, flag_value=1.0, type=click.FloatRange(min=0.1), metavar='[SECONDS]', help='Repeat every so many seconds (1).')
 @click.option('--json', 'as_json', is_flag=True, help='JSON; with --watch one line each time.')
 @database_options
 @click.pass_obj

@@ -52,8 +52,8 @@ def _print_change(out: Console, found: Simulation, change: Change, verb: str, le
     if found.tasks:
         tasks += f' ({change.tasks_moved / found.tasks:.1%})'
     out.print(
-        f'{change.node} {verb}: {change.tokens_moved:,} tokens move ({change.tokens_moved / found.total_tokens:.1%}; the least possible is {least:,}), '
-        f'{tasks}; then tasks per node: {_spread(change.shares)}')
+        f'{change.node} {verb}: {change.tokens_moved:,} tokens move ({change.tokens_moved / found.total_tokens:.1%}; '
+        f'the least possible is {least:,}), {tasks}; then tasks per node: {_spread(change.shares)}')
 
 
 def _spread(shares: Sequence[Share]) -> str:

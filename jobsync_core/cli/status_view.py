@@ -66,7 +66,7 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
     parts: list[RenderableType] = [Text(
         f'cluster {appname}: {cluster["total_tokens"]:,} tokens, {cluster["hash_function"]}, version {cluster["version"]}, '
         f'leader {printable(found["leader"] or "none")}')]
-    parts.append(_node_table(found['nodes'], cluster['total_tokens']))
+    parts.append(_node_table(found['nodes'], cluster['total_tokens']) if found['nodes'] else Text('no node is registered'))
     for count, what, style in (
         (found['moving_tokens'], 'on their way to another node', ''), (found['unowned_tokens'], 'without an owner', 'yellow'),
         (found['blocked_tokens'], 'blocked: no live node matches their locks', 'red'),
@@ -81,12 +81,14 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
 
 def _node_table(nodes: Sequence[Mapping[str, Any]], total: int) -> Table:
     result = table(
-        'node', 'state', 'tokens', 'share', 'weight', 'heartbeat', 'lease', 'host', 'pid', right=('tokens', 'share', 'weight', 'heartbeat', 'lease', 'pid'))
+        'node', 'state', 'tokens', 'share', 'weight', 'heartbeat', 'lease', 'host', 'pid',
+        right=('tokens', 'share', 'weight', 'heartbeat', 'lease', 'pid'))
     for node in nodes:
         state = ('leader, ' if node['is_leader'] else '') + (node['state'] if node['alive'] else 'silent')
         result.add_row(
             printable(node['name']), state, f'{node["tokens"]:,}', f'{node["tokens"] / total:.1%}', f'{node["weight"]:g}',
-            f'{node["age_sec"]:.1f} s ago', f'{max(0.0, node["lease_sec"] - node["age_sec"]):.1f} s', printable(node['host']), str(node['pid']),
+            f'{node["age_sec"]:.1f} s ago', f'{max(0.0, node["lease_sec"] - node["age_sec"]):.1f} s left',
+            printable(node['host']), str(node['pid']),
             style='' if node['alive'] else 'red')
     return result
 

@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'RELATIONS', 'Replication', 'clock_offset', 'may_create', 'missing_rights', 'missing_tables', 'pooling', 'read_only', 'replication',
-    'schema_version', 'server_version',
+    'RELATIONS', 'Replication', 'clock_offset', 'may_create', 'missing_rights', 'missing_tables', 'notify', 'pooling', 'read_only',
+    'replication', 'schema_version', 'server_version',
 ]
 
 #: Attributes of Tables, and what a node does to each.
 RELATIONS = {
     **dict.fromkeys(
-        ('node', 'assignment', 'lock', 'rebalance', 'claim', 'audit', 'execution', 'cluster', 'queue'), ('SELECT', 'INSERT', 'UPDATE', 'DELETE')),
+        ('node', 'assignment', 'lock', 'rebalance', 'claim', 'audit', 'execution', 'cluster', 'queue'),
+        ('SELECT', 'INSERT', 'UPDATE', 'DELETE')),
     'token': ('SELECT',),
 }
 
@@ -91,7 +92,15 @@ def replication(connection: PgConnection) -> Replication:
     """How commits reach standbys."""
     return Replication(*_row(
         connection,
-        "SELECT current_setting('synchronous_standby_names'), (SELECT count(*)::int FROM pg_stat_replication), current_setting('fsync') = 'on'"))
+        '''
+        SELECT current_setting('synchronous_standby_names'), (SELECT count(*)::int FROM pg_stat_replication),
+               current_setting('fsync') = 'on'
+        '''))
+
+
+def notify(connection: PgConnection, channel: str, payload: str) -> None:
+    """Send a notification when the transaction commits."""
+    _row(connection, 'SELECT pg_notify(%s, %s)', (channel, payload))
 
 
 def pooling(sessions: Sessions) -> str:

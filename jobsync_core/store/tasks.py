@@ -75,24 +75,26 @@ def _claim_sql(tables: Tables) -> str:
             SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation
             WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation);
         DELETE FROM {tables.claim} AS c USING {tables.audit} AS a
-            WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s AND a.task_id = c.task_id AND a.date = c.date;
+            WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s
+              AND a.task_id = c.task_id AND a.date = c.date;
         SELECT c.task_id FROM {tables.claim} AS c JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
             WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s AND c.incarnation = %(incarnation)s
             ORDER BY c.task_id
     '''
 
 
-def audit(connection: PgConnection, tables: Tables, node: str, date: datetime.date, texts: Iterable[str]) -> None:
-    """Record tasks as finished by `node` for the date, and drop its claims on them."""
-    params = {'node': node, 'date': date, 'texts': sorted(set(texts))}
-    if not params['texts']:
+def audit(connection: PgConnection, tables: Tables, node: str, date: datetime.date, rows: Iterable[tuple[str, int]]) -> None:
+    """Record tasks, given as text and token, as finished by `node` for the date, and drop its claims on them."""
+    tokens = dict(rows)
+    if not tokens:
         return
+    params = {'node': node, 'date': date, 'texts': list(tokens), 'tokens': list(tokens.values())}
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
-            INSERT INTO {tables.audit} (created_on, node, task_id, date)
-            SELECT now(), %(node)s, task_id, %(date)s FROM unnest(%(texts)s::text[]) AS t (task_id)
-            ON CONFLICT DO NOTHING;
+            INSERT INTO {tables.audit} (created_on, node, task_id, date, token)
+            SELECT now(), %(node)s, task_id, %(date)s, token FROM unnest(%(texts)s::text[], %(tokens)s::int[]) AS t (task_id, token)
+            ORDER BY task_id ON CONFLICT DO NOTHING;
             DELETE FROM {tables.claim} WHERE node = %(node)s AND date = %(date)s AND task_id = ANY(%(texts)s::text[])
             ''', params)
 

@@ -168,8 +168,10 @@ class Dispatcher:
 
     def run(self, keys: list[str], deliveries: int = 2) -> None:
         """Deliver all keys, and wait for all answers."""
-        queue = deque(key for key in keys for _ in range(deliveries))
-        self._random.shuffle(queue)
+        apart = [key for key in keys for _ in range(deliveries)]
+        self._random.shuffle(apart)
+        # Every tenth key comes once more right away.
+        queue = deque(copy for key in apart for copy in [key] * (2 if self._random.random() < 0.1 else 1))
         try:
             while len(self._slots) < self._count:
                 self._start()
@@ -182,9 +184,11 @@ class Dispatcher:
                 slot.pipe.close()
 
     def _step(self, queue: deque[str]) -> None:
-        for slot in self._slots:
-            if slot.ready and len(slot.sent) < _BATCH // 2:
-                while queue and len(slot.sent) < _BATCH:
+        # One message at a time to each, so that the deliveries of a key that stand side by side meet.
+        hungry = [slot for slot in self._slots if slot.ready and len(slot.sent) < _BATCH // 2]
+        for _ in range(_BATCH - _BATCH // 2):
+            for slot in hungry:
+                if queue:
                     self._send(slot, queue.popleft())
         if not any(slot.sent or not slot.ready for slot in self._slots):
             self._resume()  # everything else is done

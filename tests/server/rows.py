@@ -22,8 +22,7 @@ class Rows:
         with sessions.session() as connection:
             create_schema(connection, config)
         self.run(
-            f'INSERT INTO {self.tables.cluster} (total_tokens, hash_function, version, lock_version, schema_version) '
-            f'SELECT %s, %s, 1, 0, 1 WHERE NOT EXISTS (SELECT FROM {self.tables.cluster})',
+            f'UPDATE {self.tables.cluster} SET total_tokens = %s, hash_function = %s, version = 1',
             config.total_tokens, config.hash_function)
 
     def run(self, sql: str, *params: object) -> list[tuple[Any, ...]]:
@@ -37,14 +36,28 @@ class Rows:
         self.run(
             f'''INSERT INTO {self.tables.node} (name, created_on, last_heartbeat, incarnation, beat, state, weight, lease_sec,
                                                 host, boot_id, pid_namespace, pid, started)
-                VALUES (%s, clock_timestamp(), clock_timestamp() - make_interval(secs => %s), %s, 1, %s, %s, %s, 'here', 'boot', 'ns', 7, '1')''',
+                VALUES (%s, clock_timestamp(), clock_timestamp() - make_interval(secs => %s), %s, 1, %s, %s, %s,
+                        'here', 'boot', 'ns', 7, '1')''',
             name, age, incarnation or f'life of {name}', state, weight, self.config.lease_sec)
 
     def own(self, lo: int, hi: int, node: str | None, *, moving_to: str | None = None, moving: bool = False, blocked: bool = False) -> None:
         """One row of the assignment."""
         self.run(
-            f'INSERT INTO {self.tables.assignment} (tokens, node, moving, moving_to, blocked, version) VALUES (int4range(%s, %s), %s, %s, %s, %s, 1)',
+            f'INSERT INTO {self.tables.assignment} (tokens, node, moving, moving_to, blocked, version) '
+            'VALUES (int4range(%s, %s), %s, %s, %s, %s, 1)',
             lo, hi, node, moving or moving_to is not None, moving_to, blocked)
+
+    def rebalance(self, reason: str, leader: str, moved: int) -> None:
+        """One row of the history of plans: three nodes became two."""
+        self.run(
+            f'INSERT INTO {self.tables.rebalance} '
+            '(triggered_at, trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms) '
+            'VALUES (now(), %s, %s, 3, 2, %s, 5)', reason, leader, moved)
+
+    def waiting(self) -> int:
+        """How many sessions of this database wait for a lock."""
+        return int(self.value(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"))
 
     def value(self, sql: str, *params: object) -> Any:
         """The first column of the first row."""

@@ -65,8 +65,8 @@ def test_keys_complete_once_and_transactional_effects_happen_once_wherever_worke
     took = time.monotonic() - began
     verdict = check(rows, keys)
     with capsys.disabled():
-        print(f'\nledger under kill: seed={SEED} keys={len(keys)} attempts={verdict.attempts} in {took:.1f} s, {dict(dispatcher.outcomes)}; '
-              f'plain effects: {verdict.plain_effects} of {verdict.plain_keys} keys')
+        print(f'\nledger under kill: seed={SEED} keys={len(keys)} attempts={verdict.attempts} in {took:.1f} s, '
+              f'{dict(dispatcher.outcomes)}; plain effects: {verdict.plain_effects} of {verdict.plain_keys} keys')
     assert verdict.completions == {}
     assert verdict.transactional == {}
     assert verdict.plain_missing == []

@@ -64,15 +64,18 @@ def test_the_assignment_comes_back_as_segments(rows: Rows) -> None:
 
 def test_rebalances_come_newest_first_up_to_the_limit(rows: Rows) -> None:
     for number in range(3):
-        rows.run(
-            f'INSERT INTO {rows.tables.rebalance} (triggered_at, trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms) '
-            'VALUES (now(), %s, %s, 1, 2, %s, 3)', 'because', 'a', number)
+        rows.rebalance('because', 'a', number)
     assert [row['tokens_moved'] for row in ask(rows, status.rebalances, 2)] == [2, 1]
 
 
 def test_the_cluster_tells_its_settings(rows: Rows) -> None:
     found = ask(rows, status.cluster)
     assert (found['total_tokens'], found['hash_function']) == (rows.config.total_tokens, rows.config.hash_function)
+
+
+def listen(listener: Connection, heard: list[str]) -> bool:
+    heard += listener.notifies()
+    return bool(heard)
 
 
 class TestExplain:
@@ -126,7 +129,7 @@ class TestDrain:
             listener.listen(rows.tables.channel)
             assert ask(rows, status.set_drain, 'a', True) is True
             assert ask(rows, status.set_drain, 'a', True) is False
-            eventually(lambda: heard.extend(listener.notifies()) or heard)
+            eventually(lambda: listen(listener, heard))
         finally:
             listener.close()
         assert heard == ['drain a']
@@ -146,9 +149,9 @@ class TestDrain:
     def test_an_unknown_name_is_told_the_known_ones(self, rows: Rows) -> None:
         rows.node('alpha')
         rows.node('beta')
-        with pytest.raises(JobSyncError, match="'gamma'.*alpha, beta"):
+        with pytest.raises(JobSyncError, match=r"'gamma'.*alpha, beta"):
             ask(rows, status.set_drain, 'gamma', True)
-        with pytest.raises(JobSyncError, match="'gamma'.*alpha, beta"):
+        with pytest.raises(JobSyncError, match=r"'gamma'.*alpha, beta"):
             ask(rows, status.plan_without, 'gamma')
 
 

@@ -34,7 +34,7 @@ def claim(rows: Rows, node: str, *wanted: tuple[str, int], life: str | None = No
 
 def audit(rows: Rows, node: str, *texts: str) -> None:
     with rows.sessions.session() as connection:
-        tasks.audit(connection, rows.tables, node, TODAY, texts)
+        tasks.audit(connection, rows.tables, node, TODAY, [(text, 0) for text in texts])
 
 
 def taken(rows: Rows, node: str, text: str, date: datetime.date = TODAY) -> bool:
@@ -124,7 +124,7 @@ class TestMovingTokens:
                 cursor.execute(f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',))
             thread = threading.Thread(target=lambda: self.accepted.append(claim(rows, 'a', ('t', 1))))
             thread.start()
-            eventually(lambda: rows.value("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()") == 1)
+            eventually(lambda: rows.waiting() == 1)
             if commit:
                 giver.commit()
             else:
@@ -149,10 +149,10 @@ class TestMovingTokens:
         move(rows, 0, 5_000, 'b')
         accepted: list[list[str]] = []
         with rows.sessions.session() as auditor:
-            tasks.audit(auditor, rows.tables, 'a', TODAY, ['t'])
+            tasks.audit(auditor, rows.tables, 'a', TODAY, [('t', 0)])
             thread = threading.Thread(target=lambda: accepted.append(claim(rows, 'b', ('t', 1))))
             thread.start()
-            eventually(lambda: rows.value("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()") == 1)
+            eventually(lambda: rows.waiting() == 1)
             auditor.commit()
             thread.join()
         assert accepted == [[]]

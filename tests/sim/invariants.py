@@ -29,16 +29,14 @@ def check_one_claimer(world: World) -> None:
     seen = 0
     now = world.now
     for node in world.holders:
-        claims = node.claims
-        deadline = claims.lease[0]
         local = node.offset + node.rate * now
-        if local >= deadline:
+        mask = node.claims.answers(local)
+        if not mask:
             continue
-        if deadline > node.lease_bound + 1e-6:
-            raise Violation(f'I2: {node} holds a lease until {deadline:.3f}, its last answered heartbeat entitles it until {node.lease_bound:.3f}')
-        mask = claims.mask
+        if local > node.lease_bound + 1e-6 and world.leases_checked:
+            raise Violation(f'I2: {node} answers True at {local:.3f}, its last answered heartbeat entitled it until {node.lease_bound:.3f}')
         if mask & seen:
-            others = [str(n) for n in world.holders if n is not node and n.claims.mask & mask and n.local() < n.claims.lease[0]]
+            others = [str(n) for n in world.holders if n is not node and n.claims.answers(n.local()) & mask]
             raise Violation(f'I1: tokens {tokens_in(mask & seen)} are claimable on {node} and on {", ".join(others)}')
         seen |= mask
         if world.owner_checked:
@@ -148,6 +146,8 @@ def unsettled(world: World) -> str | None:
     for row in store.nodes.values():
         if row.incarnation not in lives:
             return f'the dead node {row.sign} is still in the table'
+    if store.planned != store.fingerprint():
+        return 'the latest plan does not know the present nodes and locks'
     receivers = {row.name for row in store.nodes.values() if row.state == 'active'}
     locks: dict[int, list[tuple[str, ...]]] = {}
     for lock in store.locks.values():

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from jobsync_core.messages import Segment
 from jobsync_core.protocol import Settings
 
 from .invariants import Violation
-from .store import Lock, SimStore
+from .store import Lock, Overlap, SimStore
 from .world import LEASE_FRACTION, TASKS_PER_TOKEN, SimNode, World
 
 __all__ = ['FAMILIES', 'Run', 'play', 'run']
 
-TIMEOUT = 3.0
+TIMEOUT = 6.0
 
 
 @dataclass
@@ -33,9 +34,10 @@ class Run:
     names: list[str] = field(default_factory=list)
     #: How long it took to become whole after the faults; for reports.
     healed_after: float = 0.0
-    #: Whether versions are compared in the quiet time.
-    quiet: bool = True
-    links_heal: bool = True
+    #: How often it is looked whether the cluster is whole.
+    step: float = 0.25
+    #: No node may be evicted and no token may move.
+    keeps: bool = False
 
     # --- building ---
 
@@ -163,6 +165,32 @@ class Run:
             store.add_lock(f'{token}.{rng.randrange(TASKS_PER_TOKEN)}', Lock(token, patterns, store.clock, expires))
         world.deliver_notifications()
 
+    def add_lock(self) -> None:
+        """Pin one token to one live node."""
+        store = self.world.store
+        token, node = self.world.rng.randrange(store.total_tokens), self.any_node()
+        assert node is not None
+        store.add_lock(f'{token}.0', Lock(token, (node.name,), store.clock))
+        self.world.deliver_notifications()
+
+    def meddle(self) -> None:
+        """Try to insert a row for tokens that have an owner."""
+        store, node = self.world.store, self.any_node()
+        if node is None:
+            return
+        lo = self.world.rng.randrange(store.total_tokens)
+        try:
+            store.insert(Segment(lo, lo + 1, node.name, version=store.version))
+        except Overlap:
+            self.world.trace(node, 'refused', lo)
+        store.version += 1  # everybody looks
+
+    def restore(self, standby: list[SimStore], seconds: float) -> None:
+        """Restore a backup; `seconds` pass before the server is there again."""
+        self.world.tasks_checked = False
+        self.world.stop_server()
+        self.world.at(self.world.now + seconds, self.world.restore, standby[0])
+
     def expire_locks(self) -> None:
         """Let no lock expire in the quiet time."""
         world = self.world
@@ -189,7 +217,7 @@ class Run:
             if node is not None:
                 node.write_audit()
         if self.world.now < until:
-            self.world.at(self.world.now + self.world.rng.random() * 0.4, self.use, until)
+            self.world.at(self.world.now + self.world.rng.random() * TIMEOUT / 8, self.use, until)
 
 
 def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> float:
@@ -201,7 +229,7 @@ def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> floa
         name = f'n{index}'
         run.names.append(name)
         run.spawn(name, delay=rng.random() * spread, weight=rng.choice((0.5, 1.0, 2.0, 3.0)) if weighted else None)
-    return spread + run.settings.wait_on_enter + 1.5
+    return spread + run.settings.wait_on_enter + 2.0
 
 
 def _times(run: Run, start: float, length: float, most: int, least: int = 1) -> list[float]:
@@ -212,13 +240,13 @@ def _times(run: Run, start: float, length: float, most: int, least: int = 1) -> 
 def _duration(run: Run) -> float:
     """Lengths around the times that matter: a hiccup, near the lease, near the timeout, long."""
     rng = run.world.rng
-    return rng.choice((rng.random() * 0.6, rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT, rng.uniform(0.9, 1.3) * TIMEOUT, rng.uniform(1, 3) * TIMEOUT))
+    return rng.choice((rng.random() * 0.2 * TIMEOUT, rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT, rng.uniform(0.9, 1.3) * TIMEOUT, rng.uniform(1, 3) * TIMEOUT))
 
 
 def pauses(run: Run) -> None:
     """Processes stop and go on."""
     start = _cluster(run)
-    for time in _times(run, start, 9, 4):
+    for time in _times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.pause, _duration(run))
     run.faults_end += 3 * TIMEOUT
 
@@ -226,7 +254,7 @@ def pauses(run: Run) -> None:
 def partitions(run: Run) -> None:
     """Links fail, both ways or one way, and come back."""
     start = _cluster(run)
-    for time in _times(run, start, 9, 4):
+    for time in _times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.cut, _duration(run), run.world.rng.choice(('both', 'up', 'down')))
     run.faults_end += 3 * TIMEOUT
 
@@ -235,7 +263,7 @@ def crashes(run: Run) -> None:
     """Processes die; most come back under their name, on the same machine or another."""
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 9, 4):
+    for time in _times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.crash, None, rng.choice((None, 0.05, rng.random() * 2 * TIMEOUT)))
     run.faults_end += 2 * TIMEOUT
 
@@ -244,19 +272,20 @@ def rolling(run: Run) -> None:
     """Joins, leaves and restarts, one after another."""
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 8, 5):
+    for time in _times(run, start, 2.66667 * TIMEOUT, 5):
         run.at(time, run.leave, None, rng.choice((None, 0.05, rng.random() * 2)))
-    for index, time in enumerate(_times(run, start, 8, 2, 0)):
+    for index, time in enumerate(_times(run, start, 2.66667 * TIMEOUT, 2, 0)):
         run.names.append(f'm{index}')
         run.at(time, run.spawn, f'm{index}')
     run.faults_end += 2
 
 
 def outages(run: Run) -> None:
-    """The database restarts or hangs, for any length."""
+    """The database restarts or hangs, for any length; no node is to blame for it."""
+    run.keeps = True
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 9, 2):
+    for time in _times(run, start, 3 * TIMEOUT, 2):
         run.at(time, rng.choice((run.restart_server, run.restart_server, run.freeze_server)), _duration(run))
     run.faults_end += 3 * TIMEOUT
 
@@ -267,7 +296,7 @@ def lossy(run: Run) -> None:
     rng, network = run.world.rng, run.world.network
     network.slow, network.lost_reply, network.late = rng.random() * 0.1, rng.random() * 0.05, rng.random() * 0.05
     network.lost_notification = rng.choice((0.0, 0.3, 1.0))
-    for time in _times(run, start, 9, 3):
+    for time in _times(run, start, 3 * TIMEOUT, 3):
         run.at(time, rng.choice((run.deafen, run.leave, run.crash)))
     run.faults_end += 2
 
@@ -276,29 +305,29 @@ def locks(run: Run) -> None:
     """Locks come, expire and go while nodes come and go."""
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start * 0.3, 10, 12, 3):
+    for time in _times(run, start * 0.3, 3 * TIMEOUT, 12, 3):
         run.at(time, run.change_locks)
-    for time in _times(run, start, 8, 2, 0):
+    for time in _times(run, start, 2.66667 * TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, 1.0)
-    run.at(start + 11, run.expire_locks)
+    run.at(start + 4 * TIMEOUT, run.expire_locks)
 
 
 def drains(run: Run) -> None:
     """Nodes are drained by themselves and by an operator."""
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 8, 6):
+    for time in _times(run, start, 2.66667 * TIMEOUT, 6):
         run.at(time, run.drain, rng.choice(('node', 'operator')), rng.random() < 0.7)
-    for time in _times(run, start, 8, 2, 0):
+    for time in _times(run, start, 2.66667 * TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, 1.0)
-    run.at(start + 9, run.undrain_all)
+    run.at(start + 3 * TIMEOUT, run.undrain_all)
 
 
 def names(run: Run) -> None:
     """Two processes of one name, one of them paused, cut off or alive."""
     start = _cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 6, 2):
+    for time in _times(run, start, 2 * TIMEOUT, 2):
         name = rng.choice(run.names)
         run.at(time, rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name))), _duration(run), name)
         run.at(time + rng.random(), run.spawn, name)
@@ -310,14 +339,99 @@ def failovers(run: Run) -> None:
     start = _cluster(run)
     rng = run.world.rng
     standby: list[SimStore] = []
-    for time in _times(run, start, 4, 3, 0):
+    for time in _times(run, start, 1.33333 * TIMEOUT, 3, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, None)
-    moment = start + rng.random() * 5
+    moment = start + rng.random() * 2 * TIMEOUT
     run.at(moment, run.remember, standby)
     run.at(moment + rng.random() * 1.5, run.fail_over, standby, rng.random() * 2)
-    for time in _times(run, moment, 4, 2, 0):
+    for time in _times(run, moment, TIMEOUT, 2, 0):
         run.at(time, run.pause, _duration(run))
     run.faults_end += 3 * TIMEOUT
+
+
+def single(run: Run) -> None:
+    """One fault in a whole cluster, and the time that it may cost."""
+    rng = run.world.rng
+    start = _cluster(run, rng.choice((3, 4, 5))) + run.settings.timeout
+    slack = run.settings.poll + 0.25
+    kind = rng.choice(('kill', 'leave', 'join', 'pause', 'cut', 'outage', 'lock', 'drain'))
+    run.faults_end = start
+    if kind == 'kill':
+        run.bound = TIMEOUT * 1.01 + slack
+        run.at(start, run.crash)
+    elif kind == 'leave':
+        run.bound = run.settings.release_timeout + slack
+        run.at(start, run.leave)
+    elif kind == 'join':
+        run.bound = run.settings.wait_on_enter + run.settings.release_timeout + slack
+        run.names.append('late')
+        run.at(start, run.spawn, 'late')
+    elif kind in ('pause', 'cut'):
+        seconds = _duration(run)
+        run.bound = 5.0
+        run.at(start, run.pause, seconds) if kind == 'pause' else run.at(start, run.cut, seconds, rng.choice(('both', 'up', 'down')))
+        run.faults_end = start + seconds
+    elif kind == 'outage':
+        seconds = rng.choice((0.1, 1.0, 5.0)) * TIMEOUT
+        run.bound = run.settings.interval + 1.0 + slack
+        run.keeps = True
+        run.at(start, run.restart_server, seconds)
+        run.faults_end = start + seconds
+    elif kind == 'lock':
+        run.bound = 1.0 + run.settings.release_timeout
+        run.at(start, run.add_lock)
+    else:
+        run.bound = run.settings.release_timeout + slack
+        run.at(start, run.drain, 'node', True)
+    run.step = 0.05
+
+
+def restores(run: Run) -> None:
+    """The database comes back from a backup of the same server, long after all leases have run out."""
+    start = _cluster(run)
+    rng = run.world.rng
+    standby: list[SimStore] = []
+    moment = start + rng.random() * TIMEOUT
+    run.at(moment, run.remember, standby)
+    for time in _times(run, moment, TIMEOUT, 3):
+        run.at(time, rng.choice((run.leave, run.change_locks, run.change_locks)))
+    run.at(moment + TIMEOUT * 1.1, run.restore, standby, TIMEOUT * (1.1 + rng.random()))
+    run.faults_end += 3 * TIMEOUT
+
+
+def flapping(run: Run) -> None:
+    """Plans change their mind while hand-overs are delayed."""
+    start = _cluster(run, 3)
+    rng, network = run.world.rng, run.world.network
+    network.late_gives = 0.3
+    network.lost_notification = 0.2
+    for time in _times(run, start, 3 * TIMEOUT, 16, 6):
+        run.at(time, rng.choice((run.change_locks, lambda: run.drain('operator', rng.random() < 0.5))))
+    run.at(start + 4 * TIMEOUT, run.undrain_all)
+    run.at(start + 4 * TIMEOUT, run.expire_locks)
+
+
+def revivals(run: Run) -> None:
+    """A node comes back just when it is found dead, and the leader's statement takes its time."""
+    start = _cluster(run, rng_count(run))
+    rng, network = run.world.rng, run.world.network
+    network.late_leads = 0.5
+    for time in _times(run, start, 2 * TIMEOUT, 3):
+        run.at(time, rng.choice((run.pause, lambda seconds: run.cut(seconds, 'both'))), TIMEOUT * rng.uniform(0.95, 1.3))
+    run.faults_end += 3 * TIMEOUT
+
+
+def rng_count(run: Run) -> int:
+    """Three nodes or four."""
+    return run.world.rng.choice((3, 4))
+
+
+def meddling(run: Run) -> None:
+    """Another session writes assignment rows that overlap; the database refuses them."""
+    start = _cluster(run)
+    for time in _times(run, start, 2 * TIMEOUT, 5):
+        run.at(time, run.meddle)
+    run.faults_end += TIMEOUT
 
 
 def everything(run: Run) -> None:
@@ -332,7 +446,7 @@ def everything(run: Run) -> None:
         lambda: run.restart_server(_duration(run)), lambda: run.freeze_server(_duration(run)), run.change_locks, run.deafen,
         lambda: run.drain(rng.choice(('node', 'operator')), rng.random() < 0.5), run.jump_clock,
         lambda: run.spawn(rng.choice(run.names)), lambda: run.spawn(f'm{rng.randrange(3)}')]
-    for time in _times(run, 0.5, start + 9, 9, 2):
+    for time in _times(run, 0.5, start + 3 * TIMEOUT, 9, 2):
         run.at(time, rng.choice(choices))
     run.at(run.faults_end + 3 * TIMEOUT, run.undrain_all)
     run.at(run.faults_end, run.expire_locks)
@@ -340,7 +454,8 @@ def everything(run: Run) -> None:
 
 FAMILIES: dict[str, Callable[[Run], None]] = {
     f.__name__: f for f in (
-        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers)}
+        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping, revivals,
+        meddling)}
 
 
 def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
@@ -348,15 +463,15 @@ def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
     family = family or sorted(FAMILIES)[seed % len(FAMILIES)]
     world = World(seed, (12, 16, 24, 7)[seed // len(FAMILIES) % 4], tracing=tracing, real_claims=seed % 50 == 49)
     rng = world.rng
-    interval = rng.choice((0.5, 0.75, 1.0))
+    interval = rng.choice((1.0, 1.5, 2.0))
     settings = Settings(
-        interval=interval, timeout=TIMEOUT, lease=LEASE_FRACTION * TIMEOUT, check_interval=rng.choice((2.0, 5.0)), release_timeout=0.8,
-        wait_on_enter=rng.choice((0.0, 0.0, 0.5, 1.0)), total_tokens=world.store.total_tokens, has_release=rng.random() < 0.4)
+        interval=interval, timeout=TIMEOUT, lease=LEASE_FRACTION * TIMEOUT, check_interval=rng.choice((4.0, 10.0)), release_timeout=1.5,
+        wait_on_enter=rng.choice((0.0, 0.0, 1.0, 2.0)), total_tokens=world.store.total_tokens, has_release=rng.random() < 0.4)
     run = Run(seed, family, world, settings)
     world.spawn = run.respawn
     FAMILIES[family](run)
     world.at(1.0, run.use, run.faults_end + TIMEOUT)
-    run.bound = 4.5 * TIMEOUT + settings.check_interval + 2 * settings.release_timeout
+    run.bound = run.bound or 4.5 * TIMEOUT + settings.check_interval + 2 * settings.release_timeout
     return run
 
 
@@ -368,7 +483,7 @@ def play(run: Run) -> None:
     end = run.faults_end + run.bound
     reason: str | None = 'not looked yet'
     while world.now < end:
-        world.run(world.now + 0.25)
+        world.run(world.now + run.step)
         reason = world.whole()
         if reason is None:
             break
@@ -404,6 +519,8 @@ def _stay_quiet(run: Run) -> None:
         reason = world.whole()
         if reason is not None:
             raise Violation(f'I3: whole, and then no more: {reason}')
+    if run.keeps and sum(node.protocol.evictions for node in world.nodes):
+        raise Violation(f'I4: {sum(node.protocol.evictions for node in world.nodes)} evictions although no node failed')
     if world.store.version != version:
         raise Violation(f'I4: {world.store.version - version} plans were written while nothing happened')
     for node in world.nodes:

@@ -148,7 +148,7 @@ class SimStore:
         """store/tasks.claim for one task."""
         if self._row(name, incarnation) is None or task in self.audits:
             return False
-        held = self._live_claim(task)
+        held = self.live_claim(task)
         if held == (name, incarnation):
             return True
         if held is not None or not self.owned_mask(name) >> token_of(task) & 1:
@@ -163,8 +163,12 @@ class SimStore:
                 del self.claims[task]
 
     def is_taken(self, name: str, task: str) -> bool:
-        held = self._live_claim(task)
+        held = self.live_claim(task)
         return task in self.audits or (held is not None and held[0] != name)
+
+    def insert(self, segment: Segment) -> None:
+        """A session that knows nothing of the protocol inserts a row."""
+        self._write([*self.segments, segment])
 
     # --- for the invariants ---
 
@@ -190,11 +194,11 @@ class SimStore:
         row = self.nodes.get(sign.name)
         return row is not None and row.sign == sign
 
-    def _live_claim(self, task: str) -> tuple[str, str] | None:
+    def live_claim(self, task: str) -> tuple[str, str] | None:
         held = self.claims.get(task)
         return held if held is not None and self._row(*held) is not None else None
 
-    def _fingerprint(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         return tuple((r.name, r.incarnation, r.state, r.weight) for r in sorted(self.nodes.values(), key=lambda r: r.name)), self.lock_version
 
     def _locks_changed(self) -> None:
@@ -254,7 +258,7 @@ class SimStore:
             return None
         mine = tuple(s for s in self.segments if s.node == row.name)
         incoming = sum(s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name)
-        return Holdings(self.version, row.state, mine, self.planned == self._fingerprint(), incoming)
+        return Holdings(self.version, row.state, mine, self.planned == self.fingerprint(), incoming)
 
     def _take(self, request: Take) -> Reply:
         taken = {task_key(task) for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
@@ -274,7 +278,7 @@ class SimStore:
         given = [s for s in self.segments if self._may_give(s, request)]
         owned = self.owned_mask(request.name)
         for task, token in request.promised:
-            if owned >> token & 1 and task not in self.audits and self._live_claim(task) is None:
+            if owned >> token & 1 and task not in self.audits and self.live_claim(task) is None:
                 self.claims[task] = (request.name, request.incarnation)
         if not given:
             return Given(0)
@@ -308,7 +312,7 @@ class SimStore:
     def _observe(self) -> Reply:
         members = sorted((r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name))
         expiries = [lock.expires_at for lock in self.locks.values() if lock.expires_at is not None]
-        return Observed(tuple(members), self.version, self.planned != self._fingerprint(),
+        return Observed(tuple(members), self.version, self.planned != self.fingerprint(),
                         min(expiries) - self.clock if expiries else None)
 
     # --- the leader's round ---
@@ -326,7 +330,7 @@ class SimStore:
         for task in expired:
             del self.locks[task]
         self.lock_version += bool(expired)
-        if not evicted and self._fingerprint() == self.planned:
+        if not evicted and self.fingerprint() == self.planned:
             return Led(True, self.version)
         decision = self._plan()
         return Led(True, self.version, evicted, decision.moved, decision.blocked, decision.conflicts)
@@ -349,7 +353,7 @@ class SimStore:
         for name in decision.activate:
             self.nodes[name].state = 'active'
         self._write(decision.segments)
-        self.planned = self._fingerprint()
+        self.planned = self.fingerprint()
         self.outbox.append(f'plan {self.version}')
         return decision
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobsync_core.claims import Claims
 from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
-from jobsync_core.messages import Beaten, Connect, Connected, Give, Leave, Process, Reply, Request
+from jobsync_core.messages import Beat, Beaten, Connect, Connected, Give, Lead, Leave, Process, Refresh, Reply, Request
 from jobsync_core.protocol import Entered, Failed, Left, Phase, Protocol, RebalanceEvent, Release, Settings
 from jobsync_core.tokens import TokenSet
 
@@ -50,6 +50,10 @@ class SimClaims(Claims):
         self._tokens = tokens
         self.mask = mask_of(tokens.ranges)
 
+    def answers(self, now: float) -> int:
+        """The tokens for which `may_claim` says True, as bits."""
+        return self.mask if now < self.lease[0] else 0
+
 
 class Network:
     """Chances and delays of one run. Times in seconds of true time."""
@@ -59,6 +63,7 @@ class Network:
         self.slow = 0.0  # chance that one way takes a good part of the time-out
         self.lost_reply = 0.0
         self.late = 0.0  # chance that a statement is carried out after its sender has given up
+        self.late_gives = self.late_leads = 0.0  # the same, for these statements
         self.lost_notification = 0.0
 
 
@@ -367,7 +372,7 @@ class SimNode:
         """`write_audit()`."""
         if self.running and not self.paused and self._reaches_store():
             store = self.world.store
-            mine = {task for task in self.taken if store.claims.get(task) == (self.name, self.protocol.incarnation)}
+            mine = {task for task in self.taken if store.live_claim(task) == (self.name, self.protocol.incarnation)}
             store.audit(self.name, mine)
             self.world.audited |= mine
             self.world.trace(self, 'audits', mine)
@@ -422,6 +427,7 @@ class World:
         self.database_offset = 1_000_000.0
         self.server = 'history-1'
         self.owner_checked = True
+        self.leases_checked = True
         self.tasks_checked = True
         self.restart_delay: tuple[float, float] | None = None
         self.history: deque[str] = deque(maxlen=tracing or 1)
@@ -529,7 +535,7 @@ class World:
     def _one_way(self) -> float:
         delay = self.rng.random() * 2 * self.network.delay
         if self.network.slow and self.rng.random() < self.network.slow:
-            delay += self.rng.random() * 0.4
+            delay += self.rng.random()
         return delay
 
     def transmit(self, node: SimNode, request: Request, request_id: int, deadline: float) -> None:
@@ -541,7 +547,8 @@ class World:
                 self.at(deadline + rng.random() * node.settings.timeout, self._execute_late, node, request, request_id, deadline, self._generation)
             self.at(deadline, node.fail, request_id)
             return
-        if network.late and rng.random() < network.late:
+        late = network.late_gives if isinstance(request, Give) else network.late_leads if isinstance(request, Lead) else network.late
+        if late and rng.random() < late:
             self.at(deadline + rng.random() * node.settings.timeout, self._execute_late, node, request, request_id, deadline, self._generation)
             self.at(deadline, node.fail, request_id)
             return
@@ -589,6 +596,8 @@ class World:
         store = self.store
         store.clock = self.now + self.database_offset
         reply = store.handle(request)
+        if isinstance(request, (Beat, Refresh)) and reply is not None and store.nodes[request.name].incarnation != request.incarnation:
+            raise Violation(f'lives: {request} of {node} is answered for another life: {store.nodes[request.name].sign}')
         self.trace(node, 'executed', f'{type(request).__name__} -> {reply}')
         self.deliver_notifications()
         return reply
@@ -658,6 +667,13 @@ class World:
         self.server += "'"
         self.trace(None, 'failover', f'version {standby.version}')
 
+    def restore(self, backup: SimStore) -> None:
+        """The same server comes back with the tables of a backup."""
+        server = self.server
+        self.fail_over(backup)
+        self.server = server
+        self.start_server()
+
     # --- what is checked along the way ---
 
     def _planned(self, members: Any, before: Any, pins: Any, decision: Any) -> None:
@@ -694,3 +710,7 @@ class MappedClaims(Claims):
     @property
     def mask(self) -> int:
         return int.from_bytes(bytes(self.bits), 'little')
+
+    def answers(self, now: float) -> int:
+        """The tokens for which `may_claim` says True, as bits."""
+        return sum(1 << token for token in range(self.total_tokens) if self.may_claim(token, now))

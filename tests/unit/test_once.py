@@ -165,22 +165,22 @@ class TestKeys:
 
     def test_two_functions_with_the_same_key_do_not_suppress_each_other(self, ledger: FakeLedger) -> None:
         @exactly_once(key='order:{order_id}')
-        def charge(order_id: int) -> str:
+        def charge(order_id: int) -> str | None:
             return 'charged'
 
         @exactly_once(key='order:{order_id}')
-        def ship(order_id: int) -> str:
+        def ship(order_id: int) -> str | None:
             return 'shipped'
 
         assert (charge(1), ship(1), charge(1), ship(1)) == ('charged', 'shipped', None, None)
 
     def test_an_empty_scope_shares_keys(self, ledger: FakeLedger) -> None:
         @exactly_once(key='order:{order_id}', scope='')
-        def charge(order_id: int) -> str:
+        def charge(order_id: int) -> str | None:
             return 'charged'
 
         @exactly_once(key='order:{order_id}', scope='')
-        def charge_again(order_id: int) -> str:
+        def charge_again(order_id: int) -> str | None:
             return 'charged again'
 
         assert (charge(1), charge_again(1)) == ('charged', None)
@@ -190,7 +190,7 @@ class TestKeys:
         message: list[str | None] = ['id-1']
 
         @exactly_once(default_key=lambda: message[0], scope='')
-        def function() -> str:
+        def function() -> str | None:
             return 'ran'
 
         assert (function(), function()) == ('ran', None)
@@ -199,7 +199,7 @@ class TestKeys:
             function()
 
     def test_without_a_key_and_a_message_decoration_is_refused(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"needs a key.*\{order_id\}"):
+        with pytest.raises(ConfigurationError, match=r'needs a key.*\{order_id\}'):
             exactly_once()(plain)
 
 
@@ -234,9 +234,10 @@ class TestOptions:
             return ''
 
         decorate = exactly_once(key='{order_id}')
+        below: Any = plain
         for thing, said in (
-                (generator, 'generator'), (generate, 'generator'), (Order, 'put it on a function'), (classmethod(plain), 'below @classmethod'),
-                (staticmethod(plain), 'below @staticmethod'), (5, 'put it on a function')):
+                (generator, 'generator'), (generate, 'generator'), (Order, 'put it on a function'),
+                (classmethod(below), 'below @classmethod'), (staticmethod(below), 'below @staticmethod'), (5, 'put it on a function')):
             with pytest.raises(ConfigurationError, match=said):
                 decorate(thing)  # type: ignore[type-var]
         with pytest.raises(ConfigurationError, match='takes its options by name'):

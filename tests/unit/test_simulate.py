@@ -1,6 +1,8 @@
 """The simulation: every task is counted once, and only what must move moves."""
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from jobsync_core.errors import ConfigurationError
@@ -13,7 +15,10 @@ class TestSimulate:
     @pytest.mark.parametrize(('nodes', 'tasks', 'tokens'), [(7, 600, 10_000), (1, 10, 100), (3, 0, 10), (5, 1_000, 7), (4, 50, 2)])
     def test_tokens_and_tasks_are_all_there_before_and_after_each_change(self, nodes: int, tasks: int, tokens: int) -> None:
         found = simulate(nodes, tasks, tokens)
-        for shares, size in ((found.shares, nodes), (found.joined.shares, nodes + 1), *(((found.left.shares, nodes - 1),) if found.left else ())):
+        after = [(found.shares, nodes), (found.joined.shares, nodes + 1)]
+        if found.left is not None:
+            after.append((found.left.shares, nodes - 1))
+        for shares, size in after:
             assert len(shares) == size
             assert sum(share.tokens for share in shares) == tokens
             assert sum(share.tasks for share in shares) == tasks
@@ -44,9 +49,10 @@ class TestSimulate:
         assert simulate(1, 10, 10).left is None
 
     @pytest.mark.parametrize('wrong', [{'nodes': 0}, {'tasks': -1}, {'total_tokens': 0}, {'total_tokens': 1_000_001}, {'nodes': True}])
-    def test_numbers_out_of_range_are_named(self, wrong: dict[str, int]) -> None:
+    def test_numbers_out_of_range_are_named(self, wrong: dict[str, Any]) -> None:
+        sizes: dict[str, Any] = {'nodes': 2, 'tasks': 10, 'total_tokens': 10}
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-            simulate(**{'nodes': 2, 'tasks': 10, 'total_tokens': 10, **wrong})
+            simulate(**{**sizes, **wrong})
 
     def test_an_unknown_hash_function_is_named(self) -> None:
         with pytest.raises(ConfigurationError, match='crc32'):

@@ -37,8 +37,8 @@ class Database:
     def claim(self, connection: None, tables: Tables, node: str, incarnation: str, date: object, rows: list[tuple[str, int]]) -> list[str]:
         return [text for text, _ in rows if text not in self.refused]
 
-    def audit(self, connection: None, tables: Tables, node: str, date: object, texts: list[str]) -> None:
-        self.audited += texts
+    def audit(self, connection: None, tables: Tables, node: str, date: object, rows: list[tuple[str, int]]) -> None:
+        self.audited += [text for text, _ in rows]
 
     def is_taken(self, connection: None, tables: Tables, node: str, date: object, text: str) -> bool:
         return text in self.taken

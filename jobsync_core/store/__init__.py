@@ -1,0 +1,1 @@
+"""All SQL: the tables, and what is asked of them."""

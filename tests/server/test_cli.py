@@ -1,0 +1,393 @@
+"""The command line against a real server: what it prints, what it refuses, and how it fails."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from jobsync_core import Job
+from jobsync_core.cli import doctor
+from jobsync_core.cli.main import jobsync
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.hashing import task_to_token
+from jobsync_core.store import locks, probe
+from jobsync_core.store.schema import Tables, render_schema
+from tests.server.rows import Rows, rows_of
+from tests.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+def url_of(config: CoordinationConfig, **replace: object) -> str:
+    user, password = replace.get('user', config.user), replace.get('password', config.password)
+    login = quote(str(user), safe='') + (f':{quote(str(password), safe="")}' if password else '')
+    return f'postgresql://{login}@{quote(config.host, safe="")}:{replace.get("port", config.port)}/{replace.get("dbname", config.dbname)}'
+
+
+@pytest.fixture
+def rows(config: CoordinationConfig) -> Iterator[Rows]:
+    with rows_of(config) as found:
+        yield found
+
+
+@pytest.fixture
+def run(config: CoordinationConfig) -> Callable[..., Result]:
+    """Runs a command against the test's database."""
+    runner = CliRunner(env={'JOBSYNC_DATABASE_URL': url_of(config), 'COLUMNS': '200'})
+    return lambda *words, **options: runner.invoke(jobsync, list(words), **options)
+
+
+def good(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def bad(result: Result, code: int = 1) -> str:
+    assert result.exit_code == code, result.output
+    assert 'Traceback' not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.stderr
+
+
+def two_nodes(rows: Rows) -> None:
+    rows.node('alpha')
+    rows.node('beta')
+    rows.own(0, 6_000, 'alpha')
+    rows.own(6_000, 9_990, 'beta')
+    rows.own(9_990, 10_000, None, blocked=True)
+
+
+class TestStatus:
+    def test_it_shows_nodes_leader_tokens_shares_leases_and_what_is_blocked(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        rows.rebalance('nodes died', 'alpha', 1234)
+        shown = good(run('status'))
+        alpha = next(line for line in shown.splitlines() if line.strip().startswith('alpha'))
+        assert 'leader, active' in alpha
+        assert '6,000' in alpha
+        assert '60.0%' in alpha
+        assert 's ago' in alpha
+        assert '10 tokens blocked' in shown
+        assert 'nodes died' in shown
+        assert '1,234' in shown
+
+    def test_a_silent_node_is_shown_as_such(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('gone', age=60)
+        assert 'silent' in good(run('status'))
+
+    def test_json_holds_the_same(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        found = json.loads(good(run('status', '--json')))
+        assert found['leader'] == 'alpha'
+        assert [(node['name'], node['tokens']) for node in found['nodes']] == [('alpha', 6_000), ('beta', 3_990)]
+        assert (found['blocked_tokens'], found['unowned_tokens'], found['moving_tokens']) == (10, 10, 0)
+        assert found['cluster']['total_tokens'] == 10_000
+
+    def test_an_empty_cluster_is_no_error(self, rows: Rows, run: Callable[..., Result]) -> None:
+        assert 'leader none' in good(run('status'))
+
+    def test_control_characters_in_the_database_do_not_reach_the_terminal(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('a')
+        with rows.sessions.session() as connection:
+            locks.register(connection, rows.tables, [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)], 'x')
+        shown = good(run('locks', 'list'))
+        assert '\x1b' not in shown
+        assert '[red]a[/red]' in shown
+
+    def test_watch_repeats_until_interrupted(self, rows: Rows, config: CoordinationConfig) -> None:
+        two_nodes(rows)
+        with subprocess.Popen(
+            [sys.executable, '-m', 'jobsync_core.cli', 'status', '--json', '--watch', '0.1'],
+            cwd=ROOT, env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                lines = [process.stdout.readline() for _ in range(3)]
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()
+        assert [json.loads(line)['leader'] for line in lines] == ['alpha'] * 3
+        assert process.returncode == 0
+        assert errors == ''
+
+
+class TestWho:
+    def test_it_tells_owner_token_lock_pattern_and_successor(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('gpu-1')
+        rows.node('gpu-2')
+        rows.own(0, 10_000, 'gpu-1')
+        good(run('locks', 'add', 'job-7', 'gold-%', 'gpu-%', '--reason', 'needs one'))
+        shown = good(run('who', 'job-7'))
+        for name, value in (
+            ('task', 'job-7'), ('token', f'{task_to_token("job-7", 10_000, "double_sha256")} of 10,000'), ('owner', 'gpu-1'),
+            ('lock', 'gold-%, gpu-%'), ('matched', 'gpu-%'), ('reason', 'needs one'), ('next', 'gpu-2'),
+        ):
+            assert f'{name:<11}{value}\n' in shown
+
+    def test_the_clusters_settings_count_and_not_those_of_this_shell(self, make_config: Callable[..., CoordinationConfig]) -> None:
+        config = make_config(total_tokens=77, hash_function='md5')
+        with rows_of(config):
+            result = CliRunner(env={'JOBSYNC_DATABASE_URL': url_of(config), 'JOBSYNC_TOTAL_TOKENS': '500'}).invoke(jobsync, ['who', '42'])
+        assert f'{task_to_token(42, 77, "md5")} of 77' in good(result)
+
+    def test_a_blocked_task_says_so(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('a')
+        token = task_to_token('t', 10_000, 'double_sha256')
+        rows.own(token, token + 1, None, blocked=True)
+        assert 'nobody: blocked' in good(run('who', 't'))
+
+    def test_an_impossible_id_is_one_line(self, rows: Rows, run: Callable[..., Result]) -> None:
+        assert '2000' in bad(run('who', 'x' * 3_000))
+
+
+class TestLocks:
+    def test_add_list_and_clear(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('gpu-1')
+        assert 'matching now: gpu-1' in good(run('locks', 'add', 'a', '%-1', '--expires-in-days', '1.5'))
+        added = run('locks', 'add', 'b', 'nowhere')
+        assert good(added)
+        assert 'no live node matches' in added.stderr
+        shown = good(run('locks', 'list'))
+        assert '%-1' in shown
+        assert 'nowhere' in shown
+        assert good(run('locks', 'clear', '--task', 'a', '--yes')) == '1 lock deleted\n'
+        assert good(run('locks', 'clear', '--all', '--yes')) == '1 lock deleted\n'
+        assert good(run('locks', 'list')) == 'no locks\n'
+
+    def test_clear_by_creator(self, rows: Rows, run: Callable[..., Result]) -> None:
+        with rows.sessions.session() as connection:
+            locks.register(connection, rows.tables, [('t', ('a',), None, None)], 'node-1')
+        assert good(run('locks', 'clear', '--creator', 'node-2', '--yes')) == '0 locks deleted\n'
+        assert good(run('locks', 'clear', '--creator', 'node-1', '--yes')) == '1 lock deleted\n'
+
+    def test_clear_asks_first_and_no_means_no(self, rows: Rows, run: Callable[..., Result]) -> None:
+        good(run('locks', 'add', 'a', 'x'))
+        bad(run('locks', 'clear', '--all', input='n\n'))
+        assert 'x' in good(run('locks', 'list'))
+        assert '1 lock deleted' in good(run('locks', 'clear', '--all', input='y\n'))
+
+    @pytest.mark.parametrize('words', [(), ('--all', '--task', 'a'), ('--creator', 'a', '--all')])
+    def test_clear_wants_one_selection(self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]) -> None:
+        assert 'give one of' in bad(run('locks', 'clear', '--yes', *words), code=2)
+
+    @pytest.mark.parametrize(
+        'words', [('t', ''), ('t', 'a\\'), ('t', 'a', '--expires-in-days', '0'), ('t', 'a', '--expires-in-days', '-1'), ('t',)])
+    def test_what_makes_no_lock_is_refused(self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]) -> None:
+        result = run('locks', 'add', *words)
+        assert result.exit_code in (1, 2)
+        assert result.stderr
+        assert good(run('locks', 'list')) == 'no locks\n'
+
+
+class TestDrain:
+    def test_a_dry_run_shows_what_would_move_and_changes_nothing(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        shown = good(run('drain', 'alpha', '--dry-run'))
+        assert any(line.split() == ['alpha', 'beta', '6,000'] for line in shown.splitlines()), shown
+        assert rows.run(f"SELECT state FROM {rows.tables.node} WHERE name = 'alpha'") == [('active',)]
+
+    def test_drain_and_undrain_and_saying_it_twice(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        assert 'gives its tokens away' in good(run('drain', 'alpha'))
+        assert 'draining already' in good(run('drain', 'alpha'))
+        assert 'takes part again' in good(run('undrain', 'alpha'))
+        assert 'was not draining' in good(run('undrain', 'alpha'))
+
+    def test_unknown_and_joining_nodes_are_refused(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        rows.node('newcomer', state='joining')
+        assert 'alpha, beta, newcomer' in bad(run('drain', 'gamma'))
+        assert 'alpha, beta, newcomer' in bad(run('drain', 'gamma', '--dry-run'))
+        assert 'still joining' in bad(run('drain', 'newcomer'))
+
+    def test_a_running_node_gives_everything_away_and_takes_part_again(
+        self, config: CoordinationConfig, run: Callable[..., Result],
+    ) -> None:
+        with (
+            Job('first', coordination_config=config, wait_on_enter=0) as first,
+            Job('second', coordination_config=config, wait_on_enter=0) as second,
+        ):
+            eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == 5_000)
+            good(run('drain', 'second'))
+            eventually(lambda: (len(first.my_tokens), len(second.my_tokens)) == (10_000, 0))
+            assert 'draining' in good(run('status'))
+            good(run('undrain', 'second'))
+            eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == 5_000)
+            assert 'second' in good(run('who', 'x')) + good(run('status'))
+            assert 'first' in good(run('rebalances', '--limit', '1'))
+
+    def test_an_operator_may_drain_a_node_that_drained_itself_before(
+        self, config: CoordinationConfig, run: Callable[..., Result],
+    ) -> None:
+        with (
+            Job('first', coordination_config=config, wait_on_enter=0) as first,
+            Job('second', coordination_config=config, wait_on_enter=0) as second,
+        ):
+            eventually(lambda: len(second.my_tokens) == 5_000)
+            assert second.drain()
+            good(run('undrain', 'second'))
+            eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == 5_000)
+            assert second.drain()
+            second.undrain()
+            eventually(lambda: len(second.my_tokens) == 5_000)
+            good(run('drain', 'second'))
+            eventually(lambda: (len(first.my_tokens), len(second.my_tokens)) == (10_000, 0))
+
+
+class TestSchema:
+    def test_init_db_creates_the_tables_once_and_again(self, config: CoordinationConfig, run: Callable[..., Result]) -> None:
+        assert 'sync_' in good(run('init-db'))
+        good(run('init-db'))
+        assert 'no node is registered' in good(run('status'))
+
+    def test_schema_prints_what_a_dba_can_run(self, run: Callable[..., Result]) -> None:
+        assert good(run('schema', '--sql', '--appname', 'other_')).strip() == render_schema('other_').strip()
+
+    def test_another_appname_is_another_cluster(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('a')
+        good(run('--appname', 'other_', 'init-db'))
+        assert ' a ' not in good(run('status', '--appname', 'other_'))
+        assert ' a ' in good(run('--appname', 'SYNC_', 'status'))
+
+
+class TestSimulate:
+    def test_it_needs_no_database(self) -> None:
+        result = CliRunner(env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@192.0.2.1/none'}).invoke(
+            jobsync, ['simulate', '--nodes', '7', '--tasks', '600', '--tokens', '10000'])
+        shown = good(result)
+        assert len(re.findall(r'^ *node-\d +1,42[89] ', shown, re.MULTILINE)) == 7
+        assert 'node-8 joins: 1,250 tokens move' in shown
+        assert 'node-7 leaves: 1,428 tokens move' in shown
+
+    def test_more_tasks_than_tokens_is_remarked(self) -> None:
+        assert 'share tokens' in good(CliRunner().invoke(jobsync, ['simulate', '--tasks', '100', '--tokens', '10']))
+
+    def test_numbers_out_of_range_are_refused(self) -> None:
+        bad(CliRunner().invoke(jobsync, ['simulate', '--nodes', '0']), code=2)
+
+
+class TestDoctor:
+    def test_a_good_server_passes(self, rows: Rows, run: Callable[..., Result]) -> None:
+        shown = good(run('doctor'))
+        for name in ('connection', 'server version', 'writable', 'clock', 'schema', 'rights', 'durability', 'pooler', 'notifications'):
+            assert name in shown
+        assert ' bad ' not in shown
+
+    def test_missing_tables_are_fine_as_long_as_a_node_may_create_them(self, run: Callable[..., Result]) -> None:
+        assert 'init-db' in good(run('doctor'))
+
+    def test_missing_rights_are_named(self, rows: Rows) -> None:
+        rows.run('DROP ROLE IF EXISTS reader')
+        rows.run("CREATE ROLE reader LOGIN PASSWORD 'a word'")
+        try:
+            rows.run(f'GRANT SELECT ON {rows.tables.node}, {rows.tables.cluster} TO reader')
+            url = url_of(rows.config, user='reader', password='a word')
+            result = CliRunner(env={'JOBSYNC_DATABASE_URL': url}).invoke(jobsync, ['doctor'])
+            bad(result)
+            assert 'INSERT, UPDATE, DELETE on "sync_node"' in result.stdout
+            assert 'GRANT' in result.stdout
+        finally:
+            rows.run('DROP OWNED BY reader')
+            rows.run('DROP ROLE reader')
+
+    def test_tables_in_part_are_bad(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.run(f'DROP TABLE {rows.tables.rebalance}')
+        result = run('doctor')
+        bad(result)
+        assert 'not there: rebalance' in result.stdout
+
+    def test_a_server_that_is_not_there_is_bad_and_the_password_stays_hidden(self, config: CoordinationConfig) -> None:
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            url = url_of(config, port=unused.getsockname()[1], password='s3cret@:/')
+            result = CliRunner(env={'JOBSYNC_DATABASE_URL': url}).invoke(jobsync, ['doctor'])
+        bad(result)
+        assert 'connection' in result.output
+        assert 's3cret' not in result.output
+
+    def test_a_transaction_pooler_is_bad_unless_nobody_listens(self, make_config: Callable[..., CoordinationConfig]) -> None:
+        config = make_config()
+        assert doctor._pooler_check(config, 'transaction').verdict == 'bad'
+        assert 'listen=False' in doctor._pooler_check(config, 'transaction').remedy
+        assert doctor._pooler_check(make_config(listen=False), 'transaction').verdict == 'ok'
+        assert doctor._pooler_check(config, 'session').verdict == doctor._pooler_check(config, 'none').verdict == 'ok'
+
+
+class TestFailures:
+    @pytest.mark.parametrize('words', [
+        ('status',), ('who', 'x'), ('locks', 'list'), ('locks', 'add', 'a', 'b'), ('locks', 'clear', '--all', '--yes'), ('drain', 'a'),
+        ('drain', 'a', '--dry-run'), ('undrain', 'a'), ('rebalances',), ('init-db',), ('status', '--watch', '--json')])
+    def test_without_a_server_each_command_says_so_in_one_line(self, config: CoordinationConfig, words: tuple[str, ...]) -> None:
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            url = url_of(config, port=unused.getsockname()[1], password='s3cret@:/')
+            message = bad(CliRunner(env={'JOBSYNC_DATABASE_URL': url}).invoke(jobsync, list(words)))
+        assert len(message.strip().splitlines()) == 1
+        assert 's3cret' not in message
+
+    def test_without_tables_the_remedy_is_named(self, run: Callable[..., Result]) -> None:
+        assert 'init-db' in bad(run('status'))
+
+    @pytest.mark.parametrize(('words', 'named'), [
+        (('--url', 'mysql://u:s3cret@h/d', 'status'), 'mysql'), (('--appname', 'no-such"name', 'status'), 'appname'),
+        (('status', '--url', 'postgresql://u:s3cret@h:99999/d'), 'port')])
+    def test_settings_that_cannot_work_are_named(self, words: tuple[str, ...], named: str) -> None:
+        message = bad(CliRunner().invoke(jobsync, list(words)))
+        assert named in message
+        assert 's3cret' not in message
+
+    def test_an_option_wins_over_the_environment(self, rows: Rows) -> None:
+        rows.node('alpha')
+        runner = CliRunner(env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@127.0.0.1:1/none', 'COLUMNS': '200'})
+        assert 'alpha' in good(runner.invoke(jobsync, ['status', '--url', url_of(rows.config)]))
+        assert 'alpha' in good(runner.invoke(jobsync, ['--url', url_of(rows.config), 'status']))
+
+    def test_every_command_explains_itself(self) -> None:
+        def walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+            yield path
+            for name, child in getattr(command, 'commands', {}).items():
+                yield from walk(child, (*path, name))
+
+        paths = list(walk(jobsync, ()))
+        wanted = {'status', 'who', 'drain', 'undrain', 'rebalances', 'simulate', 'init-db', 'schema', 'doctor', 'locks'}
+        assert wanted <= {path[0] for path in paths if path}
+        for path in paths:
+            assert 'Usage:' in good(CliRunner().invoke(jobsync, [*path, '--help']))
+
+
+class TestProcess:
+    def test_it_runs_as_a_module_without_a_terminal(self, rows: Rows, config: CoordinationConfig) -> None:
+        two_nodes(rows)
+        done = subprocess.run(
+            [sys.executable, '-m', 'jobsync_core.cli', 'status'], cwd=ROOT,
+            env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config), 'LC_ALL': 'C'},
+            capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, '')
+        assert 'alpha' in done.stdout
+        assert '\x1b' not in done.stdout
+
+    def test_without_its_packages_it_names_the_extra(self, tmp_path: Path) -> None:
+        (tmp_path / 'rich.py').write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n")
+        done = subprocess.run(
+            [sys.executable, '-m', 'jobsync_core.cli', 'status'], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+            capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert 'jobsync-workers[cli]' in done.stderr
+        assert 'Traceback' not in done.stderr
+
+    def test_the_schema_names_every_relation_that_the_doctor_looks_for(self) -> None:
+        sql = render_schema('sync_')
+        tables = Tables('sync_')
+        assert all(getattr(tables, name) in sql for name in probe.RELATIONS)

@@ -1,0 +1,637 @@
+"""The ledger on PostgreSQL: one attempt at a time, one completion, and nothing that stays taken."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.errors import (
+    ClaimLost,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    JobSyncError,
+)
+from jobsync_core.ledger import Execution, Ledger, current_execution, set_current_ledger
+from jobsync_core.once import exactly_once, once
+from jobsync_core.store import executions
+from jobsync_core.store.connection import Sessions
+
+from ..waiting import eventually
+from .ledger_process import connect
+from .rows import Rows, rows_of
+
+MakeLedger = Callable[..., Ledger]
+
+
+@pytest.fixture
+def rows(config: CoordinationConfig) -> Iterator[Rows]:
+    with rows_of(config) as found:
+        found.run('CREATE TABLE effect (key text)')
+        yield found
+
+
+@pytest.fixture
+def make_ledger(rows: Rows) -> Iterator[MakeLedger]:
+    """Makes ledgers, each of a node of its own with a row in the node table."""
+    with ledgers_of(rows) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def ledgers_of(rows: Rows) -> Iterator[MakeLedger]:
+    made: list[tuple[Ledger, Sessions]] = []
+
+    def make(node: str = 'a') -> Ledger:
+        rows.node(node)
+        sessions = Sessions(rows.config, node)
+        ledger = Ledger(sessions, rows.tables, node, lambda: f'life of {node}')
+        made.append((ledger, sessions))
+        return ledger
+
+    yield make
+    for ledger, sessions in made:
+        ledger.close()
+        sessions.close_all()
+
+
+@pytest.fixture
+def ledger(make_ledger: MakeLedger) -> Iterator[Ledger]:
+    made = make_ledger('a')
+    set_current_ledger(made)
+    yield made
+    set_current_ledger(None)
+
+
+@pytest.fixture
+def own(config: CoordinationConfig) -> Iterator[Any]:
+    """A connection of the user's."""
+    connection = connect(config)
+    connection.autocommit = False
+    yield connection
+    connection.close()
+
+
+def forget_node(rows: Rows, node: str) -> None:
+    rows.run(f'DELETE FROM {rows.tables.node} WHERE name = %s', node)
+
+
+def state_of(rows: Rows, key: str) -> str | None:
+    found = rows.run(f'SELECT state FROM {rows.tables.execution} WHERE key = %s', key)
+    return found[0][0] if found else None
+
+
+def effects(rows: Rows) -> int:
+    return int(rows.value('SELECT count(*) FROM effect'))
+
+
+def insert(connection: Any, key: str = 'k') -> None:
+    with connection.cursor() as cursor:
+        cursor.execute('INSERT INTO effect VALUES (%s)', (key,))
+
+
+class TestCompletion:
+    def test_a_completed_key_is_a_duplicate_everywhere_and_has_its_result(self, make_ledger: MakeLedger) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        value = {'text': 'é"\\u0000 日本', 'numbers': [1, 2.5, None, True]}
+        with once(first, 'k') as execution:
+            execution.result = value
+        for ledger in (first, second):
+            with pytest.raises(DuplicateExecution) as caught:
+                ledger.begin('k', 60)
+            assert vars(caught.value)['result'] == value
+
+    def test_of_many_concurrent_beginners_exactly_one_runs(self, make_ledger: MakeLedger) -> None:
+        ledgers = [make_ledger(name) for name in 'abc'] * 2
+        ran: list[str] = []
+        refused: list[type[Exception]] = []
+        barrier = threading.Barrier(len(ledgers))
+
+        def deliver(ledger: Ledger) -> None:
+            for number in range(40):
+                barrier.wait(30)
+                try:
+                    with once(ledger, f'k{number}'):
+                        ran.append(f'k{number}')
+                except (DuplicateExecution, ExecutionRunning) as error:
+                    refused.append(type(error))
+
+        threads = [threading.Thread(target=deliver, args=(ledger,)) for ledger in ledgers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(ran) == sorted(f'k{number}' for number in range(40))
+        assert len(refused) == 40 * 5
+
+    def test_a_failed_key_may_run_again_at_once_by_anybody(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        with pytest.raises(ValueError, match='nul'), once(first, 'k') as execution:
+            raise ValueError('nul \0 and \ud800 are no text')
+        assert state_of(rows, 'k') == 'failed'
+        with once(second, 'k') as again:
+            assert (again.attempts, again.fence > execution.fence) == (2, True)
+        assert state_of(rows, 'k') == 'done'
+
+    def test_after_its_retention_a_key_runs_again_with_a_greater_fence(self, ledger: Ledger, rows: Rows) -> None:
+        with once(ledger, 'k', retention=3600) as first:
+            pass
+        with pytest.raises(DuplicateExecution):
+            ledger.begin('k', 60)
+        seconds = rows.value(f'SELECT extract(epoch FROM expires_at - finished_at) FROM {rows.tables.execution}')
+        assert float(seconds) == pytest.approx(3600, abs=1)
+        rows.run(f"UPDATE {rows.tables.execution} SET expires_at = now() - interval '1 second'")
+        with once(ledger, 'k') as second:
+            assert (second.fence > first.fence, second.attempts) == (True, 1)
+
+    def test_fences_rise_even_across_the_deletion_of_the_row(self, ledger: Ledger, rows: Rows) -> None:
+        with once(ledger, 'k') as first:
+            pass
+        rows.run(f'DELETE FROM {rows.tables.execution}')
+        with once(ledger, 'k') as second:
+            pass
+        assert second.fence > first.fence
+
+    def test_a_result_that_the_database_cannot_store_does_not_prevent_the_completion(
+        self, postgres: EmbeddedPostgres, config: CoordinationConfig, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        name = f'{config.dbname}_latin'
+        admin = connect(config)
+        with admin.cursor() as cursor:
+            cursor.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'")
+        try:
+            with rows_of(dataclasses.replace(config, dbname=name)) as rows, ledgers_of(rows) as make, caplog.at_level(logging.WARNING):
+                with once(make(), 'k') as execution:
+                    execution.result = '日本'
+                assert rows.run(f'SELECT state, result FROM {rows.tables.execution}') == [('done', None)]
+            assert 'completed without its result' in caplog.text
+        finally:
+            with admin.cursor() as cursor:
+                cursor.execute(f'DROP DATABASE {name} WITH (FORCE)')
+            admin.close()
+
+
+class TestTakingOver:
+    def test_a_key_of_a_live_node_is_running(self, make_ledger: MakeLedger) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        first.begin('k', 60)
+        for ledger in (first, second):
+            with pytest.raises(ExecutionRunning):
+                ledger.begin('k', 60)
+
+    @pytest.mark.parametrize('how', ['node row deleted', 'new incarnation', 'process known dead', 'released'])
+    def test_a_key_of_a_dead_holder_is_taken_over_and_its_fence_raised(self, make_ledger: MakeLedger, rows: Rows, how: str) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        lost = first.begin('k', 60)
+        if how == 'node row deleted':
+            forget_node(rows, 'a')
+        elif how == 'new incarnation':
+            rows.run(f"UPDATE {rows.tables.node} SET incarnation = 'another life' WHERE name = 'a'")
+        elif how == 'process known dead':
+            child = subprocess.Popen([sys.executable, '-c', ''])
+            child.wait()
+            rows.run(f"UPDATE {rows.tables.execution} SET pid = %s, started = '1'", child.pid)
+        else:
+            assert first.release(os.getpid() + 1) == 0
+            assert first.release(os.getpid()) == 1
+        taken = second.begin('k', 60)
+        assert taken.fence > lost.fence and taken.attempts == 2
+        with pytest.raises(Fenced):
+            first.finish(lost)
+        second.finish(taken)
+        assert taken.completed and not lost.completed
+        assert rows.run(f'SELECT state, fence, node FROM {rows.tables.execution}') == [('done', taken.fence, 'b')]
+
+    def test_an_evicted_node_begins_nothing(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        ledger = make_ledger('a')
+        forget_node(rows, 'a')
+        with pytest.raises(ClaimLost, match='not registered'):
+            ledger.begin('k', 60)
+        assert state_of(rows, 'k') is None
+        rows.node('a')
+        assert ledger.begin('k', 60).attempts == 1
+
+    def test_an_end_that_is_late_changes_nothing(self, make_ledger: MakeLedger, rows: Rows, own: Any) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        lost = first.begin('k', 60)
+        forget_node(rows, 'a')
+        taken = second.begin('k', 60)
+        with pytest.raises(Fenced), lost.transaction() as connection:
+            insert(connection)
+        insert(own)
+        with pytest.raises(Fenced), own.cursor() as cursor:
+            lost.complete(cursor)
+        own.rollback()
+        first.fail(lost, ValueError('late'))
+        assert (effects(rows), state_of(rows, 'k')) == (0, 'running')
+        with taken.transaction() as connection:
+            insert(connection)
+        second.finish(taken)
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+
+    def test_a_forked_child_is_recorded_as_itself_and_leaves_the_parents_connection_alone(
+        self, make_ledger: MakeLedger, rows: Rows,
+    ) -> None:
+        rows.node('parent')
+        other = make_ledger('b')
+        fields = {item.name: getattr(rows.config, item.name) for item in dataclasses.fields(rows.config)}
+        done = subprocess.run(
+            [sys.executable, '-c', _FORKING], input=json.dumps(fields, default=dict), capture_output=True, text=True, timeout=60,
+            check=False, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        found = {key: (pid, state) for key, pid, state in rows.run(f'SELECT key, pid, state FROM {rows.tables.execution}')}
+        assert found == {
+            'parent': (told['parent'], 'done'), 'child': (told['child'], 'done'), 'after': (told['parent'], 'done'),
+            'lost': (told['child'], 'failed')}
+        assert told['running'] == 'ExecutionRunning' and told['released'] == 1
+        assert other.begin('lost', 60).attempts == 2
+
+
+_FORKING = """
+import json, os, sys
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ExecutionRunning
+from jobsync_core.ledger import Ledger, current_ledger, set_current_ledger
+from jobsync_core.once import once
+from jobsync_core.store.connection import Sessions
+from jobsync_core.store.schema import Tables
+
+config = CoordinationConfig(**json.load(sys.stdin))
+ledger = Ledger(Sessions(config, 'parent'), Tables(config.appname), 'parent', lambda: 'life of parent')
+set_current_ledger(ledger)
+with once(ledger, 'parent'):
+    pass
+go_on, begun = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    with once(current_ledger(), 'child'):
+        pass
+    current_ledger().begin('lost', 60)
+    os.write(begun[1], b'.')
+    os.read(go_on[0], 1)
+    os._exit(0)
+os.read(begun[0], 1)
+try:
+    ledger.begin('lost', 60)
+    running = 'begun'
+except ExecutionRunning as error:
+    running = type(error).__name__
+os.kill(child, 9)
+os.waitpid(child, 0)
+released = ledger.release(child)
+with once(ledger, 'after'):
+    pass
+print(json.dumps({'parent': os.getpid(), 'child': child, 'running': running, 'released': released}))
+"""
+
+
+class TestTransaction:
+    def test_effect_and_completion_come_together(self, ledger: Ledger, rows: Rows) -> None:
+        with once(ledger, 'k') as execution:
+            with execution.transaction() as connection:
+                insert(connection)
+                execution.result = 'stored'
+                assert (effects(rows), state_of(rows, 'k')) == (0, 'running')
+            assert (effects(rows), state_of(rows, 'k'), execution.completed) == (1, 'done', True)
+        with pytest.raises(DuplicateExecution) as caught:
+            ledger.begin('k', 60)
+        assert vars(caught.value)['result'] == 'stored'
+
+    def test_an_exception_undoes_both_and_frees_the_key(self, ledger: Ledger, rows: Rows) -> None:
+        def attempt() -> None:
+            with once(ledger, 'k') as execution, execution.transaction() as connection:
+                insert(connection)
+                raise ValueError('x')
+
+        with pytest.raises(ValueError, match='x'):
+            attempt()
+        assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
+
+    def test_an_exception_after_the_commit_leaves_the_key_done(self, ledger: Ledger, rows: Rows) -> None:
+        def attempt() -> None:
+            with once(ledger, 'k') as execution:
+                with execution.transaction() as connection:
+                    insert(connection)
+                raise ValueError('x')
+
+        with pytest.raises(ValueError, match='x'):
+            attempt()
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+
+    @pytest.mark.parametrize('statement', ['COMMIT', 'ROLLBACK', 'COMMIT; BEGIN', 'ROLLBACK; BEGIN'])
+    def test_a_block_that_ends_the_transaction_itself_is_told_so(self, ledger: Ledger, rows: Rows, statement: str) -> None:
+        with pytest.raises(JobSyncError, match='committed or rolled back by itself'), once(ledger, 'k') as execution, \
+                execution.transaction() as connection:
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+        assert state_of(rows, 'k') == 'failed'
+
+    def test_savepoints_are_allowed(self, ledger: Ledger, rows: Rows) -> None:
+        with once(ledger, 'k') as execution, execution.transaction() as connection:
+            insert(connection)
+            with connection.cursor() as cursor:
+                cursor.execute('SAVEPOINT here')
+                insert(connection)
+                cursor.execute('ROLLBACK TO SAVEPOINT here')
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+
+    def test_it_can_be_used_once(self, ledger: Ledger) -> None:
+        with once(ledger, 'k') as execution:
+            with execution.transaction():
+                pass
+            with pytest.raises(ConfigurationError, match='completed already'), execution.transaction():
+                pytest.fail('a second transaction began')
+
+    def test_the_connection_comes_back_as_it_was(self, ledger: Ledger) -> None:
+        def limits() -> list[tuple[Any, ...]]:
+            with ledger._sessions.session() as connection, connection.cursor() as cursor:
+                assert connection.autocommit is False
+                cursor.execute("SELECT name, setting FROM pg_settings WHERE name ~ 'timeout' ORDER BY name")
+                return list(cursor.fetchall())
+
+        before = limits()
+        with once(ledger, 'k') as execution, execution.transaction():
+            pass
+        assert limits() == before
+
+    def test_work_may_take_longer_than_the_limits_of_short_calls(self, make_config: Callable[..., CoordinationConfig], rows: Rows) -> None:
+        config = make_config(heartbeat_interval_sec=0.05, heartbeat_timeout_sec=0.2)
+        rows.node('slow')
+        ledger = Ledger(Sessions(config, 'slow'), rows.tables, 'slow', lambda: 'life of slow')
+        with once(ledger, 'k') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+            cursor.execute('SELECT pg_sleep(1.5)')
+        assert state_of(rows, 'k') == 'done'
+        ledger._sessions.close_all()
+
+
+class TestCompleteInTheUsersTransaction:
+    def test_effect_and_completion_come_together(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+        with once(ledger, 'k') as execution:
+            insert(own)
+            with own.cursor() as cursor:
+                execution.complete(cursor, result=[1])
+            assert (effects(rows), state_of(rows, 'k')) == (0, 'running')
+            own.commit()
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+        with pytest.raises(DuplicateExecution) as caught:
+            ledger.begin('k', 60)
+        assert vars(caught.value)['result'] == [1]
+
+    def test_a_connection_without_execute_will_do(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+        with once(ledger, 'k') as execution:
+            execution.complete(own)
+            own.commit()
+        assert state_of(rows, 'k') == 'done'
+
+    def test_what_cannot_execute_is_refused(self, ledger: Ledger) -> None:
+        execution = ledger.begin('k', 60)
+        with pytest.raises(ConfigurationError, match='has no execute'):
+            execution.complete(5)
+        with pytest.raises(ConfigurationError, match='is no JSON'):
+            execution.complete(5, result=object())
+
+    def test_an_exception_after_a_rollback_frees_the_key(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+        def attempt() -> None:
+            with once(ledger, 'k') as execution:
+                execution.complete(own)
+                own.rollback()
+                raise ValueError('x')
+
+        with pytest.raises(ValueError, match='x'):
+            attempt()
+        assert state_of(rows, 'k') == 'failed'
+
+    def test_a_rollback_that_the_function_hides_is_no_completion(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+        def attempt() -> None:
+            with once(ledger, 'k') as execution:
+                insert(own)
+                execution.complete(own)
+                own.rollback()
+
+        with pytest.raises(JobSyncError, match='was rolled back'):
+            attempt()
+        assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
+
+    def test_a_repeated_transaction_can_complete_again(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+        with once(ledger, 'k') as execution:
+            for end in (own.rollback, own.commit):
+                insert(own)
+                execution.complete(own)
+                end()
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+
+    @pytest.mark.parametrize(('end', 'state'), [('commit', 'done'), ('rollback', 'failed')])
+    def test_a_transaction_around_the_function_decides_when_it_ends(
+        self, make_ledger: MakeLedger, rows: Rows, own: Any, end: str, state: str,
+    ) -> None:
+        ledger, other = make_ledger('a'), make_ledger('b')
+        with once(ledger, 'k') as execution:
+            execution.complete(own)
+        for beginner in (ledger, other):
+            with pytest.raises(ExecutionRunning):
+                beginner.begin('k', 60)
+        getattr(own, end)()
+        eventually(lambda: state_of(rows, 'k') == state)
+
+    def test_an_exception_out_of_a_transaction_around_the_function_frees_the_key(
+        self, ledger: Ledger, rows: Rows, own: Any,
+    ) -> None:
+        def attempt() -> None:
+            with once(ledger, 'k') as execution:
+                execution.complete(own)
+                raise ValueError('x')
+
+        with pytest.raises(ValueError, match='x'):
+            attempt()
+        own.rollback()
+        eventually(lambda: state_of(rows, 'k') == 'failed')
+
+    def test_a_result_that_is_known_after_the_commit_is_added(self, ledger: Ledger, own: Any) -> None:
+        @exactly_once(key='{number}', on_duplicate='result')
+        def function(number: int) -> str:
+            current_execution().complete(own)
+            own.commit()
+            return 'known later'
+
+        assert (function(1), function(1)) == ('known later', 'known later')
+
+
+class TestDecorator:
+    def test_options_on_a_real_ledger(self, make_ledger: MakeLedger, ledger: Ledger) -> None:
+        calls: list[int] = []
+
+        def body(number: int) -> Any:
+            calls.append(number)
+            return number, number
+
+        skip = exactly_once(key='{number}', scope='')(body)
+        result = exactly_once(key='{number}', scope='', on_duplicate='result')(body)
+        refuse = exactly_once(key='{number}', scope='', on_duplicate='raise', on_running='raise')(body)
+        skip_running = exactly_once(key='{number}', scope='', on_running='skip')(body)
+        assert skip(1) == (1, 1)
+        assert (skip(1), result(1), calls) == (None, [1, 1], [1])
+        with pytest.raises(DuplicateExecution):
+            refuse(1)
+        make_ledger('b').begin('2', 60)
+        with pytest.raises(ExecutionRunning):
+            refuse(2)
+        assert (skip_running(2), calls) == (None, [1])
+
+    def test_async_functions_and_methods(self, ledger: Ledger, rows: Rows) -> None:
+        class Shop:
+            @exactly_once(key='order:{number}', scope='', on_duplicate='result')
+            async def sell(self, number: int) -> str:
+                await asyncio.sleep(0)
+                return f'{current_execution().key} sold'
+
+        async def main() -> list[Any]:
+            shop = Shop()
+            return [*await asyncio.gather(*(shop.sell(number) for number in range(8))), await shop.sell(3)]
+
+        assert asyncio.run(main()) == [*(f'order:{number} sold' for number in range(8)), 'order:3 sold']
+        assert rows.run(f'SELECT state, count(*) FROM {rows.tables.execution} GROUP BY 1') == [('done', 8)]
+
+    def test_a_cancelled_async_call_frees_its_key(self, ledger: Ledger, rows: Rows) -> None:
+        @exactly_once(key='k', scope='')
+        async def function() -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        started = asyncio.Event()
+
+        async def main() -> None:
+            task = asyncio.create_task(function())
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(main())
+        assert state_of(rows, 'k') == 'failed'
+
+    def test_an_abandoned_attempt_frees_its_key(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        first.abandon(first.begin('k', 60))
+        eventually(lambda: state_of(rows, 'k') == 'failed')
+        assert second.begin('k', 60).attempts == 2
+
+
+class TestTrouble:
+    def test_a_completion_that_the_database_missed_is_recorded_when_it_is_back(
+        self, own_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        own_server.create_database('ledger')
+        config = own_server.config('ledger', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1, connect_timeout_sec=1)
+        with rows_of(config) as rows, ledgers_of(rows) as make:
+            ledger, other = make('a'), make('b')
+            ran = []
+
+            def attempt() -> None:
+                with once(ledger, 'k') as execution:
+                    execution.result = 'kept'
+                    ran.append(1)
+                    own_server.kill()
+
+            with pytest.raises(DatabaseUnavailable, match='was executed'):
+                attempt()
+            with pytest.raises(DatabaseUnavailable):
+                other.begin('k', 60)
+            with pytest.raises(ValueError, match='x'), caplog.at_level(logging.WARNING):
+                raise_within(ledger, Execution(ledger, 'not begun', 1, 1, 60))
+            assert 'could not be recorded yet' in caplog.text
+            own_server.start()
+            rows.sessions.close_all()
+            eventually(lambda: state_of(rows, 'k') == 'done', timeout=30)
+            with pytest.raises(DuplicateExecution) as caught:
+                make('c').begin('k', 60)
+            assert (vars(caught.value)['result'], ran) == ('kept', [1])
+
+    def test_connections_that_a_restart_broke_are_replaced_without_an_error(self, own_server: EmbeddedPostgres) -> None:
+        own_server.create_database('ledger')
+        config = own_server.config('ledger', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5)
+        with rows_of(config) as rows, ledgers_of(rows) as make:
+            ledger = make('a')
+            with once(ledger, 'k1'):
+                own_server.restart()
+            own_server.restart()
+            with once(ledger, 'k2'):
+                pass
+            assert eventually(lambda: ledger.begin('k3', 60)).attempts == 1
+
+    def test_a_lost_reply_to_begin_is_found_again(self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+        ledger = make_ledger('a')
+        lose_replies(monkeypatch, 1)
+        assert ledger.begin('k', 60).attempts == 2
+        ledger.close()
+
+    def test_a_begin_whose_replies_are_all_lost_does_not_keep_the_key(
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        lose_replies(monkeypatch, 2)
+        with pytest.raises(DatabaseUnavailable):
+            first.begin('k', 60)
+        assert state_of(rows, 'k') == 'running'
+        eventually(lambda: state_of(rows, 'k') == 'failed')
+        assert second.begin('k', 60).fence > 0
+
+    def test_a_time_limit_that_strikes_within_finish_loses_nothing(
+        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        finish = executions.finish
+        strikes = [KeyboardInterrupt()]
+
+        def struck(*args: Any, **kwargs: Any) -> bool:
+            if strikes:
+                raise strikes.pop()
+            return finish(*args, **kwargs)
+
+        monkeypatch.setattr(executions, 'finish', struck)
+        with pytest.raises(KeyboardInterrupt), once(ledger, 'k'):
+            pass
+        eventually(lambda: state_of(rows, 'k') == 'done')
+
+    def test_a_missing_table_is_no_outage(self, ledger: Ledger, rows: Rows) -> None:
+        rows.run(f'DROP TABLE {rows.tables.execution} CASCADE')
+        with pytest.raises(psycopg2.Error, match='execution'):
+            ledger.begin('k', 60)
+
+
+def raise_within(ledger: Ledger, execution: Execution) -> None:
+    try:
+        raise ValueError('x')
+    except ValueError as error:
+        ledger.fail(execution, error)
+        raise
+
+
+def lose_replies(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the next `count` begins be executed and their replies be lost."""
+    begin = executions.begin
+    left = [None] * count
+
+    def lose(*args: Any, **kwargs: Any) -> executions.Row:
+        row = begin(*args, **kwargs)
+        if left:
+            left.pop()
+            raise DatabaseUnavailable()
+        return row
+
+    monkeypatch.setattr(executions, 'begin', lose)
