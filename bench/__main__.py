@@ -8,9 +8,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
@@ -56,16 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser('python -m bench', description=f'Measure JobSync beside the PyPI package jobsync {PEER_VERSION}.')
-    parser.add_argument('--only', action='append', choices=MEASUREMENTS, metavar='NAME', help=f'one of {", ".join(MEASUREMENTS)}; repeatable')
+    parser.add_argument(
+        '--only', action='append', choices=MEASUREMENTS, metavar='NAME', help=f'one of {", ".join(MEASUREMENTS)}; repeatable')
     parser.add_argument('--quick', action='store_true', help='one run of each side, smaller sizes')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows and every single value there')
     parser.add_argument('--no-peer', action='store_true', help='measure this library alone')
-    parser.add_argument('--url', help='a PostgreSQL superuser URL; databases bench_N are made and dropped there. Default: an embedded server')
+    parser.add_argument('--url', help='URL of a PostgreSQL superuser; databases of its own are made and dropped. Default: an embedded server')
     return parser.parse_args(arguments)
 
 
 @contextlib.contextmanager
-def _server(url: str | None) -> Any:
+def _server(url: str | None) -> Iterator[CoordinationConfig]:
     if url:
         yield CoordinationConfig.from_url(url)
         return

@@ -44,7 +44,8 @@ def follower(bench: Bench) -> list[Row]:
                 passed = meters[side.key].counts.since(before[side.key])
                 samples.add(side, {name: value * 60 / seconds for name, value in passed.items()})
     bench.raw['follower'] = samples.values
-    note = f'Counted on the wire for {seconds} s with the default settings, the peer with its interval of after 300 s; statements without BEGIN and COMMIT.'
+    note = (f'Counted on the wire for {seconds} s, with the default settings, and the peer with the interval that it takes after 300 s. '
+            'Statements without BEGIN and COMMIT; round trips with them.')
     return [
         samples.row('statements', 'steady follower, statements', '1/min', note=note, limit=Limit(13)),
         samples.row('round_trips', 'steady follower, round trips', '1/min', note=note),
@@ -118,7 +119,8 @@ def _overlap_and_gap(nodes: Sequence[Node], began: float) -> tuple[float, float]
     overlaps, gaps = [], []
     for spans in zip(*watched, strict=True):
         overlaps.append(sum(
-            max(0.0, min(one[1], two[1]) - max(one[0], two[0])) for mine, others in combinations(spans, 2) for one in mine for two in others))
+            max(0.0, min(one[1], two[1]) - max(one[0], two[0]))
+            for mine, others in combinations(spans, 2) for one in mine for two in others))
         end = began
         longest = 0.0
         for low, high in sorted(span for node in spans for span in node):

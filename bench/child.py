@@ -64,7 +64,9 @@ class Watch:
 def make_ids(kind: str, count: int) -> list[Any]:
     """Task ids of a kind: 'int', 'text', 'path' or 'stride'."""
     makers: dict[str, Callable[[int], Any]] = {
-        'int': lambda number: number, 'text': lambda number: f'order-{number}', 'path': lambda number: f'customer/{number % 40}/report/{number}',
+        'int': lambda number: number,
+        'text': lambda number: f'order-{number}',
+        'path': lambda number: f'customer/{number % 40}/report/{number}',
         'stride': lambda number: 1_000 * number + 7,
     }
     return [makers[kind](number) for number in range(count)]

@@ -26,7 +26,8 @@ def claims(bench: Bench) -> list[Row]:
                 rows.append(samples.row(
                     f'True {kind}', f'claim, {name}, {tokens:,} tokens, {kind} id', 'ns', note=_CPU, limit=Limit(0.75, ratio=True)))
     samples = _claims(bench, _SIZES[0], _HASHES[0], others=True)
-    rows.append(samples.row('False int', f'claim refused, {_HASHES[0]}, {_SIZES[0]:,} tokens', 'ns', note=_CPU, limit=Limit(0.75, ratio=True)))
+    rows.append(samples.row(
+        'False int', f'claim refused, {_HASHES[0]}, {_SIZES[0]:,} tokens', 'ns', note=_CPU, limit=Limit(0.75, ratio=True)))
     return rows
 
 

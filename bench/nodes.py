@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import queue
 import subprocess
 import tempfile
@@ -137,8 +138,7 @@ class Databases:
     @contextlib.contextmanager
     def database(self) -> Iterator[dict[str, Any]]:
         """A new database: the settings that reach it."""
-        name = f'bench_{next(self._numbers)}'
-        self.query(sql.SQL('drop database if exists {}').format(sql.Identifier(name)))
+        name = f'jobsync_bench_{os.getpid()}_{next(self._numbers)}'
         self.query(sql.SQL('create database {}').format(sql.Identifier(name)))
         try:
             server = self._server

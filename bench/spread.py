@@ -39,7 +39,7 @@ def distribution(bench: Bench) -> list[Row]:
     note = f'Over {len(_ID_KINDS)} kinds of task ids. Chance alone gives a deviation of about 10 %: both sides hash in the same way.'
     return [
         samples.row('tokens', 'balance, 10,000 tokens over 7 nodes: most less least', 'tokens', limit=Limit(1)),
-        samples.row('most', 'balance, 600 tasks over 7 nodes: busiest over mean', '×', note=note),
+        samples.row('most', 'balance, 600 tasks over 7 nodes: busiest over mean', 'ratio', note=note),
         samples.row('deviation', 'balance, 600 tasks over 7 nodes: standard deviation', '%', note=note),
     ]
 
@@ -65,7 +65,9 @@ def movement(bench: Bench) -> list[Row]:
             left = time.monotonic() - began
             held = sum(owner == leaver.name for owner in five.values())
             return {
-                'join': _moved(four, five) - _TOKENS // 5, 'leave': _moved(five, rest) - held, 'join seconds': joined, 'leave seconds': left}
+                'join': _moved(four, five) - _TOKENS // 5, 'leave': _moved(five, rest) - held,
+                'join seconds': joined, 'leave seconds': left,
+            }
 
     samples = bench.run('movement', measure)
     note = 'Polling intervals of 1 s on both sides; the defaults are longer.'

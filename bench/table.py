@@ -18,7 +18,7 @@ class Limit:
     ratio: bool = False
 
     def __str__(self) -> str:
-        return f'≤ {self.most:g}{" × peer" if self.ratio else ""}'
+        return f'≤ {self.most:g}{" of peer" if self.ratio else ""}'
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,3 @@ SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot, n_dead_tup AS dead FROM pg_st
 
 -- Keep the audit of 90 days.
 DELETE FROM sync_audit WHERE date < current_date - 90;
-
--- Keep the rebalances of 90 days.
-DELETE FROM sync_rebalance WHERE triggered_at < now() - interval '90 days';

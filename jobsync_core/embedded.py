@@ -99,6 +99,11 @@ class EmbeddedPostgres:
         """The server's log file."""
         return self._place() / 'server.log'
 
+    @property
+    def bin_dir(self) -> Path:
+        """Directory of the server's programs."""
+        return self._bin
+
     def start(self) -> None:
         """Start the server and wait until it answers; after `kill()` it recovers first. Nothing happens if it runs.
 

@@ -18,15 +18,19 @@ _PIECE = re.compile(r'\\(.)|(%+)|(_)|(.)', re.DOTALL)
 @lru_cache(maxsize=16_384)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern, for `fullmatch`."""
-    pieces = []
+    parts = ['']
     for escaped, anything, single, literal in _PIECE.findall(pattern):
         if anything:
-            pieces.append('.*')
-        elif single:
-            pieces.append('.')
+            parts.append('')
         else:
-            pieces.append(re.escape(escaped or literal))
-    return re.compile(''.join(pieces), re.DOTALL)
+            parts[-1] += '.' if single else re.escape(escaped or literal)
+    first, *others = parts
+    if not others:
+        return re.compile(first, re.DOTALL)
+    # The earliest place for a part between two `%` is as good as any. A look-ahead is not entered again once it has matched,
+    # so that a pattern of many `%` takes no exponential time. fnmatch in Python's standard library does likewise.
+    middle = [f'(?=(.*?{part}))\\{number}' for number, part in enumerate(others[:-1], 1)]
+    return re.compile(f'{first}{"".join(middle)}.*{others[-1]}', re.DOTALL)
 
 
 def matches(pattern: str, node_name: str) -> bool:

@@ -372,7 +372,9 @@ class Protocol:
             return None
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
             return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._liveness.dead(now))
-        if self._wants_drain is not None and self._wants_drain != (self.state == 'draining') and self.phase is Phase.ACTIVE:
+        if self._wants_drain == (self.state == 'draining'):
+            self._wants_drain = None  # it is so; from here on an operator may decide otherwise
+        elif self._wants_drain is not None and self.phase is Phase.ACTIVE:
             return Drain(self.name, self.incarnation, self._wants_drain)
         if not self.quarantined:
             if self._gain:

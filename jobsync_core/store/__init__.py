@@ -1,1 +1,1 @@
-"""All SQL: the tables, and what is asked of them."""
+"""All SQL of JobSync: the schema, the connections, and what each part of the system reads and writes."""

@@ -69,7 +69,7 @@ def register(
         if counts[1]:
             _changed(cursor, tables)
         elif counts[2]:
-            _notify(cursor, tables)
+            cursor.execute("SELECT pg_notify(%s, 'locks')", (tables.channel,))
     return int(counts[0])
 
 
@@ -112,15 +112,17 @@ def _delete(connection: PgConnection, tables: Tables, condition: str, params: tu
 
 def _serialise(cursor: Any, tables: Tables) -> None:
     # Every node of a cluster registers the same locks when it starts: in turn they cannot deadlock, and all but the
-    # first find nothing to change. It is another key than the leader's, which must never wait for this.
+    # first find nothing to change. It is another key than the leader's, which must not wait while rows are written.
     first, second = tables.advisory
     cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', (first, second ^ 1))
 
 
 def _changed(cursor: Any, tables: Tables) -> None:
-    cursor.execute(f'UPDATE {tables.cluster} SET lock_version = lock_version + 1')
-    _notify(cursor, tables)
-
-
-def _notify(cursor: Any, tables: Tables) -> None:
-    cursor.execute("SELECT pg_notify(%s, 'locks')", (tables.channel,))
+    # A leader's round sees these rows wholly or not at all: one that read the old locks has recorded the old lock_version
+    # by the time this raises it, and so plans again.
+    cursor.execute(
+        f'''
+        SELECT pg_advisory_xact_lock_shared(%s, %s);
+        UPDATE {tables.cluster} SET lock_version = lock_version + 1;
+        SELECT pg_notify(%s, 'locks')
+        ''', (*tables.advisory, tables.channel))

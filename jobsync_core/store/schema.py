@@ -1,42 +1,56 @@
-"""The tables of a cluster: their names, their creation and their versions."""
+"""The tables: their names, and how they come into being and are brought up to date."""
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-import psycopg2.errors
+import psycopg2
 
-from ..errors import SchemaConflict
+from ..config import CoordinationConfig
+from ..errors import JobSyncError, SchemaConflict
+from .connection import Sessions
 
 if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection
+    from psycopg2.extensions import connection as PgConnection  # noqa: N812
 
-    from ..config import CoordinationConfig
+__all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
-__all__ = ['SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
+#: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
+MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'),)
+SCHEMA_VERSION = MIGRATIONS[-1][0]
 
-SCHEMA_VERSION = 1
-#: SQL that brings tables of version n to n + 1, by n.
-MIGRATIONS: dict[int, str] = {}
-_NAMES = ('node', 'assignment', 'token', 'lock', 'rebalance', 'claim', 'audit', 'execution', 'cluster', 'queue')
+#: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
+_PATIENCE = '60s'
 
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'big', signed=True)
+#: The columns that this version uses.
+_COLUMNS: Mapping[str, str] = {
+    'cluster': 'total_tokens hash_function version lock_version schema_version planned',
+    'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
+    'assignment': 'tokens node moving moving_to blocked version assigned_at',
+    'token': 'token_id node assigned_at version',
+    'lock': 'task_id node_patterns reason created_at created_by expires_at',
+    'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
+    'claim': 'node task_id created_on date token incarnation',
+    'audit': 'created_on node task_id date token',
+    'execution': 'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
+    'queue': 'name node created_at',
+}
+_INDEXES = ('lock_expiry', 'claim_token', 'audit_token', 'execution_running', 'execution_expiry')
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Names of the tables under one prefix, quoted as identifiers.
+    """Names of one cluster's tables, quoted for SQL.
 
     Args:
-        appname: The prefix; CoordinationConfig has checked it.
+        appname: The prefix, as in CoordinationConfig.
 
     Attributes:
-        channel: Notification channel, not quoted.
-        advisory: Keys of the advisory lock that a leader's round takes exclusively.
+        channel: Name of the NOTIFY channel, not quoted.
+        advisory: Key of the cluster's advisory lock.
     """
 
     appname: str
@@ -50,81 +64,136 @@ class Tables:
     execution: str = field(init=False)
     cluster: str = field(init=False)
     queue: str = field(init=False)
+    channel: str = field(init=False)
+    advisory: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in _NAMES:
-            object.__setattr__(self, name, f'"{self.appname}{name}"')
+        prefix = self.appname.lower()
+        object.__setattr__(self, 'appname', prefix)
+        for name in _COLUMNS:
+            object.__setattr__(self, name, _quoted(prefix + name))
+        object.__setattr__(self, 'channel', prefix + 'events')
+        digest = blake2b(f'jobsync {prefix}'.encode(), digest_size=8).digest()
+        numbers = int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(digest[4:], 'big', signed=True)
+        object.__setattr__(self, 'advisory', numbers)
 
     @property
-    def channel(self) -> str:
-        return f'{self.appname}events'
-
-    @property
-    def advisory(self) -> tuple[int, int]:
-        return _key('jobsync'), _key(self.appname)
+    def all(self) -> Mapping[str, str]:
+        """Each table or view, and its quoted name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in _COLUMNS}
 
 
 def render_schema(appname: str) -> str:
-    """The SQL that creates the tables under the prefix, for whoever may not let a program do it."""
-    tables = Tables(appname)
-    text = files(__package__).joinpath('schema.sql').read_text(encoding='utf-8')
-    return text.format(schema_version=SCHEMA_VERSION, **{name: getattr(tables, name) for name in _NAMES})
+    """The statements that create the tables, for whoever does so by hand."""
+    return '\n'.join(_render(Tables(appname), name) for _, name in MIGRATIONS)
 
 
-def create_schema(connection: PgConnection, config: CoordinationConfig) -> None:
-    """Create the tables, or bring them to this version. Many nodes may do so at once; one does it.
+@overload
+def create_schema(session: CoordinationConfig) -> None: ...
+@overload
+def create_schema(session: PgConnection, config: CoordinationConfig) -> None: ...
+
+
+def create_schema(session: PgConnection | CoordinationConfig, config: CoordinationConfig | None = None) -> None:
+    """Create the tables where they are missing, or bring them up to date. Many nodes may do so at once.
+
+    Where they are in place already, no right to create anything is needed.
 
     Args:
-        connection: An open connection; the caller commits.
+        session: A connection out of Sessions, not in autocommit mode; or the config alone: then a connection is opened for this.
         config: Names the tables.
 
     Raises:
-        SchemaConflict: Tables of this prefix belong to something else, or to a newer version; or they are missing
-            and this role may not create them.
+        SchemaConflict: There are tables of another layout, or of a newer version.
+        JobSyncError: The role lacks a right; the message says which.
+        DatabaseUnavailable: PostgreSQL cannot be reached.
     """
-    tables = Tables(config.appname)
-    with connection.cursor() as cursor:
-        if _version(cursor, tables) == SCHEMA_VERSION:
-            return  # without a lock and without rights to create anything
-        cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', (_key('jobsync schema'), _key(config.appname)))
-        version = _version(cursor, tables)
+    if isinstance(session, CoordinationConfig):
+        sessions = Sessions(session, 'jobsync schema')
         try:
-            if version is None:
-                _refuse_strangers(cursor, tables)
-                cursor.execute(render_schema(config.appname))
-                return
-            while version < SCHEMA_VERSION:
-                cursor.execute(MIGRATIONS[version])
-                version += 1
-                cursor.execute(f'UPDATE {tables.cluster} SET schema_version = %s', (version,))
-        except psycopg2.errors.InsufficientPrivilege as error:
+            with sessions.session() as connection:
+                create_schema(connection, session)
+        finally:
+            sessions.close_all()
+        return
+    assert config is not None
+    tables = Tables(config.appname)
+    try:
+        with session.cursor() as cursor:
+            if not _in_place(cursor, tables):
+                _migrate(cursor, tables, config)
+    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
+        raise JobSyncError(
+            f'{str(error).strip()}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, and CREATE on the '
+            'schema while they do not exist; or let an administrator run the output of `jobsync schema --sql`') from error
+
+
+def _in_place(cursor: Any, tables: Tables) -> bool:
+    try:
+        return _look(cursor, tables) == (SCHEMA_VERSION, True)
+    except SchemaConflict:
+        return False  # somebody may be migrating right now: judged again under the lock
+
+
+def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
+    cursor.execute("SELECT set_config('lock_timeout', %(limit)s, true), set_config('statement_timeout', %(limit)s, true)", {'limit': _PATIENCE})
+    # No leader plans while tables change.
+    cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', tables.advisory)
+    version, complete = _look(cursor, tables)
+    for number, name in MIGRATIONS:
+        if number > version or not complete:
+            cursor.execute(_render(tables, name))
+            cursor.execute(f'UPDATE {tables.cluster} SET schema_version = %s WHERE schema_version < %s', (number, number))
+    if version == 0:
+        cursor.execute(f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s', (config.total_tokens, config.hash_function))
+
+
+def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
+    """The schema version of the tables, 0 where there are none; and whether all are there.
+
+    Raises:
+        SchemaConflict: They are not JobSync's, or newer than this program.
+    """
+    columns = _columns(cursor, tables.all.values())
+    version = 0
+    if 'schema_version' in columns[tables.cluster][1]:
+        cursor.execute(f'SELECT max(schema_version) FROM {tables.cluster}')
+        version = cursor.fetchall()[0][0] or SCHEMA_VERSION
+    if version > SCHEMA_VERSION:
+        raise SchemaConflict(
+            f'the tables {tables.appname}* have schema version {version}, and this program knows {SCHEMA_VERSION}: upgrade JobSync here, '
+            'or choose another appname')
+    for name, quoted in tables.all.items():
+        kind, found = columns[quoted]
+        expected = version > 0 and kind in (('v',) if name == 'token' else ('r', 'p'))
+        if kind and not (expected and (version < SCHEMA_VERSION or found >= set(_COLUMNS[name].split()))):
             raise SchemaConflict(
-                f'tables {config.appname}* are missing or old, and user {config.user!r} may not create them: GRANT CREATE ON SCHEMA '
-                f'to it, or have the output of `jobsync schema --sql --appname {config.appname}` run by a role that may') from error
+                f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout that this version of JobSync makes: choose another '
+                f'appname than {tables.appname!r}, or rename or drop {quoted} if nothing needs it')
+    return version, all(kind for kind, _ in columns.values())
 
 
-def _version(cursor: Any, tables: Tables) -> int | None:
-    """Version of the tables that are there; None where there are none of ours."""
+_KINDS = {'r': 'table', 'v': 'view', 'm': 'materialized view', 'p': 'partitioned table', 'f': 'foreign table', 'i': 'index', 'S': 'sequence'}
+
+
+def _columns(cursor: Any, relations: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
+    """Kind and columns of each relation; '' and none where it does not exist."""
+    names: Sequence[str] = list(relations)
     cursor.execute(
-        "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = 'schema_version' AND NOT attisdropped)",
-        (tables.cluster,))
-    if not cursor.fetchone()[0]:
-        return None
-    cursor.execute(f'SELECT schema_version FROM {tables.cluster}')
-    row = cursor.fetchone()
-    if row is None:
-        raise SchemaConflict(f'table {tables.cluster} is empty: restore its row with INSERT INTO {tables.cluster} (schema_version) '
-                             f'VALUES ({SCHEMA_VERSION})')
-    if row[0] > SCHEMA_VERSION:
-        raise SchemaConflict(f'the tables {tables.appname}* have version {row[0]}, this program knows {SCHEMA_VERSION}: '
-                             f'upgrade JobSync here, or choose another appname')
-    return int(row[0])
+        '''
+        SELECT wanted.name, coalesce(c.relkind::text, ''), coalesce(string_agg(a.attname, ' '), '')
+        FROM unnest(%s::text[]) AS wanted (name)
+        LEFT JOIN pg_class AS c ON c.oid = to_regclass(wanted.name)
+        LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        GROUP BY wanted.name, c.relkind
+        ''', (names,))
+    return {name: (kind, set(columns.split())) for name, kind, columns in cursor.fetchall()}
 
 
-def _refuse_strangers(cursor: Any, tables: Tables) -> None:
-    for name in _NAMES:
-        cursor.execute('SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)', (getattr(tables, name),))
-        if cursor.fetchone() is not None:
-            raise SchemaConflict(
-                f'there is a relation {getattr(tables, name)} which is not this program\'s (the PyPI package `jobsync` has such): '
-                f'choose another appname than {tables.appname!r}, or stop the other program and drop its tables')
+def _render(tables: Tables, name: str) -> str:
+    text = files(__package__).joinpath(name).read_text(encoding='utf-8')
+    return text.format(**tables.all, **{index: _quoted(f'{tables.appname}{index}') for index in _INDEXES})
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

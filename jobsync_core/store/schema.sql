@@ -1,116 +1,126 @@
--- The tables of one cluster. Names in braces are replaced by quoted names under the cluster's prefix.
+-- Version 1 of JobSync's tables. Names in braces stand for quoted identifiers with the appname as their prefix.
+-- Names of nodes and tasks sort by code point, as in Python, whatever the collation of the database.
 
-CREATE TABLE {cluster} (
-    one            boolean PRIMARY KEY DEFAULT true CHECK (one),
+-- One row: the settings that all nodes share, and the counters by which they see that something has changed.
+-- planned: fingerprint of what the latest plan was made from.
+CREATE TABLE IF NOT EXISTS {cluster} (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    total_tokens integer NOT NULL,
+    hash_function text NOT NULL,
+    version bigint NOT NULL DEFAULT 0,
+    lock_version bigint NOT NULL DEFAULT 0,
     schema_version integer NOT NULL,
-    total_tokens   integer NOT NULL DEFAULT 10000,
-    hash_function  text    NOT NULL DEFAULT 'double_sha256',
-    version        bigint  NOT NULL DEFAULT 0,  -- counts plans and hand-overs
-    lock_version   bigint  NOT NULL DEFAULT 0,  -- counts changes of locks
-    planned        text                         -- what the latest plan was made for: nodes and lock_version
+    planned text
+);
+
+-- One row per registered node. A heartbeat changes no indexed column and finds room in its page, so that it stays a HOT update.
+CREATE TABLE IF NOT EXISTS {node} (
+    name text COLLATE "C" PRIMARY KEY,
+    created_on timestamptz NOT NULL DEFAULT clock_timestamp(),
+    last_heartbeat timestamptz NOT NULL DEFAULT clock_timestamp(),
+    beat bigint NOT NULL DEFAULT 0,
+    incarnation text NOT NULL,
+    state text NOT NULL DEFAULT 'joining' CHECK (state IN ('joining', 'active', 'draining')),
+    weight double precision NOT NULL DEFAULT 1 CHECK (weight > 0),
+    lease_sec double precision NOT NULL,
+    host text,
+    pid integer,
+    boot_id text,
+    pid_namespace text,
+    started text
 ) WITH (fillfactor = 50);
 
--- No index on what a heartbeat changes, and room in each page, so that heartbeats stay within their page.
-CREATE TABLE {node} (
-    name           text PRIMARY KEY,
-    created_on     timestamptz NOT NULL,
-    last_heartbeat timestamptz NOT NULL,        -- for people; nothing is decided by it
-    beat           bigint NOT NULL DEFAULT 0,   -- counts heartbeats; compared for equality only
-    incarnation    text   NOT NULL,
-    state          text   NOT NULL CHECK (state IN ('joining', 'active', 'draining')),
-    weight         double precision NOT NULL CHECK (weight > 0),
-    lease_sec      double precision NOT NULL,
-    host           text    NOT NULL,
-    boot_id        text    NOT NULL,
-    pid_namespace  text    NOT NULL,
-    pid            integer NOT NULL,
-    started        text    NOT NULL
-) WITH (fillfactor = 25);
-
--- The exclusion constraint makes two owners of a token impossible, whatever a program does.
-CREATE TABLE {assignment} (
-    tokens      int4range NOT NULL CHECK (NOT isempty(tokens)),
-    node        text REFERENCES {node} ON DELETE SET NULL,
-    moving      boolean NOT NULL DEFAULT false,
-    moving_to   text REFERENCES {node} ON DELETE SET NULL,
-    blocked     boolean NOT NULL DEFAULT false,
-    version     bigint NOT NULL,
+-- Who owns which tokens. The constraint refuses two owners of one token.
+CREATE TABLE IF NOT EXISTS {assignment} (
+    tokens int4range NOT NULL CHECK (NOT isempty(tokens) AND lower(tokens) >= 0 AND NOT upper_inf(tokens)),
+    node text COLLATE "C" REFERENCES {node} ON DELETE SET NULL,
+    moving boolean NOT NULL DEFAULT false,
+    moving_to text COLLATE "C" REFERENCES {node} ON DELETE SET NULL,
+    blocked boolean NOT NULL DEFAULT false,
+    version bigint NOT NULL,
     assigned_at timestamptz NOT NULL DEFAULT now(),
     EXCLUDE USING gist (tokens WITH &&)
 );
-CREATE INDEX ON {assignment} (node);
-CREATE INDEX ON {assignment} (moving_to) WHERE moving_to IS NOT NULL;
 
-CREATE VIEW {token} AS
-    SELECT generate_series(lower(tokens), upper(tokens) - 1) AS token_id, node, assigned_at, version
-    FROM {assignment} WHERE node IS NOT NULL;
+-- One row per owned token.
+CREATE OR REPLACE VIEW {token} AS
+    SELECT token_id, node, assigned_at, version
+    FROM {assignment} CROSS JOIN LATERAL generate_series(lower(tokens), upper(tokens) - 1) AS token_id
+    WHERE node IS NOT NULL;
 
-CREATE TABLE {lock} (
-    task_id       text PRIMARY KEY,
+-- Tasks that are pinned to nodes: node_patterns is an array of LIKE patterns, the preferred one first.
+CREATE TABLE IF NOT EXISTS {lock} (
+    task_id text COLLATE "C" PRIMARY KEY,
     node_patterns jsonb NOT NULL,
-    reason        text,
-    created_at    timestamptz NOT NULL DEFAULT now(),
-    created_by    text NOT NULL,
-    expires_at    timestamptz
+    reason text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    created_by text COLLATE "C",
+    expires_at timestamptz
 );
+CREATE INDEX IF NOT EXISTS {lock_expiry} ON {lock} (expires_at) WHERE expires_at IS NOT NULL;
 
-CREATE TABLE {rebalance} (
-    id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    triggered_at   timestamptz NOT NULL DEFAULT now(),
+-- What the leaders did.
+CREATE TABLE IF NOT EXISTS {rebalance} (
+    id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+    triggered_at timestamptz NOT NULL DEFAULT now(),
     trigger_reason text NOT NULL,
-    leader_node    text NOT NULL,
-    nodes_before   integer NOT NULL,
-    nodes_after    integer NOT NULL,
-    tokens_moved   integer NOT NULL,
-    duration_ms    integer NOT NULL
+    leader_node text COLLATE "C",
+    nodes_before integer NOT NULL,
+    nodes_after integer NOT NULL,
+    tokens_moved integer NOT NULL,
+    duration_ms integer NOT NULL
 );
 
-CREATE TABLE {claim} (
-    node        text NOT NULL,
-    task_id     text NOT NULL,
-    created_on  timestamptz NOT NULL DEFAULT now(),
-    date        date NOT NULL,
-    token       integer NOT NULL,
+-- Tasks that nodes have begun for a date.
+CREATE TABLE IF NOT EXISTS {claim} (
+    node text COLLATE "C" NOT NULL,
+    task_id text COLLATE "C" NOT NULL,
+    created_on timestamptz NOT NULL DEFAULT now(),
+    date date NOT NULL,
+    token integer NOT NULL,
     incarnation text NOT NULL,
     PRIMARY KEY (task_id, date)
 );
-CREATE INDEX ON {claim} (node, incarnation);
+CREATE INDEX IF NOT EXISTS {claim_token} ON {claim} (date, token);
 
-CREATE TABLE {audit} (
+-- Tasks that have been finished for a date. token is NULL where whoever wrote the row did not know it.
+CREATE TABLE IF NOT EXISTS {audit} (
     created_on timestamptz NOT NULL DEFAULT now(),
-    node       text NOT NULL,
-    task_id    text NOT NULL,
-    date       date NOT NULL,
-    token      integer NOT NULL,
-    PRIMARY KEY (date, task_id)
+    node text COLLATE "C" NOT NULL,
+    task_id text COLLATE "C" NOT NULL,
+    date date NOT NULL,
+    token integer,
+    PRIMARY KEY (task_id, date)
 );
-CREATE INDEX ON {audit} (date, token);
+CREATE INDEX IF NOT EXISTS {audit_token} ON {audit} (date, token);
 
-CREATE TABLE {execution} (
-    key           text PRIMARY KEY,
-    state         text NOT NULL CHECK (state IN ('running', 'done', 'failed')),
-    node          text NOT NULL,
-    incarnation   text NOT NULL,
-    host          text NOT NULL,
-    boot_id       text NOT NULL,
-    pid_namespace text NOT NULL,
-    pid           integer NOT NULL,
-    started       text NOT NULL,
-    fence         bigint  NOT NULL,
-    attempts      integer NOT NULL,
-    started_at    timestamptz NOT NULL,
-    finished_at   timestamptz,
-    result        jsonb,
-    error         text,
-    expires_at    timestamptz
+-- The ledger: one row per key; only the holder of the row's fence may record completion.
+CREATE TABLE IF NOT EXISTS {execution} (
+    key text COLLATE "C" PRIMARY KEY,
+    state text NOT NULL CHECK (state IN ('running', 'done', 'failed')),
+    node text COLLATE "C",
+    incarnation text,
+    host text,
+    boot_id text,
+    pid_namespace text,
+    pid integer,
+    started text,
+    fence bigint NOT NULL,
+    attempts integer NOT NULL DEFAULT 1,
+    started_at timestamptz NOT NULL DEFAULT now(),
+    finished_at timestamptz,
+    result jsonb,
+    error text,
+    expires_at timestamptz
 );
-CREATE INDEX ON {execution} (expires_at) WHERE expires_at IS NOT NULL;
-CREATE INDEX ON {execution} (node, incarnation) WHERE state = 'running';
+CREATE INDEX IF NOT EXISTS {execution_running} ON {execution} (node, incarnation) WHERE state = 'running';
+CREATE INDEX IF NOT EXISTS {execution_expiry} ON {execution} (expires_at) WHERE expires_at IS NOT NULL;
 
-CREATE TABLE {queue} (
-    name       text PRIMARY KEY,
-    node       text NOT NULL,
+-- Message queues that belong to nodes.
+CREATE TABLE IF NOT EXISTS {queue} (
+    name text COLLATE "C" PRIMARY KEY,
+    node text COLLATE "C",
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
-INSERT INTO {cluster} (schema_version) VALUES ({schema_version});
+INSERT INTO {cluster} (total_tokens, hash_function, schema_version) VALUES (10000, 'double_sha256', 1) ON CONFLICT DO NOTHING;

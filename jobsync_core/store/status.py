@@ -146,13 +146,14 @@ def set_drain(connection: PgConnection, tables: Tables, name: str, draining: boo
     if found[name] == 'joining':
         raise JobSyncError(f'node {name!r} is still joining and owns nothing yet: try again when it is active, or stop it')
     with connection.cursor() as cursor:
+        # Not during a leader's round, which would take the change into the plan's fingerprint and not into the plan.
         cursor.execute(
-            f'UPDATE {tables.node} SET state = %s WHERE name = %s AND state = %s',
-            (*(('draining', name, 'active') if draining else ('active', name, 'draining')),))
-        if not cursor.rowcount:
-            return False
-        cursor.execute('SELECT pg_notify(%s, %s)', (tables.channel, f'drain {name}'))
-    return True
+            f'''
+            SELECT pg_advisory_xact_lock_shared(%s, %s);
+            WITH me AS (UPDATE {tables.node} SET state = %s WHERE name = %s AND state = %s RETURNING name)
+            SELECT pg_notify(%s, 'drain ' || name) FROM me
+            ''', (*tables.advisory, *(('draining', name, 'active') if draining else ('active', name, 'draining')), tables.channel))
+        return cursor.fetchone() is not None
 
 
 def plan_without(connection: PgConnection, tables: Tables, name: str) -> list[Move]:

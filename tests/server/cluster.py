@@ -64,9 +64,10 @@ class Node:
         fields.update(host=self.proxy.host, port=self.proxy.port, connection_options=dict(config.connection_options))
         job = {'wait_on_enter': 0, **options.pop('job', {})}
         settings = {'name': name, 'config': fields, 'record': str(self.record), 'log': str(self.log), 'tasks': SAMPLE, 'job': job, **options}
-        self.process = subprocess.Popen(
-            [sys.executable, '-m', 'tests.server.node_process'], cwd=_ROOT, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.with_suffix('.stderr').open('w'))
+        with self.log.with_suffix('.stderr').open('w') as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, '-m', 'tests.server.node_process'], cwd=_ROOT, text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -127,6 +127,28 @@ class TestRegister:
         assert rows.lock_version == 1
 
 
+class TestLeadersRound:
+    def test_a_change_waits_for_a_round_under_way_and_is_not_mistaken_for_planned(self, rows: Rows) -> None:
+        with rows.sessions.session() as leader:
+            with leader.cursor() as cursor:
+                cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', rows.tables.advisory)
+            thread = threading.Thread(target=register, args=(rows, ('t', ('a',), None, None)))
+            thread.start()
+            eventually(lambda: rows.waiting() == 1)
+            assert rows.lock_version == 0
+            assert listed(rows) == {}
+            leader.commit()
+            thread.join()
+        assert rows.lock_version == 1
+        assert set(listed(rows)) == {'t'}
+
+    def test_registering_what_is_there_waits_for_nobody(self, rows: Rows) -> None:
+        register(rows, ('t', ('a',), None, None))
+        with rows.sessions.session() as leader, leader.cursor() as cursor:
+            cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', rows.tables.advisory)
+            assert register(rows, ('t', ('a',), None, None)) == 1
+
+
 class TestClear:
     def test_only_the_creators_locks_go(self, rows: Rows) -> None:
         register(rows, ('t', ('a',), None, None), by='a')

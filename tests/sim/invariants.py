@@ -139,6 +139,8 @@ def unsettled(world: World) -> str | None:
             return f'{node} has not entered (phase {protocol.phase.value}, state {protocol.state})'
         if row is None or row.incarnation != protocol.incarnation:
             return f'{node} is not in the node table'
+        if node.connection is None or not world.has_connection(node.connection):
+            return f'{node} is not connected'
         if node.local() >= node.claims.lease[0]:
             return f'{node} has no lease'
         for token in tokens_in(node.claims.mask):

@@ -165,13 +165,23 @@ class Run:
             store.add_lock(f'{token}.{rng.randrange(TASKS_PER_TOKEN)}', Lock(token, patterns, store.clock, expires))
         world.deliver_notifications()
 
-    def add_lock(self) -> None:
+    def pin_somewhere(self) -> None:
         """Pin one token to one live node."""
-        store = self.world.store
-        token, node = self.world.rng.randrange(store.total_tokens), self.any_node()
+        node = self.any_node()
         assert node is not None
-        store.add_lock(f'{token}.0', Lock(token, (node.name,), store.clock))
+        self.pin(self.world.rng.randrange(self.world.store.total_tokens), node.name)
+
+    def pin(self, token: int, name: str) -> None:
+        """Pin one token to one node, in place of another lock."""
+        store = self.world.store
+        store.clock = self.world.now + self.world.database_offset
+        store.add_lock(f'{token}.0', Lock(token, (name,), store.clock))
         self.world.deliver_notifications()
+
+    def pause_leader(self, seconds: float) -> None:
+        rows = self.world.store.nodes.values()
+        if rows:
+            self.pause(seconds, min(rows, key=lambda row: (row.created_on, row.name)).name)
 
     def meddle(self) -> None:
         """Try to insert a row for tokens that have an owner."""
@@ -379,7 +389,7 @@ def single(run: Run) -> None:
         run.faults_end = start + seconds
     elif kind == 'lock':
         run.bound = 1.0 + run.settings.release_timeout
-        run.at(start, run.add_lock)
+        run.at(start, run.pin_somewhere)
     else:
         run.bound = run.settings.release_timeout + slack
         run.at(start, run.drain, 'node', True)
@@ -400,15 +410,27 @@ def restores(run: Run) -> None:
 
 
 def flapping(run: Run) -> None:
-    """Plans change their mind while hand-overs are delayed."""
+    """A lock wanders from node to node while hand-overs are carried out late and notifications get lost."""
     start = _cluster(run, 3)
     rng, network = run.world.rng, run.world.network
-    network.late_gives = 0.3
-    network.lost_notification = 0.2
-    for time in _times(run, start, 3 * TIMEOUT, 16, 6):
-        run.at(time, rng.choice((run.change_locks, lambda: run.drain('operator', rng.random() < 0.5))))
-    run.at(start + 4 * TIMEOUT, run.undrain_all)
-    run.at(start + 4 * TIMEOUT, run.expire_locks)
+    network.late_gives, network.lateness, network.lost_notification = 0.6, 2 * TIMEOUT, 0.7
+    time = start
+    for _ in range(14):
+        run.at(time, run.pin, 0, rng.choice(run.names))
+        time += rng.uniform(0.3, 2.5)
+    run.at(time, run.expire_locks)
+
+
+def headless(run: Run) -> None:
+    """The receiver of tokens leaves during the hand-over, and there is no leader to plan anew."""
+    run.settings = Settings(**{**vars(run.settings), 'has_release': True})
+    start = _cluster(run, 4) + TIMEOUT
+    rng = run.world.rng
+    names = rng.sample(run.names, 4)
+    run.at(start, run.pin, rng.randrange(run.world.store.total_tokens), names[0])
+    run.at(start + 0.3, run.pause_leader, TIMEOUT * 0.8)
+    run.at(start + 0.3 + rng.random() * 0.5, run.leave, names[0])
+    run.faults_end += TIMEOUT
 
 
 def revivals(run: Run) -> None:
@@ -454,7 +476,7 @@ def everything(run: Run) -> None:
 
 FAMILIES: dict[str, Callable[[Run], None]] = {
     f.__name__: f for f in (
-        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping, revivals,
+        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping, headless, revivals,
         meddling)}
 
 
@@ -496,6 +518,7 @@ def play(run: Run) -> None:
 def _calm(run: Run) -> None:
     """All faults cease."""
     world = run.world
+    world.network.late_gives = world.network.late_leads = 0.0
     world.network.slow = world.network.lost_reply = world.network.late = world.network.lost_notification = 0.0
     if not world.up:
         world.start_server()

@@ -63,6 +63,7 @@ class Network:
         self.slow = 0.0  # chance that one way takes a good part of the time-out
         self.lost_reply = 0.0
         self.late = 0.0  # chance that a statement is carried out after its sender has given up
+        self.lateness = 6.0  # by how much at most
         self.late_gives = self.late_leads = 0.0  # the same, for these statements
         self.lost_notification = 0.0
 
@@ -442,8 +443,7 @@ class World:
         self._connections: dict[int, SimNode] = {}
         self._connection_of_request: dict[tuple[int, int], int] = {}
         self._next_connection = 0
-        self._generation = 0
-        self._waiting: list[tuple[SimNode, Request, int, float]] = []  # statements that reached a frozen server
+        self._waiting: list[tuple[SimNode, Request, int, float, int | None]] = []  # statements that reached a frozen server
         self._gone: set[int] = set()
         self._last_end: dict[str, float] = {}
         self._answers: dict[str, tuple[SimNode, str]] = {}
@@ -544,27 +544,27 @@ class World:
         if node.cut_up:
             if rng.random() < 0.5:
                 # What the kernel goes on sending reaches the server when the link is whole again.
-                self.at(deadline + rng.random() * node.settings.timeout, self._execute_late, node, request, request_id, deadline, self._generation)
+                self.at(deadline + rng.random() * node.settings.timeout, self._execute_late, node, request, request_id, deadline, node.connection)
             self.at(deadline, node.fail, request_id)
             return
         late = network.late_gives if isinstance(request, Give) else network.late_leads if isinstance(request, Lead) else network.late
         if late and rng.random() < late:
-            self.at(deadline + rng.random() * node.settings.timeout, self._execute_late, node, request, request_id, deadline, self._generation)
+            self.at(deadline + rng.random() * network.lateness, self._execute_late, node, request, request_id, deadline, node.connection)
             self.at(deadline, node.fail, request_id)
             return
-        self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, self._generation)
+        self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, node.connection)
 
-    def _execute_late(self, node: SimNode, request: Request, request_id: int, deadline: float, generation: int) -> None:
-        if not node.cut_up and self.up and not self.frozen and generation == self._generation and not isinstance(request, Connect):
+    def _execute_late(self, node: SimNode, request: Request, request_id: int, deadline: float, connection: int | None) -> None:
+        if not node.cut_up and self.up and not self.frozen and connection in self._connections:
             self._answer(node, request)
 
-    def _execute(self, node: SimNode, request: Request, request_id: int, deadline: float, generation: int) -> None:
+    def _execute(self, node: SimNode, request: Request, request_id: int, deadline: float, connection: int | None) -> None:
         """The request reaches the server."""
-        if not self.up or (generation != self._generation and not isinstance(request, Connect)):
+        if not self.up or (connection not in self._connections and not isinstance(request, Connect)):
             self._refuse(node, request_id, deadline)
             return
         if self.frozen:
-            self._waiting.append((node, request, request_id, deadline))
+            self._waiting.append((node, request, request_id, deadline, connection))
             self.at(max(deadline, self.now), node.fail, request_id)
             return
         if isinstance(request, Connect):
@@ -631,7 +631,6 @@ class World:
         self.up = False
         self.frozen = False
         self._waiting.clear()
-        self._generation += 1
         connections, self._connections = self._connections, {}
         for connection, node in connections.items():
             if node.connection == connection and not node.cut_down and not node.cut_up:
@@ -654,8 +653,8 @@ class World:
         self.trace(None, 'server resumes', '')
         self.frozen = False
         waiting, self._waiting = self._waiting, []
-        for node, request, request_id, deadline in waiting:
-            self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, self._generation)
+        for node, request, request_id, deadline, connection in waiting:
+            self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, node.connection)
 
     def fail_over(self, standby: SimStore) -> None:
         """A standby that lacks the last writes becomes the server; the old one is fenced off."""

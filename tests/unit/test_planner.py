@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from random import Random
 from typing import TypeAlias
 
 import pytest
@@ -153,7 +154,7 @@ def test_free_tokens_fill_all_nodes_to_one_level_above_what_locks_put_on_them(ca
     groups = grouped(nodes, pins, total)
     free = groups.get(frozenset(nodes), [])
     counts = Counter(owner for owner in after if owner is not None)
-    pinned = counts - Counter(after[token] for token in free if after[token] is not None)
+    pinned = counts - Counter(owner for token in free if (owner := after[token]) is not None)
     weights = exact(nodes)
     above = [name for name in nodes if pinned[name] and not any(after[token] == name for token in free)]
     levels = []
@@ -189,10 +190,10 @@ def test_no_node_stands_above_its_part_where_the_rounding_of_locked_tokens_can_a
 
 @quick
 @given(cases(), st.randoms(use_true_random=False))
-def test_the_plan_does_not_depend_on_the_order_or_the_cut_of_its_arguments(case: Case, random: object) -> None:
+def test_the_plan_does_not_depend_on_the_order_or_the_cut_of_its_arguments(case: Case, random: Random) -> None:
     owners, nodes, pins, total = case
     cut = [(token, token + 1, owner) for token, owner in enumerate(tokens_of(owners))]
-    random.shuffle(cut)  # type: ignore[attr-defined]  # a random.Random
+    random.shuffle(cut)
     backwards = dict(reversed(nodes.items()))
     assert plan(cut, backwards, dict(reversed(pins.items())), total) == plan(*case)
 

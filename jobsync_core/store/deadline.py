@@ -1,0 +1,111 @@
+"""Deadlines for blocking connections: libpq waits for ever on a network that swallows everything."""
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2.extensions
+
+__all__ = ['Deadlines', 'GuardedConnection']
+
+
+class Deadlines:
+    """Cuts connections whose call is overdue. Its thread lives only while something is watched."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: dict[int, tuple[float, GuardedConnection]] = {}
+        self._number = 0
+        self._thread: threading.Thread | None = None
+        self._next = 0.0
+
+    @contextlib.contextmanager
+    def watch(self, connection: GuardedConnection, seconds: float) -> Iterator[None]:
+        """Cut the connection if the block lasts longer than `seconds`."""
+        due = time.monotonic() + seconds
+        with self._changed:
+            self._number += 1
+            number = self._number
+            self._watched[number] = due, connection
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name='jobsync-deadlines', daemon=True)
+                self._next = due
+                self._thread.start()
+            elif due < self._next:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._watched[number]
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._watched:
+                now = time.monotonic()
+                for due, connection in self._watched.values():
+                    if due <= now and not connection.cut:
+                        connection.cut_off()
+                self._next = min((due for due, connection in self._watched.values() if not connection.cut), default=now + 1.0)
+                self._changed.wait(max(0.0, self._next - now))
+            self._thread = None
+
+
+class GuardedConnection(psycopg2.extensions.connection):
+    """A blocking connection each of whose calls has a deadline.
+
+    Attributes:
+        deadlines: Who watches.
+        limit: Seconds that each call may take; None: no limit.
+        cut: Whether a call took longer, so that the connection was cut.
+    """
+
+    deadlines: Deadlines | None = None
+    limit: float | None = None
+    cut = False
+
+    def cut_off(self) -> None:
+        """Make the call that waits on the socket fail at once. Called from another thread."""
+        self.cut = True
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.fileno())) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        """The deadline of one call."""
+        if self.deadlines is None or self.limit is None:
+            return contextlib.nullcontext()
+        return self.deadlines.watch(self, self.limit)
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            kwargs.setdefault('cursor_factory', GuardedCursor)
+        return super().cursor(*args, **kwargs)
+
+    def commit(self) -> None:
+        with self.guarded():
+            super().commit()
+
+    def rollback(self) -> None:
+        with self.guarded():
+            super().rollback()
+
+
+class GuardedCursor(psycopg2.extensions.cursor):
+    """A cursor of GuardedConnection."""
+
+    def execute(self, query: Any, vars: Any = None) -> None:
+        with self._guarded():
+            super().execute(query, vars)
+
+    def executemany(self, query: Any, vars_list: Any) -> None:
+        with self._guarded():
+            super().executemany(query, vars_list)
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        connection = self.connection
+        return connection.guarded() if isinstance(connection, GuardedConnection) else contextlib.nullcontext()

@@ -1,0 +1,247 @@
+"""Every block of the documents runs as printed, and so does every snippet of the specification."""
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg2
+import pytest
+
+from jobsync_core import CoordinationConfig, Task
+from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.store.schema import create_schema
+
+from .blocks import ROOT, Block, blocks_of
+from .stage import Stage, connected, entered
+
+SPECIFICATION = Path(__file__).with_name('usage_guide_spec.md')
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')), SPECIFICATION]
+
+#: Blocks that are not run, and why.
+NOT_RUN = {
+    'make demo\nmake test\n': 'they would run this test; the build runs both',
+    'make test\n': 'it would run this test',
+    "pip install 'jobsync-workers[cli]'\n": 'it would install into the environment of the tests',
+}
+
+
+@pytest.fixture
+def stage(
+    make_config: Callable[..., CoordinationConfig], postgres: EmbeddedPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Stage]:
+    # A signal handler that a block installs goes with the test.
+    before = signal.getsignal(signal.SIGTERM)
+    yield Stage(make_config(), postgres, tmp_path, monkeypatch)
+    signal.signal(signal.SIGTERM, before)
+
+
+def make_tables(stage: Stage) -> None:
+    with connected(stage.config) as connection:
+        create_schema(connection, stage.config)
+        with connection.cursor() as cursor:
+            cursor.execute('CREATE TABLE charges (order_id int, amount int)')
+
+
+def charges(stage: Stage) -> Counter[int]:
+    with connected(stage.config) as connection, connection.cursor() as cursor:
+        cursor.execute('SELECT order_id FROM charges')
+        return Counter(row[0] for row in cursor.fetchall())
+
+
+class Loop:
+    """True after some rounds of `wait`: the end of a document's endless loop."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def run_blocks(
+    stage: Stage, path: Path, before: dict[str, Callable[[], object]] | None = None, after: dict[str, Callable[[], object]] | None = None,
+) -> list[Block]:
+    """Run a document; a hook runs before or after the block that contains its text. Each hook must find its block."""
+    hooks = [(dict(before or {}), True), (dict(after or {}), False)]
+    blocks = [block for block in blocks_of(path) if block.text not in NOT_RUN]
+    for block in blocks:
+        for found, first in hooks:
+            if not first:
+                stage.run(block)
+            for text in [text for text in found if text in block.text]:
+                found.pop(text)()
+    assert not [text for found, _ in hooks for text in found], f'{path.name} has no such block any more'
+    return blocks
+
+
+def test_readme(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tables(stage)
+
+    def shipped_all() -> None:
+        lines = capsys.readouterr().out.splitlines()
+        assert sorted(lines) == sorted(f'shipping {order_id}' for order_id in range(100))
+
+    run_blocks(stage, ROOT / 'README.md', after={
+        'def ship(': shipped_all,
+        'def charge(': lambda: same(charges(stage), {17: 1}),
+    })
+
+
+def check(condition: bool) -> None:
+    assert condition
+
+
+def same(actual: object, expected: object) -> None:
+    assert actual == expected
+
+
+def test_usage_guide(stage: Stage) -> None:
+    make_tables(stage)
+    processed: Counter[object] = Counter()
+    opened, closed, made = [], [], []
+
+    def subscribe(symbol: str) -> object:
+        opened.append(symbol)
+        return SimpleNamespace(close=lambda: closed.append(symbol))
+
+    def make_invoice(order_id: int) -> int:
+        made.append(order_id)
+        return 100 + order_id
+
+    stage.names.update(
+        open_tasks=lambda: range(50), process=lambda task_id: processed.update([task_id]), all_symbols=lambda: {'AAA', 'BBB'},
+        subscribe=subscribe, stopping=Loop(20).__bool__, wait=lambda: time.sleep(0.05), make_invoice=make_invoice, an_order=SimpleNamespace(id=7),
+        database_connection=lambda: psycopg2.connect(
+            host=stage.config.host, port=stage.config.port, dbname=stage.config.dbname, user='postgres', password='postgres'))
+    run_blocks(stage, ROOT / 'docs' / 'USAGE_GUIDE.md', after={
+        "wait_on_enter=10) as job": lambda: same(processed, dict.fromkeys(range(50), 1)),
+        'get_audit()': lambda: same({row for row in stage.names['done']}, {str(number) for number in range(50)}),
+        'def follow(': lambda: check(sorted(opened) == ['AAA', 'BBB'] == sorted(closed)),
+        'def invoice(': lambda: same(made, [7]),
+        'execution.complete(cursor)': lambda: same(charges(stage), {1: 1, 2: 1}),
+        'job.undrain()': lambda: same(stage.names['job'].node_name, 'worker-01'),
+        'signal.SIGTERM': lambda: check(signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)),
+    })
+
+
+def test_operator_guide(stage: Stage) -> None:
+    nodes = ExitStack()
+
+    def enter_nodes() -> None:
+        nodes.enter_context(entered(stage.config, 'worker-01', 'worker-02'))
+
+    def least_rights_are_enough() -> None:
+        settings = {name: getattr(stage.config, name) for name in ('host', 'port', 'dbname')}
+        config = CoordinationConfig(**settings, user='jobsync_worker', password='change-me')
+        with entered(config, 'worker-least') as (job,):
+            assert job.am_i_healthy()
+            assert job.can_claim_task('order-17')
+            job.add_task('order-17')
+            job.write_audit()
+            job.register_lock('render-1', 'worker-%', 'test')
+            with job.once('key') as execution:
+                execution.result = 1
+            job.clear_all_locks()
+            assert job.get_audit() == [{'node': 'worker-least', 'task_id': 'order-17'}]
+
+    def drop_roles() -> None:
+        with connected(stage.config) as connection, connection.cursor() as cursor:
+            cursor.execute('DROP OWNED BY jobsync_worker, jobsync_reader; DROP ROLE jobsync_worker, jobsync_reader')
+
+    nodes.callback(drop_roles)
+    with nodes:
+        run_blocks(stage, ROOT / 'docs' / 'OPERATOR_GUIDE.md', before={'jobsync status\n': enter_nodes}, after={
+            'CREATE ROLE jobsync_worker': least_rights_are_enough,
+            'jobsync who order-17': lambda: check('worker-0' in stage.printed[-1] and 'render-1' in stage.printed[-1]),
+            'jobsync undrain worker-01': lambda: check('takes part again' in stage.printed[-1]),
+        })
+
+
+@pytest.mark.parametrize('name', ['GUARANTEES.md', 'ARCHITECTURE.md'])
+def test_other_documents(stage: Stage, name: str) -> None:
+    make_tables(stage)
+    run_blocks(stage, ROOT / 'docs' / name)
+
+
+def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    make_tables(stage)
+    processed: Counter[object] = Counter()
+    claims: list[object] = []
+
+    def process_tasks(job: Any) -> None:
+        claims.extend(number for number in range(20) if job.can_claim_task(Task(number)))
+
+    def locks() -> dict[str, list[str]]:
+        with connected(stage.config) as connection, connection.cursor() as cursor:
+            cursor.execute('SELECT task_id, node_patterns FROM myapp_lock')
+            return dict(cursor.fetchall())
+
+    def first_block_ran_its_share() -> None:
+        # Two other nodes have joined for minimum_nodes=3 and own the rest.
+        assert 0 < len(processed) < 600
+        assert set(processed.values()) == {1}
+        with connected(stage.config) as connection, connection.cursor() as cursor:
+            cursor.execute('SELECT task_id, node FROM myapp_audit')
+            assert dict(cursor.fetchall()) == {str(task_id): 'worker-01' for task_id in processed}
+        processed.clear()
+
+    def fallback_patterns_are_registered() -> None:
+        config = stage.names['coord_config']
+        with entered(config, 'gpu-primary-01', 'us-west-1-a') as (gpu, west):
+            stage.names['register_locks_with_fallback'](gpu)
+            assert locks()['100'] == ['gpu-primary-01', '%-gpu']
+            assert gpu.explain(100)['pattern'] == 'gpu-primary-01'
+            assert west.explain(200)['pattern'] == 'us-%'
+            gpu.clear_all_locks()
+
+    def health_follows_the_lease() -> None:
+        assert stage.names['health']() == ({'status': 'not_ready'}, 503)
+        with entered(stage.config, 'worker-health') as (job,):
+            stage.names['job'] = job
+            assert stage.names['health']() == ({'status': 'ready'}, 200)
+
+    stage.names.update(
+        get_pending_tasks=lambda: range(600), get_all_tasks=lambda: range(30), process_task=lambda task_id: processed.update([task_id]),
+        get_gpu_task_ids=lambda: [1000, 1001], get_todays_heavy_tasks=lambda: [7, 8], process_tasks=process_tasks,
+        logger=logging.getLogger('document'), time=time, shutdown=Loop(1), app=SimpleNamespace(route=lambda path: lambda function: function))
+    with caplog.at_level(logging.INFO, 'document'):
+        blocks = run_blocks(stage, SPECIFICATION, after={
+            'minimum_nodes=3': first_block_ran_its_share,
+            'coordination_config=None': lambda: same(len(processed), 30),
+            'register_gpu_locks': lambda: same(locks(), {'1000': ['%-gpu'], '1001': ['%-gpu']}),
+            'register_locks_with_fallback': fallback_patterns_are_registered,
+            'clear_existing_locks=True': lambda: check(locks() == {'7': ['high-mem-%'], '8': ['high-mem-%']} and len(claims) in (18, 19, 20)),
+            'clear_existing_locks=False': lambda: check(locks()['customer-X'] == ['east-%'] and '7' in locks()),
+            'def on_rebalance():': lambda: check('Rebalance: now own 10000 tokens' in caplog.text),
+            'def health():': health_follows_the_lease,
+        })
+    assert len(blocks) == 14
+
+
+def test_every_document_is_tested_and_every_block_has_a_known_language() -> None:
+    tested = {'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name}
+    blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
+    for block in blocks:
+        assert block.language in ('python', 'sql', 'sh', 'ini'), block
+        assert block.path.name in tested or block.text in NOT_RUN, block
+    for path in DOCUMENTS:
+        assert path.read_text(encoding='utf-8').count('\n```') == 2 * len(blocks_of(path)), path
+    assert not [text for text in NOT_RUN if text not in {block.text for block in blocks}], 'an entry of NOT_RUN is stale'
+
+
+def test_nothing_of_a_document_is_left_running(stage: Stage) -> None:
+    before = set(threading.enumerate())
+    make_tables(stage)
+    stage.run(blocks_of(SPECIFICATION)[0])
+    stage.names.update(get_pending_tasks=lambda: range(3), process_task=print)
+    stage.run(blocks_of(SPECIFICATION)[1])
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]

@@ -1,0 +1,245 @@
+"""Each fence is switched off in turn; the simulation must then find a schedule that breaks an invariant.
+
+A fence that nothing notices would be either superfluous or untested.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from jobsync_core import liveness, protocol
+from jobsync_core.messages import Give, Given, Holdings, Join, Reply, Request, Segment, Sign, Taken
+from jobsync_core.protocol import Protocol
+from jobsync_core.tokens import TokenSet
+
+from . import scenarios, world
+from .invariants import Violation
+from .scenarios import run
+from .store import Row, SimStore
+from .world import SimClaims, SimNode, World
+
+_NEVER = float('inf')
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fence, how it is switched off, which families of schedules show it, and what they must report."""
+
+    fence: str
+    families: tuple[str, ...]
+    apply: Callable[[pytest.MonkeyPatch], None]
+    reports: tuple[str, ...]
+    schedules: int = 300
+
+
+def _without_lease_deadline(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimClaims, 'answers', lambda self, now: self.mask)
+    patch.setattr(SimClaims, 'may_claim', lambda self, token, now: bool(self.mask >> token & 1))
+
+
+def _without_lease_margin(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(scenarios, 'LEASE_FRACTION', 1.1)
+    patch.setattr(world, 'LEASE_FRACTION', 1.1)
+
+
+def _lease_from_the_answer(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_beaten
+
+    def mutated(self: Protocol, reply: Any, now: float) -> None:
+        self._sent_at = now
+        original(self, reply, now)
+    patch.setattr(Protocol, '_on_beaten', mutated)
+
+
+def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol.reply
+
+    def mutated(self: Protocol, request: Request, reply: Reply, now: float) -> None:
+        original(self, request, reply, now)
+        if isinstance(request, Give) and isinstance(reply, Given):
+            self.claims.replace(self.claims.tokens - TokenSet(request.ranges))
+    patch.setattr(Protocol, '_shrink', lambda self, kept: None)
+    patch.setattr(Protocol, 'reply', mutated)
+
+
+def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore._refresh
+
+    def mutated(self: SimStore, request: Any) -> Reply:
+        row = self.nodes.get(request.name)
+        return original(self, replace(request, incarnation=row.incarnation) if row is not None else request)
+    patch.setattr(SimStore, '_refresh', mutated)
+
+
+def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore._beat
+
+    def mutated(self: SimStore, request: Any) -> Reply:
+        row = self.nodes.get(request.name)
+        return original(self, replace(request, incarnation=row.incarnation) if row is not None else request)
+    patch.setattr(SimStore, '_beat', mutated)
+
+
+def _claim_without_refresh(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protocol, '_must_refresh', property(lambda self: False, lambda self, value: None), raising=False)
+
+
+def _evict_without_looking_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_is_dead', lambda self, sign: sign.name in self.nodes)
+    patch.setattr(SimStore, '_is_eldest', lambda self, row, dead: True)
+
+
+def _no_grace_after_outage(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness.Liveness, '_missed', lambda self, watch, now: False)
+
+
+def _short_timeout(patch: pytest.MonkeyPatch) -> None:
+    original = liveness.Liveness.__init__
+    patch.setattr(liveness.Liveness, '__init__', lambda self, timeout, max_gap: original(self, 0.8 * timeout, max_gap))
+
+
+def _no_exclusion_constraint(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_check_exclusion', lambda self, segments: None)
+
+
+def _give_whatever_the_version(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_version_fits', lambda self, segment, request: True)
+
+
+def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_evicted
+
+    def mutated(self: Protocol, now: float) -> None:
+        tokens = self.claims.tokens
+        original(self, now)
+        self.claims.replace(tokens)
+    patch.setattr(Protocol, '_on_evicted', mutated)
+
+
+def _no_quarantine(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_connected
+
+    def mutated(self: Protocol, reply: Any, now: float) -> None:
+        self._server = reply.server
+        original(self, reply, now)
+    patch.setattr(Protocol, '_on_connected', mutated)
+
+
+def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore._join
+
+    def mutated(self: SimStore, request: Join) -> Reply:
+        row = self.nodes.get(request.name)
+        return original(self, replace(request, replace=(row.incarnation, row.beat)) if row is not None else request)
+    patch.setattr(SimStore, '_join', mutated)
+
+
+def _anybody_is_known_dead(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimNode, '_is_known_dead', lambda self, process: True)
+
+
+def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_take', lambda self, request: Taken(frozenset()))
+
+
+def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimNode, '_promises', lambda self, tokens: ())
+
+
+def _no_wait_for_release(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(protocol._Batch, 'ready', property(lambda self: True, lambda self, value: None), raising=False)
+
+
+def _take_from_the_living(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore._write
+
+    def mutated(self: SimStore, segments: Any) -> None:
+        original(self, [replace(s, node=s.moving_to, moving=False, moving_to=None) if s.moving and s.moving_to else s for s in segments])
+    patch.setattr(SimStore, '_write', mutated)
+
+
+def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
+    """The leader reads the rows at its last look and writes at its round: what the advisory lock prevents."""
+    observe, plan = SimStore._observe, SimStore._plan
+    seen: dict[int, list[Segment]] = {}
+
+    def mutated_observe(self: SimStore) -> Reply:
+        seen[id(self)] = list(self.segments)
+        return observe(self)
+
+    def mutated_plan(self: SimStore) -> Any:
+        if id(self) in seen:
+            self.segments = [s if s.node in self.nodes else replace(s, node=None) for s in seen[id(self)]]
+        return plan(self)
+    patch.setattr(SimStore, '_observe', mutated_observe)
+    patch.setattr(SimStore, '_plan', mutated_plan)
+
+
+def _plan_though_nothing_changed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, 'fingerprint', lambda self: (((str(self.version), '', '', 0.0),), 0))
+
+
+def _round_after_round(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_led
+
+    def mutated(self: Protocol, request: Any, reply: Any, now: float) -> None:
+        original(self, request, reply, now)
+        self._must_look = False
+    patch.setattr(Protocol, '_on_led', mutated)
+
+
+def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_holdings
+
+    def mutated(self: Protocol, reply: Holdings, now: float) -> None:
+        original(self, replace(reply, segments=tuple(
+            replace(s, moving_to=self.name) if s.moving and s.moving_to is None else s for s in reply.segments)), now)
+    patch.setattr(Protocol, '_on_holdings', mutated)
+
+
+_ = (Row, Sign, World)
+
+MUTATIONS = (
+    Mutation('lease deadline', ('partitions', 'pauses'), _without_lease_deadline, ('I1', 'I2')),
+    Mutation('lease margin', ('partitions', 'pauses'), _without_lease_margin, ('I1',)),
+    Mutation('lease counted from the sending of the heartbeat', ('lossy',), _lease_from_the_answer, ('I2',)),
+    Mutation('shrink before hand-over', ('rolling',), _give_before_shrinking, ('I1',)),
+    Mutation('incarnation in refresh', ('names',), _refresh_by_name_alone, ('lives',)),
+    Mutation('incarnation in heartbeat', ('names',), _beat_by_name_alone, ('I1', 'lives')),
+    Mutation('refresh before claiming after reconnect', ('restores',), _claim_without_refresh, ('I1',)),
+    Mutation("leader's re-check of the dead", ('revivals',), _evict_without_looking_again, ('I1',)),
+    Mutation('grace after an outage', ('outages', 'single'), _no_grace_after_outage, ('I4',)),
+    Mutation('the whole timeout is waited', ('partitions',), _short_timeout, ('I1',)),
+    Mutation('exclusion constraint', ('meddling',), _no_exclusion_constraint, ('I1',)),
+    Mutation('version in hand-over', ('flapping',), _give_whatever_the_version, ('I1',)),
+    Mutation('clear before rejoining', ('partitions', 'pauses'), _rejoin_with_old_tokens, ('I1',)),
+    Mutation('quarantine after failover', ('failovers',), _no_quarantine, ('I1',)),
+    Mutation('a name is taken over only from the dead', ('names',), _replace_the_living, ('I1',)),
+    Mutation('known dead means dead', ('names',), _anybody_is_known_dead, ('I1',)),
+    Mutation('ask who has taken the tasks before activating', ('rolling', 'locks'), _activate_without_asking, ('tasks',)),
+    Mutation('promises go with the hand-over', ('rolling', 'locks'), _hand_over_without_promises, ('tasks',)),
+    Mutation('on_release comes before the hand-over', ('rolling',), _no_wait_for_release, ('on_release',)),
+    Mutation('nobody takes tokens from a live owner', ('rolling',), _take_from_the_living, ('I1',)),
+    Mutation('the leader reads and writes in one transaction', ('rolling', 'flapping'), _plan_on_a_stale_look, ('I1',)),
+    Mutation('no plan when nothing changed', ('single',), _plan_though_nothing_changed, ('I4', 'I3')),
+    Mutation('a round that evicted nobody is not repeated blindly', ('revivals', 'names'), _round_after_round, ('no-spin',)),
+    Mutation('tokens without a receiver wait for the next plan', ('headless',), _give_to_nobody, ('no-spin',)),
+)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('mutation', MUTATIONS, ids=lambda mutation: mutation.fence)
+def test_without_the_fence_an_invariant_breaks(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutation.apply(monkeypatch)
+    for seed in range(mutation.schedules):
+        for family in mutation.families:
+            try:
+                run(seed, family)
+            except Violation as violation:
+                report = str(violation.__cause__)
+                assert report.startswith(mutation.reports), f'found, but by another invariant: {violation}'
+                return
+    pytest.fail(f'{mutation.schedules * len(mutation.families)} schedules of {mutation.families} did not notice')

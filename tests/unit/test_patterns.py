@@ -1,0 +1,93 @@
+"""Node-name patterns: SQL LIKE, with the part before `@` as a second chance, in order."""
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobsync_core.errors import ConfigurationError
+from jobsync_core.patterns import check_patterns, compile_pattern, eligible, matched_pattern, matches
+
+quick = settings(deadline=None, max_examples=200)
+patterns = st.lists(st.sampled_from(['%', '_', 'a', 'b', '.', '*', '\n', '\\%', '\\_', '\\\\', '\\a']), max_size=8).map(''.join)
+names = st.text('ab.%_\\\n*', max_size=8)
+
+
+def like(pattern: str, name: str) -> bool:
+    """LIKE by its definition, one character at a time."""
+    if not pattern:
+        return not name
+    head, rest = pattern[0], pattern[1:]
+    if head == '%':
+        return any(like(rest, name[at:]) for at in range(len(name) + 1))
+    if head == '\\':
+        head, rest = rest[0], rest[1:]
+        return name[:1] == head and like(rest, name[1:])
+    return bool(name) and head in ('_', name[0]) and like(rest, name[1:])
+
+
+@quick
+@given(patterns, names)
+def test_a_pattern_matches_as_sql_like_does(pattern: str, name: str) -> None:
+    assert matches(pattern, name) == like(pattern, name)
+
+
+@quick
+@given(names)
+def test_an_escaped_name_matches_itself_alone(name: str) -> None:
+    literal = name.replace('\\', '\\\\').replace('%', '\\%').replace('_', '\\_')
+    assert matches(literal, name) and not matches(literal, name + 'x')
+
+
+@pytest.mark.parametrize(('pattern', 'name', 'expected'), [
+    ('gpu-%', 'gpu-01', True),
+    ('gpu-%', 'GPU-01', False),
+    ('gpu-_', 'gpu-01', False),
+    ('%-gpu', 'worker-gpu@host.example', True),
+    ('worker', 'worker@host', True),
+    ('worker@%', 'worker@host', True),
+    ('worker@%', 'worker', False),
+    ('w%r@other', 'worker@host', False),
+    ('host', 'worker@host', False),
+    ('%host', 'worker@host', True),
+    ('a', 'a@b@c', True),
+    ('a@b', 'a@b@c', False),
+    ('w.rker', 'worker', False),
+    ('%', '', True),
+])
+def test_known_pairs(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+def test_the_first_pattern_with_a_match_decides() -> None:
+    live = ['us-east-2', 'us-west-1', 'us-east-3']
+    wanted = ('us-east-1', 'us-east-%', 'us-%')
+    assert matched_pattern(wanted, live) == 'us-east-%'
+    assert eligible(wanted, live) == {'us-east-2', 'us-east-3'}
+    assert matched_pattern(('eu-%',), live) is None and eligible(('eu-%',), live) == frozenset()
+    assert eligible(wanted, iter(live)) == eligible(wanted, live) and matched_pattern(wanted, iter(live)) == 'us-east-%'
+
+
+def test_a_pattern_is_compiled_once() -> None:
+    assert compile_pattern('once-%') is compile_pattern('once-%')
+
+
+@pytest.mark.timeout(20)
+def test_many_wildcards_do_not_take_exponential_time() -> None:
+    assert not matches('%a' * 12 + 'b', 'a' * 60)
+
+
+def test_one_pattern_or_several_are_taken_in_order() -> None:
+    assert check_patterns('gpu-%') == ('gpu-%',)
+    assert check_patterns(['b', 'a']) == check_patterns(('b', 'a')) == ('b', 'a')
+    assert check_patterns('100\\\\') == ('100\\\\',)
+
+
+@pytest.mark.parametrize(('value', 'part'), [
+    (None, 'give a pattern'), (5, 'give a pattern'), (b'gpu', 'give a pattern'), ({'a'}, 'give a pattern'), (iter(['a']), 'give a pattern'),
+    ([], 'is empty'), ('', 'non-empty'), (['a', ''], 'non-empty'), (['a', None], 'non-empty'),
+    ('a\0', 'NUL'), ('a\\', 'backslash'), ('a\\\\\\', 'backslash'),
+])
+def test_what_is_no_pattern_is_refused_with_the_reason(value: object, part: str) -> None:
+    with pytest.raises(ConfigurationError, match=part):
+        check_patterns(value)
