@@ -60,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--quick', action='store_true', help='one run of each side, smaller sizes')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows and every single value there')
     parser.add_argument('--no-peer', action='store_true', help='measure this library alone')
-    parser.add_argument('--url', help='URL of a PostgreSQL superuser; databases of its own are made and dropped. Default: an embedded server')
+    parser.add_argument('--url', help='URL of a PostgreSQL superuser; databases are made and dropped there. Default: an embedded server')
     return parser.parse_args(arguments)
 
 

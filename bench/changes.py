@@ -16,42 +16,48 @@ __all__ = ['failover', 'follower', 'join']
 
 _TOKENS = 10_000
 _GRACE = 4
+#: In the order in which the nodes are made, which is that of their age.
+_ROLES = ('leader', 'successor', 'follower')
 _PHASE = 'The peer polls tokens every 5 s, and every 30 s once 300 s have passed without a change: then it takes up to 25 s longer.'
 
 
 def follower(bench: Bench) -> list[Row]:
-    """Traffic of a follower in a cluster of two in which nothing happens, per minute."""
+    """Traffic per minute of each node in a cluster of three in which nothing happens: the leader, its successor, a follower."""
     seconds = 30 if bench.quick else 120
     samples = Samples()
     with contextlib.ExitStack() as stack:
-        meters: dict[str, Meter] = {}
+        meters: dict[tuple[str, str], Meter] = {}
         for side in bench.sides:
             try:
                 # The longer interval at once: the peer takes it after 300 s without a change.
                 cluster = stack.enter_context(Cluster(bench.databases, side, {'token_refresh_initial_interval_sec': 30}))
-                cluster.start('node-0', wait=_GRACE)
-                meter = stack.enter_context(Meter(cluster.database['host'], cluster.database['port']))
-                cluster.start('node-1', wait=_GRACE, host='127.0.0.1', port=meter.port)
-                cluster.enter()
-                meters[side.key] = meter
+                for role in _ROLES:
+                    meter = stack.enter_context(Meter(cluster.database['host'], cluster.database['port']))
+                    cluster.start(role, wait=_GRACE, host='127.0.0.1', port=meter.port)
+                    meters[side.key, role] = meter
+                cluster.enter_by_age()
             except ChildFailed as failure:
                 samples.failures[side.key] = str(failure)
         time.sleep(10)  # what entering sets off has come to an end by then
         before = {key: meter.counts.copy() for key, meter in meters.items()}
         time.sleep(seconds)
-        for side in bench.sides:
-            if side.key in meters:
-                passed = meters[side.key].counts.since(before[side.key])
-                samples.add(side, {name: value * 60 / seconds for name, value in passed.items()})
+        passed = {key: meter.counts.since(before[key]) for key, meter in meters.items()}
+    for side in bench.sides:
+        for role in _ROLES:
+            if side.key not in samples.failures:
+                samples.add(side, {f'{role} {name}': value * 60 / seconds for name, value in passed[side.key, role].items()})
     bench.raw['follower'] = samples.values
     note = (f'Counted on the wire for {seconds} s, with the default settings, and the peer with the interval that it takes after 300 s. '
             'Statements without BEGIN and COMMIT; round trips with them.')
-    return [
-        samples.row('statements', 'steady follower, statements', '1/min', note=note, limit=Limit(13)),
-        samples.row('round_trips', 'steady follower, round trips', '1/min', note=note),
-        samples.row('rows', 'steady follower, rows received', '1/min', note=note),
-        samples.row('bytes', 'steady follower, bytes both ways', '1/min', note=note),
-    ]
+    rows = [samples.row('follower statements', 'steady follower, statements', '1/min', note=note, limit=Limit(13))]
+    rows += [samples.row(f'follower {name}', f'steady follower, {label}', '1/min', note=note)
+             for name, label in (('round_trips', 'round trips'), ('rows', 'rows received'), ('bytes', 'bytes both ways'))]
+    successor = 'The second oldest node: it looks after the leader. The peer has no such role; its second node is a follower.'
+    rows.append(samples.row('successor statements', 'steady successor, statements', '1/min', note=successor))
+    rows.append(samples.row('successor bytes', 'steady successor, bytes both ways', '1/min', note=successor))
+    rows.append(samples.row('leader statements', 'steady leader, statements', '1/min', note=note))
+    rows.append(samples.row('leader bytes', 'steady leader, bytes both ways', '1/min', note=note))
+    return rows
 
 
 def failover(bench: Bench) -> list[Row]:
@@ -61,7 +67,7 @@ def failover(bench: Bench) -> list[Row]:
         with Cluster(bench.databases, side, {}) as cluster:
             for number in range(3):
                 cluster.start(f'node-{number}', wait=_GRACE)
-            cluster.enter()
+            cluster.enter_by_age()
             eventually(lambda: len(cluster.owners()) == _TOKENS, 60)
             figures = {}
             for role, node in (('follower', cluster.nodes[1]), ('leader', cluster.nodes[0])):

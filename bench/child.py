@@ -141,6 +141,12 @@ class Child:
         with open('/proc/self/smaps_rollup', encoding='ascii') as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith('Rss:'))
 
+    def connect(self, driver: str, database: dict[str, Any]) -> None:
+        """Open a connection with the bare driver, run one statement and close it."""
+        connection = importlib.import_module(driver).connect(**database)
+        connection.cursor().execute('select 1')
+        connection.close()
+
     def watch(self, count: int) -> None:
         """Begin to sample `count` tasks; see Watch."""
         self._watch = Watch(self._job.can_claim_task, [self._module.Task(task_id) for task_id in make_ids('text', count)])

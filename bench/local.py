@@ -15,6 +15,9 @@ _HASHES = ('double_sha256', 'sha256', 'md5')
 _SIZES = (10_000, 1_000_000)
 _CPU = 'CPU time of the calling thread, which other work on the machine disturbs less than wall time.'
 
+_BARE = ('In a process of its own, for comparison: entering contains it. It includes the import of the driver where the library imports it '
+         'late, and what libpq takes for password authentication.')
+
 
 def claims(bench: Bench) -> list[Row]:
     """`can_claim_task(Task(id))` for each hash function, of tasks that are this node's, and of some that are not."""
@@ -71,6 +74,7 @@ def memory(bench: Bench) -> list[Row]:
     return [
         Row(small.label, small.unit, small.ours, small.peer, small.note, Limit(3)), large,
         Row('memory, what 1,000,000 tokens add to that of 10,000', 'MB', more[0], more[1], large.note, Limit(2)),
+        found[_SIZES[0]].row('bare', 'memory, what one connection of the bare driver adds', 'MB', note=_BARE),
     ]
 
 
@@ -80,7 +84,11 @@ def _memory(bench: Bench, tokens: int, side: Side) -> dict[str, float]:
         before = node.ask('memory')
         cluster.start('node-0', node=node)
         cluster.enter()
-        return {'MB': (node.ask('memory') - before) / 1e6}
+        added = node.ask('memory') - before
+        bare = cluster.spawn('bare')
+        before = bare.ask('memory')
+        bare.ask('connect', driver=side.driver, database=cluster.database)
+        return {'MB': added / 1e6, 'bare': (bare.ask('memory') - before) / 1e6}
 
 
 def tasks(bench: Bench) -> list[Row]:

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,24 @@ class Cluster:
         for node in chosen:
             node.send('enter')
         return [node.receive(timeout) for node in chosen]
+
+    def enter_by_age(self, timeout: float = 300) -> None:
+        """Let all nodes enter, each once the one before it is registered, so that the first is the oldest, hence the leader."""
+        deadline = time.monotonic() + 60
+        for number, node in enumerate(self.nodes, 1):
+            node.send('enter')
+            while not self._registered(number):
+                if not node.alive or time.monotonic() > deadline:
+                    raise ChildFailed(f'{node.name} did not register')
+                time.sleep(0.05)
+        for node in self.nodes:
+            node.receive(timeout)
+
+    def _registered(self, number: int) -> bool:
+        """Whether so many nodes are registered; both sides have the table, once it is created."""
+        if self.query("select to_regclass('sync_node')") == [(None,)]:
+            return False
+        return bool(self.query('select count(*) from sync_node')[0][0] >= number)
 
     def owners(self) -> dict[int, list[str]]:
         """The nodes that say they own each token, of those that are alive."""

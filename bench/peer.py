@@ -27,6 +27,7 @@ class Side:
         title: Heading of its column.
         python: Interpreter that can import it.
         module: Name to import.
+        driver: The PostgreSQL driver that it uses.
         environ: Environment of its processes.
     """
 
@@ -34,6 +35,7 @@ class Side:
     title: str
     python: str
     module: str
+    driver: str
     environ: dict[str, str] = field(repr=False)
 
 
@@ -44,7 +46,7 @@ def _environ(**extra: str) -> dict[str, str]:
 
 def our_side() -> Side:
     """This library, as it lies in the source tree."""
-    return Side('ours', 'JobSync', sys.executable, 'jobsync_core', _environ(PYTHONPATH=str(ROOT)))
+    return Side('ours', 'JobSync', sys.executable, 'jobsync_core', 'psycopg2', _environ(PYTHONPATH=str(ROOT)))
 
 
 def peer_side() -> Side:
@@ -62,7 +64,7 @@ def peer_side() -> Side:
         _run([str(python), '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', f'jobsync=={PEER_VERSION}'])
         if not _installed(python):
             raise PeerUnavailable(f'jobsync {PEER_VERSION} is installed but cannot be imported')
-    return Side('peer', f'jobsync {PEER_VERSION}', str(python), 'jobsync', _environ())
+    return Side('peer', f'jobsync {PEER_VERSION}', str(python), 'jobsync', 'psycopg', _environ())
 
 
 def _installed(python: Path) -> bool:

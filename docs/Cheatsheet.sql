@@ -61,7 +61,7 @@ SELECT created_by, reason, count(*) FROM sync_lock GROUP BY created_by, reason O
 -- Locks that end within a day.
 SELECT task_id, expires_at FROM sync_lock WHERE expires_at BETWEEN now() AND now() + interval '1 day' ORDER BY expires_at;
 
--- Locks none of whose patterns matches a live node by its whole name: their tasks may be blocked.
+-- Locks none of whose patterns matches a live node: their tasks are blocked.
 SELECT l.task_id, l.node_patterns, l.reason FROM sync_lock AS l
 WHERE NOT EXISTS (
     SELECT FROM jsonb_array_elements_text(l.node_patterns) AS pattern

@@ -28,12 +28,21 @@ import psycopg2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without an installation
 
-from jobsync_core import (  # noqa: E402
-    ClaimLost, CoordinationConfig, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, Job, Task,
+from jobsync_core import (
+    ClaimLost,
+    CoordinationConfig,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    Job,
+    Task,
 )
 
 SETTINGS: dict[str, Any] = {
-    'appname': 'demo_', 'total_tokens': 5_000, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 2.0, 'rebalance_check_interval_sec': 3.0}
+    'appname': 'demo_', 'total_tokens': 5_000, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 2.0,
+    'rebalance_check_interval_sec': 3.0,
+}
 GRACE_SEC = 2.0
 #: The run is stretched to about this many seconds, so that there is something to watch and to kill.
 LEAST_SEC = 10.0
@@ -229,8 +238,9 @@ class Demo:
         if self.victim is None and done >= 0.25 * len(self.paths):
             self.kill_leader()
         if self.victim is not None and self.recovery_sec is None:
-            owned = query(self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0)::int FROM demo_assignment WHERE node IS NOT NULL AND node <> %s',
-                          (self.victim,))[0][0]
+            (owned,), = query(
+                self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0)::int FROM demo_assignment WHERE node <> %s',
+                (self.victim,))
             if owned == self.config.total_tokens:
                 self.recovery_sec = time.monotonic() - self.killed_at
                 self.note(f'every token has a live owner again, {self.recovery_sec:.2f} s after the kill')
@@ -315,7 +325,8 @@ def verdict(demo: Demo) -> bool:
     rows, files = query(demo.config, 'SELECT count(*)::int, count(DISTINCT path)::int FROM result')[0]
     lost = len(pending(demo.config))
     pinned, astray = query(
-        demo.config, "SELECT count(*)::int, count(*) FILTER (WHERE node NOT LIKE %s)::int FROM result WHERE path LIKE %s", (PIN, PINNED + '%'))[0]
+        demo.config, 'SELECT count(*)::int, count(*) FILTER (WHERE node NOT LIKE %s)::int FROM result WHERE path LIKE %s',
+        (PIN, PINNED + '%'))[0]
     functions, classes, lines = query(demo.config, 'SELECT sum(functions)::int, sum(classes)::int, sum(lines)::int FROM result')[0]
     again = query(demo.config, 'SELECT node FROM result WHERE path = ANY (%s)', (demo.in_flight,))
     rerun = sum(node != demo.victim for node, in again)
@@ -328,7 +339,7 @@ def verdict(demo: Demo) -> bool:
         (f'pinned to {PIN}, on such a node', f'{pinned - astray} of {pinned}', astray == 0 and pinned > 0),
         ('killed midway', demo.victim or 'nobody', demo.victim is not None),
         ('in its hands, run again elsewhere', f'{rerun} of {len(demo.in_flight)}', rerun == len(demo.in_flight)),
-        ('kill to full ownership', f'{demo.recovery_sec:.2f} s' if demo.recovery_sec is not None else 'never', demo.recovery_sec is not None),
+        ('kill to full ownership', 'never' if demo.recovery_sec is None else f'{demo.recovery_sec:.2f} s', demo.recovery_sec is not None),
         ('joined midway', demo.joined or 'nobody', demo.joined is not None),
         ('workers that failed', ', '.join(crashed) or 0, not crashed),
     ]
@@ -346,6 +357,8 @@ def verdict(demo: Demo) -> bool:
 def run(workers: int, limit: int | None) -> int:
     """Run the demo; the exit code."""
     from jobsync_core.embedded import EmbeddedPostgres
+    from jobsync_core.store.connection import Sessions
+    from jobsync_core.store.schema import create_schema
 
     paths = sources(limit)
     print(f'{len(paths)} source files of {library()}, {workers} workers; heartbeats of {SETTINGS["heartbeat_interval_sec"]} s, dead after '
@@ -353,6 +366,10 @@ def run(workers: int, limit: int | None) -> int:
     with EmbeddedPostgres() as server:
         server.create_database('demo')
         config = server.config('demo', minimum_nodes=workers, **SETTINGS)
+        sessions = Sessions(config, 'demo')
+        with sessions.session() as connection:
+            create_schema(connection, config)
+        sessions.close_all()
         query(config, TABLES)
         query(config, 'INSERT INTO source SELECT unnest(%s)', (paths,))
         demo = Demo(config, paths, LEAST_SEC * workers / len(paths))
@@ -365,9 +382,8 @@ def run(workers: int, limit: int | None) -> int:
                     if time.monotonic() - demo.began > MOST_SEC:
                         demo.note(f'given up after {MOST_SEC:.0f} s')
                         break
-                    if query(config, "SELECT to_regclass('demo_queue') IS NOT NULL OR to_regclass('demo_execution') IS NOT NULL")[0][0]:
-                        demo.look()
-                        show()
+                    demo.look()
+                    show()
                     time.sleep(0.05)
         finally:
             demo.stop()

@@ -1,6 +1,7 @@
 """The agent thread: drives the protocol against PostgreSQL over one connection."""
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import math
@@ -54,9 +55,8 @@ class Agent:
         self._callbacks = callbacks
         self._connection: Connection | None = None
         self._commands: deque[Callable[[], object]] = deque()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_receiver.setblocking(False)
-        self._wake_sender.setblocking(False)
+        self._wake_receiver: socket.socket | None = None
+        self._wake_sender: socket.socket | None = None
         self._entered = threading.Event()
         self._changed = threading.Condition()
         self._abandoned = False
@@ -67,15 +67,17 @@ class Agent:
 
     def start(self) -> None:
         """Start the thread."""
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
         self._thread.start()
 
     def post(self, command: Callable[[], object]) -> None:
         """Have `command` called on the agent thread soon."""
         self._commands.append(command)
-        try:
-            self._wake_sender.send(b'.')
-        except (BlockingIOError, OSError):
-            pass  # full: it will wake anyway; closed: it has ended
+        if self._wake_sender is not None:
+            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has ended
+                self._wake_sender.send(b'.')
 
     def wait_entered(self) -> None:
         """Wait until the node has entered.
@@ -131,8 +133,9 @@ class Agent:
             self._entered.set()
             with self._changed:
                 self._changed.notify_all()
-            self._wake_receiver.close()
-            self._wake_sender.close()
+            for end in (self._wake_receiver, self._wake_sender):
+                if end is not None:
+                    end.close()
 
     def _step(self) -> None:
         self._run_commands()
@@ -188,6 +191,7 @@ class Agent:
         return now - (self._failing_since or now) > self._config.heartbeat_timeout_sec
 
     def _wait(self, seconds: float) -> None:
+        assert self._wake_receiver is not None
         connection = self._connection if self.protocol.connected else None
         poll = select.poll()  # select.select cannot watch descriptors from 1024 on
         poll.register(self._wake_receiver, select.POLLIN)
@@ -195,10 +199,8 @@ class Agent:
             poll.register(connection.fileno(), select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1000))}
         if self._wake_receiver.fileno() in ready:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)
-            except BlockingIOError:
-                pass
         if connection is not None and connection.fileno() in ready:
             try:
                 payloads = connection.notifies()

@@ -199,7 +199,8 @@ class EmbeddedPostgres:
 
     def _connect(self) -> Any:
         return psycopg2.connect(
-            host=self.host, port=self.port, dbname='postgres', user=_USER, password=_PASSWORD, connect_timeout=2, application_name='embedded')
+            host=self.host, port=self.port, dbname='postgres', user=_USER, password=_PASSWORD, connect_timeout=2,
+            application_name='embedded')
 
     def _place(self) -> Path:
         if self._home is None:
@@ -219,8 +220,8 @@ class EmbeddedPostgres:
         password_file.write_text(_PASSWORD)
         self._hand_over(password_file)
         command = [
-            str(self._bin / 'initdb'), '--pgdata', str(data), '--username', _USER, '--pwfile', str(password_file), '--auth', 'scram-sha-256',
-            '--encoding', 'UTF8', '--locale', 'C', '--no-sync']
+            str(self._bin / 'initdb'), '--pgdata', str(data), '--username', _USER, '--pwfile', str(password_file),
+            '--auth', 'scram-sha-256', '--encoding', 'UTF8', '--locale', 'C', '--no-sync']
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', cwd='/',

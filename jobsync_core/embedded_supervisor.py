@@ -1,7 +1,8 @@
 """Parent process of an embedded PostgreSQL server: ends the server when its owner is gone.
 
-It runs as a script of its own, with the standard library alone, so that it starts in a few milliseconds and survives whatever happens to the
-owner. The owner holds the other end of its standard input: end of file there means that the owner has gone or wants the server ended.
+It runs as a script of its own, with the standard library alone, so that it starts in a few milliseconds and survives
+whatever happens to the owner. The owner holds the other end of its standard input: end of file there means that the owner
+has gone or wants the server ended.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def running(pid: int) -> bool:
 
 
 def signal_server(postmaster: int, number: int) -> list[int]:
-    """Send a signal to all processes of a server, and return their ids. The postmaster is stopped first, so that it starts no further ones."""
+    """Send a signal to all processes of a server, and return their ids; meanwhile it can start no further ones."""
     if not _send(postmaster, signal.SIGSTOP):
         return []
     pids = server_processes(postmaster)

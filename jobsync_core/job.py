@@ -1,6 +1,7 @@
 """The Job: what a user holds while this process is a node of the cluster."""
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -172,12 +173,14 @@ class Job:
     def _write_off(self, error: BaseException | None) -> None:
         try:
             self._book.audit(threading.get_ident() if error is not None else None)
-            self._book.release()
         except JobSyncError as failure:
             logger.error('node=%s could not write its audit while leaving: %s', self.node_name, failure)
             if error is None:
                 self._leave()
                 raise
+            return
+        with contextlib.suppress(JobSyncError):  # they lapse with this node
+            self._book.release()
 
     def _leave(self) -> None:
         if self.config is not None:
@@ -287,8 +290,11 @@ class Job:
 
     def owner_of(self, task_id: Task | Hashable) -> str | None:
         """The node that owns the task by the database; None where nobody does."""
-        owner: str | None = self.explain(task_id)['owner']
-        return owner
+        self._check_entered()
+        if self.config is None:
+            return self.node_name
+        with self._sessions.session() as connection:
+            return status.owner(connection, self._tables, self.task_to_token(task_id))
 
     def explain(self, task_id: Task | Hashable) -> dict[str, Any]:
         """Who owns the task and why: token, owner, since, lock, matched pattern, who is next."""

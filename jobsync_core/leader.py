@@ -76,7 +76,7 @@ def decide(
             blocked += tokens
         elif row.node not in live:
             assigned += tokens
-        if changed and owner is not None and target != owner:
+        if changed and row.node in live and target != owner:
             moved += tokens
         _append(rows, Segment(lo, hi, *wanted, version if changed else row.version))
     return Decision(tuple(rows), activate, moved, assigned, blocked, conflicts)

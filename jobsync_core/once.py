@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .errors import ConfigurationError, DuplicateExecution, ExecutionRunning
-from .ledger import DEFAULT_RETENTION, Execution, Ledger, LocalLedger, _execution, check_key, current_ledger, retention_seconds
+from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
+from .ledger import Ledger, LocalLedger, current_ledger
 
 __all__ = ['ExactlyOnce', 'exactly_once', 'once']
 
@@ -48,7 +49,7 @@ def once(
         Fenced: The block ran, but another attempt has taken the key over meanwhile.
     """
     execution = ledger.begin(check_key(key), retention_seconds(retention))
-    token = _execution.set(execution)
+    token = running.set(execution)
     try:
         yield execution
     except BaseException as error:
@@ -57,7 +58,7 @@ def once(
     else:
         ledger.finish(execution)
     finally:
-        _execution.reset(token)
+        running.reset(token)
 
 
 class ExactlyOnce:
@@ -238,7 +239,7 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
             execution = await _begin(ledger, options.ledger_key_of(args, kwargs), options.retention_sec)
         except (DuplicateExecution, ExecutionRunning) as error:
             return options.answer(error)
-        token = _execution.set(execution)
+        token = running.set(execution)
         try:
             result = await function(*args, **kwargs)
             options.keep(execution, result)
@@ -246,10 +247,10 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
             ledger.abandon(execution)
             raise
         except BaseException as error:
-            _execution.reset(token)
+            running.reset(token)
             await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
             raise
-        _execution.reset(token)
+        running.reset(token)
         await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
         return result
 

@@ -210,6 +210,7 @@ class Protocol:
         self._announced: TokenSet = TokenSet()
         self._initial_announced = False
         self._wants_drain: bool | None = None
+        self._emptied = False  # the last Refresh showed nothing here or on its way here, and a plan that knows of the drain
         # leadership
         self._liveness = Liveness(settings.timeout, settings.max_gap)
         self._older: tuple[Sign, ...] | None = None
@@ -233,8 +234,8 @@ class Protocol:
 
     @property
     def drained(self) -> bool:
-        """Whether this node is draining and has given everything away."""
-        return self.state == 'draining' and not self.owned and not self._gain and self._batch is None
+        """Whether this node is draining, has given everything away, and will be given nothing."""
+        return self.state == 'draining' and self._emptied
 
     @property
     def quarantined(self) -> bool:
@@ -349,6 +350,7 @@ class Protocol:
         if self._quarantine_until is not None and now >= self._quarantine_until:
             self._quarantine_until = None
             self._must_refresh = True
+            self._beat_at = min(self._beat_at, now)
         if not self.has_lease(now):
             if self.claims.deadline:
                 self.claims.suspend()
@@ -372,6 +374,9 @@ class Protocol:
             return None
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
             return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._liveness.dead(now))
+        if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
+            # The database has forgotten the activation: a promoted standby, or a backup.
+            return Activate(self.name, self.incarnation, 0)
         if self._wants_drain == (self.state == 'draining'):
             self._wants_drain = None  # it is so; from here on an operator may decide otherwise
         elif self._wants_drain is not None and self.phase is Phase.ACTIVE:
@@ -387,7 +392,7 @@ class Protocol:
         return self._duty(now)
 
     def _join(self) -> Join:
-        active = self._rejoins and self._wait_until is _NEVER
+        active = self._rejoins and self._wait_until == _NEVER
         return Join(self.name, self.incarnation, self._process, self.settings.weight, active, self._replace, self._reap)
 
     def _observes(self, now: float) -> bool:
@@ -443,6 +448,7 @@ class Protocol:
             self._housekeep_at = now + _HOUSEKEEPING_INTERVAL
         elif isinstance(request, Drain):
             self.state = 'draining' if request.draining else 'active'
+            self._emptied = False
             self._refresh_at = now
 
     def _on_connected(self, reply: Connected, now: float) -> None:
@@ -474,7 +480,7 @@ class Protocol:
                 self.phase = Phase.ACTIVE
             else:
                 self.phase = Phase.WAITING
-                if self._wait_until is _NEVER:
+                if self._wait_until == _NEVER:
                     self._wait_until = now + self.settings.wait_on_enter
             self._note('info', 'joined', incarnation=self.incarnation)
         elif isinstance(reply, Occupied):
@@ -546,6 +552,7 @@ class Protocol:
             self._wants_drain = True  # an operator's drain outlives the eviction
         self._stop_claiming()
         self.owned = TokenSet()
+        self._emptied = False
         self._batch = None
         self._announce(now)
         self._note('warning', 'evicted; joining again', incarnation=self.incarnation)
@@ -566,6 +573,7 @@ class Protocol:
         moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving and (s.moving_to is not None or s.blocked))
         kept = TokenSet((s.lo, s.hi) for s in reply.segments if not s.moving)
         self.owned = TokenSet((s.lo, s.hi) for s in reply.segments)
+        self._emptied = reply.state == 'draining' and reply.planned and not reply.segments and not reply.incoming
         self._shrink(kept)
         self._follow_moves(moving, now)
         self._gain = kept - self.claims.tokens

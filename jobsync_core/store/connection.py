@@ -5,7 +5,6 @@ import contextlib
 import math
 import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +12,15 @@ from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
+from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, TRANSACTION_STATUS_IDLE
 
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, StoreTimeout
 from .deadline import Deadlines, GuardedConnection
+from .options import Limits, agent_limits, call_limits, explain, libpq_parameters, resolve, text_of
 
-__all__ = ['Connection', 'Sessions', 'operation_timeout']
+__all__ = ['Connection', 'Sessions']
 
-_APPLICATION_NAME_BYTES = 63
 #: Idle connections that a process keeps.
 _MOST_IDLE = 4
 
@@ -35,17 +34,8 @@ _SERVER_FALLBACK = "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' ||
 
 #: SQLSTATEs after which another connection, perhaps to another server, may do better.
 _LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'})
+_CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
 _TIMED_OUT = frozenset({'57014', '55P03'})
-
-
-def operation_timeout(config: CoordinationConfig) -> float:
-    """Seconds that one statement of the agent may take."""
-    return max(0.5, min(config.heartbeat_interval_sec, config.heartbeat_timeout_sec / 5))
-
-
-def call_timeout(config: CoordinationConfig) -> float:
-    """Seconds that one statement of an API call may take."""
-    return max(5.0, config.heartbeat_timeout_sec)
 
 
 class Connection:
@@ -55,10 +45,10 @@ class Connection:
     connection is closed, since nobody can tell any more what its next answer answers.
     """
 
-    def __init__(self, raw: psycopg2.extensions.connection, timeout: float, where: str) -> None:
+    def __init__(self, raw: psycopg2.extensions.connection, limits: Limits, where: str) -> None:
         self.server = ''
         self._raw = raw
-        self._timeout = timeout
+        self._limits = limits
         self._where = where
         self._pid = os.getpid()
 
@@ -80,12 +70,12 @@ class Connection:
             try:
                 return cls._open_host(config, name, host, port, time.monotonic() + limit)
             except (DatabaseUnavailable, psycopg2.Error) as error:
-                problems.append(_explain(config, f'{host}:{port}', error))
+                problems.append(explain(config, f'{host}:{port}', error))
         raise DatabaseUnavailable('; '.join(problems))
 
     @classmethod
     def _open_host(cls, config: CoordinationConfig, name: str, host: str, port: int, deadline: float) -> Connection:
-        addresses = _resolve(host, port, deadline)
+        addresses = resolve(host, port, deadline)
         failure: Exception = DatabaseUnavailable('it has no address')
         for place, address in enumerate(addresses):
             # An address that does not answer must leave time for the next one.
@@ -98,24 +88,22 @@ class Connection:
 
     @classmethod
     def _open_address(cls, config: CoordinationConfig, name: str, host: str, port: int, address: str | None, deadline: float) -> Connection:
-        parameters = _parameters(config, name)
+        parameters = libpq_parameters(config, name)
         parameters.update(host=host, port=port, client_encoding='utf8')
         if address is not None:
             parameters['hostaddr'] = address
-        limit = operation_timeout(config)
-        connection = cls(psycopg2.connect(async_=1, **parameters), limit, f'{host}:{port}')
+        connection = cls(psycopg2.connect(async_=1, **parameters), agent_limits(config), f'{host}:{port}')
         try:
             connection._drive(deadline)
-            connection._begin_session(config, limit, deadline)
+            connection._begin_session(config, deadline)
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _begin_session(self, config: CoordinationConfig, limit: float, deadline: float) -> None:
-        settings, values = _session_settings(limit, limit * 0.8, max(limit, min(1.0, config.heartbeat_timeout_sec)))
-        # The first string is one implicit transaction: what fails in it, undoes the settings too.
-        self._run(settings, values, deadline)
+    def _begin_session(self, config: CoordinationConfig, deadline: float) -> None:
+        if config.listen:
+            self._run(self._limits.sql(local=False), (), deadline)
         try:
             rows = self._run(_SERVER, (), deadline)
         except DatabaseUnavailable:
@@ -124,20 +112,27 @@ class Connection:
             rows = self._run(_SERVER_FALLBACK, (), deadline)
         self.server = str(rows[0][0])
 
-    def execute(self, sql: str, params: Sequence[object] | Mapping[str, object] = (), timeout: float | None = None) -> list[tuple[Any, ...]]:
+    def execute(
+        self, sql: str, params: Sequence[object] | Mapping[str, object] = (), timeout: float | None = None,
+    ) -> list[tuple[Any, ...]]:
         """Run one statement, or several that are separated by `;`; the rows of the last one.
 
         Args:
             sql: Several statements are one transaction, unless they begin one of their own.
             params: Values for the placeholders.
-            timeout: Seconds until StoreTimeout; default `operation_timeout`.
+            timeout: Seconds until StoreTimeout; default: a part of the heartbeat timeout.
 
         Raises:
             StoreTimeout: No answer in time. The connection is closed; the statement may have been carried out.
             DatabaseUnavailable: The connection is lost.
             psycopg2.Error: The server refused the statement.
         """
-        return self._run(sql, params, time.monotonic() + (self._timeout if timeout is None else timeout))
+        return self._run(sql, params, time.monotonic() + (self._limits.statement if timeout is None else timeout))
+
+    @property
+    def local_limits(self) -> str:
+        """A statement that sets the session's limits for one transaction, wherever a pooler may run that."""
+        return self._limits.sql(local=True)
 
     def listen(self, channel: str) -> None:
         """Have notifications of this channel sent here."""
@@ -203,22 +198,21 @@ class Connection:
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
-            raise DatabaseUnavailable("this connection belongs to the parent process: a forked child needs its own")
+            raise DatabaseUnavailable('this connection belongs to the parent process: a forked child needs its own')
         if self._raw.closed:
             raise DatabaseUnavailable(f'the connection to PostgreSQL at {self._where} is closed')
 
     def _lost(self, error: psycopg2.Error) -> DatabaseUnavailable:
         self.close()
-        return DatabaseUnavailable(f'lost the connection to PostgreSQL at {self._where}: {_text(error)}')
-
-
-_CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
+        return DatabaseUnavailable(f'lost the connection to PostgreSQL at {self._where}: {text_of(error)}')
 
 
 class Sessions:
     """Blocking connections for calls of the API, kept for the next call. Threads and forked children may share the object.
 
-    A statement ends in time even if the network swallows everything: a watchdog then cuts the connection.
+    A statement ends in time even if the network swallows everything: a watchdog then cuts the connection. With
+    `listen=False` the server is not asked to end anything by itself: behind a transaction pooler such settings would
+    reach other clients.
 
     Args:
         config: Where the database is.
@@ -228,6 +222,7 @@ class Sessions:
     def __init__(self, config: CoordinationConfig, application_name: str) -> None:
         self._config = config
         self._name = application_name
+        self._limits = call_limits(config)
         self._pools: dict[int, _Pool] = {}
 
     @contextlib.contextmanager
@@ -244,7 +239,7 @@ class Sessions:
         """
         pool = self._pool()
         connection = pool.take() or self._open(pool)
-        connection.limit = call_timeout(self._config) + 1.0 if limited else None
+        connection.limit = self._limits.statement + 1.0 if limited else None
         try:
             yield connection
             connection.commit()
@@ -268,8 +263,8 @@ class Sessions:
         return found if found is not None else self._pools.setdefault(pid, _Pool())
 
     def _open(self, pool: _Pool) -> GuardedConnection:
-        config, limit = self._config, call_timeout(self._config)
-        parameters = _parameters(config, self._name)
+        config = self._config
+        parameters = libpq_parameters(config, self._name)
         parameters.update(host=config.host, port=str(config.port), client_encoding='utf8')
         parameters.setdefault('connect_timeout', max(1, math.ceil(config.connect_timeout_sec)))
         connection: GuardedConnection | None = None
@@ -277,15 +272,16 @@ class Sessions:
             connection = psycopg2.connect(connection_factory=GuardedConnection, **parameters)
             connection.deadlines = pool.deadlines
             connection.limit = config.connect_timeout_sec
-            connection.autocommit = True
-            settings, values = _session_settings(limit, limit * 0.9, max(1.0, operation_timeout(config)))
-            with connection.cursor() as cursor:
-                cursor.execute(settings, values)
-            connection.autocommit = False
+            if config.listen:
+                connection.autocommit = True
+                with connection.cursor() as cursor:
+                    cursor.execute(self._limits.sql(local=False))
+                connection.autocommit = False
         except psycopg2.Error as error:
             if connection is not None:
                 connection.close()
-            raise DatabaseUnavailable(_explain(config, f'{config.host}:{config.port}', error)) from error
+            raise DatabaseUnavailable(explain(config, f'{config.host}:{config.port}', error)) from error
+        pool.lend(connection)
         return connection
 
     def _translate(self, error: psycopg2.Error, connection: GuardedConnection, limited: bool) -> DatabaseUnavailable | None:
@@ -295,9 +291,9 @@ class Sessions:
         if error.cursor is not None and error.cursor.connection is not connection:
             return None
         if limited and error.pgcode in _TIMED_OUT:
-            return StoreTimeout(f'{where} took too long: {_text(error)}')
+            return StoreTimeout(f'{where} took too long: {text_of(error)}')
         if error.pgcode in _LOST or (connection.closed and isinstance(error, _CONNECTION_ERRORS)):
-            return DatabaseUnavailable(f'lost the connection to {where}: {_text(error)}')
+            return DatabaseUnavailable(f'lost the connection to {where}: {text_of(error)}')
         return None
 
     def _roll_back(self, connection: GuardedConnection) -> None:
@@ -315,8 +311,7 @@ class _Pool:
         self.deadlines = Deadlines()
         self._idle: list[GuardedConnection] = []
         self._lock = threading.Lock()
-        self._born = 0
-        self._closed: set[int] = set()
+        self._lent: set[GuardedConnection] = set()
 
     def take(self) -> GuardedConnection | None:
         """An idle connection that shows no sign of having been closed by the server."""
@@ -326,23 +321,32 @@ class _Pool:
                     return None
                 connection = self._idle.pop()
             if _is_quiet(connection):
+                self.lend(connection)
                 return connection
             connection.close()
 
+    def lend(self, connection: GuardedConnection) -> None:
+        """Take note of a connection that is in use."""
+        with self._lock:
+            self._lent.add(connection)
+
     def give_back(self, connection: GuardedConnection) -> None:
         """Keep it for the next call, if it is good for one."""
-        if connection.closed or connection.info.transaction_status != psycopg2.extensions.TRANSACTION_STATUS_IDLE:
-            connection.close()
-            return
-        connection.autocommit = False
+        good = not connection.closed and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+        if good:
+            connection.autocommit = False
         with self._lock:
-            if len(self._idle) < _MOST_IDLE:
+            wanted = connection in self._lent
+            self._lent.discard(connection)
+            if good and wanted and len(self._idle) < _MOST_IDLE:
                 self._idle.append(connection)
                 return
         connection.close()
 
     def close(self) -> None:
+        """Close the idle ones; those in use are closed when they come back."""
         with self._lock:
+            self._lent.clear()
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
@@ -353,71 +357,3 @@ def _is_quiet(connection: GuardedConnection) -> bool:
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     return not waiting.poll(0)
-
-
-def _parameters(config: CoordinationConfig, name: str) -> dict[str, Any]:
-    """What every connection asks of libpq; connection_options win."""
-    timeout = config.heartbeat_timeout_sec
-    parameters: dict[str, Any] = {
-        'application_name': name.encode()[:_APPLICATION_NAME_BYTES].decode(errors='ignore'),
-        'keepalives': 1,
-        'keepalives_idle': max(1, math.ceil(timeout / 3)),
-        'keepalives_interval': max(1, math.ceil(timeout / 6)),
-        'keepalives_count': 3,
-        'tcp_user_timeout': max(1000, math.ceil(timeout * 1000)),
-    }
-    if len(config.hosts) > 1:
-        parameters['target_session_attrs'] = 'read-write'
-    parameters.update(config.connection_options)
-    parameters.update(dbname=config.dbname, user=config.user)
-    if config.password is not None:
-        parameters['password'] = config.password
-    return parameters
-
-
-def _session_settings(statement: float, lock: float, idle: float) -> tuple[str, dict[str, str]]:
-    """One statement, since a pooler refuses such settings at the start of a connection. Times in seconds."""
-    settings = {
-        'statement_timeout': f'{math.ceil(statement * 1000)}ms',
-        'lock_timeout': f'{math.ceil(lock * 1000)}ms',
-        'idle_in_transaction_session_timeout': f'{math.ceil(idle * 1000)}ms',
-        'synchronous_commit': 'on',
-        'default_transaction_isolation': 'read committed',
-    }
-    return 'SELECT ' + ', '.join(f"set_config('{name}', %({name})s, false)" for name in settings), settings
-
-
-def _resolve(host: str, port: int, deadline: float) -> list[str | None]:
-    """Addresses of a host. Looking them up cannot be interrupted, so that it is left to a thread that may outlast the wait."""
-    if host.startswith(('/', '@')):
-        return [None]
-    found: list[str | None] = []
-    problems: list[OSError | UnicodeError] = []
-
-    def look_up() -> None:
-        try:
-            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found.extend(dict.fromkeys(str(entry[4][0]) for entry in entries))
-        except (OSError, UnicodeError) as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=look_up, name='jobsync-lookup', daemon=True)
-    thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
-    if problems:
-        raise DatabaseUnavailable(f'the host name cannot be resolved: {problems[0]}') from problems[0]
-    if not found:
-        raise StoreTimeout('the host name was not resolved in time')
-    return found
-
-
-def _explain(config: CoordinationConfig, where: str, error: Exception) -> str:
-    text = _text(error)
-    # Before a connection is there, libpq tells no SQLSTATE.
-    if f'database "{config.dbname}" does not exist' in text:
-        return f'PostgreSQL at {where} has no database {config.dbname!r}: create it with `createdb {config.dbname}`'
-    return f'cannot connect to PostgreSQL at {where}, database {config.dbname!r}, user {config.user!r}: {text}'
-
-
-def _text(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__

@@ -1,10 +1,17 @@
-"""A node's requests (messages.py) as SQL on the agent's connection. Each is one transaction; all but Lead are one round trip."""
+"""A node's requests, answered by PostgreSQL.
+
+Whatever changes who owns what holds the cluster's row, so that such changes come one after the other; leaders hold the
+cluster's advisory lock besides. Heartbeats take neither, and wait for nobody.
+"""
 from __future__ import annotations
 
 import datetime
+import json
+from collections.abc import Sequence
+from typing import Any
 
 from ..config import CoordinationConfig
-from ..hashing import task_key
+from ..hashing import task_key, task_to_token
 from ..messages import (
     Activate,
     Activated,
@@ -34,51 +41,54 @@ from ..messages import (
     Taken,
 )
 from .connection import Connection
-from .leading import fingerprint, lead, read_members, to_member
-from .schema import Tables
+from .leading import Leading
+from .rounds import Round, fingerprint, members_json, read_members, take_turn
+from .schema import SCHEMA_VERSION, Tables
 
 __all__ = ['Control']
 
-#: Longest list of names in a notification; PostgreSQL takes 8000 bytes.
-_PAYLOAD_BYTES = 7000
-#: What housekeeping keeps.
-_REBALANCES_KEPT, _REBALANCE_DAYS, _BATCH = 1000, 90, 10_000
+#: Rows that one statement of the housekeeping deletes, and how often it is repeated in one go.
+_BATCH, _BATCHES = 10_000, 5
+_REBALANCE_ROWS, _REBALANCE_DAYS = 1000, 90
+#: A notification holds less than 8000 bytes.
+_NOTIFY_BYTES = 7000
 
 
 class Control:
-    """Answers requests.
+    """Answers each request of messages.py on the agent's connection.
 
     Args:
         config: The cluster's settings.
         tables: Names of the tables.
-        date: The date of claims and audit; None: they are not looked at.
+        date: The date whose audit and claims count; None: none do.
     """
 
     def __init__(self, config: CoordinationConfig, tables: Tables, date: datetime.date | None) -> None:
         self.tables = tables
         self._config = config
         self._date = date
-        self._fingerprint = fingerprint(tables)
+        self._leading = Leading(config, tables)
 
     def handle(self, connection: Connection, request: Request) -> Reply:
-        """Carry the request out and return its reply.
+        """Carry the request out, wholly or not at all.
 
         Raises:
-            DatabaseUnavailable: The connection is lost or too slow; the request may have been carried out.
-            psycopg2.Error: The server refused it.
+            DatabaseUnavailable: The connection is lost; the request may have been carried out.
+            StoreTimeout: No answer in time; likewise.
+            psycopg2.Error: The server refused; nothing was changed.
         """
         if isinstance(request, Beat):
             return self._beat(connection, request)
         if isinstance(request, Refresh):
             return self._refresh(connection, request)
-        if isinstance(request, Give):
-            return self._give(connection, request)
-        if isinstance(request, Take):
-            return self._take(connection, request)
         if isinstance(request, Observe):
             return self._observe(connection)
         if isinstance(request, Lead):
-            return lead(connection, self.tables, self._config, request)
+            return self._leading.lead(connection, request)
+        if isinstance(request, Take):
+            return self._take(connection, request)
+        if isinstance(request, Give):
+            return self._give(connection, request)
         if isinstance(request, Join):
             return self._join(connection, request)
         if isinstance(request, Activate):
@@ -89,205 +99,267 @@ class Control:
             return self._leave(connection, request)
         if isinstance(request, Housekeep):
             return self._housekeep(connection)
-        raise AssertionError(f'no request for a store: {request!r}')
+        raise TypeError(f'{type(request).__name__} is no request for the store')
 
-    # --- membership ---
-
-    def _join(self, connection: Connection, request: Join) -> Joined | Occupied | Mismatch:
-        t, process = self.tables, request.process
-        gone = [*request.reap]
-        if request.replace is not None:
-            gone.append(Sign(request.name, *request.replace))
-        rows = connection.execute(
-            f'''
-            SELECT pg_advisory_xact_lock(%(lock_a)s, %(lock_b)s);
-            DELETE FROM {t.node} AS n USING unnest(%(names)s::text[], %(incarnations)s::text[], %(beats)s::bigint[]) AS d (name, incarnation, beat)
-                WHERE n.name = d.name AND n.incarnation = d.incarnation AND n.beat = d.beat;
-            -- The first node of an empty cluster decides on its settings.
-            DELETE FROM {t.assignment} USING {t.cluster} AS c
-                WHERE (c.total_tokens, c.hash_function) <> (%(total)s, %(hash)s) AND NOT EXISTS (SELECT FROM {t.node});
-            UPDATE {t.cluster} SET total_tokens = %(total)s, hash_function = %(hash)s, version = version + 1, planned = NULL
-                WHERE (total_tokens, hash_function) <> (%(total)s, %(hash)s) AND NOT EXISTS (SELECT FROM {t.node});
-            -- Later than every other row, even if the wall clock was set back: age is the order of joining.
-            INSERT INTO {t.node} (name, created_on, last_heartbeat, incarnation, state, weight, lease_sec, host, boot_id, pid_namespace, pid, started)
-                SELECT %(name)s, greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' FROM {t.node})), clock_timestamp(),
-                       %(incarnation)s, %(state)s, %(weight)s, %(lease)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s
-                FROM {t.cluster} AS c WHERE (c.total_tokens, c.hash_function) = (%(total)s, %(hash)s)
-                ON CONFLICT (name) DO NOTHING;
-            SELECT pg_notify(%(channel)s, %(payload)s) FROM {t.node} WHERE name = %(name)s AND incarnation = %(incarnation)s;
-            SELECT c.version, c.total_tokens, c.hash_function, n.incarnation, n.beat, n.host, n.boot_id, n.pid_namespace, n.pid, n.started,
-                   (SELECT coalesce(json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.name), '[]') FROM {t.node} AS o)
-                FROM {t.cluster} AS c LEFT JOIN {t.node} AS n ON n.name = %(name)s
-            ''',
-            {
-                'names': [sign.name for sign in gone], 'incarnations': [sign.incarnation for sign in gone], 'beats': [sign.beat for sign in gone],
-                'name': request.name, 'incarnation': request.incarnation, 'state': 'active' if request.active else 'joining',
-                'weight': request.weight, 'lease': self._config.lease_sec, 'total': self._config.total_tokens,
-                'hash': self._config.hash_function, 'host': process.host, 'boot_id': process.boot_id,
-                'pid_namespace': process.pid_namespace, 'pid': process.pid, 'started': process.started,
-                'channel': t.channel, 'payload': f'join {request.name}', **self._advisory(),
-            })
-        version, total, hash_function, incarnation, beat, host, boot_id, namespace, pid, started, signs = rows[0]
-        if incarnation == request.incarnation:
-            return Joined(version)
-        if incarnation is not None:
-            return Occupied(Sign(request.name, incarnation, beat), Process(host, boot_id, namespace, pid, started))
-        return Mismatch(total, hash_function, tuple(Sign(*sign) for sign in signs))
-
-    def _activate(self, connection: Connection, request: Activate) -> Activated | None:
-        t = self.tables
-        alive = f'''(SELECT count(*) FROM {t.node} AS o WHERE NOT EXISTS (
-            SELECT FROM unnest(%(names)s::text[], %(incarnations)s::text[], %(beats)s::bigint[]) AS d (name, incarnation, beat)
-            WHERE o.name = d.name AND o.incarnation = d.incarnation AND o.beat = d.beat))'''
-        rows = connection.execute(
-            f'''
-            UPDATE {t.node} SET state = 'active'
-                WHERE name = %(name)s AND incarnation = %(incarnation)s AND state = 'joining' AND {alive} >= %(minimum)s;
-            SELECT state <> 'joining', {alive}, pg_notify(%(channel)s, %(payload)s)
-                FROM {t.node} WHERE name = %(name)s AND incarnation = %(incarnation)s
-            ''',
-            {
-                'name': request.name, 'incarnation': request.incarnation, 'minimum': request.minimum_nodes,
-                'names': [sign.name for sign in request.dead], 'incarnations': [sign.incarnation for sign in request.dead],
-                'beats': [sign.beat for sign in request.dead], 'channel': t.channel, 'payload': f'join {request.name}',
-            })
-        return Activated(rows[0][0], rows[0][1]) if rows else None
+    # --- heartbeat and looks: one statement each ---
 
     def _beat(self, connection: Connection, request: Beat) -> Beaten | None:
-        t = self.tables
         rows = connection.execute(
             f'''
-            WITH me AS (
-                UPDATE {t.node} SET beat = beat + 1, last_heartbeat = clock_timestamp()
-                WHERE name = %s AND incarnation = %s RETURNING name, created_on, state
-            )
-            SELECT c.version, me.state, (
-                SELECT coalesce(json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.created_on, o.name), '[]')
-                FROM {t.node} AS o WHERE (o.created_on, o.name) < (me.created_on, me.name))
-            FROM me, {t.cluster} AS c
+            UPDATE {self.tables.node} AS n SET beat = beat + 1, last_heartbeat = clock_timestamp()
+            WHERE n.name = %s AND n.incarnation = %s
+            RETURNING (SELECT c.version FROM {self.tables.cluster} AS c), n.state,
+                (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.created_on, o.name)::text
+                 FROM {self.tables.node} AS o WHERE (o.created_on, o.name) < (n.created_on, n.name))
             ''', (request.name, request.incarnation))
-        if not rows:
+        if not rows or rows[0][0] is None:
             return None
         version, state, older = rows[0]
-        return Beaten(version, state, tuple(Sign(*sign) for sign in older))
-
-    def _drain(self, connection: Connection, request: Drain) -> bool | None:
-        t = self.tables
-        rows = connection.execute(
-            f'''
-            WITH me AS (UPDATE {t.node} SET state = %s WHERE name = %s AND incarnation = %s RETURNING name)
-            SELECT pg_notify(%s, 'drain ' || name) FROM me
-            ''', ('draining' if request.draining else 'active', request.name, request.incarnation, t.channel))
-        return True if rows else None
-
-    def _leave(self, connection: Connection, request: Leave) -> bool:
-        t = self.tables
-        connection.execute(
-            f'''
-            SELECT pg_advisory_xact_lock_shared(%(lock_a)s, %(lock_b)s);
-            WITH me AS (DELETE FROM {t.node} WHERE name = %(name)s AND incarnation = %(incarnation)s RETURNING name)
-            SELECT pg_notify(%(channel)s, 'leave ' || name) FROM me
-            ''', {'name': request.name, 'incarnation': request.incarnation, 'channel': t.channel, **self._advisory()})
-        return True
-
-    # --- assignment ---
+        return Beaten(version, state, tuple(Sign(*values) for values in json.loads(older or '[]')))
 
     def _refresh(self, connection: Connection, request: Refresh) -> Holdings | None:
-        t = self.tables
+        tables = self.tables
         rows = connection.execute(
             f'''
-            SELECT c.version, n.state, c.planned IS NOT DISTINCT FROM ({self._fingerprint}),
-                   (SELECT coalesce(sum(upper(a.tokens) - lower(a.tokens)), 0)::int FROM {t.assignment} AS a WHERE a.moving_to = n.name),
-                   (SELECT coalesce(json_agg(json_build_array(lower(a.tokens), upper(a.tokens), a.moving, a.moving_to, a.blocked, a.version)
-                                             ORDER BY a.tokens), '[]')
-                    FROM {t.assignment} AS a WHERE a.node = n.name)
-            FROM {t.node} AS n, {t.cluster} AS c WHERE n.name = %s AND n.incarnation = %s
+            SELECT c.version, n.state, c.planned IS NOT DISTINCT FROM {fingerprint(tables)},
+                (SELECT coalesce(sum(upper(i.tokens) - lower(i.tokens)), 0)::bigint FROM {tables.assignment} AS i
+                 WHERE i.moving_to = n.name AND i.node IS DISTINCT FROM n.name),
+                (SELECT json_agg(json_build_array(lower(a.tokens), upper(a.tokens), a.node, a.moving, a.moving_to, a.blocked, a.version)
+                                 ORDER BY a.tokens)::text
+                 FROM {tables.assignment} AS a WHERE a.node = n.name)
+            FROM {tables.node} AS n CROSS JOIN {tables.cluster} AS c WHERE n.name = %s AND n.incarnation = %s
             ''', (request.name, request.incarnation))
         if not rows:
             return None
         version, state, planned, incoming, segments = rows[0]
-        return Holdings(
-            version, state,
-            tuple(Segment(lo, hi, request.name, moving, to, blocked, since) for lo, hi, moving, to, blocked, since in segments),
-            planned, incoming)
+        return Holdings(version, state, tuple(Segment(*values) for values in json.loads(segments or '[]')), planned, incoming)
 
-    def _give(self, connection: Connection, request: Give) -> Given | None:
-        t = self.tables
-        mine = f'''a.node = %(name)s AND a.moving AND (a.moving_to IS NOT NULL OR a.blocked) AND a.version <= %(version)s
-            AND a.tokens <@ %(ranges)s::int4multirange
-            AND EXISTS (SELECT FROM {t.node} AS n WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s)'''
+    def _observe(self, connection: Connection) -> Observed | None:
+        tables = self.tables
         rows = connection.execute(
             f'''
-            SELECT pg_advisory_xact_lock_shared(%(lock_a)s, %(lock_b)s);
-            INSERT INTO {t.claim} AS c (node, task_id, date, token, incarnation)
-                SELECT %(name)s, p.task_id, %(date)s, p.token, %(incarnation)s
-                FROM unnest(%(tasks)s::text[], %(tokens)s::int[]) AS p (task_id, token)
-                WHERE %(date)s IS NOT NULL AND EXISTS (SELECT FROM {t.node} AS n WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s)
-                ON CONFLICT (task_id, date) DO UPDATE
-                    SET node = excluded.node, incarnation = excluded.incarnation, token = excluded.token, created_on = excluded.created_on
-                    WHERE NOT EXISTS (SELECT FROM {t.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation);
-            UPDATE {t.cluster} SET version = version + 1 WHERE EXISTS (SELECT FROM {t.assignment} AS a WHERE {mine});
-            WITH given AS (
-                UPDATE {t.assignment} AS a
-                SET node = a.moving_to, moving = false, moving_to = NULL, blocked = a.moving_to IS NULL,
-                    version = (SELECT version FROM {t.cluster}), assigned_at = now()
-                WHERE {mine}
-                RETURNING a.node, upper(a.tokens) - lower(a.tokens) AS size
-            ), told AS (
-                SELECT CASE WHEN octet_length(names) > {_PAYLOAD_BYTES} THEN 'give' ELSE 'give ' || names END AS payload
-                FROM (SELECT string_agg(DISTINCT node, ',') AS names FROM given) AS g WHERE names IS NOT NULL
-            )
-            SELECT (SELECT coalesce(sum(size), 0)::int FROM given), (SELECT count(pg_notify(%(channel)s, payload)) FROM told)
-                FROM {t.node} AS n WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s
-            ''',
-            {
-                'name': request.name, 'incarnation': request.incarnation, 'version': request.version, 'ranges': _multirange(request.ranges),
-                'tasks': [task for task, _ in request.promised], 'tokens': [token for _, token in request.promised],
-                'date': self._date, 'channel': t.channel, **self._advisory(),
-            })
-        return Given(rows[0][0]) if rows else None
+            SELECT c.version, c.planned IS DISTINCT FROM {fingerprint(tables)},
+                (SELECT extract(epoch FROM min(l.expires_at) - clock_timestamp())::float8 FROM {tables.lock} AS l),
+                {members_json(tables)}
+            FROM {tables.cluster} AS c
+            ''')
+        if not rows:
+            return None
+        version, stale, next_expiry, members = rows[0]
+        return Observed(read_members(members), version, stale, next_expiry)
 
     def _take(self, connection: Connection, request: Take) -> Taken:
-        if self._date is None:
+        if self._date is None or not request.ranges:
             return Taken(frozenset())
-        t = self.tables
+        tables = self.tables
         rows = connection.execute(
             f'''
-            SELECT task_id FROM {t.audit} WHERE date = %(date)s AND token <@ ANY(%(ranges)s::int4range[])
-            UNION
-            SELECT c.task_id FROM {t.claim} AS c JOIN {t.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
-            WHERE c.date = %(date)s AND c.node <> %(name)s AND c.token <@ ANY(%(ranges)s::int4range[])
-            ''', {'date': self._date, 'name': request.name, 'ranges': [f'[{lo},{hi})' for lo, hi in request.ranges]})
-        return Taken(frozenset(task_key(task_id) for task_id, in rows))
+            SELECT a.task_id, true FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi)
+                JOIN {tables.audit} AS a ON a.date = %(date)s AND a.token >= r.lo AND a.token < r.hi
+            UNION ALL
+            SELECT a.task_id, false FROM {tables.audit} AS a WHERE a.date = %(date)s AND a.token IS NULL
+            UNION ALL
+            SELECT c.task_id, true FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi)
+                JOIN {tables.claim} AS c ON c.date = %(date)s AND c.token >= r.lo AND c.token < r.hi AND c.node <> %(name)s
+                JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
+            ''', {'name': request.name, 'date': self._date, **_split(request.ranges)})
+        return Taken(frozenset(task_key(text) for text, inside in rows if inside or self._is_within(text, request.ranges)))
 
-    # --- the leader's eyes and its broom ---
+    def _is_within(self, text: str, ranges: Sequence[Range]) -> bool:
+        token = task_to_token(text, self._config.total_tokens, self._config.hash_function)
+        return any(lo <= token < hi for lo, hi in ranges)
 
-    def _observe(self, connection: Connection) -> Observed:
-        t = self.tables
+    # --- membership ---
+
+    def _join(self, connection: Connection, request: Join) -> Joined | Occupied | Mismatch:
+        tables, config = self.tables, self._config
+        with Round(connection, tables, exclusive=False) as steps:
+            (version, total, hash_function), = steps.run(
+                f'''
+                INSERT INTO {tables.cluster} (total_tokens, hash_function, schema_version)
+                    SELECT %s, %s, %s WHERE NOT EXISTS (SELECT FROM {tables.cluster}) ON CONFLICT DO NOTHING;
+                SELECT version, total_tokens, hash_function FROM {tables.cluster} FOR UPDATE
+                ''', (config.total_tokens, config.hash_function, SCHEMA_VERSION))
+            steps.delete_unchanged(request.reap)
+            members = steps.run(
+                f'SELECT name, incarnation, beat, host, boot_id, pid_namespace, pid, started FROM {tables.node} ORDER BY created_on, name')
+            signs = {row[0]: Sign(*row[:3]) for row in members}
+            mine = signs.get(request.name)
+            if mine is not None and mine.incarnation == request.incarnation:
+                return Joined(version)
+            if mine is not None and request.replace != (mine.incarnation, mine.beat):
+                return Occupied(mine, next(_process(row[3:]) for row in members if row[0] == request.name))
+            others = tuple(sign for sign in signs.values() if sign is not mine)
+            if others and (total, hash_function) != (config.total_tokens, config.hash_function):
+                return Mismatch(total, hash_function, others)
+            if mine is not None:
+                steps.delete_unchanged([mine])
+            if not others:
+                version = self._form(steps)
+            steps.run(self._insert_sql(), self._insert_params(request))
+            return Joined(version)
+
+    def _form(self, steps: Round) -> int:
+        """The first node of an empty cluster sets what the others must agree with; the cluster's version."""
+        tables, config = self.tables, self._config
+        rows = steps.run(
+            f'''
+            DELETE FROM {tables.assignment} WHERE upper(tokens) > %(total)s
+                OR EXISTS (SELECT FROM {tables.cluster} WHERE (total_tokens, hash_function) <> (%(total)s, %(hash)s));
+            UPDATE {tables.cluster} SET total_tokens = %(total)s, hash_function = %(hash)s, planned = NULL,
+                version = version + CASE WHEN (total_tokens, hash_function) <> (%(total)s, %(hash)s) THEN 1 ELSE 0 END
+            RETURNING version
+            ''', {'total': config.total_tokens, 'hash': config.hash_function})
+        return int(rows[0][0])
+
+    def _insert_sql(self) -> str:
+        # Nodes are ordered by the moment of joining, even where the server's clock has been set back meanwhile.
+        node = self.tables.node
+        return f'''
+            INSERT INTO {node} (name, created_on, last_heartbeat, incarnation, state, weight, lease_sec,
+                                host, boot_id, pid_namespace, pid, started)
+            VALUES (%(name)s, greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' FROM {node})),
+                    clock_timestamp(), %(incarnation)s, %(state)s, %(weight)s, %(lease)s,
+                    %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s);
+            SELECT pg_notify(%(channel)s, 'join ' || %(name)s)
+            '''
+
+    def _insert_params(self, request: Join) -> dict[str, object]:
+        process = request.process
+        return {
+            'name': request.name, 'incarnation': request.incarnation, 'state': 'active' if request.active else 'joining',
+            'weight': request.weight, 'lease': self._config.lease_sec, 'host': process.host, 'boot_id': process.boot_id,
+            'pid_namespace': process.pid_namespace, 'pid': process.pid, 'started': process.started, 'channel': self.tables.channel,
+        }
+
+    def _activate(self, connection: Connection, request: Activate) -> Activated | None:
+        node = self.tables.node
         rows = connection.execute(
             f'''
-            SELECT c.version, c.planned IS DISTINCT FROM ({self._fingerprint}),
-                   (SELECT extract(epoch FROM min(expires_at) - clock_timestamp())::float8 FROM {t.lock}), ({read_members(t)})
-            FROM {t.cluster} AS c
-            ''')
-        version, stale, next_expiry, members = rows[0]
-        return Observed(tuple(to_member(row) for row in members), version, stale, next_expiry)
+            WITH counted AS (
+                SELECT count(*)::int AS nodes, coalesce(bool_or(n.name = %(name)s AND n.incarnation = %(incarnation)s), false) AS present
+                FROM {node} AS n
+                WHERE (n.name, n.incarnation, n.beat) NOT IN (
+                    SELECT * FROM unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[]))
+            ), activated AS (
+                UPDATE {node} AS n SET state = 'active' FROM counted
+                WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s AND n.state = 'joining' AND counted.nodes >= %(minimum)s
+                RETURNING pg_notify(%(channel)s, 'join ' || n.name)::text
+            )
+            SELECT nodes, present, (SELECT count(*) FROM activated) FROM counted
+            ''',
+            {'name': request.name, 'incarnation': request.incarnation, 'minimum': request.minimum_nodes, 'channel': self.tables.channel,
+             'names': [sign.name for sign in request.dead], 'lives': [sign.incarnation for sign in request.dead],
+             'beats': [sign.beat for sign in request.dead]})
+        nodes, present, _ = rows[0]
+        return Activated(nodes >= request.minimum_nodes, nodes) if present else None
 
-    def _housekeep(self, connection: Connection) -> bool:
-        t = self.tables
+    def _drain(self, connection: Connection, request: Drain) -> bool | None:
+        rows = connection.execute(
+            f'''
+            UPDATE {self.tables.node} SET state = %s WHERE name = %s AND incarnation = %s RETURNING pg_notify(%s, 'drain ' || name)::text
+            ''', ('draining' if request.draining else 'active', request.name, request.incarnation, self.tables.channel))
+        return True if rows else None
+
+    def _leave(self, connection: Connection, request: Leave) -> bool:
         connection.execute(
             f'''
-            DELETE FROM {t.execution} WHERE key IN (
-                SELECT key FROM {t.execution} WHERE expires_at < now() AND state <> 'running' LIMIT {_BATCH} FOR UPDATE SKIP LOCKED);
-            DELETE FROM {t.rebalance} WHERE triggered_at < now() - interval '{_REBALANCE_DAYS} days'
-                OR id <= (SELECT max(id) FROM {t.rebalance}) - {_REBALANCES_KEPT};
-            DELETE FROM {t.claim} AS c WHERE NOT EXISTS (SELECT FROM {t.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
+            {take_turn(connection, self.tables)};
+            DELETE FROM {self.tables.node} WHERE name = %s AND incarnation = %s RETURNING pg_notify(%s, 'leave ' || name)::text
+            ''', (request.name, request.incarnation, self.tables.channel))
+        return True
+
+    # --- hand-over ---
+
+    def _give(self, connection: Connection, request: Give) -> Given | None:
+        params: dict[str, object] = {
+            'name': request.name, 'incarnation': request.incarnation, 'version': request.version, 'channel': self.tables.channel,
+            'date': self._date, 'texts': [text for text, _ in request.promised], 'tokens': [token for _, token in request.promised],
+            **_split(request.ranges)}
+        promise = f'{self._promise_sql()};' if request.promised and self._date is not None else ''
+        (present, tokens, _), = connection.execute(f'{take_turn(connection, self.tables)}; {promise} {self._give_sql()}', params)
+        return Given(tokens) if present else None
+
+    def _promise_sql(self) -> str:
+        tables = self.tables
+        return f'''
+            INSERT INTO {tables.claim} AS c (node, task_id, created_on, date, token, incarnation)
+            SELECT DISTINCT ON (w.task_id) n.name, w.task_id, now(), %(date)s::date, w.token, n.incarnation
+            FROM unnest(%(texts)s::text[], %(tokens)s::int[]) AS w (task_id, token)
+                JOIN {tables.node} AS n ON n.name = %(name)s AND n.incarnation = %(incarnation)s
+                JOIN {tables.assignment} AS a ON a.tokens @> w.token AND a.node = n.name
+            WHERE NOT EXISTS (SELECT FROM {tables.audit} AS d WHERE d.task_id = w.task_id AND d.date = %(date)s)
+            ORDER BY w.task_id
+            ON CONFLICT (task_id, date) DO UPDATE
+                SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation
+                WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
+            '''
+
+    def _give_sql(self) -> str:
+        tables = self.tables
+        return f'''
+            WITH me AS (
+                SELECT name FROM {tables.node} WHERE name = %(name)s AND incarnation = %(incarnation)s
+            ), given AS (
+                UPDATE {tables.assignment} AS a
+                SET node = a.moving_to, moving = false, moving_to = NULL, blocked = a.moving_to IS NULL, version = c.version + 1,
+                    assigned_at = now()
+                FROM {tables.cluster} AS c, me
+                WHERE a.node = me.name AND a.moving AND (a.moving_to IS NOT NULL OR a.blocked) AND a.version <= %(version)s
+                  AND a.tokens <@ (SELECT range_agg(int4range(r.lo, r.hi)) FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi))
+                RETURNING a.tokens, a.node
+            ), bumped AS (
+                UPDATE {tables.cluster} SET version = version + 1 WHERE EXISTS (SELECT FROM given) RETURNING version
+            ), told AS (
+                SELECT tokens, CASE WHEN octet_length(names) > {_NOTIFY_BYTES} THEN '' ELSE names END AS names
+                FROM (SELECT sum(upper(tokens) - lower(tokens))::bigint AS tokens, coalesce(string_agg(DISTINCT node, ','), '') AS names
+                      FROM given) AS g
+            ), sent AS (
+                SELECT pg_notify(%(channel)s, rtrim('give ' || told.names))::text AS payload FROM told, bumped
+            )
+            SELECT EXISTS (SELECT FROM me), coalesce(told.tokens, 0), (SELECT count(payload) FROM sent) FROM told
+            '''
+
+    # --- upkeep ---
+
+    def _housekeep(self, connection: Connection) -> bool:
+        tables = self.tables
+        connection.execute(
+            f'''
+            DELETE FROM {tables.rebalance} WHERE triggered_at < now() - %s * interval '1 day'
+                OR id <= (SELECT id FROM {tables.rebalance} ORDER BY id DESC OFFSET %s LIMIT 1)
+            ''', (_REBALANCE_DAYS, _REBALANCE_ROWS))
+        # SKIP LOCKED: a row that somebody is writing is no row past its time.
+        self._delete_in_batches(
+            connection,
+            f'''
+            DELETE FROM {tables.execution} WHERE key IN (
+                SELECT key FROM {tables.execution} WHERE expires_at <= now() AND state IN ('done', 'failed')
+                LIMIT %s FOR UPDATE SKIP LOCKED)
+            RETURNING 1
+            ''')
+        self._delete_in_batches(
+            connection,
+            f'''
+            DELETE FROM {tables.claim} WHERE (task_id, date) IN (
+                SELECT c.task_id, c.date FROM {tables.claim} AS c
+                WHERE c.created_on < now() - interval '1 minute'
+                  AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
+                LIMIT %s FOR UPDATE OF c SKIP LOCKED)
+            RETURNING 1
             ''')
         return True
 
-    def _advisory(self) -> dict[str, int]:
-        return {'lock_a': self.tables.advisory[0], 'lock_b': self.tables.advisory[1]}
+    def _delete_in_batches(self, connection: Connection, sql: str) -> None:
+        for _ in range(_BATCHES):
+            if len(connection.execute(sql, (_BATCH,))) < _BATCH:
+                return
 
 
-def _multirange(ranges: tuple[Range, ...]) -> str:
-    return '{' + ','.join(f'[{lo},{hi})' for lo, hi in ranges) + '}'
+def _split(ranges: Sequence[Range]) -> dict[str, object]:
+    return {'los': [lo for lo, _ in ranges], 'his': [hi for _, hi in ranges]}
+
+
+def _process(values: Sequence[Any]) -> Process:
+    host, boot_id, pid_namespace, pid, started = values
+    return Process(host or '', boot_id or '', pid_namespace or '', pid or 0, started or '')

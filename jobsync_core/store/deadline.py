@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg2
 import psycopg2.extensions
 
 __all__ = ['Deadlines', 'GuardedConnection']
@@ -72,7 +73,7 @@ class GuardedConnection(psycopg2.extensions.connection):
     def cut_off(self) -> None:
         """Make the call that waits on the socket fail at once. Called from another thread."""
         self.cut = True
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.fileno())) as duplicate:
+        with contextlib.suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(self.fileno())) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
 
     def guarded(self) -> contextlib.AbstractContextManager[None]:

@@ -1,152 +1,180 @@
-"""One leader's round: bury the dead, plan, write what differs. One transaction under an exclusive advisory lock."""
+"""A leader's round against PostgreSQL: evict the dead, plan if anything changed, write the difference only."""
 from __future__ import annotations
 
-import datetime
-import time
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
 from ..config import CoordinationConfig
+from ..errors import ConfigurationError, InvalidTaskId
 from ..hashing import task_to_token
 from ..leader import Decision, Pin, decide
-from ..messages import Lead, Led, Member, Segment, Sign
+from ..messages import Lead, Led, Segment, Sign
+from ..patterns import check_patterns
 from .connection import Connection
+from .rounds import Round, fingerprint, members_json, read_members
 from .schema import Tables
 
-__all__ = ['fingerprint', 'lead', 'read_members', 'to_member']
+__all__ = ['Leading']
 
 
-def fingerprint(tables: Tables) -> str:
-    """SQL for what a plan depends on: the nodes, and the version of the locks."""
-    return _fingerprint(f'{tables.node} AS n', f'(SELECT lock_version FROM {tables.cluster})')
+@dataclass(frozen=True)
+class _State:
+    """What the cluster's row says before the plan."""
+
+    version: int
+    total_tokens: int
+    hash_function: str
+    planned: bool
 
 
-def _fingerprint(nodes: str, lock_version: str) -> str:
-    return (f"SELECT md5(coalesce(string_agg(concat_ws(' ', n.name, n.incarnation, n.state, n.weight), E'\\n' ORDER BY n.name), '')) "
-            f"|| ' ' || {lock_version} FROM {nodes}")
+@dataclass(frozen=True)
+class _Owned:
+    """A row of the assignment, and since when its node has owned it (as PostgreSQL's text)."""
+
+    segment: Segment
+    since: str
 
 
-def read_members(tables: Tables) -> str:
-    """SQL for the node table as one JSON value, for `to_member`. Age in whole microseconds, which a float holds exactly."""
-    return (f"SELECT coalesce(json_agg(json_build_array(n.name, n.incarnation, n.beat, (extract(epoch FROM n.created_on) * 1000000)::bigint, "
-            f"n.state, n.weight) ORDER BY n.created_on, n.name), '[]') FROM {tables.node} AS n")
+class Leading:
+    """Carries out Lead.
 
-
-def to_member(row: Sequence[Any]) -> Member:
-    """One element of `read_members`."""
-    name, incarnation, beat, created, state, weight = row
-    return Member(name, incarnation, beat, float(created), state, float(weight))
-
-
-def lead(connection: Connection, tables: Tables, config: CoordinationConfig, request: Lead) -> Led:
-    """Carry a round out.
-
-    Whatever goes wrong, the agent closes the connection, and the server rolls back.
+    Args:
+        config: The cluster's settings.
+        tables: Names of the tables.
     """
-    began = time.monotonic()
-    lock_a, lock_b = tables.advisory
-    rows = connection.execute(
-        f'BEGIN; SELECT pg_advisory_xact_lock(%s, %s); SELECT c.version, ({read_members(tables)}) FROM {tables.cluster} AS c', (lock_a, lock_b))
-    version, found = rows[0]
-    members = [to_member(row) for row in found]
-    dead = {sign for sign in request.dead if sign in {Sign(m.name, m.incarnation, m.beat) for m in members}}
-    eldest = next((m for m in members if Sign(m.name, m.incarnation, m.beat) not in dead), None)
-    if eldest is None or eldest.incarnation != request.incarnation:
-        connection.execute('ROLLBACK')
-        return Led(False, version)
-    evicted = _bury(connection, tables, sorted(dead, key=lambda sign: sign.name))
-    state = connection.execute(
-        f'''
-        SELECT c.version, c.planned IS NOT DISTINCT FROM ({fingerprint(tables)}), ({read_members(tables)}),
-               c.lock_version, coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id DESC LIMIT 1), 0)
-        FROM {tables.cluster} AS c
-        ''')
-    version, planned, found, lock_version, nodes_before = state[0]
-    if planned:
-        connection.execute('COMMIT')
-        return Led(True, version, evicted)
-    members = [to_member(row) for row in found]
-    segments, since = _read_assignment(connection, tables)
-    decision = decide(members, segments, _read_pins(connection, tables, config), config.total_tokens, version + 1)
-    planned_for = [replace(m, state='active') if m.name in decision.activate else m for m in members]
-    _write(connection, tables, request, decision, segments, since, planned_for, lock_version, nodes_before, began)
-    return Led(True, version + 1, evicted, decision.moved, decision.blocked, decision.conflicts)
+
+    def __init__(self, config: CoordinationConfig, tables: Tables) -> None:
+        self._config = config
+        self._tables = tables
+        # A lock's token and patterns, by its row: most locks are there for many plans.
+        self._tokens: dict[str, int] = {}
+        self._patterns: dict[str, tuple[str, ...]] = {}
+        self._hashed: tuple[int, str] = (0, '')
+
+    def lead(self, connection: Connection, request: Lead) -> Led | None:
+        """One round, in one transaction; None where this incarnation is not in the node table."""
+        with Round(connection, self._tables, exclusive=True) as steps:
+            found = steps.run(
+                f'''
+                SELECT FROM {self._tables.cluster} FOR UPDATE;
+                SELECT version, {members_json(self._tables)} FROM {self._tables.cluster}
+                ''')
+            members = read_members(found[0][1]) if found else ()
+            if not any(member.incarnation == request.incarnation for member in members):
+                return None
+            living = [member for member in members if Sign(member.name, member.incarnation, member.beat) not in request.dead]
+            if not living or living[0].incarnation != request.incarnation:
+                return Led(False, found[0][0])
+            evicted = steps.delete_unchanged(request.dead)
+            state = self._prepare(steps)
+            if state.planned and not evicted:
+                return Led(True, state.version)
+            return self._replan(steps, request, state, evicted)
+
+    def _prepare(self, steps: Round) -> _State:
+        """Delete expired locks, then look whether there is anything to plan."""
+        tables = self._tables
+        # SKIP LOCKED: whoever is writing locks waits for the cluster's row, which this transaction holds.
+        rows = steps.run(
+            f'''
+            WITH expired AS (
+                DELETE FROM {tables.lock} WHERE task_id IN (
+                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() FOR UPDATE SKIP LOCKED)
+                RETURNING task_id
+            )
+            UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM expired);
+            SELECT c.version, c.total_tokens, c.hash_function, c.planned IS NOT DISTINCT FROM {fingerprint(tables)}
+            FROM {tables.cluster} AS c
+            ''')
+        return _State(*rows[0])
+
+    def _replan(self, steps: Round, request: Lead, state: _State, evicted: tuple[str, ...]) -> Led:
+        # What was read, not what is there at the end: a node may change its state meanwhile.
+        (text, seen), = steps.run(f'SELECT {members_json(self._tables)}, {fingerprint(self._tables)} FROM {self._tables.cluster} AS c')
+        members = read_members(text)
+        before = self._assignment(steps)
+        pins, broken = self._pins(steps, state)
+        version = state.version + 1
+        decision = decide(members, [row.segment for row in before], pins, state.total_tokens, version)
+        self._write(steps, request, before, decision, len(members), seen, version, evicted)
+        return Led(
+            True, version, evicted, decision.moved + decision.assigned, decision.blocked, (*broken, *decision.conflicts))
+
+    def _assignment(self, steps: Round) -> list[_Owned]:
+        rows = steps.run(
+            f'''
+            SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version, assigned_at::text
+            FROM {self._tables.assignment} ORDER BY tokens
+            ''')
+        return [_Owned(Segment(*row[:7]), row[7]) for row in rows]
+
+    def _pins(self, steps: Round, state: _State) -> tuple[list[Pin], list[str]]:
+        """The locks, and complaints about rows that are none."""
+        rows = steps.run(
+            f'''
+            SELECT task_id, node_patterns::text, extract(epoch FROM created_at)::float8 FROM {self._tables.lock}
+            WHERE expires_at IS NULL OR expires_at > clock_timestamp() ORDER BY created_at, task_id
+            ''')
+        if self._hashed != (state.total_tokens, state.hash_function):
+            self._tokens, self._hashed = {}, (state.total_tokens, state.hash_function)
+        pins, broken = [], []
+        tokens: dict[str, int] = {}
+        patterns: dict[str, tuple[str, ...]] = {}
+        for text, encoded, created_at in rows:
+            try:
+                token = self._tokens[text] if text in self._tokens else task_to_token(text, state.total_tokens, state.hash_function)
+                known = self._patterns[encoded] if encoded in self._patterns else check_patterns(json.loads(encoded))
+            except (InvalidTaskId, ConfigurationError) as error:
+                broken.append(f'the lock on task {text!r} is ignored: {error}; clear it, or register it again')
+                continue
+            tokens[text], patterns[encoded] = token, known
+            pins.append(Pin(text, token, known, created_at))
+        self._tokens, self._patterns = tokens, patterns
+        return pins, broken
+
+    def _write(
+        self, steps: Round, request: Lead, before: Sequence[_Owned], decision: Decision, nodes: int, seen: str, version: int,
+        evicted: tuple[str, ...],
+    ) -> None:
+        tables = self._tables
+        as_seen = fingerprint(tables, "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' ELSE f.state END")
+        old, new = {row.segment for row in before}, set(decision.segments)
+        gone = [row.segment.lo for row in before if row.segment not in new]
+        fresh = [segment for segment in decision.segments if segment not in old]
+        since = _since(before, fresh)
+        steps.run(
+            f'''
+            DELETE FROM {tables.assignment} WHERE lower(tokens) = ANY(%(gone)s::int[]);
+            INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
+                SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since, now())
+                FROM unnest(%(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[], %(blocked)s::bool[],
+                            %(versions)s::bigint[], %(since)s::timestamptz[])
+                    AS t (lo, hi, node, moving, moving_to, blocked, version, since);
+            UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND state = 'joining';
+            UPDATE {tables.cluster} AS c SET version = %(version)s,
+                planned = CASE WHEN {as_seen} = %(seen)s THEN {fingerprint(tables)} END;
+            WITH last AS (SELECT coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id DESC LIMIT 1), 0) AS nodes)
+            INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms)
+                SELECT %(reason)s, %(leader)s, last.nodes, %(nodes)s, %(moved)s, extract(epoch FROM clock_timestamp() - now()) * 1000
+                FROM last WHERE last.nodes <> %(nodes)s OR %(moved)s > 0 OR %(evicted)s;
+            SELECT pg_notify(%(channel)s, %(payload)s)
+            ''',
+            {'gone': gone, 'lo': [s.lo for s in fresh], 'hi': [s.hi for s in fresh], 'node': [s.node for s in fresh],
+             'moving': [s.moving for s in fresh], 'to': [s.moving_to for s in fresh], 'blocked': [s.blocked for s in fresh],
+             'versions': [s.version for s in fresh], 'since': since, 'activate': list(decision.activate), 'version': version, 'seen': seen,
+             'reason': request.reason, 'leader': request.name, 'nodes': nodes, 'moved': decision.moved + decision.assigned,
+             'evicted': bool(evicted), 'channel': tables.channel, 'payload': f'plan {version}'})
 
 
-def _bury(connection: Connection, tables: Tables, dead: Sequence[Sign]) -> tuple[str, ...]:
-    """Delete nodes that still look as they did when they were found dead, and locks that have expired."""
-    rows = connection.execute(
-        f'''
-        WITH expired AS (DELETE FROM {tables.lock} WHERE expires_at <= clock_timestamp() RETURNING task_id)
-        UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM expired);
-        DELETE FROM {tables.node} AS n USING unnest(%s::text[], %s::text[], %s::bigint[]) AS d (name, incarnation, beat)
-            WHERE n.name = d.name AND n.incarnation = d.incarnation AND n.beat = d.beat RETURNING n.name
-        ''', ([sign.name for sign in dead], [sign.incarnation for sign in dead], [sign.beat for sign in dead]))
-    return tuple(sorted(name for name, in rows))
-
-
-def _read_assignment(connection: Connection, tables: Tables) -> tuple[list[Segment], list[datetime.datetime]]:
-    rows = connection.execute(
-        f'SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version, assigned_at FROM {tables.assignment} ORDER BY tokens')
-    return [Segment(*row[:7]) for row in rows], [row[7] for row in rows]
-
-
-def _read_pins(connection: Connection, tables: Tables, config: CoordinationConfig) -> list[Pin]:
-    rows = connection.execute(f'SELECT task_id, node_patterns, extract(epoch FROM created_at)::float8 FROM {tables.lock}')
-    return [
-        Pin(task_id, task_to_token(task_id, config.total_tokens, config.hash_function),
-            (patterns,) if isinstance(patterns, str) else tuple(patterns), created)
-        for task_id, patterns, created in rows]
-
-
-def _write(
-    connection: Connection, tables: Tables, request: Lead, decision: Decision, old: Sequence[Segment], since: Sequence[datetime.datetime],
-    members: Sequence[Member], lock_version: int, nodes_before: int, began: float,
-) -> None:
-    present, wanted = set(old), set(decision.segments)
-    gone = [row for row in old if row not in wanted]
-    new = [row for row in decision.segments if row not in present]
-    nodes_after = sum(member.state == 'active' for member in members)
-    changed = nodes_before != nodes_after or decision.moved or decision.assigned
-    # Not what the tables say by now: a node that has changed its state meanwhile was not planned for.
-    planned = _fingerprint(
-        'unnest(%(names)s::text[], %(incarnations)s::text[], %(states)s::text[], %(weights)s::float8[]) AS n (name, incarnation, state, weight)',
-        '%(lock_version)s::bigint')
-    connection.execute(
-        f'''
-        UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND state = 'joining';
-        DELETE FROM {tables.assignment} WHERE tokens = ANY(%(gone)s::int4range[]);
-        INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
-            SELECT tokens, node, moving, moving_to, blocked, version, coalesce(since, now())
-            FROM unnest(%(tokens)s::int4range[], %(node)s::text[], %(moving)s::boolean[], %(moving_to)s::text[], %(blocked)s::boolean[],
-                        %(version)s::bigint[], %(since)s::timestamptz[])
-                AS r (tokens, node, moving, moving_to, blocked, version, since);
-        UPDATE {tables.cluster} SET version = version + 1, planned = ({planned});
-        INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms)
-            SELECT %(reason)s, %(leader)s, %(before)s, %(after)s, %(moved)s, %(duration)s WHERE %(changed)s;
-        SELECT pg_notify(%(channel)s, 'plan ' || version) FROM {tables.cluster};
-        COMMIT
-        ''',
-        {
-            'activate': list(decision.activate), 'gone': [f'[{row.lo},{row.hi})' for row in gone],
-            'tokens': [f'[{row.lo},{row.hi})' for row in new], 'node': [row.node for row in new], 'moving': [row.moving for row in new],
-            'moving_to': [row.moving_to for row in new], 'blocked': [row.blocked for row in new], 'version': [row.version for row in new],
-            'since': _since(new, old, since), 'reason': request.reason, 'leader': request.name, 'before': nodes_before, 'after': nodes_after,
-            'moved': decision.moved + decision.assigned, 'duration': round((time.monotonic() - began) * 1000),
-            'changed': bool(changed), 'channel': tables.channel, 'lock_version': lock_version,
-            'names': [m.name for m in members], 'incarnations': [m.incarnation for m in members],
-            'states': [m.state for m in members], 'weights': [m.weight for m in members],
-        })
-
-
-def _since(new: Sequence[Segment], old: Sequence[Segment], since: Sequence[datetime.datetime]) -> list[datetime.datetime | None]:
-    """When the owner of each new row got it: a row cut out of an old one of the same owner is as old as that one."""
-    starts = [row.lo for row in old]
-    found: list[datetime.datetime | None] = []
-    for row in new:
-        at = bisect_right(starts, row.lo) - 1
-        kept = at >= 0 and old[at].hi >= row.hi and old[at].node == row.node
-        found.append(since[at] if kept else None)
+def _since(before: Sequence[_Owned], fresh: Sequence[Segment]) -> list[str | None]:
+    """For each new row, since when its node has owned the first of its tokens; None where it did not."""
+    starts = [row.segment.lo for row in before]
+    found: list[str | None] = []
+    for segment in fresh:
+        place = bisect_right(starts, segment.lo) - 1
+        row = before[place] if place >= 0 else None
+        same = row is not None and segment.lo < row.segment.hi and row.segment.node == segment.node
+        found.append(row.since if row is not None and same else None)
     return found

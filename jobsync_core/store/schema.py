@@ -5,16 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import psycopg2
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict
-from .connection import Sessions
 
 if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection  # noqa: N812
+    from psycopg2.extensions import connection as PgConnection
 
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
@@ -35,7 +34,8 @@ _COLUMNS: Mapping[str, str] = {
     'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
     'claim': 'node task_id created_on date token incarnation',
     'audit': 'created_on node task_id date token',
-    'execution': 'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
+    'execution':
+        'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
     'queue': 'name node created_at',
 }
 _INDEXES = ('lock_expiry', 'claim_token', 'audit_token', 'execution_running', 'execution_expiry')
@@ -88,35 +88,19 @@ def render_schema(appname: str) -> str:
     return '\n'.join(_render(Tables(appname), name) for _, name in MIGRATIONS)
 
 
-@overload
-def create_schema(session: CoordinationConfig) -> None: ...
-@overload
-def create_schema(session: PgConnection, config: CoordinationConfig) -> None: ...
-
-
-def create_schema(session: PgConnection | CoordinationConfig, config: CoordinationConfig | None = None) -> None:
+def create_schema(session: PgConnection, config: CoordinationConfig) -> None:
     """Create the tables where they are missing, or bring them up to date. Many nodes may do so at once.
 
     Where they are in place already, no right to create anything is needed.
 
     Args:
-        session: A connection out of Sessions, not in autocommit mode; or the config alone: then a connection is opened for this.
+        session: A connection out of Sessions, not in autocommit mode.
         config: Names the tables.
 
     Raises:
         SchemaConflict: There are tables of another layout, or of a newer version.
         JobSyncError: The role lacks a right; the message says which.
-        DatabaseUnavailable: PostgreSQL cannot be reached.
     """
-    if isinstance(session, CoordinationConfig):
-        sessions = Sessions(session, 'jobsync schema')
-        try:
-            with sessions.session() as connection:
-                create_schema(connection, session)
-        finally:
-            sessions.close_all()
-        return
-    assert config is not None
     tables = Tables(config.appname)
     try:
         with session.cursor() as cursor:
@@ -124,8 +108,8 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
                 _migrate(cursor, tables, config)
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         raise JobSyncError(
-            f'{str(error).strip()}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, and CREATE on the '
-            'schema while they do not exist; or let an administrator run the output of `jobsync schema --sql`') from error
+            f'{error.diag.message_primary}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, '
+            'and CREATE on the schema while they do not exist; or let an administrator run the output of `jobsync schema --sql`') from error
 
 
 def _in_place(cursor: Any, tables: Tables) -> bool:
@@ -136,7 +120,7 @@ def _in_place(cursor: Any, tables: Tables) -> bool:
 
 
 def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
-    cursor.execute("SELECT set_config('lock_timeout', %(limit)s, true), set_config('statement_timeout', %(limit)s, true)", {'limit': _PATIENCE})
+    cursor.execute("SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)", (_PATIENCE, _PATIENCE))
     # No leader plans while tables change.
     cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', tables.advisory)
     version, complete = _look(cursor, tables)
@@ -168,12 +152,12 @@ def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
         expected = version > 0 and kind in (('v',) if name == 'token' else ('r', 'p'))
         if kind and not (expected and (version < SCHEMA_VERSION or found >= set(_COLUMNS[name].split()))):
             raise SchemaConflict(
-                f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout that this version of JobSync makes: choose another '
-                f'appname than {tables.appname!r}, or rename or drop {quoted} if nothing needs it')
+                f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout that this version of JobSync makes: '
+                f'choose another appname than {tables.appname!r}, or rename or drop {quoted} if nothing needs it')
     return version, all(kind for kind, _ in columns.values())
 
 
-_KINDS = {'r': 'table', 'v': 'view', 'm': 'materialized view', 'p': 'partitioned table', 'f': 'foreign table', 'i': 'index', 'S': 'sequence'}
+_KINDS = {'r': 'table', 'v': 'view', 'm': 'materialized view', 'p': 'partitioned table', 'f': 'foreign table', 'i': 'index'}
 
 
 def _columns(cursor: Any, relations: Iterable[str]) -> dict[str, tuple[str, set[str]]]:

@@ -78,8 +78,8 @@ class Stage:
                 super().__init__(**{**settings, **here, 'connection_options': {}})
 
         class ShortJob(Job):
-            def __init__(self, *args: Any, wait_on_enter: float = 120, **settings: Any) -> None:
-                super().__init__(*args, wait_on_enter=min(wait_on_enter, _GRACE_SEC), **settings)
+            def __init__(self, *args: Any, **settings: Any) -> None:
+                super().__init__(*args, **{**settings, 'wait_on_enter': min(settings.get('wait_on_enter', 120), _GRACE_SEC)})
                 self._others = contextlib.ExitStack()
 
             def __enter__(self) -> Job:
@@ -112,8 +112,8 @@ class Stage:
 
     def run(self, block: Block) -> None:
         """Run one block; what it raises, this raises, with the document's own line."""
-        runner: Callable[[Block], None] = {'python': self._python, 'sql': self._sql, 'sh': self._shell, 'ini': self._settings}[block.language]
-        runner(block)
+        runners = {'python': self._python, 'sql': self._sql, 'sh': self._shell, 'ini': self._settings}
+        runners[block.language](block)
 
     def _python(self, block: Block) -> None:
         # Empty lines in front, so that a traceback shows the line of the document.
@@ -125,8 +125,8 @@ class Stage:
 
     def _shell(self, block: Block) -> None:
         done = subprocess.run(
-            ['sh', '-eux', '-c', block.text], cwd=self._directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False, timeout=60, env={**os.environ, 'PATH': self._path, 'PYTHONPATH': str(ROOT)})
+            ['sh', '-eux', '-c', block.text], cwd=self._directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=60, env={**os.environ, 'PATH': self._path, 'PYTHONPATH': str(ROOT)})
         assert done.returncode == 0, f'{block} ended with {done.returncode}:\n{done.stdout}'
         self.printed.append(done.stdout)
 

@@ -68,6 +68,6 @@ def test_the_queries_tell_the_truth(cursor: Cursor) -> None:
     assert answers['Nodes with a heartbeat in the last 15 seconds (the default timeout).'] == [(2,)]
     assert len(answers['The leader: the oldest live node.']) == 1
     assert answers['Does every token have exactly one row? (The database itself refuses two.)'] == [(10_000, 10_000)]
-    assert [row[0] for row in answers['Locks none of whose patterns matches a live node by its whole name: their tasks may be blocked.']] == ['render-1']
+    assert [row[0] for row in answers['Locks none of whose patterns matches a live node: their tasks are blocked.']] == ['render-1']
     assert dict(answers['Executions by state.']) == {'done': 1, 'failed': 1, 'running': 1}
     assert answers['Who owns one token?'][0][0] == answers['The same without walking through the view.'][0][0]

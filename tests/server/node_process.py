@@ -4,7 +4,8 @@ The first line on standard input is a JSON object with the node's settings; each
 standard output, one JSON object per line, with the time at which they happened.
 
 Settings: name, config (fields of CoordinationConfig), record (a file), tasks (the sample to ask about), job (further
-arguments of Job), clock_offset (seconds by which every wall clock that Python code can read is wrong), log (a file).
+arguments of Job), clock_offset (seconds by which every wall clock that Python code can read is wrong), log (a file),
+without (a fence that is taken away: lease or shrink).
 Commands: drain, undrain, leave, explain TASK, health.
 """
 from __future__ import annotations
@@ -37,13 +38,15 @@ def main() -> int:
     _die_with_parent()
     settings = json.loads(sys.stdin.readline())
     logging.basicConfig(filename=settings['log'], level=logging.INFO, format='%(asctime)s %(levelname)s %(name)s %(message)s')
-    crash_file = Path(settings['log'] + '.crash').open('w')
+    crash_file = Path(settings['log'] + '.crash').open('w')  # noqa: SIM115  # to the end of the process
     faulthandler.enable(crash_file)
     faulthandler.register(10, crash_file)  # SIGUSR1 tells where every thread is
     if settings.get('clock_offset'):
         _shift_wall_clocks(settings['clock_offset'])
     from jobsync_core import CoordinationConfig, Job, JobSyncError
 
+    if settings.get('without'):
+        _take_away(settings['without'])
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
     recorder = Recorder(Path(settings['record']))
@@ -116,6 +119,20 @@ def _say(event: str, **fields: object) -> None:
     os.write(1, (json.dumps({'event': event, 'at': moment(), **fields}) + '\n').encode())
 
 
+def _take_away(fence: str) -> None:
+    """Break the library on purpose, for tests that must see an overlap."""
+    from jobsync_core.claims import Claims
+    from jobsync_core.protocol import Protocol
+
+    replacements: dict[str, tuple[type, str, Any]] = {
+        'lease': (Claims, 'may_claim', lambda self, token, now: bool(self.bits[token >> 3] >> (token & 7) & 1)),
+        'shrink': (Protocol, '_shrink', lambda self, kept: None),
+    }
+    owner, name, replacement = replacements[fence]
+    assert hasattr(owner, name), f'{owner.__name__}.{name} is gone: name the fence anew'
+    setattr(owner, name, replacement)
+
+
 def _die_with_parent() -> None:
     """A stopped process reads no end of file; the kernel can kill it all the same."""
     if sys.platform == 'linux':
@@ -136,11 +153,19 @@ def _shift_wall_clocks(offset: float) -> None:
     def gettime(clock_id: int) -> float:
         return true_gettime(clock_id) + (offset if clock_id == time.CLOCK_REALTIME else 0.0)
 
-    setattr(time, 'time', lambda: true_time() + offset)
-    setattr(time, 'time_ns', lambda: true_time_ns() + int(offset * 1e9))
-    setattr(time, 'clock_gettime', gettime)
-    setattr(datetime, 'datetime', type('datetime', (true_datetime,), {'now': classmethod(now)}))
-    setattr(datetime, 'date', type('date', (datetime.date,), {'today': classmethod(today)}))
+    shifted: dict[str, object] = {
+        'time': lambda: true_time() + offset,
+        'time_ns': lambda: true_time_ns() + int(offset * 1e9),
+        'clock_gettime': gettime,
+    }
+    for name, function in shifted.items():
+        setattr(time, name, function)
+    kinds = {
+        'datetime': type('datetime', (true_datetime,), {'now': classmethod(now)}),
+        'date': type('date', (datetime.date,), {'today': classmethod(today)}),
+    }
+    for name, kind in kinds.items():
+        setattr(datetime, name, kind)
 
 
 if __name__ == '__main__':

@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 
 from jobsync_core import (
-    ConfigMismatch, ConfigurationError, CoordinationConfig, DatabaseUnavailable, DuplicateNodeName, InvalidTaskId, Job,
-    JobSyncError, SchemaConflict, Task,
+    ConfigMismatch,
+    ConfigurationError,
+    CoordinationConfig,
+    DatabaseUnavailable,
+    DuplicateNodeName,
+    InvalidTaskId,
+    Job,
+    JobSyncError,
+    SchemaConflict,
+    Task,
 )
 
 from ..waiting import eventually
@@ -125,8 +133,8 @@ class TestTaskIds:
             assert job.get_audit() == []
             job.write_audit()
 
-    @pytest.mark.parametrize('task_id', ['', "'; DROP TABLE x; --", '%s %(a)s', '日本', '\U0001f600', 0, -1, 1.5, True, ('a', 1), b'bytes', '\\', '{}'],
-                             ids=repr)
+    @pytest.mark.parametrize('task_id', [
+        '', "'; DROP TABLE x; --", '%s %(a)s', '日本', '\U0001f600', 0, -1, 1.5, True, ('a', 1), b'bytes', '\\', '{}'], ids=repr)
     def test_any_other_id_works(self, config: CoordinationConfig, task_id: Any) -> None:
         with node(config) as job:
             assert job.can_claim_task(task_id)
@@ -191,7 +199,8 @@ class TestDatabase:
             error = enter_fails(dataclasses.replace(config, host='127.0.0.1', port=port), 10)
         assert str(port) in str(error)
 
-    @pytest.mark.parametrize('mode', [Mode.HOLD, Mode.SWALLOW, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT], ids=lambda mode: str(mode.name).lower())
+    @pytest.mark.parametrize(
+        'mode', [Mode.HOLD, Mode.SWALLOW, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT], ids=lambda mode: str(mode.name).lower())
     def test_a_black_hole_fails_within_connect_timeout(self, config: CoordinationConfig, mode: Mode) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
             proxy.switch(mode)
@@ -200,19 +209,38 @@ class TestDatabase:
             enter_fails(through, 30)
             assert time.monotonic() - began < 10, 'far more than connect_timeout_sec'
 
-    def test_a_network_that_fails_while_entering_hangs_nobody(self, config: CoordinationConfig) -> None:
+    @pytest.mark.parametrize('heals', [True, False], ids=['heals', 'stays broken'])
+    def test_a_network_that_fails_during_the_grace_period(self, make_config: MakeConfig, heals: bool) -> None:
+        """A short failure is got over; after a heartbeat timeout entering gives up."""
+        config = make_config(heartbeat_timeout_sec=3)
+        failures: list[Exception] = []
         with Proxy(config.host, int(config.port)) as proxy:
-            through = dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1)
-            job = node(through, wait_on_enter=1.0)
-            entering = threading.Thread(target=job.__enter__, daemon=True)
+            job = node(dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1), wait_on_enter=1.0)
+
+            def enter() -> None:
+                try:
+                    job.__enter__()
+                except DatabaseUnavailable as error:
+                    failures.append(error)
+
+            entering = threading.Thread(target=enter, daemon=True)
             entering.start()
-            eventually(lambda: proxy.connections > 0)
+            eventually(lambda: query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)])
+            eventually(lambda: query(config, 'SELECT count(*) FROM "{}node"') == [(1,)])
             proxy.switch(Mode.HOLD)
-            held = time.monotonic()
-            eventually(lambda: time.monotonic() > held + 2.0)
-            proxy.heal()
+            if heals:
+                held = time.monotonic()
+                eventually(lambda: time.monotonic() > held + 1.2)
+                assert entering.is_alive()
+                proxy.heal()
             entering.join(30)
             assert not entering.is_alive()
+            if heals:
+                assert not failures
+                assert job.can_claim_task(1)
+                job.__exit__(None, None, None)
+            else:
+                assert len(failures) == 1
 
     def test_api_calls_fail_in_time_while_the_network_is_a_black_hole(self, config: CoordinationConfig) -> None:
         with Proxy(config.host, int(config.port)) as proxy:

@@ -125,7 +125,8 @@ def test_bytes_of_a_steady_follower_do_not_depend_on_the_number_of_tokens(make_c
     per_beat = []
     for tokens in (1_000, 1_000_000):
         config = make_config(
-            appname=f'cost{tokens}_', total_tokens=tokens, heartbeat_interval_sec=1 / 3, heartbeat_timeout_sec=1, rebalance_check_interval_sec=2)
+            appname=f'cost{tokens}_', total_tokens=tokens, heartbeat_interval_sec=1 / 3, heartbeat_timeout_sec=1,
+            rebalance_check_interval_sec=2)
         with watched_follower(config) as (tap, _):
             cost = measure(config, tap)
         per_beat.append((cost.sent + cost.received) / cost.beats)

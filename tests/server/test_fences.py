@@ -1,5 +1,12 @@
-"""Fences that the database itself holds: each is taken away in turn, and what it forbids then happens."""
+"""Fences, each taken away in turn: what it forbids then happens, and the suite sees it.
+
+The simulator's tests do the same for all fences of the protocol. Here are those that the database holds, and two of the
+protocol that show that the history checker of the real servers' tests has teeth.
+"""
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -7,7 +14,8 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 
 from ..waiting import eventually
-from .cluster import query
+from .cluster import Cluster, query
+from .proxy import Mode
 
 SECOND_OWNER = """INSERT INTO "{}assignment" (tokens, node, moving, blocked, version, assigned_at)
                   VALUES (int4range(5, 7), 'n2', false, false, 1, now())"""
@@ -40,7 +48,9 @@ def test_tokens_of_a_deleted_node_become_unowned_in_the_same_statement(config: C
             WITH gone AS (DELETE FROM "{}node" WHERE name = 'n1' RETURNING name) SELECT count(*) FROM gone""")
         assert owned == 1
         # Nothing names a node that is not in the table, at any moment.
-        assert query(config, 'SELECT node FROM "{}assignment" a WHERE node IS NOT NULL AND NOT EXISTS (SELECT FROM "{}node" n WHERE n.name = a.node)') == []
+        assert query(config, """
+            SELECT node FROM "{}assignment" AS a
+            WHERE node IS NOT NULL AND NOT EXISTS (SELECT FROM "{}node" AS n WHERE n.name = a.node)""") == []
 
 
 def test_a_token_outside_the_node_table_is_refused(config: CoordinationConfig) -> None:
@@ -57,3 +67,23 @@ def test_a_heartbeat_of_an_earlier_life_changes_nothing(config: CoordinationConf
         eventually(lambda: job.incarnation != life)
         assert query(config, """SELECT beat FROM "{}node" WHERE incarnation = 'somebody-else'""") in ([(0,)], [])
         eventually(lambda: job.can_claim_task(1), timeout=20)
+
+
+@pytest.fixture
+def unsafe(make_config: Callable[..., CoordinationConfig], tmp_path: Path) -> Iterator[Cluster]:
+    """Nodes that may claim what is another's."""
+    config = make_config(heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0, connect_timeout_sec=2)
+    with Cluster(config, tmp_path, checked=False) as cluster:
+        yield cluster
+
+
+def test_without_the_lease_a_partitioned_node_claims_on(unsafe: Cluster) -> None:
+    unsafe.start('n1', 'n2', 'n3', without='lease')
+    unsafe['n2'].proxy.switch(Mode.HOLD)
+    eventually(lambda: unsafe.history().overlaps(), timeout=30)
+
+
+def test_without_the_shrink_before_the_hand_over_two_nodes_claim(unsafe: Cluster) -> None:
+    unsafe.start('n1', 'n2', without='shrink')
+    unsafe.start('n3', without='shrink', settle=False)
+    eventually(lambda: unsafe.history().overlaps(), timeout=30)

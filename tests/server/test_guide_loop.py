@@ -73,7 +73,8 @@ class Workers:
         """Start a worker; it is not waited for."""
         with (self.directory / f'{name}.stderr').open('w') as errors:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, '-W', 'error', '-c', PROGRAM, name, str(self.directory), self._settings, str(TASKS)], cwd=_ROOT, stderr=errors)
+                [sys.executable, '-W', 'error', '-c', PROGRAM, name, str(self.directory), self._settings, str(TASKS)],
+                cwd=_ROOT, stderr=errors)
 
     def done(self) -> list[tuple[str, int]]:
         """Worker and task of each time that a task was processed."""

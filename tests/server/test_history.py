@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -13,6 +14,7 @@ from ..waiting import eventually
 from .history import History, Recorder, Run, moment, read_runs
 
 _ROOT = Path(__file__).parents[2]
+Call: TypeAlias = 'tuple[float, float]'
 
 
 def run(node: str, first: tuple[float, float], last: tuple[float, float]) -> Run:
@@ -31,7 +33,7 @@ def run(node: str, first: tuple[float, float], last: tuple[float, float]) -> Run
     (((0, 8), (9, 10)), ((1, 2), (4, 5)), False),
 ])
 def test_an_overlap_is_reported_when_it_is_certain(
-        one: tuple[tuple[float, float], tuple[float, float]], other: tuple[tuple[float, float], tuple[float, float]], overlap: bool) -> None:
+        one: tuple[Call, Call], other: tuple[Call, Call], overlap: bool) -> None:
     assert run('a', *one).surely_overlaps(run('b', *other)) is overlap
     assert run('b', *other).surely_overlaps(run('a', *one)) is overlap
 

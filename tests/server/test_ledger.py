@@ -224,7 +224,53 @@ class TestTakingOver:
         with pytest.raises(ClaimLost, match='not registered'):
             ledger.begin('k', 60)
         assert state_of(rows, 'k') is None
+        rows.node('a', incarnation='another life')
+        with pytest.raises(ClaimLost, match='not registered'):
+            ledger.begin('k', 60)
+        forget_node(rows, 'a')
         rows.node('a')
+        assert ledger.begin('k', 60).attempts == 1
+
+    def test_a_released_attempt_can_no_longer_complete(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        ledger = make_ledger('a')
+        lost = ledger.begin('k', 60)
+        ledger.release(os.getpid())
+        with pytest.raises(Fenced):
+            ledger.finish(lost)
+        assert state_of(rows, 'k') == 'failed'
+
+    def test_of_two_that_see_the_same_dead_process_one_takes_over(
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        first, second, third = make_ledger('a'), make_ledger('b'), make_ledger('c')
+        first.begin('k', 60)
+        rows.run(f"UPDATE {rows.tables.execution} SET started = '1'")
+        take_over = executions.take_over
+        taken: list[Execution] = []
+
+        def late(*args: Any) -> tuple[int, int] | None:
+            monkeypatch.undo()
+            taken.append(third.begin('k', 60))
+            return take_over(*args)
+
+        monkeypatch.setattr(executions, 'take_over', late)
+        with pytest.raises(ExecutionRunning):
+            second.begin('k', 60)
+        third.finish(taken[0])
+        assert (taken[0].attempts, state_of(rows, 'k')) == (2, 'done')
+
+    @pytest.mark.parametrize('state', [None, 'failed', 'done'])
+    def test_a_race_that_was_lost_is_looked_at_again(
+        self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch, state: str | None,
+    ) -> None:
+        begin = executions.begin
+
+        def lose(*args: Any) -> executions.Row:
+            monkeypatch.setattr(executions, 'begin', begin)
+            return executions.Row(False, True, state, state is not None, 1, 1, None, None)
+
+        ledger = make_ledger('a')
+        monkeypatch.setattr(executions, 'begin', lose)
         assert ledger.begin('k', 60).attempts == 1
 
     def test_an_end_that_is_late_changes_nothing(self, make_ledger: MakeLedger, rows: Rows, own: Any) -> None:

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobsync_core import (
-    ClaimLost, ClusterNotFormed, CoordinationConfig, Job, NotEntered, RebalanceEvent, Task, TokenSet,
+    ClaimLost,
+    ClusterNotFormed,
+    CoordinationConfig,
+    Job,
+    NotEntered,
+    RebalanceEvent,
+    Task,
+    TokenSet,
 )
 
 from ..waiting import eventually
@@ -36,9 +43,9 @@ def tokens_of(*jobs: Job) -> int:
     return len(total)
 
 
-def owns(job: Job, task: object) -> bool:
+def owns(job: Job, task: str | int) -> bool:
     """Whether the task's token is this node's. Unlike can_claim_task it promises the task to nobody."""
-    return job.task_to_token(task) in job.my_tokens  # type: ignore[arg-type]
+    return job.task_to_token(task) in job.my_tokens
 
 
 class TestEntering:
@@ -449,7 +456,9 @@ class TestEviction:
     def test_a_connection_killed_by_the_server_is_made_again(self, config: CoordinationConfig) -> None:
         with node(config) as job:
             life = job.incarnation
-            query(config, 'SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()')
+            query(config, """
+                SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                WHERE datname = current_database() AND pid <> pg_backend_pid()""")
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1))
             began = time.monotonic()
             eventually(lambda: time.monotonic() > began + 2 * config.heartbeat_timeout_sec)

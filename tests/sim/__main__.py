@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import Counter
@@ -38,13 +39,11 @@ def _results(args: argparse.Namespace, until: float) -> Iterator[tuple[int, list
             yield _play_some(chunk, args.family)
         return
     with ProcessPoolExecutor(args.processes) as pool:
-        waiting = [pool.submit(_play_some, chunk, args.family) for _, chunk in zip(range(2 * args.processes), chunks, strict=False)]
+        waiting = [pool.submit(_play_some, chunk, args.family) for chunk in itertools.islice(chunks, 2 * args.processes)]
         while waiting:
             yield waiting.pop(0).result()
             if time.monotonic() < until:
-                chunk = next(chunks, None)
-                if chunk is not None:
-                    waiting.append(pool.submit(_play_some, chunk, args.family))
+                waiting += [pool.submit(_play_some, chunk, args.family) for chunk in itertools.islice(chunks, 1)]
 
 
 def _main() -> int:
@@ -56,7 +55,8 @@ def _main() -> int:
     parser.add_argument('--minutes', type=float, default=1e9, help='stop after so long')
     parser.add_argument('--most-failures', type=int, default=10, help='stop after so many')
     parser.add_argument('--seed', type=int, help='play this one alone')
-    parser.add_argument('--trace', nargs='?', type=int, const=200, default=0, metavar='EVENTS', help='with --seed: show the last events of a failure')
+    parser.add_argument(
+        '--trace', nargs='?', type=int, const=200, default=0, metavar='EVENTS', help='with --seed: show the last events')
     args = parser.parse_args()
     if args.seed is not None:
         try:

@@ -10,7 +10,8 @@ from jobsync_core.patterns import eligible
 from jobsync_core.protocol import Phase
 
 if TYPE_CHECKING:
-    from .world import SimNode, World
+    from .node import SimNode
+    from .world import World
 
 __all__ = ['Violation', 'check_one_claimer', 'check_plan', 'least_moves', 'unsettled']
 
@@ -148,6 +149,8 @@ def unsettled(world: World) -> str | None:
     for row in store.nodes.values():
         if row.incarnation not in lives:
             return f'the dead node {row.sign} is still in the table'
+        if row.state == 'joining':
+            return f'{row.sign} has entered and is still joining in the table'
     if store.planned != store.fingerprint():
         return 'the latest plan does not know the present nodes and locks'
     receivers = {row.name for row in store.nodes.values() if row.state == 'active'}

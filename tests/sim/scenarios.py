@@ -6,229 +6,16 @@ then calm until the cluster is whole (I3), then a quiet time in which nothing ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from jobsync_core.messages import Segment
 from jobsync_core.protocol import Settings
 
 from .invariants import Violation
-from .store import Lock, Overlap, SimStore
-from .world import LEASE_FRACTION, TASKS_PER_TOKEN, SimNode, World
+from .node import LEASE_FRACTION
+from .schedule import TIMEOUT, Run
+from .store import SimStore
+from .world import World
 
 __all__ = ['FAMILIES', 'Run', 'play', 'run']
-
-TIMEOUT = 6.0
-
-
-@dataclass
-class Run:
-    """One schedule."""
-
-    seed: int
-    family: str
-    world: World
-    settings: Settings
-    faults_end: float = 0.0
-    #: Seconds after the last fault within which the cluster must be whole.
-    bound: float = 0.0
-    names: list[str] = field(default_factory=list)
-    #: How long it took to become whole after the faults; for reports.
-    healed_after: float = 0.0
-    #: How often it is looked whether the cluster is whole.
-    step: float = 0.25
-    #: No node may be evicted and no token may move.
-    keeps: bool = False
-
-    # --- building ---
-
-    def spawn(self, name: str, *, machine: int | None = None, delay: float = 0.0, weight: float | None = None) -> None:
-        """Start a process of that name after `delay` seconds."""
-        self.world.at(self.world.now + delay, self._spawn, name, machine, weight)
-
-    def _spawn(self, name: str, machine: int | None, weight: float | None) -> None:
-        rng = self.world.rng
-        settings = self.settings
-        if weight is not None:
-            settings = Settings(**{**vars(settings), 'weight': weight})
-        slow = rng.random() < 0.15
-        self.world.add(SimNode(
-            self.world, name, settings, rate=rng.choice((0.99, 1.01, 1 + rng.uniform(-0.01, 0.01))), offset=rng.uniform(10, 1e5),
-            machine=rng.randrange(3) if machine is None else machine,
-            release_times=lambda: rng.random() * settings.release_timeout * (2.5 if slow else 0.5)))
-
-    def respawn(self, node: SimNode) -> None:
-        """What a supervisor does with a process that ended by itself."""
-        if not any(other.name == node.name for other in self.world.nodes):
-            self._spawn(node.name, node.machine, node.settings.weight)
-
-    def at(self, time: float, action: Callable[..., object], *args: object) -> None:
-        """Plan a fault."""
-        self.faults_end = max(self.faults_end, time)
-        self.world.at(time, action, *args)
-
-    def node(self, name: str) -> SimNode | None:
-        """The first live process of that name."""
-        return next((node for node in self.world.nodes if node.name == name), None)
-
-    def any_node(self) -> SimNode | None:
-        """A live process."""
-        nodes = self.world.nodes
-        return self.world.rng.choice(nodes) if nodes else None
-
-    # --- faults, each on a random node unless one is named ---
-
-    def crash(self, name: str | None = None, restart_in: float | None = None) -> None:
-        node = self.any_node() if name is None else self.node(name)
-        if node is None:
-            return
-        node.crash()
-        if restart_in is not None:
-            machine = node.machine if self.world.rng.random() < 0.5 else node.machine + 100
-            self.spawn(node.name, machine=machine, delay=restart_in)
-
-    def leave(self, name: str | None = None, restart_in: float | None = None) -> None:
-        node = self.any_node() if name is None else self.node(name)
-        if node is None or sum(n.wanted for n in self.world.nodes) <= 1:
-            return
-        node.leave()
-        if restart_in is not None:
-            self.spawn(node.name, machine=node.machine, delay=restart_in)
-
-    def pause(self, seconds: float, name: str | None = None) -> None:
-        node = self.any_node() if name is None else self.node(name)
-        if node is not None:
-            node.pause()
-            self.world.at(self.world.now + seconds, node.resume)
-
-    def cut(self, seconds: float, how: str, name: str | None = None) -> None:
-        node = self.any_node() if name is None else self.node(name)
-        if node is None:
-            return
-        node.cut_up, node.cut_down = how in ('both', 'up'), how in ('both', 'down')
-        self.world.trace(node, 'cut', how)
-        self.world.at(self.world.now + seconds, self._mend, node)
-
-    def _mend(self, node: SimNode) -> None:
-        node.cut_up = node.cut_down = False
-        self.world.trace(node, 'mended', '')
-        world = self.world
-        if node.running and node.connection is not None and not world.has_connection(node.connection):
-            world.at(world.now + 0.01, node.disconnect)
-
-    def deafen(self) -> None:
-        node = self.any_node()
-        if node is not None:
-            node.deaf = True
-
-    def restart_server(self, seconds: float) -> None:
-        self.world.stop_server()
-        self.world.at(self.world.now + seconds, self.world.start_server)
-
-    def freeze_server(self, seconds: float) -> None:
-        self.world.freeze_server()
-        self.world.at(self.world.now + seconds, self.world.thaw_server)
-
-    def jump_clock(self) -> None:
-        """Somebody sets the database's clock."""
-        self.world.database_offset += self.world.rng.uniform(-100, 100)
-
-    def drain(self, how: str, draining: bool) -> None:
-        node = self.any_node()
-        if node is None:
-            return
-        if how == 'node':
-            node.drain(draining)
-        elif self.world.up:
-            self.world.store.set_draining(node.name, draining)
-            self.world.deliver_notifications()
-
-    def undrain_all(self) -> None:
-        for node in list(self.world.nodes):
-            node.drain(False)
-            if self.world.up and self.world.store.nodes.get(node.name) is not None:
-                self.world.store.set_draining(node.name, False)
-        self.world.deliver_notifications()
-
-    def change_locks(self) -> None:
-        world, rng = self.world, self.world.rng
-        store = world.store
-        if not world.up or world.frozen:
-            return
-        store.clock = world.now + world.database_offset
-        if store.locks and rng.random() < 0.4:
-            store.clear_lock(rng.choice(sorted(store.locks)))
-        else:
-            token = rng.randrange(store.total_tokens)
-            names = [*self.names, '%', 'nobody', 'n%']
-            patterns = tuple(rng.sample(names, rng.choice((1, 1, 2))))
-            expires = store.clock + rng.uniform(0.2, 3 * TIMEOUT) if rng.random() < 0.4 else None
-            store.add_lock(f'{token}.{rng.randrange(TASKS_PER_TOKEN)}', Lock(token, patterns, store.clock, expires))
-        world.deliver_notifications()
-
-    def pin_somewhere(self) -> None:
-        """Pin one token to one live node."""
-        node = self.any_node()
-        assert node is not None
-        self.pin(self.world.rng.randrange(self.world.store.total_tokens), node.name)
-
-    def pin(self, token: int, name: str) -> None:
-        """Pin one token to one node, in place of another lock."""
-        store = self.world.store
-        store.clock = self.world.now + self.world.database_offset
-        store.add_lock(f'{token}.0', Lock(token, (name,), store.clock))
-        self.world.deliver_notifications()
-
-    def pause_leader(self, seconds: float) -> None:
-        rows = self.world.store.nodes.values()
-        if rows:
-            self.pause(seconds, min(rows, key=lambda row: (row.created_on, row.name)).name)
-
-    def meddle(self) -> None:
-        """Try to insert a row for tokens that have an owner."""
-        store, node = self.world.store, self.any_node()
-        if node is None:
-            return
-        lo = self.world.rng.randrange(store.total_tokens)
-        try:
-            store.insert(Segment(lo, lo + 1, node.name, version=store.version))
-        except Overlap:
-            self.world.trace(node, 'refused', lo)
-        store.version += 1  # everybody looks
-
-    def restore(self, standby: list[SimStore], seconds: float) -> None:
-        """Restore a backup; `seconds` pass before the server is there again."""
-        self.world.tasks_checked = False
-        self.world.stop_server()
-        self.world.at(self.world.now + seconds, self.world.restore, standby[0])
-
-    def expire_locks(self) -> None:
-        """Let no lock expire in the quiet time."""
-        world = self.world
-        for task, lock in list(world.store.locks.items()):
-            if lock.expires_at is not None:
-                world.store.clear_lock(task)
-        world.deliver_notifications()
-
-    def fail_over(self, standby: list[SimStore], seconds: float) -> None:
-        self.world.owner_checked = self.world.tasks_checked = False
-        self.world.fail_over(standby[0])
-        self.world.at(self.world.now + seconds, self.world.start_server)
-
-    def remember(self, standby: list[SimStore]) -> None:
-        standby[:] = [self.world.store.snapshot()]
-
-    def use(self, until: float) -> None:
-        """The user's code asks, now and then, on some node."""
-        node = self.any_node()
-        if node is not None:
-            node.use()
-        if self.world.rng.random() < 0.1:
-            node = self.any_node()
-            if node is not None:
-                node.write_audit()
-        if self.world.now < until:
-            self.world.at(self.world.now + self.world.rng.random() * TIMEOUT / 8, self.use, until)
-
 
 def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> float:
     """Start a cluster; returns when it should be formed."""
@@ -250,20 +37,24 @@ def _times(run: Run, start: float, length: float, most: int, least: int = 1) -> 
 def _duration(run: Run) -> float:
     """Lengths around the times that matter: a hiccup, near the lease, near the timeout, long."""
     rng = run.world.rng
-    return rng.choice((rng.random() * 0.2 * TIMEOUT, rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT, rng.uniform(0.9, 1.3) * TIMEOUT, rng.uniform(1, 3) * TIMEOUT))
+    return rng.choice((
+        rng.random() * 0.2 * TIMEOUT, rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT,
+        rng.uniform(0.9, 1.3) * TIMEOUT, rng.uniform(1, 3) * TIMEOUT))
 
 
 def pauses(run: Run) -> None:
-    """Processes stop and go on."""
+    """Processes stop and go on, now and then with a request under way."""
     start = _cluster(run)
+    run.world.network.slow = run.world.rng.choice((0.0, 0.2))
     for time in _times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.pause, _duration(run))
     run.faults_end += 3 * TIMEOUT
 
 
 def partitions(run: Run) -> None:
-    """Links fail, both ways or one way, and come back."""
+    """Links fail, both ways or one way, and come back; some are slow."""
     start = _cluster(run)
+    run.world.network.slow = run.world.rng.choice((0.0, 0.2))
     for time in _times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.cut, _duration(run), run.world.rng.choice(('both', 'up', 'down')))
     run.faults_end += 3 * TIMEOUT
@@ -353,6 +144,8 @@ def failovers(run: Run) -> None:
         run.at(time, rng.choice((run.leave, run.crash)), None, None)
     moment = start + rng.random() * 2 * TIMEOUT
     run.at(moment, run.remember, standby)
+    for index in range(rng.choice((0, 1, 2))):
+        run.at(max(0.0, moment - 2 + rng.random() * 2.5), run.spawn, f'm{index}')
     run.at(moment + rng.random() * 1.5, run.fail_over, standby, rng.random() * 2)
     for time in _times(run, moment, TIMEOUT, 2, 0):
         run.at(time, run.pause, _duration(run))
@@ -405,6 +198,8 @@ def restores(run: Run) -> None:
     run.at(moment, run.remember, standby)
     for time in _times(run, moment, TIMEOUT, 3):
         run.at(time, rng.choice((run.leave, run.change_locks, run.change_locks)))
+    for index in range(rng.choice((0, 1, 2))):
+        run.at(max(0.0, moment - rng.random() * 2.5), run.spawn, f'm{index}')
     run.at(moment + TIMEOUT * 1.1, run.restore, standby, TIMEOUT * (1.1 + rng.random()))
     run.faults_end += 3 * TIMEOUT
 
@@ -422,14 +217,15 @@ def flapping(run: Run) -> None:
 
 
 def headless(run: Run) -> None:
-    """The receiver of tokens leaves during the hand-over, and there is no leader to plan anew."""
-    run.settings = Settings(**{**vars(run.settings), 'has_release': True})
+    """The receiver of tokens leaves while their owner is paused, and there is no leader to plan anew."""
+    run.settings = Settings(**{**vars(run.settings), 'has_release': False})
     start = _cluster(run, 4) + TIMEOUT
     rng = run.world.rng
-    names = rng.sample(run.names, 4)
-    run.at(start, run.pin, rng.randrange(run.world.store.total_tokens), names[0])
+    token, receiver = rng.randrange(run.world.store.total_tokens), rng.choice(run.names)
+    run.at(start, run.pause_owner, token, rng.uniform(0.6, 2.0))
+    run.at(start, run.pin, token, receiver)
     run.at(start + 0.3, run.pause_leader, TIMEOUT * 0.8)
-    run.at(start + 0.3 + rng.random() * 0.5, run.leave, names[0])
+    run.at(start + 0.4, run.leave, receiver)
     run.faults_end += TIMEOUT
 
 
@@ -476,8 +272,8 @@ def everything(run: Run) -> None:
 
 FAMILIES: dict[str, Callable[[Run], None]] = {
     f.__name__: f for f in (
-        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping, headless, revivals,
-        meddling)}
+        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping,
+        headless, revivals, meddling)}
 
 
 def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
@@ -525,7 +321,7 @@ def _calm(run: Run) -> None:
     world.thaw_server()
     for node in list(world.nodes):
         if node.cut_up or node.cut_down:
-            run._mend(node)
+            run.mend(node)
         node.resume()
     if not any(node.wanted for node in world.nodes):
         run.spawn('last')
@@ -542,8 +338,9 @@ def _stay_quiet(run: Run) -> None:
         reason = world.whole()
         if reason is not None:
             raise Violation(f'I3: whole, and then no more: {reason}')
-    if run.keeps and sum(node.protocol.evictions for node in world.nodes):
-        raise Violation(f'I4: {sum(node.protocol.evictions for node in world.nodes)} evictions although no node failed')
+    evictions = sum(node.protocol.evictions for node in world.nodes)
+    if run.keeps and evictions:
+        raise Violation(f'I4: {evictions} evictions although no node failed')
     if world.store.version != version:
         raise Violation(f'I4: {world.store.version - version} plans were written while nothing happened')
     for node in world.nodes:

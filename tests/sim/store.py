@@ -2,13 +2,39 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from jobsync_core.leader import Decision, Pin, decide
 from jobsync_core.messages import (
-    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Member,
-    Observe, Observed, Occupied, Process, Range, Refresh, Reply, Request, Segment, Sign, Take, Taken,
+    Activate,
+    Activated,
+    Beat,
+    Beaten,
+    Drain,
+    Give,
+    Given,
+    Holdings,
+    Housekeep,
+    Join,
+    Joined,
+    Lead,
+    Leave,
+    Led,
+    Member,
+    Observe,
+    Observed,
+    Occupied,
+    Process,
+    Range,
+    Refresh,
+    Reply,
+    Request,
+    Segment,
+    Sign,
+    Take,
+    Taken,
 )
 
 __all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
@@ -199,7 +225,8 @@ class SimStore:
         return held if held is not None and self._row(*held) is not None else None
 
     def fingerprint(self) -> Fingerprint:
-        return tuple((r.name, r.incarnation, r.state, r.weight) for r in sorted(self.nodes.values(), key=lambda r: r.name)), self.lock_version
+        rows = sorted(self.nodes.values(), key=lambda row: row.name)
+        return tuple((row.name, row.incarnation, row.state, row.weight) for row in rows), self.lock_version
 
     def _locks_changed(self) -> None:
         self.lock_version += 1
@@ -222,7 +249,7 @@ class SimStore:
         self.changes += 1
 
     def _check_exclusion(self, segments: list[Segment]) -> None:
-        for left, right in zip(segments, segments[1:], strict=False):
+        for left, right in itertools.pairwise(segments):
             if left.hi > right.lo:
                 raise Overlap(f'{left} overlaps {right}')
 
@@ -237,8 +264,10 @@ class SimStore:
             if request.replace != (row.incarnation, row.beat):
                 return Occupied(row.sign, row.process)
             self._delete(row.name)
+        # Later than every other row, even if the wall clock was set back.
+        created_on = max([self.clock, *(other.created_on + 1e-6 for other in self.nodes.values())])
         self.nodes[request.name] = Row(
-            request.name, request.incarnation, request.process, self.clock, 'active' if request.active else 'joining', request.weight)
+            request.name, request.incarnation, request.process, created_on, 'active' if request.active else 'joining', request.weight)
         self.changes += 1
         self.outbox.append(f'join {request.name}')
         return Joined(self.version)
@@ -319,9 +348,7 @@ class SimStore:
 
     def _lead(self, request: Lead) -> Reply:
         row = self._row(request.name, request.incarnation)
-        if row is None:
-            return None
-        if not self._is_eldest(row, request.dead):
+        if row is None or not self._is_eldest(row, request.dead):
             return Led(False, self.version)
         evicted = tuple(sign.name for sign in request.dead if self._is_dead(sign))
         for name in evicted:

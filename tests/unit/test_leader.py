@@ -49,12 +49,12 @@ def receivers(present: Sequence[Member], decision: Decision) -> dict[str, float]
 
 @st.composite
 def rows(draw: st.DrawFn, total: int, names: Sequence[str]) -> list[Segment]:
-    """Rows as the table may hold them: a moving row has a live owner; its receiver may have been deleted."""
+    """Rows as the table may hold them, and of nodes just deleted; the receiver of a moving row may have been deleted too."""
     found: list[Segment] = []
     at = 0
     while at < total and len(found) < 10:
         hi = min(total, at + draw(st.integers(1, 15)))
-        node = draw(st.sampled_from([*names, None]))
+        node = draw(st.sampled_from([*names, 'gone', None]))
         kind = draw(st.sampled_from(['kept', 'moving', 'orphaned', 'blocked'] if node else ['kept', 'blocked', 'gap']))
         version = draw(st.integers(1, 3))
         if kind == 'moving':
@@ -235,6 +235,23 @@ def test_a_move_to_a_node_that_drains_goes_elsewhere() -> None:
     assert Counter(row.moving_to for row in by_token(decision.segments).values()) == {None: 5, 'c': 5}
 
 
+def test_a_move_to_the_only_other_node_is_taken_back_when_that_one_drains() -> None:
+    rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2)]
+    decision = decide([member('a'), member('b', 'draining')], rows, [], 10, 3)
+    assert decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', version=3)) and decision.moved == 0
+
+
+def test_a_token_whose_receiver_a_new_lock_excludes_stays_where_it_is_if_that_is_allowed() -> None:
+    rows = [Segment(0, 5, 'x-2', version=1), Segment(5, 9, 'x-2', True, 'b', version=2), Segment(9, 12, 'x-1', version=1)]
+    decision = decide(members('x-1', 'x-2', 'b'), rows, [Pin('t', 7, ('x-%',), 1.0)], 12, 3)
+    assert by_token(decision.segments)[7] == Segment(0, 0, 'x-2', version=3)
+
+
+def test_a_fallback_pattern_counts_when_the_first_matches_a_node_of_weight_zero_alone() -> None:
+    decision = decide([member('a', weight=0.0), member('b')], [], [Pin('t', 3, ('a', 'b'), 1.0)], 8, 1)
+    assert by_token(decision.segments)[3] == Segment(0, 0, 'b', version=1)
+
+
 def test_a_move_to_a_node_that_a_new_lock_excludes_is_taken_back_for_the_locked_token_alone() -> None:
     rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2)]
     decision = decide(members('a', 'b'), rows, [Pin('t', 7, ('a',), 1.0)], 10, 3)
@@ -275,8 +292,8 @@ def test_a_fallback_pattern_counts_when_no_active_node_matches_the_first() -> No
 
 def test_two_locks_on_a_token_meet_in_the_nodes_that_both_allow() -> None:
     pins = [Pin('t', 3, ('a-%',), 1.0), Pin('u', 3, ('%-2',), 2.0)]
-    decision = decide(members(*NAMES), [], pins, 8, 1)
-    assert by_token(decision.segments)[3].node == 'a-2' and decision.conflicts == ()
+    decision = decide(members(*NAMES), [Segment(0, 8, 'b-2', version=1)], pins, 8, 2)
+    assert by_token(decision.segments)[3].moving_to == 'a-2' and decision.conflicts == ()
 
 
 def test_of_two_locks_that_exclude_each_other_the_older_counts_and_the_conflict_is_told() -> None:

@@ -54,6 +54,9 @@ def test_an_escaped_name_matches_itself_alone(name: str) -> None:
     ('a@b', 'a@b@c', False),
     ('w.rker', 'worker', False),
     ('%', '', True),
+    ('%', 'a\nb', True),
+    ('a_%b', 'a\n\nb', True),
+    ('%b%', 'a\nb\n', True),
 ])
 def test_known_pairs(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) is expected

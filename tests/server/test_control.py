@@ -1,0 +1,728 @@
+"""PostgreSQL's answers to a node's requests: each carried out wholly or not at all, and harmless when it comes late."""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.errors import DatabaseUnavailable
+from jobsync_core.hashing import task_key, task_to_token
+from jobsync_core.messages import (
+    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Mismatch, Observe, Observed,
+    Occupied, Process, Refresh, Segment, Sign, Take, Taken,
+)
+from jobsync_core.store import leading, locks, status, tasks
+from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.control import Control
+from tests.server.cluster import query
+from tests.server.rows import Rows, rows_of
+from tests.waiting import eventually
+
+TODAY = datetime.date(2024, 5, 6)
+NAMES = ['a', 'ü\'"\\', '%s %(x)s {}', '日本 x', 'B']
+PROCESS = Process('here', 'boot', 'ns', 7, '99')
+
+
+class Store:
+    """One cluster as its nodes see it, all through one connection."""
+
+    def __init__(self, config: CoordinationConfig, rows: Rows) -> None:
+        self.config, self.rows, self.tables = config, rows, rows.tables
+        self.control = Control(config, rows.tables, TODAY)
+        self.connection = Connection.open(config, 'test')
+
+    def ask(self, request: Any) -> Any:
+        return self.control.handle(self.connection, request)
+
+    def join(self, name: str, *, active: bool = True, life: str | None = None, weight: float = 1.0, **more: Any) -> Any:
+        return self.ask(Join(name, life or f'life of {name}', PROCESS, weight, active, **more))
+
+    def beat(self, name: str, life: str | None = None) -> Any:
+        return self.ask(Beat(name, life or f'life of {name}'))
+
+    def refresh(self, name: str, life: str | None = None) -> Any:
+        return self.ask(Refresh(name, life or f'life of {name}'))
+
+    def lead(self, name: str, *dead: Sign, reason: str = 'test') -> Any:
+        return self.ask(Lead(name, f'life of {name}', dead, reason))
+
+    def sign(self, name: str) -> Sign:
+        return next(Sign(m.name, m.incarnation, m.beat) for m in self.ask(Observe()).members if m.name == name)
+
+    def give(self, name: str, *, life: str | None = None, version: int | None = None, ranges: Any = None, promised: Any = ()) -> Any:
+        seen = self.refresh(name)
+        moving = tuple((s.lo, s.hi) for s in seen.segments if s.moving)
+        return self.ask(Give(
+            name, life or f'life of {name}', moving if ranges is None else ranges, seen.version if version is None else version, promised))
+
+    def settle(self) -> None:
+        """Plan and hand over until nothing is moving."""
+        leader = self.ask(Observe()).members[0].name
+        self.lead(leader)
+        for member in self.ask(Observe()).members:
+            self.give(member.name)
+
+    def owned(self) -> dict[str | None, int]:
+        return {node: int(count) for node, count in self.rows.run(
+            f'SELECT node, sum(upper(tokens) - lower(tokens)) FROM {self.tables.assignment} GROUP BY node')}
+
+    def assignment(self) -> list[Segment]:
+        with self.rows.sessions.session() as connection:
+            return status.assignment(connection, self.tables)
+
+    def version(self) -> int:
+        return int(self.rows.value(f'SELECT version FROM {self.tables.cluster}'))
+
+
+@pytest.fixture
+def make_store(make_config: Callable[..., CoordinationConfig]) -> Iterator[Callable[..., Store]]:
+    opened: list[Store] = []
+    contexts = []
+
+    def make(**settings: Any) -> Store:
+        config = make_config(**{'heartbeat_interval_sec': 5, 'heartbeat_timeout_sec': 15, 'total_tokens': 1000, **settings})
+        contexts.append(rows_of(config))
+        opened.append(Store(config, contexts[-1].__enter__()))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.connection.close()
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture
+def store(make_store: Callable[..., Store]) -> Store:
+    return make_store()
+
+
+class TestJoin:
+    @pytest.mark.parametrize('name', NAMES)
+    def test_any_name_joins_once_and_again_after_a_lost_reply(self, store: Store, name: str) -> None:
+        assert store.join(name, active=False) == Joined(store.version())
+        assert store.join(name, active=False) == Joined(store.version())
+        member, = store.ask(Observe()).members
+        assert (member.name, member.incarnation, member.state, member.beat) == (name, f'life of {name}', 'joining', 0)
+        assert store.beat(name) == Beaten(store.version(), 'joining', ())
+        assert store.lead(name).led
+        assert store.ask(Leave(name, f'life of {name}'))
+        assert store.ask(Observe()).members == ()
+
+    def test_a_name_in_use_is_told_with_its_process_and_replaced_only_if_it_looks_as_it_was_seen(self, store: Store) -> None:
+        store.join('a')
+        assert store.join('a', life='second') == Occupied(Sign('a', 'life of a', 0), PROCESS)
+        store.beat('a')
+        assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(Sign('a', 'life of a', 1), PROCESS)
+        assert isinstance(store.join('a', life='second', replace=('life of a', 1)), Joined)
+        assert store.beat('a') is None
+        assert store.beat('a', 'second') is not None
+
+    def test_nodes_are_ordered_by_joining_even_if_the_clock_was_set_back(self, store: Store) -> None:
+        store.join('z')
+        store.rows.run(f"UPDATE {store.tables.node} SET created_on = created_on + interval '1 hour'")
+        store.join('m')
+        store.join('a')
+        assert [member.name for member in store.ask(Observe()).members] == ['z', 'm', 'a']
+        assert [sign.name for sign in store.beat('a').older] == ['z', 'm']
+        assert not store.lead('m').led
+
+    def test_nodes_of_one_instant_are_ordered_by_name_as_python_orders(self, store: Store) -> None:
+        names = ['b', 'B', 'a-1', 'a_1', 'Z', 'ä']
+        for name in names:
+            store.join(name)
+        store.rows.run(f'UPDATE {store.tables.node} SET created_on = now()')
+        members = store.ask(Observe()).members
+        assert [member.name for member in members] == sorted(names)
+        assert len({member.created_on for member in members}) == 1
+        assert [sign.name for sign in store.beat('b').older] == sorted(names)[:sorted(names).index('b')]
+
+    def test_other_settings_than_the_live_clusters_are_refused(self, store: Store) -> None:
+        store.join('a')
+        other = Control(dataclasses.replace(store.config, total_tokens=500), store.tables, TODAY)
+        request = Join('b', 'life of b', PROCESS, 1.0, True)
+        assert other.handle(store.connection, request) == Mismatch(1000, 'double_sha256', (Sign('a', 'life of a', 0),))
+        assert [member.name for member in store.ask(Observe()).members] == ['a']
+
+    def test_dead_nodes_are_reaped_first_unless_they_changed(self, store: Store) -> None:
+        store.join('a')
+        store.settle()
+        other = Control(dataclasses.replace(store.config, total_tokens=500, hash_function='md5'), store.tables, TODAY)
+        dead = store.sign('a')
+        store.beat('a')
+        request = Join('b', 'life of b', PROCESS, 1.0, True, reap=(dead,))
+        assert isinstance(other.handle(store.connection, request), Mismatch)
+        before = store.version()
+        assert isinstance(other.handle(store.connection, dataclasses.replace(request, reap=(store.sign('a'),))), Joined)
+        assert store.rows.run(f'SELECT total_tokens, hash_function FROM {store.tables.cluster}') == [(500, 'md5')]
+        assert store.assignment() == []
+        assert store.version() > before
+        assert other.handle(store.connection, Lead('b', 'life of b', (), 'test')).led
+        assert store.owned() == {'b': 500}
+
+    def test_a_cluster_whose_rows_were_deleted_forms_again(self, store: Store) -> None:
+        store.join('a')
+        store.rows.run(f'DELETE FROM {store.tables.cluster}')
+        assert store.beat('a') is None
+        assert store.ask(Observe()) is None
+        assert store.lead('a') is None
+        store.rows.run(f'DELETE FROM {store.tables.node}')
+        assert isinstance(store.join('a'), Joined)
+        assert store.lead('a').led
+        assert store.owned() == {'a': 1000}
+
+    def test_first_nodes_with_different_settings_at_once_form_one_cluster(self, store: Store) -> None:
+        barrier, replies = threading.Barrier(6), []
+
+        def join(number: int) -> None:
+            config = dataclasses.replace(store.config, total_tokens=100 + number % 2)
+            connection = Connection.open(config, f'n{number}')
+            barrier.wait()
+            replies.append(Control(config, store.tables, TODAY).handle(connection, Join(f'n{number}', str(number), PROCESS, 1.0, True)))
+            connection.close()
+
+        threads = [threading.Thread(target=join, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(type(reply).__name__ for reply in replies) == ['Joined'] * 3 + ['Mismatch'] * 3
+        members = store.ask(Observe()).members
+        assert len({member.created_on for member in members}) == 3
+
+
+class TestHeartbeat:
+    def test_it_counts_and_tells_the_older_nodes(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name)
+        store.beat('a')
+        assert store.beat('c') == Beaten(store.version(), 'active', (Sign('a', 'life of a', 1), Sign('b', 'life of b', 0)))
+        assert store.beat('c', 'a former life') is None
+        assert store.beat('nobody') is None
+
+    def test_it_waits_for_no_lock_of_the_cluster(self, store: Store) -> None:
+        store.join('a')
+        with store.rows.sessions.session() as connection, connection.cursor() as cursor:
+            cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', store.tables.advisory)
+            cursor.execute(f'SELECT FROM {store.tables.cluster} FOR UPDATE')
+            assert store.beat('a') is not None
+            assert store.refresh('a') is not None
+            assert store.ask(Observe()) is not None
+
+
+class TestRefresh:
+    def test_it_shows_what_names_me_and_what_is_on_its_way(self, store: Store) -> None:
+        store.join('a')
+        store.join('b')
+        store.rows.own(0, 10, 'a', moving_to='b')
+        store.rows.own(10, 20, 'a', moving=True, blocked=True)
+        store.rows.own(20, 30, 'b')
+        assert store.refresh('a') == Holdings(store.version(), 'active', (
+            Segment(0, 10, 'a', True, 'b', False, 1), Segment(10, 20, 'a', True, None, True, 1)), False, 0)
+        assert store.refresh('b') == Holdings(store.version(), 'active', (Segment(20, 30, 'b', version=1),), False, 10)
+        assert store.refresh('a', 'a former life') is None
+
+    @pytest.mark.parametrize('change', ['join', 'leave', 'lock', 'clear', 'drain', 'activate', 'weight', 'rejoin'])
+    def test_every_change_that_matters_to_a_plan_shows_until_the_next_plan(self, store: Store, change: str) -> None:
+        store.join('a')
+        store.join('b')
+        store.join('c', active=False)
+        with store.rows.sessions.session() as connection:
+            locks.register(connection, store.tables, [('old', ('%',), None, None)], 'x')
+        store.lead('a')
+        assert store.refresh('a').planned and not store.ask(Observe()).stale
+        if change == 'join':
+            store.join('d')
+        elif change == 'leave':
+            store.ask(Leave('b', 'life of b'))
+        elif change == 'lock':
+            with store.rows.sessions.session() as connection:
+                locks.register(connection, store.tables, [('t', ('a',), None, None)], 'x')
+        elif change == 'clear':
+            with store.rows.sessions.session() as connection:
+                locks.clear_all(connection, store.tables)
+        elif change == 'drain':
+            store.ask(Drain('b', 'life of b', True))
+        elif change == 'activate':
+            store.join('d', active=False)
+            store.lead('a')
+            store.ask(Activate('d', 'life of d', 1))
+        elif change == 'weight':
+            store.rows.run(f"UPDATE {store.tables.node} SET weight = 2.5 WHERE name = 'b'")
+        else:
+            store.join('b', life='second', replace=('life of b', 0))
+        assert not store.refresh('a').planned and store.ask(Observe()).stale
+        store.lead('a')
+        assert store.refresh('a').planned and not store.ask(Observe()).stale
+
+    def test_heartbeats_and_hand_overs_need_no_new_plan(self, store: Store) -> None:
+        store.join('a')
+        store.lead('a')
+        store.join('b')
+        store.lead('a')
+        store.beat('b')
+        store.give('a')
+        assert store.refresh('a').planned and not store.ask(Observe()).stale
+
+
+class TestTake:
+    def test_what_others_did_or_do_today_on_these_tokens_is_told(self, store: Store) -> None:
+        def token(text: str) -> int:
+            return task_to_token(text, 1000, 'double_sha256')
+
+        for name in 'ab':
+            store.join(name)
+        store.rows.own(0, 1000, 'b')
+        texts = ('audited', 'audited with token', 'claimed by b', 'of nobody alive', 'of another day')
+        with store.rows.sessions.session() as connection:
+            tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, [('claimed by b', token('claimed by b'))])
+            tasks.audit(connection, store.tables, 'gone', TODAY, ['audited'])
+            tasks.audit(connection, store.tables, 'a', TODAY + datetime.timedelta(1), ['of another day'])
+        store.rows.run(f"INSERT INTO {store.tables.audit} (node, task_id, date, token) VALUES ('a', 'audited with token', %s, %s)",
+                       TODAY, token('audited with token'))
+        store.rows.run(f"INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES ('b', 'of nobody alive', %s, %s, 'old')",
+                       TODAY, token('of nobody alive'))
+        ranges = tuple((token(text), token(text) + 1) for text in texts)
+        for taker, expected in (('a', {'audited', 'audited with token', 'claimed by b'}), ('b', {'audited', 'audited with token'})):
+            assert store.ask(Take(taker, ranges)) == Taken(frozenset(map(task_key, expected)))
+        assert store.ask(Take('a', ranges[:1])) == Taken(frozenset({task_key('audited')}))
+        assert store.ask(Take('a', ())) == Taken(frozenset())
+        assert Control(store.config, store.tables, None).handle(store.connection, Take('a', ranges)) == Taken(frozenset())
+
+
+class TestGive:
+    @pytest.fixture
+    def moving(self, store: Store) -> Store:
+        """a has tokens for b, tokens for nobody, tokens that it keeps; c has tokens for b."""
+        for name in 'abc':
+            store.join(name)
+        store.rows.own(0, 10, 'a', moving_to='b')
+        store.rows.own(10, 20, 'a')
+        store.rows.own(20, 30, 'a', moving=True, blocked=True)
+        store.rows.own(30, 40, 'a', moving=True)
+        store.rows.own(40, 50, 'c', moving_to='b')
+        return store
+
+    def test_only_moving_rows_of_mine_with_a_receiver_or_blocked_go(self, moving: Store) -> None:
+        before = moving.version()
+        assert moving.give('a', ranges=((0, 1000),)) == Given(20)
+        assert moving.version() == before + 1
+        assert moving.assignment() == [
+            Segment(0, 10, 'b', version=before + 1), Segment(10, 20, 'a', version=1), Segment(20, 30, None, blocked=True, version=before + 1),
+            Segment(30, 40, 'a', True, version=1), Segment(40, 50, 'c', True, 'b', version=1)]
+
+    @pytest.mark.parametrize('late', [
+        {'life': 'a former life'}, {'version': 0}, {'ranges': ((0, 9), (11, 30)), 'version': 0}, {'ranges': ()}, {'ranges': ((1, 10),)},
+        {'ranges': ((10, 20),)}, {'ranges': ((30, 1000),)}])
+    def test_what_does_not_fit_changes_nothing(self, moving: Store, late: dict[str, Any]) -> None:
+        before, version = moving.assignment(), moving.version()
+        assert moving.give('a', **late) in (Given(0), None)
+        assert (moving.give('a', **late) is None) == ('life' in late)
+        assert (moving.assignment(), moving.version()) == (before, version)
+
+    def test_adjacent_ranges_cover_a_row(self, moving: Store) -> None:
+        assert moving.give('a', ranges=((0, 4), (4, 10))) == Given(10)
+
+    def test_a_give_that_is_repeated_changes_nothing_more(self, moving: Store) -> None:
+        assert moving.give('a', ranges=((0, 1000),), version=1) == Given(20)
+        after, version = moving.assignment(), moving.version()
+        assert moving.give('a', ranges=((0, 1000),), version=1) == Given(0)
+        assert (moving.assignment(), moving.version()) == (after, version)
+
+    def test_a_receiver_that_has_gone_gets_nothing(self, moving: Store) -> None:
+        moving.ask(Leave('b', 'life of b'))
+        assert moving.give('a', ranges=((0, 10),)) == Given(0)
+
+    def test_the_new_owners_are_told_and_all_where_there_are_too_many(self, moving: Store) -> None:
+        moving.connection.listen(moving.tables.channel)
+        moving.give('a')
+        eventually(lambda: moving.connection.notifies() == ['give b'])
+        moving.rows.run(f'DELETE FROM {moving.tables.assignment}')
+        for number in range(50):
+            moving.join(f'{number}' + 'x' * 190)
+            moving.rows.own(number, number + 1, 'a', moving_to=f'{number}' + 'x' * 190)
+        eventually(lambda: len(moving.connection.notifies()) > 0)
+        assert moving.give('a') == Given(50)
+        eventually(lambda: moving.connection.notifies()[-1:] == ['give'])
+
+    def test_promises_become_claims_of_mine_in_the_same_transaction(self, moving: Store) -> None:
+        moving.rows.run(f"INSERT INTO {moving.tables.audit} (node, task_id, date) VALUES ('c', 'done', %s)", TODAY)
+        for task, node, life in (('of the dead', 'b', 'old'), ('of the living', 'c', 'life of c')):
+            moving.rows.run(f'INSERT INTO {moving.tables.claim} (node, task_id, date, token, incarnation) VALUES (%s, %s, %s, 2, %s)',
+                            node, task, TODAY, life)
+        promised = (('mine', 1), ('mine', 1), ('done', 2), ('of the dead', 2), ('of the living', 2), ('not my token', 45))
+        assert moving.give('a', ranges=((0, 10),), promised=promised) == Given(10)
+        assert sorted(moving.rows.run(f'SELECT task_id, node, incarnation, token FROM {moving.tables.claim}')) == [
+            ('mine', 'a', 'life of a', 1), ('of the dead', 'a', 'life of a', 2), ('of the living', 'c', 'life of c', 2)]
+
+    def test_promises_of_an_evicted_life_are_no_claims(self, moving: Store) -> None:
+        assert moving.give('a', life='a former life', promised=(('mine', 1),)) is None
+        assert moving.rows.run(f'SELECT * FROM {moving.tables.claim}') == []
+
+
+class TestLife:
+    def test_activation_needs_the_minimum_of_nodes_that_are_not_dead(self, store: Store) -> None:
+        store.join('a', active=False)
+        store.join('b', active=False)
+        dead = store.sign('b')
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(False, 1)
+        assert store.refresh('a').state == 'joining'
+        store.beat('b')
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(True, 2)
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(True, 2)
+        assert store.refresh('a').state == 'active'
+        assert store.ask(Activate('a', 'a former life', 1)) is None
+
+    def test_draining_is_set_and_cleared_for_this_life_only(self, store: Store) -> None:
+        store.join('a')
+        assert store.ask(Drain('a', 'life of a', True)) is True
+        assert store.beat('a').state == 'draining'
+        assert store.ask(Drain('a', 'a former life', False)) is None
+        assert store.ask(Drain('a', 'life of a', False)) is True
+        assert store.beat('a').state == 'active'
+
+    def test_leaving_takes_this_life_only_and_tells_the_others(self, store: Store) -> None:
+        store.join('a')
+        store.lead('a')
+        store.connection.listen(store.tables.channel)
+        assert store.ask(Leave('a', 'a former life')) is True
+        assert store.beat('a') is not None
+        assert store.ask(Leave('a', 'life of a')) is True
+        assert store.beat('a') is None
+        assert store.owned() == {None: 1000}
+        eventually(lambda: store.connection.notifies() == ['leave a'])
+
+    def test_many_nodes_leave_at_once_with_tokens_on_their_way_between_them(self, store: Store) -> None:
+        names = [f'n{number}' for number in range(8)]
+        for name in names:
+            store.join(name)
+        for lo in range(0, 1000, 10):
+            store.rows.own(lo, lo + 10, names[lo // 10 % 8], moving_to=names[(lo // 10 + lo // 80 + 1) % 8])
+        barrier, replies = threading.Barrier(8), []
+
+        def leave(name: str) -> None:
+            connection = Connection.open(store.config, name)
+            barrier.wait()
+            replies.append(Control(store.config, store.tables, TODAY).handle(connection, Leave(name, f'life of {name}')))
+            connection.close()
+
+        threads = [threading.Thread(target=leave, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert replies == [True] * 8
+        assert store.owned() == {None: 1000}
+
+
+class TestLead:
+    def test_the_first_plan_gives_everything_away_and_is_recorded(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name, active=False)
+        store.ask(Activate('b', 'life of b', 1))
+        led = store.lead('a', reason='because')
+        assert led == Led(True, store.version(), (), 1000)
+        assert {member.state for member in store.ask(Observe()).members} == {'active'}
+        assert sorted(store.owned().values()) == [333, 333, 334]
+        row, = store.rows.run(
+            f'SELECT trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms >= 0 FROM {store.tables.rebalance}')
+        assert row == ('because', 'a', 0, 3, 1000, True)
+
+    def test_nothing_is_written_when_nothing_changed(self, store: Store) -> None:
+        def tables() -> list[Any]:
+            return [store.rows.run(f'SELECT xmin::text, * FROM {table} ORDER BY 2')
+                    for table in (store.tables.cluster, store.tables.assignment, store.tables.rebalance, store.tables.lock)]
+
+        store.join('a')
+        store.join('b')
+        store.lead('a')
+        before = tables()
+        for _ in range(3):
+            assert store.lead('a') == Led(True, store.version())
+        store.beat('b')
+        assert store.lead('a') == Led(True, store.version())
+        assert tables() == before
+
+    def test_only_the_difference_is_written(self, store: Store) -> None:
+        for name in 'abcdefgh':
+            store.join(name)
+        store.lead('a')
+        before = {row[1]: row for row in store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')}
+        with store.rows.sessions.session() as connection:
+            locks.register(connection, store.tables, [('t', ('a', 'b'), None, None)], 'x')
+        store.lead('a')
+        after = {row[1]: row for row in store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')}
+        assert sum(before.get(lo) == row for lo, row in after.items()) >= len(before) - 2
+
+    def test_a_row_that_is_split_keeps_the_time_since_when_its_node_owns_it(self, store: Store) -> None:
+        store.join('a')
+        store.lead('a')
+        since = store.rows.value(f'SELECT assigned_at FROM {store.tables.assignment}')
+        store.join('b')
+        store.lead('a')
+        assert store.rows.run(f'SELECT DISTINCT assigned_at FROM {store.tables.assignment} WHERE node = %s', 'a') == [(since,)]
+        assert len(store.assignment()) > 1
+        store.give('a')
+        assert store.rows.value(f"SELECT min(assigned_at) FROM {store.tables.assignment} WHERE node = 'b'") > since
+
+    def test_tokens_of_a_live_node_only_move_when_it_gives_them(self, store: Store) -> None:
+        store.join('a')
+        store.lead('a')
+        store.join('b')
+        assert store.lead('a').moved == 500
+        assert store.owned() == {'a': 1000}
+        assert store.refresh('b').incoming == 500
+        store.give('a')
+        assert store.owned() == {'a': 500, 'b': 500}
+
+    def test_only_the_eldest_of_those_not_seen_dead_leads(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name)
+        version = store.version()
+        assert store.lead('b') == Led(False, version)
+        assert store.lead('c', store.sign('a')) == Led(False, version)
+        assert store.assignment() == []
+        assert store.ask(Lead('a', 'a former life', (), 'test')) is None
+        led = store.lead('b', store.sign('a'))
+        assert (led.led, led.evicted) == (True, ('a',))
+        assert store.owned() == {'b': 500, 'c': 500}
+
+    def test_a_node_that_showed_life_meanwhile_is_not_evicted(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name)
+        store.settle()
+        seen = store.sign('a'), store.sign('c')
+        store.beat('c')
+        led = store.lead('b', *seen)
+        assert led.evicted == ('a',)
+        assert set(store.owned()) == {'b', 'c'}
+        store.join('a', life='second')
+        assert store.lead('b', seen[0]).evicted == ()
+        assert [member.name for member in store.ask(Observe()).members] == ['b', 'c', 'a']
+
+    def test_the_tokens_of_the_dead_are_owned_again_in_the_same_round(self, store: Store) -> None:
+        for name in 'abcd':
+            store.join(name)
+        store.settle()
+        led = store.lead('a', store.sign('b'), store.sign('d'))
+        assert led.evicted == ('b', 'd') and led.moved == 500
+        assert store.owned() == {'a': 500, 'c': 500}
+        assert store.rows.run(f'SELECT nodes_before, nodes_after, tokens_moved FROM {store.tables.rebalance} ORDER BY id DESC LIMIT 1') == [(4, 2, 500)]
+
+    def test_locks_move_tokens_and_an_expired_one_no_longer(self, store: Store) -> None:
+        for name in 'ab':
+            store.join(name)
+        store.settle()
+        token = task_to_token('t', 1000, 'double_sha256')
+        owner = next(s.node for s in store.assignment() if s.lo <= token < s.hi)
+        other = 'b' if owner == 'a' else 'a'
+        with store.rows.sessions.session() as connection:
+            locks.register(connection, store.tables, [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)], 'x')
+        assert 0 < store.ask(Observe()).next_expiry <= 86400
+        assert store.lead('a').blocked == 1
+        store.give(str(owner))
+        assert next(s.node for s in store.assignment() if s.lo <= token < s.hi) == other
+        store.rows.run(f"UPDATE {store.tables.lock} SET expires_at = now() - interval '1 second' WHERE task_id = 't'")
+        assert store.ask(Observe()).next_expiry < 0
+        version = store.version()
+        assert store.lead('a').version == version + 1
+        assert store.rows.run(f'SELECT task_id FROM {store.tables.lock}') == [('u',)]
+        assert store.ask(Observe()).next_expiry is None
+
+    def test_locks_that_somebody_wrote_by_hand_and_that_make_no_sense_are_reported_and_ignored(self, store: Store) -> None:
+        store.join('a')
+        for task, patterns in (('empty', '[]'), ('number', '[5]'), ('object', '{"a": 1}'), ('x' * 2001, '["a"]'), ('good', '"nobody"')):
+            store.rows.run(f'INSERT INTO {store.tables.lock} (task_id, node_patterns) VALUES (%s, %s)', task, patterns)
+        led = store.lead('a')
+        assert led.led and led.blocked == 1
+        assert len(led.conflicts) == 4
+
+    def test_a_node_that_changes_its_state_while_the_plan_is_made_is_planned_again(
+            self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in 'ab':
+            store.join(name)
+        store.lead('a')
+        store.join('c', active=False)
+        store.lead('a')
+        decide = leading.decide
+
+        def interrupted(*args: Any) -> Any:
+            decision = decide(*args)
+            other = Connection.open(store.config, 'c')
+            Control(store.config, store.tables, TODAY).handle(other, Activate('c', 'life of c', 1))
+            other.close()
+            return decision
+
+        monkeypatch.setattr(leading, 'decide', interrupted)
+        store.join('d')
+        store.lead('a')
+        monkeypatch.undo()
+        assert store.ask(Observe()).stale
+        store.settle()
+        assert store.owned() == {name: 250 for name in 'abcd'}
+        assert not store.ask(Observe()).stale
+
+    def test_an_error_in_the_middle_leaves_nothing_behind(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in 'ab':
+            store.join(name)
+        dead = store.sign('b')
+        monkeypatch.setattr(leading, 'decide', lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.lead('a', dead)
+        monkeypatch.undo()
+        assert store.sign('b') == dead
+        assert store.lead('a', dead).evicted == ('b',)
+
+    def test_two_leaders_at_once_do_no_harm(self, store: Store) -> None:
+        for name in 'abcd':
+            store.join(name)
+        barrier, replies = threading.Barrier(2), []
+        requests = [Lead('a', 'life of a', (), 'one'), Lead('b', 'life of b', (store.sign('a'),), 'two')]
+
+        def lead(request: Lead) -> None:
+            connection = Connection.open(store.config, request.name)
+            barrier.wait()
+            replies.append(Control(store.config, store.tables, TODAY).handle(connection, request))
+            connection.close()
+
+        threads = [threading.Thread(target=lead, args=(request,)) for request in requests]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(replies) == 2
+        store.lead('b')
+        segments = store.assignment()
+        assert [s.lo for s in segments[1:]] == [s.hi for s in segments[:-1]]
+        assert (segments[0].lo, segments[-1].hi) == (0, 1000)
+
+
+class TestStuck:
+    def test_a_stuck_session_holds_nobody_up_for_longer_than_the_lock_timeout(self, make_store: Callable[..., Store]) -> None:
+        store = make_store(heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0)
+        store.join('a')
+        store.lead('a')
+        sessions = Sessions(store.config, 'test stuck')
+        with sessions.session(limited=False) as connection, connection.cursor() as cursor:
+            cursor.execute('SET LOCAL idle_in_transaction_session_timeout = 0')
+            cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', store.tables.advisory)
+            for request in (Lead('a', 'life of a', (), 'test'), Leave('a', 'life of a'), Give('a', 'life of a', ((0, 1),), 1)):
+                began = time.monotonic()
+                with pytest.raises(psycopg2.errors.LockNotAvailable):
+                    store.ask(request)
+                assert time.monotonic() - began < 1.5
+                assert store.beat('a') is not None
+        sessions.close_all()
+        assert store.lead('a').led
+
+    def test_a_leader_that_stops_in_the_middle_is_thrown_out_by_the_server(self, make_store: Callable[..., Store]) -> None:
+        store = make_store(heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0)
+        store.join('a')
+        stopped = Connection.open(store.config, 'stopped')
+        stopped.execute(f'BEGIN; {stopped.local_limits}; SELECT pg_advisory_xact_lock(%s, %s)', store.tables.advisory)
+
+        def leads() -> bool:
+            try:
+                return bool(store.lead('a').led)
+            except psycopg2.errors.LockNotAvailable:
+                return False
+
+        eventually(leads, timeout=5)
+        with pytest.raises(DatabaseUnavailable):
+            stopped.execute('COMMIT')
+
+    def test_a_server_that_restarts_is_database_unavailable(self, own_server: EmbeddedPostgres) -> None:
+        with rows_of(own_server.config('postgres')) as rows:
+            store = Store(own_server.config('postgres'), rows)
+            store.join('a')
+            own_server.restart()
+            with pytest.raises(DatabaseUnavailable):
+                store.beat('a')
+            store.connection = Connection.open(store.config, 'test')
+            assert store.beat('a') is not None
+            store.connection.close()
+
+
+class TestCost:
+    def test_each_look_is_one_statement_and_each_change_one_round_trip(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.join('a')
+        store.lead('a')
+        sent: list[str] = []
+        execute = Connection.execute
+
+        def counted(self: Connection, sql: str, *args: Any, **kwargs: Any) -> Any:
+            sent.append(sql)
+            return execute(self, sql, *args, **kwargs)
+
+        monkeypatch.setattr(Connection, 'execute', counted)
+        for request in (Beat('a', 'life of a'), Refresh('a', 'life of a'), Observe(), Take('a', ((0, 1000),)), Activate('a', 'life of a', 1),
+                        Drain('a', 'life of a', True)):
+            sent.clear()
+            store.ask(request)
+            assert len(sent) == 1
+            assert ';' not in sent[0] and 'BEGIN' not in sent[0]
+        for request in (Give('a', 'life of a', ((0, 1000),), 9, (('t', 1),)), Leave('a', 'life of a')):
+            sent.clear()
+            store.ask(request)
+            assert len(sent) == 1
+
+    def test_a_plan_of_many_locks_and_ranges_is_quick(self, make_store: Callable[..., Store]) -> None:
+        store = make_store(total_tokens=1_000_000)
+        names = [f'n{number:02}' for number in range(50)]
+        for name in names:
+            store.join(name)
+        with store.rows.sessions.session() as connection:
+            locks.register(connection, store.tables, [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)], 'x')
+        began = time.monotonic()
+        led = store.lead('n00')
+        first = time.monotonic() - began
+        assert led.led and led.blocked == 0
+        began = time.monotonic()
+        store.lead('n00', store.sign('n07'))
+        second = time.monotonic() - began
+        print(f'10,000 locks: {first:.3f} s at first, {second:.3f} s for an eviction, {len(store.assignment())} rows')
+        assert first < 5 and second < 5
+
+
+class TestHousekeeping:
+    def test_what_is_past_its_time_goes_and_everything_else_stays(self, store: Store) -> None:
+        store.join('a')
+        for key, state, age in (('done', 'done', -1), ('failed', 'failed', -1), ('running', 'running', -1), ('fresh', 'done', 60)):
+            store.rows.run(
+                f'INSERT INTO {store.tables.execution} (key, state, fence, expires_at) VALUES (%s, %s, 1, now() + make_interval(secs => %s))',
+                key, state, age)
+        for task, node, life, age in (('gone', 'b', 'x', 120), ('former', 'a', 'x', 120), ('live', 'a', 'life of a', 120), ('new', 'b', 'x', 0)):
+            store.rows.run(
+                f'INSERT INTO {store.tables.claim} (node, task_id, created_on, date, token, incarnation) '
+                'VALUES (%s, %s, now() - make_interval(secs => %s), %s, 1, %s)', node, task, age, TODAY, life)
+        store.rows.run(
+            f'INSERT INTO {store.tables.rebalance} (triggered_at, trigger_reason, nodes_before, nodes_after, tokens_moved, duration_ms) '
+            "SELECT now() - CASE WHEN n = 1500 THEN interval '91 days' ELSE '1 day' END, n::text, 1, 1, 1, 1 FROM generate_series(1, 1500) AS n")
+        assert store.ask(Housekeep()) is True
+        assert sorted(row[0] for row in store.rows.run(f'SELECT key FROM {store.tables.execution}')) == ['fresh', 'running']
+        assert sorted(row[0] for row in store.rows.run(f'SELECT task_id FROM {store.tables.claim}')) == ['live', 'new']
+        reasons = [int(row[0]) for row in store.rows.run(f'SELECT trigger_reason FROM {store.tables.rebalance} ORDER BY id')]
+        assert reasons == list(range(501, 1500))
+
+    def test_more_than_one_batch_goes_at_once_and_rows_in_use_are_left(self, store: Store) -> None:
+        store.rows.run(f"INSERT INTO {store.tables.execution} (key, state, fence, expires_at) "
+                       "SELECT n::text, 'done', 1, now() FROM generate_series(1, 25000) AS n")
+        with store.rows.sessions.session() as connection, connection.cursor() as cursor:
+            cursor.execute(f"SELECT FROM {store.tables.execution} WHERE key = '7' FOR UPDATE")
+            assert store.ask(Housekeep()) is True
+        assert query(store.config, 'SELECT key FROM "{}execution"') == [('7',)]
+
+
+class TestUnknown:
+    def test_what_is_no_request_is_refused(self, store: Store) -> None:
+        with pytest.raises(TypeError, match='Observed'):
+            store.ask(Observed((), 0, False, None))
+

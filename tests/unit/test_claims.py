@@ -1,0 +1,112 @@
+"""What a node may claim: a bit and a deadline, also in children that it forked (I1, I2)."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobsync_core.claims import Claims
+from jobsync_core.tokens import TokenSet
+
+# Python 3.12 and later warn of threads in a process that forks; a test runner may have some.
+pytestmark = pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
+
+quick = settings(deadline=None, max_examples=200)
+ranges = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=6)
+
+
+def in_child(answer: Callable[[], bool]) -> bool:
+    """Whether a forked child answers yes."""
+    pid = os.fork()
+    if not pid:
+        status = 2
+        try:
+            status = 0 if answer() else 1
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 1)
+    return status == 0
+
+
+def test_a_new_node_may_claim_nothing() -> None:
+    claims = Claims(100)
+    assert not any(claims.may_claim(token, 0.0) for token in range(100)) and not claims.tokens
+
+
+@quick
+@given(ranges, ranges, st.integers(1, 70))
+def test_exactly_the_tokens_of_the_latest_set_may_be_claimed(
+    old: list[tuple[int, int]], new: list[tuple[int, int]], total: int,
+) -> None:
+    claims = Claims(total)
+    claims.extend(10.0)
+    claims.replace(TokenSet(old))
+    claims.replace(TokenSet(new))
+    assert [token for token in range(total) if claims.may_claim(token, 9.0)] == [token for token in TokenSet(new) if token < total]
+
+
+@pytest.mark.parametrize(('now', 'expected'), [(9.999, True), (10.0, False), (1e9, False)])
+def test_a_lease_ends_at_its_deadline(now: float, expected: bool) -> None:
+    claims = Claims(8)
+    claims.replace(TokenSet([(0, 8)]))
+    claims.extend(10.0)
+    assert claims.deadline == 10.0 and claims.may_claim(3, now) is expected
+
+
+def test_a_suspended_node_claims_nothing_until_its_lease_is_extended() -> None:
+    claims = Claims(8)
+    claims.replace(TokenSet([(0, 8)]))
+    claims.extend(10.0)
+    claims.suspend()
+    assert not claims.may_claim(3, 1.0) and claims.tokens == TokenSet([(0, 8)])
+    claims.extend(12.0)
+    assert claims.may_claim(3, 11.0)
+
+
+def test_a_forked_child_sees_every_later_change() -> None:
+    claims = Claims(20)
+    go, started = os.pipe(), os.pipe()
+
+    def answer() -> bool:
+        before = claims.may_claim(3, 5.0)
+        os.write(started[1], b'x')
+        os.read(go[0], 1)
+        return not before and claims.may_claim(3, 5.0) and not claims.may_claim(9, 5.0) and claims.tokens == TokenSet([(2, 9), (17, 20)])
+
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            status = 0 if answer() else 1
+        finally:
+            os._exit(status)
+    os.read(started[0], 1)
+    claims.replace(TokenSet([(2, 9), (17, 20)]))
+    claims.extend(10.0)
+    os.write(go[1], b'x')
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for end in (*go, *started):
+        os.close(end)
+
+
+def test_a_forked_child_stops_when_the_parent_is_suspended() -> None:
+    claims = Claims(20)
+    claims.replace(TokenSet([(0, 20)]))
+    claims.extend(10.0)
+    assert in_child(lambda: claims.may_claim(19, 9.0))
+    claims.suspend()
+    assert not in_child(lambda: claims.may_claim(19, 9.0))
+
+
+def test_excluded_tasks_add_up_while_tokens_are_held_and_start_afresh_otherwise() -> None:
+    claims = Claims(8)
+    claims.exclude(frozenset({1}))
+    claims.exclude(frozenset({2}))
+    assert claims.excluded == {2}
+    claims.replace(TokenSet([(0, 1)]))
+    claims.exclude(frozenset({3}))
+    assert claims.excluded == {2, 3}

@@ -1,0 +1,342 @@
+"""Key steps of a node's life, told one request at a time."""
+from __future__ import annotations
+
+import pytest
+
+from jobsync_core.claims import Claims
+from jobsync_core.errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
+from jobsync_core.messages import (
+    Activate,
+    Activated,
+    Beat,
+    Beaten,
+    Connect,
+    Connected,
+    Drain,
+    Give,
+    Given,
+    Holdings,
+    Join,
+    Joined,
+    Lead,
+    Leave,
+    Led,
+    Member,
+    Mismatch,
+    Observe,
+    Observed,
+    Occupied,
+    Process,
+    Refresh,
+    Reply,
+    Request,
+    Segment,
+    Sign,
+    Take,
+    Taken,
+)
+from jobsync_core.protocol import Effect, Entered, Failed, Left, Phase, Protocol, RebalanceEvent, Release, Settings
+
+ME, OTHER = Process('here', 'boot', 'ns', 1, 't'), Process('there', 'boot2', 'ns', 2, 't')
+START = 1000.0
+
+
+class Node:
+    """A protocol, its clock, and the answers that a test gives it."""
+
+    def __init__(self, **settings: float | bool) -> None:
+        self.now = START
+        self.lives = 0
+        self.gone: set[Process] = set()
+        self.claims = Claims(10)
+        defaults: dict[str, float | bool] = {'interval': 5.0, 'timeout': 15.0, 'lease': 13.5, 'total_tokens': 10}
+        self.protocol = Protocol(
+            'me', Settings(**{**defaults, **settings}), ME, self.claims,  # type: ignore[arg-type]  # fields by name
+            new_incarnation=self._life, is_known_dead=self.gone.__contains__,
+            promises=lambda tokens: tuple((f'task-{token}', token) for token in tokens if token == 3))
+
+    def _life(self) -> str:
+        self.lives += 1
+        return f'life-{self.lives}'
+
+    def asks(self) -> Request | None:
+        """What it sends now."""
+        return self.protocol.next(self.now)
+
+    def hears(self, request: Request, reply: Reply, after: float = 0.01) -> None:
+        """It asks exactly this, and gets that answer."""
+        assert self.asks() == request
+        self.now += after
+        self.protocol.reply(request, reply, self.now)
+
+    def effects(self) -> list[Effect]:
+        return self.protocol.take_effects()
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    def may_claim(self) -> list[int]:
+        return [token for token in range(10) if self.claims.may_claim(token, self.now)]
+
+    def beat(self, version: int = 1, state: str = 'active', older: tuple[Sign, ...] = (), life: str = 'life-1') -> None:
+        self.hears(Beat('me', life), Beaten(version, state, older))
+
+
+def row(lo: int, hi: int, moving_to: str | None = None, *, moving: bool = False, version: int = 1) -> Segment:
+    return Segment(lo, hi, 'me', moving or moving_to is not None, moving_to, False, version)
+
+
+def holdings(*rows: Segment, version: int = 1, state: str = 'active') -> Holdings:
+    return Holdings(version, state, rows, True, 0)
+
+
+LEADER = (Sign('leader', 'x', 1), Sign('second', 'y', 1))
+
+
+def follower(**settings: float | bool) -> Node:
+    """A node that has entered and owns the tokens 0 to 4; two older ones lead."""
+    node = Node(**settings)
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.beat(0, 'joining', LEADER)
+    node.hears(Activate('me', 'life-1', 1), Activated(True, 3))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.hears(Take('me', ((0, 5),)), Taken(frozenset()))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    assert node.asks() is None
+    effects = node.effects()
+    assert [effect for effect in effects if isinstance(effect, RebalanceEvent)] == [RebalanceEvent(True, 1, 5, 0)]
+    assert Entered() in effects
+    assert node.may_claim() == [0, 1, 2, 3, 4]
+    return node
+
+
+def test_a_joiner_owns_nothing_while_its_grace_period_runs() -> None:
+    node = Node(wait_on_enter=60.0)
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.beat(0, 'joining', LEADER)
+    node.hears(Refresh('me', 'life-1'), holdings(state='joining'))
+    assert node.asks() is None
+    assert node.protocol.phase is Phase.WAITING and not node.protocol.entered
+
+
+def test_the_grace_period_ends_with_too_few_nodes_in_cluster_not_formed() -> None:
+    node = Node(minimum_nodes=3)
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.beat(0, 'joining')
+    node.hears(Activate('me', 'life-1', 3), Activated(False, 1))
+    assert any(isinstance(effect, Failed) and isinstance(effect.error, ClusterNotFormed) for effect in node.effects())
+    node.hears(Leave('me', 'life-1'), True)
+    assert node.protocol.phase is Phase.LEFT
+
+
+def test_the_lease_counts_from_the_sending_of_the_heartbeat() -> None:
+    node = follower()
+    node.passes(5.0)
+    sent = node.now
+    node.hears(Beat('me', 'life-1'), Beaten(1, 'active', LEADER), after=1.5)
+    assert node.claims.deadline == sent + 13.5
+
+
+def test_without_an_answer_it_stops_claiming_before_anybody_may_call_it_dead() -> None:
+    node = follower()
+    last_beat = node.claims.deadline - 13.5
+    node.protocol.disconnected(node.now)
+    node.now = last_beat + 13.49
+    assert node.may_claim() == [0, 1, 2, 3, 4]
+    node.now = last_beat + 13.5
+    assert node.may_claim() == []
+    node.asks()
+    assert RebalanceEvent(False, 1, 0, 5) in node.effects()
+
+
+def test_after_a_reconnection_it_reads_its_rows_before_its_lease_is_extended() -> None:
+    node = follower()
+    node.protocol.disconnected(node.now)
+    node.passes(60.0)
+    node.hears(Connect(), Connected('server'))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 2)))
+    assert node.may_claim() == []
+    node.beat(1, 'active', LEADER)
+    assert node.may_claim() == [0, 1]
+
+
+def test_tokens_leave_the_set_before_they_are_given_away() -> None:
+    node = follower()
+    node.protocol.notified('plan 2', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2))
+    assert node.may_claim() == [0, 1, 2]
+    node.hears(Give('me', 'life-1', ((3, 5),), 2, (('task-3', 3),)), Given(2))
+    assert RebalanceEvent(False, 2, 0, 2) in node.effects()
+
+
+def test_on_release_holds_the_hand_over_up_and_only_so_long() -> None:
+    node = follower(has_release=True, release_timeout=2.0)
+    node.protocol.notified('plan 2', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2))
+    release, = (effect for effect in node.effects() if isinstance(effect, Release))
+    assert set(release.tokens) == {3, 4} and node.may_claim() == [0, 1, 2]
+    assert node.asks() is None
+    node.protocol.released(release.number + 1, node.now)
+    assert node.asks() is None
+    node.passes(2.0)
+    assert isinstance(node.asks(), Give)
+
+
+def test_a_row_whose_receiver_has_gone_is_neither_claimed_nor_given() -> None:
+    node = follower()
+    node.protocol.notified('plan 2', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, moving=True, version=2), version=2))
+    assert node.asks() is None
+    assert node.may_claim() == [0, 1, 2]
+
+
+def test_gained_tokens_are_claimed_only_after_asking_who_has_begun_their_tasks() -> None:
+    node = follower()
+    node.protocol.notified('give me', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 6), version=2))
+    assert 5 not in node.may_claim()
+    node.hears(Take('me', ((5, 6),)), Taken(frozenset({77})))
+    assert 5 in node.may_claim() and 77 in node.claims.excluded
+
+
+def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
+    node = follower()
+    node.passes(40.0)
+    node.hears(Beat('me', 'life-1'), None)
+    assert node.may_claim() == [] and not node.claims.tokens
+    assert RebalanceEvent(False, 1, 0, 5) in node.effects()
+    node.hears(Join('me', 'life-2', ME, 1.0, True), Joined(3))
+    node.beat(3, 'active', LEADER, life='life-2')
+    node.hears(Refresh('me', 'life-2'), holdings(version=3))
+    assert node.may_claim() == []
+
+
+def test_a_name_is_taken_over_when_its_sign_stood_for_a_timeout() -> None:
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    join = Join('me', 'life-1', ME, 1.0, False)
+    began = node.now
+    while node.now < began + 15.0:
+        node.hears(join, Occupied(Sign('me', 'old', 7), OTHER))
+        node.now = max(node.protocol.wake_at, node.now)
+    node.hears(join, Occupied(Sign('me', 'old', 7), OTHER))
+    assert node.asks() == Join('me', 'life-1', ME, 1.0, False, ('old', 7))
+
+
+def test_a_name_in_use_is_refused_and_a_known_dead_one_taken_at_once() -> None:
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', 7), OTHER))
+    node.gone.add(OTHER)
+    node.passes(1.0)
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', 7), OTHER))
+    node.gone.clear()
+    node.hears(Join('me', 'life-1', ME, 1.0, False, ('old', 7)), Occupied(Sign('me', 'old', 8), OTHER))
+    assert any(isinstance(effect, Failed) and isinstance(effect.error, DuplicateNodeName) for effect in node.effects())
+    assert node.protocol.phase is Phase.FAILED
+
+
+def test_other_settings_than_a_live_cluster_has_are_refused() -> None:
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    join = Join('me', 'life-1', ME, 1.0, False)
+    node.hears(join, Mismatch(99, 'md5', (Sign('a', 'x', 1),)))
+    assert node.asks() is None
+    node.passes(1.0)
+    node.hears(join, Mismatch(99, 'md5', (Sign('a', 'x', 2),)))
+    assert any(isinstance(effect, Failed) and isinstance(effect.error, ConfigMismatch) for effect in node.effects())
+
+
+def test_another_history_of_the_database_makes_it_wait_one_timeout_without_claiming() -> None:
+    node = follower()
+    node.protocol.disconnected(node.now)
+    node.passes(1.0)
+    node.hears(Connect(), Connected('promoted'))
+    assert node.may_claim() == [] and node.protocol.quarantined
+    node.beat(1, 'active', LEADER)
+    node.passes(14.9)
+    assert node.may_claim() == [] and node.protocol.quarantined
+    node.passes(0.2)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    assert not node.protocol.quarantined
+
+
+def test_an_activation_that_the_database_has_forgotten_is_repeated() -> None:
+    node = follower()
+    node.passes(5.0)
+    node.beat(1, 'joining', LEADER)
+    node.hears(Activate('me', 'life-1', 0), Activated(True, 3))
+    assert node.protocol.state == 'active'
+
+
+def member(name: str, incarnation: str, beat: int, created: float, state: str = 'active') -> Member:
+    return Member(name, incarnation, beat, created, state, 1.0)
+
+
+def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() -> None:
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.beat(0, 'joining')
+    node.hears(Activate('me', 'life-1', 1), Activated(True, 2))
+    dead = Sign('other', 'o', 4)
+    table = (member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0))
+    replies: dict[type, Reply] = {
+        Observe: Observed(table, 1, False, None), Beat: Beaten(1, 'active', ()), Refresh: holdings(), Lead: Led(True, 1)}
+    while not isinstance(request := node.asks(), Lead) or not request.dead:
+        if request is not None:
+            node.protocol.reply(request, replies.get(type(request), True), node.now)
+        node.now = max(node.protocol.wake_at, node.now)
+    assert request.dead == (dead,) and node.now - START >= 15.0
+    node.protocol.reply(request, Led(True, 1), node.now)
+    assert node.asks() == Observe()
+    node.protocol.reply(Observe(), Observed((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now)
+    assert not isinstance(node.asks(), Lead)
+
+
+def test_draining_gives_everything_away_and_stays() -> None:
+    node = follower()
+    node.protocol.drain(node.now)
+    node.hears(Drain('me', 'life-1', True), True)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5, 'second', version=2), version=2, state='draining'))
+    assert not node.protocol.drained
+    node.hears(Give('me', 'life-1', ((0, 5),), 2, (('task-3', 3),)), Given(5))
+    node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
+    assert node.protocol.drained and node.protocol.phase is Phase.ACTIVE
+
+
+def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
+    node = follower()
+    node.protocol.drain(node.now)
+    node.hears(Drain('me', 'life-1', True), True)
+    node.hears(Refresh('me', 'life-1'), Holdings(2, 'draining', (), False, 3))
+    assert not node.protocol.drained
+    node.protocol.notified('plan 3', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
+    assert node.protocol.drained
+
+
+def test_leaving_stops_claiming_at_once_and_deletes_the_row_after_on_release() -> None:
+    node = follower(has_release=True)
+    node.protocol.leave(node.now)
+    assert node.may_claim() == []
+    release, = (effect for effect in node.effects() if isinstance(effect, Release))
+    assert node.asks() is None
+    node.protocol.released(release.number, node.now)
+    node.hears(Leave('me', 'life-1'), True)
+    assert node.effects() == [Left()]
+
+
+@pytest.mark.parametrize('expiry', [0.0, -5.0])
+def test_an_expired_lock_does_not_make_the_successor_look_in_a_loop(expiry: float) -> None:
+    node = follower()
+    node.passes(5.0)
+    node.beat(1, 'active', LEADER[:1])
+    members = (member('leader', 'x', 1, 0.0), member('me', 'life-1', 1, 1.0))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.hears(Observe(), Observed(members, 1, False, expiry))
+    assert node.asks() is None
+    assert node.protocol.wake_at > node.now
