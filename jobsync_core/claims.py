@@ -8,7 +8,9 @@ from .tokens import TokenSet
 
 __all__ = ['Claims']
 
-_HEADER = 8  # one double: the deadline
+_LEASE = 8  # one double: the deadline
+_LIFE = 64  # the incarnation, as text that ends with NULs
+_HEADER = _LEASE + _LIFE
 
 
 class Claims:
@@ -27,7 +29,8 @@ class Claims:
         self._pid = os.getpid()
         self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
         view = memoryview(self._map)
-        self.lease = view[:_HEADER].cast('d')
+        self.lease = view[:_LEASE].cast('d')
+        self._life = view[_LEASE:_HEADER]
         self.bits = view[_HEADER:]
         self._tokens = TokenSet()
         self.excluded: frozenset[int] = frozenset()
@@ -36,6 +39,15 @@ class Claims:
     def deadline(self) -> float:
         """When the lease ends; 0 where there is none."""
         return self.lease[0]
+
+    @property
+    def incarnation(self) -> str:
+        """The node's present life: forked children speak for the one that is alive now, not at the fork."""
+        return bytes(self._life).rstrip(b'\0').decode()
+
+    @incarnation.setter
+    def incarnation(self, incarnation: str) -> None:
+        self._life[:] = incarnation.encode().ljust(_LIFE, b'\0')
 
     @property
     def tokens(self) -> TokenSet:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 __all__ = ['now']
 
@@ -15,7 +16,7 @@ def _boot_clock() -> Callable[[], float]:
         time.clock_gettime(clock_id)
     except OSError:
         return time.monotonic
-    return lambda: time.clock_gettime(clock_id)
+    return partial(time.clock_gettime, clock_id)
 
 
 #: Seconds since some fixed moment. It runs on while the machine is suspended, where the system has such a clock, so

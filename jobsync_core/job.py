@@ -133,8 +133,7 @@ class Job:
             self._ledger: Ledger | LocalLedger = LocalLedger()
         else:
             try:
-                with self._sessions.session() as connection:
-                    create_schema(connection, self.config)
+                create_schema(self.config)
                 self._join()
             except BaseException:
                 self._leave()
@@ -164,11 +163,15 @@ class Job:
         set_current_ledger(None)
         if self.config is not None:
             self._book.close()
-            self._write_off(error)
-            if self._wait_on_exit:
+        try:
+            if self.config is not None:
+                self._write_off(error)
+            if self.config is not None and self._wait_on_exit:
                 self._agent.post(lambda: self._protocol.drain(clock.now()))
                 self._agent.wait_for(lambda: not self._agent.running, self._wait_on_exit)
-        self._leave()
+        finally:
+            self._ledger.close()
+            self._leave()
 
     def _write_off(self, error: BaseException | None) -> None:
         try:
@@ -176,7 +179,6 @@ class Job:
         except JobSyncError as failure:
             logger.error('node=%s could not write its audit while leaving: %s', self.node_name, failure)
             if error is None:
-                self._leave()
                 raise
             return
         with contextlib.suppress(JobSyncError):  # they lapse with this node
@@ -200,8 +202,9 @@ class Job:
             InvalidTaskId: The id is None, unhashable, or cannot be stored.
             NotEntered: Outside of the `with` block.
         """
-        if self.config is not None:
-            return self._book.can_claim(task) or self._refuse()
+        book = self._book
+        if book is not None:
+            return book.can_claim(task) or self._refuse()
         self._check_entered()
         check_task_id(task_id_of(task))
         return True
@@ -286,7 +289,7 @@ class Job:
     @property
     def incarnation(self) -> str:
         """This node's present life; a new one after each eviction."""
-        return self._protocol.incarnation if self.config is not None else ''
+        return self._claims.incarnation if self.config is not None else ''
 
     def owner_of(self, task_id: Task | Hashable) -> str | None:
         """The node that owns the task by the database; None where nobody does."""

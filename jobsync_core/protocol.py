@@ -183,6 +183,7 @@ class Protocol:
         self._new_incarnation = new_incarnation
         self._is_known_dead = is_known_dead
         self._promises = promises
+        claims.incarnation = self.incarnation
         self._mine = {self.incarnation}  # every life of mine: a row of one of them is no rival's
         self._effects: list[Effect] = []
         self._pending: Request | None = None
@@ -556,7 +557,7 @@ class Protocol:
         self._batch = None
         self._announce(now)
         self._note('warning', 'evicted; joining again', incarnation=self.incarnation)
-        self.incarnation = self._new_incarnation()
+        self.incarnation = self.claims.incarnation = self._new_incarnation()
         self._mine.add(self.incarnation)
         self.phase = Phase.JOINING
         self._rejoins = True

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import datetime
 import logging
-import threading
 from collections.abc import Callable, Iterable
+from threading import get_ident
 
 from . import clock
 from .claims import Claims
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 #: Attempts at recording a claim that is refused although the token is here: the leader may be rewriting the row just then.
 _CLAIM_ATTEMPTS = 3
+#: Integers below this need no check of their text's length.
+_PLAIN = 10**18
+_NO_LEASE = memoryview(bytes(8)).cast('d')
 
 
 class TaskBook:
@@ -55,7 +58,7 @@ class TaskBook:
         self._hash = HASH_FUNCTIONS[config.hash_function]
         self._total_tokens = config.total_tokens
         self._promise_sec = config.heartbeat_timeout_sec
-        self._closed = False
+        self._lease = claims.lease
         # thread id -> (text, token, when): what the thread was told last
         self._promises: dict[int, tuple[str, int, float]] = {}
         # text -> (token, incarnation): promises whose tokens went away, recorded with the hand-over
@@ -72,20 +75,21 @@ class TaskBook:
             InvalidTaskId: The id cannot be used.
             DatabaseUnavailable: The task may have been taken by another node, and the database cannot be asked.
         """
+        # The hot path: look-ups are bound once, and the bit is read here rather than by a call.
         task_id = task.id if type(task) is Task else task_id_of(task)
-        text = str(task_id) if type(task_id) is int else check_task_id(task_id)
+        text = str(task_id) if type(task_id) is int and -_PLAIN < task_id < _PLAIN else check_task_id(task_id)
         token = self._hash(text.encode()) % self._total_tokens
-        claims = self._claims
         now = clock.now()
-        if not claims.may_claim(token, now) or self._closed:
+        bits = self._claims.bits
+        if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1):
             return self._holds(text, now)
         if text in self._done:
             return False
-        if claims.excluded and task_key(text) in claims.excluded and self._taken(text):
+        if self._claims.excluded and task_key(text) in self._claims.excluded and self._taken(text):
             return False
-        self._promises[threading.get_ident()] = (text, token, now)
+        self._promises[get_ident()] = (text, token, now)
         # The token may have gone between the look and the promise; from here on the hand-over sees the promise.
-        return claims.may_claim(token, clock.now())
+        return bits[token >> 3] >> (token & 7) & 1 == 1
 
     def token_of(self, task_id: object) -> int:
         """The token that the task id hashes to."""
@@ -124,7 +128,7 @@ class TaskBook:
     def add(self, task: object) -> None:
         """Record the task as taken, for the audit too; errors as for `record`."""
         text, = self.record([task])
-        thread = threading.get_ident()
+        thread = get_ident()
         self._added[text] = (self._incarnation(), thread)
         promise = self._promises.get(thread)
         if promise is not None and promise[0] == text:
@@ -153,7 +157,7 @@ class TaskBook:
 
     def close(self) -> None:
         """Answer False from now on."""
-        self._closed = True
+        self._lease = _NO_LEASE
 
     def release(self) -> None:
         """Delete this node's claims; what was not audited is free."""
@@ -162,10 +166,10 @@ class TaskBook:
 
     def _holds(self, text: str, now: float) -> bool:
         """Whether this node took the task before its token went away: then it still is this node's, and nobody else's."""
-        if not self._added and not self._given or self._closed:
+        if not self._added and not self._given:
             return False
         life = self._added[text][0] if text in self._added else self._given.get(text, (0, ''))[1]
-        return life == self._incarnation() and now < self._claims.deadline
+        return life == self._incarnation() and now < self._lease[0]
 
     def _taken(self, text: str) -> bool:
         with self._sessions.session() as connection:

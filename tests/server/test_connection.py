@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -115,6 +116,29 @@ class TestOpen:
             connection.close()
         assert len(set(names)) == 1
         assert names[0].split()[1] == '00000001'
+
+    def test_a_promoted_server_has_another_name(self, own_server: EmbeddedPostgres) -> None:
+        config = own_server.config('postgres')
+
+        def name() -> str:
+            connection = Connection.open(config, 'n1')
+            connection.close()
+            return connection.server
+
+        before = name()
+        (directory,), = query(config, "SELECT current_setting('data_directory')")
+        own_server.kill()
+        signal_file = Path(directory, 'standby.signal')
+        signal_file.touch()
+        signal_file.chmod(0o666)
+        own_server.start()
+        assert name() == before.split()[0] + ' standby'
+        assert query(config, 'SELECT pg_promote()') == [(True,)]
+        promoted = name()
+        assert promoted == before.split()[0] + ' 00000002'
+        # Later checkpoints, after which pg_control_checkpoint() shows the new timeline too, are no other server.
+        query(config, 'CHECKPOINT')
+        assert name() == promoted
 
     def test_a_role_that_may_not_ask_for_the_servers_name_connects_too(self, config: CoordinationConfig) -> None:
         role = f'asks_nothing_{config.dbname}'
@@ -269,7 +293,7 @@ class TestSessions:
         with sessions.session() as connection, connection.cursor() as cursor:
             cursor.execute('CREATE TABLE t (i int); INSERT INTO t VALUES (1)')
         with pytest.raises(ZeroDivisionError), sessions.session() as connection, connection.cursor() as cursor:
-            print(cursor.execute('INSERT INTO t VALUES (2)'), 1 / 0)
+            _insert_and_fail(cursor)
         with pytest.raises(psycopg2.errors.UndefinedTable), sessions.session() as connection, connection.cursor() as cursor:
             cursor.execute('INSERT INTO t VALUES (3); SELECT * FROM nothing')
         assert query(config, 'SELECT i FROM t') == [(1,)]
@@ -353,6 +377,11 @@ class TestSessions:
         for thread in threads:
             thread.join(30)
         assert sorted(answers) == sorted(list(range(20)) * 6)
+
+
+def _insert_and_fail(cursor: psycopg2.extensions.cursor) -> None:
+    cursor.execute('INSERT INTO t VALUES (2)')
+    raise ZeroDivisionError
 
 
 def _use(config: CoordinationConfig) -> int:

@@ -11,13 +11,36 @@ from typing import Any
 import psycopg2
 import pytest
 
+from jobsync_core import leader
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.hashing import task_key, task_to_token
 from jobsync_core.messages import (
-    Activate, Activated, Beat, Beaten, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead, Leave, Led, Mismatch, Observe, Observed,
-    Occupied, Process, Refresh, Segment, Sign, Take, Taken,
+    Activate,
+    Activated,
+    Beat,
+    Beaten,
+    Drain,
+    Give,
+    Given,
+    Holdings,
+    Housekeep,
+    Join,
+    Joined,
+    Lead,
+    Leave,
+    Led,
+    Mismatch,
+    Observe,
+    Observed,
+    Occupied,
+    Process,
+    Refresh,
+    Segment,
+    Sign,
+    Take,
+    Taken,
 )
 from jobsync_core.store import leading, locks, status, tasks
 from jobsync_core.store.connection import Connection, Sessions
@@ -165,7 +188,7 @@ class TestJoin:
         assert store.rows.run(f'SELECT total_tokens, hash_function FROM {store.tables.cluster}') == [(500, 'md5')]
         assert store.assignment() == []
         assert store.version() > before
-        assert other.handle(store.connection, Lead('b', 'life of b', (), 'test')).led
+        assert isinstance(other.handle(store.connection, Lead('b', 'life of b', (), 'test')), Led)
         assert store.owned() == {'b': 500}
 
     def test_a_cluster_whose_rows_were_deleted_forms_again(self, store: Store) -> None:
@@ -281,17 +304,17 @@ class TestTake:
         for name in 'ab':
             store.join(name)
         store.rows.own(0, 1000, 'b')
-        texts = ('audited', 'audited with token', 'claimed by b', 'of nobody alive', 'of another day')
+        texts = ('audited', 'audited without token', 'claimed by b', 'of nobody alive', 'of another day')
         with store.rows.sessions.session() as connection:
             tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, [('claimed by b', token('claimed by b'))])
-            tasks.audit(connection, store.tables, 'gone', TODAY, ['audited'])
-            tasks.audit(connection, store.tables, 'a', TODAY + datetime.timedelta(1), ['of another day'])
-        store.rows.run(f"INSERT INTO {store.tables.audit} (node, task_id, date, token) VALUES ('a', 'audited with token', %s, %s)",
-                       TODAY, token('audited with token'))
-        store.rows.run(f"INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES ('b', 'of nobody alive', %s, %s, 'old')",
-                       TODAY, token('of nobody alive'))
+            tasks.audit(connection, store.tables, 'gone', TODAY, [('audited', token('audited'))])
+            tasks.audit(connection, store.tables, 'a', TODAY + datetime.timedelta(1), [('of another day', token('of another day'))])
+        store.rows.run(f"INSERT INTO {store.tables.audit} (node, task_id, date) VALUES ('a', 'audited without token', %s)", TODAY)
+        store.rows.run(
+            f"INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES ('b', 'of nobody alive', %s, %s, 'old')",
+            TODAY, token('of nobody alive'))
         ranges = tuple((token(text), token(text) + 1) for text in texts)
-        for taker, expected in (('a', {'audited', 'audited with token', 'claimed by b'}), ('b', {'audited', 'audited with token'})):
+        for taker, expected in (('a', {'audited', 'audited without token', 'claimed by b'}), ('b', {'audited', 'audited without token'})):
             assert store.ask(Take(taker, ranges)) == Taken(frozenset(map(task_key, expected)))
         assert store.ask(Take('a', ranges[:1])) == Taken(frozenset({task_key('audited')}))
         assert store.ask(Take('a', ())) == Taken(frozenset())
@@ -316,8 +339,9 @@ class TestGive:
         assert moving.give('a', ranges=((0, 1000),)) == Given(20)
         assert moving.version() == before + 1
         assert moving.assignment() == [
-            Segment(0, 10, 'b', version=before + 1), Segment(10, 20, 'a', version=1), Segment(20, 30, None, blocked=True, version=before + 1),
-            Segment(30, 40, 'a', True, version=1), Segment(40, 50, 'c', True, 'b', version=1)]
+            Segment(0, 10, 'b', version=before + 1), Segment(10, 20, 'a', version=1),
+            Segment(20, 30, None, blocked=True, version=before + 1), Segment(30, 40, 'a', True, version=1),
+            Segment(40, 50, 'c', True, 'b', version=1)]
 
     @pytest.mark.parametrize('late', [
         {'life': 'a former life'}, {'version': 0}, {'ranges': ((0, 9), (11, 30)), 'version': 0}, {'ranges': ()}, {'ranges': ((1, 10),)},
@@ -452,14 +476,18 @@ class TestLead:
         assert tables() == before
 
     def test_only_the_difference_is_written(self, store: Store) -> None:
+        def written() -> dict[int, Any]:
+            rows = store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')
+            return {row[1]: row for row in rows}
+
         for name in 'abcdefgh':
             store.join(name)
         store.lead('a')
-        before = {row[1]: row for row in store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')}
+        before = written()
         with store.rows.sessions.session() as connection:
             locks.register(connection, store.tables, [('t', ('a', 'b'), None, None)], 'x')
         store.lead('a')
-        after = {row[1]: row for row in store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')}
+        after = written()
         assert sum(before.get(lo) == row for lo, row in after.items()) >= len(before) - 2
 
     def test_a_row_that_is_split_keeps_the_time_since_when_its_node_owns_it(self, store: Store) -> None:
@@ -515,7 +543,8 @@ class TestLead:
         led = store.lead('a', store.sign('b'), store.sign('d'))
         assert led.evicted == ('b', 'd') and led.moved == 500
         assert store.owned() == {'a': 500, 'c': 500}
-        assert store.rows.run(f'SELECT nodes_before, nodes_after, tokens_moved FROM {store.tables.rebalance} ORDER BY id DESC LIMIT 1') == [(4, 2, 500)]
+        row, = store.rows.run(f'SELECT nodes_before, nodes_after, tokens_moved FROM {store.tables.rebalance} ORDER BY id DESC LIMIT 1')
+        assert row == (4, 2, 500)
 
     def test_locks_move_tokens_and_an_expired_one_no_longer(self, store: Store) -> None:
         for name in 'ab':
@@ -552,7 +581,7 @@ class TestLead:
         store.lead('a')
         store.join('c', active=False)
         store.lead('a')
-        decide = leading.decide
+        decide = leader.decide
 
         def interrupted(*args: Any) -> Any:
             decision = decide(*args)
@@ -567,7 +596,7 @@ class TestLead:
         monkeypatch.undo()
         assert store.ask(Observe()).stale
         store.settle()
-        assert store.owned() == {name: 250 for name in 'abcd'}
+        assert store.owned() == dict.fromkeys('abcd', 250)
         assert not store.ask(Observe()).stale
 
     def test_an_error_in_the_middle_leaves_nothing_behind(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,15 +692,15 @@ class TestCost:
             return execute(self, sql, *args, **kwargs)
 
         monkeypatch.setattr(Connection, 'execute', counted)
-        for request in (Beat('a', 'life of a'), Refresh('a', 'life of a'), Observe(), Take('a', ((0, 1000),)), Activate('a', 'life of a', 1),
-                        Drain('a', 'life of a', True)):
+        for look in (Beat('a', 'life of a'), Refresh('a', 'life of a'), Observe(), Take('a', ((0, 1000),)), Activate('a', 'life of a', 1),
+                     Drain('a', 'life of a', True)):
             sent.clear()
-            store.ask(request)
+            store.ask(look)
             assert len(sent) == 1
             assert ';' not in sent[0] and 'BEGIN' not in sent[0]
-        for request in (Give('a', 'life of a', ((0, 1000),), 9, (('t', 1),)), Leave('a', 'life of a')):
+        for change in (Give('a', 'life of a', ((0, 1000),), 9, (('t', 1),)), Leave('a', 'life of a')):
             sent.clear()
-            store.ask(request)
+            store.ask(change)
             assert len(sent) == 1
 
     def test_a_plan_of_many_locks_and_ranges_is_quick(self, make_store: Callable[..., Store]) -> None:
@@ -697,15 +726,17 @@ class TestHousekeeping:
         store.join('a')
         for key, state, age in (('done', 'done', -1), ('failed', 'failed', -1), ('running', 'running', -1), ('fresh', 'done', 60)):
             store.rows.run(
-                f'INSERT INTO {store.tables.execution} (key, state, fence, expires_at) VALUES (%s, %s, 1, now() + make_interval(secs => %s))',
-                key, state, age)
-        for task, node, life, age in (('gone', 'b', 'x', 120), ('former', 'a', 'x', 120), ('live', 'a', 'life of a', 120), ('new', 'b', 'x', 0)):
+                f'INSERT INTO {store.tables.execution} (key, state, fence, expires_at) '
+                'VALUES (%s, %s, 1, now() + make_interval(secs => %s))', key, state, age)
+        for task, node, life, age in (
+                ('gone', 'b', 'x', 120), ('former', 'a', 'x', 120), ('live', 'a', 'life of a', 120), ('new', 'b', 'x', 0)):
             store.rows.run(
                 f'INSERT INTO {store.tables.claim} (node, task_id, created_on, date, token, incarnation) '
                 'VALUES (%s, %s, now() - make_interval(secs => %s), %s, 1, %s)', node, task, age, TODAY, life)
         store.rows.run(
             f'INSERT INTO {store.tables.rebalance} (triggered_at, trigger_reason, nodes_before, nodes_after, tokens_moved, duration_ms) '
-            "SELECT now() - CASE WHEN n = 1500 THEN interval '91 days' ELSE '1 day' END, n::text, 1, 1, 1, 1 FROM generate_series(1, 1500) AS n")
+            "SELECT now() - CASE WHEN n = 1500 THEN interval '91 days' ELSE '1 day' END, n::text, 1, 1, 1, 1 "
+            'FROM generate_series(1, 1500) AS n')
         assert store.ask(Housekeep()) is True
         assert sorted(row[0] for row in store.rows.run(f'SELECT key FROM {store.tables.execution}')) == ['fresh', 'running']
         assert sorted(row[0] for row in store.rows.run(f'SELECT task_id FROM {store.tables.claim}')) == ['live', 'new']

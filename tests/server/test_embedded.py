@@ -98,7 +98,7 @@ def test_stop_removes_a_temporary_directory_and_keeps_a_given_one(tmp_path_facto
 
 def test_a_second_server_on_the_same_data_is_refused(own_server: EmbeddedPostgres) -> None:
     with pytest.raises(EmbeddedServerError, match='already exists'):
-        EmbeddedPostgres(data_dir=own_server.log.parent).start()
+        EmbeddedPostgres(data_dir=own_server.log.parent, bin_dir=own_server.bin_dir).start()
     assert ask(own_server, 'SELECT 1') == 1
 
 

@@ -233,7 +233,8 @@ class TestTables:
             for _ in range(10):
                 cursor.execute(f'UPDATE {rows.tables.node} SET beat = beat + 1, last_heartbeat = clock_timestamp()')
             cursor.execute(
-                "SELECT pg_stat_get_xact_tuples_hot_updated(oid), pg_stat_get_xact_tuples_updated(oid) FROM pg_class WHERE relname = 'sync_node'")
+                'SELECT pg_stat_get_xact_tuples_hot_updated(oid), pg_stat_get_xact_tuples_updated(oid) '
+                "FROM pg_class WHERE relname = 'sync_node'")
             hot, updated = cursor.fetchone() or (0, 0)
         # In one transaction no old version can be cleared away, so a page's reserve lasts for a few rounds only.
         assert updated == 200
