@@ -193,6 +193,8 @@ class Agent:
     def _wait(self, seconds: float) -> None:
         assert self._wake_receiver is not None
         connection = self._connection if self.protocol.connected else None
+        if connection is not None and self._read_notifications(connection):
+            return  # they had come with the answer to a statement
         poll = select.poll()  # select.select cannot watch descriptors from 1024 on
         poll.register(self._wake_receiver, select.POLLIN)
         if connection is not None:
@@ -202,15 +204,20 @@ class Agent:
             with contextlib.suppress(BlockingIOError):
                 self._wake_receiver.recv(4096)
         if connection is not None and connection.fileno() in ready:
-            try:
-                payloads = connection.notifies()
-            except (DatabaseUnavailable, psycopg2.Error) as error:
-                logger.warning('node=%s lost its connection: %s', self.protocol.name, str(error).strip())
-                self._close_connection()
-                self.protocol.disconnected(clock.now())
-                return
-            for payload in payloads:
-                self.protocol.notified(payload, clock.now())
+            self._read_notifications(connection)
+
+    def _read_notifications(self, connection: Connection) -> bool:
+        """Pass on what has arrived; whether there was anything, the loss of the connection included."""
+        try:
+            payloads = connection.notifies()
+        except (DatabaseUnavailable, psycopg2.Error) as error:
+            logger.warning('node=%s lost its connection: %s', self.protocol.name, str(error).strip())
+            self._close_connection()
+            self.protocol.disconnected(clock.now())
+            return True
+        for payload in payloads:
+            self.protocol.notified(payload, clock.now())
+        return bool(payloads)
 
     def _run_commands(self) -> None:
         while self._commands:

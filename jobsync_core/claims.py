@@ -4,9 +4,20 @@ from __future__ import annotations
 import mmap
 import os
 
+from .process import is_known_dead, this_process
 from .tokens import TokenSet
 
 __all__ = ['Claims']
+
+forked = False
+
+
+def _note_fork() -> None:
+    global forked
+    forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 _LEASE = 8  # one double: the deadline
 _LIFE = 64  # the incarnation, as text that ends with NULs
@@ -27,6 +38,7 @@ class Claims:
     def __init__(self, total_tokens: int) -> None:
         self.total_tokens = total_tokens
         self._pid = os.getpid()
+        self._owner = this_process()
         self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
         view = memoryview(self._map)
         self.lease = view[:_LEASE].cast('d')
@@ -59,7 +71,14 @@ class Claims:
 
     def may_claim(self, token: int, now: float) -> bool:
         """Whether the set holds the token and the lease has not run out."""
-        return now < self.lease[0] and bool(self.bits[token >> 3] >> (token & 7) & 1)
+        return now < self.lease[0] and bool(self.bits[token >> 3] >> (token & 7) & 1) and not (forked and self.is_orphaned())
+
+    def is_orphaned(self) -> bool:
+        """Whether this is a forked process whose node's main process is gone: others may take the node's tokens at once then."""
+        if os.getpid() == self._pid or os.getppid() == self._pid:
+            return False
+        # A child of a child. Where nobody can tell, it counts as an orphan.
+        return not self._owner.started or is_known_dead(self._owner)
 
     def exclude(self, keys: frozenset[int]) -> None:
         """Remember tasks (by hashing.task_key) that others have taken although their tokens come here."""

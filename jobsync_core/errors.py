@@ -5,6 +5,8 @@ default message. Built-in bases stand where callers expect them.
 """
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError',
     'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
@@ -16,7 +18,7 @@ class JobSyncError(Exception):
     """Something in JobSync failed."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or ' '.join((self.__doc__ or '').split()))
+        super().__init__(message or ' '.join((self.__doc__ or '').partition('Attributes:')[0].split()))
 
 
 # --- wrong input ---
@@ -71,11 +73,27 @@ class StoreTimeout(DatabaseUnavailable, TimeoutError):
 # --- the ledger ---
 
 class DuplicateExecution(JobSyncError):
-    """The key was already completed, and on_duplicate is 'raise'."""
+    """The key was already completed, and on_duplicate is 'raise'.
+
+    Attributes:
+        key: The key.
+        result: What its completion stored.
+    """
+
+    key: str = ''
+    result: Any = None
 
 
 class ExecutionRunning(JobSyncError):
-    """The key is being executed elsewhere right now. Try again later."""
+    """The key is being executed elsewhere right now. Try again later.
+
+    Attributes:
+        key: The key.
+        requeue: Whether a queue should deliver the message again.
+    """
+
+    key: str = ''
+    requeue: bool = False
 
 
 class Fenced(JobSyncError):

@@ -20,7 +20,7 @@ from .claims import Claims
 from .config import CoordinationConfig
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .hashing import check_task_id
-from .ledger import Execution, Ledger, LocalLedger, set_current_ledger
+from .ledger import DEFAULT_RETENTION, Execution, Ledger, LocalLedger, set_current_ledger
 from .once import once
 from .process import is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings
@@ -133,7 +133,7 @@ class Job:
             self._ledger: Ledger | LocalLedger = LocalLedger()
         else:
             try:
-                create_schema(self.config)
+                self._create_schema(self.config)
                 self._join()
             except BaseException:
                 self._leave()
@@ -142,6 +142,14 @@ class Job:
         set_current_ledger(self._ledger)
         self._state = 'entered'
         return self
+
+    def _create_schema(self, config: CoordinationConfig) -> None:
+        sessions = Sessions(config, f'jobsync {self.node_name}')  # of its own: a node at rest keeps one connection, the agent's
+        try:
+            with sessions.session() as connection:
+                create_schema(connection, config)
+        finally:
+            sessions.close_all()
 
     def _join(self) -> None:
         self._agent.start()
@@ -202,9 +210,8 @@ class Job:
             InvalidTaskId: The id is None, unhashable, or cannot be stored.
             NotEntered: Outside of the `with` block.
         """
-        book = self._book
-        if book is not None:
-            return book.can_claim(task) or self._refuse()
+        if self.config is not None:
+            return self._book.can_claim(task) or self._refuse()
         self._check_entered()
         check_task_id(task_id_of(task))
         return True
@@ -260,15 +267,21 @@ class Job:
         with self._sessions.session() as connection:
             return tasks.get_audit(connection, self._tables, self.date)
 
-    def once(self, task: Task | Hashable) -> AbstractContextManager[Execution]:
+    def once(
+        self, task: Task | Hashable, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
+    ) -> AbstractContextManager[Execution]:
         """Run the block only if the task's key was never completed: `with job.once(task) as execution:`.
+
+        Args:
+            task: Its id is the key.
+            retention: For how long the completion is remembered: a timedelta, or seconds.
 
         Raises:
             DuplicateExecution: The key was completed before.
             ExecutionRunning: Another process executes it now.
         """
         self._check_entered()
-        return once(self._ledger, check_task_id(task_id_of(task)))
+        return once(self._ledger, check_task_id(task_id_of(task)), retention=retention)
 
     def task_to_token(self, task_id: Task | Hashable) -> int:
         """The token that a task id hashes to; 0 in single-node mode."""

@@ -190,7 +190,7 @@ class Ledger:
         if row.state != 'done':
             raise _running(key)
         duplicate = DuplicateExecution(f'the key {key!r} was already completed')
-        vars(duplicate).update(key=key, result=row.result)
+        duplicate.key, duplicate.result = key, row.result
         raise duplicate
 
     def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row | None:
@@ -466,7 +466,7 @@ class Ledger:
 
 def _running(key: str) -> ExecutionRunning:
     running = ExecutionRunning(f'the key {key!r} is being executed right now; try again later')
-    vars(running).update(key=key)
+    running.key = key
     return running
 
 

@@ -148,7 +148,7 @@ class ExactlyOnce:
             return getattr(error, 'result', None) if self.on_duplicate == 'result' else None
         if self.on_running == 'skip':
             return None
-        vars(error).update(requeue=self.on_running == 'requeue')
+        error.requeue = self.on_running == 'requeue'
         raise error
 
     def keep(self, execution: Execution, result: Any) -> None:

@@ -14,7 +14,7 @@ Why at most one node claims a token at any instant:
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -23,8 +23,33 @@ from .claims import Claims
 from .errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
 from .liveness import Liveness
 from .messages import (
-    Activate, Activated, Beat, Beaten, Connect, Connected, Drain, Give, Given, Holdings, Housekeep, Join, Joined, Lead,
-    Leave, Led, Mismatch, Observe, Observed, Occupied, Process, Refresh, Reply, Request, Sign, Take, Taken,
+    Activate,
+    Activated,
+    Beat,
+    Beaten,
+    Connect,
+    Connected,
+    Drain,
+    Give,
+    Given,
+    Holdings,
+    Housekeep,
+    Join,
+    Joined,
+    Lead,
+    Leave,
+    Led,
+    Mismatch,
+    Observe,
+    Observed,
+    Occupied,
+    Process,
+    Refresh,
+    Reply,
+    Request,
+    Sign,
+    Take,
+    Taken,
 )
 from .tokens import TokenSet
 
@@ -37,6 +62,8 @@ _JOIN_WINDOW = 0.1
 #: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
 _ENTRY_POLL = 0.25
 _HOUSEKEEPING_INTERVAL = 60.0
+#: Heartbeats that prove a rival alive: one alone may be a dead process's last, which arrived late.
+_RIVAL_BEATS = 2
 #: Two clocks that disagree on when a lock expires must not make a node look in a tight loop.
 _SHORTEST_WAIT = 0.02
 
@@ -194,6 +221,7 @@ class Protocol:
         self._backoff = _BACKOFF_FIRST
         # membership
         self._join_at = 0.0
+        self._rival_beats = 0
         self._replace: tuple[str, int] | None = None
         self._reap: tuple[Sign, ...] = ()
         self._rejoins = False
@@ -495,21 +523,28 @@ class Protocol:
             self._replace = (sign.incarnation, sign.beat)
             self._join_at = now
             return
-        if self._liveness.changed(sign) and not self.entered:
+        if self._seen_alive([sign]) and not self.entered:
             self._finish(Failed(DuplicateNodeName(
-                f'node name {self.name!r} is used by a live process (pid {reply.process.pid} on {reply.process.host}): give every process its own name')))
+                f'node name {self.name!r} is used by a live process (pid {reply.process.pid} on {reply.process.host}): '
+                f'give every process its own name')))
             return
-        if self._liveness.changed(sign):
+        if self._rival_beats >= _RIVAL_BEATS:
+            self._rival_beats = 0
             self._note('error', 'another live process took this node name; not claiming', host=reply.process.host, pid=reply.process.pid)
         self._liveness.look([sign], now)
         self._replace = (sign.incarnation, sign.beat) if self._liveness.is_dead(sign, now) else None
         self._join_at = now if self._replace else now + self.settings.poll
 
+    def _seen_alive(self, signs: Iterable[Sign]) -> bool:
+        self._rival_beats += any(self._liveness.changed(sign) for sign in signs)
+        return self._rival_beats >= _RIVAL_BEATS
+
     def _on_mismatch(self, reply: Mismatch, now: float) -> None:
-        if any(self._liveness.changed(sign) for sign in reply.nodes):
+        if self._seen_alive(reply.nodes):
             mine, theirs = (self.settings.total_tokens, self.settings.hash_function), (reply.total_tokens, reply.hash_function)
             self._finish(Failed(ConfigMismatch(
-                f'this node has total_tokens, hash_function = {mine}, the live cluster has {theirs}: use the same, or stop all nodes first')))
+                f'this node has total_tokens, hash_function = {mine}, the live cluster has {theirs}: '
+                f'use the same, or stop all nodes first')))
             return
         self._liveness.look(reply.nodes, now)
         dead = all(self._liveness.is_dead(sign, now) for sign in reply.nodes)
@@ -644,7 +679,8 @@ class Protocol:
         for conflict in reply.conflicts:
             self._note('warning', 'locks in conflict', conflict=conflict)
         if reply.evicted or reply.moved:
-            self._note('info', 'led a rebalance', version=reply.version, evicted=list(reply.evicted), moved=reply.moved, blocked=reply.blocked)
+            self._note(
+                'info', 'led a rebalance', version=reply.version, evicted=list(reply.evicted), moved=reply.moved, blocked=reply.blocked)
 
     # --- consequences ---
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from threading import get_ident
 
-from . import clock
+from . import claims, clock
 from .claims import Claims
 from .config import CoordinationConfig
 from .errors import ClaimLost
@@ -36,7 +36,7 @@ class TaskBook:
     alone. So `can_claim_task → add_task → process` runs each task once while tokens move.
 
     Args:
-        claims: The local token set and lease.
+        local: The local token set and lease.
         sessions: Where statements run.
         config: The cluster's settings.
         tables: Names of the tables.
@@ -46,10 +46,10 @@ class TaskBook:
     """
 
     def __init__(
-        self, claims: Claims, sessions: Sessions, config: CoordinationConfig, tables: Tables, node: str, date: datetime.date,
+        self, local: Claims, sessions: Sessions, config: CoordinationConfig, tables: Tables, node: str, date: datetime.date,
         incarnation: Callable[[], str],
     ) -> None:
-        self._claims = claims
+        self._claims = local
         self._sessions = sessions
         self._tables = tables
         self._node = node
@@ -58,7 +58,7 @@ class TaskBook:
         self._hash = HASH_FUNCTIONS[config.hash_function]
         self._total_tokens = config.total_tokens
         self._promise_sec = config.heartbeat_timeout_sec
-        self._lease = claims.lease
+        self._lease = local.lease
         # thread id -> (text, token, when): what the thread was told last
         self._promises: dict[int, tuple[str, int, float]] = {}
         # text -> (token, incarnation): promises whose tokens went away, recorded with the hand-over
@@ -81,7 +81,7 @@ class TaskBook:
         token = self._hash(text.encode()) % self._total_tokens
         now = clock.now()
         bits = self._claims.bits
-        if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1):
+        if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
             return self._holds(text, now)
         if text in self._done:
             return False
@@ -169,7 +169,7 @@ class TaskBook:
         if not self._added and not self._given:
             return False
         life = self._added[text][0] if text in self._added else self._given.get(text, (0, ''))[1]
-        return life == self._incarnation() and now < self._lease[0]
+        return life == self._incarnation() and now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
 
     def _taken(self, text: str) -> bool:
         with self._sessions.session() as connection:

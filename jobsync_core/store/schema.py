@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import psycopg2
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict
+from .connection import Sessions
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -88,19 +89,35 @@ def render_schema(appname: str) -> str:
     return '\n'.join(_render(Tables(appname), name) for _, name in MIGRATIONS)
 
 
-def create_schema(session: PgConnection, config: CoordinationConfig) -> None:
+@overload
+def create_schema(session: CoordinationConfig) -> None: ...
+@overload
+def create_schema(session: PgConnection, config: CoordinationConfig) -> None: ...
+
+
+def create_schema(session: PgConnection | CoordinationConfig, config: CoordinationConfig | None = None) -> None:
     """Create the tables where they are missing, or bring them up to date. Many nodes may do so at once.
 
     Where they are in place already, no right to create anything is needed.
 
     Args:
-        session: A connection out of Sessions, not in autocommit mode.
+        session: A connection out of Sessions, not in autocommit mode; or the config alone: then one is opened for this, and closed.
         config: Names the tables.
 
     Raises:
         SchemaConflict: There are tables of another layout, or of a newer version.
         JobSyncError: The role lacks a right; the message says which.
+        DatabaseUnavailable: PostgreSQL cannot be reached.
     """
+    if isinstance(session, CoordinationConfig):
+        sessions = Sessions(session, 'jobsync schema')
+        try:
+            with sessions.session() as connection:
+                create_schema(connection, session)
+        finally:
+            sessions.close_all()
+        return
+    assert config is not None
     tables = Tables(config.appname)
     try:
         with session.cursor() as cursor:

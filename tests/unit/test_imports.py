@@ -20,8 +20,8 @@ LAYERS = (
     {'', 'cli', 'embedded', 'embedded_supervisor'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
-    'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading', 'time',
-    'urllib.request'}
+    'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',
+    'time', 'urllib.request'}
 STATEMENTS = ('SELECT ', 'INSERT INTO', 'UPDATE ', 'DELETE FROM', 'CREATE TABLE', 'LISTEN ', 'NOTIFY ')
 MODULES = sorted(CORE.rglob('*.py'))
 

@@ -13,6 +13,7 @@ from jobsync_core import CoordinationConfig, Task, clock, taskbook
 from jobsync_core.claims import Claims
 from jobsync_core.errors import ClaimLost, InvalidTaskId
 from jobsync_core.hashing import task_key
+from jobsync_core.store import tasks
 from jobsync_core.store.schema import Tables
 from jobsync_core.taskbook import TaskBook
 from jobsync_core.tokens import TokenSet
@@ -29,7 +30,7 @@ class Database:
         self.taken: set[str] = set()
         self.audited: list[str] = []
         for name in ('claim', 'audit', 'is_taken'):
-            monkeypatch.setattr(taskbook.tasks, name, getattr(self, name))
+            monkeypatch.setattr(tasks, name, getattr(self, name))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
