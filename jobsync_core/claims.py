@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 
-from .process import is_known_dead, this_process
 from .tokens import TokenSet
 
 __all__ = ['Claims']
@@ -33,12 +33,13 @@ class Claims:
 
     Args:
         total_tokens: Tokens of the cluster.
+        owner_lives: Whether the process that makes this object is known to live; asked by the children of its children.
     """
 
-    def __init__(self, total_tokens: int) -> None:
+    def __init__(self, total_tokens: int, owner_lives: Callable[[], bool] = lambda: False) -> None:
         self.total_tokens = total_tokens
         self._pid = os.getpid()
-        self._owner = this_process()
+        self._owner_lives = owner_lives
         self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
         view = memoryview(self._map)
         self.lease = view[:_LEASE].cast('d')
@@ -77,8 +78,7 @@ class Claims:
         """Whether this is a forked process whose node's main process is gone: others may take the node's tokens at once then."""
         if os.getpid() == self._pid or os.getppid() == self._pid:
             return False
-        # A child of a child. Where nobody can tell, it counts as an orphan.
-        return not self._owner.started or is_known_dead(self._owner)
+        return not self._owner_lives()  # a child of a child
 
     def exclude(self, keys: frozenset[int]) -> None:
         """Remember tasks (by hashing.task_key) that others have taken although their tokens come here."""

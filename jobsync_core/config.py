@@ -83,7 +83,8 @@ class CoordinationConfig:
         if self.heartbeat_interval_sec >= self.heartbeat_timeout_sec * LEASE_FRACTION:
             raise ConfigurationError(
                 f'heartbeat_timeout_sec={self.heartbeat_timeout_sec} leaves no room for '
-                f'heartbeat_interval_sec={self.heartbeat_interval_sec}: a lease lasts {LEASE_FRACTION:.0%} of the timeout and must outlast the interval; three times the interval is usual')
+                f'heartbeat_interval_sec={self.heartbeat_interval_sec}: a lease lasts {LEASE_FRACTION:.0%} of the timeout and must outlast '
+                f'the interval; three times the interval is usual')
 
     def _check_ports(self) -> None:
         if isinstance(self.port, bool) or not isinstance(self.port, (int, str)):

@@ -22,7 +22,7 @@ from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEn
 from .hashing import check_task_id
 from .ledger import DEFAULT_RETENTION, Execution, Ledger, LocalLedger, set_current_ledger
 from .once import once
-from .process import is_known_dead, this_process
+from .process import is_known_alive, is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings
 from .store import locks as lock_store
 from .store import status, tasks
@@ -92,7 +92,8 @@ class Job:
         if coordination_config is not None:
             self._tables = Tables(coordination_config.appname)
             self._sessions = Sessions(coordination_config, f'jobsync {self.node_name}')
-            self._claims = Claims(coordination_config.total_tokens)
+            self._process = this_process()
+            self._claims = Claims(coordination_config.total_tokens, lambda: is_known_alive(self._process))
             self._book = TaskBook(
                 self._claims, self._sessions, coordination_config, self._tables, self.node_name, self.date, lambda: self.incarnation)
             self._protocol = self._make_protocol(coordination_config)
@@ -110,7 +111,7 @@ class Job:
             total_tokens=config.total_tokens, hash_function=config.hash_function, has_release=self._has_release,
             has_gate=self._lock_provider is not None or self._clear_existing_locks)
         return Protocol(
-            self.node_name, settings, this_process(), self._claims, new_incarnation=lambda: str(uuid.uuid4()),
+            self.node_name, settings, self._process, self._claims, new_incarnation=lambda: str(uuid.uuid4()),
             is_known_dead=is_known_dead, promises=self._book.promises)
 
     # --- entering and leaving ---
@@ -133,7 +134,7 @@ class Job:
             self._ledger: Ledger | LocalLedger = LocalLedger()
         else:
             try:
-                self._create_schema(self.config)
+                create_schema(self.config)
                 self._join()
             except BaseException:
                 self._leave()
@@ -142,14 +143,6 @@ class Job:
         set_current_ledger(self._ledger)
         self._state = 'entered'
         return self
-
-    def _create_schema(self, config: CoordinationConfig) -> None:
-        sessions = Sessions(config, f'jobsync {self.node_name}')  # of its own: a node at rest keeps one connection, the agent's
-        try:
-            with sessions.session() as connection:
-                create_schema(connection, config)
-        finally:
-            sessions.close_all()
 
     def _join(self) -> None:
         self._agent.start()

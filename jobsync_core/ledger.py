@@ -436,24 +436,17 @@ class Ledger:
         """What `Execution.transaction` gives."""
         if execution._completed:
             raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
-        with self._sessions.session() as connection:
+        with self._sessions.session(limited=False) as connection:
             marker = f'{execution.fence} {execution.key}'
-            with connection.cursor() as cursor:
-                # The limits of short calls are not those of the user's work; and the marker tells whether this very
-                # transaction is still open at the end.
-                cursor.execute(
-                    "SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true),"
-                    " set_config('idle_in_transaction_session_timeout', '0', true), set_config('jobsync.execution', %s, true)", (marker,))
+            executions.mark(connection, marker)
             yield connection
             encoded = execution._encoded
             if not executions.finish(
                     connection, self._tables, execution.key, execution.fence, encoded, execution.retention_sec, marker=marker):
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT current_setting('jobsync.execution', true)")
-                    if cursor.fetchall() != [(marker,)]:
-                        raise JobSyncError(
-                            f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
-                            'are not those of the completion: leave that to the end of the block')
+                if not executions.is_marked(connection, marker):
+                    raise JobSyncError(
+                        f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
+                        'are not those of the completion: leave that to the end of the block')
                 raise Fenced(f'another attempt has taken the key {execution.key!r} over; the transaction is rolled back')
         execution._completed = True
         execution._recorded = encoded

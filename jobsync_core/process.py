@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .messages import Process
 
-__all__ = ['is_known_dead', 'this_process']
+__all__ = ['is_known_alive', 'is_known_dead', 'this_process']
 
 
 def _boot_id() -> str:
@@ -65,6 +65,13 @@ def is_known_dead(process: Process) -> bool:
         return started != process.started
     # Unreadable is not gone: /proc may hide the processes of other users.
     return not _exists(process.pid) or _is_zombie(process.pid)
+
+
+def is_known_alive(process: Process) -> bool:
+    """Whether `process` runs on this machine. Where the system does not tell, nothing is known."""
+    if not process.started or process.boot_id != _boot_id() or process.pid_namespace != _pid_namespace():
+        return False
+    return _started(process.pid) == process.started
 
 
 def _is_zombie(pid: int) -> bool:

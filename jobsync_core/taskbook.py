@@ -4,12 +4,14 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from threading import get_ident
 
 from . import claims, clock
 from .claims import Claims
 from .config import CoordinationConfig
-from .errors import ClaimLost
+from .errors import ClaimLost, JobSyncError
 from .hashing import HASH_FUNCTIONS, check_task_id, task_key
 from .store import tasks
 from .store.connection import Sessions
@@ -25,15 +27,30 @@ logger = logging.getLogger(__name__)
 _CLAIM_ATTEMPTS = 3
 #: Integers below this need no check of their text's length.
 _PLAIN = 10**18
+#: Seconds between two attempts at taking a promise back.
+_RETRY_SEC = 0.1
 _NO_LEASE = memoryview(bytes(8)).cast('d')
+
+
+@dataclass
+class _Given:
+    """A promise whose token went away: it is recorded together with the hand-over."""
+
+    token: int
+    incarnation: str
+    since: float
+    thread: int
+    void: bool = False
+    retry_at: float = 0.0
 
 
 class TaskBook:
     """Claims, promises and the audit of one node.
 
-    A True from `can_claim` is a promise until the same thread asks for another task or records this one: should the token
-    be handed over in between, the promise goes into the claim table with the hand-over, and the new owner leaves the task
-    alone. So `can_claim_task → add_task → process` runs each task once while tokens move.
+    A True from `can_claim` is a promise until the same thread asks again or records the task: should the token be handed
+    over in between, the promise goes into the claim table with the hand-over, and the new owner leaves the task alone. So
+    `can_claim_task → add_task → process` runs each task once while tokens move. Once the thread asks again without having
+    recorded the task, the promise is taken back.
 
     Args:
         local: The local token set and lease.
@@ -61,8 +78,7 @@ class TaskBook:
         self._lease = local.lease
         # thread id -> (text, token, when): what the thread was told last
         self._promises: dict[int, tuple[str, int, float]] = {}
-        # text -> (token, incarnation): promises whose tokens went away, recorded with the hand-over
-        self._given: dict[str, tuple[int, str]] = {}
+        self._given: dict[str, _Given] = {}
         # text -> (incarnation, thread id): recorded by add_task, not audited yet; the newest last
         self._added: dict[str, tuple[str, int]] = {}
         # texts audited here: done for the date, as tasks are that others audited
@@ -80,6 +96,8 @@ class TaskBook:
         text = str(task_id) if type(task_id) is int and -_PLAIN < task_id < _PLAIN else check_task_id(task_id)
         token = self._hash(text.encode()) % self._total_tokens
         now = clock.now()
+        if self._given:
+            self._take_back(now)
         bits = self._claims.bits
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
             return self._holds(text, now)
@@ -97,12 +115,13 @@ class TaskBook:
 
     def promises(self, tokens: TokenSet) -> tuple[tuple[str, int], ...]:
         """What this node may still do for tokens that it is about to hand over: (task_id, token) pairs."""
-        oldest = clock.now() - self._promise_sec
-        incarnation = self._incarnation()
-        for text, token, since in list(self._promises.values()):
-            if since >= oldest and token in tokens and text not in self._added:
-                self._given[text] = (token, incarnation)
-        return tuple((text, token) for text, (token, life) in list(self._given.items()) if token in tokens and life == incarnation)
+        now = clock.now()
+        for thread, (text, token, since) in list(self._promises.items()):
+            if now - since <= self._promise_sec and token in tokens and text not in self._added:
+                self._given[text] = _Given(token, self._incarnation(), since, thread)
+        return tuple(
+            (text, given.token) for text, given in list(self._given.items())
+            if given.token in tokens and given.incarnation == self._incarnation() and not given.void)
 
     def record(self, batch: Iterable[object]) -> list[str]:
         """Record durably that this node takes the tasks; returns their ids as text.
@@ -165,11 +184,26 @@ class TaskBook:
             tasks.release_claims(connection, self._tables, self._node, self._incarnation())
 
     def _holds(self, text: str, now: float) -> bool:
-        """Whether this node took the task before its token went away: then it still is this node's, and nobody else's."""
-        if not self._added and not self._given:
+        """Whether this node recorded the task before its token went away: then it still is this node's, and nobody else's."""
+        self._promises.pop(get_ident(), None)
+        added = self._added.get(text)
+        if added is None or added[0] != self._incarnation():
             return False
-        life = self._added[text][0] if text in self._added else self._given.get(text, (0, ''))[1]
-        return life == self._incarnation() and now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
+        return now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
+
+    def _take_back(self, now: float) -> None:
+        """Free the tasks that this thread was promised, did not record, and whose tokens went to other nodes."""
+        thread = get_ident()
+        for text, given in list(self._given.items()):
+            given.void = given.void or given.thread == thread
+            if now - given.since > self._promise_sec or given.incarnation != self._incarnation():
+                self._given.pop(text, None)  # the leader's housekeeping frees the task
+            elif given.void and now >= given.retry_at:
+                # The hand-over may not be committed yet; so it is taken back only once it is found.
+                given.retry_at = now + _RETRY_SEC
+                with suppress(JobSyncError), self._sessions.session() as connection:
+                    if tasks.release_promise(connection, self._tables, self._node, given.incarnation, self._date, text):
+                        self._given.pop(text, None)
 
     def _taken(self, text: str) -> bool:
         with self._sessions.session() as connection:

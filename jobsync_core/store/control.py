@@ -283,15 +283,16 @@ class Control:
     def _promise_sql(self) -> str:
         tables = self.tables
         return f'''
-            INSERT INTO {tables.claim} AS c (node, task_id, created_on, date, token, incarnation)
-            SELECT DISTINCT ON (w.task_id) n.name, w.task_id, now(), %(date)s::date, w.token, n.incarnation
+            INSERT INTO {tables.claim} AS c (node, task_id, created_on, date, token, incarnation, promised)
+            SELECT DISTINCT ON (w.task_id) n.name, w.task_id, now(), %(date)s::date, w.token, n.incarnation, true
             FROM unnest(%(texts)s::text[], %(tokens)s::int[]) AS w (task_id, token)
                 JOIN {tables.node} AS n ON n.name = %(name)s AND n.incarnation = %(incarnation)s
                 JOIN {tables.assignment} AS a ON a.tokens @> w.token AND a.node = n.name
             WHERE NOT EXISTS (SELECT FROM {tables.audit} AS d WHERE d.task_id = w.task_id AND d.date = %(date)s)
             ORDER BY w.task_id
             ON CONFLICT (task_id, date) DO UPDATE
-                SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation
+                SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation,
+                    promised = true
                 WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
             '''
 
@@ -343,8 +344,8 @@ class Control:
             f'''
             DELETE FROM {tables.claim} WHERE (task_id, date) IN (
                 SELECT c.task_id, c.date FROM {tables.claim} AS c
-                WHERE c.created_on < now() - interval '1 minute'
-                  AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
+                WHERE c.created_on < now() - interval '1 minute' AND (c.promised
+                  OR NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation))
                 LIMIT %s FOR UPDATE OF c SKIP LOCKED)
             RETURNING 1
             ''')

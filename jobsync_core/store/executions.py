@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'lookup', 'release', 'settle', 'take_over',
+    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'is_marked', 'lookup', 'mark', 'release', 'settle',
+    'take_over',
 ]
 
 
@@ -189,6 +190,21 @@ def finish_sql(tables: Tables) -> str:
 def finish_parameters(key: str, fence: int, result: str | None, retention_sec: float) -> tuple[object, ...]:
     """Parameters of `finish_sql`."""
     return (result, retention_sec, key, fence)
+
+
+def mark(connection: PgConnection, marker: str) -> None:
+    """Begin a transaction of the user's: without the limits of short calls, and marked, so that its end is noticed."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true),"
+            " set_config('idle_in_transaction_session_timeout', '0', true), set_config('jobsync.execution', %s, true)", (marker,))
+
+
+def is_marked(connection: PgConnection, marker: str) -> bool:
+    """Whether the transaction that `mark` began is still open."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('jobsync.execution', true)")
+        return bool(cursor.fetchall() == [(marker,)])
 
 
 def finish(

@@ -79,6 +79,7 @@ CREATE TABLE IF NOT EXISTS {claim} (
     date date NOT NULL,
     token integer NOT NULL,
     incarnation text NOT NULL,
+    promised boolean NOT NULL DEFAULT false, -- the node has said that it may take the task, and has not taken it yet
     PRIMARY KEY (task_id, date)
 );
 CREATE INDEX IF NOT EXISTS {claim_token} ON {claim} (date, token);

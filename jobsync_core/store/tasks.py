@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['audit', 'claim', 'get_audit', 'is_taken', 'release_claims']
+__all__ = ['audit', 'claim', 'get_audit', 'is_taken', 'release_claims', 'release_promise']
 
 
 def claim(
@@ -72,8 +72,11 @@ def _claim_sql(tables: Tables) -> str:
         INSERT INTO {tables.claim} AS c (node, task_id, created_on, date, token, incarnation)
         SELECT %(node)s, task_id, now(), %(date)s, token, %(incarnation)s FROM mine ORDER BY task_id
         ON CONFLICT (task_id, date) DO UPDATE
-            SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation
+            SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation,
+                promised = false
             WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation);
+        UPDATE {tables.claim} SET promised = false
+            WHERE task_id = ANY(%(texts)s::text[]) AND date = %(date)s AND node = %(node)s AND incarnation = %(incarnation)s AND promised;
         DELETE FROM {tables.claim} AS c USING {tables.audit} AS a
             WHERE c.task_id = ANY(%(texts)s::text[]) AND c.date = %(date)s AND c.node = %(node)s
               AND a.task_id = c.task_id AND a.date = c.date;
@@ -117,6 +120,15 @@ def is_taken(connection: PgConnection, tables: Tables, node: str, date: datetime
             ''', {'node': node, 'date': date, 'text': text})
         row = cursor.fetchone()
         return bool(row and row[0])
+
+
+def release_promise(connection: PgConnection, tables: Tables, node: str, incarnation: str, date: datetime.date, text: str) -> bool:
+    """Take back what a hand-over recorded as promised to this life of the node; whether it was there, and not yet a claim."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'DELETE FROM {tables.claim} WHERE task_id = %s AND date = %s AND node = %s AND incarnation = %s AND promised',
+            (text, date, node, incarnation))
+        return cursor.rowcount == 1
 
 
 def release_claims(connection: PgConnection, tables: Tables, node: str, incarnation: str) -> None:

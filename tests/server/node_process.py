@@ -81,14 +81,8 @@ def _answer(job: Job, recorder: Recorder, tasks: list[int], commands: queue.Simp
         except DatabaseUnavailable:
             return False  # somebody else may have taken it, and nobody can be asked
 
-    own = 0
     while True:
         recorder.ask(tasks, claims)
-        # The task asked about last is promised to this node should its token move: let that be none of the sample.
-        while own < 1_000_000_000 and not job.can_claim_task(Task(f'{job.node_name}:{own}')):
-            own += 1
-            if own % 50 == 0:
-                break
         time.sleep(_PAUSE_SEC)
         while not commands.empty():
             command, _, detail = commands.get().partition(' ')
@@ -124,13 +118,16 @@ def _take_away(fence: str) -> None:
     from jobsync_core.claims import Claims
     from jobsync_core.protocol import Protocol
 
-    replacements: dict[str, tuple[type, str, Any]] = {
-        'lease': (Claims, 'may_claim', lambda self, token, now: bool(self.bits[token >> 3] >> (token & 7) & 1)),
-        'shrink': (Protocol, '_shrink', lambda self, kept: None),
+    def for_ever(self: Claims, deadline: float) -> None:
+        self.lease[0] = float('inf')
+
+    replacements: dict[str, list[tuple[type, str, Any]]] = {
+        'lease': [(Claims, 'extend', for_ever), (Claims, 'suspend', lambda self: None)],
+        'shrink': [(Protocol, '_shrink', lambda self, kept: None)],
     }
-    owner, name, replacement = replacements[fence]
-    assert hasattr(owner, name), f'{owner.__name__}.{name} is gone: name the fence anew'
-    setattr(owner, name, replacement)
+    for owner, name, replacement in replacements[fence]:
+        assert hasattr(owner, name), f'{owner.__name__}.{name} is gone: name the fence anew'
+        setattr(owner, name, replacement)
 
 
 def _die_with_parent() -> None:

@@ -387,7 +387,7 @@ def wrong_clock() -> Iterator[tuple[Path, Path]]:
     compiler = shutil.which('cc') or shutil.which('gcc')
     if compiler is None:
         pytest.skip('the server cannot be given a wrong clock: no C compiler here')
-    real = EmbeddedPostgres(bin_dir=os.environ.get('JOBSYNC_TEST_PG_BIN'))._bin
+    real = EmbeddedPostgres(bin_dir=os.environ.get('JOBSYNC_TEST_PG_BIN')).bin_dir
     directory = Path(tempfile.mkdtemp(prefix='wrong-clock-'))
     directory.chmod(0o755)  # the server may run as another user
     source, library, offset = directory / 'clock.c', directory / 'clock.so', directory / 'offset'

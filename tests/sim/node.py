@@ -33,6 +33,7 @@ class SimClaims(Claims):
         self._tokens = TokenSet()
         self.excluded = frozenset()
         self.mask = 0
+        self._life = bytearray(64)  # type: ignore[assignment]  # as good as a view of bytes
 
     @property
     def tokens(self) -> TokenSet:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -110,3 +111,31 @@ def test_excluded_tasks_add_up_while_tokens_are_held_and_start_afresh_otherwise(
     claims.replace(TokenSet([(0, 1)]))
     claims.exclude(frozenset({3}))
     assert claims.excluded == {2, 3}
+
+
+def test_a_child_that_outlives_the_node_may_claim_nothing() -> None:
+    """I1: others may take the tokens of a process that is known dead at once, whatever its lease says."""
+    answers = os.pipe()
+    go = os.pipe()
+    node = os.fork()
+    if not node:
+        claims = Claims(8)
+        claims.replace(TokenSet([(0, 8)]))
+        claims.extend(10.0)
+        owner = os.getpid()
+        if not os.fork():
+            os.write(answers[1], b'y' if claims.may_claim(3, 5.0) else b'n')
+            os.read(go[0], 1)
+            while os.getppid() == owner:
+                os.sched_yield()
+            os.write(answers[1], b'y' if claims.may_claim(3, 5.0) else b'n')
+            os._exit(0)
+        os.read(answers[0], 0)
+        signal.pause()
+    assert os.read(answers[0], 1) == b'y'
+    os.kill(node, signal.SIGKILL)
+    os.waitpid(node, 0)
+    os.write(go[1], b'x')
+    assert os.read(answers[0], 1) == b'n'
+    for end in (*go, *answers):
+        os.close(end)

@@ -29,7 +29,8 @@ class Database:
         self.refused: set[str] = set()
         self.taken: set[str] = set()
         self.audited: list[str] = []
-        for name in ('claim', 'audit', 'is_taken'):
+        self.promised: set[str] = set()
+        for name in ('claim', 'audit', 'is_taken', 'release_promise'):
             monkeypatch.setattr(tasks, name, getattr(self, name))
 
     @contextlib.contextmanager
@@ -41,6 +42,11 @@ class Database:
 
     def audit(self, connection: None, tables: Tables, node: str, date: object, rows: list[tuple[str, int]]) -> None:
         self.audited += [text for text, _ in rows]
+
+    def release_promise(self, connection: None, tables: Tables, node: str, incarnation: str, date: object, text: str) -> bool:
+        found = text in self.promised
+        self.promised.discard(text)
+        return found
 
     def is_taken(self, connection: None, tables: Tables, node: str, date: object, text: str) -> bool:
         return text in self.taken
@@ -92,12 +98,36 @@ def test_an_old_promise_is_void(node: Node) -> None:
     assert node.book.promises(EVERYTHING) == ()
 
 
-def test_a_task_that_was_promised_when_its_token_went_is_still_this_nodes(node: Node) -> None:
+def test_a_promise_whose_token_went_is_taken_back_when_the_thread_asks_again(node: Node) -> None:
+    assert node.book.can_claim('x')
+    node.claims.replace(TokenSet())
+    assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
+    node.database.promised.add('x')
+    assert not node.book.can_claim('x')
+    assert not node.database.promised
+    assert node.book.promises(EVERYTHING) == ()
+
+
+def test_a_promise_that_is_not_written_yet_is_taken_back_later(node: Node) -> None:
     assert node.book.can_claim('x')
     node.claims.replace(TokenSet())
     node.book.promises(EVERYTHING)
-    assert node.book.can_claim('x')
     assert not node.book.can_claim('y')
+    assert node.book.promises(EVERYTHING) == (), 'no hand-over writes it again'
+    node.database.promised.add('x')
+    node.now += 1
+    assert not node.book.can_claim('y')
+    assert not node.database.promised
+
+
+def test_a_promise_that_was_recorded_stays(node: Node) -> None:
+    assert node.book.can_claim('x')
+    node.claims.replace(TokenSet())
+    node.book.promises(EVERYTHING)
+    node.database.promised.add('x')
+    node.book.add('x')
+    assert node.book.can_claim('x')
+    assert node.database.promised == {'x'}
 
 
 def test_what_an_earlier_life_took_is_not_this_ones(node: Node) -> None:
