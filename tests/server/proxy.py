@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import queue
 import select
 import socket
@@ -63,6 +64,7 @@ class _Link:
     server: socket.socket
     ways: tuple[_Way, _Way]
     broken: bool = False  # bytes were swallowed: the stream cannot go on
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 class Proxy:
@@ -268,7 +270,7 @@ class Proxy:
             way.ended = way.ended or not data
         elif data:
             if self._tap is not None:
-                self._tap(id(link), way.to_server, data)
+                self._tap(link.number, way.to_server, data)
             way.chunks.append((time.monotonic() + (self._delay if self._mode is Mode.DELAY else 0.0), data))
             way.size += len(data)
         else:
