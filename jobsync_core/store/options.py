@@ -27,6 +27,7 @@ def libpq_parameters(config: CoordinationConfig, name: str) -> dict[str, Any]:
         'keepalives_idle': max(1, math.ceil(timeout / 3)),
         'keepalives_interval': max(1, math.ceil(timeout / 6)),
         'keepalives_count': 3,
+        'gssencmode': 'disable',  # to try it takes a round trip and a megabyte; who uses it says so in connection_options
         'tcp_user_timeout': max(1000, math.ceil(timeout * 1000)),
     }
     if len(config.hosts) > 1:
