@@ -1,5 +1,6 @@
 """JobSync's core: processes that share work through PostgreSQL, each task on one of them."""
 from .config import CoordinationConfig
+from .effects import RebalanceEvent
 from .errors import (
     ClaimLost,
     ClusterNotFormed,
@@ -19,7 +20,6 @@ from .errors import (
 from .job import Job
 from .ledger import Execution, current_execution
 from .once import exactly_once
-from .protocol import RebalanceEvent
 from .task import Task
 from .tokens import TokenSet
 

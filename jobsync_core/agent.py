@@ -16,9 +16,10 @@ import psycopg2
 from . import clock
 from .callbacks import Callbacks
 from .config import CoordinationConfig
+from .effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from .errors import DatabaseUnavailable, JobSyncError
 from .messages import Beaten, Connect, Connected, Reply, Request
-from .protocol import Entered, Failed, Left, Note, Phase, Protocol, RebalanceEvent, Release
+from .protocol import Phase, Protocol
 from .store.connection import Connection
 from .store.control import Control
 

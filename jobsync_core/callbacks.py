@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import clock
-from .protocol import RebalanceEvent
+from .effects import RebalanceEvent
 from .tokens import TokenSet
 
 __all__ = ['Callbacks']

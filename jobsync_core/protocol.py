@@ -15,13 +15,13 @@ Why at most one node claims a token at any instant:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
 
 from .claims import Claims
+from .effects import Effect, Entered, Failed, Left, Note, RebalanceEvent, Release
 from .errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
-from .liveness import Liveness
+from .lookout import Lookout
 from .messages import (
     Activate,
     Activated,
@@ -40,7 +40,6 @@ from .messages import (
     Leave,
     Led,
     Mismatch,
-    Observe,
     Observed,
     Occupied,
     Process,
@@ -53,19 +52,14 @@ from .messages import (
 )
 from .tokens import TokenSet
 
-__all__ = ['Effect', 'Entered', 'Failed', 'Left', 'Note', 'Phase', 'Protocol', 'RebalanceEvent', 'Release', 'Settings']
+__all__ = ['Phase', 'Protocol', 'Settings']
 
 _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
-#: Joins within this many seconds are planned together.
-_JOIN_WINDOW = 0.1
 #: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
 _ENTRY_POLL = 0.25
-_HOUSEKEEPING_INTERVAL = 60.0
 #: Heartbeats that prove a rival alive: one alone may be a dead process's last, which arrived late.
 _RIVAL_BEATS = 2
-#: Two clocks that disagree on when a lock expires must not make a node look in a tight loop.
-_SHORTEST_WAIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -109,60 +103,6 @@ class Phase(Enum):
     LEAVING = 'leaving'
     LEFT = 'left'
     FAILED = 'failed'
-
-
-@dataclass(frozen=True)
-class RebalanceEvent:
-    """A change of the tokens that this node may claim.
-
-    Attributes:
-        is_initial: True for the first one after entering.
-        token_version: Version of the cluster's assignment.
-        tokens_added: Number of tokens gained.
-        tokens_removed: Number of tokens lost.
-    """
-
-    is_initial: bool
-    token_version: int
-    tokens_added: int
-    tokens_removed: int
-
-
-@dataclass(frozen=True)
-class Release:
-    """Run `on_release(tokens)`, then call `Protocol.released(number)`."""
-
-    number: int
-    tokens: TokenSet
-
-
-@dataclass(frozen=True)
-class Entered:
-    """`__enter__` may return."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """The row is gone; the node has nothing more to do."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The node cannot go on."""
-
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Note:
-    """One line for the log."""
-
-    level: str
-    event: str
-    fields: dict[str, object] = field(default_factory=dict)
-
-
-Effect: TypeAlias = 'RebalanceEvent | Release | Entered | Left | Failed | Note'
 
 
 @dataclass
@@ -241,21 +181,13 @@ class Protocol:
         self._wants_drain: bool | None = None
         self._emptied = False  # the last Refresh showed nothing here or on its way here, and a plan that knows of the drain
         # leadership
-        self._liveness = Liveness(settings.timeout, settings.max_gap)
-        self._older: tuple[Sign, ...] | None = None
-        self._observe_at = 0.0
-        self._known: frozenset[str] = frozenset()
-        self._lead_at = _NEVER
-        self._must_look = False  # the last round did not go as expected: look again before the next one
-        self._housekeep_at = 0.0
+        self._lookout = Lookout(settings.timeout, settings.max_gap, settings.poll)
 
     # --- questions ---
 
     def rank(self, now: float) -> int | None:
         """How many live nodes are older: 0 for the leader, 1 for its successor, None while unknown."""
-        if self._older is None:
-            return None
-        return sum(not self._liveness.is_dead(sign, now) for sign in self._older)
+        return self._lookout.rank(now)
 
     def has_lease(self, now: float) -> bool:
         """Whether the lease is valid."""
@@ -308,7 +240,7 @@ class Protocol:
         if kind == 'plan' or (kind == 'give' and (not detail or self.name in detail.split(','))):
             self._refresh_at = now
         elif kind != 'give':
-            self._observe_at = now
+            self._lookout.look_at = now
 
     def released(self, number: int, now: float) -> None:
         """`on_release` has returned."""
@@ -365,11 +297,7 @@ class Protocol:
             times.append(self._refresh_at)
         if self.phase is Phase.WAITING and self._gate_open:
             times.append(self._wait_until)
-        if self._observes(self._sent_at):
-            times += [self._observe_at, self._liveness.next_death(self._sent_at)]
-            if self.rank(self._sent_at) == 0 and self.has_lease(self._sent_at):
-                times.append(self._lead_at)
-        return min(times)
+        return min(*times, self._lookout.wake_at(self._sent_at, self.has_lease(self._sent_at)))
 
     def _pass_time(self, now: float) -> None:
         batch = self._batch
@@ -402,7 +330,7 @@ class Protocol:
         if self.phase is Phase.LEAVING:
             return None
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
-            return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._liveness.dead(now))
+            return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._lookout.liveness.dead(now))
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
             # The database has forgotten the activation: a promoted standby, or a backup.
             return Activate(self.name, self.incarnation, 0)
@@ -418,27 +346,11 @@ class Protocol:
                 return Give(self.name, self.incarnation, batch.tokens.ranges, batch.version, self._promises(batch.tokens))
             if now >= self._refresh_at:
                 return Refresh(self.name, self.incarnation)
-        return self._duty(now)
+        return self._lookout.duty(self.name, self.incarnation, now, self.has_lease(now))
 
     def _join(self) -> Join:
         active = self._rejoins and self._wait_until == _NEVER
         return Join(self.name, self.incarnation, self._process, self.settings.weight, active, self._replace, self._reap)
-
-    def _observes(self, now: float) -> bool:
-        rank = self.rank(now)
-        return rank is not None and rank <= 1
-
-    def _duty(self, now: float) -> Request | None:
-        """What the leader and its successor do."""
-        if not self._observes(now):
-            return None
-        if self.rank(now) == 0 and self.has_lease(now) and not self._must_look:
-            dead = self._liveness.dead(now)
-            if dead or now >= self._lead_at:
-                return Lead(self.name, self.incarnation, dead, 'nodes died' if dead else 'nodes or locks changed')
-            if now >= self._housekeep_at:
-                return Housekeep()
-        return Observe() if now >= self._observe_at else None
 
     # --- answers ---
 
@@ -474,7 +386,7 @@ class Protocol:
         elif isinstance(request, Lead) and isinstance(reply, Led):
             self._on_led(request, reply, now)
         elif isinstance(request, Housekeep):
-            self._housekeep_at = now + _HOUSEKEEPING_INTERVAL
+            self._lookout.housekept(now)
         elif isinstance(request, Drain):
             self.state = 'draining' if request.draining else 'active'
             self._emptied = False
@@ -485,7 +397,7 @@ class Protocol:
         self._must_refresh = True
         self._beat_at = min(self._beat_at, now)
         self._join_at = min(self._join_at, now)
-        self._observe_at = now
+        self._lookout.look_at = now
         if self._server is not None and self._server != reply.server:
             # A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from the old server
             # will have lost it after one timeout; until then nothing is claimed, given away or planned.
@@ -500,9 +412,9 @@ class Protocol:
             self.version = reply.version
             self.state = 'active' if request.active else 'joining'
             self._must_refresh = False
-            self._beat_at = self._refresh_at = self._observe_at = now
+            self._beat_at = self._refresh_at = self._lookout.look_at = now
             self._replace, self._reap = None, ()
-            self._older = None
+            self._lookout.start_anew()
             if self.phase is Phase.LEAVING:
                 return
             if request.active:
@@ -531,12 +443,12 @@ class Protocol:
         if self._rival_beats >= _RIVAL_BEATS:
             self._rival_beats = 0
             self._note('error', 'another live process took this node name; not claiming', host=reply.process.host, pid=reply.process.pid)
-        self._liveness.look([sign], now)
-        self._replace = (sign.incarnation, sign.beat) if self._liveness.is_dead(sign, now) else None
+        self._lookout.liveness.look([sign], now)
+        self._replace = (sign.incarnation, sign.beat) if self._lookout.liveness.is_dead(sign, now) else None
         self._join_at = now if self._replace else now + self.settings.poll
 
     def _seen_alive(self, signs: Iterable[Sign]) -> bool:
-        self._rival_beats += any(self._liveness.changed(sign) for sign in signs)
+        self._rival_beats += any(self._lookout.liveness.changed(sign) for sign in signs)
         return self._rival_beats >= _RIVAL_BEATS
 
     def _on_mismatch(self, reply: Mismatch, now: float) -> None:
@@ -546,15 +458,14 @@ class Protocol:
                 f'this node has total_tokens, hash_function = {mine}, the live cluster has {theirs}: '
                 f'use the same, or stop all nodes first')))
             return
-        self._liveness.look(reply.nodes, now)
-        dead = all(self._liveness.is_dead(sign, now) for sign in reply.nodes)
+        self._lookout.liveness.look(reply.nodes, now)
+        dead = all(self._lookout.liveness.is_dead(sign, now) for sign in reply.nodes)
         self._reap = reply.nodes if dead else ()
         self._join_at = now if dead else now + self.settings.poll
 
     def _on_beaten(self, reply: Beaten, now: float) -> None:
         self._beat_at = self._sent_at + self.settings.interval
-        self._older = reply.older
-        self._liveness.look(reply.older, now)
+        self._lookout.heard(reply.older, now)
         self.state = reply.state
         if reply.version != self.version:
             self._refresh_at = now
@@ -576,7 +487,7 @@ class Protocol:
         self.state = 'active'
         self._wait_until = _NEVER
         self._settle_until = now + 2 * self.settings.timeout + self.settings.release_timeout
-        self._refresh_at = self._observe_at = now
+        self._refresh_at = self._lookout.look_at = now
 
     def _on_evicted(self, now: float) -> None:
         """The row is gone: somebody saw this node dead. Clear first, then come back as somebody new."""
@@ -596,8 +507,7 @@ class Protocol:
         self._mine.add(self.incarnation)
         self.phase = Phase.JOINING
         self._rejoins = True
-        self._older = None
-        self._lead_at = _NEVER
+        self._lookout.start_anew()
         self._join_at = now
 
     def _on_holdings(self, reply: Holdings, now: float) -> None:
@@ -645,35 +555,13 @@ class Protocol:
             self._refresh_at = now
 
     def _on_observed(self, reply: Observed, now: float) -> None:
-        me = next((m for m in reply.members if m.incarnation == self.incarnation), None)
-        signs = {m.incarnation: Sign(m.name, m.incarnation, m.beat) for m in reply.members}
-        others = [m for m in reply.members if m is not me]
-        self._liveness.look([signs[m.incarnation] for m in others], now)
-        self._liveness.keep([m.name for m in others])
-        if me is not None:
-            self._older = tuple(signs[m.incarnation] for m in others if (m.created_on, m.name) < (me.created_on, me.name))
-        else:
+        if not self._lookout.observed(reply, self.incarnation, now):
             self._beat_at = now  # evicted: the heartbeat will tell
-        self._must_look = False
-        self._observe_at = now + self.settings.poll
-        if reply.next_expiry is not None and reply.next_expiry > 0:
-            self._observe_at = min(self._observe_at, now + max(reply.next_expiry, _SHORTEST_WAIT))
         if reply.version != self.version:
             self._refresh_at = min(self._refresh_at, now + self.settings.interval)
-        known, self._known = self._known, frozenset(signs)
-        if not reply.stale and (reply.next_expiry is None or reply.next_expiry > 0):
-            self._lead_at = _NEVER
-        elif self._lead_at == _NEVER:
-            self._lead_at = now + (_JOIN_WINDOW if known < self._known else 0.0)
 
     def _on_led(self, request: Lead, reply: Led, now: float) -> None:
-        self._lead_at = _NEVER
-        # Somebody older is alive, or one of the dead is: without a fresh look the same round would be sent over and over.
-        self._must_look = not reply.led or len(reply.evicted) < len(request.dead)
-        self._observe_at = now if self._must_look else now + self.settings.poll
-        self._liveness.forget(reply.evicted)
-        if self._older is not None:
-            self._older = tuple(sign for sign in self._older if sign.name not in reply.evicted)
+        self._lookout.led(request, reply, now)
         if reply.version != self.version:
             self._refresh_at = now
         for conflict in reply.conflicts:

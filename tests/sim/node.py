@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jobsync_core.claims import Claims
+from jobsync_core.effects import Entered, Failed, Left, RebalanceEvent, Release
 from jobsync_core.messages import Beaten, Connect, Connected, Give, Leave, Process, Reply, Request
-from jobsync_core.protocol import Entered, Failed, Left, Phase, Protocol, RebalanceEvent, Release, Settings
+from jobsync_core.protocol import Phase, Protocol, Settings
 from jobsync_core.tokens import TokenSet
 
 from .invariants import Violation

@@ -185,7 +185,7 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: Protocol, request: Any, reply: Any, now: float) -> None:
         original(self, request, reply, now)
-        self._must_look = False
+        self._lookout._must_look = False
     patch.setattr(Protocol, '_on_led', mutated)
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from jobsync_core.callbacks import Callbacks
-from jobsync_core.protocol import RebalanceEvent
+from jobsync_core.effects import RebalanceEvent
 from jobsync_core.tokens import TokenSet
 
 WAIT = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from jobsync_core.claims import Claims
+from jobsync_core.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
 from jobsync_core.errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
 from jobsync_core.messages import (
     Activate,
@@ -35,7 +36,7 @@ from jobsync_core.messages import (
     Take,
     Taken,
 )
-from jobsync_core.protocol import Effect, Entered, Failed, Left, Phase, Protocol, RebalanceEvent, Release, Settings
+from jobsync_core.protocol import Phase, Protocol, Settings
 
 ME, OTHER = Process('here', 'boot', 'ns', 1, 't'), Process('there', 'boot2', 'ns', 2, 't')
 START = 1000.0
