@@ -429,11 +429,17 @@ class Job:
             active: int | None = len(self.get_active_nodes()) if self._state == 'entered' else None
         except DatabaseUnavailable:
             active = None
+        return {**self.local_status(), 'active_nodes': active}
+
+    def local_status(self) -> dict[str, Any]:
+        """The part of `get_coordination_status` that needs no database; all of it but `active_nodes`."""
+        if self.config is None:
+            return {'coordination_enabled': False}
         return {
             'coordination_enabled': True, 'node_name': self.node_name, 'incarnation': self.incarnation,
             'state': self._protocol.state if self._state == 'entered' else self._state,
             'is_leader': self.am_i_leader(), 'healthy': self.am_i_healthy(), 'my_tokens': len(self.my_tokens),
-            'token_version': self.token_version, 'total_tokens': self.config.total_tokens, 'active_nodes': active,
+            'token_version': self.token_version, 'total_tokens': self.config.total_tokens,
             'last_heartbeat': self._agent.last_beat, 'lease_remaining_sec': max(0.0, self._claims.deadline - clock.now()),
             'evictions': self._protocol.evictions, 'callback_failures': self._callbacks.failures,
             'callbacks_slow': self._callbacks.slow, 'recent_events': list(self._agent.events),

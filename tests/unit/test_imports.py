@@ -17,7 +17,7 @@ PURE = frozenset({
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'}, {'agent', 'callbacks', 'execution', 'ledger', 'once', 'taskbook'}, {'job'},
-    {'', 'cli', 'embedded', 'embedded_supervisor'})
+    {'', 'cli', 'embedded', 'embedded_supervisor', 'metrics'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
     'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',

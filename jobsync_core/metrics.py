@@ -1,0 +1,48 @@
+"""A node's state for Prometheus. Needs the extra `metrics`; asks no database, so that a scrape works while it is away."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .job import Job
+
+__all__ = ['JobCollector']
+
+#: Key of Job.local_status, name of the metric, what it is.
+_GAUGES = (
+    ('healthy', 'jobsync_healthy', '1 while this node holds a valid lease'),
+    ('is_leader', 'jobsync_leader', '1 while this node leads'),
+    ('my_tokens', 'jobsync_tokens', 'Tokens that this node may claim now'),
+    ('total_tokens', 'jobsync_total_tokens', 'Tokens of the cluster'),
+    ('token_version', 'jobsync_token_version', 'Version of the assignment that this node has seen'),
+    ('lease_remaining_sec', 'jobsync_lease_remaining_seconds', 'Time until the lease runs out unless a heartbeat extends it'),
+)
+_COUNTERS = (
+    ('evictions', 'jobsync_evictions', 'Times that this node was taken for dead and came back'),
+    ('callback_failures', 'jobsync_callback_failures', 'Calls of on_rebalance and on_release that raised'),
+    ('callbacks_slow', 'jobsync_callbacks_slow', 'Calls of on_rebalance and on_release that took longer than a second'),
+)
+
+
+class JobCollector(Collector):
+    """Metrics `jobsync_*` with the label `node`: `REGISTRY.register(JobCollector(job))`.
+
+    Args:
+        job: A Job; in single-node mode it has no metrics.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def collect(self) -> Iterator[Metric]:
+        """Called at each scrape."""
+        status = self._job.local_status()
+        if not status['coordination_enabled']:
+            return
+        for kind, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for key, name, text in rows:
+                family = kind(name, text, labels=['node'])
+                family.add_metric([self._job.node_name], float(status[key]))
+                yield family
