@@ -186,10 +186,14 @@ class Agent:
             self._abandoned = True
 
     def _hopeless(self, request: Request, passing: bool, now: float) -> bool:
-        """Whether a node that has not entered yet should give up: at once where it never joined, after one timeout where it had."""
+        """Whether a node that has not entered yet should give up.
+
+        At once where it never joined; where it had, once the outage lasts longer than entering may take.
+        """
         if self.protocol.phase is Phase.JOINING:
             return not passing or isinstance(request, Connect)
-        return now - (self._failing_since or now) > self._config.heartbeat_timeout_sec
+        patience = max(self._config.heartbeat_timeout_sec, self.protocol.settings.wait_on_enter)
+        return now - (self._failing_since or now) > patience
 
     def _wait(self, seconds: float) -> None:
         assert self._wake_receiver is not None

@@ -211,7 +211,7 @@ class TestDatabase:
 
     @pytest.mark.parametrize('heals', [True, False], ids=['heals', 'stays broken'])
     def test_a_network_that_fails_during_the_grace_period(self, make_config: MakeConfig, heals: bool) -> None:
-        """A short failure is got over; after a heartbeat timeout entering gives up."""
+        """A short failure is got over; after the longer of heartbeat timeout and wait_on_enter entering gives up."""
         config = make_config(heartbeat_timeout_sec=3)
         failures: list[Exception] = []
         with Proxy(config.host, int(config.port)) as proxy:

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,7 @@ from jobsync_core import (
     Task,
     TokenSet,
 )
+from jobsync_core.embedded import EmbeddedPostgres
 
 from ..waiting import eventually
 from .cluster import query
@@ -60,6 +62,22 @@ class TestEntering:
         began = time.monotonic()
         with node(config, wait_on_enter=1.5):
             assert time.monotonic() - began >= 1.5
+
+    def test_an_outage_within_the_grace_period_is_got_over(self, own_server: EmbeddedPostgres) -> None:
+        own_server.create_database('grace')
+        config = own_server.config('grace', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0, connect_timeout_sec=1)
+        job = Job('n1', config, wait_on_enter=6)
+        with ThreadPoolExecutor(1) as pool:
+            entering = pool.submit(job.__enter__)
+            eventually(lambda: query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)])
+            eventually(lambda: query(config, 'SELECT count(*) FROM "{}node"') == [(1,)])
+            own_server.kill()
+            down = time.monotonic()
+            eventually(lambda: time.monotonic() > down + 2.5)  # longer than the timeout, shorter than the grace period
+            own_server.restart()
+            assert entering.result(60) is job
+        assert len(job.my_tokens) == config.total_tokens
+        job.__exit__(None, None, None)
 
     def test_a_joiner_owns_nothing_during_its_grace_period(self, config: CoordinationConfig) -> None:
         with node(config) as first:
