@@ -9,7 +9,10 @@ import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.messages import Housekeep
 from jobsync_core.store import tasks
+from jobsync_core.store.connection import Connection
+from jobsync_core.store.control import Control
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 
@@ -202,3 +205,50 @@ class TestTaken:
         with rows.sessions.session() as connection:
             tasks.release_claims(connection, rows.tables, 'a', 'life of a')
         assert not taken(rows, 'b', 't')
+
+
+class TestPromises:
+    """What a hand-over recorded because the old owner had just said yes."""
+
+    @staticmethod
+    def promise(rows: Rows, text: str, age: str = '0 seconds') -> None:
+        rows.run(
+            f'INSERT INTO {rows.tables.claim} (node, task_id, created_on, date, token, incarnation, promised) '
+            'VALUES (%s, %s, now() - %s::interval, %s, 5000, %s, true)', 'a', text, age, TODAY, 'life of a')
+
+    @staticmethod
+    def take_back(rows: Rows, text: str, life: str = 'life of a') -> bool:
+        with rows.sessions.session() as connection:
+            return tasks.release_promise(connection, rows.tables, 'a', life, TODAY, text)
+
+    def test_a_promise_keeps_the_new_owner_away_until_it_is_taken_back(self, rows: Rows) -> None:
+        self.promise(rows, 't')
+        assert taken(rows, 'b', 't')
+        assert claim(rows, 'b', ('t', 5_000)) == []
+        assert self.take_back(rows, 't')
+        assert not taken(rows, 'b', 't')
+        assert claim(rows, 'b', ('t', 5_000)) == ['t']
+        assert not self.take_back(rows, 't')
+
+    def test_a_promise_that_became_a_claim_is_not_taken_back(self, rows: Rows) -> None:
+        self.promise(rows, 't')
+        assert claim(rows, 'a', ('t', 5_000)) == ['t']
+        assert not self.take_back(rows, 't')
+        assert taken(rows, 'b', 't')
+
+    def test_another_life_takes_nothing_back(self, rows: Rows) -> None:
+        self.promise(rows, 't')
+        assert not self.take_back(rows, 't', life='a former one')
+        assert taken(rows, 'b', 't')
+
+    def test_housekeeping_frees_a_promise_that_nobody_came_back_to(self, rows: Rows, config: CoordinationConfig) -> None:
+        self.promise(rows, 'old', age='2 minutes')
+        self.promise(rows, 'new')
+        self.promise(rows, 'kept', age='2 minutes')
+        assert claim(rows, 'a', ('kept', 5_000)) == ['kept']
+        connection = Connection.open(config, 'housekeeper')
+        try:
+            assert Control(config, rows.tables, TODAY).handle(connection, Housekeep()) is True
+        finally:
+            connection.close()
+        assert [taken(rows, 'b', text) for text in ('old', 'new', 'kept')] == [False, True, True]
