@@ -1,1 +1,7 @@
-"""Not yet part of this version: the plugin for Celery. Until it is, use jobsync_core's Job and `exactly_once` inside your tasks."""
+"""JobSync for Celery: an app's workers become nodes, and its keyed tasks run once, on the node that owns them."""
+from jobsync_core.ledger import current_execution
+
+from .once import exactly_once
+from .plugin import JobSync, rebalanced, released
+
+__all__ = ['JobSync', 'current_execution', 'exactly_once', 'rebalanced', 'released']

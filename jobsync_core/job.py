@@ -99,6 +99,9 @@ class Job:
             self._protocol = self._make_protocol(coordination_config)
             self._agent = Agent(
                 self._protocol, Control(coordination_config, self._tables, self.date), coordination_config, self._callbacks)
+            self._ledger: Ledger | LocalLedger = Ledger(self._sessions, self._tables, self.node_name, lambda: self.incarnation)
+        else:
+            self._ledger = LocalLedger()
 
     def __repr__(self) -> str:
         return f'<Job {self.node_name!r} {self._state}>'
@@ -130,16 +133,13 @@ class Job:
             raise NotEntered(f'Job {self.node_name!r} was entered before: make a new Job for each `with` block')
         self._state = 'entering'
         self._pid = os.getpid()
-        if self.config is None:
-            self._ledger: Ledger | LocalLedger = LocalLedger()
-        else:
+        if self.config is not None:
             try:
                 create_schema(self.config)
                 self._join()
             except BaseException:
                 self._leave()
                 raise
-            self._ledger = Ledger(self._sessions, self._tables, self.node_name, lambda: self.incarnation)
         set_current_ledger(self._ledger)
         self._state = 'entered'
         return self
@@ -208,6 +208,10 @@ class Job:
         self._check_entered()
         check_task_id(task_id_of(task))
         return True
+
+    def owns(self, task_id: Task | Hashable) -> bool:
+        """Whether this node owns the task and its lease is valid, at this moment; no promise goes with it, unlike can_claim_task."""
+        return self.config is None or self._claims.may_claim(self._book.token_of(task_id_of(task_id)), clock.now())
 
     def _refuse(self) -> bool:
         if self._state in ('new', 'exited'):
@@ -313,6 +317,42 @@ class Job:
             return {'task_id': text, 'token': 0, 'owner': self.node_name}
         with self._sessions.session() as connection:
             return status.explain(connection, self._tables, text, self._book.token_of(text))
+
+    # --- for adapters ---
+
+    def prepare_fork(self) -> None:
+        """Let children that are forked before this Job is entered know its ledger; they begin nothing before it is."""
+        set_current_ledger(self._ledger)
+
+    def release_child(self, pid: int) -> int:
+        """Let others take over what a lost child process was executing; returns how many keys.
+
+        Raises:
+            DatabaseUnavailable: Nothing is known to be released; call it again.
+        """
+        return self._ledger.release(pid)
+
+    def give_up(self) -> None:
+        """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__` is due."""
+        if self.config is not None:
+            self._agent.stop(self.config.release_timeout_sec + 2 * self.config.connect_timeout_sec)
+
+    def abandon(self, mark: str) -> None:
+        """This Job was not entered and never will be: tell forked children by a mark in place of the incarnation."""
+        if self.config is not None:
+            self._claims.incarnation = mark
+
+    def session(self) -> AbstractContextManager[Any]:
+        """A connection to the cluster's database for one transaction. Not in single-node mode."""
+        return self._sessions.session()
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `condition()` holds, looked at whenever this node has done or heard something; whether it does."""
+        return self._agent.wait_for(condition, timeout)
+
+    def wake(self) -> None:
+        """Have those who wait look at their conditions."""
+        self._agent.post(lambda: None)
 
     # --- drain ---
 

@@ -135,6 +135,11 @@ class Ledger:
         self._incarnation = incarnation
         self._locals: dict[int, _Local] = {}
 
+    @property
+    def incarnation(self) -> str:
+        """The present life of the node that this ledger records for."""
+        return self._incarnation()
+
     def begin(self, key: str, retention_sec: float) -> Execution:
         """Begin an attempt.
 

@@ -13,16 +13,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .errors import ConfigurationError, DuplicateExecution, ExecutionRunning
+from .errors import (
+    ClaimLost,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    JobSyncError,
+)
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
 from .ledger import Ledger, LocalLedger, current_ledger
 
-__all__ = ['ExactlyOnce', 'exactly_once', 'once']
+__all__ = ['ExactlyOnce', 'exactly_once', 'key_maker', 'once']
 
 logger = logging.getLogger(__name__)
 
 F = TypeVar('F', bound=Callable[..., Any])
 
+# Why an attempt does not begin, and why its completion may not be recorded.
+_REFUSALS = (DuplicateExecution, ExecutionRunning, ClaimLost, DatabaseUnavailable)
+_UNRECORDED = (DatabaseUnavailable, Fenced)
 _ON_DUPLICATE = ('skip', 'result', 'raise')
 _ON_RUNNING = ('requeue', 'skip', 'raise')
 
@@ -73,6 +84,7 @@ class ExactlyOnce:
         store_result: Whether results are stored.
         scope: What keys begin with; None is the function's qualified name, '' nothing.
         default_key: Gives the key where `key` is None: the id of the message that is being processed.
+        refuse: Called with these options, an error and whether the function ran, instead of raising the error.
 
     Raises:
         ConfigurationError: A value cannot work.
@@ -81,6 +93,8 @@ class ExactlyOnce:
     def __init__(
         self, function: Callable[..., Any], key: str | Callable[..., str] | None, retention: datetime.timedelta | float,
         on_duplicate: str, on_running: str, store_result: bool, scope: str | None, default_key: Callable[[], str | None] | None,
+        refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
+        ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
     ) -> None:
         self.name = _check_function(function)
         self.retention_sec = retention_seconds(retention)
@@ -97,8 +111,11 @@ class ExactlyOnce:
         self.on_running = on_running
         self.store_result = store_result
         self.scope = self.name if scope is None else scope
+        self.refuse = refuse
+        self.ledger = ledger
+        self.has_key = key is not None
         self._warned = False
-        self._make = self._key_maker(function, key, default_key)
+        self._make = key_maker(key, function, self.name) if key is not None else self._default_maker(default_key)
 
     def __repr__(self) -> str:
         return f'<ExactlyOnce {self.name}>'
@@ -117,21 +134,12 @@ class ExactlyOnce:
         key = self.key_of(args, kwargs)
         return check_key(f'{self.scope}:{key}') if self.scope else key
 
-    def _key_maker(
-        self, function: Callable[..., Any], key: str | Callable[..., str] | None, default_key: Callable[[], str | None] | None,
-    ) -> Callable[[Sequence[Any], Mapping[str, Any]], object]:
-        if isinstance(key, str):
-            return _Format(key, function, self.name)
-        if key is None:
-            if default_key is None:
-                raise ConfigurationError(
-                    f"{self.name} needs a key, as there is no message whose id could be one: @exactly_once(key='order:{{order_id}}')")
-            source = default_key
-            return lambda args, kwargs: self._message_id(source)
-        if not callable(key) or inspect.iscoroutinefunction(key):
-            raise ConfigurationError(f'key={key!r} of {self.name}: give a format string, or a callable that returns a string')
-        maker = key
-        return lambda args, kwargs: maker(*args, **kwargs)
+    def _default_maker(self, default_key: Callable[[], str | None] | None) -> Callable[[Sequence[Any], Mapping[str, Any]], object]:
+        if default_key is None:
+            raise ConfigurationError(
+                f"{self.name} needs a key, as there is no message whose id could be one: @exactly_once(key='order:{{order_id}}')")
+        source = default_key
+        return lambda args, kwargs: self._message_id(source)
 
     def _message_id(self, source: Callable[[], str | None]) -> str:
         found = source()
@@ -140,16 +148,26 @@ class ExactlyOnce:
                 f'{self.name} was called outside of a message, whose id is its key: give @exactly_once a key over its arguments')
         return found
 
-    def answer(self, error: DuplicateExecution | ExecutionRunning) -> Any:
+    def answer(self, error: JobSyncError) -> Any:
         """What a call returns that did not run, or its exception."""
+        if self.refuse is not None:
+            return self.refuse(self, error, False)
         if isinstance(error, DuplicateExecution):
             if self.on_duplicate == 'raise':
                 raise error
             return getattr(error, 'result', None) if self.on_duplicate == 'result' else None
+        if not isinstance(error, ExecutionRunning):
+            raise error
         if self.on_running == 'skip':
             return None
         error.requeue = self.on_running == 'requeue'
         raise error
+
+    def unrecorded(self, error: JobSyncError) -> Any:
+        """What a call returns that ran and whose completion is not recorded, or its exception."""
+        if self.refuse is None:
+            raise error
+        return self.refuse(self, error, True)
 
     def keep(self, execution: Execution, result: Any) -> None:
         """Let the completion carry the result, if it can be stored and the function has set no other."""
@@ -172,6 +190,8 @@ def exactly_once(
     store_result: bool = True,
     scope: str | None = None,
     default_key: Callable[[], str | None] | None = None,
+    refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
+    ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster: `@exactly_once(key='order:{order_id}')`.
 
@@ -192,6 +212,9 @@ def exactly_once(
         scope: What keys begin with. The default, the function's qualified name, keeps two functions apart that use the same key;
             '' lets them share it.
         default_key: For adapters: gives the id of the message that is being processed, for functions without `key`.
+        refuse: For adapters: answers a call that cannot begin, or whose completion cannot be recorded (then its third
+            argument is True), in place of an exception.
+        ledger: For adapters: gives the ledger of the call.
 
     Raises:
         ConfigurationError: At decoration: an option cannot work, or the key names an argument that the function does not have.
@@ -201,7 +224,8 @@ def exactly_once(
         raise ConfigurationError("@exactly_once takes its options by name: write @exactly_once(key='order:{order_id}')")
 
     def decorate(function: F) -> F:
-        options = ExactlyOnce(function, key, retention, on_duplicate, on_running, store_result, scope, default_key)
+        options = ExactlyOnce(
+            function, key, retention, on_duplicate, on_running, store_result, scope, default_key, refuse, ledger)
         wrapper = _async_wrapper(function, options) if _is_async(function) else _wrapper(function, options)
         vars(wrapper)['exactly_once'] = options
         return wrapper  # type: ignore[return-value]  # of the signature of `function`
@@ -213,9 +237,9 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            block = once(current_ledger(), options.ledger_key_of(args, kwargs), retention=options.retention_sec)
+            block = once(options.ledger(), options.ledger_key_of(args, kwargs), retention=options.retention_sec)
             execution = block.__enter__()
-        except (DuplicateExecution, ExecutionRunning) as error:
+        except _REFUSALS as error:
             return options.answer(error)
         # Not around the call: an inner function's own DuplicateExecution is this one's failure, not its answer.
         try:
@@ -225,7 +249,10 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
         except BaseException as error:
             block.__exit__(type(error), error, error.__traceback__)
             raise
-        block.__exit__(None, None, None)
+        try:
+            block.__exit__(None, None, None)
+        except _UNRECORDED as error:
+            return options.unrecorded(error)
         return result
 
     return run
@@ -234,10 +261,10 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
 def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
     @functools.wraps(function)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        ledger = current_ledger()
+        ledger = options.ledger()
         try:
             execution = await _begin(ledger, options.ledger_key_of(args, kwargs), options.retention_sec)
-        except (DuplicateExecution, ExecutionRunning) as error:
+        except _REFUSALS as error:
             return options.answer(error)
         token = running.set(execution)
         try:
@@ -251,7 +278,10 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
             await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
             raise
         running.reset(token)
-        await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
+        try:
+            await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
+        except _UNRECORDED as error:
+            return options.unrecorded(error)
         return result
 
     return run
@@ -314,6 +344,21 @@ def _module_of(function: object) -> str:
     # `python -m proj.tasks` runs the same functions that others import as proj.tasks.
     spec = getattr(sys.modules.get('__main__'), '__spec__', None) if module == '__main__' else None
     return spec.name if spec is not None else module
+
+
+def key_maker(
+    key: str | Callable[..., str], function: Callable[..., Any], name: str,
+) -> Callable[[Sequence[Any], Mapping[str, Any]], object]:
+    """What makes the keys of calls: from a format string over the function's arguments, or a callable that takes them.
+
+    Raises:
+        ConfigurationError: It is neither, or names an argument that the function does not have.
+    """
+    if isinstance(key, str):
+        return _Format(key, function, name)
+    if not callable(key) or inspect.iscoroutinefunction(key):
+        raise ConfigurationError(f'key={key!r} of {name}: give a format string, or a callable that returns a string')
+    return lambda args, kwargs: key(*args, **kwargs)
 
 
 class _Format:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
-MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'),)
+MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -37,7 +37,8 @@ _COLUMNS: Mapping[str, str] = {
     'audit': 'created_on node task_id date token',
     'execution':
         'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
-    'queue': 'name node created_at',
+    'queue': 'name node created_at kind gone_at',
+    'schedule': 'name slot total_run_count entry updated_at',
 }
 _INDEXES = ('lock_expiry', 'claim_token', 'audit_token', 'execution_running', 'execution_expiry')
 
@@ -65,6 +66,7 @@ class Tables:
     execution: str = field(init=False)
     cluster: str = field(init=False)
     queue: str = field(init=False)
+    schedule: str = field(init=False)
     channel: str = field(init=False)
     advisory: tuple[int, int] = field(init=False)
 

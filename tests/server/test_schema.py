@@ -166,7 +166,7 @@ class TestMigrations:
             self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         create(config)
         query(config, """INSERT INTO "{}lock" (task_id, node_patterns) VALUES ('t', '["%%"]')""", ())
-        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN kind text;\nALTER TABLE {lock} ADD COLUMN colour text;')
+        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN size int;\nALTER TABLE {lock} ADD COLUMN colour text;')
         monkeypatch.setattr(schema, 'files', lambda package: tmp_path)
         monkeypatch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
         monkeypatch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
@@ -178,7 +178,7 @@ class TestMigrations:
     def test_a_migration_that_fails_leaves_the_old_schema(
             self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         create(config)
-        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN kind text;\nSELECT no_such_function();')
+        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();')
         with monkeypatch.context() as patch:
             patch.setattr(schema, 'files', lambda package: tmp_path)
             patch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
@@ -186,7 +186,7 @@ class TestMigrations:
             with pytest.raises(psycopg2.errors.UndefinedFunction):
                 create(config)
         create(config)
-        assert query(config, "SELECT 1 FROM information_schema.columns WHERE table_name = 'sync_queue' AND column_name = 'kind'") == []
+        assert query(config, "SELECT 1 FROM information_schema.columns WHERE table_name = 'sync_queue' AND column_name = 'size'") == []
 
 
 class TestTables:

@@ -1,0 +1,1 @@
+"""Placeholder until the inspect command is written."""

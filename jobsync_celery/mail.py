@@ -1,0 +1,238 @@
+"""The broker, as the plugin needs it: node queues, forwarding with confirmation, and what a node that is gone left behind.
+
+On RabbitMQ node queues hang on an exchange of their own, whose alternate exchange leads to the parked queue: a message for
+a queue that has gone is parked, not lost. On Redis a queue is a list, and publishing to it always succeeds.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from kombu.connection import Connection
+from kombu.entity import Exchange, Queue
+
+from jobsync_core.errors import ConfigurationError
+from jobsync_core.keeper import Letter
+from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from .plugin import JobSync
+
+__all__ = ['CeleryMail', 'Publisher', 'driver_of', 'node_queue_of', 'redis_options']
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a publish may take; then its connection is dropped and the message stays where it was.
+_PUBLISH_SEC = 5.0
+#: Seconds after which kombu's Redis transport would deliver an unacknowledged message a second time. The keeper brings
+#: back what a dead node held, so that this only has to be longer than any task.
+VISIBILITY_SEC = 365 * 86_400
+_KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
+_DRIVERS = ('redis', 'amqp', 'memory')
+
+
+def driver_of(app: Celery) -> str:
+    """'redis', 'amqp' or 'memory'.
+
+    Raises:
+        ConfigurationError: The broker is another one.
+    """
+    with app.connection_for_write() as connection:
+        driver = str(connection.transport.driver_type)
+    if driver not in _DRIVERS:
+        raise ConfigurationError(f'broker transport {driver!r}: JobSync works with Redis and RabbitMQ; use redis:// or amqp://')
+    return driver
+
+
+def redis_options(appname: str, node: str) -> dict[str, Any]:
+    """Transport options that keep what a node has taken apart from what others have."""
+    place = f'{node_queue(appname, node)}.unacked'
+    return {'unacked_key': place, 'unacked_index_key': f'{place}_index', 'unacked_mutex_key': f'{place}_mutex'}
+
+
+def exchange_of(plugin: JobSync) -> Exchange:
+    """Where node queues hang."""
+    if plugin.driver != 'amqp':
+        return Exchange('', type='direct')
+    name = f'jobsync.{plugin.settings.config.appname}'
+    return Exchange(name, type='direct', durable=True, arguments={'alternate-exchange': f'{name}.unrouted'})
+
+
+def node_queue_of(plugin: JobSync, name: str, declare: bool = True) -> Queue:
+    """A node's queue: durable, never deleted by the broker, never expiring."""
+    arguments = {'x-max-priority': plugin.app.conf.task_queue_max_priority} if plugin.app.conf.task_queue_max_priority else None
+    if plugin.driver != 'amqp':
+        arguments = None
+    return Queue(
+        name, exchange_of(plugin), routing_key=name, durable=True, auto_delete=False, queue_arguments=arguments, no_declare=not declare)
+
+
+class Publisher:
+    """Publishes copies of messages, confirmed by the broker. Threads may share it.
+
+    Args:
+        plugin: The plugin.
+    """
+
+    def __init__(self, plugin: JobSync) -> None:
+        self._plugin = plugin
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._producer: Any = None
+
+    def send(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
+        """Publish a copy of a message durably; returns when the broker has it. Raises what the broker's client raises."""
+        properties = message.properties
+        given = {name: properties[name] for name in _KEPT if properties.get(name) is not None}
+        if message.delivery_info.get('priority') is not None:
+            given.setdefault('priority', message.delivery_info['priority'])
+        if properties.get('expiration') is not None:
+            given['expiration'] = float(properties['expiration']) / 1000
+        # The body has been decompressed; what a broker adds to headers is not the message's own.
+        headers = {name: value for name, value in headers.items() if name not in ('compression', 'x-death', 'x-delivery-count')}
+        with self._lock:
+            try:
+                producer = self._producer or self._open()
+                confirm = {'confirm_timeout': _PUBLISH_SEC} if self._plugin.driver == 'amqp' else {}
+                producer.publish(
+                    message.body, exchange=exchange_of(self._plugin).name, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
+                    content_type=message.content_type, content_encoding=message.content_encoding, **given, **confirm)
+            except BaseException:
+                self._drop()
+                raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._drop()
+
+    def _open(self) -> Any:
+        options = {'confirm_publish': True} if self._plugin.driver == 'amqp' else {'socket_timeout': _PUBLISH_SEC}
+        self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC, transport_options=options)
+        self._producer = self._connection.Producer()
+        return self._producer
+
+    def _drop(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            try:
+                connection.release()
+            except Exception as error:  # it is broken already
+                logger.debug('closing the publisher: %r', error)
+
+
+class _Letter:
+    """A message that the keeper took off a queue."""
+
+    def __init__(self, mail: CeleryMail, message: Any) -> None:
+        self._mail = mail
+        self._message = message
+        self.headers: dict[str, Any] = dict(message.headers or {})
+        self.route: str | None = self.headers.get(KEY)
+        self.home: str | None = None
+        if self.route is None:
+            self.route = mail.route_of(message)
+            self.home = mail.home
+
+    def forward(self, queue: str) -> None:
+        self._mail.publisher.send(queue, self._message, {**self.headers, HOPS: 0})
+        self._message.ack()
+
+    def put_back(self) -> None:
+        self._message.reject(requeue=True)
+
+
+class CeleryMail:
+    """What the keeper asks of the broker.
+
+    Args:
+        plugin: The plugin.
+    """
+
+    def __init__(self, plugin: JobSync) -> None:
+        self._plugin = plugin
+        self.publisher = Publisher(plugin)
+        self.catches_strays = plugin.driver == 'amqp'
+        self.home = str(plugin.app.conf.task_default_queue)
+        self._connection: Connection | None = None
+        self._channel: Any = None
+
+    def declare(self, queue: str) -> None:
+        """Make a node's queue, the exchange it hangs on, and the parked queue."""
+        appname = self._plugin.settings.config.appname
+        with self._plugin.app.connection_for_write() as connection:
+            channel = connection.default_channel
+            parked = parked_queue(appname)
+            if self._plugin.driver == 'amqp':
+                stray = Exchange(f'jobsync.{appname}.unrouted', type='fanout', durable=True)
+                Queue(parked, stray, durable=True)(channel).declare()
+            node_queue_of(self._plugin, parked)(channel).declare()
+            node_queue_of(self._plugin, queue)(channel).declare()
+
+    def route_of(self, message: Any) -> str | None:
+        """The route of a message whose producer did not write it down."""
+        headers = message.headers or {}
+        try:
+            args, kwargs, _ = message.decode()
+            return self._plugin.tasks.route_of(headers['task'], args, kwargs, headers['id'])
+        except Exception as error:  # an odd message goes where it would have gone without the plugin
+            logger.warning('a message has no route: %r', error)
+            return None
+
+    def restore(self, node: str) -> int:
+        """See Mail. RabbitMQ gives back by itself what a lost connection held."""
+        if self._plugin.driver != 'redis':
+            return 0
+        appname = self._plugin.settings.config.appname
+        with self._plugin.app.connection_for_write(transport_options=redis_options(appname, node)) as connection:
+            channel = connection.default_channel
+            tags = channel.client.hkeys(channel.unacked_key)
+            for tag in tags:
+                channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
+            return len(tags)
+
+    def take(self, queue: str) -> Letter | None:
+        """See Mail."""
+        try:
+            message = Queue(queue)(self._open()).get(no_ack=False, accept=self._plugin.app.conf.accept_content)
+        except self._missing():
+            self.reset()
+            return None
+        return _Letter(self, message) if message is not None else None
+
+    def delete(self, queue: str) -> bool:
+        """See Mail."""
+        try:
+            self._open().queue_delete(queue, if_unused=True, if_empty=True)
+        except self._missing():
+            self.reset()
+            return False
+        return True
+
+    def reset(self) -> None:
+        """See Mail."""
+        connection, self._connection, self._channel = self._connection, None, None
+        if connection is not None:
+            try:
+                connection.release()
+            except Exception as error:  # it is broken already
+                logger.debug("closing the keeper's connection: %r", error)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.reset()
+        self.publisher.close()
+
+    def _open(self) -> Any:
+        if self._channel is None:
+            self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC)
+            self._channel = self._connection.default_channel
+        return self._channel
+
+    def _missing(self) -> tuple[type[BaseException], ...]:
+        if self._connection is None:
+            return ()
+        return tuple(self._connection.channel_errors)

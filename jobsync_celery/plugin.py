@@ -1,0 +1,324 @@
+"""JobSync(app): the one line that makes an app's workers nodes of a cluster."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+from celery import signals
+from celery.utils.dispatch import Signal
+from celery.utils.log import get_logger
+
+from jobsync_core.effects import RebalanceEvent
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.job import Job
+from jobsync_core.keeper import Keeper
+from jobsync_core.owners import OwnerMap
+from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map
+from jobsync_core.routing import node_queue, parked_queue
+from jobsync_core.tokens import TokenSet
+
+from .gate import ConsumerGate
+from .mail import VISIBILITY_SEC, CeleryMail, driver_of, node_queue_of, redis_options
+from .once import UNCOORDINATED
+from .router import install_router, mark_message
+from .settings import read_settings
+from .tasks import Tasks, adjust_options
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ['JobSync', 'rebalanced', 'released']
+
+logger = get_logger(__name__)
+
+#: Sent in a worker when its tokens have changed: arguments sender (the app) and event (a RebalanceEvent).
+rebalanced = Signal(name='jobsync_rebalanced', providing_args={'event'})
+#: Sent in a worker before tokens go to another node: arguments sender (the app) and tokens (a TokenSet).
+released = Signal(name='jobsync_released', providing_args={'tokens'})
+
+_POOLS = ('prefork', 'threads', 'solo', 'TaskPool')
+
+
+class JobSync:
+    """The plugin of one app: `JobSync(app, database_url='postgresql://…')`, before its tasks are used.
+
+    Args:
+        app: The Celery app.
+        settings: Any setting of PluginSettings and CoordinationConfig. What is not given comes from `app.conf.jobsync_…`,
+            `app.conf.jobsync`, and the environment (`JOBSYNC_…`). They are read when they are needed first.
+
+    Raises:
+        ConfigurationError: The app has the plugin already.
+    """
+
+    def __init__(self, app: Celery, **settings: Any) -> None:
+        if '_jobsync' in vars(app):
+            raise ConfigurationError(f'JobSync(app) was called before for the app {app.main!r}: once is enough')
+        vars(app)['_jobsync'] = self
+        self.app = app
+        self.job: Job | None = None
+        self._given: Mapping[str, Any] = settings
+        self._settings: PluginSettings | None = None
+        self._tasks: Tasks | None = None
+        self._driver: str | None = None
+        self._owners: tuple[int, OwnerMap] | None = None
+        self._mail: CeleryMail | None = None
+        self._gate: Gate | None = None
+        self._keeper: Keeper | None = None
+        self._http: Any = None
+        self._consumer: Any = None
+        self._consumer_gate: ConsumerGate | None = None
+        self._children: set[int] = set()
+        self._worker: Any = None
+        self._consuming = False
+        self._install()
+
+    def __repr__(self) -> str:
+        return f'<JobSync of {self.app.main!r}: {self.job!r}>'
+
+    @staticmethod
+    def of(app: Celery) -> JobSync | None:
+        """The plugin of an app; None where it has none."""
+        found: JobSync | None = vars(app._get_current_object() if hasattr(app, '_get_current_object') else app).get('_jobsync')
+        return found
+
+    def _install(self) -> None:
+        from . import control  # noqa: F401  # registers the inspect command
+        from .steps import GateStep, NodeStep
+
+        adjust_options(self.app)
+        install_router(self.app, self)
+        self.app.steps['worker'].add(NodeStep)
+        self.app.steps['consumer'].add(GateStep)
+        self.app.user_options['worker'].add(click.Option(
+            ('--jobsync-node',), help="Name of this node (default: the worker's node name)."))
+        self.app.user_options['worker'].add(click.Option(
+            ('--jobsync-weight',), type=float, help='Share of this node relative to the others.'))
+        signals.before_task_publish.connect(self._before_publish, weak=False)
+
+    # --- producers ---
+
+    @property
+    def settings(self) -> PluginSettings:
+        """The settings; read at the first use.
+
+        Raises:
+            ConfigurationError: A setting cannot work.
+        """
+        if self._settings is None:
+            self._settings = read_settings(self.app, self._given)
+        return self._settings
+
+    @property
+    def tasks(self) -> Tasks:
+        """The app's coordinated tasks."""
+        if self._tasks is None:
+            self._tasks = Tasks(self.app, self.settings)
+        return self._tasks
+
+    @property
+    def driver(self) -> str:
+        """The broker's kind."""
+        if self._driver is None:
+            self._driver = driver_of(self.app)
+        return self._driver
+
+    def owner_queue(self, name: str, args: Any, kwargs: Any, task_id: str) -> str | None:
+        """The queue of the node that owns a message; None where there is none, or nobody knows."""
+        try:
+            if not self.settings.route_producers:
+                return None
+            route = self.tasks.route_of(name, args, kwargs, task_id)
+            place = self._owner_map().find_fresh(route) if route else None
+        except (JobSyncError, TypeError) as error:
+            logger.debug('Task %s goes to its home queue: %s', name, error)
+            return None
+        return place.queue if place is not None else None
+
+    def _owner_map(self) -> OwnerMap:
+        # Of this process: a forked child makes its own.
+        if self._owners is None or self._owners[0] != os.getpid():
+            self._owners = os.getpid(), owner_map(self.settings.config)
+        return self._owners[1]
+
+    def _before_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **other: Any) -> None:
+        if headers is not None and 'task' in headers and headers['task'] in self.app.tasks and self.tasks.find(headers['task']):
+            mark_message(self, headers, body)
+
+    # --- the worker's life ---
+
+    def prepare_worker(self, worker: Any, node: str | None, weight: float | None) -> None:
+        """Make the Job, before the pool forks, and have the worker consume the node's queue.
+
+        Raises:
+            ConfigurationError: The worker cannot work like that.
+        """
+        given = {**self._given, **({'weight': weight} if weight is not None else {})}
+        self._settings, self._tasks = read_settings(self.app, given), None
+        settings = self.settings
+        pool = worker.pool_cls if isinstance(worker.pool_cls, str) else f'{worker.pool_cls.__module__}:{worker.pool_cls.__name__}'
+        if any(green in pool for green in ('gevent', 'eventlet')):
+            raise ConfigurationError(
+                f'pool {pool!r}: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
+                'use --pool prefork, threads or solo')
+        name = node or settings.node_name or worker.hostname
+        appname = settings.config.appname
+        queue = node_queue(appname, name)
+        if self.driver == 'redis':
+            self.app.conf.broker_transport_options = {
+                'visibility_timeout': VISIBILITY_SEC, **(self.app.conf.broker_transport_options or {}), **redis_options(appname, name)}
+        self._mail = mail = CeleryMail(self)
+        self.job = make_job(
+            settings, name, queue, 'celery', self.tasks.pins(), prepare=lambda: mail.declare(queue), busy=self._busy,
+            on_rebalance=self._rebalanced, on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
+        self.job.prepare_fork()
+        self.app.amqp.queues.select_add(node_queue_of(self, queue))
+        self._gate = Gate(settings, self.job)
+        self._worker = worker
+
+    def entered(self, worker: Any) -> None:
+        """The worker is a node."""
+        assert self._gate is not None and self._mail is not None and self.job is not None
+        self._keeper = Keeper(
+            self._gate, self._mail, 'celery', parked_queue(self.settings.config.appname), on_lease=self._lease_changed,
+            on_change=self._changed, on_tick=self._watch_children)
+        self._gate.owners.refresh()
+        self._keeper.reclaim()
+        self._keeper.start()
+        self._serve()
+        logger.info('JobSync: node %s of %s* with %d tokens', self.job.node_name, self.settings.config.appname, len(self.job.my_tokens))
+
+    def go_uncoordinated(self, error: Exception) -> None:
+        """The worker is no node, and may run all the same."""
+        assert self.job is not None
+        logger.critical(
+            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is False: keys may run twice', error)
+        self.job.abandon(UNCOORDINATED)
+        self.job = None
+
+    def attach(self, consumer: Any) -> None:
+        """The consumer exists; it has no connection and no strategies yet."""
+        assert self._gate is not None
+        self._consumer = consumer
+        self._consumer_gate = ConsumerGate(self, self._gate, consumer)
+
+    def connected(self) -> None:
+        """The consumer has a connection, the first one or another."""
+        self._consuming = True
+        if self.job is not None and not self.job.am_i_healthy():
+            self._consumer.call_soon(self._pause)
+
+    def disconnected(self) -> None:
+        """The consumer has no connection."""
+        self._consuming = False
+        if self._consumer_gate is not None:
+            self._consumer_gate.forget()
+
+    def closing(self) -> None:
+        """The worker shuts down; its tasks end."""
+        self._consuming = False
+        if self.job is not None:
+            try:
+                self.job.drain(0)
+            except JobSyncError as error:
+                logger.warning('JobSync: %s', error)
+
+    def leave(self) -> None:
+        """Leave the cluster; survivors take over what is left at the broker."""
+        job, self.job = self.job, None
+        if job is None:
+            return
+        if self._keeper is not None:
+            self._keeper.stop(5.0)
+        if self._http is not None:
+            self._http.close()
+        job.__exit__(None, None, None)
+        if self._consumer_gate is not None:
+            self._consumer_gate.close()
+        if self._mail is not None:
+            self._mail.close()
+
+    # --- events ---
+
+    def parked_something(self) -> None:
+        """A message went into the parked queue."""
+        if self._keeper is not None:
+            self._keeper.parked_something()
+
+    def _busy(self, tokens: TokenSet) -> bool:
+        return self._consumer_gate is not None and self._consumer_gate.busy(tokens)
+
+    def _rebalanced(self, event: RebalanceEvent) -> None:
+        rebalanced.send(sender=self.app, event=event)
+        if self._consumer is not None and self.job is not None:
+            fields = {'node': self.job.node_name, 'version': event.token_version, 'added': event.tokens_added,
+                      'removed': event.tokens_removed}
+            self._consumer.call_soon(self._send_event, 'jobsync-rebalanced', fields)
+
+    def _send_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        dispatcher = getattr(self._consumer, 'event_dispatcher', None)
+        if dispatcher is not None and dispatcher.enabled:
+            dispatcher.send(kind, **fields)
+
+    def _changed(self) -> None:
+        if self._consumer is not None and self._consumer_gate is not None:
+            self._consumer.call_soon(self._consumer_gate.look)
+
+    def _lease_changed(self, leased: bool) -> None:
+        if self._consumer is None or self._consumer_gate is None:
+            return
+        if leased and self._keeper is not None:
+            self._keeper.reclaim()
+        self._consumer.call_soon(self._resume if leased else self._pause)
+
+    def _pause(self) -> None:
+        consumer, gate = self._consumer.task_consumer, self._consumer_gate
+        if consumer is not None and gate is not None and self._consuming:
+            self._consuming = False
+            logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
+            consumer.cancel()
+            gate.give_back()
+
+    def _resume(self) -> None:
+        consumer = self._consumer.task_consumer
+        if consumer is not None and not self._consuming:
+            self._consuming = True
+            consumer.consume()
+            logger.info('JobSync: the lease is valid again; consuming goes on')
+
+    def _watch_children(self) -> None:
+        """Release what a pool child was executing that is gone."""
+        processes = getattr(getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None)
+        if not isinstance(processes, list) or self.job is None:
+            return
+        present = {process.pid for process in processes if getattr(process, 'pid', None)}
+        for pid in self._children - present:
+            count = self.job.release_child(pid)
+            if count:
+                logger.warning('JobSync: pool process %d is gone; %d of its keys may run again', pid, count)
+            self._children.discard(pid)
+        self._children |= present
+
+    # --- operating ---
+
+    def local_status(self) -> dict[str, Any]:
+        """The node as it sees itself, as plain values."""
+        if self.job is None:
+            return {'coordination_enabled': False}
+        status = self.job.local_status()
+        status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
+        status['last_heartbeat'] = str(status['last_heartbeat'])
+        waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
+        return {**status, 'consuming': self._consuming, 'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+
+    def _serve(self) -> None:
+        if self.settings.http is None or self.job is None:
+            return
+        from jobsync_core.web import HealthServer, node_metrics
+
+        job = self.job
+        self._http = HealthServer(
+            self.settings.http, ready=lambda: {'lease': job.am_i_healthy(), 'consuming': self._consuming, 'node': job.node_name},
+            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))

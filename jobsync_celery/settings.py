@@ -1,0 +1,51 @@
+"""Where the plugin's settings come from: `JobSync(app, …)`, then `app.conf.jobsync_…` and `app.conf.jobsync`, then the environment."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
+from jobsync_core.plugin import PluginSettings
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ['read_config', 'read_settings']
+
+_NAMES = ('database_url', *(item.name for item in (*fields(PluginSettings), *fields(CoordinationConfig))))
+
+
+def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> PluginSettings:
+    """The plugin's settings for an app.
+
+    Args:
+        app: The app; its configuration is read now.
+        given: What `JobSync(app, …)` was called with; wins over the rest.
+
+    Raises:
+        ConfigurationError: A setting cannot work; the message names it and the remedy.
+    """
+    conf = app.conf
+    group = conf.get('jobsync') or {}
+    if not isinstance(group, Mapping):
+        raise ConfigurationError(f"app.conf.jobsync={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}")
+    single = {name: conf.get(f'jobsync_{name}') for name in _NAMES}
+    found = {**group, **{name: value for name, value in single.items() if value is not None}, **(given or {})}
+    if given and ('database_url' in given or 'config' in given):
+        # One way of naming the database replaces the other.
+        found.pop('config' if 'database_url' in given else 'database_url', None)
+    return PluginSettings.read(found)
+
+
+def read_config(app: Celery) -> CoordinationConfig:
+    """The cluster that an app's plugin works with; for commands and beat.
+
+    Raises:
+        ConfigurationError: A setting cannot work.
+    """
+    from .plugin import JobSync
+
+    plugin = JobSync.of(app)
+    return (plugin.settings if plugin is not None else read_settings(app)).config

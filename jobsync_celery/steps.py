@@ -1,0 +1,112 @@
+"""Bootsteps: a worker is a node from before its consumer starts until after its last task has ended."""
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from celery import bootsteps
+from celery.exceptions import WorkerShutdown
+from celery.utils.log import get_logger
+from celery.worker import state
+
+from .plugin import JobSync
+
+if TYPE_CHECKING:
+    from jobsync_core.job import Job
+
+__all__ = ['GateStep', 'NodeStep']
+
+logger = get_logger(__name__)
+
+_EX_FAILURE = 1
+
+
+class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Makes the Job before the pool forks, enters it after."""
+
+    requires = ('celery.worker.components:Pool',)
+
+    def __init__(self, parent: Any, jobsync_node: str | None = None, jobsync_weight: float | None = None, **options: Any) -> None:
+        super().__init__(parent, **options)
+        plugin = JobSync.of(parent.app)
+        assert plugin is not None
+        self._plugin = plugin
+        plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
+
+    def start(self, parent: Any) -> None:
+        """Enter the Job, before any message is consumed."""
+        try:
+            self._enter(parent)
+        except BaseException as error:
+            # No step's stop() runs for a worker that did not start.
+            parent.pool.terminate()
+            if not isinstance(error, Exception):
+                raise
+            logger.critical('JobSync: %s', error)
+            raise WorkerShutdown(_EX_FAILURE) from error
+
+    def _enter(self, parent: Any) -> None:
+        job = self._plugin.job
+        assert job is not None
+        failure: list[Exception] = []
+
+        def enter() -> None:
+            try:
+                job.__enter__()
+            except Exception as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=enter, name='jobsync-enter', daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.1)
+                state.maybe_shutdown()
+        except BaseException:
+            self._give_up(job, thread)
+            raise
+        if not failure:
+            self._plugin.entered(parent)
+        elif self._plugin.settings.required:
+            raise failure[0]
+        else:
+            self._plugin.go_uncoordinated(failure[0])
+
+    def _give_up(self, job: Job, thread: threading.Thread) -> None:
+        job.give_up()
+        thread.join(10)
+        job.__exit__(None, None, None)
+
+    def close(self, parent: Any) -> None:
+        """The worker shuts down: give the tokens away while the running tasks end."""
+        self._plugin.closing()
+
+    def stop(self, parent: Any) -> None:
+        """Leaving comes later, after the pool: see GateStep.shutdown."""
+
+    terminate = stop
+
+
+class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Puts the gate into the consumer."""
+
+    requires = ('celery.worker.consumer.connection:Connection',)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        plugin = JobSync.of(parent.app)
+        assert plugin is not None
+        self._plugin = plugin
+        plugin.attach(parent)
+
+    def start(self, parent: Any) -> None:
+        """A connection is there, the first one or another."""
+        self._plugin.connected()
+
+    def stop(self, parent: Any) -> None:
+        """The connection is lost, or the worker stops."""
+        self._plugin.disconnected()
+
+    def shutdown(self, parent: Any) -> None:
+        """The worker ends, and all of its tasks have: leave the cluster."""
+        self._plugin.leave()

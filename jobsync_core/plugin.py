@@ -1,0 +1,235 @@
+"""What both queue adapters do alike: their settings, the node's Job with its pins, the gate, and the counters."""
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .arguments import check_name, check_number
+from .config import CoordinationConfig
+from .effects import RebalanceEvent
+from .errors import ConfigurationError
+from .job import Job
+from .owners import OwnerMap
+from .routing import Decision, check_pins, decide, pin_locks
+from .store import queues
+from .store.connection import Sessions
+from .store.schema import Tables
+from .tokens import TokenSet
+
+__all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map']
+
+_JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
+_PREFIX = 'JOBSYNC_'
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginSettings:
+    """Settings of a plugin, besides those of CoordinationConfig.
+
+    Args:
+        config: The cluster; from `database_url` and the fields of CoordinationConfig.
+        node_name: The node's name; None: the adapter's own.
+        weight: The node's share relative to the others.
+        wait_on_enter: Seconds that entering takes, so that other nodes can register.
+        wait_on_exit: Seconds to stay registered, without tokens, when leaving.
+        lock_provider, clear_existing_locks, on_rebalance, on_release: As for Job.
+        required: False: a worker that cannot enter runs uncoordinated, and says so.
+        coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where it has no key.
+        pins: Task name -> ordered patterns of the nodes that may run it.
+        pin_slots: Virtual keys of a pinned task.
+        on_unclaimed: 'forward' what belongs to another node, or 'drop' it (broadcast queues, where every node gets every message).
+        max_hops: How often a message is handed on before it is parked.
+        park_sec: Seconds for which a message waits in memory for an owner before it goes to the parked queue.
+        route_producers: Send straight to the owner's queue.
+        http: Address of a health and metrics server, ':8080'; None: no server.
+    """
+
+    config: CoordinationConfig
+    node_name: str | None = None
+    weight: float = 1.0
+    wait_on_enter: float = 0.0
+    wait_on_exit: float = 0.0
+    lock_provider: Callable[[Job], object] | None = None
+    clear_existing_locks: bool = False
+    on_rebalance: Callable[..., object] | None = None
+    on_release: Callable[[TokenSet], object] | None = None
+    required: bool = True
+    coordinate: str = 'keyed'
+    pins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pin_slots: int = 64
+    on_unclaimed: str = 'forward'
+    max_hops: int = 4
+    park_sec: float = 2.0
+    route_producers: bool = True
+    http: str | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.node_name is not None:
+            check_name(self.node_name)
+        for name, least in (('weight', 1e-6), ('wait_on_enter', 0), ('wait_on_exit', 0), ('park_sec', 0)):
+            check_number(name, getattr(self, name), least)
+        for name, least in (('pin_slots', 1), ('max_hops', 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigurationError(f'{name}={value!r}: give a whole number of at least {least}')
+        for name, allowed in (('coordinate', ('keyed', 'all')), ('on_unclaimed', ('forward', 'drop'))):
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(f'{name}={getattr(self, name)!r}: use one of {", ".join(map(repr, allowed))}')
+        for name in ('required', 'route_producers', 'clear_existing_locks'):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f'{name}={getattr(self, name)!r}: give True or False')
+        object.__setattr__(self, 'pins', check_pins(self.pins))
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> PluginSettings:
+        """Settings from a flat mapping; what it lacks comes from `JOBSYNC_DATABASE_URL` and `JOBSYNC_<NAME>`.
+
+        Raises:
+            ConfigurationError: A name is unknown, a value cannot work, or nothing says where the database is.
+        """
+        own = {item.name: item for item in fields(cls) if item.name != 'config'}
+        known = {*own, *_JOB_FIELDS, 'config', 'database_url'}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ConfigurationError(f'unknown setting {name!r}' + (f': did you mean {near[0]!r}?' if near else ''))
+        found = {name: value for name, value in values.items() if name in own}
+        for name, item in own.items():
+            raw = environ.get(_PREFIX + name.upper())
+            if raw is not None and name not in found and isinstance(item.default, (bool, int, float, str)):
+                found[name] = _from_text(name, raw, item.default)
+        for name in ('node_name', 'http'):
+            if environ.get(_PREFIX + name.upper()) and name not in found:
+                found[name] = environ[_PREFIX + name.upper()]
+        return cls(config=_config(values, environ), **found)
+
+
+def _config(values: Mapping[str, Any], environ: Mapping[str, str]) -> CoordinationConfig:
+    settings = {name: value for name, value in values.items() if name in _JOB_FIELDS}
+    given = values.get('config')
+    if given is not None:
+        if not isinstance(given, CoordinationConfig) or settings or values.get('database_url'):
+            raise ConfigurationError('config: give a CoordinationConfig, and neither database_url nor its fields beside it')
+        return given
+    url = values.get('database_url')
+    if url is None and 'host' not in settings and not any(environ.get(_PREFIX + name) for name in ('DATABASE_URL', 'HOST', 'DBNAME')):
+        raise ConfigurationError(
+            'JobSync does not know its database: give database_url=postgresql://user:password@host/dbname, or set JOBSYNC_DATABASE_URL')
+    without_url = {name: value for name, value in environ.items() if url is None or name != _PREFIX + 'DATABASE_URL'}
+    if url is not None:
+        without_url[_PREFIX + 'DATABASE_URL'] = url
+    return CoordinationConfig.from_env(without_url, **settings)
+
+
+def _from_text(name: str, raw: str, default: object) -> object:
+    if isinstance(default, bool):
+        if raw.lower() not in ('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'):
+            raise ConfigurationError(f'{_PREFIX}{name.upper()}={raw!r}: give true or false')
+        return raw.lower() in ('1', 'true', 'yes', 'on')
+    if isinstance(default, str):
+        return raw
+    try:
+        return int(raw) if isinstance(default, int) else float(raw)
+    except ValueError:
+        raise ConfigurationError(f'{_PREFIX}{name.upper()}={raw!r}: give a number') from None
+
+
+def make_job(
+    settings: PluginSettings, name: str, queue: str, kind: str, pins: Mapping[str, Sequence[str]], *,
+    prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
+    on_rebalance: Callable[[RebalanceEvent], object], on_release: Callable[[TokenSet], object],
+) -> Job:
+    """The Job of a worker process, not entered yet.
+
+    Args:
+        settings: The plugin's.
+        name: The node's name.
+        queue: The node's queue; recorded before the node owns anything.
+        kind: The plugin's name; one cluster has one plugin.
+        pins: Pinned tasks.
+        prepare: Makes the node's queue at the broker; called while entering.
+        busy: Whether work on one of these tokens is running.
+        on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
+    """
+    config = settings.config
+    tables = Tables(config.appname)
+
+    def provide(job: Job) -> None:
+        with job.session() as connection:
+            others = queues.other_kinds(connection, tables, kind)
+            if others:
+                raise ConfigurationError(
+                    f'appname={config.appname!r} is the cluster of {others[0][1]} workers ({others[0][0]}): '
+                    f'give {kind} workers another appname')
+            queues.record(connection, tables, queue, name, kind)
+        prepare()
+        locks = pin_locks(pins, settings.pin_slots)
+        if locks:
+            job.register_locks_bulk(locks)
+        if settings.lock_provider is not None:
+            settings.lock_provider(job)
+
+    def rebalanced(event: RebalanceEvent) -> None:
+        on_rebalance(event)
+        if settings.on_rebalance is not None:
+            settings.on_rebalance(event)
+
+    def released(tokens: TokenSet) -> None:
+        if settings.on_release is not None:
+            settings.on_release(tokens)
+        on_release(tokens)
+        # Work that is running on these tokens ends before another node starts on them; the agent bounds the wait.
+        limit = time.monotonic() + config.release_timeout_sec
+        while busy(tokens) and time.monotonic() < limit:
+            time.sleep(0.02)
+
+    return Job(
+        name, config, wait_on_enter=settings.wait_on_enter, wait_on_exit=settings.wait_on_exit, lock_provider=provide,
+        clear_existing_locks=settings.clear_existing_locks, on_rebalance=rebalanced, on_release=released, weight=settings.weight)
+
+
+class Gate:
+    """Decides on each message of a node, and counts.
+
+    Args:
+        settings: The plugin's.
+        job: The node.
+    """
+
+    def __init__(self, settings: PluginSettings, job: Job) -> None:
+        self.job = job
+        self.settings = settings
+        tables = Tables(settings.config.appname)
+        self.owners = OwnerMap(Sessions(settings.config, f'jobsync gate {job.node_name}'), tables)
+        self.counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def decide(self, route: str, hops: int) -> Decision:
+        """What to do with a message; no I/O while the owner map is as new as the node."""
+        mine = self.job.owns(route)
+        if mine:
+            return decide(mine=True, leased=True, node='', owner=None, queue=None, hops=0, max_hops=0)
+        leased = self.job.am_i_healthy()
+        place = None
+        if leased:
+            if self.owners.version != self.job.token_version:
+                self.owners.refresh()
+            place = self.owners.find(route)
+        return decide(
+            mine=False, leased=leased, node=self.job.node_name, owner=place.node if place else None, queue=place.queue if place else None,
+            hops=hops, max_hops=self.settings.max_hops, drop=self.settings.on_unclaimed == 'drop')
+
+    def count(self, event: str, number: int = 1) -> None:
+        """Count an event, for metrics and `local_status`."""
+        with self._lock:
+            self.counts[event] = self.counts.get(event, 0) + number
+
+
+def owner_map(config: CoordinationConfig) -> OwnerMap:
+    """An owner map for a producer."""
+    return OwnerMap(Sessions(config, 'jobsync producer'), Tables(config.appname))

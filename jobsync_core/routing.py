@@ -1,0 +1,142 @@
+"""Where a message belongs: the pure part of what the queue adapters share.
+
+A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. The gate of the node that
+receives it decides by the route whether to run it, hand it on, or put it aside.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from .errors import ConfigurationError
+from .hashing import check_task_id, task_key
+from .once import ExactlyOnce, key_maker
+from .patterns import check_patterns
+
+__all__ = [
+    'HOPS', 'KEY', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'node_queue', 'parked_queue', 'pin_locks', 'pin_route',
+]
+
+#: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
+KEY, HOPS = 'jobsync_key', 'jobsync_hops'
+
+
+class Verdict(Enum):
+    """What becomes of a message here."""
+
+    RUN = 'run'
+    FORWARD = 'forward'
+    PARK = 'park'
+    DROP = 'drop'
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict, the owner's queue where the message goes on, and why."""
+
+    verdict: Verdict
+    queue: str = ''
+    reason: str = ''
+
+
+_RUN = Decision(Verdict.RUN)
+
+
+def decide(
+    *, mine: bool, leased: bool, node: str, owner: str | None, queue: str | None, hops: int, max_hops: int, drop: bool = False,
+) -> Decision:
+    """What to do with a message.
+
+    Args:
+        mine: The node may claim the route at this moment.
+        leased: The node has a valid lease.
+        node: The node's name.
+        owner: Who owns the route, or is about to; None where nobody does.
+        queue: The owner's queue; None where it has none.
+        hops: How often the message was handed on.
+        max_hops: How often it may be; more is a sign of nodes that disagree, and time lets them agree.
+        drop: Other nodes got the message too: what is another's is dropped.
+    """
+    if mine:
+        return _RUN
+    if not leased:
+        return Decision(Verdict.PARK, reason='no lease')
+    if owner is None or owner == node:
+        # Never to oneself: the owner map is older, or younger, than the local set, and will agree with it in a moment.
+        return Decision(Verdict.PARK, reason='no owner yet' if owner is None else 'not here yet')
+    if drop:
+        return Decision(Verdict.DROP, reason=f'belongs to {owner}')
+    if queue is None:
+        return Decision(Verdict.PARK, reason=f'{owner} takes no messages')
+    if hops >= max_hops:
+        return Decision(Verdict.PARK, reason=f'{hops} hops')
+    return Decision(Verdict.FORWARD, queue, f'belongs to {owner}')
+
+
+def node_queue(appname: str, node: str) -> str:
+    """Name of a node's own queue."""
+    return f'jobsync.{appname}.{node}'
+
+
+def parked_queue(appname: str) -> str:
+    """Name of the queue of messages that nobody owns."""
+    return f'jobsync.{appname}.parked'
+
+
+def pin_route(name: str, key: str, slots: int) -> str:
+    """The route of a message of a pinned task: one of the task's virtual keys."""
+    return f'{name}#{task_key(key) % slots}'
+
+
+def pin_locks(pins: Mapping[str, Sequence[str]], slots: int) -> list[tuple[str, tuple[str, ...], str]]:
+    """Locks on the virtual keys of pinned tasks, for `register_locks_bulk`."""
+    return [(f'{name}#{slot}', tuple(patterns), 'pin') for name, patterns in sorted(pins.items()) for slot in range(slots)]
+
+
+class Coordination:
+    """How the messages of one task get their routes.
+
+    Args:
+        name: The task's name.
+        function: What the task runs, for a key over its arguments.
+        once: Its `exactly_once` options, if it has them.
+        key: A format string over the arguments or a callable; None: that of `once`, else the message's id.
+        pin: Ordered patterns of the nodes that may run the task.
+        slots: Virtual keys of a pinned task.
+
+    Raises:
+        ConfigurationError: The key or the pin cannot work.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], once: ExactlyOnce | None, key: str | Callable[..., str] | None,
+        pin: Sequence[str] | str | None, slots: int,
+    ) -> None:
+        self.name = name
+        self.once = once
+        self.pin = check_patterns(pin) if pin is not None else None
+        self._slots = slots
+        if key is not None:
+            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = key_maker(key, function, name)
+        else:
+            self._make = once.key_of if once is not None and once.has_key else None
+
+    def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: str) -> str:
+        """The route of a message.
+
+        Raises:
+            ConfigurationError: The arguments make no key.
+            TypeError: The function does not take these arguments.
+            InvalidTaskId: The key cannot be a task id.
+        """
+        key = check_task_id(self._make(args, kwargs) if self._make is not None else message_id)
+        return pin_route(self.name, key, self._slots) if self.pin is not None else key
+
+
+def check_pins(pins: object) -> dict[str, tuple[str, ...]]:
+    """The setting `pins`: task name -> ordered patterns."""
+    if not isinstance(pins, Mapping):
+        raise ConfigurationError(f"pins={pins!r}: give a mapping such as {{'proj.render': ['gpu-primary-01', '%-gpu']}}")
+    return {str(name): check_patterns(patterns) for name, patterns in pins.items()}

@@ -1,0 +1,126 @@
+"""Who owns what, for routers; and the queues that belong to nodes.
+
+AMQP cannot list queues, so the table `queue` remembers which there are. A row whose node is not in the node table is an
+orphan: its messages are for whoever owns them now.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+    from .schema import Tables
+
+__all__ = ['forget', 'hold', 'is_gone', 'other_kinds', 'orphans', 'owners', 'record']
+
+
+def record(connection: PgConnection, tables: Tables, name: str, node: str, kind: str) -> None:
+    """Note that `node` has a queue of that name, made by the plugin `kind`."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            INSERT INTO {tables.queue} (name, node, kind) VALUES (%s, %s, %s)
+            ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at = NULL
+            ''', (name, node, kind))
+
+
+def other_kinds(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str]]:
+    """Live nodes of other plugins in this cluster: (node, kind)."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'SELECT q.node, q.kind FROM {tables.queue} AS q JOIN {tables.node} AS n ON n.name = q.node WHERE q.kind <> %s ORDER BY 1',
+            (kind,))
+        return [(row[0], row[1]) for row in cursor.fetchall()]
+
+
+def orphans(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str, float]]:
+    """Queues of nodes that are gone: (queue, node, seconds since that was seen first), the eldest first."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT FROM {tables.queue} AS q WHERE q.kind = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
+            ''', (kind,))
+        if not cursor.rowcount:
+            return []
+        cursor.execute(
+            f'''
+            UPDATE {tables.queue} AS q SET gone_at = coalesce(gone_at, now())
+            WHERE q.kind = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
+            RETURNING q.name, q.node, extract(epoch FROM now() - q.gone_at)::float8, q.gone_at
+            ''', (kind,))
+        return [(row[0], row[1], row[2]) for row in sorted(cursor.fetchall(), key=lambda row: (row[3], row[0]))]
+
+
+@contextmanager
+def hold(connection: PgConnection, tables: Tables, node: str, wait: bool) -> Iterator[bool]:
+    """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node does not begin to consume.
+
+    Args:
+        connection: Its session holds the lock, so that it goes with the process.
+        tables: Names of the tables.
+        node: The node's name; '' for the parked messages.
+        wait: Whether to wait for another holder.
+
+    Yields:
+        Whether it is held.
+    """
+    key = f'jobsync {tables.appname} {node}'
+    with connection.cursor() as cursor:
+        if wait:
+            cursor.execute("SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '60s', true)")
+            cursor.execute('SELECT pg_advisory_lock(hashtextextended(%s, 0))', (key,))
+            held = True
+        else:
+            cursor.execute('SELECT pg_try_advisory_lock(hashtextextended(%s, 0))', (key,))
+            held = bool(cursor.fetchall()[0][0])
+        connection.commit()
+        try:
+            yield held
+        finally:
+            if held and not connection.closed:
+                connection.rollback()
+                cursor.execute('SELECT pg_advisory_unlock(hashtextextended(%s, 0))', (key,))
+
+
+def is_gone(connection: PgConnection, tables: Tables, node: str) -> bool:
+    """Whether the node is not in the node table."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT NOT EXISTS (SELECT FROM {tables.node} WHERE name = %s)', (node,))
+        return bool(cursor.fetchall()[0][0])
+
+
+def forget(connection: PgConnection, tables: Tables, name: str) -> None:
+    """The queue is gone, and so is its node."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'DELETE FROM {tables.queue} AS q WHERE name = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)',
+            (name,))
+
+
+def owners(connection: PgConnection, tables: Tables, known: int) -> tuple[int, int, str, list[tuple[int, int, str, str | None]]] | None:
+    """Who owns which tokens, or is about to; None where the version is still `known`.
+
+    Returns:
+        Version, total_tokens, hash_function, and rows (first token, end, node, the node's queue or None) by token.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            WITH now AS (SELECT version, total_tokens, hash_function FROM {tables.cluster} WHERE version <> %s)
+            SELECT now.version, now.total_tokens, now.hash_function, lower(a.tokens), upper(a.tokens), a.owner, q.name
+            FROM now
+            LEFT JOIN (
+                SELECT tokens, CASE WHEN moving THEN coalesce(moving_to, CASE WHEN NOT blocked THEN node END) ELSE node END AS owner
+                FROM {tables.assignment}
+            ) AS a ON a.owner IS NOT NULL
+            LEFT JOIN {tables.queue} AS q ON q.node = a.owner
+            ORDER BY 4
+            ''', (known,))
+        rows: list[tuple[Any, ...]] = cursor.fetchall()
+    if not rows:
+        return None
+    version, total, function = rows[0][:3]
+    return version, total, function, [(row[3], row[4], row[5], row[6]) for row in rows if row[3] is not None]
