@@ -66,7 +66,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             self._give_up(job, thread)
             raise
         if not failure:
-            self._plugin.entered(parent)
+            try:
+                self._plugin.entered(parent)
+            except BaseException:
+                self._plugin.leave()
+                raise
         elif self._plugin.settings.required:
             raise failure[0]
         else:

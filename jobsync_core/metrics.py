@@ -1,14 +1,14 @@
 """A node's state for Prometheus. Needs the extra `metrics`; asks no database, so that a scrape works while it is away."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from .job import Job
 
-__all__ = ['JobCollector']
+__all__ = ['JobCollector', 'MessageCollector']
 
 #: Key of Job.local_status, name of the metric, what it is.
 _GAUGES = (
@@ -46,3 +46,23 @@ class JobCollector(Collector):
                 family = kind(name, text, labels=['node'])
                 family.add_metric([self._job.node_name], float(status[key]))
                 yield family
+
+
+class MessageCollector(Collector):
+    """Counters of a queue adapter: `jobsync_messages_total` with the labels `node` and `event`.
+
+    Args:
+        node: The node's name.
+        counts: Gives the counters by event.
+    """
+
+    def __init__(self, node: str, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._node = node
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """Called at each scrape."""
+        family = CounterMetricFamily('jobsync_messages', 'Messages at the gate of this node', labels=['node', 'event'])
+        for event, number in sorted(self._counts().items()):
+            family.add_metric([self._node, event], number)
+        yield family

@@ -25,6 +25,9 @@ __all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map']
 
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
 _PREFIX = 'JOBSYNC_'
+#: A lock moves its whole token, so that another key on a pinned token goes where the pin goes. With as many tokens as there
+#: can be, that befalls one key in 15,000 for each pinned task; tokens cost next to nothing.
+_TOTAL_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,8 @@ def _config(values: Mapping[str, Any], environ: Mapping[str, str]) -> Coordinati
     without_url = {name: value for name, value in environ.items() if url is None or name != _PREFIX + 'DATABASE_URL'}
     if url is not None:
         without_url[_PREFIX + 'DATABASE_URL'] = url
+    if _PREFIX + 'TOTAL_TOKENS' not in environ:
+        settings.setdefault('total_tokens', _TOTAL_TOKENS)
     return CoordinationConfig.from_env(without_url, **settings)
 
 
