@@ -1,6 +1,7 @@
 """`celery -A proj jobsync …`: the commands of `jobsync`, on the database that the app's plugin uses."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,15 +18,18 @@ __all__ = ['jobsync']
 try:
     from jobsync_core.cli.context import Database, Group
     from jobsync_core.cli.main import jobsync as core
-except ImportError:  # rich is not installed
+except ModuleNotFoundError as error:
+    if error.name != 'rich':
+        raise
+
     @click.command('jobsync', context_settings={'ignore_unknown_options': True})
-    @click.argument('words', nargs=-1)
+    @click.argument('words', nargs=-1, metavar='COMMAND [ARGS]...')
     def jobsync(words: tuple[str, ...]) -> None:
         """Look at the JobSync cluster and steer it (needs the extra `cli`)."""
-        raise click.ClickException("these commands need the extra: pip install 'jobsync-workers[cli]'")
+        raise click.ClickException("rich is missing; install it with: pip install 'jobsync-workers[cli]'")
 else:
     class _AppDatabase(Database):
-        """The database of an app's plugin, unless --url names another."""
+        """The database of an app's plugin, unless --url names another. The app is not asked before a command needs it."""
 
         def __init__(self, app: Celery) -> None:
             super().__init__()
@@ -35,13 +39,19 @@ else:
             if self.url:
                 return super().config()
             config = read_config(self._app)
-            if not self.appname:
-                return config
-            return CoordinationConfig(**{**{name: getattr(config, name) for name in vars(config)}, 'appname': self.appname})
+            return replace(config, appname=self.appname) if self.appname else config
 
     class _AppGroup(Group):
         def invoke(self, ctx: click.Context) -> Any:
             ctx.obj = _AppDatabase(ctx.obj.app)
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                # Celery has its own words for these, which it finds in its own context object.
+                if error.option_name in ('-A', '--app'):
+                    raise click.UsageError(
+                        f'{error.option_name} goes before the command: celery {error.option_name} proj jobsync …', ctx) from None
+                raise
 
+    # Without a callback: Celery would wrap it for its preload options, and look for its own context object there.
     jobsync = _AppGroup('jobsync', commands=core.commands, help='Look at the JobSync cluster and steer it.')

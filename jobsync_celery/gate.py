@@ -237,6 +237,7 @@ class ConsumerGate:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._waiting.clear()
+            self._looking = False  # the timer's entries go with the connection
 
     def give_back(self) -> None:
         """Return what waits to the broker."""

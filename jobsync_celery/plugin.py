@@ -1,6 +1,7 @@
 """JobSync(app): the one line that makes an app's workers nodes of a cluster."""
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ rebalanced = Signal(name='jobsync_rebalanced', providing_args={'event'})
 #: Sent in a worker before tokens go to another node: arguments sender (the app) and tokens (a TokenSet).
 released = Signal(name='jobsync_released', providing_args={'tokens'})
 
-_POOLS = ('prefork', 'threads', 'solo', 'TaskPool')
+#: Celery's own default, in seconds: whoever wants just that gives 121.
+_DEFAULT_BROKER_HEARTBEAT = 120
 
 
 class JobSync:
@@ -72,7 +74,7 @@ class JobSync:
         self._consumer_gate: ConsumerGate | None = None
         self._children: set[int] = set()
         self._worker: Any = None
-        self._consuming = False
+        self._connected = self._consuming = False
         self._install()
 
     def __repr__(self) -> str:
@@ -169,6 +171,9 @@ class JobSync:
         if self.driver == 'redis':
             self.app.conf.broker_transport_options = {
                 'visibility_timeout': VISIBILITY_SEC, **(self.app.conf.broker_transport_options or {}), **redis_options(appname, name)}
+        if self.driver == 'amqp' and self.app.conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT and 'solo' not in pool:
+            # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker sends none while a task runs.
+            self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
         self._mail = mail = CeleryMail(self)
         self.job = make_job(
             settings, name, queue, 'celery', self.tasks.pins(), prepare=lambda: mail.declare(queue), busy=self._busy,
@@ -183,7 +188,7 @@ class JobSync:
         assert self._gate is not None and self._mail is not None and self.job is not None
         self._keeper = Keeper(
             self._gate, self._mail, 'celery', parked_queue(self.settings.config.appname), on_lease=self._lease_changed,
-            on_change=self._changed, on_tick=self._watch_children)
+            on_change=self._look_again, on_tick=self._tick)
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()
@@ -206,19 +211,19 @@ class JobSync:
 
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
-        self._consuming = True
+        self._connected = self._consuming = True  # the consumer begins in a moment
         if self.job is not None and not self.job.am_i_healthy():
-            self._consumer.call_soon(self._pause)
+            self._consumer.call_soon(self._follow_lease)
 
     def disconnected(self) -> None:
         """The consumer has no connection."""
-        self._consuming = False
+        self._connected = self._consuming = False
         if self._consumer_gate is not None:
             self._consumer_gate.forget()
 
     def closing(self) -> None:
         """The worker shuts down; its tasks end."""
-        self._consuming = False
+        self._connected = self._consuming = False
         if self.job is not None:
             try:
                 self.job.drain(0)
@@ -262,28 +267,36 @@ class JobSync:
         if dispatcher is not None and dispatcher.enabled:
             dispatcher.send(kind, **fields)
 
-    def _changed(self) -> None:
+    def _look_again(self) -> None:
         if self._consumer is not None and self._consumer_gate is not None:
             self._consumer.call_soon(self._consumer_gate.look)
+
+    def _tick(self) -> None:
+        if self._consumer_gate is not None and self._consumer_gate.waiting:
+            self._look_again()  # should the timer have lost its entry: a reconnect clears it
+        if self._connected and self.job is not None and self.job.am_i_healthy() != self._consuming:
+            self._consumer.call_soon(self._follow_lease)
+        self._watch_children()
 
     def _lease_changed(self, leased: bool) -> None:
         if self._consumer is None or self._consumer_gate is None:
             return
         if leased and self._keeper is not None:
             self._keeper.reclaim()
-        self._consumer.call_soon(self._resume if leased else self._pause)
+        self._consumer.call_soon(self._follow_lease)
 
-    def _pause(self) -> None:
-        consumer, gate = self._consumer.task_consumer, self._consumer_gate
-        if consumer is not None and gate is not None and self._consuming:
+    def _follow_lease(self) -> None:
+        """Consume with a lease, and not without one. By what is so now: the event loop keeps no order among its calls."""
+        consumer, gate, job = self._consumer.task_consumer, self._consumer_gate, self.job
+        if consumer is None or gate is None or job is None or not self._connected:
+            return
+        leased = job.am_i_healthy()
+        if self._consuming and not leased:
             self._consuming = False
             logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
             consumer.cancel()
             gate.give_back()
-
-    def _resume(self) -> None:
-        consumer = self._consumer.task_consumer
-        if consumer is not None and not self._consuming:
+        elif leased and not self._consuming:
             self._consuming = True
             consumer.consume()
             logger.info('JobSync: the lease is valid again; consuming goes on')
