@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made from $(PYTHON) when it is missing or pyproject.toml has changed.
 PYTHON ?= python3
-DEMO ?= core
+DEMO ?= celery
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SCHEDULES ?= 1000000
@@ -33,7 +33,7 @@ docs: .venv/.ready-dev
 		{ echo 'JobSync needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 		{ echo 'This Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
-	$(PIP) '.[cli,metrics,embedded]'
+	$(PIP) '.[cli,metrics,embedded,celery]' 'celery[redis]>=5.4'
 	@touch $@
 
 .venv/.ready-dev: .venv/.ready

@@ -1,4 +1,4 @@
-"""`python -m bench`: measure this library beside the peer and print one table."""
+"""`python -m bench`: measure this library beside the peer and print one table. `python -m bench celery`: see messages.py."""
 from __future__ import annotations
 
 import argparse
@@ -31,6 +31,11 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the measurements that the command line names; 1 if a figure of ours is missing or misses its target, else 0."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ['celery']:
+        from . import messages  # Celery is needed for that alone
+
+        return messages.main(arguments[1:])
     options = _parse(arguments)
     sides = [our_side()]
     if not options.no_peer:
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row.ours is None or row.met is False for row in rows))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser('python -m bench', description=f'Measure JobSync beside the PyPI package jobsync {PEER_VERSION}.')
     parser.add_argument(
         '--only', action='append', choices=MEASUREMENTS, metavar='NAME', help=f'one of {", ".join(MEASUREMENTS)}; repeatable')

@@ -88,6 +88,8 @@ class ConsumerGate:
         self._to_pool = consumer.on_task_request
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
+        self._discard = consumer.on_unknown_task
+        consumer.on_unknown_task = self.keep_unknown
 
     # --- on receipt ---
 
@@ -127,6 +129,22 @@ class ConsumerGate:
                 task_id = headers['id']
             route = self._plugin.tasks.route_of(name, args, kwargs, task_id)
         return _Note(name, route, int(headers.get(HOPS) or 0), self._gate.job.incarnation) if route is not None else None
+
+    def keep_unknown(self, body: Any, message: Any, error: Any) -> None:
+        """In place of the consumer's on_unknown_task, which discards: another node may know the task, or this one after an upgrade."""
+        if self._plugin.job is None:
+            self._discard(body, message, error)
+            return
+        headers = message.headers or {}
+        logger.error('Task %s[%s] is not registered here: parked. Nodes of one cluster must know the same tasks',
+                     headers.get('task'), headers.get('id'))
+        try:
+            self._publisher.send(self._parked_queue, message, {**headers, HOPS: 0})
+            message.ack()
+            self._gate.count('unknown')
+            self._plugin.parked_something()
+        except Exception as trouble:  # it stays unacknowledged, and the broker delivers it again
+            logger.warning('Task %s[%s] cannot be parked: %r', headers.get('task'), headers.get('id'), trouble)
 
     # --- before the pool ---
 

@@ -175,6 +175,7 @@ class Keeper:
                 logger.info('node=%s gone=%s restored=%d moved=%d', self._job.node_name, node, restored, moved)
             elif age >= _CLOSE_SEC and (self._mail.catches_strays or age >= _KEEP_SEC) and self._mail.delete(queue):
                 queues.forget(connection, self._tables, queue)
+                connection.commit()  # the end of hold() rolls back
 
     def _drain(self, queue: str) -> int:
         moved = 0

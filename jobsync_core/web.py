@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 5.0
 #: Connections at one time; one more ends the oldest, so that slow clients do not keep probes out.
 _MOST = 64
-#: Bytes of a refused request's body that are read, so that closing does not reset the connection under the answer.
-_BODY = 65_536
 _ADDRESS = re.compile(r'(?:(?P<name>[^:\[\]\s/]*)|\[(?P<six>[\w:.%]+)\]):(?P<port>[0-9]{1,5})\Z', re.ASCII)
 _JSON = 'application/json'
 _TEXT = 'text/plain; version=0.0.4; charset=utf-8'
@@ -128,6 +126,8 @@ os.register_at_fork(after_in_child=_after_fork)
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    #: Connections that the system holds until they are accepted: beyond them a client waits for a second and tries again.
+    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
         #: Open connections and since when, oldest first. Other threads only take out their own.
@@ -214,9 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _refuse(self) -> None:
-        length = self.headers.get('Content-Length', '0')
-        if length.isdecimal():
-            self.rfile.read(min(int(length), _BODY))
         self._answer(*_json(405, {'error': 'GET and HEAD only'}), allow='GET, HEAD')
 
     def _answer(self, code: int, kind: str, body: bytes, allow: str | None = None) -> None:

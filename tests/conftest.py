@@ -11,6 +11,8 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
 
+from .brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
+
 #: Times that make a cluster's life quick to watch.
 SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.0, 'rebalance_check_interval_sec': 1.0}
 #: The tests crash processes, never the machine: what fsync protects against does not happen.
@@ -52,3 +54,36 @@ def make_config(postgres: EmbeddedPostgres) -> Iterator[Callable[..., Coordinati
 def config(make_config: Callable[..., CoordinationConfig]) -> CoordinationConfig:
     """A CoordinationConfig for a fresh database, with short times."""
     return make_config()
+
+
+def _broker(make: Callable[[], BrokerServer]) -> Iterator[BrokerServer]:
+    try:
+        server = make()
+    except BrokerUnavailable as error:
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def redis_server() -> Iterator[BrokerServer]:
+    """A Redis that all tests of this process share: take a space of it, never kill or pause it."""
+    yield from _broker(RedisServer)
+
+
+@pytest.fixture(scope='session')
+def rabbitmq_server() -> Iterator[BrokerServer]:
+    """A RabbitMQ that all tests of this process share: take a space of it, never kill or pause it."""
+    yield from _broker(RabbitServer)
+
+
+@pytest.fixture
+def own_redis() -> Iterator[BrokerServer]:
+    """A Redis that this test may kill and restart: it keeps its data."""
+    yield from _broker(lambda: RedisServer(durable=True))
+
+
+@pytest.fixture
+def own_rabbitmq() -> Iterator[BrokerServer]:
+    """A RabbitMQ that this test may kill and restart."""
+    yield from _broker(RabbitServer)

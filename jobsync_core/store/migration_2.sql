@@ -10,3 +10,5 @@ CREATE TABLE IF NOT EXISTS {schedule} (
     entry text,
     updated_at timestamptz NOT NULL DEFAULT now()
 );
+
+UPDATE {cluster} SET schema_version = 2 WHERE schema_version < 2;

@@ -8,7 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import MISSING, fields
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,17 @@ from typing import Any
 import psycopg2
 import pytest
 
+from jobsync_celery import exactly_once
 from jobsync_core import CoordinationConfig, Job, Task
 from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.plugin import PluginSettings
 from jobsync_core.store.schema import create_schema
 
+from ..brokers import BrokerServer
+from ..server.cluster import query
 from ..waiting import eventually
 from .blocks import ROOT, Block, blocks_of
+from .project import Project
 from .stage import Stage, connected, entered
 
 SPECIFICATION = Path(__file__).with_name('usage_guide_spec.md')
@@ -32,6 +39,7 @@ NOT_RUN = {
     'make demo\nmake test\n': 'they would run this test; the build runs both',
     'make test\n': 'it would run this test',
     "pip install 'jobsync-workers[cli]'\n": 'it would install into the environment of the tests',
+    "pip install 'jobsync-workers[celery,cli]' 'celery[redis]'\n": 'likewise',
 }
 
 
@@ -74,7 +82,8 @@ class Until:
 
 
 def run_blocks(
-    stage: Stage, path: Path, before: dict[str, Callable[[], object]] | None = None, after: dict[str, Callable[[], object]] | None = None,
+    stage: Stage | Project, path: Path, before: dict[str, Callable[[], object]] | None = None,
+    after: dict[str, Callable[[], object]] | None = None,
 ) -> list[Block]:
     """Run a document; a hook runs before or after the block that contains its text. Each hook must find its block."""
     hooks = [(dict(before or {}), True), (dict(after or {}), False)]
@@ -173,6 +182,45 @@ def test_operator_guide(stage: Stage) -> None:
         })
 
 
+def test_celery_guide(stage: Stage, redis_server: BrokerServer, tmp_path: Path) -> None:
+    make_tables(stage)
+    path = ROOT / 'docs' / 'CELERY.md'
+    with closing(Project(path, stage.config, redis_server, tmp_path)) as project:
+        def all_share() -> None:
+            rows = 'SELECT count(DISTINCT node), count(*) FILTER (WHERE moving OR node IS NULL) FROM {}assignment'
+            eventually(lambda: query(stage.config, rows) == [(2, 0)], 20)
+
+        def printed(*texts: str) -> Callable[[], None]:
+            return lambda: same([text for text in texts if text not in project.printed[-1]], [])
+
+        def drained() -> None:
+            same([text for text in ('one@', 'gpu-primary-01@', "'consuming': True", '2 nodes online', 'takes part again')
+                  if text not in project.printed[-1]], [])
+
+        run_blocks(project, path, before={
+            'import render': all_share,
+        }, after={
+            'import charge\n': printed('250 250'),
+            'import render': printed('gpu-primary-01@'),
+            'import refund, transfer': lambda: same((project.printed[-1][-16:], charges(stage)), ('-250\n-250\n40\n40\n', {17: 1, 18: 1})),
+            'inspect jobsync': printed('one@', 'gpu-primary-01@', 'consuming', '2 nodes online', 'takes part again'),
+            '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
+            'beat -S jobsync': lambda: eventually(lambda: query(stage.config, 'SELECT name FROM {}schedule') == [('every-minute',)], 20),
+        })
+
+
+def test_the_celery_guide_gives_every_setting_and_option_with_its_true_default() -> None:
+    rows = dict(re.findall(r'^\| `(\w+)` \| (.+?) \|', (ROOT / 'docs' / 'CELERY.md').read_text(encoding='utf-8'), re.MULTILINE))
+    for field in fields(PluginSettings):
+        default = '{}' if field.default is MISSING else repr(field.default)
+        assert rows[field.name] == ('made from the rest' if field.name == 'config' else f'`{default}`')
+    for name, option in signature(exactly_once).parameters.items():
+        if isinstance(option.default, (bool, str)):
+            assert rows[name] == f'`{option.default!r}`'
+        else:
+            assert name in rows or name == 'bare'
+
+
 @pytest.mark.parametrize('name', ['GUARANTEES.md', 'ARCHITECTURE.md'])
 def test_other_documents(stage: Stage, name: str) -> None:
     make_tables(stage)
@@ -245,7 +293,8 @@ def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptu
 
 
 def test_every_document_is_tested_and_every_block_has_a_known_language() -> None:
-    tested = {'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name}
+    tested = {
+        'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'CELERY.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name}
     blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
     for block in blocks:
         assert block.language in ('python', 'sql', 'sh', 'ini'), block

@@ -1,0 +1,96 @@
+"""The app of the Celery measurements: `BENCH_MODE` says what its one task is. Also the producer: `python -m bench.celery_app N`."""
+from __future__ import annotations
+
+import importlib
+import os
+import struct
+import sys
+import time
+from typing import Any
+
+from celery import Celery
+from redis import Redis
+
+__all__ = ['MODES', 'app', 'hold', 'noop', 'publish']
+
+#: What can be measured: mode -> the module that it needs beside Celery, or ''.
+MODES = {
+    'plain': '', 'plain_late': '', 'uncoordinated': 'jobsync_celery', 'coordinated': 'jobsync_celery', 'routed': 'jobsync_celery',
+    'pinned': 'jobsync_celery', 'once': 'jobsync_celery', 'celery_once': 'celery_once', 'celery_singleton': 'celery_singleton',
+}
+_MODE = os.environ.get('BENCH_MODE', 'plain')
+_BROKER = os.environ.get('BENCH_BROKER', 'redis://127.0.0.1/0')
+_WARM_UP = 20
+
+app = Celery('bench', broker=_BROKER)
+app.conf.update(
+    task_ignore_result=True, broker_connection_retry_on_startup=True,
+    # The least that celery-once and celery-singleton can do with.
+    ONCE={'backend': 'celery_once.backends.Redis', 'settings': {'url': _BROKER, 'default_timeout': 3600}},
+    singleton_backend_url=_BROKER)
+if 'BENCH_VISIBILITY_SEC' in os.environ:
+    app.conf.broker_transport_options = {'visibility_timeout': float(os.environ['BENCH_VISIBILITY_SEC'])}
+
+_options: dict[str, Any] = {}
+if MODES[_MODE] == 'jobsync_celery':
+    from jobsync_celery import JobSync
+
+    # The environment gives the database. Only the routes are for the routed mode alone.
+    JobSync(app, route_producers=_MODE in ('routed', 'pinned'), rebalance_check_interval_sec=1)
+    if _MODE in ('coordinated', 'routed'):
+        _options['jobsync_key'] = '{number}'
+    elif _MODE == 'pinned':
+        _options['jobsync_pin'] = ['first', 'second']
+elif _MODE == 'plain_late':
+    _options['acks_late'] = True
+elif _MODE == 'celery_once':
+    _options['base'] = importlib.import_module('celery_once').QueueOnce
+elif _MODE == 'celery_singleton':
+    _options['base'] = importlib.import_module('celery_singleton').Singleton
+
+_file: tuple[int, int] | None = None
+
+
+def _noop(number: int) -> None:
+    """Write down the time, which is all that the task does."""
+    global _file
+    if _file is None or _file[0] != os.getpid():
+        _file = os.getpid(), os.open(os.environ['BENCH_TIMES'], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(_file[1], struct.pack('dq', time.monotonic(), number))
+
+
+if _MODE == 'once':
+    from jobsync_celery import exactly_once
+
+    _noop = exactly_once(key='{number}')(_noop)
+
+noop = app.task(name='noop', **_options)(_noop)
+
+
+@app.task(name='hold')  # type: ignore[untyped-decorator]  # celery has no types
+def hold(times: int = 1) -> None:
+    """Keep a process of the pool busy until the driver says go."""
+    client = Redis.from_url(os.environ['BENCH_CONTROL'])
+    client.rpush('held', os.getpid())
+    client.blpop(['go'], timeout=300)
+
+
+@app.task(name='stick')  # type: ignore[untyped-decorator]  # celery has no types
+def stick() -> None:
+    """Keep the process busy until its worker is killed."""
+    time.sleep(600)
+
+
+def publish(count: int) -> float:
+    """Publish messages 0 to `count` - 1; seconds for one, after the first few."""
+    for number in range(min(_WARM_UP, count)):
+        noop.delay(number)
+    began = time.perf_counter()
+    for number in range(_WARM_UP, count):
+        noop.delay(number)
+    return (time.perf_counter() - began) / max(1, count - _WARM_UP)
+
+
+if __name__ == '__main__':
+    # Under its importable name, so that keys which come from the module are the worker's.
+    print(importlib.import_module('bench.celery_app').publish(int(sys.argv[1])))

@@ -1,0 +1,4 @@
+"""A project that books payments once each."""
+from .celery import app
+
+__all__ = ['app']

@@ -1,0 +1,182 @@
+"""A gate between a consumer, a pool and a broker that are none: what happened, in order."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from celery import Celery, signals
+from celery.worker import state
+
+from jobsync_celery import JobSync
+from jobsync_celery import gate as gate_module
+from jobsync_celery.gate import ConsumerGate
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.owners import Place
+from jobsync_core.plugin import Gate, PluginSettings
+from jobsync_core.routing import HOPS, KEY
+
+__all__ = ['Bench', 'Message', 'bench']
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class FakeJob:
+    """A node as the gate sees it."""
+
+    node_name = 'n1'
+    token_version = 1
+
+    def __init__(self) -> None:
+        self.mine: set[str] = set()
+        self.leased = True
+        self.incarnation = 'life-1'
+
+    def owns(self, route: str) -> bool:
+        return route in self.mine and self.leased
+
+    def am_i_healthy(self) -> bool:
+        return self.leased
+
+    def task_to_token(self, route: str) -> int:
+        return len(route)
+
+
+class FakeOwners:
+    """An owner map that a test writes."""
+
+    version = 1
+
+    def __init__(self) -> None:
+        self.places: dict[str, Place] = {}
+        self.error: Exception | None = None
+
+    def refresh(self) -> bool:
+        return True
+
+    def find(self, route: str) -> Place | None:
+        if self.error is not None:
+            raise self.error
+        return self.places.get(route)
+
+
+class Message:
+    """A message of protocol 2."""
+
+    body = b'[[7], {}, {}]'
+    content_type, content_encoding = 'application/json', 'utf-8'
+
+    def __init__(self, key: str | None, hops: int | None = None, task: str = 'keyed') -> None:
+        self.headers: dict[str, Any] = {'id': 'm1', 'task': task}
+        if key is not None:
+            self.headers[KEY] = key
+        if hops is not None:
+            self.headers[HOPS] = hops
+        self.payload: Any = ([7], {}, {})
+        self.properties: dict[str, Any] = {}
+        self.delivery_info: dict[str, Any] = {}
+
+
+class Request:
+    """What the strategy makes of a message."""
+
+    def __init__(self, stage: Bench, message: Message) -> None:
+        self._stage, self.message, self.id = stage, message, 'm1'
+
+    def acknowledge(self) -> None:
+        self._stage.log.append('ack')
+
+    def reject(self, requeue: bool) -> None:
+        self._stage.log.append('requeue' if requeue else 'reject')
+
+
+class Bench:
+    """The gate and what is around it.
+
+    Attributes:
+        log: What happened: 'ack', 'requeue', 'run' (the strategy), 'pool', 'send QUEUE hops=N', 'stray'.
+    """
+
+    def __init__(self, clock: Clock, settings: dict[str, Any]) -> None:
+        self.log: list[str] = []
+        self.clock = clock
+        self.job, self.owners = FakeJob(), FakeOwners()
+        self.publish_error: Exception | None = None
+        self.ack_error: Exception | None = None
+        self.timers: list[Callable[[], object]] = []
+        self.app = Celery('bench', broker='memory://', set_as_current=False)
+        self.app.task(name='keyed', shared=False, jobsync_key='k:{n}')(_task)
+        self.app.task(name='plain', shared=False)(_task)
+        config = CoordinationConfig(appname='shop_')
+        self.plugin = JobSync(self.app, config=config, **settings)
+        vars(self.plugin)['job'] = self.job
+        vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
+        core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
+        core.owners = self.owners
+        self.counts: dict[str, int] = core.counts
+        self.consumer = SimpleNamespace(
+            on_task_request=lambda request: self.log.append('pool'), strategies={}, connection_errors=(OSError,),
+            timer=SimpleNamespace(call_after=lambda seconds, call: self.timers.append(call)),
+            event_dispatcher=SimpleNamespace(enabled=False))
+        self.gate = ConsumerGate(self.plugin, core, self.consumer)
+        vars(self.gate)['_publisher'] = SimpleNamespace(send=self._send)
+
+    def _send(self, queue: str, message: Message, headers: dict[str, Any]) -> None:
+        if self.publish_error is not None:
+            raise self.publish_error
+        self.log.append(f'send {queue} hops={headers[HOPS]}')
+
+    def receive(self, message: Message) -> list[str]:
+        """A message comes from the broker; what happened then."""
+        def strategy(*_: Any) -> None:
+            self.log.append('run')
+
+        def ack(*_: Any) -> None:
+            if self.ack_error is not None:
+                raise self.ack_error
+            self.log.append('ack')
+
+        self.consumer.strategies[message.headers['task']] = strategy
+        self.consumer.strategies[message.headers['task']](
+            message, None, ack, lambda log, errors, requeue: self.log.append('requeue' if requeue else 'reject'), [])
+        return self.log
+
+    def dispatch(self, message: Message) -> list[str]:
+        """The strategy hands a request to the pool; what happened then."""
+        self.log.clear()
+        self.consumer.on_task_request(Request(self, message))
+        return self.log
+
+    def look(self, seconds: float = 0.1) -> list[str]:
+        """The timer goes off, some time later."""
+        self.clock.time += seconds
+        timers, self.timers[:] = list(self.timers), []
+        for call in timers:
+            call()
+        return self.log
+
+
+def _task(n: int) -> None:
+    """A task."""
+
+
+@contextmanager
+def bench(monkeypatch: Any, **settings: Any) -> Iterator[Bench]:
+    """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'."""
+    clock = Clock()
+    monkeypatch.setattr(gate_module, 'clock', clock)
+    monkeypatch.setattr(state, 'task_ready', lambda request: None)
+    made = Bench(clock, settings)
+    made.job.mine.add('mine')
+    made.owners.places.update(other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1'))
+    try:
+        yield made
+    finally:
+        signals.before_task_publish.disconnect(made.plugin._before_publish)

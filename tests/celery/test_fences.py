@@ -1,0 +1,114 @@
+"""Fences of the plugin, each taken away in turn: the check that rests on it fails then."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+
+from jobsync_celery import JobSync
+from jobsync_celery import mail as mail_module
+from jobsync_celery import once as once_module
+from jobsync_celery.gate import ConsumerGate
+from jobsync_celery.mail import CeleryMail
+from jobsync_core import plugin as core
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.routing import decide
+
+from ..brokers import BrokerServer
+from .consumers import Bench, bench
+from .test_gate import (
+    check_failure_leaves_it_unacknowledged,
+    check_hop_limit,
+    check_late,
+    check_never_to_self,
+    check_published_before_acknowledged,
+)
+from .test_once import FakeLedger, app, check_duplicate_rule, ledger
+
+__all__ = ['app', 'ledger']
+
+
+def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ConsumerGate._send
+
+    def early(self: ConsumerGate, waiting: Any, *args: Any) -> bool:
+        waiting.ack()
+        waiting.ack = lambda: None
+        return send(self, waiting, *args)
+
+    monkeypatch.setattr(ConsumerGate, '_send', early)
+
+
+def without_hop_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'max_hops': 10**9}))
+
+
+def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'node': ''}))
+
+
+def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConsumerGate, 'dispatch', lambda self, request: self._to_pool(request))
+
+
+FENCES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
+    (acknowledge_first, check_published_before_acknowledged), (acknowledge_first, check_failure_leaves_it_unacknowledged),
+    (without_hop_limit, check_hop_limit), (also_to_self, check_never_to_self), (without_late_check, check_late)]
+
+
+@pytest.mark.parametrize(('remove', 'check'), FENCES, ids=lambda item: item.__name__)
+def test_without_the_fence_the_check_fails(
+    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+) -> None:
+    with bench(monkeypatch) as stage:
+        check(stage)
+    remove(monkeypatch)
+    with bench(monkeypatch) as stage, pytest.raises(AssertionError):
+        check(stage)
+
+
+def test_without_the_duplicate_rule_a_link_goes_out_twice(
+    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_duplicate_rule(app, ledger)
+    app.tasks.pop('double')
+    monkeypatch.setattr(once_module, 'states', SimpleNamespace(SUCCESS='never'))
+    with pytest.raises(pytest.fail.Exception):
+        check_duplicate_rule(app, ledger)
+
+
+def hold(app: Celery, node: str) -> Any:
+    """Take a message off 'celery' as a node, and keep it unacknowledged."""
+    connection = app.connection_for_write(transport_options=mail_module.redis_options('shop_', node))
+    with connection.SimpleQueue('celery') as source:
+        source.get(timeout=20)
+    return connection
+
+
+def check_rescue_spares_the_living(broker: BrokerServer) -> None:
+    space = broker.new_space()
+    made = Celery('fences', broker=broker.url(space), set_as_current=False)
+    plugin = JobSync(made, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    with ExitStack() as stack:
+        stack.callback(broker.drop_space, space)
+        stack.callback(signals.before_task_publish.disconnect, plugin._before_publish)
+        with made.connection_for_write() as connection, connection.SimpleQueue('celery') as target:
+            for number in range(2):
+                target.put({'n': number})
+        for node in ('n1', 'n2'):
+            stack.callback(hold(made, node).release)
+        assert CeleryMail(plugin).restore('n2') == 1
+        assert broker.depths(space)['celery'] == 1
+
+
+def test_without_unacked_keys_of_its_own_a_live_node_s_messages_are_taken(
+    redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_rescue_spares_the_living(redis_server)
+    monkeypatch.setattr(mail_module, 'redis_options', lambda appname, node: {})
+    with pytest.raises(AssertionError):
+        check_rescue_spares_the_living(redis_server)

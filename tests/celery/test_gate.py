@@ -1,0 +1,191 @@
+"""The gate of a worker: what becomes of each message, in which order, whatever fails."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from jobsync_core.owners import Place
+
+from .consumers import Bench, Message, bench
+
+PARKED = 'send jobsync.shop_.parked hops=0'
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    with bench(monkeypatch) as made:
+        yield made
+
+
+def check_published_before_acknowledged(stage: Bench) -> None:
+    assert stage.receive(Message('other')) == ['send q2 hops=1', 'ack']
+
+
+def check_failure_leaves_it_unacknowledged(stage: Bench) -> None:
+    stage.publish_error = ConnectionError('broker away')
+    assert stage.receive(Message('other')) == []
+    assert stage.gate.waiting == 1
+    stage.publish_error = None
+    assert stage.look() == ['send q2 hops=1', 'ack']
+
+
+def check_hop_limit(stage: Bench) -> None:
+    assert stage.receive(Message('other', hops=3)) == ['send q2 hops=4', 'ack']
+    stage.log.clear()
+    assert stage.receive(Message('other', hops=4)) == []
+    assert stage.look(3.0) == [PARKED, 'ack', 'stray']
+
+
+def check_never_to_self(stage: Bench) -> None:
+    assert stage.receive(Message('self')) == []
+    stage.job.mine.add('self')
+    assert stage.look() == ['run']
+
+
+def check_late(stage: Bench) -> None:
+    message = Message('mine')
+    assert stage.receive(message) == ['run']
+    stage.job.mine.clear()
+    stage.owners.places['mine'] = Place('n2', 'q2')
+    assert stage.dispatch(message) == ['send q2 hops=1', 'ack']
+
+
+class TestReceipt:
+    def test_what_is_mine_runs(self, stage: Bench) -> None:
+        assert stage.receive(Message('mine')) == ['run']
+        assert stage.counts == {'received': 1}
+
+    def test_another_s_is_published_before_it_is_acknowledged(self, stage: Bench) -> None:
+        check_published_before_acknowledged(stage)
+        assert stage.counts == {'received': 1, 'forwarded': 1}
+
+    def test_a_publish_that_fails_leaves_it_unacknowledged(self, stage: Bench) -> None:
+        check_failure_leaves_it_unacknowledged(stage)
+
+    def test_a_message_is_handed_on_only_so_often(self, stage: Bench) -> None:
+        check_hop_limit(stage)
+
+    def test_never_to_oneself(self, stage: Bench) -> None:
+        check_never_to_self(stage)
+
+    def test_a_key_is_made_where_the_producer_made_none(self, stage: Bench) -> None:
+        stage.job.mine.add('k:7')
+        assert stage.receive(Message(None)) == ['run']
+        stage.log.clear()
+        stage.job.mine.clear()
+        stage.owners.places['k:7'] = Place('n2', 'q2')
+        assert stage.receive(Message(None)) == ['send q2 hops=1', 'ack']
+
+    def test_tasks_that_are_not_coordinated_are_not_touched(self, stage: Bench) -> None:
+        assert stage.receive(Message(None, task='plain')) == ['run']
+        assert stage.counts == {}
+
+    def test_another_s_is_dropped_where_every_node_gets_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with bench(monkeypatch, on_unclaimed='drop') as stage:
+            assert stage.receive(Message('other')) == ['ack']
+            assert stage.counts['dropped'] == 1
+
+    @pytest.mark.parametrize('error', [ConnectionError('lost'), ValueError('odd')])
+    def test_an_acknowledgement_that_fails_raises_nothing(self, stage: Bench, error: Exception) -> None:
+        stage.ack_error = error
+        assert stage.receive(Message('other')) == ['send q2 hops=1']
+        assert stage.gate.waiting == 0
+
+    @pytest.mark.parametrize('error', [RuntimeError('map'), ConnectionError('db')])
+    def test_a_gate_that_fails_raises_nothing_and_the_message_waits(self, stage: Bench, error: Exception) -> None:
+        stage.owners.error = error
+        assert stage.receive(Message('other')) == []
+        stage.owners.error = None
+        assert stage.look() == ['send q2 hops=1', 'ack']
+
+    def test_arguments_without_a_key_run_here_and_fail_in_the_task(self, stage: Bench) -> None:
+        message = Message(None)
+        message.payload = ([], {}, {})
+        assert stage.receive(message) == ['run']
+
+    @pytest.mark.parametrize('hops', ['x', [], {}])
+    def test_an_odd_header_raises_nothing(self, stage: Bench, hops: object) -> None:
+        message = Message('other')
+        message.headers['jobsync_hops'] = hops
+        stage.receive(message)
+        assert len(stage.log) + stage.gate.waiting > 0
+
+
+class TestWaiting:
+    def test_what_nobody_owns_waits_in_memory_first_and_is_parked_then(self, stage: Bench) -> None:
+        assert stage.receive(Message('nobody')) == []
+        assert stage.look(1.9) == []
+        assert stage.look(0.2) == [PARKED, 'ack', 'stray']
+        assert (stage.gate.waiting, stage.counts['parked']) == (0, 1)
+
+    def test_it_goes_to_its_owner_as_soon_as_there_is_one(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.owners.places['nobody'] = Place('n3', 'q3')
+        assert stage.look() == ['send q3 hops=1', 'ack']
+
+    def test_without_a_lease_nothing_runs_and_nothing_is_parked(self, stage: Bench) -> None:
+        stage.job.leased = False
+        assert stage.receive(Message('mine')) == []
+        assert stage.look(60.0) == []
+        stage.job.leased = True
+        assert stage.look() == ['run']
+
+    def test_it_can_be_given_back(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.receive(Message('nowhere'))
+        stage.gate.give_back()
+        assert (stage.log, stage.gate.waiting, stage.counts['returned']) == (['requeue', 'requeue'], 0, 2)
+        assert stage.look(60.0) == ['requeue', 'requeue']
+
+    def test_after_a_reconnect_the_broker_delivers_it_again(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.gate.forget()
+        assert stage.look(60.0) == []
+        assert stage.gate.waiting == 0
+
+    def test_one_timer_is_enough(self, stage: Bench) -> None:
+        for _ in range(5):
+            stage.receive(Message('nobody'))
+        assert len(stage.timers) == 1
+
+    def test_parking_that_fails_is_tried_again(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.publish_error = OSError('away')
+        assert stage.look(3.0) == []
+        stage.publish_error = None
+        assert stage.look(2.0) == [PARKED, 'ack', 'stray']
+
+
+class TestBeforeThePool:
+    def test_what_is_still_mine_goes_to_the_pool(self, stage: Bench) -> None:
+        message = Message('mine')
+        stage.receive(message)
+        assert stage.dispatch(message) == ['pool']
+        assert stage.counts['run'] == 1
+
+    def test_what_is_another_s_by_now_is_handed_on(self, stage: Bench) -> None:
+        check_late(stage)
+
+    def test_what_an_earlier_life_received_goes_back(self, stage: Bench) -> None:
+        message = Message('mine')
+        stage.receive(message)
+        stage.job.incarnation = 'life-2'
+        assert stage.dispatch(message) == ['requeue']
+        assert stage.counts['returned'] == 1
+
+    def test_what_waited_over_the_end_of_a_life_goes_back(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.job.incarnation = 'life-2'
+        assert stage.look() == ['requeue']
+
+    def test_without_a_lease_it_waits(self, stage: Bench) -> None:
+        message = Message('mine')
+        stage.receive(message)
+        stage.job.leased = False
+        assert stage.dispatch(message) == []
+        stage.gate.give_back()
+        assert stage.log == ['requeue']
+
+    def test_what_did_not_pass_the_gate_is_not_touched(self, stage: Bench) -> None:
+        assert stage.dispatch(Message(None, task='plain')) == ['pool']

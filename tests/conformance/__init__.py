@@ -1,0 +1,1 @@
+"""One suite for every framework and broker: real worker processes, real servers, real faults, and the history checked afterwards."""

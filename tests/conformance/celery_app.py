@@ -1,0 +1,105 @@
+"""The Celery app of the suite: the same one in workers and in the test process, made from an order."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, current_task
+
+from . import work
+from .work import Flaky, Order
+
+__all__ = ['make_app']
+
+_CONF: dict[str, Any] = {
+    'broker_connection_retry_on_startup': True,
+    'broker_connection_timeout': 2,
+    'task_publish_retry_policy': {'max_retries': 100, 'interval_start': 0, 'interval_step': 0.1, 'interval_max': 0.5},
+    'worker_hijack_root_logger': True,
+    'worker_send_task_events': False,
+    'result_expires': 3600,
+}
+
+
+def make_app(order: Order) -> Celery:
+    """An app with all tasks, with JobSync or without."""
+    app = Celery('conformance', broker=order.broker, backend=order.results, set_as_current=False)
+    app.conf.update(_CONF)
+    if order.broker.startswith('amqp'):
+        app.conf.broker_transport_options = {'confirm_publish': True}
+    app.conf.update(order.conf)
+    decorate: Callable[..., Any] = _undecorated
+    if order.jobsync:
+        from jobsync_celery import JobSync, exactly_once
+
+        JobSync(app, database_url=order.database, **order.settings)
+        decorate = exactly_once
+    _add_tasks(app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))})
+    return app
+
+
+def use_in_worker(order: Order) -> None:
+    """Tell the tasks' bodies what this process is."""
+    work.now.order = order
+    work.now.message_id = lambda: str(current_task.request.id)
+    work.now.attempt = lambda: int(current_task.request.retries)
+    if order.jobsync:
+        from jobsync_celery import current_execution
+
+        work.now.execution = current_execution
+
+
+def _undecorated(**options: Any) -> Callable[[Any], Any]:
+    return lambda function: function
+
+
+def _retrying(n: int, times: int = 1) -> Any:
+    try:
+        return work.flaky(n, times)
+    except Flaky as error:
+        raise current_task.retry(exc=error, countdown=0.05, max_retries=5) from error
+
+
+def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All that a message brings to its task."""
+    request = current_task.request
+    names = ('args', 'kwargs', 'reply_to', 'correlation_id', 'root_id', 'parent_id', 'expires', 'eta', 'shadow', 'retries', 'timelimit',
+             'ignore_result', 'argsrepr', 'kwargsrepr', 'group', 'stamps', 'stamped_headers', 'origin', 'replaced_task_nesting')
+    found = {name: getattr(request, name, None) for name in names}
+    headers = dict(request.headers or {})
+    return {
+        **found, 'priority': (request.delivery_info or {}).get('priority'), 'headers': headers, 'node': work.order().node,
+        'links': [dict(link).get('task') for link in request.callbacks or ()], 'hops': getattr(request, 'jobsync_hops', None)}
+
+
+def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None:
+    retry = {'autoretry_for': (Flaky,), 'max_retries': 5, 'retry_backoff': False, 'default_retry_delay': 0.05}
+
+    def task(name: str, function: Callable[..., Any], **options: Any) -> None:
+        if name not in without:
+            # Not shared: the test process has several apps.
+            app.task(name=name, shared=False, **options)(function)
+
+    task('keyed', once(key='k:{n}', on_duplicate='result')(work.keyed))
+    task('body', once(key='b:{n}', on_duplicate='result')(work.body))
+    task('limited', once(key='b:{n}')(work.body), rate_limit='20/s')
+    task('by_id', once()(work.by_id))
+    task('plain', work.plain)
+    task('routed', work.routed, jobsync_key='r:{n}')
+    task('pinned', work.pinned, jobsync_pin=['gpu-%'])
+    task('preferred', work.pinned, jobsync_pin=['best', 'gpu-%', '%'])
+    task('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    task('reveal', _reveal, jobsync_key='v:{n}')
+    task('flaky', once(key='f:{n}')(work.flaky), **retry)
+    task('retrying', once(key='f:{n}')(_retrying))
+    task('sour', once(key='s:{n}')(work.sour))
+    task('overdue', once(key='o:{n}')(work.overdue), time_limit=1)
+    task('overdue_softly', once(key='o:{n}')(work.overdue), soft_time_limit=1)
+    task('add', once(key='a:{tag}:{x}:{y}')(work.add))
+    task('total', once(key='t:{tag}')(work.total))
+    task('seal', once(key='c:{tag}')(work.seal))
+    task('seal_error', _seal_error)
+
+
+def _seal_error(request: Any, error: BaseException, traceback: Any) -> None:
+    work.note('end', f'e:{request.id}', repr(error))

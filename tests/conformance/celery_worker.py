@@ -1,0 +1,9 @@
+"""`celery -A tests.conformance.celery_worker worker`: the app of a worker process."""
+from __future__ import annotations
+
+from .celery_app import make_app, use_in_worker
+from .work import Order
+
+order = Order.from_environment()
+use_in_worker(order)
+app = make_app(order)

@@ -1,0 +1,77 @@
+"""Clusters on the servers of the test session, each with its own part of the broker, its own database and directory."""
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from jobsync_core.embedded import EmbeddedPostgres
+
+from ..brokers import BrokerServer
+from .harness import Cluster, Place
+from .setups import ADAPTERS, JOBSYNC, QUICK, Setup
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line('markers', 'plain: a scenario of the conformance suite that the bare framework passes too')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not JOBSYNC:
+        for item in items:
+            if 'make_cluster' in getattr(item, 'fixturenames', ()) and item.get_closest_marker('plain') is None:
+                item.add_marker(pytest.mark.skip(reason='needs JobSync'))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        for cluster in Cluster.alive:
+            report.sections.append((f'cluster of {item.name}', cluster.report()))
+    return report
+
+
+def _factory(
+    stack: ExitStack, request: pytest.FixtureRequest, directories: pytest.TempPathFactory,
+) -> Callable[..., Cluster]:
+    def make(
+        setup: Setup, settings: dict[str, Any] | None = None, *, own: bool = False, postgres: EmbeddedPostgres | None = None,
+        pins: Sequence[str] = (),
+    ) -> Cluster:
+        server: BrokerServer = request.getfixturevalue(f'own_{setup.broker}' if own else f'{setup.broker}_server')
+        results: BrokerServer = request.getfixturevalue('redis_server')
+        database: EmbeddedPostgres = postgres or request.getfixturevalue('postgres')
+        name = f'conformance_{uuid.uuid4().hex[:12]}'
+        database.create_database(name)
+        stack.callback(_drop, database, name)
+        space = server.new_space()
+        stack.callback(server.drop_space, space)
+        chosen = {**QUICK, **(settings or {})}
+        place = Place(server, space, results.url(results.new_space()),
+                      database.config(name, total_tokens=chosen['total_tokens']), directories.mktemp(setup.name))
+        return stack.enter_context(Cluster(ADAPTERS[setup.framework](place, JOBSYNC, chosen, pins), setup.pool))
+
+    return make
+
+
+def _drop(postgres: EmbeddedPostgres, name: str) -> None:
+    if postgres.is_running():
+        postgres.drop_database(name)
+
+
+@pytest.fixture
+def make_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters that end with the test: `make_cluster(setup, settings, own=..., postgres=..., pins=...)`."""
+    with ExitStack() as stack:
+        yield _factory(stack, request, tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def make_lasting_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
+    """As `make_cluster`; the clusters end with the module."""
+    with ExitStack() as stack:
+        yield _factory(stack, request, tmp_path_factory)

@@ -1,0 +1,435 @@
+"""A cluster of real worker processes of some framework, on some broker: what the scenarios are written against.
+
+A scenario knows the `Cluster` alone. What differs between frameworks stands behind `Adapter`; what differs between brokers behind
+`BrokerServer`.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from jobsync_core import CoordinationConfig
+from jobsync_core.embedded_supervisor import running, server_processes
+
+from ..brokers import BrokerServer, die_with_parent
+from ..server.cluster import query
+from ..waiting import eventually
+from .history import EFFECTS, Ledger, Note, Notes, Sent, check
+from .work import Order
+
+__all__ = ['QUICK', 'STEADY', 'Adapter', 'Cluster', 'Outcome', 'Place', 'Worker']
+
+_ROOT = Path(__file__).parents[2]
+_START_SEC = 40.0
+_STOP_SEC = 40.0
+#: JobSync's settings where a death is to be noticed soon, and where a busy machine must not look like one.
+QUICK = {'heartbeat_interval_sec': 0.3, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
+STEADY = {**QUICK, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test's cluster lives.
+
+    Attributes:
+        server: The broker.
+        space: The test's part of it.
+        results: URL of the result backend.
+        config: The test's database.
+        directory: For logs and notes.
+    """
+
+    server: BrokerServer
+    space: str
+    results: str
+    config: CoordinationConfig
+    directory: Path
+
+    def order(self, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> Order:
+        """What a process of this place is told."""
+        config = self.config
+        return Order(
+            broker=self.server.url(self.space), results=self.results, notes=str(self.directory / 'notes'), jobsync=jobsync,
+            database=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
+            settings=settings, pins=list(pins))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the sender learns.
+
+    Attributes:
+        state: 'done', 'failed', 'revoked', or 'pending'.
+        value: The result, or the exception.
+    """
+
+    state: str
+    value: Any = None
+
+
+class Worker:
+    """A worker process.
+
+    Args:
+        name: The worker's name, which its tasks note.
+        node: The name by which JobSync knows it.
+        command: How to start it.
+        order: What it is told.
+        log: Where its output goes.
+        ready: What it prints when it is ready.
+    """
+
+    def __init__(self, name: str, node: str, command: Sequence[str], order: Order, log: Path, ready: str) -> None:
+        self.name = name
+        self.node = node
+        self._log = log
+        self._ready = ready
+        self._signal_children = False
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+        with log.open('w') as output:
+            self.process = subprocess.Popen(
+                list(command), cwd=_ROOT, env={**environment, **order.environment(), 'PYTHONUNBUFFERED': '1'}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent())
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def children(self) -> list[int]:
+        """Processes of the worker's pool."""
+        return server_processes(self.pid)[1:]
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def log(self, end: int = 0) -> str:
+        """Its output, or the last characters of it."""
+        return self._log.read_text(errors='replace')[-end:]
+
+    def wait_ready(self, timeout: float = _START_SEC) -> Worker:
+        """Wait until it consumes."""
+        eventually(lambda: self._ready in self.log() or not self.is_running(), timeout)
+        assert self._ready in self.log(), f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
+        return self
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to its main process."""
+        self.process.send_signal(number)
+
+    def pause(self) -> None:
+        """SIGSTOP to all of its processes."""
+        for pid in [self.pid, *self.children]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT to all of its processes."""
+        for pid in [*self.children, self.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL to its main process; its pool ends by itself, or is orphaned."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = _STOP_SEC) -> int:
+        """Send a signal that ends it, and return its exit code."""
+        self.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = _STOP_SEC) -> int:
+        """Its exit code, once it has ended."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f'{self.name} did not end within {timeout} s:\n{self.log(3000)}') from None
+
+    def close(self) -> None:
+        """End it and all of its processes, whatever their state."""
+        children = self.children
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        eventually(lambda: not any(running(pid) for pid in children))
+
+
+class Adapter(ABC):
+    """What a framework does its own way.
+
+    Args:
+        place: Where the cluster lives.
+        jobsync: False leaves JobSync out: so the harness is proved on the framework alone.
+        settings: JobSync's settings.
+        pins: Pinned tasks that the cluster has.
+    """
+
+    framework: str
+    #: Pools that workers can have, by kind: 'processes', 'threads' and 'single' (one task at a time).
+    pools: Mapping[str, str]
+
+    def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
+        self.place = place
+        self.jobsync = jobsync
+        self.order = place.order(jobsync, settings, pins)
+
+    @abstractmethod
+    def node_of(self, name: str) -> str:
+        """The name by which JobSync knows a worker."""
+
+    @abstractmethod
+    def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
+        """How to start a worker."""
+
+    @abstractmethod
+    def ready(self, name: str) -> str:
+        """What a worker prints when it is ready."""
+
+    @abstractmethod
+    def send(self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any) -> str:
+        """Send a message, and return its id.
+
+        Args:
+            task: The task's name.
+            args: Its arguments.
+            routed: The sender's JobSync routes it; otherwise it goes to its home queue, as from a sender that has none.
+            options: The framework's; `delay` in seconds is common to all.
+        """
+
+    @abstractmethod
+    def outcome(self, message: str) -> Outcome:
+        """What the sender knows about a message by now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the sender's connections."""
+
+
+class Cluster:
+    """Workers that share a broker and a database. Leaving the `with` block ends them all.
+
+    Args:
+        adapter: The framework.
+        pool: Kind of pool, unless a worker is told otherwise.
+    """
+
+    #: Clusters that have not ended: a failure shows their logs.
+    alive: ClassVar[list[Cluster]] = []
+
+    def __init__(self, adapter: Adapter, pool: str) -> None:
+        self.adapter = adapter
+        self.place = adapter.place
+        self.pool = pool
+        self.notes = Notes(Path(adapter.order.notes))
+        self.ledger = Ledger(self.place.config)
+        self.sent: list[Sent] = []
+        self.workers: dict[str, Worker] = {}
+        self._started: list[Worker] = []
+        query(self.place.config, EFFECTS)
+
+    def __enter__(self) -> Cluster:
+        self.alive.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> Worker:
+        return self.workers[name]
+
+    def close(self) -> None:
+        """End all workers."""
+        if self in self.alive:
+            self.alive.remove(self)
+            for worker in self._started:
+                worker.close()
+            self.adapter.close()
+
+    def report(self) -> str:
+        """What helps to understand a failure."""
+        parts = []
+        for title, find in (('left at the broker', self.left), ('tokens', self.ledger.owned), ('running', self.unfinished)):
+            with contextlib.suppress(Exception):
+                parts.append(f'{title}: {find()}')
+        for worker in self._started:
+            parts.append(f'=== {worker.name} (pid {worker.pid}, exit code {worker.process.returncode})\n{worker.log(6000)}')
+        return '\n'.join(parts)
+
+    # --- workers ---
+
+    def launch(
+        self, name: str, *, pool: str | None = None, concurrency: int = 2, options: Sequence[str] = (), broker: str | None = None,
+        database: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (), pause: float = 0.0, **settings: Any,
+    ) -> Worker:
+        """Start a worker; it is not waited for.
+
+        Args:
+            name: Its name.
+            pool: Kind of pool.
+            concurrency: Tasks that it runs at once.
+            options: Further words of its command line.
+            broker, database: URLs by which it reaches them, if not directly.
+            conf: The framework's settings.
+            without: Tasks that it does not know.
+            pause: Seconds that every task takes longer on it.
+            settings: JobSync's settings.
+        """
+        order = replace(
+            self.adapter.order, node=self.adapter.node_of(name), without=list(without), conf=conf or {}, pause=pause,
+            settings={**self.adapter.order.settings, **settings})
+        if broker is not None:
+            order = replace(order, broker=broker)
+        if database is not None:
+            order = replace(order, database=database)
+        log = self.place.directory / f'{name}-{len(self._started)}.log'
+        command = self.adapter.command(name, pool or self.pool, concurrency, options)
+        worker = Worker(name, self.adapter.node_of(name), command, order, log, self.adapter.ready(name))
+        self._started.append(worker)
+        self.workers[name] = worker
+        return worker
+
+    def start(self, *names: str, settle: bool = True, **options: Any) -> None:
+        """Start workers at once; wait until all are ready and own their shares."""
+        started = [self.launch(name, **options) for name in names]
+        for worker in started:
+            worker.wait_ready()
+        if settle:
+            self.settle()
+
+    def settle(self, timeout: float = 30.0) -> None:
+        """Wait until exactly the workers that run own all tokens, but those that a pin blocks."""
+        if not self.adapter.jobsync:
+            return
+        nodes = {worker.node for worker in self.workers.values() if worker.is_running()}
+        total = self.place.config.total_tokens
+
+        def settled() -> bool:
+            owned = self.ledger.owned()
+            return set(owned) == nodes and sum(owned.values()) + self.ledger.blocked() == total
+
+        eventually(settled, timeout)
+
+    # --- messages ---
+
+    def send(self, task: str, n: int, *args: Any, fate: str = 'done', **options: Any) -> str:
+        """Send a message of one of the tasks that take a number first, and remember it."""
+        message = self.adapter.send(task, (n, *args), **options)
+        self.sent.append(Sent(message, f'{_LETTERS[task]}:{n}', fate))
+        return message
+
+    def numbers(self, name: str, count: int, start: int = 0, task: str = 'keyed') -> list[int]:
+        """Numbers from `start` whose keys a worker owns now."""
+        node, letter = self.workers[name].node, _LETTERS[task]
+        owners = self.ledger.owners(f'{letter}:{n}' for n in range(start, start + 100 * count))
+        found = [int(key[2:]) for key, owner in owners.items() if owner == node][:count]
+        assert len(found) == count, f'{name} owns too little: {self.ledger.owned()}'
+        return found
+
+    def expect(self, key: str, message: str = '', fate: str = 'done') -> None:
+        """Remember a message that was sent another way."""
+        self.sent.append(Sent(message, key, fate))
+
+    def outcome(self, message: str, timeout: float = 30.0) -> Outcome:
+        """What becomes of a message; waits until that is known."""
+        def find() -> Outcome | None:
+            found = self.adapter.outcome(message)
+            return None if found.state == 'pending' else found
+
+        try:
+            found = eventually(find, timeout)
+        except AssertionError:
+            sent = next((item for item in self.sent if item.id == message), None)
+            raise AssertionError(f'message {message} has no outcome after {timeout} s: {sent}') from None
+        assert found is not None
+        return found
+
+    def result(self, message: str, timeout: float = 30.0) -> Any:
+        """A message's result."""
+        found = self.outcome(message, timeout)
+        assert found.state == 'done', f'message {message}: {found}'
+        return found.value
+
+    def ended(self, *keys: str) -> list[Note]:
+        """Notes of the ends of tasks."""
+        return self.notes.of('end', keys or None)
+
+    def wait_ended(self, keys: Iterable[str], timeout: float = 30.0) -> list[Note]:
+        """Wait until each key has run to its end at least once; the notes of that."""
+        wanted = set(keys)
+
+        def missing() -> set[str]:
+            return wanted - {note.key for note in self.notes.of('end', wanted)}
+
+        eventually(lambda: not missing() or not self._alive(), timeout)
+        assert not missing(), f'{len(missing())} of {len(wanted)} did not end: {sorted(missing())[:10]}'
+        return self.notes.of('end', wanted)
+
+    def wait_progress(self, count: int, timeout: float = 40.0) -> None:
+        """Wait until tasks have ended this many times."""
+        eventually(lambda: len(self.notes.of('end')) >= count or not self._alive(), timeout)
+
+    def _alive(self) -> bool:
+        return any(worker.is_running() for worker in self.workers.values())
+
+    def left(self) -> dict[str, int]:
+        """Messages at the broker, by place."""
+        return self.place.server.depths(self.place.space)
+
+    def unfinished(self) -> dict[str, str]:
+        """Keys that the ledger has as begun and not completed."""
+        return {key: state for key, state in self.ledger.states().items() if state == 'running'}
+
+    def finish(self, timeout: float = 40.0) -> None:
+        """Wait until all that was sent has happened and nothing is left anywhere; then check the history."""
+        self.wait_ended({item.key for item in self.sent if item.fate == 'done'}, timeout)
+        if self._alive():
+            eventually(lambda: not self.left(), timeout)
+        if self.adapter.jobsync:
+            eventually(lambda: not self.unfinished(), timeout)
+        print(check(self.sent, self.notes, self.ledger, self.adapter.jobsync))
+
+    def stable(self) -> _Stable:
+        """A block during which no node was evicted; after it, `check_owners` says who ran what."""
+        return _Stable(self)
+
+
+class _Stable:
+    """Checks that tasks ran on their owners, unless ownership moved in the meantime."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._before = cluster.ledger.incarnations()
+
+    def check_owners(self, letters: str = 'kbfir', least: int = 1) -> None:
+        """Every key ran on the node that owns it, if no node came or went since the block began."""
+        ledger = self._cluster.ledger
+        if not self._cluster.adapter.jobsync:
+            return
+        if ledger.incarnations() != self._before:
+            print('a node was evicted meanwhile: owners are not compared')
+            return
+        ends = [note for note in self._cluster.notes.of('end') if note.key[0] in letters]
+        assert len(ends) >= least
+        routes = {note: (note.message if note.key.startswith('i:') else note.key) for note in ends}
+        owners = ledger.owners(set(routes.values()))
+        wrong = {note.key: (note.node, owners[route]) for note, route in routes.items() if owners[route] != note.node}
+        assert not wrong, f'{len(wrong)} of {len(ends)} ran elsewhere than on their owner: {dict(list(wrong.items())[:10])}'
+
+
+_LETTERS = {
+    'keyed': 'k', 'body': 'b', 'limited': 'b', 'by_id': 'i', 'plain': 'p', 'routed': 'r', 'pinned': 'g', 'preferred': 'g', 'homeless': 'g',
+    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o'}
+
+
+def within(seconds: float, condition: Callable[[], object], every: float = 0.005) -> None:
+    """`eventually`, looked at often: for times that are printed."""
+    eventually(condition, seconds, every)

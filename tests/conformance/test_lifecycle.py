@@ -1,0 +1,190 @@
+"""Workers that come and go, in order: nothing is lost, nothing runs twice, and every end is an end."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from ..waiting import eventually
+from .harness import Cluster
+from .history import moment
+from .setups import Setup, setups
+
+on_processes = pytest.mark.parametrize('setup', setups('processes'), ids=str)
+on_threads = pytest.mark.parametrize('setup', setups('threads'), ids=str)
+on_all = pytest.mark.parametrize('setup', setups(), ids=str)
+MakeCluster = Callable[..., Cluster]
+
+
+def send_keyed(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.02) -> None:
+    for n in range(start, start + count):
+        cluster.send('keyed', n, sleep, routed=n % 2 == 0)
+
+
+@on_threads
+def test_a_worker_that_joins_under_load_gets_its_share(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_keyed(cluster, 100)
+    cluster.wait_progress(10)
+    cluster.start('gamma')
+    send_keyed(cluster, 60, start=100)
+    cluster.finish()
+    assert 'gamma@test' in {node for _, _, node in cluster.ledger.effects()}
+
+
+@on_all
+def test_a_worker_that_leaves_under_load_finishes_its_work_and_returns_the_rest(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_keyed(cluster, 120, sleep=0.05)
+    cluster.wait_progress(10)
+    since = moment()
+    assert cluster['alpha'].stop(signal.SIGTERM) == 0, cluster['alpha'].log(3000)
+    print(f'left in {moment() - since:.1f} s')
+    cluster.settle()
+    cluster.finish()
+    # A warm shutdown interrupts nothing, so nothing was begun twice.
+    starts = [note.key for note in cluster.notes.of('start')]
+    assert len(starts) == len(set(starts))
+
+
+@on_processes
+def test_a_cold_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_keyed(cluster, 120, sleep=0.05)
+    cluster.wait_progress(10)
+    cluster['alpha'].stop(signal.SIGQUIT)
+    cluster.settle()
+    cluster.finish()
+
+
+@on_processes
+def test_a_soft_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta', conf={'worker_soft_shutdown_timeout': 1.0, 'worker_enable_soft_shutdown_on_idle': True})
+    send_keyed(cluster, 80, sleep=0.3)
+    cluster.wait_progress(10)
+    cluster['alpha'].stop(signal.SIGQUIT)
+    cluster.settle()
+    cluster.finish()
+
+
+@on_threads
+def test_all_workers_are_replaced_one_by_one_under_load(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha-1', 'beta-1')
+    send_keyed(cluster, 150, sleep=0.05)
+    for name in ('alpha', 'beta'):
+        cluster.wait_progress(len(cluster.ended()) + 5)
+        cluster.start(f'{name}-2', settle=False)
+        assert cluster[f'{name}-1'].stop() == 0
+    cluster.finish()
+    eventually(lambda: set(cluster.ledger.owned()) == {'alpha-2@test', 'beta-2@test'})
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGQUIT], ids=['SIGTERM', 'SIGQUIT'])
+@on_processes
+def test_a_worker_can_be_ended_while_it_joins(setup: Setup, make_cluster: MakeCluster, number: signal.Signals) -> None:
+    cluster = make_cluster(setup)
+    worker = cluster.launch('alpha', wait_on_enter=60)
+    eventually(lambda: 'alpha@test' in cluster.ledger.incarnations(), 30)
+    since = moment()
+    worker.stop(number, timeout=15)
+    print(f'ended in {moment() - since:.1f} s')
+    eventually(lambda: not cluster.ledger.incarnations())
+    assert not worker.children
+
+
+@on_threads
+def test_no_message_is_consumed_while_joining(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.send('plain', 1)
+    cluster.launch('alpha', wait_on_enter=3)
+    eventually(lambda: 'alpha@test' in cluster.ledger.incarnations(), 30)
+    joined = moment()
+    cluster.finish()
+    assert cluster.notes.of('start')[0].at - joined > 2
+
+
+@pytest.mark.parametrize('setup', setups('processes', 'single', brokers=('redis',)), ids=str)
+def test_without_a_database_a_worker_says_so_and_exits(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing')
+    assert worker.wait(30) not in (0, -signal.SIGKILL)
+    log = worker.log()
+    assert 'cannot connect to PostgreSQL at 127.0.0.1:9' in log, log
+    assert 'secret-word' not in log
+    assert 'Unrecoverable error' not in log
+    assert not worker.children
+
+
+@pytest.mark.parametrize('setup', setups('processes', 'threads', brokers=('redis',)), ids=str)
+def test_a_worker_that_does_not_require_jobsync_runs_without_a_database_and_says_so(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', required=False).wait_ready()
+    messages = [cluster.send(task, 1) for task in ('plain', 'routed', 'body', 'flaky')]
+    cluster.wait_ended(['p:1', 'r:1', 'b:1', 'f:1'])
+    assert cluster.result(messages[0]) == 1
+    assert 'WITHOUT COORDINATION' in worker.log()
+    assert worker.stop() == 0
+
+
+@on_threads
+def test_a_second_worker_of_one_name_is_refused_and_the_first_goes_on(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    first = cluster['alpha']
+    incarnations = cluster.ledger.incarnations()
+    send_keyed(cluster, 60)
+    second = cluster.launch('alpha')
+    assert second.wait(30) != 0
+    assert "node name 'alpha@test' is used" in second.log(), second.log(3000)
+    assert first.is_running()
+    assert cluster.ledger.incarnations() == incarnations
+    cluster.workers['alpha'] = first
+    cluster.finish()
+
+
+@on_threads
+def test_a_worker_may_come_back_under_its_name(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_keyed(cluster, 40)
+    cluster['alpha'].kill()
+    cluster.start('alpha')
+    send_keyed(cluster, 40, start=40)
+    cluster.finish()
+
+
+@on_threads
+def test_a_pin_follows_its_preferred_node_when_that_joins(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup, pins=['preferred'])
+    cluster.start('gpu-1', 'other')
+    assert {cluster.result(cluster.send('preferred', n)) for n in range(8)} == {'gpu-1@test'}
+    cluster.start('best')
+    assert {cluster.result(cluster.send('preferred', n)) for n in range(100, 108)} == {'best@test'}
+    cluster['best'].kill()
+    # Sent to the dead node's queue, they come back.
+    messages = [cluster.send('preferred', n, routed=True) for n in range(200, 208)]
+    assert {cluster.result(message) for message in messages} == {'gpu-1@test'}
+    cluster['gpu-1'].stop()
+    cluster.settle()
+    assert {cluster.result(cluster.send('preferred', n)) for n in range(300, 308)} == {'other@test'}
+    cluster.finish()
+
+
+@on_threads
+def test_messages_whose_pin_matches_no_node_wait_for_one(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup, pins=['homeless'])
+    cluster.start('alpha')
+    for n in range(6):
+        cluster.send('homeless', n, routed=n % 2 == 0)
+    # Parked, not held: the worker could be killed now.
+    eventually(lambda: sum(count for name, count in cluster.left().items() if 'parked' in name) == 6)
+    assert not cluster.notes.of('start')
+    cluster.start('missing-1')
+    cluster.finish()
+    assert {note.node for note in cluster.ended()} == {'missing-1@test'}

@@ -1,0 +1,53 @@
+"""A mixed load: every key is completed once, on its owner; nothing is missing, and the results are right."""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from .harness import Cluster
+from .setups import SOAK, STEADY, Setup, setups
+
+
+def send_mixed(cluster: Cluster, seed: int, count: int) -> dict[str, object]:
+    """Send about `count` messages of all sorts; the results that are known beforehand, by message id."""
+    chance = random.Random(seed)
+    expected: dict[str, object] = {}
+    for n in range(count):
+        routed, delay = chance.random() < 0.5, {'delay': 0.5} if chance.random() < 0.1 else {}
+        kind = chance.choices(['keyed', 'body', 'by_id', 'flaky', 'plain', 'routed', 'sour'], [40, 15, 10, 8, 15, 10, 2])[0]
+        fate = 'failed' if kind == 'sour' else 'done'
+        message = cluster.send(kind, n, fate=fate, routed=routed, **delay)
+        if kind in ('by_id', 'plain', 'routed'):
+            expected[message] = n
+        if kind in ('keyed', 'body') and chance.random() < 0.1:
+            cluster.send(kind, n, routed=not routed)
+    return expected
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize('setup', setups(), ids=str)
+def test_a_mixed_load_completes_once_on_its_owners(setup: Setup, make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(setup, STEADY)
+    cluster.start('alpha', 'beta', 'gamma', concurrency=3)
+    stable = cluster.stable()
+    expected = send_mixed(cluster, seed=len(setup.name), count=300 * SOAK)
+    if cluster.adapter.jobsync:
+        cluster.finish(60 * SOAK)
+        stable.check_owners(least=200)
+    else:
+        cluster.wait_ended({item.key for item in cluster.sent if item.fate == 'done'}, 60)
+    for item in cluster.sent:
+        outcome = cluster.outcome(item.id)
+        assert outcome.state == item.fate, f'{item}: {outcome}'
+        if item.id in expected:
+            assert outcome.value == expected[item.id]
+        elif item.key.startswith(('k:', 'b:')):
+            assert outcome.value['n'] == int(item.key[2:])
+            # Of several messages with one key, one ran; the others have its result.
+            if cluster.adapter.jobsync:
+                assert outcome.value['message'] in {other.id for other in cluster.sent if other.key == item.key}
+    values = [str(cluster.outcome(item.id).value) for item in cluster.sent if item.key.startswith('k:')]
+    if cluster.adapter.jobsync:
+        assert len(set(values)) == len({item.key for item in cluster.sent if item.key.startswith('k:')})

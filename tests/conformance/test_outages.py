@@ -1,0 +1,129 @@
+"""The broker, the database, or the network between them and a worker goes away: nothing is lost, nothing is completed twice."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from jobsync_core.embedded import EmbeddedPostgres
+
+from ..server.proxy import Mode, Proxy
+from ..waiting import eventually
+from .harness import Cluster
+from .history import moment
+from .setups import Setup, setups
+
+on_processes = pytest.mark.parametrize('setup', setups('processes'), ids=str)
+on_threads = pytest.mark.parametrize('setup', setups('threads'), ids=str)
+MakeCluster = Callable[..., Cluster]
+
+
+def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.1) -> None:
+    for n in range(start, start + count):
+        cluster.send('keyed' if n % 2 else 'body', n, sleep, routed=n % 3 == 0)
+
+
+@on_processes
+def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), concurrency=2)
+        cluster.start('beta', concurrency=2)
+        before = cluster.ledger.incarnations()
+        send_some(cluster, 60, sleep=0.3)
+        for _ in range(3):
+            cluster.wait_progress(len(cluster.ended()) + 5)
+            proxy.reset()
+        cluster.finish()
+        # A reconnect is no reason to leave.
+        assert cluster.ledger.incarnations() == before
+        assert all(worker.is_running() for worker in cluster.workers.values())
+
+
+@on_threads
+def test_a_broker_that_one_worker_cannot_reach_for_a_while_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), concurrency=2)
+        cluster.start('beta', concurrency=2)
+        send_some(cluster, 40)
+        cluster.wait_progress(5)
+        proxy.switch(Mode.REFUSE)
+        proxy.reset()
+        since = moment()
+        eventually(lambda: moment() - since > 4)
+        proxy.heal()
+        cluster.finish()
+
+
+@pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGKILL], ids=['SIGTERM', 'SIGKILL'])
+@on_processes
+def test_a_broker_that_restarts_loses_and_doubles_nothing(setup: Setup, make_cluster: MakeCluster, how: signal.Signals) -> None:
+    cluster = make_cluster(setup, own=True)
+    cluster.start('alpha', 'beta', concurrency=2)
+    send_some(cluster, 60)
+    cluster.wait_progress(10)
+    cluster.place.server.restart(how)
+    send_some(cluster, 30, start=60)
+    cluster.finish(60)
+    assert all(worker.is_running() for worker in cluster.workers.values())
+
+
+@on_processes
+def test_a_database_that_restarts_costs_nothing(setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres) -> None:
+    cluster = make_cluster(setup, postgres=own_server)
+    cluster.start('alpha', 'beta', concurrency=2)
+    send_some(cluster, 60)
+    cluster.wait_progress(10)
+    own_server.restart()
+    cluster.finish(60)
+    assert all(worker.is_running() for worker in cluster.workers.values())
+
+
+@on_threads
+def test_without_a_database_nothing_runs_and_nothing_is_lost(
+    setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres,
+) -> None:
+    cluster = make_cluster(setup, postgres=own_server)
+    cluster.start('alpha', 'beta', concurrency=2)
+    send_some(cluster, 30)
+    cluster.wait_progress(5)
+    own_server.pause()
+    lost = moment()
+    # Longer than any lease.
+    eventually(lambda: moment() - lost > 3)
+    for n in range(100, 120):
+        cluster.send('body', n)
+    eventually(lambda: moment() - lost > 5)
+    resumed = moment()
+    own_server.resume()
+    cluster.finish(60)
+    assert all(worker.is_running() for worker in cluster.workers.values())
+    begun = [note for note in cluster.notes.of('start') if lost + 2 < note.at < resumed]
+    assert not begun, f'begun without a lease: {begun[:5]}'
+
+
+@on_threads
+def test_a_worker_cut_off_from_the_database_stops_and_comes_back(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    config = cluster.place.config
+    with Proxy(config.host, int(config.port)) as proxy:
+        url = f'postgresql://{config.user}:{config.password}@127.0.0.1:{proxy.port}/{config.dbname}'
+        cluster.launch('alpha', database=url, concurrency=2)
+        cluster.start('beta', concurrency=2)
+        send_some(cluster, 40)
+        cluster.wait_progress(5)
+        proxy.switch(Mode.HOLD)
+        cut = moment()
+        eventually(lambda: set(cluster.ledger.owned()) == {'beta@test'}, 20)
+        send_some(cluster, 20, start=100)
+        cluster.wait_ended({item.key for item in cluster.sent})
+        assert not [note for note in cluster.notes.of('start') if note.node == 'alpha@test' and note.at > cut + 2]
+        proxy.heal()
+        cluster.settle()
+        send_some(cluster, 20, start=200, sleep=0)
+        cluster.finish()
+        assert [note for note in cluster.notes.of('end') if note.node == 'alpha@test' and int(note.key[2:]) >= 200]

@@ -1,0 +1,400 @@
+"""The keeper on a real server, with real nodes and a broker in memory."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from jobsync_core import CoordinationConfig, Job
+from jobsync_core.keeper import Keeper, Letter, Mail
+from jobsync_core.plugin import Gate, PluginSettings
+
+from ..waiting import eventually
+from .cluster import query
+from .proxy import Mode, Proxy
+
+PARKED = 'parked'
+
+
+@dataclass
+class Item:
+    """A message."""
+
+    route: str | None
+    home: str | None = None
+
+
+@dataclass
+class Broker:
+    """Queues, and what nodes hold unacknowledged."""
+
+    queues: dict[str, list[Item]] = field(default_factory=dict)
+    held: dict[str, list[Item]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def put(self, queue: str, *routes: str | None) -> None:
+        with self.lock:
+            self.queues.setdefault(queue, []).extend(Item(route, None if route else 'home') for route in routes)
+
+    def routes(self, queue: str) -> list[str | None]:
+        with self.lock:
+            return sorted((item.route for item in self.queues.get(queue, [])), key=str)
+
+    def total(self) -> int:
+        with self.lock:
+            return sum(map(len, (*self.queues.values(), *self.held.values())))
+
+
+class FakeLetter:
+    def __init__(self, broker: Broker, source: str, item: Item) -> None:
+        self._broker, self._source, self._item = broker, source, item
+        self.route, self.home = item.route, item.home
+
+    def forward(self, queue: str) -> None:
+        with self._broker.lock:
+            self._broker.queues.setdefault(queue, []).append(self._item)
+
+    def put_back(self) -> None:
+        with self._broker.lock:
+            self._broker.queues.setdefault(self._source, []).insert(0, self._item)
+
+
+class FakeMail:
+    """A connection to the broker.
+
+    Args:
+        broker: The broker.
+        catches_strays: See Mail.
+    """
+
+    def __init__(self, broker: Broker, catches_strays: bool) -> None:
+        self.broker = broker
+        self.catches_strays = catches_strays
+        self.restored: list[str] = []
+        self.deleted: list[str] = []
+        self.resets = 0
+        #: Errors that the next calls raise.
+        self.errors: list[Exception] = []
+        self.on_restore: Callable[[str], object] = lambda node: None
+
+    def restore(self, node: str) -> int:
+        if self.errors:
+            raise self.errors.pop()
+        self.restored.append(node)
+        self.on_restore(node)
+        with self.broker.lock:
+            items = self.broker.held.pop(node, [])
+            self.broker.queues.setdefault('home', []).extend(items)
+            return len(items)
+
+    def take(self, queue: str) -> Letter | None:
+        with self.broker.lock:
+            items = self.broker.queues.get(queue)
+            return FakeLetter(self.broker, queue, items.pop(0)) if items else None
+
+    def delete(self, queue: str) -> bool:
+        with self.broker.lock:
+            if self.broker.queues.get(queue):
+                return False
+            self.broker.queues.pop(queue, None)
+        self.deleted.append(queue)
+        return True
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+@dataclass
+class Node:
+    """A node with its keeper."""
+
+    job: Job
+    gate: Gate
+    mail: FakeMail
+    keeper: Keeper
+    leases: list[bool]
+    changes: list[int]
+
+
+class World:
+    """Nodes on one database and one broker; `n1` has the queue `q.n1`."""
+
+    def __init__(self, config: CoordinationConfig, stack: ExitStack) -> None:
+        self.config = config
+        self.broker = Broker()
+        self._stack = stack
+
+    def node(
+        self, name: str, catches_strays: bool = False, start: bool = True, kind: str = 'celery', config: CoordinationConfig | None = None,
+    ) -> Node:
+        """A node that has entered; its queue is recorded."""
+        config = config or self.config
+        job = self._stack.enter_context(Job(name, config, wait_on_enter=0))
+        self.queue(name, kind)
+        gate = Gate(PluginSettings(config=config), job)
+        mail: Mail = FakeMail(self.broker, catches_strays)
+        assert isinstance(mail, FakeMail)
+        leases: list[bool] = []
+        changes: list[int] = []
+        keeper = Keeper(gate, mail, kind, PARKED, on_lease=leases.append, on_change=lambda: changes.append(gate.owners.version))
+        if start:
+            keeper.start()
+        self._stack.callback(gate.owners._sessions.close_all)
+        self._stack.callback(keeper.stop, 10)
+        return Node(job, gate, mail, keeper, leases, changes)
+
+    def queue(self, node: str, kind: str = 'celery', age: float | None = None) -> None:
+        """Record a node's queue; of a node that is gone for so many seconds."""
+        query(self.config, """INSERT INTO "{}queue" (name, node, kind, gone_at)
+                              VALUES ('q.' || %s, %s, %s, now() - make_interval(secs => %s))
+                              ON CONFLICT (name) DO UPDATE SET gone_at = excluded.gone_at""", (node, node, kind, age))
+
+    def recorded(self) -> list[str]:
+        return [row[0] for row in query(self.config, 'SELECT name FROM "{}queue" ORDER BY 1')]
+
+    def settle(self, *nodes: Node) -> None:
+        eventually(lambda: sum(len(node.job.my_tokens) for node in nodes) == self.config.total_tokens
+                   and all(node.job.my_tokens for node in nodes), 30)
+
+
+@pytest.fixture
+def world(config: CoordinationConfig) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(config, stack)
+
+
+ROUTES = [f'order-{number}' for number in range(40)]
+
+
+def test_letters_of_a_node_that_is_gone_go_to_their_present_owners(world: World) -> None:
+    nodes = world.node('n1'), world.node('n2')
+    world.settle(*nodes)
+    world.broker.put('q.gone', *ROUTES)
+    world.broker.held['gone'] = [Item('held-1'), Item('held-2')]
+    world.queue('gone')
+    eventually(lambda: not world.broker.queues['q.gone'] and not world.broker.held)
+    eventually(lambda: len(world.broker.routes('q.n1') + world.broker.routes('q.n2')) == len(ROUTES))
+    for name, node in zip(('q.n1', 'q.n2'), nodes, strict=True):
+        assert world.broker.routes(name) == sorted(route for route in ROUTES if node.job.owns(route))
+    assert world.broker.routes('home') == ['held-1', 'held-2'], 'they pass the gates again'
+    eventually(lambda: sum(node.gate.counts.get('rescued', 0) for node in nodes) == len(ROUTES) + 2)
+
+
+def test_a_node_that_dies_while_its_keeper_runs_is_swept_by_the_survivor(world: World) -> None:
+    first, second = world.node('n1'), world.node('n2')
+    world.settle(first, second)
+    second.keeper.stop(10)
+    world.broker.put('q.n2', *ROUTES)
+    second.job.__exit__(None, None, None)
+    eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES), 20)
+
+
+def test_a_letter_without_a_route_goes_home(world: World) -> None:
+    world.settle(world.node('n1'))
+    world.broker.put('q.gone', None)
+    world.queue('gone')
+    eventually(lambda: world.broker.routes('home') == [None])
+
+
+def test_queues_of_live_nodes_and_of_other_plugins_are_left_alone(world: World) -> None:
+    first, second = world.node('n1'), world.node('n2', start=False)
+    world.settle(first, second)
+    world.queue('other', 'dramatiq')
+    world.broker.put('q.n2', 'a')
+    world.broker.put('q.other', 'b')
+    world.broker.put('q.gone', 'c')
+    world.queue('gone')
+    eventually(lambda: 'c' in world.broker.routes('q.n1') + world.broker.routes('q.n2'))
+    assert 'a' in world.broker.routes('q.n2')
+    assert world.broker.routes('q.other') == ['b']
+
+
+class TestParked:
+    def test_it_is_released_by_a_plan(self, world: World) -> None:
+        world.broker.put(PARKED, *ROUTES)
+        first = world.node('n1')
+        eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES))
+        assert first.gate.counts['released'] == len(ROUTES)
+
+    def test_it_is_released_when_something_was_parked_meanwhile_and_not_before(self, world: World) -> None:
+        first = world.node('n1')
+        world.settle(first)
+        eventually(lambda: first.keeper._released == first.gate.owners.version == first.job.token_version)
+        world.broker.put(PARKED, 'a')
+        world.broker.put('q.gone', 'b')
+        world.queue('gone')
+        # A sweep has passed, and has left what was parked by somebody else alone.
+        eventually(lambda: 'b' in world.broker.routes('q.n1'))
+        assert world.broker.routes(PARKED) == ['a']
+        first.keeper.parked_something()
+        eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'])
+
+    def test_what_nobody_owns_stays_in_its_order(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = world.node('n1', start=False)
+        world.settle(first)
+        find = first.gate.owners.find
+        monkeypatch.setattr(first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route))
+        world.broker.put(PARKED, 'x2', 'a', 'x1', 'b', 'x3')
+        first.keeper.start()
+        eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'])
+        eventually(lambda: [item.route for item in world.broker.queues[PARKED]] == ['x2', 'x1', 'x3'])
+
+
+class TestDeletion:
+    def test_an_old_orphan_is_deleted_and_forgotten_where_the_broker_keeps_strays(self, world: World) -> None:
+        first = world.node('n1', catches_strays=True)
+        world.queue('gone', age=60)
+        eventually(lambda: world.recorded() == ['q.n1'])
+        assert first.mail.deleted == ['q.gone']
+
+    def test_a_young_orphan_is_kept(self, world: World) -> None:
+        first = world.node('n1', catches_strays=True)
+        world.queue('young', age=1)
+        world.queue('old', age=60)
+        eventually(lambda: 'q.old' not in world.recorded())
+        assert 'q.young' in world.recorded()
+        assert first.mail.deleted == ['q.old']
+
+    def test_where_publishing_makes_it_anew_it_is_kept_for_a_day(self, world: World) -> None:
+        first = world.node('n1')
+        world.queue('gone', age=3600)
+        world.queue('older', age=90_000)
+        eventually(lambda: 'q.older' not in world.recorded())
+        assert 'q.gone' in world.recorded()
+        assert first.mail.deleted == ['q.older']
+
+    def test_one_that_the_broker_does_not_delete_is_not_forgotten(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = world.node('n1', catches_strays=True, start=False)
+        asked = threading.Event()
+        monkeypatch.setattr(first.mail, 'delete', lambda queue: asked.set())
+        world.queue('gone', age=60)
+        first.keeper.start()
+        assert asked.wait(20)
+        first.keeper.stop(10)
+        assert 'q.gone' in world.recorded()
+
+
+class TestLease:
+    def test_a_lost_lease_is_told_and_its_return_too(
+        self, config: CoordinationConfig, make_config: Callable[..., CoordinationConfig], world: World,
+    ) -> None:
+        with Proxy(config.host, int(config.port)) as proxy, ExitStack() as stack:
+            behind = World(config, stack).node('n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1))
+            eventually(lambda: behind.changes)
+            assert behind.leases == []
+            proxy.switch(Mode.HOLD)
+            eventually(lambda: behind.leases == [False], 20)
+            proxy.switch(Mode.PASS)
+            eventually(lambda: behind.leases == [False, True], 30)
+
+    def test_a_plan_is_told_when_the_map_shows_it(self, world: World) -> None:
+        first = world.node('n1')
+        eventually(lambda: first.changes)
+        second = world.node('n2')
+        world.settle(first, second)
+        eventually(lambda: first.changes[-1] == first.job.token_version)
+
+
+class TestTrouble:
+    def test_an_error_of_the_broker_is_tried_again_on_another_connection(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        first = world.node('n1', start=False)
+        first.mail.errors = [ConnectionError('broker away'), OSError('still away')]
+        world.broker.put('q.gone', 'a')
+        world.queue('gone')
+        first.keeper.start()
+        eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
+        assert first.mail.resets == 2
+        assert 'keeper failed; it tries again' in caplog.text
+
+    def test_a_callback_that_raises_ends_nothing(self, world: World) -> None:
+        first = world.node('n1', start=False)
+
+        def broken() -> None:
+            raise RuntimeError('mine')
+
+        first.keeper._on_change = broken
+        world.broker.put('q.gone', 'a')
+        world.queue('gone')
+        first.keeper.start()
+        eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
+
+    def test_a_crash_while_letters_move_loses_none(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = world.node('n1', start=False)
+        forward, failed = FakeLetter.forward, threading.Event()
+
+        def fails_once(letter: FakeLetter, queue: str) -> None:
+            if not failed.is_set() and letter.route == ROUTES[5]:
+                failed.set()
+                letter.put_back()  # as the broker does with what a lost connection held
+                raise ConnectionError
+            forward(letter, queue)
+
+        monkeypatch.setattr(FakeLetter, 'forward', fails_once)
+        world.broker.put('q.gone', *ROUTES)
+        world.queue('gone')
+        first.keeper.start()
+        eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES), 20)
+        assert failed.is_set()
+
+
+class TestHold:
+    def test_two_keepers_do_not_sweep_one_node_at_once(self, world: World) -> None:
+        first, second = world.node('n1', start=False), world.node('n2', start=False)
+        world.settle(first, second)
+        inside, go = threading.Event(), threading.Event()
+
+        def stay(node: str) -> None:
+            if node == 'gone':
+                inside.set()
+                go.wait(30)
+
+        first.mail.on_restore = stay
+        world.queue('gone')
+        world.queue('gone2')
+        try:
+            first.keeper.start()
+            assert inside.wait(20)
+            second.keeper.start()
+            eventually(lambda: second.mail.restored.count('gone2') > 2, 20)
+            assert 'gone' not in second.mail.restored
+        finally:
+            go.set()
+        eventually(lambda: 'gone' in second.mail.restored, 20)
+
+    def test_a_new_life_waits_until_its_former_one_is_swept(self, world: World) -> None:
+        first = world.node('n1', start=False)
+        inside, go = threading.Event(), threading.Event()
+
+        def stay(node: str) -> None:
+            inside.set()
+            go.wait(30)
+
+        first.mail.on_restore = stay
+        world.queue('n2')
+        done: list[Any] = []
+        try:
+            first.keeper.start()
+            assert inside.wait(20)
+            second = world.node('n2', start=False)
+            world.broker.held['n2'] = [Item('a')]
+            thread = threading.Thread(target=lambda: done.append(second.keeper.reclaim()))
+            thread.start()
+            eventually(lambda: query(world.config, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+            assert (done, second.mail.restored) == ([], [])
+        finally:
+            go.set()
+        thread.join(30)
+        assert len(done) == 1 and second.mail.restored == ['n2']
+        assert world.broker.routes('home') == ['a']
+
+    def test_a_node_that_has_come_back_is_not_swept(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It came back between the look at the table and the lock."""
+        first, second = world.node('n1', start=False), world.node('n2', start=False)
+        world.settle(first, second)
+        world.broker.put('q.n2', 'a')
+        first.keeper._sweep_node('q.n2', 'n2', 60.0)
+        assert (first.mail.restored, first.mail.deleted, world.broker.routes('q.n2')) == ([], [], ['a'])

@@ -1,0 +1,166 @@
+"""Where a message belongs: verdicts, names, pins and routes."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.once import ExactlyOnce, exactly_once
+from jobsync_core.routing import (
+    HOPS,
+    KEY,
+    Coordination,
+    Decision,
+    Verdict,
+    check_pins,
+    decide,
+    node_queue,
+    parked_queue,
+    pin_locks,
+    pin_route,
+)
+
+
+def verdict(**changes: Any) -> Decision:
+    """Of a message that belongs to n2 and is here at n1 for the first time."""
+    return decide(**{
+        'mine': False, 'leased': True, 'node': 'n1', 'owner': 'n2', 'queue': 'q2', 'hops': 0, 'max_hops': 4, **changes})
+
+
+def pay(account: str, cents: int = 0) -> None:
+    """A task."""
+
+
+def once(**options: Any) -> ExactlyOnce:
+    found: ExactlyOnce = vars(exactly_once(default_key=lambda: 'm', **options)(pay))['exactly_once']
+    return found
+
+
+class TestDecide:
+    def test_what_is_mine_runs_whatever_else_is_so(self) -> None:
+        for leased, owner, hops, drop in itertools.product((True, False), ('n1', 'n2', None), (0, 99), (True, False)):
+            assert verdict(mine=True, leased=leased, owner=owner, hops=hops, drop=drop).verdict is Verdict.RUN
+
+    def test_only_what_is_mine_runs(self) -> None:
+        for leased, owner, queue, hops, drop in itertools.product(
+                (True, False), ('n1', 'n2', None), ('q', None), (0, 99), (True, False)):
+            found = verdict(leased=leased, owner=owner, queue=queue, hops=hops, drop=drop)
+            assert found.verdict is not Verdict.RUN
+
+    def test_what_is_another_s_goes_to_its_queue(self) -> None:
+        assert verdict() == Decision(Verdict.FORWARD, 'q2', 'belongs to n2')
+
+    @pytest.mark.parametrize(('changes', 'reason'), [
+        ({'leased': False}, 'no lease'), ({'owner': None, 'queue': None}, 'no owner yet'), ({'queue': None}, 'n2 takes no messages'),
+        ({'owner': 'n1', 'queue': 'q1'}, 'not here yet'), ({'hops': 4}, '4 hops'), ({'hops': 5}, '5 hops')])
+    def test_what_can_go_nowhere_waits_and_tells_why(self, changes: dict[str, Any], reason: str) -> None:
+        assert verdict(**changes) == Decision(Verdict.PARK, '', reason)
+
+    def test_the_last_hop_is_allowed(self) -> None:
+        assert verdict(hops=3).verdict is Verdict.FORWARD
+
+    @pytest.mark.parametrize('drop', [True, False])
+    def test_never_to_oneself(self, drop: bool) -> None:
+        assert verdict(owner='n1', queue='q1', drop=drop).verdict is Verdict.PARK
+
+    def test_where_every_node_gets_the_message_another_s_is_dropped(self) -> None:
+        assert verdict(drop=True).verdict is Verdict.DROP
+        assert verdict(drop=True, queue=None, hops=9).verdict is Verdict.DROP
+
+    @pytest.mark.parametrize('changes', [{'leased': False}, {'owner': None, 'queue': None}])
+    def test_nothing_is_dropped_that_perhaps_nobody_else_runs(self, changes: dict[str, Any]) -> None:
+        assert verdict(drop=True, **changes).verdict is Verdict.PARK
+
+
+class TestNames:
+    def test_queues_carry_the_cluster_and_the_node(self) -> None:
+        assert node_queue('shop_', 'celery@host-1') == 'jobsync.shop_.celery@host-1'
+        assert parked_queue('shop_') == 'jobsync.shop_.parked'
+
+    def test_names_that_are_in_messages_stay(self) -> None:
+        """Another version of the plugin has written them."""
+        assert (KEY, HOPS) == ('jobsync_key', 'jobsync_hops')
+
+
+class TestPins:
+    def test_a_pin_locks_all_of_its_virtual_keys(self) -> None:
+        locks = pin_locks({'b': ['x'], 'a': ['%-gpu', 'n1']}, 3)
+        assert locks == [
+            *((f'a#{slot}', ('%-gpu', 'n1'), 'pin') for slot in range(3)), *((f'b#{slot}', ('x',), 'pin') for slot in range(3))]
+
+    def test_without_pins_there_are_no_locks(self) -> None:
+        assert pin_locks({}, 64) == []
+
+    @pytest.mark.parametrize('slots', [1, 2, 64])
+    def test_each_route_is_one_of_the_locked_keys(self, slots: int) -> None:
+        locked = {name for name, _, _ in pin_locks({'t': ['x']}, slots)}
+        assert {pin_route('t', f'key-{number}', slots) for number in range(500)} == locked
+
+    def test_a_route_stays_the_same(self) -> None:
+        """Of another process, another version and another Python."""
+        assert pin_route('t', 'a', 64) == 't#47'
+
+    def test_patterns_are_checked(self) -> None:
+        assert check_pins({'t': ['a', '%b'], 'u': 'c'}) == {'t': ('a', '%b'), 'u': ('c',)}
+
+    @pytest.mark.parametrize('pins', [None, 'render', ['render'], 5])
+    def test_what_is_no_mapping_is_refused(self, pins: object) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            check_pins(pins)
+        assert repr(pins) in str(caught.value)
+        assert 'give a mapping such as' in str(caught.value)
+
+    @pytest.mark.parametrize('patterns', [[], [''], [5], None])
+    def test_patterns_that_cannot_work_are_refused(self, patterns: object) -> None:
+        with pytest.raises((JobSyncError, TypeError)):
+            check_pins({'t': patterns})
+
+
+class TestCoordination:
+    def make(self, **changes: Any) -> Coordination:
+        given: dict[str, Any] = {'once': None, 'key': None, 'pin': None, 'slots': 64, **changes}
+        return Coordination('shop.pay', pay, given['once'], given['key'], given['pin'], given['slots'])
+
+    @pytest.mark.parametrize(('args', 'kwargs'), [(('a7',), {}), ((), {'account': 'a7'}), (('a7', 5), {}), (('a7',), {'cents': 3})])
+    def test_a_key_is_over_the_arguments_however_they_are_given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.make(key='acct-{account}').route_of(args, kwargs, 'm1') == 'acct-a7'
+
+    def test_a_callable_makes_the_key(self) -> None:
+        def maker(account: str, cents: int = 0) -> str:
+            return f'{account}/{cents}'
+
+        assert self.make(key=maker).route_of(('a', 2), {}, 'm1') == 'a/2'
+
+    def test_the_key_of_exactly_once_is_the_route(self) -> None:
+        assert self.make(once=once(key='o-{account}')).route_of(('a',), {}, 'm1') == self.make(
+            key='o-{account}').route_of(('a',), {}, 'm1')
+
+    def test_a_key_for_routing_wins(self) -> None:
+        assert self.make(once=once(key='o-{account}'), key='r-{account}').route_of(('a',), {}, 'm1') == 'r-a'
+
+    def test_without_a_key_it_is_the_message_s_id(self) -> None:
+        assert self.make().route_of(('a',), {}, 'm1') == 'm1'
+        assert self.make(once=once()).route_of(('a',), {}, 'm1') == 'm1'
+
+    def test_a_pinned_task_s_route_is_a_virtual_key(self) -> None:
+        pinned = self.make(pin=['%gpu'], key='{account}', slots=8)
+        assert pinned.pin == ('%gpu',)
+        assert pinned.route_of(('a',), {}, 'm1') == pin_route('shop.pay', 'a', 8)
+        assert self.make(pin='%gpu').route_of(('a',), {}, 'm1') == pin_route('shop.pay', 'm1', 64)
+
+    def test_arguments_that_the_function_does_not_take_are_a_type_error(self) -> None:
+        with pytest.raises(TypeError):
+            self.make(key='{account}').route_of((), {}, 'm1')
+
+    @pytest.mark.parametrize('key', ['{acount}', '{', 5, ''])
+    def test_a_key_that_cannot_work_is_refused_at_once_and_by_name(self, key: Any) -> None:
+        with pytest.raises(ConfigurationError, match=r'shop\.pay|key'):
+            self.make(key=key)
+
+    @pytest.mark.parametrize('maker', [lambda account: None, lambda account: [account]])
+    def test_a_key_that_is_no_task_id_is_an_error_of_ours(self, maker: Callable[..., Any]) -> None:
+        with pytest.raises(JobSyncError):
+            self.make(key=maker).route_of(('a',), {}, 'm1')
