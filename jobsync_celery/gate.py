@@ -112,6 +112,9 @@ class ConsumerGate:
                 return
             message.__dict__[_NOTE] = note
             self._gate.count('received')
+            if self._gate.job.owns(note.route):  # what nearly every message is, without the rest
+                strategy(message, body, ack, reject, callbacks)
+                return
             errors = self._consumer.connection_errors
             self._place(_Waiting(
                 note, message, lambda: strategy(message, body, ack, reject, callbacks), lambda: ack(logger, errors),
@@ -166,6 +169,9 @@ class ConsumerGate:
             self._gate.count('run')
             self._to_pool(request)
 
+        if note.incarnation == self._gate.job.incarnation and self._gate.job.owns(note.route):
+            run()
+            return
         self._place(_Waiting(
             note, request.message, run, done(request.acknowledge), done(lambda: request.reject(requeue=True)),
             clock.now() + self._gate.settings.park_sec))

@@ -74,7 +74,7 @@ class JobSync:
         self._consumer_gate: ConsumerGate | None = None
         self._children: set[int] = set()
         self._worker: Any = None
-        self._connected = self._consuming = False
+        self._connected = self._consuming = self._uncoordinated = False
         self._install()
 
     def __repr__(self) -> str:
@@ -192,7 +192,6 @@ class JobSync:
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()
-        self._serve()
         logger.info('JobSync: node %s of %s* with %d tokens', self.job.node_name, self.settings.config.appname, len(self.job.my_tokens))
 
     def go_uncoordinated(self, error: Exception) -> None:
@@ -201,6 +200,7 @@ class JobSync:
         logger.critical(
             'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is False: keys may run twice', error)
         self.job.abandon(UNCOORDINATED)
+        self._uncoordinated = True
         self.job = None
 
     def attach(self, consumer: Any) -> None:
@@ -233,12 +233,12 @@ class JobSync:
     def leave(self) -> None:
         """Leave the cluster; survivors take over what is left at the broker."""
         job, self.job = self.job, None
+        if self._http is not None:
+            self._http.close()
         if job is None:
             return
         if self._keeper is not None:
             self._keeper.stop(5.0)
-        if self._http is not None:
-            self._http.close()
         job.__exit__(None, None, None)
         if self._consumer_gate is not None:
             self._consumer_gate.close()
@@ -322,16 +322,19 @@ class JobSync:
             return {'coordination_enabled': False}
         status = self.job.local_status()
         status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
-        status['last_heartbeat'] = str(status['last_heartbeat'])
+        status['last_heartbeat'] = str(status['last_heartbeat']) if status['last_heartbeat'] else None
         waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
         return {**status, 'consuming': self._consuming, 'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Answer probes, also while the worker joins."""
         if self.settings.http is None or self.job is None:
             return
         from jobsync_core.web import HealthServer, node_metrics
 
         job = self.job
         self._http = HealthServer(
-            self.settings.http, ready=lambda: {'lease': job.am_i_healthy(), 'consuming': self._consuming, 'node': job.node_name},
+            self.settings.http,
+            ready=lambda: {
+                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consuming, 'node': job.node_name},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))

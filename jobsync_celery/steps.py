@@ -48,6 +48,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
     def _enter(self, parent: Any) -> None:
         job = self._plugin.job
         assert job is not None
+        self._plugin.serve()
         failure: list[Exception] = []
 
         def enter() -> None:

@@ -122,7 +122,8 @@ class Bench:
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(
-            on_task_request=lambda request: self.log.append('pool'), strategies={}, connection_errors=(OSError,),
+            on_task_request=lambda request: self.log.append('pool'), on_unknown_task=lambda *args: self.log.append('discarded'),
+            strategies={}, connection_errors=(OSError,),
             timer=SimpleNamespace(call_after=lambda seconds, call: self.timers.append(call)),
             event_dispatcher=SimpleNamespace(enabled=False))
         self.gate = ConsumerGate(self.plugin, core, self.consumer)

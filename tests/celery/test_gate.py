@@ -189,3 +189,18 @@ class TestBeforeThePool:
 
     def test_what_did_not_pass_the_gate_is_not_touched(self, stage: Bench) -> None:
         assert stage.dispatch(Message(None, task='plain')) == ['pool']
+
+
+class TestUnknownTasks:
+    def test_a_message_of_an_unknown_task_is_parked_and_then_acknowledged(self, stage: Bench) -> None:
+        message = Message(None, task='nobody knows it')
+        vars(message)['ack'] = lambda: stage.log.append('ack')
+        stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
+        assert stage.log == ['send jobsync.sync_.parked hops=0', 'ack', 'stray']
+
+    def test_it_stays_unacknowledged_where_it_cannot_be_parked(self, stage: Bench) -> None:
+        stage.publish_error = OSError('the broker is away')
+        message = Message(None, task='nobody knows it')
+        vars(message)['ack'] = lambda: stage.log.append('ack')
+        stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
+        assert stage.log == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from abc import ABC, abstractmethod
@@ -33,6 +34,8 @@ _STOP_SEC = 40.0
 #: JobSync's settings where a death is to be noticed soon, and where a busy machine must not look like one.
 QUICK = {'heartbeat_interval_sec': 0.3, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
 STEADY = {**QUICK, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5}
+#: Lines of a worker's log that tell nothing.
+_DULL = re.compile(r'\] received$|succeeded in \d|^ *-- |^---|^- \*\*|^  \. |^$|superuser|not recommended|--uid|User information|_warn_or')
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,8 @@ class Cluster:
             with contextlib.suppress(Exception):
                 parts.append(f'{title}: {find()}')
         for worker in self._started:
-            parts.append(f'=== {worker.name} (pid {worker.pid}, exit code {worker.process.returncode})\n{worker.log(6000)}')
+            log = '\n'.join(line for line in worker.log().splitlines() if not _DULL.search(line))
+            parts.append(f'=== {worker.name} (pid {worker.pid}, exit code {worker.process.returncode})\n{log[-12_000:]}')
         return '\n'.join(parts)
 
     # --- workers ---
@@ -369,8 +373,11 @@ class Cluster:
         def missing() -> set[str]:
             return wanted - {note.key for note in self.notes.of('end', wanted)}
 
-        eventually(lambda: not missing() or not self._alive(), timeout)
-        assert not missing(), f'{len(missing())} of {len(wanted)} did not end: {sorted(missing())[:10]}'
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not missing() or not self._alive(), timeout)
+        lost = missing()
+        messages = [(item.key, item.id) for item in self.sent if item.key in lost]
+        assert not lost, f'{len(lost)} of {len(wanted)} did not run to their end within {timeout} s: {messages[:10]}'
         return self.notes.of('end', wanted)
 
     def wait_progress(self, count: int, timeout: float = 40.0) -> None:
