@@ -1,1 +1,7 @@
-"""Not yet part of this version: the plugin for Dramatiq. Until it is, use jobsync_core's Job and `exactly_once` inside your actors."""
+"""Dramatiq plugin: every worker process is a node, and keyed messages run on the node that owns their key."""
+from jobsync_core.execution import current_execution
+
+from .middleware import JobSync
+from .once import exactly_once
+
+__all__ = ['JobSync', 'current_execution', 'exactly_once']

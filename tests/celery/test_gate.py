@@ -196,7 +196,7 @@ class TestUnknownTasks:
         message = Message(None, task='nobody knows it')
         vars(message)['ack'] = lambda: stage.log.append('ack')
         stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
-        assert stage.log == ['send jobsync.sync_.parked hops=0', 'ack', 'stray']
+        assert stage.log == ['send jobsync.shop_.parked hops=0', 'ack', 'stray']
 
     def test_it_stays_unacknowledged_where_it_cannot_be_parked(self, stage: Bench) -> None:
         stage.publish_error = OSError('the broker is away')

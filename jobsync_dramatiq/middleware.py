@@ -1,0 +1,287 @@
+"""JobSync: the middleware that makes a broker's worker processes nodes of a cluster."""
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from typing import Any
+
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.errors import BrokerConnectionError, BrokerError
+from dramatiq.middleware import Middleware, MiddlewareError
+
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.job import Job
+from jobsync_core.keeper import Keeper
+from jobsync_core.owners import OwnerMap
+from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map
+from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+from jobsync_core.tokens import TokenSet
+
+from .actors import HOME, Actors, read_settings
+from .gate import GatedConsumer, WorkerGate
+from .mail import RedisMail, broker_id
+from .once import UNCOORDINATED, processing
+
+__all__ = ['BootFailed', 'JobSync']
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which an orphan ends that does not obey its signal.
+_ORPHAN_SEC = 10.0
+
+
+class BootFailed(MiddlewareError, BrokerConnectionError):
+    """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
+
+
+class _Consumers(dict[str, Any]):
+    """A worker's consumers; a queue that it does not consume is answered by any of them: the gate knows where to acknowledge."""
+
+    def __missing__(self, queue: str) -> Any:
+        for consumer in self.values():
+            return consumer
+        raise KeyError(queue)
+
+
+class JobSync(Middleware):
+    """The plugin of one broker: `broker.add_middleware(JobSync(database_url='postgresql://…'))`, before actors are declared.
+
+    Args:
+        settings: Any setting of PluginSettings and CoordinationConfig. What is not given comes from Django's
+            DRAMATIQ_JOBSYNC or JOBSYNC, and the environment (`JOBSYNC_…`). They are read when they are needed first.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.job: Job | None = None
+        self._given = settings
+        self._settings: PluginSettings | None = None
+        self._actors: Actors | None = None
+        self._owners: tuple[int, OwnerMap] | None = None
+        self._broker: Any = None
+        self._enqueue: Any = None
+        self._consume: Any = None
+        self._gate: Gate | None = None
+        self._shared: WorkerGate | None = None
+        self._http: Any = None
+        self._orphan_since = 0.0
+        self._leaving = False
+        self._keeper: Keeper | None = None
+        self._parent = os.getppid()
+
+    @property
+    def actor_options(self) -> set[str]:
+        """Options of actors; Dramatiq asks for them when the middleware is added, right before it can see the broker."""
+        return {'jobsync_key', 'jobsync_pin'}
+
+    @property
+    def settings(self) -> PluginSettings:
+        """The settings; read at the first use.
+
+        Raises:
+            ConfigurationError: A setting cannot work.
+        """
+        if self._settings is None:
+            self._settings = read_settings(self._given)
+        return self._settings
+
+    # --- producers ---
+
+    def before_declare_actor(self, broker: Any, actor: Any) -> None:
+        """The first time that the plugin sees its broker."""
+        self._install(broker)
+
+    def after_declare_actor(self, broker: Any, actor: Any) -> None:
+        """Actors that were declared before the plugin was added count as well."""
+        self._install(broker)
+
+    def _install(self, broker: Any) -> None:
+        if self._broker is not None:
+            return
+        self._broker = broker
+        # Ahead of whoever looks at a message's queue, or counts what runs.
+        broker.middleware.remove(self)
+        broker.middleware.insert(0, self)
+        self._enqueue, broker.enqueue = broker.enqueue, self._route
+        self._consume, broker.consume = broker.consume, self._gated
+
+    def _known(self) -> Actors:
+        if self._actors is None:
+            self._actors = Actors(self._broker, self.settings)
+        return self._actors
+
+    def _route(self, message: Any, *, delay: int | None = None) -> Any:
+        """In place of the broker's `enqueue`: messages of coordinated actors go straight to the owner's queue."""
+        for name in (HOPS, HOME):
+            message.options.pop(name, None)
+        queue = self._owner_queue(message) if delay is None and 'eta' not in message.options else None
+        if queue is None:
+            return self._enqueue(message, delay=delay)
+        home = message.queue_name
+        sent = self._enqueue(message.copy(queue_name=queue, options={HOME: home}))
+        # Who asks for the result asks under the queue of the actor.
+        return sent.copy(queue_name=home)
+
+    def _owner_queue(self, message: Any) -> str | None:
+        try:
+            route = self._known().route_of(message)
+            if route is None:
+                return None
+            message.options[KEY] = route
+            if not self.settings.route_producers or not isinstance(self._broker, RedisBroker):
+                return None
+            place = self._owner_map().find_fresh(route)
+        except Exception as error:  # whatever a key function raises: the actor will say what is wrong with its arguments
+            message.options.pop(KEY, None)
+            logger.debug('actor=%s goes to its home queue: %s', message.actor_name, error)
+            return None
+        return place.queue if place is not None else None
+
+    def _owner_map(self) -> OwnerMap:
+        if self._gate is not None:
+            return self._gate.owners
+        # Of this process: a forked child makes its own.
+        if self._owners is None or self._owners[0] != os.getpid():
+            self._owners = os.getpid(), owner_map(self.settings.config)
+        return self._owners[1]
+
+    def _gated(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
+        raw = self._consume(queue_name, prefetch, timeout)
+        return GatedConsumer(self._shared, raw) if self._shared is not None else raw
+
+    # --- the worker's life ---
+
+    def before_worker_boot(self, broker: Any, worker: Any) -> None:
+        """Become a node, before any queue is consumed."""
+        self._install(broker)
+        try:
+            self._boot(broker, worker)
+        except (JobSyncError, BrokerError, OSError) as error:
+            if self._settings is None or self._settings.required:
+                logger.critical('JobSync: this worker cannot start: %s', error)
+                raise BootFailed(str(error)) from error  # type: ignore[no-untyped-call]
+            logger.critical(
+                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: keys may run twice', error)
+            if self.job is not None:
+                self.job.abandon(UNCOORDINATED)
+            self.job = self._gate = self._shared = None
+
+    def _boot(self, broker: Any, worker: Any) -> None:
+        if not isinstance(broker, RedisBroker):
+            raise ConfigurationError(f'{type(broker).__name__}: JobSync coordinates workers of RedisBroker only')
+        settings = self.settings
+        self._parent = os.getppid()
+        appname, name = settings.config.appname, _node_name(settings.node_name)
+        queue = node_queue(appname, name)
+        # Under this id Redis keeps what this process has in hand, and survivors find it.
+        broker.broker_id = broker_id(appname, name)
+        self.job = job = make_job(
+            settings, name, queue, 'dramatiq', self._known().pins(), prepare=lambda: None, busy=self._busy,
+            on_rebalance=lambda event: None, on_release=lambda tokens: None)
+        job.prepare_fork()
+        job.__enter__()
+        self._gate = gate = Gate(settings, job)
+        self._shared = WorkerGate(self, gate, broker, self._known())
+        self._keeper = Keeper(
+            gate, RedisMail(broker, appname), 'dramatiq', parked_queue(appname), on_lease=lambda leased: None,
+            on_change=lambda: None, on_tick=self._tick)
+        gate.owners.refresh()
+        self._keeper.start()
+        worker.consumers = _Consumers(worker.consumers)
+        if worker.consumer_whitelist:
+            worker.consumer_whitelist.add(queue)
+        broker.queues.add(queue)  # no delay queue: delays wait on the actor's own
+        self._serve()
+        logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
+
+    def before_worker_shutdown(self, broker: Any, worker: Any) -> None:
+        """Give the tokens away while actors end."""
+        self._leaving = True
+        if self.job is not None:
+            try:
+                self.job.drain(0)
+            except JobSyncError as error:
+                logger.warning('JobSync: %s', error)
+
+    def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
+        """Leave; survivors take over what is left in the node's queue."""
+        job, self.job = self.job, None
+        if self._keeper is not None:
+            self._keeper.stop(5.0)
+        if self._http is not None:
+            self._http.close()
+        if job is not None:
+            job.__exit__(None, None, None)
+
+    def _busy(self, tokens: TokenSet) -> bool:
+        return self._shared is not None and self._shared.busy(tokens)
+
+    def _tick(self) -> None:
+        if self._shared is not None:
+            self._shared.give_back_left()
+        self._watch_parent()
+
+    def _watch_parent(self) -> None:
+        # An orphan would go on for ever: nobody is left who stops it.
+        if self._orphan_since and not self._leaving and time.monotonic() - self._orphan_since > _ORPHAN_SEC:
+            os._exit(1)  # its main thread waits for the master, whom it was about to tell that it has started
+        if multiprocessing.parent_process() is not None and os.getppid() != self._parent:
+            # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
+            logging.disable(logging.CRITICAL)
+            self._parent, self._orphan_since = os.getppid(), time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def parked_something(self) -> None:
+        """A message went into the parked queue."""
+        if self._keeper is not None:
+            self._keeper.parked_something()
+
+    # --- messages ---
+
+    def before_process_message(self, broker: Any, message: Any) -> None:
+        """The last look before the actor runs."""
+        if self._shared is not None:
+            self._shared.begin(message)
+        processing.set((broker, message))
+
+    def after_process_message(self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None) -> None:
+        """The actor has ended."""
+        processing.set(None)
+        if self._shared is not None:
+            self._shared.end(message)
+
+    def after_skip_message(self, broker: Any, message: Any) -> None:
+        """The actor did not run, or ended by SkipMessage."""
+        self.after_process_message(broker, message)
+
+    # --- operating ---
+
+    def local_status(self) -> dict[str, Any]:
+        """The node as it sees itself, as plain values."""
+        if self.job is None:
+            return {'coordination_enabled': False}
+        status = self.job.local_status()
+        status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
+        status['last_heartbeat'] = str(status['last_heartbeat'])
+        return {**status, 'messages': dict(self._gate.counts) if self._gate is not None else {}}
+
+    def _serve(self) -> None:
+        if self.settings.http is None or self.job is None:
+            return
+        from jobsync_core.web import HealthServer, node_metrics
+
+        job = self.job
+        self._http = HealthServer(
+            self.settings.http, ready=lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
+            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+
+
+def _node_name(given: str | None) -> str:
+    """Unique for each start: a reload keeps the master and the process numbers."""
+    number = re.sub(r'\D', '', multiprocessing.current_process().name) or '0'
+    start = f'{time.time_ns() // 1_000_000:x}'[-8:]
+    return f'{given or socket.gethostname()}-{os.getppid()}-{number}-{start}'

@@ -1,0 +1,122 @@
+"""Real `dramatiq` processes on Redis."""
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import dramatiq
+
+from ..waiting import eventually
+from .conftest import Workers
+
+
+def test_each_message_runs_once_on_its_owner(workers: Workers) -> None:
+    for n in range(100):
+        workers.app.keyed.send(n)  # nobody owns anything yet: these go to the home queue
+    workers.start(2)
+    workers.wait_for_nodes(2)
+    for n in range(100, 300):
+        workers.app.keyed.send(n)
+    eventually(lambda: len(workers.lines('keyed:')) >= 300, 40)
+    assert set(workers.counts('keyed:').values()) == {1}
+    owners = workers.app.plugin._owner_map()
+    late = [line for line in workers.lines('keyed:') if int(line.split()[0].split(':')[1]) >= 100]
+    assert all(owners.find('k:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in late)
+    assert len({line.split()[1] for line in late}) == 2
+
+
+def test_results_groups_pipelines_retries_and_delays(workers: Workers) -> None:
+    workers.start(2)
+    workers.wait_for_nodes(2)
+    app = workers.app
+    assert app.keyed.send(7).get_result(block=True, timeout=10_000) == 14
+    assert app.keyed.send(7).get_result(block=True, timeout=10_000) == 14  # a duplicate has the stored result
+    assert workers.counts('keyed:') == {'keyed:7': 1}
+    group = dramatiq.group([app.add.message(1, n) for n in range(30)])
+    group.add_completion_callback(app.seal.message('g'))
+    group.run()
+    assert list(group.get_results(block=True, timeout=20_000)) == [1 + n for n in range(30)]
+    eventually(lambda: workers.counts('seal:') == {'seal:g': 1}, 10)
+    pipe = dramatiq.pipeline([app.add.message(1, 100), app.add.message(1000), app.add.message(10_000)]).run()
+    assert pipe.get_result(block=True, timeout=10_000) == 11_101
+    assert app.flaky.send(1).get_result(block=True, timeout=20_000) == 1
+    assert workers.counts('flaky:') == {'flaky:1': 2}
+    delayed = app.keyed.send_with_options(args=(500,), delay=500)
+    assert delayed.get_result(block=True, timeout=10_000) == 1000
+
+
+def test_what_a_killed_process_held_runs_elsewhere(workers: Workers) -> None:
+    first, second = workers.start(1), workers.start(1)
+    workers.wait_for_nodes(2)
+    for n in range(80):
+        workers.app.slow.send(n)
+    eventually(lambda: len(workers.lines('slow:')) >= 8, 20)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert second.poll() is None
+    eventually(lambda: len(workers.counts('slowend:')) == 80, 30)
+    assert set(workers.counts('slowend:').values()) == {1}
+
+
+def test_workers_hand_on_what_is_not_theirs(workers: Workers) -> None:
+    workers.app.plugin.settings.__dict__['route_producers'] = False
+    workers.start(2)
+    workers.wait_for_nodes(2)
+    for n in range(300):
+        workers.app.unledgered.send(n)
+    eventually(lambda: len(workers.lines('routed:')) >= 300, 40)
+    assert set(workers.counts('routed:').values()) == {1}
+    owners = workers.app.plugin._owner_map()
+    assert all(owners.find('r:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in workers.lines('routed:'))
+
+
+def test_a_rebalance_runs_nothing_twice(workers: Workers) -> None:
+    workers.start(1)
+    workers.wait_for_nodes(1)
+    for n in range(60):
+        workers.app.slow.send(n)
+    second = workers.start(1)
+    workers.wait_for_nodes(2)
+    for n in range(60, 120):
+        workers.app.slow.send(n)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+    eventually(lambda: len(workers.counts('slowend:')) == 120, 40)
+    assert set(workers.counts('slow:').values()) == {1}
+
+
+def test_orphans_of_a_killed_master_leave(workers: Workers) -> None:
+    first = workers.start(2)
+    workers.start(1)
+    workers.wait_for_nodes(3)
+    for n in range(60):
+        workers.app.slow.send(n)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    workers.wait_for_nodes(1)
+    eventually(lambda: len(workers.counts('slowend:')) == 60, 30)
+    assert set(workers.counts('slowend:').values()) == {1}
+
+
+def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(workers: Workers) -> None:
+    workers.start(1, '--queues', 'other')
+    workers.wait_for_nodes(1)
+    workers.app.keyed.send(1)
+    eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 10)  # by the node's own queue, which the producer chose
+    workers.app.homeless.send(1)
+    workers.start(1)
+    broker = workers.app.broker
+    eventually(lambda: broker.client.hlen('dramatiq:jobsync.sync_.parked.msgs') == 1, 20)
+    assert workers.lines('homeless:') == []
+    workers._environment['JOBSYNC_NODE_NAME'] = 'gpu-1'
+    workers.start(1)
+    eventually(lambda: workers.counts('homeless:') == {'homeless:1': 1}, 20)
+    assert 'gpu-1' in workers.lines('homeless:')[0]
+
+
+def test_a_start_that_fails_ends_the_worker(workers: Workers, monkeypatch: Any) -> None:
+    workers._environment['TEST_DATABASE'] = 'postgresql://nobody@127.0.0.1:1/none'
+    process = workers.start(1)
+    assert process.wait(60) == 3
+    assert 'cannot start' in workers.output()

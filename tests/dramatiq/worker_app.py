@@ -1,0 +1,77 @@
+"""The broker and the actors of the tests: the same in workers and in the test process."""
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.rate_limits.backends import RedisBackend as RateBackend
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
+from redis import Redis
+
+from jobsync_dramatiq import JobSync, exactly_once
+
+URL = os.environ['TEST_REDIS']
+SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 0.5}
+options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
+broker = RedisBroker(url=URL)
+plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **SHORT, **options)
+broker.add_middleware(plugin)
+broker.add_middleware(Results(backend=RedisBackend(url=URL), store_results=True))
+broker.add_middleware(dramatiq.middleware.GroupCallbacks(RateBackend(url=URL)))
+dramatiq.set_broker(broker)
+log = Redis.from_url(URL, decode_responses=True)
+
+
+def note(text: object) -> None:
+    node = plugin.job.node_name if plugin.job is not None else '?'
+    log.rpush('log', f'{text} {node}')
+
+
+@dramatiq.actor(max_retries=0)
+@exactly_once(key='k:{n}')
+def keyed(n: int) -> int:
+    note(f'keyed:{n}')
+    return n * 2
+
+
+@dramatiq.actor(max_retries=0)
+@exactly_once(key='s:{n}')
+def slow(n: int) -> int:
+    note(f'slow:{n}')
+    time.sleep(0.2)
+    note(f'slowend:{n}')
+    return n
+
+
+@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100)
+@exactly_once(key='f:{n}')
+def flaky(n: int) -> int:
+    note(f'flaky:{n}')
+    if log.incr(f'try:{n}') < 2:
+        raise ValueError('once more')
+    return n
+
+
+@dramatiq.actor(max_retries=0)
+@exactly_once(key='a:{x}:{y}')
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+@dramatiq.actor(max_retries=0)
+def seal(tag: str) -> None:
+    note(f'seal:{tag}')
+
+
+@dramatiq.actor(max_retries=0, jobsync_key='r:{n}')
+def unledgered(n: int) -> None:
+    note(f'routed:{n}')
+
+
+@dramatiq.actor(max_retries=0, jobsync_pin=['gpu-%'])
+def homeless(n: int) -> None:
+    note(f'homeless:{n}')
