@@ -251,8 +251,10 @@ class RabbitServer(BrokerServer):
 
     def depths(self, space: str) -> dict[str, int]:
         queues = self.api('GET', f'queues/{space}?disable_stats=true&enable_queue_totals=true')
-        return {item['name']: item['messages'] for item in queues if item.get('messages') and 'pidbox' not in item['name']
-                and not item['name'].startswith('celeryev')}
+        mine = [item for item in queues if 'pidbox' not in item['name'] and not item['name'].startswith('celeryev')]
+        found = {item['name']: item.get('messages_ready', 0) for item in mine}
+        found.update({f'{item["name"]} (unacked)': item.get('messages_unacknowledged', 0) for item in mine})
+        return {name: count for name, count in found.items() if count}
 
     def queues(self, space: str) -> set[str]:
         """Names of the queues that exist."""

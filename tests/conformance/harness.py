@@ -178,7 +178,7 @@ class Adapter(ABC):
 
     framework: str
     #: Pools that workers can have, by kind: 'processes', 'threads' and 'single' (one task at a time).
-    pools: Mapping[str, str]
+    pools: ClassVar[Mapping[str, str]]
 
     def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
         self.place = place

@@ -133,7 +133,8 @@ class Ledger:
 
     def blocked(self) -> int:
         """Number of tokens that nobody may own at present."""
-        found = query(self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0) FROM "{}assignment" WHERE node IS NULL AND blocked')
+        found = query(
+            self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0) FROM "{}assignment" WHERE node IS NULL AND blocked')
         return int(found[0][0])
 
     def incarnations(self) -> dict[str, str]:

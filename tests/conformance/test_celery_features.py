@@ -44,7 +44,7 @@ def test_a_retry_is_another_attempt_of_the_same_message(cluster: Cluster, start:
     messages = [cluster.send(task, start + i, 2, routed=i % 2 == 0) for i in range(6)]
     for i, message in enumerate(messages):
         assert cluster.result(message) == {'n': start + i, 'attempt': 2}
-    attempts = [note for note in cluster.notes.of('start', [f'f:{start}'])]
+    attempts = list(cluster.notes.of('start', [f'f:{start}']))
     assert [(note.message, note.more) for note in attempts] == [(messages[0], attempt) for attempt in range(3)]
 
 
@@ -112,7 +112,8 @@ def test_a_failure_calls_its_errback_and_fails_its_chord(cluster: Cluster, celer
     assert outcome.state == 'failed'
     assert 'cannot work' in str(outcome.value)
     cluster.wait_ended([f'e:{message}'])
-    in_chord = chord([tasks['add'].s(start, 1, tag='sour'), tasks['sour'].s(start + 1)], tasks['total'].s(tag=f'sour {start}')).apply_async()
+    header = [tasks['add'].s(start, 1, tag='sour'), tasks['sour'].s(start + 1)]
+    in_chord = chord(header, tasks['total'].s(tag=f'sour {start}')).apply_async()
     assert cluster.outcome(in_chord.id).state == 'failed'
     assert not cluster.notes.of('start', [f't:sour {start}'])
 
