@@ -74,7 +74,7 @@ class JobSync:
         self._consumer_gate: ConsumerGate | None = None
         self._children: set[int] = set()
         self._worker: Any = None
-        self._connected = self._consuming = self._uncoordinated = False
+        self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._install()
 
     def __repr__(self) -> str:
@@ -211,6 +211,13 @@ class JobSync:
 
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
+        if self._reconnects and self.job is not None and self._mail is not None:
+            # What the lost connection had taken: nobody can acknowledge it any more, and Redis gives it back to nobody.
+            try:
+                self._mail.restore(self.job.node_name)
+            except Exception as error:  # the broker went away again; the next connection does it
+                logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
+        self._reconnects = True
         self._connected = self._consuming = True  # the consumer begins in a moment
         if self.job is not None and not self.job.am_i_healthy():
             self._consumer.call_soon(self._follow_lease)

@@ -121,8 +121,9 @@ class TestDuplicates:
         ledger.begin_error = duplicate()
         task = task_of(app)
         if state != states.PENDING:
-            app.backend.store_result('m1', ValueError() if state in (states.FAILURE, states.RETRY) else None, state)
-        assert in_worker(task, callbacks=[task.s(3)]) == 6
+            app.backend.store_result(state, ValueError() if state in (states.FAILURE, states.RETRY) else None, state)
+        # An id of its own: the backend in memory is shared.
+        assert in_worker(task, id=state, callbacks=[task.s(3)]) == 6
 
     def test_another_message_with_the_key_replays_the_result(self, app: Celery, ledger: FakeLedger) -> None:
         ledger.begin_error = duplicate()

@@ -91,7 +91,8 @@ def test_what_a_killed_worker_held_runs_again_within_seconds(setup: Setup, make_
         cluster.send('keyed', n, routed=n % 2 == 0)
     eventually(lambda: len(cluster.notes.of('start')) >= (1 if setup.kind == 'single' else 2))
     if setup.broker == 'redis':
-        eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) >= 4)
+        eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) >= (
+            1 if setup.kind == 'single' else 4))  # a solo worker reads nothing while it works
     since = moment()
     cluster['victim'].kill()
     keys = [f'k:{n}' for n in numbers]
