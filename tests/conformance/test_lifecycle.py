@@ -9,7 +9,7 @@ import pytest
 from ..waiting import eventually
 from .harness import Cluster
 from .history import moment
-from .setups import Setup, setups
+from .setups import Setup, known_fault, setups
 
 on_processes = pytest.mark.parametrize('setup', setups('processes'), ids=str)
 on_threads = pytest.mark.parametrize('setup', setups('threads'), ids=str)
@@ -50,6 +50,7 @@ def test_a_worker_that_leaves_under_load_finishes_its_work_and_returns_the_rest(
     assert len(starts) == len(set(starts))
 
 
+@known_fault
 @on_processes
 def test_a_cold_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
