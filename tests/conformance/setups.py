@@ -57,4 +57,4 @@ def setups(*kinds: str, framework: str | None = None, brokers: tuple[str, ...] =
 #: Scenarios that do not hold yet, or not every time: they run where JOBSYNC_TEST_KNOWN_FAULTS is set.
 known_fault = pytest.mark.skipif(
     'JOBSYNC_TEST_KNOWN_FAULTS' not in os.environ,
-    reason='known fault, not mended yet: now and then a few keyed messages stay unfinished in this scenario, or the worker takes too long to end')
+    reason='known fault, not mended yet: now and then a few keyed messages stay unfinished here, or the worker takes too long to end')
