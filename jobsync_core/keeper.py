@@ -193,7 +193,8 @@ class Keeper:
     def _release_parked(self) -> None:
         """Hand out parked messages that have an owner now: once for each plan, and each time something was parked meanwhile."""
         version = self._gate.owners.version
-        if version == self._released and not self._stray:
+        # Where the broker itself parks what has lost its queue, nobody tells: each sweep looks.
+        if version == self._released and not self._stray and not self._mail.catches_strays:
             return
         with self._sessions.session(limited=False) as connection, queues.hold(connection, self._tables, '', False) as held:
             if not held:

@@ -248,6 +248,8 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
             options.keep(execution, result)
         except BaseException as error:
             block.__exit__(type(error), error, error.__traceback__)
+            if isinstance(error, _UNRECORDED) and options.refuse is not None:
+                return options.unrecorded(error)  # the ledger's own transaction in the body: no failure of the task
             raise
         try:
             block.__exit__(None, None, None)
@@ -276,6 +278,8 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
         except BaseException as error:
             running.reset(token)
             await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
+            if isinstance(error, _UNRECORDED) and options.refuse is not None:
+                return options.unrecorded(error)
             raise
         running.reset(token)
         try:
