@@ -176,6 +176,18 @@ class TestComeBack:
             in_worker(task_of(app))
         assert [headers['id'] for headers in published] == ['m1']
 
+    @pytest.mark.parametrize('error', [DatabaseUnavailable, Fenced])
+    def test_a_transaction_of_the_ledger_that_fails_in_the_body_is_no_failure_of_the_task(
+        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], error: type[JobSyncError],
+    ) -> None:
+        def body(n: int) -> int:
+            raise error()
+
+        task = app.task(name='body', shared=False)(exactly_once(key='d:{n}', scope='')(body))
+        with pytest.raises(Ignore):
+            in_worker(task)
+        assert [headers['id'] for headers in published] == ['m1']
+
     def test_where_the_copy_cannot_be_published_the_message_is_not_ignored(
         self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
     ) -> None:

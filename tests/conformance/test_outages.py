@@ -42,7 +42,6 @@ def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(setup: Se
         assert all(worker.is_running() for worker in cluster.workers.values())
 
 
-@known_fault
 @on_threads
 def test_a_broker_that_one_worker_cannot_reach_for_a_while_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
@@ -73,7 +72,6 @@ def test_a_broker_that_restarts_loses_and_doubles_nothing(setup: Setup, make_clu
     assert all(worker.is_running() for worker in cluster.workers.values())
 
 
-@known_fault
 @on_processes
 def test_a_database_that_restarts_costs_nothing(setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres) -> None:
     cluster = make_cluster(setup, postgres=own_server)
