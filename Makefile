@@ -33,7 +33,7 @@ docs: .venv/.ready-dev
 		{ echo 'JobSync needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 		{ echo 'This Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
-	$(PIP) '.[cli,metrics,embedded,celery]' 'celery[redis]>=5.4'
+	$(PIP) '.[cli,metrics,embedded,celery,dramatiq]' 'celery[redis]>=5.4' 'dramatiq[redis]>=1.17'
 	@touch $@
 
 .venv/.ready-dev: .venv/.ready

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg2
 
@@ -175,6 +175,8 @@ def worker_main() -> int:
 class Demo:
     """One run: its workers and what has happened."""
 
+    pin: ClassVar[str] = PIN
+
     config: CoordinationConfig
     paths: list[str]
     pace: float
@@ -182,6 +184,7 @@ class Demo:
     began: float = field(default_factory=time.monotonic)
     notes: list[str] = field(default_factory=list)
     victim: str | None = None
+    victim_node: str | None = None
     killed_at: float = 0.0
     in_flight: list[str] = field(default_factory=list)
     recovery_sec: float | None = None
@@ -208,6 +211,10 @@ class Demo:
                 with contextlib.suppress(OSError):
                     process.stdin.close()
 
+    def worker_of(self, node: str) -> str:
+        """The worker that a node belongs to."""
+        return node
+
     def note(self, text: str) -> None:
         """Remember something that happened, for the screen."""
         self.notes.append(f'{time.monotonic() - self.began:5.1f} s  {text}')
@@ -219,17 +226,18 @@ class Demo:
     def kill_leader(self) -> None:
         """SIGKILL the eldest worker that nothing is pinned to, while it has a file in hand."""
         for name, in query(self.config, "SELECT name FROM demo_node WHERE state = 'active' ORDER BY created_on, name"):
-            if name.endswith('-gpu') or name not in self.workers:
+            worker = self.worker_of(name)
+            if worker.endswith('-gpu') or worker not in self.workers:
                 continue
             running = query(self.config, "SELECT key FROM demo_execution WHERE node = %s AND state = 'running'", (name,))
             if running:
-                self.workers[name].kill()
+                self.workers[worker].kill()
                 self.killed_at = time.monotonic()
-                self.workers[name].wait()
-                self.victim = name
+                self.workers[worker].wait()
+                self.victim, self.victim_node = worker, name
                 left = query(self.config, "SELECT key FROM demo_execution WHERE node = %s AND state = 'running'", (name,))
                 self.in_flight = [key for key, in left]
-                self.note(f'{name} is killed (SIGKILL); it had {len(left)} file in hand')
+                self.note(f'{worker} is killed (SIGKILL); it had {len(left)} file in hand')
             return
 
     def look(self) -> None:
@@ -240,7 +248,7 @@ class Demo:
         if self.victim is not None and self.recovery_sec is None:
             (owned,), = query(
                 self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0)::int FROM demo_assignment WHERE node <> %s',
-                (self.victim,))
+                (self.victim_node,))
             if owned == self.config.total_tokens:
                 self.recovery_sec = time.monotonic() - self.killed_at
                 self.note(f'every token has a live owner again, {self.recovery_sec:.2f} s after the kill')
@@ -257,16 +265,18 @@ class Demo:
     def rows(self) -> list[tuple[str, str, int, int]]:
         """Node, state, tokens and files of each worker."""
         found = query(self.config, """
-            SELECT name, coalesce(n.state, 'gone'), coalesce(t.tokens, 0)::int, coalesce(r.files, 0)::int
-            FROM unnest(%s) AS w(name) LEFT JOIN demo_node n USING (name)
-            LEFT JOIN (SELECT node, sum(upper(tokens) - lower(tokens)) AS tokens FROM demo_assignment GROUP BY node) t ON t.node = name
-            LEFT JOIN (SELECT node, count(*) AS files FROM result GROUP BY node) r ON r.node = name""", (list(self.workers),))
-        states = {name: (state, tokens, files) for name, state, tokens, files in found}
-        rows = []
-        for name in self.workers:
-            state, tokens, files = states[name]
-            rows.append((name, 'killed' if name == self.victim else state, tokens, files))
-        return rows
+            SELECT name, state, coalesce(tokens, 0)::int, coalesce(files, 0)::int
+            FROM demo_node FULL JOIN (
+                SELECT node AS name, sum(upper(tokens) - lower(tokens)) AS tokens FROM demo_assignment WHERE node IS NOT NULL GROUP BY node
+            ) t USING (name) FULL JOIN (SELECT node AS name, count(*) AS files FROM result GROUP BY node) r USING (name)""")
+        rows = {name: (name, 'killed' if name == self.victim else 'gone', 0, 0) for name in self.workers}
+        for node, state, tokens, files in found:
+            name = self.worker_of(node)
+            if name not in rows:
+                continue
+            _, before, more_tokens, more_files = rows[name]
+            rows[name] = name, before if name == self.victim else state or before, tokens + more_tokens, files + more_files
+        return list(rows.values())
 
 
 @contextlib.contextmanager

@@ -270,6 +270,16 @@ class ConsumerGate:
         for item in waiting:
             self._end(item, item.requeue, 'returned')
 
+    def surrender(self) -> None:
+        """Return what is executed here, if its task completes once: others execute it, and this attempt's end does not count."""
+        for request in list(self._dispatched):
+            if request not in state.active_requests or request.acknowledged:
+                continue
+            coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
+            if coordination is not None and coordination[0].once is not None:
+                logger.warning('Task %s[%s] is executed without a lease: its message goes back', request.name, request.id)
+                request.reject(requeue=True)
+
     def close(self) -> None:
         """Close the publisher."""
         self._publisher.close()

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.transport import virtual
+from kombu.utils.json import dumps
+from kombu.utils.uuid import uuid
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.keeper import Letter
@@ -82,9 +85,24 @@ class Publisher:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._producer: Any = None
+        self._redis: Any = None
 
     def send(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
-        """Publish a copy of a message durably; returns when the broker has it. Raises what the broker's client raises."""
+        """Publish a copy of a message durably; returns when the broker has it. Raises what the broker's client raises.
+
+        The message is to be acknowledged then. On Redis that is done with the publishing, and acknowledging costs nothing any more.
+        """
+        with self._lock:
+            try:
+                if self._plugin.driver == 'redis':
+                    self._hand_over(queue, message, headers)
+                else:
+                    self._publish(queue, message, headers)
+            except BaseException:
+                self._drop()
+                raise
+
+    def _publish(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         properties = message.properties
         given = {name: properties[name] for name in _KEPT if properties.get(name) is not None}
         if message.delivery_info.get('priority') is not None:
@@ -93,16 +111,26 @@ class Publisher:
             given['expiration'] = float(properties['expiration']) / 1000
         # The body has been decompressed; what a broker adds to headers is not the message's own.
         headers = {name: value for name, value in headers.items() if name not in ('compression', 'x-death', 'x-delivery-count')}
-        with self._lock:
-            try:
-                producer = self._producer or self._open()
-                confirm = {'confirm_timeout': _PUBLISH_SEC} if self._plugin.driver == 'amqp' else {}
-                producer.publish(
-                    message.body, exchange=exchange_of(self._plugin).name, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
-                    content_type=message.content_type, content_encoding=message.content_encoding, **given, **confirm)
-            except BaseException:
-                self._drop()
-                raise
+        confirm = {'confirm_timeout': _PUBLISH_SEC} if self._plugin.driver == 'amqp' else {}
+        producer = self._producer or self._open()
+        producer.publish(
+            message.body, exchange=exchange_of(self._plugin).name, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
+            content_type=message.content_type, content_encoding=message.content_encoding, **given, **confirm)
+
+    def _hand_over(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
+        """Store the copy and forget the original in one transaction: one trip in place of two."""
+        channel = (self._producer or self._open()).channel
+        raw = message._raw
+        properties = raw['properties']
+        copy = {**raw, 'headers': headers, 'properties': {
+            **properties, 'delivery_tag': uuid(),
+            'delivery_info': {**properties.get('delivery_info', {}), 'exchange': '', 'routing_key': queue}}}
+        with self._redis.pipeline() as pipe:
+            pipe.lpush(channel._q_for_pri(queue, channel._get_message_priority(copy)), dumps(copy))
+            message.channel.qos._remove_from_indices(message.delivery_tag, pipe)
+            forgotten = pipe.execute()[-1]
+        if forgotten:
+            message.channel = _Forgotten(message.channel)
 
     def close(self) -> None:
         """Close the connection."""
@@ -113,15 +141,30 @@ class Publisher:
         options = {'confirm_publish': True} if self._plugin.driver == 'amqp' else {'socket_timeout': _PUBLISH_SEC}
         self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC, transport_options=options)
         self._producer = self._connection.Producer()
+        if self._plugin.driver == 'redis':
+            self._redis = self._producer.channel._create_client()  # kept: kombu makes one for each command, which takes longer than that
         return self._producer
 
     def _drop(self) -> None:
-        connection, self._connection, self._producer = self._connection, None, None
+        connection, self._connection, self._producer, self._redis = self._connection, None, None, None
         if connection is not None:
             try:
                 connection.release()
             except Exception as error:  # it is broken already
                 logger.debug('closing the publisher: %r', error)
+
+
+class _Forgotten:
+    """In place of the channel of a message that Redis has forgotten: only kombu has to be told that it is acknowledged."""
+
+    no_ack_consumers = None
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        """Count it as acknowledged, so that the next one may come."""
+        virtual.QoS.ack(self._channel.qos, delivery_tag)
 
 
 class _Letter:
@@ -182,13 +225,23 @@ class CeleryMail:
             logger.warning('a message has no route: %r', error)
             return None
 
-    def restore(self, node: str) -> int:
-        """See Mail. RabbitMQ gives back by itself what a lost connection held."""
+    def restore(self, node: str, unrecorded: dict[str, str] | None = None) -> int:
+        """See Mail. RabbitMQ gives back by itself what a lost connection held.
+
+        Args:
+            node: The node.
+            unrecorded: Messages that a lost connection brought and that are not recorded as unacknowledged yet, by delivery tag.
+        """
         if self._plugin.driver != 'redis':
             return 0
         appname = self._plugin.settings.config.appname
         with self._plugin.app.connection_for_write(transport_options=redis_options(appname, node)) as connection:
             channel = connection.default_channel
+            for tag, message in list((unrecorded or {}).items()):
+                # Not if the record was made and only its answer lost.
+                channel.client.hsetnx(channel.unacked_key, tag, message)
+                assert unrecorded is not None
+                del unrecorded[tag]
             tags = channel.client.hkeys(channel.unacked_key)
             for tag in tags:
                 channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
@@ -229,6 +282,10 @@ class CeleryMail:
     def _open(self) -> Any:
         if self._channel is None:
             self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC)
+            if self._plugin.driver == 'redis':
+                from .receive import receive_atomically  # needs redis
+
+                receive_atomically(self._connection, {})
             self._channel = self._connection.default_channel
         return self._channel
 

@@ -16,17 +16,15 @@ from celery.utils.log import get_logger
 from jobsync_core import once as core
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
 from jobsync_core.execution import DEFAULT_RETENTION
-from jobsync_core.ledger import Ledger, LocalLedger, current_ledger
+from jobsync_core.ledger import Ledger, LocalLedger, current_ledger, message_ledger
 from jobsync_core.once import ExactlyOnce
 
-__all__ = ['COME_BACK_SEC', 'UNCOORDINATED', 'exactly_once']
+__all__ = ['COME_BACK_SEC', 'exactly_once']
 
 logger = get_logger(__name__)
 
 #: Seconds until a message comes back that could not run.
 COME_BACK_SEC = 1.0
-#: Stands for the incarnation in a worker that runs without coordination because it may.
-UNCOORDINATED = 'uncoordinated'
 
 F = TypeVar('F', bound=Callable[..., Any])
 _local = LocalLedger()
@@ -70,14 +68,20 @@ def _ledger() -> Ledger | LocalLedger:
             return current_ledger()
         except JobSyncError:
             return _local
-    ledger = current_ledger()
-    return _local if isinstance(ledger, Ledger) and ledger.incarnation == UNCOORDINATED else ledger
+    return message_ledger()
 
 
 def _refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
     task = current_task
     request = task.request if task else None
-    if request is None or request.called_directly or request.is_eager:
+    if request is None or request.called_directly:
+        raise error
+    if request.is_eager:
+        # No message can come back; all else is as in a worker.
+        if isinstance(error, DuplicateExecution) and options.on_duplicate != 'raise':
+            return error.result if options.on_duplicate == 'result' else None
+        if isinstance(error, ExecutionRunning) and options.on_running == 'skip':
+            return None
         raise error
     if isinstance(error, DuplicateExecution):
         return _duplicate(options, error, task, request)

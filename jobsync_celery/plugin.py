@@ -11,18 +11,19 @@ from celery import signals
 from celery.utils.dispatch import Signal
 from celery.utils.log import get_logger
 
+from jobsync_core import clock
 from jobsync_core.effects import RebalanceEvent
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
+from jobsync_core.ledger import UNCOORDINATED
 from jobsync_core.owners import OwnerMap
-from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map
+from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
 from .gate import ConsumerGate
 from .mail import VISIBILITY_SEC, CeleryMail, driver_of, node_queue_of, redis_options
-from .once import UNCOORDINATED
 from .router import install_router, mark_message
 from .settings import read_settings
 from .tasks import Tasks, adjust_options
@@ -39,6 +40,8 @@ rebalanced = Signal(name='jobsync_rebalanced', providing_args={'event'})
 #: Sent in a worker before tokens go to another node: arguments sender (the app) and tokens (a TokenSet).
 released = Signal(name='jobsync_released', providing_args={'tokens'})
 
+#: Seconds between two looks at the lease.
+_LOOK_SEC = 0.2
 #: Celery's own default, in seconds: whoever wants just that gives 121.
 _DEFAULT_BROKER_HEARTBEAT = 120
 
@@ -60,7 +63,7 @@ class JobSync:
             raise ConfigurationError(f'JobSync(app) was called before for the app {app.main!r}: once is enough')
         vars(app)['_jobsync'] = self
         self.app = app
-        self.job: Job | None = None
+        self._job: Job | None = None
         self._given: Mapping[str, Any] = settings
         self._settings: PluginSettings | None = None
         self._tasks: Tasks | None = None
@@ -74,8 +77,15 @@ class JobSync:
         self._consumer_gate: ConsumerGate | None = None
         self._children: set[int] = set()
         self._worker: Any = None
+        self._lost_at = 0.0
+        self._unrecorded: dict[str, str] = {}
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._install()
+
+    @property
+    def job(self) -> Job | None:
+        """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in."""
+        return stand_in() or self._job
 
     def __repr__(self) -> str:
         return f'<JobSync of {self.app.main!r}: {self.job!r}>'
@@ -129,11 +139,16 @@ class JobSync:
 
     def owner_queue(self, name: str, args: Any, kwargs: Any, task_id: str) -> str | None:
         """The queue of the node that owns a message; None where there is none, or nobody knows."""
+        if stand_in() is not None:
+            return None
         try:
             if not self.settings.route_producers:
                 return None
             route = self.tasks.route_of(name, args, kwargs, task_id)
-            place = self._owner_map().find_fresh(route) if route else None
+            if route is None:
+                return None
+            # A node without a lease does not ask: its database is most likely away, and each question takes seconds then.
+            place = self._owner_map().find_fresh(route) if self.job is None or self.job.has_lease else None
         except (JobSyncError, TypeError) as error:
             logger.debug('Task %s goes to its home queue: %s', name, error)
             return None
@@ -146,7 +161,9 @@ class JobSync:
         return self._owners[1]
 
     def _before_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **other: Any) -> None:
-        if headers is not None and 'task' in headers and headers['task'] in self.app.tasks and self.tasks.find(headers['task']):
+        if stand_in() is not None or headers is None or 'task' not in headers:
+            return
+        if headers['task'] in self.app.tasks and self.tasks.find(headers['task']):
             mark_message(self, headers, body)
 
     # --- the worker's life ---
@@ -175,12 +192,13 @@ class JobSync:
             # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker sends none while a task runs.
             self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
         self._mail = mail = CeleryMail(self)
-        self.job = make_job(
-            settings, name, queue, 'celery', self.tasks.pins(), prepare=lambda: mail.declare(queue), busy=self._busy,
-            on_rebalance=self._rebalanced, on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
-        self.job.prepare_fork()
+        self._job = job = make_job(
+            settings, name, queue, 'celery', self.tasks.pins(), known=list(self.app.tasks),
+            prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,
+            on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
+        job.prepare_fork()
         self.app.amqp.queues.select_add(node_queue_of(self, queue))
-        self._gate = Gate(settings, self.job)
+        self._gate = Gate(settings, job)
         self._worker = worker
 
     def entered(self, worker: Any) -> None:
@@ -201,26 +219,31 @@ class JobSync:
             'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is False: keys may run twice', error)
         self.job.abandon(UNCOORDINATED)
         self._uncoordinated = True
-        self.job = None
+        self._job = None
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
         assert self._gate is not None
         self._consumer = consumer
         self._consumer_gate = ConsumerGate(self, self._gate, consumer)
+        if self.driver == 'redis':
+            from .receive import receive_atomically  # needs redis
+
+            consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
+                receive_atomically(self.app.connection_for_read(heartbeat=heartbeat), self._unrecorded))
 
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
         if self._reconnects and self.job is not None and self._mail is not None:
             # What the lost connection had taken: nobody can acknowledge it any more, and Redis gives it back to nobody.
             try:
-                self._mail.restore(self.job.node_name)
+                self._mail.restore(self.job.node_name, self._unrecorded)
             except Exception as error:  # the broker went away again; the next connection does it
                 logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
         self._reconnects = True
         self._connected = self._consuming = True  # the consumer begins in a moment
-        if self.job is not None and not self.job.am_i_healthy():
-            self._consumer.call_soon(self._follow_lease)
+        # Not left to the keeper, whose questions to the database may take seconds. A lost connection clears the timer.
+        self._consumer.timer.call_repeatedly(_LOOK_SEC, self._follow_lease)
 
     def disconnected(self) -> None:
         """The consumer has no connection."""
@@ -239,7 +262,7 @@ class JobSync:
 
     def leave(self) -> None:
         """Leave the cluster; survivors take over what is left at the broker."""
-        job, self.job = self.job, None
+        job, self._job = self._job, None
         if self._http is not None:
             self._http.close()
         if job is None:
@@ -281,8 +304,6 @@ class JobSync:
     def _tick(self) -> None:
         if self._consumer_gate is not None and self._consumer_gate.waiting:
             self._look_again()  # should the timer have lost its entry: a reconnect clears it
-        if self._connected and self.job is not None and self.job.am_i_healthy() != self._consuming:
-            self._consumer.call_soon(self._follow_lease)
         self._watch_children()
 
     def _lease_changed(self, leased: bool) -> None:
@@ -301,8 +322,12 @@ class JobSync:
         if self._consuming and not leased:
             self._consuming = False
             logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
+            self._lost_at = clock.now()
             consumer.cancel()
             gate.give_back()
+        elif not leased and self.driver == 'amqp' and clock.now() - self._lost_at > self.settings.config.heartbeat_timeout_sec:
+            # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it comes from.
+            gate.surrender()
         elif leased and not self._consuming:
             self._consuming = True
             consumer.consume()

@@ -9,6 +9,8 @@ from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker import state
 
+from jobsync_core.plugin import stand_in
+
 from .plugin import JobSync
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         plugin = JobSync.of(parent.app)
         assert plugin is not None
         self._plugin = plugin
-        plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
+        self.enabled = stand_in() is None  # a test's worker is no node
+        if self.enabled:
+            plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
 
     def start(self, parent: Any) -> None:
         """Enter the Job, before any message is consumed."""
@@ -102,7 +106,9 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
         plugin = JobSync.of(parent.app)
         assert plugin is not None
         self._plugin = plugin
-        plugin.attach(parent)
+        self.enabled = stand_in() is None
+        if self.enabled:
+            plugin.attach(parent)
 
     def start(self, parent: Any) -> None:
         """A connection is there, the first one or another."""

@@ -12,7 +12,7 @@ from . import clock
 from .effects import RebalanceEvent
 from .tokens import TokenSet
 
-__all__ = ['Callbacks']
+__all__ = ['Callbacks', 'with_event']
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Callbacks:
     """
 
     def __init__(self, on_rebalance: Callable[..., object] | None, on_release: Callable[[TokenSet], object] | None) -> None:
-        self._on_rebalance = _with_event(on_rebalance) if on_rebalance is not None else None
+        self._on_rebalance = with_event(on_rebalance) if on_rebalance is not None else None
         self._on_release = on_release
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -97,7 +97,7 @@ class Callbacks:
             logger.warning('%s took %.1f s: delegate long work to a thread of your own', name, took)
 
 
-def _with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:
+def with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:
     """Accept callbacks with and without a parameter; decided once, not by catching TypeError from inside the callback."""
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -99,7 +99,8 @@ class Job:
             self._protocol = self._make_protocol(coordination_config)
             self._agent = Agent(
                 self._protocol, Control(coordination_config, self._tables, self.date), coordination_config, self._callbacks)
-            self._ledger: Ledger | LocalLedger = Ledger(self._sessions, self._tables, self.node_name, lambda: self.incarnation)
+            self._ledger: Ledger | LocalLedger = Ledger(
+                self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease)
         else:
             self._ledger = LocalLedger()
 
@@ -212,6 +213,11 @@ class Job:
     def owns(self, task_id: Task | Hashable) -> bool:
         """Whether this node owns the task and its lease is valid, at this moment; no promise goes with it, unlike can_claim_task."""
         return self.config is None or self._claims.may_claim(self._book.token_of(task_id_of(task_id)), clock.now())
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether the node's lease is valid at this moment, in forked children too; without a database always True."""
+        return self.config is None or clock.now() < self._claims.deadline
 
     def _refuse(self) -> bool:
         if self._state in ('new', 'exited'):

@@ -180,7 +180,13 @@ class Keeper:
     def _drain(self, queue: str) -> int:
         moved = 0
         while not self._closing and (letter := self._mail.take(queue)) is not None:
-            letter.forward(self._target(letter) or self._parked)
+            target = self._target(letter)
+            if target == queue:
+                # The owner map is older than the end of this queue's node. Forwarded, the letter would come again for ever.
+                letter.put_back()
+                self._gate.owners.reread()
+                break
+            letter.forward(target or self._parked)
             moved += 1
         return moved
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'Ledger', 'LocalLedger', 'check_key', 'current_execution', 'current_ledger',
-    'retention_seconds', 'set_current_ledger',
+    'UNCOORDINATED', 'message_ledger', 'retention_seconds', 'set_current_ledger',
 ]
 
 logger = logging.getLogger(__name__)
@@ -126,13 +126,17 @@ class Ledger:
         tables: Names of the tables.
         node: This node's name.
         incarnation: Gives this node's present incarnation.
+        has_lease: Tells whether this node's lease is valid.
     """
 
-    def __init__(self, sessions: Sessions, tables: Tables, node: str, incarnation: Callable[[], str]) -> None:
+    def __init__(
+        self, sessions: Sessions, tables: Tables, node: str, incarnation: Callable[[], str], has_lease: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._sessions = sessions
         self._tables = tables
         self._node = node
         self._incarnation = incarnation
+        self.has_lease = has_lease
         self._locals: dict[int, _Local] = {}
 
     @property
@@ -488,3 +492,26 @@ def current_ledger() -> Ledger | LocalLedger:
             'this process has entered no Job, so it cannot tell what was executed before: call this inside `with Job(...)`, '
             'or inside `with Job(name)` for single-node mode, where everything just runs')
     return _ledger
+
+
+#: Stands for the incarnation in a worker that runs without coordination because it may.
+UNCOORDINATED = 'uncoordinated'
+_uncoordinated = LocalLedger()
+
+
+def message_ledger() -> Ledger | LocalLedger:
+    """The ledger for a message that an adapter's worker is about to process.
+
+    Raises:
+        NotEntered: This process has entered no Job.
+        ClaimLost: The node's lease ran out. The database is most likely out of reach, and to ask it would take seconds for
+            each message that had been handed to the pool before.
+    """
+    ledger = current_ledger()
+    if not isinstance(ledger, Ledger):
+        return ledger
+    if ledger.incarnation == UNCOORDINATED:
+        return _uncoordinated
+    if not ledger.has_lease():
+        raise ClaimLost('the lease of this node ran out, so that nothing may begin here at the moment')
+    return ledger

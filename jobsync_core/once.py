@@ -263,8 +263,8 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
 def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
     @functools.wraps(function)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        ledger = options.ledger()
         try:
+            ledger = options.ledger()
             execution = await _begin(ledger, options.ledger_key_of(args, kwargs), options.retention_sec)
         except _REFUSALS as error:
             return options.answer(error)

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,12 +17,15 @@ from .errors import ConfigurationError
 from .job import Job
 from .owners import OwnerMap
 from .routing import Decision, check_pins, decide, pin_locks
+from .store import locks as lock_store
 from .store import queues
 from .store.connection import Sessions
 from .store.schema import Tables
 from .tokens import TokenSet
 
-__all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map']
+__all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map', 'set_stand_in', 'stand_in']
+
+logger = logging.getLogger(__name__)
 
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
 _PREFIX = 'JOBSYNC_'
@@ -146,7 +150,7 @@ def _from_text(name: str, raw: str, default: object) -> object:
 
 def make_job(
     settings: PluginSettings, name: str, queue: str, kind: str, pins: Mapping[str, Sequence[str]], *,
-    prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
+    known: Iterable[str] = (), prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
     on_rebalance: Callable[[RebalanceEvent], object], on_release: Callable[[TokenSet], object],
 ) -> Job:
     """The Job of a worker process, not entered yet.
@@ -157,6 +161,7 @@ def make_job(
         queue: The node's queue; recorded before the node owns anything.
         kind: The plugin's name; one cluster has one plugin.
         pins: Pinned tasks.
+        known: All tasks of the worker: those that are pinned no longer lose their locks.
         prepare: Makes the node's queue at the broker; called while entering.
         busy: Whether work on one of these tokens is running.
         on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
@@ -176,6 +181,12 @@ def make_job(
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
             job.register_locks_bulk(locks)
+        unpinned = [task for task in known if task not in pins]
+        if unpinned:
+            with job.session() as connection:
+                old = lock_store.clear_old_pins(connection, tables, unpinned)
+            if old:
+                logger.info('node=%s removed %d locks of tasks that are pinned no longer', name, old)
         if settings.lock_provider is not None:
             settings.lock_provider(job)
 
@@ -238,3 +249,17 @@ class Gate:
 def owner_map(config: CoordinationConfig) -> OwnerMap:
     """An owner map for a producer."""
     return OwnerMap(Sessions(config, 'jobsync producer'), Tables(config.appname))
+
+
+_stand_in: Job | None = None
+
+
+def set_stand_in(job: Job | None) -> None:
+    """Let a Job, which the caller has entered, stand in for the nodes of this process's workers; for `jobsync_core.testing`."""
+    global _stand_in
+    _stand_in = job
+
+
+def stand_in() -> Job | None:
+    """The Job that stands in: a worker then makes no node, routes nothing, and runs all that it receives."""
+    return _stand_in

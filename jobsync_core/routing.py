@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from .errors import ConfigurationError
+from .execution import check_key
 from .hashing import check_task_id, task_key
 from .once import ExactlyOnce, key_maker
 from .patterns import check_patterns
@@ -131,7 +132,7 @@ class Coordination:
             TypeError: The function does not take these arguments.
             InvalidTaskId: The key cannot be a task id.
         """
-        key = check_task_id(self._make(args, kwargs) if self._make is not None else message_id)
+        key = check_key(self._make(args, kwargs)) if self._make is not None else check_task_id(message_id)
         return pin_route(self.name, key, self._slots) if self.pin is not None else key
 
 

@@ -59,6 +59,10 @@ class Actors:
             self._known[name] = self._build(name, actor)
         return self._known[name]
 
+    def is_known(self, message: Any) -> bool:
+        """Whether this process has the message's actor."""
+        return message.actor_name in self._broker.actors
+
     def route_of(self, message: Any) -> str | None:
         """The route of a message; None where its actor is not coordinated.
 

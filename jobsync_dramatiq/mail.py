@@ -1,94 +1,109 @@
-"""Redis, as the keeper needs it."""
+"""What producers, the gate and the keeper ask of the broker: there is one such class for Redis, and one for RabbitMQ."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from dramatiq import Message
 
-from jobsync_core.keeper import Letter
-from jobsync_core.routing import KEY
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
+from jobsync_core.keeper import Mail
+from jobsync_core.routing import HOPS, KEY
 
 from .actors import HOME
-from .gate import publish
 
-__all__ = ['RedisMail', 'broker_id']
-
-_RESTORE = """
-local ids, moved = redis.call('smembers', KEYS[1]), 0
-for _, id in ipairs(ids) do
-    if redis.call('hexists', KEYS[2] .. '.msgs', id) > 0 then
-        redis.call('rpush', KEYS[2], id)
-        moved = moved + 1
-    end
-end
-redis.call('del', KEYS[1])
-return moved
-"""
-_DELETE = """
-if redis.call('llen', KEYS[1]) > 0 or redis.call('hlen', KEYS[1] .. '.msgs') > 0 then return 0 end
-redis.call('del', KEYS[1], KEYS[1] .. '.msgs')
-return 1
-"""
+__all__ = ['BrokerMail', 'Hold', 'home_of', 'mail_of', 'wrapped']
 
 
-def broker_id(appname: str, node: str) -> str:
-    """The id under which Redis keeps what a node has taken and not acknowledged; '|' ends it, so that none begins another."""
-    return f'jobsync.{appname}.{node}|'
+class Hold(Protocol):
+    """The broker's own consumer of one queue. Only `ack`, `nack` and `requeue` may be called by other threads."""
+
+    queue: str
+
+    def next(self, patient: bool) -> Any:
+        """The next message; None where there is none.
+
+        Args:
+            patient: Wait as long as the worker is configured to; False: a moment only.
+        """
+
+    def idle(self, seconds: float) -> None:
+        """Take no message for a while, and keep up what the broker expects of a consumer."""
+
+    def ack(self, message: Any) -> None:
+        """The message is done."""
+
+    def nack(self, message: Any) -> None:
+        """Put the message among the dead letters of the queue that its actor was declared with."""
+
+    def requeue(self, message: Any) -> None:
+        """Give the message back to this queue."""
+
+    def pause(self) -> None:
+        """Give back what was taken and not handed out, and take nothing more."""
+
+    def resume(self) -> None:
+        """Take messages again."""
+
+    def close(self, waiting: list[Any]) -> None:
+        """Give back what waits, and what was taken and not handed out; end."""
 
 
-class _Letter:
-    def __init__(self, broker: Any, queue: str, message: Message[Any]) -> None:
-        self._broker, self._queue, self._message = broker, queue, message
-        self.route: str | None = message.options.get(KEY)
-        self.home: str | None = message.options.get(HOME)
+class BrokerMail(Mail, Protocol):
+    """A broker, for one process."""
 
-    def forward(self, queue: str) -> None:
-        """See Letter."""
-        publish(self._broker, self._message, queue, self.home or self._message.queue_name, self.route, 0)
-        self._broker.do_ack(self._queue, self._message.options['redis_message_id'])
+    def join(self, node: str, queue: str) -> None:
+        """Make the node's queue; called before the node owns anything.
 
-    def put_back(self) -> None:
-        """See Letter."""
-        self._broker.do_requeue(self._queue, self._message.options['redis_message_id'])
+        Raises:
+            BrokerConnectionError: The broker cannot be reached.
+        """
+
+    def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
+        """Begin to consume a queue, as the broker's `consume` does."""
+
+    def send(self, message: Any, queue: str, route: str | None, hops: int = 0) -> None:
+        """Publish a copy of a message to a queue; in a worker it returns when the broker has it. No middleware sees it.
+
+        Raises whatever the broker's client raises: then the copy may be there, or not.
+        """
+
+    def tidy(self) -> None:
+        """Called at least once a second by the keeper: do again what failed."""
 
 
-class RedisMail:
-    """See Mail.
+def home_of(message: Any) -> str:
+    """The queue that a message's actor was declared with."""
+    return str(message.options.get(HOME) or message.queue_name)
 
-    Args:
-        broker: The RedisBroker.
-        appname: The cluster.
+
+def wrapped(message: Any, queue: str, route: str | None, hops: int = 0, **options: Any) -> Message[Any]:
+    """A copy of a message for a queue: same id, arguments and time, so that its age counts from the first sending as without the plugin."""
+    home = home_of(message)
+    kept = {name: value for name, value in message.options.items() if name not in (KEY, HOPS, HOME)}
+    if route is not None:
+        kept[KEY] = route
+    if queue != home:
+        kept.update({HOME: home, HOPS: hops})
+    return Message(
+        queue_name=queue, actor_name=message.actor_name, args=message.args, kwargs=message.kwargs, options={**kept, **options},
+        message_id=message.message_id, message_timestamp=message.message_timestamp)
+
+
+def mail_of(broker: Any, config: CoordinationConfig) -> BrokerMail:
+    """How to work with a broker.
+
+    Raises:
+        ConfigurationError: It is neither of Redis nor of RabbitMQ.
     """
+    # By name: the other broker's client need not be installed.
+    kinds = {f'{kind.__module__}.{kind.__name__}' for kind in type(broker).__mro__}
+    if 'dramatiq.brokers.redis.RedisBroker' in kinds:
+        from .redis_mail import RedisMail
 
-    catches_strays = False
+        return RedisMail(broker, config.appname)
+    if 'dramatiq.brokers.rabbitmq.RabbitmqBroker' in kinds:
+        from .rabbit_mail import RabbitMail
 
-    def __init__(self, broker: Any, appname: str) -> None:
-        self._broker = broker
-        self._appname = appname
-        self._restore = broker.client.register_script(_RESTORE)
-        self._delete = broker.client.register_script(_DELETE)
-
-    def restore(self, node: str) -> int:
-        """See Mail."""
-        name = broker_id(self._appname, node)
-        space = self._broker.namespace
-        start = f'{space}:__acks__.{name}.'
-        moved = 0
-        for raw in self._broker.client.scan_iter(match=f'{space}:__acks__.jobsync.*', count=1000):
-            key = raw.decode() if isinstance(raw, bytes) else raw
-            if key.startswith(start):
-                moved += int(self._restore(keys=[key, f'{space}:{key[len(start):]}']))
-        self._broker.client.zrem(f'{space}:__heartbeats__', name)
-        return moved
-
-    def take(self, queue: str) -> Letter | None:
-        """See Mail."""
-        found = [data for data in self._broker.do_fetch(queue, 1) if data is not None]
-        return _Letter(self._broker, queue, Message.decode(found[0])) if found else None
-
-    def delete(self, queue: str) -> bool:
-        """See Mail."""
-        return bool(self._delete(keys=[f'{self._broker.namespace}:{queue}']))
-
-    def reset(self) -> None:
-        """See Mail: redis-py drops broken connections by itself."""
+        return RabbitMail(broker, config)
+    raise ConfigurationError(f'{type(broker).__name__}: JobSync coordinates workers of RedisBroker and RabbitmqBroker only')

@@ -8,24 +8,29 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
-from dramatiq.brokers.redis import RedisBroker
-from dramatiq.errors import BrokerConnectionError, BrokerError
+from dramatiq.errors import BrokerError, ConnectionClosed
 from dramatiq.middleware import Middleware, MiddlewareError
+from dramatiq.threading import is_gevent_active
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
+from jobsync_core.ledger import UNCOORDINATED
 from jobsync_core.owners import OwnerMap
-from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map
+from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+from jobsync_core.store import queues
+from jobsync_core.store.schema import Tables
 from jobsync_core.tokens import TokenSet
 
 from .actors import HOME, Actors, read_settings
 from .gate import GatedConsumer, WorkerGate
-from .mail import RedisMail, broker_id
-from .once import UNCOORDINATED, processing
+from .groups import mark_members
+from .mail import BrokerMail, mail_of
+from .once import processing
 
 __all__ = ['BootFailed', 'JobSync']
 
@@ -35,8 +40,12 @@ logger = logging.getLogger(__name__)
 _ORPHAN_SEC = 10.0
 
 
-class BootFailed(MiddlewareError, BrokerConnectionError):
+class BootFailed(MiddlewareError, ConnectionClosed):
     """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+        self.message = message
 
 
 class _Consumers(dict[str, Any]):
@@ -57,19 +66,20 @@ class JobSync(Middleware):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.job: Job | None = None
+        self._job: Job | None = None
         self._given = settings
         self._settings: PluginSettings | None = None
         self._actors: Actors | None = None
         self._owners: tuple[int, OwnerMap] | None = None
         self._broker: Any = None
+        self._mail: BrokerMail | None = None
         self._enqueue: Any = None
         self._consume: Any = None
         self._gate: Gate | None = None
         self._shared: WorkerGate | None = None
         self._http: Any = None
         self._orphan_since = 0.0
-        self._leaving = False
+        self.leaving = False
         self._keeper: Keeper | None = None
         self._parent = os.getppid()
 
@@ -77,6 +87,11 @@ class JobSync(Middleware):
     def actor_options(self) -> set[str]:
         """Options of actors; Dramatiq asks for them when the middleware is added, right before it can see the broker."""
         return {'jobsync_key', 'jobsync_pin'}
+
+    @property
+    def job(self) -> Job | None:
+        """This process's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in."""
+        return stand_in() or self._job
 
     @property
     def settings(self) -> PluginSettings:
@@ -121,20 +136,30 @@ class JobSync(Middleware):
         queue = self._owner_queue(message) if delay is None and 'eta' not in message.options else None
         if queue is None:
             return self._enqueue(message, delay=delay)
-        home = message.queue_name
-        sent = self._enqueue(message.copy(queue_name=queue, options={HOME: home}))
-        # Who asks for the result asks under the queue of the actor.
-        return sent.copy(queue_name=home)
+        # To all middleware, and to who asks for the result, the message is in its actor's own queue.
+        self._broker.emit_before('enqueue', message, delay)
+        self._post().send(message, queue, message.options[KEY])
+        self._broker.emit_after('enqueue', message, delay)
+        return message
+
+    def _post(self) -> BrokerMail:
+        if self._mail is None:
+            self._mail = mail_of(self._broker, self.settings.config)
+        return self._mail
 
     def _owner_queue(self, message: Any) -> str | None:
+        if stand_in() is not None:
+            return None
         try:
             route = self._known().route_of(message)
             if route is None:
                 return None
             message.options[KEY] = route
-            if not self.settings.route_producers or not isinstance(self._broker, RedisBroker):
+            if not self.settings.route_producers:
                 return None
-            place = self._owner_map().find_fresh(route)
+            self._post()
+            # A node without a lease does not ask: its database is most likely away, and each question takes seconds then.
+            place = self._owner_map().find_fresh(route) if self._job is None or self._job.has_lease else None
         except Exception as error:  # whatever a key function raises: the actor will say what is wrong with its arguments
             message.options.pop(KEY, None)
             logger.debug('actor=%s goes to its home queue: %s', message.actor_name, error)
@@ -150,47 +175,49 @@ class JobSync(Middleware):
         return self._owners[1]
 
     def _gated(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
-        raw = self._consume(queue_name, prefetch, timeout)
-        return GatedConsumer(self._shared, raw) if self._shared is not None else raw
+        if self._shared is None:
+            return self._consume(queue_name, prefetch, timeout)
+        return GatedConsumer(self._shared, self._post().consume(queue_name, prefetch, timeout))
 
     # --- the worker's life ---
 
     def before_worker_boot(self, broker: Any, worker: Any) -> None:
         """Become a node, before any queue is consumed."""
         self._install(broker)
+        if stand_in() is not None:
+            return  # a test's worker is no node
         try:
             self._boot(broker, worker)
         except (JobSyncError, BrokerError, OSError) as error:
             if self._settings is None or self._settings.required:
                 logger.critical('JobSync: this worker cannot start: %s', error)
-                raise BootFailed(str(error)) from error  # type: ignore[no-untyped-call]
+                raise BootFailed(str(error)) from error
             logger.critical(
                 'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: keys may run twice', error)
-            if self.job is not None:
-                self.job.abandon(UNCOORDINATED)
-            self.job = self._gate = self._shared = None
+            if self._job is not None:
+                self._job.abandon(UNCOORDINATED)
+            self._job = self._gate = self._shared = None
 
     def _boot(self, broker: Any, worker: Any) -> None:
-        if not isinstance(broker, RedisBroker):
-            raise ConfigurationError(f'{type(broker).__name__}: JobSync coordinates workers of RedisBroker only')
-        settings = self.settings
+        if is_gevent_active():
+            raise ConfigurationError(
+                'dramatiq-gevent: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
+                'use dramatiq')
+        settings, mail = self.settings, self._post()
         self._parent = os.getppid()
         appname, name = settings.config.appname, _node_name(settings.node_name)
         queue = node_queue(appname, name)
-        # Under this id Redis keeps what this process has in hand, and survivors find it.
-        broker.broker_id = broker_id(appname, name)
-        self.job = job = make_job(
-            settings, name, queue, 'dramatiq', self._known().pins(), prepare=lambda: None, busy=self._busy,
+        self._job = job = make_job(
+            settings, name, queue, 'dramatiq', self._known().pins(), prepare=lambda: mail.join(name, queue), busy=self._busy,
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
         job.__enter__()
-        self._gate = gate = Gate(settings, job)
-        self._shared = WorkerGate(self, gate, broker, self._known())
+        gate = Gate(settings, job)
         self._keeper = Keeper(
-            gate, RedisMail(broker, appname), 'dramatiq', parked_queue(appname), on_lease=lambda leased: None,
-            on_change=lambda: None, on_tick=self._tick)
+            gate, mail, 'dramatiq', parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
         gate.owners.refresh()
         self._keeper.start()
+        self.attach(gate, mail)
         worker.consumers = _Consumers(worker.consumers)
         if worker.consumer_whitelist:
             worker.consumer_whitelist.add(queue)
@@ -198,18 +225,26 @@ class JobSync(Middleware):
         self._serve()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
 
+    def attach(self, gate: Gate, mail: BrokerMail) -> None:
+        """Put the gate between the broker and its worker, which is a node by now."""
+        self._gate = gate
+        self._shared = shared = WorkerGate(self, gate, mail, self._known())
+        broker = self._broker
+        broker.emit_before, broker.emit_after = _hiding(shared, broker.emit_before), _hiding(shared, broker.emit_after)
+        mark_members(broker, self._known())
+
     def before_worker_shutdown(self, broker: Any, worker: Any) -> None:
         """Give the tokens away while actors end."""
-        self._leaving = True
-        if self.job is not None:
+        self.leaving = True
+        if self._job is not None:
             try:
-                self.job.drain(0)
+                self._job.drain(0)
             except JobSyncError as error:
                 logger.warning('JobSync: %s', error)
 
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
         """Leave; survivors take over what is left in the node's queue."""
-        job, self.job = self.job, None
+        job, self._job = self._job, None
         if self._keeper is not None:
             self._keeper.stop(5.0)
         if self._http is not None:
@@ -221,13 +256,24 @@ class JobSync(Middleware):
         return self._shared is not None and self._shared.busy(tokens)
 
     def _tick(self) -> None:
-        if self._shared is not None:
-            self._shared.give_back_left()
+        self._post().tidy()
         self._watch_parent()
+
+    def _lease_changed(self, leased: bool) -> None:
+        if not leased or self._job is None:
+            logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
+            return
+        logger.info('JobSync: the lease is valid again; consuming goes on')
+        # While this node was taken for dead, its empty queue may have been deleted and forgotten.
+        name, appname = self._job.node_name, self.settings.config.appname
+        queue = node_queue(appname, name)
+        with self._job.session() as connection:
+            queues.record(connection, Tables(appname), queue, name, 'dramatiq')
+        self._post().join(name, queue)
 
     def _watch_parent(self) -> None:
         # An orphan would go on for ever: nobody is left who stops it.
-        if self._orphan_since and not self._leaving and time.monotonic() - self._orphan_since > _ORPHAN_SEC:
+        if self._orphan_since and not self.leaving and time.monotonic() - self._orphan_since > _ORPHAN_SEC:
             os._exit(1)  # its main thread waits for the master, whom it was about to tell that it has started
         if multiprocessing.parent_process() is not None and os.getppid() != self._parent:
             # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
@@ -278,6 +324,14 @@ class JobSync(Middleware):
         self._http = HealthServer(
             self.settings.http, ready=lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+
+
+def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None]:
+    def emit_seen(signal: str, *args: Any, **kwargs: Any) -> None:
+        if not args or not shared.hides(signal, args[0]):
+            emit(signal, *args, **kwargs)
+
+    return emit_seen
 
 
 def _node_name(given: str | None) -> str:

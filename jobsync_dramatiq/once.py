@@ -16,22 +16,20 @@ from dramatiq.middleware import SkipMessage
 from jobsync_core import once as core
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
 from jobsync_core.execution import DEFAULT_RETENTION
-from jobsync_core.ledger import Ledger, LocalLedger, current_ledger
+from jobsync_core.ledger import message_ledger
 from jobsync_core.once import ExactlyOnce
 
 from .gate import give_back, note_of
+from .groups import was_counted
 
-__all__ = ['UNCOORDINATED', 'exactly_once', 'processing']
+__all__ = ['exactly_once', 'processing']
 
 logger = logging.getLogger(__name__)
 
 #: Milliseconds until a message comes back that could not run.
 _COME_BACK_MS = 1000
-#: Stands for the incarnation in a worker that runs without coordination because it may.
-UNCOORDINATED = 'uncoordinated'
 
 F = TypeVar('F', bound=Callable[..., Any])
-_local = LocalLedger()
 #: The broker and the message that this thread, or task, works on.
 processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar('jobsync_processing', default=None)
 
@@ -58,17 +56,12 @@ def exactly_once(
     """
     return core.exactly_once(
         *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result, scope=scope,
-        default_key=_message_id, refuse=_refuse, ledger=_ledger)
+        default_key=_message_id, refuse=_refuse, ledger=message_ledger)
 
 
 def _message_id() -> str | None:
     found = processing.get()
     return found[1].message_id if found is not None else None
-
-
-def _ledger() -> Ledger | LocalLedger:
-    ledger = current_ledger()
-    return _local if isinstance(ledger, Ledger) and ledger.incarnation == UNCOORDINATED else ledger
 
 
 def _refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
@@ -77,10 +70,7 @@ def _refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         raise error
     broker, message = found
     if isinstance(error, DuplicateExecution):
-        logger.info('actor=%s id=%s is a duplicate of the completed key %r', message.actor_name, message.message_id, error.key)
-        if options.on_duplicate == 'raise':
-            raise error
-        return error.result if options.on_duplicate == 'result' else None
+        return _duplicate(options, error, broker, message)
     if isinstance(error, ExecutionRunning) and options.on_running != 'requeue':
         if options.on_running == 'skip':
             return None
@@ -97,3 +87,14 @@ def _refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         raise give_back(message, note) from error
     message.options['store_results'] = False
     raise SkipMessage('jobsync: the message comes back later') from error
+
+
+def _duplicate(options: ExactlyOnce, error: DuplicateExecution, broker: Any, message: Any) -> Any:
+    logger.info('actor=%s id=%s is a duplicate of the completed key %r', message.actor_name, message.message_id, error.key)
+    if options.on_duplicate == 'raise':
+        raise error
+    # The same message again. What its end sends on (the next step of a pipeline, on_success) is sent again, as nobody can tell
+    # whether it was; but a group that has counted it counts it no more.
+    if was_counted(broker, message):
+        message.options.pop('group_completion_uuid')
+    return error.result if options.on_duplicate == 'result' else None

@@ -186,10 +186,12 @@ class RedisServer(BrokerServer):
                 if 'pidbox' in key or 'celeryev' in key:
                     continue
                 kind = client.type(key)
-                if kind == 'list':
+                if kind == 'list' and not client.exists(f'{key}.msgs'):  # Dramatiq's messages are in a hash, their order in a list
                     found[key] = client.llen(key)
                 elif kind == 'hash' and ('unacked' in key or (key.endswith('.msgs') and not key.endswith('.XQ.msgs'))):
                     found[key] = client.hlen(key)
+                elif kind == 'set' and '__acks__' in key:
+                    found[f'{key} (unacked)'] = client.scard(key)
         return {key: count for key, count in found.items() if count}
 
     def drop_connections(self) -> int:
@@ -251,7 +253,9 @@ class RabbitServer(BrokerServer):
 
     def depths(self, space: str) -> dict[str, int]:
         queues = self.api('GET', f'queues/{space}?disable_stats=true&enable_queue_totals=true')
-        mine = [item for item in queues if 'pidbox' not in item['name'] and not item['name'].startswith('celeryev')]
+        # Nor are dead letters.
+        mine = [item for item in queues if 'pidbox' not in item['name'] and not item['name'].startswith('celeryev')
+                and not item['name'].endswith('.XQ')]
         found = {item['name']: item.get('messages_ready', 0) for item in mine}
         found.update({f'{item["name"]} (unacked)': item.get('messages_unacknowledged', 0) for item in mine})
         return {name: count for name, count in found.items() if count}

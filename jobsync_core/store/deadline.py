@@ -6,11 +6,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
+from psycopg2.extensions import STATUS_READY
 
 __all__ = ['Deadlines', 'GuardedConnection']
 
@@ -19,17 +19,21 @@ class Deadlines:
     """Cuts connections whose call is overdue. Its thread lives only while something is watched."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._watched: dict[int, tuple[float, GuardedConnection]] = {}
         self._number = 0
         self._thread: threading.Thread | None = None
         self._next = 0.0
 
-    @contextlib.contextmanager
-    def watch(self, connection: GuardedConnection, seconds: float) -> Iterator[None]:
+    def watch(self, connection: GuardedConnection, seconds: float) -> _Watch:
         """Cut the connection if the block lasts longer than `seconds`."""
+        return _Watch(self, connection, seconds)
+
+    def begin(self, connection: GuardedConnection, seconds: float) -> int:
+        """Begin to watch; returns a number for `end`."""
         due = time.monotonic() + seconds
-        with self._changed:
+        with self._lock:
             self._number += 1
             number = self._number
             self._watched[number] = due, connection
@@ -39,11 +43,12 @@ class Deadlines:
                 self._thread.start()
             elif due < self._next:
                 self._changed.notify()
-        try:
-            yield
-        finally:
-            with self._changed:
-                del self._watched[number]
+        return number
+
+    def end(self, number: int) -> None:
+        """Watch it no longer."""
+        with self._lock:
+            del self._watched[number]
 
     def _run(self) -> None:
         with self._changed:
@@ -55,6 +60,23 @@ class Deadlines:
                 self._next = min((due for due, connection in self._watched.values() if not connection.cut), default=now + 1.0)
                 self._changed.wait(max(0.0, self._next - now))
             self._thread = None
+
+
+class _Watch:
+    """`Deadlines.watch`, around each call: a class, because generators cost twice as much."""
+
+    __slots__ = ('_connection', '_deadlines', '_number', '_seconds')
+
+    def __init__(self, deadlines: Deadlines, connection: GuardedConnection, seconds: float) -> None:
+        self._deadlines = deadlines
+        self._connection = connection
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._number = self._deadlines.begin(self._connection, self._seconds)
+
+    def __exit__(self, *error: object) -> None:
+        self._deadlines.end(self._number)
 
 
 class GuardedConnection(psycopg2.extensions.connection):
@@ -88,6 +110,8 @@ class GuardedConnection(psycopg2.extensions.connection):
         return super().cursor(*args, **kwargs)
 
     def commit(self) -> None:
+        if self.status == STATUS_READY and not self.closed:
+            return  # nothing was begun
         with self.guarded():
             super().commit()
 

@@ -1,8 +1,8 @@
 """The ledger's rows: one per key, with the fence that only its newest attempt holds.
 
-`begin` is a compare-and-swap in one statement: it looks at the row in the statement's snapshot, decides there whether
-the key is free, and takes it only if the row is still the one that it looked at. So a decision never mixes an old view
-of the node table with a newer row, and duplicates of a completed key cost a read and no lock.
+`begin` is a compare-and-swap in one statement, within a function: it looks at the row in the statement's snapshot, decides
+there whether the key is free, and takes it only if the row is still the one that it looked at. So a decision never mixes
+an old view of the node table with a newer row, and duplicates of a completed key cost a read and no lock.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'is_marked', 'lookup', 'mark', 'release', 'settle',
+    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'is_marked', 'mark', 'release', 'settle',
     'take_over',
 ]
 
@@ -33,7 +33,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Row:
-    """What `begin` or `lookup` found.
+    """What `begin` found.
 
     Args:
         began: The caller holds the key now, by `fence`.
@@ -53,46 +53,12 @@ class Row:
     holder: Holder | None
 
 
-_SEEN = """
-    SELECT e.key, e.state, e.fence, e.attempts, e.node, e.incarnation, e.host, e.boot_id, e.pid_namespace, e.pid, e.started,
-           CASE WHEN e.state = 'done' THEN e.result END AS result,
-           CASE e.state
-               WHEN 'failed' THEN true
-               WHEN 'done' THEN coalesce(e.expires_at <= now(), false)
-               ELSE NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
-           END AS free
-    FROM {execution} AS e
-    WHERE e.key = %(key)s"""
-
-# A new row's fence is the id of the transaction that makes it, not 1: so fences of a key rise even across the deletion
-# of its expired row, and an attempt that slept through that deletion is still told apart.
+# Both functions come with the schema (migration_3.sql), where what they do is written.
 _BEGIN = """
-WITH seen AS (""" + _SEEN + """
-), begun AS (
-    INSERT INTO {execution} AS e
-        (key, state, node, incarnation, host, boot_id, pid_namespace, pid, started, fence, attempts, started_at)
-    SELECT %(key)s, 'running', me.name, me.incarnation, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s,
-           pg_current_xact_id()::text::bigint, 1, now()
-    FROM {node} AS me LEFT JOIN seen ON true
-    WHERE me.name = %(node)s AND me.incarnation = %(incarnation)s AND coalesce(seen.free, true)
-    ON CONFLICT (key) DO UPDATE SET
-        state = 'running', node = excluded.node, incarnation = excluded.incarnation, host = excluded.host, boot_id = excluded.boot_id,
-        pid_namespace = excluded.pid_namespace, pid = excluded.pid, started = excluded.started,
-        fence = greatest(e.fence + 1, excluded.fence), attempts = CASE e.state WHEN 'done' THEN 1 ELSE e.attempts + 1 END,
-        started_at = now(), finished_at = NULL, result = NULL, error = NULL, expires_at = NULL
-    WHERE (e.fence, e.state) = (SELECT fence, state FROM seen)
-    RETURNING e.fence, e.attempts
-)
-SELECT begun.fence IS NOT NULL, EXISTS (SELECT FROM {node} WHERE name = %(node)s AND incarnation = %(incarnation)s),
-       seen.state, seen.free, coalesce(begun.fence, seen.fence), coalesce(begun.attempts, seen.attempts), seen.result,
-       seen.node, seen.incarnation, seen.host, seen.boot_id, seen.pid_namespace, seen.pid, seen.started
-FROM (VALUES (1)) AS always LEFT JOIN begun ON true LEFT JOIN seen ON true"""
+SELECT * FROM {begin_execution}(
+    %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s)"""
 
-_LOOKUP = """
-SELECT false, true, seen.state, seen.free, seen.fence, seen.attempts, seen.result,
-       seen.node, seen.incarnation, seen.host, seen.boot_id, seen.pid_namespace, seen.pid, seen.started
-FROM (""" + _SEEN + """
-) AS seen"""
+_CALL_FINISH = 'SELECT FROM {finish_execution}(%s, %s, %s, %s) AS finished WHERE finished'
 
 _TAKE_OVER = """
 UPDATE {execution} AS e
@@ -103,8 +69,8 @@ FROM {node} AS me
 WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s AND me.incarnation = %(incarnation)s
 RETURNING e.fence, e.attempts"""
 
-# 'done' as well, so that an attempt whose reply was lost can record its completion again. clock_timestamp(), because the
-# transaction may be older than the attempt.
+# What the function does, for a transaction of the user's. 'done' as well, so that an attempt whose reply was lost can record its
+# completion again. clock_timestamp(), because the transaction may be older than the attempt.
 _FINISH = """
 UPDATE {execution}
 SET state = 'done', result = CAST(%s AS jsonb), error = NULL, finished_at = clock_timestamp(),
@@ -137,7 +103,8 @@ WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AN
 
 
 def _sql(text: str, tables: Tables) -> str:
-    return text.format(execution=tables.execution, node=tables.node)
+    return text.format(
+        execution=tables.execution, node=tables.node, begin_execution=tables.begin_execution, finish_execution=tables.finish_execution)
 
 
 def _parameters(key: str, holder: Holder) -> dict[str, object]:
@@ -174,14 +141,6 @@ def take_over(connection: PgConnection, tables: Tables, key: str, holder: Holder
     return (rows[0][0], rows[0][1]) if rows else None
 
 
-def lookup(connection: PgConnection, tables: Tables, key: str) -> Row | None:
-    """The key's row as it is; None where there is none."""
-    with connection.cursor() as cursor:
-        cursor.execute(_sql(_LOOKUP, tables), {'key': key})
-        rows = cursor.fetchall()
-    return _row(rows[0]) if rows else None
-
-
 def finish_sql(tables: Tables) -> str:
     """The statement that completes a key, for a transaction of the user's; it takes `finish_parameters` in their order."""
     return _sql(_FINISH, tables)
@@ -216,9 +175,11 @@ def finish(
         result: JSON text.
         marker: If given, only in the transaction that has it as its local setting `jobsync.execution`.
     """
-    sql, parameters = finish_sql(tables), finish_parameters(key, fence, result, retention_sec)
-    if marker is not None:
-        sql, parameters = sql + _IN_TRANSACTION, (*parameters, marker)
+    parameters = finish_parameters(key, fence, result, retention_sec)
+    if marker is None:
+        sql = _sql(_CALL_FINISH, tables)
+    else:
+        sql, parameters = finish_sql(tables) + _IN_TRANSACTION, (*parameters, marker)
     with connection.cursor() as cursor:
         cursor.execute(sql, parameters)
         return cursor.rowcount == 1

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['clear_all', 'clear_by_creator', 'clear_tasks', 'list_locks', 'register']
+__all__ = ['clear_all', 'clear_by_creator', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
 
 
 def register(
@@ -98,6 +98,12 @@ def clear_all(connection: PgConnection, tables: Tables) -> int:
 def clear_tasks(connection: PgConnection, tables: Tables, task_ids: Iterable[str]) -> int:
     """Delete the locks on these tasks; returns how many there were."""
     return _delete(connection, tables, 'task_id = ANY(%s::text[])', (list(task_ids),))
+
+
+def clear_old_pins(connection: PgConnection, tables: Tables, unpinned: Iterable[str]) -> int:
+    """Delete the locks on the virtual keys (`name#3`) of tasks that were pinned once; returns how many there were."""
+    return _delete(
+        connection, tables, r"reason = 'pin' AND regexp_replace(task_id, '#\d+$', '') = ANY(%s::text[])", (list(unpinned),))
 
 
 def _delete(connection: PgConnection, tables: Tables, condition: str, params: tuple[object, ...]) -> int:

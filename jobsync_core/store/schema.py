@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
-MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'))
+MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -40,12 +40,13 @@ _COLUMNS: Mapping[str, str] = {
     'queue': 'name node created_at kind gone_at',
     'schedule': 'name slot total_run_count entry updated_at',
 }
+_FUNCTIONS = ('begin_execution', 'finish_execution')
 _INDEXES = ('lock_expiry', 'claim_token', 'audit_token', 'execution_running', 'execution_expiry')
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Names of one cluster's tables, quoted for SQL.
+    """Names of one cluster's tables and functions, quoted for SQL.
 
     Args:
         appname: The prefix, as in CoordinationConfig.
@@ -67,13 +68,15 @@ class Tables:
     cluster: str = field(init=False)
     queue: str = field(init=False)
     schedule: str = field(init=False)
+    begin_execution: str = field(init=False)
+    finish_execution: str = field(init=False)
     channel: str = field(init=False)
     advisory: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         prefix = self.appname.lower()
         object.__setattr__(self, 'appname', prefix)
-        for name in _COLUMNS:
+        for name in (*_COLUMNS, *_FUNCTIONS):
             object.__setattr__(self, name, _quoted(prefix + name))
         object.__setattr__(self, 'channel', prefix + 'events')
         digest = blake2b(f'jobsync {prefix}'.encode(), digest_size=8).digest()
@@ -128,7 +131,8 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         raise JobSyncError(
             f'{error.diag.message_primary}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, '
-            'and CREATE on the schema while they do not exist; or let an administrator run the output of `jobsync schema --sql`') from error
+            'EXECUTE on the functions of that name, and CREATE on the schema while they do not exist; '
+            'or let an administrator run the output of `jobsync schema --sql`') from error
 
 
 def _in_place(cursor: Any, tables: Tables) -> bool:
@@ -152,7 +156,7 @@ def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
 
 
 def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
-    """The schema version of the tables, 0 where there are none; and whether all are there.
+    """The schema version of the tables, 0 where there are none; and whether all are there, and the functions.
 
     Raises:
         SchemaConflict: They are not JobSync's, or newer than this program.
@@ -173,7 +177,7 @@ def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
             raise SchemaConflict(
                 f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout that this version of JobSync makes: '
                 f'choose another appname than {tables.appname!r}, or rename or drop {quoted} if nothing needs it')
-    return version, all(kind for kind, _ in columns.values())
+    return version, all(kind for kind, _ in columns.values()) and _has_functions(cursor, tables)
 
 
 _KINDS = {'r': 'table', 'v': 'view', 'm': 'materialized view', 'p': 'partitioned table', 'f': 'foreign table', 'i': 'index'}
@@ -193,9 +197,17 @@ def _columns(cursor: Any, relations: Iterable[str]) -> dict[str, tuple[str, set[
     return {name: (kind, set(columns.split())) for name, kind, columns in cursor.fetchall()}
 
 
+def _has_functions(cursor: Any, tables: Tables) -> bool:
+    cursor.execute(
+        "SELECT bool_and(coalesce(has_function_privilege(to_regproc(wanted.name), 'EXECUTE'), false)) FROM unnest(%s) AS wanted (name)",
+        ([getattr(tables, name) for name in _FUNCTIONS],))
+    return bool(cursor.fetchall()[0][0])
+
+
 def _render(tables: Tables, name: str) -> str:
     text = files(__package__).joinpath(name).read_text(encoding='utf-8')
-    return text.format(**tables.all, **{index: _quoted(f'{tables.appname}{index}') for index in _INDEXES})
+    functions = {function: getattr(tables, function) for function in _FUNCTIONS}
+    return text.format(**tables.all, **functions, **{index: _quoted(f'{tables.appname}{index}') for index in _INDEXES})
 
 
 def _quoted(name: str) -> str:

@@ -17,54 +17,9 @@ from jobsync_core.owners import Place
 from jobsync_core.plugin import Gate, PluginSettings
 from jobsync_core.routing import HOPS, KEY
 
+from ..fakes import Clock, FakeJob, FakeOwners
+
 __all__ = ['Bench', 'Message', 'bench']
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-
-class FakeJob:
-    """A node as the gate sees it."""
-
-    node_name = 'n1'
-    token_version = 1
-
-    def __init__(self) -> None:
-        self.mine: set[str] = set()
-        self.leased = True
-        self.incarnation = 'life-1'
-
-    def owns(self, route: str) -> bool:
-        return route in self.mine and self.leased
-
-    def am_i_healthy(self) -> bool:
-        return self.leased
-
-    def task_to_token(self, route: str) -> int:
-        return len(route)
-
-
-class FakeOwners:
-    """An owner map that a test writes."""
-
-    version = 1
-
-    def __init__(self) -> None:
-        self.places: dict[str, Place] = {}
-        self.error: Exception | None = None
-
-    def refresh(self) -> bool:
-        return True
-
-    def find(self, route: str) -> Place | None:
-        if self.error is not None:
-            raise self.error
-        return self.places.get(route)
 
 
 class Message:
@@ -116,7 +71,7 @@ class Bench:
         self.app.task(name='plain', shared=False)(_task)
         config = CoordinationConfig(appname='shop_')
         self.plugin = JobSync(self.app, config=config, **settings)
-        vars(self.plugin)['job'] = self.job
+        vars(self.plugin)['_job'] = self.job
         vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
         core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners

@@ -62,7 +62,8 @@ class Programs:
         self.environment.update(
             JOBSYNC_DATABASE_URL=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
             CELERY_BROKER_URL=broker.url(self.space), CELERY_RESULT_BACKEND=broker.url(self.space), PYTHONDONTWRITEBYTECODE='1',
-            PYTHONPATH=os.pathsep.join([str(_ROOT), str(place)]), PATH=os.pathsep.join([str(_commands(logs)), os.environ.get('PATH', '')]))
+            PYTHONPATH=os.pathsep.join(filter(None, [str(_ROOT), str(place), os.environ.get('PYTHONPATH')])),
+            PATH=os.pathsep.join([str(_commands(logs)), os.environ.get('PATH', '')]))
         self._logs = logs
         self._programs: list[Program] = []
 
@@ -112,7 +113,7 @@ def _commands(directory: Path) -> Path:
     place = directory / 'bin'
     place.mkdir()
     for name, code in (
-            ('python', '"$@"'), ('celery', '-m celery "$@"'),
+            ('python', '"$@"'), ('celery', '-m celery "$@"'), ('dramatiq', '-m dramatiq "$@"'),
             ('jobsync', '-c "import sys; from jobsync_core.cli import main; sys.exit(main())" "$@"')):
         command = place / name
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {code}\n')

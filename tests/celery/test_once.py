@@ -13,30 +13,11 @@ from jobsync_celery import JobSync, exactly_once
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, JobSyncError, NotEntered
-from jobsync_core.execution import Execution
-from jobsync_core.ledger import LocalLedger, set_current_ledger
+from jobsync_core.ledger import set_current_ledger
+
+from ..fakes import FakeLedger, duplicate
 
 OPTIONS = {'args': [3], 'kwargs': {}, 'called_directly': False, 'is_eager': False, 'delivery_info': {}, 'retries': 2}
-
-
-class FakeLedger(LocalLedger):
-    """Answers with an error that a test chooses."""
-
-    def __init__(self) -> None:
-        self.begin_error: JobSyncError | None = None
-        self.finish_error: JobSyncError | None = None
-        self.keys: list[str] = []
-
-    def begin(self, key: str, retention_sec: float) -> Execution:
-        self.keys.append(key)
-        if self.begin_error is not None:
-            raise self.begin_error
-        return super().begin(key, retention_sec)
-
-    def finish(self, execution: Execution) -> None:
-        if self.finish_error is not None:
-            raise self.finish_error
-        super().finish(execution)
 
 
 @pytest.fixture
@@ -85,12 +66,6 @@ def in_worker(task: Any, **request: Any) -> Any:
     finally:
         _task_stack.pop()
         task.pop_request()
-
-
-def duplicate(result: Any = 6) -> DuplicateExecution:
-    error = DuplicateExecution()
-    vars(error).update(key='d:3', result=result)
-    return error
 
 
 def check_duplicate_rule(app: Celery, ledger: FakeLedger) -> None:

@@ -232,7 +232,7 @@ class TestInspect:
         plugin = JobSync(State.app, config=config)
         assert control.jobsync(State) == {'coordination_enabled': False}
         with Job('n1', config, wait_on_enter=0) as job:
-            plugin.job = job
+            plugin._job = job
             found = control.jobsync(State)
             assert found['node_name'] == 'n1'
             assert loads(dumps(found)) == json.loads(json.dumps(found)) == found

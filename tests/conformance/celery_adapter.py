@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from celery import Celery, uuid
+from celery import Celery, chain, chord, uuid
 
 from .celery_app import make_app
 from .harness import Adapter, Outcome, Place
@@ -22,6 +22,7 @@ class CeleryAdapter(Adapter):
 
     framework = 'celery'
     pools: ClassVar[Mapping[str, str]] = {'processes': 'prefork', 'threads': 'threads', 'single': 'solo'}
+    replaces_processes = True
 
     def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
         super().__init__(place, jobsync, settings, pins)
@@ -39,6 +40,12 @@ class CeleryAdapter(Adapter):
     def node_of(self, name: str) -> str:
         return f'{name}@test'
 
+    def worker_of(self, node: str) -> str:
+        return node.partition('@')[0]
+
+    def nodes(self, pool: str) -> int:
+        return 1
+
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
         return [
             sys.executable, '-m', 'celery', '-A', 'tests.conformance.celery_worker', 'worker', '-n', self.node_of(name), '-P', pool,
@@ -54,6 +61,15 @@ class CeleryAdapter(Adapter):
         options.setdefault('task_id', uuid())
         app.tasks[task].apply_async(tuple(args), **options)
         return str(options['task_id'])
+
+    def send_steps(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> str:
+        add = (self.routing if routed and self.jobsync else self.app).tasks['add']
+        first, *others = numbers
+        return str(chain(add.s(0, first, tag=tag), *(add.s(number, tag=tag) for number in others)).apply_async().id)
+
+    def send_group(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> None:
+        tasks = (self.routing if routed and self.jobsync else self.app).tasks
+        chord([tasks['add'].s(number, number, tag=tag) for number in numbers], tasks['seal'].s(tag=tag)).apply_async()
 
     def outcome(self, message: str) -> Outcome:
         meta = self.app.backend.get_task_meta(message)

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,20 +83,19 @@ class Worker:
     """A worker process.
 
     Args:
-        name: The worker's name, which its tasks note.
-        node: The name by which JobSync knows it.
+        name: The worker's name.
+        nodes: How many nodes it is.
         command: How to start it.
         order: What it is told.
         log: Where its output goes.
-        ready: What it prints when it is ready.
+        ready: What each of its nodes prints when it is ready.
     """
 
-    def __init__(self, name: str, node: str, command: Sequence[str], order: Order, log: Path, ready: str) -> None:
+    def __init__(self, name: str, nodes: int, command: Sequence[str], order: Order, log: Path, ready: str) -> None:
         self.name = name
-        self.node = node
+        self.nodes = nodes
         self._log = log
         self._ready = ready
-        self._signal_children = False
         environment = {key: value for key, value in os.environ.items() if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
         with log.open('w') as output:
             self.process = subprocess.Popen(
@@ -120,9 +120,12 @@ class Worker:
 
     def wait_ready(self, timeout: float = _START_SEC) -> Worker:
         """Wait until it consumes."""
-        eventually(lambda: self._ready in self.log() or not self.is_running(), timeout)
-        assert self._ready in self.log(), f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
+        eventually(lambda: self._is_ready() or not self.is_running(), timeout)
+        assert self._is_ready(), f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
         return self
+
+    def _is_ready(self) -> bool:
+        return self.log().count(self._ready) >= self.nodes
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to its main process."""
@@ -145,6 +148,13 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
+    def crash(self) -> None:
+        """SIGKILL to all of its processes, as when their machine dies."""
+        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = _STOP_SEC) -> int:
         """Send a signal that ends it, and return its exit code."""
         self.send_signal(number)
@@ -155,7 +165,11 @@ class Worker:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f'{self.name} did not end within {timeout} s:\n{self.log(3000)}') from None
+            size = len(self.log())
+            self.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: len(self.log()) > size, 5)
+            raise AssertionError(f'{self.name} did not end within {timeout} s:\n{self.log(6000)}') from None
 
     def close(self) -> None:
         """End it and all of its processes, whatever their state."""
@@ -179,6 +193,8 @@ class Adapter(ABC):
     framework: str
     #: Pools that workers can have, by kind: 'processes', 'threads' and 'single' (one task at a time).
     pools: ClassVar[Mapping[str, str]]
+    #: A process of the pool that dies is replaced, and the worker goes on; otherwise the worker ends.
+    replaces_processes: ClassVar[bool]
 
     def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
         self.place = place
@@ -187,7 +203,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def node_of(self, name: str) -> str:
-        """The name by which JobSync knows a worker."""
+        """The name that a worker is told to give its node, or to begin the names of its nodes with."""
+
+    @abstractmethod
+    def worker_of(self, node: str) -> str:
+        """The name of a node's worker."""
+
+    @abstractmethod
+    def nodes(self, pool: str) -> int:
+        """How many nodes a worker with such a pool is."""
 
     @abstractmethod
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
@@ -195,7 +219,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def ready(self, name: str) -> str:
-        """What a worker prints when it is ready."""
+        """What each node of a worker prints when it is ready."""
 
     @abstractmethod
     def send(self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any) -> str:
@@ -207,6 +231,14 @@ class Adapter(ABC):
             routed: The sender's JobSync routes it; otherwise it goes to its home queue, as from a sender that has none.
             options: The framework's; `delay` in seconds is common to all.
         """
+
+    @abstractmethod
+    def send_steps(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> str:
+        """Send `add` as steps of which each adds a number to the one before, from 0; the id of the message that has the sum."""
+
+    @abstractmethod
+    def send_group(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> None:
+        """Send `add(number, number)` for each number, and `seal` for when all are done."""
 
     @abstractmethod
     def outcome(self, message: str) -> Outcome:
@@ -296,7 +328,7 @@ class Cluster:
             order = replace(order, database=database)
         log = self.place.directory / f'{name}-{len(self._started)}.log'
         command = self.adapter.command(name, pool or self.pool, concurrency, options)
-        worker = Worker(name, self.adapter.node_of(name), command, order, log, self.adapter.ready(name))
+        worker = Worker(name, self.adapter.nodes(pool or self.pool), command, order, log, self.adapter.ready(name))
         self._started.append(worker)
         self.workers[name] = worker
         return worker
@@ -313,14 +345,31 @@ class Cluster:
         """Wait until exactly the workers that run own all tokens, but those that a pin blocks."""
         if not self.adapter.jobsync:
             return
-        nodes = {worker.node for worker in self.workers.values() if worker.is_running()}
+        nodes = {worker.name: worker.nodes for worker in self.workers.values() if worker.is_running()}
         total = self.place.config.total_tokens
 
         def settled() -> bool:
             owned = self.ledger.owned()
-            return set(owned) == nodes and sum(owned.values()) + self.ledger.blocked() == total
+            return Counter(map(self.worker_of, owned)) == nodes and sum(owned.values()) + self.ledger.blocked() == total
 
         eventually(settled, timeout)
+
+    def worker_of(self, node: str | None) -> str | None:
+        """The name of a node's worker."""
+        return self.adapter.worker_of(node) if node else None
+
+    def owning(self) -> set[str | None]:
+        """Names of the workers that own tokens."""
+        return {self.worker_of(node) for node in self.ledger.owned()}
+
+    def lives(self, name: str) -> set[str]:
+        """Incarnations of a worker's nodes: others mean that they were evicted, or started anew."""
+        return {life for node, life in self.ledger.incarnations().items() if self.worker_of(node) == name}
+
+    def ran_on(self, *letters: str, least: int = 0) -> set[str | None]:
+        """Names of the workers on which tasks ended whose keys have certain letters, if any are given, and a number of at least `least`."""
+        return {self.worker_of(note.node) for note in self.notes.of('end')
+                if (not letters or note.key[0] in letters) and int(note.key.partition(':')[2]) >= least}
 
     # --- messages ---
 
@@ -332,9 +381,9 @@ class Cluster:
 
     def numbers(self, name: str, count: int, start: int = 0, task: str = 'keyed') -> list[int]:
         """Numbers from `start` whose keys a worker owns now."""
-        node, letter = self.workers[name].node, _LETTERS[task]
+        letter = _LETTERS[task]
         owners = self.ledger.owners(f'{letter}:{n}' for n in range(start, start + 100 * count))
-        found = [int(key[2:]) for key, owner in owners.items() if owner == node][:count]
+        found = [int(key[2:]) for key, owner in owners.items() if self.worker_of(owner) == name][:count]
         assert len(found) == count, f'{name} owns too little: {self.ledger.owned()}'
         return found
 
@@ -434,7 +483,7 @@ class _Stable:
 
 _LETTERS = {
     'keyed': 'k', 'body': 'b', 'limited': 'b', 'by_id': 'i', 'plain': 'p', 'routed': 'r', 'pinned': 'g', 'preferred': 'g', 'homeless': 'g',
-    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o'}
+    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o', 'patient': 'b', 'awaited': 'w'}
 
 
 def within(seconds: float, condition: Callable[[], object], every: float = 0.005) -> None:

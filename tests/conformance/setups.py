@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from .celery_adapter import CeleryAdapter
+from .dramatiq_adapter import DramatiqAdapter
 from .harness import QUICK, STEADY, Adapter
 
 __all__ = ['ADAPTERS', 'JOBSYNC', 'QUICK', 'SOAK', 'STEADY', 'Setup', 'setups', 'known_fault']
@@ -16,7 +17,7 @@ __all__ = ['ADAPTERS', 'JOBSYNC', 'QUICK', 'SOAK', 'STEADY', 'Setup', 'setups', 
 JOBSYNC = os.environ.get('CONFORMANCE_JOBSYNC', '1') != '0'
 #: CONFORMANCE_SOAK=20 makes loads and numbers of faults twenty times as large.
 SOAK = int(os.environ.get('CONFORMANCE_SOAK', '1'))
-ADAPTERS: Mapping[str, type[Adapter]] = {'celery': CeleryAdapter}
+ADAPTERS: Mapping[str, type[Adapter]] = {'celery': CeleryAdapter, 'dramatiq': DramatiqAdapter}
 _BROKERS = ('redis', 'rabbitmq')
 
 

@@ -56,21 +56,30 @@ def test_workers_killed_at_random_moments_lose_nothing(setup: Setup, make_cluste
 def test_pool_processes_killed_at_random_moments_lose_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     chance = _chance()
     cluster = make_cluster(setup)
-    cluster.start('alpha', 'beta', concurrency=2)
+    names = ['worker-1', 'worker-2']
+    cluster.start(*names, concurrency=2)
     for number in range(_KILLS):
         for n in range(number * 40, number * 40 + 40):
             cluster.send(chance.choice(['keyed', 'body']), n, chance.uniform(0, 0.1), routed=chance.random() < 0.5)
         cluster.wait_progress(len(cluster.ended()) + chance.randrange(1, 25))
-        victims = cluster[chance.choice(['alpha', 'beta'])].children
-        if victims:
-            os.kill(chance.choice(victims), signal.SIGKILL)
+        victim = cluster[chance.choice(names)]
+        pool = victim.children
+        if pool:
+            os.kill(chance.choice(pool), signal.SIGKILL)
+        if pool and not cluster.adapter.replaces_processes:
+            # The others of the pool are stopped, and the worker ends with an error.
+            assert victim.wait(20) != 0
+            names.remove(victim.name)
+            names.append(f'worker-{number + 3}')
+            cluster.start(names[-1], concurrency=2, settle=False)
     cluster.finish(60 * SOAK)
 
 
 @on_processes
 def test_a_task_whose_process_is_killed_runs_again_at_once(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
-    cluster.start('alpha')
+    # One worker is enough where the process is replaced.
+    cluster.start('alpha', *([] if cluster.adapter.replaces_processes else ['beta']))
     cluster.send('keyed', 1, 3)
     eventually(lambda: cluster.notes.of('start'))
     since = moment()
@@ -94,7 +103,7 @@ def test_what_a_killed_worker_held_runs_again_within_seconds(setup: Setup, make_
         eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) >= (
             1 if setup.kind == 'single' else 4))  # a solo worker reads nothing while it works
     since = moment()
-    cluster['victim'].kill()
+    cluster['victim'].crash()
     keys = [f'k:{n}' for n in numbers]
     within(30, lambda: len({note.key for note in cluster.ended(*keys)}) == 8)
     took = max(note.at for note in cluster.ended(*keys)) - since
@@ -110,7 +119,7 @@ def test_messages_sent_to_a_dead_nodes_queue_are_found(setup: Setup, make_cluste
     numbers = cluster.numbers('victim', 10)
     cluster.send('keyed', 5000, routed=True)
     cluster.finish()
-    cluster['victim'].kill()
+    cluster['victim'].crash()
     # The sender's owner map still names the dead node.
     for n in numbers:
         cluster.send('keyed', n, routed=True)
@@ -125,21 +134,21 @@ def test_a_cluster_that_died_as_a_whole_leaves_nothing_behind_for_its_successors
         cluster.send('keyed', n, routed=n % 2 == 0)
     eventually(lambda: len(cluster.notes.of('start')) >= 4)
     for name in ('old-1', 'old-2'):
-        cluster[name].kill()
+        cluster[name].crash()
     for n in range(20, 30):
         cluster.send('keyed', n, routed=True)
     cluster.start('new')
     cluster.finish()
-    assert {node for _, _, node in cluster.ledger.effects()} == {'new@test'}
+    assert {cluster.worker_of(node) for _, _, node in cluster.ledger.effects()} == {'new'}
 
 
 @pytest.mark.parametrize('setup', setups('threads', brokers=('rabbitmq',)), ids=str)
 def test_the_queue_of_a_node_that_never_comes_back_is_deleted_and_forgotten(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
     cluster.start('victim', 'alpha')
-    cluster['victim'].kill()
+    cluster['victim'].crash()
     # It is kept for a while: a message may be on its way to it.
-    eventually(lambda: set(cluster.ledger.node_queues().values()) == {'alpha@test'}, 40)
+    eventually(lambda: {cluster.worker_of(node) for node in cluster.ledger.node_queues().values()} == {'alpha'}, 40)
     assert isinstance(cluster.place.server, RabbitServer)
     assert not [name for name in cluster.place.server.queues(cluster.place.space) if 'victim' in name]
 
@@ -151,22 +160,22 @@ def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(se
     for n in range(80):
         cluster.send('keyed' if n % 2 else 'body', n, 0.1, routed=n % 4 == 0)
     cluster.wait_progress(10)
-    before = cluster.ledger.incarnations()['alpha@test']
+    before = cluster.lives('alpha')
     cluster['alpha'].pause()
-    eventually(lambda: set(cluster.ledger.owned()) == {'beta@test'}, 20)
+    eventually(lambda: cluster.owning() == {'beta'}, 20)
     # Everything is completed while it sleeps, but for nothing: what it held came back too.
     keys = {item.key for item in cluster.sent}
     cluster.wait_ended(keys)
     woken = moment()
     cluster['alpha'].resume()
-    eventually(lambda: cluster.ledger.incarnations().get('alpha@test', before) != before, 20)
+    eventually(lambda: not cluster.lives('alpha') & before, 20)
     cluster.settle()
     for n in range(100, 120):
         cluster.send('keyed', n)
     cluster.finish()
     # It may not begin anything of what it had read before.
-    assert not [note for note in cluster.notes.of('start', keys) if note.at > woken and note.node == 'alpha@test']
-    assert 'alpha@test' in {node for key, _, node in cluster.ledger.effects() if int(key[2:]) >= 100}
+    assert not [note for note in cluster.notes.of('start', keys) if note.at > woken and cluster.worker_of(note.node) == 'alpha']
+    assert 'alpha' in cluster.ran_on('k', least=100)
 
 
 @on_threads

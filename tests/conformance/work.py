@@ -14,7 +14,9 @@ import psycopg2
 
 from .history import Notes
 
-__all__ = ['Flaky', 'Order', 'add', 'body', 'by_id', 'flaky', 'keyed', 'order', 'overdue', 'pinned', 'plain', 'seal', 'sour', 'total']
+__all__ = [
+    'Flaky', 'Order', 'add', 'body', 'by_id', 'flaky', 'keyed', 'node', 'order', 'overdue', 'pinned', 'plain', 'seal', 'sour', 'total',
+]
 
 _VARIABLE = 'CONFORMANCE_ORDER'
 
@@ -66,6 +68,8 @@ class _Now:
     """Set by the framework's tasks: who processes which message."""
 
     order: Order | None = None
+    #: The node, where it is not named as the worker is.
+    node: Callable[[], str] | None = None
     message_id: Callable[[], str] = staticmethod(lambda: '')
     attempt: Callable[[], int] = staticmethod(lambda: 0)
     execution: Callable[[], Any] | None = None
@@ -80,9 +84,14 @@ def order() -> Order:
     return now.order
 
 
+def node() -> str:
+    """The name of this process's node."""
+    return now.node() if now.node is not None else order().node
+
+
 def note(event: str, key: str, more: Any = None) -> None:
     """Write a note about the message that is being processed."""
-    Notes(Path(order().notes)).write(event, key, now.message_id(), order().node, more)
+    Notes(Path(order().notes)).write(event, key, now.message_id(), node(), more)
 
 
 @contextlib.contextmanager
@@ -102,7 +111,7 @@ def keyed(n: int, sleep: float = 0.0) -> dict[str, Any]:
     key = f'k:{n}'
     with _noted(key):
         time.sleep(sleep)
-        row = (key, now.message_id(), order().node, os.getpid())
+        row = (key, now.message_id(), node(), os.getpid())
         result = {'n': n, 'message': now.message_id()}
         if now.execution is not None:
             execution = now.execution()
@@ -151,7 +160,7 @@ def routed(n: int) -> int:
 def pinned(n: int) -> str:
     """Pinned to certain nodes; returns where it ran."""
     with _noted(f'g:{n}'):
-        return order().node
+        return node()
 
 
 def flaky(n: int, times: int = 1) -> dict[str, Any]:
@@ -169,9 +178,11 @@ def sour(n: int) -> None:
 
 
 def overdue(n: int, sleep: float = 0.0) -> int:
-    """May take longer than it is allowed to."""
+    """May take longer than it is allowed to. Threads can be interrupted between two calls of the system only."""
     with _noted(f'o:{n}'):
-        time.sleep(sleep)
+        until = time.monotonic() + sleep
+        while time.monotonic() < until:
+            time.sleep(0.05)
         return n
 
 

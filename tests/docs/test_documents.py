@@ -295,7 +295,7 @@ def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptu
 def test_every_document_is_tested_and_every_block_has_a_known_language() -> None:
     tested = {
         'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'CELERY.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name,
-        'DRAMATIQ.md'}  # in tests/dramatiq
+        'DRAMATIQ.md', 'TESTING.md'}  # in tests/dramatiq and tests/testing
     blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
     for block in blocks:
         assert block.language in ('python', 'sql', 'sh', 'ini'), block

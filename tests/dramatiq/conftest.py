@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ..brokers import BrokerServer
 from ..waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 class Workers:
     """Worker processes of one broker and one database, and their log."""
 
-    def __init__(self, app: Any, folder: Path, environment: dict[str, str]) -> None:
-        self.app = app
+    def __init__(self, app: Any, server: BrokerServer, space: str, folder: Path, environment: dict[str, str]) -> None:
+        self.app, self.server, self.space = app, server, space
         self._folder, self._environment = folder, environment
         self.started: list[subprocess.Popen[bytes]] = []
 
@@ -44,6 +46,13 @@ class Workers:
             return len({place.node for place in owners._copy.places if place.queue}) == number
         eventually(known, 30)
 
+    def depth(self, queue: str) -> int:
+        """Messages in a queue, those that were taken and not acknowledged included."""
+        depths = self.server.depths(self.space)
+        if self.server.kind == 'redis':
+            return depths.get(f'dramatiq:{queue}.msgs', 0)
+        return depths.get(queue, 0) + depths.get(f'{queue} (unacked)', 0)
+
     def lines(self, start: str) -> list[str]:
         return [line for line in self.app.log.lrange('log', 0, -1) if line.startswith(start)]
 
@@ -62,19 +71,33 @@ class Workers:
                 process.wait()
 
 
+@pytest.fixture(params=['redis', 'rabbitmq'])
+def server(request: pytest.FixtureRequest) -> BrokerServer:
+    """Each broker in turn."""
+    found: BrokerServer = request.getfixturevalue(f'{request.param}_server')
+    return found
+
+
 @pytest.fixture
-def workers(redis_server: Any, postgres: Any, make_config: Callable[..., Any], tmp_path: Path,
-            monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
+def options() -> dict[str, Any]:
+    """Settings of the plugin, in the workers and in the test process."""
+    return {}
+
+
+@pytest.fixture
+def workers(server: BrokerServer, redis_server: Any, postgres: Any, make_config: Callable[..., Any], options: dict[str, Any],
+            tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
     config = make_config()
-    space = redis_server.new_space()
-    monkeypatch.setenv('TEST_REDIS', redis_server.url(space))
+    space, store = server.new_space(), redis_server.new_space()
+    monkeypatch.setenv('TEST_BROKER', server.url(space))
+    monkeypatch.setenv('TEST_REDIS', redis_server.url(store))
     monkeypatch.setenv('TEST_DATABASE', postgres.url(config.dbname))
+    monkeypatch.setenv('TEST_OPTIONS', json.dumps(options))
     monkeypatch.delitem(sys.modules, 'tests.dramatiq.worker_app', raising=False)
     app = importlib.import_module('tests.dramatiq.worker_app')
-    found = Workers(app, tmp_path, dict(os.environ))
+    found = Workers(app, server, space, tmp_path, dict(os.environ))
     yield found
     found.stop()
-    app.broker.client.close()
-    app.log.close()
-    redis_server.drop_space(space)
-
+    app.close()
+    server.drop_space(space)
+    redis_server.drop_space(store)

@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
 import dramatiq
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.rate_limits.backends import RedisBackend as RateBackend
 from dramatiq.results import Results
@@ -17,13 +19,26 @@ from jobsync_dramatiq import JobSync, exactly_once
 URL = os.environ['TEST_REDIS']
 SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 0.5}
 options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
-broker = RedisBroker(url=URL)
+ADDRESS = os.environ['TEST_BROKER']
+broker: Any = RedisBroker(url=ADDRESS) if ADDRESS.startswith('redis') else RabbitmqBroker(url=ADDRESS)
 plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **SHORT, **options)
 broker.add_middleware(plugin)
 broker.add_middleware(Results(backend=RedisBackend(url=URL), store_results=True))
 broker.add_middleware(dramatiq.middleware.GroupCallbacks(RateBackend(url=URL)))
 dramatiq.set_broker(broker)
 log = Redis.from_url(URL, decode_responses=True)
+
+
+def close() -> None:
+    """Close what the test process has opened."""
+    broker.close()
+    if isinstance(broker, RedisBroker):
+        broker.client.close()
+    for middleware in broker.middleware:
+        store = getattr(middleware, 'backend', getattr(middleware, 'rate_limiter_backend', None))
+        if store is not None:
+            store.client.close()
+    log.close()
 
 
 def note(text: object) -> None:

@@ -118,7 +118,7 @@ class _Worker:
 def run_worker(fields: dict[str, Any], node: str, incarnation: str, pipe: Connection, fenceless: bool) -> None:
     """The process: executes what comes through the pipe, in order, and answers each."""
     if fenceless:
-        executions._FINISH = executions._FINISH.replace('AND fence = %s', 'AND %s IS NOT NULL')
+        executions._FINISH = executions._CALL_FINISH = executions._FINISH.replace('AND fence = %s', 'AND %s IS NOT NULL')
     worker = _Worker(CoordinationConfig(**fields), node, incarnation)
     pipe.send(('ready', ''))
     while True:

@@ -170,6 +170,28 @@ def world(config: CoordinationConfig) -> Iterator[World]:
 ROUTES = [f'order-{number}' for number in range(40)]
 
 
+def test_an_owner_map_that_still_names_the_gone_node_ends_no_sweep(world: World) -> None:
+    n1, n2 = world.node('n1', start=False), world.node('n2', start=False)
+    world.settle(n1, n2)
+    n1.gate.owners.reread()
+    n2.job.__exit__(None, None, None)
+    eventually(lambda: len(n1.job.my_tokens) == world.config.total_tokens)
+    world.broker.put('q.n2', *ROUTES)
+    taken: list[str] = []
+    take = n1.mail.take
+
+    def limited(queue: str) -> Letter | None:
+        taken.append(queue)
+        assert len(taken) < 1000, 'a letter is forwarded into the queue that it was taken from'
+        return take(queue)
+
+    n1.mail.take = limited  # type: ignore[method-assign]
+    for _ in range(2):
+        n1.keeper._sweep()
+    assert world.broker.routes('q.n1') == sorted(ROUTES)
+    assert not world.broker.routes('q.n2')
+
+
 def test_letters_of_a_node_that_is_gone_go_to_their_present_owners(world: World) -> None:
     nodes = world.node('n1'), world.node('n2')
     world.settle(*nodes)

@@ -164,6 +164,15 @@ class TestClear:
             assert locks.clear_tasks(connection, rows.tables, ['t', 'v', 'nothing']) == 2
         assert set(listed(rows)) == {'u'}
 
+    def test_locks_of_tasks_that_are_pinned_no_longer_go(self, rows: Rows) -> None:
+        tasks = 'shop.pay', 'shop.pay#1', 'shop.render'
+        register(rows, *((f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)))
+        register(rows, ('shop.pay#5', ('%gpu',), 'by hand', None), ('shop.pay', ('%gpu',), 'pin of mine', None))
+        with rows.sessions.session() as connection:
+            assert locks.clear_old_pins(connection, rows.tables, ['shop.pay', 'shop.other']) == 2
+        assert set(listed(rows)) == {
+            'shop.pay#1#3', 'shop.pay#1#12', 'shop.render#3', 'shop.render#12', 'shop.pay#5', 'shop.pay'}
+
     def test_all_go(self, rows: Rows) -> None:
         register(rows, *((name, ('a',), None, None) for name in 'tuv'))
         with rows.sessions.session() as connection:

@@ -18,7 +18,7 @@ PURE = frozenset({
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'}, {'agent', 'callbacks', 'execution', 'ledger', 'once', 'owners', 'routing', 'taskbook'},
     {'job'}, {'plugin'}, {'keeper'},
-    {'', 'cli', 'embedded', 'embedded_supervisor', 'metrics', 'web'})
+    {'', 'cli', 'embedded', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
     'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',

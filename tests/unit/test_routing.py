@@ -160,7 +160,7 @@ class TestCoordination:
         with pytest.raises(ConfigurationError, match=r'shop\.pay|key'):
             self.make(key=key)
 
-    @pytest.mark.parametrize('maker', [lambda account: None, lambda account: [account]])
+    @pytest.mark.parametrize('maker', [lambda account: None, lambda account: [account], lambda account: ''])
     def test_a_key_that_is_no_task_id_is_an_error_of_ours(self, maker: Callable[..., Any]) -> None:
         with pytest.raises(JobSyncError):
             self.make(key=maker).route_of(('a',), {}, 'm1')

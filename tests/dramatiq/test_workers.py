@@ -1,4 +1,4 @@
-"""Real `dramatiq` processes on Redis."""
+"""Real `dramatiq` processes, on Redis and on RabbitMQ."""
 from __future__ import annotations
 
 import os
@@ -6,6 +6,7 @@ import signal
 from typing import Any
 
 import dramatiq
+import pytest
 
 from ..waiting import eventually
 from .conftest import Workers
@@ -59,8 +60,8 @@ def test_what_a_killed_process_held_runs_elsewhere(workers: Workers) -> None:
     assert set(workers.counts('slowend:').values()) == {1}
 
 
+@pytest.mark.parametrize('options', [{'route_producers': False}], ids=['no producer routing'])
 def test_workers_hand_on_what_is_not_theirs(workers: Workers) -> None:
-    workers.app.plugin.settings.__dict__['route_producers'] = False
     workers.start(2)
     workers.wait_for_nodes(2)
     for n in range(300):
@@ -106,8 +107,7 @@ def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(work
     eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 10)  # by the node's own queue, which the producer chose
     workers.app.homeless.send(1)
     workers.start(1)
-    broker = workers.app.broker
-    eventually(lambda: broker.client.hlen('dramatiq:jobsync.sync_.parked.msgs') == 1, 20)
+    eventually(lambda: workers.depth('jobsync.sync_.parked') == 1, 20)
     assert workers.lines('homeless:') == []
     workers._environment['JOBSYNC_NODE_NAME'] = 'gpu-1'
     workers.start(1)

@@ -1,0 +1,1 @@
+"""A project that books payments once each."""

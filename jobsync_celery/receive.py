@@ -1,0 +1,211 @@
+"""Receiving from Redis without a moment in which a message exists in nobody's records.
+
+kombu takes a message off its list first and records it as unacknowledged in a second trip: what is in between when the
+worker, the connection or Redis itself is killed is lost. Here one script does both. It is used while messages wait; on
+empty queues kombu's blocking BRPOP waits for the next one, and what it brings that cannot be recorded any more is kept
+until there is a connection again. One trip less for each message is a welcome effect.
+"""
+from __future__ import annotations
+
+from queue import Empty
+from time import monotonic, time
+from typing import Any
+
+from celery.utils.log import get_logger
+from kombu.connection import Connection
+from kombu.transport import redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+from redis import Redis
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+__all__ = ['Unrecorded', 'receive_atomically']
+
+logger = get_logger(__name__)
+# kombu has no types.
+transport: Any = redis
+_execute: Any = Redis.execute_command
+
+#: Messages that BRPOP brought and that could not be recorded: delivery tag -> what belongs into the hash of unacknowledged ones.
+Unrecorded = dict[str, str]
+
+# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then each list's queue.
+# The list is shortened last: a script that Redis stops for lack of memory has lost nothing.
+_TAKE = """
+for i = 3, #KEYS do
+    local item = redis.call('LINDEX', KEYS[i], -1)
+    if item then
+        local sound, message = pcall(cjson.decode, item)
+        local tag = sound and type(message) == 'table' and type(message.properties) == 'table' and message.properties.delivery_tag
+        local recorded = 0
+        if type(tag) == 'string' then
+            redis.call('ZADD', KEYS[2], ARGV[1], tag)
+            redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(ARGV[i - 1]) .. ']')
+            recorded = 1
+        end
+        redis.call('RPOP', KEYS[i])
+        return {ARGV[i - 1], item, recorded}
+    end
+end
+return false
+"""
+
+
+class _QoS(transport.QoS):  # type: ignore[misc]
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Remember a message as delivered."""
+        if self.channel.recorded == delivery_tag:
+            self.channel.recorded = None
+            plain: Any = virtual.QoS
+            plain.append(self, message, delivery_tag)
+            return
+        try:
+            super().append(message, delivery_tag)
+        except BaseException:
+            delivery = message.delivery_info
+            self.channel.unrecorded[delivery_tag] = dumps([message._raw, delivery['exchange'], delivery['routing_key']])
+            raise
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """Give back what was delivered and not acknowledged; with the broker out of reach, the next connection does it."""
+        try:
+            super().restore_unacked_once(stderr)
+        except (RedisError, OSError, AttributeError) as error:  # AttributeError: kombu, for a channel whose connection has been closed
+            logger.info('JobSync: what the lost connection held is given back later: %r', error)
+
+
+class _Channel(transport.Channel):  # type: ignore[misc]
+    QoS = _QoS
+    #: Where messages are kept that could not be recorded; its owner outlives the channel.
+    unrecorded: Unrecorded
+    #: Delivery tag of the message that the script has recorded and that is being delivered.
+    recorded: str | None = None
+    _script: str | None = None
+    # The script found nothing the last time.
+    _empty = False
+    _asked_script = False
+    _kept: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._load()
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """Keep the client: kombu makes one for each command, which takes longer than the command. It has no state but its pool."""
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._kept is None or self._kept.connection_pool is not self.pool:
+            self._kept = super()._create_client()
+        return self._kept
+
+    def _load(self) -> None:
+        try:
+            with self.conn_or_acquire() as client:
+                self._script = bytes_to_str(client.script_load(_TAKE))
+        except ResponseError as error:
+            self._without(error)
+
+    def _without(self, error: Exception) -> None:
+        self._script = None
+        logger.warning('JobSync: Redis refuses scripts, so a message can be lost when Redis or this worker is killed just '
+                       'while it is received; allow EVALSHA and SCRIPT LOAD: %s', error)
+
+    def _arguments(self, queues: list[str]) -> list[Any]:
+        lists = [(self._q_for_pri(queue, priority), queue) for priority in self.priority_steps for queue in queues]
+        keys = [self.unacked_key, self.unacked_index_key, *(key for key, _ in lists)]
+        return [self._script, len(keys), *(f'{self.global_keyprefix}{key}' for key in keys), time(), *(queue for _, queue in lists)]
+
+    def _brpop_start(self, timeout: int | None = None) -> None:
+        if self._script is None or self._empty:
+            super()._brpop_start(*(() if timeout is None else (timeout,)))
+            return
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        self._asked_script = True
+        self.client.connection.send_command('EVALSHA', *self._arguments(queues))
+
+    def _brpop_read(self, **options: Any) -> Any:
+        if not self._asked_script:
+            found = super()._brpop_read(**options)
+            self._empty = False
+            return found
+        try:
+            reply = self._read_script()
+            if not reply:
+                self._empty = True
+                raise Empty
+            self._queue_cycle.rotate(bytes_to_str(reply[0]))
+            self._deliver(reply)
+            return True
+        finally:
+            self._asked_script = False
+            self._in_poll = None
+            # A newer kombu renews its credentials while the connection is idle.
+            getattr(self, '_flush_brpop_reauth', lambda: None)()
+
+    def _read_script(self) -> Any:
+        connection = self.client.connection
+        try:
+            return self.client.parse_response(connection, 'EVALSHA')
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        except NoScriptError:  # somebody has emptied Redis' cache
+            self._load()
+        except ResponseError as error:
+            if not str(error).startswith('OOM'):
+                self._without(error)
+        raise Empty
+
+    def _deliver(self, reply: Any) -> None:
+        queue, message, recorded = bytes_to_str(reply[0]), loads(bytes_to_str(reply[1])), reply[2]
+        self.recorded = message['properties']['delivery_tag'] if recorded else None
+        try:
+            self.connection._deliver(message, queue)
+        finally:
+            self.recorded = None
+
+    def _get(self, queue: str) -> Any:
+        # What the keeper takes.
+        if self._script is None:
+            return super()._get(queue)
+        with self.conn_or_acquire() as client:
+            try:
+                reply = _execute(client, 'EVALSHA', *self._arguments([queue]))  # the keys have their prefix already
+            except NoScriptError:
+                self._load()
+                raise Empty from None
+        if not reply:
+            raise Empty
+        message = loads(bytes_to_str(reply[1]))
+        self.recorded = message['properties']['delivery_tag'] if reply[2] else None
+        return message
+
+    def close(self) -> None:
+        """Close the channel, whatever has become of its connection."""
+        if self._in_poll:
+            try:
+                self._brpop_read()
+            except (Empty, RedisError, OSError) as error:
+                logger.debug('the last reply of a channel: %r', error)
+        super().close()
+
+
+def receive_atomically(connection: Connection, unrecorded: Unrecorded) -> Connection:
+    """Let a connection that has not been opened yet receive without losing; other brokers than Redis are left as they are.
+
+    Args:
+        connection: A Celery app's connection.
+        unrecorded: Keeps what could not be recorded.
+    """
+    plain = connection.get_transport_cls()
+    if issubclass(getattr(plain, 'Channel', object), transport.Channel):
+        channel = type('Channel', (_Channel, plain.Channel), {'unrecorded': unrecorded})
+        receiving = type('Transport', (plain,), {'Channel': channel})
+        setattr(connection, 'get_transport_cls', lambda: receiving)  # noqa: B010  # transport_cls is what its URL says, and shown
+    return connection
+
+

@@ -1,0 +1,139 @@
+"""The Dramatiq broker of the suite with its actors: the same in workers and in the test process, made from an order."""
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import dramatiq
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.errors import Retry
+from dramatiq.middleware import AsyncIO, CurrentMessage, GroupCallbacks
+from dramatiq.rate_limits.backends import RedisBackend as Barriers
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
+
+from . import work
+from .work import Flaky, Order
+
+__all__ = ['App', 'make_app', 'use_in_worker']
+
+
+@dataclass
+class App:
+    """A broker with the suite's actors.
+
+    Attributes:
+        broker: The broker.
+        results: Its result backend.
+        plugin: Its JobSync, if it has one.
+        actors: By name.
+    """
+
+    broker: Any
+    results: Any
+    plugin: Any = None
+    actors: dict[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Give back its connections."""
+        if isinstance(self.broker, RedisBroker):
+            self.broker.client.connection_pool.disconnect()
+        self.broker.close()
+        self.results.client.connection_pool.disconnect()
+
+
+def make_app(order: Order) -> App:
+    """An app with all actors, with JobSync or without."""
+    broker: Any = (RabbitmqBroker(url=order.broker, confirm_delivery=True) if order.broker.startswith('amqp')
+                   else RedisBroker(url=order.broker))
+    app = App(broker, RedisBackend(url=order.results))
+    decorate: Callable[..., Any] = _undecorated
+    if order.jobsync:
+        from jobsync_dramatiq import JobSync, exactly_once
+
+        app.plugin = JobSync(database_url=order.database, node_name=order.node, **order.settings)
+        broker.add_middleware(app.plugin)
+        decorate = exactly_once
+    for middleware in (AsyncIO(), CurrentMessage(), Results(backend=app.results, store_results=True),
+                       GroupCallbacks(Barriers(url=order.results))):
+        broker.add_middleware(middleware)
+    _add_actors(app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))})
+    return app
+
+
+def use_in_worker(order: Order, app: App) -> None:
+    """Tell the actors' bodies what this process is."""
+    plugin = app.plugin
+    work.now.order = order
+    work.now.message_id = lambda: str(_message().message_id)
+    work.now.attempt = lambda: int(_message().options.get('retries', 0))
+    work.now.node = lambda: str(plugin.job.node_name) if plugin is not None and plugin.job is not None else order.node
+    if plugin is not None:
+        from jobsync_dramatiq import current_execution
+
+        work.now.execution = current_execution
+
+
+def _undecorated(**options: Any) -> Callable[[Any], Any]:
+    return lambda function: function
+
+
+def _message() -> Any:
+    return CurrentMessage.get_current_message()
+
+
+def _retrying(n: int, times: int = 1) -> Any:
+    try:
+        return work.flaky(n, times)
+    except Flaky as error:
+        raise Retry(str(error), delay=50) from error
+
+
+async def _awaited(n: int, sleep: float = 0.0) -> dict[str, Any]:
+    """A coroutine."""
+    work.note('start', f'w:{n}', work.now.attempt())
+    await asyncio.sleep(sleep)
+    work.note('end', f'w:{n}')
+    return {'n': n, 'message': work.now.message_id()}
+
+
+def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All that a message brings to its actor."""
+    message = _message()
+    found = {name: getattr(message, name) for name in ('queue_name', 'actor_name', 'message_timestamp')}
+    return {**found, 'args': [n, *args], 'kwargs': kwargs, 'options': dict(message.options), 'node': work.node(), 'pid': os.getpid()}
+
+
+def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
+    quick = {'min_backoff': 50, 'max_backoff': 200, 'max_retries': 5}
+
+    def actor(name: str, function: Callable[..., Any], **options: Any) -> None:
+        if name in without:
+            return
+        if app.plugin is None:
+            options = {option: value for option, value in options.items() if not option.startswith('jobsync_')}
+        # An error that Dramatiq retried would hide what the plugin should have seen to.
+        declare: Any = dramatiq.actor  # its types do not know options
+        app.actors[name] = declare(function, actor_name=name, broker=app.broker, **{'max_retries': 0, **options})
+
+    actor('keyed', once(key='k:{n}')(work.keyed))
+    actor('body', once(key='b:{n}')(work.body), queue_name='second')
+    actor('patient', once(key='b:{n}')(work.body), queue_name='second', priority=100)
+    actor('by_id', once()(work.by_id))
+    actor('plain', work.plain)
+    actor('routed', work.routed, jobsync_key='r:{n}')
+    actor('pinned', work.pinned, jobsync_pin=['gpu-%'])
+    actor('preferred', work.pinned, jobsync_pin=['best-%', 'gpu-%', '%'])
+    actor('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    actor('reveal', _reveal, jobsync_key='v:{n}', queue_name='second')
+    actor('flaky', once(key='f:{n}')(work.flaky), queue_name='second', **quick)
+    actor('retrying', once(key='f:{n}')(_retrying), **quick)
+    actor('sour', once(key='s:{n}')(work.sour))
+    actor('overdue', once(key='o:{n}')(work.overdue), time_limit=1000)
+    actor('awaited', once(key='w:{n}')(_awaited))
+    actor('add', once(key='a:{tag}:{x}:{y}')(work.add), queue_name='second')
+    actor('seal', once(key='c:{tag}')(work.seal))

@@ -1,0 +1,289 @@
+"""The gate of a worker: what becomes of each message, in which order, whatever fails."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
+from dramatiq.middleware import AgeLimit, MiddlewareError
+from dramatiq.middleware.prometheus import Prometheus
+
+from jobsync_core.owners import Place
+from jobsync_core.routing import HOPS, KEY
+from jobsync_core.tokens import TokenSet
+from jobsync_dramatiq import JobSync, middleware
+from jobsync_dramatiq.actors import HOME
+from jobsync_dramatiq.mail import wrapped
+
+from .stage import Stage, message
+from .stage import stage as make_stage
+
+PARKED = 'send jobsync.shop_.parked hops=0'
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    with make_stage(monkeypatch) as made:
+        yield made
+
+
+def check_published_before_acknowledged(stage: Stage) -> None:
+    assert stage.receive(message('other')) is None
+    assert stage.log == ['send q2 hops=1', 'ack']
+
+
+def check_failure_leaves_it_unacknowledged(stage: Stage) -> None:
+    stage.send_error = ConnectionError('broker away')
+    assert stage.receive(message('other')) is None
+    assert stage.log == []
+    stage.send_error = None
+    assert stage.look(2.0) is None
+    assert stage.log == ['send q2 hops=1', 'ack']
+
+
+def check_hop_limit(stage: Stage) -> None:
+    assert stage.receive(message('other', hops=3)) is None
+    assert stage.log == ['send q2 hops=4', 'ack']
+    stage.log.clear()
+    assert stage.receive(message('other', hops=4)) is None
+    assert stage.log == []
+    assert stage.look(3.0) is None
+    assert stage.log == [PARKED, 'ack', 'stray']
+
+
+def check_never_to_self(stage: Stage) -> None:
+    assert stage.receive(message('self')) is None
+    assert stage.log == []
+    stage.job.mine.add('self')
+    assert stage.look() is not None
+
+
+def check_late(stage: Stage) -> None:
+    found = stage.receive(message('mine'))
+    stage.job.mine.clear()
+    assert stage.process(found) == ['requeue']
+
+
+class TestReceipt:
+    def test_what_is_mine_runs(self, stage: Stage) -> None:
+        found = stage.receive(message('mine'))
+        assert stage.process(found) == ['run', 'ack']
+        assert stage.counts == {'received': 1, 'run': 1}
+        assert stage.middleware == ['begin', 'end', 'ack']
+
+    def test_another_s_is_published_before_it_is_acknowledged(self, stage: Stage) -> None:
+        check_published_before_acknowledged(stage)
+        assert stage.counts == {'received': 1, 'forwarded': 1}
+
+    def test_a_publish_that_fails_leaves_it_unacknowledged(self, stage: Stage) -> None:
+        check_failure_leaves_it_unacknowledged(stage)
+
+    def test_a_publish_that_fails_is_tried_again_after_a_second(self, stage: Stage) -> None:
+        stage.send_error = ConnectionError('broker away')
+        stage.receive(message('other'))
+        stage.send_error = None
+        stage.look(0.5)
+        assert stage.log == []
+        stage.look(0.6)
+        assert stage.log == ['send q2 hops=1', 'ack']
+
+    def test_a_message_is_handed_on_only_so_often(self, stage: Stage) -> None:
+        check_hop_limit(stage)
+
+    def test_never_to_oneself(self, stage: Stage) -> None:
+        check_never_to_self(stage)
+
+    def test_a_key_is_made_where_the_producer_made_none(self, stage: Stage) -> None:
+        stage.job.mine.add('k:7')
+        assert stage.receive(message(None)) is not None
+        stage.job.mine.clear()
+        stage.owners.places['k:7'] = Place('n2', 'q2')
+        assert stage.receive(message(None)) is None
+        assert stage.log == ['send q2 hops=1', 'ack']
+
+    def test_actors_that_are_not_coordinated_are_not_touched(self, stage: Stage) -> None:
+        assert stage.process(stage.receive(message(None, actor='plain'))) == ['run', 'ack']
+        assert stage.counts == {}
+
+    def test_what_waits_for_its_time_is_not_touched(self, stage: Stage) -> None:
+        assert stage.receive(message('other', eta=1)) is not None
+        assert stage.log == []
+
+    def test_another_s_is_dropped_where_every_node_gets_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, on_unclaimed='drop') as stage:
+            assert stage.receive(message('other')) is None
+            assert (stage.log, stage.counts['dropped']) == (['ack'], 1)
+
+    @pytest.mark.parametrize('error', [ConnectionError('lost'), ValueError('odd')])
+    def test_an_acknowledgement_that_fails_raises_nothing(self, stage: Stage, error: Exception) -> None:
+        stage.hold.ack_error = error
+        assert stage.receive(message('other')) is None
+        assert stage.log == ['send q2 hops=1']
+        stage.hold.ack_error = None
+        stage.look(10.0)
+        assert stage.log == ['send q2 hops=1']
+
+    def test_a_gate_that_fails_raises_nothing_and_the_message_waits(self, stage: Stage) -> None:
+        stage.owners.error = RuntimeError('map')
+        assert stage.receive(message('other')) is None
+        stage.owners.error = None
+        stage.look()
+        assert stage.log == ['send q2 hops=1', 'ack']
+
+    def test_arguments_without_a_key_run_here_and_fail_in_the_actor(self, stage: Stage) -> None:
+        odd: Any = dramatiq.Message(queue_name='default', actor_name='keyed', args=(), kwargs={}, options={})
+        assert stage.receive(odd) is not None
+
+
+class TestHome:
+    def test_a_message_is_in_its_actor_s_queue_again_when_it_runs(self, stage: Stage) -> None:
+        found = stage.receive(message('mine', hops=1))
+        assert (found.queue_name, HOME in found.options, HOPS in found.options) == ('default', False, False)
+
+    def test_a_copy_keeps_id_time_arguments_and_options(self) -> None:
+        first = message('other', retries=2)
+        copy = wrapped(first, 'jobsync.shop_.n2', 'other', 3)
+        assert copy.options == {'retries': 2, KEY: 'other', HOPS: 3, HOME: 'default'}
+        again = wrapped(copy, 'jobsync.shop_.n3', 'other', 4)
+        assert again.options == {'retries': 2, KEY: 'other', HOPS: 4, HOME: 'default'}
+        back = wrapped(again, 'default', None)
+        assert back.options == {'retries': 2}
+        for each in (copy, again, back):
+            assert (each.message_id, each.message_timestamp, each.args) == (first.message_id, first.message_timestamp, first.args)
+
+    def test_age_counts_from_the_first_sending_as_without_the_plugin(self, stage: Stage) -> None:
+        stage.broker.add_middleware(AgeLimit(max_age=60_000))
+        sent = message('mine', hops=1)
+        old: Any = dramatiq.Message(**{**sent.asdict(), 'message_timestamp': sent.message_timestamp - 61_000})
+        assert stage.process(stage.receive(wrapped(old, old.queue_name, 'mine', 1))) == ['nack default']
+
+
+class TestWaiting:
+    def test_what_nobody_owns_waits_in_memory_first_and_is_parked_then(self, stage: Stage) -> None:
+        stage.receive(message('nobody'))
+        stage.look(1.9)
+        assert stage.log == []
+        stage.look(0.2)
+        assert stage.log == [PARKED, 'ack', 'stray']
+        assert stage.counts['parked'] == 1
+
+    def test_it_goes_to_its_owner_as_soon_as_there_is_one(self, stage: Stage) -> None:
+        stage.receive(message('nobody'))
+        stage.owners.places['nobody'] = Place('n3', 'q3')
+        stage.look()
+        assert stage.log == ['send q3 hops=1', 'ack']
+
+    def test_what_waited_over_the_end_of_a_life_goes_back(self, stage: Stage) -> None:
+        stage.receive(message('nobody'))
+        stage.job.incarnation = 'life-2'
+        assert stage.look() is None
+        assert stage.log == ['requeue']
+
+    def test_a_closed_consumer_gives_back_what_waits(self, stage: Stage) -> None:
+        stage.receive(message('nobody'))
+        stage.consumer.close()
+        assert stage.log == ['close waiting=1']
+
+    def test_an_actor_that_is_not_known_here_is_parked(self, stage: Stage) -> None:
+        assert stage.receive(message('mine', actor='newer')) is None
+        assert stage.look(2.1) is None
+        assert stage.log == [PARKED, 'ack', 'stray']
+
+
+class TestLease:
+    def test_without_it_what_waits_goes_back_and_nothing_is_taken(self, stage: Stage) -> None:
+        stage.receive(message('nobody'))
+        stage.job.leased = False
+        assert stage.receive(message('mine')) is None
+        assert stage.log == ['requeue', 'pause']
+        assert stage.look(60.0) is None
+        assert stage.log == ['requeue', 'pause']
+        stage.job.leased = True
+        assert stage.look() is not None
+        assert stage.log == ['requeue', 'pause', 'resume']
+
+    def test_what_is_not_coordinated_does_not_begin_either(self, stage: Stage) -> None:
+        found = stage.receive(message(None, actor='plain'))
+        stage.job.leased = False
+        assert stage.process(found) == ['requeue']
+
+    def test_what_an_earlier_life_received_goes_back(self, stage: Stage) -> None:
+        found = stage.receive(message(None, actor='plain'))
+        stage.job.incarnation = 'life-2'
+        assert stage.process(found) == ['requeue']
+
+    def test_what_was_delayed_in_the_memory_of_a_node_taken_for_dead_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, queue='default.DQ') as stage:
+            def idle(seconds: float) -> None:  # the node rejoins meanwhile
+                stage.hold.idles += 1
+                if stage.hold.idles == 5:
+                    stage.job.leased, stage.job.incarnation = True, 'life-2'
+
+            vars(stage.hold)['idle'] = idle
+            stage.job.leased = False
+            assert stage.look() is None
+            assert stage.hold.idles == 5  # it did not return before: the worker would have sent what is due
+            with pytest.raises(ConnectionClosed):
+                stage.look()
+
+    def test_a_delayed_message_taken_as_the_lease_ends_goes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, queue='default.DQ') as stage:
+            take = stage.hold.next
+
+            def stopped(patient: bool) -> Any:
+                stage.job.leased, stage.plugin.leaving = False, True
+                return take(patient)
+
+            vars(stage.hold)['next'] = stopped
+            assert stage.receive(message('other', eta=1)) is None
+            assert stage.log == ['requeue', 'pause']
+
+
+class TestBeforeTheActor:
+    def test_what_is_another_s_by_now_goes_back(self, stage: Stage) -> None:
+        check_late(stage)
+        assert stage.counts['returned'] == 1
+
+    def test_no_other_middleware_hears_of_it(self, stage: Stage) -> None:
+        check_late(stage)
+        assert stage.middleware == []
+
+    def test_prometheus_counts_it_neither_as_begun_nor_as_ended(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        for name in ('PROMETHEUS_MULTIPROC_DIR', 'prometheus_multiproc_dir'):
+            monkeypatch.setenv(name, '')  # what the middleware sets goes again
+        counter: Any = Prometheus()
+        counter.after_process_boot(stage.broker)
+        stage.broker.add_middleware(counter)
+        check_late(stage)
+        stage.job.mine.add('mine')
+        assert stage.process(stage.receive(message('mine', hops=1))) == ['run', 'ack']
+        labels = ('default', 'keyed')
+        assert counter.inprogress_messages.labels(*labels)._value.get() == 0
+        assert counter.total_messages.labels(*labels)._value.get() == 1
+
+    def test_whoever_gives_a_token_away_sees_what_runs_on_it(self, stage: Stage) -> None:
+        found = stage.receive(message('mine'))
+        stage.gate.begin(found)
+        assert stage.gate.busy(TokenSet([(4, 5)]))
+        assert not stage.gate.busy(TokenSet([(5, 9)]))
+        stage.gate.end(found)
+        assert not stage.gate.busy(TokenSet([(4, 5)]))
+
+
+class TestBoot:
+    def test_green_threads_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(middleware, 'is_gevent_active', lambda: True)
+        plugin = JobSync(host='nowhere', dbname='none')
+        broker = StubBroker(middleware=[plugin])
+        with pytest.raises(MiddlewareError, match='green threads'):
+            dramatiq.Worker(broker).start()
+
+    def test_other_brokers_are_refused(self) -> None:
+        broker = StubBroker(middleware=[JobSync(host='nowhere', dbname='none')])
+        with pytest.raises(MiddlewareError, match='StubBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only'):
+            dramatiq.Worker(broker).start()

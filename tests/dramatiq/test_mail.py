@@ -1,0 +1,332 @@
+"""Redis and RabbitMQ as the plugin uses them: what is published, taken, given back, buried and rescued, on real servers."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.errors import ConnectionClosed
+from pika.exceptions import UnroutableError
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_dramatiq.mail import BrokerMail, mail_of
+
+from ..brokers import BrokerServer, RabbitServer
+from ..waiting import eventually
+
+PARKED = 'jobsync.shop_.parked'
+N1, N2 = 'jobsync.shop_.n1', 'jobsync.shop_.n2'
+
+
+class Place:
+    """A part of a broker's server, and the processes that use it."""
+
+    def __init__(self, server: BrokerServer, stack: ExitStack) -> None:
+        self.server = server
+        self.space = server.new_space()
+        self._stack = stack
+        stack.callback(server.drop_space, self.space)
+
+    def node(self, name: str, **options: Any) -> Any:
+        """The mail of a process that is a node."""
+        mail = self.producer(**options)
+        mail.join(name, f'jobsync.shop_.{name}')
+        return mail
+
+    def producer(self, **options: Any) -> Any:
+        url = self.server.url(self.space)
+        broker: Any = RedisBroker(url=url) if self.server.kind == 'redis' else RabbitmqBroker(url=url, **options)
+        self._stack.callback(broker.close if self.server.kind == 'rabbitmq' else broker.client.close)
+        return mail_of(broker, CoordinationConfig(appname='shop_'))
+
+    def put(self, mail: BrokerMail, queue: str, number: int = 1) -> None:
+        for n in range(number):
+            mail.send(message(n), queue, f'k:{n}')
+
+    def take_all(self, mail: BrokerMail, queue: str) -> list[Any]:
+        """The messages of a queue, which stay taken."""
+        found: list[Any] = []
+        while (letter := mail.take(queue)) is not None:
+            found.append(letter._message)  # type: ignore[attr-defined]  # of either broker
+        return found
+
+
+@pytest.fixture
+def place(server: BrokerServer) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(server, stack)
+
+
+@pytest.fixture
+def rabbit(rabbitmq_server: BrokerServer) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(rabbitmq_server, stack)
+
+
+@pytest.fixture
+def redis(redis_server: BrokerServer) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(redis_server, stack)
+
+
+def message(n: int, **options: Any) -> Any:
+    return dramatiq.Message(queue_name='default', actor_name='keyed', args=(n,), kwargs={}, options=options)
+
+
+def next_of(hold: Any) -> Any:
+    return eventually(lambda: hold.next(patient=True), 10)
+
+
+def in_thread(action: Callable[[], Any]) -> None:
+    """Run in a thread of its own, as a worker's threads do."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+class TestBothBrokers:
+    def test_a_copy_comes_out_as_it_was_sent(self, place: Place) -> None:
+        node = place.node('n1')
+        sent = message(7, broker_priority=3, retries=1)
+        node.send(sent, N1, 'k:7', 2)
+        [found] = place.take_all(node, N1)
+        assert (found.message_id, found.message_timestamp, found.args) == (sent.message_id, sent.message_timestamp, (7,))
+        options = {name: value for name, value in found.options.items() if name != 'redis_message_id'}
+        assert options == {'broker_priority': 3, 'retries': 1, 'jobsync_key': 'k:7', 'jobsync_home': 'default', 'jobsync_hops': 2}
+
+    def test_what_a_queue_holds_goes_to_its_new_owner_and_home(self, place: Place) -> None:
+        one, two = place.node('n1'), place.node('n2')
+        place.put(one, N2, 2)
+        letter = one.take(N2)
+        assert (letter.route, letter.home) == ('k:0', 'default')
+        letter.forward(N1)
+        one.take(N2).forward('default')
+        assert one.take(N2) is None
+        assert [found.args for found in place.take_all(two, N1)] == [(0,)]
+        [back] = place.take_all(two, 'default')
+        assert (back.args, back.queue_name, 'jobsync_home' in back.options) == ((1,), 'default', False)
+
+    def test_a_letter_that_is_put_back_stays(self, place: Place) -> None:
+        node = place.node('n1')
+        place.put(node, PARKED)
+        node.take(PARKED).put_back()
+        assert eventually(lambda: node.take(PARKED), 10).route == 'k:0'
+
+    def test_an_empty_queue_is_deleted_and_a_full_one_stays(self, place: Place) -> None:
+        node, two = place.node('n1'), place.node('n2')
+        place.put(node, N2)
+        assert not node.delete(N2)
+        node.take(N2).forward(PARKED)
+        assert eventually(lambda: node.delete(N2), 10)
+        assert two.take(N2) is None
+
+    def test_a_dead_letter_of_a_node_s_queue_goes_to_its_actor_s(self, place: Place) -> None:
+        node = place.node('n1')
+        hold = node.consume(N1, 5, 50)
+        place.put(node, N1)
+        found = next_of(hold)
+        in_thread(lambda: hold.nack(found))
+        hold.close([])
+        if place.server.kind == 'redis':
+            client = node.broker.client
+            [raw] = client.hvals('dramatiq:default.XQ.msgs')
+            assert client.zcard('dramatiq:default.XQ') == 1
+        else:
+            def dead() -> Any:
+                return node.broker.channel.basic_get('default.XQ', auto_ack=True)[2]
+            raw = eventually(dead, 10)
+        buried = dramatiq.Message.decode(raw)
+        assert (buried.queue_name, buried.args, 'jobsync_home' in buried.options) == ('default', (0,), False)
+        assert node.take(N1) is None
+
+    def test_a_pause_gives_back_what_was_fetched_and_not_handed_out(self, place: Place) -> None:
+        node = place.node('n1')
+        hold = node.consume(N1, 10, 50)
+        place.put(node, N1, 5)
+        first = next_of(hold)
+        hold.pause()
+        other = place.node('n2')
+        taken: list[Any] = []
+
+        def take_more() -> bool:
+            hold.idle(0.01)  # what was on its way goes back as well
+            taken.extend(place.take_all(other, N1))
+            return len(taken) == 4
+
+        eventually(take_more, 10)
+        hold.ack(first)
+        hold.resume()
+        node.send(message(9), N1, None)
+        assert next_of(hold).args == (9,)
+        hold.close([])
+
+    def test_what_is_given_back_comes_again(self, place: Place) -> None:
+        node = place.node('n1')
+        hold = node.consume(N1, 10, 50)
+        place.put(node, N1)
+        found = next_of(hold)
+        in_thread(lambda: hold.requeue(found))
+        assert next_of(hold).message_id == found.message_id
+        hold.close([])
+
+    def test_a_closed_consumer_leaves_nothing_in_hand(self, place: Place) -> None:
+        node, two = place.node('n1'), place.node('n2')
+        hold = node.consume(N1, 10, 50)
+        place.put(node, N1, 5)
+        waiting = [next_of(hold), next_of(hold)]
+        hold.close(waiting)
+        taken: list[Any] = []
+
+        def take_more() -> bool:
+            taken.extend(place.take_all(two, N1))
+            return len(taken) == 5
+        eventually(take_more, 10)
+
+
+class TestRedis:
+    def test_what_a_node_had_taken_comes_back_whatever_the_queue(self, redis: Place) -> None:
+        one, two = redis.node('n1'), redis.node('n2')
+        for queue in ('default', 'default.DQ', N1, PARKED):
+            redis.put(one, queue, 2)
+        for queue in ('default', 'default.DQ', N1):
+            hold = one.consume(queue, 1, 50)
+            assert hold.next(patient=False) is not None
+        assert one.take(PARKED) is not None
+        assert two.restore('n1') == 4
+        assert two.restore('n1') == 0
+        assert {queue: len(redis.take_all(two, queue)) for queue in ('default', 'default.DQ', N1, PARKED)} == {
+            'default': 2, 'default.DQ': 2, N1: 2, PARKED: 2}
+
+    def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
+        node = redis.node('n1')
+        redis.put(node, N1, 3)
+        hold = node.consume(N1, 1, 50)
+        running = next_of(hold)
+        node.broker.do_fetch(N1, 1)  # nobody gets to know what it brought
+        hold = node.consume(N1, 5, 50)
+        found = [next_of(hold), next_of(hold)]
+        assert running.message_id not in {each.message_id for each in found}
+        assert hold.next(patient=False) is None
+
+    def test_what_waited_for_its_time_comes_back_when_its_consumer_begins_anew(self, redis: Place) -> None:
+        node = redis.node('n1')
+        redis.put(node, 'default.DQ')
+        hold = node.consume('default.DQ', 5, 50)
+        first = next_of(hold)
+        hold = node.consume('default.DQ', 5, 50)
+        assert next_of(hold).message_id == first.message_id
+
+    def test_a_consumer_that_takes_nothing_shows_that_it_lives(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr('jobsync_dramatiq.redis_mail._SIGN_SEC', 0.0)
+        node = redis.node('n1')
+        hold = node.consume('default', 1, 50)
+        client = node.broker.client
+        client.delete('dramatiq:__heartbeats__')
+        hold.idle(0.001)
+        assert client.zrange('dramatiq:__heartbeats__', 0, -1) == [b'jobsync.shop_.n1|']
+
+    def test_what_cannot_go_back_now_goes_back_later(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        node = redis.node('n1')
+        redis.put(node, N1)
+        hold = node.consume(N1, 1, 50)
+        found = next_of(hold)
+        with monkeypatch.context() as patch:
+            def fail(*_: Any) -> None:
+                raise ConnectionError('away')
+
+            patch.setattr(node.broker, 'do_requeue', fail, raising=False)
+            hold.close([found])
+        assert redis.take_all(redis.node('n2'), N1) == []
+        node.tidy()
+        assert len(redis.take_all(redis.node('n2'), N1)) == 1
+
+
+class TestRabbit:
+    def test_a_message_for_a_deleted_queue_is_parked_by_whomever_it_is_sent(self, rabbit: Place) -> None:
+        node, producer = rabbit.node('n1'), rabbit.producer()
+        rabbit.node('n2')
+        assert node.delete(N2)
+        rabbit.put(node, N2)
+        rabbit.put(producer, N2)
+        assert not producer.broker.confirm_delivery
+        found: list[Any] = []
+
+        def parked() -> bool:
+            found.extend(rabbit.take_all(node, PARKED))
+            return len(found) == 2
+        eventually(parked, 10)
+        assert node.take(N2) is None
+
+    def test_a_producer_that_is_the_first_of_all_loses_nothing(self, rabbit: Place) -> None:
+        producer = rabbit.producer()
+        rabbit.put(producer, N2)  # nobody has made the exchange
+        assert len(eventually(lambda: rabbit.take_all(producer, PARKED), 10)) == 1
+
+    def test_workers_publish_with_confirms_from_then_on(self, rabbit: Place) -> None:
+        producer = rabbit.producer()
+        assert producer.broker.channel.is_open  # without confirms
+        producer.join('n1', N1)
+        assert producer.broker.confirm_delivery
+        with pytest.raises(UnroutableError):
+            producer.broker.channel.basic_publish('', 'nowhere.at.all', b'', mandatory=True)
+
+    def test_a_broken_connection_is_replaced(self, rabbit: Place) -> None:
+        node = rabbit.node('n1')
+        node.broker.connection.close()
+        rabbit.put(node, N1)
+        node.broker.channel.close()
+        rabbit.put(node, N1)
+        assert len(rabbit.take_all(node, N1)) == 2
+
+    def test_a_home_queue_that_is_gone_is_made_again(self, rabbit: Place) -> None:
+        node = rabbit.node('n1')
+        rabbit.put(node, 'default')
+        assert rabbit.server.depths(rabbit.space)['default'] == 1
+        assert 'default' not in node.broker.queues  # and it is not consumed here
+
+    def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(self, rabbit: Place) -> None:
+        node = rabbit.node('n1')
+        rabbit.put(node, N1, 2)
+        hold = node.consume(N1, 5, 50)
+        first, second = next_of(hold), next_of(hold)
+        hold._raw.connection.close()
+        in_thread(lambda: hold.ack(first))
+        in_thread(lambda: hold.requeue(second))
+        with pytest.raises(ConnectionClosed):
+            hold.idle(0.01)
+        again = node.consume(N1, 5, 50)
+        assert {next_of(again).args, next_of(again).args} == {(0,), (1,)}
+        again.close([])
+
+    def test_consumers_notice_a_stopped_worker_s_broker_soon_and_the_user_s_heartbeat_stays(self, rabbit: Place) -> None:
+        assert rabbit.node('n1')._consumer_parameters.heartbeat == 15
+        assert rabbit.node('n1').broker.parameters.heartbeat is None
+        given = mail_of(RabbitmqBroker(host='127.0.0.1', port=1, heartbeat=33), CoordinationConfig(appname='shop_'))
+        with pytest.raises(ConnectionClosed):
+            given.join('n1', N1)
+        assert given._consumer_parameters.heartbeat == 33  # type: ignore[attr-defined]  # of RabbitMQ's
+
+    def test_a_node_s_queue_that_was_deleted_is_made_as_it_was(self, rabbit: Place) -> None:
+        node = rabbit.node('n1', max_priority=5)
+        assert isinstance(rabbit.server, RabbitServer)
+        before = rabbit.server.api('GET', f'queues/{rabbit.space}/{N1}')['arguments']
+        assert before['x-max-priority'] == 5
+        node.delete(N1)
+        node.broker.queues.add(N1)
+        node.broker.queues_pending.add(N1)  # as Dramatiq's consumer notes it
+        node.consume(N1, 1, 50).close([])
+        assert rabbit.server.api('GET', f'queues/{rabbit.space}/{N1}')['arguments'] == before
+        assert f'{N1}.DQ' not in rabbit.server.queues(rabbit.space)
+
+    def test_what_cannot_be_decoded_goes_to_the_dead_letters(self, rabbit: Place) -> None:
+        node = rabbit.node('n1')
+        node.broker.channel.basic_publish('jobsync.shop_', N1, b'no message')
+        rabbit.put(node, N1)
+        assert node.take(N1).route == 'k:0'
+        assert eventually(lambda: node.broker.channel.basic_get(f'{PARKED}.XQ', auto_ack=True)[2], 10) == b'no message'

@@ -1,0 +1,202 @@
+"""`exactly_once` in a worker's place: what Dramatiq is told of duplicates, of running keys, and of a ledger out of reach."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.broker import MessageProxy
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import GroupCallbacks, SkipMessage
+from dramatiq.rate_limits.backends import StubBackend
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ClaimLost, ConfigurationError, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced
+from jobsync_core.ledger import set_current_ledger
+from jobsync_dramatiq import JobSync, exactly_once
+from jobsync_dramatiq.gate import Note
+from jobsync_dramatiq.groups import mark_members
+
+from ..fakes import FakeLedger, duplicate
+
+
+@pytest.fixture
+def ledger() -> Iterator[FakeLedger]:
+    made = FakeLedger()
+    set_current_ledger(made)
+    yield made
+    set_current_ledger(None)
+
+
+class Bench:
+    """A broker in memory, and a worker's thread that is the test's own."""
+
+    def __init__(self) -> None:
+        self.broker = StubBroker()
+        self.plugin = JobSync(config=CoordinationConfig(), route_producers=False)
+        self.broker.add_middleware(self.plugin)
+        self.broker.add_middleware(GroupCallbacks(StubBackend()))
+        self.sent: list[tuple[Any, int | None]] = []
+        self.send_error: Exception | None = None
+
+    def actor(self, **options: Any) -> Any:
+        made = dramatiq.actor(actor_name='double', broker=self.broker)(exactly_once(key='d:{n}', scope='', **options)(double))
+        mark_members(self.broker, self.plugin._known())
+        vars(self.broker)['enqueue'] = self._enqueue
+        return made
+
+    def _enqueue(self, message: Any, *, delay: int | None = None) -> Any:
+        if self.send_error is not None:
+            raise self.send_error
+        self.sent.append((message, delay))
+        return message
+
+    def run(self, actor: Any, message: Any) -> Any:
+        """Process a message as a worker's thread does; what the actor returns."""
+        self.broker.emit_before('process_message', message)
+        try:
+            result = actor.fn(*message.args)
+        except SkipMessage:
+            self.broker.emit_after('skip_message', message)
+            raise
+        except Exception as error:
+            self.broker.emit_after('process_message', message, exception=error)
+            raise
+        self.broker.emit_after('process_message', message, result=result)
+        return result
+
+
+def double(n: int) -> int:
+    return 2 * n
+
+
+def delivered(message: Any) -> Any:
+    return MessageProxy(dramatiq.Message.decode(message.encode()))
+
+
+def group_of(bench: Bench, actor: Any, size: int) -> list[Any]:
+    """The members of a group with a completion callback, as they are sent."""
+    group = dramatiq.group([actor.message(n) for n in range(size)], broker=bench.broker)
+    group.add_completion_callback(actor.message(99))
+    group.run()
+    members, bench.sent = [message for message, _ in bench.sent], []
+    return members
+
+
+def check_group_counts_once(bench: Bench, ledger: FakeLedger) -> None:
+    """A worker dies after it has counted a member, and before it has acknowledged the message."""
+    actor = bench.actor()
+    members = group_of(bench, actor, 2)
+    bench.run(actor, delivered(members[0]))
+    ledger.begin_error = duplicate()
+    for _ in range(3):
+        assert bench.run(actor, delivered(members[0])) == 6
+    assert bench.sent == []
+    ledger.begin_error = None
+    bench.run(actor, delivered(members[1]))
+    assert len(bench.sent) == 1
+    ledger.begin_error = duplicate()
+    bench.run(actor, delivered(members[1]))
+    assert len(bench.sent) == 1
+
+
+class TestDuplicates:
+    def test_a_duplicate_returns_the_stored_result(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        ledger.begin_error = duplicate()
+        assert bench.run(actor, delivered(actor.message(3))) == 6
+
+    def test_one_that_skips_returns_none_and_one_that_raises_raises(self, ledger: FakeLedger) -> None:
+        ledger.begin_error = duplicate()
+        for option, outcome in (('skip', None), ('raise', DuplicateExecution)):
+            bench = Bench()
+            actor = bench.actor(on_duplicate=option)
+            if outcome is None:
+                assert bench.run(actor, delivered(actor.message(3))) is None
+            else:
+                with pytest.raises(outcome):
+                    bench.run(actor, delivered(actor.message(3)))
+
+    def test_a_member_of_a_group_that_is_delivered_again_counts_once(self, ledger: FakeLedger) -> None:
+        check_group_counts_once(Bench(), ledger)
+
+    def test_a_member_that_was_complete_and_not_counted_counts(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        members = group_of(bench, actor, 1)
+        ledger.begin_error = duplicate()
+        bench.run(actor, delivered(members[0]))
+        assert len(bench.sent) == 1
+
+    def test_two_members_of_one_key_count_both(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        members = group_of(bench, actor, 2)
+        bench.run(actor, delivered(members[0]))
+        ledger.begin_error = duplicate()
+        bench.run(actor, delivered(members[1]))
+        assert len(bench.sent) == 1
+
+
+class TestComingBack:
+    @pytest.mark.parametrize('error', [ExecutionRunning(), ClaimLost(), DatabaseUnavailable()])
+    def test_what_cannot_begin_comes_back_with_its_id_and_stores_no_result(self, ledger: FakeLedger, error: Any) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        message = delivered(actor.message(3))
+        ledger.begin_error = error
+        with pytest.raises(SkipMessage):
+            bench.run(actor, message)
+        [(again, delay)] = bench.sent
+        assert (again.message_id, delay, message.options['store_results']) == (message.message_id, 1000, False)
+
+    @pytest.mark.parametrize('error', [Fenced(), DatabaseUnavailable()])
+    def test_so_does_what_ran_and_is_not_recorded(self, ledger: FakeLedger, error: Any) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        ledger.finish_error = error
+        with pytest.raises(SkipMessage):
+            bench.run(actor, delivered(actor.message(3)))
+        assert len(bench.sent) == 1
+
+    def test_where_it_cannot_be_sent_it_goes_back_unacknowledged(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        message = delivered(actor.message(3))
+        note = Note(SimpleNamespace(), 'd:3', 0, '', 0.0)
+        vars(message)['jobsync_note'] = note
+        ledger.begin_error, bench.send_error = ExecutionRunning(), ConnectionError('away')
+        with pytest.raises(SkipMessage):
+            bench.run(actor, message)
+        assert (note.give_back, note.unseen) == (True, False)
+
+    def test_a_running_key_may_be_skipped_or_raise(self, ledger: FakeLedger) -> None:
+        ledger.begin_error = ExecutionRunning()
+        bench = Bench()
+        actor = bench.actor(on_running='skip')
+        assert bench.run(actor, delivered(actor.message(3))) is None
+        bench = Bench()
+        actor = bench.actor(on_running='raise')
+        with pytest.raises(ExecutionRunning):
+            bench.run(actor, delivered(actor.message(3)))
+
+
+class TestKeys:
+    def test_without_a_key_it_is_the_message_s_id(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = dramatiq.actor(actor_name='double', broker=bench.broker)(exactly_once(scope='')(double))
+        message = delivered(actor.message(3))
+        bench.run(actor, message)
+        assert ledger.keys == [message.message_id]
+
+    def test_outside_of_a_message_there_is_none(self, ledger: FakeLedger) -> None:
+        with pytest.raises(ConfigurationError, match='called outside of a message'):
+            exactly_once(scope='')(double)(3)
+
+    def test_outside_of_a_worker_errors_go_through(self, ledger: FakeLedger) -> None:
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(ExecutionRunning):
+            exactly_once(key='d:{n}', scope='')(double)(3)

@@ -1,0 +1,87 @@
+"""Stand-ins for what adapters ask: the clock, the node, the map of owners, the ledger."""
+from __future__ import annotations
+
+from typing import Any
+
+from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.execution import Execution
+from jobsync_core.ledger import LocalLedger
+from jobsync_core.owners import Place
+
+__all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate']
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class FakeJob:
+    """A node as the gate sees it."""
+
+    node_name = 'n1'
+    token_version = 1
+
+    def __init__(self) -> None:
+        self.mine: set[str] = set()
+        self.leased = True
+        self.incarnation = 'life-1'
+
+    def owns(self, route: str) -> bool:
+        return route in self.mine and self.leased
+
+    def am_i_healthy(self) -> bool:
+        return self.leased
+
+    def task_to_token(self, route: str) -> int:
+        return len(route)
+
+
+class FakeOwners:
+    """An owner map that a test writes."""
+
+    version = 1
+
+    def __init__(self) -> None:
+        self.places: dict[str, Place] = {}
+        self.error: Exception | None = None
+
+    def refresh(self) -> bool:
+        return True
+
+    def find(self, route: str) -> Place | None:
+        if self.error is not None:
+            raise self.error
+        return self.places.get(route)
+
+
+class FakeLedger(LocalLedger):
+    """Answers with an error that a test chooses."""
+
+    def __init__(self) -> None:
+        self.begin_error: JobSyncError | None = None
+        self.finish_error: JobSyncError | None = None
+        self.keys: list[str] = []
+
+    def begin(self, key: str, retention_sec: float) -> Execution:
+        self.keys.append(key)
+        if self.begin_error is not None:
+            raise self.begin_error
+        return super().begin(key, retention_sec)
+
+    def finish(self, execution: Execution) -> None:
+        if self.finish_error is not None:
+            raise self.finish_error
+        super().finish(execution)
+
+
+def duplicate(result: Any = 6) -> DuplicateExecution:
+    """What the ledger says of a key that is complete."""
+    error = DuplicateExecution()
+    vars(error).update(key='d:3', result=result)
+    return error

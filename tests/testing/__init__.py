@@ -1,0 +1,1 @@
+"""`jobsync_core.testing`, used as users use it."""

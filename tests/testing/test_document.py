@@ -1,0 +1,43 @@
+"""The blocks of docs/TESTING.md are a project with tests: they pass, each of them."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from jobsync_core import testing
+
+from ..docs.blocks import ROOT, blocks_of
+
+DOCUMENT = ROOT / 'docs' / 'TESTING.md'
+
+
+def test_the_project_of_the_document_passes(tmp_path: Path) -> None:
+    names = []
+    for block in blocks_of(DOCUMENT):
+        head, _, _ = block.text.partition('\n')
+        name = head.removeprefix('# ')
+        assert block.language == 'python' and re.fullmatch(r'\w+\.py', name), block
+        assert name not in names, block
+        (tmp_path / name).write_text(block.text, encoding='utf-8')
+        names.append(name)
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-v', '-W', 'error', '-p', 'no:cacheprovider', '--rootdir', str(tmp_path), str(tmp_path)],
+        cwd=tmp_path, env={**environment, 'PYTHONPATH': str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=110, check=False)
+
+    assert done.returncode == 0, done.stdout
+    passed = re.findall(r'^(test_\w+\.py)::\w+ PASSED', done.stdout, re.MULTILINE)
+    assert set(passed) == {name for name in names if name.startswith('test_')}, done.stdout
+    assert len(passed) == sum(block.text.count('\ndef test_') for block in blocks_of(DOCUMENT)), done.stdout
+
+
+def test_the_document_names_everything_public() -> None:
+    text = DOCUMENT.read_text(encoding='utf-8')
+    public = [*testing.__all__, *(name for kind in (testing.MemoryLedger, testing.Cluster) for name in vars(kind))]
+    shown = {'begin', 'finish', 'fail', 'abandon', 'transaction_of', 'close', 'config'}  # what the core calls
+    assert [name for name in public if not name.startswith('_') and name not in shown and not re.search(rf'\b{name}\b', text)] == []
