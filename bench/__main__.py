@@ -1,9 +1,10 @@
-"""`python -m bench`: measure this library beside the peer and print one table. `python -m bench celery`: see messages.py."""
+"""`python -m bench`: measure this library beside the peer and print one table. `python -m bench celery|dramatiq`: see messages.py."""
 from __future__ import annotations
 
 import argparse
 import contextlib
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -32,10 +33,10 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the measurements that the command line names; 1 if a figure of ours is missing or misses its target, else 0."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ['celery']:
-        from . import messages  # Celery is needed for that alone
-
-        return messages.main(arguments[1:])
+    if arguments[:1] in (['celery'], ['dramatiq']):
+        # The framework is needed for that alone.
+        side, messages = (importlib.import_module(f'bench.{name}') for name in (f'{arguments[0]}_side', 'messages'))
+        return int(messages.main(side.FRAMEWORK, arguments[1:]))
     options = _parse(arguments)
     sides = [our_side()]
     if not options.no_peer:

@@ -1,4 +1,4 @@
-"""`python -m bench celery`: how fast a worker gets through messages on Redis, beside plain Celery and its lock packages."""
+"""`python -m bench celery` and `python -m bench dramatiq`: how fast workers get through messages on Redis, beside the framework alone."""
 from __future__ import annotations
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,14 @@ from typing import Any
 from jobsync_core.embedded import EmbeddedPostgres
 from tests.brokers import RedisServer
 
-from .celery_app import MODES
 from .nodes import Databases
 from .peer import ROOT
 
-__all__ = ['VARIANTS', 'main']
+__all__ = ['Failed', 'Framework', 'Stage', 'Variant', 'main']
 
 _RECORD = struct.calcsize('dq')
 _TABLES = "SELECT to_regclass('sync_assignment') IS NOT NULL"
 _OWNERS = 'SELECT count(DISTINCT node) FROM sync_assignment'
-VISIBILITY_SEC = 30
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Variant:
 
     Args:
         title: What the table calls it.
-        mode: Of `celery_app`.
-        group: Variants with the same are compared with the first of them, plain Celery on as many processes.
+        mode: Of the framework's app.
+        group: Variants with the same are compared with the first of them, the framework alone on as many processes.
         workers, pool, concurrency: The workers.
         least: The ratio to plain Celery that is the target.
     """
@@ -53,22 +51,6 @@ class Variant:
     pool: str = 'solo'
     concurrency: int = 1
     least: float | None = None
-
-
-def _variants() -> list[Variant]:
-    locks = [('exactly_once', 'once'), ('celery-once', 'celery_once'), ('celery-singleton', 'celery_singleton')]
-    found = []
-    for group, pool, processes in (('one worker, solo', 'solo', 1), ('one worker, prefork 2', 'prefork', 2)):
-        rows: list[tuple[str, str, float | None]] = [
-            ('plain Celery', 'plain', None), ('plain Celery, acks_late', 'plain_late', None),
-            ('uncoordinated tasks', 'uncoordinated', 0.99), ('coordinated, all owned', 'coordinated', 0.95),
-            *((title, mode, None) for title, mode in locks)]
-        found += [Variant(title, mode, group, 1, pool, processes, least) for title, mode, least in rows]
-    return [*found, *(Variant(title, mode, 'two workers, solo', 2, least=least) for title, mode, least in (
-        ('plain Celery', 'plain', None), ('coordinated, half forwarded', 'coordinated', 0.7), ('producer-routed', 'routed', 0.95)))]
-
-
-VARIANTS = _variants()
 
 
 class Failed(Exception):
@@ -96,7 +78,7 @@ class Stage:
         with self.databases.database() as database:
             self.dbname = database['dbname']
             self.environment = {
-                **{key: value for key, value in os.environ.items() if not key.startswith(('CELERY', 'JOBSYNC'))}, **extra,
+                **{key: value for key, value in os.environ.items() if not key.startswith(('CELERY', 'DRAMATIQ', 'JOBSYNC'))}, **extra,
                 'BENCH_MODE': mode, 'BENCH_BROKER': self.redis.url(space), 'BENCH_CONTROL': self.redis.url(control),
                 'BENCH_TIMES': str(times), 'JOBSYNC_DATABASE_URL': self.server.url(self.dbname), 'PYTHONPATH': str(ROOT)}
             self.client = self.redis.client(control)
@@ -109,22 +91,21 @@ class Stage:
                     client.flushdb()
                     client.close()
 
-    def start(self, name: str, pool: str, concurrency: int, queues: str) -> None:
-        """Start a worker."""
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a worker: `python -m` with these arguments."""
         log = (self.place / f'{name}.log').open('wb')
         with log:
             self.workers.append((name, subprocess.Popen(
-                [sys.executable, '-m', 'celery', '-A', 'bench.celery_app', 'worker', '-n', f'{name}@bench', '-P', pool, '-c',
-                 str(concurrency), '-Q', queues, '-l', 'WARNING', '--without-gossip', '--without-mingle', '--without-heartbeat',
-                 *(['--jobsync-node', name] if MODES[self.environment['BENCH_MODE']] == 'jobsync_celery' else [])],
-                env=self.environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)))
+                [sys.executable, '-m', *command], env={**self.environment, 'BENCH_NODE': name}, cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True)))
 
-    def kill(self, number: int) -> None:
-        """SIGKILL to a worker and its pool."""
-        process = self.workers[number][1]
+    def kill(self, number: int) -> float:
+        """SIGKILL to a worker and its pool; when, on the monotonic clock."""
+        process, moment = self.workers[number][1], time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        return moment
 
     def end_workers(self) -> None:
         """End all workers."""
@@ -156,17 +137,10 @@ class Stage:
             return 0
         return int(self.databases.query(_OWNERS, self.dbname)[0][0])
 
-    def send(self, task: str, queue: str) -> None:
-        """Send one of the app's helping tasks."""
-        from celery import Celery
-
-        with Celery('driver', broker=self.environment['BENCH_BROKER']) as producer:
-            producer.send_task(task, queue=queue, ignore_result=True)
-
-    def publish(self, count: int) -> float:
+    def publish(self, app: str, count: int) -> float:
         """Publish in a process of its own; seconds for one message."""
         done = subprocess.run(
-            [sys.executable, '-m', 'bench.celery_app', str(count)], env=self.environment, cwd=ROOT, capture_output=True, text=True,
+            [sys.executable, '-m', app, str(count)], env=self.environment, cwd=ROOT, capture_output=True, text=True,
             timeout=300, check=False)
         if done.returncode:
             raise Failed(f'the producer failed: {done.stderr[-300:]}')
@@ -192,28 +166,56 @@ class Stage:
         return (self.place / 'times').stat().st_size // _RECORD
 
 
-def measure(stage: Stage, variant: Variant, count: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Framework:
+    """What is measured.
+
+    Args:
+        title: Its name.
+        app: The module of its app, which is the producer as well.
+        modes: What the app can do: mode -> the module that it needs beside the framework, or ''.
+        variants: What is measured by default.
+        messages: Messages of a run.
+        command: Arguments after `python -m` of a worker of this name.
+        hold: Have the workers wait until all messages are published.
+        go: Let them go on.
+        recovery: Measures how long it takes until what a killed worker had prefetched is run elsewhere; seconds by what it is called.
+        note: Printed below the table.
+    """
+
+    title: str
+    app: str
+    modes: Mapping[str, str]
+    variants: Sequence[Variant]
+    messages: int
+    command: Callable[[Stage, str, Variant], list[str]]
+    hold: Callable[[Stage, Variant], None]
+    go: Callable[[Stage, Variant], None]
+    recovery: Callable[[Stage], dict[str, float]] | None = None
+    note: str = ''
+
+    def is_ours(self, mode: str) -> bool:
+        """Whether a mode has workers that are nodes."""
+        return self.modes[mode].startswith('jobsync_')
+
+
+def measure(framework: Framework, stage: Stage, variant: Variant, count: int) -> dict[str, float]:
     """One run: microseconds per message in the workers and in the producer, and of the workers' CPU time.
 
-    Every process of the pool is held until all messages are published, so that the producer does not set the pace.
+    The workers are held until all messages are published, so that the producer does not set the pace.
 
     Raises:
         Failed: There is no figure.
     """
     with stage.run(variant.mode):
-        names = [f'node{number}' for number in range(variant.workers)]
-        for name in names:
-            stage.start(name, variant.pool, variant.concurrency, f'celery,hold.{name}')
-        if MODES[variant.mode] == 'jobsync_celery':
+        for number in range(variant.workers):
+            stage.start(f'node{number}', framework.command(stage, f'node{number}', variant))
+        if framework.is_ours(variant.mode):
             stage.wait('tokens', lambda: stage.owners() == variant.workers)
-        for name in names:
-            for _ in range(variant.concurrency):
-                stage.send('hold', f'hold.{name}')
-        held = variant.workers * variant.concurrency
-        stage.wait('held', lambda: bool(stage.client.llen('held') == held))
-        publishing = stage.publish(count)
+        framework.hold(stage, variant)
+        publishing = stage.publish(framework.app, count)
         before = stage.cpu()
-        stage.client.rpush('go', *range(held))
+        framework.go(stage, variant)
         stage.wait('completion', lambda: stage.completed() >= count, 300)
         used = stage.cpu() - before
         times = stage.times()
@@ -223,43 +225,11 @@ def measure(stage: Stage, variant: Variant, count: int) -> dict[str, float]:
         return {'work': (max(moments) - min(moments)) / (count - 1) * 1e6, 'publish': publishing * 1e6, 'cpu': used / count * 1e6}
 
 
-def recovery(stage: Stage, mode: str) -> float:
-    """Seconds from a worker's SIGKILL until all that it had prefetched was run by another; two prefork workers.
-
-    Raises:
-        Failed: There is no figure.
-    """
-    with stage.run(mode, BENCH_VISIBILITY_SEC=str(VISIBILITY_SEC)) if mode == 'plain' else stage.run(mode):
-        stage.start('first', 'prefork', 1, 'celery,stick')
-        coordinated = mode != 'plain'
-        if coordinated:
-            stage.start('second', 'prefork', 2, 'celery')
-            stage.wait('tokens', lambda: stage.owners() == 2)
-        stage.send('stick', 'stick')
-        unacked = 'jobsync.sync_.first.unacked' if coordinated else 'unacked'
-        # Acknowledged early: the message that is running is lost with plain Celery, and no part of this.
-        stage.wait('stuck', lambda: bool(not stage.broker.llen('stick') and stage.broker.hlen(unacked) == 0) and _is_up(stage))
-        stage.publish(3)
-        stage.wait('prefetched', lambda: bool(stage.broker.hlen(unacked) == 3))
-        if not coordinated:
-            stage.start('second', 'prefork', 2, 'celery,hold.second')
-            stage.send('hold', 'hold.second')
-            stage.wait('second', lambda: bool(stage.client.llen('held') == 1))
-        killed = time.monotonic()
-        stage.kill(0)
-        stage.wait('recovery', lambda: stage.completed() >= 3, 300)
-        stage.client.rpush('go', 1)
-        return max(moment for moment, _ in stage.times()) - killed
-
-
-def _is_up(stage: Stage) -> bool:
-    return bool(stage.broker.exists('_kombu.binding.stick'))
-
-
 @dataclass
 class Figures:
     """All values: variant -> metric -> one per round."""
 
+    variants: Sequence[Variant]
     values: dict[Variant, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[Variant, str] = field(default_factory=dict)
 
@@ -275,8 +245,8 @@ class Figures:
         return statistics.median(both) if both and variant not in self.failures else None
 
     def ratio(self, variant: Variant, metric: str = 'work') -> float | None:
-        """Throughput over that of plain Celery in the same round; the median of the rounds. 'cpu': by CPU time alone."""
-        plain = next(other for other in VARIANTS if other.group == variant.group)
+        """Throughput over that of the framework alone in the same round; the median of the rounds. 'cpu': by CPU time alone."""
+        plain = next(other for other in self.variants if other.group == variant.group)
         ours, theirs = (self.values.get(each, {}).get(metric, []) for each in (variant, plain))
         if not ours or len(ours) != len(theirs) or not all(ours) or variant in self.failures or plain in self.failures:
             return None
@@ -288,7 +258,7 @@ def render(figures: Figures, chosen: Sequence[Variant]) -> str:
     lines = [('variant', 'messages/s', 'of plain', 'target', 'by CPU', 'publish µs', 'publish + work µs')]
     notes = []
     for variant in chosen:
-        if lines[-1][0] != variant.group and variant.title == 'plain Celery':
+        if variant.mode == 'plain':
             lines.append((f'— {variant.group}', '', '', '', '', '', ''))
         work, publish, total, ratio = (
             figures.median(variant, 'work'), figures.median(variant, 'publish'), figures.total(variant), figures.ratio(variant))
@@ -308,25 +278,29 @@ def _text(form: str, value: float | None) -> str:
     return '—' if value is None else form.format(value)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(framework: Framework, arguments: Sequence[str]) -> int:
     """Measure and print; 1 if a figure of ours is missing or misses its target, else 0."""
-    parser = argparse.ArgumentParser('python -m bench celery', description='Measure JobSync for Celery beside plain Celery, on Redis.')
+    name, modes = framework.title.lower(), framework.modes
+    extra = ['recovery'] if framework.recovery is not None else []
+    parser = argparse.ArgumentParser(
+        f'python -m bench {name}', description=f'Measure JobSync for {framework.title} beside plain {framework.title}, on Redis.')
     parser.add_argument('--rounds', type=int, default=5, metavar='N', help='runs of each variant (default: 5)')
-    parser.add_argument('--messages', type=int, default=4000, metavar='N', help='messages of a run (default: 4000)')
-    parser.add_argument('--only', action='append', metavar='MODE', choices=[*MODES, 'recovery'], help='a mode beside plain; repeatable')
+    parser.add_argument(
+        '--messages', type=int, default=framework.messages, metavar='N', help=f'messages of a run (default: {framework.messages})')
+    parser.add_argument('--only', action='append', metavar='MODE', choices=[*modes, *extra], help='a mode beside plain; repeatable')
     parser.add_argument('--group', action='append', metavar='TEXT', help='groups whose name has this in it; repeatable')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write every single value there')
     options = parser.parse_args(arguments)
-    missing = sorted({module for module in MODES.values() if module and importlib.util.find_spec(module) is None})
+    missing = sorted({module for module in modes.values() if module and importlib.util.find_spec(module) is None})
     if missing:
         print(f'not installed, hence not measured: {", ".join(missing)}; pip install "jobsync-workers[bench]"', file=sys.stderr)
     chosen = [
-        variant for variant in VARIANTS
-        if MODES[variant.mode] not in missing and (not options.only or variant.mode in ('plain', *options.only))
+        variant for variant in framework.variants
+        if modes[variant.mode] not in missing and (not options.only or variant.mode in ('plain', *options.only))
         and (not options.group or any(text in variant.group for text in options.group))]
     if options.only == ['recovery']:
         chosen = []
-    figures, recovered = Figures(), {}
+    figures, recovered = Figures(framework.variants), dict[str, float]()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(EmbeddedPostgres(settings={'max_connections': '200'}))
         redis = RedisServer()
@@ -336,18 +310,13 @@ def main(arguments: Sequence[str]) -> int:
         for number in range(options.rounds if chosen else 0):
             # There and back, so that a drift of the machine weighs on all alike.
             for variant in chosen if number % 2 == 0 else chosen[::-1]:
-                _add(figures, stage, variant, options.messages)
-        if options.only is None or 'recovery' in options.only:
-            for title, mode in (
-                    (f'plain Celery, visibility_timeout={VISIBILITY_SEC}', 'plain'), ('JobSync, heartbeat_timeout_sec=15', 'pinned')):
-                try:
-                    recovered[title] = recovery(stage, mode)
-                except Failed as failure:
-                    print(f'recovery, {title}: {failure}', file=sys.stderr)
+                _add(figures, framework, stage, variant, options.messages)
+        if framework.recovery is not None and (options.only is None or 'recovery' in options.only):
+            recovered = framework.recovery(stage)
     if chosen:
         print(render(figures, chosen))
-        print('Medians; noop tasks. Ratios: median of the rounds, by time, and by CPU time of the workers, which bears other load.\n'
-              'exactly_once and the lock packages: compare "publish + work", since those do half of theirs in the producer.')
+        print('Medians; noop tasks. Ratios: median of the rounds, by time, and by CPU time of the workers, which bears other load.')
+        print(framework.note)
     for title, seconds in recovered.items():
         print(f'SIGKILL until what was prefetched is run elsewhere: {seconds:5.1f} s  {title}')
     if recovered:
@@ -362,11 +331,11 @@ def main(arguments: Sequence[str]) -> int:
     return int(any((ratio := figures.ratio(variant)) is None or ratio < (variant.least or 0) for variant in ours))
 
 
-def _add(figures: Figures, stage: Stage, variant: Variant, messages: int) -> None:
+def _add(figures: Figures, framework: Framework, stage: Stage, variant: Variant, messages: int) -> None:
     if variant in figures.failures:
         return
     try:
-        found: dict[str, Any] = measure(stage, variant, messages)
+        found: dict[str, Any] = measure(framework, stage, variant, messages)
     except Failed as failure:
         figures.failures[variant] = str(failure)
         print(f'  {variant.group}, {variant.title}: failed', file=sys.stderr, flush=True)

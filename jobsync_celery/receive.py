@@ -84,19 +84,10 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     # The script found nothing the last time.
     _empty = False
     _asked_script = False
-    _kept: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._load()
-
-    def _create_client(self, asynchronous: bool = False) -> Any:
-        """Keep the client: kombu makes one for each command, which takes longer than the command. It has no state but its pool."""
-        if asynchronous:
-            return super()._create_client(asynchronous=True)
-        if self._kept is None or self._kept.connection_pool is not self.pool:
-            self._kept = super()._create_client()
-        return self._kept
 
     def _load(self) -> None:
         try:

@@ -9,6 +9,7 @@ from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker import state
 
+from jobsync_core.errors import JobSyncError
 from jobsync_core.plugin import stand_in
 
 from .plugin import JobSync
@@ -35,7 +36,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         self._plugin = plugin
         self.enabled = stand_in() is None  # a test's worker is no node
         if self.enabled:
-            plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
+            try:
+                plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
+            except JobSyncError as error:
+                logger.critical('JobSync: %s', error)
+                raise WorkerShutdown(_EX_FAILURE) from error
 
     def start(self, parent: Any) -> None:
         """Enter the Job, before any message is consumed."""

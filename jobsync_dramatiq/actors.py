@@ -1,6 +1,7 @@
 """Which actors of a broker are coordinated, and how their messages get their routes."""
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
     if 'django' in sys.modules:
         from django.conf import settings
 
-        if settings.configured:
+        if settings.configured or 'DJANGO_SETTINGS_MODULE' in os.environ:  # the module is read when something is asked of it
             group = getattr(settings, 'DRAMATIQ_JOBSYNC', None) or getattr(settings, 'JOBSYNC', None) or {}
     if not isinstance(group, Mapping):
         raise ConfigurationError(f"DRAMATIQ_JOBSYNC={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}")

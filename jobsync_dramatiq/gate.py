@@ -260,8 +260,10 @@ class GatedConsumer(Consumer):
 
     def _try_to_place(self, message: Any) -> bool:
         note = note_of(message)
-        if note is None or note.route is None:
+        if note is None or 'eta' in message.options:
             return True
+        if note.route is None:
+            return self._shared.actors.is_known(message) or self._park_unknown(message, note)
         if note.incarnation != self._gate.job.incarnation:
             # This node was taken for dead meanwhile, and others have put its messages back.
             self._hold.requeue(message)
@@ -280,11 +282,9 @@ class GatedConsumer(Consumer):
 
     def _park_unknown(self, message: Any, note: Note) -> bool:
         """Dramatiq would put it among the dead letters; but another node may know the actor, or this one after an upgrade."""
-        if clock.now() < note.until:
-            return False
         logger.error('actor=%s id=%s is not known here: parked. Nodes of one cluster must know the same actors',
                      message.actor_name, message.message_id)
-        return self._send(message, note, self._shared.parked, 0, 'parked')
+        return self._send(message, note, self._shared.parked, 0, 'unknown')
 
     def _send(self, message: Any, note: Note, queue: str, hops: int, event: str) -> bool:
         if clock.now() < note.again:
@@ -300,7 +300,7 @@ class GatedConsumer(Consumer):
             self._hold.ack(message)
         except Exception as error:  # it comes again; exactly_once tells the two apart
             logger.warning('id=%s: %s, but not acknowledged: %r', message.message_id, event, error)
-        if event == 'parked':
+        if queue == self._shared.parked:
             self._shared.plugin.parked_something()
         return True
 

@@ -138,7 +138,12 @@ class JobSync(Middleware):
             return self._enqueue(message, delay=delay)
         # To all middleware, and to who asks for the result, the message is in its actor's own queue.
         self._broker.emit_before('enqueue', message, delay)
-        self._post().send(message, queue, message.options[KEY])
+        try:
+            self._post().send(message, queue, message.options[KEY])
+        except ConnectionClosed as error:
+            # RabbitMQ may refuse this user the plugin's exchange. A worker sends the message on.
+            logger.warning('id=%s goes to its home queue: %s', message.message_id, error)
+            return self._enqueue(message, delay=delay)
         self._broker.emit_after('enqueue', message, delay)
         return message
 
@@ -211,7 +216,12 @@ class JobSync(Middleware):
             settings, name, queue, 'dramatiq', self._known().pins(), prepare=lambda: mail.join(name, queue), busy=self._busy,
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
-        job.__enter__()
+        self._serve()
+        try:
+            job.__enter__()
+        except BaseException:
+            self._close_http()
+            raise
         gate = Gate(settings, job)
         self._keeper = Keeper(
             gate, mail, 'dramatiq', parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
@@ -222,7 +232,6 @@ class JobSync(Middleware):
         if worker.consumer_whitelist:
             worker.consumer_whitelist.add(queue)
         broker.queues.add(queue)  # no delay queue: delays wait on the actor's own
-        self._serve()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
 
     def attach(self, gate: Gate, mail: BrokerMail) -> None:
@@ -247,8 +256,7 @@ class JobSync(Middleware):
         job, self._job = self._job, None
         if self._keeper is not None:
             self._keeper.stop(5.0)
-        if self._http is not None:
-            self._http.close()
+        self._close_http()
         if job is not None:
             job.__exit__(None, None, None)
 
@@ -316,14 +324,23 @@ class JobSync(Middleware):
         return {**status, 'messages': dict(self._gate.counts) if self._gate is not None else {}}
 
     def _serve(self) -> None:
-        if self.settings.http is None or self.job is None:
+        """Answer probes, also while the worker joins."""
+        if self.settings.http is None or self._job is None:
             return
-        from jobsync_core.web import HealthServer, node_metrics
+        from jobsync_core.web import HealthServer, node_metrics, split_address
 
-        job = self.job
+        job = self._job
+        host, port = split_address(self.settings.http)
+        # The processes of one `dramatiq -p` listen on this port and those that follow it.
+        port += max(0, _process_number() - 1) if port else 0
         self._http = HealthServer(
-            self.settings.http, ready=lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
+            f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
+            ready=lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+
+    def _close_http(self) -> None:
+        if self._http is not None:
+            self._http.close()
 
 
 def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None]:
@@ -336,6 +353,10 @@ def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None
 
 def _node_name(given: str | None) -> str:
     """Unique for each start: a reload keeps the master and the process numbers."""
-    number = re.sub(r'\D', '', multiprocessing.current_process().name) or '0'
     start = f'{time.time_ns() // 1_000_000:x}'[-8:]
-    return f'{given or socket.gethostname()}-{os.getppid()}-{number}-{start}'
+    return f'{given or socket.gethostname()}-{os.getppid()}-{_process_number()}-{start}'
+
+
+def _process_number() -> int:
+    """From 1 in a process of `dramatiq -p`; 0 elsewhere."""
+    return int(re.sub(r'\D', '', multiprocessing.current_process().name) or 0)

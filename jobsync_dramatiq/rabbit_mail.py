@@ -97,17 +97,23 @@ class RabbitMail:
         self.broker.parameters = _adjusted(self.broker.parameters, blocked_connection_timeout=_BLOCKED_SEC)
         self._consumer_parameters = _adjusted(self.broker.parameters, heartbeat=self._heartbeat)
         self.broker.confirm_delivery = True
-        with _translated():
+        try:
             del self.broker.connection  # a channel that was opened before has no confirms
             self._declare_node()
+        except _BROKEN as error:
+            raise ConnectionClosed(RuntimeError(f'RabbitMQ at {_places(self.broker.parameters)} cannot be used: {error!r}')) from error
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """See BrokerMail."""
-        with _translated():
-            if queue == self._node_queue:
-                self._declare_node()
-            else:
-                self.broker.declare_queue(queue, ensure=True)
+        try:
+            with _translated():
+                if queue == self._node_queue:
+                    self._declare_node()
+                else:
+                    self.broker.declare_queue(queue, ensure=True)
+        except ConnectionClosed:
+            self.reset()  # the worker tries again in a moment, and would find the same broken connection
+            raise
         # A consumer sends heartbeats while it waits; other connections lie idle, and keep RabbitMQ's slower ones.
         parameters, kind = self._consumer_parameters, self.broker.consumer_class
         given: Any = SimpleNamespace(parameters=parameters, queues_pending=self.broker.queues_pending)
@@ -206,7 +212,11 @@ class RabbitMail:
         return channel
 
     def _declare_node(self) -> None:
-        self._declare_queue(self._declared(), self._node_queue)
+        try:
+            self._declare_queue(self._declared(), self._node_queue)
+        except _BROKEN:
+            self.reset()  # as in _publish: the connection was idle, or broke together with that of the consumer
+            self._declare_queue(self._declared(), self._node_queue)
         self.broker.queues_pending.discard(self._node_queue)  # Dramatiq would declare it in its own way
 
     def _declare_queue(self, channel: Any, queue: str) -> None:
@@ -289,6 +299,10 @@ class _RabbitHold:
         except ConnectionClosed as error:
             # Of a connection that is gone: the worker would try for ever. exactly_once tells the next delivery from the first.
             logger.warning('id=%s: RabbitMQ delivers it again, since the connection that took it is gone: %s', message.message_id, error)
+
+
+def _places(parameters: Any) -> str:
+    return ', '.join(f'{each.host}:{each.port}' for each in (parameters if isinstance(parameters, list) else [parameters]))
 
 
 def _adjusted(parameters: Any, **values: Any) -> Any:

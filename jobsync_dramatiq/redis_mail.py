@@ -106,6 +106,7 @@ class RedisMail:
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """See BrokerMail."""
+        self._sources.discard(queue)  # Redis may have been restarted with nothing in it
         self._note_source(queue)
         if queue.endswith('.DQ'):
             # The worker forgets what waited for its time when a consumer breaks; nobody else holds any of it.
@@ -183,6 +184,7 @@ class RedisMail:
 
     def reset(self) -> None:
         """See Mail: redis-py drops broken connections by itself."""
+        self._sources.clear()
 
     def _note_source(self, queue: str) -> None:
         # Before anything is taken from it.

@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery, signals
 from celery.worker import state
 
-from jobsync_celery import JobSync
+from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import gate as gate_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_core.config import CoordinationConfig
@@ -43,12 +43,13 @@ class Request:
     """What the strategy makes of a message."""
 
     def __init__(self, stage: Bench, message: Message) -> None:
-        self._stage, self.message, self.id = stage, message, 'm1'
+        self._stage, self.message, self.id, self.name, self.acknowledged = stage, message, 'm1', message.headers['task'], False
 
     def acknowledge(self) -> None:
         self._stage.log.append('ack')
 
     def reject(self, requeue: bool) -> None:
+        self.acknowledged = True
         self._stage.log.append('requeue' if requeue else 'reject')
 
 
@@ -69,6 +70,7 @@ class Bench:
         self.app = Celery('bench', broker='memory://', set_as_current=False)
         self.app.task(name='keyed', shared=False, jobsync_key='k:{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
+        self.app.task(name='once', shared=False)(exactly_once(key='k:{n}')(_task))
         config = CoordinationConfig(appname='shop_')
         self.plugin = JobSync(self.app, config=config, **settings)
         vars(self.plugin)['_job'] = self.job
@@ -107,7 +109,8 @@ class Bench:
     def dispatch(self, message: Message) -> list[str]:
         """The strategy hands a request to the pool; what happened then."""
         self.log.clear()
-        self.consumer.on_task_request(Request(self, message))
+        self.request = Request(self, message)
+        self.consumer.on_task_request(self.request)
         return self.log
 
     def look(self, seconds: float = 0.1) -> list[str]:

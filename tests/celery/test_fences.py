@@ -19,6 +19,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.routing import decide
 
 from ..brokers import BrokerServer
+from ..fakes import FakeLedger
 from .consumers import Bench, bench
 from .test_gate import (
     check_failure_leaves_it_unacknowledged,
@@ -27,7 +28,7 @@ from .test_gate import (
     check_never_to_self,
     check_published_before_acknowledged,
 )
-from .test_once import FakeLedger, app, check_duplicate_rule, ledger
+from .test_once import app, check_duplicate_rule, ledger
 
 __all__ = ['app', 'ledger']
 

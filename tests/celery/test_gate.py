@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from celery.exceptions import WorkerShutdown
+from celery.worker import state
 
+from jobsync_celery.steps import NodeStep
 from jobsync_core.owners import Place
 
 from .consumers import Bench, Message, bench
@@ -204,3 +208,28 @@ class TestUnknownTasks:
         vars(message)['ack'] = lambda: stage.log.append('ack')
         stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
         assert stage.log == []
+
+
+class TestSurrender:
+    """A worker that lost its lease on RabbitMQ."""
+
+    @pytest.mark.parametrize(('task', 'expected'), [('once', ['requeue']), ('keyed', [])])
+    def test_what_is_executed_goes_back_if_it_completes_once(self, stage: Bench, task: str, expected: list[str]) -> None:
+        message = Message('mine', task=task)
+        stage.receive(message)
+        assert stage.dispatch(message) == ['pool']
+        stage.log.clear()
+        stage.gate.surrender()
+        assert stage.log == []  # the pool has not begun it: it comes back by itself
+        state.active_requests.add(stage.request)
+        stage.gate.surrender()
+        stage.gate.surrender()
+        assert stage.log == expected
+
+
+def test_green_threads_are_refused_before_the_worker_starts(stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    worker = SimpleNamespace(app=stage.app, pool_cls='celery.concurrency.gevent:TaskPool', hostname='w@x')
+    with pytest.raises(WorkerShutdown) as ended:
+        NodeStep(worker)
+    assert ended.value.code == 1
+    assert "pool 'celery.concurrency.gevent:TaskPool'" in caplog.text and '--pool prefork' in caplog.text

@@ -101,6 +101,13 @@ async def _awaited(n: int, sleep: float = 0.0) -> dict[str, Any]:
     return {'n': n, 'message': work.now.message_id()}
 
 
+def _told(message: dict[str, Any], outcome: dict[str, Any] | Any) -> None:
+    """A callback of a message that has succeeded or failed."""
+    key = f'd:{message["actor_name"]} {message["args"][0]}'
+    work.note('start', key)
+    work.note('end', key)
+
+
 def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """All that a message brings to its actor."""
     message = _message()
@@ -135,5 +142,6 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
     actor('sour', once(key='s:{n}')(work.sour))
     actor('overdue', once(key='o:{n}')(work.overdue), time_limit=1000)
     actor('awaited', once(key='w:{n}')(_awaited))
+    actor('told', _told)
     actor('add', once(key='a:{tag}:{x}:{y}')(work.add), queue_name='second')
     actor('seal', once(key='c:{tag}')(work.seal))

@@ -429,6 +429,11 @@ class Cluster:
         assert not lost, f'{len(lost)} of {len(wanted)} did not run to their end within {timeout} s: {messages[:10]}'
         return self.notes.of('end', wanted)
 
+    def wait_started(self, keys: Iterable[str], timeout: float = 30.0) -> None:
+        """Wait until each key has been begun."""
+        wanted = set(keys)
+        eventually(lambda: wanted <= {note.key for note in self.notes.of('start', wanted)}, timeout)
+
     def wait_progress(self, count: int, timeout: float = 40.0) -> None:
         """Wait until tasks have ended this many times."""
         eventually(lambda: len(self.notes.of('end')) >= count or not self._alive(), timeout)

@@ -14,7 +14,7 @@ __all__ = ['Project']
 
 _FILE = re.compile(r'# ([\w/]+\.py)(?:, continued)?\n')
 #: What a command prints when it is at work; all other commands end by themselves.
-_READY = {' worker ': ' ready.', ' beat ': ' is starting'}
+_READY = {' worker ': ' ready.', ' beat ': ' is starting', 'dramatiq proj': 'ready for action.', 'dramatiq rabbit': 'ready for action.'}
 
 
 class Project:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dramatiq
+import prometheus_client  # noqa: F401  # before the middleware tells it to keep its values in files
 import pytest
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
@@ -176,6 +177,10 @@ class TestWaiting:
         stage.look()
         assert stage.log == ['send q3 hops=1', 'ack']
 
+    def test_an_actor_that_is_not_known_here_may_be_known_to_its_owner(self, stage: Stage) -> None:
+        assert stage.receive(message('other', actor='newer')) is None
+        assert stage.log == ['send q2 hops=1', 'ack']
+
     def test_what_waited_over_the_end_of_a_life_goes_back(self, stage: Stage) -> None:
         stage.receive(message('nobody'))
         stage.job.incarnation = 'life-2'
@@ -187,10 +192,10 @@ class TestWaiting:
         stage.consumer.close()
         assert stage.log == ['close waiting=1']
 
-    def test_an_actor_that_is_not_known_here_is_parked(self, stage: Stage) -> None:
-        assert stage.receive(message('mine', actor='newer')) is None
-        assert stage.look(2.1) is None
-        assert stage.log == [PARKED, 'ack', 'stray']
+    @pytest.mark.parametrize('key', ['mine', None])
+    def test_an_actor_that_is_not_known_here_is_parked(self, stage: Stage, key: str | None) -> None:
+        assert stage.receive(message(key, actor='newer')) is None
+        assert (stage.log, stage.counts['unknown']) == ([PARKED, 'ack', 'stray'], 1)
 
 
 class TestLease:

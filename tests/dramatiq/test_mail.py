@@ -247,6 +247,17 @@ class TestRedis:
         assert len(redis.take_all(redis.node('n2'), N1)) == 1
 
 
+    def test_the_names_of_its_queues_come_back_where_redis_has_forgotten_them(self, redis: Place) -> None:
+        node = redis.node('n1')
+        node.consume('default', 1, 50)
+        node.take(PARKED)
+        node.broker.client.flushdb()
+        node.reset()  # as the keeper does after an error
+        node.consume('default', 1, 50)
+        node.take(PARKED)
+        assert node.broker.client.smembers(f'dramatiq:{N1}.sources') == {b'default', PARKED.encode()}
+
+
 class TestRabbit:
     def test_a_message_for_a_deleted_queue_is_parked_by_whomever_it_is_sent(self, rabbit: Place) -> None:
         node, producer = rabbit.node('n1'), rabbit.producer()
@@ -284,6 +295,15 @@ class TestRabbit:
         rabbit.put(node, N1)
         assert len(rabbit.take_all(node, N1)) == 2
 
+    @pytest.mark.parametrize('what', ['connection', 'channel'])
+    def test_a_consumer_begins_anew_after_its_thread_s_connection_broke(self, rabbit: Place, what: str) -> None:
+        node = rabbit.node('n1')
+        rabbit.put(node, N1)
+        getattr(node.broker, what).close()
+        hold = node.consume(N1, 1, 50)
+        assert next_of(hold).args == (0,)
+        hold.close([])
+
     def test_a_home_queue_that_is_gone_is_made_again(self, rabbit: Place) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, 'default')
@@ -308,7 +328,7 @@ class TestRabbit:
         assert rabbit.node('n1')._consumer_parameters.heartbeat == 15
         assert rabbit.node('n1').broker.parameters.heartbeat is None
         given = mail_of(RabbitmqBroker(host='127.0.0.1', port=1, heartbeat=33), CoordinationConfig(appname='shop_'))
-        with pytest.raises(ConnectionClosed):
+        with pytest.raises(ConnectionClosed, match=r'RabbitMQ at 127\.0\.0\.1:1 cannot be used: '):
             given.join('n1', N1)
         assert given._consumer_parameters.heartbeat == 33  # type: ignore[attr-defined]  # of RabbitMQ's
 

@@ -1,13 +1,23 @@
 """Real `dramatiq` processes, on Redis and on RabbitMQ."""
 from __future__ import annotations
 
+import json
 import os
 import signal
+import urllib.error
+import urllib.request
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
+from jobsync_core.owners import Place
+from jobsync_dramatiq import JobSync
+
+from ..brokers import free_port
 from ..waiting import eventually
 from .conftest import Workers
 
@@ -120,3 +130,40 @@ def test_a_start_that_fails_ends_the_worker(workers: Workers, monkeypatch: Any) 
     process = workers.start(1)
     assert process.wait(60) == 3
     assert 'cannot start' in workers.output()
+
+
+def test_each_process_answers_probes_on_a_port_of_its_own(workers: Workers) -> None:
+    port = free_port()
+    workers._environment['TEST_OPTIONS'] = json.dumps({'http': f'127.0.0.1:{port}'})
+    workers.start(2, '--use-spawn')
+
+    def node_at(number: int) -> str:
+        try:
+            with urllib.request.urlopen(f'http://127.0.0.1:{number}/health/ready', timeout=5) as answer:
+                return str(json.load(answer)['node'])
+        except (OSError, urllib.error.URLError):
+            return ''
+
+    names = [eventually(partial(node_at, number), 30) for number in (port, port + 1)]
+    assert [name.split('-')[-2] for name in names] == ['1', '2']
+    with urllib.request.urlopen(f'http://127.0.0.1:{port}/metrics', timeout=5) as answer:
+        assert b'jobsync' in answer.read()
+
+
+def test_a_producer_that_rabbitmq_refuses_the_exchange_sends_to_the_home_queue(
+    rabbitmq_server: Any, make_config: Any,
+) -> None:
+    config = make_config()
+    space = rabbitmq_server.new_space()
+    broker = RabbitmqBroker(url=rabbitmq_server.url(space))
+    plugin = JobSync(config=config)
+    broker.add_middleware(plugin)
+    actor: Any = dramatiq.actor(actor_name='keyed', broker=broker, jobsync_key='k')(lambda: None)
+    vars(plugin)['_owner_map'] = lambda: SimpleNamespace(find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1'))
+    rabbitmq_server.api('PUT', f'permissions/{space}/guest', {'configure': '^default', 'write': '.*', 'read': '.*'})
+    try:
+        actor.send()
+        assert rabbitmq_server.depths(space) == {'default': 1}
+    finally:
+        broker.close()
+        rabbitmq_server.drop_space(space)

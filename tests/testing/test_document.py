@@ -14,6 +14,17 @@ from ..docs.blocks import ROOT, blocks_of
 DOCUMENT = ROOT / 'docs' / 'TESTING.md'
 
 
+def run_tests(place: Path) -> list[str]:
+    """Run a project's tests, which must pass; the file of each of them."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-v', '-W', 'error', '-p', 'no:cacheprovider', '--rootdir', str(place), str(place)],
+        cwd=place, env={**environment, 'PYTHONPATH': str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout
+    return re.findall(r'^(test_\w+\.py)::\w+ PASSED', done.stdout, re.MULTILINE)
+
+
 def test_the_project_of_the_document_passes(tmp_path: Path) -> None:
     names = []
     for block in blocks_of(DOCUMENT):
@@ -24,16 +35,19 @@ def test_the_project_of_the_document_passes(tmp_path: Path) -> None:
         (tmp_path / name).write_text(block.text, encoding='utf-8')
         names.append(name)
 
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
-    done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-v', '-W', 'error', '-p', 'no:cacheprovider', '--rootdir', str(tmp_path), str(tmp_path)],
-        cwd=tmp_path, env={**environment, 'PYTHONPATH': str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=110, check=False)
+    passed = run_tests(tmp_path)
 
-    assert done.returncode == 0, done.stdout
-    passed = re.findall(r'^(test_\w+\.py)::\w+ PASSED', done.stdout, re.MULTILINE)
-    assert set(passed) == {name for name in names if name.startswith('test_')}, done.stdout
-    assert len(passed) == sum(block.text.count('\ndef test_') for block in blocks_of(DOCUMENT)), done.stdout
+    assert set(passed) == {name for name in names if name.startswith('test_')}
+    assert len(passed) == sum(block.text.count('\ndef test_') for block in blocks_of(DOCUMENT))
+
+
+def test_a_conftest_may_use_the_classes_too(tmp_path: Path) -> None:
+    # pytest warns of a plugin that was imported before it could rewrite its assertions.
+    (tmp_path / 'conftest.py').write_text(
+        "from jobsync_core.testing import FakeJob\npytest_plugins = ['jobsync_core.testing']\nassert FakeJob\n", encoding='utf-8')
+    (tmp_path / 'test_it.py').write_text("def test_it(jobsync_job):\n    assert jobsync_job.can_claim_task('a')\n", encoding='utf-8')
+
+    assert run_tests(tmp_path) == ['test_it.py']
 
 
 def test_the_document_names_everything_public() -> None:

@@ -13,18 +13,31 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.errors import ConfigurationError, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, NotEntered
+from jobsync_core.errors import (
+    ClaimLost,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    JobSyncError,
+    NotEntered,
+)
 from jobsync_core.ledger import (
     MAX_RESULT_BYTES,
+    UNCOORDINATED,
     Execution,
+    Ledger,
     LocalLedger,
     check_key,
     current_execution,
     current_ledger,
+    message_ledger,
     retention_seconds,
     set_current_ledger,
 )
 from jobsync_core.once import ExactlyOnce, exactly_once, once
+from jobsync_core.store.schema import Tables
 
 
 class FakeLedger(LocalLedger):
@@ -605,3 +618,45 @@ class TestSingleNodeMode:
             assert execution.completed
             with pytest.raises(ConfigurationError, match='single-node mode'), execution.transaction():
                 pytest.fail('there is no database')
+
+
+class TestAMessagesLedger:
+    """What an adapter's worker begins with."""
+
+    def ledger(self, incarnation: str, leased: bool) -> Ledger:
+        sessions: Any = None  # never reached
+        return Ledger(sessions, Tables('shop_'), 'n1', lambda: incarnation, lambda: leased)
+
+    @pytest.fixture(autouse=True)
+    def none_left(self) -> Iterator[None]:
+        yield
+        set_current_ledger(None)
+
+    def test_with_a_lease_it_is_the_node_s(self) -> None:
+        mine = self.ledger('life 1', leased=True)
+        set_current_ledger(mine)
+        assert message_ledger() is mine
+
+    def test_without_a_lease_nothing_begins(self) -> None:
+        set_current_ledger(self.ledger('life 1', leased=False))
+        refused: list[JobSyncError] = []
+
+        def refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> str:
+            refused.append(error)
+            assert not ran
+            return 'later'
+
+        @exactly_once(key='{order_id}', refuse=refuse, ledger=message_ledger)
+        def sync(order_id: int) -> None:
+            raise AssertionError('begun without a lease')
+
+        @exactly_once(key='{order_id}', refuse=refuse, ledger=message_ledger)
+        async def later(order_id: int) -> None:
+            raise AssertionError('begun without a lease')
+
+        assert [sync(1), asyncio.run(later(1))] == ['later', 'later']
+        assert [type(error) for error in refused] == [ClaimLost, ClaimLost]
+
+    def test_uncoordinated_everything_runs(self) -> None:
+        set_current_ledger(self.ledger(UNCOORDINATED, leased=False))
+        assert isinstance(message_ledger(), LocalLedger)

@@ -1,0 +1,164 @@
+"""What an adapter says of its tasks and messages: which are coordinated, and what becomes of a message whose attempt is refused."""
+from __future__ import annotations
+
+import datetime
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from . import once as core
+from .errors import DuplicateExecution, ExecutionRunning, JobSyncError
+from .execution import DEFAULT_RETENTION
+from .ledger import Ledger, LocalLedger, message_ledger
+from .once import ExactlyOnce
+from .plugin import PluginSettings
+from .routing import Coordination
+
+__all__ = ['CoordinatedTasks', 'Declared', 'MessageOnce', 'once_of']
+
+F = TypeVar('F', bound=Callable[..., Any])
+
+
+def once_of(function: object) -> ExactlyOnce | None:
+    """The `exactly_once` options of a function; None where it has none."""
+    found = getattr(function, 'exactly_once', None)
+    return found if isinstance(found, ExactlyOnce) else None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """How the user declared a task.
+
+    Args:
+        function: What it runs, for a key over its arguments.
+        once: Its `exactly_once` options, if it has them.
+        key: Its `jobsync_key`.
+        pin: Its `jobsync_pin`.
+        internal: It is the framework's own, so that `coordinate='all'` does not mean it.
+    """
+
+    function: Callable[..., Any]
+    once: ExactlyOnce | None
+    key: str | Callable[..., str] | None
+    pin: Sequence[str] | str | None
+    internal: bool = False
+
+
+class CoordinatedTasks:
+    """The coordinated tasks of an application; looked up by name, built once each.
+
+    Args:
+        settings: The plugin's.
+        declared: How a task was declared; None where it is not known here, or not yet.
+        names: The names of all tasks that are known now.
+    """
+
+    def __init__(
+        self, settings: PluginSettings, declared: Callable[[str], Declared | None], names: Callable[[], Iterable[str]],
+    ) -> None:
+        self._settings = settings
+        self._declared = declared
+        self._names = names
+        self._known: dict[str, Coordination | None] = {}
+
+    def find(self, name: str) -> Coordination | None:
+        """How a task is coordinated; None: it is not, or it is unknown here.
+
+        Raises:
+            ConfigurationError: Its key or its pin cannot work.
+        """
+        if name not in self._known:
+            declared = self._declared(name)
+            if declared is None:
+                return None  # another process's task; it may be declared here later
+            self._known[name] = self._build(name, declared)
+        return self._known[name]
+
+    def pins(self) -> dict[str, tuple[str, ...]]:
+        """Pinned tasks and their patterns."""
+        pins: dict[str, tuple[str, ...]] = {name: tuple(patterns) for name, patterns in self._settings.pins.items()}
+        for name in list(self._names()):
+            found = self.find(name)
+            if found is not None and found.pin is not None:
+                pins[name] = found.pin
+        return pins
+
+    def _build(self, name: str, task: Declared) -> Coordination | None:
+        pin = task.pin or self._settings.pins.get(name)
+        everything = self._settings.coordinate == 'all' and not task.internal
+        if task.once is None and task.key is None and pin is None and not everything:
+            return None
+        return Coordination(name, task.function, task.once, task.key, pin, self._settings.pin_slots)
+
+
+class MessageOnce(ABC):
+    """`@exactly_once` for the messages of a framework."""
+
+    def exactly_once(
+        self, *bare: object, key: str | Callable[..., str] | None = None,
+        retention: datetime.timedelta | float = DEFAULT_RETENTION, on_duplicate: str = 'result', on_running: str = 'requeue',
+        store_result: bool = True, scope: str | None = None,
+    ) -> Callable[[F], F]:
+        """Make a task (an actor) complete once per key: put it below the framework's own decorator.
+
+        Args:
+            bare: Nothing: it is here to refuse `@exactly_once` without parentheses.
+            key: A format string over the arguments, or a callable that takes them. Default: the message's id, which suppresses
+                redeliveries.
+            retention: For how long a completion is remembered: a timedelta, or seconds.
+            on_duplicate: What a message with a completed key returns: 'result' the stored result, 'skip' None; 'raise' raises
+                DuplicateExecution.
+            on_running: What becomes of a message whose key is running: 'requeue' brings it back, 'skip' returns None, 'raise'
+                raises ExecutionRunning.
+            store_result: Store what the function returns, as JSON.
+            scope: What keys begin with; default: the function's qualified name.
+
+        Raises:
+            ConfigurationError: An option cannot work.
+        """
+        return core.exactly_once(
+            *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result,
+            scope=scope, default_key=self.message_id, refuse=self._refuse, ledger=self.ledger)
+
+    @abstractmethod
+    def message_id(self) -> str | None:
+        """The id of the message that is being processed; None where there is none."""
+
+    @abstractmethod
+    def duplicate(self, error: DuplicateExecution) -> None:
+        """The message that is being processed is a duplicate: tell those who want to know."""
+
+    @abstractmethod
+    def replay(self, error: DuplicateExecution) -> None:
+        """The duplicate is about to end with the stored result. Where the same message did so before, keep from happening again
+        what happened then; what this raises ends it instead.
+        """
+
+    @abstractmethod
+    def come_back(self, error: JobSyncError) -> NoReturn:
+        """Have the message that is being processed come back later; raise what ends it for now."""
+
+    def is_processing(self) -> bool:
+        """Whether the function was called for a message, and not by the user's own code."""
+        return self.message_id() is not None
+
+    def ledger(self) -> Ledger | LocalLedger:
+        """The ledger of this call."""
+        return message_ledger()
+
+    def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
+        if not self.is_processing():
+            raise error
+        if isinstance(error, DuplicateExecution):
+            self.duplicate(error)
+            if options.on_duplicate == 'raise':
+                raise error
+            self.replay(error)
+            return error.result if options.on_duplicate == 'result' else None
+        if isinstance(error, ExecutionRunning) and options.on_running != 'requeue':
+            if options.on_running == 'skip':
+                return None
+            raise error
+        # Running elsewhere, the ledger out of reach, this node evicted, or the completion unknown: the next delivery finds out.
+        self.come_back(error)

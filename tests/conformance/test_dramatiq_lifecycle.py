@@ -1,0 +1,152 @@
+"""What is Dramatiq's own in the life of a worker: a master with processes, reloading, orphans, and a death while messages wait."""
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from jobsync_core.embedded_supervisor import running
+
+from ..waiting import eventually
+from .harness import Cluster
+from .history import moment
+from .setups import Setup, setups
+
+on_processes = pytest.mark.parametrize('setup', setups('processes', framework='dramatiq'), ids=str)
+on_threads = pytest.mark.parametrize('setup', setups('threads', framework='dramatiq'), ids=str)
+MakeCluster = Callable[..., Cluster]
+
+
+def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.05) -> None:
+    for n in range(start, start + count):
+        cluster.send('keyed' if n % 2 else 'body', n, sleep, routed=n % 3 == 0)
+
+
+@on_processes
+def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    before, pool = cluster.lives('alpha'), cluster['alpha'].children
+    send_some(cluster, 100)
+    cluster.wait_progress(10)
+    cluster['alpha'].send_signal(signal.SIGHUP)
+    eventually(lambda: len(cluster.lives('alpha') - before) == 2, 30)
+    cluster.settle()
+    assert cluster['alpha'].is_running()
+    assert not any(running(pid) for pid in pool)
+    send_some(cluster, 40, start=100, sleep=0)
+    cluster.finish()
+    starts = [note.key for note in cluster.notes.of('start')]
+    assert len(starts) == len(set(starts)), 'what was running was interrupted'
+    assert any(note.pid in cluster['alpha'].children for note in cluster.ended())
+
+
+@on_processes
+def test_orphans_whose_master_was_killed_finish_their_work_and_leave(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_some(cluster, 60, sleep=0.3)
+    cluster.wait_progress(5)
+    orphans = cluster['alpha'].children
+    assert len(orphans) == 2
+    since = moment()
+    cluster['alpha'].kill()
+    eventually(lambda: cluster.owning() == {'beta'}, 15)
+    eventually(lambda: not any(running(pid) for pid in orphans), 15)
+    print(f'{setup}: the orphans were gone {moment() - since:.1f} s after the master')
+    assert not cluster.lives('alpha')
+    cluster.finish()
+    starts = [note.key for note in cluster.notes.of('start')]
+    assert len(starts) == len(set(starts)), 'an orphan did not finish what it had begun'
+
+
+@on_processes
+def test_a_worker_that_is_killed_by_a_second_signal_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_some(cluster, 60, sleep=0.5)
+    cluster.wait_progress(4)
+    cluster['alpha'].send_signal(signal.SIGTERM)
+    eventually(lambda: 'Stopping worker process' in cluster['alpha'].log())
+    since = moment()
+    assert cluster['alpha'].stop(signal.SIGTERM, timeout=15) != 0
+    print(f'ended in {moment() - since:.1f} s')
+    cluster.settle()
+    cluster.finish()
+
+
+@on_threads
+def test_two_workers_of_one_name_are_two_nodes(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha')
+    first = cluster['alpha']
+    second = cluster.launch('alpha').wait_ready()
+    eventually(lambda: len(cluster.ledger.owned()) == 2, 20)
+    send_some(cluster, 60)
+    cluster.finish()
+    assert len({note.node for note in cluster.ended()}) == 2
+    assert first.stop() == second.stop() == 0
+
+
+@on_threads
+def test_a_worker_that_is_stopped_while_it_joins_obeys_when_it_has_joined(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.send('keyed', 1)
+    # Dramatiq's master holds signals back until its processes have started.
+    worker = cluster.launch('alpha', wait_on_enter=3)
+    eventually(lambda: cluster.lives('alpha'), 30)
+    assert worker.stop(signal.SIGTERM, timeout=20) == 0
+    assert not cluster.lives('alpha')
+    cluster.start('beta')
+    cluster.finish()
+
+
+@on_threads
+def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('victim')
+    due = moment() + 4
+    for n in range(20):
+        cluster.send('keyed', n, delay=4, routed=n % 2 == 0)
+    # A worker takes what is delayed at once, and holds it until it is due.
+    eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) == 20)
+    cluster['victim'].crash()
+    cluster.start('alpha')
+    cluster.finish()
+    starts = cluster.notes.of('start')
+    assert {cluster.worker_of(note.node) for note in starts} == {'alpha'}
+    assert min(note.at for note in starts) >= due - 0.05
+    assert max(note.at for note in starts) < due + 5
+
+
+@on_processes
+def test_retries_across_a_rebalance_are_attempts_of_one_message(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha')
+    for n in range(40):
+        cluster.send('flaky', n, 3, routed=n % 2 == 0, min_backoff=1500, max_backoff=3000)
+    eventually(lambda: len(cluster.notes.of('error')) >= 40, 20)
+    cluster.start('beta')
+    cluster['alpha'].stop()
+    cluster.finish()
+    by_key: dict[str, list[object]] = {}
+    for note in cluster.notes.of('start'):
+        by_key.setdefault(note.key, []).append(note.more)
+    assert all(attempts == [0, 1, 2, 3] for attempts in by_key.values()), by_key
+    assert cluster.ran_on('f') == {'beta'}
+
+
+@on_processes
+def test_a_process_that_is_killed_takes_its_siblings_along_and_all_that_they_held_runs_elsewhere(
+    setup: Setup, make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    send_some(cluster, 40, sleep=0.2)
+    cluster.wait_progress(5)
+    os.kill(cluster['alpha'].children[0], signal.SIGKILL)
+    assert cluster['alpha'].wait(20) != 0
+    eventually(lambda: cluster.owning() == {'beta'}, 15)
+    cluster.finish()
