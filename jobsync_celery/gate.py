@@ -276,7 +276,7 @@ class ConsumerGate:
             if request not in state.active_requests or request.acknowledged:
                 continue
             coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
-            if coordination is not None and coordination[0].once is not None:
+            if coordination is not None and coordination.once is not None:
                 logger.warning('Task %s[%s] is executed without a lease: its message goes back', request.name, request.id)
                 request.reject(requeue=True)
 

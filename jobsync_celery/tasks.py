@@ -3,22 +3,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jobsync_core.once import ExactlyOnce
-from jobsync_core.routing import Coordination
+from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from jobsync_core.plugin import PluginSettings
 
-__all__ = ['Tasks', 'adjust_options', 'once_of']
+__all__ = ['Tasks', 'adjust_options']
 
 
-def once_of(task: Any) -> ExactlyOnce | None:
-    """The `exactly_once` options of a task, or of a function."""
-    run = getattr(task, '_orig_run', None) or getattr(task, 'run', task)
-    found = getattr(run, 'exactly_once', None)
-    return found if isinstance(found, ExactlyOnce) else None
+def _run_of(task: Any) -> Any:
+    """What a task runs; of a function that is to become a task, itself."""
+    return getattr(task, '_orig_run', None) or getattr(task, 'run', task)
 
 
 def adjust_options(app: Celery) -> None:
@@ -26,7 +23,7 @@ def adjust_options(app: Celery) -> None:
     make = app._task_from_fun
 
     def task_from_fun(fun: Any, name: str | None = None, base: Any = None, bind: bool = False, **options: Any) -> Any:
-        if once_of(fun) is not None:
+        if once_of(_run_of(fun)) is not None:
             for option in ('acks_late', 'reject_on_worker_lost'):
                 if getattr(base or app.Task, option, None) is None:
                     options.setdefault(option, True)
@@ -35,8 +32,8 @@ def adjust_options(app: Celery) -> None:
     app._task_from_fun = task_from_fun
 
 
-class Tasks:
-    """The coordinated tasks of an app; looked up by name, built once each.
+class Tasks(CoordinatedTasks):
+    """The coordinated tasks of an app.
 
     Args:
         app: The app.
@@ -44,18 +41,8 @@ class Tasks:
     """
 
     def __init__(self, app: Celery, settings: PluginSettings) -> None:
+        super().__init__(settings, self._declaration, lambda: app.tasks)
         self._app = app
-        self._settings = settings
-        self._known: dict[str, tuple[Coordination, bool] | None] = {}
-
-    def find(self, name: str) -> tuple[Coordination, bool] | None:
-        """How a task is coordinated, and whether its function takes the task as its first argument; None: it is not."""
-        if name not in self._known:
-            task = self._app.tasks.get(name)
-            if task is None:
-                return None  # another process's task; it may be registered here later
-            self._known[name] = self._build(name, task)
-        return self._known[name]
 
     def route_of(self, name: str, args: Any, kwargs: Any, message_id: str) -> str | None:
         """The route of a message; None where its task is not coordinated.
@@ -66,27 +53,17 @@ class Tasks:
         found = self.find(name)
         if found is None:
             return None
-        coordination, bound = found
-        return coordination.route_of((self._app.tasks[name], *args) if bound else args, kwargs, message_id)
+        task = self._app.tasks[name]
+        bound = hasattr(_run_of(task), '__self__')  # its function takes the task first
+        return found.route_of((task, *args) if bound else args, kwargs, message_id)
 
-    def pins(self) -> dict[str, tuple[str, ...]]:
-        """Pinned tasks and their patterns."""
-        pins: dict[str, tuple[str, ...]] = {name: tuple(patterns) for name, patterns in self._settings.pins.items()}
-        for name in list(self._app.tasks):
-            found = self.find(name)
-            if found is not None and found[0].pin is not None:
-                pins[name] = found[0].pin
-        return pins
-
-    def _build(self, name: str, task: Any) -> tuple[Coordination, bool] | None:
-        once = once_of(task)
-        key = getattr(task, 'jobsync_key', None)
-        pin = getattr(task, 'jobsync_pin', None) or self._settings.pins.get(name)
-        everything = self._settings.coordinate == 'all' and not name.startswith('celery.')
-        if once is None and key is None and pin is None and not everything:
+    def _declaration(self, name: str) -> Declared | None:
+        task = self._app.tasks.get(name)
+        if task is None:
             return None
-        run = getattr(task, '_orig_run', None) or task.run
-        bound = hasattr(run, '__self__')
+        run = _run_of(task)
         # A callable that was given as an option of the task has become a method of it.
-        key = getattr(key, '__func__', key)
-        return Coordination(name, getattr(run, '__func__', run), once, key, pin, self._settings.pin_slots), bound
+        key = getattr(task, 'jobsync_key', None)
+        return Declared(
+            getattr(run, '__func__', run), once_of(run), getattr(key, '__func__', key), getattr(task, 'jobsync_pin', None),
+            internal=name.startswith('celery.'))

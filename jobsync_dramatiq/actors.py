@@ -6,10 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.once import ExactlyOnce
 from jobsync_core.plugin import PluginSettings
-from jobsync_core.routing import Coordination
 
 __all__ = ['HOME', 'Actors', 'read_settings']
 
@@ -38,8 +37,8 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
     return PluginSettings.read(found)
 
 
-class Actors:
-    """The coordinated actors of a broker; built once each.
+class Actors(CoordinatedTasks):
+    """The coordinated actors of a broker.
 
     Args:
         broker: The broker.
@@ -47,18 +46,8 @@ class Actors:
     """
 
     def __init__(self, broker: Any, settings: PluginSettings) -> None:
+        super().__init__(settings, self._declaration, lambda: broker.actors)
         self._broker = broker
-        self._settings = settings
-        self._known: dict[str, Coordination | None] = {}
-
-    def find(self, name: str) -> Coordination | None:
-        """How an actor is coordinated; None: it is not, or it is unknown here."""
-        if name not in self._known:
-            actor = self._broker.actors.get(name)
-            if actor is None:
-                return None
-            self._known[name] = self._build(name, actor)
-        return self._known[name]
 
     def is_known(self, message: Any) -> bool:
         """Whether this process has the message's actor."""
@@ -73,20 +62,8 @@ class Actors:
         found = self.find(message.actor_name)
         return found.route_of(message.args, message.kwargs, message.message_id) if found is not None else None
 
-    def pins(self) -> dict[str, tuple[str, ...]]:
-        """Pinned actors and their patterns."""
-        pins = {name: tuple(patterns) for name, patterns in self._settings.pins.items()}
-        for name in list(self._broker.actors):
-            found = self.find(name)
-            if found is not None and found.pin is not None:
-                pins[name] = found.pin
-        return pins
-
-    def _build(self, name: str, actor: Any) -> Coordination | None:
-        once = getattr(actor.fn, 'exactly_once', None)
-        once = once if isinstance(once, ExactlyOnce) else None
-        key = actor.options.get('jobsync_key')
-        pin = actor.options.get('jobsync_pin') or self._settings.pins.get(name)
-        if once is None and key is None and pin is None and self._settings.coordinate != 'all':
+    def _declaration(self, name: str) -> Declared | None:
+        actor = self._broker.actors.get(name)
+        if actor is None:
             return None
-        return Coordination(name, actor.fn, once, key, pin, self._settings.pin_slots)
+        return Declared(actor.fn, once_of(actor.fn), actor.options.get('jobsync_key'), actor.options.get('jobsync_pin'))

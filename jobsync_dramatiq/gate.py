@@ -44,7 +44,7 @@ class Note:
         again: When it may be sent, after that has failed.
         give_back: It goes back to its queue instead of being acknowledged.
         unseen: No middleware but this one has seen it.
-        sent_on: It is gone; nobody may run it.
+        sent_on: It is gone, or back in its queue; what becomes of it here does not count.
     """
 
     source: Hold
@@ -88,8 +88,15 @@ class WorkerGate:
         self.mail = mail
         self.actors = actors
         self.parked = parked_queue(gate.settings.config.appname)
-        self._running: dict[int, str] = {}
+        #: What threads of this worker have, or will have; and what of it has begun.
+        self._in_hand: dict[int, Any] = {}
+        self._begun: set[int] = set()
         self._lock = threading.Lock()
+
+    def hand_out(self, message: Any) -> None:
+        """The worker gets the message."""
+        with self._lock:
+            self._in_hand[id(message)] = message
 
     def begin(self, message: Any) -> None:
         """The last look.
@@ -100,14 +107,14 @@ class WorkerGate:
         note = note_of(message)
         if note is None:
             return
+        # First as running, then the look: who gives the token away meanwhile waits for it.
+        with self._lock:
+            self._in_hand[id(message)] = message
+            self._begun.add(id(message))
         job = self.gate.job
-        if note.route is not None:
-            # First as running, then the look: who gives the token away meanwhile waits for it.
-            with self._lock:
-                self._running[id(message)] = note.route
         # Of an earlier life, others have put the message back; without a lease, they may be about to.
         may_run = job.owns(note.route) if note.route is not None else job.am_i_healthy()
-        if note.incarnation != job.incarnation or not may_run:
+        if note.incarnation != job.incarnation or not may_run or note.sent_on:
             self.end(message)
             self.gate.count('returned')
             note.unseen = True
@@ -118,13 +125,37 @@ class WorkerGate:
     def end(self, message: Any) -> None:
         """The message does not run any more."""
         with self._lock:
-            self._running.pop(id(message), None)
+            self._in_hand.pop(id(message), None)
+            self._begun.discard(id(message))
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether an actor runs on one of these tokens."""
         with self._lock:
-            routes = list(self._running.values())
-        return any(self.gate.job.task_to_token(route) in tokens for route in routes)
+            running = [self._in_hand[number] for number in self._begun]
+        routes = [note.route for message in running if (note := note_of(message)) is not None]
+        return any(self.gate.job.task_to_token(route) in tokens for route in routes if route is not None)
+
+    def surrender(self, hold: Hold) -> None:
+        """Give back what came from a consumer: what has not begun, and what runs if its actor completes once.
+
+        Others run it then, and the end of the attempt that runs here does not count. It may hang for long, for example in a
+        transaction behind a network that is silent, and all threads may.
+        """
+        with self._lock:
+            found = [(message, note) for number, message in self._in_hand.items()
+                     if (note := note_of(message)) is not None and note.source is hold and not note.sent_on
+                     and (number not in self._begun or self._completes_once(message))]
+            for _, note in found:
+                note.sent_on = True
+        for message, _ in found:
+            hold.requeue(message)
+        if found:
+            logger.warning('queue=%s: without a lease %d messages go back', hold.queue, len(found))
+            self.gate.count('returned', len(found))
+
+    def _completes_once(self, message: Any) -> bool:
+        found = self.actors.find(message.actor_name)
+        return found is not None and found.once is not None
 
     def hides(self, signal: str, message: Any) -> bool:
         """Whether the other middleware must not hear of this.
@@ -150,14 +181,15 @@ class GatedConsumer(Consumer):
         self._hold = hold
         self._incarnation = self._gate.job.incarnation
         self._delays = hold.queue.endswith('.DQ')
-        self._paused = False
+        self._paused = self._gave = False
         self._waiting: list[Any] = []
 
     def __next__(self) -> Any:
         if not self._gate.job.am_i_healthy():
             return self._without_lease()
         if self._paused:
-            self._resume()
+            self._hold.resume()
+            self._paused = False
         for position, message in enumerate(self._waiting):
             if self._place(message):
                 del self._waiting[position]
@@ -165,11 +197,8 @@ class GatedConsumer(Consumer):
         message = self._hold.next(patient=not self._waiting)
         if message is not None:
             self._receive(message)
-        if self._delays and not self._gate.job.am_i_healthy():
-            # This process may have been stopped for long: what is due in its memory may be due elsewhere.
-            if message is not None:
-                self._hold.requeue(message)
-            return self._without_lease()
+        if self._delays:
+            self._check_life(message)
         if message is None:
             return None
         if not self._place(message):
@@ -180,19 +209,28 @@ class GatedConsumer(Consumer):
     def ack(self, message: Any) -> None:
         """See Consumer: on the queue that the message came from."""
         note = note_of(message)
-        if note is not None and note.give_back:
-            note.source.requeue(message)
-        else:
-            self._source(message).ack(message)
+        if self._ends(message):
+            if note is not None and note.give_back:
+                note.source.requeue(message)
+            else:
+                self._source(message).ack(message)
 
     def nack(self, message: Any) -> None:
         """See Consumer: on the queue that the message came from."""
-        self._source(message).nack(message)
+        if self._ends(message):
+            self._source(message).nack(message)
 
     def requeue(self, messages: Any) -> None:
         """See Consumer."""
         for message in list(messages):
-            self._source(message).requeue(message)
+            if self._ends(message):
+                self._source(message).requeue(message)
+
+    def _ends(self, message: Any) -> bool:
+        """The worker is done with the message; whether the broker is to hear of it."""
+        self._shared.end(message)
+        note = note_of(message)
+        return note is None or not note.sent_on
 
     def close(self) -> None:
         """See Consumer: what waits goes back."""
@@ -202,25 +240,31 @@ class GatedConsumer(Consumer):
     # --- the lease ---
 
     def _without_lease(self) -> None:
-        """Give back what has not been handed out, and take nothing."""
+        """Give back what has not begun, and take nothing."""
+        if self._delays:
+            self._check_life(None)
         if not self._paused:
             self._paused = True
             waiting, self._waiting = self._waiting, []
             for message in waiting:
                 self._hold.requeue(message)
                 self._gate.count('returned')
+            self._shared.surrender(self._hold)
             self._hold.pause()
         self._hold.idle(_LOOK_SEC)
-        while self._delays and not self._gate.job.am_i_healthy() and not self._shared.plugin.leaving:
-            # Between two calls the worker sends on what is due.
-            self._hold.idle(_LOOK_SEC)
 
-    def _resume(self) -> None:
-        if self._delays and self._incarnation != self._gate.job.incarnation:
-            # Others have put back what this node held. After this error the worker forgets it, and begins anew.
-            raise ConnectionClosed(RuntimeError('this node was taken for dead'))
-        self._hold.resume()
-        self._incarnation, self._paused = self._gate.job.incarnation, False
+    def _check_life(self, message: Any) -> None:
+        """What is delayed waits in the worker's memory, and between two calls the worker sends what is due. That must not be:
+        others may have put the same messages back by now, or wait for them.
+
+        Raises:
+            ConnectionClosed: The worker forgets what is delayed, and begins anew in a moment; the broker gives all of it back.
+        """
+        job = self._gate.job
+        if self._gave and not (job.am_i_healthy() and job.incarnation == self._incarnation):
+            if message is not None:
+                self._hold.requeue(message)
+            raise ConnectionClosed(RuntimeError('JobSync: the lease ran out; what is delayed goes back'))
 
     # --- on receipt ---
 
@@ -230,7 +274,13 @@ class GatedConsumer(Consumer):
 
     def _handed(self, message: Any) -> Any:
         note = note_of(message)
-        return message if note is None or not note.sent_on else None
+        if note is not None and note.sent_on:
+            return None
+        if note is not None and not self._gave:
+            self._gave, self._incarnation = True, note.incarnation
+        if not self._delays:
+            self._shared.hand_out(message)
+        return message
 
     def _receive(self, message: Any) -> None:
         options = message.options
@@ -290,7 +340,7 @@ class GatedConsumer(Consumer):
         if clock.now() < note.again:
             return False
         try:
-            self._shared.mail.send(message, queue, note.route, hops)
+            self._shared.mail.send(message, queue, note.route, hops, self._hold)
         except Exception as error:  # the brokers' clients have no common ancestor; the message stays unacknowledged
             logger.warning('id=%s cannot be sent to %s now, and waits: %r', message.message_id, queue, error)
             note.again = clock.now() + _AGAIN_SEC

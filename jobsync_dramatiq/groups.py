@@ -12,7 +12,7 @@ from dramatiq.middleware import GroupCallbacks, Middleware
 
 from .actors import Actors
 
-__all__ = ['mark_members', 'was_counted']
+__all__ = ['forget_group', 'mark_members', 'was_counted']
 
 _GROUP = 'group_completion_uuid'
 
@@ -53,6 +53,11 @@ def was_counted(broker: Any, message: Any) -> bool:
     if _GROUP not in message.options:
         return False
     return any(item.is_marked(message) for item in broker.middleware if isinstance(item, _Marks))
+
+
+def forget_group(message: Any) -> None:
+    """Have this delivery of a message not be counted."""
+    message.options.pop(_GROUP)
 
 
 def _mark(message: Any) -> str:

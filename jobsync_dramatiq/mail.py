@@ -62,8 +62,15 @@ class BrokerMail(Mail, Protocol):
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """Begin to consume a queue, as the broker's `consume` does."""
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0) -> None:
+    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """Publish a copy of a message to a queue; in a worker it returns when the broker has it. No middleware sees it.
+
+        Args:
+            message: The message.
+            queue: Where the copy goes.
+            route: The message's route.
+            hops: How often it was handed on.
+            source: Where the message came from and is acknowledged next: on Redis both are one step, and acknowledging costs nothing.
 
         Raises whatever the broker's client raises: then the copy may be there, or not.
         """

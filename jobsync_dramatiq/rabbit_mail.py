@@ -121,7 +121,7 @@ class RabbitMail:
             given = parameters
         return _RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0) -> None:
+    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """See BrokerMail."""
         own = queue.startswith(f'{self._exchange}.')
         self._publish(self._exchange if own else '', queue, wrapped(message, queue, route, hops))
@@ -288,10 +288,12 @@ class _RabbitHold:
 
     def _put_back(self, message: Any) -> None:
         tag = message._tag
-        if tag in self._raw.known_tags:
+        try:
             self._raw.known_tags.remove(tag)
-            with _translated():
-                self._raw.connection.add_callback_threadsafe(partial(self._raw.channel.basic_nack, tag, requeue=True))
+        except KeyError:  # another thread has just acknowledged it
+            return
+        with _translated():
+            self._raw.connection.add_callback_threadsafe(partial(self._raw.channel.basic_nack, tag, requeue=True))
 
     def _settle(self, how: Any, message: Any) -> None:
         try:

@@ -42,6 +42,12 @@ if redis.call('llen', KEYS[1]) > 0 or redis.call('hlen', KEYS[1] .. '.msgs') > 0
 redis.call('del', KEYS[1], KEYS[1] .. '.msgs', KEYS[1] .. '.sources')
 return 1
 """
+_PASS = """
+redis.call('hset', KEYS[3] .. '.msgs', ARGV[2], ARGV[3])
+redis.call('rpush', KEYS[3], ARGV[2])
+redis.call('srem', KEYS[1], ARGV[1])
+redis.call('hdel', KEYS[2] .. '.msgs', ARGV[1])
+"""
 _BURY = """
 if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
     redis.call('hdel', KEYS[2] .. '.msgs', ARGV[1])
@@ -92,6 +98,7 @@ class RedisMail:
         self._queue = ''
         self._restore = broker.client.register_script(_RESTORE)
         self._delete = broker.client.register_script(_DELETE)
+        self._pass = broker.client.register_script(_PASS)
         self._bury = broker.client.register_script(_BURY)
         self._sources: set[str] = set()
         #: What threads of this process work on or keep for later, by queue.
@@ -114,10 +121,17 @@ class RedisMail:
         self.reclaim(queue)
         return _RedisHold(self, queue, self.broker.consumer_class(self.broker, queue, prefetch, timeout))
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0) -> None:
+    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """See BrokerMail."""
         copy = wrapped(message, queue, route, hops, redis_message_id=str(uuid.uuid4()))
-        self.broker.do_enqueue(queue, _id(copy), copy.encode())
+        if not isinstance(source, _RedisHold):
+            self.broker.do_enqueue(queue, _id(copy), copy.encode())
+            return
+        space, old = self.broker.namespace, _id(message)
+        self._pass(
+            keys=[f'{space}:__acks__.{self.broker.broker_id}.{source.queue}', f'{space}:{source.queue}', f'{space}:{queue}'],
+            args=[old, _id(copy), copy.encode()])
+        source.passed.add(old)
 
     def bury(self, message: Any, queue: str) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue."""
@@ -201,6 +215,8 @@ class _RedisHold:
         self.queue = queue
         self._raw = raw
         self._own = self.queue.startswith('jobsync.')
+        #: Redis ids of messages that Redis has forgotten, as their copies are elsewhere.
+        self.passed: set[str] = set()
         self._in_hand = mail.in_hand.setdefault(self.queue, set())
         self._signed = clock.now()
 
@@ -222,7 +238,11 @@ class _RedisHold:
 
     def ack(self, message: Any) -> None:
         """See Hold."""
-        self._raw.ack(message)
+        if _id(message) in self.passed:
+            self.passed.discard(_id(message))
+            self._raw.queued_message_ids.discard(message.message_id)
+        else:
+            self._raw.ack(message)
         self._in_hand.discard(_id(message))
 
     def nack(self, message: Any) -> None:

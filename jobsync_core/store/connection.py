@@ -21,8 +21,9 @@ from .options import Limits, agent_limits, call_limits, explain, libpq_parameter
 
 __all__ = ['Connection', 'Sessions']
 
-#: Idle connections that a process keeps.
-_MOST_IDLE = 4
+#: Idle connections that a process keeps; and for as long as others are in use all the time, as by the threads of a worker.
+_FEW_IDLE, _MOST_IDLE = 4, 16
+_IDLE_SEC = 10.0
 
 # pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of the present WAL file
 # does not. Neither changes when the server restarts, nor when it recovers from a crash.
@@ -309,7 +310,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.deadlines = Deadlines()
-        self._idle: list[GuardedConnection] = []
+        self._idle: list[tuple[float, GuardedConnection]] = []
         self._lock = threading.Lock()
         self._lent: set[GuardedConnection] = set()
 
@@ -319,7 +320,7 @@ class _Pool:
             with self._lock:
                 if not self._idle:
                     return None
-                connection = self._idle.pop()
+                connection = self._idle.pop()[1]
             if _is_quiet(connection):
                 self.lend(connection)
                 return connection
@@ -335,20 +336,24 @@ class _Pool:
         good = not connection.closed and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
         if good:
             connection.autocommit = False
+        now, surplus = time.monotonic(), list[GuardedConnection]()
         with self._lock:
-            wanted = connection in self._lent
+            if good and connection in self._lent and len(self._idle) < _MOST_IDLE:
+                self._idle.append((now, connection))
+            else:
+                surplus.append(connection)
             self._lent.discard(connection)
-            if good and wanted and len(self._idle) < _MOST_IDLE:
-                self._idle.append(connection)
-                return
-        connection.close()
+            while len(self._idle) > _FEW_IDLE and now - self._idle[0][0] > _IDLE_SEC:
+                surplus.append(self._idle.pop(0)[1])
+        for each in surplus:
+            each.close()
 
     def close(self) -> None:
         """Close the idle ones; those in use are closed when they come back."""
         with self._lock:
             self._lent.clear()
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for _, connection in idle:
             connection.close()
 
 

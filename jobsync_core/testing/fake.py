@@ -192,6 +192,11 @@ class FakeJob(Job):
         """See Job."""
         return self.am_i_healthy() and self.task_to_token(task_id) in self._tokens
 
+    @property
+    def has_lease(self) -> bool:
+        """See Job."""
+        return self._leased
+
     def add_task(self, task: Task | Hashable) -> None:
         """See Job.
 

@@ -16,7 +16,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.owners import Place
 from jobsync_core.plugin import Gate, PluginSettings
 from jobsync_core.routing import HOPS, KEY
-from jobsync_dramatiq import JobSync
+from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import gate as gate_module
 from jobsync_dramatiq.actors import HOME
 from jobsync_dramatiq.gate import GatedConsumer
@@ -85,6 +85,7 @@ class Stage:
         actors: dict[str, dict[str, Any]] = {'keyed': {'jobsync_key': 'k:{n}'}, 'plain': {}}
         for name, options in actors.items():
             dramatiq.actor(actor_name=name, broker=self.broker, **options)(self._run)
+        dramatiq.actor(actor_name='once', broker=self.broker)(exactly_once(key='k:{n}')(self._run))
         core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
@@ -99,7 +100,7 @@ class Stage:
     def _run(self, n: int) -> None:
         self.log.append('run')
 
-    def _send(self, message: Any, queue: str, route: str | None, hops: int = 0) -> None:
+    def _send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: object = None) -> None:
         if self.send_error is not None:
             raise self.send_error
         self.log.append(f'send {queue} hops={hops}')

@@ -210,6 +210,19 @@ class TestLease:
         assert stage.look() is not None
         assert stage.log == ['requeue', 'pause', 'resume']
 
+    @pytest.mark.parametrize(('actor', 'log'), [('once', ['requeue', 'pause']), ('keyed', ['pause', 'ack'])])
+    def test_what_runs_goes_back_once_if_it_completes_once(self, stage: Stage, actor: str, log: list[str]) -> None:
+        found = stage.receive(message('mine', actor=actor))
+        stage.gate.begin(found)
+        stage.job.leased = False
+        stage.look()
+        stage.look()
+        stage.consumer.ack(found)
+        assert stage.log == log
+        found.fail()
+        stage.consumer.nack(found)
+        assert stage.log[2:] == (['nack default'] if actor == 'keyed' else [])
+
     def test_what_is_not_coordinated_does_not_begin_either(self, stage: Stage) -> None:
         found = stage.receive(message(None, actor='plain'))
         stage.job.leased = False
@@ -220,31 +233,45 @@ class TestLease:
         stage.job.incarnation = 'life-2'
         assert stage.process(found) == ['requeue']
 
-    def test_what_was_delayed_in_the_memory_of_a_node_taken_for_dead_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with make_stage(monkeypatch, queue='default.DQ') as stage:
-            def idle(seconds: float) -> None:  # the node rejoins meanwhile
-                stage.hold.idles += 1
-                if stage.hold.idles == 5:
-                    stage.job.leased, stage.job.incarnation = True, 'life-2'
+    def test_what_the_worker_has_and_has_not_begun_goes_back(self, stage: Stage) -> None:
+        found = stage.receive(message('mine'))
+        other = stage.receive(message(None, actor='plain'))
+        stage.job.leased = False
+        stage.look()
+        assert stage.log == ['requeue', 'requeue', 'pause']
+        stage.job.leased = True
+        for each in (found, other):
+            assert stage.process(each) == []  # a thread takes it up all the same: it neither runs nor goes back a second time
+        assert stage.middleware == []
 
-            vars(stage.hold)['idle'] = idle
-            stage.job.leased = False
-            assert stage.look() is None
-            assert stage.hold.idles == 5  # it did not return before: the worker would have sent what is due
-            with pytest.raises(ConnectionClosed):
-                stage.look()
-
-    def test_a_delayed_message_taken_as_the_lease_ends_goes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize('change', ['lease', 'life'])
+    def test_what_is_delayed_in_memory_is_forgotten(self, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
         with make_stage(monkeypatch, queue='default.DQ') as stage:
+            assert stage.receive(message('other', eta=1)) is not None
             take = stage.hold.next
 
-            def stopped(patient: bool) -> Any:
-                stage.job.leased, stage.plugin.leaving = False, True
+            def stopped(patient: bool) -> Any:  # in there the process was stopped for long
+                if change == 'lease':
+                    stage.job.leased = False
+                else:
+                    stage.job.incarnation = 'life-2'
                 return take(patient)
 
             vars(stage.hold)['next'] = stopped
-            assert stage.receive(message('other', eta=1)) is None
-            assert stage.log == ['requeue', 'pause']
+            with pytest.raises(ConnectionClosed):
+                stage.receive(message('other', eta=1))
+            assert stage.log == ['requeue']  # the one just taken; closing the consumer gives back the rest
+            with pytest.raises(ConnectionClosed):
+                stage.look()
+
+    def test_a_consumer_of_delayed_messages_that_has_given_none_waits_for_the_lease(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, queue='default.DQ') as stage:
+            stage.job.leased = False
+            assert stage.look() is None
+            stage.job.leased, stage.job.incarnation = True, 'life-2'
+            assert stage.receive(message('other', eta=1)) is not None
+            assert stage.look() is None
+            assert stage.log == ['pause', 'resume']
 
 
 class TestBeforeTheActor:

@@ -152,6 +152,7 @@ class TestComingBack:
             bench.run(actor, message)
         [(again, delay)] = bench.sent
         assert (again.message_id, delay, message.options['store_results']) == (message.message_id, 1000, False)
+        assert 'store_results' not in again.options
 
     @pytest.mark.parametrize('error', [Fenced(), DatabaseUnavailable()])
     def test_so_does_what_ran_and_is_not_recorded(self, ledger: FakeLedger, error: Any) -> None:
@@ -172,6 +173,16 @@ class TestComingBack:
         with pytest.raises(SkipMessage):
             bench.run(actor, message)
         assert (note.give_back, note.unseen) == (True, False)
+
+    def test_what_went_back_while_it_ran_is_not_sent_a_second_time(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        message = delivered(actor.message(3))
+        vars(message)['jobsync_note'] = Note(SimpleNamespace(), 'd:3', 0, '', 0.0, sent_on=True)
+        ledger.finish_error = Fenced()
+        with pytest.raises(SkipMessage):
+            bench.run(actor, message)
+        assert (bench.sent, message.options['store_results']) == ([], False)
 
     def test_a_running_key_may_be_skipped_or_raise(self, ledger: FakeLedger) -> None:
         ledger.begin_error = ExecutionRunning()

@@ -17,7 +17,7 @@ PURE = frozenset({
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'}, {'agent', 'callbacks', 'execution', 'ledger', 'once', 'owners', 'routing', 'taskbook'},
-    {'job'}, {'plugin'}, {'keeper'},
+    {'job'}, {'plugin'}, {'adapter', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {

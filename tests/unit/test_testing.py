@@ -67,10 +67,10 @@ class TestOwnership:
             assert job.am_i_healthy() and job.am_i_leader()
             job.healthy = False
             assert not job.can_claim_task('a') and not job.owns('a') and not job.am_i_healthy() and not job.am_i_leader()
-            assert job.my_tokens == TokenSet()
+            assert job.my_tokens == TokenSet() and not job.has_lease
             assert job.local_status()['healthy'] is False
             job.healthy = True
-            assert job.can_claim_task('a')
+            assert job.can_claim_task('a') and job.has_lease
 
     def test_leadership_is_what_the_test_says(self) -> None:
         with FakeJob() as job:
