@@ -213,7 +213,8 @@ class JobSync(Middleware):
         appname, name = settings.config.appname, _node_name(settings.node_name)
         queue = node_queue(appname, name)
         self._job = job = make_job(
-            settings, name, queue, 'dramatiq', self._known().pins(), prepare=lambda: mail.join(name, queue), busy=self._busy,
+            settings, name, queue, 'dramatiq', self._known().pins(), known=list(broker.actors),
+            prepare=lambda: mail.join(name, queue), busy=self._busy,
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
         self._serve()

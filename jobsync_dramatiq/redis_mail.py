@@ -6,6 +6,7 @@ the node's name, and the names of the queues stand in a set beside the node's qu
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from typing import Any
@@ -45,8 +46,7 @@ return 1
 _PASS = """
 redis.call('hset', KEYS[3] .. '.msgs', ARGV[2], ARGV[3])
 redis.call('rpush', KEYS[3], ARGV[2])
-redis.call('srem', KEYS[1], ARGV[1])
-redis.call('hdel', KEYS[2] .. '.msgs', ARGV[1])
+if redis.call('srem', KEYS[1], ARGV[1]) > 0 then redis.call('hdel', KEYS[2] .. '.msgs', ARGV[1]) end
 """
 _BURY = """
 if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
@@ -103,8 +103,9 @@ class RedisMail:
         self._sources: set[str] = set()
         #: What threads of this process work on or keep for later, by queue.
         self.in_hand: dict[str, set[str]] = {}
-        #: Queues and Redis ids of what closed consumers had in hand.
+        #: Queues and Redis ids of what is to go back, and could not yet.
         self._left: list[tuple[str, str]] = []
+        self._lock = threading.Lock()
 
     def join(self, node: str, queue: str) -> None:
         """See BrokerMail: a list needs no making."""
@@ -153,21 +154,23 @@ class RedisMail:
             self.broker.do_requeue(queue, *lost)
 
     def leave(self, items: list[tuple[str, str]]) -> None:
-        """Give back what a closed consumer had in hand: queues and Redis ids."""
-        self._left.extend(items)
+        """Give back messages, by their queues and Redis ids; what cannot go back now is tried again by the keeper."""
+        with self._lock:
+            self._left.extend(items)
         self.tidy()
 
     def tidy(self) -> None:
         """See BrokerMail: give back what could not go back."""
-        while self._left:
-            queue, number = item = self._left.pop()
-            try:
-                self.broker.do_requeue(queue, number)
-            except Exception as error:  # Dramatiq would end the consumer's thread for what redis-py raises
-                self._left.append(item)
-                logger.warning('messages=%d cannot go back now: %r', len(self._left), error)
-                return
-            self.in_hand.get(queue, set()).discard(number)
+        with self._lock:
+            while self._left:
+                queue, number = self._left[-1]
+                try:
+                    self.broker.do_requeue(queue, number)
+                except Exception as error:  # Dramatiq would end the consumer's thread for what redis-py raises
+                    logger.warning('messages=%d cannot go back now: %r', len(self._left), error)
+                    return
+                self._left.pop()
+                self.in_hand.get(queue, set()).discard(number)
 
     def restore(self, node: str) -> int:
         """See Mail."""
@@ -256,9 +259,8 @@ class _RedisHold:
 
     def requeue(self, message: Any) -> None:
         """See Hold."""
-        self._raw.requeue([message])
+        self._mail.leave([(self.queue, _id(message))])
         self._raw.queued_message_ids.discard(message.message_id)
-        self._in_hand.discard(_id(message))
 
     def pause(self) -> None:
         """See Hold."""

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import dramatiq
@@ -55,7 +56,8 @@ class DramatiqAdapter(Adapter):
 
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
         processes = self.nodes(pool)
-        return [sys.executable, '-m', 'dramatiq', '-p', str(processes), '-t', str(max(1, concurrency // processes)),
+        # The script: `python -m dramatiq` would reload itself with the first Python on PATH.
+        return [str(Path(sys.executable).with_name('dramatiq')), '-p', str(processes), '-t', str(max(1, concurrency // processes)),
                 'tests.conformance.dramatiq_worker', *options]
 
     def ready(self, name: str) -> str:

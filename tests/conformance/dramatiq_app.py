@@ -58,7 +58,8 @@ def make_app(order: Order) -> App:
         app.plugin = JobSync(database_url=order.database, node_name=order.node, **order.settings)
         broker.add_middleware(app.plugin)
         decorate = exactly_once
-    for middleware in (AsyncIO(), CurrentMessage(), Results(backend=app.results, store_results=True),
+    loop = [AsyncIO()] if order.conf.get('asyncio', True) else []
+    for middleware in (*loop, CurrentMessage(), Results(backend=app.results, store_results=True),
                        GroupCallbacks(Barriers(url=order.results))):
         broker.add_middleware(middleware)
     _add_actors(app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))})

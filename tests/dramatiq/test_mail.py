@@ -12,6 +12,7 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.errors import ConnectionClosed
 from pika.exceptions import UnroutableError
+from redis.exceptions import ResponseError
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_dramatiq.mail import BrokerMail, mail_of
@@ -202,6 +203,34 @@ class TestRedis:
         assert two.restore('n1') == 0
         assert {queue: len(redis.take_all(two, queue)) for queue in ('default', 'default.DQ', N1, PARKED)} == {
             'default': 2, 'default.DQ': 2, N1: 2, PARKED: 2}
+
+    def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
+        node = redis.node('n1')
+        redis.put(node, 'default', 2)
+        hold, client = node.consume('default', 2, 50), node.broker.client
+        found = [next_of(hold), next_of(hold)]
+        node.send(found[0], N2, 'k:0', 1, hold)
+        assert client.hlen('dramatiq:default.msgs') == client.scard(f'dramatiq:__acks__.{node.broker.broker_id}.default') == 1
+        before = client.info()['total_commands_processed']
+        hold.ack(found[0])
+        assert client.info()['total_commands_processed'] == before + 1  # the one that asks
+        hold.ack(found[1])
+        assert not client.exists('dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default')
+        assert hold._raw.outstanding_message_count == 0 and not hold.passed
+        [copy] = redis.take_all(node, N2)
+        assert (copy.message_id, copy.args, copy.options['jobsync_hops']) == (found[0].message_id, found[0].args, 1)
+
+    def test_what_cannot_be_passed_on_stays(self, redis: Place) -> None:
+        node = redis.node('n1')
+        redis.put(node, 'default')
+        hold, client = node.consume('default', 1, 50), node.broker.client
+        found = next_of(hold)
+        client.set(f'dramatiq:{N2}', 'no list')
+        with pytest.raises(ResponseError):
+            node.send(found, N2, 'k:0', 1, hold)
+        assert client.hlen('dramatiq:default.msgs') == client.scard(f'dramatiq:__acks__.{node.broker.broker_id}.default') == 1
+        hold.ack(found)
+        assert not client.exists('dramatiq:default.msgs')
 
     def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
         node = redis.node('n1')
