@@ -62,3 +62,5 @@ BEGIN
     RETURN FOUND;
 END
 $$;
+
+UPDATE {cluster} SET schema_version = 3 WHERE schema_version < 3;

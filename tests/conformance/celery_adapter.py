@@ -73,7 +73,8 @@ class CeleryAdapter(Adapter):
 
     def outcome(self, message: str) -> Outcome:
         meta = self.app.backend.get_task_meta(message)
-        return Outcome(_STATES.get(meta['status'], 'pending'), meta['result'])
+        state = _STATES.get(meta['status'], 'pending')
+        return Outcome(state, meta['status'] if state == 'pending' else meta['result'])
 
     def close(self) -> None:
         for app in (self.app, self._routing):

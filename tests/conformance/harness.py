@@ -401,7 +401,8 @@ class Cluster:
             found = eventually(find, timeout)
         except AssertionError:
             sent = next((item for item in self.sent if item.id == message), None)
-            raise AssertionError(f'message {message} has no outcome after {timeout} s: {sent}') from None
+            last = self.adapter.outcome(message)
+            raise AssertionError(f'message {message} has no outcome after {timeout} s, but {last}: {sent}') from None
         assert found is not None
         return found
 
