@@ -43,7 +43,7 @@ _BLOCKED_SEC = 30.0
 #: Seconds between two looks while messages wait.
 _LOOK_SEC = 0.05
 _BROKEN = (AMQPConnectionError, AMQPChannelError, OSError)
-_NOT_FOUND, _PRECONDITION_FAILED = 404, 406
+_ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED = 403, 404, 406
 
 
 @contextmanager
@@ -196,7 +196,9 @@ class RabbitMail:
                     self.broker.queues_pending.add(q_name(queue))
             except _BROKEN as error:
                 broken = error
-                del self.broker.connection
+                self.reset()
+                if getattr(error, 'reply_code', None) == _ACCESS_REFUSED:
+                    break
         raise ConnectionClosed(broken) from broken
 
     def _declared(self) -> Any:

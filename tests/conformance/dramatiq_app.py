@@ -11,7 +11,7 @@ import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.errors import Retry
-from dramatiq.middleware import AsyncIO, CurrentMessage, GroupCallbacks
+from dramatiq.middleware import AsyncIO, CurrentMessage, GroupCallbacks, default_middleware
 from dramatiq.rate_limits.backends import RedisBackend as Barriers
 from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
@@ -48,8 +48,10 @@ class App:
 
 def make_app(order: Order) -> App:
     """An app with all actors, with JobSync or without."""
-    broker: Any = (RabbitmqBroker(url=order.broker, confirm_delivery=True) if order.broker.startswith('amqp')
-                   else RedisBroker(url=order.broker))
+    # Dramatiq 1 would have each worker serve metrics on one and the same port, by a process of its own.
+    usual: Any = [kind() for kind in default_middleware if kind.__name__ != 'Prometheus']
+    broker: Any = (RabbitmqBroker(url=order.broker, confirm_delivery=True, middleware=usual) if order.broker.startswith('amqp')
+                   else RedisBroker(url=order.broker, middleware=usual))
     app = App(broker, RedisBackend(url=order.results))
     decorate: Callable[..., Any] = _undecorated
     if order.jobsync:

@@ -23,7 +23,7 @@ def start() -> int:
     return next(_numbers)
 
 
-@pytest.fixture(scope='module', params=setups(framework='dramatiq'), ids=str)
+@pytest.fixture(scope='module', params=setups('processes', framework='dramatiq'), ids=str)
 def cluster(request: pytest.FixtureRequest, make_lasting_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     setup: Setup = request.param
     made = make_lasting_cluster(setup, STEADY, pins=['pinned', 'preferred'])

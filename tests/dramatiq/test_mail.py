@@ -336,7 +336,7 @@ class TestRabbit:
     def test_a_home_queue_that_is_gone_is_made_again(self, rabbit: Place) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, 'default')
-        assert rabbit.server.depths(rabbit.space)['default'] == 1
+        eventually(lambda: rabbit.server.depths(rabbit.space).get('default') == 1, 10)
         assert 'default' not in node.broker.queues  # and it is not consumed here
 
     def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(self, rabbit: Place) -> None:

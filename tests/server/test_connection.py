@@ -1,6 +1,7 @@
 """Connections cannot hang, tell what is wrong without telling the password, and survive a fork."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -303,6 +304,17 @@ class TestSessions:
             assert one is not two
         with sessions.session() as again:
             assert again is one
+
+    def test_as_many_as_are_in_use_at_once_are_kept_and_fewer_later(self, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+        def borrow(count: int) -> set[psycopg2.extensions.connection]:
+            with contextlib.ExitStack() as stack:
+                return {stack.enter_context(sessions.session()) for _ in range(count)}
+
+        many = borrow(8)
+        assert borrow(8) == many
+        monkeypatch.setattr(connection_module, '_IDLE_SEC', 0.0)
+        borrow(1)
+        assert sum(not each.closed for each in many) == 4
 
     def test_close_all_closes_the_idle_at_once_and_the_others_afterwards(self, sessions: Sessions) -> None:
         with sessions.session() as idle, sessions.session() as used:

@@ -110,6 +110,12 @@ class TestCreate:
         create(config)
         assert query(config, 'SELECT * FROM "{}queue"') == []
 
+    def test_a_function_that_was_dropped_comes_back(self, config: CoordinationConfig) -> None:
+        create(config)
+        query(config, 'DROP FUNCTION "{}finish_execution"')
+        create(config)
+        assert query(config, "SELECT to_regproc('\"{}finish_execution\"') IS NOT NULL") == [(True,)]
+
 
 class TestRights:
     def test_no_right_to_create_is_needed_where_the_tables_are_in_place(self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
@@ -119,6 +125,14 @@ class TestRights:
 
     def test_a_role_that_may_not_create_is_told_what_it_needs(self, poor: CoordinationConfig) -> None:
         with pytest.raises(JobSyncError, match=r'permission denied.*CREATE'):
+            create(poor)
+
+    def test_a_role_that_may_not_call_the_functions_is_told_what_it_needs(
+            self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
+        create(config)
+        query(config, f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{poor.user}"')
+        query(config, 'REVOKE EXECUTE ON FUNCTION "{}begin_execution" FROM PUBLIC')
+        with pytest.raises(JobSyncError, match=r'permission denied.*EXECUTE'):
             create(poor)
 
     def test_a_role_that_may_not_read_is_told_what_it_needs(self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
