@@ -25,7 +25,7 @@ _BUSY_SEC = 0.5
 #: Seconds for which an orphan is looked after closely: a message may be on its way to it.
 _CLOSE_SEC = 15.0
 #: Seconds after which an empty queue of a node that is gone is forgotten, where publishing to it would make it anew.
-_KEEP_SEC = 86_400.0
+_KEEP_SEC = 3600.0
 #: Parked messages that one pass takes in hand before it puts back those that still nobody owns.
 _IN_HAND = 1000
 

@@ -41,17 +41,19 @@ def orphans(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[s
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
-            SELECT FROM {tables.queue} AS q WHERE q.kind = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
-            ''', (kind,))
-        if not cursor.rowcount:
-            return []
-        cursor.execute(
-            f'''
-            UPDATE {tables.queue} AS q SET gone_at = coalesce(gone_at, now())
+            SELECT q.name, q.node, extract(epoch FROM now() - q.gone_at)::float8 FROM {tables.queue} AS q
             WHERE q.kind = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
-            RETURNING q.name, q.node, extract(epoch FROM now() - q.gone_at)::float8, q.gone_at
+            ORDER BY coalesce(q.gone_at, now()), q.name
             ''', (kind,))
-        return [(row[0], row[1], row[2]) for row in sorted(cursor.fetchall(), key=lambda row: (row[3], row[0]))]
+        found = cursor.fetchall()
+        fresh = [row[0] for row in found if row[2] is None]
+        if fresh:
+            cursor.execute(
+                f'''
+                UPDATE {tables.queue} AS q SET gone_at = now() WHERE q.name = ANY(%s) AND q.gone_at IS NULL
+                AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
+                ''', (fresh,))
+        return [(queue, node, age or 0.0) for queue, node, age in found]
 
 
 @contextmanager

@@ -40,9 +40,10 @@ def test_workers_killed_at_random_moments_lose_nothing(setup: Setup, make_cluste
     names = ['worker-1', 'worker-2', 'worker-3']
     cluster.start(*names, concurrency=3)
     for number in range(_KILLS):
+        before = len(cluster.ended())
         for n in range(number * 40, number * 40 + 40):
             cluster.send(chance.choice(['keyed', 'body']), n, chance.uniform(0, 0.2), routed=chance.random() < 0.5)
-        cluster.wait_progress(len(cluster.ended()) + chance.randrange(1, 25))
+        cluster.wait_progress(before + chance.randrange(1, 25))
         victim = cluster[names.pop(chance.randrange(len(names)))]
         pool = victim.children
         victim.kill()
@@ -59,9 +60,10 @@ def test_pool_processes_killed_at_random_moments_lose_nothing(setup: Setup, make
     names = ['worker-1', 'worker-2']
     cluster.start(*names, concurrency=2)
     for number in range(_KILLS):
+        before = len(cluster.ended())
         for n in range(number * 40, number * 40 + 40):
             cluster.send(chance.choice(['keyed', 'body']), n, chance.uniform(0, 0.1), routed=chance.random() < 0.5)
-        cluster.wait_progress(len(cluster.ended()) + chance.randrange(1, 25))
+        cluster.wait_progress(before + chance.randrange(1, 25))
         victim = cluster[chance.choice(names)]
         pool = victim.children
         if pool:

@@ -281,10 +281,10 @@ class TestDeletion:
         assert 'q.young' in world.recorded()
         assert first.mail.deleted == ['q.old']
 
-    def test_where_publishing_makes_it_anew_it_is_kept_for_a_day(self, world: World) -> None:
+    def test_where_publishing_makes_it_anew_it_is_kept_for_an_hour(self, world: World) -> None:
         first = world.node('n1')
-        world.queue('gone', age=3600)
-        world.queue('older', age=90_000)
+        world.queue('gone', age=3000)
+        world.queue('older', age=4000)
         eventually(lambda: 'q.older' not in world.recorded())
         assert 'q.gone' in world.recorded()
         assert first.mail.deleted == ['q.older']
