@@ -208,11 +208,11 @@ class CeleryMail:
         appname = self._plugin.settings.config.appname
         with self._plugin.app.connection_for_write() as connection:
             channel = connection.default_channel
-            parked = parked_queue(appname)
+            parked: Any = node_queue_of(self._plugin, parked_queue(appname))
             if self._plugin.driver == 'amqp':
                 stray = Exchange(f'jobsync.{appname}.unrouted', type='fanout', durable=True)
-                Queue(parked, stray, durable=True)(channel).declare()
-            node_queue_of(self._plugin, parked)(channel).declare()
+                Queue(parked.name, stray, durable=True, queue_arguments=parked.queue_arguments)(channel).declare()
+            parked(channel).declare()
             node_queue_of(self._plugin, queue)(channel).declare()
 
     def route_of(self, message: Any) -> str | None:

@@ -204,9 +204,10 @@ class JobSync:
     def entered(self, worker: Any) -> None:
         """The worker is a node."""
         assert self._gate is not None and self._mail is not None and self.job is not None
+        appname = self.settings.config.appname
         self._keeper = Keeper(
-            self._gate, self._mail, 'celery', parked_queue(self.settings.config.appname), on_lease=self._lease_changed,
-            on_change=self._look_again, on_tick=self._tick)
+            self._gate, self._mail, 'celery', node_queue(appname, self.job.node_name), parked_queue(appname),
+            on_lease=self._lease_changed, on_change=self._look_again, on_tick=self._tick)
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()
@@ -309,7 +310,8 @@ class JobSync:
     def _lease_changed(self, leased: bool) -> None:
         if self._consumer is None or self._consumer_gate is None:
             return
-        if leased and self._keeper is not None:
+        if leased and self._keeper is not None and self._mail is not None and self.job is not None:
+            self._mail.declare(node_queue(self.settings.config.appname, self.job.node_name))
             self._keeper.reclaim()
         self._consumer.call_soon(self._follow_lease)
 

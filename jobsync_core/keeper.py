@@ -69,20 +69,22 @@ class Keeper:
         gate: The node's gate.
         mail: The broker; used by this thread alone.
         kind: The plugin's name.
+        queue: Name of the node's own queue.
         parked: Name of the parked queue.
-        on_lease: Called with True when there is a lease again, and with False when it has run out.
+        on_lease: Called with True when there is a lease again, and with False when it has run out; again, if it raises.
         on_change: Called after each change of plan, when the owner map is up to date.
         on_tick: Called at least once a second.
     """
 
     def __init__(
-        self, gate: Gate, mail: Mail, kind: str, parked: str, *, on_lease: Callable[[bool], object],
+        self, gate: Gate, mail: Mail, kind: str, queue: str, parked: str, *, on_lease: Callable[[bool], object],
         on_change: Callable[[], object], on_tick: Callable[[], object] = lambda: None,
     ) -> None:
         self._gate = gate
         self._job = gate.job
         self._mail = mail
         self._kind = kind
+        self._queue = queue
         self._parked = parked
         self._on_lease, self._on_change, self._on_tick = on_lease, on_change, on_tick
         config = gate.settings.config
@@ -91,6 +93,7 @@ class Keeper:
         self._sessions = Sessions(config, f'jobsync keeper {gate.job.node_name}')
         self._closing = False
         self._leased, self._version = True, -1
+        self._told = True
         self._released = -1
         self._sweep_at = 0.0
         self._stray = False
@@ -125,8 +128,9 @@ class Keeper:
         while not self._closing:
             now = clock.now()
             if self._job.am_i_healthy() != self._leased:
-                self._leased = not self._leased
-                self._guarded(lambda: self._on_lease(self._leased))
+                self._leased, self._told = not self._leased, False
+            if not self._told:
+                self._guarded(self._tell_lease)
             if self._leased and self._job.token_version != self._version:
                 self._version = self._job.token_version
                 self._guarded(self._gate.owners.reread)
@@ -142,6 +146,14 @@ class Keeper:
         if self._closing or self._job.am_i_healthy() != self._leased:
             return True
         return self._leased and self._job.token_version != self._version
+
+    def _tell_lease(self) -> None:
+        if self._leased:
+            # While this node was taken for dead, its empty queue may have been deleted and forgotten.
+            with self._sessions.session() as connection:
+                queues.record(connection, self._tables, self._queue, self._job.node_name, self._kind)
+        self._on_lease(self._leased)
+        self._told = True
 
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
@@ -194,7 +206,11 @@ class Keeper:
         if letter.route is None:
             return letter.home
         place: Place | None = self._gate.owners.find(letter.route)
-        return place.queue if place is not None else None
+        if place is None:
+            return None
+        if place.queue is None:
+            self._stray = True  # it may get one without another plan
+        return place.queue
 
     def _release_parked(self) -> None:
         """Hand out parked messages that have an owner now: once for each plan, and each time something was parked meanwhile."""
@@ -206,6 +222,7 @@ class Keeper:
             if not held:
                 return
             self._stray = False
+            self._gate.owners.refresh()
             kept: list[Letter] = []
             try:
                 while not self._closing and len(kept) < _IN_HAND and (letter := self._mail.take(self._parked)) is not None:

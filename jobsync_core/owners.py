@@ -42,6 +42,8 @@ class _Copy:
     starts: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     places: tuple[Place, ...] = ()
+    #: Every owner has a queue. One that has none may be about to get it, which makes no other version.
+    whole: bool = True
 
 
 class OwnerMap:
@@ -92,7 +94,7 @@ class OwnerMap:
                 return False
             try:
                 with self._sessions.session() as connection:
-                    found = queues.owners(connection, self._tables, self._copy.version)
+                    found = queues.owners(connection, self._tables, self._copy.version if self._copy.whole else -1)
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._pause_until = clock.now() + PAUSE_SEC
                 logger.warning('owners are unknown while the database is away: %s', str(error).strip())
@@ -117,4 +119,4 @@ def _rest(copy: _Copy) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tu
 def _copy(version: int, total: int, function: str, rows: list[tuple[int, int, str, str | None]]) -> _Copy:
     return _Copy(
         version, total, HASH_FUNCTIONS[function], tuple(row[0] for row in rows), tuple(row[1] for row in rows),
-        tuple(Place(row[2], row[3]) for row in rows))
+        tuple(Place(row[2], row[3]) for row in rows), all(row[3] is not None for row in rows))

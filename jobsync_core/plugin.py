@@ -236,6 +236,8 @@ class Gate:
             if self.owners.version != self.job.token_version:
                 self.owners.refresh()
             place = self.owners.find(route)
+            if place is not None and place.queue is None:
+                place = self.owners.find_fresh(route) or place  # it may have one by now
         return decide(
             mine=False, leased=leased, node=self.job.node_name, owner=place.node if place else None, queue=place.queue if place else None,
             hops=hops, max_hops=self.settings.max_hops, drop=self.settings.on_unclaimed == 'drop')

@@ -22,8 +22,6 @@ from jobsync_core.ledger import UNCOORDINATED
 from jobsync_core.owners import OwnerMap
 from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
-from jobsync_core.store import queues
-from jobsync_core.store.schema import Tables
 from jobsync_core.tokens import TokenSet
 
 from .actors import HOME, Actors, read_settings
@@ -225,7 +223,7 @@ class JobSync(Middleware):
             raise
         gate = Gate(settings, job)
         self._keeper = Keeper(
-            gate, mail, 'dramatiq', parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
+            gate, mail, 'dramatiq', queue, parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
         gate.owners.refresh()
         self._keeper.start()
         self.attach(gate, mail)
@@ -275,10 +273,7 @@ class JobSync(Middleware):
         logger.info('JobSync: the lease is valid again; consuming goes on')
         # While this node was taken for dead, its empty queue may have been deleted and forgotten.
         name, appname = self._job.node_name, self.settings.config.appname
-        queue = node_queue(appname, name)
-        with self._job.session() as connection:
-            queues.record(connection, Tables(appname), queue, name, 'dramatiq')
-        self._post().join(name, queue)
+        self._post().join(name, node_queue(appname, name))
 
     def _watch_parent(self) -> None:
         # An orphan would go on for ever: nobody is left who stops it.

@@ -12,6 +12,7 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.keeper import Keeper, Letter, Mail
 from jobsync_core.plugin import Gate, PluginSettings
+from jobsync_core.routing import Verdict
 
 from ..waiting import eventually
 from .cluster import query
@@ -140,7 +141,8 @@ class World:
         assert isinstance(mail, FakeMail)
         leases: list[bool] = []
         changes: list[int] = []
-        keeper = Keeper(gate, mail, kind, PARKED, on_lease=leases.append, on_change=lambda: changes.append(gate.owners.version))
+        keeper = Keeper(
+            gate, mail, kind, f'q.{name}', PARKED, on_lease=leases.append, on_change=lambda: changes.append(gate.owners.version))
         if start:
             keeper.start()
         self._stack.callback(gate.owners._sessions.close_all)
@@ -308,10 +310,36 @@ class TestLease:
             behind = World(config, stack).node('n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1))
             eventually(lambda: behind.changes)
             assert behind.leases == []
+            answers = [ConnectionError('broker away')]
+
+            def told(leased: bool) -> None:
+                behind.leases.append(leased)
+                if leased and answers:
+                    raise answers.pop()
+
+            behind.keeper._on_lease = told
             proxy.switch(Mode.HOLD)
             eventually(lambda: behind.leases == [False], 20)
+            # What happens to a node that is away for long.
+            query(config, 'DELETE FROM "{}queue"')
             proxy.switch(Mode.PASS)
-            eventually(lambda: behind.leases == [False, True], 30)
+            eventually(lambda: behind.leases == [False, True, True], 30)
+            assert world.recorded() == ['q.n1']
+
+    def test_an_owner_s_queue_is_found_when_it_is_recorded_late(self, world: World) -> None:
+        first, second = world.node('n1', start=False), world.node('n2', start=False)
+        world.settle(first, second)
+        theirs = next(route for route in ROUTES if second.job.owns(route))
+        query(world.config, """DELETE FROM "{}queue" WHERE node = 'n2'""")
+        first.gate.owners.reread()
+        assert first.gate.decide(theirs, 0).verdict is Verdict.PARK
+        world.broker.put(PARKED, theirs)
+        first.keeper._sweep()
+        assert world.broker.routes(PARKED) == [theirs]
+        world.queue('n2')
+        eventually(lambda: first.gate.decide(theirs, 0).verdict is Verdict.FORWARD)
+        first.keeper._sweep()
+        assert world.broker.routes('q.n2') == [theirs]
 
     def test_a_plan_is_told_when_the_map_shows_it(self, world: World) -> None:
         first = world.node('n1')

@@ -174,11 +174,15 @@ def test_a_new_queue_is_seen_although_the_version_is_the_same(config: Coordinati
         settle(config, job)
         found = make_map()
         found.refresh()
-        add_queue(config, 'q1', 'n1')
-        found.refresh()
         assert found.find('a') == Place('n1', None)
-        assert found.reread()
+        add_queue(config, 'q1', 'n1')
+        assert found.refresh()
         assert found.find('a') == Place('n1', 'q1')
+        query(config, """UPDATE "{}queue" SET name = 'q2'""")
+        found.refresh()
+        assert found.find('a') == Place('n1', 'q1')  # nobody's queue is missing
+        assert found.reread()
+        assert found.find('a') == Place('n1', 'q2')
 
 
 def test_while_the_database_is_away_nobody_waits_for_it_again_and_again(
