@@ -13,7 +13,7 @@ demo: .venv/.ready
 	$(RUN) examples/$(DEMO)_demo.py $(DEMO_ARGS)
 
 test: .venv/.ready-dev
-	$(RUN) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 soak: .venv/.ready-dev
 	$(RUN) -m tests.sim --schedules $(SCHEDULES)

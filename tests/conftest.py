@@ -19,6 +19,18 @@ SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.0, 'rebalance
 SETTINGS = {'fsync': 'off', 'full_page_writes': 'off', 'max_connections': '200'}
 
 
+#: What takes longest begins first, so that two processes end at about the same time.
+_ORDER = ('conformance', 'celery', 'docs', 'dramatiq', 'server', 'testing')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+
+    items.sort(key=place)
+
+
 def _server() -> EmbeddedPostgres:
     return EmbeddedPostgres(bin_dir=os.environ.get('JOBSYNC_TEST_PG_BIN'), settings=SETTINGS)
 
