@@ -47,12 +47,16 @@ class BootFailed(MiddlewareError, ConnectionClosed):
 
 
 class _Consumers(dict[str, Any]):
-    """A worker's consumers; a queue that it does not consume is answered by any of them: the gate knows where to acknowledge."""
+    """A worker's consumers. Any of them can acknowledge any message: the gate knows where it came from. So one that has not
+    reached the broker yet, and a queue that is not consumed here, are answered by another: a message of theirs may have come by
+    the node's queue.
+    """
 
-    def __missing__(self, queue: str) -> Any:
-        for consumer in self.values():
-            return consumer
-        raise KeyError(queue)
+    def __getitem__(self, queue: str) -> Any:
+        own = self.get(queue)
+        if own is None or own.consumer is None:
+            return next((found for found in self.values() if found.consumer is not None), own)
+        return own
 
 
 class JobSync(Middleware):

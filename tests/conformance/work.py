@@ -95,7 +95,7 @@ def note(event: str, key: str, more: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def _noted(key: str) -> Iterator[None]:
+def _noted(key: str, end: bool = True) -> Iterator[None]:
     note('start', key, now.attempt())
     try:
         time.sleep(order().pause)
@@ -103,13 +103,14 @@ def _noted(key: str) -> Iterator[None]:
     except BaseException as error:
         note('error', key, repr(error))
         raise
-    note('end', key)
+    if end:
+        note('end', key)
 
 
 def keyed(n: int, sleep: float = 0.0) -> dict[str, Any]:
     """Its effect is written in the transaction that carries its completion."""
     key = f'k:{n}'
-    with _noted(key):
+    with _noted(key, end=False):
         time.sleep(sleep)
         row = (key, now.message_id(), node(), os.getpid())
         result = {'n': n, 'message': now.message_id()}
@@ -119,9 +120,12 @@ def keyed(n: int, sleep: float = 0.0) -> dict[str, Any]:
             execution.result = result
             with execution.transaction() as connection:
                 _insert(connection, row)
+                # Before the commit: a worker that is killed right after it has completed the key, and nobody runs it again.
+                note('end', key)
         else:
             with contextlib.closing(psycopg2.connect(order().database)) as connection:
                 _insert(connection, row)
+                note('end', key)
                 connection.commit()
     return result
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
@@ -18,6 +19,7 @@ from jobsync_core.tokens import TokenSet
 from jobsync_dramatiq import JobSync, middleware
 from jobsync_dramatiq.actors import HOME
 from jobsync_dramatiq.mail import wrapped
+from jobsync_dramatiq.middleware import _Consumers
 
 from .stage import Stage, message
 from .stage import stage as make_stage
@@ -319,3 +321,11 @@ class TestBoot:
         broker = StubBroker(middleware=[JobSync(host='nowhere', dbname='none')])
         with pytest.raises(MiddlewareError, match='StubBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only'):
             dramatiq.Worker(broker).start()
+
+
+def test_a_message_that_came_by_the_node_s_queue_does_not_need_its_own_queue_s_consumer() -> None:
+    ready, early = SimpleNamespace(consumer=object()), SimpleNamespace(consumer=None)
+    consumers = _Consumers(home=early, node=ready)
+    assert consumers['home'] is consumers['node'] is consumers['elsewhere'] is ready
+    early.consumer = object()
+    assert consumers['home'] is early
