@@ -85,7 +85,6 @@ class Publisher:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._producer: Any = None
-        self._redis: Any = None
 
     def send(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         """Publish a copy of a message durably; returns when the broker has it. Raises what the broker's client raises.
@@ -125,7 +124,7 @@ class Publisher:
         copy = {**raw, 'headers': headers, 'properties': {
             **properties, 'delivery_tag': uuid(),
             'delivery_info': {**properties.get('delivery_info', {}), 'exchange': '', 'routing_key': queue}}}
-        with self._redis.pipeline() as pipe:
+        with channel.conn_or_acquire() as client, client.pipeline() as pipe:
             pipe.lpush(channel._q_for_pri(queue, channel._get_message_priority(copy)), dumps(copy))
             message.channel.qos._remove_from_indices(message.delivery_tag, pipe)
             forgotten = pipe.execute()[-1]
@@ -141,12 +140,10 @@ class Publisher:
         options = {'confirm_publish': True} if self._plugin.driver == 'amqp' else {'socket_timeout': _PUBLISH_SEC}
         self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC, transport_options=options)
         self._producer = self._connection.Producer()
-        if self._plugin.driver == 'redis':
-            self._redis = self._producer.channel._create_client()  # kept: kombu makes one for each command, which takes longer than that
         return self._producer
 
     def _drop(self) -> None:
-        connection, self._connection, self._producer, self._redis = self._connection, None, None, None
+        connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
             try:
                 connection.release()
@@ -237,10 +234,10 @@ class CeleryMail:
         appname = self._plugin.settings.config.appname
         with self._plugin.app.connection_for_write(transport_options=redis_options(appname, node)) as connection:
             channel = connection.default_channel
-            for tag, message in list((unrecorded or {}).items()):
+            while unrecorded:
+                tag, message = next(iter(unrecorded.items()))
                 # Not if the record was made and only its answer lost.
                 channel.client.hsetnx(channel.unacked_key, tag, message)
-                assert unrecorded is not None
                 del unrecorded[tag]
             tags = channel.client.hkeys(channel.unacked_key)
             for tag in tags:
@@ -281,11 +278,7 @@ class CeleryMail:
 
     def _open(self) -> Any:
         if self._channel is None:
-            self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC)
-            if self._plugin.driver == 'redis':
-                from .receive import receive_atomically  # needs redis
-
-                receive_atomically(self._connection, {})
+            self._connection = self._plugin.receiving(self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC))
             self._channel = self._connection.default_channel
         return self._channel
 

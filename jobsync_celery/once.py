@@ -12,8 +12,9 @@ from celery.exceptions import Ignore
 from celery.utils.log import get_logger
 
 from jobsync_core.adapter import MessageOnce
+from jobsync_core.current_ledger import LocalLedger, current_ledger, message_ledger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
-from jobsync_core.ledger import Ledger, LocalLedger, current_ledger, message_ledger
+from jobsync_core.ledger import Ledger
 
 __all__ = ['COME_BACK_SEC', 'exactly_once']
 

@@ -10,13 +10,14 @@ import click
 from celery import signals
 from celery.utils.dispatch import Signal
 from celery.utils.log import get_logger
+from kombu.utils.json import loads
 
 from jobsync_core import clock
+from jobsync_core.current_ledger import UNCOORDINATED
 from jobsync_core.effects import RebalanceEvent
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
-from jobsync_core.ledger import UNCOORDINATED
 from jobsync_core.owners import OwnerMap
 from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import node_queue, parked_queue
@@ -30,6 +31,7 @@ from .tasks import Tasks, adjust_options
 
 if TYPE_CHECKING:
     from celery import Celery
+    from kombu.connection import Connection
 
 __all__ = ['JobSync', 'rebalanced', 'released']
 
@@ -78,6 +80,7 @@ class JobSync:
         self._children: set[int] = set()
         self._worker: Any = None
         self._lost_at = 0.0
+        self._look: Any = None
         self._unrecorded: dict[str, str] = {}
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._install()
@@ -227,11 +230,16 @@ class JobSync:
         assert self._gate is not None
         self._consumer = consumer
         self._consumer_gate = ConsumerGate(self, self._gate, consumer)
+        consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
+            self.receiving(self.app.connection_for_read(heartbeat=heartbeat)))
+
+    def receiving(self, connection: Connection) -> Connection:
+        """A connection that has not been opened yet, on which messages are received."""
         if self.driver == 'redis':
             from .receive import receive_atomically  # needs redis
 
-            consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
-                receive_atomically(self.app.connection_for_read(heartbeat=heartbeat), self._unrecorded))
+            receive_atomically(connection, self._unrecorded)
+        return connection
 
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
@@ -243,12 +251,14 @@ class JobSync:
                 logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
         self._reconnects = True
         self._connected = self._consuming = True  # the consumer begins in a moment
-        # Not left to the keeper, whose questions to the database may take seconds. A lost connection clears the timer.
-        self._consumer.timer.call_repeatedly(_LOOK_SEC, self._follow_lease)
+        # Not left to the keeper, whose questions to the database may take seconds.
+        self._look = self._consumer.timer.call_repeatedly(_LOOK_SEC, self._follow_lease)
 
     def disconnected(self) -> None:
         """The consumer has no connection."""
         self._connected = self._consuming = False
+        if self._look is not None:
+            self._look.cancel()  # not every Celery clears its timer with the connection
         if self._consumer_gate is not None:
             self._consumer_gate.forget()
 
@@ -268,6 +278,13 @@ class JobSync:
             self._http.close()
         if job is None:
             return
+        if self._unrecorded and self._mail is not None:
+            try:
+                self._mail.restore(job.node_name, self._unrecorded)
+            except Exception as error:  # whatever the broker's client raises
+                lost = [loads(message)[0]['headers'].get('id') for message in self._unrecorded.values()]
+                logger.critical('JobSync: %d messages that a lost connection brought are lost with this worker, as the broker cannot be '
+                                'reached (%r); send them again: %s', len(lost), error, ', '.join(map(str, lost)))
         if self._keeper is not None:
             self._keeper.stop(5.0)
         job.__exit__(None, None, None)

@@ -19,6 +19,8 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from .redis_client import is_redis, with_channel
+
 __all__ = ['Unrecorded', 'receive_atomically']
 
 logger = get_logger(__name__)
@@ -193,10 +195,9 @@ def receive_atomically(connection: Connection, unrecorded: Unrecorded) -> Connec
         unrecorded: Keeps what could not be recorded.
     """
     plain = connection.get_transport_cls()
-    if issubclass(getattr(plain, 'Channel', object), transport.Channel):
-        channel = type('Channel', (_Channel, plain.Channel), {'unrecorded': unrecorded})
-        receiving = type('Transport', (plain,), {'Channel': channel})
-        setattr(connection, 'get_transport_cls', lambda: receiving)  # noqa: B010  # transport_cls is what its URL says, and shown
+    if is_redis(plain):
+        receiving = with_channel(plain, _Channel, unrecorded=unrecorded)
+        vars(connection).update(get_transport_cls=lambda: receiving)  # transport_cls is what its URL says, and shown
     return connection
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kombu.connection import Connection, ConnectionPool
 
-__all__ = ['keep_client']
+__all__ = ['is_redis', 'keep_client', 'with_channel']
 
 _MODULE = 'kombu.transport.redis'
 
@@ -34,12 +34,21 @@ class _Pool(ConnectionPool):
         return keep_client(create())
 
 
+def is_redis(transport: Any) -> bool:
+    """Whether a transport is kombu's for Redis, or made of it; by name, as redis need not be installed."""
+    return any(cls.__module__ == _MODULE for cls in getattr(transport, 'Channel', object).__mro__)
+
+
+def with_channel(transport: Any, mixin: type, **attributes: Any) -> Any:
+    """A transport whose channels are of `mixin` as well, with more attributes."""
+    return type('Transport', (transport,), {'Channel': type('Channel', (mixin, transport.Channel), attributes)})
+
+
 @functools.cache
 def _keeping(transport: Any) -> Any:
-    channel = getattr(transport, 'Channel', object)
-    if issubclass(channel, _Channel) or not any(cls.__module__ == _MODULE for cls in channel.__mro__):
+    if not is_redis(transport) or issubclass(transport.Channel, _Channel):
         return transport
-    return type('Transport', (transport,), {'Channel': type('Channel', (_Channel, channel), {})})
+    return with_channel(transport, _Channel)
 
 
 def keep_client(connection: Connection) -> Connection:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from . import once as core
+from .current_ledger import LocalLedger, message_ledger
 from .errors import DuplicateExecution, ExecutionRunning, JobSyncError
 from .execution import DEFAULT_RETENTION
-from .ledger import Ledger, LocalLedger, message_ledger
+from .ledger import Ledger
 from .once import ExactlyOnce
 from .plugin import PluginSettings
 from .routing import Coordination

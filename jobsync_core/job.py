@@ -18,9 +18,10 @@ from .arguments import check_date, check_locks, check_name, check_number
 from .callbacks import Callbacks
 from .claims import Claims
 from .config import CoordinationConfig
+from .current_ledger import LocalLedger, set_current_ledger
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .hashing import check_task_id
-from .ledger import DEFAULT_RETENTION, Execution, Ledger, LocalLedger, set_current_ledger
+from .ledger import DEFAULT_RETENTION, Execution, Ledger
 from .once import once
 from .process import is_known_alive, is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings

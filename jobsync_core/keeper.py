@@ -223,6 +223,7 @@ class Keeper:
                 return
             self._stray = False
             self._gate.owners.refresh()
+            version = self._gate.owners.version
             kept: list[Letter] = []
             try:
                 while not self._closing and len(kept) < _IN_HAND and (letter := self._mail.take(self._parked)) is not None:

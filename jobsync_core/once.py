@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from .current_ledger import LocalLedger, current_ledger
 from .errors import (
     ClaimLost,
     ConfigurationError,
@@ -23,7 +24,7 @@ from .errors import (
     JobSyncError,
 )
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
-from .ledger import Ledger, LocalLedger, current_ledger
+from .ledger import Ledger
 
 __all__ = ['ExactlyOnce', 'exactly_once', 'key_maker', 'once']
 

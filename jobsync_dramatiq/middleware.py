@@ -15,10 +15,10 @@ from dramatiq.errors import BrokerError, ConnectionClosed
 from dramatiq.middleware import Middleware, MiddlewareError
 from dramatiq.threading import is_gevent_active
 
+from jobsync_core.current_ledger import UNCOORDINATED
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
-from jobsync_core.ledger import UNCOORDINATED
 from jobsync_core.owners import OwnerMap
 from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobsync_core.current_ledger import LocalLedger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
 from jobsync_core.execution import Execution
-from jobsync_core.ledger import LocalLedger
 from jobsync_core.owners import Place
 
 __all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate']

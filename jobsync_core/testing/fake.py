@@ -11,11 +11,11 @@ from typing import Any
 from ..arguments import check_locks
 from ..callbacks import with_event
 from ..config import CoordinationConfig
+from ..current_ledger import set_current_ledger
 from ..effects import RebalanceEvent
 from ..errors import ClaimLost, ConfigurationError
 from ..hashing import check_task_id, task_to_token
 from ..job import Job
-from ..ledger import set_current_ledger
 from ..plugin import set_stand_in, stand_in
 from ..task import Task, task_id_of
 from ..tokens import TokenSet

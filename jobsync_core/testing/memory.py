@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..current_ledger import LocalLedger
 from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, Fenced
 from ..execution import Execution, check_key, describe
-from ..ledger import LocalLedger
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection

@@ -1,7 +1,7 @@
 """The gate of a worker: what becomes of each message, in which order, whatever fails."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -233,3 +233,53 @@ def test_green_threads_are_refused_before_the_worker_starts(stage: Bench, caplog
         NodeStep(worker)
     assert ended.value.code == 1
     assert "pool 'celery.concurrency.gevent:TaskPool'" in caplog.text and '--pool prefork' in caplog.text
+
+
+class TestWhatWasNotRecorded:
+    """Messages that a lost connection to Redis brought, when the worker ends."""
+
+    @pytest.fixture
+    def leaving(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+        stage.plugin._unrecorded['tag'] = '[{"headers": {"id": "m7"}}, "", "celery"]'
+        monkeypatch.setattr(type(stage.job), '__exit__', lambda *args: None, raising=False)
+        return stage
+
+    def _leave(self, stage: Bench, restore: Callable[[str, dict[str, str]], int]) -> None:
+        vars(stage.plugin)['_mail'] = SimpleNamespace(restore=restore, close=lambda: None)
+        vars(stage.plugin)['_consumer_gate'] = None
+        stage.plugin.leave()
+
+    def test_it_is_given_back(self, leaving: Bench) -> None:
+        given: list[tuple[str, dict[str, str]]] = []
+
+        def restore(node: str, unrecorded: dict[str, str]) -> int:
+            given.append((node, dict(unrecorded)))
+            return 1
+
+        self._leave(leaving, restore)
+        assert given == [('n1', {'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})]
+
+    def test_with_the_broker_away_it_is_named(self, leaving: Bench, caplog: pytest.LogCaptureFixture) -> None:
+        def restore(node: str, unrecorded: dict[str, str]) -> int:
+            raise ConnectionError('away')
+
+        self._leave(leaving, restore)
+        assert '1 messages' in caplog.text and 'send them again: m7' in caplog.text
+
+
+def test_a_reconnect_leaves_one_look_at_the_lease(stage: Bench) -> None:
+    looks: list[SimpleNamespace] = []
+
+    def call_repeatedly(seconds: float, call: Callable[[], object]) -> SimpleNamespace:
+        entry = SimpleNamespace(live=True)
+        entry.cancel = lambda: setattr(entry, 'live', False)
+        looks.append(entry)
+        return entry
+
+    stage.consumer.timer.call_repeatedly = call_repeatedly
+    vars(stage.plugin)['_consumer'] = stage.consumer
+    for _ in range(3):
+        stage.plugin.connected()
+        assert sum(entry.live for entry in looks) == 1
+        stage.plugin.disconnected()
+        assert sum(entry.live for entry in looks) == 0

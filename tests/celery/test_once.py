@@ -12,8 +12,8 @@ from celery.exceptions import Ignore
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ClaimLost, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, JobSyncError, NotEntered
-from jobsync_core.ledger import set_current_ledger
 
 from ..fakes import FakeLedger, duplicate
 

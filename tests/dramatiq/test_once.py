@@ -13,8 +13,8 @@ from dramatiq.middleware import GroupCallbacks, SkipMessage
 from dramatiq.rate_limits.backends import StubBackend
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ClaimLost, ConfigurationError, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced
-from jobsync_core.ledger import set_current_ledger
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq.gate import Note
 from jobsync_dramatiq.groups import mark_members

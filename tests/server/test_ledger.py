@@ -18,6 +18,7 @@ import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.embedded import EmbeddedPostgres
 from jobsync_core.errors import (
     ClaimLost,
@@ -28,7 +29,7 @@ from jobsync_core.errors import (
     Fenced,
     JobSyncError,
 )
-from jobsync_core.ledger import Execution, Ledger, current_execution, set_current_ledger
+from jobsync_core.ledger import Execution, Ledger, current_execution
 from jobsync_core.once import exactly_once, once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
@@ -314,7 +315,8 @@ _FORKING = """
 import json, os, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ExecutionRunning
-from jobsync_core.ledger import Ledger, current_ledger, set_current_ledger
+from jobsync_core.current_ledger import current_ledger, set_current_ledger
+from jobsync_core.ledger import Ledger
 from jobsync_core.once import once
 from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import Tables

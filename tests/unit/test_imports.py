@@ -16,7 +16,8 @@ PURE = frozenset({
     'protocol', 'simulate', 'task', 'tokens'})
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
-    PURE, {'clock', 'process'}, {'store'}, {'agent', 'callbacks', 'execution', 'ledger', 'once', 'owners', 'routing', 'taskbook'},
+    PURE, {'clock', 'process'}, {'store'},
+    {'agent', 'callbacks', 'current_ledger', 'execution', 'ledger', 'once', 'owners', 'routing', 'taskbook'},
     {'job'}, {'plugin'}, {'adapter', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.current_ledger import UNCOORDINATED, LocalLedger, current_ledger, message_ledger, set_current_ledger
 from jobsync_core.errors import (
     ClaimLost,
     ConfigurationError,
@@ -23,19 +24,7 @@ from jobsync_core.errors import (
     JobSyncError,
     NotEntered,
 )
-from jobsync_core.ledger import (
-    MAX_RESULT_BYTES,
-    UNCOORDINATED,
-    Execution,
-    Ledger,
-    LocalLedger,
-    check_key,
-    current_execution,
-    current_ledger,
-    message_ledger,
-    retention_seconds,
-    set_current_ledger,
-)
+from jobsync_core.ledger import MAX_RESULT_BYTES, Execution, Ledger, check_key, current_execution, retention_seconds
 from jobsync_core.once import ExactlyOnce, exactly_once, once
 from jobsync_core.store.schema import Tables
 

@@ -1,0 +1,91 @@
+"""Which ledger this process uses: its node's, or one that remembers nothing."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from .errors import ClaimLost, ConfigurationError, NotEntered
+from .execution import Execution, check_key
+from .ledger import Ledger
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+__all__ = ['UNCOORDINATED', 'LocalLedger', 'current_ledger', 'message_ledger', 'set_current_ledger']
+
+#: Stands for the incarnation in a worker that runs without coordination because it may.
+UNCOORDINATED = 'uncoordinated'
+
+
+class LocalLedger:
+    """The ledger of single-node mode: every key runs, nothing is remembered, no database is needed."""
+
+    def begin(self, key: str, retention_sec: float) -> Execution:
+        """Always an attempt."""
+        return Execution(self, check_key(key), 0, 1, retention_sec)
+
+    def finish(self, execution: Execution) -> None:
+        """Mark the attempt as completed."""
+        execution._completed = True
+
+    def fail(self, execution: Execution, error: BaseException) -> None:
+        """Nothing to record."""
+
+    def abandon(self, execution: Execution) -> None:
+        """Nothing to record."""
+
+    def release(self, pid: int) -> int:
+        """Nothing to release."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+        """There is none."""
+        raise ConfigurationError('execution.transaction() needs a database: single-node mode has none; give the Job a CoordinationConfig')
+
+    def completion_of(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
+        """Nothing is recorded."""
+        return None
+
+
+_ledger: Ledger | LocalLedger | None = None
+_uncoordinated = LocalLedger()
+
+
+def set_current_ledger(ledger: Ledger | LocalLedger | None) -> None:
+    """Make `ledger` the one of this process, and of the children that it forks from now on."""
+    global _ledger
+    _ledger = ledger
+
+
+def current_ledger() -> Ledger | LocalLedger:
+    """The ledger of this process.
+
+    Raises:
+        NotEntered: This process has entered no Job.
+    """
+    if _ledger is None:
+        raise NotEntered(
+            'this process has entered no Job, so it cannot tell what was executed before: call this inside `with Job(...)`, '
+            'or inside `with Job(name)` for single-node mode, where everything just runs')
+    return _ledger
+
+
+def message_ledger() -> Ledger | LocalLedger:
+    """The ledger for a message that an adapter's worker is about to process.
+
+    Raises:
+        NotEntered: This process has entered no Job.
+        ClaimLost: The node's lease ran out. The database is most likely out of reach, and to ask it would take seconds for
+            each message that had been handed to the pool before.
+    """
+    ledger = current_ledger()
+    if not isinstance(ledger, Ledger):
+        return ledger
+    if ledger.incarnation == UNCOORDINATED:
+        return _uncoordinated
+    if not ledger.has_lease():
+        raise ClaimLost('the lease of this node ran out, so that nothing may begin here at the moment')
+    return ledger
