@@ -231,14 +231,14 @@ class JobSync:
         self._consumer = consumer
         self._consumer_gate = ConsumerGate(self, self._gate, consumer)
         consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
-            self.receiving(self.app.connection_for_read(heartbeat=heartbeat)))
+            self.receiving(self.app.connection_for_read(heartbeat=heartbeat), consumer.hub))
 
-    def receiving(self, connection: Connection) -> Connection:
-        """A connection that has not been opened yet, on which messages are received."""
+    def receiving(self, connection: Connection, hub: Any = None) -> Connection:
+        """A connection that has not been opened yet, on which messages are received; with an event loop, waited for."""
         if self.driver == 'redis':
             from .receive import receive_atomically  # needs redis
 
-            receive_atomically(connection, self._unrecorded)
+            receive_atomically(connection, self._unrecorded, hub)
         return connection
 
     def connected(self) -> None:

@@ -1,9 +1,10 @@
 """Receiving from Redis without a moment in which a message exists in nobody's records.
 
 kombu takes a message off its list first and records it as unacknowledged in a second trip: what is in between when the
-worker, the connection or Redis itself is killed is lost. Here one script does both. It is used while messages wait; on
-empty queues kombu's blocking BRPOP waits for the next one, and what it brings that cannot be recorded any more is kept
-until there is a connection again. One trip less for each message is a welcome effect.
+worker, the connection or Redis itself is killed is lost. Here one script does both; one trip less for each message is a
+welcome effect. A script cannot wait, and kombu's blocking BRPOP takes while it waits: so on empty queues a bell (bell.py)
+tells of the next message. Where Redis refuses a part of this, kombu's way is the fallback, and a warning says so; what that
+brings and cannot be recorded any more is kept until there is a connection again.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from .bell import Bell
 from .redis_client import is_redis, with_channel
 
 __all__ = ['Unrecorded', 'receive_atomically']
@@ -28,6 +30,8 @@ logger = get_logger(__name__)
 transport: Any = redis
 _execute: Any = Redis.execute_command
 
+#: Seconds after which empty queues are looked at even if no bell was heard.
+LOOK_SEC = 1.0
 #: Messages that BRPOP brought and that could not be recorded: delivery tag -> what belongs into the hash of unacknowledged ones.
 Unrecorded = dict[str, str]
 
@@ -83,8 +87,14 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     #: Delivery tag of the message that the script has recorded and that is being delivered.
     recorded: str | None = None
     _script: str | None = None
-    # The script found nothing the last time.
+    #: kombu's event loop, for the bell; None: this channel does not wait.
+    hub: Any = None
+    # The script found nothing the last time; and when it looks again, should the bell have been missed.
     _empty = False
+    _look_at = 0.0
+    _bell: Bell | None = None
+    _can_wait = True
+    _rings = _heard = 0
     _asked_script = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,21 +113,50 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         logger.warning('JobSync: Redis refuses scripts, so a message can be lost when Redis or this worker is killed just '
                        'while it is received; allow EVALSHA and SCRIPT LOAD: %s', error)
 
+    def _wait(self) -> None:
+        """The queues are empty: have the bell rung when that changes."""
+        # A ring between the look and its answer was for what came in between.
+        self._empty, self._look_at = self._rings == self._heard, monotonic() + LOOK_SEC
+        connection = self.client.connection
+        if self.hub is None or not self._can_wait or (self._bell is not None and self._bell.belongs_to(connection)):
+            return
+        self._drop_bell()
+        try:
+            self._bell = Bell(connection, self.pool.connection_class(**self.pool.connection_kwargs), self.hub, self._rung)
+        except ResponseError as error:
+            self._can_wait = False
+            logger.warning('JobSync: Redis does not tell of changes, so a message can be lost when Redis or this worker is killed just '
+                           'while it is received on empty queues; use Redis 6 or newer, and allow CLIENT TRACKING and SUBSCRIBE to '
+                           '__redis__:invalidate: %s', error)
+            return
+        self._empty = False  # what came before the bell hung is found by another look
+
+    def _rung(self) -> None:
+        self._rings += 1
+        self._empty = False
+
+    def _drop_bell(self) -> None:
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.close()
+
     def _arguments(self, queues: list[str]) -> list[Any]:
         lists = [(self._q_for_pri(queue, priority), queue) for priority in self.priority_steps for queue in queues]
         keys = [self.unacked_key, self.unacked_index_key, *(key for key, _ in lists)]
         return [self._script, len(keys), *(f'{self.global_keyprefix}{key}' for key in keys), time(), *(queue for _, queue in lists)]
 
     def _brpop_start(self, timeout: int | None = None) -> None:
-        if self._script is None or self._empty:
+        if self._script is None or (self._empty and self._bell is None):
             super()._brpop_start(*(() if timeout is None else (timeout,)))
+            return
+        if self._empty and monotonic() < self._look_at:
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
-        self._asked_script = True
+        self._asked_script, self._heard = True, self._rings
         self.client.connection.send_command('EVALSHA', *self._arguments(queues))
 
     def _brpop_read(self, **options: Any) -> Any:
@@ -128,8 +167,9 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         try:
             reply = self._read_script()
             if not reply:
-                self._empty = True
+                self._wait()
                 raise Empty
+            self._empty = False
             self._queue_cycle.rotate(bytes_to_str(reply[0]))
             self._deliver(reply)
             return True
@@ -149,7 +189,9 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         except NoScriptError:  # somebody has emptied Redis' cache
             self._load()
         except ResponseError as error:
-            if not str(error).startswith('OOM'):
+            if str(error).startswith('OOM'):
+                self._wait()
+            else:
                 self._without(error)
         raise Empty
 
@@ -184,19 +226,21 @@ class _Channel(transport.Channel):  # type: ignore[misc]
                 self._brpop_read()
             except (Empty, RedisError, OSError) as error:
                 logger.debug('the last reply of a channel: %r', error)
+        self._drop_bell()
         super().close()
 
 
-def receive_atomically(connection: Connection, unrecorded: Unrecorded) -> Connection:
+def receive_atomically(connection: Connection, unrecorded: Unrecorded, hub: Any = None) -> Connection:
     """Let a connection that has not been opened yet receive without losing; other brokers than Redis are left as they are.
 
     Args:
         connection: A Celery app's connection.
         unrecorded: Keeps what could not be recorded.
+        hub: kombu's event loop, where the connection is to wait for messages.
     """
     plain = connection.get_transport_cls()
     if is_redis(plain):
-        receiving = with_channel(plain, _Channel, unrecorded=unrecorded)
+        receiving = with_channel(plain, _Channel, unrecorded=unrecorded, hub=hub)
         vars(connection).update(get_transport_cls=lambda: receiving)  # transport_cls is what its URL says, and shown
     return connection
 

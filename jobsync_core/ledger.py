@@ -412,7 +412,10 @@ class Ledger:
             raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
         with self._sessions.session(limited=False) as connection:
             marker = f'{execution.fence} {execution.key}'
-            executions.mark(connection, marker)
+            try:
+                executions.mark(connection, marker)
+            except psycopg2.errors.QueryCanceled as error:  # still under the limit of our own statements, which it lifts
+                raise StoreTimeout(f'the transaction of {execution.key!r} could not be begun in time: {str(error).strip()}') from error
             yield connection
             encoded = execution._encoded
             if not executions.finish(

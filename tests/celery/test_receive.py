@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 from collections.abc import Iterator
+from queue import Empty
 from typing import Any
 
 import pytest
+from kombu.asynchronous import Hub
 from kombu.connection import Connection
 from kombu.entity import Queue
 from kombu.transport import virtual
@@ -27,17 +30,46 @@ class _Broken(ConnectionError):
 class _Desk:
     """A connection, a consumer, and what it has received."""
 
-    def __init__(self, server: RedisServer, space: str, prefix: str = '', url: str | None = None) -> None:
+    def __init__(self, server: RedisServer, space: str, prefix: str = '', url: str | None = None, hub: Any = None) -> None:
+        _DESKS.append(self)
         self.unrecorded: Unrecorded = {}
         self.received: list[Any] = []
         self.client = server.client(space)
         self.connection = receive_atomically(
-            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix}), self.unrecorded)
+            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix}), self.unrecorded, hub)
         self.queue = Queue(_QUEUE)(self.connection.default_channel)
         self.queue.declare()
         self.consumer = self.connection.Consumer([self.queue], callbacks=[lambda body, message: self.received.append(message)])
         self.consumer.qos(prefetch_count=100)
         self.prefix = prefix
+        self.channel: Any = self.connection.default_channel
+        self._hub = hub
+        if hub is not None:
+            self.connection.register_with_event_loop(hub)
+            self._loop = hub.create_loop()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a test may have broken it
+            self.connection.release()
+        self.client.close()
+        if self._hub is not None:
+            self._loop.close()
+            self._hub.close()
+
+    @property
+    def readers(self) -> set[int]:
+        """What the event loop reads of this desk's bell."""
+        return {fd for fd, (call, _) in self._hub.readers.items() if getattr(call, '__name__', '') == '_hear'}
+
+    def turn(self) -> bool:
+        """One turn of the event loop, which waits for a moment at most."""
+        self._hub.call_later(0.02, lambda: None)
+        next(self._loop)
+        return False
+
+    def wait(self) -> None:
+        """Until the queues are known to be empty."""
+        eventually(lambda: self.turn() or (self.channel._empty and self.channel._bell is not None and not self.channel._in_poll))
 
     def publish(self, number: int, priority: int = 0) -> None:
         self.connection.Producer().publish({'number': number}, routing_key=_QUEUE, exchange='', priority=priority, retry=False)
@@ -54,11 +86,20 @@ class _Desk:
         return sum(self.client.llen(key) for key in self.client.keys(f'{self.prefix}{_QUEUE}*'))
 
 
+_DESKS: list[_Desk] = []
+
+
 @pytest.fixture
 def space(redis_server: RedisServer) -> Iterator[str]:
     name = redis_server.new_space()
     yield name
+    while _DESKS:
+        _DESKS.pop().close()
     redis_server.drop_space(name)
+
+
+def _readable(sock: Any) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 def _break_append(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,23 +144,97 @@ def test_everything_arrives_once_by_priority_and_is_acknowledged(redis_server: R
     assert (desk.waiting(), desk.unacked()) == (0, 0)
 
 
-def test_what_an_idle_worker_got_and_could_not_record_is_kept(
-    redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    desk = _Desk(redis_server, space)
-    desk.consumer.consume()
-    channel: Any = desk.connection.default_channel
-    eventually(lambda: desk.drain() or (channel._empty and channel._in_poll))
-    _break_append(monkeypatch)
-    desk.publish(1)
-    with pytest.raises(_Broken):
-        eventually(desk.drain)
-    assert (desk.waiting(), desk.unacked(), len(desk.unrecorded)) == (0, 0, 1)
-    monkeypatch.undo()
-    ((tag, message),) = desk.unrecorded.items()
-    desk.client.hsetnx('unacked', tag, message)
-    channel.qos.restore_by_tag(tag)
-    assert (desk.waiting(), desk.unacked()) == (1, 0)
+class TestWaiting:
+    """On empty queues."""
+
+    @pytest.fixture(autouse=True)
+    def without_looking_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr('jobsync_celery.receive.LOOK_SEC', 1000.0)
+
+    @_PREFIXES
+    def test_the_next_message_is_heard_of_and_taken_by_the_script(
+        self, redis_server: RedisServer, space: str, prefix: str, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr('kombu.transport.redis.Channel._brpop_start', lambda *args: pytest.fail('a pop that waits'))
+        desk = _Desk(redis_server, space, prefix, hub=Hub())
+        desk.consumer.consume()
+        for number in range(5):
+            desk.wait()
+            desk.publish(number, priority=3 * (number % 2))
+            eventually(lambda: desk.turn() or desk.received[-1:] and desk.received[-1].payload['number'] == number)  # noqa: B023
+        assert [message.payload['number'] for message in desk.received] == list(range(5))
+        assert (desk.waiting(), desk.unacked()) == (0, 5)
+        desk.connection.release()
+        assert not desk.readers
+
+    def test_a_message_that_comes_between_the_look_and_its_answer_is_not_missed(
+        self, redis_server: RedisServer, space: str,
+    ) -> None:
+        desk = _Desk(redis_server, space, hub=Hub())
+        desk.consumer.consume()
+        desk.wait()
+        channel = desk.channel
+        channel._look_at = 0.0
+        channel._brpop_start()
+        eventually(lambda: _readable(channel.client.connection._sock))
+        desk.publish(1)
+        # The bell is heard before the answer, "nothing", is read.
+        eventually(lambda: _readable(channel._bell._socket))
+        channel._bell._hear()
+        with contextlib.suppress(Empty):
+            channel._brpop_read()
+        eventually(lambda: desk.turn() or desk.received)
+
+    def test_a_bell_that_is_cut_is_a_broken_connection(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space, hub=Hub())
+        desk.consumer.consume()
+        desk.wait()
+        desk.client.execute_command('CLIENT', 'KILL', 'TYPE', 'pubsub')
+        with pytest.raises(ConnectionError):
+            eventually(desk.turn)
+
+    def test_a_connection_that_was_opened_anew_gets_another_bell(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space, hub=Hub())
+        desk.consumer.consume()
+        desk.wait()
+        desk.channel.client.connection.disconnect()
+        desk.channel._look_at = 0.0
+        eventually(lambda: desk.turn() or desk.channel._bell.belongs_to(desk.channel.client.connection))
+        desk.wait()
+        desk.publish(1)
+        eventually(lambda: desk.turn() or desk.received)
+
+    def test_without_tracking_it_goes_on_and_says_so(
+        self, redis_server: RedisServer, space: str, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        with contextlib.closing(redis_server.client()) as client:
+            client.execute_command('ACL', 'SETUSER', 'deaf', 'on', '>secret', '~*', '&*', '+@all', '-client|tracking')
+        url = redis_server.url(space).replace('redis://', 'redis://deaf:secret@')
+        desk = _Desk(redis_server, space, url=url, hub=Hub())
+        desk.consumer.consume()
+        eventually(lambda: desk.turn() or not desk.channel._can_wait)
+        assert 'allow CLIENT TRACKING' in caplog.text and 'secret' not in caplog.text
+        eventually(lambda: desk.turn() or (desk.channel._empty and desk.channel._in_poll))
+        desk.publish(1)
+        eventually(lambda: desk.turn() or desk.received)
+
+    def test_what_cannot_be_recorded_then_is_kept(
+        self, redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        desk = _Desk(redis_server, space)  # no event loop, no bell
+        desk.consumer.consume()
+        channel = desk.channel
+        eventually(lambda: desk.drain() or (channel._empty and channel._in_poll))
+        _break_append(monkeypatch)
+        desk.publish(1)
+        with pytest.raises(_Broken):
+            eventually(desk.drain)
+        assert (desk.waiting(), desk.unacked(), len(desk.unrecorded)) == (0, 0, 1)
+        monkeypatch.undo()
+        ((tag, message),) = desk.unrecorded.items()
+        desk.client.hsetnx('unacked', tag, message)
+        channel.qos.restore_by_tag(tag)
+        assert (desk.waiting(), desk.unacked()) == (1, 0)
 
 
 def test_a_get_records_too(redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,6 +383,25 @@ class TestTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
+    def test_a_transaction_that_a_stuck_server_does_not_begin_in_time_is_the_database_s_fault(
+        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def stuck(connection: Any, marker: str) -> None:
+            with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL statement_timeout = '50ms'; SELECT pg_sleep(30)")
+
+        monkeypatch.setattr(executions, 'mark', stuck)
+
+        def attempt() -> None:
+            with once(ledger, 'k') as execution, execution.transaction() as connection:
+                insert(connection)
+
+        with pytest.raises(DatabaseUnavailable, match='could not be begun in time'):
+            attempt()
+        monkeypatch.undo()
+        attempt()
+        assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
+
     @pytest.mark.parametrize('statement', ['COMMIT', 'ROLLBACK', 'COMMIT; BEGIN', 'ROLLBACK; BEGIN'])
     def test_a_block_that_ends_the_transaction_itself_is_told_so(self, ledger: Ledger, rows: Rows, statement: str) -> None:
         with pytest.raises(JobSyncError, match='committed or rolled back by itself'), once(ledger, 'k') as execution, \
