@@ -13,6 +13,7 @@ from kombu.asynchronous import Hub
 from kombu.connection import Connection
 from kombu.entity import Queue
 from kombu.transport import virtual
+from redis.connection import Connection as RedisConnection
 
 from jobsync_celery.receive import Unrecorded, receive_atomically
 
@@ -197,7 +198,8 @@ class TestWaiting:
         desk = _Desk(redis_server, space, hub=Hub())
         desk.consumer.consume()
         desk.wait()
-        desk.channel.client.connection.disconnect()
+        # Unknown to kombu, whose older versions poll no more once they know.
+        RedisConnection.disconnect(desk.channel.client.connection)
         desk.channel._look_at = 0.0
         eventually(lambda: desk.turn() or desk.channel._bell.belongs_to(desk.channel.client.connection))
         desk.wait()
