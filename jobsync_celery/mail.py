@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kombu.connection import Connection
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from .plugin import JobSync
 
-__all__ = ['CeleryMail', 'Publisher', 'driver_of', 'node_queue_of', 'redis_options']
+__all__ = ['CeleryMail', 'Leftovers', 'Publisher', 'driver_of', 'node_queue_of', 'redis_options']
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,19 @@ _PUBLISH_SEC = 5.0
 VISIBILITY_SEC = 365 * 86_400
 _KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
 _DRIVERS = ('redis', 'amqp', 'memory')
+
+
+@dataclass
+class Leftovers:
+    """What a node's connections to Redis leave for the next one when they break.
+
+    Args:
+        unrecorded: Messages that arrived and are not recorded as unacknowledged yet: delivery tag -> the record.
+        acknowledged: Delivery tags of messages whose acknowledgement is not confirmed yet.
+    """
+
+    unrecorded: dict[str, str] = field(default_factory=dict)
+    acknowledged: set[str] = field(default_factory=set)
 
 
 def driver_of(app: Celery) -> str:
@@ -222,23 +236,27 @@ class CeleryMail:
             logger.warning('a message has no route: %r', error)
             return None
 
-    def restore(self, node: str, unrecorded: dict[str, str] | None = None) -> int:
+    def restore(self, node: str, left: Leftovers | None = None) -> int:
         """See Mail. RabbitMQ gives back by itself what a lost connection held.
 
         Args:
             node: The node.
-            unrecorded: Messages that a lost connection brought and that are not recorded as unacknowledged yet, by delivery tag.
+            left: What its lost connections left.
         """
         if self._plugin.driver != 'redis':
             return 0
         appname = self._plugin.settings.config.appname
         with self._plugin.app.connection_for_write(transport_options=redis_options(appname, node)) as connection:
             channel = connection.default_channel
-            while unrecorded:
-                tag, message = next(iter(unrecorded.items()))
+            while left and left.acknowledged:
+                tag = next(iter(left.acknowledged))
+                channel.qos._remove_from_indices(tag).execute()
+                left.acknowledged.discard(tag)
+            while left and left.unrecorded:
+                tag, message = next(iter(left.unrecorded.items()))
                 # Not if the record was made and only its answer lost.
                 channel.client.hsetnx(channel.unacked_key, tag, message)
-                del unrecorded[tag]
+                del left.unrecorded[tag]
             tags = channel.client.hkeys(channel.unacked_key)
             for tag in tags:
                 channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)

@@ -24,7 +24,7 @@ from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
 from .gate import ConsumerGate
-from .mail import VISIBILITY_SEC, CeleryMail, driver_of, node_queue_of, redis_options
+from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_of, redis_options
 from .router import install_router, mark_message
 from .settings import read_settings
 from .tasks import Tasks, adjust_options
@@ -81,7 +81,7 @@ class JobSync:
         self._worker: Any = None
         self._lost_at = 0.0
         self._look: Any = None
-        self._unrecorded: dict[str, str] = {}
+        self._left = Leftovers()
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._install()
 
@@ -238,7 +238,7 @@ class JobSync:
         if self.driver == 'redis':
             from .receive import receive_atomically  # needs redis
 
-            receive_atomically(connection, self._unrecorded, hub)
+            receive_atomically(connection, self._left, hub)
         return connection
 
     def connected(self) -> None:
@@ -246,7 +246,7 @@ class JobSync:
         if self._reconnects and self.job is not None and self._mail is not None:
             # What the lost connection had taken: nobody can acknowledge it any more, and Redis gives it back to nobody.
             try:
-                self._mail.restore(self.job.node_name, self._unrecorded)
+                self._mail.restore(self.job.node_name, self._left)
             except Exception as error:  # the broker went away again; the next connection does it
                 logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
         self._reconnects = True
@@ -278,11 +278,11 @@ class JobSync:
             self._http.close()
         if job is None:
             return
-        if self._unrecorded and self._mail is not None:
+        if self._left.unrecorded and self._mail is not None:
             try:
-                self._mail.restore(job.node_name, self._unrecorded)
+                self._mail.restore(job.node_name, self._left)
             except Exception as error:  # whatever the broker's client raises
-                lost = [loads(message)[0]['headers'].get('id') for message in self._unrecorded.values()]
+                lost = [loads(message)[0]['headers'].get('id') for message in self._left.unrecorded.values()]
                 logger.critical('JobSync: %d messages that a lost connection brought are lost with this worker, as the broker cannot be '
                                 'reached (%r); send them again: %s', len(lost), error, ', '.join(map(str, lost)))
         if self._keeper is not None:

@@ -5,10 +5,15 @@ worker, the connection or Redis itself is killed is lost. Here one script does b
 welcome effect. A script cannot wait, and kombu's blocking BRPOP takes while it waits: so on empty queues a bell (bell.py)
 tells of the next message. Where Redis refuses a part of this, kombu's way is the fallback, and a warning says so; what that
 brings and cannot be recorded any more is kept until there is a connection again.
+
+An acknowledgement goes out on the same connection, ahead of the next look, and is not waited for, as with AMQP; one that was
+not confirmed when the connection broke is made again.
 """
 from __future__ import annotations
 
+from collections import deque
 from queue import Empty
+from threading import get_ident
 from time import monotonic, time
 from typing import Any
 
@@ -21,19 +26,19 @@ from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from .bell import Bell
+from .mail import Leftovers
 from .redis_client import is_redis, with_channel
 
-__all__ = ['Unrecorded', 'receive_atomically']
+__all__ = ['receive_atomically']
 
 logger = get_logger(__name__)
 # kombu has no types.
 transport: Any = redis
+plain_qos: Any = virtual.QoS
 _execute: Any = Redis.execute_command
 
 #: Seconds after which empty queues are looked at even if no bell was heard.
 LOOK_SEC = 1.0
-#: Messages that BRPOP brought and that could not be recorded: delivery tag -> what belongs into the hash of unacknowledged ones.
-Unrecorded = dict[str, str]
 
 # KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then each list's queue.
 # The list is shortened last: a script that Redis stops for lack of memory has lost nothing.
@@ -56,21 +61,41 @@ end
 return false
 """
 
+# KEYS: as above, without the lists; ARGV: a delivery tag.
+_ACKNOWLEDGE = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
+
 
 class _QoS(transport.QoS):  # type: ignore[misc]
     def append(self, message: Any, delivery_tag: str) -> None:
         """Remember a message as delivered."""
         if self.channel.recorded == delivery_tag:
             self.channel.recorded = None
-            plain: Any = virtual.QoS
-            plain.append(self, message, delivery_tag)
+            plain_qos.append(self, message, delivery_tag)
             return
         try:
             super().append(message, delivery_tag)
         except BaseException:
             delivery = message.delivery_info
-            self.channel.unrecorded[delivery_tag] = dumps([message._raw, delivery['exchange'], delivery['routing_key']])
+            self.channel.left.unrecorded[delivery_tag] = dumps([message._raw, delivery['exchange'], delivery['routing_key']])
             raise
+
+    def ack(self, delivery_tag: str) -> None:
+        """Acknowledge a message."""
+        self.channel.left.acknowledged.add(delivery_tag)
+        plain_qos.ack(self, delivery_tag)  # first: what is not confirmed is made again, and must not be given back
+        self.channel.acknowledge(delivery_tag)
+
+    def remove(self, delivery_tag: str) -> None:
+        """Remove the record of an acknowledged message, and wait for the answer."""
+        self._remove_from_indices(delivery_tag).execute()
+        self.channel.left.acknowledged.discard(delivery_tag)
+
+    def can_consume(self) -> bool:
+        """Whether another message may be delivered, or answers are due, which have to be read."""
+        return any(self.channel.due) or bool(plain_qos.can_consume(self))
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give back what was delivered and not acknowledged; with the broker out of reach, the next connection does it."""
@@ -82,11 +107,17 @@ class _QoS(transport.QoS):  # type: ignore[misc]
 
 class _Channel(transport.Channel):  # type: ignore[misc]
     QoS = _QoS
-    #: Where messages are kept that could not be recorded; its owner outlives the channel.
-    unrecorded: Unrecorded
+    #: Outlives the channel.
+    left: Leftovers
+    #: What the answers that have not been read yet are for, in their order: a delivery tag, or None for the look at the queues.
+    due: deque[str | None]
     #: Delivery tag of the message that the script has recorded and that is being delivered.
     recorded: str | None = None
     _script: str | None = None
+    _acknowledge = ''
+    # The connection and the thread that poll.
+    _socket: Any = None
+    _thread = 0
     #: kombu's event loop, for the bell; None: this channel does not wait.
     hub: Any = None
     # The script found nothing the last time; and when it looks again, should the bell have been missed.
@@ -95,16 +126,16 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     _bell: Bell | None = None
     _can_wait = True
     _rings = _heard = 0
-    _asked_script = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.due = deque()
         super().__init__(*args, **kwargs)
         self._load()
 
     def _load(self) -> None:
         try:
             with self.conn_or_acquire() as client:
-                self._script = bytes_to_str(client.script_load(_TAKE))
+                self._script, self._acknowledge = (bytes_to_str(client.script_load(text)) for text in (_TAKE, _ACKNOWLEDGE))
         except ResponseError as error:
             self._without(error)
 
@@ -121,6 +152,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         if self.hub is None or not self._can_wait or (self._bell is not None and self._bell.belongs_to(connection)):
             return
         self._drop_bell()
+        self._read_due()
         try:
             self._bell = Bell(connection, self.pool.connection_class(**self.pool.connection_kwargs), self.hub, self._rung)
         except ResponseError as error:
@@ -140,13 +172,26 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         if bell is not None:
             bell.close()
 
+    def _keys(self, *lists: str) -> list[str]:
+        return [f'{self.global_keyprefix}{key}' for key in (self.unacked_key, self.unacked_index_key, *lists)]
+
     def _arguments(self, queues: list[str]) -> list[Any]:
         lists = [(self._q_for_pri(queue, priority), queue) for priority in self.priority_steps for queue in queues]
-        keys = [self.unacked_key, self.unacked_index_key, *(key for key, _ in lists)]
-        return [self._script, len(keys), *(f'{self.global_keyprefix}{key}' for key in keys), time(), *(queue for _, queue in lists)]
+        keys = self._keys(*(key for key, _ in lists))
+        return [self._script, len(keys), *keys, time(), *(queue for _, queue in lists)]
 
     def _brpop_start(self, timeout: int | None = None) -> None:
+        connection = self.client.connection
+        self._thread = get_ident()
+        if connection._sock is not self._socket:
+            # What the last one did not confirm.
+            self._socket = connection._sock
+            for tag in list(self.left.acknowledged):
+                self.acknowledge(tag)
+        elif self.due and not plain_qos.can_consume(self.qos):
+            return
         if self._script is None or (self._empty and self._bell is None):
+            self._read_due()
             super()._brpop_start(*(() if timeout is None else (timeout,)))
             return
         if self._empty and monotonic() < self._look_at:
@@ -154,18 +199,40 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        self._in_poll = self.client.connection
+        self._in_poll = connection
         self._brpop_sent_at = monotonic()
-        self._asked_script, self._heard = True, self._rings
-        self.client.connection.send_command('EVALSHA', *self._arguments(queues))
+        self._heard = self._rings
+        self._send(None, *self._arguments(queues))
+
+    def acknowledge(self, tag: str) -> None:
+        """Acknowledge; from the thread that polls without waiting for the answer."""
+        connection: Any = getattr(self.__dict__.get('client'), 'connection', None)
+        waits = self._in_poll and None not in self.due
+        if self._script is None or waits or self._socket is None or connection._sock is not self._socket or get_ident() != self._thread:
+            self.qos.remove(tag)
+            return
+        self._send(tag, self._acknowledge, 2, *self._keys(), tag)
+
+    def _send(self, what: str | None, *arguments: Any) -> None:
+        # redis-py's own check of the connection reads an answer: not while others are due.
+        check = not self.due
+        self.due.append(what)
+        self.client.connection.send_command('EVALSHA', *arguments, check_health=check)
 
     def _brpop_read(self, **options: Any) -> Any:
-        if not self._asked_script:
+        if not self.due:
             found = super()._brpop_read(**options)
             self._empty = False
             return found
+        asked, reply = None in self.due, None
+        tag: str | None = ''
         try:
-            reply = self._read_script()
+            while self.due and tag is not None:
+                tag = self.due[0]
+                reply = self._read_reply()
+            if not asked:
+                raise Empty
+            self._in_poll = None  # so that what is delivered can be acknowledged
             if not reply:
                 self._wait()
                 raise Empty
@@ -174,26 +241,61 @@ class _Channel(transport.Channel):  # type: ignore[misc]
             self._deliver(reply)
             return True
         finally:
-            self._asked_script = False
-            self._in_poll = None
-            # A newer kombu renews its credentials while the connection is idle.
-            getattr(self, '_flush_brpop_reauth', lambda: None)()
+            if asked:
+                self._in_poll = None
+                self._flush_brpop_reauth()
 
-    def _read_script(self) -> Any:
-        connection = self.client.connection
+    def _read_reply(self) -> Any:
+        """Read the answer that is due first: what the script took, or None."""
+        connection, tag = self.client.connection, self.due[0]
         try:
-            return self.client.parse_response(connection, 'EVALSHA')
+            reply = self.client.parse_response(connection, 'EVALSHA')
         except self.connection_errors:
             connection.disconnect()
             raise
-        except NoScriptError:  # somebody has emptied Redis' cache
-            self._load()
         except ResponseError as error:
+            self.due.popleft()
+            self._refused(tag, error)
+            return None
+        self.due.popleft()
+        if tag is None:
+            return reply
+        self.left.acknowledged.discard(tag)
+        return None
+
+    def _refused(self, tag: str | None, error: ResponseError) -> None:
+        if isinstance(error, NoScriptError):  # somebody has emptied Redis' cache
+            self._load()
+        elif tag is None:
             if str(error).startswith('OOM'):
                 self._wait()
             else:
                 self._without(error)
-        raise Empty
+        if tag is None:
+            raise Empty
+        self.qos.remove(tag)
+
+    def _read_due(self) -> None:
+        while self.due:
+            self._read_reply()
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        if connection is getattr(self.__dict__.get('client'), 'connection', None):
+            self.due.clear()
+        super()._on_connection_disconnect(connection)
+
+    def _flush_brpop_reauth(self) -> None:
+        # A newer kombu renews its credentials while the connection is idle, and reads the answer.
+        renew = getattr(super(), '_flush_brpop_reauth', None)
+        if renew is None:
+            return
+        try:
+            if self.due and not self._in_poll and self._pending_reauth_token(self.client.connection) is not None:
+                self._read_due()
+        except (RedisError, OSError) as error:  # the next poll connects anew
+            logger.debug('acknowledgements before the credentials: %r', error)
+            return
+        renew()
 
     def _deliver(self, reply: Any) -> None:
         queue, message, recorded = bytes_to_str(reply[0]), loads(bytes_to_str(reply[1])), reply[2]
@@ -221,26 +323,30 @@ class _Channel(transport.Channel):  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the channel, whatever has become of its connection."""
-        if self._in_poll:
-            try:
+        try:
+            if self._in_poll:
                 self._brpop_read()
-            except (Empty, RedisError, OSError) as error:
-                logger.debug('the last reply of a channel: %r', error)
+        except (Empty, RedisError, OSError) as error:
+            logger.debug('the last reply of a channel: %r', error)
+        try:
+            self._read_due()
+        except (Empty, RedisError, OSError) as error:
+            logger.debug('the last acknowledgements of a channel: %r', error)
         self._drop_bell()
         super().close()
 
 
-def receive_atomically(connection: Connection, unrecorded: Unrecorded, hub: Any = None) -> Connection:
+def receive_atomically(connection: Connection, left: Leftovers, hub: Any = None) -> Connection:
     """Let a connection that has not been opened yet receive without losing; other brokers than Redis are left as they are.
 
     Args:
         connection: A Celery app's connection.
-        unrecorded: Keeps what could not be recorded.
+        left: Keeps what breaks off with a connection.
         hub: kombu's event loop, where the connection is to wait for messages.
     """
     plain = connection.get_transport_cls()
     if is_redis(plain):
-        receiving = with_channel(plain, _Channel, unrecorded=unrecorded, hub=hub)
+        receiving = with_channel(plain, _Channel, left=left, hub=hub)
         vars(connection).update(get_transport_cls=lambda: receiving)  # transport_cls is what its URL says, and shown
     return connection
 

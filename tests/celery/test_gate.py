@@ -8,6 +8,7 @@ import pytest
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
+from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
 from jobsync_core.owners import Place
 
@@ -240,11 +241,11 @@ class TestWhatWasNotRecorded:
 
     @pytest.fixture
     def leaving(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-        stage.plugin._unrecorded['tag'] = '[{"headers": {"id": "m7"}}, "", "celery"]'
+        stage.plugin._left.unrecorded['tag'] = '[{"headers": {"id": "m7"}}, "", "celery"]'
         monkeypatch.setattr(type(stage.job), '__exit__', lambda *args: None, raising=False)
         return stage
 
-    def _leave(self, stage: Bench, restore: Callable[[str, dict[str, str]], int]) -> None:
+    def _leave(self, stage: Bench, restore: Callable[[str, Leftovers], int]) -> None:
         vars(stage.plugin)['_mail'] = SimpleNamespace(restore=restore, close=lambda: None)
         vars(stage.plugin)['_consumer_gate'] = None
         stage.plugin.leave()
@@ -252,15 +253,15 @@ class TestWhatWasNotRecorded:
     def test_it_is_given_back(self, leaving: Bench) -> None:
         given: list[tuple[str, dict[str, str]]] = []
 
-        def restore(node: str, unrecorded: dict[str, str]) -> int:
-            given.append((node, dict(unrecorded)))
+        def restore(node: str, left: Leftovers) -> int:
+            given.append((node, dict(left.unrecorded)))
             return 1
 
         self._leave(leaving, restore)
         assert given == [('n1', {'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})]
 
     def test_with_the_broker_away_it_is_named(self, leaving: Bench, caplog: pytest.LogCaptureFixture) -> None:
-        def restore(node: str, unrecorded: dict[str, str]) -> int:
+        def restore(node: str, left: Leftovers) -> int:
             raise ConnectionError('away')
 
         self._leave(leaving, restore)

@@ -1,4 +1,4 @@
-"""Node queues on RabbitMQ: what is declared, and where a message goes whose queue has gone."""
+"""Node queues on RabbitMQ: what is declared, and where a message goes whose queue has gone. On Redis, what is given back."""
 from __future__ import annotations
 
 import contextlib
@@ -8,10 +8,10 @@ import pytest
 from celery import Celery, signals
 
 from jobsync_celery import JobSync
-from jobsync_celery.mail import CeleryMail, exchange_of
+from jobsync_celery.mail import CeleryMail, Leftovers, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
 
-from ..brokers import RabbitServer
+from ..brokers import RabbitServer, RedisServer
 from ..waiting import eventually
 
 _QUEUE, _PARKED = 'jobsync.shop_.n1', 'jobsync.shop_.parked'
@@ -45,3 +45,20 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
             for queue in (_QUEUE, 'jobsync.shop_.gone'):
                 producer.publish({}, exchange=exchange_of(plugin).name, routing_key=queue, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
+
+
+def test_what_a_lost_connection_had_acknowledged_is_not_given_back(redis_server: RedisServer) -> None:
+    space = redis_server.new_space()
+    app = Celery('restoring', broker=redis_server.url(space), set_as_current=False)
+    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    with contextlib.ExitStack() as stack:
+        stack.callback(redis_server.drop_space, space)
+        holder = stack.enter_context(app.connection_for_write(transport_options=redis_options('shop_', 'n1')))
+        source = stack.enter_context(holder.SimpleQueue('celery'))
+        for number in range(3):
+            source.put(number)
+        messages = [source.get(timeout=20) for _ in range(3)]
+        left = Leftovers(acknowledged={messages[1].delivery_tag})
+        assert mail.restore('n1', left) == 2
+        assert left == Leftovers()
+        assert sorted(source.get(timeout=20).payload for _ in range(2)) == [0, 2]

@@ -4,8 +4,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
+import socket
 from collections.abc import Iterator
 from queue import Empty
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ from kombu.connection import Connection
 from kombu.entity import Queue
 from kombu.transport import virtual
 from redis.connection import Connection as RedisConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from jobsync_celery.receive import Unrecorded, receive_atomically
+from jobsync_celery.mail import Leftovers
+from jobsync_celery.receive import receive_atomically
 
 from ..brokers import RedisServer
 from ..waiting import eventually
 
 _QUEUE = 'work'
+_disconnect: Any = RedisConnection.disconnect
 _PREFIXES = pytest.mark.parametrize('prefix', ['', 'shop:'])
 
 
@@ -31,13 +36,17 @@ class _Broken(ConnectionError):
 class _Desk:
     """A connection, a consumer, and what it has received."""
 
-    def __init__(self, server: RedisServer, space: str, prefix: str = '', url: str | None = None, hub: Any = None) -> None:
+    def __init__(
+        self, server: RedisServer, space: str, prefix: str = '', url: str | None = None, hub: Any = None, left: Leftovers | None = None,
+    ) -> None:
         _DESKS.append(self)
-        self.unrecorded: Unrecorded = {}
+        self.server, self.space = server, space
+        self.left = left or Leftovers()
+        self.events: list[int] = []
         self.received: list[Any] = []
         self.client = server.client(space)
         self.connection = receive_atomically(
-            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix}), self.unrecorded, hub)
+            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix}), self.left, hub)
         self.queue = Queue(_QUEUE)(self.connection.default_channel)
         self.queue.declare()
         self.consumer = self.connection.Consumer([self.queue], callbacks=[lambda body, message: self.received.append(message)])
@@ -103,6 +112,12 @@ def _readable(sock: Any) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
 
 
+def _without_tracking(server: RedisServer, space: str) -> str:
+    with contextlib.closing(server.client()) as client:
+        client.execute_command('ACL', 'SETUSER', 'deaf', 'on', '>secret', '~*', '&*', '+@all', '-client|tracking')
+    return server.url(space).replace('redis://', 'redis://deaf:secret@')
+
+
 def _break_append(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise _Broken
@@ -122,7 +137,7 @@ def test_what_waits_is_recorded_when_it_is_taken(
     _break_append(monkeypatch)
     with pytest.raises(_Broken):
         eventually(desk.drain)  # the answer has come, and nothing after it
-    assert (desk.waiting(), desk.unacked(), desk.unrecorded) == (2, 1, {})
+    assert (desk.waiting(), desk.unacked(), desk.left.unrecorded) == (2, 1, {})
     monkeypatch.undo()
     (tag,) = desk.client.hkeys(f'{prefix}unacked')
     desk.connection.default_channel.qos.restore_by_tag(tag)
@@ -199,7 +214,7 @@ class TestWaiting:
         desk.consumer.consume()
         desk.wait()
         # Unknown to kombu, whose older versions poll no more once they know.
-        RedisConnection.disconnect(desk.channel.client.connection)
+        _disconnect(desk.channel.client.connection)
         desk.channel._look_at = 0.0
         eventually(lambda: desk.turn() or desk.channel._bell.belongs_to(desk.channel.client.connection))
         desk.wait()
@@ -209,10 +224,7 @@ class TestWaiting:
     def test_without_tracking_it_goes_on_and_says_so(
         self, redis_server: RedisServer, space: str, caplog: pytest.LogCaptureFixture,
     ) -> None:
-        with contextlib.closing(redis_server.client()) as client:
-            client.execute_command('ACL', 'SETUSER', 'deaf', 'on', '>secret', '~*', '&*', '+@all', '-client|tracking')
-        url = redis_server.url(space).replace('redis://', 'redis://deaf:secret@')
-        desk = _Desk(redis_server, space, url=url, hub=Hub())
+        desk = _Desk(redis_server, space, url=_without_tracking(redis_server, space), hub=Hub())
         desk.consumer.consume()
         eventually(lambda: desk.turn() or not desk.channel._can_wait)
         assert 'allow CLIENT TRACKING' in caplog.text and 'secret' not in caplog.text
@@ -231,12 +243,175 @@ class TestWaiting:
         desk.publish(1)
         with pytest.raises(_Broken):
             eventually(desk.drain)
-        assert (desk.waiting(), desk.unacked(), len(desk.unrecorded)) == (0, 0, 1)
+        assert (desk.waiting(), desk.unacked(), len(desk.left.unrecorded)) == (0, 0, 1)
         monkeypatch.undo()
-        ((tag, message),) = desk.unrecorded.items()
+        ((tag, message),) = desk.left.unrecorded.items()
         desk.client.hsetnx('unacked', tag, message)
         channel.qos.restore_by_tag(tag)
         assert (desk.waiting(), desk.unacked()) == (1, 0)
+
+
+class TestAcknowledging:
+    """From the event loop, on the connection that polls, without waiting for the answer."""
+
+    @pytest.fixture
+    def desk(self, redis_server: RedisServer, space: str) -> _Desk:
+        desk = _Desk(redis_server, space, 'shop:', hub=Hub())
+        desk.consumer.consume()
+        return desk
+
+    @pytest.fixture
+    def without_trips(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr('kombu.transport.redis.QoS._remove_from_indices', lambda *args: pytest.fail('a trip of its own'))
+
+    def _receive(self, desk: _Desk, count: int) -> None:
+        for number in range(count):
+            desk.publish(number)
+        eventually(lambda: desk.turn() or len(desk.received) == count)
+        assert desk.unacked() == count
+
+    @pytest.mark.usefixtures('without_trips')
+    @pytest.mark.parametrize('idle', [False, True])
+    def test_it_takes_no_trip_of_its_own(self, desk: _Desk, idle: bool) -> None:
+        self._receive(desk, 3)
+        desk.wait()
+        if not idle:
+            desk.channel._look_at = 0.0
+            desk.channel._brpop_start()
+        for message in desk.received:
+            message.ack()
+        assert desk.left.acknowledged == {message.delivery_tag for message in desk.received}
+        eventually(lambda: desk.unacked() == 0)
+        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        desk.publish(7)
+        eventually(lambda: desk.turn() or len(desk.received) == 4)
+        desk.received[3].ack()
+        eventually(lambda: desk.unacked() == 0)
+
+    @pytest.mark.usefixtures('without_trips')
+    def test_what_is_acknowledged_while_it_is_delivered_makes_room(self, desk: _Desk) -> None:
+        desk.consumer.qos(prefetch_count=1)
+        desk.consumer.callbacks.append(lambda body, message: message.ack())
+        for number in range(5):
+            desk.publish(number)
+        eventually(lambda: desk.turn() or len(desk.received) == 5)
+        assert [message.payload['number'] for message in desk.received] == list(range(5))
+        eventually(lambda: desk.unacked() == 0)
+
+    def test_answers_are_read_though_nothing_more_may_be_delivered(self, desk: _Desk) -> None:
+        self._receive(desk, 3)
+        desk.wait()
+        desk.received.pop().ack()
+        desk.consumer.qos(prefetch_count=1)
+        desk.publish(7)
+        desk.channel._empty = False
+        desk.channel._brpop_start()
+        assert None not in desk.channel.due
+        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        assert (len(desk.received), desk.waiting(), desk.unacked()) == (2, 1, 2)
+
+    def test_a_pop_that_waits_does_not_hold_it_up(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space)  # no event loop, no bell
+        desk.consumer.consume()
+        desk.publish(1)
+        eventually(lambda: desk.drain() or desk.received)
+        eventually(lambda: desk.drain() or (desk.channel._empty and desk.channel._in_poll))
+        desk.received[0].ack()
+        assert desk.unacked() == 0
+        desk.publish(2)
+        eventually(lambda: desk.drain() or len(desk.received) == 2)
+
+    def test_a_pop_that_waits_begins_when_all_answers_are_read(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space)
+        desk.publish(1)
+        desk.consumer.consume()
+        eventually(lambda: desk.drain() or desk.received)
+        desk.channel._brpop_start()
+        desk.received[0].ack()
+        with contextlib.suppress(Empty):
+            desk.channel._brpop_read()
+        assert list(desk.channel.due) == [desk.received[0].delivery_tag]
+        desk.channel._brpop_start()
+        assert desk.channel._in_poll and not desk.channel.due
+
+    def test_a_bell_is_hung_when_all_answers_are_read(
+        self, redis_server: RedisServer, space: str, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        desk = _Desk(redis_server, space, url=_without_tracking(redis_server, space), hub=Hub())
+        desk.publish(1)
+        desk.consumer.consume()
+        eventually(lambda: desk.turn() or desk.received)
+        desk.channel._brpop_start()
+        desk.received[0].ack()
+        assert len(desk.channel.due) == 2
+        eventually(lambda: desk.turn() or not desk.channel._can_wait)
+        assert 'allow CLIENT TRACKING' in caplog.text
+        assert (desk.unacked(), desk.left.acknowledged) == (0, set())
+
+    def test_another_thread_waits_for_the_answer(self, desk: _Desk) -> None:
+        self._receive(desk, 1)
+        thread = Thread(target=desk.received[0].ack)
+        thread.start()
+        thread.join()
+        assert (desk.unacked(), desk.left.acknowledged, list(desk.channel.due)) == (0, set(), [])
+
+    def test_a_connection_that_breaks_before_the_answer_does_not_bring_the_message_back(self, desk: _Desk) -> None:
+        self._receive(desk, 2)
+        desk.wait()
+        first, second = desk.received
+        # What is sent now arrives nowhere.
+        desk.channel.client.connection._sock.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(RedisConnectionError):
+            first.ack()
+        assert (desk.unacked(), desk.left.acknowledged) == (2, {first.delivery_tag})
+        successor = _Desk(desk.server, desk.space, 'shop:', hub=Hub(), left=desk.left)
+        desk.connection.release()  # gives back what it holds
+        assert desk.client.hkeys('shop:unacked') == [first.delivery_tag]
+        successor.consumer.consume()
+        eventually(lambda: successor.turn() or len(successor.received) == 1)
+        assert successor.received[0].payload == second.payload
+        eventually(lambda: successor.turn() or not successor.left.acknowledged)
+        assert (desk.waiting(), desk.unacked()) == (0, 1)
+
+    def test_the_connection_is_not_checked_between_answers(self, desk: _Desk) -> None:
+        self._receive(desk, 2)
+        desk.wait()
+        connection = desk.channel.client.connection
+        for message in desk.received:
+            connection.next_health_check = 0.0  # long ago
+            message.ack()
+        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        assert desk.unacked() == 0
+
+    def test_what_redis_refuses_is_made_again(self, desk: _Desk) -> None:
+        self._receive(desk, 2)
+        desk.wait()
+        desk.client.script_flush()
+        for message in desk.received:
+            message.ack()
+        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        assert desk.unacked() == 0
+
+    def test_a_channel_that_closes_has_acknowledged(self, desk: _Desk) -> None:
+        self._receive(desk, 3)
+        for message in desk.received:
+            message.ack()
+        desk.connection.release()
+        assert (desk.waiting(), desk.unacked(), desk.left.acknowledged) == (0, 0, set())
+
+    def test_credentials_are_renewed_between_answers(self, desk: _Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not hasattr(desk.channel, '_pending_reauth_token'):
+            monkeypatch.setattr('kombu.transport.redis.Channel._flush_brpop_reauth', lambda channel: None, raising=False)
+            monkeypatch.setattr('kombu.transport.redis.Channel._pending_reauth_token', lambda *args: None, raising=False)
+        self._receive(desk, 2)
+        desk.wait()
+        for message in desk.received:
+            message.ack()
+        monkeypatch.setattr(desk.channel, '_pending_reauth_token', lambda connection: 'token')
+        monkeypatch.setattr(
+            'kombu.transport.redis.Channel._flush_brpop_reauth', lambda channel: desk.events.append(len(channel.due)))
+        desk.channel._flush_brpop_reauth()
+        assert desk.events == [0]
 
 
 def test_a_get_records_too(redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
