@@ -70,7 +70,8 @@ class BrokerMail(Mail, Protocol):
             queue: Where the copy goes.
             route: The message's route.
             hops: How often it was handed on.
-            source: Where the message came from and is acknowledged next: on Redis both are one step, and acknowledging costs nothing.
+            source: Where the message came from and is acknowledged next. On Redis both are one step, which is taken when the next
+                message is asked for, for all that were sent until then.
 
         Raises whatever the broker's client raises: then the copy may be there, or not.
         """

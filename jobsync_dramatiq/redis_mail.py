@@ -9,16 +9,19 @@ import logging
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from dramatiq import Message
-from dramatiq.errors import DecodeError
+from dramatiq.errors import ConnectionClosed, DecodeError
+from redis.exceptions import RedisError
 
 from jobsync_core import clock
 from jobsync_core.keeper import Letter
 from jobsync_core.routing import KEY, node_queue
 
 from .mail import Hold, home_of, wrapped
+from .redis_line import Line
 
 __all__ = ['RedisMail', 'broker_id']
 
@@ -43,10 +46,18 @@ if redis.call('llen', KEYS[1]) > 0 or redis.call('hlen', KEYS[1] .. '.msgs') > 0
 redis.call('del', KEYS[1], KEYS[1] .. '.msgs', KEYS[1] .. '.sources')
 return 1
 """
-_PASS = """
-redis.call('hset', KEYS[3] .. '.msgs', ARGV[2], ARGV[3])
-redis.call('rpush', KEYS[3], ARGV[2])
+# As Dramatiq's own, which comes with much that each fetch does as well.
+_ACK = """
 if redis.call('srem', KEYS[1], ARGV[1]) > 0 then redis.call('hdel', KEYS[2] .. '.msgs', ARGV[1]) end
+"""
+# KEYS: as above, then a target for each message; ARGV: old id, new id and copy of each.
+_PASS = """
+for i = 3, #KEYS do
+    local old, new, copy = ARGV[3 * i - 8], ARGV[3 * i - 7], ARGV[3 * i - 6]
+    redis.call('hset', KEYS[i] .. '.msgs', new, copy)
+    redis.call('rpush', KEYS[i], new)
+    if redis.call('srem', KEYS[1], old) > 0 then redis.call('hdel', KEYS[2] .. '.msgs', old) end
+end
 """
 _BURY = """
 if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
@@ -98,7 +109,9 @@ class RedisMail:
         self._queue = ''
         self._restore = broker.client.register_script(_RESTORE)
         self._delete = broker.client.register_script(_DELETE)
+        self._ack = broker.client.register_script(_ACK)
         self._pass = broker.client.register_script(_PASS)
+        self._line = Line(broker.client)
         self._bury = broker.client.register_script(_BURY)
         self._sources: set[str] = set()
         #: What threads of this process work on or keep for later, by queue.
@@ -128,19 +141,38 @@ class RedisMail:
         if not isinstance(source, _RedisHold):
             self.broker.do_enqueue(queue, _id(copy), copy.encode())
             return
-        space, old = self.broker.namespace, _id(message)
-        self._pass(
-            keys=[f'{space}:__acks__.{self.broker.broker_id}.{source.queue}', f'{space}:{source.queue}', f'{space}:{queue}'],
-            args=[old, _id(copy), copy.encode()])
-        source.passed.add(old)
+        source.leaving[_id(message)] = message.message_id, queue, _id(copy), copy.encode()
+
+    def _keys(self, queue: str, *targets: str) -> list[str]:
+        space = self.broker.namespace
+        return [f'{space}:__acks__.{self.broker.broker_id}.{queue}', *(f'{space}:{name}' for name in (queue, *targets))]
+
+    def acknowledge(self, queue: str, number: str) -> None:
+        """Acknowledge a message by its Redis id.
+
+        Raises:
+            RedisError, OSError: It is not known whether it is.
+        """
+        self._line.run(self._ack, self._keys(queue), [number])
+
+    def pass_on(self, queue: str, leaving: Mapping[str, tuple[str, str, str, bytes]]) -> None:
+        """Put copies of messages into their queues and acknowledge the messages, in one step.
+
+        Args:
+            queue: Where they came from.
+            leaving: Redis id -> message id, target, and the copy with its Redis id.
+
+        Raises:
+            RedisError, OSError: Some of it may have been done, in the order given.
+        """
+        args = [item for old, (_, _, new, copy) in leaving.items() for item in (old, new, copy)]
+        self._line.run(self._pass, self._keys(queue, *(target for _, target, _, _ in leaving.values())), args)
 
     def bury(self, message: Any, queue: str) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue."""
-        home, space = home_of(message), self.broker.namespace
+        home = home_of(message)
         copy = wrapped(message, home, None, redis_message_id=_id(message))
-        self._bury(
-            keys=[f'{space}:__acks__.{self.broker.broker_id}.{queue}', f'{space}:{queue}', f'{space}:{home}.XQ'],
-            args=[_id(copy), int(time.time() * 1000), copy.encode()])
+        self._bury(keys=self._keys(queue, f'{home}.XQ'), args=[_id(copy), int(time.time() * 1000), copy.encode()])
 
     def reclaim(self, queue: str) -> None:
         """Put back what Redis counts as taken by this process, while no thread has it: its answer to a fetch was lost.
@@ -218,8 +250,8 @@ class _RedisHold:
         self.queue = queue
         self._raw = raw
         self._own = self.queue.startswith('jobsync.')
-        #: Redis ids of messages that Redis has forgotten, as their copies are elsewhere.
-        self.passed: set[str] = set()
+        #: Messages to be passed on together; see `RedisMail.pass_on`.
+        self.leaving: dict[str, tuple[str, str, str, bytes]] = {}
         self._in_hand = mail.in_hand.setdefault(self.queue, set())
         self._signed = clock.now()
 
@@ -227,10 +259,23 @@ class _RedisHold:
         """See Hold."""
         if not patient:
             self._raw.misses = 0  # then the pause is short
+        if self.leaving and not self._raw.message_cache:
+            self._pass_on()
         message = next(self._raw)
         if message is not None:
             self._in_hand.add(_id(message))
         return message
+
+    def _pass_on(self) -> None:
+        try:
+            self._mail.pass_on(self.queue, self.leaving)
+        except (RedisError, OSError) as error:
+            # The worker closes this consumer, which gives back what is not gone, and makes another one in a second.
+            raise ConnectionClosed(error) from error
+        for number, (message_id, *_) in self.leaving.items():
+            self._raw.queued_message_ids.discard(message_id)
+            self._in_hand.discard(number)
+        self.leaving.clear()
 
     def idle(self, seconds: float) -> None:
         """See Hold."""
@@ -241,10 +286,12 @@ class _RedisHold:
 
     def ack(self, message: Any) -> None:
         """See Hold."""
-        if _id(message) in self.passed:
-            self.passed.discard(_id(message))
+        if _id(message) in self.leaving:
+            return
+        try:
+            self._mail.acknowledge(self.queue, _id(message))
             self._raw.queued_message_ids.discard(message.message_id)
-        else:
+        except (RedisError, OSError):
             self._raw.ack(message)
         self._in_hand.discard(_id(message))
 
@@ -277,7 +324,10 @@ class _RedisHold:
 
     def _cached(self) -> list[tuple[str, str]]:
         cache, self._raw.message_cache = self._raw.message_cache, []
-        return [(self.queue, _id(Message.decode(data))) for data in cache if data is not None]
+        leaving, self.leaving = self.leaving, {}
+        for message_id, *_ in leaving.values():
+            self._raw.queued_message_ids.discard(message_id)
+        return [(self.queue, number) for number in (*leaving, *(_id(Message.decode(data)) for data in cache if data is not None))]
 
 
 def _text(raw: Any) -> str:

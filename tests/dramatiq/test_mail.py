@@ -12,7 +12,6 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.errors import ConnectionClosed
 from pika.exceptions import UnroutableError
-from redis.exceptions import ResponseError
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_dramatiq.mail import BrokerMail, mail_of
@@ -206,31 +205,64 @@ class TestRedis:
 
     def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
         node = redis.node('n1')
-        redis.put(node, 'default', 2)
-        hold, client = node.consume('default', 2, 50), node.broker.client
-        found = [next_of(hold), next_of(hold)]
-        node.send(found[0], N2, 'k:0', 1, hold)
-        assert client.hlen('dramatiq:default.msgs') == client.scard(f'dramatiq:__acks__.{node.broker.broker_id}.default') == 1
-        before = client.info()['total_commands_processed']
-        hold.ack(found[0])
-        assert client.info()['total_commands_processed'] == before + 1  # the one that asks
-        hold.ack(found[1])
-        assert not client.exists('dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default')
-        assert hold._raw.outstanding_message_count == 0 and not hold.passed
-        [copy] = redis.take_all(node, N2)
-        assert (copy.message_id, copy.args, copy.options['jobsync_hops']) == (found[0].message_id, found[0].args, 1)
+        redis.put(node, 'default', 4)
+        hold, client = node.consume('default', 4, 50), node.broker.client
+        acks = f'dramatiq:__acks__.{node.broker.broker_id}.default'
+        found = [next_of(hold) for _ in range(4)]
+        for each, target in zip(found[:3], (N2, 'jobsync.shop_.n3', N2), strict=True):
+            node.send(each, target, f'k:{each.args[0]}', 1, hold)
+            hold.ack(each)
+        assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 4  # nothing is gone before its copy is there
+        assert hold.next(patient=False) is None
+        assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 1
+        hold.ack(found[3])
+        assert not client.exists('dramatiq:default.msgs', acks)
+        assert hold._raw.outstanding_message_count == 0 and not hold.leaving and not hold._in_hand
+        copies = redis.take_all(node, N2)
+        assert [(copy.message_id, copy.args, copy.options['jobsync_hops']) for copy in copies] == [
+            (each.message_id, each.args, 1) for each in (found[0], found[2])]
+        assert [copy.args for copy in redis.take_all(node, 'jobsync.shop_.n3')] == [found[1].args]
 
-    def test_what_cannot_be_passed_on_stays(self, redis: Place) -> None:
+    def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
+        node = redis.node('n1')
+        redis.put(node, 'default', 3)
+        hold, client = node.consume('default', 3, 50), node.broker.client
+        found = [next_of(hold) for _ in range(3)]
+        client.set('dramatiq:jobsync.shop_.n3', 'no list')
+        for each, target in zip(found, (N2, 'jobsync.shop_.n3', N2), strict=True):
+            node.send(each, target, None, 1, hold)
+            hold.ack(each)
+        with pytest.raises(ConnectionClosed):
+            hold.next(patient=False)
+        hold.close([])
+        assert not client.exists(f'dramatiq:__acks__.{node.broker.broker_id}.default')
+        assert [copy.args for copy in redis.take_all(node, N2)] == [found[0].args]
+        assert sorted(copy.args for copy in redis.take_all(node, 'default')) == sorted(each.args for each in found[1:])
+
+    def test_what_is_to_be_passed_on_goes_back_when_the_lease_is_away(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default')
-        hold, client = node.consume('default', 1, 50), node.broker.client
+        hold = node.consume('default', 1, 50)
         found = next_of(hold)
-        client.set(f'dramatiq:{N2}', 'no list')
-        with pytest.raises(ResponseError):
-            node.send(found, N2, 'k:0', 1, hold)
-        assert client.hlen('dramatiq:default.msgs') == client.scard(f'dramatiq:__acks__.{node.broker.broker_id}.default') == 1
+        node.send(found, N2, None, 1, hold)
         hold.ack(found)
-        assert not client.exists('dramatiq:default.msgs')
+        hold.pause()
+        assert redis.take_all(node, N2) == []
+        assert hold.next(patient=False).message_id == found.message_id
+
+    @pytest.mark.parametrize('lost', ['connection', 'script'])
+    def test_an_acknowledgement_outlives_what_its_connection_loses(self, redis: Place, lost: str) -> None:
+        node = redis.node('n1')
+        redis.put(node, 'default', 2)
+        hold, client = node.consume('default', 2, 50), node.broker.client
+        hold.ack(next_of(hold))
+        if lost == 'connection':
+            client.client_kill_filter(_type='normal', skipme=True)
+        else:
+            client.script_flush()
+        hold.ack(next_of(hold))
+        assert not client.exists('dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default')
+        assert hold._raw.outstanding_message_count == 0
 
     def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
         node = redis.node('n1')

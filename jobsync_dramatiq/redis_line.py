@@ -1,0 +1,58 @@
+"""Scripts on connections to Redis that are kept: what redis-py does around each command takes longer than the command itself."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import NoScriptError
+
+__all__ = ['Line']
+
+
+class Line:
+    """Runs scripts, each thread's on a connection of its own, and each once: nothing is tried again.
+
+    Args:
+        client: The broker's redis-py client.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._own = threading.local()
+
+    def run(self, script: Any, keys: Sequence[str], args: Sequence[Any]) -> None:
+        """Run a script.
+
+        Args:
+            script: What the client's `register_script` returned.
+            keys: Its keys.
+            args: Its arguments.
+
+        Raises:
+            RedisError, OSError: It is not known whether it was run.
+        """
+        connection = self._connection()
+        if connection is None:
+            script(keys=keys, args=args)
+            return
+        try:
+            self._do(connection, 'EVALSHA', script.sha, keys, args)
+        except NoScriptError:
+            self._do(connection, 'EVAL', script.script, keys, args)
+
+    def _connection(self) -> Any:
+        found = getattr(self._own, 'connection', None)
+        if found is None:
+            # Not taken from the pool, whose size may be bounded. A client of a Redis Cluster has none.
+            pool = getattr(self._client, 'connection_pool', None)
+            if pool is None:
+                return None
+            found = self._own.connection = pool.connection_class(**pool.connection_kwargs)
+        return found
+
+    @staticmethod
+    def _do(connection: Any, command: str, script: Any, keys: Sequence[str], args: Sequence[Any]) -> None:
+        # Whatever goes wrong here ends the connection; the next command makes another one.
+        connection.send_command(command, script, len(keys), *keys, *args)
+        connection.read_response()
