@@ -206,9 +206,10 @@ class _Channel(transport.Channel):  # type: ignore[misc]
 
     def acknowledge(self, tag: str) -> None:
         """Acknowledge; from the thread that polls without waiting for the answer."""
-        connection: Any = getattr(self.__dict__.get('client'), 'connection', None)
+        connection = getattr(self.__dict__.get('client'), 'connection', None)  # none before the first poll, and after the close
+        polls = self._socket is not None and getattr(connection, '_sock', None) is self._socket and get_ident() == self._thread
         waits = self._in_poll and None not in self.due
-        if self._script is None or waits or self._socket is None or connection._sock is not self._socket or get_ident() != self._thread:
+        if self._script is None or waits or not polls:
             self.qos.remove(tag)
             return
         self._send(tag, self._acknowledge, 2, *self._keys(), tag)

@@ -399,6 +399,12 @@ class TestAcknowledging:
         desk.connection.release()
         assert (desk.waiting(), desk.unacked(), desk.left.acknowledged) == (0, 0, set())
 
+    def test_a_closed_channel_acknowledges_by_itself(self, desk: _Desk) -> None:
+        self._receive(desk, 1)
+        desk.channel.close()
+        desk.received[0].ack()
+        assert not desk.left.acknowledged
+
     def test_credentials_are_renewed_between_answers(self, desk: _Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         if not hasattr(desk.channel, '_pending_reauth_token'):
             monkeypatch.setattr('kombu.transport.redis.Channel._flush_brpop_reauth', lambda channel: None, raising=False)
