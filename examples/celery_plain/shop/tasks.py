@@ -13,7 +13,9 @@ from .app import app
 @exactly_once(key='order:{order_id}')
 def charge(order_id: int, cents: int) -> int:
     """Charge an order. The row and the record that the key is complete are one transaction: both are there, or neither."""
-    with current_execution().transaction() as connection, connection.cursor() as cursor:
+    execution = current_execution()
+    execution.result = cents
+    with execution.transaction() as connection, connection.cursor() as cursor:
         cursor.execute('INSERT INTO charge (order_id, cents) VALUES (%s, %s)', (order_id, cents))
     return cents
 
