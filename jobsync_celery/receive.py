@@ -184,9 +184,8 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         connection = self.client.connection
         self._thread = get_ident()
         if connection._sock is not self._socket:
-            # What the last one did not confirm.
             self._socket = connection._sock
-            for tag in list(self.left.acknowledged):
+            for tag in list(self.left.acknowledged):  # what the last connection did not confirm
                 self.acknowledge(tag)
         elif self.due and not plain_qos.can_consume(self.qos):
             return
@@ -265,16 +264,17 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         return None
 
     def _refused(self, tag: str | None, error: ResponseError) -> None:
-        if isinstance(error, NoScriptError):  # somebody has emptied Redis' cache
+        unknown = isinstance(error, NoScriptError)  # somebody has emptied Redis' cache
+        if unknown:
             self._load()
-        elif tag is None:
-            if str(error).startswith('OOM'):
-                self._wait()
-            else:
-                self._without(error)
-        if tag is None:
-            raise Empty
-        self.qos.remove(tag)
+        if tag is not None:
+            self.qos.remove(tag)
+            return
+        if str(error).startswith('OOM'):
+            self._wait()
+        elif not unknown:
+            self._without(error)
+        raise Empty
 
     def _read_due(self) -> None:
         while self.due:
