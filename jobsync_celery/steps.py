@@ -12,6 +12,7 @@ from celery.worker import state
 from jobsync_core.errors import JobSyncError
 from jobsync_core.plugin import stand_in
 
+from .cold_shutdown import ColdShutdown
 from .plugin import JobSync
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         plugin = JobSync.of(parent.app)
         assert plugin is not None
         self._plugin = plugin
+        self._cold: ColdShutdown | None = None
         self.enabled = stand_in() is None  # a test's worker is no node
         if self.enabled:
             try:
@@ -85,6 +87,14 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             raise failure[0]
         else:
             self._plugin.go_uncoordinated(failure[0])
+
+    def register_with_event_loop(self, parent: Any, hub: Any) -> None:
+        """The event loop is about to begin, for the first connection or another."""
+        if 'solo' in type(parent.pool).__module__:
+            return  # its tasks run in the loop, and may take long
+        if self._cold is None:
+            self._cold = ColdShutdown(parent)
+        self._cold.follow(hub)
 
     def _give_up(self, job: Job, thread: threading.Thread) -> None:
         job.give_up()

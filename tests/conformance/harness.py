@@ -304,7 +304,8 @@ class Cluster:
 
     def launch(
         self, name: str, *, pool: str | None = None, concurrency: int = 2, options: Sequence[str] = (), broker: str | None = None,
-        database: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (), pause: float = 0.0, **settings: Any,
+        database: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (), pause: float = 0.0,
+        torn: int = 0, **settings: Any,
     ) -> Worker:
         """Start a worker; it is not waited for.
 
@@ -317,10 +318,11 @@ class Cluster:
             conf: The framework's settings.
             without: Tasks that it does not know.
             pause: Seconds that every task takes longer on it.
+            torn: The task during whose writing into a pipe it gets SIGQUIT.
             settings: JobSync's settings.
         """
         order = replace(
-            self.adapter.order, node=self.adapter.node_of(name), without=list(without), conf=conf or {}, pause=pause,
+            self.adapter.order, node=self.adapter.node_of(name), without=list(without), conf=conf or {}, pause=pause, torn=torn,
             settings={**self.adapter.order.settings, **settings})
         if broker is not None:
             order = replace(order, broker=broker)

@@ -63,6 +63,18 @@ def test_a_cold_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: Ma
 
 
 @on_celery_processes
+def test_a_cold_shutdown_amid_the_writing_of_a_task_is_one(setup: Setup, make_cluster: MakeCluster) -> None:
+    """Plain Celery does not end: the process waits for the other half of the task, the worker for the process."""
+    cluster = make_cluster(setup)
+    cluster.launch('alpha', torn=10)
+    cluster.start('beta')
+    send_keyed(cluster, 120)
+    cluster['alpha'].wait()
+    cluster.settle()
+    cluster.finish()
+
+
+@on_celery_processes
 def test_a_soft_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta', conf={'worker_soft_shutdown_timeout': 1.0, 'worker_enable_soft_shutdown_on_idle': True})

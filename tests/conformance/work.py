@@ -40,6 +40,7 @@ class Order:
         without: Names of tasks that this worker does not know.
         pins: Names of pinned tasks that the cluster has: where no node matches a pin, it blocks tokens that other keys have too.
         pause: Seconds that every task takes longer on this worker.
+        torn: The worker gets SIGQUIT while it writes this task into a process's pipe; 0 for none.
     """
 
     broker: str
@@ -53,6 +54,7 @@ class Order:
     without: list[str] = field(default_factory=list)
     pins: list[str] = field(default_factory=list)
     pause: float = 0.0
+    torn: int = 0
 
     def environment(self) -> dict[str, str]:
         """Environment variables that tell it."""
