@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import psycopg2
 import psycopg2.errors
@@ -28,9 +28,10 @@ from .errors import (
     StoreTimeout,
 )
 from .execution import DEFAULT_RETENTION, MAX_RESULT_BYTES, Execution, check_key, current_execution, describe, retention_seconds
-from .process import is_known_dead, this_process
+from .ledger_calls import LedgerCalls
+from .process import this_process
 from .store import executions
-from .store.executions import Holder, Row
+from .store.executions import Completion, Holder
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -45,12 +46,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_RACES = 10
 # Looks for an attempt that may have been begun: the server may execute a statement after its client gave up.
 _ORPHAN_TRIES = 5
 _FIRST_RETRY_SEC, _LAST_RETRY_SEC = 0.2, 2.0
-
-T = TypeVar('T')
 
 
 @dataclasses.dataclass
@@ -99,6 +97,7 @@ class Ledger:
     ) -> None:
         self._sessions = sessions
         self._tables = tables
+        self._calls = LedgerCalls(sessions, tables)
         self._node = node
         self._incarnation = incarnation
         self.has_lease = has_lease
@@ -146,15 +145,13 @@ class Ledger:
 
     def _begin(self, here: _Local, key: str, holder: Holder, retention_sec: float) -> tuple[int, int]:
         try:
-            row = self._call(lambda connection: self._claim(connection, key, holder))
+            row = self._calls.begin(key, holder)
         except psycopg2.Error:
             raise
         except BaseException:
             # The attempt may be begun and its reply lost: then nobody else could begin it while this process lives.
             self._loosen(here, _Loose(key, holder, None, retention_sec, error='begun, but the database did not answer'))
             raise
-        if row is None:
-            raise _running(key)
         if row.began:
             return row.fence, row.attempts
         if not row.registered:
@@ -166,29 +163,6 @@ class Ledger:
         duplicate = DuplicateExecution(f'the key {key!r} was already completed')
         duplicate.key, duplicate.result = key, row.result
         raise duplicate
-
-    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row | None:
-        """What became of the wish to begin; None where others are at the key."""
-        for _ in range(_RACES):
-            try:
-                row = executions.begin(connection, self._tables, key, holder)
-            except psycopg2.errors.LockNotAvailable:
-                return None  # a transaction that completes the key is open
-            if row.began or not row.registered:
-                return row
-            if row.free or row.state is None:
-                continue
-            if row.state == 'done' or not self._is_gone(row, holder):
-                return row
-            taken = executions.take_over(connection, self._tables, key, holder, row.fence)
-            if taken is not None:
-                return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
-        return None
-
-    @staticmethod
-    def _is_gone(row: Row, me: Holder) -> bool:
-        # A row of this very process that it does not hold is an attempt whose reply was lost.
-        return row.holder is not None and (row.holder == me or is_known_dead(row.holder.process))
 
     def finish(self, execution: Execution) -> None:
         """Record that the attempt completed, unless `transaction` or `complete` did.
@@ -213,8 +187,7 @@ class Ledger:
 
     def _finish(self, here: _Local, execution: Execution) -> None:
         try:
-            finished = self._call(lambda connection: self._record(connection, execution.key, execution.fence, execution._encoded,
-                                                                  execution.retention_sec))
+            finished = self._calls.finish(Completion(execution.key, execution.fence, execution._encoded, execution.retention_sec))
         except DatabaseUnavailable as error:
             self._loosen(here, self._loose(here, execution, completed=True))
             raise type(error)(
@@ -230,15 +203,6 @@ class Ledger:
         execution._completed = True
         execution._recorded = execution._encoded
 
-    def _record(self, connection: PgConnection, key: str, fence: int, result: str | None, retention_sec: float) -> bool:
-        try:
-            return executions.finish(connection, self._tables, key, fence, result, retention_sec)
-        except psycopg2.DataError as error:
-            if result is None:
-                raise
-            logger.warning('key=%s completed without its result, which the database refuses: %s', key, error)
-            return executions.finish(connection, self._tables, key, fence, None, retention_sec)
-
     def _check_committed(self, here: _Local, execution: Execution) -> None:
         error = 'the transaction that complete() wrote into was rolled back'
         state = self._end(here, execution, error)
@@ -252,7 +216,7 @@ class Ledger:
         if text is None or execution._recorded == text or not execution._completed:
             return
         try:
-            self._call(lambda connection: executions.add_result(connection, self._tables, execution.key, execution.fence, text))
+            self._calls.add_result(execution.key, execution.fence, text)
         except (DatabaseUnavailable, psycopg2.DataError) as error:
             logger.warning('key=%s completed without its result: %s', execution.key, error)
 
@@ -274,8 +238,7 @@ class Ledger:
     def _end(self, here: _Local, execution: Execution, error: str) -> str | None:
         loose = self._loose(here, execution, error=error)
         try:
-            state = self._call(lambda connection: executions.settle(
-                connection, self._tables, execution.key, execution.fence, error, execution.retention_sec))
+            state = self._calls.settle(execution.key, execution.fence, error, execution.retention_sec)
         except DatabaseUnavailable:
             self._loosen(here, loose)
             raise
@@ -300,8 +263,7 @@ class Ledger:
         Raises:
             DatabaseUnavailable: Nothing is known to be released; call it again.
         """
-        return self._call(lambda connection: executions.release(
-            connection, self._tables, self._node, self._incarnation(), pid, 'its process was lost', DEFAULT_RETENTION.total_seconds()))
+        return self._calls.release(self._node, self._incarnation(), pid, 'its process was lost', DEFAULT_RETENTION.total_seconds())
 
     def close(self) -> None:
         """Try once more to record what could not be recorded, then stop trying."""
@@ -318,24 +280,6 @@ class Ledger:
         pid = os.getpid()
         here = self._locals.get(pid)
         return here if here is not None else self._locals.setdefault(pid, _Local(this_process()))
-
-    def _call(self, action: Callable[[PgConnection], T]) -> T:
-        """Run statements that each commit by themselves; a second time on a new connection, if the first connection was lost."""
-        try:
-            return self._call_once(action)
-        except StoreTimeout:
-            raise
-        except DatabaseUnavailable:
-            return self._call_once(action)
-
-    def _call_once(self, action: Callable[[PgConnection], T]) -> T:
-        with self._sessions.session() as connection:
-            connection.autocommit = True
-            try:
-                return action(connection)
-            finally:
-                if not connection.closed:
-                    connection.autocommit = False
 
     def _loose(self, here: _Local, execution: Execution, *, completed: bool = False, error: str = '') -> _Loose:
         holder = Holder(self._node, self._incarnation(), here.process)
@@ -380,21 +324,16 @@ class Ledger:
         """Record the end of an attempt; False while the caller's transaction is still open."""
         if loose.fence is None:
             process = loose.holder.process
-            released = self._call(lambda connection: executions.release(
-                connection, self._tables, loose.holder.node, loose.holder.incarnation, process.pid, loose.error, loose.retention_sec,
-                loose.key))
+            released = self._calls.release(
+                loose.holder.node, loose.holder.incarnation, process.pid, loose.error, loose.retention_sec, loose.key)
             loose.tries += 1
             if not released and loose.tries < _ORPHAN_TRIES:
                 return False
         elif loose.completed:
-            fence = loose.fence
-            finished = self._call(lambda connection: self._record(connection, loose.key, fence, loose.result, loose.retention_sec))
+            finished = self._calls.finish(Completion(loose.key, loose.fence, loose.result, loose.retention_sec))
             logger.info('key=%s recorded=%s after the database had been away', loose.key, finished)
         else:
-            fence = loose.fence
-            state = self._call(lambda connection: executions.settle(
-                connection, self._tables, loose.key, fence, loose.error, loose.retention_sec))
-            if state == 'running':
+            if self._calls.settle(loose.key, loose.fence, loose.error, loose.retention_sec) == 'running':
                 return False
         self._forget(here, loose)
         return True
@@ -418,8 +357,8 @@ class Ledger:
                 raise StoreTimeout(f'the transaction of {execution.key!r} could not be begun in time: {str(error).strip()}') from error
             yield connection
             encoded = execution._encoded
-            if not executions.finish(
-                    connection, self._tables, execution.key, execution.fence, encoded, execution.retention_sec, marker=marker):
+            completion = Completion(execution.key, execution.fence, encoded, execution.retention_sec)
+            if not executions.finish(connection, self._tables, completion, marker):
                 if not executions.is_marked(connection, marker):
                     raise JobSyncError(
                         f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
@@ -430,8 +369,8 @@ class Ledger:
 
     def completion_of(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
         """The statement of `Execution.complete` and its parameters."""
-        parameters = executions.finish_parameters(execution.key, execution.fence, execution._encoded, execution.retention_sec)
-        return executions.finish_sql(self._tables), parameters
+        completion = Completion(execution.key, execution.fence, execution._encoded, execution.retention_sec)
+        return executions.finish_sql(self._tables), executions.finish_parameters(completion)
 
 
 def _running(key: str) -> ExecutionRunning:

@@ -253,6 +253,11 @@ class Sessions:
         finally:
             pool.give_back(connection)
 
+    @property
+    def longest_call_sec(self) -> float:
+        """Seconds within which a call of one limited statement has ended, connecting included."""
+        return self._config.connect_timeout_sec + self._limits.statement + 2.0
+
     def close_all(self) -> None:
         """Close the connections of this process; those in use, when they come back."""
         self._pool().close()

@@ -6,6 +6,7 @@ an old view of the node table with a newer row, and duplicates of a completed ke
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Holder', 'Row', 'add_result', 'begin', 'finish', 'finish_parameters', 'finish_sql', 'is_marked', 'mark', 'release', 'settle',
-    'take_over',
+    'Completion', 'Holder', 'Row', 'add_result', 'begin', 'begin_many', 'finish', 'finish_many', 'finish_parameters', 'finish_sql',
+    'is_marked', 'mark', 'release', 'settle', 'take_over',
 ]
 
 
@@ -29,6 +30,16 @@ class Holder:
     node: str
     incarnation: str
     process: Process
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion to record; `result` is JSON text."""
+
+    key: str
+    fence: int
+    result: str | None
+    retention_sec: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,17 @@ SELECT * FROM {begin_execution}(
     %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s)"""
 
 _CALL_FINISH = 'SELECT FROM {finish_execution}(%s, %s, %s, %s) AS finished WHERE finished'
+
+# Several in one transaction. Each function call has a snapshot of its own, as if it came alone. In the order of the keys, so that two
+# such transactions never wait for each other in a ring; and hardly waiting for any other, since all of the keys wait then.
+_HARDLY_WAIT = "SELECT set_config('lock_timeout', '100ms', true);"
+_BEGIN_MANY = _HARDLY_WAIT + """
+SELECT wanted.number, row.* FROM unnest(%(keys)s::text[]) WITH ORDINALITY AS wanted (key, number), {begin_execution}(
+    wanted.key, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s) AS row"""
+
+_FINISH_MANY = _HARDLY_WAIT + """
+SELECT done.number, {finish_execution}(done.result::jsonb, done.retention, done.key, done.fence)
+FROM unnest(%s::text[], %s::double precision[], %s::text[], %s::bigint[]) WITH ORDINALITY AS done (result, retention, key, fence, number)"""
 
 _TAKE_OVER = """
 UPDATE {execution} AS e
@@ -114,7 +136,7 @@ def _parameters(key: str, holder: Holder) -> dict[str, object]:
         'pid_namespace': process.pid_namespace, 'pid': process.pid, 'started': process.started}
 
 
-def _row(values: tuple[Any, ...]) -> Row:
+def _row(values: Sequence[Any]) -> Row:
     began, registered, state, free, fence, attempts, result, node, incarnation, host, boot_id, pid_namespace, pid, started = values
     holder = None
     if state is not None:
@@ -133,6 +155,19 @@ def begin(connection: PgConnection, tables: Tables, key: str, holder: Holder) ->
         return _row(cursor.fetchall()[0])
 
 
+def begin_many(connection: PgConnection, tables: Tables, keys: Sequence[str], holder: Holder) -> list[Row]:
+    """`begin` for several keys, each given once, in one transaction; their rows in the same order.
+
+    Raises:
+        psycopg2.Error: Nothing was begun; LockNotAvailable where one of the keys would have to wait for another transaction.
+    """
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_BEGIN_MANY, tables), {**_parameters('', holder), 'keys': [keys[place] for place in order]})
+        found = {order[number - 1]: _row(values) for number, *values in cursor.fetchall()}
+    return [found[place] for place in range(len(keys))]
+
+
 def take_over(connection: PgConnection, tables: Tables, key: str, holder: Holder, fence: int) -> tuple[int, int] | None:
     """Take a running key whose holder is known to be dead, if its fence is still `fence`; returns the new fence and attempts."""
     with connection.cursor() as cursor:
@@ -146,9 +181,9 @@ def finish_sql(tables: Tables) -> str:
     return _sql(_FINISH, tables)
 
 
-def finish_parameters(key: str, fence: int, result: str | None, retention_sec: float) -> tuple[object, ...]:
+def finish_parameters(completion: Completion) -> tuple[object, ...]:
     """Parameters of `finish_sql`."""
-    return (result, retention_sec, key, fence)
+    return (completion.result, completion.retention_sec, completion.key, completion.fence)
 
 
 def mark(connection: PgConnection, marker: str) -> None:
@@ -166,16 +201,14 @@ def is_marked(connection: PgConnection, marker: str) -> bool:
         return bool(cursor.fetchall() == [(marker,)])
 
 
-def finish(
-    connection: PgConnection, tables: Tables, key: str, fence: int, result: str | None, retention_sec: float, marker: str | None = None,
-) -> bool:
-    """Record the completion; False where another attempt holds the key.
+def finish(connection: PgConnection, tables: Tables, completion: Completion, marker: str | None = None) -> bool:
+    """Record a completion; False where another attempt holds the key.
 
     Args:
-        result: JSON text.
+        completion: Of an attempt that the caller began.
         marker: If given, only in the transaction that has it as its local setting `jobsync.execution`.
     """
-    parameters = finish_parameters(key, fence, result, retention_sec)
+    parameters = finish_parameters(completion)
     if marker is None:
         sql = _sql(_CALL_FINISH, tables)
     else:
@@ -183,6 +216,22 @@ def finish(
     with connection.cursor() as cursor:
         cursor.execute(sql, parameters)
         return cursor.rowcount == 1
+
+
+def finish_many(connection: PgConnection, tables: Tables, completions: Sequence[Completion]) -> list[bool]:
+    """`finish` for several keys, each given once, in one transaction; what became of them in the same order.
+
+    Raises:
+        psycopg2.Error: Nothing was recorded; LockNotAvailable where one of the keys would have to wait for another transaction.
+    """
+    order = sorted(range(len(completions)), key=lambda place: completions[place].key)
+    ordered = [completions[place] for place in order]
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_FINISH_MANY, tables), (
+            [each.result for each in ordered], [each.retention_sec for each in ordered], [each.key for each in ordered],
+            [each.fence for each in ordered]))
+        found = {order[number - 1]: bool(finished) for number, finished in cursor.fetchall()}
+    return [found[place] for place in range(len(completions))]
 
 
 def add_result(connection: PgConnection, tables: Tables, key: str, fence: int, result: str) -> None:

@@ -31,7 +31,8 @@ __all__ = ['QUICK', 'STEADY', 'Adapter', 'Cluster', 'Outcome', 'Place', 'Worker'
 
 _ROOT = Path(__file__).parents[2]
 _START_SEC = 40.0
-_STOP_SEC = 40.0
+# A pool process of Celery's that ends waits up to 30 s for the parent to count its last result, which a warm shutdown may have dropped.
+_STOP_SEC = 60.0
 #: JobSync's settings where a death is to be noticed soon, and where a busy machine must not look like one.
 QUICK = {'heartbeat_interval_sec': 0.3, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
 STEADY = {**QUICK, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5}

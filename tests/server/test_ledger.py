@@ -10,13 +10,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
 
+from jobsync_core import group_commit
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.embedded import EmbeddedPostgres
@@ -600,6 +602,154 @@ class TestDecorator:
         assert second.begin('k', 60).attempts == 2
 
 
+class TestTogether:
+    """What threads ask for at the same time goes in one transaction."""
+
+    def test_each_gets_what_it_would_have_got_alone(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        me, other = make_ledger('a'), make_ledger('b')
+        with once(other, 'done') as execution:
+            execution.result = 'kept'
+        me.fail(me.begin('failed', 60), ValueError('x'))
+        other.begin('elsewhere', 60)
+        lost = make_ledger('c').begin('orphan', 60)
+        forget_node(rows, 'c')
+        dead = other.begin('dead', 60)
+        child = subprocess.Popen([sys.executable, '-c', ''])
+        child.wait()
+        rows.run(f"UPDATE {rows.tables.execution} SET pid = %s, started = '1' WHERE key = 'dead'", child.pid)
+        found = begin_together(me, ['new', 'done', 'failed', 'elsewhere', 'orphan', 'dead', 'also new'])
+        assert {key: type(outcome) for key, outcome in found.items() if isinstance(outcome, Exception)} == {
+            'done': DuplicateExecution, 'elsewhere': ExecutionRunning}
+        assert vars(found['done'])['result'] == 'kept'
+        began = {key: outcome for key, outcome in found.items() if isinstance(outcome, Execution)}
+        assert {key: execution.attempts for key, execution in began.items()} == {
+            'new': 1, 'failed': 2, 'orphan': 2, 'dead': 2, 'also new': 1}
+        assert began['orphan'].fence > lost.fence and began['dead'].fence > dead.fence
+        owned = rows.run(f"SELECT key, fence FROM {rows.tables.execution} WHERE state = 'running' AND node = 'a' AND key <> 'gate'")
+        assert dict(owned) == {key: execution.fence for key, execution in began.items()}
+
+    def test_completions_have_their_own_results_and_only_the_one_without_its_key_is_fenced(
+        self, make_ledger: MakeLedger, rows: Rows,
+    ) -> None:
+        me, other = make_ledger('a'), make_ledger('b')
+        attempts = {key: me.begin(key, 60 if key == 'short' else 3600) for key in ('one', 'short', 'taken', 'none')}
+        for key, result in (('one', [1, 'é']), ('short', '"2"'), ('taken', 3)):
+            attempts[key].result = result
+        rows.run(f"UPDATE {rows.tables.execution} SET started = '1' WHERE key = 'taken'")
+        taken = other.begin('taken', 60)
+        found = call_together(me, list(attempts), 'finish', lambda key: me.finish(attempts[key]))
+        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {'taken': Fenced}
+        stored = rows.run(
+            f'SELECT key, state, result, round(extract(epoch FROM expires_at - finished_at)) FROM {rows.tables.execution} ORDER BY key')
+        assert [row for row in stored if row[0] in attempts] == [
+            ('none', 'done', None, 3600), ('one', 'done', [1, 'é'], 3600), ('short', 'done', '"2"', 60), ('taken', 'running', None, None)]
+        other.finish(taken)
+
+    def test_a_key_that_another_transaction_holds_does_not_hold_up_the_others(self, config: CoordinationConfig, own: Any) -> None:
+        # A call of its own may wait for a lock for longer than this test does.
+        patient = dataclasses.replace(config, heartbeat_timeout_sec=120)
+        began: list[str] = []
+        with rows_of(patient) as rows, ledgers_of(rows) as make:
+            me, attempt = make('a'), make('b').begin('held', 60)
+            with own.cursor() as cursor:
+                attempt.complete(cursor)
+            forget_node(rows, 'b')  # so that the key may be taken, were it not for the open transaction
+
+            def begin(key: str) -> None:
+                me.begin(key, 60)
+                began.append(key)
+                if len(began) == 3:
+                    own.commit()  # only now does the held key go on
+
+            found = call_together(me, ['held', 'x', 'y', 'z'], 'begin', begin)
+        assert sorted(began) == ['x', 'y', 'z']
+        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {'held': DuplicateExecution}
+
+    def test_groups_of_several_nodes_with_the_same_keys_run_each_once(self, make_ledger: MakeLedger, rows: Rows) -> None:
+        ledgers = [make_ledger(name) for name in 'abc']
+        ran: list[str] = []
+        refused: list[type[Exception]] = []
+
+        def deliver(ledger: Ledger, numbers: Sequence[int]) -> None:
+            for number in numbers:
+                try:
+                    with once(ledger, f'k{number}') as execution:
+                        execution.result = number
+                        ran.append(f'k{number}')
+                except (DuplicateExecution, ExecutionRunning) as error:
+                    refused.append(type(error))
+
+        with ThreadPoolExecutor(18) as pool:
+            # In different orders, so that the groups of two nodes meet at the same keys from both ends.
+            orders = [range(offset, 240, 6) if ledger is not ledgers[1] else range(239 - offset, -1, -6)
+                      for ledger in ledgers for offset in range(6)]
+            for future in [pool.submit(deliver, ledgers[place // 6], order) for place, order in enumerate(orders)]:
+                future.result(60)
+        assert sorted(ran) == sorted(f'k{number}' for number in range(240))
+        assert len(refused) == 2 * 240
+        stored = rows.run(f"SELECT key, result FROM {rows.tables.execution} WHERE state = 'done'")
+        assert dict(stored) == {f'k{number}': number for number in range(240)}
+
+    def test_lost_replies_keep_no_key(self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = make_ledger('a'), make_ledger('b')
+        lose_replies(monkeypatch, 2, 'begin_many')
+        found = begin_together(first, ['x', 'y', 'z'])
+        assert [type(outcome) for outcome in found.values()] == [DatabaseUnavailable] * 3
+        eventually(lambda: [state_of(rows, key) for key in 'xyz'] == ['failed'] * 3)
+        assert second.begin('x', 60).attempts == 2
+
+    def test_a_time_limit_that_strikes_the_one_who_asks_for_all_loses_no_completion(
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ledger = make_ledger('a')
+        attempts = {key: ledger.begin(key, 60) for key in 'xyz'}
+
+        def strike(*args: Any) -> list[bool]:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(executions, 'finish_many', strike)
+        found = call_together(ledger, list(attempts), 'finish', lambda key: ledger.finish(attempts[key]))
+        assert sorted(type(outcome).__name__ for outcome in found.values()) == ['DatabaseUnavailable'] * 2 + ['KeyboardInterrupt']
+        eventually(lambda: [state_of(rows, key) for key in 'xyz'] == ['done'] * 3)
+
+
+def begin_together(ledger: Ledger, keys: Sequence[str]) -> dict[str, Any]:
+    return call_together(ledger, keys, 'begin', lambda key: ledger.begin(key, 60))
+
+
+def call_together(ledger: Ledger, keys: Sequence[str], what: str, call: Callable[[str], Any]) -> dict[str, Any]:
+    """Let threads call at the same time, so that they go in one transaction; what each returned or raised."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(keys) + 1) as pool:
+        original, many = getattr(executions, what), getattr(executions, f'{what}_many')
+        gate, departed = threading.Event(), threading.Event()
+        groups: list[int] = []
+
+        def held(connection: Any, tables: Any, key: Any, *rest: Any) -> Any:
+            if 'gate' in (key, getattr(key, 'key', '')):
+                departed.set()
+                assert gate.wait(30)
+            return original(connection, tables, key, *rest)
+
+        def counted(*args: Any) -> Any:
+            groups.append(len(args[2]))
+            return many(*args)
+
+        before = ledger.begin('gate', 60) if what == 'finish' else None
+        patch.setattr(executions, what, held)
+        patch.setattr(executions, f'{what}_many', counted)
+        patch.setattr(group_commit, '_PATIENCE_SEC', 30.0)
+        first = pool.submit(ledger.begin, 'gate', 60) if before is None else pool.submit(ledger.finish, before)
+        assert departed.wait(30)
+        waiting = {key: pool.submit(call, key) for key in keys}
+        group = getattr(ledger._calls, {'begin': '_begins', 'finish': '_finishes'}[what])[os.getpid()]
+        eventually(lambda: len(group._waiting) == len(keys))
+        gate.set()
+        first.result(30)
+        found = {key: future.exception(30) or future.result() for key, future in waiting.items()}
+        assert set(groups) == {len(keys)}, 'they went together'
+    return found
+
+
 class TestTrouble:
     def test_a_completion_that_the_database_missed_is_recorded_when_it_is_back(
         self, own_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture,
@@ -689,16 +839,16 @@ def raise_within(ledger: Ledger, execution: Execution) -> None:
         raise
 
 
-def lose_replies(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def lose_replies(monkeypatch: pytest.MonkeyPatch, count: int, what: str = 'begin') -> None:
     """Let the next `count` begins be executed and their replies be lost."""
-    begin = executions.begin
+    begin = getattr(executions, what)
     left = [None] * count
 
-    def lose(*args: Any, **kwargs: Any) -> executions.Row:
-        row = begin(*args, **kwargs)
+    def lose(*args: Any, **kwargs: Any) -> Any:
+        found = begin(*args, **kwargs)
         if left:
             left.pop()
             raise DatabaseUnavailable()
-        return row
+        return found
 
-    monkeypatch.setattr(executions, 'begin', lose)
+    monkeypatch.setattr(executions, what, lose)
