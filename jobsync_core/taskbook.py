@@ -23,8 +23,9 @@ __all__ = ['TaskBook']
 
 logger = logging.getLogger(__name__)
 
-#: Attempts at recording a claim that is refused although the token is here: the leader may be rewriting the row just then.
-_CLAIM_ATTEMPTS = 3
+#: Attempts at recording a claim that is refused although the task is this node's: the leader, or another hand-over of this
+#: node, may be rewriting the token's row just then.
+_CLAIM_ATTEMPTS = 5
 #: Integers below this need no check of their text's length.
 _PLAIN = 10**18
 #: Seconds between two attempts at taking a promise back.
@@ -138,7 +139,9 @@ class TaskBook:
                     connection, self._tables, self._node, self._incarnation(), self._date, list(missing.items()))
             for text in accepted:
                 missing.pop(text, None)
-            if not any(self._claims.may_claim(token, clock.now()) for token in missing.values()):
+            # A promise outlives the token in memory: until the hand-over is committed the row still names this node, and from
+            # then on there is a claim row. Only a row that is being rewritten shows neither.
+            if not any(self._claims.may_claim(token, clock.now()) or self._is_promised(text) for text, token in missing.items()):
                 break
         if missing:
             raise ClaimLost(f'task {next(iter(missing))!r} belongs to another node by now, or was taken by one: do not process it here')
@@ -190,6 +193,11 @@ class TaskBook:
         if added is None or added[0] != self._incarnation():
             return False
         return now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
+
+    def _is_promised(self, text: str) -> bool:
+        """Whether this thread was told last that it may take the task, and not too long ago."""
+        promise = self._promises.get(get_ident())
+        return promise is not None and promise[0] == text and clock.now() - promise[2] <= self._promise_sec
 
     def _take_back(self, now: float) -> None:
         """Free the tasks that this thread was promised, did not record, and whose tokens went to other nodes."""

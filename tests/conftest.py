@@ -85,7 +85,7 @@ def redis_server() -> Iterator[BrokerServer]:
 
 @pytest.fixture(scope='session')
 def rabbitmq_server() -> Iterator[BrokerServer]:
-    """A RabbitMQ that all tests of this process share: take a space of it, never kill or pause it."""
+    """A RabbitMQ that all tests of this process share: take a space of it; to kill or pause it, ask for `own_rabbitmq`."""
     yield from _broker(RabbitServer)
 
 
@@ -96,6 +96,7 @@ def own_redis() -> Iterator[BrokerServer]:
 
 
 @pytest.fixture
-def own_rabbitmq() -> Iterator[BrokerServer]:
-    """A RabbitMQ that this test may kill and restart."""
-    yield from _broker(RabbitServer)
+def own_rabbitmq(rabbitmq_server: BrokerServer) -> Iterator[BrokerServer]:
+    """A RabbitMQ that this test may kill and restart: the shared one, as no other test uses it meanwhile and it takes seconds to start."""
+    yield rabbitmq_server
+    rabbitmq_server.start()

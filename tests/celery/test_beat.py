@@ -136,7 +136,7 @@ def test_where_all_beats_tick_the_rows_alone_keep_slots_from_being_sent_twice(ma
     beats = [stage.beat(listen='false') for _ in range(3)]
     for beat in beats:
         stage.wait_from(beat, 3)
-    stage.wait_messages(len(stage.messages()) + 60)
+    stage.wait_messages(len(stage.messages()) + 30)
     for name, seconds in stage.schedule.items():
         messages = stage.messages(name)
         assert repeated(messages) == {}

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import psycopg2
+import psycopg2.extensions
 
 from jobsync_core import CoordinationConfig
 
@@ -32,14 +34,35 @@ _SETTLE_SEC = 60.0
 
 
 def query(config: CoordinationConfig, sql: str, params: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
-    """Run a statement on a fresh connection that no proxy disturbs. `{}` in it stands for the table prefix."""
-    with contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password,
-            connect_timeout=5)) as connection:
+    """Run a statement on a connection that no proxy disturbs. `{}` in it stands for the table prefix."""
+    # Kept, because conditions are polled: to connect takes the server and us several milliseconds each.
+    where = os.getpid(), threading.get_ident(), config.host, config.port, config.dbname, config.user
+    connection = _kept.pop(where, None)
+    if connection is None or not _is_good(connection):
+        connection = psycopg2.connect(
+            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password, connect_timeout=5)
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(sql.replace('{}', config.appname), params)
-            return cursor.fetchall() if cursor.description else []
+    with connection.cursor() as cursor:
+        cursor.execute(sql.replace('{}', config.appname), params)
+        found = cursor.fetchall() if cursor.description else []
+    _kept[where] = connection
+    while len(_kept) > _MOST_KEPT:
+        _kept.pop(next(iter(_kept))).close()
+    return found
+
+
+#: The latest connections of `query`, by process, thread, and where they go to.
+_kept: dict[tuple[object, ...], psycopg2.extensions.connection] = {}
+_MOST_KEPT = 3
+
+
+def _is_good(connection: psycopg2.extensions.connection) -> bool:
+    """Whether the server has not ended an idle connection: then there would be something to read."""
+    if connection.closed:
+        return False
+    waiting = select.poll()
+    waiting.register(connection.fileno(), select.POLLIN)
+    return not waiting.poll(0)
 
 
 class Node:

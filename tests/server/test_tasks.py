@@ -8,11 +8,16 @@ from collections.abc import Iterator
 import psycopg2
 import pytest
 
+from jobsync_core import clock
+from jobsync_core.claims import Claims
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ClaimLost
 from jobsync_core.messages import Housekeep
 from jobsync_core.store import tasks
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
+from jobsync_core.taskbook import TaskBook
+from jobsync_core.tokens import TokenSet
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 
@@ -133,6 +138,38 @@ class TestMovingTokens:
             else:
                 giver.rollback()
             thread.join()
+
+    def test_a_claim_that_waits_for_a_plan_is_accepted_though_the_token_leaves_memory_meanwhile(self, rows: Rows) -> None:
+        local = Claims(rows.config.total_tokens)
+        local.replace(TokenSet([(0, 5_000)]))
+        local.extend(clock.now() + 60)
+        book = TaskBook(local, rows.sessions, rows.config, rows.tables, 'a', TODAY, lambda: 'life of a')
+        mine = next(task for task in range(1_000) if book.token_of(task) < 5_000)
+        failures: list[ClaimLost] = []
+
+        def take() -> None:
+            assert book.can_claim(mine)
+            promised.set()
+            try:
+                book.add(mine)
+            except ClaimLost as error:
+                failures.append(error)
+
+        promised = threading.Event()
+        thread = threading.Thread(target=take)
+        with rows.sessions.session() as leader, leader.cursor() as cursor:
+            cursor.execute(f'DELETE FROM {rows.tables.assignment} WHERE node = %s', ('a',))
+            cursor.execute(
+                f'INSERT INTO {rows.tables.assignment} (tokens, node, moving, moving_to, version) '
+                "VALUES (int4range(0, 5000), 'a', true, 'b', 2)")
+            thread.start()
+            assert promised.wait(10)
+            eventually(lambda: rows.waiting() == 1)
+            local.replace(TokenSet())
+            leader.commit()
+            thread.join()
+        assert failures == []
+        assert rows.run(f'SELECT node, task_id FROM {rows.tables.claim}') == [('a', str(mine))]
 
     def test_a_hand_over_waits_for_a_claim_and_the_new_owner_sees_it(self, rows: Rows) -> None:
         with rows.sessions.session() as taker:

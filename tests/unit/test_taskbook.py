@@ -166,6 +166,33 @@ def test_a_refused_claim_raises(node: Node) -> None:
         node.book.record(['x', 'y'])
 
 
+def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([[], ['x']])
+
+    def claim(*_: object) -> list[str]:
+        node.claims.replace(TokenSet())  # the plan takes the token away at the same moment
+        node.book.promises(EVERYTHING)
+        return next(answers)
+
+    assert node.book.can_claim('x')
+    monkeypatch.setattr(tasks, 'claim', claim)
+    node.book.add('x')
+    assert node.book.can_claim('x')
+
+
+@pytest.mark.parametrize('broken', ['of another task', 'too old', 'never given'])
+def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(node: Node, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    answers = iter([[], ['x']])
+    if broken != 'never given':
+        assert node.book.can_claim('y' if broken == 'of another task' else 'x')
+    if broken == 'too old':
+        node.now += CoordinationConfig().heartbeat_timeout_sec + 1
+    node.claims.replace(TokenSet())
+    monkeypatch.setattr(tasks, 'claim', lambda *_: next(answers))
+    with pytest.raises(ClaimLost, match="'x'"):
+        node.book.add('x')
+
+
 def test_an_audited_task_is_done(node: Node) -> None:
     node.book.add('x')
     assert node.book.audit() == 1
