@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dramatiq import Message
+from dramatiq.common import compute_backoff
 from dramatiq.errors import ConnectionClosed, DecodeError
 from redis.exceptions import RedisError
 
@@ -254,17 +255,50 @@ class _RedisHold:
         self.leaving: dict[str, tuple[str, str, str, bytes]] = {}
         self._in_hand = mail.in_hand.setdefault(self.queue, set())
         self._signed = clock.now()
+        #: Set by acknowledgements once half of what may be prefetched is done, while the consumer waits for that.
+        self._room = threading.Event()
+        self._waits = False
 
     def next(self, patient: bool) -> Any:
         """See Hold."""
         if not patient:
             self._raw.misses = 0  # then the pause is short
-        if self.leaving and not self._raw.message_cache:
-            self._pass_on()
+        if not self._raw.message_cache:
+            if self.leaving:
+                self._pass_on()
+            if self._is_full and not self._wait_for_room():
+                return None
         message = next(self._raw)
         if message is not None:
             self._in_hand.add(_id(message))
         return message
+
+    @property
+    def _is_full(self) -> bool:
+        return bool(self._raw.outstanding_message_count >= self._raw.prefetch)
+
+    @property
+    def _has_room(self) -> bool:
+        return bool(2 * self._raw.outstanding_message_count <= self._raw.prefetch)
+
+    def _wait_for_room(self) -> bool:
+        """Wait until half of what may be prefetched is done; whether anything is.
+
+        At most for as long as Dramatiq sleeps here: that is 5 to 10 ms at first, in which quick actors run out of messages.
+        """
+        self._raw.misses, milliseconds = compute_backoff(self._raw.misses, max_backoff=self._raw.timeout)
+        self._room.clear()
+        self._waits = True
+        if not self._has_room:
+            self._room.wait(milliseconds / 1000)
+        self._waits = False
+        return not self._is_full
+
+    def _forget(self, message_id: str) -> None:
+        """The message does not count as prefetched any more."""
+        self._raw.queued_message_ids.discard(message_id)
+        if self._waits and self._has_room:
+            self._room.set()
 
     def _pass_on(self) -> None:
         try:
@@ -290,24 +324,24 @@ class _RedisHold:
             return
         try:
             self._mail.acknowledge(self.queue, _id(message))
-            self._raw.queued_message_ids.discard(message.message_id)
         except (RedisError, OSError):
             self._raw.ack(message)
+        self._forget(message.message_id)
         self._in_hand.discard(_id(message))
 
     def nack(self, message: Any) -> None:
         """See Hold."""
         if self._own:
             self._mail.bury(message, self.queue)
-            self._raw.queued_message_ids.discard(message.message_id)
         else:
             self._raw.nack(message)
+        self._forget(message.message_id)
         self._in_hand.discard(_id(message))
 
     def requeue(self, message: Any) -> None:
         """See Hold."""
         self._mail.leave([(self.queue, _id(message))])
-        self._raw.queued_message_ids.discard(message.message_id)
+        self._forget(message.message_id)
 
     def pause(self) -> None:
         """See Hold."""

@@ -223,6 +223,29 @@ class TestRedis:
             (each.message_id, each.args, 1) for each in (found[0], found[2])]
         assert [copy.args for copy in redis.take_all(node, 'jobsync.shop_.n3')] == [found[1].args]
 
+    def test_a_full_consumer_goes_on_once_half_of_it_is_done_and_takes_nothing_before(self, redis: Place) -> None:
+        node = redis.node('n1')
+        hold = node.consume('default', 4, 600_000)
+        redis.put(node, 'default', 8)
+        held = [next_of(hold) for _ in range(4)]
+        assert hold.next(patient=False) is None
+        assert node.broker.client.llen('dramatiq:default') == 4
+
+        for _ in range(2):
+            hold._raw.misses = 30  # now Dramatiq would sleep for five minutes
+            found: list[Any] = []
+            thread = threading.Thread(target=lambda found=found: found.append(hold.next(patient=True)), daemon=True)
+            thread.start()
+            eventually(lambda: hold._waits, 10)
+            in_thread(lambda: hold.ack(held.pop()))
+            thread.join(0.2)
+            assert thread.is_alive(), 'one by one each would be a trip'
+            in_thread(lambda: hold.ack(held.pop()))
+            thread.join(20)
+            held.extend((*found, next_of(hold)))
+        assert sorted(each.args for each in held) == [(0,), (1,), (6,), (7,)]
+        hold.close([])
+
     def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 3)
