@@ -246,6 +246,24 @@ class TestRedis:
         assert sorted(each.args for each in held) == [(0,), (1,), (6,), (7,)]
         hold.close([])
 
+    @pytest.mark.parametrize('queue', ['default', N1])
+    @pytest.mark.parametrize('way', ['ack', 'nack', 'requeue'])
+    def test_whatever_becomes_of_messages_makes_room_for_others(self, redis: Place, queue: str, way: str) -> None:
+        node = redis.node('n1')
+        hold = node.consume(queue, 2, 600_000)
+        redis.put(node, queue, 3)
+        held = [next_of(hold) for _ in range(2)]
+        hold._raw.misses = 30  # now Dramatiq would sleep for five minutes
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(hold.next(patient=True)), daemon=True)
+        thread.start()
+        eventually(lambda: hold._waits, 10)
+        in_thread(lambda: getattr(hold, way)(held[0]))
+        thread.join(20)
+        assert [each.args for each in found] == [(2,)]
+        assert hold._raw.outstanding_message_count == 2
+        hold.close([])
+
     def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 3)
