@@ -26,6 +26,8 @@ _BUSY_SEC = 0.5
 _CLOSE_SEC = 15.0
 #: Seconds after which an empty queue of a node that is gone is forgotten, where publishing to it would make it anew.
 _KEEP_SEC = 3600.0
+#: Seconds for which a new life of a node waits until its former one is swept, and between two looks.
+_RECLAIM_SEC, _TRY_AGAIN_SEC = 60.0, 0.1
 #: Parked messages that one pass takes in hand before it puts back those that still nobody owns.
 _IN_HAND = 1000
 
@@ -119,10 +121,20 @@ class Keeper:
         """Put back what an earlier life of this node left; before it consumes. Waits for others who are at it.
 
         Raises:
-            JobSyncError: The database cannot be reached.
+            JobSyncError: The database cannot be reached, or somebody else was at it for a minute.
         """
-        with self._sessions.session(limited=False) as connection, queues.hold(connection, self._tables, self._job.node_name, True):
-            return self._mail.restore(self._job.node_name)
+        node, give_up = self._job.node_name, clock.now() + _RECLAIM_SEC
+        while True:
+            with self._sessions.session() as connection:
+                if queues.hold(connection, self._tables, node):
+                    return self._mail.restore(node)
+            if self._closing:
+                return 0
+            if clock.now() >= give_up:
+                raise JobSyncError(
+                    f'another node has been putting back what an earlier life of {node!r} left for more than {_RECLAIM_SEC:.0f} s: '
+                    'see whether its connection to the broker is stuck, and end it')
+            self._job.wait_until(lambda: self._closing, _TRY_AGAIN_SEC)
 
     def _run(self) -> None:
         while not self._closing:
@@ -176,10 +188,9 @@ class Keeper:
         self._release_parked()
 
     def _sweep_node(self, queue: str, node: str, age: float) -> None:
-        with self._sessions.session(limited=False) as connection, queues.hold(connection, self._tables, node, False) as held:
-            if not held or not queues.is_gone(connection, self._tables, node):
+        with self._sessions.session() as connection:
+            if not queues.hold(connection, self._tables, node) or not queues.is_gone(connection, self._tables, node):
                 return
-            connection.commit()
             restored = self._mail.restore(node)
             moved = self._drain(queue)
             if restored or moved:
@@ -187,7 +198,6 @@ class Keeper:
                 logger.info('node=%s gone=%s restored=%d moved=%d', self._job.node_name, node, restored, moved)
             elif age >= _CLOSE_SEC and (self._mail.catches_strays or age >= _KEEP_SEC) and self._mail.delete(queue):
                 queues.forget(connection, self._tables, queue)
-                connection.commit()  # the end of hold() rolls back
 
     def _drain(self, queue: str) -> int:
         moved = 0
@@ -218,8 +228,8 @@ class Keeper:
         # Where the broker itself parks what has lost its queue, nobody tells: each sweep looks.
         if version == self._released and not self._stray and not self._mail.catches_strays:
             return
-        with self._sessions.session(limited=False) as connection, queues.hold(connection, self._tables, '', False) as held:
-            if not held:
+        with self._sessions.session() as connection:
+            if not queues.hold(connection, self._tables, ''):
                 return
             self._stray = False
             self._gate.owners.refresh()

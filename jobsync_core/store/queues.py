@@ -5,8 +5,6 @@ orphan: its messages are for whoever owns them now.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,35 +54,24 @@ def orphans(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[s
         return [(queue, node, age or 0.0) for queue, node, age in found]
 
 
-@contextmanager
-def hold(connection: PgConnection, tables: Tables, node: str, wait: bool) -> Iterator[bool]:
+def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
     """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node does not begin to consume.
 
+    The transaction holds it, so that it goes with its end, with the process, and with no other client of a pooler.
+
     Args:
-        connection: Its session holds the lock, so that it goes with the process.
+        connection: Its transaction stays idle while the broker works; it holds back no VACUUM, having no snapshot then.
         tables: Names of the tables.
         node: The node's name; '' for the parked messages.
-        wait: Whether to wait for another holder.
 
-    Yields:
-        Whether it is held.
+    Returns:
+        Whether it is held; nobody waits for another holder here.
     """
-    key = f'jobsync {tables.appname} {node}'
     with connection.cursor() as cursor:
-        if wait:
-            cursor.execute("SELECT set_config('lock_timeout', '60s', true), set_config('statement_timeout', '60s', true)")
-            cursor.execute('SELECT pg_advisory_lock(hashtextextended(%s, 0))', (key,))
-            held = True
-        else:
-            cursor.execute('SELECT pg_try_advisory_lock(hashtextextended(%s, 0))', (key,))
-            held = bool(cursor.fetchall()[0][0])
-        connection.commit()
-        try:
-            yield held
-        finally:
-            if held and not connection.closed:
-                connection.rollback()
-                cursor.execute('SELECT pg_advisory_unlock(hashtextextended(%s, 0))', (key,))
+        cursor.execute(
+            "SELECT set_config('idle_in_transaction_session_timeout', '0', true), pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
+            (f'jobsync {tables.appname} {node}',))
+        return bool(cursor.fetchall()[0][1])
 
 
 def is_gone(connection: PgConnection, tables: Tables, node: str) -> bool:

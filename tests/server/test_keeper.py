@@ -1,6 +1,7 @@
 """The keeper on a real server, with real nodes and a broker in memory."""
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import CoordinationConfig, Job
+from jobsync_core import CoordinationConfig, Job, JobSyncError, keeper
 from jobsync_core.keeper import Keeper, Letter, Mail
 from jobsync_core.plugin import Gate, PluginSettings
 from jobsync_core.routing import Verdict
+from jobsync_core.store import queues
+from jobsync_core.store.schema import Tables
 
 from ..waiting import eventually
 from .cluster import query
@@ -319,12 +322,39 @@ class TestLease:
 
             behind.keeper._on_lease = told
             proxy.switch(Mode.HOLD)
-            eventually(lambda: behind.leases == [False], 20)
+            eventually(lambda: behind.leases == [False], 30)
             # What happens to a node that is away for long.
             query(config, 'DELETE FROM "{}queue"')
             proxy.switch(Mode.PASS)
             eventually(lambda: behind.leases == [False, True, True], 30)
             assert world.recorded() == ['q.n1']
+
+    @pytest.mark.parametrize('during', ['restore', 'release'])
+    def test_a_sweep_that_the_network_strands_does_not_keep_it_back(
+        self, config: CoordinationConfig, make_config: Callable[..., CoordinationConfig], during: str, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with Proxy(config.host, int(config.port)) as proxy, ExitStack() as stack:
+            world = World(config, stack)
+            behind = world.node('n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1), start=False)
+            world.settle(behind)
+            if during == 'restore':
+                world.queue('gone')
+                behind.mail.on_restore = lambda node: proxy.switch(Mode.HOLD)
+            else:
+                refresh, answers = behind.gate.owners.refresh, itertools.count()
+
+                def stranded() -> bool:
+                    if next(answers):  # the first is the answer to the plan, before the sweep
+                        proxy.switch(Mode.HOLD)
+                    return refresh()
+
+                monkeypatch.setattr(behind.gate.owners, 'refresh', stranded)
+            behind.keeper.start()
+            eventually(lambda: behind.leases == [False], 30)
+            proxy.switch(Mode.PASS)
+            behind.mail.on_restore = lambda node: None
+            monkeypatch.undo()
+            eventually(lambda: behind.leases == [False, True], 30)
 
     def test_an_owner_s_queue_is_found_when_it_is_recorded_late(self, world: World) -> None:
         first, second = world.node('n1', start=False), world.node('n2', start=False)
@@ -415,7 +445,7 @@ class TestHold:
             go.set()
         eventually(lambda: 'gone' in second.mail.restored, 20)
 
-    def test_a_new_life_waits_until_its_former_one_is_swept(self, world: World) -> None:
+    def test_a_new_life_waits_until_its_former_one_is_swept(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         first = world.node('n1', start=False)
         inside, go = threading.Event(), threading.Event()
 
@@ -431,15 +461,35 @@ class TestHold:
             assert inside.wait(20)
             second = world.node('n2', start=False)
             world.broker.held['n2'] = [Item('a')]
+            asked: list[bool] = []
+
+            def counted(*arguments: Any) -> bool:
+                asked.append(hold(*arguments))
+                return asked[-1]
+
+            hold = queues.hold
+            monkeypatch.setattr(queues, 'hold', counted)
             thread = threading.Thread(target=lambda: done.append(second.keeper.reclaim()))
             thread.start()
-            eventually(lambda: query(world.config, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+            eventually(lambda: len(asked) > 2)
+            assert not any(asked)
             assert (done, second.mail.restored) == ([], [])
         finally:
             go.set()
         thread.join(30)
         assert len(done) == 1 and second.mail.restored == ['n2']
         assert world.broker.routes('home') == ['a']
+
+    def test_a_new_life_does_not_wait_for_ever(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = world.node('n1', start=False)
+        monkeypatch.setattr(keeper, '_RECLAIM_SEC', 0.3)
+        with first.keeper._sessions.session() as connection:
+            assert queues.hold(connection, Tables(world.config.appname), 'n1')
+            with pytest.raises(JobSyncError, match="earlier life of 'n1'"):
+                first.keeper.reclaim()
+            first.keeper.stop(10)
+            assert first.keeper.reclaim() == 0, 'a worker that is told to stop does'
+        assert first.mail.restored == []
 
     def test_a_node_that_has_come_back_is_not_swept(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """It came back between the look at the table and the lock."""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
@@ -112,43 +112,54 @@ def test_live_nodes_of_another_plugin_are_told_and_dead_ones_are_not(
 
 class TestHold:
     def test_one_holder_at_a_time_for_each_node(self, sessions: Sessions, tables: Tables) -> None:
-        with sessions.session(limited=False) as one, sessions.session(limited=False) as two:
-            with queues.hold(one, tables, 'n1', False) as first:
-                assert first
-                with queues.hold(two, tables, 'n1', False) as second:
-                    assert not second
-                with queues.hold(two, tables, 'n2', False) as other:
-                    assert other
-            with queues.hold(two, tables, 'n1', False) as again:
-                assert again
+        with sessions.session() as two:
+            with sessions.session() as one:
+                assert queues.hold(one, tables, 'n1')
+                assert not queues.hold(two, tables, 'n1')
+                assert queues.hold(two, tables, 'n2')
+            assert queues.hold(two, tables, 'n1')
 
     def test_who_did_not_get_it_does_not_let_it_go(self, sessions: Sessions, tables: Tables) -> None:
-        with sessions.session(limited=False) as one, sessions.session(limited=False) as two:
-            with queues.hold(one, tables, 'n1', False):
-                for _ in range(3):
-                    with queues.hold(two, tables, 'n1', False) as held:
-                        assert not held
+        with sessions.session() as one:
+            assert queues.hold(one, tables, 'n1')
+            for _ in range(3):
+                with sessions.session() as two:
+                    assert not queues.hold(two, tables, 'n1')
 
     def test_it_ends_with_an_error_in_the_block(self, sessions: Sessions, tables: Tables) -> None:
-        with sessions.session(limited=False) as one, sessions.session(limited=False) as two:
-            with pytest.raises(ZeroDivisionError), queues.hold(one, tables, 'n1', False):
-                raise ZeroDivisionError
-            with queues.hold(two, tables, 'n1', False) as held:
-                assert held
+        with contextlib.suppress(ZeroDivisionError), sessions.session() as one:
+            assert queues.hold(one, tables, 'n1')
+            raise ZeroDivisionError
+        with sessions.session() as two:
+            assert queues.hold(two, tables, 'n1')
 
     def test_clusters_do_not_share_it(self, sessions: Sessions, tables: Tables) -> None:
-        with sessions.session(limited=False) as one, sessions.session(limited=False) as two:
-            with queues.hold(one, tables, 'n1', False), queues.hold(two, Tables('other_'), 'n1', False) as held:
-                assert held
+        with sessions.session() as one, sessions.session() as two:
+            assert queues.hold(one, tables, 'n1')
+            assert queues.hold(two, Tables('other_'), 'n1')
+
+    def test_it_is_not_ended_for_being_idle_nor_does_it_hold_back_vacuum(
+        self, make_config: Callable[..., CoordinationConfig], tables: Tables,
+    ) -> None:
+        hasty = make_config(connection_options={'options': '-c idle_in_transaction_session_timeout=100'}, listen=False)
+        create_schema(hasty)
+        sessions = Sessions(hasty, 'hasty')
+        with sessions.session() as one:
+            assert queues.hold(one, tables, 'n1')
+            idle = """SELECT backend_xmin, now() - state_change > interval '0.3s' FROM pg_stat_activity WHERE pid = %s"""
+            eventually(lambda: query(hasty, idle, (one.info.backend_pid,)) == [(None, True)])
+            assert queues.is_gone(one, tables, 'n1')
+        sessions.close_all()
 
     def test_it_goes_with_its_process(self, config: CoordinationConfig, sessions: Sessions, tables: Tables) -> None:
-        with sessions.session(limited=False) as two, contextlib.suppress(JobSyncError, psycopg2.Error):
-            with sessions.session(limited=False) as one, queues.hold(one, tables, 'n1', False):
+        with contextlib.suppress(JobSyncError, psycopg2.Error):
+            with sessions.session() as one:
+                assert queues.hold(one, tables, 'n1')
                 query(config, 'SELECT pg_terminate_backend(%s)', (one.info.backend_pid,))
 
                 def free() -> bool:
-                    with queues.hold(two, tables, 'n1', False) as held:
-                        return held
+                    with sessions.session() as two:
+                        return queues.hold(two, tables, 'n1')
 
                 eventually(free)
             pytest.fail('the connection lives')
