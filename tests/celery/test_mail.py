@@ -39,6 +39,8 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         mail.declare(_QUEUE)
         arguments = {} if priorities is None else {'x-max-priority': priorities}
         found = {item['name']: item['arguments'] for item in rabbitmq_server.api('GET', f'queues/{space}?disable_stats=true')}
+        for given in found.values():
+            given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
         assert found == {_QUEUE: arguments, _PARKED: arguments}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()

@@ -12,6 +12,7 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig
+from jobsync_core.embedded_supervisor import server_processes
 
 from ..brokers import BrokerServer
 from ..celery.programs import Program, Programs
@@ -71,12 +72,14 @@ def test_the_django_example_books_each_payment_once(django: Programs, config: Co
 
 
 def _kill(program: Program) -> None:
-    """End a master and its worker processes."""
-    children = Path(f'/proc/{program.process.pid}/task/{program.process.pid}/children').read_text().split()
+    """End a master and its worker processes, be they its children or a fork server's."""
+    pids = [program.process.pid]
+    for pid in pids:
+        pids.extend(server_processes(pid)[1:])
     program.kill()
-    for child in children:
+    for pid in pids[1:]:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_payment_is_booked_once_though_its_worker_is_killed_in_the_middle_of_the_transaction(

@@ -141,7 +141,10 @@ def test_each_process_answers_probes_on_a_port_of_its_own(workers: Workers) -> N
         try:
             with urllib.request.urlopen(f'http://127.0.0.1:{number}/health/ready', timeout=5) as answer:
                 return str(json.load(answer)['node'])
-        except (OSError, urllib.error.URLError):
+        except urllib.error.HTTPError as error:
+            error.close()
+            return ''
+        except OSError:
             return ''
 
     names = [eventually(partial(node_at, number), 30) for number in (port, port + 1)]

@@ -528,6 +528,14 @@ class TestAsync:
     @pytest.mark.parametrize('inside', [False, True])
     def test_a_coroutine_that_is_thrown_away_abandons_its_key(self, ledger: FakeLedger, inside: bool) -> None:
         entered = []
+        waiting = threading.Event()
+        begin = ledger.begin
+
+        def begin_later(key: str, retention_sec: float) -> Execution:
+            assert waiting.wait(10)
+            return begin(key, retention_sec)
+
+        ledger.begin = begin_later  # type: ignore[method-assign]
 
         @exactly_once(key='{number}', scope='')
         async def function(number: int) -> None:
@@ -537,6 +545,7 @@ class TestAsync:
         async def main() -> None:
             coroutine = function(1)
             begun = coroutine.send(None)
+            waiting.set()
             while not begun.done():
                 await asyncio.sleep(0.001)
             if inside:
