@@ -109,8 +109,9 @@ class Worker:
 
     @property
     def children(self) -> list[int]:
-        """Processes of the worker's pool."""
-        return server_processes(self.pid)[1:]
+        """Processes of the worker's pool; from Python 3.14 on, Dramatiq's are children of a fork server, which has a tracker beside it."""
+        found = (server_processes(child)[1:] or [child] for child in server_processes(self.pid)[1:])
+        return [pid for pids in found for pid in pids if 'resource_tracker' not in _command_of(pid)]
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -179,6 +180,13 @@ class Worker:
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
         eventually(lambda: not any(running(pid) for pid in children))
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f'/proc/{pid}/cmdline').read_text(errors='replace')
+    except OSError:  # it is gone, or there is no /proc
+        return ''
 
 
 class Adapter(ABC):

@@ -28,10 +28,15 @@ class Workers:
         self._folder, self._environment = folder, environment
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, processes: int = 1, *options: str) -> subprocess.Popen[bytes]:
+    def start(self, processes: int = 1, *options: str, method: str | None = None) -> subprocess.Popen[bytes]:
+        """Start a master, whose processes are started by that method of multiprocessing; default: Dramatiq's own choice."""
+        program = ['-m', 'dramatiq']
+        if method is not None:
+            choice = f'import multiprocessing; multiprocessing.set_start_method({method!r})'
+            program = ['-c', f'{choice}\nimport sys\nfrom dramatiq.cli import main\nsys.exit(main())']
         with (self._folder / f'worker{len(self.started)}').open('wb') as output:
             process = subprocess.Popen(
-                [sys.executable, '-m', 'dramatiq', '-p', str(processes), '-t', '4', 'tests.dramatiq.worker_app', *options], cwd=ROOT,
+                [sys.executable, *program, '-p', str(processes), '-t', '4', 'tests.dramatiq.worker_app', *options], cwd=ROOT,
                 env=self._environment, stdout=output, stderr=output, start_new_session=True)
         self.started.append(process)
         return process

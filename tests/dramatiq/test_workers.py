@@ -97,8 +97,9 @@ def test_a_rebalance_runs_nothing_twice(workers: Workers) -> None:
     assert set(workers.counts('slow:').values()) == {1}
 
 
-def test_orphans_of_a_killed_master_leave(workers: Workers) -> None:
-    first = workers.start(2)
+@pytest.mark.parametrize('method', ['fork', 'forkserver'])
+def test_orphans_of_a_killed_master_leave(workers: Workers, method: str) -> None:
+    first = workers.start(2, method=method)
     workers.start(1)
     workers.wait_for_nodes(3)
     for n in range(60):
