@@ -1,6 +1,7 @@
 """A cluster of real `dramatiq` processes."""
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -74,6 +75,9 @@ class Workers:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            # Dramatiq 1 starts a process for Prometheus, which outlives a master that was killed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(params=['redis', 'rabbitmq'])
