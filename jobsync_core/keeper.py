@@ -189,7 +189,7 @@ class Keeper:
 
     def _sweep_node(self, queue: str, node: str, age: float) -> None:
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, node) or not queues.is_gone(connection, self._tables, node):
+            if not queues.hold(connection, self._tables, node) or not self._is_gone(node):
                 return
             restored = self._mail.restore(node)
             moved = self._drain(queue)
@@ -198,6 +198,11 @@ class Keeper:
                 logger.info('node=%s gone=%s restored=%d moved=%d', self._job.node_name, node, restored, moved)
             elif age >= _CLOSE_SEC and (self._mail.catches_strays or age >= _KEEP_SEC) and self._mail.delete(queue):
                 queues.forget(connection, self._tables, queue)
+
+    def _is_gone(self, node: str) -> bool:
+        # On another connection: read in the holding transaction, the table would be locked against a migration while the broker works.
+        with self._sessions.session() as connection:
+            return queues.is_gone(connection, self._tables, node)
 
     def _drain(self, queue: str) -> int:
         moved = 0

@@ -480,6 +480,16 @@ class TestHold:
         assert len(done) == 1 and second.mail.restored == ['n2']
         assert world.broker.routes('home') == ['a']
 
+    def test_a_sweep_locks_no_table_while_the_broker_works(self, world: World) -> None:
+        first = world.node('n1', start=False)
+        locked: list[tuple[Any, ...]] = []
+        first.mail.on_restore = lambda node: locked.extend(query(world.config, """
+            SELECT locktype, count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+            WHERE application_name LIKE 'jobsync keeper%%' AND locktype IN ('advisory', 'relation') GROUP BY 1"""))
+        world.queue('gone')
+        first.keeper._sweep_node('q.gone', 'gone', 0.0)
+        assert locked == [('advisory', 1)]
+
     def test_a_new_life_does_not_wait_for_ever(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         first = world.node('n1', start=False)
         monkeypatch.setattr(keeper, '_RECLAIM_SEC', 0.3)
