@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 import psycopg2
 from celery.beat import ScheduleEntry, Scheduler, SchedulingError
 from celery.schedules import crontab
-from celery.utils.log import get_logger
 
 from jobsync_core import clock
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
@@ -37,6 +36,7 @@ from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schedules import Leadership, State
 from jobsync_core.store.schema import Tables, create_schema
 
+from .logs import get_logger
 from .publisher import BrokerAway, Publisher
 from .settings import read_config
 from .slots import newest_slot, slot_id, slots_after

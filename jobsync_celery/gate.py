@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from celery.utils.log import get_logger
 from celery.worker import state
 
 from jobsync_core import clock
@@ -19,6 +18,7 @@ from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOPS, KEY, Decision, Verdict, parked_queue
 from jobsync_core.tokens import TokenSet
 
+from .logs import get_logger
 from .mail import Publisher
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ a queue that has gone is parked, not lost. On Redis a queue is a list, and publi
 """
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from kombu.utils.uuid import uuid
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.keeper import Letter
+from jobsync_core.logs import get_logger
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ['CeleryMail', 'Leftovers', 'Publisher', 'driver_of', 'node_queue_of', 'redis_options']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds that a publish may take; then its connection is dropped and the message stays where it was.
 _PUBLISH_SEC = 5.0

@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 from celery import current_task, states
 from celery.exceptions import Ignore
-from celery.utils.log import get_logger
 
 from jobsync_core.adapter import MessageOnce
 from jobsync_core.current_ledger import LocalLedger, current_ledger, message_ledger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
 from jobsync_core.ledger import Ledger
+
+from .logs import get_logger
 
 __all__ = ['COME_BACK_SEC', 'exactly_once']
 

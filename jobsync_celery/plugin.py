@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from celery import signals
 from celery.utils.dispatch import Signal
-from celery.utils.log import get_logger
 from kombu.utils.json import loads
 
 from jobsync_core import clock
@@ -24,6 +23,7 @@ from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
 from .gate import ConsumerGate
+from .logs import get_logger
 from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_of, redis_options
 from .router import install_router, mark_message
 from .settings import read_settings

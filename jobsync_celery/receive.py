@@ -17,7 +17,6 @@ from threading import get_ident
 from time import monotonic, time
 from typing import Any
 
-from celery.utils.log import get_logger
 from kombu.connection import Connection
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
@@ -26,6 +25,7 @@ from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from .bell import Bell
+from .logs import get_logger
 from .mail import Leftovers
 from .redis_client import is_redis, with_channel
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from celery.app.routes import Router
 from celery.utils.imports import symbol_by_name
-from celery.utils.log import get_logger
 from kombu.entity import Queue
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.routing import HOPS, KEY
 
+from .logs import get_logger
 from .mail import node_queue_of
 from .redis_client import keep_client
 

@@ -30,7 +30,8 @@ def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> Plugin
     conf = app.conf
     group = conf.get('jobsync') or {}
     if not isinstance(group, Mapping):
-        raise ConfigurationError(f"app.conf.jobsync={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}")
+        raise ConfigurationError(
+            f"app.conf.jobsync is a {type(group).__name__}: give a dict such as {{'database_url': 'postgresql://…'}}")
     single = {name: conf.get(f'jobsync_{name}') for name in _NAMES}
     found = {**group, **{name: value for name, value in single.items() if value is not None}, **(given or {})}
     if given and ('database_url' in given or 'config' in given):

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
-from celery.utils.log import get_logger
 from celery.worker import state
 
 from jobsync_core.errors import JobSyncError
 from jobsync_core.plugin import stand_in
 
 from .cold_shutdown import ColdShutdown
+from .logs import get_logger
 from .plugin import JobSync
 
 if TYPE_CHECKING:

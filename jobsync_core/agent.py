@@ -18,6 +18,7 @@ from .callbacks import Callbacks
 from .config import CoordinationConfig
 from .effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from .errors import DatabaseUnavailable, JobSyncError
+from .logs import get_logger
 from .messages import Beaten, Connect, Connected, Reply, Request
 from .protocol import Phase, Protocol
 from .store.connection import Connection
@@ -25,7 +26,7 @@ from .store.control import Control
 
 __all__ = ['Agent']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _LONGEST_WAIT = 60.0
 #: Errors of the server that pass by themselves: a lock or a statement that took too long, a server that starts or stops.

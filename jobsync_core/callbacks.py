@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,11 +9,12 @@ from typing import Any
 
 from . import clock
 from .effects import RebalanceEvent
+from .logs import get_logger
 from .tokens import TokenSet
 
 __all__ = ['Callbacks', 'with_event']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SLOW_SEC = 1.0
 

@@ -1,14 +1,17 @@
 """The settings of a cluster, checked when they are written down."""
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from urllib.parse import parse_qsl, unquote, urlsplit
 
+from .database_url import parse_database_url
 from .errors import ConfigurationError
 from .hashing import HASH_FUNCTIONS
+from .logs import get_logger
+from .secret import SECRET_OPTIONS, hide
 
 __all__ = ['LEASE_FRACTION', 'CoordinationConfig']
 
@@ -17,6 +20,18 @@ MAX_TOKENS = 1_000_000
 #: that covers clock rates that differ by 1 % each way, with room to spare.
 LEASE_FRACTION = 0.9
 _APPNAME = re.compile(r'[a-z_][a-z0-9_]{0,39}\Z')
+_PREFIX = 'JOBSYNC_'
+#: What the adapters and the test kit read from the environment, besides the fields of CoordinationConfig.
+ADAPTER_VARIABLES = frozenset({
+    'clear_existing_locks', 'coordinate', 'http', 'max_hops', 'node_name', 'on_unclaimed', 'park_sec', 'pin_slots', 'required',
+    'route_producers', 'wait_on_enter', 'wait_on_exit', 'weight'})
+#: Kubernetes makes such variables for a service that is called jobsync.
+_SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
+#: How alike two names are if one is probably the other misspelt.
+_ALIKE = 0.8
+_unknown: set[str] = set()
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +78,8 @@ class CoordinationConfig:
     def __post_init__(self) -> None:
         for name in ('host', 'dbname', 'user', 'appname', 'hash_function'):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value or '\0' in value:
-                raise ConfigurationError(f'{name}={value!r}: give a non-empty string')
+            if not isinstance(value, str) or not value or not value.isprintable():
+                raise ConfigurationError(f'{name}={value!r}: give a non-empty string without control characters')
         object.__setattr__(self, 'appname', self.appname.lower())
         if not _APPNAME.match(self.appname):
             raise ConfigurationError(
@@ -74,6 +89,8 @@ class CoordinationConfig:
                 f'hash_function={self.hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
         if self.password is not None and (not isinstance(self.password, str) or '\0' in self.password):
             raise ConfigurationError('password must be a string without NUL characters, or None')
+        object.__setattr__(self, 'password', hide(self.password))
+        self._check_options()
         self._check_ports()
         self._check_integer('total_tokens', 1, MAX_TOKENS)
         self._check_integer('minimum_nodes', 1, None)
@@ -85,6 +102,13 @@ class CoordinationConfig:
                 f'heartbeat_timeout_sec={self.heartbeat_timeout_sec} leaves no room for '
                 f'heartbeat_interval_sec={self.heartbeat_interval_sec}: a lease lasts {LEASE_FRACTION:.0%} of the timeout and must outlast '
                 f'the interval; three times the interval is usual')
+
+    def _check_options(self) -> None:
+        options = self.connection_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ConfigurationError("connection_options: give a dict of libpq parameters, such as {'sslmode': 'require'}")
+        hidden = {name: hide(value) if name in SECRET_OPTIONS else value for name, value in options.items()}
+        object.__setattr__(self, 'connection_options', hidden)
 
     def _check_ports(self) -> None:
         if isinstance(self.port, bool) or not isinstance(self.port, (int, str)):
@@ -130,34 +154,12 @@ class CoordinationConfig:
             settings: Any other field of the class.
 
         Raises:
-            ConfigurationError: The URL or a setting cannot work. The password is not repeated.
+            ConfigurationError: The URL or a setting cannot work. No part of a URL that cannot be read is repeated.
         """
-        try:
-            parts = urlsplit(url)
-        except (ValueError, AttributeError, TypeError):
-            raise ConfigurationError('the database URL cannot be read: use postgresql://user:password@host:port/dbname') from None
-        if parts.scheme not in ('postgresql', 'postgres'):
-            raise ConfigurationError(f'database URL scheme {parts.scheme!r}: use postgresql://user:password@host:port/dbname')
-        userinfo, _, location = parts.netloc.rpartition('@')
-        user, _, password = userinfo.partition(':')
-        found: dict[str, object] = {'password': unquote(password) if password else None}
-        if user:
-            found['user'] = unquote(user)
-        if location:
-            pairs = [_split_port(item) for item in location.split(',')]
-            found['host'] = ','.join(unquote(host) for host, _ in pairs)
-            found['port'] = ','.join(port for _, port in pairs)
-        if parts.path.strip('/'):
-            found['dbname'] = unquote(parts.path.lstrip('/'))
-        options = dict(parse_qsl(parts.query))
-        for name in ('host', 'port', 'user', 'password', 'dbname'):
-            if name in options:
-                found[name] = options.pop(name)
-        found['connection_options'] = options
-        return cls._checked({**found, **settings})
+        return cls._checked({**parse_database_url(url), **settings})
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ, prefix: str = 'JOBSYNC_', **settings: object) -> CoordinationConfig:
+    def from_env(cls, environ: Mapping[str, str] = os.environ, prefix: str = _PREFIX, **settings: object) -> CoordinationConfig:
         """Read `JOBSYNC_DATABASE_URL` and `JOBSYNC_<FIELD>` for each field, for example `JOBSYNC_TOTAL_TOKENS=50000`.
 
         Args:
@@ -166,12 +168,14 @@ class CoordinationConfig:
             settings: Fields that win over the environment.
 
         Raises:
-            ConfigurationError: A value cannot work; the message names the variable.
+            ConfigurationError: A value cannot work, or a variable's name is nearly that of a setting; the message names the variable.
         """
+        if prefix == _PREFIX:
+            _check_variables(environ)
         found: dict[str, object] = {}
         for item in fields(cls):
             raw = environ.get(prefix + item.name.upper())
-            if raw is not None and item.name != 'connection_options':
+            if raw is not None and item.name != 'connection_options' and not (item.name == 'port' and raw.startswith('tcp://')):
                 found[item.name] = _from_text(prefix + item.name.upper(), raw, item.default)
         url = environ.get(prefix + 'DATABASE_URL')
         if url:
@@ -194,12 +198,20 @@ class CoordinationConfig:
         return min(MAX_TOKENS, max(expected_tasks * 10, expected_nodes * 100, 10_000))
 
 
-def _split_port(item: str) -> tuple[str, str]:
-    if item.startswith('['):
-        host, _, rest = item[1:].partition(']')
-        return host, rest.lstrip(':') or '5432'
-    host, _, port = item.partition(':')
-    return host, port or '5432'
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """Refuse a variable that is a setting misspelt; say once that one is unknown."""
+    known = {'database_url', *ADAPTER_VARIABLES, *(item.name for item in fields(CoordinationConfig))} - {'connection_options'}
+    for variable in environ:
+        name = variable.removeprefix(_PREFIX)
+        if name == variable or name.lower() in known or name.startswith('TEST_') or _SERVICE.fullmatch(name):
+            continue
+        near = difflib.get_close_matches(name.lower(), sorted(known), 1, _ALIKE)
+        if near:
+            raise ConfigurationError(
+                f'the environment variable {variable!r} is no setting: did you mean {_PREFIX}{near[0].upper()}? Rename it, or remove it')
+        if variable not in _unknown:
+            _unknown.add(variable)
+            logger.warning('the environment variable %r is no setting of JobSync and is ignored', variable)
 
 
 def _from_text(name: str, raw: str, default: object) -> object:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import os
 import threading
 import uuid
@@ -22,6 +21,7 @@ from .current_ledger import LocalLedger, set_current_ledger
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .hashing import check_task_id
 from .ledger import DEFAULT_RETENTION, Execution, Ledger
+from .logs import get_logger
 from .once import once
 from .process import is_known_alive, is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings
@@ -36,7 +36,7 @@ from .tokens import TokenSet
 
 __all__ = ['Job']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Job:

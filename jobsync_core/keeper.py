@@ -1,7 +1,6 @@
 """The keeper: a node's thread that follows lease and plans, and sweeps up what nodes that are gone left at the broker."""
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -10,6 +9,7 @@ import psycopg2
 
 from . import clock
 from .errors import JobSyncError
+from .logs import get_logger
 from .owners import Place
 from .plugin import Gate
 from .store import queues
@@ -18,7 +18,7 @@ from .store.schema import Tables
 
 __all__ = ['Keeper', 'Letter', 'Mail']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds between two looks while something is left to sweep.
 _BUSY_SEC = 0.5

@@ -7,7 +7,6 @@ attempt does may happen again in a later attempt, if this one dies before its co
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from .errors import (
 )
 from .execution import DEFAULT_RETENTION, MAX_RESULT_BYTES, Execution, check_key, current_execution, describe, retention_seconds
 from .ledger_calls import LedgerCalls
+from .logs import get_logger
 from .process import this_process
 from .store import executions
 from .store.executions import Completion, Holder
@@ -44,7 +44,7 @@ __all__ = [
     'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'Ledger', 'check_key', 'current_execution', 'retention_seconds',
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Looks for an attempt that may have been begun: the server may execute a statement after its client gave up.
 _ORPHAN_TRIES = 5

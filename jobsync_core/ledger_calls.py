@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +11,7 @@ import psycopg2.errors
 
 from .errors import DatabaseUnavailable, StoreTimeout
 from .group_commit import GroupCommit
+from .logs import get_logger
 from .process import is_known_dead
 from .store import executions
 from .store.executions import Completion, Holder, Row
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ['LedgerCalls']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _RACES = 10
 #: What is found where others are at the key at this very moment.

@@ -5,7 +5,6 @@ import asyncio
 import datetime
 import functools
 import inspect
-import logging
 import string
 import sys
 import threading
@@ -25,10 +24,11 @@ from .errors import (
 )
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
 from .ledger import Ledger
+from .logs import get_logger
 
 __all__ = ['ExactlyOnce', 'exactly_once', 'key_maker', 'once']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 F = TypeVar('F', bound=Callable[..., Any])
 

@@ -1,7 +1,6 @@
 """A read-only copy of who owns what, for gates and for producers that are no nodes."""
 from __future__ import annotations
 
-import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -12,13 +11,14 @@ import psycopg2
 from . import clock
 from .errors import DatabaseUnavailable
 from .hashing import HASH_FUNCTIONS, check_task_id
+from .logs import get_logger
 from .store import queues
 from .store.connection import Sessions
 from .store.schema import Tables
 
 __all__ = ['OwnerMap', 'Place']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds for which a copy is used without asking again, and for which nobody asks after a failure.
 FRESH_SEC, PAUSE_SEC = 1.0, 5.0

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import threading
 import time
@@ -15,8 +14,9 @@ from .config import CoordinationConfig
 from .effects import RebalanceEvent
 from .errors import ConfigurationError
 from .job import Job
+from .logs import get_logger
 from .owners import OwnerMap
-from .routing import Decision, check_pins, decide, pin_locks
+from .routing import Decision, check_pins, decide, node_queue, pin_locks
 from .store import locks as lock_store
 from .store import queues
 from .store.connection import Sessions
@@ -25,7 +25,7 @@ from .tokens import TokenSet
 
 __all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map', 'set_stand_in', 'stand_in']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
 _PREFIX = 'JOBSYNC_'
@@ -78,6 +78,7 @@ class PluginSettings:
     def __post_init__(self) -> None:
         if self.node_name is not None:
             check_name(self.node_name)
+            node_queue(self.config.appname, self.node_name)  # says what is wrong with the name
         for name, least in (('weight', 1e-6), ('wait_on_enter', 0), ('wait_on_exit', 0), ('park_sec', 0)):
             check_number(name, getattr(self, name), least)
         for name, least in (('pin_slots', 1), ('max_hops', 1)):

@@ -24,6 +24,13 @@ __all__ = [
 KEY, HOPS = 'jobsync_key', 'jobsync_hops'
 
 
+#: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
+_RESERVED = frozenset({'parked', 'unrouted'})
+_RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
+#: RabbitMQ takes names of up to 255 bytes; some are left for endings.
+_QUEUE_BYTES = 240
+
+
 class Verdict(Enum):
     """What becomes of a message here."""
 
@@ -77,8 +84,18 @@ def decide(
 
 
 def node_queue(appname: str, node: str) -> str:
-    """Name of a node's own queue."""
-    return f'jobsync.{appname}.{node}'
+    """Name of a node's own queue.
+
+    Raises:
+        ConfigurationError: A queue of that name has another meaning, or the name is too long for a broker.
+    """
+    queue = f'jobsync.{appname}.{node}'
+    if node in _RESERVED or node.endswith(_RESERVED_ENDINGS):
+        raise ConfigurationError(f'node_name={node!r}: {queue!r} is the name of something else at the broker; give the node another name')
+    if len(queue.encode()) > _QUEUE_BYTES:
+        raise ConfigurationError(
+            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and brokers take {_QUEUE_BYTES}; shorten it')
+    return queue
 
 
 def parked_queue(appname: str) -> str:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from .claims import Claims
 from .config import CoordinationConfig
 from .errors import ClaimLost, JobSyncError
 from .hashing import HASH_FUNCTIONS, check_task_id, task_key
+from .logs import get_logger
 from .store import tasks
 from .store.connection import Sessions
 from .store.schema import Tables
@@ -21,7 +21,7 @@ from .tokens import TokenSet
 
 __all__ = ['TaskBook']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Attempts at recording a claim that is refused although the task is this node's: the leader, or another hand-over of this
 #: node, may be rewriting the token's row just then.

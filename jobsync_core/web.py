@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import socket
@@ -16,10 +15,11 @@ from typing import Any
 from . import clock
 from .errors import ConfigurationError
 from .job import Job
+from .logs import get_logger
 
 __all__ = ['HealthServer', 'node_metrics', 'split_address']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds that a connection may take in all.
 _PATIENCE = 5.0

@@ -1,7 +1,6 @@
 """The gate between the broker and a Dramatiq worker: a consumer around the broker's, and the last look before an actor runs."""
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import SkipMessage
 
 from jobsync_core import clock
+from jobsync_core.logs import get_logger
 from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOPS, KEY, Verdict, parked_queue
 from jobsync_core.tokens import TokenSet
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ['GatedConsumer', 'Note', 'WorkerGate', 'give_back', 'note_of']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds between two looks at a lease that is away.
 _LOOK_SEC = 0.05

@@ -19,6 +19,7 @@ from jobsync_core.current_ledger import UNCOORDINATED
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
+from jobsync_core.logs import get_logger
 from jobsync_core.owners import OwnerMap
 from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
@@ -32,7 +33,7 @@ from .once import processing
 
 __all__ = ['BootFailed', 'JobSync']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds after which an orphan ends that does not obey its signal.
 _ORPHAN_SEC = 10.0

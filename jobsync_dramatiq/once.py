@@ -6,20 +6,20 @@ A duplicate returns the stored result, so that groups and pipelines go on.
 from __future__ import annotations
 
 import contextvars
-import logging
 from typing import Any, NoReturn
 
 from dramatiq.middleware import SkipMessage
 
 from jobsync_core.adapter import MessageOnce
 from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.logs import get_logger
 
 from .gate import give_back, note_of
 from .groups import forget_group, was_counted
 
 __all__ = ['exactly_once', 'processing']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Milliseconds until a message comes back that could not run.
 _COME_BACK_MS = 1000

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -28,13 +27,14 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.keeper import Letter
+from jobsync_core.logs import get_logger
 from jobsync_core.routing import KEY, parked_queue
 
 from .mail import Hold, home_of, wrapped
 
 __all__ = ['RabbitMail']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Attempts to publish: a connection that was idle for long is found to be broken only at its next use.
 _ATTEMPTS = 3

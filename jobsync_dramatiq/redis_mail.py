@@ -5,7 +5,6 @@ the node's name, and the names of the queues stand in a set beside the node's qu
 """
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
@@ -19,6 +18,7 @@ from redis.exceptions import RedisError
 
 from jobsync_core import clock
 from jobsync_core.keeper import Letter
+from jobsync_core.logs import get_logger
 from jobsync_core.routing import KEY, node_queue
 
 from .mail import Hold, home_of, wrapped
@@ -26,7 +26,7 @@ from .redis_line import Line
 
 __all__ = ['RedisMail', 'broker_id']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds between two signs of life from a consumer that takes nothing: after a minute other workers put back what it holds.
 _SIGN_SEC = 10.0

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.config import LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
+from jobsync_core.config import ADAPTER_VARIABLES, LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
 from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.plugin import PluginSettings
+from jobsync_core.secret import Secret
 
 quick = settings(deadline=None, max_examples=200)
 
@@ -81,17 +84,105 @@ def test_neither_text_nor_errors_show_the_password() -> None:
         assert 's3cret' not in str(caught.value), url
 
 
+@pytest.mark.parametrize('url', [
+    'postgresql://u:s3cret/pw@h/db', 'postgresql://u:s3cret/p@w@h/db', 'postgresql://u:p@s3cret/w@h/db', 'postgresql://u:pw#s3cret@h/db',
+    'postgresql://u:pw?s3cret@h/db', 'postgresql://u:s3cret@h:5432:1/db', 'postgresql://u:pw@h/db?s3cret', 'postgresql://u:%s3cret@h/db',
+    'postgresql://h:s3cret/db', 'postgresql://u:pw\ns3cret@h/db', 'postgresql://u:pw@h/s3cret/db', 'postgresql://u:pw@h/s3cret:db',
+    'postgresql:s3cret@h/db', 'postgresql:/u:s3cret@h/db', 's3cret', 's3cret://u', 's3cret:x', 'postgresql+s3cret://u:s3cret@h/db',
+    'host=h password=s3cret', 'postgresql://u:pw@[s3cret]/db', 'postgresql://u:pw@s3cret h/db', 'postgresql://h/db?host=x&port=s3cret',
+    'postgresql://u:pw@h/db?s3cret=1&=', 'POSTGRESQL s3cret', 'postgresql://u:a@s3cret:b@c:d/e',
+])
+def test_no_part_of_a_url_that_cannot_be_read_is_repeated(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        CoordinationConfig.from_url(url)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert 's3cret' not in str(error).lower(), url
+        assert error.__context__ is None or error.__suppress_context__
+        error = error.__cause__
+    assert 'postgresql' in str(caught.value) or 'percent-encoded' in str(caught.value), 'the message says what to do'
+
+
+@quick
+@given(st.text('ab:/@?#%[] =&,.S\n', max_size=30))
+def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_guess(rest: str) -> None:
+    problem, config = '', None
+    try:
+        config = CoordinationConfig.from_url(f'postgresql://user:S3CRET{rest}@host/db')
+    except ConfigurationError as error:
+        problem = str(error)
+    assert 'S3CRET' not in problem + repr(config)
+    assert config is None or (config.user, config.host, config.dbname) == ('user', 'host', 'db')
+
+
+def test_a_password_is_a_secret_wherever_it_is_kept() -> None:
+    config = CoordinationConfig(password='s3cret', connection_options={'sslpassword': 's3cret', 'sslmode': 'require'})
+    for shown in (repr(config.password), repr(dataclasses.asdict(config)), repr(vars(config)), f'{config.connection_options}'):
+        assert 's3cret' not in shown
+    assert config.password == 's3cret' and f'{config.password}' == 's3cret', 'whoever asks for it as text gets it'
+    assert config.connection_options == {'sslpassword': 's3cret', 'sslmode': 'require'}
+    assert isinstance(pickle.loads(pickle.dumps(config)).password, Secret)
+
+
+@pytest.mark.parametrize('options', ['sslmode=require', [('sslmode', 'require')], {1: 'x'}])
+def test_connection_options_are_a_dict_of_names(options: object) -> None:
+    with pytest.raises(ConfigurationError, match='connection_options'):
+        CoordinationConfig(connection_options=options)  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.parametrize('name', ['host', 'dbname', 'user'])
+@pytest.mark.parametrize('value', ['a\nb', 'a\r', '\x1b[31mred', 'a\u2028b'])
+def test_a_name_that_would_make_a_line_of_its_own_in_a_log_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match='control characters') as caught:
+        CoordinationConfig(**{name: value})  # type: ignore[arg-type]  # mixed types
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(('variable', 'meant'), [
+    ('JOBSYNC_HEARTBEAT_TIMOUT_SEC', 'JOBSYNC_HEARTBEAT_TIMEOUT_SEC'), ('JOBSYNC_DATABASE_URI', 'JOBSYNC_DATABASE_URL'),
+    ('JOBSYNC_TOTAL_TOKEN', 'JOBSYNC_TOTAL_TOKENS'), ('JOBSYNC_APP_NAME', 'JOBSYNC_APPNAME'), ('JOBSYNC_DB_NAME', 'JOBSYNC_DBNAME'),
+    ('JOBSYNC_NODENAME', 'JOBSYNC_NODE_NAME'), ('JOBSYNC_MIN_NODES', 'JOBSYNC_MINIMUM_NODES'),
+])
+def test_a_misspelt_variable_is_refused_with_the_name_that_was_meant(variable: str, meant: str) -> None:
+    with pytest.raises(ConfigurationError, match=f'{variable}.*did you mean {meant}'):
+        CoordinationConfig.from_env({variable: 's3cret'})
+    shared = {variable.replace('JOBSYNC_', 'X_'): 'x'}
+    assert CoordinationConfig.from_env(shared, prefix='X_') == CoordinationConfig(), 'another prefix may be shared with others'
+
+
+def test_a_variable_that_is_no_setting_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {'JOBSYNC_COLOUR_OF_THE_SHED': 's3cret', 'OTHER': 'x', 'jobsync_lower': 'x'}
+    CoordinationConfig.from_env(environ)
+    CoordinationConfig.from_env(environ)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the environment variable 'JOBSYNC_COLOUR_OF_THE_SHED' is no setting of JobSync and is ignored"]
+
+
+def test_what_kubernetes_sets_for_a_service_called_jobsync_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {
+        'JOBSYNC_SERVICE_HOST': '10.0.0.1', 'JOBSYNC_SERVICE_PORT': '80', 'JOBSYNC_PORT': 'tcp://10.0.0.1:80', 'JOBSYNC_PORT_80_TCP': 'x',
+        'JOBSYNC_PORT_80_TCP_ADDR': 'x', 'JOBSYNC_SERVICE_PORT_HTTP': '80'}
+    assert CoordinationConfig.from_env(environ) == CoordinationConfig() and not caplog.records
+
+
+def test_the_variables_of_the_adapters_are_known() -> None:
+    assert {
+        item.name for item in dataclasses.fields(PluginSettings)
+        if isinstance(item.default, (bool, int, float, str)) or item.name in ('node_name', 'http')} == ADAPTER_VARIABLES
+
+
 def test_several_hosts_share_a_port_or_have_one_each() -> None:
     assert CoordinationConfig(host='a, b', port=5433).hosts == (('a', 5433), ('b', 5433))
     assert CoordinationConfig(host='a,b', port='5433,5434').hosts == (('a', 5433), ('b', 5434))
     assert CoordinationConfig().hosts == (('localhost', 5432),)
 
 
-text = st.text(st.characters(exclude_characters='\0', codec='utf-8'), min_size=1, max_size=12)
+passwords = st.text(st.characters(exclude_characters='\0', codec='utf-8'), min_size=1, max_size=12)
+names = passwords.filter(str.isprintable)
 
 
 @quick
-@given(text, text, text.filter(lambda name: name.strip('/') and not name.startswith('/')), st.integers(1, 65535))
+@given(names, passwords, names, st.integers(1, 65535))
 def test_a_url_gives_back_what_was_quoted_into_it(user: str, password: str, dbname: str, port: int) -> None:
     parts = [quote(part, safe='') for part in (user, password, dbname)]
     url = f'postgresql://{parts[0]}:{parts[1]}@db.example:{port}/{parts[2]}?sslmode=require'

@@ -80,6 +80,12 @@ class TestNames:
         assert node_queue('shop_', 'celery@host-1') == 'jobsync.shop_.celery@host-1'
         assert parked_queue('shop_') == 'jobsync.shop_.parked'
 
+    @pytest.mark.parametrize(
+        'node', ['parked', 'unrouted', 'n1.unacked', 'n1.unacked_index', 'n1.sources', 'n1.DQ', 'n1.XQ', 'n1.msgs', 'é' * 120])
+    def test_a_node_is_not_called_what_something_else_at_the_broker_is_called(self, node: str) -> None:
+        with pytest.raises(ConfigurationError, match=r'node_name.*(another name|shorten)'):
+            node_queue('shop_', node)
+
     def test_names_that_are_in_messages_stay(self) -> None:
         """Another version of the plugin has written them."""
         assert (KEY, HOPS) == ('jobsync_key', 'jobsync_hops')
