@@ -1,6 +1,7 @@
 """Real PostgreSQL for every test that asks for it, and a database of its own for each test."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
 
 from .brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
+from .pgbouncer import PgBouncer, PgBouncerUnavailable
 
 #: Times that make a cluster's life quick to watch.
 SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.0, 'rebalance_check_interval_sec': 1.0}
@@ -66,6 +68,32 @@ def make_config(postgres: EmbeddedPostgres) -> Iterator[Callable[..., Coordinati
 def config(make_config: Callable[..., CoordinationConfig]) -> CoordinationConfig:
     """A CoordinationConfig for a fresh database, with short times."""
     return make_config()
+
+
+@pytest.fixture
+def make_pgbouncer() -> Iterator[Callable[..., PgBouncer]]:
+    """Starts PgBouncers of this test's own: `make_pgbouncer(config, mode='transaction')`; skips where none is installed."""
+    started: list[PgBouncer] = []
+
+    def make(config: CoordinationConfig, **settings: Any) -> PgBouncer:
+        try:
+            pooler = PgBouncer(config, **settings)
+        except PgBouncerUnavailable as error:
+            pytest.skip(str(error))
+        started.append(pooler)
+        pooler.start()
+        return pooler
+
+    yield make
+    for pooler in started:
+        pooler.close()
+
+
+@pytest.fixture
+def pooled(config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]) -> CoordinationConfig:
+    """A CoordinationConfig for a fresh database behind a PgBouncer in transaction mode."""
+    pooler = make_pgbouncer(config)
+    return dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False)
 
 
 def _broker(make: Callable[[], BrokerServer]) -> Iterator[BrokerServer]:
