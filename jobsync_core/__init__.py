@@ -13,9 +13,11 @@ from .errors import (
     Fenced,
     InvalidTaskId,
     JobSyncError,
+    MessageRefused,
     NotEntered,
     SchemaConflict,
     StoreTimeout,
+    Unroutable,
 )
 from .job import Job
 from .ledger import Execution, current_execution
@@ -28,6 +30,6 @@ __version__ = '0.1.0'
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseUnavailable',
     'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
-    'JobSyncError', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet',
+    'JobSyncError', 'MessageRefused', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet', 'Unroutable',
     'current_execution', 'exactly_once',
 ]

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError',
     'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
-    'Fenced', 'InvalidTaskId', 'JobSyncError', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
+    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotEntered', 'SchemaConflict', 'StoreTimeout', 'Unroutable',
 ]
 
 
@@ -43,6 +43,14 @@ class SchemaConflict(JobSyncError):
 
 class NotEntered(JobSyncError, RuntimeError):
     """The Job is not running. Use it inside its `with` block, once."""
+
+
+class MessageRefused(JobSyncError, ValueError):
+    """This message cannot be processed, and was set aside. Mend what its sender writes, and send it again."""
+
+
+class Unroutable(MessageRefused):
+    """No key can be made for this message, so that no node may run it. Mend its arguments, or the key of its task, and send it again."""
 
 
 # --- the cluster ---

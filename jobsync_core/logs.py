@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 
-__all__ = ['escaping', 'get_logger', 'one_line']
+__all__ = ['Repeats', 'escaping', 'get_logger', 'one_line', 'shown']
 
 _AS_THEY_ARE = (int, float, type(None))
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxstring, _repr.maxother = 4, 10, 10, 10, 200, 200
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -67,3 +71,59 @@ class _Shown:
             return one_line(how(self._value))
         except Exception as error:
             return f'<{type(self._value).__name__} that cannot be shown: {type(error).__name__}>'
+
+
+def shown(value: object, limit: int = 300) -> str:
+    """A value on one line: text with its line breaks, control characters and lone surrogates escaped; anything else as its repr.
+
+    Args:
+        value: Anything; what cannot be shown is named by its type.
+        limit: Characters after which it is cut.
+    """
+    try:
+        # Not all of a long text is looked at.
+        text = value[:limit + 1] if type(value) is str else _repr.repr(value)[:limit + 1]
+    except Exception:  # a repr is code of whoever made the value
+        text = f'<{type(value).__name__}>'
+    cut = len(text) > limit
+    text = one_line(text)
+    return f'{text[:limit]}…' if cut else text
+
+
+@dataclass
+class _Said:
+    at: float
+    hushed: int = 0
+
+
+class Repeats:
+    """Which of many events that are alike are worth a line: the first, and then one in a while, with the number of those between.
+
+    Threads may share it: a line too many harms nobody.
+
+    Args:
+        every_sec: Seconds until an event like one that was said is said again.
+        most: How many kinds are remembered; of more, the oldest is forgotten.
+    """
+
+    def __init__(self, every_sec: float = 60.0, most: int = 1000) -> None:
+        self._every = every_sec
+        self._most = most
+        self._said: dict[Hashable, _Said] = {}
+
+    def say(self, kind: Hashable, now: float) -> str | None:
+        """What to put at the end of the event's line: '' or ' (12 more like it)'; None: write no line.
+
+        Args:
+            kind: What makes events alike.
+            now: Seconds on any clock.
+        """
+        known = self._said.get(kind)
+        if known is not None and now - known.at < self._every:
+            known.hushed += 1
+            return None
+        self._said.pop(kind, None)
+        while len(self._said) >= self._most:
+            self._said.pop(next(iter(self._said), None), None)
+        self._said[kind] = _Said(now)
+        return f' ({known.hushed} more like it)' if known is not None and known.hushed else ''

@@ -17,11 +17,14 @@ from .once import ExactlyOnce, key_maker
 from .patterns import check_patterns
 
 __all__ = [
-    'HOPS', 'KEY', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'node_queue', 'parked_queue', 'pin_locks', 'pin_route',
+    'HOME', 'HOPS', 'KEY', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'node_queue', 'parked_queue',
+    'pin_locks', 'pin_route',
 ]
 
 #: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
 KEY, HOPS = 'jobsync_key', 'jobsync_hops'
+#: Of the one that carries the queue which the message was sent to, and of the one that counts how often it waited for its running key.
+HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
@@ -141,7 +144,14 @@ class Coordination:
         else:
             self._make = once.key_of if once is not None and once.has_key else None
 
-    def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: str) -> str:
+    def is_route(self, text: str) -> bool:
+        """Whether a text may be the route of a message of this task, as far as that shows."""
+        if self.pin is None:
+            return True
+        name, _, slot = text.rpartition('#')
+        return name == self.name and slot.isascii() and slot.isdecimal() and slot == str(int(slot[:9])) and int(slot) < self._slots
+
+    def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object) -> str:
         """The route of a message.
 
         Raises:

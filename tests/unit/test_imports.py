@@ -19,7 +19,7 @@ LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
     {'agent', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'ledger', 'ledger_calls', 'once', 'owners', 'routing',
      'taskbook'},
-    {'job'}, {'plugin'}, {'adapter', 'keeper'},
+    {'incoming'}, {'job'}, {'plugin'}, {'adapter', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
