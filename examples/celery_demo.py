@@ -21,6 +21,7 @@ from celery import Celery, signals, states
 from examples.core_demo import PIN, PINNED, SETTINGS
 from examples.demo_queues import SLOTS, QueueDemo, count_once, end_with_the_demo, main
 from jobsync_celery import JobSync, current_execution, exactly_once
+from jobsync_core.embedded_redis import EmbeddedRedis
 
 # --- the app: broker and database come from CELERY_BROKER_URL, CELERY_RESULT_BACKEND and JOBSYNC_DATABASE_URL ---
 
@@ -60,8 +61,8 @@ class CeleryDemo(QueueDemo):
     framework: ClassVar[str] = 'Celery'
 
     @staticmethod
-    def environment(broker: str) -> dict[str, str]:
-        return {'CELERY_BROKER_URL': f'{broker}/0', 'CELERY_RESULT_BACKEND': f'{broker}/1'}
+    def environment(redis: EmbeddedRedis) -> dict[str, str]:
+        return {'CELERY_BROKER_URL': redis.url(0), 'CELERY_RESULT_BACKEND': redis.url(1)}
 
     def command(self, name: str) -> list[str]:
         return ['-m', 'celery', '-A', 'examples.celery_demo', 'worker', '-n', f'{name}@demo', '-c', str(SLOTS), '-l', 'INFO',

@@ -10,14 +10,13 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from typing import Any, ClassVar
 from examples.core_demo import LEAST_SEC, MOST_SEC, PINNED, SETTINGS, TABLES, Demo, count, library, query, screen, sources
 from jobsync_core import Execution
 from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
-from jobsync_core.embedded_redis import redis_program
+from jobsync_core.embedded_redis import EmbeddedRedis
 
 __all__ = ['QueueDemo', 'count_once', 'end_with_the_demo', 'main']
 
@@ -70,48 +69,6 @@ def end_with_the_demo() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# --- Redis ---
-
-def _supervise(port: str, place: str) -> int:
-    """A process of its own: runs redis-server until standard input ends, because the demo stops it or is gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    options = {'port': port, 'bind': '127.0.0.1', 'dir': place, 'save': '', 'appendonly': 'no', 'daemonize': 'no', 'logfile': 'redis.log'}
-    server = subprocess.Popen([redis_program(), *(part for name, value in options.items() for part in (f'--{name}', value))],
-                              stdin=subprocess.DEVNULL, cwd=place)
-    sys.stdin.read()
-    server.kill()
-    return server.wait()
-
-
-@contextlib.contextmanager
-def redis_server(place: Path) -> Iterator[str]:
-    """A Redis server on a loopback port; its URL without a database number."""
-    from redis import Redis
-    from redis.exceptions import RedisError
-
-    redis_program()  # says what is missing, before anything is started
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    supervisor = subprocess.Popen(
-        [sys.executable, sys.argv[0], '--redis', str(port), str(place)], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 30
-        with contextlib.closing(Redis(port=port)) as client:
-            while True:
-                with contextlib.suppress(RedisError):
-                    client.ping()
-                    break
-                if supervisor.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f'redis-server does not start on port {port}: see {place}/redis.log')
-                time.sleep(0.05)
-        yield f'redis://127.0.0.1:{port}'
-    finally:
-        assert supervisor.stdin is not None
-        supervisor.stdin.close()
-        supervisor.wait()
-
-
 # --- the demo ---
 
 class Worker(subprocess.Popen[str]):
@@ -135,7 +92,7 @@ class QueueDemo(Demo):
 
     @staticmethod
     @abstractmethod
-    def environment(broker: str) -> dict[str, str]:
+    def environment(redis: EmbeddedRedis) -> dict[str, str]:
         """Variables by which this process and the workers find the broker."""
 
     @abstractmethod
@@ -247,14 +204,14 @@ def run(kind: Callable[..., QueueDemo], framework: str, workers: int, limit: int
           f'dead after {SETTINGS["heartbeat_timeout_sec"]} s (shortened for the demo)', flush=True)
     with tempfile.TemporaryDirectory(prefix='jobsync-demo-') as directory, contextlib.ExitStack() as stack:
         place = Path(directory)
-        broker = stack.enter_context(redis_server(place))
+        redis = stack.enter_context(EmbeddedRedis())
         server = stack.enter_context(EmbeddedPostgres())
         server.create_database('demo')
         config = server.config('demo', **SETTINGS)
         query(config, TABLES)
         query(config, 'INSERT INTO source SELECT unnest(%s)', (paths,))
         demo = kind(config, paths, LEAST_SEC * workers * SLOTS / len(paths), place=place)
-        os.environ.update(JOBSYNC_DATABASE_URL=server.url('demo'), **demo.environment(broker))
+        os.environ.update(JOBSYNC_DATABASE_URL=server.url('demo'), **demo.environment(redis))
         os.mkfifo(demo.lifeline)
         stack.callback(os.close, os.open(demo.lifeline, os.O_RDWR))
         try:
@@ -298,8 +255,6 @@ def _registered(demo: QueueDemo) -> bool:
 
 def main(kind: type[QueueDemo], description: str) -> int:
     """The command line of a demo."""
-    if sys.argv[1:2] == ['--redis']:
-        return _supervise(*sys.argv[2:4])
     parser = argparse.ArgumentParser(description=description.partition('\n')[0])
     parser.add_argument('--files', type=int, metavar='N', help='take a sample of N files (default: all)')
     parser.add_argument('--workers', type=int, default=3, metavar='N', help='worker processes at the start, at least 2 (default: 3)')

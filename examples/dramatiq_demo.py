@@ -19,6 +19,7 @@ from dramatiq.results import ResultFailure, ResultMissing
 
 from examples.core_demo import PINNED
 from examples.demo_queues import SLOTS, QueueDemo, main
+from jobsync_core.embedded_redis import EmbeddedRedis
 
 
 @dataclass
@@ -29,8 +30,8 @@ class DramatiqDemo(QueueDemo):
     pin: ClassVar[str] = '%-gpu-%'
 
     @staticmethod
-    def environment(broker: str) -> dict[str, str]:
-        return {'DEMO_BROKER_URL': f'{broker}/0'}
+    def environment(redis: EmbeddedRedis) -> dict[str, str]:
+        return {'DEMO_BROKER_URL': redis.url()}
 
     def worker_of(self, node: str) -> str:
         # The master's process id, the number of its child, and the child's start follow.

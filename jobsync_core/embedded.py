@@ -6,17 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import pwd
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,16 +26,19 @@ from urllib.parse import quote
 
 import psycopg2
 
-from . import embedded_supervisor
 from .config import CoordinationConfig
+from .embedded_process import SupervisedServer, server_environment
 from .embedded_supervisor import running, signal_server
 from .errors import JobSyncError
+from .secret import Secret
 
 __all__ = ['EmbeddedPostgres', 'EmbeddedServerError']
 
 _START_SEC = 60.0
 _STOP_SEC = 15.0
-_USER = _PASSWORD = 'postgres'
+_USER = 'postgres'
+#: The password of servers that earlier versions made.
+_FORMER_PASSWORD = 'postgres'
 # Below the range that systems lend to outgoing connections: a client that retries while the server is down could otherwise be lent the
 # server's own port, connect to itself and keep the server from starting again.
 _PORTS = range(10_000, 32_000)
@@ -59,7 +61,8 @@ class EmbeddedPostgres:
     """A PostgreSQL server on 127.0.0.1, as a context manager.
 
     No server outlives the process that started it, not even one that is killed. Under root the server runs as an unprivileged user,
-    since PostgreSQL refuses to run as root. User and password are `postgres`: this is no server for data that anybody needs.
+    since PostgreSQL refuses to run as root. The user is `postgres`, the password is random: `url()` and `config()` know it, and a file
+    `password` beside the data, which only the server's user can read.
 
     Args:
         data_dir: Where to keep the data; it survives `stop()`. Without it, a temporary directory that `stop()` removes.
@@ -84,8 +87,8 @@ class EmbeddedPostgres:
         self._kept = data_dir is not None
         self._home = Path(data_dir).absolute() if data_dir is not None else None
         self._owner = os.getpid()
-        self._supervisor: subprocess.Popen[str] | None = None
-        self._postmaster = 0
+        self._password = Secret()
+        self._server: SupervisedServer | None = None
 
     def __enter__(self) -> EmbeddedPostgres:
         self.start()
@@ -115,12 +118,16 @@ class EmbeddedPostgres:
         data = self._place() / 'data'
         if not (data / 'PG_VERSION').exists():
             self._init(data)
+        else:
+            self._password = Secret(self._read(self._password_file) or _FORMER_PASSWORD)
         chosen = self.port == 0
         for attempt in range(5):
             if chosen:
                 self.port = _free_port()
             self._launch(data)
             if self._answers():
+                if self._password == _FORMER_PASSWORD:
+                    self._renew_password()
                 return
             tail = self._tail()
             self._end()
@@ -130,17 +137,17 @@ class EmbeddedPostgres:
 
     def is_running(self) -> bool:
         """Whether the server's main process exists."""
-        return self._supervisor is not None and self._supervisor.poll() is None
+        return self._server is not None and self._server.is_running()
 
     def stop(self) -> None:
         """End the server, and remove its data unless their directory was given."""
         if os.getpid() != self._owner:
             return
-        if self._kept and self.is_running():
+        if self._kept and self._server is not None and self.is_running():
             self.resume()
-            os.kill(self._postmaster, signal.SIGINT)
+            os.kill(self._server.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._wait(_STOP_SEC)
+                self._server.wait(_STOP_SEC)
         self._end()
         if not self._kept and self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
@@ -148,10 +155,10 @@ class EmbeddedPostgres:
 
     def kill(self) -> None:
         """Send SIGKILL to every process of the server, as a crash of the machine would end them. `start()` recovers."""
-        if not self.is_running():
+        if self._server is None or not self.is_running():
             return
-        pids = signal_server(self._postmaster, signal.SIGKILL)
-        self._wait(_STOP_SEC)
+        pids = signal_server(self._server.pid, signal.SIGKILL)
+        self._server.wait(_STOP_SEC)
         deadline = time.monotonic() + _STOP_SEC
         while any(running(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -163,15 +170,17 @@ class EmbeddedPostgres:
 
     def pause(self) -> None:
         """Stop every process of the server with SIGSTOP: connections stay open, nothing answers."""
-        signal_server(self._postmaster, signal.SIGSTOP)
+        if self._server is not None:
+            signal_server(self._server.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let a paused server go on."""
-        signal_server(self._postmaster, signal.SIGCONT)
+        if self._server is not None:
+            signal_server(self._server.pid, signal.SIGCONT)
 
     def url(self, dbname: str = 'postgres') -> str:
         """A libpq URL of one of the server's databases."""
-        return f'postgresql://{_USER}:{_PASSWORD}@{self.host}:{self.port}/{quote(dbname, safe="")}'
+        return f'postgresql://{_USER}:{quote(self._password, safe="")}@{self.host}:{self.port}/{quote(dbname, safe="")}'
 
     def config(self, dbname: str = 'postgres', **settings: Any) -> CoordinationConfig:
         """A CoordinationConfig for one of the server's databases.
@@ -181,7 +190,7 @@ class EmbeddedPostgres:
             settings: Further fields of CoordinationConfig.
         """
         return CoordinationConfig(**{
-            'host': self.host, 'port': self.port, 'dbname': dbname, 'user': _USER, 'password': _PASSWORD, **settings})
+            'host': self.host, 'port': self.port, 'dbname': dbname, 'user': _USER, 'password': self._password, **settings})
 
     def create_database(self, name: str) -> None:
         """Create an empty database."""
@@ -199,7 +208,7 @@ class EmbeddedPostgres:
 
     def _connect(self) -> Any:
         return psycopg2.connect(
-            host=self.host, port=self.port, dbname='postgres', user=_USER, password=_PASSWORD, connect_timeout=2,
+            host=self.host, port=self.port, dbname='postgres', user=_USER, password=self._password, connect_timeout=2,
             application_name='embedded')
 
     def _place(self) -> Path:
@@ -215,19 +224,43 @@ class EmbeddedPostgres:
         if self._identity:
             os.chown(path, self._identity['user'], self._identity['group'])
 
+    @property
+    def _password_file(self) -> Path:
+        return self._place() / 'password'
+
+    def _write_password(self) -> None:
+        """Write a new password down, for the server's user alone, and never through a link that somebody put there."""
+        self._password = Secret(secrets.token_urlsafe(24))
+        self._password_file.unlink(missing_ok=True)
+        descriptor = os.open(self._password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, 'w') as file:
+            file.write(self._password)
+            if self._identity:
+                os.fchown(descriptor, self._identity['user'], self._identity['group'])
+
+    def _renew_password(self) -> None:
+        with contextlib.closing(self._connect()) as connection:
+            self._write_password()
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(f'ALTER ROLE {_USER} PASSWORD %s', (str(self._password),))
+
+    def _read(self, path: Path) -> str:
+        """The text of a file that is the server's own; '' where there is none, or what is there is somebody else's."""
+        with contextlib.suppress(OSError):
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors='replace') as file:
+                if os.fstat(file.fileno()).st_uid == self._identity.get('user', os.geteuid()):
+                    return file.read()
+        return ''
+
     def _init(self, data: Path) -> None:
-        password_file = data.parent / 'password'
-        password_file.write_text(_PASSWORD)
-        self._hand_over(password_file)
+        self._write_password()
         command = [
-            str(self._bin / 'initdb'), '--pgdata', str(data), '--username', _USER, '--pwfile', str(password_file),
+            str(self._bin / 'initdb'), '--pgdata', str(data), '--username', _USER, '--pwfile', str(self._password_file),
             '--auth', 'scram-sha-256', '--encoding', 'UTF8', '--locale', 'C', '--no-sync']
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', cwd='/',
-                env=_environment(), check=False, **self._identity)
-        finally:
-            password_file.unlink()
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', cwd='/',
+            env=server_environment(), check=False, **self._identity)
         if done.returncode != 0:
             shutil.rmtree(data, ignore_errors=True)
             raise EmbeddedServerError(
@@ -238,19 +271,12 @@ class EmbeddedPostgres:
         settings = {
             'listen_addresses': self.host, 'port': str(self.port),
             'unix_socket_directories': str(data) if len(str(data)) < _SOCKET_PATH_LIMIT else '', **self._settings}
-        order = {
-            'command': [str(self._bin / 'postgres'), '-D', str(data), *(
-                part for name, value in settings.items() for part in ('-c', f'{name}={value}'))],
-            'environment': _environment(), 'directory': '/', 'log': str(self.log), 'identity': self._identity, 'owner': os.getpid(),
-            'remove': None if self._kept else str(self._home)}
-        self._supervisor = subprocess.Popen(
-            [sys.executable, '-I', '-S', embedded_supervisor.__file__, json.dumps(order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, cwd='/', start_new_session=True)
-        assert self._supervisor.stdout is not None
-        line = self._supervisor.stdout.readline()
-        if not line:
-            raise EmbeddedServerError(f'{self._bin / "postgres"} cannot be run as user {_user_name(self._identity)}')
-        self._postmaster = int(line)
+        command = [str(self._bin / 'postgres'), '-D', str(data), *(
+            part for name, value in settings.items() for part in ('-c', f'{name}={value}'))]
+        try:
+            self._server = SupervisedServer(command, self.log, identity=self._identity, remove=None if self._kept else self._home)
+        except OSError as error:
+            raise EmbeddedServerError(f'{command[0]} cannot be run as user {_user_name(self._identity)}') from error
 
     def _answers(self) -> bool:
         deadline = time.monotonic() + _START_SEC
@@ -265,24 +291,12 @@ class EmbeddedPostgres:
         return False
 
     def _tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.log.read_text(errors='replace')[-2000:]
-        return '(no log)'
+        return self._read(self.log)[-2000:] or '(no log)'
 
     def _end(self) -> None:
-        if self._supervisor is not None:
-            if self._supervisor.stdin is not None:
-                self._supervisor.stdin.close()
-            self._wait(None)
-
-    def _wait(self, timeout: float | None) -> None:
-        if self._supervisor is None:
-            return
-        self._supervisor.wait(timeout)
-        for stream in (self._supervisor.stdin, self._supervisor.stdout):
-            if stream is not None:
-                stream.close()
-        self._supervisor = None
+        if self._server is not None:
+            self._server.end()
+            self._server = None
 
 
 def _identity() -> dict[str, Any]:
@@ -304,13 +318,6 @@ def _user_name(identity: Mapping[str, Any]) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-
-
-def _environment() -> dict[str, str]:
-    """The server's environment: nothing that would steer a client, choose a locale or load a library into the server."""
-    return {
-        name: value for name, value in os.environ.items()
-        if not name.startswith(('PG', 'LC_', 'LANG', 'LD_PRELOAD', 'FAKETIME', 'PYTHON', 'JOBSYNC_'))} | {'LC_ALL': 'C'}
 
 
 def _free_port() -> int:
@@ -345,8 +352,9 @@ def _runs(directory: Path, identity: Mapping[str, Any]) -> bool:
     try:
         commands = [[str(directory / name), '--version'] for name in ('postgres', 'initdb')]
         return all(
-            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd='/', env=_environment(), check=False, **identity)
-            .returncode == 0 for command in commands)
+            subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, cwd='/', env=server_environment(), check=False, **identity,
+            ).returncode == 0 for command in commands)
     except OSError:
         return False
 

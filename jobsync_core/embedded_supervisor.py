@@ -1,8 +1,8 @@
-"""Parent process of an embedded PostgreSQL server: ends the server when its owner is gone.
+"""Parent process of an embedded server: ends the server when its owner is gone.
 
 It runs as a script of its own, with the standard library alone, so that it starts in a few milliseconds and survives
-whatever happens to the owner. The owner holds the other end of its standard input: end of file there means that the owner
-has gone or wants the server ended.
+whatever happens to the owner. The owner holds the other end of its standard input: the first line is the order, and end of
+file means that the owner has gone or wants the server ended. Should this process be killed, Linux ends the server.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ __all__ = ['running', 'server_processes', 'signal_server']
 
 _QUIT_SEC = 5.0
 _WATCH_SEC = 0.5
+#: Of prctl(2): the signal that a process gets when its parent is gone.
+_PDEATHSIG = 1
 
 
 def server_processes(postmaster: int) -> list[int]:
@@ -71,6 +74,17 @@ def _parents() -> dict[int, int]:
     return parents
 
 
+def _first_line() -> bytes:
+    """The first line of standard input, and nothing of what follows."""
+    line = b''
+    while not line.endswith(b'\n'):
+        part = os.read(0, 1)
+        if not part:
+            sys.exit(1)
+        line += part
+    return line
+
+
 def _supervise(order: dict[str, Any]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -78,10 +92,13 @@ def _supervise(order: dict[str, Any]) -> int:
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    with open(order['log'], 'ab') as log:
+    with _open_log(order['log'], order['identity']) as log:
         server = subprocess.Popen(
-            order['command'], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=order['environment'], cwd=order['directory'],
-            start_new_session=True, preexec_fn=_default_signals, **order['identity'])
+            order['command'], stdin=subprocess.PIPE if order['text'] else subprocess.DEVNULL, stdout=log, stderr=log,
+            env=order['environment'], cwd=order['directory'], start_new_session=True, preexec_fn=_prepare(), **order['identity'])
+    if server.stdin is not None:
+        with server.stdin as stream:
+            stream.write(order['text'].encode())
     print(server.pid, flush=True)
     owner = order['owner']
     while server.poll() is None:
@@ -96,9 +113,37 @@ def _supervise(order: dict[str, Any]) -> int:
     return server.returncode or 0
 
 
-def _default_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def _open_log(path: str, identity: dict[str, Any]) -> Any:
+    """Open the log with the rights of the server's user, who could have put a link to somebody else's file in its place."""
+    before = os.geteuid(), os.getegid()
+    if identity:
+        os.setegid(identity['group'])
+        os.seteuid(identity['user'])
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), 'ab')
+    finally:
+        os.seteuid(before[0])
+        os.setegid(before[1])
+
+
+def _prepare() -> Callable[[], None]:
+    """What is done in the server's process before its program starts."""
+    prctl = None
+    if sys.platform.startswith('linux'):
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    supervisor = os.getpid()
+
+    def prepare() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(_PDEATHSIG, int(signal.SIGQUIT))
+            if os.getppid() != supervisor:
+                os._exit(1)
+
+    return prepare
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -120,4 +165,4 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(_supervise(json.loads(sys.argv[1])))
+    sys.exit(_supervise(json.loads(_first_line())))

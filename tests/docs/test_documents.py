@@ -137,7 +137,7 @@ def test_usage_guide(stage: Stage) -> None:
         subscribe=subscribe, stopping=Until(lambda: len(opened) == 2, 200).__bool__, wait=lambda: time.sleep(0.05),
         make_invoice=make_invoice, an_order=SimpleNamespace(id=7),
         database_connection=lambda: psycopg2.connect(
-            host=stage.config.host, port=stage.config.port, dbname=stage.config.dbname, user='postgres', password='postgres'))
+            host=stage.config.host, port=stage.config.port, dbname=stage.config.dbname, user='postgres', password=stage.config.password))
     run_blocks(stage, ROOT / 'docs' / 'USAGE_GUIDE.md', after={
         'wait_on_enter=10) as job': lambda: same(processed, dict.fromkeys(range(50), 1)),
         'get_audit()': lambda: same(set(stage.names['done']), {str(number) for number in range(50)}),

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import psycopg2
 import pytest
+from redis import Redis
+from redis.exceptions import AuthenticationError
 
 from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
+from jobsync_core.embedded_redis import EmbeddedRedis
 from jobsync_core.embedded_supervisor import running, server_processes
 
 from ..conftest import SETTINGS
@@ -23,9 +27,29 @@ import sys, time
 from jobsync_core.embedded import EmbeddedPostgres
 server = EmbeddedPostgres(settings={'fsync': 'off'})
 server.start()
-print(server._postmaster, server.log.parent, flush=True)
+print(server._server.pid, server.log.parent, flush=True)
 sys.stdin.readline()
 """
+
+
+_REDIS_OWNER = """
+import sys
+from jobsync_core.embedded_redis import EmbeddedRedis
+with EmbeddedRedis() as server:
+    print(server.pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b''
+
+
+def parent(pid: int) -> int:
+    return int(read(f'/proc/{pid}/stat').rpartition(b')')[2].split()[1] or 0)
 
 
 @contextlib.contextmanager
@@ -127,6 +151,88 @@ def test_a_database_name_needs_no_care(postgres: EmbeddedPostgres) -> None:
 def test_under_root_the_server_runs_as_an_unprivileged_user(postgres: EmbeddedPostgres) -> None:
     owners = {Path('/proc', str(pid)).stat().st_uid for pid in processes(postgres)}
     assert owners and 0 not in owners
+
+
+def test_the_password_is_random_and_the_only_way_in(postgres: EmbeddedPostgres) -> None:
+    config = postgres.config()
+    assert config.password and len(config.password) > 20 and quote(config.password, safe='') in postgres.url()
+    for guess in ('postgres', '', 'x'):
+        with pytest.raises(psycopg2.OperationalError, match='password'):
+            psycopg2.connect(host=config.host, port=config.port, user='postgres', dbname='postgres', password=guess)
+    file = postgres.log.parent / 'password'
+    assert file.stat().st_mode & 0o077 == 0 and file.read_text() == config.password
+    with EmbeddedPostgres(settings=SETTINGS) as other:
+        assert other.config().password != config.password
+
+
+def test_data_of_a_server_with_the_former_password_get_a_new_one(own_server: EmbeddedPostgres) -> None:
+    ask(own_server, "ALTER ROLE postgres PASSWORD 'postgres'")
+    own_server.kill()
+    (own_server.log.parent / 'password').unlink()
+    own_server.start()
+    password = own_server.config().password
+    assert password not in (None, 'postgres') and ask(own_server, 'SELECT 1') == 1
+    own_server.restart()
+    assert own_server.config().password == password and ask(own_server, 'SELECT 1') == 1
+
+
+def test_no_process_of_a_server_shows_anything_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('SOME_API_KEY', 's3cret-of-the-environment')
+    with EmbeddedPostgres(settings=SETTINGS) as server, EmbeddedRedis() as redis:
+        secrets = [b's3cret-of-the-environment', str(server.config().password).encode(), redis.url().split('@')[0][-20:].encode()]
+        supervisors = [
+            int(entry) for entry in os.listdir('/proc')
+            if entry.isdecimal() and b'embedded_supervisor' in read(f'/proc/{entry}/cmdline') and parent(int(entry)) == os.getpid()]
+        assert len(supervisors) >= 2
+        for pid in [*supervisors, *processes(server), redis.pid]:
+            arguments = read(f'/proc/{pid}/cmdline')
+            assert arguments and not [secret for secret in secrets if secret in arguments]
+        for pid in [*processes(server), redis.pid]:
+            assert not [secret for secret in secrets if secret in read(f'/proc/{pid}/environ')]
+
+
+def test_a_link_in_place_of_the_log_is_followed_neither_for_writing_nor_for_reading(tmp_path: Path) -> None:
+    target = tmp_path / 'somebody-elses'
+    target.write_text('s3cret\n')
+    with EmbeddedPostgres(settings=SETTINGS) as server:
+        server.kill()
+        server.log.unlink()
+        server.log.symlink_to(target)
+        with pytest.raises(EmbeddedServerError) as caught:
+            server.start()
+        assert 's3cret' not in str(caught.value) and target.read_text() == 's3cret\n'
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells a process that its parent is gone')
+def test_a_server_whose_supervisor_is_killed_ends_before_its_data_are_removed() -> None:
+    server = EmbeddedPostgres(settings=SETTINGS)
+    server.start()
+    pids, home = processes(server), server.log.parent
+    os.kill(parent(pids[0]), signal.SIGKILL)
+    eventually(lambda: not [pid for pid in pids if running(pid)])
+    server.stop()
+    assert not home.exists()
+
+
+def test_a_redis_server_takes_its_password_alone() -> None:
+    with EmbeddedRedis() as server:
+        with contextlib.closing(Redis.from_url(server.url())) as client:
+            assert client.ping()
+        address = urlsplit(server.url())
+        with contextlib.closing(Redis(host='127.0.0.1', port=int(address.port or 0))) as stranger:
+            with pytest.raises(AuthenticationError):
+                stranger.ping()
+        pid = server.pid
+    assert not running(pid)
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_no_redis_server_outlives_its_owner(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, '-c', _REDIS_OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.send_signal(number)
+    eventually(lambda: not running(pid))
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])

@@ -20,7 +20,7 @@ LAYERS = (
     {'agent', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'ledger', 'ledger_calls', 'once', 'owners', 'routing',
      'taskbook'},
     {'incoming'}, {'job'}, {'plugin'}, {'adapter', 'keeper'},
-    {'', 'cli', 'embedded', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
+    {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
     'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',
