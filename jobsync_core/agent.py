@@ -45,9 +45,13 @@ class Agent:
         control: Answers requests on a connection.
         config: For opening the connection.
         callbacks: Where user callbacks run.
+        on_step: Called after each step, to look whether there is something for others to do: quick, and it never raises.
     """
 
-    def __init__(self, protocol: Protocol, control: Control, config: CoordinationConfig, callbacks: Callbacks) -> None:
+    def __init__(
+        self, protocol: Protocol, control: Control, config: CoordinationConfig, callbacks: Callbacks,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> None:
         self.protocol = protocol
         self.failure: Exception | None = None
         self.last_beat: datetime.datetime | None = None
@@ -55,6 +59,7 @@ class Agent:
         self._control = control
         self._config = config
         self._callbacks = callbacks
+        self._on_step = on_step
         self._connection: Connection | None = None
         self._commands: deque[Callable[[], object]] = deque()
         self._wake_receiver: socket.socket | None = None
@@ -123,6 +128,7 @@ class Agent:
         try:
             while self.protocol.phase not in (Phase.LEFT, Phase.FAILED) and not self._abandoned:
                 self._step()
+                self._on_step()
             self._run_effects()
         except BaseException as error:
             # Nothing may claim on without somebody who renews the lease and follows the hand-overs.

@@ -20,6 +20,7 @@ from .config import CoordinationConfig
 from .current_ledger import LocalLedger, set_current_ledger
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .hashing import check_task_id
+from .housekeeper import Housekeeper
 from .ledger import DEFAULT_RETENTION, Execution, Ledger
 from .logs import get_logger
 from .once import once
@@ -29,6 +30,7 @@ from .store import locks as lock_store
 from .store import status, tasks
 from .store.connection import Sessions
 from .store.control import Control
+from .store.housekeeping import STATEMENT_SEC
 from .store.schema import Tables, create_schema
 from .task import Task, task_id_of
 from .taskbook import TaskBook
@@ -98,8 +100,10 @@ class Job:
             self._book = TaskBook(
                 self._claims, self._sessions, coordination_config, self._tables, self.node_name, self.date, lambda: self.incarnation)
             self._protocol = self._make_protocol(coordination_config)
+            self._housekeeper = Housekeeper(coordination_config, self._tables, self.node_name, self._leads)
             self._agent = Agent(
-                self._protocol, Control(coordination_config, self._tables, self.date), coordination_config, self._callbacks)
+                self._protocol, Control(coordination_config, self._tables, self.date), coordination_config, self._callbacks,
+                self._housekeeper.look)
             self._ledger: Ledger | LocalLedger = Ledger(
                 self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease)
         else:
@@ -190,9 +194,11 @@ class Job:
     def _leave(self) -> None:
         if self.config is not None:
             limit = self.config.release_timeout_sec + 2 * self.config.connect_timeout_sec
+            self._housekeeper.stop(0)
             if not self._agent.stop(limit):
                 logger.warning('node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
                                self.node_name, self.config.heartbeat_timeout_sec)
+            self._housekeeper.stop(STATEMENT_SEC + 1.0)
             self._sessions.close_all()
         self._state = 'exited'
 
@@ -444,9 +450,11 @@ class Job:
 
     def am_i_leader(self) -> bool:
         """Whether this node is the oldest live one and holds a valid lease."""
-        if self.config is None or not self.am_i_healthy():
-            return False
-        return self._protocol.rank(clock.now()) == 0
+        return self.config is not None and self.am_i_healthy() and self._leads()
+
+    def _leads(self) -> bool:
+        now = clock.now()
+        return now < self._claims.deadline and self._protocol.rank(now) == 0
 
     @property
     def nodes(self) -> list[dict[str, Any]]:

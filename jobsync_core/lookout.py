@@ -4,14 +4,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .liveness import Liveness
-from .messages import Housekeep, Lead, Led, Member, Observe, Observed, Sign
+from .messages import Lead, Led, Member, Observe, Observed, Sign
 
 __all__ = ['Lookout']
 
 _NEVER = float('inf')
 #: Joins within this many seconds are planned together.
 _JOIN_WINDOW = 0.1
-_HOUSEKEEPING_INTERVAL = 60.0
 #: Two clocks that disagree on when a lock expires must not make a node look in a tight loop.
 _SHORTEST_WAIT = 0.02
 
@@ -33,7 +32,6 @@ class Lookout:
         self._known: frozenset[str] = frozenset()
         self._lead_at = _NEVER
         self._must_look = False  # the last round did not go as expected: look again before the next one
-        self._housekeep_at = 0.0
 
     def rank(self, now: float) -> int | None:
         """How many live nodes are older: 0 for the leader, 1 for its successor, None while unknown."""
@@ -46,7 +44,7 @@ class Lookout:
         rank = self.rank(now)
         return rank is not None and rank <= 1
 
-    def duty(self, name: str, incarnation: str, now: float, has_lease: bool) -> Lead | Housekeep | Observe | None:
+    def duty(self, name: str, incarnation: str, now: float, has_lease: bool) -> Lead | Observe | None:
         """What to send now, if anything. Without a lease nobody leads."""
         if not self.watches(now):
             return None
@@ -54,8 +52,6 @@ class Lookout:
             dead = self.liveness.dead(now)
             if dead or now >= self._lead_at:
                 return Lead(name, incarnation, dead, 'nodes died' if dead else 'nodes or locks changed')
-            if now >= self._housekeep_at:
-                return Housekeep()
         return Observe() if now >= self.look_at else None
 
     def wake_at(self, now: float, has_lease: bool) -> float:
@@ -103,10 +99,6 @@ class Lookout:
         self.liveness.forget(reply.evicted)
         if self._older is not None:
             self._older = tuple(sign for sign in self._older if sign.name not in reply.evicted)
-
-    def housekept(self, now: float) -> None:
-        """The housekeeping is done."""
-        self._housekeep_at = now + _HOUSEKEEPING_INTERVAL
 
 
 def _signs(members: Sequence[Member]) -> tuple[Sign, ...]:

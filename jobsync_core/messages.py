@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 __all__ = [
-    'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Given', 'Give', 'Holdings', 'Housekeep', 'Join',
+    'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Given', 'Give', 'Holdings', 'Join',
     'Joined', 'Lead', 'Leave', 'Led', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied', 'Process', 'Range', 'Refresh',
     'Reply', 'Request', 'Segment', 'Sign', 'Take', 'Taken',
 ]
@@ -265,11 +265,6 @@ class Led:
     conflicts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Housekeep:
-    """Delete what is past its retention: ledger rows, rebalance rows, claims of nodes that are gone; replies True."""
-
-
-Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Give | Activate | Drain | Leave | Observe | Lead | Housekeep'
+Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Give | Activate | Drain | Leave | Observe | Lead'
 Reply: TypeAlias = (
     'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | Given | Activated | Observed | Led | bool | None')

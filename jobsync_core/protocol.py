@@ -33,7 +33,6 @@ from .messages import (
     Give,
     Given,
     Holdings,
-    Housekeep,
     Join,
     Joined,
     Lead,
@@ -385,8 +384,6 @@ class Protocol:
             self._on_observed(reply, now)
         elif isinstance(request, Lead) and isinstance(reply, Led):
             self._on_led(request, reply, now)
-        elif isinstance(request, Housekeep):
-            self._lookout.housekept(now)
         elif isinstance(request, Drain):
             self.state = 'draining' if request.draining else 'active'
             self._emptied = False

@@ -21,7 +21,6 @@ from ..messages import (
     Give,
     Given,
     Holdings,
-    Housekeep,
     Join,
     Joined,
     Lead,
@@ -47,9 +46,6 @@ from .schema import SCHEMA_VERSION, Tables
 
 __all__ = ['Control']
 
-#: Rows that one statement of the housekeeping deletes, and how often it is repeated in one go.
-_BATCH, _BATCHES = 10_000, 5
-_REBALANCE_ROWS, _REBALANCE_DAYS = 1000, 90
 #: A notification holds less than 8000 bytes.
 _NOTIFY_BYTES = 7000
 
@@ -97,8 +93,6 @@ class Control:
             return self._drain(connection, request)
         if isinstance(request, Leave):
             return self._leave(connection, request)
-        if isinstance(request, Housekeep):
-            return self._housekeep(connection)
         raise TypeError(f'{type(request).__name__} is no request for the store')
 
     # --- heartbeat and looks: one statement each ---
@@ -320,41 +314,6 @@ class Control:
             )
             SELECT EXISTS (SELECT FROM me), coalesce(told.tokens, 0), (SELECT count(payload) FROM sent) FROM told
             '''
-
-    # --- upkeep ---
-
-    def _housekeep(self, connection: Connection) -> bool:
-        tables = self.tables
-        connection.execute(
-            f'''
-            DELETE FROM {tables.rebalance} WHERE triggered_at < now() - %s * interval '1 day'
-                OR id <= (SELECT id FROM {tables.rebalance} ORDER BY id DESC OFFSET %s LIMIT 1)
-            ''', (_REBALANCE_DAYS, _REBALANCE_ROWS))
-        # SKIP LOCKED: a row that somebody is writing is no row past its time.
-        self._delete_in_batches(
-            connection,
-            f'''
-            DELETE FROM {tables.execution} WHERE key IN (
-                SELECT key FROM {tables.execution} WHERE expires_at <= now() AND state IN ('done', 'failed')
-                LIMIT %s FOR UPDATE SKIP LOCKED)
-            RETURNING 1
-            ''')
-        self._delete_in_batches(
-            connection,
-            f'''
-            DELETE FROM {tables.claim} WHERE (task_id, date) IN (
-                SELECT c.task_id, c.date FROM {tables.claim} AS c
-                WHERE c.created_on < now() - interval '1 minute' AND (c.promised
-                  OR NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation))
-                LIMIT %s FOR UPDATE OF c SKIP LOCKED)
-            RETURNING 1
-            ''')
-        return True
-
-    def _delete_in_batches(self, connection: Connection, sql: str) -> None:
-        for _ in range(_BATCHES):
-            if len(connection.execute(sql, (_BATCH,))) < _BATCH:
-                return
 
 
 def _split(ranges: Sequence[Range]) -> dict[str, object]:

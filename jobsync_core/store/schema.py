@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
-MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'))
+MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -41,7 +41,7 @@ _COLUMNS: Mapping[str, str] = {
     'schedule': 'name slot total_run_count entry updated_at',
 }
 _FUNCTIONS = ('begin_execution', 'finish_execution')
-_INDEXES = ('lock_expiry', 'claim_token', 'audit_token', 'execution_running', 'execution_expiry')
+_INDEXES = ('lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from jobsync_core.messages import (
     Give,
     Given,
     Holdings,
-    Housekeep,
     Join,
     Joined,
     Lead,
@@ -45,7 +44,6 @@ from jobsync_core.messages import (
 from jobsync_core.store import leading, locks, status, tasks
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.control import Control
-from tests.server.cluster import query
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 
@@ -719,37 +717,6 @@ class TestCost:
         second = time.monotonic() - began
         print(f'10,000 locks: {first:.3f} s at first, {second:.3f} s for an eviction, {len(store.assignment())} rows')
         assert first < 5 and second < 5
-
-
-class TestHousekeeping:
-    def test_what_is_past_its_time_goes_and_everything_else_stays(self, store: Store) -> None:
-        store.join('a')
-        for key, state, age in (('done', 'done', -1), ('failed', 'failed', -1), ('running', 'running', -1), ('fresh', 'done', 60)):
-            store.rows.run(
-                f'INSERT INTO {store.tables.execution} (key, state, fence, expires_at) '
-                'VALUES (%s, %s, 1, now() + make_interval(secs => %s))', key, state, age)
-        for task, node, life, age in (
-                ('gone', 'b', 'x', 120), ('former', 'a', 'x', 120), ('live', 'a', 'life of a', 120), ('new', 'b', 'x', 0)):
-            store.rows.run(
-                f'INSERT INTO {store.tables.claim} (node, task_id, created_on, date, token, incarnation) '
-                'VALUES (%s, %s, now() - make_interval(secs => %s), %s, 1, %s)', node, task, age, TODAY, life)
-        store.rows.run(
-            f'INSERT INTO {store.tables.rebalance} (triggered_at, trigger_reason, nodes_before, nodes_after, tokens_moved, duration_ms) '
-            "SELECT now() - CASE WHEN n = 1500 THEN interval '91 days' ELSE '1 day' END, n::text, 1, 1, 1, 1 "
-            'FROM generate_series(1, 1500) AS n')
-        assert store.ask(Housekeep()) is True
-        assert sorted(row[0] for row in store.rows.run(f'SELECT key FROM {store.tables.execution}')) == ['fresh', 'running']
-        assert sorted(row[0] for row in store.rows.run(f'SELECT task_id FROM {store.tables.claim}')) == ['live', 'new']
-        reasons = [int(row[0]) for row in store.rows.run(f'SELECT trigger_reason FROM {store.tables.rebalance} ORDER BY id')]
-        assert reasons == list(range(501, 1500))
-
-    def test_more_than_one_batch_goes_at_once_and_rows_in_use_are_left(self, store: Store) -> None:
-        store.rows.run(f"INSERT INTO {store.tables.execution} (key, state, fence, expires_at) "
-                       "SELECT n::text, 'done', 1, now() FROM generate_series(1, 25000) AS n")
-        with store.rows.sessions.session() as connection, connection.cursor() as cursor:
-            cursor.execute(f"SELECT FROM {store.tables.execution} WHERE key = '7' FOR UPDATE")
-            assert store.ask(Housekeep()) is True
-        assert query(store.config, 'SELECT key FROM "{}execution"') == [('7',)]
 
 
 class TestUnknown:

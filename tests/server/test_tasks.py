@@ -12,10 +12,7 @@ from jobsync_core import clock
 from jobsync_core.claims import Claims
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost
-from jobsync_core.messages import Housekeep
 from jobsync_core.store import tasks
-from jobsync_core.store.connection import Connection
-from jobsync_core.store.control import Control
 from jobsync_core.taskbook import TaskBook
 from jobsync_core.tokens import TokenSet
 from tests.server.rows import Rows, rows_of
@@ -277,15 +274,3 @@ class TestPromises:
         self.promise(rows, 't')
         assert not self.take_back(rows, 't', life='a former one')
         assert taken(rows, 'b', 't')
-
-    def test_housekeeping_frees_a_promise_that_nobody_came_back_to(self, rows: Rows, config: CoordinationConfig) -> None:
-        self.promise(rows, 'old', age='2 minutes')
-        self.promise(rows, 'new')
-        self.promise(rows, 'kept', age='2 minutes')
-        assert claim(rows, 'a', ('kept', 5_000)) == ['kept']
-        connection = Connection.open(config, 'housekeeper')
-        try:
-            assert Control(config, rows.tables, TODAY).handle(connection, Housekeep()) is True
-        finally:
-            connection.close()
-        assert [taken(rows, 'b', text) for text in ('old', 'new', 'kept')] == [False, True, True]

@@ -16,7 +16,6 @@ from jobsync_core.messages import (
     Give,
     Given,
     Holdings,
-    Housekeep,
     Join,
     Joined,
     Lead,
@@ -144,13 +143,11 @@ class SimStore:
             return self._activate(request)
         if isinstance(request, Drain):
             return self._drain(request)
-        if isinstance(request, Leave):
-            row = self._row(request.name, request.incarnation)
-            if row is not None:
-                self._delete(row.name)
-                self.outbox.append(f'leave {row.name}')
-            return True
-        assert isinstance(request, Housekeep)
+        assert isinstance(request, Leave)
+        row = self._row(request.name, request.incarnation)
+        if row is not None:
+            self._delete(row.name)
+            self.outbox.append(f'leave {row.name}')
         return True
 
     # --- what the API's own sessions do ---

@@ -17,8 +17,8 @@ PURE = frozenset({
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
-    {'agent', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'ledger', 'ledger_calls', 'once', 'owners', 'routing',
-     'taskbook'},
+    {'agent', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'ledger', 'ledger_calls', 'once', 'owners',
+     'routing', 'taskbook'},
     {'incoming'}, {'job'}, {'plugin'}, {'adapter', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.

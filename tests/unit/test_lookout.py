@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from jobsync_core.lookout import Lookout
-from jobsync_core.messages import Housekeep, Lead, Led, Member, Observe, Observed, Sign
+from jobsync_core.messages import Lead, Led, Member, Observe, Observed, Sign
 
 TIMEOUT, POLL = 15.0, 0.75
 
@@ -46,7 +46,6 @@ def test_the_successor_looks_and_does_not_lead() -> None:
 def test_the_leader_plans_at_once_what_has_changed_and_waits_a_moment_for_more_joins() -> None:
     watch = lookout()
     seen(watch, 0.0, ME, stale=True)
-    watch.housekept(0.0)
     assert watch.duty('me', 'life of me', 0.05, True) is None, 'the first look shows new nodes: more may be coming'
     assert isinstance(watch.duty('me', 'life of me', 0.11, True), Lead)
     watch.led(Lead('me', 'life of me', (), ''), Led(True, 2), 0.2)
@@ -90,21 +89,10 @@ def test_a_round_that_found_one_of_the_dead_alive_is_not_repeated_before_a_look(
 def test_an_expiry_is_looked_at_when_it_is_due() -> None:
     watch = lookout()
     seen(watch, 0.0, ME, next_expiry=0.3)
-    watch.housekept(0.0)
     assert watch.wake_at(0.0, True) == 0.3
     assert watch.duty('me', 'life of me', 0.3, True) == Observe()
     seen(watch, 0.3, ME, next_expiry=-0.001)
     assert isinstance(watch.duty('me', 'life of me', 0.3, True), Lead)
-
-
-def test_housekeeping_comes_once_a_minute() -> None:
-    watch = lookout()
-    seen(watch, 0.0, ME)
-    assert watch.duty('me', 'life of me', 0.0, True) == Housekeep()
-    watch.housekept(0.0)
-    assert watch.duty('me', 'life of me', POLL, True) == Observe()
-    seen(watch, 60.0, ME)
-    assert watch.duty('me', 'life of me', 60.0, True) == Housekeep()
 
 
 def test_whoever_is_not_in_the_table_is_told() -> None:
