@@ -6,13 +6,13 @@ their time are only in the way.
 """
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import clock
 from .config import CoordinationConfig
+from .logs import get_logger
 from .store import housekeeping
 from .store.connection import Connection
 from .store.housekeeping import CHORES, Chore, Slice
@@ -20,7 +20,7 @@ from .store.schema import Tables
 
 __all__ = ['Housekeeper', 'Pace']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Rows of a chore's first statement, and of any. A statement is to take about so many seconds.
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 1000, 1, 20_000
