@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from . import once as core
 from .current_ledger import LocalLedger, message_ledger
 from .errors import DuplicateExecution, ExecutionRunning, JobSyncError
-from .execution import DEFAULT_RETENTION
+from .execution import DEFAULT_RETENTION, Execution
 from .ledger import Ledger
 from .once import ExactlyOnce
 from .plugin import PluginSettings
@@ -120,7 +120,12 @@ class MessageOnce(ABC):
         """
         return core.exactly_once(
             *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result,
-            scope=scope, default_key=self.message_id, refuse=self._refuse, ledger=self.ledger)
+            scope=scope, default_key=self.message_id, refuse=self._refuse, ledger=self.ledger, completes=self.completes,
+            check_result=self.check_result)
+
+    def made(self, options: ExactlyOnce) -> bool:
+        """Whether this framework's `exactly_once` made the options, and not the core's or another framework's."""
+        return getattr(options.refuse, '__self__', None) is self
 
     @abstractmethod
     def message_id(self) -> str | None:
@@ -148,9 +153,18 @@ class MessageOnce(ABC):
         """The ledger of this call."""
         return message_ledger()
 
+    def completes(self, execution: Execution, error: BaseException) -> bool:
+        """Whether a function that ended with an exception has completed its key by it. The framework's own ways of ending, perhaps."""
+        return False
+
+    def check_result(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to check
+        """Called with a result that the ledger does not store, before the key is complete. What this raises fails the attempt."""
+
     def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         if not self.is_processing():
-            raise error
+            if ran:
+                raise error
+            return options.answer_caller(error)
         if isinstance(error, DuplicateExecution):
             self.duplicate(error)
             if options.on_duplicate == 'raise':

@@ -9,7 +9,7 @@ import string
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from .current_ledger import LocalLedger, current_ledger
@@ -86,6 +86,9 @@ class ExactlyOnce:
         scope: What keys begin with; None is the function's qualified name, '' nothing.
         default_key: Gives the key where `key` is None: the id of the message that is being processed.
         refuse: Called with these options, an error and whether the function ran, instead of raising the error.
+        ledger: Gives the ledger of a call.
+        completes: Tells of an exception that ended the function whether the key is complete by it.
+        check_result: Raises where the caller of the function cannot be given what it returned.
 
     Raises:
         ConfigurationError: A value cannot work.
@@ -96,6 +99,7 @@ class ExactlyOnce:
         on_duplicate: str, on_running: str, store_result: bool, scope: str | None, default_key: Callable[[], str | None] | None,
         refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
         ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
+        completes: Callable[[Execution, BaseException], bool] | None = None, check_result: Callable[[Any], object] | None = None,
     ) -> None:
         self.name = _check_function(function)
         self.retention_sec = retention_seconds(retention)
@@ -114,6 +118,8 @@ class ExactlyOnce:
         self.scope = self.name if scope is None else scope
         self.refuse = refuse
         self.ledger = ledger
+        self.completes = completes
+        self.check_result = check_result
         self.has_key = key is not None
         self._warned = False
         self._make = key_maker(key, function, self.name) if key is not None else self._default_maker(default_key)
@@ -153,6 +159,10 @@ class ExactlyOnce:
         """What a call returns that did not run, or its exception."""
         if self.refuse is not None:
             return self.refuse(self, error, False)
+        return self.answer_caller(error)
+
+    def answer_caller(self, error: JobSyncError) -> Any:
+        """What a call returns that did not run and that the user's own code made, or its exception."""
         if isinstance(error, DuplicateExecution):
             if self.on_duplicate == 'raise':
                 raise error
@@ -172,14 +182,26 @@ class ExactlyOnce:
 
     def keep(self, execution: Execution, result: Any) -> None:
         """Let the completion carry the result, if it can be stored and the function has set no other."""
-        if not self.store_result or execution.result is not None:
+        if execution.result is not None:
+            return
+        if not self.store_result:
+            self._check(result)
             return
         try:
             execution.result = result
         except ConfigurationError as error:
+            self._check(result)  # what the ledger can store, a caller can be given
             if not self._warned:
                 self._warned = True
                 logger.warning('function=%s completes without its results: %s', self.name, error)
+
+    def _check(self, result: Any) -> None:
+        if self.check_result is not None and result is not None:
+            self.check_result(result)
+
+    def is_complete(self, execution: Execution, error: BaseException) -> bool:
+        """Whether the exception that ended the function is no failure of it."""
+        return self.completes is not None and self.completes(execution, error)
 
 
 def exactly_once(
@@ -193,6 +215,8 @@ def exactly_once(
     default_key: Callable[[], str | None] | None = None,
     refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
     ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
+    completes: Callable[[Execution, BaseException], bool] | None = None,
+    check_result: Callable[[Any], object] | None = None,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster: `@exactly_once(key='order:{order_id}')`.
 
@@ -202,7 +226,8 @@ def exactly_once(
     Args:
         bare: Nothing: it is here to refuse `@exactly_once` without its options.
         key: A format string over the arguments, defaults included (`{order_id}`, `{order.id}`, `{0}` for the first one), or
-            a callable that takes the arguments and returns a string.
+            a callable that takes the arguments and returns a string. It need not take the `self`
+            of a method or of a bound task.
         retention: For how long a completion is remembered: a timedelta, or seconds.
         on_duplicate: What a call with a completed key does: 'skip' returns None, 'result' the stored result, 'raise' raises
             DuplicateExecution.
@@ -216,9 +241,12 @@ def exactly_once(
         refuse: For adapters: answers a call that cannot begin, or whose completion cannot be recorded (then its third
             argument is True), in place of an exception.
         ledger: For adapters: gives the ledger of the call.
+        completes: For adapters: tells of an exception that ended the function whether the key is complete by it.
+        check_result: For adapters: called with a result that the ledger does not store; what it raises fails the attempt.
 
     Raises:
-        ConfigurationError: At decoration: an option cannot work, or the key names an argument that the function does not have.
+        ConfigurationError: At decoration: an option cannot work, the key names an argument that the function does not have, or the
+            decorator stands above the one that makes a task or an actor.
         NotEntered: At the call: this process has entered no Job.
     """
     if bare:
@@ -226,8 +254,11 @@ def exactly_once(
 
     def decorate(function: F) -> F:
         options = ExactlyOnce(
-            function, key, retention, on_duplicate, on_running, store_result, scope, default_key, refuse, ledger)
+            function, key, retention, on_duplicate, on_running, store_result, scope, default_key, refuse, ledger, completes, check_result)
         wrapper = _async_wrapper(function, options) if _is_async(function) else _wrapper(function, options)
+        with suppress(TypeError, ValueError):
+            # For those who do not look through wrappers: Celery's check of a message's arguments, for example.
+            vars(wrapper)['__signature__'] = inspect.signature(function)
         vars(wrapper)['exactly_once'] = options
         return wrapper  # type: ignore[return-value]  # of the signature of `function`
 
@@ -248,6 +279,12 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
             _check_result(options.name, result)
             options.keep(execution, result)
         except BaseException as error:
+            if options.is_complete(execution, error):
+                try:
+                    block.__exit__(None, None, None)
+                except _UNRECORDED as trouble:
+                    return options.unrecorded(trouble)
+                raise
             block.__exit__(type(error), error, error.__traceback__)
             if isinstance(error, _UNRECORDED) and options.refuse is not None:
                 return options.unrecorded(error)  # the ledger's own transaction in the body: no failure of the task
@@ -278,6 +315,12 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
             raise
         except BaseException as error:
             running.reset(token)
+            if options.is_complete(execution, error):
+                try:
+                    await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
+                except _UNRECORDED as trouble:
+                    return options.unrecorded(trouble)
+                raise
             await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
             if isinstance(error, _UNRECORDED) and options.refuse is not None:
                 return options.unrecorded(error)
@@ -333,6 +376,11 @@ def _check_result(name: str, result: object) -> None:
 def _check_function(function: object) -> str:
     if isinstance(function, (classmethod, staticmethod)):
         raise ConfigurationError(f'@exactly_once on a {type(function).__name__}: write it below @{type(function).__name__}')
+    if not inspect.isroutine(function):
+        for method, decorator in (('apply_async', '@app.task'), ('send_with_options', '@dramatiq.actor')):
+            if callable(getattr(function, method, None)):
+                raise ConfigurationError(
+                    f'@exactly_once stands above {decorator}, so that messages would run without it: write it below {decorator}')
     if inspect.isclass(function) or not callable(function):
         raise ConfigurationError(f'@exactly_once on {function!r}: put it on a function, a method or an `async def`')
     plain: object = function
@@ -363,7 +411,23 @@ def key_maker(
         return _Format(key, function, name)
     if not callable(key) or inspect.iscoroutinefunction(key):
         raise ConfigurationError(f'key={key!r} of {name}: give a format string, or a callable that returns a string')
+    if not _takes_self(key, function):
+        return lambda args, kwargs: key(*args[1:], **kwargs)
     return lambda args, kwargs: key(*args, **kwargs)
+
+
+def _takes_self(key: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """Whether a callable key wants all that a function gets; it need not take the `self` of a method or a bound task."""
+    try:
+        whole, given = (list(inspect.signature(item).parameters.values()) for item in (function, key))
+    except (TypeError, ValueError):
+        return True
+    if not whole or whole[0].name != 'self' or not given or given[0].name == 'self' or any(
+            item.kind is item.VAR_POSITIONAL for item in given):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    fewer = sum(item.kind in positional for item in given) < sum(item.kind in positional for item in whole)
+    return not fewer and given[0].name not in {item.name for item in whole}
 
 
 class _Format:

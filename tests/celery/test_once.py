@@ -204,13 +204,19 @@ class TestWithoutWorker:
         with pytest.raises(NotEntered):
             task_of(app)(3)
 
-    @pytest.mark.parametrize('error', [duplicate, ExecutionRunning])
-    def test_a_direct_call_raises_what_it_finds(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], error: Callable[[], JobSyncError],
+    @pytest.mark.parametrize(('options', 'error', 'expected'), [
+        ({}, duplicate, 6), ({'on_duplicate': 'skip'}, duplicate, None), ({'on_running': 'skip'}, ExecutionRunning, None),
+        ({'on_duplicate': 'raise'}, duplicate, DuplicateExecution), ({}, ExecutionRunning, ExecutionRunning)])
+    def test_a_direct_call_gets_what_the_options_say(
+        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], options: dict[str, Any],
+        error: Callable[[], JobSyncError], expected: Any,
     ) -> None:
         ledger.begin_error = error()
-        with pytest.raises(type(ledger.begin_error)):
-            task_of(app)(3)
+        if isinstance(expected, type):
+            with pytest.raises(expected):
+                task_of(app, **options)(3)
+        else:
+            assert task_of(app, **options)(3) == expected
         assert published == []
 
 
