@@ -27,7 +27,7 @@ def _variants() -> list[Variant]:
 def _arguments(stage: Stage, name: str, pool: str, concurrency: int, queues: str) -> list[str]:
     return [
         'celery', '-A', 'bench.celery_app', 'worker', '-n', f'{name}@bench', '-P', pool, '-c', str(concurrency), '-Q', queues,
-        '-l', 'WARNING', '--without-gossip', '--without-mingle', '--without-heartbeat',
+        '-l', 'WARNING',
         *(['--jobsync-node', name] if MODES[stage.environment['BENCH_MODE']] == 'jobsync_celery' else [])]
 
 

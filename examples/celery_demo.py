@@ -65,8 +65,7 @@ class CeleryDemo(QueueDemo):
         return {'CELERY_BROKER_URL': redis.url(0), 'CELERY_RESULT_BACKEND': redis.url(1)}
 
     def command(self, name: str) -> list[str]:
-        return ['-m', 'celery', '-A', 'examples.celery_demo', 'worker', '-n', f'{name}@demo', '-c', str(SLOTS), '-l', 'INFO',
-                '--without-gossip', '--without-mingle']
+        return ['-m', 'celery', '-A', 'examples.celery_demo', 'worker', '-n', f'{name}@demo', '-c', str(SLOTS), '-l', 'INFO']
 
     def send(self, path: str) -> Any:
         return (count_on_gpu if path.startswith(PINNED) else count_file).delay(path).id

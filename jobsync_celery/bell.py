@@ -5,34 +5,45 @@ client-side caching (CLIENT TRACKING, Redis 6) tells another connection instead 
 """
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 __all__ = ['Bell']
 
 _CHANNEL = '__redis__:invalidate'
 _BYTES = 65_536
+#: What kombu's table calls the socket, beside BRPOP and LISTEN.
+_KIND = 'BELL'
+_CUT = 'Redis has closed the connection that tells of new messages'
 
 
 class Bell:
     """A connection beside another one, to which Redis tells each change to what the other has read; once for each reading.
 
+    Whoever waits for the transport's sockets hears it: the event loop, and a step that drains the connection before the loop
+    runs (mingle). So the socket stands in the table of kombu's poller, where this object plays the channel that it belongs to.
+
     Args:
         tracked: The other redis-py connection; nothing may be under way on it.
         connection: A connection of its own, not connected yet.
-        hub: kombu's event loop.
-        ring: Called in the event loop after a change.
+        poller: The `MultiChannelPoller` of the transport.
+        hub: kombu's event loop, which learns of the socket from the poller.
+        ring: Called after a change.
 
     Raises:
         ResponseError: Redis refuses, or does not know how.
         ConnectionError, OSError: It cannot be reached.
     """
 
-    def __init__(self, tracked: Any, connection: Any, hub: Any, ring: Callable[[], object]) -> None:
+    def __init__(self, tracked: Any, connection: Any, poller: Any, hub: Any, ring: Callable[[], object]) -> None:
         self._connection = connection
+        self._poller = poller
         self._hub = hub
         self._ring = ring
+        self.handlers = {_KIND: self._hear}
         connection.connect()
         try:
             connection.send_command('CLIENT', 'ID')
@@ -44,10 +55,24 @@ class Bell:
             self._tracked = tracked._sock
             self._socket = connection._sock
             self._socket.setblocking(False)
-            hub.add_reader(self._socket, self._hear)
+            self._number = self._socket.fileno()
+            poller.poller.register(self._number, poller.eventflags)
+            poller._fd_to_chan[self._number] = self, _KIND
         except BaseException:
             connection.disconnect()
             raise
+
+    @property
+    def qos(self) -> Bell:
+        """What the poller asks whether there is room: here, always."""
+        return self
+
+    def can_consume(self) -> bool:
+        """A change is heard whatever the worker has in hand: a socket that stays readable keeps the loop busy."""
+        return True
+
+    def _poll_error(self, kind: str) -> None:
+        raise ConnectionError(_CUT)
 
     def belongs_to(self, connection: Any) -> bool:
         """Whether it hears of this connection: one that redis-py has opened anew is not tracked any more."""
@@ -57,12 +82,18 @@ class Bell:
         try:
             heard = self._socket.recv(_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
-            return
+            raise Empty from None
         if not heard:
-            raise ConnectionError('Redis has closed the connection that tells of new messages')
+            raise ConnectionError(_CUT)
         self._ring()
+        raise Empty  # what kombu's poller expects of a socket that brought no message
 
     def close(self) -> None:
         """Hear no more."""
-        self._hub.remove_reader(self._socket)
+        entry = self._poller._fd_to_chan.get(self._number)
+        if entry is None or entry[0] is self:
+            self._poller._fd_to_chan.pop(self._number, None)
+            self._hub.remove_reader(self._number)
+            with contextlib.suppress(KeyError, ValueError, OSError):  # the loop has dropped it with its connection
+                self._poller.poller.unregister(self._number)
         self._connection.disconnect()

@@ -40,22 +40,25 @@ _execute: Any = Redis.execute_command
 #: Seconds after which empty queues are looked at even if no bell was heard.
 LOOK_SEC = 1.0
 
-# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then each list's queue.
+# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then for each list its queue and
+# whether its messages are acknowledged: what is not has no record, which nobody would remove.
 # The list is shortened last: a script that Redis stops for lack of memory has lost nothing.
 _TAKE = """
 for i = 3, #KEYS do
     local item = redis.call('LINDEX', KEYS[i], -1)
     if item then
         local sound, message = pcall(cjson.decode, item)
-        local tag = sound and type(message) == 'table' and type(message.properties) == 'table' and message.properties.delivery_tag
+        local queue, acknowledged = ARGV[2 * i - 4], ARGV[2 * i - 3] == '1'
+        local tag = acknowledged and sound and type(message) == 'table' and type(message.properties) == 'table'
+            and message.properties.delivery_tag
         local recorded = 0
         if type(tag) == 'string' then
             redis.call('ZADD', KEYS[2], ARGV[1], tag)
-            redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(ARGV[i - 1]) .. ']')
+            redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
             recorded = 1
         end
         redis.call('RPOP', KEYS[i])
-        return {ARGV[i - 1], item, recorded}
+        return {queue, item, recorded}
     end
 end
 return false
@@ -129,8 +132,10 @@ class _Channel(transport.Channel):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.due = deque()
+        self._without_ack: set[str] = set()
         super().__init__(*args, **kwargs)
-        self._load()
+        if self.ack_emulation:
+            self._load()  # else the user wants no records at all
 
     def _load(self) -> None:
         try:
@@ -154,7 +159,8 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         self._drop_bell()
         self._read_due()
         try:
-            self._bell = Bell(connection, self.pool.connection_class(**self.pool.connection_kwargs), self.hub, self._rung)
+            another = self.pool.connection_class(**self.pool.connection_kwargs)
+            self._bell = Bell(connection, another, self.connection.cycle, self.hub, self._rung)
         except ResponseError as error:
             self._can_wait = False
             logger.warning('JobSync: Redis does not tell of changes, so a message can be lost when Redis or this worker is killed just '
@@ -178,7 +184,22 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     def _arguments(self, queues: list[str]) -> list[Any]:
         lists = [(self._q_for_pri(queue, priority), queue) for priority in self.priority_steps for queue in queues]
         keys = self._keys(*(key for key, _ in lists))
-        return [self._script, len(keys), *keys, time(), *(queue for _, queue in lists)]
+        told = [part for _, queue in lists for part in (queue, int(queue not in self._without_ack))]
+        return [self._script, len(keys), *keys, time(), *told]
+
+    def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """Consume; what a consumer does not acknowledge is not recorded."""
+        (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """Take one message; as above."""
+        before = queue in self._without_ack
+        (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
+        try:
+            return super().basic_get(queue, no_ack, **kwargs)
+        finally:
+            (self._without_ack.add if before else self._without_ack.discard)(queue)
 
     def _brpop_start(self, timeout: int | None = None) -> None:
         connection = self.client.connection

@@ -85,8 +85,7 @@ class Stage:
         """A worker that consumes."""
         log = self.directory / f'{name}.log'
         command = [
-            sys.executable, '-m', 'celery', '-A', 'tests.celery.commands_app', 'worker', '-n', f'{name}@test', '-P', 'solo', '-l', 'INFO',
-            '--without-gossip', '--without-mingle']
+            sys.executable, '-m', 'celery', '-A', 'tests.celery.commands_app', 'worker', '-n', f'{name}@test', '-P', 'solo', '-l', 'INFO']
         with log.open('wb') as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment({**self.settings, **settings} if plugin else None), stdin=subprocess.DEVNULL,

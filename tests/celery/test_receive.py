@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from queue import Empty
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ class _Desk:
 
     def __init__(
         self, server: RedisServer, space: str, prefix: str = '', url: str | None = None, hub: Any = None, left: Leftovers | None = None,
+        more: dict[str, Any] | None = None,
     ) -> None:
         _DESKS.append(self)
         self.server, self.space = server, space
@@ -46,13 +48,14 @@ class _Desk:
         self.received: list[Any] = []
         self.client = server.client(space)
         self.connection = receive_atomically(
-            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix}), self.left, hub)
+            Connection(url or server.url(space), transport_options={'global_keyprefix': prefix, **(more or {})}), self.left, hub)
         self.queue = Queue(_QUEUE)(self.connection.default_channel)
         self.queue.declare()
         self.consumer = self.connection.Consumer([self.queue], callbacks=[lambda body, message: self.received.append(message)])
         self.consumer.qos(prefetch_count=100)
         self.prefix = prefix
         self.channel: Any = self.connection.default_channel
+        self.connection_poller: Any = self.connection.transport.cycle
         self._hub = hub
         if hub is not None:
             self.connection.register_with_event_loop(hub)
@@ -69,7 +72,8 @@ class _Desk:
     @property
     def readers(self) -> set[int]:
         """What the event loop reads of this desk's bell."""
-        return {fd for fd, (call, _) in self._hub.readers.items() if getattr(call, '__name__', '') == '_hear'}
+        bell = self.channel._bell
+        return {bell._number} & set(self._hub.readers) if bell is not None else set()
 
     def turn(self) -> bool:
         """One turn of the event loop, which waits for a moment at most."""
@@ -180,8 +184,10 @@ class TestWaiting:
             eventually(lambda: desk.turn() or desk.received[-1:] and desk.received[-1].payload['number'] == number)  # noqa: B023
         assert [message.payload['number'] for message in desk.received] == list(range(5))
         assert (desk.waiting(), desk.unacked()) == (0, 5)
+        number = desk.channel._bell._number
+        assert desk.readers == {number}
         desk.connection.release()
-        assert not desk.readers
+        assert not desk.readers and number not in desk.connection_poller._fd_to_chan
 
     def test_a_message_that_comes_between_the_look_and_its_answer_is_not_missed(
         self, redis_server: RedisServer, space: str,
@@ -196,7 +202,8 @@ class TestWaiting:
         desk.publish(1)
         # The bell is heard before the answer, "nothing", is read.
         eventually(lambda: _readable(channel._bell._socket))
-        channel._bell._hear()
+        with contextlib.suppress(Empty):
+            channel._bell._hear()
         with contextlib.suppress(Empty):
             channel._brpop_read()
         eventually(lambda: desk.turn() or desk.received)
@@ -249,6 +256,83 @@ class TestWaiting:
         desk.client.hsetnx('unacked', tag, message)
         channel.qos.restore_by_tag(tag)
         assert (desk.waiting(), desk.unacked()) == (1, 0)
+
+
+class TestWithoutTheLoop:
+    """A step of the worker drains the connection before the event loop runs, as mingle does, or while it stands still."""
+
+    def test_the_bell_is_heard_and_does_not_spin(self, redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        desk = _Desk(redis_server, space, hub=Hub())
+        desk.consumer.consume()
+        desk.wait()
+        desk.client.hset('unrelated', 'field', '1')
+        desk.publish(1)
+        eventually(lambda: desk.drain() or desk.received)
+        polls: list[object] = []
+        poll = desk.connection_poller.poller.poll
+        monkeypatch.setattr(desk.connection_poller, 'poller', SimpleNamespace(
+            poll=lambda timeout: polls.append(timeout) or poll(timeout), register=desk.connection_poller.poller.register,
+            unregister=desk.connection_poller.poller.unregister))
+        with contextlib.suppress(TimeoutError):
+            desk.connection.drain_events(timeout=0.5)
+        assert len(polls) < 20, 'the poller spins'
+
+    def test_it_is_heard_while_there_is_no_room_for_a_message(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space, hub=Hub())
+        desk.consumer.qos(prefetch_count=1)
+        desk.consumer.consume()
+        desk.publish(1)
+        eventually(lambda: desk.turn() or desk.received)
+        desk.received[0].ack()
+        desk.wait()
+        monkey = desk.channel.qos
+        monkey.prefetch_count, monkey._dirty = 1, {'another'}  # what is delivered fills it
+        monkey._delivered['another'] = desk.received[0]
+        desk.publish(2)
+        eventually(lambda: desk.turn() or desk.channel._rings > 0)
+        rings = desk.channel._rings
+        for _ in range(5):
+            desk.turn()
+        assert desk.channel._rings == rings and len(desk.received) == 1
+
+
+class TestWithoutAcknowledgement:
+    """Replies to `inspect`, mingle's, and those of a user's own consumers."""
+
+    @_PREFIXES
+    @pytest.mark.parametrize('looped', [False, True])
+    def test_what_nobody_acknowledges_is_not_recorded(self, redis_server: RedisServer, space: str, prefix: str, looped: bool) -> None:
+        desk = _Desk(redis_server, space, prefix, hub=Hub() if looped else None)
+        desk.consumer.no_ack = True
+        desk.consumer.consume()
+        for number in range(20):
+            desk.publish(number)
+        eventually(lambda: (desk.turn() if looped else desk.drain()) or len(desk.received) == 20)
+        assert (desk.waiting(), desk.unacked()) == (0, 0)
+        # The same channel acknowledges what it consumes otherwise.
+        desk.consumer.cancel()
+        desk.consumer.no_ack = False
+        desk.consumer.consume()
+        desk.publish(20)
+        eventually(lambda: (desk.turn() if looped else desk.drain()) or len(desk.received) == 21)
+        assert desk.unacked() == 1
+
+    def test_what_is_taken_for_good_is_not_recorded(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space)
+        for number in range(2):
+            desk.publish(number)
+        assert desk.queue.get(no_ack=True) is not None
+        assert desk.unacked() == 0
+        assert desk.queue.get(no_ack=False) is not None
+        assert desk.unacked() == 1
+
+    def test_where_the_user_wants_no_records_there_are_none(self, redis_server: RedisServer, space: str) -> None:
+        desk = _Desk(redis_server, space, more={'ack_emulation': False})
+        desk.consumer.consume()
+        desk.publish(1)
+        eventually(lambda: desk.drain() or desk.received)
+        assert desk.unacked() == 0
+        desk.received[0].ack()
 
 
 class TestAcknowledging:

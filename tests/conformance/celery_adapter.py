@@ -49,7 +49,7 @@ class CeleryAdapter(Adapter):
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
         return [
             sys.executable, '-m', 'celery', '-A', 'tests.conformance.celery_worker', 'worker', '-n', self.node_of(name), '-P', pool,
-            '-c', str(1 if pool == 'solo' else concurrency), '-l', 'INFO', '--without-gossip', '--without-mingle', *options]
+            '-c', str(1 if pool == 'solo' else concurrency), '-l', 'INFO', *options]
 
     def ready(self, name: str) -> str:
         return f'{self.node_of(name)} ready.'
