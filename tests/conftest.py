@@ -22,7 +22,7 @@ SETTINGS = {'fsync': 'off', 'full_page_writes': 'off', 'max_connections': '200'}
 
 
 #: What takes longest begins first, so that two processes end at about the same time.
-_ORDER = ('conformance', 'celery', 'docs', 'dramatiq', 'server', 'testing')
+_ORDER = ('conformance', 'parity', 'celery', 'docs', 'dramatiq', 'server', 'testing')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -269,10 +269,14 @@ class TestWithoutTheLoop:
         desk.publish(1)
         eventually(lambda: desk.drain() or desk.received)
         polls: list[object] = []
-        poll = desk.connection_poller.poller.poll
+        poller = desk.connection_poller.poller
+
+        def poll(timeout: float) -> Any:
+            polls.append(timeout)
+            return poller.poll(timeout)
+
         monkeypatch.setattr(desk.connection_poller, 'poller', SimpleNamespace(
-            poll=lambda timeout: polls.append(timeout) or poll(timeout), register=desk.connection_poller.poller.register,
-            unregister=desk.connection_poller.poller.unregister))
+            poll=poll, register=poller.register, unregister=poller.unregister))
         with contextlib.suppress(TimeoutError):
             desk.connection.drain_events(timeout=0.5)
         assert len(polls) < 20, 'the poller spins'
