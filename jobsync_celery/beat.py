@@ -85,7 +85,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             self._config = read_config(app)
         except JobSyncError as error:
             _refuse(error)
-        self._tables = Tables(self._config.appname)
+        self._tables = Tables.of(self._config)
         self._sessions = Sessions(self._config, 'beat')
         self._leadership = Leadership(self._config, self._tables)
         self._retry = min(_RETRY_SEC, self._config.heartbeat_interval_sec)

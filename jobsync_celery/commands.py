@@ -39,7 +39,7 @@ else:
             if self.url:
                 return super().config()
             config = read_config(self._app)
-            return replace(config, appname=self.appname) if self.appname else config
+            return replace(config, **self.named)
 
     class _AppGroup(Group):
         def invoke(self, ctx: click.Context) -> Any:

@@ -20,6 +20,7 @@ MAX_TOKENS = 1_000_000
 #: that covers clock rates that differ by 1 % each way, with room to spare.
 LEASE_FRACTION = 0.9
 _APPNAME = re.compile(r'[a-z_][a-z0-9_]{0,39}\Z')
+_SCHEMA = re.compile(r'[a-z_][a-z0-9_]{0,62}\Z')
 _PREFIX = 'JOBSYNC_'
 #: What the adapters and the test kit read from the environment, besides the fields of CoordinationConfig.
 ADAPTER_VARIABLES = frozenset({
@@ -43,6 +44,8 @@ class CoordinationConfig:
         port: Port, or one per host separated by commas.
         dbname, user, password: As PostgreSQL knows them. The password is never shown.
         appname: Prefix of every table; folded to lower case; a letter or `_`, then letters, digits and `_`, at most 40 in all.
+        schema: The schema of the tables; folded to lower case. None: the first of the role's search_path, usually `public`, or the one
+            on that path that has them already.
         total_tokens: Hash slots of the cluster, 1 to 1,000,000; equal on all nodes.
         minimum_nodes: Nodes that must have registered when `wait_on_enter` ends.
         heartbeat_interval_sec: Seconds between heartbeats.
@@ -64,6 +67,7 @@ class CoordinationConfig:
     user: str = 'postgres'
     password: str | None = field(default='postgres', repr=False)
     appname: str = 'sync_'
+    schema: str | None = None
     total_tokens: int = 10_000
     minimum_nodes: int = 1
     heartbeat_interval_sec: float = 5
@@ -84,6 +88,7 @@ class CoordinationConfig:
         if not _APPNAME.match(self.appname):
             raise ConfigurationError(
                 f'appname={self.appname!r} is no table prefix: use a letter or _, then letters, digits and _, at most 40 characters')
+        self._check_schema()
         if self.hash_function not in HASH_FUNCTIONS:
             raise ConfigurationError(
                 f'hash_function={self.hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
@@ -102,6 +107,16 @@ class CoordinationConfig:
                 f'heartbeat_timeout_sec={self.heartbeat_timeout_sec} leaves no room for '
                 f'heartbeat_interval_sec={self.heartbeat_interval_sec}: a lease lasts {LEASE_FRACTION:.0%} of the timeout and must outlast '
                 f'the interval; three times the interval is usual')
+
+    def _check_schema(self) -> None:
+        if self.schema is None:
+            return
+        name = self.schema.lower() if isinstance(self.schema, str) else ''
+        if not _SCHEMA.match(name) or name.startswith('pg_') or name == 'information_schema':
+            raise ConfigurationError(
+                f"schema={self.schema!r} cannot hold the tables: use a letter or _, then letters, digits and _, at most 63 characters, "
+                "and none of the system's own (pg_…, information_schema); or None for the first schema of the role's search_path")
+        object.__setattr__(self, 'schema', name)
 
     def _check_options(self) -> None:
         options = self.connection_options

@@ -93,7 +93,7 @@ class Job:
         self._state = 'new'
         self._pid = 0
         if coordination_config is not None:
-            self._tables = Tables(coordination_config.appname)
+            self._tables = Tables.of(coordination_config)
             self._sessions = Sessions(coordination_config, f'jobsync {self.node_name}')
             self._process = this_process()
             self._claims = Claims(coordination_config.total_tokens, lambda: is_known_alive(self._process))
@@ -355,9 +355,13 @@ class Job:
         if self.config is not None:
             self._claims.incarnation = mark
 
-    def session(self) -> AbstractContextManager[Any]:
-        """A connection to the cluster's database for one transaction. Not in single-node mode."""
-        return self._sessions.session()
+    def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
+        """A connection to the cluster's database for one transaction. Not in single-node mode.
+
+        Args:
+            pinned: Whether names are looked up in PostgreSQL's own schema alone, as for JobSync's statements; False: by the role's path.
+        """
+        return self._sessions.session(users=not pinned)
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until `condition()` holds, looked at whenever this node has done or heard something; whether it does."""

@@ -91,7 +91,7 @@ class Keeper:
         self._on_lease, self._on_change, self._on_tick = on_lease, on_change, on_tick
         config = gate.settings.config
         self._interval = config.rebalance_check_interval_sec
-        self._tables = Tables(config.appname)
+        self._tables = Tables.of(config)
         self._sessions = Sessions(config, f'jobsync keeper {gate.job.node_name}')
         self._closing = False
         self._leased, self._version = True, -1

@@ -349,7 +349,7 @@ class Ledger:
         """What `Execution.transaction` gives."""
         if execution._completed:
             raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
-        with self._sessions.session(limited=False) as connection:
+        with self._sessions.session(limited=False, users=True) as connection:
             marker = f'{execution.fence} {execution.key}'
             try:
                 executions.mark(connection, marker)

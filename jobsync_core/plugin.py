@@ -168,10 +168,10 @@ def make_job(
         on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
     """
     config = settings.config
-    tables = Tables(config.appname)
+    tables = Tables.of(config)
 
     def provide(job: Job) -> None:
-        with job.session() as connection:
+        with job.session(pinned=True) as connection:
             others = queues.other_kinds(connection, tables, kind)
             if others:
                 raise ConfigurationError(
@@ -184,7 +184,7 @@ def make_job(
             job.register_locks_bulk(locks)
         unpinned = [task for task in known if task not in pins]
         if unpinned:
-            with job.session() as connection:
+            with job.session(pinned=True) as connection:
                 old = lock_store.clear_old_pins(connection, tables, unpinned)
             if old:
                 logger.info('node=%s removed %d locks of tasks that are pinned no longer', name, old)
@@ -221,7 +221,7 @@ class Gate:
     def __init__(self, settings: PluginSettings, job: Job) -> None:
         self.job = job
         self.settings = settings
-        tables = Tables(settings.config.appname)
+        tables = Tables.of(settings.config)
         self.owners = OwnerMap(Sessions(settings.config, f'jobsync gate {job.node_name}'), tables)
         self.counts: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -251,7 +251,7 @@ class Gate:
 
 def owner_map(config: CoordinationConfig) -> OwnerMap:
     """An owner map for a producer."""
-    return OwnerMap(Sessions(config, 'jobsync producer'), Tables(config.appname))
+    return OwnerMap(Sessions(config, 'jobsync producer'), Tables.of(config))
 
 
 _stand_in: Job | None = None

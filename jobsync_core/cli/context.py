@@ -34,6 +34,7 @@ class Database:
 
     url: str | None = None
     appname: str | None = None
+    schema: str | None = None
 
     def config(self) -> CoordinationConfig:
         """The settings from the options and the environment.
@@ -44,7 +45,12 @@ class Database:
         environ = dict(os.environ)
         if self.url:
             environ['JOBSYNC_DATABASE_URL'] = self.url
-        return CoordinationConfig.from_env(environ, **({'appname': self.appname} if self.appname else {}))
+        return CoordinationConfig.from_env(environ, **self.named)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What the options say of where the tables are."""
+        return {name: value for name, value in (('appname', self.appname), ('schema', self.schema)) if value}
 
     @contextmanager
     def sessions(self) -> Iterator[tuple[Sessions, Tables]]:
@@ -52,7 +58,7 @@ class Database:
         config = self.config()
         sessions = Sessions(config, 'jobsync cli')
         try:
-            yield sessions, Tables(config.appname)
+            yield sessions, Tables.of(config)
         finally:
             sessions.close_all()
 
@@ -96,7 +102,7 @@ def describe(error: Exception) -> str:
 
 
 def database_options(command: _Command) -> _Command:
-    """Add --url and --appname, before the command's name and after it alike."""
+    """Add --url, --appname and --schema, before the command's name and after it alike."""
 
     def remember(name: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
         def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -104,6 +110,9 @@ def database_options(command: _Command) -> _Command:
                 setattr(ctx.ensure_object(Database), name, value)
         return callback
 
+    command = click.option(
+        '--schema', expose_value=False, callback=remember('schema'), metavar='NAME',
+        help='Schema of the tables [env JOBSYNC_SCHEMA; default: the first of the search_path].')(command)
     command = click.option(
         '--appname', expose_value=False, callback=remember('appname'), metavar='PREFIX',
         help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].')(command)

@@ -41,7 +41,7 @@ class Check:
 
 def examine(config: CoordinationConfig) -> list[Check]:
     """Try everything; stops at a connection that cannot be had."""
-    tables = Tables(config.appname)
+    tables = Tables.of(config)
     sessions = Sessions(config, 'jobsync doctor')
     checks: list[Check] = []
     try:

@@ -172,7 +172,7 @@ def init_db_command(database: Database) -> None:
 @click.pass_obj
 def schema_command(database: Database, sql: bool) -> None:
     """Print the schema, for whoever creates tables by hand."""
-    click.echo(render_schema(database.config().appname))
+    click.echo(render_schema(database.config().appname, database.config().schema))
 
 
 @jobsync.command('doctor')

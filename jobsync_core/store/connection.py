@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import select
@@ -17,7 +18,9 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, TRANSACTION_STAT
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, StoreTimeout
 from .deadline import Deadlines, GuardedConnection
-from .options import Limits, agent_limits, call_limits, explain, libpq_parameters, resolve, text_of
+from .inherited import leave_to_parent
+from .location import locate, location_of
+from .options import Limits, agent_limits, call_limits, explain, keepalive, libpq_parameters, resolve, text_of
 
 __all__ = ['Connection', 'Sessions']
 
@@ -35,6 +38,8 @@ _SERVER_FALLBACK = "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' ||
 
 #: SQLSTATEs after which another connection, perhaps to another server, may do better.
 _LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'})
+#: What a standby answers to a transaction that asks to write; nothing else that JobSync does gives this one.
+_STANDBY = '0A000'
 _CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
 _TIMED_OUT = frozenset({'57014', '55P03'})
 
@@ -46,12 +51,14 @@ class Connection:
     connection is closed, since nobody can tell any more what its next answer answers.
     """
 
-    def __init__(self, raw: psycopg2.extensions.connection, limits: Limits, where: str) -> None:
+    def __init__(self, raw: psycopg2.extensions.connection, limits: Limits, where: str, pooled: bool = False) -> None:
         self.server = ''
         self._raw = raw
         self._limits = limits
         self._where = where
+        self._pooled = pooled
         self._pid = os.getpid()
+        leave_to_parent(raw)
 
     @classmethod
     def open(cls, config: CoordinationConfig, name: str, timeout: float | None = None) -> Connection:
@@ -93,7 +100,7 @@ class Connection:
         parameters.update(host=host, port=port, client_encoding='utf8')
         if address is not None:
             parameters['hostaddr'] = address
-        connection = cls(psycopg2.connect(async_=1, **parameters), agent_limits(config), f'{host}:{port}')
+        connection = cls(psycopg2.connect(async_=1, **parameters), agent_limits(config), f'{host}:{port}', not config.listen)
         try:
             connection._drive(deadline)
             connection._begin_session(config, deadline)
@@ -103,15 +110,28 @@ class Connection:
         return connection
 
     def _begin_session(self, config: CoordinationConfig, deadline: float) -> None:
-        if config.listen:
-            self._run(self._limits.sql(local=False), (), deadline)
+        if not self._pooled:
+            settings = keepalive(config)
+            try:
+                self._send(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
+            except psycopg2.errors.InvalidParameterValue:  # a system that cannot look whether a client is still there
+                settings = dataclasses.replace(settings, checks=False)
+                self._send(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
         try:
-            rows = self._run(_SERVER, (), deadline)
+            rows = self._read(_SERVER, deadline)
         except DatabaseUnavailable:
             raise
         except psycopg2.Error:
-            rows = self._run(_SERVER_FALLBACK, (), deadline)
+            rows = self._read(_SERVER_FALLBACK, deadline)
         self.server = str(rows[0][0])
+        location = location_of(config)
+        if not location.found:
+            locate(location, config, lambda sql, params: self._read(sql, deadline, params))
+
+    def _read(self, sql: str, deadline: float, params: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run what a standby can run too."""
+        begin = self._limits.begin_transaction(self._raw.server_version, writing=False) + '; ' if self._pooled else ''
+        return self._send(begin + sql, params, deadline)
 
     def execute(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = (), timeout: float | None = None,
@@ -132,8 +152,8 @@ class Connection:
 
     @property
     def local_limits(self) -> str:
-        """A statement that sets the session's limits for one transaction, wherever a pooler may run that."""
-        return self._limits.sql(local=True)
+        """Statements that go first in a transaction: its settings, wherever a pooler may run it."""
+        return self._limits.begin_transaction(self._raw.server_version)
 
     def listen(self, channel: str) -> None:
         """Have notifications of this channel sent here."""
@@ -176,13 +196,20 @@ class Connection:
 
     def _run(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
         self._check()
+        if self._pooled and self._raw.info.transaction_status == TRANSACTION_STATUS_IDLE and not sql.startswith('BEGIN'):
+            # A transaction by itself, which begins with what a session would have had from its start.
+            sql = f'{self.local_limits}; {sql}'
+        return self._send(sql, params, deadline)
+
+    def _send(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
+        self._check()
         try:
             cursor = self._raw.cursor()
             cursor.execute(sql, params)
             self._drive(deadline)
             return cursor.fetchall() if cursor.description else []
         except psycopg2.Error as error:
-            if self._raw.closed or error.pgcode in _LOST or (error.pgcode is None and isinstance(error, _CONNECTION_ERRORS)):
+            if self._raw.closed or error.pgcode in (*_LOST, _STANDBY) or (error.pgcode is None and isinstance(error, _CONNECTION_ERRORS)):
                 raise self._lost(error) from error
             raise
 
@@ -224,14 +251,16 @@ class Sessions:
         self._config = config
         self._name = application_name
         self._limits = call_limits(config)
+        self._location = location_of(config)
         self._pools: dict[int, _Pool] = {}
 
     @contextlib.contextmanager
-    def session(self, limited: bool = True) -> Iterator[psycopg2.extensions.connection]:
+    def session(self, limited: bool = True, users: bool = False) -> Iterator[psycopg2.extensions.connection]:
         """Lend a connection for one transaction: committed at the end, rolled back on an error.
 
         Args:
             limited: Whether each statement must end within the heartbeat timeout; False for statements of the user's own.
+            users: Whether it is for statements of the user's own, which find his tables by the role's search_path.
 
         Raises:
             DatabaseUnavailable: There is no connection, or it was lost. If that happened while committing, the transaction
@@ -242,16 +271,36 @@ class Sessions:
         connection = pool.take() or self._open(pool)
         connection.limit = self._limits.statement + 1.0 if limited else None
         try:
+            if not self._location.found:
+                self._locate(connection)
+            connection.prologue = self._prologue(connection, users)
             yield connection
             connection.commit()
         except BaseException as error:
-            ours = isinstance(error, psycopg2.Error) and self._translate(error, connection, limited)
+            ours = isinstance(error, psycopg2.Error) and self._translate(error, connection, limited, users)
             self._roll_back(connection)
             if ours:
                 raise ours from error
             raise
         finally:
             pool.give_back(connection)
+
+    def _prologue(self, connection: GuardedConnection, users: bool) -> str:
+        """What goes before the first statement of each transaction."""
+        if users:
+            return self._limits.begin_users(connection.server_version, session=self._config.listen)
+        return '' if self._config.listen else self._limits.begin_transaction(connection.server_version)
+
+    def _locate(self, connection: GuardedConnection) -> None:
+        def run(sql: str, params: Sequence[object]) -> Sequence[Sequence[Any]]:
+            with connection.cursor() as cursor:
+                cursor.execute(sql, params)
+                return list(cursor.fetchall())
+
+        connection.prologue = '' if self._config.listen else self._limits.begin_transaction(connection.server_version, writing=False)
+        connection.autocommit = True
+        locate(self._location, self._config, run)
+        connection.autocommit = False
 
     @property
     def longest_call_sec(self) -> float:
@@ -278,11 +327,9 @@ class Sessions:
             connection = psycopg2.connect(connection_factory=GuardedConnection, **parameters)
             connection.deadlines = pool.deadlines
             connection.limit = config.connect_timeout_sec
+            leave_to_parent(connection)
             if config.listen:
-                connection.autocommit = True
-                with connection.cursor() as cursor:
-                    cursor.execute(self._limits.sql(local=False))
-                connection.autocommit = False
+                self._begin_session(connection)
         except psycopg2.Error as error:
             if connection is not None:
                 connection.close()
@@ -290,7 +337,18 @@ class Sessions:
         pool.lend(connection)
         return connection
 
-    def _translate(self, error: psycopg2.Error, connection: GuardedConnection, limited: bool) -> DatabaseUnavailable | None:
+    def _begin_session(self, connection: GuardedConnection) -> None:
+        settings = keepalive(self._config)
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            try:
+                cursor.execute(self._limits.begin_session(connection.server_version, settings))
+            except psycopg2.errors.InvalidParameterValue:  # as in Connection
+                settings = dataclasses.replace(settings, checks=False)
+                cursor.execute(self._limits.begin_session(connection.server_version, settings))
+        connection.autocommit = False
+
+    def _translate(self, error: psycopg2.Error, connection: GuardedConnection, limited: bool, users: bool) -> DatabaseUnavailable | None:
         where = f'PostgreSQL at {self._config.host}:{self._config.port}'
         if connection.cut:
             return StoreTimeout(f'{where} did not answer in time: the network or the server is stuck')
@@ -298,7 +356,8 @@ class Sessions:
             return None
         if limited and error.pgcode in _TIMED_OUT:
             return StoreTimeout(f'{where} took too long: {text_of(error)}')
-        if error.pgcode in _LOST or (connection.closed and isinstance(error, _CONNECTION_ERRORS)):
+        lost = error.pgcode in _LOST or (error.pgcode == _STANDBY and not users)
+        if lost or (connection.closed and isinstance(error, _CONNECTION_ERRORS)):
             return DatabaseUnavailable(f'lost the connection to {where}: {text_of(error)}')
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from psycopg2.extensions import STATUS_READY
+from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_IDLE
 
 __all__ = ['Deadlines', 'GuardedConnection']
 
@@ -86,8 +86,10 @@ class GuardedConnection(psycopg2.extensions.connection):
         deadlines: Who watches.
         limit: Seconds that each call may take; None: no limit.
         cut: Whether a call took longer, so that the connection was cut.
+        prologue: Statements that go before the first one of each transaction, in one string with it where that can be.
     """
 
+    prologue: str = ''
     deadlines: Deadlines | None = None
     limit: float | None = None
     cut = False
@@ -125,11 +127,34 @@ class GuardedCursor(psycopg2.extensions.cursor):
 
     def execute(self, query: Any, vars: Any = None) -> None:
         with self._guarded():
+            prologue = self._prologue()
+            if prologue and isinstance(query, str) and self.name is None:
+                query = f'{prologue}; {query}'
+            elif prologue:
+                self._begin(prologue)
             super().execute(query, vars)
 
     def executemany(self, query: Any, vars_list: Any) -> None:
         with self._guarded():
+            self._begin(self._prologue())
             super().executemany(query, vars_list)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        with self._guarded():
+            self._begin(self._prologue())
+            super().copy_expert(sql, file, size)
+
+    def _prologue(self) -> str:
+        connection = self.connection
+        if not isinstance(connection, GuardedConnection) or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            return ''
+        return connection.prologue
+
+    def _begin(self, prologue: str) -> None:
+        # In autocommit mode each statement is a transaction, and settings of one of its own would be lost.
+        if prologue and not self.connection.autocommit:
+            with psycopg2.extensions.connection.cursor(self.connection) as cursor:
+                cursor.execute(prologue)
 
     def _guarded(self) -> contextlib.AbstractContextManager[None]:
         connection = self.connection

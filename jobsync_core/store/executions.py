@@ -64,6 +64,9 @@ class Row:
     holder: Holder | None
 
 
+#: Seconds for which a transaction of the user's may be silent between two statements, and between the completion and the commit.
+USERS_IDLE_SEC, _COMMIT_SEC = 3600, 10
+
 # Both functions come with the schema (migration_3.sql), where what they do is written.
 _BEGIN = """
 SELECT * FROM {begin_execution}(
@@ -92,14 +95,15 @@ WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.nam
 RETURNING e.fence, e.attempts"""
 
 # What the function does, for a transaction of the user's. 'done' as well, so that an attempt whose reply was lost can record its
-# completion again. clock_timestamp(), because the transaction may be older than the attempt.
+# completion again. clock_timestamp(), because the transaction may be older than the attempt. Every name and operator is qualified: the
+# search_path is the user's here, and others may create things along it.
 _FINISH = """
 UPDATE {execution}
-SET state = 'done', result = CAST(%s AS jsonb), error = NULL, finished_at = clock_timestamp(),
-    expires_at = clock_timestamp() + make_interval(secs => %s)
-WHERE key = %s AND fence = %s AND state IN ('running', 'done')"""
+SET state = 'done', result = CAST(%s AS pg_catalog.jsonb), error = NULL, finished_at = pg_catalog.clock_timestamp(),
+    expires_at = pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => CAST(%s AS double precision))
+WHERE key OPERATOR(pg_catalog.=) %s AND fence OPERATOR(pg_catalog.=) %s AND state OPERATOR(pg_catalog.=) ANY (ARRAY['running', 'done'])"""
 
-_IN_TRANSACTION = " AND current_setting('jobsync.execution', true) = %s"
+_IN_TRANSACTION = " AND pg_catalog.current_setting('jobsync.execution', true) OPERATOR(pg_catalog.=) %s"
 
 _ADD_RESULT = """
 UPDATE {execution} SET result = CAST(%s AS jsonb) WHERE key = %s AND fence = %s AND state = 'done' AND result IS NULL"""
@@ -190,14 +194,15 @@ def mark(connection: PgConnection, marker: str) -> None:
     """Begin a transaction of the user's: without the limits of short calls, and marked, so that its end is noticed."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true),"
-            " set_config('idle_in_transaction_session_timeout', '0', true), set_config('jobsync.execution', %s, true)", (marker,))
+            "SELECT pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true),"
+            " pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true), pg_catalog.set_config('jobsync.execution', %s, true)",
+            (f'{USERS_IDLE_SEC}s', marker))
 
 
 def is_marked(connection: PgConnection, marker: str) -> bool:
     """Whether the transaction that `mark` began is still open."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT current_setting('jobsync.execution', true)")
+        cursor.execute("SELECT pg_catalog.current_setting('jobsync.execution', true)")
         return bool(cursor.fetchall() == [(marker,)])
 
 
@@ -212,7 +217,9 @@ def finish(connection: PgConnection, tables: Tables, completion: Completion, mar
     if marker is None:
         sql = _sql(_CALL_FINISH, tables)
     else:
-        sql, parameters = finish_sql(tables) + _IN_TRANSACTION, (*parameters, marker)
+        # From here on the key's row is locked: a process that is stopped before its commit must not keep it.
+        sql = f"SET LOCAL idle_in_transaction_session_timeout TO '{_COMMIT_SEC}s'; {finish_sql(tables)}{_IN_TRANSACTION}"
+        parameters = (*parameters, marker)
     with connection.cursor() as cursor:
         cursor.execute(sql, parameters)
         return cursor.rowcount == 1

@@ -103,7 +103,7 @@ def clear_tasks(connection: PgConnection, tables: Tables, task_ids: Iterable[str
 def clear_old_pins(connection: PgConnection, tables: Tables, unpinned: Iterable[str]) -> int:
     """Delete the locks on the virtual keys (`name#3`) of tasks that were pinned once; returns how many there were."""
     return _delete(
-        connection, tables, r"reason = 'pin' AND regexp_replace(task_id, '#\d+$', '') = ANY(%s::text[])", (list(unpinned),))
+        connection, tables, r"reason = 'pin' AND regexp_replace(task_id, '#[0-9]+$', '') = ANY(%s::text[])", (list(unpinned),))
 
 
 def _delete(connection: PgConnection, tables: Tables, condition: str, params: tuple[object, ...]) -> int:

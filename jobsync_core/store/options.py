@@ -10,8 +10,11 @@ from typing import Any
 
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, StoreTimeout
+from .location import PINNED_PATH
 
-__all__ = ['Limits', 'agent_limits', 'call_limits', 'explain', 'libpq_parameters', 'resolve', 'text_of']
+__all__ = [
+    'Keepalive', 'Limits', 'agent_limits', 'call_limits', 'explain', 'keepalive', 'libpq_parameters', 'resolve', 'text_of',
+]
 
 _PREFIX = 'jobsync '
 _APPLICATION_NAME_BYTES = 63
@@ -47,19 +50,98 @@ class Limits:
     lock: float
     idle: float
 
-    def settings(self) -> dict[str, str]:
-        """Settings of a session. They are not asked for at its start, since poolers refuse that."""
-        return {
-            'statement_timeout': f'{math.ceil(self.statement * 1000)}ms',
+    def settings(self, version: int = 0) -> dict[str, str]:
+        """What each transaction of JobSync's own needs, whatever the defaults of server, database and role are.
+
+        Args:
+            version: The server's, as psycopg2 gives it (170002); 0: the oldest that is supported.
+        """
+        found = {
+            'search_path': PINNED_PATH,
+            # Rows that a policy would hide are an error, not missing nodes.
+            'row_security': 'off',
+            # Weights come back as they were written.
+            'extra_float_digits': '1',
             'lock_timeout': f'{math.ceil(self.lock * 1000)}ms',
             'idle_in_transaction_session_timeout': f'{math.ceil(self.idle * 1000)}ms',
             'synchronous_commit': 'on',
-            'default_transaction_isolation': 'read committed',
         }
+        if version >= 170_000:
+            found['transaction_timeout'] = '0'
+        return found
 
-    def sql(self, local: bool) -> str:
-        """One statement that sets them, for the transaction or for the session."""
-        return 'SELECT ' + ', '.join(f"set_config('{name}', '{value}', {str(local).lower()})" for name, value in self.settings().items())
+    def begin_session(self, version: int, keepalive: Keepalive | None) -> str:
+        """Statements that set them for a session, of which the first must come before a short statement_timeout of the role strikes."""
+        settings = {
+            **self.settings(version), 'default_transaction_isolation': 'read committed', 'default_transaction_read_only': 'off',
+            'default_transaction_deferrable': 'off', 'idle_session_timeout': '0', **(keepalive.settings() if keepalive is not None else {})}
+        return f"SET statement_timeout TO '{self._statement}'; {_set(settings, local=False)}"
+
+    def begin_transaction(self, version: int, writing: bool = True) -> str:
+        """Statements that set them for a transaction, at its very beginning, wherever a pooler may run that.
+
+        Args:
+            version: As for `settings`.
+            writing: False for a transaction that a standby may run.
+        """
+        settings = _set(self.settings(version), local=True)
+        return f"SET LOCAL statement_timeout TO '{self._statement}'; {_characteristics(writing)}; {settings}"
+
+    def begin_users(self, version: int, session: bool) -> str:
+        """Statements that begin a transaction of the user's on such a connection: the search_path and the rest are the role's own.
+
+        Args:
+            version: As for `settings`.
+            session: Whether `begin_session` has set them for the session.
+        """
+        if not session:
+            return _characteristics(writing=True)
+        return '; '.join(f'SET LOCAL {name} TO DEFAULT' for name in ('search_path', 'row_security', 'extra_float_digits', *(
+            ['transaction_timeout'] if version >= 170_000 else [])))
+
+    @property
+    def _statement(self) -> str:
+        return f'{math.ceil(self.statement * 1000)}ms'
+
+
+@dataclass(frozen=True)
+class Keepalive:
+    """When the server takes a client for gone that no longer answers, in seconds. On Unix sockets the server knows at once.
+
+    Args:
+        after: Of silence.
+        user_timeout: For which sent data may stay unacknowledged.
+        checks: Whether the server looks for a closed connection while it runs a statement; not every system can.
+    """
+
+    after: float
+    user_timeout: float
+    checks: bool = True
+
+    def settings(self) -> dict[str, str]:
+        """Settings of a session."""
+        found = {
+            'tcp_keepalives_idle': str(max(1, math.ceil(self.after / 3))),
+            'tcp_keepalives_interval': str(max(1, math.ceil(self.after / 6))),
+            'tcp_keepalives_count': '3', 'tcp_user_timeout': f'{math.ceil(self.user_timeout * 1000)}ms',
+        }
+        if self.checks:
+            found['client_connection_check_interval'] = f'{max(1000, math.ceil(self.after * 1000 / 3))}ms'
+        return found
+
+
+def keepalive(config: CoordinationConfig) -> Keepalive:
+    """What every session asks of the server: its client is gone after about one heartbeat timeout of silence."""
+    return Keepalive(config.heartbeat_timeout_sec, max(1.0, config.heartbeat_timeout_sec))
+
+
+def _characteristics(writing: bool) -> str:
+    return 'SET TRANSACTION ISOLATION LEVEL READ COMMITTED' + (', READ WRITE' if writing else '')
+
+
+def _set(settings: dict[str, str], local: bool) -> str:
+    # One statement for all. By its full name: it is what pins the path.
+    return 'SELECT ' + ', '.join(f"pg_catalog.set_config('{name}', '{value}', {str(local).lower()})" for name, value in settings.items())
 
 
 def agent_limits(config: CoordinationConfig) -> Limits:

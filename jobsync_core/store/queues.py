@@ -70,7 +70,7 @@ def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT set_config('idle_in_transaction_session_timeout', '0', true), pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
-            (f'jobsync {tables.appname} {node}',))
+            (f'jobsync {tables.label} {node}',))
         return bool(cursor.fetchall()[0][1])
 
 

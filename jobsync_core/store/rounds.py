@@ -82,7 +82,7 @@ class Round:
         if not self._begun:
             self._begun = True
             first, second = self._tables.advisory
-            sql = f'BEGIN ISOLATION LEVEL READ COMMITTED; {self._connection.local_limits}; SELECT {self._lock}({first}, {second}); {sql}'
+            sql = f'BEGIN; {self._connection.local_limits}; SELECT {self._lock}({first}, {second}); {sql}'
         return self._connection.execute(sql, params)
 
     def delete_unchanged(self, signs: Iterable[Sign]) -> tuple[str, ...]:

@@ -113,8 +113,7 @@ class Leadership:
 
     def __init__(self, config: CoordinationConfig, tables: Tables) -> None:
         self._config = config
-        digest = blake2b(f'jobsync beat {tables.appname}'.encode(), digest_size=8).digest()
-        self._key = int.from_bytes(digest, 'big', signed=True)
+        self._tables = tables
         self._connection: Connection | None = None
         self._held = False
 
@@ -142,7 +141,9 @@ class Leadership:
         if self._held:
             self._connection.execute('SELECT 1')
             return True
-        return bool(self._connection.execute('SELECT pg_try_advisory_lock(%s)', (self._key,))[0][0])
+        digest = blake2b(f'jobsync beat {self._tables.label}'.encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, 'big', signed=True)
+        return bool(self._connection.execute('SELECT pg_try_advisory_lock(%s)', (key,))[0][0])
 
     def resign(self) -> None:
         """Let another scheduler lead, at once."""

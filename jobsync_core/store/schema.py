@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
@@ -12,6 +11,7 @@ import psycopg2
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict
 from .connection import Sessions
+from .location import PINNED_PATH, Location, default_scope, locate, location_of
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
-MIGRATIONS: tuple[tuple[int, str], ...] = ((1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'))
+MIGRATIONS: tuple[tuple[int, str], ...] = (
+    (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'), (6, 'migration_6.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -27,7 +28,7 @@ _PATIENCE = '60s'
 
 #: The columns that this version uses.
 _COLUMNS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned',
+    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope',
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',
@@ -40,58 +41,129 @@ _COLUMNS: Mapping[str, str] = {
     'queue': 'name node created_at kind gone_at',
     'schedule': 'name slot total_run_count entry updated_at',
 }
-_FUNCTIONS = ('begin_execution', 'finish_execution')
+#: Functions, with the types of their arguments. Each pins its search_path, and names tables with their schema.
+_FUNCTIONS: Mapping[str, str] = {
+    'begin_execution': 'text, text, text, text, text, text, integer, text',
+    'finish_execution': 'jsonb, double precision, text, bigint',
+}
+#: Not qualified, as in CREATE INDEX; elsewhere write {schema}.{name of the index}.
 _INDEXES = ('lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
 
 
-@dataclass(frozen=True)
 class Tables:
-    """Names of one cluster's tables and functions, quoted for SQL.
-
-    Args:
-        appname: The prefix, as in CoordinationConfig.
+    """Names of one cluster's tables and functions, qualified and quoted for SQL.
 
     Attributes:
-        channel: Name of the NOTIFY channel, not quoted.
-        advisory: Key of the cluster's advisory lock.
+        appname: Their prefix.
     """
 
     appname: str
-    node: str = field(init=False)
-    assignment: str = field(init=False)
-    token: str = field(init=False)
-    lock: str = field(init=False)
-    rebalance: str = field(init=False)
-    claim: str = field(init=False)
-    audit: str = field(init=False)
-    execution: str = field(init=False)
-    cluster: str = field(init=False)
-    queue: str = field(init=False)
-    schedule: str = field(init=False)
-    begin_execution: str = field(init=False)
-    finish_execution: str = field(init=False)
-    channel: str = field(init=False)
-    advisory: tuple[int, int] = field(init=False)
+    node: str
+    assignment: str
+    token: str
+    lock: str
+    rebalance: str
+    claim: str
+    audit: str
+    execution: str
+    cluster: str
+    queue: str
+    schedule: str
+    begin_execution: str
+    finish_execution: str
 
-    def __post_init__(self) -> None:
-        prefix = self.appname.lower()
-        object.__setattr__(self, 'appname', prefix)
-        for name in (*_COLUMNS, *_FUNCTIONS):
-            object.__setattr__(self, name, _quoted(prefix + name))
-        object.__setattr__(self, 'channel', prefix + 'events')
-        digest = blake2b(f'jobsync {prefix}'.encode(), digest_size=8).digest()
-        numbers = int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(digest[4:], 'big', signed=True)
-        object.__setattr__(self, 'advisory', numbers)
+    def __init__(self, appname: str, schema: str = 'public', scope: str = '') -> None:
+        self._location = Location(appname.lower(), schema, scope, found=True)
+        self.appname = self._location.appname
+
+    @classmethod
+    def of(cls, config: CoordinationConfig) -> Tables:
+        """Those of a config's cluster. Where no setting names their schema, they have no names before a first connection is opened."""
+        tables = cls.__new__(cls)
+        tables._location = location_of(config)
+        tables.appname = config.appname
+        return tables
+
+    def __repr__(self) -> str:
+        return f'<Tables {self.label}*>'
+
+    def __getattr__(self, name: str) -> str:
+        if name not in _COLUMNS and name not in _FUNCTIONS:
+            raise AttributeError(name)
+        quoted = f'{_quoted(self.schema)}.{_quoted(self.appname + name)}'
+        if self._location.found:
+            self.__dict__[name] = quoted
+        return quoted
+
+    @property
+    def schema(self) -> str:
+        """The schema, not quoted.
+
+        Raises:
+            JobSyncError: There is none.
+        """
+        if self._location.schema is None:
+            raise JobSyncError("the role's search_path names no schema that it may use, so the tables have no place: set schema=…")
+        return self._location.schema
+
+    @property
+    def label(self) -> str:
+        """Distinguishes the cluster from all others of the database, in the names of locks."""
+        return f'{self._location.scope}.{self.appname}' if self._location.scope else self.appname
+
+    @property
+    def scope(self) -> str:
+        """See Location."""
+        return self._location.scope
+
+    @property
+    def channel(self) -> str:
+        """Name of the NOTIFY channel, not quoted."""
+        scope = self._location.scope
+        return f'{self.appname}events' + (f'_{blake2b(scope.encode(), digest_size=6).hexdigest()}' if scope else '')
+
+    @property
+    def advisory(self) -> tuple[int, int]:
+        """Key of the cluster's advisory lock."""
+        digest = blake2b(f'jobsync {self.label}'.encode(), digest_size=8).digest()
+        return int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(digest[4:], 'big', signed=True)
 
     @property
     def all(self) -> Mapping[str, str]:
-        """Each table or view, and its quoted name."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in _COLUMNS}
+        """Each table or view, and its name for SQL."""
+        return {name: getattr(self, name) for name in _COLUMNS}
+
+    @property
+    def functions(self) -> Mapping[str, str]:
+        """Each function, and its name for SQL with the types of its arguments."""
+        return {name: f'{getattr(self, name)}({arguments})' for name, arguments in _FUNCTIONS.items()}
+
+    def refresh(self, config: CoordinationConfig, cursor: Any) -> None:
+        """Look again where the tables are, after they have been created."""
+        def run(sql: str, params: Sequence[object]) -> Sequence[Sequence[Any]]:
+            cursor.execute(sql, params)
+            return list(cursor.fetchall())
+
+        locate(self._location, config, run)
 
 
-def render_schema(appname: str) -> str:
-    """The statements that create the tables, for whoever does so by hand."""
-    return '\n'.join(_render(Tables(appname), name) for _, name in MIGRATIONS)
+def render_schema(appname: str, schema: str | None = None) -> str:
+    """The statements that create the tables, for whoever does so by hand.
+
+    Args:
+        appname: Their prefix.
+        schema: Where they go; default `public`.
+    """
+    tables = Tables(appname, schema or 'public', default_scope(schema))
+    parts = ['-- Names are qualified; what stands without a schema is of PostgreSQL itself.', f'SET search_path = {PINNED_PATH};\n']
+    if schema is not None:
+        parts.append(f'CREATE SCHEMA IF NOT EXISTS {_quoted(schema)};\n')
+    parts += [_render(tables, name) for _, name in MIGRATIONS]
+    if tables.scope:
+        parts.append(
+            f"UPDATE {tables.cluster} SET scope = '{tables.scope}'\n"
+            f'WHERE version = 0 AND planned IS NULL AND NOT EXISTS (SELECT FROM {tables.node});\n')
+    return '\n'.join([*parts, 'RESET search_path;'])
 
 
 @overload
@@ -123,11 +195,12 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
             sessions.close_all()
         return
     assert config is not None
-    tables = Tables(config.appname)
+    tables = Tables.of(config)
     try:
         with session.cursor() as cursor:
             if not _in_place(cursor, tables):
                 _migrate(cursor, tables, config)
+                tables.refresh(config, cursor)
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         raise JobSyncError(
             f'{error.diag.message_primary}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, '
@@ -144,6 +217,11 @@ def _in_place(cursor: Any, tables: Tables) -> bool:
 
 def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
     cursor.execute("SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)", (_PATIENCE, _PATIENCE))
+    if config.schema is not None:
+        # Only where it is missing: even IF NOT EXISTS asks for the right to create one.
+        cursor.execute('SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)', (config.schema,))
+        if not cursor.fetchall()[0][0]:
+            cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {_quoted(config.schema)}')
     # No leader plans while tables change.
     cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', tables.advisory)
     version, complete = _look(cursor, tables)
@@ -152,7 +230,9 @@ def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
             cursor.execute(_render(tables, name))
             cursor.execute(f'UPDATE {tables.cluster} SET schema_version = %s WHERE schema_version < %s', (number, number))
     if version == 0:
-        cursor.execute(f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s', (config.total_tokens, config.hash_function))
+        cursor.execute(
+            f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s, scope = %s',
+            (config.total_tokens, config.hash_function, tables.scope))
 
 
 def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
@@ -199,15 +279,17 @@ def _columns(cursor: Any, relations: Iterable[str]) -> dict[str, tuple[str, set[
 
 def _has_functions(cursor: Any, tables: Tables) -> bool:
     cursor.execute(
-        "SELECT bool_and(coalesce(has_function_privilege(to_regproc(wanted.name), 'EXECUTE'), false)) FROM unnest(%s) AS wanted (name)",
-        ([getattr(tables, name) for name in _FUNCTIONS],))
+        """
+        SELECT bool_and(coalesce(has_function_privilege(to_regprocedure(wanted.name), 'EXECUTE'), false)) FROM unnest(%s) AS wanted (name)
+        """, (list(tables.functions.values()),))
     return bool(cursor.fetchall()[0][0])
 
 
 def _render(tables: Tables, name: str) -> str:
     text = files(__package__).joinpath(name).read_text(encoding='utf-8')
     functions = {function: getattr(tables, function) for function in _FUNCTIONS}
-    return text.format(**tables.all, **functions, **{index: _quoted(f'{tables.appname}{index}') for index in _INDEXES})
+    indexes = {index: _quoted(f'{tables.appname}{index}') for index in _INDEXES}
+    return text.format(**tables.all, **functions, **indexes, schema=_quoted(tables.schema))
 
 
 def _quoted(name: str) -> str:

@@ -27,7 +27,7 @@ class Rows:
 
     def run(self, sql: str, *params: object) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction of its own."""
-        with self.sessions.session() as connection, connection.cursor() as cursor:
+        with self.sessions.session(users=True) as connection, connection.cursor() as cursor:
             cursor.execute(sql, params)
             return cursor.fetchall() if cursor.description else []
 

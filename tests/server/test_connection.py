@@ -51,10 +51,10 @@ def black_hole() -> Iterator[int]:
 class TestOpen:
     def test_several_statements_in_one_string_are_one_transaction_and_give_the_last_rows(self, connection: Connection) -> None:
         assert connection.execute('SELECT 1; SELECT %s, %s', ('ü"\'', 2)) == [('ü"\'', 2)]
-        assert connection.execute('CREATE TABLE t (i int); INSERT INTO t VALUES (1)') == []
+        assert connection.execute('CREATE TABLE public.t (i int); INSERT INTO public.t VALUES (1)') == []
         with pytest.raises(psycopg2.errors.DivisionByZero):
-            connection.execute('INSERT INTO t VALUES (2); SELECT 1 / 0')
-        assert connection.execute('SELECT i FROM t') == [(1,)]
+            connection.execute('INSERT INTO public.t VALUES (2); SELECT 1 / 0')
+        assert connection.execute('SELECT i FROM public.t') == [(1,)]
 
     def test_the_server_limits_what_a_stopped_process_may_hold_up(self, connection: Connection) -> None:
         names = ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'synchronous_commit')
@@ -64,9 +64,13 @@ class TestOpen:
 
     def test_settings_are_not_left_to_other_clients_of_a_pooler(self, config: CoordinationConfig) -> None:
         connection = Connection.open(dataclasses.replace(config, listen=False), 'n1')
-        assert connection.execute("SELECT current_setting('statement_timeout')") == [('0',)]
-        assert connection.execute(f"BEGIN; {connection.local_limits}; SELECT current_setting('statement_timeout')") == [('500ms',)]
-        assert connection.execute("COMMIT; SELECT current_setting('statement_timeout')") == [('0',)]
+        names = 'statement_timeout', 'search_path'
+        settings = 'SELECT ' + ', '.join(f"current_setting('{name}')" for name in names)
+        assert connection.execute(settings) == [('500ms', 'pg_catalog, pg_temp')]
+        connection.execute('BEGIN')
+        assert connection.execute(settings) == [('0', '"$user", public')]
+        assert connection.execute(f'COMMIT; BEGIN; {connection.local_limits}; {settings}') == [('500ms', 'pg_catalog, pg_temp')]
+        connection.execute('COMMIT')
         connection.close()
 
     def test_a_long_name_is_shortened_and_any_name_works(self, config: CoordinationConfig) -> None:
@@ -97,10 +101,10 @@ class TestOpen:
             Connection.open(both, 'n1')
 
     def test_a_statement_that_a_read_only_server_refuses_ends_the_connection(self, connection: Connection) -> None:
-        connection.execute('CREATE TABLE t (i int)')
+        connection.execute('CREATE TABLE public.t (i int)')
         connection.execute('SET default_transaction_read_only = on')
         with pytest.raises(DatabaseUnavailable, match='read-only'):
-            connection.execute('INSERT INTO t VALUES (1)')
+            connection.execute('INSERT INTO public.t VALUES (1)')
         assert connection.closed
 
     def test_a_restarted_server_has_the_same_name_and_a_crashed_one_too(self, own_server: EmbeddedPostgres) -> None:
@@ -292,11 +296,11 @@ class TestFork:
 class TestSessions:
     def test_it_commits_at_the_end_and_rolls_back_on_an_error(self, config: CoordinationConfig, sessions: Sessions) -> None:
         with sessions.session() as connection, connection.cursor() as cursor:
-            cursor.execute('CREATE TABLE t (i int); INSERT INTO t VALUES (1)')
+            cursor.execute('CREATE TABLE public.t (i int); INSERT INTO public.t VALUES (1)')
         with pytest.raises(ZeroDivisionError), sessions.session() as connection, connection.cursor() as cursor:
             _insert_and_fail(cursor)
         with pytest.raises(psycopg2.errors.UndefinedTable), sessions.session() as connection, connection.cursor() as cursor:
-            cursor.execute('INSERT INTO t VALUES (3); SELECT * FROM nothing')
+            cursor.execute('INSERT INTO public.t VALUES (3); SELECT * FROM nothing')
         assert query(config, 'SELECT i FROM t') == [(1,)]
 
     def test_the_connection_is_used_again_the_last_one_first(self, sessions: Sessions) -> None:
@@ -392,7 +396,7 @@ class TestSessions:
 
 
 def _insert_and_fail(cursor: psycopg2.extensions.cursor) -> None:
-    cursor.execute('INSERT INTO t VALUES (2)')
+    cursor.execute('INSERT INTO public.t VALUES (2)')
     raise ZeroDivisionError
 
 

@@ -54,7 +54,7 @@ class TestCreate:
         create(config)
         before = oids(config)
         names = {name for _, name in before}
-        assert {quoted.strip('"') for quoted in Tables(config.appname).all.values()} <= names
+        assert {quoted.rpartition('.')[2].strip('"') for quoted in Tables(config.appname).all.values()} <= names
         create(config)
         assert oids(config) == before
         assert query(config, 'SELECT total_tokens, hash_function, version, schema_version FROM "{}cluster"') == [
