@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from . import once as core
 from .current_ledger import LocalLedger, message_ledger
 from .errors import DuplicateExecution, ExecutionRunning, JobSyncError
-from .execution import DEFAULT_RETENTION, Execution
+from .execution import DEFAULT_RETENTION, Execution, running
 from .ledger import Ledger
 from .once import ExactlyOnce
 from .plugin import PluginSettings
@@ -118,10 +118,18 @@ class MessageOnce(ABC):
         Raises:
             ConfigurationError: An option cannot work.
         """
-        return core.exactly_once(
+        made: list[ExactlyOnce] = []
+        decorate = core.exactly_once(
             *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result,
-            scope=scope, default_key=self.message_id, refuse=self._refuse, ledger=self.ledger, completes=self.completes,
-            check_result=self.check_result)
+            scope=scope, default_key=lambda: self.message_id() if self._is_own(made[0]) else None, refuse=self._refuse, ledger=self.ledger,
+            completes=self.completes, check_result=self.check_result)
+
+        def remember(function: F) -> F:
+            wrapper = decorate(function)
+            made.insert(0, vars(wrapper)['exactly_once'])
+            return wrapper
+
+        return remember
 
     def made(self, options: ExactlyOnce) -> bool:
         """Whether this framework's `exactly_once` made the options, and not the core's or another framework's."""
@@ -149,6 +157,14 @@ class MessageOnce(ABC):
         """Whether the function was called for a message, and not by the user's own code."""
         return self.message_id() is not None
 
+    def is_task_of_message(self, options: ExactlyOnce) -> bool:
+        """Whether these are the options of the very task that the message is for."""
+        return True
+
+    def _is_own(self, options: ExactlyOnce) -> bool:
+        # A task that calls its own function once more is inside of its execution then.
+        return running.get() is None and self.is_task_of_message(options)
+
     def ledger(self) -> Ledger | LocalLedger:
         """The ledger of this call."""
         return message_ledger()
@@ -161,7 +177,8 @@ class MessageOnce(ABC):
         """Called with a result that the ledger does not store, before the key is complete. What this raises fails the attempt."""
 
     def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
-        if not self.is_processing():
+        if not self.is_processing() or not self._is_own(options):
+            # Called by the user's own code, inside of another task too: the message that is being processed must not come back for it.
             if ran:
                 raise error
             return options.answer_caller(error)

@@ -67,7 +67,7 @@ class HealthServer:
 
     Args:
         address: Where to listen; port 0 picks a free one.
-        ready: Gives what the answer of `/health/ready` shows; ready is a node whose 'lease' and 'consuming' are true.
+        ready: Gives what the answer of `/health/ready` shows; ready is a worker whose 'consuming' is true.
         metrics: Renders the metrics; None: the extra is not installed.
 
     Raises:
@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(200, {'status': 'live'})
         if path == '/health/ready':
             found = self.status()
-            ready = bool(found.get('lease')) and bool(found.get('consuming'))
+            ready = bool(found.get('consuming'))
             return _json(200 if ready else 503, {'status': 'ready' if ready else 'not_ready', **found})
         if path != '/metrics':
             return _json(404, {'error': 'there are /health/live, /health/ready and /metrics'})

@@ -3,17 +3,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from dramatiq import GenericActor
 
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.once import ExactlyOnce
 from jobsync_core.plugin import PluginSettings
 
-__all__ = ['HOME', 'Actors', 'read_settings']
+from .errors import DeclarationRefused
+from .once import function_of, is_ours
 
-#: Name of the message option that carries the queue which the actor was declared with.
-HOME = 'jobsync_home'
+__all__ = ['Actors', 'check_actor', 'once_of_actor', 'read_settings']
 
 
 def read_settings(given: Mapping[str, Any]) -> PluginSettings:
@@ -66,4 +69,33 @@ class Actors(CoordinatedTasks):
         actor = self._broker.actors.get(name)
         if actor is None:
             return None
-        return Declared(actor.fn, once_of(actor.fn), actor.options.get('jobsync_key'), actor.options.get('jobsync_pin'))
+        key, once = actor.options.get('jobsync_key'), once_of_actor(actor)
+        if key is None and once is not None and once.has_key and isinstance(actor.fn, GenericActor):
+            key = _without_self(once, actor.fn)
+        return Declared(function_of(actor), once, key, actor.options.get('jobsync_pin'))
+
+
+def once_of_actor(actor: Any) -> ExactlyOnce | None:
+    """The `exactly_once` options of an actor; None where it has none."""
+    return once_of(function_of(actor))
+
+
+def check_actor(actor: Any) -> None:
+    """Refuse an actor whose `exactly_once` Dramatiq would not understand.
+
+    Raises:
+        DeclarationRefused: It is not the plugin's own.
+    """
+    once = once_of_actor(actor)
+    if once is not None and not is_ours(once):
+        raise DeclarationRefused(
+            f"actor {actor.actor_name!r} has an exactly_once that is not Dramatiq's: a message whose key is running would fail instead of "
+            'coming back. Write `from jobsync_dramatiq import exactly_once`, and put it below @dramatiq.actor')
+
+
+def _without_self(once: ExactlyOnce, instance: object) -> Callable[..., str]:
+    # A method's options were made from a function that takes `self`; a message has none.
+    def key(*args: Any, **kwargs: Any) -> str:
+        return once.key_of((instance, *args), kwargs)
+
+    return key

@@ -1,27 +1,30 @@
 """The gate between the broker and a Dramatiq worker: a consumer around the broker's, and the last look before an actor runs."""
 from __future__ import annotations
 
+import contextlib
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Consumer
-from dramatiq.errors import ConnectionClosed
-from dramatiq.middleware import SkipMessage
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from jobsync_core import clock
+from jobsync_core.consuming import Consuming
 from jobsync_core.logs import get_logger
 from jobsync_core.plugin import Gate
-from jobsync_core.routing import HOPS, KEY, Verdict, parked_queue
+from jobsync_core.routing import HOME, HOPS, KEY, Verdict, parked_queue
 from jobsync_core.tokens import TokenSet
 
-from .actors import HOME, Actors
+from .actors import Actors
 from .mail import BrokerMail, Hold, wrapped
+from .notes import Note, give_back, note_of
 
 if TYPE_CHECKING:
     from .middleware import JobSync
 
-__all__ = ['GatedConsumer', 'Note', 'WorkerGate', 'give_back', 'note_of']
+__all__ = ['GatedConsumer', 'WatchedConsumer', 'WorkerGate']
 
 logger = get_logger(__name__)
 
@@ -29,47 +32,16 @@ logger = get_logger(__name__)
 _LOOK_SEC = 0.05
 #: Seconds until a message that could not be sent on is tried again.
 _AGAIN_SEC = 1.0
+#: Seconds until a consumer whose broker was lost asks for it again.
+_OPEN_AGAIN_SEC = 1.0
 
 
-@dataclass
-class Note:
-    """What the gate knows of a message in hand.
+class _LifeOver(ConnectionClosed):
+    """The lease ran out, not the connection; to Dramatiq's consumer both are one."""
 
-    Attributes:
-        source: Where it came from, and is acknowledged.
-        route: None: its actor is not coordinated.
-        hops: How often it was handed on.
-        incarnation: The node's life that took it.
-        until: When it is parked, on the monotonic clock.
-        again: When it may be sent, after that has failed.
-        give_back: It goes back to its queue instead of being acknowledged.
-        unseen: No middleware but this one has seen it.
-        sent_on: It is gone, or back in its queue; what becomes of it here does not count.
-    """
-
-    source: Hold
-    route: str | None
-    hops: int
-    incarnation: str
-    until: float
-    again: float = 0.0
-    give_back: bool = False
-    unseen: bool = False
-    sent_on: bool = False
-
-
-def note_of(message: Any) -> Note | None:
-    """The note of a message that came through the gate."""
-    found = vars(message).get('jobsync_note')
-    return found if isinstance(found, Note) else None
-
-
-def give_back(message: Any, note: Note) -> SkipMessage:
-    """Have the message go back to its queue instead of being acknowledged; raise what this returns."""
-    note.give_back = True
-    # A skipped message would get the result None, for which a group may wait.
-    message.options['store_results'] = False
-    return SkipMessage('jobsync: the message goes back')
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+        self.message = message
 
 
 class WorkerGate:
@@ -80,13 +52,15 @@ class WorkerGate:
         gate: The node's gate.
         mail: The broker.
         actors: Its coordinated actors.
+        consuming: What is told of the consumers.
     """
 
-    def __init__(self, plugin: JobSync, gate: Gate, mail: BrokerMail, actors: Actors) -> None:
+    def __init__(self, plugin: JobSync, gate: Gate, mail: BrokerMail, actors: Actors, consuming: Consuming) -> None:
         self.plugin = plugin
         self.gate = gate
         self.mail = mail
         self.actors = actors
+        self.consuming = consuming
         self.parked = parked_queue(gate.settings.config.appname)
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
@@ -170,21 +144,55 @@ class WorkerGate:
 class GatedConsumer(Consumer):
     """A consumer that hands out what this node owns, and sends the rest on.
 
+    A broker that cannot be reached is no error here: Dramatiq would log it every three seconds for each queue. The consumer gives back
+    what it can, and begins to consume anew when the broker is back.
+
     Args:
         worker_gate: Of the worker.
-        hold: The broker's consumer.
+        queue: The queue.
+        consume: Begins to consume the queue.
     """
 
-    def __init__(self, worker_gate: WorkerGate, hold: Hold) -> None:
+    def __init__(self, worker_gate: WorkerGate, queue: str, consume: Callable[[], Hold]) -> None:
         self._shared = worker_gate
         self._gate = worker_gate.gate
-        self._hold = hold
+        self._queue = queue
+        self._consume = consume
+        self._opened: Hold | None = None
+        self._open_at = 0.0
         self._incarnation = self._gate.job.incarnation
-        self._delays = hold.queue.endswith('.DQ')
+        self._delays = queue.endswith('.DQ')
         self._paused = self._gave = False
         self._waiting: list[Any] = []
 
     def __next__(self) -> Any:
+        if self._opened is None and clock.now() < self._open_at:
+            time.sleep(_LOOK_SEC)
+            return None
+        try:
+            if self._opened is None:
+                self._opened = self._consume()
+            return self._next()
+        except _LifeOver:
+            raise
+        except BrokerConnectionError as error:
+            self._lose(error)
+            if self._delays and self._gave:
+                raise  # the worker forgets what waits for its time; the broker gives all of it back
+            return None
+
+    def _lose(self, error: Exception) -> None:
+        self._shared.consuming.lost(self._queue, error)
+        self._open_at = clock.now() + _OPEN_AGAIN_SEC
+        with contextlib.suppress(BrokerConnectionError):
+            self.close()
+
+    @property
+    def _hold(self) -> Hold:
+        assert self._opened is not None
+        return self._opened
+
+    def _next(self) -> Any:
         if not self._gate.job.am_i_healthy():
             return self._without_lease()
         if self._paused:
@@ -195,6 +203,8 @@ class GatedConsumer(Consumer):
                 del self._waiting[position]
                 return self._handed(message)
         message = self._hold.next(patient=not self._waiting)
+        if not self._delays:
+            self._shared.consuming.looked(self._queue)
         if message is not None:
             self._receive(message)
         if self._delays:
@@ -235,7 +245,9 @@ class GatedConsumer(Consumer):
     def close(self) -> None:
         """See Consumer: what waits goes back."""
         waiting, self._waiting = self._waiting, []
-        self._hold.close(waiting)
+        hold, self._opened, self._paused = self._opened, None, False
+        if hold is not None:
+            hold.close(waiting)
 
     # --- the lease ---
 
@@ -251,6 +263,7 @@ class GatedConsumer(Consumer):
                 self._gate.count('returned')
             self._shared.surrender(self._hold)
             self._hold.pause()
+        self._shared.consuming.rests(self._queue)
         self._hold.idle(_LOOK_SEC)
 
     def _check_life(self, message: Any) -> None:
@@ -264,7 +277,7 @@ class GatedConsumer(Consumer):
         if self._gave and not (job.am_i_healthy() and job.incarnation == self._incarnation):
             if message is not None:
                 self._hold.requeue(message)
-            raise ConnectionClosed(RuntimeError('JobSync: the lease ran out; what is delayed goes back'))
+            raise _LifeOver('JobSync: the lease ran out; what is delayed goes back')
 
     # --- on receipt ---
 
@@ -358,3 +371,37 @@ class GatedConsumer(Consumer):
         self._gate.count(event)
         note.sent_on = True
         return True
+
+
+class WatchedConsumer(Consumer):
+    """The broker's own consumer, of a worker without coordination, whose probes want to know whether it consumes."""
+
+    def __init__(self, consumer: Any, queue: str, consuming: Consuming) -> None:
+        self._consumer = consumer
+        self._queue = queue
+        self._consuming = consuming
+
+    def ack(self, message: Any) -> None:
+        """See Consumer."""
+        self._consumer.ack(message)
+
+    def nack(self, message: Any) -> None:
+        """See Consumer."""
+        self._consumer.nack(message)
+
+    def requeue(self, messages: Any) -> None:
+        """See Consumer."""
+        self._consumer.requeue(messages)
+
+    def __next__(self) -> Any:
+        try:
+            message = next(self._consumer)
+        except Exception as error:
+            self._consuming.lost(self._queue, error)
+            raise
+        self._consuming.looked(self._queue)
+        return message
+
+    def close(self) -> None:
+        """See Consumer."""
+        self._consumer.close()

@@ -10,9 +10,9 @@ from typing import Any
 
 from dramatiq.middleware import GroupCallbacks, Middleware
 
-from .actors import Actors
+from jobsync_core.adapter import CoordinatedTasks
 
-__all__ = ['forget_group', 'mark_members', 'was_counted']
+__all__ = ['forget_group', 'mark_members', 'unmark_members', 'was_counted']
 
 _GROUP = 'group_completion_uuid'
 
@@ -20,7 +20,7 @@ _GROUP = 'group_completion_uuid'
 class _Marks(Middleware):
     """Right ahead of GroupCallbacks in the list, so that it comes right after it when a message has ended."""
 
-    def __init__(self, counter: GroupCallbacks, actors: Actors) -> None:
+    def __init__(self, counter: GroupCallbacks, actors: CoordinatedTasks) -> None:
         self._actors = actors
         self._backend = counter.rate_limiter_backend
         # Dramatiq 1 has no such setting.
@@ -40,12 +40,17 @@ class _Marks(Middleware):
         return not self._backend.incr(_mark(message), 0, 0, self._ttl)
 
 
-def mark_members(broker: Any, actors: Actors) -> None:
+def mark_members(broker: Any, actors: CoordinatedTasks) -> None:
     """Have a worker's groups leave marks."""
     for position, item in enumerate(broker.middleware):
         if isinstance(item, GroupCallbacks):
             broker.middleware.insert(position, _Marks(item, actors))
             return
+
+
+def unmark_members(broker: Any) -> None:
+    """Undo `mark_members`."""
+    broker.middleware[:] = [item for item in broker.middleware if not isinstance(item, _Marks)]
 
 
 def was_counted(broker: Any, message: Any) -> bool:

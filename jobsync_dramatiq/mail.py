@@ -8,9 +8,7 @@ from dramatiq import Message
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.keeper import Mail
-from jobsync_core.routing import HOPS, KEY
-
-from .actors import HOME
+from jobsync_core.routing import HOME, HOPS, KEY
 
 __all__ = ['BrokerMail', 'Hold', 'home_of', 'mail_of', 'wrapped']
 

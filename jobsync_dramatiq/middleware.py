@@ -1,50 +1,37 @@
 """JobSync: the middleware that makes a broker's worker processes nodes of a cluster."""
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import re
-import signal
-import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
 from dramatiq.errors import BrokerError, ConnectionClosed
-from dramatiq.middleware import Middleware, MiddlewareError
+from dramatiq.middleware import Middleware
 from dramatiq.threading import is_gevent_active
 
-from jobsync_core.current_ledger import UNCOORDINATED
+from jobsync_core.consuming import Consuming, SelfDrain
+from jobsync_core.current_ledger import LocalLedger, set_current_ledger
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
 from jobsync_core.logs import get_logger
 from jobsync_core.owners import OwnerMap
 from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
-from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+from jobsync_core.routing import HOME, HOPS, KEY, node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
-from .actors import HOME, Actors, read_settings
-from .gate import GatedConsumer, WorkerGate
-from .groups import mark_members
+from .actors import Actors, check_actor, read_settings
+from .errors import BootFailed, DeclarationRefused
+from .gate import GatedConsumer, WatchedConsumer, WorkerGate
+from .groups import mark_members, unmark_members
+from .in_memory import InMemory, is_in_memory
 from .mail import BrokerMail, mail_of
 from .once import processing
+from .process import OrphanWatch, new_node_name, process_number
 
 __all__ = ['BootFailed', 'JobSync']
 
 logger = get_logger(__name__)
-
-#: Seconds after which an orphan ends that does not obey its signal.
-_ORPHAN_SEC = 10.0
-
-
-class BootFailed(MiddlewareError, ConnectionClosed):
-    """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
-
-    def __init__(self, message: str) -> None:
-        Exception.__init__(self, message)
-        self.message = message
 
 
 class _Consumers(dict[str, Any]):
@@ -81,10 +68,14 @@ class JobSync(Middleware):
         self._gate: Gate | None = None
         self._shared: WorkerGate | None = None
         self._http: Any = None
-        self._orphan_since = 0.0
+        self._orphans = OrphanWatch()
         self.leaving = False
         self._keeper: Keeper | None = None
-        self._parent = os.getppid()
+        self._consuming: Consuming | None = None
+        self._self_drain: SelfDrain | None = None
+        self._in_memory: InMemory | None = None
+        self._uncoordinated = False
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def actor_options(self) -> set[str]:
@@ -93,7 +84,9 @@ class JobSync(Middleware):
 
     @property
     def job(self) -> Job | None:
-        """This process's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in."""
+        """This process's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in, and with a
+        StubBroker one in memory.
+        """
         return stand_in() or self._job
 
     @property
@@ -110,16 +103,31 @@ class JobSync(Middleware):
     # --- producers ---
 
     def before_declare_actor(self, broker: Any, actor: Any) -> None:
-        """The first time that the plugin sees its broker."""
+        """The first time that the plugin sees its broker.
+
+        Raises:
+            DeclarationRefused: The actor, or the way in which the plugin was added, cannot work.
+        """
         self._install(broker)
+        check_actor(actor)
 
     def after_declare_actor(self, broker: Any, actor: Any) -> None:
         """Actors that were declared before the plugin was added count as well."""
         self._install(broker)
+        check_actor(actor)
 
     def _install(self, broker: Any) -> None:
-        if self._broker is not None:
+        others = [item for item in broker.middleware if isinstance(item, JobSync)]
+        if len(others) > 1:
+            raise DeclarationRefused(
+                f'JobSync is {len(others)} times among the middleware of {broker!r}, so that each message would be routed more than once: '
+                'add it once, in the settings (DRAMATIQ_BROKER) or in code')
+        if self._broker is broker:
             return
+        if self._broker is not None:
+            raise DeclarationRefused(
+                f'this JobSync belongs to {self._broker!r} already, and would coordinate nothing of {broker!r}: '
+                'make one for each broker, with an appname of its own')
         self._broker = broker
         # Ahead of whoever looks at a message's queue, or counts what runs.
         broker.middleware.remove(self)
@@ -183,28 +191,49 @@ class JobSync(Middleware):
         return self._owners[1]
 
     def _gated(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
-        if self._shared is None:
-            return self._consume(queue_name, prefetch, timeout)
-        return GatedConsumer(self._shared, self._post().consume(queue_name, prefetch, timeout))
+        if self._shared is not None:
+            return GatedConsumer(self._shared, queue_name, lambda: self._post().consume(queue_name, prefetch, timeout))
+        consumer = self._consume(queue_name, prefetch, timeout)
+        return WatchedConsumer(consumer, queue_name, self._consuming) if self._consuming is not None else consumer
 
     # --- the worker's life ---
 
     def before_worker_boot(self, broker: Any, worker: Any) -> None:
         """Become a node, before any queue is consumed."""
-        self._install(broker)
-        if stand_in() is not None:
-            return  # a test's worker is no node
         try:
+            self._install(broker)
+            if stand_in() is not None:
+                return  # a test's worker is no node
+            if is_in_memory(broker):
+                self._in_memory = InMemory(broker)
+                self._job = self._in_memory.job
+                return
             self._boot(broker, worker)
-        except (JobSyncError, BrokerError, OSError) as error:
-            if self._settings is None or self._settings.required:
-                logger.critical('JobSync: this worker cannot start: %s', error)
-                raise BootFailed(str(error)) from error
+        except Exception as error:  # whatever the user's own settings and callbacks raise, too: Dramatiq would log it and go on
+            self._boot_failed(error)
+
+    def _boot_failed(self, error: Exception) -> None:
+        expected = isinstance(error, (JobSyncError, BrokerError, OSError))
+        text = str(error) if expected else f'{type(error).__name__}: {error}'
+        trace = None if expected else error
+        required = self._settings is None or self._settings.required or isinstance(error, DeclarationRefused)
+        job, self._job = self._job, None
+        if self._keeper is not None:
+            self._keeper.stop(5.0)
+        if required:
+            logger.critical('JobSync: this worker cannot start: %s', text, exc_info=trace)
+            self._close_http()
+        else:
             logger.critical(
-                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: keys may run twice', error)
-            if self._job is not None:
-                self._job.abandon(UNCOORDINATED)
-            self._job = self._gate = self._shared = None
+                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: keys may run twice', text, exc_info=trace)
+        if job is not None:
+            job.__exit__(None, None, None)
+        self._detach()
+        self._gate = self._shared = self._keeper = None
+        if required:
+            raise BootFailed(text) from error
+        self._uncoordinated = True
+        set_current_ledger(LocalLedger())
 
     def _boot(self, broker: Any, worker: Any) -> None:
         if is_gevent_active():
@@ -212,44 +241,60 @@ class JobSync(Middleware):
                 'dramatiq-gevent: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
                 'use dramatiq')
         settings, mail = self.settings, self._post()
-        self._parent = os.getppid()
-        appname, name = settings.config.appname, _node_name(settings.node_name)
-        queue = node_queue(appname, name)
+        self._orphans, self.leaving, self._uncoordinated = OrphanWatch(), False, False
+        appname, name = settings.config.appname, new_node_name(settings.node_name)
+        queue, timeout = node_queue(appname, name), settings.config.heartbeat_timeout_sec
+        # A worker's thread waits for messages for as long as `dramatiq_worker_timeout` says.
+        self._consuming = consuming = Consuming(timeout + worker.worker_timeout / 1000)
         self._job = job = make_job(
             settings, name, queue, 'dramatiq', self._known().pins(), known=list(broker.actors),
             prepare=lambda: mail.join(name, queue), busy=self._busy,
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
-        self._serve()
-        try:
-            job.__enter__()
-        except BaseException:
-            self._close_http()
-            raise
+        self._serve(job)
+        job.__enter__()
         gate = Gate(settings, job)
         self._keeper = Keeper(
             gate, mail, 'dramatiq', queue, parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
         gate.owners.refresh()
         self._keeper.start()
-        self.attach(gate, mail)
+        self.attach(gate, mail, consuming)
         worker.consumers = _Consumers(worker.consumers)
         if worker.consumer_whitelist:
             worker.consumer_whitelist.add(queue)
         broker.queues.add(queue)  # no delay queue: delays wait on the actor's own
+        self._undo.append(lambda: broker.queues.discard(queue))
+        self._self_drain = SelfDrain(job, lambda: consuming.silence(queue), timeout + worker.worker_timeout / 1000)
+        self._self_drain.start()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
 
-    def attach(self, gate: Gate, mail: BrokerMail) -> None:
+    def attach(self, gate: Gate, mail: BrokerMail, consuming: Consuming) -> None:
         """Put the gate between the broker and its worker, which is a node by now."""
         self._gate = gate
-        self._shared = shared = WorkerGate(self, gate, mail, self._known())
+        self._shared = shared = WorkerGate(self, gate, mail, self._known(), consuming)
         broker = self._broker
-        broker.emit_before, broker.emit_after = _hiding(shared, broker.emit_before), _hiding(shared, broker.emit_after)
+        before, after = broker.emit_before, broker.emit_after
+        broker.emit_before, broker.emit_after = _hiding(shared, before), _hiding(shared, after)
         mark_members(broker, self._known())
+
+        def detach() -> None:
+            broker.emit_before, broker.emit_after = before, after
+            unmark_members(broker)
+
+        self._undo.append(detach)
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def before_worker_shutdown(self, broker: Any, worker: Any) -> None:
         """Give the tokens away while actors end."""
         self.leaving = True
-        if self._job is not None:
+        if self._consuming is not None:
+            self._consuming.stopped = True
+        if self._self_drain is not None:
+            self._self_drain.stop()
+        if self._job is not None and self._in_memory is None:
             try:
                 self._job.drain(0)
             except JobSyncError as error:
@@ -258,18 +303,25 @@ class JobSync(Middleware):
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
         """Leave; survivors take over what is left in the node's queue."""
         job, self._job = self._job, None
+        if self._in_memory is not None:
+            self._in_memory.stop()
+            self._in_memory = None
+            return
         if self._keeper is not None:
             self._keeper.stop(5.0)
         self._close_http()
         if job is not None:
             job.__exit__(None, None, None)
+        # Another worker of this process, as in tests, begins anew.
+        self._detach()
+        self._gate = self._shared = self._keeper = self._consuming = self._self_drain = None
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._shared is not None and self._shared.busy(tokens)
 
     def _tick(self) -> None:
         self._post().tidy()
-        self._watch_parent()
+        self._orphans.look(self.leaving)
 
     def _lease_changed(self, leased: bool) -> None:
         if not leased or self._job is None:
@@ -279,19 +331,6 @@ class JobSync(Middleware):
         # While this node was taken for dead, its empty queue may have been deleted and forgotten.
         name, appname = self._job.node_name, self.settings.config.appname
         self._post().join(name, node_queue(appname, name))
-
-    def _watch_parent(self) -> None:
-        # An orphan would go on for ever: nobody is left who stops it.
-        if self._orphan_since and not self.leaving and time.monotonic() - self._orphan_since > _ORPHAN_SEC:
-            os._exit(1)  # its main thread waits for the master, whom it was about to tell that it has started
-        master = multiprocessing.parent_process()
-        # A forked process gets another parent when the master is gone, but its siblings keep the master's pipe open; one of a fork server,
-        # the default from Python 3.14 on, keeps its parent, but that pipe ends.
-        if not self._orphan_since and master is not None and (os.getppid() != self._parent or not master.is_alive()):
-            # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
-            logging.disable(logging.CRITICAL)
-            self._orphan_since = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def parked_something(self) -> None:
         """A message went into the parked queue."""
@@ -327,24 +366,32 @@ class JobSync(Middleware):
         status['last_heartbeat'] = str(status['last_heartbeat'])
         return {**status, 'messages': dict(self._gate.counts) if self._gate is not None else {}}
 
-    def _serve(self) -> None:
-        """Answer probes, also while the worker joins."""
-        if self.settings.http is None or self._job is None:
+    def _serve(self, job: Job) -> None:
+        """Answer probes, also while the worker joins, and where it goes on without coordination."""
+        if self.settings.http is None:
             return
         from jobsync_core.web import HealthServer, node_metrics, split_address
 
-        job = self._job
         host, port = split_address(self.settings.http)
         # The processes of one `dramatiq -p` listen on this port and those that follow it.
-        port += max(0, _process_number() - 1) if port else 0
+        port += max(0, process_number() - 1) if port else 0
         self._http = HealthServer(
-            f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
-            ready=lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
+            f'[{host}]:{port}' if ':' in host else f'{host}:{port}', ready=lambda: self._ready(job),
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+
+    def _ready(self, job: Job) -> dict[str, object]:
+        leased = job.am_i_healthy()
+        problem = self._consuming.problem() if self._consuming is not None else 'stopped'
+        if not problem and not leased and not self._uncoordinated:
+            problem = 'no lease'
+        return {
+            'consuming': not problem, 'lease': leased, 'coordinated': not self._uncoordinated, 'node': job.node_name,
+            **({'reason': problem} if problem else {})}
 
     def _close_http(self) -> None:
         if self._http is not None:
             self._http.close()
+            self._http = None
 
 
 def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None]:
@@ -353,14 +400,3 @@ def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None
             emit(signal, *args, **kwargs)
 
     return emit_seen
-
-
-def _node_name(given: str | None) -> str:
-    """Unique for each start: a reload keeps the master and the process numbers."""
-    start = f'{time.time_ns() // 1_000_000:x}'[-8:]
-    return f'{given or socket.gethostname()}-{os.getppid()}-{_process_number()}-{start}'
-
-
-def _process_number() -> int:
-    """From 1 in a process of `dramatiq -p`; 0 elsewhere."""
-    return int(re.sub(r'\D', '', multiprocessing.current_process().name) or 0)

@@ -6,18 +6,24 @@ A duplicate returns the stored result, so that groups and pipelines go on.
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from dramatiq import GenericActor
 from dramatiq.middleware import SkipMessage
 
-from jobsync_core.adapter import MessageOnce
+from jobsync_core.adapter import MessageOnce, once_of
+from jobsync_core.current_ledger import LocalLedger, message_ledger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.ledger import Ledger
 from jobsync_core.logs import get_logger
+from jobsync_core.once import ExactlyOnce
 
-from .gate import give_back, note_of
 from .groups import forget_group, was_counted
+from .in_memory import ledger_in_memory
+from .notes import give_back, note_of
 
-__all__ = ['exactly_once', 'processing']
+__all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
 logger = get_logger(__name__)
 
@@ -34,6 +40,15 @@ class _DramatiqOnce(MessageOnce):
     def message_id(self) -> str | None:
         found = processing.get()
         return found[1].message_id if found is not None else None
+
+    def is_task_of_message(self, options: ExactlyOnce) -> bool:
+        found = processing.get()
+        actor = found[0].actors.get(found[1].actor_name) if found is not None else None
+        return actor is not None and once_of(function_of(actor)) is options
+
+    def ledger(self) -> Ledger | LocalLedger:
+        found = processing.get()
+        return (ledger_in_memory(found[0]) if found is not None else None) or message_ledger()
 
     def duplicate(self, error: DuplicateExecution) -> None:
         _, message = _current()
@@ -68,4 +83,13 @@ def _current() -> tuple[Any, Any]:
     return found
 
 
-exactly_once = _DramatiqOnce().exactly_once
+def function_of(actor: Any) -> Callable[..., Any]:
+    """What an actor runs: of a class, its method."""
+    function: Callable[..., Any] = actor.fn.perform if isinstance(actor.fn, GenericActor) else actor.fn
+    return function
+
+
+_once = _DramatiqOnce()
+exactly_once = _once.exactly_once
+#: Whether `exactly_once` options were made here, so that Dramatiq understands their answers.
+is_ours = _once.made

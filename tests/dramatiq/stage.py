@@ -13,12 +13,12 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.worker import _WorkerThread
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.consuming import Consuming
 from jobsync_core.owners import Place
 from jobsync_core.plugin import Gate, PluginSettings
-from jobsync_core.routing import HOPS, KEY
+from jobsync_core.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import gate as gate_module
-from jobsync_dramatiq.actors import HOME
 from jobsync_dramatiq.gate import GatedConsumer
 
 from ..fakes import Clock, FakeJob, FakeOwners
@@ -91,11 +91,12 @@ class Stage:
         self.counts: dict[str, int] = core.counts
         vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
         mail: Any = SimpleNamespace(send=self._send)
-        self.plugin.attach(core, mail)
+        self.consuming = Consuming(10)
+        self.plugin.attach(core, mail, self.consuming)
         assert self.plugin._shared is not None
         self.gate = self.plugin._shared
         self.hold = FakeHold(self.log, queue)
-        self.consumer = GatedConsumer(self.gate, self.hold)
+        self.consumer = GatedConsumer(self.gate, queue, lambda: self.hold)
 
     def _run(self, n: int) -> None:
         self.log.append('run')

@@ -8,16 +8,14 @@ from typing import Any
 import dramatiq
 import prometheus_client  # noqa: F401  # before the middleware tells it to keep its values in files
 import pytest
-from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import AgeLimit, MiddlewareError
 from dramatiq.middleware.prometheus import Prometheus
 
 from jobsync_core.owners import Place
-from jobsync_core.routing import HOPS, KEY
+from jobsync_core.routing import HOME, HOPS, KEY
 from jobsync_core.tokens import TokenSet
 from jobsync_dramatiq import JobSync, middleware
-from jobsync_dramatiq.actors import HOME
 from jobsync_dramatiq.mail import wrapped
 from jobsync_dramatiq.middleware import _Consumers
 
@@ -309,17 +307,20 @@ class TestBeforeTheActor:
         assert not stage.gate.busy(TokenSet([(4, 5)]))
 
 
+class OtherBroker(dramatiq.Broker):
+    """Of neither kind that the plugin knows."""
+
+
 class TestBoot:
     def test_green_threads_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(middleware, 'is_gevent_active', lambda: True)
-        plugin = JobSync(host='nowhere', dbname='none')
-        broker = StubBroker(middleware=[plugin])
+        broker = OtherBroker(middleware=[JobSync(host='nowhere', dbname='none')])
         with pytest.raises(MiddlewareError, match='green threads'):
             dramatiq.Worker(broker).start()
 
     def test_other_brokers_are_refused(self) -> None:
-        broker = StubBroker(middleware=[JobSync(host='nowhere', dbname='none')])
-        with pytest.raises(MiddlewareError, match='StubBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only'):
+        broker = OtherBroker(middleware=[JobSync(host='nowhere', dbname='none')])
+        with pytest.raises(MiddlewareError, match='OtherBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only'):
             dramatiq.Worker(broker).start()
 
 

@@ -15,9 +15,10 @@ from dramatiq.rate_limits.backends import StubBackend
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ClaimLost, ConfigurationError, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced
+from jobsync_core.testing import MemoryLedger
 from jobsync_dramatiq import JobSync, exactly_once
-from jobsync_dramatiq.gate import Note
 from jobsync_dramatiq.groups import mark_members
+from jobsync_dramatiq.notes import Note
 
 from ..fakes import FakeLedger, duplicate
 
@@ -25,6 +26,14 @@ from ..fakes import FakeLedger, duplicate
 @pytest.fixture
 def ledger() -> Iterator[FakeLedger]:
     made = FakeLedger()
+    set_current_ledger(made)
+    yield made
+    set_current_ledger(None)
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryLedger]:
+    made = MemoryLedger()
     set_current_ledger(made)
     yield made
     set_current_ledger(None)
@@ -211,3 +220,81 @@ class TestKeys:
         ledger.begin_error = ExecutionRunning()
         with pytest.raises(ExecutionRunning):
             exactly_once(key='d:{n}', scope='')(double)(3)
+
+
+class TestCallsInsideOfAMessage:
+    """An actor's function that another one calls is no message: the one that is being processed never comes back for it."""
+
+    def inner(self, **options: Any) -> Any:
+        ran: list[int] = []
+
+        def inner(n: int) -> int:
+            ran.append(n)
+            return 10 * n
+
+        made = exactly_once(key='i:{n}', scope='', **options)(inner)
+        vars(made)['ran'] = ran
+        return made
+
+    def outer(self, bench: Bench, inner: Any, once: bool) -> Any:
+        def outer(n: int) -> str:
+            try:
+                return f'{inner(n)} {inner(n)}'
+            except Exception as error:  # as user code does
+                return type(error).__name__
+
+        function = exactly_once(key='o:{n}', scope='')(outer) if once else outer
+        actor = dramatiq.actor(actor_name='outer', broker=bench.broker)(function)
+        vars(bench.broker)['enqueue'] = bench._enqueue
+        return actor
+
+    @pytest.mark.parametrize('once', [True, False], ids=['once', 'plain'])
+    @pytest.mark.parametrize(('options', 'answer'), [
+        ({}, '30 30'), ({'on_duplicate': 'skip'}, '30 None'), ({'on_duplicate': 'raise'}, 'DuplicateExecution')])
+    def test_a_duplicate_is_answered_as_its_options_say(
+        self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str,
+    ) -> None:
+        bench = Bench()
+        inner = self.inner(**options)
+        actor = self.outer(bench, inner, once)
+        assert bench.run(actor, delivered(actor.message(3))) == answer
+        assert (inner.ran, bench.sent) == ([3], [])
+
+    @pytest.mark.parametrize('once', [True, False], ids=['once', 'plain'])
+    @pytest.mark.parametrize(('options', 'answer'), [({}, 'ExecutionRunning'), ({'on_running': 'skip'}, 'None None')])
+    def test_a_running_key_sends_nothing(self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str) -> None:
+        bench = Bench()
+        memory.hold('i:3')
+        actor = self.outer(bench, self.inner(**options), once)
+        assert bench.run(actor, delivered(actor.message(3))) == answer
+        assert bench.sent == []
+
+    @pytest.mark.parametrize('once', [True, False], ids=['once', 'plain'])
+    def test_without_a_key_of_its_own_it_has_none(self, memory: MemoryLedger, once: bool) -> None:
+        """The message's id is the outer one's: two different calls would share it."""
+        bench = Bench()
+        actor = self.outer(bench, exactly_once(scope='i')(double), once)
+        assert bench.run(actor, delivered(actor.message(3))) == 'ConfigurationError'
+
+    def test_the_same_function_once_more_is_a_call_too(self, memory: MemoryLedger) -> None:
+        bench = Bench()
+        calls: list[int] = []
+
+        def again(n: int) -> str:
+            calls.append(n)
+            try:
+                return str(itself(n))
+            except ExecutionRunning:
+                return 'running'
+
+        itself: Any = exactly_once(key='a:{n}', scope='')(again)
+        actor = dramatiq.actor(actor_name='again', broker=bench.broker)(itself)
+        assert bench.run(actor, delivered(actor.message(3))) == 'running'
+        assert (calls, bench.sent) == ([3], [])
+
+    def test_what_is_not_recorded_raises(self, ledger: FakeLedger) -> None:
+        bench = Bench()
+        ledger.finish_error = Fenced()
+        actor = self.outer(bench, self.inner(), once=False)
+        assert bench.run(actor, delivered(actor.message(3))) == 'Fenced'
+        assert bench.sent == []

@@ -133,6 +133,15 @@ def test_a_start_that_fails_ends_the_worker(workers: Workers, monkeypatch: Any) 
     assert 'cannot start' in workers.output()
 
 
+def test_a_callback_of_the_user_s_that_fails_at_the_start_ends_the_worker(workers: Workers) -> None:
+    workers._environment['TEST_LOCK_PROVIDER'] = 'gpu'
+    process = workers.start(1)
+    workers.app.keyed.send(1)
+    assert process.wait(60) == 3
+    assert "cannot start: KeyError: 'gpu'" in workers.output()
+    assert workers.lines('keyed:') == []
+
+
 def test_each_process_answers_probes_on_a_port_of_its_own(workers: Workers) -> None:
     port = free_port()
     workers._environment['TEST_OPTIONS'] = json.dumps({'http': f'127.0.0.1:{port}'})

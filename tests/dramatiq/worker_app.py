@@ -21,7 +21,9 @@ SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.5, 'rebalance
 options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
 ADDRESS = os.environ['TEST_BROKER']
 broker: Any = RedisBroker(url=ADDRESS) if ADDRESS.startswith('redis') else RabbitmqBroker(url=ADDRESS)
-plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **SHORT, **options)
+if 'TEST_LOCK_PROVIDER' in os.environ:  # as users write them: it fails where its machine is not known
+    options['lock_provider'] = lambda job: {'cpu': 1}[os.environ['TEST_LOCK_PROVIDER']]
+plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **{**SHORT, **options})
 broker.add_middleware(plugin)
 broker.add_middleware(Results(backend=RedisBackend(url=URL), store_results=True))
 broker.add_middleware(dramatiq.middleware.GroupCallbacks(RateBackend(url=URL)))

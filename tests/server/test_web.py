@@ -125,8 +125,8 @@ class TestAnswers:
         assert answer.headers['Content-Type'] == 'application/json'
 
     @pytest.mark.parametrize(('lease', 'consuming', 'code', 'status'), [
-        (True, True, 200, 'ready'), (False, True, 503, 'not_ready'), (True, False, 503, 'not_ready'), (False, False, 503, 'not_ready')])
-    def test_ready_is_a_node_with_a_lease_that_consumes(
+        (True, True, 200, 'ready'), (False, True, 200, 'ready'), (True, False, 503, 'not_ready'), (False, False, 503, 'not_ready')])
+    def test_ready_is_a_worker_that_consumes_with_a_lease_or_uncoordinated(
         self, serve: Callable[..., HealthServer], lease: bool, consuming: bool, code: int, status: str,
     ) -> None:
         found = {'lease': lease, 'consuming': consuming, 'node': 'n1'}

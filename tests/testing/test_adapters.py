@@ -18,10 +18,11 @@ from dramatiq.results.backends import StubBackend
 from jobsync_celery import JobSync as CelerySync
 from jobsync_celery import exactly_once as celery_once
 from jobsync_core import DuplicateExecution, ExecutionRunning, Job
+from jobsync_core.current_ledger import current_ledger
+from jobsync_core.errors import NotEntered
 from jobsync_core.testing import FakeJob
 from jobsync_dramatiq import JobSync as DramatiqSync
 from jobsync_dramatiq import exactly_once as dramatiq_once
-from jobsync_dramatiq.middleware import BootFailed
 
 pytest_plugins = ['jobsync_core.testing']
 
@@ -121,9 +122,35 @@ class TestDramatiq:
         assert actor.send(1).get_result(block=True) == 1
         assert jobsync_job.ledger.attempts('f:1') == 2
 
-    def test_without_a_job_that_stands_in_the_worker_wants_a_node(self, stub: Stub) -> None:
-        with pytest.raises(BootFailed):
+    def test_without_a_job_the_worker_needs_no_database_and_each_key_completes_once(self, stub: Stub) -> None:
+        """The usual fixture, in a project that has JobSync among its middleware: https://dramatiq.io/guide.html#unit-testing."""
+        @dramatiq_once(key='{n}', scope='m')
+        def run(n: int) -> int:
+            stub.log.append((n, stub.plugin.job and stub.plugin.job.node_name))
+            return n
+
+        actor, pinned = stub.actor(run), stub.actor(lambda: 7, actor_name='pinned', jobsync_pin=['gpu-%'])
+        for _ in range(2):  # each worker begins with an empty memory
             stub.start()
+            assert [message.get_result(block=True) for message in (actor.send(1), actor.send(1), pinned.send())] == [1, 1, 7]
+            stub.stop()
+        assert stub.log == [(1, 'stub'), (1, 'stub')]
+        assert stub.plugin.job is None
+        with pytest.raises(NotEntered):
+            current_ledger()
+
+    def test_a_job_that_is_entered_before_the_worker_s_fixture_or_after_it_counts(self, stub: Stub) -> None:
+        @dramatiq_once(key='{n}', scope='e')
+        def run(n: int) -> int:
+            return n
+
+        actor = stub.actor(run)
+        stub.start()
+        with FakeJob() as job:
+            assert actor.send(1).get_result(block=True) == 1
+            assert job.ledger.completed == {'e:1': 1}
+            assert stub.plugin.job is job
+        assert actor.send(2).get_result(block=True) == 2
 
 
 @pytest.fixture

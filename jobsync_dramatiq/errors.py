@@ -1,0 +1,21 @@
+"""What the plugin raises into Dramatiq, whose middleware hooks let only a MiddlewareError through."""
+from __future__ import annotations
+
+from dramatiq.errors import ConnectionClosed
+from dramatiq.middleware import MiddlewareError
+
+from jobsync_core.errors import ConfigurationError
+
+__all__ = ['BootFailed', 'DeclarationRefused']
+
+
+class BootFailed(MiddlewareError, ConnectionClosed):
+    """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+        self.message = message
+
+
+class DeclarationRefused(MiddlewareError, ConfigurationError):
+    """A declaration cannot work; the message names it and the remedy. It is a ConfigurationError."""

@@ -1,0 +1,59 @@
+"""Workers of a StubBroker: a test's, in one process and without a database. They coordinate nothing, and each key completes once."""
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jobsync_core.current_ledger import LocalLedger, current_ledger, set_current_ledger
+from jobsync_core.errors import NotEntered
+from jobsync_core.job import Job
+from jobsync_core.ledger import Ledger
+
+__all__ = ['InMemory', 'is_in_memory', 'ledger_in_memory']
+
+_ledgers: WeakKeyDictionary[Any, LocalLedger] = WeakKeyDictionary()
+
+
+def is_in_memory(broker: Any) -> bool:
+    """Whether the broker keeps its messages in this process alone."""
+    # By name, as with the others.
+    return any(f'{kind.__module__}.{kind.__name__}' == 'dramatiq.brokers.stub.StubBroker' for kind in type(broker).__mro__)
+
+
+def ledger_in_memory(broker: Any) -> Ledger | LocalLedger | None:
+    """The ledger for a message of this broker: that of a Job which the test has entered, else the worker's. None with another broker."""
+    found = _ledgers.get(broker)
+    return (_entered_ledger() or found) if found is not None else None
+
+
+def _entered_ledger() -> Ledger | LocalLedger | None:
+    try:
+        return current_ledger()
+    except NotEntered:
+        return None
+
+
+class InMemory:
+    """What stands for a node in such a worker, from its start to its end. Functions outside of messages do not see it.
+
+    Args:
+        broker: The StubBroker.
+    """
+
+    def __init__(self, broker: Any) -> None:
+        # For tests alone, as it is.
+        from jobsync_core.testing.memory import MemoryLedger
+
+        self._broker = broker
+        _ledgers[broker] = MemoryLedger()
+        self.job = Job('stub')
+        before = _entered_ledger()
+        self.job.__enter__()
+        set_current_ledger(before)
+
+    def stop(self) -> None:
+        """The worker has ended; what completed is forgotten."""
+        before = _entered_ledger()
+        self.job.__exit__(None, None, None)
+        set_current_ledger(before)
+        _ledgers.pop(self._broker, None)

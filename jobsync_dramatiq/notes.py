@@ -1,0 +1,55 @@
+"""What the gate knows of a message in hand: a note that goes with it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.middleware import SkipMessage
+
+if TYPE_CHECKING:
+    from .mail import Hold
+
+__all__ = ['Note', 'give_back', 'note_of']
+
+
+@dataclass
+class Note:
+    """What the gate knows of a message in hand.
+
+    Attributes:
+        source: Where it came from, and is acknowledged.
+        route: None: its actor is not coordinated.
+        hops: How often it was handed on.
+        incarnation: The node's life that took it.
+        until: When it is parked, on the monotonic clock.
+        again: When it may be sent, after that has failed.
+        give_back: It goes back to its queue instead of being acknowledged.
+        unseen: No middleware but this one has seen it.
+        sent_on: It is gone, or back in its queue; what becomes of it here does not count.
+        problem: Why it has no route although its actor is coordinated: it fails instead of running.
+    """
+
+    source: Hold
+    route: str | None
+    hops: int
+    incarnation: str
+    until: float
+    again: float = 0.0
+    give_back: bool = False
+    unseen: bool = False
+    sent_on: bool = False
+    problem: str = ''
+
+
+def note_of(message: Any) -> Note | None:
+    """The note of a message that came through the gate."""
+    found = vars(message).get('jobsync_note')
+    return found if isinstance(found, Note) else None
+
+
+def give_back(message: Any, note: Note) -> SkipMessage:
+    """Have the message go back to its queue instead of being acknowledged; raise what this returns."""
+    note.give_back = True
+    # A skipped message would get the result None, for which a group may wait.
+    message.options['store_results'] = False
+    return SkipMessage('jobsync: the message goes back')

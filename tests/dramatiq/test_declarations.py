@@ -1,0 +1,175 @@
+"""What cannot work is refused where it is written: the plugin added twice, an exactly_once in the wrong place or of another kind."""
+from __future__ import annotations
+
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import MiddlewareError
+
+from jobsync_celery import exactly_once as celery_once
+from jobsync_core import exactly_once as core_once
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
+from jobsync_dramatiq import JobSync, exactly_once
+
+CONFIG = CoordinationConfig(appname='shop_')
+
+
+def new_broker(*more: dramatiq.Middleware) -> StubBroker:
+    broker = StubBroker()
+    for item in (JobSync(config=CONFIG), *more):
+        broker.add_middleware(item)
+    return broker
+
+
+def work(n: int) -> int:
+    return n
+
+
+class TestAdded:
+    def test_a_second_one_is_refused_at_the_first_actor(self) -> None:
+        broker = new_broker(JobSync(config=CONFIG))
+        with pytest.raises(ConfigurationError, match=r'JobSync is 2 times among the middleware .*: add it once'):
+            dramatiq.actor(broker=broker)(work)
+
+    def test_one_that_comes_after_the_actors_is_refused_at_once(self) -> None:
+        """As in a Django project that has it in its settings and adds it in ready(), too."""
+        broker = new_broker()
+        dramatiq.actor(broker=broker)(work)
+        with pytest.raises(ConfigurationError, match='JobSync is 2 times'):
+            broker.add_middleware(JobSync(config=CONFIG))
+
+    def test_the_same_one_twice_is_refused(self) -> None:
+        plugin = JobSync(config=CONFIG)
+        broker = new_broker()
+        broker.middleware.clear()
+        broker.add_middleware(plugin)
+        broker.add_middleware(plugin)
+        with pytest.raises(ConfigurationError, match='JobSync is 2 times'):
+            dramatiq.actor(broker=broker)(work)
+
+    def test_a_worker_without_actors_does_not_start_with_two(self) -> None:
+        with pytest.raises(MiddlewareError, match='JobSync is 2 times'):
+            dramatiq.Worker(new_broker(JobSync(config=CONFIG, required=False))).start()
+
+    def test_one_for_two_brokers_is_refused(self) -> None:
+        plugin = JobSync(config=CONFIG)
+        first, second = StubBroker(), StubBroker()
+        first.add_middleware(plugin)
+        second.add_middleware(plugin)
+        dramatiq.actor(broker=first)(work)
+        with pytest.raises(ConfigurationError, match=r'belongs to .* already, .* make one for each broker'):
+            dramatiq.actor(broker=second)(work)
+
+    def test_an_actor_that_is_declared_after_a_refusal_is_refused_too(self) -> None:
+        broker = new_broker(JobSync(config=CONFIG))
+        for name in ('a', 'b'):
+            with pytest.raises(ConfigurationError, match='2 times'):
+                dramatiq.actor(broker=broker, actor_name=name)(work)
+
+
+class TestDecorators:
+    @pytest.mark.parametrize('kind', [core_once, celery_once], ids=['core', 'celery'])
+    def test_another_s_exactly_once_is_refused_and_the_right_line_is_named(self, kind: Any) -> None:
+        function = kind(key='{n}')(work)
+        with pytest.raises(ConfigurationError, match=r"actor 'work' .*from jobsync_dramatiq import exactly_once"):
+            dramatiq.actor(broker=new_broker())(function)
+        broker = StubBroker()
+        dramatiq.actor(broker=broker)(function)
+        with pytest.raises(ConfigurationError, match="actor 'work' "):
+            broker.add_middleware(JobSync(config=CONFIG))  # the actor was there first
+
+    @pytest.mark.parametrize('kind', [core_once, exactly_once], ids=['core', 'dramatiq'])
+    def test_above_the_actor_it_is_refused_and_the_order_is_shown(self, kind: Any) -> None:
+        made: Any = dramatiq.actor(broker=new_broker())(work)
+        with pytest.raises(ConfigurationError, match=r'stands above @dramatiq\.actor, .*: write it below @dramatiq\.actor'):
+            kind(key='{n}')(made)
+
+    def test_on_coroutines_too(self) -> None:
+        @core_once(key='{n}')
+        async def run(n: int) -> int:
+            return n
+
+        with pytest.raises(ConfigurationError, match='from jobsync_dramatiq import exactly_once'):
+            dramatiq.actor(broker=new_broker())(run)
+
+
+class TestClasses:
+    def test_keys_in_meta_are_those_of_perform(self) -> None:
+        plugin = JobSync(config=CONFIG)
+        found = StubBroker(middleware=[plugin])
+
+        class Update(dramatiq.GenericActor):
+            class Meta:
+                broker = found
+                jobsync_key = 'symbol:{symbol}'
+
+            def perform(self, symbol: str, price: int = 0) -> None:
+                """Nothing to do."""
+
+        actor: Any = Update
+        for message in (actor.message('EUR', 3), actor.message(symbol='EUR')):
+            assert plugin._known().route_of(message) == 'symbol:EUR'
+
+    def test_a_key_in_meta_may_be_a_function(self) -> None:
+        plugin = JobSync(config=CONFIG)
+        found = StubBroker(middleware=[plugin])
+
+        class Update(dramatiq.GenericActor):
+            class Meta:
+                broker = found
+
+                def jobsync_key(symbol: str) -> str:  # type: ignore[misc]  # Dramatiq takes it out of the class
+                    return symbol.lower()
+
+            def perform(self, symbol: str) -> None:
+                """Nothing to do."""
+
+        actor: Any = Update
+        assert plugin._known().route_of(actor.message('EUR')) == 'eur'
+
+    @pytest.mark.parametrize('key', ['order:{order_id}', lambda self, order_id: f'order:{order_id}'], ids=['format', 'callable'])
+    def test_exactly_once_on_perform_is_routed_and_remembered(self, key: Any) -> None:
+        plugin = JobSync(config=CONFIG)
+        found = StubBroker(middleware=[plugin])
+        ran: list[int] = []
+
+        class Charge(dramatiq.GenericActor):
+            class Meta:
+                broker = found
+                jobsync_pin = 'gpu-%'
+
+            @exactly_once(key=key, scope='charge')
+            def perform(self, order_id: int) -> int:
+                ran.append(order_id)
+                return order_id
+
+        actor: Any = Charge
+        coordination = plugin._known().find('Charge')
+        assert coordination is not None and coordination.once is not None
+        route = plugin._known().route_of(actor.message(17))
+        assert route is not None and route.startswith('Charge#')
+        assert route == plugin._known().route_of(actor.message(order_id=17)) != plugin._known().route_of(actor.message(18))
+        worker = dramatiq.Worker(found, worker_timeout=50, worker_threads=2)
+        worker.start()
+        try:
+            for _ in range(3):
+                actor.send(17)
+            found.join('default', timeout=10_000)
+            worker.join()
+        finally:
+            worker.stop()
+        assert ran == [17]
+
+    def test_another_s_exactly_once_on_perform_is_refused(self) -> None:
+        found = new_broker()
+        with pytest.raises(ConfigurationError, match='from jobsync_dramatiq import exactly_once'):
+            class Charge(dramatiq.GenericActor):
+                class Meta:
+                    broker = found
+
+                @core_once(key='order:{order_id}')
+                def perform(self, order_id: int) -> int:
+                    return order_id
