@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
-from ..store import probe
+from ..store import probe, rights
 from ..store.connection import Connection, Sessions
 from ..store.schema import SCHEMA_VERSION, Tables
 from .context import console, describe, printable
@@ -70,7 +70,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
         where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
         yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
     pooler = probe.pooling(sessions)
-    for examine_one in (_version, _writable, _clock, _schema, _rights, _durability):
+    for examine_one in (_version, _writable, _clock, _schema, _rights, _neighbours, _durability):
         with sessions.session() as connection:
             yield examine_one(connection, tables)
     yield _pooler_check(config, pooler)
@@ -110,22 +110,42 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
         return Check(
             'schema', 'bad', f'tables of version {version}, this program has {SCHEMA_VERSION}',
             'use one version of JobSync everywhere, then `jobsync init-db`')
-    if len(missing) < len(probe.RELATIONS):
+    if len(missing) < len(tables.all):
         return Check('schema', 'bad', f'not there: {", ".join(missing)}', 'run `jobsync init-db` with a role that may create tables')
-    if probe.may_create(connection):
+    if probe.may_create(connection, tables):
         return Check('schema', 'ok', f'no tables {tables.appname}* yet; the first node, or `jobsync init-db`, creates them')
     return Check(
         'schema', 'bad', f'no tables {tables.appname}*, and no right to create them',
-        'let a DBA run the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
+        'let a DBA run `jobsync init-db --role` or the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:
     if probe.missing_tables(connection, tables):
         return Check('rights', 'ok', 'whoever creates the tables owns them')
-    lacking = probe.missing_rights(connection, tables)
-    if lacking:
-        return Check('rights', 'bad', f'lacking: {"; ".join(lacking)}', 'GRANT SELECT, INSERT, UPDATE, DELETE on these tables to this user')
+    left = rights.lacking(connection, tables)
+    user = connection.info.user
+    if left:
+        return Check(
+            'rights', 'bad', f'lacking: {rights.describe(left)}',
+            f'run `jobsync init-db --role {user}` as the owner of the tables; with --sql it prints the GRANTs')
+    hidden = rights.policies(connection, tables)
+    if hidden:
+        return Check(
+            'rights', 'bad', f'row-level security hides rows of {", ".join(hidden)}',
+            'ALTER TABLE … DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS')
+    if probe.is_superuser(connection):
+        return Check(
+            'rights', 'warn', f'all that a node needs, and everything else: {user} is a superuser',
+            'make a role for the nodes: `jobsync init-db --role NAME`')
     return Check('rights', 'ok', 'all that a node needs')
+
+
+def _neighbours(connection: PgConnection, tables: Tables) -> Check:
+    if probe.everybody_creates(connection, tables):
+        return Check(
+            'schema rights', 'warn', f'every role may create things in schema {tables.schema}',
+            f'REVOKE CREATE ON SCHEMA {tables.schema} FROM PUBLIC, or give the tables a schema of their own (JOBSYNC_SCHEMA)')
+    return Check('schema rights', 'ok', f'not everybody may create things in schema {tables.schema}')
 
 
 def _durability(connection: PgConnection, tables: Tables) -> Check:

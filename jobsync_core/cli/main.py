@@ -12,7 +12,7 @@ from rich.text import Text
 from .. import __version__
 from ..errors import DatabaseUnavailable
 from ..hashing import HASH_FUNCTIONS, check_task_id
-from ..store import status
+from ..store import rights, status
 from ..store.connection import Sessions
 from ..store.schema import Tables, create_schema, render_schema
 from . import doctor, status_view
@@ -156,14 +156,28 @@ def rebalances_command(database: Database, limit: int) -> None:
 
 
 @jobsync.command('init-db')
+@click.option('--role', metavar='NAME', help='Make this role too, unless it is there, and give it what a node needs and no more.')
+@click.option('--sql', is_flag=True, help='Only print the statements; no database is needed.')
 @database_options
 @click.pass_obj
-def init_db_command(database: Database) -> None:
+def init_db_command(database: Database, role: str | None, sql: bool) -> None:
     """Create the tables, or bring them up to date."""
     config = database.config()
+    if role is not None:
+        rights.check_role(role)
+    if sql:
+        click.echo(render_schema(config.appname, config.schema))
+        if role is not None:
+            for statement in rights.grants(Tables(config.appname, config.schema or 'public'), config.dbname, role):
+                click.echo(f'{statement};')
+        return
     with database.session() as (connection, tables):
         create_schema(connection, config)
-    click.echo(f'tables {tables.appname}* are in place')
+        if role is not None:
+            rights.grant(connection, tables, role)
+    click.echo(f'tables {tables.schema}.{tables.appname}* are in place')
+    if role is not None:
+        click.echo(f'role {printable(role)} has what a node needs; if it has no password yet, give it one with \\password in psql')
 
 
 @jobsync.command('schema')

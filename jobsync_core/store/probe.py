@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,9 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'RELATIONS', 'Replication', 'clock_offset', 'may_create', 'missing_rights', 'missing_tables', 'notify', 'pooling', 'read_only',
+    'Replication', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables', 'notify', 'pooling', 'read_only',
     'replication', 'schema_version', 'server_version',
 ]
-
-#: Attributes of Tables, and what a node does to each.
-RELATIONS = {
-    **dict.fromkeys(
-        ('node', 'assignment', 'lock', 'rebalance', 'claim', 'audit', 'execution', 'cluster', 'queue'),
-        ('SELECT', 'INSERT', 'UPDATE', 'DELETE')),
-    'token': ('SELECT',),
-}
-
 
 @dataclass(frozen=True)
 class Replication:
@@ -61,7 +53,12 @@ def clock_offset(connection: PgConnection) -> float:
 
 def missing_tables(connection: PgConnection, tables: Tables) -> list[str]:
     """Tables and views that are not there."""
-    return [name for name in RELATIONS if _row(connection, 'SELECT to_regclass(%s)', (getattr(tables, name),))[0] is None]
+    with connection.cursor() as cursor:
+        # By the catalog, which everybody may read.
+        cursor.execute(
+            'SELECT c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE n.nspname = %s', (tables.schema,))
+        there = {name for name, in cursor.fetchall()}
+    return [name for name in tables.all if tables.appname + name not in there]
 
 
 def schema_version(connection: PgConnection, tables: Tables) -> int | None:
@@ -72,20 +69,31 @@ def schema_version(connection: PgConnection, tables: Tables) -> int | None:
         return int(row[0]) if row else None
 
 
-def may_create(connection: PgConnection) -> bool:
+def may_create(connection: PgConnection, tables: Tables) -> bool:
     """Whether this user may create tables where they would go."""
-    return bool(_row(connection, "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), false)")[0])
+    return bool(_row(
+        connection,
+        """
+        SELECT CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema)s)
+            THEN (SELECT has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE')
+                  FROM pg_namespace WHERE nspname = %(schema)s)
+            ELSE has_database_privilege(current_database(), 'CREATE') END
+        """, {'schema': tables.schema})[0])
 
 
-def missing_rights(connection: PgConnection, tables: Tables) -> list[str]:
-    """What a node would do and this user may not, as 'INSERT, UPDATE on "sync_node"'."""
-    found = []
-    for name, rights in RELATIONS.items():
-        relation = getattr(tables, name)
-        lacking = [right for right in rights if not _row(connection, 'SELECT has_table_privilege(%s, %s)', (relation, right))[0]]
-        if lacking:
-            found.append(f'{", ".join(lacking)} on {relation}')
-    return found
+def everybody_creates(connection: PgConnection, tables: Tables) -> bool:
+    """Whether every role of the server may create things in the schema of the tables."""
+    return bool(_row(
+        connection,
+        """
+        SELECT EXISTS (SELECT FROM pg_namespace AS n CROSS JOIN LATERAL aclexplode(n.nspacl) AS a
+                       WHERE n.nspname = %s AND a.grantee = 0 AND a.privilege_type = 'CREATE')
+        """, (tables.schema,))[0])
+
+
+def is_superuser(connection: PgConnection) -> bool:
+    """Whether this user may do everything."""
+    return bool(_row(connection, 'SELECT rolsuper FROM pg_roles WHERE rolname = current_user')[0])
 
 
 def replication(connection: PgConnection) -> Replication:
@@ -121,7 +129,7 @@ def pooling(sessions: Sessions) -> str:
     return 'transaction' if second == first or again != first else 'session'
 
 
-def _row(connection: PgConnection, sql: str, params: tuple[object, ...] = ()) -> tuple[Any, ...]:
+def _row(connection: PgConnection, sql: str, params: tuple[object, ...] | Mapping[str, object] = ()) -> tuple[Any, ...]:
     with connection.cursor() as cursor:
         cursor.execute(sql, params)
         row: tuple[Any, ...] = cursor.fetchone() or ()

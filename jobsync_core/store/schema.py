@@ -10,13 +10,17 @@ import psycopg2
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict
+from ..logs import get_logger
+from . import rights
 from .connection import Sessions
 from .location import PINNED_PATH, Location, default_scope, locate, location_of
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-__all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
+__all__ = ['FUNCTIONS', 'MIGRATIONS', 'RELATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
+
+logger = get_logger(__name__)
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
@@ -26,8 +30,8 @@ SCHEMA_VERSION = MIGRATIONS[-1][0]
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
 _PATIENCE = '60s'
 
-#: The columns that this version uses.
-_COLUMNS: Mapping[str, str] = {
+#: Tables and views, with the columns that this version uses.
+RELATIONS: Mapping[str, str] = {
     'cluster': 'total_tokens hash_function version lock_version schema_version planned scope',
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
@@ -42,7 +46,7 @@ _COLUMNS: Mapping[str, str] = {
     'schedule': 'name slot total_run_count entry updated_at',
 }
 #: Functions, with the types of their arguments. Each pins its search_path, and names tables with their schema.
-_FUNCTIONS: Mapping[str, str] = {
+FUNCTIONS: Mapping[str, str] = {
     'begin_execution': 'text, text, text, text, text, text, integer, text',
     'finish_execution': 'jsonb, double precision, text, bigint',
 }
@@ -88,7 +92,7 @@ class Tables:
         return f'<Tables {self.label}*>'
 
     def __getattr__(self, name: str) -> str:
-        if name not in _COLUMNS and name not in _FUNCTIONS:
+        if name not in RELATIONS and name not in FUNCTIONS:
             raise AttributeError(name)
         quoted = f'{_quoted(self.schema)}.{_quoted(self.appname + name)}'
         if self._location.found:
@@ -131,12 +135,12 @@ class Tables:
     @property
     def all(self) -> Mapping[str, str]:
         """Each table or view, and its name for SQL."""
-        return {name: getattr(self, name) for name in _COLUMNS}
+        return {name: getattr(self, name) for name in RELATIONS}
 
     @property
     def functions(self) -> Mapping[str, str]:
-        """Each function, and its name for SQL with the types of its arguments."""
-        return {name: f'{getattr(self, name)}({arguments})' for name, arguments in _FUNCTIONS.items()}
+        """Each function, and the types of its arguments."""
+        return FUNCTIONS
 
     def refresh(self, config: CoordinationConfig, cursor: Any) -> None:
         """Look again where the tables are, after they have been created."""
@@ -201,11 +205,25 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
             if not _in_place(cursor, tables):
                 _migrate(cursor, tables, config)
                 tables.refresh(config, cursor)
-    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
-        raise JobSyncError(
-            f'{error.diag.message_primary}: user {config.user!r} needs SELECT, INSERT, UPDATE and DELETE on the tables {tables.appname}*, '
-            'EXECUTE on the functions of that name, and CREATE on the schema while they do not exist; '
-            'or let an administrator run the output of `jobsync schema --sql`') from error
+    except psycopg2.errors.InsufficientPrivilege as error:
+        session.rollback()
+        raise JobSyncError(_lacking(session, tables, config, error)) from error
+    left = rights.lacking(session, tables)
+    if left:
+        logger.warning('user=%s lacks %s: %s', config.user, rights.describe(left), _remedy(config))
+
+
+def _lacking(session: PgConnection, tables: Tables, config: CoordinationConfig, error: psycopg2.Error) -> str:
+    left = rights.lacking(session, tables)
+    session.rollback()
+    named = rights.describe(left) or 'the ownership of the tables, which have to be changed'
+    return (f'{error.diag.message_primary}: user {config.user!r} lacks {named}; what does not exist yet takes CREATE on its schema; '
+            f'{_remedy(config)}')
+
+
+def _remedy(config: CoordinationConfig) -> str:
+    return (f'`jobsync init-db --role {config.user}`, run by an administrator, makes the tables and grants what a node needs '
+            '(with --sql it prints the statements)')
 
 
 def _in_place(cursor: Any, tables: Tables) -> bool:
@@ -253,7 +271,7 @@ def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
     for name, quoted in tables.all.items():
         kind, found = columns[quoted]
         expected = version > 0 and kind in (('v',) if name == 'token' else ('r', 'p'))
-        if kind and not (expected and (version < SCHEMA_VERSION or found >= set(_COLUMNS[name].split()))):
+        if kind and not (expected and (version < SCHEMA_VERSION or found >= set(RELATIONS[name].split()))):
             raise SchemaConflict(
                 f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout that this version of JobSync makes: '
                 f'choose another appname than {tables.appname!r}, or rename or drop {quoted} if nothing needs it')
@@ -281,13 +299,13 @@ def _has_functions(cursor: Any, tables: Tables) -> bool:
     cursor.execute(
         """
         SELECT bool_and(coalesce(has_function_privilege(to_regprocedure(wanted.name), 'EXECUTE'), false)) FROM unnest(%s) AS wanted (name)
-        """, (list(tables.functions.values()),))
+        """, ([f'{getattr(tables, name)}({arguments})' for name, arguments in tables.functions.items()],))
     return bool(cursor.fetchall()[0][0])
 
 
 def _render(tables: Tables, name: str) -> str:
     text = files(__package__).joinpath(name).read_text(encoding='utf-8')
-    functions = {function: getattr(tables, function) for function in _FUNCTIONS}
+    functions = {function: getattr(tables, function) for function in FUNCTIONS}
     indexes = {index: _quoted(f'{tables.appname}{index}') for index in _INDEXES}
     return text.format(**tables.all, **functions, **indexes, schema=_quoted(tables.schema))
 
