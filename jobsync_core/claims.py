@@ -3,9 +3,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
+from .exclusions import Exclusions
 from .tokens import TokenSet
+
+if TYPE_CHECKING:
+    from .messages import Range
 
 __all__ = ['Claims']
 
@@ -21,7 +28,8 @@ os.register_at_fork(after_in_child=_note_fork)
 
 _LEASE = 8  # one double: the deadline
 _LIFE = 64  # the incarnation, as text that ends with NULs
-_HEADER = _LEASE + _LIFE
+_CLOSED = 8  # not 0: the node is leaving
+_HEADER = _LEASE + _LIFE + _CLOSED
 
 
 class Claims:
@@ -34,19 +42,23 @@ class Claims:
     Args:
         total_tokens: Tokens of the cluster.
         owner_lives: Whether the process that makes this object is known to live; asked by the children of its children.
+        lock: Keeps the threads apart that exclude tasks.
     """
 
-    def __init__(self, total_tokens: int, owner_lives: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, total_tokens: int, owner_lives: Callable[[], bool] = lambda: False, lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self.total_tokens = total_tokens
         self._pid = os.getpid()
         self._owner_lives = owner_lives
         self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
         view = memoryview(self._map)
         self.lease = view[:_LEASE].cast('d')
-        self._life = view[_LEASE:_HEADER]
+        self._life = view[_LEASE:_LEASE + _LIFE]
+        self._closed = view[_LEASE + _LIFE:_HEADER]
         self.bits = view[_HEADER:]
         self._tokens = TokenSet()
-        self.excluded: frozenset[int] = frozenset()
+        self.exclusions = Exclusions(total_tokens, lock)
 
     @property
     def deadline(self) -> float:
@@ -75,19 +87,40 @@ class Claims:
         return now < self.lease[0] and bool(self.bits[token >> 3] >> (token & 7) & 1) and not (forked and self.is_orphaned())
 
     def is_orphaned(self) -> bool:
-        """Whether this is a forked process whose node's main process is gone: others may take the node's tokens at once then."""
-        if os.getpid() == self._pid or os.getppid() == self._pid:
+        """Whether this is a forked process whose node's main process is gone, or leaves: others may take its tokens at once then."""
+        if os.getpid() == self._pid:
+            return False
+        if self._closed[0]:
+            return True
+        if os.getppid() == self._pid:
             return False
         return not self._owner_lives()  # a child of a child
 
-    def exclude(self, keys: frozenset[int]) -> None:
-        """Remember tasks (by hashing.task_key) that others have taken although their tokens come here."""
-        self.excluded = (self.excluded | keys) if self._tokens else keys
+    def exclude(self, ranges: Sequence[Range], keys: array[int]) -> None:
+        """Let `keys` be the tasks of these tokens that others have taken, or that are done; before the tokens can be claimed."""
+        self.exclusions.replace(ranges, keys)
+
+    def exclude_more(self, keys: array[int]) -> None:
+        """Exclude further tasks."""
+        self.exclusions.add(keys)
 
     def replace(self, tokens: TokenSet) -> None:
         """Put another set in place of this one. When this returns, no later answer comes from the old set."""
-        self._tokens = tokens
+        lost, self._tokens = self._tokens - tokens, tokens
         tokens.write_bitmap(self.bits, self.total_tokens)
+        if lost and not tokens:
+            self.exclusions.clear()
+        elif lost and len(self.exclusions):
+            self.exclusions.replace(lost.ranges, array('Q'))
+
+    def close(self) -> None:
+        """The node leaves: its forked children take nothing any more."""
+        self._closed[0] = 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether the node is leaving."""
+        return self._closed[0] != 0
 
     def extend(self, deadline: float) -> None:
         """Let the lease end at `deadline`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ConfigurationError, InvalidTaskId
 
-__all__ = ['HASH_FUNCTIONS', 'check_task_id', 'task_key', 'task_to_token']
+__all__ = ['HASH_FUNCTIONS', 'check_task_id', 'task_digest', 'task_key', 'task_to_token']
 
 #: What PostgreSQL can index in one text column, with room for the other columns of the key.
 MAX_BYTES = 2000
@@ -126,3 +126,9 @@ def task_to_token(task_id: object, total_tokens: int, hash_function: str = 'doub
 def task_key(text: str) -> int:
     """A signed 64-bit digest of a task id's text, for sets that would be too large as text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), 'big', signed=True)
+
+
+def task_digest(text: str) -> int:
+    """An unsigned 64-bit digest of a task id's text which PostgreSQL can compute as well: the first 8 bytes of its SHA-256."""
+    number: int = _first_8_bytes(_sha256_of(text.encode()).digest())[0]
+    return number

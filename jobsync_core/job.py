@@ -96,7 +96,7 @@ class Job:
             self._tables = Tables.of(coordination_config)
             self._sessions = Sessions(coordination_config, f'jobsync {self.node_name}')
             self._process = this_process()
-            self._claims = Claims(coordination_config.total_tokens, lambda: is_known_alive(self._process))
+            self._claims = Claims(coordination_config.total_tokens, lambda: is_known_alive(self._process), threading.Lock())
             self._book = TaskBook(
                 self._claims, self._sessions, coordination_config, self._tables, self.node_name, self.date, lambda: self.incarnation)
             self._protocol = self._make_protocol(coordination_config)
@@ -164,6 +164,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop claiming, write the audit, leave the cluster. Bounded in time; never hides an error of the block."""
+        if self._state == 'entered' and os.getpid() != self._pid and self.config is not None:
+            self._leave_child(error)
         if self._state != 'entered' or os.getpid() != self._pid:
             return  # a forked child that unwinds through the block is no node
         self._state = 'leaving'
@@ -183,6 +185,7 @@ class Job:
     def _write_off(self, error: BaseException | None) -> None:
         try:
             self._book.audit(threading.get_ident() if error is not None else None)
+            self._book.audit_children()
         except JobSyncError as failure:
             logger.error('node=%s could not write its audit while leaving: %s', self.node_name, failure)
             if error is None:
@@ -190,6 +193,13 @@ class Job:
             return
         with contextlib.suppress(JobSyncError):  # they lapse with this node
             self._book.release()
+
+    def _leave_child(self, error: BaseException | None) -> None:
+        try:
+            self._book.leave_child(threading.get_ident() if error is not None else None)
+        except JobSyncError as failure:
+            # The node's own exit audits it.
+            logger.error('node=%s: a child could not write its audit while leaving: %s', self.node_name, failure)
 
     def _leave(self) -> None:
         if self.config is not None:

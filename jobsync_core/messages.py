@@ -7,13 +7,14 @@ statement which arrives late can do no harm.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 __all__ = [
     'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Given', 'Give', 'Holdings', 'Join',
-    'Joined', 'Lead', 'Leave', 'Led', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied', 'Process', 'Range', 'Refresh',
-    'Reply', 'Request', 'Segment', 'Sign', 'Take', 'Taken',
+    'Joined', 'Lead', 'Leave', 'Led', 'Lives', 'LivesGone', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied', 'Process', 'Range',
+    'Refresh', 'Reply', 'Request', 'Segment', 'Sign', 'Take', 'Taken',
 ]
 
 #: Tokens from the first number up to, not including, the second.
@@ -163,17 +164,47 @@ class Holdings:
 
 @dataclass(frozen=True)
 class Take:
-    """Ask which tasks of tokens about to be activated are audited for this node's date, or claimed by another live node; replies Taken."""
+    """Ask which tasks of tokens are audited for this node's date, or claimed by another live node; replies Taken.
+
+    ranges: sorted and disjoint; the answer may be about the first of these tokens alone.
+    limit: how many rows it should be made of.
+    after: where the answer before was about a part of the first token: the last task of that part.
+    """
 
     name: str
     ranges: tuple[Range, ...]
+    limit: int = 10_000
+    after: str | None = None
 
 
 @dataclass(frozen=True)
 class Taken:
-    """keys: 64-bit digests (hashing.task_key) of those tasks."""
+    """What is known now, and of which tokens.
 
-    keys: frozenset[int]
+    ranges: the tokens whose tasks are all known with this answer.
+    keys: the tasks, as sorted keys of exclusions.Exclusions.
+    after: not None: only a part of the first token is known, up to this task; `ranges` is empty.
+    holders: the lives of nodes that hold claims on some of these tasks.
+    promised: tokens with tasks that were promised and not taken: they may become free again at any time.
+    """
+
+    ranges: tuple[Range, ...] = ()
+    keys: array[int] = field(default_factory=lambda: array('Q'))
+    after: str | None = None
+    holders: tuple[str, ...] = ()
+    promised: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lives:
+    """Ask which of these lives of nodes are over; replies LivesGone."""
+
+    incarnations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LivesGone:
+    incarnations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -265,6 +296,6 @@ class Led:
     conflicts: tuple[str, ...] = ()
 
 
-Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Give | Activate | Drain | Leave | Observe | Lead'
+Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | Lead'
 Reply: TypeAlias = (
-    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | Given | Activated | Observed | Led | bool | None')
+    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | Activated | Observed | Led | bool | None')

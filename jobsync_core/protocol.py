@@ -38,6 +38,7 @@ from .messages import (
     Lead,
     Leave,
     Led,
+    LivesGone,
     Mismatch,
     Observed,
     Occupied,
@@ -49,6 +50,7 @@ from .messages import (
     Take,
     Taken,
 )
+from .takings import Takings
 from .tokens import TokenSet
 
 __all__ = ['Phase', 'Protocol', 'Settings']
@@ -171,7 +173,7 @@ class Protocol:
         # assignment
         self._must_refresh = True  # nothing may be claimed before the next Refresh
         self._refresh_at = 0.0
-        self._gain = TokenSet()
+        self._takings = Takings(name, claims)
         self._batch: _Batch | None = None
         self._batches = 0
         self._quarantine_until: float | None = None
@@ -249,9 +251,9 @@ class Protocol:
     def disconnected(self, now: float) -> None:
         """The control connection is gone."""
         self.connected = False
-        self._pending = None
         self._must_refresh = True
-        self._gain = TokenSet()
+        self._takings.interrupted(self._pending)
+        self._pending = None
         self._retry_at = now + self._backoff
         self._backoff = min(2 * self._backoff, _BACKOFF_MOST)
 
@@ -293,7 +295,7 @@ class Protocol:
         if self.phase is Phase.LEAVING:
             return min(times)
         if not self.quarantined:
-            times.append(self._refresh_at)
+            times += (self._refresh_at, self._takings.wake_at)
         if self.phase is Phase.WAITING and self._gate_open:
             times.append(self._wait_until)
         return min(*times, self._lookout.wake_at(self._sent_at, self.has_lease(self._sent_at)))
@@ -338,13 +340,15 @@ class Protocol:
         elif self._wants_drain is not None and self.phase is Phase.ACTIVE:
             return Drain(self.name, self.incarnation, self._wants_drain)
         if not self.quarantined:
-            if self._gain:
-                return Take(self.name, self._gain.ranges)
+            if self._takings.gain:
+                return self._takings.next(now)
             if self._batch is not None and self._batch.ready:
                 batch = self._batch
                 return Give(self.name, self.incarnation, batch.tokens.ranges, batch.version, self._promises(batch.tokens))
             if now >= self._refresh_at:
                 return Refresh(self.name, self.incarnation)
+            if now >= self._takings.wake_at:
+                return self._takings.next(now)
         return self._lookout.duty(self.name, self.incarnation, now, self.has_lease(now))
 
     def _join(self) -> Join:
@@ -372,9 +376,10 @@ class Protocol:
             pass  # asked before the decision to leave; of no use now
         elif isinstance(reply, Holdings):
             self._on_holdings(reply, now)
-        elif isinstance(reply, Taken):
-            self.claims.exclude(reply.keys)
-            self._activate_gain(now)
+        elif isinstance(request, Take) and isinstance(reply, Taken):
+            self._on_taken(request, reply, now)
+        elif isinstance(reply, LivesGone):
+            self._takings.gone(reply)
         elif isinstance(reply, Given):
             self._batch = None
             self._refresh_at = now
@@ -508,6 +513,8 @@ class Protocol:
         self._join_at = now
 
     def _on_holdings(self, reply: Holdings, now: float) -> None:
+        if self.version != reply.version:
+            self._takings.plan_changed()
         self.version = reply.version
         self.state = reply.state
         self._must_refresh = False
@@ -519,7 +526,7 @@ class Protocol:
         self._emptied = reply.state == 'draining' and reply.planned and not reply.segments and not reply.incoming
         self._shrink(kept)
         self._follow_moves(moving, now)
-        self._gain = kept - self.claims.tokens
+        self._takings.owns(kept)
         self._announce(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
 
@@ -544,12 +551,14 @@ class Protocol:
             self._effects.append(Release(self._batches, tokens))
         return _Batch(self._batches, tokens, self.version, not self.settings.has_release, now + self.settings.release_timeout)
 
-    def _activate_gain(self, now: float) -> None:
-        gain, self._gain = self._gain, TokenSet()
-        self.claims.replace(self.claims.tokens | gain)
-        self._announce(now)
-        if not self.entered:
-            self._refresh_at = now
+    def _on_taken(self, request: Take, reply: Taken, now: float) -> None:
+        known = self._takings.taken(request, reply, now, now - self._sent_at, self.settings.interval / 4)
+        if known:
+            self.claims.replace(self.claims.tokens | known)
+        if not self._takings.gain:
+            self._announce(now)
+            if not self.entered:
+                self._refresh_at = now
 
     def _on_observed(self, reply: Observed, now: float) -> None:
         if not self._lookout.observed(reply, self.incarnation, now):
@@ -572,12 +581,12 @@ class Protocol:
     def _stop_claiming(self) -> None:
         self.claims.suspend()
         self.claims.replace(TokenSet())
-        self._gain = TokenSet()
+        self._takings.reset()
 
     def _consider_entered(self, settled: bool, now: float) -> None:
         if self.entered or self.phase is not Phase.ACTIVE or not self.has_lease(now):
             return
-        if (settled and not self._gain) or now >= self._settle_until:
+        if (settled and not self._takings.gain) or now >= self._settle_until:
             if not settled:
                 self._note('warning', 'entered before the first plan had settled')
             self.entered = True

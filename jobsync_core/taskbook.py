@@ -2,16 +2,17 @@
 from __future__ import annotations
 
 import datetime
+import os
+import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 
 from . import claims, clock
 from .claims import Claims
 from .config import CoordinationConfig
 from .errors import ClaimLost, JobSyncError
-from .hashing import HASH_FUNCTIONS, check_task_id, task_key
+from .hashing import HASH_FUNCTIONS, check_task_id
 from .logs import get_logger
 from .store import tasks
 from .store.connection import Sessions
@@ -42,7 +43,31 @@ class _Given:
     since: float
     thread: int
     void: bool = False
-    retry_at: float = 0.0
+
+
+@dataclass
+class _Added:
+    """Who recorded a task: one object for all tasks of a thread and a life of the node."""
+
+    incarnation: str
+    thread: int
+    epoch: int
+
+
+@dataclass
+class _Own:
+    """What one process knows: a forked child begins with nothing."""
+
+    pid: int = field(default_factory=os.getpid)
+    # thread id -> (text, token, when): what the thread was told last
+    promises: dict[int, tuple[str, int, float]] = field(default_factory=dict)
+    given: dict[str, _Given] = field(default_factory=dict)
+    # text -> who: recorded by add_task, not audited yet; the newest last
+    added: dict[str, _Added] = field(default_factory=dict)
+    # text -> when: audited here; later the exclusions, which the node's main process writes, know them
+    done: dict[str, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    taking_back: bool = False
 
 
 class TaskBook:
@@ -51,7 +76,7 @@ class TaskBook:
     A True from `can_claim` is a promise until the same thread asks again or records the task: should the token be handed
     over in between, the promise goes into the claim table with the hand-over, and the new owner leaves the task alone. So
     `can_claim_task → add_task → process` runs each task once while tokens move. Once the thread asks again without having
-    recorded the task, the promise is taken back.
+    recorded the task, the promise is taken back, in the background: `can_claim` looks at memory alone.
 
     Args:
         local: The local token set and lease.
@@ -77,38 +102,39 @@ class TaskBook:
         self._total_tokens = config.total_tokens
         self._promise_sec = config.heartbeat_timeout_sec
         self._lease = local.lease
-        # thread id -> (text, token, when): what the thread was told last
-        self._promises: dict[int, tuple[str, int, float]] = {}
-        self._given: dict[str, _Given] = {}
-        # text -> (incarnation, thread id): recorded by add_task, not audited yet; the newest last
-        self._added: dict[str, tuple[str, int]] = {}
-        # texts audited here: done for the date, as tasks are that others audited
-        self._done: set[str] = set()
+        self._pid = os.getpid()
+        self._own = _Own()
+        self._epochs: dict[str, int] = {}
 
     def can_claim(self, task: object) -> bool:
-        """Whether this node may take the task now: one hash, one bit and one comparison.
+        """Whether this node may take the task now: one hash, one bit and one comparison, and no I/O.
 
         Raises:
             InvalidTaskId: The id cannot be used.
-            DatabaseUnavailable: The task may have been taken by another node, and the database cannot be asked.
         """
         # The hot path: look-ups are bound once, and the bit is read here rather than by a call.
         task_id = task.id if type(task) is Task else task_id_of(task)
         text = str(task_id) if type(task_id) is int and -_PLAIN < task_id < _PLAIN else check_task_id(task_id)
         token = self._hash(text.encode()) % self._total_tokens
-        now = clock.now()
-        if self._given:
-            self._take_back(now)
+        own = self._own
+        if claims.forked and own.pid != os.getpid():
+            own = self._start_anew()
+        if own.given:
+            self._give_up(own)
+        exclusions = self._claims.exclusions
+        now, generation = clock.now(), exclusions.generation
         bits = self._claims.bits
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
-            return self._holds(text, now)
-        if text in self._done:
+            return self._holds(own, text, now)
+        if text in own.done or exclusions.excludes(token, text):
+            own.promises.pop(get_ident(), None)
             return False
-        if self._claims.excluded and task_key(text) in self._claims.excluded and self._taken(text):
+        own.promises[get_ident()] = (text, token, now)
+        # The token may have gone between the look and the promise; from here on the hand-over sees the promise. It may even
+        # have gone and come back, where the process was stopped: then other tasks are excluded.
+        if not bits[token >> 3] >> (token & 7) & 1:
             return False
-        self._promises[get_ident()] = (text, token, now)
-        # The token may have gone between the look and the promise; from here on the hand-over sees the promise.
-        return bits[token >> 3] >> (token & 7) & 1 == 1
+        return exclusions.generation == generation or self.can_claim(task)
 
     def token_of(self, task_id: object) -> int:
         """The token that the task id hashes to."""
@@ -116,15 +142,16 @@ class TaskBook:
 
     def promises(self, tokens: TokenSet) -> tuple[tuple[str, int], ...]:
         """What this node may still do for tokens that it is about to hand over: (task_id, token) pairs."""
-        now = clock.now()
-        for thread, (text, token, since) in list(self._promises.items()):
-            if now - since <= self._promise_sec and token in tokens and text not in self._added:
-                self._given[text] = _Given(token, self._incarnation(), since, thread)
+        own = self._own
+        now, life = clock.now(), self._incarnation()
+        for thread, (text, token, since) in list(own.promises.items()):
+            if now - since <= self._promise_sec and token in tokens and text not in own.added:
+                own.given[text] = _Given(token, life, since, thread)
         return tuple(
-            (text, given.token) for text, given in list(self._given.items())
-            if given.token in tokens and given.incarnation == self._incarnation() and not given.void)
+            (text, given.token) for text, given in list(own.given.items())
+            if given.token in tokens and given.incarnation == life and not given.void)
 
-    def record(self, batch: Iterable[object]) -> list[str]:
+    def record(self, batch: Iterable[object], for_audit: bool = False) -> list[str]:
         """Record durably that this node takes the tasks; returns their ids as text.
 
         Raises:
@@ -133,15 +160,21 @@ class TaskBook:
         """
         texts = [check_task_id(task_id_of(task)) for task in batch]
         missing = {text: self.token_of(text) for text in texts}
+        own = self._mine()
+        child = own.pid if for_audit and own.pid != self._pid else None
         for _ in range(_CLAIM_ATTEMPTS):
+            if self._claims.closed and own.pid != self._pid:
+                break  # the node is leaving, and has audited what its children took
+            life = self._incarnation()
             with self._sessions.session() as connection:
-                accepted = tasks.claim(
-                    connection, self._tables, self._node, self._incarnation(), self._date, list(missing.items()))
+                accepted = tasks.claim(connection, self._tables, self._node, life, self._date, list(missing.items()), child)
+                if for_audit and life not in self._epochs:
+                    self._epochs[life] = tasks.read_epoch(connection, self._tables)
             for text in accepted:
                 missing.pop(text, None)
             # A promise outlives the token in memory: until the hand-over is committed the row still names this node, and from
             # then on there is a claim row. Only a row that is being rewritten shows neither.
-            if not any(self._claims.may_claim(token, clock.now()) or self._is_promised(text) for text, token in missing.items()):
+            if not any(self._claims.may_claim(token, clock.now()) or self._is_promised(own, text) for text, token in missing.items()):
                 break
         if missing:
             raise ClaimLost(f'task {next(iter(missing))!r} belongs to another node by now, or was taken by one: do not process it here')
@@ -149,70 +182,156 @@ class TaskBook:
 
     def add(self, task: object) -> None:
         """Record the task as taken, for the audit too; errors as for `record`."""
-        text, = self.record([task])
-        thread = get_ident()
-        self._added[text] = (self._incarnation(), thread)
-        promise = self._promises.get(thread)
+        text, = self.record([task], for_audit=True)
+        own = self._own
+        thread, life = get_ident(), self._incarnation()
+        last = next(reversed(own.added.values()), None)
+        if last is None or (last.incarnation, last.thread) != (life, thread):
+            last = _Added(life, thread, self._epochs.get(life, 0))
+        own.added.pop(text, None)
+        own.added[text] = last
+        promise = own.promises.get(thread)
         if promise is not None and promise[0] == text:
-            del self._promises[thread]
-        self._given.pop(text, None)
+            del own.promises[thread]
+        own.given.pop(text, None)
 
     def audit(self, but_last_of: int | None = None) -> int:
-        """Write what was added to the audit; returns how many tasks.
+        """Write what this process added to the audit; returns how many tasks.
 
         Args:
             but_last_of: A thread whose last task did not come to its end; that one is left out.
+
+        Raises:
+            DatabaseUnavailable: A part was not written; the next call writes it.
         """
-        texts = list(self._added)
+        own = self._mine()
+        texts = list(own.added)
         if but_last_of is not None:
-            last = next((text for text in reversed(texts) if self._added[text][1] == but_last_of), None)
+            last = next((text for text in reversed(texts) if own.added[text].thread == but_last_of), None)
             if last is not None:
                 texts.remove(last)
                 logger.warning('node=%s task=%s was not finished and is not audited', self._node, last)
-        if texts:
-            with self._sessions.session() as connection:
-                tasks.audit(connection, self._tables, self._node, self._date, [(text, self.token_of(text)) for text in texts])
-            self._done.update(texts)
-            for text in texts:
-                self._added.pop(text, None)
+        self._remember(own)
+        for start in range(0, len(texts), tasks.BATCH):
+            epochs: dict[int, list[str]] = {}
+            for text in texts[start:start + tasks.BATCH]:
+                epochs.setdefault(own.added[text].epoch, []).append(text)
+            for epoch, some in epochs.items():
+                with self._sessions.session() as connection:
+                    tasks.audit(connection, self._tables, self._node, self._date, [(text, self.token_of(text)) for text in some], epoch)
+                now = clock.now()
+                own.done.update(dict.fromkeys(some, now))
+                for text in some:
+                    own.added.pop(text, None)
+            self._remember(own)
         return len(texts)
 
+    def audit_children(self) -> int:
+        """Write what forked children of this node added, and did not audit themselves, to the audit; returns how many tasks."""
+        return self._in_batches(lambda connection: tasks.audit_children(
+            connection, self._tables, self._node, self._incarnation(), self._date))
+
+    def leave_child(self, but_last_of: int | None) -> None:
+        """A forked child comes to the end of the `with` block: write its audit, and free the task that it did not finish."""
+        own = self._mine()
+        self.audit(but_last_of)
+        unfinished = list(own.added)
+        if unfinished:
+            with self._sessions.session() as connection:
+                tasks.release_claims(connection, self._tables, self._node, self._incarnation(), unfinished)
+
     def close(self) -> None:
-        """Answer False from now on."""
+        """Answer False from now on, in forked children too."""
+        self._claims.close()
         self._lease = _NO_LEASE
 
     def release(self) -> None:
         """Delete this node's claims; what was not audited is free."""
-        with self._sessions.session() as connection:
-            tasks.release_claims(connection, self._tables, self._node, self._incarnation())
+        self._in_batches(lambda connection: tasks.release_claims(connection, self._tables, self._node, self._incarnation()))
 
-    def _holds(self, text: str, now: float) -> bool:
+    # --- inside ---
+
+    def _in_batches(self, action: Callable[..., int]) -> int:
+        total = 0
+        while True:
+            with self._sessions.session() as connection:
+                number = action(connection)
+            total += number
+            if number < tasks.BATCH:
+                return total
+
+    def _mine(self) -> _Own:
+        own = self._own
+        return own if not claims.forked or own.pid == os.getpid() else self._start_anew()
+
+    def _start_anew(self) -> _Own:
+        """In a forked child: what the parent was told, took and will audit stays the parent's."""
+        self._own = _Own()
+        return self._own
+
+    def _remember(self, own: _Own) -> None:
+        """Move what was audited a while ago to the exclusions, which take less room.
+
+        Not at once: an answer that was on its way meanwhile does not know of it, and replaces what is excluded.
+        """
+        if own.pid != self._pid:
+            return
+        before = clock.now() - self._promise_sec
+        old = [text for text, since in own.done.items() if since < before]
+        if old:
+            tokens, exclusions = self._claims.tokens, self._claims.exclusions
+            placed = [(self.token_of(text), text) for text in old]
+            exclusions.add(exclusions.keys_of((token, text) for token, text in placed if token in tokens))
+            for text in old:
+                own.done.pop(text, None)
+
+    def _holds(self, own: _Own, text: str, now: float) -> bool:
         """Whether this node recorded the task before its token went away: then it still is this node's, and nobody else's."""
-        self._promises.pop(get_ident(), None)
-        added = self._added.get(text)
-        if added is None or added[0] != self._incarnation():
+        own.promises.pop(get_ident(), None)
+        added = own.added.get(text)
+        if added is None or added.incarnation != self._incarnation():
             return False
         return now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
 
-    def _is_promised(self, text: str) -> bool:
+    def _is_promised(self, own: _Own, text: str) -> bool:
         """Whether this thread was told last that it may take the task, and not too long ago."""
-        promise = self._promises.get(get_ident())
+        promise = own.promises.get(get_ident())
         return promise is not None and promise[0] == text and clock.now() - promise[2] <= self._promise_sec
 
-    def _take_back(self, now: float) -> None:
-        """Free the tasks that this thread was promised, did not record, and whose tokens went to other nodes."""
-        thread = get_ident()
-        for text, given in list(self._given.items()):
-            given.void = given.void or given.thread == thread
-            if now - given.since > self._promise_sec or given.incarnation != self._incarnation():
-                self._given.pop(text, None)  # the leader's housekeeping frees the task
-            elif given.void and now >= given.retry_at:
-                # The hand-over may not be committed yet; so it is taken back only once it is found.
-                given.retry_at = now + _RETRY_SEC
-                with suppress(JobSyncError), self._sessions.session() as connection:
-                    if tasks.release_promise(connection, self._tables, self._node, given.incarnation, self._date, text):
-                        self._given.pop(text, None)
+    def _give_up(self, own: _Own) -> None:
+        """This thread asks again: what it was promised, did not record, and whose token went to another node is free."""
+        thread, found = get_ident(), False
+        for given in list(own.given.values()):
+            if given.thread == thread and not given.void:
+                given.void = found = True
+        if found:
+            with own.lock:
+                if not own.taking_back:
+                    own.taking_back = True
+                    threading.Thread(target=self._take_back, args=(own,), name='jobsync promises', daemon=True).start()
 
-    def _taken(self, text: str) -> bool:
+    def _take_back(self, own: _Own) -> None:
+        """Free what was given up, until nothing is left of it. The hand-over may not be committed yet: then once it is found."""
+        pause = threading.Event()
+        while True:
+            with own.lock:
+                void = [(text, given) for text, given in list(own.given.items()) if given.void]
+                if not void:
+                    own.taking_back = False
+                    return
+            for text, given in void:
+                try:
+                    over = clock.now() - given.since > self._promise_sec or given.incarnation != self._incarnation()
+                    if over or self._released(text, given):  # where it is over, the leader's housekeeping frees the task
+                        own.given.pop(text, None)
+                except JobSyncError as error:
+                    logger.debug('node=%s task=%s: a promise cannot be taken back yet: %s', self._node, text, error)
+                except BaseException:
+                    with own.lock:
+                        own.taking_back = False
+                    raise
+            pause.wait(_RETRY_SEC)
+
+    def _released(self, text: str, given: _Given) -> bool:
         with self._sessions.session() as connection:
-            return tasks.is_taken(connection, self._tables, self._node, self._date, text)
+            return tasks.release_promise(connection, self._tables, self._node, given.incarnation, self._date, text)

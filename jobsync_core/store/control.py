@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import CoordinationConfig
-from ..hashing import task_key, task_to_token
 from ..messages import (
     Activate,
     Activated,
@@ -25,6 +24,7 @@ from ..messages import (
     Joined,
     Lead,
     Leave,
+    Lives,
     Mismatch,
     Observe,
     Observed,
@@ -43,6 +43,7 @@ from .connection import Connection
 from .leading import Leading
 from .rounds import Round, fingerprint, members_json, read_members, take_turn
 from .schema import SCHEMA_VERSION, Tables
+from .taken import read_lives, read_taken
 
 __all__ = ['Control']
 
@@ -83,6 +84,8 @@ class Control:
             return self._leading.lead(connection, request)
         if isinstance(request, Take):
             return self._take(connection, request)
+        if isinstance(request, Lives):
+            return read_lives(connection, self.tables, request)
         if isinstance(request, Give):
             return self._give(connection, request)
         if isinstance(request, Join):
@@ -144,24 +147,8 @@ class Control:
 
     def _take(self, connection: Connection, request: Take) -> Taken:
         if self._date is None or not request.ranges:
-            return Taken(frozenset())
-        tables = self.tables
-        rows = connection.execute(
-            f'''
-            SELECT a.task_id, true FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi)
-                JOIN {tables.audit} AS a ON a.date = %(date)s AND a.token >= r.lo AND a.token < r.hi
-            UNION ALL
-            SELECT a.task_id, false FROM {tables.audit} AS a WHERE a.date = %(date)s AND a.token IS NULL
-            UNION ALL
-            SELECT c.task_id, true FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi)
-                JOIN {tables.claim} AS c ON c.date = %(date)s AND c.token >= r.lo AND c.token < r.hi AND c.node <> %(name)s
-                JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
-            ''', {'name': request.name, 'date': self._date, **_split(request.ranges)})
-        return Taken(frozenset(task_key(text) for text, inside in rows if inside or self._is_within(text, request.ranges)))
-
-    def _is_within(self, text: str, ranges: Sequence[Range]) -> bool:
-        token = task_to_token(text, self._config.total_tokens, self._config.hash_function)
-        return any(lo <= token < hi for lo, hi in ranges)
+            return Taken(request.ranges)
+        return read_taken(connection, self.tables, self._config, self._date, request)
 
     # --- membership ---
 
@@ -282,11 +269,12 @@ class Control:
             FROM unnest(%(texts)s::text[], %(tokens)s::int[]) AS w (task_id, token)
                 JOIN {tables.node} AS n ON n.name = %(name)s AND n.incarnation = %(incarnation)s
                 JOIN {tables.assignment} AS a ON a.tokens @> w.token AND a.node = n.name
-            WHERE NOT EXISTS (SELECT FROM {tables.audit} AS d WHERE d.task_id = w.task_id AND d.date = %(date)s)
+            WHERE NOT EXISTS (SELECT FROM {tables.audit} AS d WHERE d.task_id = w.task_id AND d.date = %(date)s
+                              AND d.epoch >= (SELECT epoch FROM {tables.cluster}))
             ORDER BY w.task_id
             ON CONFLICT (task_id, date) DO UPDATE
                 SET node = excluded.node, created_on = excluded.created_on, token = excluded.token, incarnation = excluded.incarnation,
-                    promised = true
+                    promised = true, child = NULL
                 WHERE NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
             '''
 

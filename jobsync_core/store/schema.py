@@ -24,7 +24,8 @@ logger = get_logger(__name__)
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
-    (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'), (6, 'migration_6.sql'))
+    (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'), (6, 'migration_6.sql'),
+    (8, 'migration_8.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -32,14 +33,14 @@ _PATIENCE = '60s'
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope',
+    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch',
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',
     'lock': 'task_id node_patterns reason created_at created_by expires_at',
     'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
-    'claim': 'node task_id created_on date token incarnation',
-    'audit': 'created_on node task_id date token',
+    'claim': 'node task_id created_on date token incarnation child',
+    'audit': 'created_on node task_id date token epoch',
     'execution':
         'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
     'queue': 'name node created_at kind gone_at',

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from jobsync_core import leader
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.hashing import task_key, task_to_token
+from jobsync_core.exclusions import Exclusions
+from jobsync_core.hashing import task_to_token
 from jobsync_core.messages import (
     Activate,
     Activated,
@@ -30,6 +32,8 @@ from jobsync_core.messages import (
     Lead,
     Leave,
     Led,
+    Lives,
+    LivesGone,
     Mismatch,
     Observe,
     Observed,
@@ -44,6 +48,7 @@ from jobsync_core.messages import (
 from jobsync_core.store import leading, locks, status, tasks
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.control import Control
+from jobsync_core.tokens import TokenSet
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 
@@ -312,11 +317,69 @@ class TestTake:
             f"INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES ('b', 'of nobody alive', %s, %s, 'old')",
             TODAY, token('of nobody alive'))
         ranges = tuple((token(text), token(text) + 1) for text in texts)
-        for taker, expected in (('a', {'audited', 'audited without token', 'claimed by b'}), ('b', {'audited', 'audited without token'})):
-            assert store.ask(Take(taker, ranges)) == Taken(frozenset(map(task_key, expected)))
-        assert store.ask(Take('a', ranges[:1])) == Taken(frozenset({task_key('audited')}))
-        assert store.ask(Take('a', ())) == Taken(frozenset())
-        assert Control(store.config, store.tables, None).handle(store.connection, Take('a', ranges)) == Taken(frozenset())
+        def keys(*found: str) -> array[int]:
+            return Exclusions(1000).keys_of((token(text), text) for text in found)
+
+        assert store.ask(Take('a', ranges)) == Taken(), 'first the missing token is written'
+        ranges = TokenSet(ranges).ranges
+        assert store.ask(Take('a', ranges)) == Taken(
+            ranges, keys('audited', 'audited without token', 'claimed by b'), holders=('life of b',))
+        assert store.ask(Take('b', ranges)) == Taken(ranges, keys('audited', 'audited without token'))
+        alone = ((token('audited'), token('audited') + 1),)
+        assert store.ask(Take('a', alone)) == Taken(alone, keys('audited'))
+        assert store.ask(Take('a', ())) == Taken(())
+        assert Control(store.config, store.tables, None).handle(store.connection, Take('a', ranges)) == Taken(ranges)
+
+    def test_it_comes_in_pieces_of_about_as_many_rows_as_asked_for(self, store: Store) -> None:
+        for name in 'ab':
+            store.join(name)
+        store.rows.own(0, 1000, 'b')
+        placed = [(text, task_to_token(text, 1000, 'double_sha256')) for text in map(str, range(400))]
+        with store.rows.sessions.session() as connection:
+            tasks.audit(connection, store.tables, 'gone', TODAY, placed[:300])
+            tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, placed[300:])
+        mine = ((0, 300), (301, 302), (500, 1000))
+        exclusions, ranges, pieces = Exclusions(1000), TokenSet(mine), 0
+        while ranges:
+            reply = store.ask(Take('a', ranges.ranges, limit=20))
+            assert reply.ranges[0][0] == ranges.ranges[0][0] and len(reply.keys) <= 60, 'the piece begins with the first token'
+            exclusions.replace(reply.ranges, reply.keys)
+            ranges -= TokenSet(reply.ranges)
+            pieces += 1
+        assert pieces > 10
+        assert [text for text, token in placed if exclusions.excludes(token, text) != (token in TokenSet(mine))] == []
+
+    def test_a_token_with_more_tasks_than_that_comes_in_parts(self, make_config: Callable[..., CoordinationConfig]) -> None:
+        config = make_config(total_tokens=1)
+        with rows_of(config) as rows:
+            rows.node('a')
+            with rows.sessions.session() as connection:
+                tasks.audit(connection, rows.tables, 'gone', TODAY, [(str(number), 0) for number in range(95)])
+            control, exclusions, line = Control(config, rows.tables, TODAY), Exclusions(1), Connection.open(config, 'a')
+            after, answers = None, list[Any]()
+            try:
+                while not answers or answers[-1].ranges == ():
+                    reply: Any = control.handle(line, Take('a', ((0, 1),), 10, after))
+                    exclusions.add(reply.keys)
+                    answers.append(reply)
+                    after = reply.after
+            finally:
+                line.close()
+        assert len(answers) == 10 and answers[-1].ranges == ((0, 1),)
+        assert all(exclusions.excludes(0, str(number)) for number in range(95)) and not exclusions.excludes(0, '95')
+
+    def test_what_was_promised_is_told_apart(self, store: Store) -> None:
+        for name in 'ab':
+            store.join(name)
+        store.rows.run(
+            f'INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation, promised) '
+            "VALUES ('b', 'x', %s, 7, 'life of b', true)", TODAY)
+        reply = store.ask(Take('a', ((0, 10),)))
+        assert (reply.promised, reply.holders) == ((7,), ('life of b',))
+
+    def test_lives_that_are_over_are_named(self, store: Store) -> None:
+        store.join('a')
+        assert store.ask(Lives(('life of a', 'a former one'))) == LivesGone(('a former one',))
 
 
 class TestGive:

@@ -1,13 +1,14 @@
 """One process of the simulation: what the agent does, under virtual time, and what the user's code is told."""
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from jobsync_core.claims import Claims
 from jobsync_core.effects import Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.messages import Beaten, Connect, Connected, Give, Leave, Process, Reply, Request
+from jobsync_core.messages import Beaten, Connect, Connected, Give, Leave, Process, Range, Reply, Request
 from jobsync_core.protocol import Phase, Protocol, Settings
 from jobsync_core.tokens import TokenSet
 
@@ -32,7 +33,7 @@ class SimClaims(Claims):
         self.total_tokens = total_tokens
         self.lease = [0.0]  # type: ignore[assignment]  # a list is as good as a view of doubles
         self._tokens = TokenSet()
-        self.excluded = frozenset()
+        self.excluded: set[int] = set()
         self.mask = 0
         self._life = bytearray(64)  # type: ignore[assignment]  # as good as a view of bytes
 
@@ -47,6 +48,14 @@ class SimClaims(Claims):
         self._tokens = tokens
         self.mask = mask_of(tokens.ranges)
 
+    def exclude(self, ranges: Sequence[Range], keys: array[int]) -> None:
+        shift = 64 - (self.total_tokens - 1).bit_length()
+        self.excluded = {key for key in self.excluded if not any(lo <= key >> shift < hi for lo, hi in ranges)} | set(keys)
+
+    def excludes(self, task: str) -> bool:
+        """Whether the task is excluded."""
+        return task_key(task, self.total_tokens) in self.excluded
+
     def answers(self, now: float) -> int:
         """The tokens for which `may_claim` says True, as bits."""
         return self.mask if now < self.lease[0] else 0
@@ -58,6 +67,10 @@ class MappedClaims(Claims):
     @property
     def mask(self) -> int:
         return int.from_bytes(bytes(self.bits), 'little')
+
+    def excludes(self, task: str) -> bool:
+        """Whether the task is excluded."""
+        return self.exclusions.excludes(token_of(task), task)
 
     def answers(self, now: float) -> int:
         """The tokens for which `may_claim` says True, as bits."""
@@ -338,12 +351,12 @@ class SimNode:
         return tuple((task, token) for task, token in self.promised.items() if token in tokens)
 
     def can_claim(self, task: str) -> bool:
-        """What TaskBook.can_claim answers, the confirming look at the database included."""
+        """What TaskBook.can_claim answers."""
         if not self.claims.may_claim(token_of(task), self.local()):
             return False
         if task in self.taken or task in self.done:
             return False
-        if task_key(task) in self.claims.excluded and (not self._reaches_store() or self.world.store.is_taken(self.name, task)):
+        if self.claims.excludes(task):
             return False
         self.promised[task] = token_of(task)
         return True

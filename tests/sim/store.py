@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from jobsync_core.hashing import task_digest
 from jobsync_core.leader import Decision, Pin, decide
 from jobsync_core.messages import (
     Activate,
@@ -21,6 +23,8 @@ from jobsync_core.messages import (
     Lead,
     Leave,
     Led,
+    Lives,
+    LivesGone,
     Member,
     Observe,
     Observed,
@@ -38,6 +42,9 @@ from jobsync_core.messages import (
 
 __all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
 
+#: Rows after which the answer to a Take ends: small, so that most gains come in pieces.
+_ROWS = 3
+
 
 class Overlap(Exception):
     """Two rows of the assignment table share a token: the exclusion constraint refuses them."""
@@ -51,10 +58,10 @@ def mask_of(ranges: Iterable[Range]) -> int:
     return mask
 
 
-def task_key(text: str) -> int:
-    """Stands for hashing.task_key; the tasks of the simulation are named `token.number`."""
-    token, _, number = text.partition('.')
-    return int(token) * 1000 + int(number)
+def task_key(text: str, total_tokens: int) -> int:
+    """The key of exclusions.Exclusions; the tasks of the simulation are named `token.number`."""
+    bits = (total_tokens - 1).bit_length()
+    return token_of(text) << 64 - bits | task_digest(text) >> bits
 
 
 def token_of(text: str) -> int:
@@ -116,6 +123,7 @@ class SimStore:
     locks: dict[str, Lock] = field(default_factory=dict)
     claims: dict[str, tuple[str, str]] = field(default_factory=dict)
     audits: set[str] = field(default_factory=set)
+    promises: set[str] = field(default_factory=set)
     outbox: list[str] = field(default_factory=list)
     changes: int = 0
     on_plan: Callable[[list[Member], list[Segment], list[Pin], Decision], None] | None = None
@@ -137,6 +145,9 @@ class SimStore:
             return self._give(request)
         if isinstance(request, Take):
             return self._take(request)
+        if isinstance(request, Lives):
+            lives = {row.incarnation for row in self.nodes.values()}
+            return LivesGone(tuple(life for life in request.incarnations if life not in lives))
         if isinstance(request, Join):
             return self._join(request)
         if isinstance(request, Activate):
@@ -173,10 +184,12 @@ class SimStore:
             return False
         held = self.live_claim(task)
         if held == (name, incarnation):
+            self.promises.discard(task)
             return True
         if held is not None or not self.owned_mask(name) >> token_of(task) & 1:
             return False
         self.claims[task] = (name, incarnation)
+        self.promises.discard(task)
         return True
 
     def audit(self, name: str, tasks: Iterable[str]) -> None:
@@ -205,6 +218,7 @@ class SimStore:
         other.nodes = {name: replace(row) for name, row in self.nodes.items()}
         other.segments, other.outbox = list(self.segments), []
         other.locks, other.claims, other.audits = dict(self.locks), dict(self.claims), set(self.audits)
+        other.promises = set(self.promises)
         return other
 
     # --- requests ---
@@ -287,9 +301,17 @@ class SimStore:
         return Holdings(self.version, row.state, mine, self.planned == self.fingerprint(), incoming)
 
     def _take(self, request: Take) -> Reply:
-        taken = {task_key(task) for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
-                 and any(lo <= token_of(task) < hi for lo, hi in request.ranges)}
-        return Taken(frozenset(taken))
+        tasks = sorted({task for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
+                        and any(lo <= token_of(task) < hi for lo, hi in request.ranges)}, key=token_of)
+        stop = token_of(tasks[_ROWS]) if len(tasks) > _ROWS else request.ranges[-1][1]
+        stop = max(stop, request.ranges[0][0] + 1)
+        told = [task for task in tasks if token_of(task) < stop]
+        claimed = [task for task in told if task not in self.audits]
+        return Taken(
+            tuple((lo, min(hi, stop)) for lo, hi in request.ranges if lo < stop),
+            array('Q', sorted(task_key(task, self.total_tokens) for task in told)), None,
+            tuple(sorted({self.claims[task][1] for task in claimed})),
+            tuple(sorted({token_of(task) for task in claimed if task in self.promises})))
 
     def _may_give(self, segment: Segment, request: Give) -> bool:
         return (segment.node == request.name and segment.moving and (segment.moving_to is not None or segment.blocked)
@@ -306,6 +328,7 @@ class SimStore:
         for task, token in request.promised:
             if owned >> token & 1 and task not in self.audits and self.live_claim(task) is None:
                 self.claims[task] = (request.name, request.incarnation)
+                self.promises.add(task)
         if not given:
             return Given(0)
         self.version += 1

@@ -140,7 +140,7 @@ def _anybody_is_known_dead(patch: pytest.MonkeyPatch) -> None:
 
 
 def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_take', lambda self, request: Taken(frozenset()))
+    patch.setattr(SimStore, '_take', lambda self, request: Taken(request.ranges))
 
 
 def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:

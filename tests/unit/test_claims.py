@@ -103,14 +103,27 @@ def test_a_forked_child_stops_when_the_parent_is_suspended() -> None:
     assert not in_child(lambda: claims.may_claim(19, 9.0))
 
 
-def test_excluded_tasks_add_up_while_tokens_are_held_and_start_afresh_otherwise() -> None:
+def test_tasks_are_excluded_with_their_tokens_and_forgotten_with_them() -> None:
     claims = Claims(8)
-    claims.exclude(frozenset({1}))
-    claims.exclude(frozenset({2}))
-    assert claims.excluded == {2}
-    claims.replace(TokenSet([(0, 1)]))
-    claims.exclude(frozenset({3}))
-    assert claims.excluded == {2, 3}
+    exclusions = claims.exclusions
+    claims.exclude(((1, 3),), exclusions.keys_of([(1, 'a'), (2, 'b')]))
+    claims.replace(TokenSet([(1, 4)]))
+    claims.exclude_more(exclusions.keys_of([(3, 'c')]))
+    assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'), (3, 'd'))] == [True, True, True, False]
+    claims.replace(TokenSet([(1, 2)]))
+    assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'))] == [True, False, False]
+    claims.replace(TokenSet())
+    assert not exclusions.excludes(1, 'a') and not len(exclusions)
+
+
+def test_children_of_a_node_that_leaves_claim_nothing() -> None:
+    claims = Claims(8)
+    claims.replace(TokenSet([(0, 8)]))
+    claims.extend(10.0)
+    assert in_child(lambda: claims.may_claim(3, 5.0))
+    claims.close()
+    assert not in_child(lambda: claims.may_claim(3, 5.0))
+    assert claims.may_claim(3, 5.0), 'the node itself still leads, and gives its tokens away'
 
 
 def test_a_child_that_outlives_the_node_may_claim_nothing() -> None:

@@ -102,7 +102,7 @@ def follower(**settings: float | bool) -> Node:
     node.beat(0, 'joining', LEADER)
     node.hears(Activate('me', 'life-1', 1), Activated(True, 3))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Take('me', ((0, 5),)), Taken(frozenset()))
+    node.hears(Take('me', ((0, 5),)), Taken(((0, 5),)))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert node.asks() is None
     effects = node.effects()
@@ -199,8 +199,10 @@ def test_gained_tokens_are_claimed_only_after_asking_who_has_begun_their_tasks()
     node.protocol.notified('give me', node.now)
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 6), version=2))
     assert 5 not in node.may_claim()
-    node.hears(Take('me', ((5, 6),)), Taken(frozenset({77})))
-    assert 5 in node.may_claim() and 77 in node.claims.excluded
+    keys = node.claims.exclusions.keys_of([(5, 'taken')])
+    node.hears(Take('me', ((5, 6),), limit=20_000), Taken(((5, 6),), keys))
+    assert 5 in node.may_claim()
+    assert node.claims.exclusions.excludes(5, 'taken') and not node.claims.exclusions.excludes(5, 'free')
 
 
 def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
