@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .messages import Member, Segment
-from .patterns import eligible
+from .patterns import NodeNames
 from .planner import Owned, plan
 
 __all__ = ['Decision', 'Pin', 'decide']
@@ -94,6 +94,7 @@ def _allowed(
     pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int,
 ) -> tuple[dict[int, frozenset[str]], tuple[str, ...]]:
     """The nodes that may own each locked token, and the conflicts among locks."""
+    live = NodeNames(weights)
     known: dict[tuple[str, ...], frozenset[str]] = {}
     allowed: dict[int, frozenset[str]] = {}
     first: dict[int, Pin] = {}
@@ -102,7 +103,7 @@ def _allowed(
         if not 0 <= pin.token < total_tokens:
             continue
         if pin.patterns not in known:
-            known[pin.patterns] = eligible(pin.patterns, weights)
+            known[pin.patterns] = live.eligible(pin.patterns)
         names = known[pin.patterns]
         older = first.setdefault(pin.token, pin)
         if older is pin:
