@@ -18,7 +18,7 @@ from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
 from jobsync_core.owners import OwnerMap
-from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
+from jobsync_core.plugin import Gate, make_job, owner_map, stand_in
 from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
@@ -26,7 +26,7 @@ from .gate import ConsumerGate
 from .logs import get_logger
 from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_of, redis_options
 from .router import install_router, mark_message
-from .settings import read_settings
+from .settings import CelerySettings, read_settings
 from .tasks import Tasks, adjust_options
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class JobSync:
 
     Args:
         app: The Celery app.
-        settings: Any setting of PluginSettings and CoordinationConfig. What is not given comes from `app.conf.jobsync_…`,
+        settings: Any setting of CelerySettings and CoordinationConfig. What is not given comes from `app.conf.jobsync_…`,
             `app.conf.jobsync`, and the environment (`JOBSYNC_…`). They are read when they are needed first.
 
     Raises:
@@ -67,7 +67,7 @@ class JobSync:
         self.app = app
         self._job: Job | None = None
         self._given: Mapping[str, Any] = settings
-        self._settings: PluginSettings | None = None
+        self._settings: CelerySettings | None = None
         self._tasks: Tasks | None = None
         self._driver: str | None = None
         self._owners: tuple[int, OwnerMap] | None = None
@@ -116,7 +116,7 @@ class JobSync:
     # --- producers ---
 
     @property
-    def settings(self) -> PluginSettings:
+    def settings(self) -> CelerySettings:
         """The settings; read at the first use.
 
         Raises:

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from jobsync_core.arguments import check_number
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.plugin import PluginSettings
@@ -12,12 +13,32 @@ from jobsync_core.plugin import PluginSettings
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['read_config', 'read_settings']
-
-_NAMES = ('database_url', *(item.name for item in (*fields(PluginSettings), *fields(CoordinationConfig))))
+__all__ = ['CelerySettings', 'read_config', 'read_settings']
 
 
-def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> PluginSettings:
+@dataclass(frozen=True, kw_only=True)
+class CelerySettings(PluginSettings):
+    """Settings of Celery's plugin.
+
+    Args:
+        wait_for_database_sec: Seconds for which a worker that starts waits for a database that cannot be reached; 0: it does not wait.
+        redis_atomic: False: messages are received from Redis in kombu's way, which takes a message off its list before it is recorded.
+    """
+
+    wait_for_database_sec: float = 60.0
+    redis_atomic: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number('wait_for_database_sec', self.wait_for_database_sec, 0)
+        if not isinstance(self.redis_atomic, bool):
+            raise ConfigurationError(f'redis_atomic={self.redis_atomic!r}: give True or False')
+
+
+_NAMES = ('database_url', *(item.name for item in (*fields(CelerySettings), *fields(CoordinationConfig))))
+
+
+def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> CelerySettings:
     """The plugin's settings for an app.
 
     Args:
@@ -37,7 +58,7 @@ def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> Plugin
     if given and ('database_url' in given or 'config' in given):
         # One way of naming the database replaces the other.
         found.pop('config' if 'database_url' in given else 'database_url', None)
-    return PluginSettings.read(found)
+    return CelerySettings.read(found)
 
 
 def read_config(app: Celery) -> CoordinationConfig:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from .arguments import check_name, check_number
 from .config import CoordinationConfig
@@ -27,6 +27,7 @@ __all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map', 'set_stand_in', 's
 
 logger = get_logger(__name__)
 
+S = TypeVar('S', bound='PluginSettings')
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
 _PREFIX = 'JOBSYNC_'
 #: A lock moves its whole token, so that another key on a pinned token goes where the pin goes. With as many tokens as there
@@ -94,7 +95,7 @@ class PluginSettings:
         object.__setattr__(self, 'pins', check_pins(self.pins))
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> PluginSettings:
+    def read(cls: type[S], values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S:
         """Settings from a flat mapping; what it lacks comes from `JOBSYNC_DATABASE_URL` and `JOBSYNC_<NAME>`.
 
         Raises:

@@ -12,9 +12,10 @@ from celery.worker import state
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import gate as gate_module
 from jobsync_celery.gate import ConsumerGate
+from jobsync_celery.settings import CelerySettings
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.owners import Place
-from jobsync_core.plugin import Gate, PluginSettings
+from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOPS, KEY
 
 from ..fakes import Clock, FakeJob, FakeOwners
@@ -75,7 +76,7 @@ class Bench:
         self.plugin = JobSync(self.app, config=config, **settings)
         vars(self.plugin)['_job'] = self.job
         vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
-        core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
+        core: Any = Gate(CelerySettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(

@@ -19,9 +19,9 @@ import psycopg2
 import pytest
 
 from jobsync_celery import exactly_once
+from jobsync_celery.settings import CelerySettings
 from jobsync_core import CoordinationConfig, Job, Task
 from jobsync_core.embedded import EmbeddedPostgres
-from jobsync_core.plugin import PluginSettings
 from jobsync_core.store.schema import create_schema
 
 from ..brokers import BrokerServer
@@ -211,7 +211,7 @@ def test_celery_guide(stage: Stage, redis_server: BrokerServer, tmp_path: Path) 
 
 def test_the_celery_guide_gives_every_setting_and_option_with_its_true_default() -> None:
     rows = dict(re.findall(r'^\| `(\w+)` \| (.+?) \|', (ROOT / 'docs' / 'CELERY.md').read_text(encoding='utf-8'), re.MULTILINE))
-    for field in fields(PluginSettings):
+    for field in fields(CelerySettings):
         default = '{}' if field.default is MISSING else repr(field.default)
         assert rows[field.name] == ('made from the rest' if field.name == 'config' else f'`{default}`')
     for name, option in signature(exactly_once).parameters.items():
