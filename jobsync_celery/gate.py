@@ -18,6 +18,7 @@ from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOPS, KEY, Decision, Verdict, parked_queue
 from jobsync_core.tokens import TokenSet
 
+from .circuit import BrokerBusy
 from .logs import get_logger
 from .mail import Publisher
 
@@ -79,7 +80,7 @@ class ConsumerGate:
         self._plugin = plugin
         self._gate = gate
         self._consumer = consumer
-        self._publisher = Publisher(plugin)
+        self._publisher = Publisher(plugin, patient=False)
         self._parked_queue = parked_queue(gate.settings.config.appname)
         self._lock = threading.RLock()
         self._waiting: list[_Waiting] = []
@@ -215,6 +216,9 @@ class ConsumerGate:
         note, message = waiting.note, waiting.message
         try:
             self._publisher.send(queue, message, {**(message.headers or {}), KEY: note.route, HOPS: hops})
+        except BrokerBusy:
+            waiting.until = clock.now() + 1.0
+            return self._wait(waiting)
         except Exception as error:  # kombu, amqp and redis have no common ancestor; the message stays unacknowledged
             logger.warning('Task %s cannot be sent to %s now, and waits: %r', note.name, queue, error)
             waiting.until = clock.now() + 1.0

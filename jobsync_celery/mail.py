@@ -5,7 +5,9 @@ a queue that has gone is parked, not lost. On Redis a queue is a list, and publi
 """
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,14 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
+from jobsync_core import clock
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.keeper import Letter
 from jobsync_core.logs import get_logger
 from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+
+from .circuit import Circuit
+from .parts import HAND_OVER, missing
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -31,9 +37,14 @@ logger = get_logger(__name__)
 
 #: Seconds that a publish may take; then its connection is dropped and the message stays where it was.
 _PUBLISH_SEC = 5.0
+#: The same in the event loop.
+_LOOP_PUBLISH_SEC = 2.0
 #: Seconds after which kombu's Redis transport would deliver an unacknowledged message a second time. The keeper brings
 #: back what a dead node held, so that this only has to be longer than any task.
 VISIBILITY_SEC = 365 * 86_400
+#: Where plain workers record what they have taken, and for how long: kombu's defaults.
+_SHARED: dict[str, Any] = {
+    'unacked_key': 'unacked', 'unacked_index_key': 'unacked_index', 'unacked_mutex_key': 'unacked_mutex', 'visibility_timeout': 3600}
 _KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
 _DRIVERS = ('redis', 'amqp', 'memory')
 
@@ -45,10 +56,12 @@ class Leftovers:
     Args:
         unrecorded: Messages that arrived and are not recorded as unacknowledged yet: delivery tag -> the record.
         acknowledged: Delivery tags of messages whose acknowledgement is not confirmed yet.
+        asked_at: Since when an answer of Redis has been due, by JobSync's clock; None: none is.
     """
 
     unrecorded: dict[str, str] = field(default_factory=dict)
     acknowledged: set[str] = field(default_factory=set)
+    asked_at: float | None = None
 
 
 def driver_of(app: Celery) -> str:
@@ -68,6 +81,15 @@ def redis_options(appname: str, node: str) -> dict[str, Any]:
     """Transport options that keep what a node has taken apart from what others have."""
     place = f'{node_queue(appname, node)}.unacked'
     return {'unacked_key': place, 'unacked_index_key': f'{place}_index', 'unacked_mutex_key': f'{place}_mutex'}
+
+
+def _raw(channel: Any, command: str, *arguments: str) -> Any:
+    """A command on the record of unacknowledged messages that kombu does not give its `global_keyprefix`."""
+    from redis import Redis  # RabbitMQ needs none
+
+    execute: Any = Redis.execute_command
+    with channel.conn_or_acquire() as client:
+        return execute(client, command, f'{channel.global_keyprefix}{channel.unacked_key}', *arguments)
 
 
 def exchange_of(plugin: JobSync) -> Exchange:
@@ -92,10 +114,15 @@ class Publisher:
 
     Args:
         plugin: The plugin.
+        patient: Wait for each message, up to 5 seconds; otherwise for one message up to 2, and then for none until the broker takes
+            messages again: `BrokerBusy` is raised at once.
     """
 
-    def __init__(self, plugin: JobSync) -> None:
+    def __init__(self, plugin: JobSync, patient: bool = True) -> None:
         self._plugin = plugin
+        self._limit = _PUBLISH_SEC if patient else _LOOP_PUBLISH_SEC
+        self._circuit = None if patient else Circuit(self._probe)
+        self._hands_over = plugin.driver == 'redis' and not missing((HAND_OVER,))
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._producer: Any = None
@@ -106,14 +133,34 @@ class Publisher:
         The message is to be acknowledged then. On Redis that is done with the publishing, and acknowledging costs nothing any more.
         """
         with self._lock:
+            if self._circuit is not None:
+                self._circuit.check()
+            began = clock.now()
             try:
-                if self._plugin.driver == 'redis':
+                if self._hands_over and getattr(message.channel, 'ack_emulation', False):
                     self._hand_over(queue, message, headers)
                 else:
                     self._publish(queue, message, headers)
-            except BaseException:
+            except BaseException as error:
                 self._drop()
+                if self._circuit is not None and clock.now() - began >= self._limit / 2:
+                    self._circuit.open(error)
                 raise
+
+    def _probe(self) -> None:
+        """Whether the broker takes messages: one that goes nowhere, confirmed."""
+        connection = self._connect()
+        try:
+            if self._plugin.driver == 'amqp':
+                connection.Producer().publish(
+                    b'', exchange='', routing_key='jobsync.nowhere', retry=False, confirm_timeout=self._limit, content_type='text/plain',
+                    content_encoding='utf-8')
+            else:
+                channel: Any = connection.default_channel
+                channel.client.ping()
+        finally:
+            with contextlib.suppress(Exception):
+                connection.release()
 
     def _publish(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         properties = message.properties
@@ -124,7 +171,7 @@ class Publisher:
             given['expiration'] = float(properties['expiration']) / 1000
         # The body has been decompressed; what a broker adds to headers is not the message's own.
         headers = {name: value for name, value in headers.items() if name not in ('compression', 'x-death', 'x-delivery-count')}
-        confirm = {'confirm_timeout': _PUBLISH_SEC} if self._plugin.driver == 'amqp' else {}
+        confirm = {'confirm_timeout': self._limit} if self._plugin.driver == 'amqp' else {}
         producer = self._producer or self._open()
         producer.publish(
             message.body, exchange=exchange_of(self._plugin).name, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
@@ -147,14 +194,21 @@ class Publisher:
 
     def close(self) -> None:
         """Close the connection."""
+        if self._circuit is not None:
+            self._circuit.close()
         with self._lock:
             self._drop()
 
     def _open(self) -> Any:
-        options = {'confirm_publish': True} if self._plugin.driver == 'amqp' else {'socket_timeout': _PUBLISH_SEC}
-        self._connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC, transport_options=options)
+        self._connection = self._connect()
         self._producer = self._connection.Producer()
         return self._producer
+
+    def _connect(self) -> Connection:
+        limit = self._limit
+        options = {'confirm_publish': True, 'write_timeout': limit} if self._plugin.driver == 'amqp' else {'socket_timeout': limit}
+        connection: Connection = self._plugin.app.connection_for_write(connect_timeout=limit, transport_options=options)
+        return connection
 
     def _drop(self) -> None:
         connection, self._connection, self._producer = self._connection, None, None
@@ -255,12 +309,46 @@ class CeleryMail:
             while left and left.unrecorded:
                 tag, message = next(iter(left.unrecorded.items()))
                 # Not if the record was made and only its answer lost.
-                channel.client.hsetnx(channel.unacked_key, tag, message)
+                _raw(channel, 'HSETNX', tag, message)
                 del left.unrecorded[tag]
-            tags = channel.client.hkeys(channel.unacked_key)
+            tags = _raw(channel, 'HKEYS')
             for tag in tags:
                 channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
             return len(tags)
+
+    def restore_shared(self, options: Mapping[str, Any]) -> int:
+        """Put back, as kombu does, what plain workers had taken and not acknowledged for longer than their visibility timeout.
+
+        Args:
+            options: The app's own transport options, without those of this node.
+
+        Returns:
+            How many messages were put back.
+        """
+        channel = self._open()
+        if not channel.ack_emulation:
+            return 0
+        base = type(channel.qos).__mro__
+        plain = next(cls for cls in base if cls.__module__ == 'kombu.transport.redis')
+        qos: Any = plain(channel)
+        qos._on_collect.cancel()  # it delivers nothing
+        count = 0
+        restore = qos.restore_by_tag
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return restore(*args, **kwargs)
+
+        vars(qos).update(
+            {name: options.get(name, default) for name, default in _SHARED.items()}, restore_by_tag=counted)
+        qos.restore_visible(num=options.get('unacked_restore_limit'), interval=1)
+        return count
+
+    @staticmethod
+    def shared_every(options: Mapping[str, Any]) -> float:
+        """Seconds between two looks at what plain workers had taken."""
+        return max(1.0, min(30.0, float(options.get('visibility_timeout', _SHARED['visibility_timeout'])) / 2))
 
     def take(self, queue: str) -> Letter | None:
         """See Mail."""

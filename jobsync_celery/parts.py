@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-__all__ = ['PARTS', 'Part', 'missing']
+__all__ = ['CLIENTS', 'COLD', 'GATE', 'HAND_OVER', 'LIFE', 'PARTS', 'RECEIVE', 'RESTORE', 'SENDING', 'Part', 'missing']
 
 
 class Part(NamedTuple):
@@ -33,7 +33,8 @@ _REDIS = 'kombu.transport.redis'
 PARTS: tuple[Part, ...] = (
     Part(RECEIVE, f'{_REDIS}:Channel', (
         '_brpop_start', '_brpop_read', '_in_poll', '_queue_cycle', '_q_for_pri', 'active_queues', 'priority_steps', '_get',
-        'conn_or_acquire', 'global_keyprefix', 'ack_emulation', 'unacked_key', 'unacked_index_key', 'pool', 'client', 'handlers', 'connection_errors',
+        'conn_or_acquire', 'global_keyprefix', 'ack_emulation', 'unacked_key', 'unacked_index_key', 'pool', 'client', 'handlers',
+        'connection_errors',
         '_on_connection_disconnect', 'basic_consume', 'basic_get')),
     Part(RECEIVE, f'{_REDIS}:QoS', ('_remove_from_indices', 'append', 'ack', 'restore_unacked_once', '_delivered')),
     Part(RECEIVE, 'kombu.transport.virtual:QoS', ('append', 'ack', 'can_consume')),
@@ -53,6 +54,7 @@ PARTS: tuple[Part, ...] = (
     Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
         'connection_for_read')),
+    Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat')),
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
     Part(GATE, 'celery.worker.request:Request', ('acknowledge', 'reject', 'acknowledged', 'message')),
     Part(LIFE, 'celery.app.amqp:Queues', ('select_add', 'deselect')),

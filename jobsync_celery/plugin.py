@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from celery.utils.dispatch import Signal
 from kombu.utils.json import loads
 
 from jobsync_core import clock
+from jobsync_core.consuming import SelfDrain
 from jobsync_core.current_ledger import UNCOORDINATED
 from jobsync_core.effects import RebalanceEvent
 from jobsync_core.errors import ConfigurationError, JobSyncError
@@ -23,10 +25,13 @@ from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
 from .gate import ConsumerGate
+from .listening import Listening
 from .logs import get_logger
 from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_of, redis_options
+from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
 from .router import install_router, mark_message
 from .settings import CelerySettings, read_settings
+from .startup import wait_for_broker, wait_for_database
 from .tasks import Tasks, adjust_options
 
 if TYPE_CHECKING:
@@ -44,6 +49,8 @@ released = Signal(name='jobsync_released', providing_args={'tokens'})
 
 #: Seconds between two looks at the lease.
 _LOOK_SEC = 0.2
+#: Seconds by which a turn of the event loop may be late that is not stuck.
+_LOOP_SEC = 1.0
 #: Celery's own default, in seconds: whoever wants just that gives 121.
 _DEFAULT_BROKER_HEARTBEAT = 120
 
@@ -83,6 +90,12 @@ class JobSync:
         self._look: Any = None
         self._left = Leftovers()
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
+        self._atomic = False
+        self._listening: Listening | None = None
+        self._self_drain: SelfDrain | None = None
+        # What the app was configured with before this plugin put a node's own settings in.
+        self._plain: dict[str, Any] = {}
+        self._shared_at = 0.0
         self._install()
 
     @property
@@ -185,6 +198,8 @@ class JobSync:
             raise ConfigurationError(
                 f'pool {pool!r}: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
                 'use --pool prefork, threads or solo')
+        self._check_parts()
+        self._plain = {name: self.app.conf[name] for name in ('broker_transport_options', 'broker_heartbeat')}
         name = node or settings.node_name or worker.hostname
         appname = settings.config.appname
         queue = node_queue(appname, name)
@@ -203,6 +218,34 @@ class JobSync:
         self.app.amqp.queues.select_add(node_queue_of(self, queue))
         self._gate = Gate(settings, job)
         self._worker = worker
+        self._listening = Listening(self._left, 'solo' in pool)
+
+    def _check_parts(self) -> None:
+        """Whether the installed versions have what the plugin uses of them."""
+        lacking = missing((GATE, LIFE, RESTORE) if self.driver == 'redis' else (GATE, LIFE))
+        if lacking:
+            raise ConfigurationError(
+                f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys would not be safe: install versions that '
+                'JobSync knows, with pip install "jobsync-workers[celery]"')
+        lacking = missing((RECEIVE, HAND_OVER, CLIENTS)) if self.driver == 'redis' else []
+        if lacking:
+            logger.warning(
+                "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's way, and one can be lost when this "
+                'worker is killed just while it is received; install versions that JobSync knows, with '
+                'pip install "jobsync-workers[celery]"', ', '.join(lacking))
+        self._atomic = self.driver == 'redis' and self.settings.redis_atomic and not lacking
+
+    def wait_for_servers(self, check: Callable[[], object]) -> None:
+        """Wait for a broker and a database that are not up yet; `check` raises where the worker is to end.
+
+        Raises:
+            OperationalError: The broker cannot be reached, and is not to be waited for.
+            DatabaseUnavailable: The database cannot be reached within `wait_for_database_sec`.
+        """
+        settings = self.settings
+        wait_for_broker(self.app, check)
+        limit = settings.wait_for_database_sec if settings.required else 0.0
+        wait_for_database(settings.config, limit, check, time.sleep)
 
     def entered(self, worker: Any) -> None:
         """The worker is a node."""
@@ -214,6 +257,9 @@ class JobSync:
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()
+        assert self._listening is not None
+        self._self_drain = SelfDrain(self.job, self._listening.silence, self.settings.config.heartbeat_timeout_sec + _LOOP_SEC)
+        self._self_drain.start()
         logger.info('JobSync: node %s of %s* with %d tokens', self.job.node_name, self.settings.config.appname, len(self.job.my_tokens))
 
     def go_uncoordinated(self, error: Exception) -> None:
@@ -223,6 +269,11 @@ class JobSync:
             'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is False: keys may run twice', error)
         self.job.abandon(UNCOORDINATED)
         self._uncoordinated = True
+        # It is as any worker without the plugin: what it takes is where the others of its kind look.
+        queue = node_queue(self.settings.config.appname, self.job.node_name)
+        self.app.conf.update(self._plain)
+        self.app.amqp.queues.consume_from.pop(queue, None)
+        self.app.amqp.queues.pop(queue, None)
         self._job = None
 
     def attach(self, consumer: Any) -> None:
@@ -235,7 +286,7 @@ class JobSync:
 
     def receiving(self, connection: Connection, hub: Any = None) -> Connection:
         """A connection that has not been opened yet, on which messages are received; with an event loop, waited for."""
-        if self.driver == 'redis':
+        if self._atomic and not self._uncoordinated:
             from .receive import receive_atomically  # needs redis
 
             receive_atomically(connection, self._left, hub)
@@ -251,12 +302,16 @@ class JobSync:
                 logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
         self._reconnects = True
         self._connected = self._consuming = True  # the consumer begins in a moment
+        if self._listening is not None:
+            self._listening.connected()
         # Not left to the keeper, whose questions to the database may take seconds.
         self._look = self._consumer.timer.call_repeatedly(_LOOK_SEC, self._follow_lease)
 
     def disconnected(self) -> None:
         """The consumer has no connection."""
         self._connected = self._consuming = False
+        if self._listening is not None:
+            self._listening.disconnected()
         if self._look is not None:
             self._look.cancel()  # not every Celery clears its timer with the connection
         if self._consumer_gate is not None:
@@ -265,6 +320,8 @@ class JobSync:
     def closing(self) -> None:
         """The worker shuts down; its tasks end."""
         self._connected = self._consuming = False
+        if self._self_drain is not None:
+            self._self_drain.stop()
         if self.job is not None:
             try:
                 self.job.drain(0)
@@ -278,6 +335,8 @@ class JobSync:
             self._http.close()
         if job is None:
             return
+        if self._self_drain is not None:
+            self._self_drain.stop()
         if self._left.unrecorded and self._mail is not None:
             try:
                 self._mail.restore(job.node_name, self._left)
@@ -323,6 +382,17 @@ class JobSync:
         if self._consumer_gate is not None and self._consumer_gate.waiting:
             self._look_again()  # should the timer have lost its entry: a reconnect clears it
         self._watch_children()
+        self._restore_shared()
+
+    def _restore_shared(self) -> None:
+        """Give back what plain workers of the same queues had taken when they were killed, after as long as they would."""
+        if self._mail is None or self.driver != 'redis' or self.job is None or not self.job.has_lease or clock.now() < self._shared_at:
+            return
+        options = self._plain.get('broker_transport_options') or {}
+        restored = self._mail.restore_shared(options)
+        self._shared_at = clock.now() + self._mail.shared_every(options)
+        if restored:
+            logger.warning('JobSync: %d messages that workers without the plugin had taken are given back', restored)
 
     def _lease_changed(self, leased: bool) -> None:
         if self._consumer is None or self._consumer_gate is None:
@@ -335,6 +405,8 @@ class JobSync:
     def _follow_lease(self) -> None:
         """Consume with a lease, and not without one. By what is so now: the event loop keeps no order among its calls."""
         consumer, gate, job = self._consumer.task_consumer, self._consumer_gate, self.job
+        if self._listening is not None:
+            self._listening.turned(self._amqp_connection())
         if consumer is None or gate is None or job is None or not self._connected:
             return
         leased = job.am_i_healthy()
@@ -351,6 +423,10 @@ class JobSync:
             self._consuming = True
             consumer.consume()
             logger.info('JobSync: the lease is valid again; consuming goes on')
+
+    def _amqp_connection(self) -> Any:
+        connection = self._consumer.connection if self.driver == 'amqp' else None
+        return connection.connection if connection is not None and connection.connected else None
 
     def _watch_children(self) -> None:
         """Release what a pool child was executing that is gone."""
@@ -375,7 +451,10 @@ class JobSync:
         status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
         status['last_heartbeat'] = str(status['last_heartbeat']) if status['last_heartbeat'] else None
         waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
-        return {**status, 'consuming': self._consuming, 'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+        return {**status, 'consuming': self._consumes(), 'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+
+    def _consumes(self) -> bool:
+        return self._consuming and (self._listening is None or self._listening.silence() <= self.settings.config.heartbeat_timeout_sec)
 
     def serve(self) -> None:
         """Answer probes, also while the worker joins."""
@@ -387,5 +466,5 @@ class JobSync:
         self._http = HealthServer(
             self.settings.http,
             ready=lambda: {
-                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consuming, 'node': job.node_name},
+                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consumes(), 'node': job.node_name},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))

@@ -24,6 +24,8 @@ from kombu.utils.json import dumps, loads
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from jobsync_core import clock
+
 from .bell import Bell
 from .logs import get_logger
 from .mail import Leftovers
@@ -212,6 +214,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
             return
         if self._script is None or (self._empty and self._bell is None):
             self._read_due()
+            self.left.asked_at = clock.now()
             super()._brpop_start(*(() if timeout is None else (timeout,)))
             return
         if self._empty and monotonic() < self._look_at:
@@ -237,12 +240,17 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     def _send(self, what: str | None, *arguments: Any) -> None:
         # redis-py's own check of the connection reads an answer: not while others are due.
         check = not self.due
+        if not self.due:
+            self.left.asked_at = clock.now()
         self.due.append(what)
         self.client.connection.send_command('EVALSHA', *arguments, check_health=check)
 
     def _brpop_read(self, **options: Any) -> Any:
         if not self.due:
-            found = super()._brpop_read(**options)
+            try:
+                found = super()._brpop_read(**options)
+            finally:
+                self.left.asked_at = None
             self._empty = False
             return found
         asked, reply = None in self.due, None
@@ -271,11 +279,13 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         connection, tag = self.client.connection, self.due[0]
         try:
             reply = self.client.parse_response(connection, 'EVALSHA')
+            self.left.asked_at = clock.now() if len(self.due) > 1 else None
         except self.connection_errors:
             connection.disconnect()
             raise
         except ResponseError as error:
             self.due.popleft()
+            self.left.asked_at = None
             self._refused(tag, error)
             return None
         self.due.popleft()
@@ -304,6 +314,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     def _on_connection_disconnect(self, connection: Any) -> None:
         if connection is getattr(self.__dict__.get('client'), 'connection', None):
             self.due.clear()
+            self.left.asked_at = None
         super()._on_connection_disconnect(connection)
 
     def _flush_brpop_reauth(self) -> None:

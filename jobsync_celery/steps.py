@@ -8,7 +8,7 @@ from celery import bootsteps
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
-from jobsync_core.errors import JobSyncError
+from jobsync_core.errors import DatabaseUnavailable, JobSyncError
 from jobsync_core.plugin import stand_in
 
 from .cold_shutdown import ColdShutdown
@@ -60,6 +60,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         job = self._plugin.job
         assert job is not None
         self._plugin.serve()
+        try:
+            self._plugin.wait_for_servers(state.maybe_shutdown)
+        except DatabaseUnavailable as error:
+            if self._plugin.settings.required:
+                raise
+            self._plugin.go_uncoordinated(error)
+            return
         failure: list[Exception] = []
 
         def enter() -> None:

@@ -182,7 +182,7 @@ KINDS = [
     _kind('stateful', _one('stateful')),
     _kind('sends_another', _one('sending'), 2),
     _kind('replace', _replace, 2, 'SUCCESS instead'),
-    _kind('ignore', _one('ignoring'), 1, 'PENDING'),
+    _kind('ignore', _one('ignoring'), 1, ''),
     _kind('reject', _one('rejecting'), 1, ''),
     _kind('reject_requeue', _one('rejecting_once'), 2, 'SUCCESS'),
     _kind('by_name', _by_name, 1, 'SUCCESS 3'),
@@ -226,7 +226,8 @@ CONFIGURATIONS = [
     Configuration('other names', {'task_default_queue': 'jobs', 'task_default_exchange': 'work', 'task_default_routing_key': 'go'},
                   options=('-Q', f'jobs,{OTHER_QUEUE}'), kinds=(*_FEW, 'other_queue', 'route', 'autoretry')),
     Configuration('topic exchange', {
-        'task_queues': [Queue('celery', Exchange('tasks', type='topic'), routing_key='task.#'), Queue(OTHER_QUEUE)],
+        'task_queues': [Queue('celery', Exchange('tasks', type='topic'), routing_key='task.#'),
+                        Queue(OTHER_QUEUE, Exchange('tasks', type='topic'), routing_key='other')],
         'task_default_exchange': 'tasks', 'task_default_exchange_type': 'topic', 'task_default_routing_key': 'task.default'},
         kinds=(*_FEW, 'other_queue', 'route')),
     Configuration('fair and recycled', options=('-O', 'fair', '--max-tasks-per-child', '3'), kinds=(*_FEW, 'many', 'group')),

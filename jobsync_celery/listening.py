@@ -1,0 +1,72 @@
+"""How long a worker has been deaf: its event loop stands still, or the broker does not answer.
+
+Its lease stays valid meanwhile, as the database is another server, and the others would send its keys to a queue that nobody empties.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery.worker import state
+
+from jobsync_core import clock
+
+if TYPE_CHECKING:
+    from .mail import Leftovers
+
+__all__ = ['Listening']
+
+
+class Listening:
+    """What the event loop tells of itself; `silence` may be asked by any thread.
+
+    Args:
+        left: Knows since when an answer of Redis has been due.
+        solo: Tasks run in the event loop, which stands still while one does.
+    """
+
+    def __init__(self, left: Leftovers, solo: bool) -> None:
+        self._left = left
+        self._solo = solo
+        self._turned = clock.now()
+        self._lost: float | None = None
+        self._frames = -1
+        self._heard = clock.now()
+        self._beat = 0.0
+
+    def connected(self) -> None:
+        """There is a connection, the first one or another."""
+        self._lost = None
+        self._frames = -1
+        self.turned(None)
+
+    def disconnected(self) -> None:
+        """There is none."""
+        if self._lost is None:
+            self._lost = clock.now()
+
+    def turned(self, connection: Any) -> None:
+        """The event loop has turned.
+
+        Args:
+            connection: RabbitMQ's, whose heartbeats are counted; None on Redis, where questions are answered.
+        """
+        now = clock.now()
+        self._turned = now
+        frames = getattr(connection, 'bytes_recv', None)
+        if frames is None or frames != self._frames:
+            self._frames, self._heard = frames if frames is not None else -1, now
+        # The broker sends two in each interval that was agreed upon.
+        self._beat = float(getattr(connection, 'heartbeat', 0) or 0) / 2 if frames is not None else 0.0
+
+    def silence(self) -> float:
+        """Seconds since the worker could last have taken a message."""
+        now = clock.now()
+        if self._lost is not None:
+            return now - self._lost
+        if self._solo and state.active_requests:
+            return 0.0  # it is at work; whether the broker answers is found out afterwards
+        asked = self._left.asked_at
+        unanswered = now - asked if asked is not None else 0.0
+        if self._beat:
+            unanswered = max(unanswered, now - self._heard - self._beat)
+        return max(0.0, now - self._turned, unanswered)

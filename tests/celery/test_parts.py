@@ -1,0 +1,83 @@
+"""What the plugin uses of Celery, kombu and redis-py that is not promised to stay."""
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu.transport import redis as transport
+
+from jobsync_celery import JobSync, parts
+from jobsync_core.errors import ConfigurationError
+
+_PAGE = Path(__file__).parents[2] / 'docs' / 'CELERY.md'
+_URL = 'postgresql://u:p@127.0.0.1:1/d'
+
+
+def _plugin(**settings: Any) -> Any:
+    app = Celery('parts', broker='redis://127.0.0.1:1/0', set_as_current=False)
+    return JobSync(app, database_url=_URL, **settings)
+
+
+@pytest.mark.parametrize('part', parts.PARTS, ids=lambda part: f'{part.owner}-{part.use}')
+def test_the_installed_versions_have_it(part: parts.Part) -> None:
+    lacking = [name for name in parts.missing((part.use,)) if name.startswith(f'{part.owner}.')]
+    assert not lacking, f'{part.use} needs {lacking}, which this version lacks'
+
+
+def test_the_page_has_the_same_table() -> None:
+    rows = re.findall(r'^\| ([^|]+) \| `([\w.:]+)` \| ((?:`\w+`(?:, )?)+) \|$', _PAGE.read_text(encoding='utf-8'), re.MULTILINE)
+    assert [(use, owner, tuple(re.findall(r'`(\w+)`', names))) for use, owner, names in rows] == list(map(tuple, parts.PARTS))
+
+
+@pytest.mark.parametrize('name', ['_brpop_start', 'ack_emulation'])
+def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(transport.Channel, name)
+    assert f'kombu.transport.redis:Channel.{name}' in parts.missing((parts.RECEIVE,))
+
+
+def test_what_an_instance_gets_is_found_and_missed() -> None:
+    assert parts.missing((parts.RECEIVE,)) == []
+    wrong = parts.Part('x', 'kombu.transport.redis:MultiChannelPoller', ('_fd_to_chan', '_fd_to_channel'))
+    assert parts._lacking(wrong) == ['_fd_to_channel']
+    assert parts._lacking(parts.Part('x', 'kombu.transport.nothing:Channel', ('a', 'b'))) == ['a', 'b']
+
+
+def test_without_a_part_for_receiving_it_is_kombus_way_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delattr(transport.Channel, '_brpop_start')
+    plugin = _plugin()
+    with caplog.at_level(logging.WARNING):
+        plugin._check_parts()
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'kombu.transport.redis:Channel._brpop_start' in caplog.text
+    assert not _is_ours(plugin)
+
+
+def test_an_operator_can_have_kombus_way(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    plugin = _plugin(redis_atomic=False)
+    plugin._check_parts()
+    assert not _is_ours(plugin) and not caplog.records
+    monkeypatch.setenv('JOBSYNC_REDIS_ATOMIC', 'no')
+    plugin = _plugin()
+    plugin._check_parts()
+    assert not _is_ours(plugin)
+    monkeypatch.delenv('JOBSYNC_REDIS_ATOMIC')
+    plugin = _plugin()
+    plugin._check_parts()
+    assert _is_ours(plugin)
+
+
+def test_without_a_part_for_the_gate_the_worker_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, 'PARTS', (parts.Part(parts.GATE, 'celery.worker.consumer.consumer:Consumer', ('on_nothing',)),))
+    with pytest.raises(ConfigurationError, match=r'Consumer\.on_nothing'):
+        _plugin()._check_parts()
+
+
+def _is_ours(plugin: Any) -> bool:
+    connection = plugin.receiving(plugin.app.connection_for_read())
+    return 'jobsync_celery.receive' in {cls.__module__ for cls in connection.get_transport_cls().Channel.__mro__}
