@@ -4,8 +4,10 @@ from .effects import RebalanceEvent
 from .errors import (
     ClaimLost,
     ClusterNotFormed,
+    CompletedAlready,
     ConfigMismatch,
     ConfigurationError,
+    DatabaseRefused,
     DatabaseUnavailable,
     DuplicateExecution,
     DuplicateNodeName,
@@ -14,6 +16,7 @@ from .errors import (
     InvalidTaskId,
     JobSyncError,
     MessageRefused,
+    NotCommitted,
     NotEntered,
     SchemaConflict,
     StoreTimeout,
@@ -28,8 +31,9 @@ from .tokens import TokenSet
 __version__ = '0.1.0'
 
 __all__ = [
-    'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseUnavailable',
-    'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
-    'JobSyncError', 'MessageRefused', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet', 'Unroutable',
+    'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseRefused',
+    'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
+    'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet',
+    'Unroutable',
     'current_execution', 'exactly_once',
 ]

@@ -1,7 +1,8 @@
-"""Which ledger this process uses: its node's, or one that remembers nothing."""
+"""Which ledger a call uses: that of the Job around it, or one that remembers nothing."""
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from .errors import ClaimLost, ConfigurationError, NotEntered
@@ -11,7 +12,9 @@ from .ledger import Ledger
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-__all__ = ['UNCOORDINATED', 'LocalLedger', 'current_ledger', 'message_ledger', 'set_current_ledger']
+__all__ = [
+    'UNCOORDINATED', 'LocalLedger', 'current_ledger', 'enter_ledger', 'leave_ledger', 'message_ledger', 'set_current_ledger',
+]
 
 #: Stands for the incarnation in a worker that runs without coordination because it may.
 UNCOORDINATED = 'uncoordinated'
@@ -50,27 +53,49 @@ class LocalLedger:
         return None
 
 
-_ledger: Ledger | LocalLedger | None = None
 _uncoordinated = LocalLedger()
+
+# The ledgers of the Jobs that this process is in, in the order in which they were entered. Each step is one operation of the
+# dictionary: without a lock, which a child that is forked at that moment would find taken for ever.
+_entered: dict[int, Ledger | LocalLedger] = {}
+# Those that were entered in this context: threads that are in a Job each use their own.
+_here: ContextVar[tuple[Ledger | LocalLedger, ...]] = ContextVar('jobsync_ledgers', default=())
+
+
+def enter_ledger(ledger: Ledger | LocalLedger) -> None:
+    """Make it the ledger of this context until `leave_ledger`; and of threads that have entered none, and of children forked meanwhile."""
+    _entered.pop(id(ledger), None)
+    _entered[id(ledger)] = ledger
+    _here.set((*(other for other in _here.get() if other is not ledger and id(other) in _entered), ledger))
+
+
+def leave_ledger(ledger: Ledger | LocalLedger) -> None:
+    """Use it no more; the Job around it, or another that is entered, goes on."""
+    _entered.pop(id(ledger), None)
 
 
 def set_current_ledger(ledger: Ledger | LocalLedger | None) -> None:
-    """Make `ledger` the one of this process, and of the children that it forks from now on."""
-    global _ledger
-    _ledger = ledger
+    """Make `ledger` the only one of this process, and of the children that it forks from now on; None: it has none."""
+    _entered.clear()
+    if ledger is not None:
+        enter_ledger(ledger)
 
 
 def current_ledger() -> Ledger | LocalLedger:
-    """The ledger of this process.
+    """The ledger of the Job that was entered last in this context, or else in this process, and is not left yet.
 
     Raises:
         NotEntered: This process has entered no Job.
     """
-    if _ledger is None:
+    for ledger in reversed(_here.get()):
+        if id(ledger) in _entered:
+            return ledger
+    entered = list(_entered.values())
+    if not entered:
         raise NotEntered(
             'this process has entered no Job, so it cannot tell what was executed before: call this inside `with Job(...)`, '
             'or inside `with Job(name)` for single-node mode, where everything just runs')
-    return _ledger
+    return entered[-1]
 
 
 def message_ledger() -> Ledger | LocalLedger:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
-    'ClaimLost', 'ClusterNotFormed', 'ConfigMismatch', 'ConfigurationError',
+    'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'DatabaseRefused',
     'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
-    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotEntered', 'SchemaConflict', 'StoreTimeout', 'Unroutable',
+    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'SchemaConflict', 'StoreTimeout', 'Unroutable',
 ]
 
 
@@ -71,11 +71,33 @@ class ClaimLost(JobSyncError):
 # --- the database ---
 
 class DatabaseUnavailable(JobSyncError, ConnectionError):
-    """PostgreSQL could not be reached. Check host, port, network and that the server accepts connections."""
+    """PostgreSQL could not be reached. Check host, port, network and that the server accepts connections.
+
+    Attributes:
+        sent: Whether a statement may have reached the server, so that nobody knows what became of it.
+    """
+
+    sent: bool = True
 
 
 class StoreTimeout(DatabaseUnavailable, TimeoutError):
     """PostgreSQL did not answer in time. The network or the server is stuck; the statement was abandoned."""
+
+
+class DatabaseRefused(DatabaseUnavailable):
+    """PostgreSQL answered a statement of JobSync's with an error, and nothing was changed. Remove the cause that the message names.
+
+    Attributes:
+        sqlstate: PostgreSQL's code of the error.
+        pause: Whether the next statement will most likely be refused as well (the server is out of resources, or this role
+            lacks a right), so that a worker does well to stop consuming for a while.
+    """
+
+    def __init__(self, message: str | None = None, sqlstate: str = '', pause: bool = False) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.pause = pause
+        self.sent = False
 
 
 # --- the ledger ---
@@ -106,3 +128,20 @@ class ExecutionRunning(JobSyncError):
 
 class Fenced(JobSyncError):
     """Another attempt has taken this key over; nothing was recorded. Roll your own writes back: the newer attempt makes them."""
+
+
+class CompletedAlready(JobSyncError):
+    """This attempt has completed its key before: the commit whose answer was lost went through. Roll back what you have written since;
+    there is nothing more to do.
+
+    Attributes:
+        key: The key.
+        result: What its completion stored.
+    """
+
+    key: str = ''
+    result: Any = None
+
+
+class NotCommitted(JobSyncError):
+    """The transaction that was to carry the completion is not committed, so the attempt does not count. The key may run again."""

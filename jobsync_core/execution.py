@@ -1,36 +1,36 @@
 """One attempt at a key, as the function sees it that runs it."""
 from __future__ import annotations
 
+import asyncio
 import datetime
 import importlib
 import inspect
-import json
 import os
-import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Generator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import ConfigurationError, Fenced, NotEntered
+from .errors import CompletedAlready, ConfigurationError, Fenced, JobSyncError, NotEntered
+from .results import MAX_RESULT_BYTES, encode_result
+from .store.executions import Completion
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
+    from .store.executions import Statement, Steps
+
 __all__ = [
-    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'check_key', 'current_execution', 'describe', 'retention_seconds', 'running',
+    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'check_key', 'completion_of', 'current_execution', 'describe',
+    'retention_seconds', 'running',
 ]
 
 #: How long a completed key is remembered, unless the caller says otherwise.
 DEFAULT_RETENTION = datetime.timedelta(days=7)
 #: Longest key, in bytes of UTF-8: it is a primary key.
 MAX_KEY_BYTES = 2000
-#: Longest result that is stored, in bytes of JSON.
-MAX_RESULT_BYTES = 1_000_000
 _MAX_RETENTION_SEC = 36_500 * 86_400.0
 _ERROR_LENGTH = 2000
-# PostgreSQL's jsonb has no NUL character; an even number of backslashes before it is an escaped backslash.
-_NUL_ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\u0000')
 
 
 class _Recorder(Protocol):
@@ -39,8 +39,11 @@ class _Recorder(Protocol):
     def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
         """A transaction whose commit carries the completion."""
 
-    def completion_of(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
-        """The statement that completes it, and its parameters; None where nothing is recorded."""
+    def steps_of(self, execution: Execution) -> Steps | None:
+        """The statements that complete it in a transaction of the user's; None where nothing is recorded."""
+
+    def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
+        """State and result of the execution as everybody sees them; None where another attempt holds the key."""
 
 
 def check_key(key: object) -> str:
@@ -74,25 +77,13 @@ def retention_seconds(retention: datetime.timedelta | float) -> float:
     return float(seconds)
 
 
-def _encode(result: object) -> str:
-    try:
-        text = json.dumps(result, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            f'a result of type {type(result).__name__} is no JSON ({error}): '
-            'return what json.dumps takes, or use store_result=False') from None
-    if len(text) > MAX_RESULT_BYTES:
-        raise ConfigurationError(
-            f'a result has {len(text)} bytes of JSON, {MAX_RESULT_BYTES} are stored at most: store it elsewhere and return where it is')
-    if _NUL_ESCAPE.search(text):
-        raise ConfigurationError('a result has a NUL character, which PostgreSQL cannot store: remove it, or use store_result=False')
-    return text
-
-
 def describe(error: BaseException) -> str:
-    """An exception as text that PostgreSQL can store."""
-    text = f'{type(error).__name__}: {error}'.replace('\0', '?')[:_ERROR_LENGTH]
-    return text.encode(errors='replace').decode()
+    """An exception as text that PostgreSQL can store, also where it cannot tell its text."""
+    try:
+        text = str(error)
+    except Exception as trouble:  # whatever the user's __str__ raises
+        text = f'(its text cannot be made: {type(trouble).__name__})'
+    return f'{type(error).__name__}: {text}'[:_ERROR_LENGTH].replace('\0', '?').encode(errors='replace').decode()
 
 
 class Execution:
@@ -129,33 +120,38 @@ class Execution:
 
     @property
     def result(self) -> Any:
-        """What duplicates of the key get. Set it to anything that json.dumps takes.
+        """What duplicates of the key get: it comes back equal. Set it to anything that json.dumps takes; tuples stay tuples.
 
         Raises:
-            ConfigurationError: On setting: it is no JSON, longer than 1 MB, or has a NUL character.
+            ConfigurationError: On setting: it is no JSON (NaN and infinity are none), or longer than 1 MB.
         """
         return self._result
 
     @result.setter
     def result(self, value: Any) -> None:
-        self._encoded = None if value is None else _encode(value)
+        self._encoded = None if value is None else encode_result(value)
         self._result = value
 
     def transaction(self) -> AbstractContextManager[PgConnection]:
         """A transaction whose commit carries the completion: `with execution.transaction() as connection:`.
 
-        What the block writes on the connection (psycopg2's) happens exactly once, or not at all. Do not commit in the block.
+        What the block writes on the connection (psycopg2's) happens exactly once, or not at all. The end of the block is the end of
+        the transaction: commit(), rollback(), close(), autocommit and the like are refused within; savepoints are not. What the
+        block sets (SET, ROLE, search_path) ends with it, and the completion does not depend on it.
 
         Raises:
             Fenced: Another attempt has taken the key over; the transaction was rolled back.
+            CompletedAlready: An earlier transaction of this attempt, whose commit was not answered, went through; this one was
+                rolled back.
+            NotCommitted: A statement failed and the block went on; the transaction was rolled back.
             DatabaseUnavailable: The transaction was rolled back, or it is unknown whether it was committed; another attempt
                 of the key finds out.
-            ConfigurationError: In single-node mode, where there is no database.
+            ConfigurationError: In single-node mode, where there is no database; or the block does what is refused.
         """
         return self._ledger.transaction_of(self)
 
     def complete(self, cursor: Any, result: Any = None) -> None:
-        """Write the completion into a transaction that the caller has, and commits.
+        """Write the completion into a transaction that the caller has, and commits before the function returns.
 
         Args:
             cursor: A DB-API cursor (psycopg2, psycopg, Django), a psycopg connection, or a SQLAlchemy Connection or Session, on
@@ -164,45 +160,91 @@ class Execution:
 
         Raises:
             Fenced: Another attempt has taken the key over. Roll back.
-            ConfigurationError: The result cannot be stored, or the cursor is an asynchronous one (use `acomplete`).
+            CompletedAlready: An earlier transaction of this attempt, whose commit was not answered, went through. Roll back.
+            ConfigurationError: The connection is in autocommit mode, the result cannot be stored, or the cursor is an asynchronous
+                one (use `acomplete`). Nothing was written.
         """
         if result is not None:
             self.result = result
-        statement = self._ledger.completion_of(self)
-        if statement is None:
+        statements = self._ledger.steps_of(self)
+        if statements is None:
             self._completed = True
             return
-        target, outcome = _send(cursor, *statement)
-        if inspect.isawaitable(outcome):
-            if inspect.iscoroutine(outcome):
-                outcome.close()
-            raise ConfigurationError(f'{type(cursor).__name__} is asynchronous: use `await execution.acomplete(cursor)`')
-        self._count(target, outcome)
+        try:
+            steps = self._completing(statements)
+            statement = next(steps)
+            while True:
+                target, outcome = _send(cursor, statement)
+                if inspect.isawaitable(outcome):
+                    if inspect.iscoroutine(outcome):
+                        outcome.close()
+                    raise ConfigurationError(f'{type(cursor).__name__} is asynchronous: use `await execution.acomplete(cursor)`')
+                statement = steps.send(_count(target, outcome))
+        except StopIteration as end:
+            if end.value is not None:
+                raise self._why_not(end.value, self._ledger.outcome_of(self)) from None
 
     async def acomplete(self, cursor: Any, result: Any = None) -> None:
         """`complete` for the asynchronous cursors and connections of psycopg 3 and SQLAlchemy."""
         if result is not None:
             self.result = result
-        statement = self._ledger.completion_of(self)
-        if statement is None:
+        statements = self._ledger.steps_of(self)
+        if statements is None:
             self._completed = True
             return
-        target, outcome = _send(cursor, *statement)
-        self._count(target, await outcome if isinstance(outcome, Awaitable) else outcome)
+        steps = self._completing(statements)
+        try:
+            statement = next(steps)
+            while True:
+                target, outcome = _send(cursor, statement)
+                statement = steps.send(_count(target, await outcome if isinstance(outcome, Awaitable) else outcome))
+        except StopIteration as end:
+            reason = end.value
+        if reason is not None:
+            raise self._why_not(reason, await asyncio.to_thread(self._ledger.outcome_of, self))
 
-    def _count(self, target: Any, outcome: Any) -> None:
-        changed = getattr(outcome, 'rowcount', None)
-        if changed is None:
-            changed = target.rowcount
-        if changed != 1:
-            raise Fenced(f'another attempt has taken the key {self.key!r} over (or the transaction is older than this attempt): roll back')
-        self._completed = self._foreign = True
+    def _completing(self, steps: Steps) -> Generator[Statement, int, str | None]:
+        """What to run, one after the other; it is sent how many rows each concerned. Returns why nothing was completed."""
+        yield steps.mark
+        if (yield steps.complete) == 1:
+            self._completed = self._foreign = True
+            self._recorded = self._encoded
+            return None
+        return 'refused' if (yield steps.look) == 1 else 'autocommit'
+
+    def _why_not(self, reason: str, outcome: tuple[str, Any] | None) -> JobSyncError:
+        """The error of a completion that was not written."""
+        if outcome is not None and outcome[0] == 'done':
+            return self.completed_already(outcome[1])
+        if reason == 'autocommit':
+            return ConfigurationError(
+                f'{self.key!r}: the connection is in autocommit mode, so what complete() writes would not be in one transaction with '
+                'anything: begin one (Django: `with transaction.atomic():`, psycopg: autocommit off or `with connection.transaction():`), '
+                'and call complete() in it')
+        if outcome is not None and outcome[0] == 'running':
+            return Fenced(f'{self.key!r}: the transaction is older than this attempt, and does not see it: roll back, and begin one later')
+        return Fenced(f'another attempt has taken the key {self.key!r} over: roll back')
+
+    def completed_already(self, result: Any) -> CompletedAlready:
+        """The error that tells that this attempt has completed before, with this result; from now on it counts as complete."""
+        self._completed = True
         self._recorded = self._encoded
+        error = CompletedAlready(
+            f'this attempt has completed {self.key!r} before: a commit whose answer was lost went through. What was written after it is '
+            'rolled back')
+        error.key, error.result = self.key, result
+        return error
 
 
-def _send(cursor: Any, sql: str, parameters: tuple[object, ...]) -> tuple[Any, Any]:
+def completion_of(execution: Execution) -> Completion:
+    """What is recorded of an execution that completes."""
+    return Completion(execution.key, execution.fence, execution._encoded, execution.retention_sec)
+
+
+def _send(cursor: Any, statement: Statement) -> tuple[Any, Any]:
+    sql, parameters = statement
     if any(base.__module__.partition('.')[0] == 'sqlalchemy' for base in type(cursor).__mro__):
-        names = ('result', 'retention', 'key', 'fence')
+        names = [f'jobsync_{place}' for place in range(len(parameters))]
         text = importlib.import_module('sqlalchemy').text(sql % tuple(f':{name}' for name in names))
         return cursor, cursor.execute(text, dict(zip(names, parameters, strict=True)))
     if not callable(getattr(cursor, 'execute', None)) and callable(getattr(cursor, 'cursor', None)):
@@ -210,6 +252,15 @@ def _send(cursor: Any, sql: str, parameters: tuple[object, ...]) -> tuple[Any, A
     if not callable(getattr(cursor, 'execute', None)):
         raise ConfigurationError(f'{type(cursor).__name__} has no execute(): give a DB-API cursor, or a SQLAlchemy connection or session')
     return cursor, cursor.execute(sql, parameters)
+
+
+def _count(target: Any, outcome: Any) -> int:
+    """How many rows a statement concerned."""
+    counted = outcome if getattr(outcome, 'rowcount', None) is not None else target
+    rows = int(counted.rowcount)
+    if counted is not target and callable(close := getattr(outcome, 'close', None)) and not inspect.iscoroutinefunction(close):
+        close()  # SQLAlchemy's result, which nobody reads
+    return rows
 
 
 #: The attempt that is running in this context.

@@ -7,14 +7,13 @@ Systems" (1984).
 """
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-import psycopg2
-
-from .errors import DatabaseUnavailable, StoreTimeout
+from .errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 
 __all__ = ['GroupCommit']
 
@@ -52,8 +51,8 @@ class GroupCommit(Generic[Item, Outcome]):
     Args:
         one: Carries an item by itself.
         many: Carries several in one transaction; returns what became of each, None where it has to be asked for by itself.
-            If it raises psycopg2.Error, the server refused them and nothing was done: then each goes by itself, so that a
-            bad one fails alone.
+            If it raises DatabaseRefused, nothing was done: then each goes by itself, so that a bad one fails alone; unless
+            the server would refuse all of them.
         limit: Seconds after which no trip can be under way any more.
     """
 
@@ -117,11 +116,10 @@ class GroupCommit(Generic[Item, Outcome]):
         try:
             outcomes = [self._one(seat.item)] if len(group) == 1 else self._many([each.item for each in group])
             error = None
-        except psycopg2.Error:
-            if len(group) == 1:
-                raise
-            error = None
         except DatabaseUnavailable as trouble:
+            if isinstance(trouble, DatabaseRefused) and not trouble.pause and len(group) > 1:
+                error = None
+                return
             error = trouble
             raise
         finally:
@@ -135,7 +133,7 @@ class GroupCommit(Generic[Item, Outcome]):
                 self._flight = None
             for each, outcome in zip(group, outcomes, strict=True):
                 each.outcome = outcome
-                each.error = type(error)(*error.args) if error is not None else None
+                each.error = copy.copy(error)  # each its own, as a raised one gets a traceback
                 each.settled = True
                 if each is not seat:
                     each.wake()

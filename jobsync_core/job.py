@@ -17,7 +17,7 @@ from .arguments import check_date, check_locks, check_name, check_number
 from .callbacks import Callbacks
 from .claims import Claims
 from .config import CoordinationConfig
-from .current_ledger import LocalLedger, set_current_ledger
+from .current_ledger import LocalLedger, enter_ledger, leave_ledger
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .hashing import check_task_id
 from .housekeeper import Housekeeper
@@ -146,7 +146,7 @@ class Job:
             except BaseException:
                 self._leave()
                 raise
-        set_current_ledger(self._ledger)
+        enter_ledger(self._ledger)
         self._state = 'entered'
         return self
 
@@ -169,7 +169,7 @@ class Job:
         if self._state != 'entered' or os.getpid() != self._pid:
             return  # a forked child that unwinds through the block is no node
         self._state = 'leaving'
-        set_current_ledger(None)
+        leave_ledger(self._ledger)
         if self.config is not None:
             self._book.close()
         try:
@@ -345,7 +345,7 @@ class Job:
 
     def prepare_fork(self) -> None:
         """Let children that are forked before this Job is entered know its ledger; they begin nothing before it is."""
-        set_current_ledger(self._ledger)
+        enter_ledger(self._ledger)
 
     def release_child(self, pid: int) -> int:
         """Let others take over what a lost child process was executing; returns how many keys.

@@ -8,30 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-import psycopg2
-import psycopg2.errors
-
+from .attempt import Attempt, Unsettled
 from .errors import (
     ClaimLost,
-    ConfigurationError,
+    DatabaseRefused,
     DatabaseUnavailable,
     DuplicateExecution,
     ExecutionRunning,
     Fenced,
-    JobSyncError,
-    StoreTimeout,
+    NotCommitted,
 )
-from .execution import DEFAULT_RETENTION, MAX_RESULT_BYTES, Execution, check_key, current_execution, describe, retention_seconds
+from .execution import (
+    DEFAULT_RETENTION,
+    MAX_RESULT_BYTES,
+    Execution,
+    check_key,
+    completion_of,
+    current_execution,
+    describe,
+    retention_seconds,
+)
 from .ledger_calls import LedgerCalls
 from .logs import get_logger
 from .process import this_process
+from .results import decode_result
 from .store import executions
-from .store.executions import Completion, Holder
+from .store.executions import Holder, Steps
+from .store.transactions import Transactions
+from .transaction import CompletingTransaction
+from .unsettled import Settling
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -46,35 +55,13 @@ __all__ = [
 
 logger = get_logger(__name__)
 
-# Looks for an attempt that may have been begun: the server may execute a statement after its client gave up.
-_ORPHAN_TRIES = 5
-_FIRST_RETRY_SEC, _LAST_RETRY_SEC = 0.2, 2.0
 
-
-@dataclasses.dataclass
-class _Loose:
-    """An attempt whose end could not be recorded yet."""
-
-    key: str
-    holder: Holder
-    fence: int | None
-    retention_sec: float
-    completed: bool = False
-    result: str | None = None
-    error: str = ''
-    tries: int = 0
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Local:
     """What one process knows: a forked child begins with nothing."""
 
     process: Process
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    held: set[str] = dataclasses.field(default_factory=set)
-    loose: dict[str, _Loose] = dataclasses.field(default_factory=dict)
-    thread: threading.Thread | None = None
-    closing: threading.Event = dataclasses.field(default_factory=threading.Event)
+    settling: Settling
 
 
 class Ledger:
@@ -98,6 +85,7 @@ class Ledger:
         self._sessions = sessions
         self._tables = tables
         self._calls = LedgerCalls(sessions, tables)
+        self._transactions = Transactions(sessions)
         self._node = node
         self._incarnation = incarnation
         self.has_lease = has_lease
@@ -108,8 +96,67 @@ class Ledger:
         """The present life of the node that this ledger records for."""
         return self._incarnation()
 
+    @property
+    def unsettled(self) -> int:
+        """How many attempts of this process wait in the background for the database to record their end."""
+        here = self._locals.get(os.getpid())
+        return len(here.settling) if here is not None else 0
+
+    # --- what an attempt asks ---
+
+    def begin_for(self, attempt: Attempt) -> None:
+        """Begin an attempt; see `begin`. What was done before an exception strikes is known from `attempt.unsettled`."""
+        mine = attempt.unsettled
+        key = check_key(mine.key)
+        here = self._here()
+        settling = here.settling
+        settling.start()
+        settling.check_room()
+        if settling.running.setdefault(key, mine) is not mine:
+            raise _running(key)
+        last = settling.find(key)
+        if last is not None:
+            if last.busy or not self._record_end(last):
+                raise _running(key)
+            settling.forget(last)
+        mine.holder = holder = Holder(self._node, self._incarnation(), here.process)
+        mine.sent = True
+        try:
+            row = self._calls.begin(key, holder)
+        except DatabaseUnavailable as error:
+            mine.sent = error.sent
+            raise
+        if row.began:
+            mine.execution = Execution(self, key, row.fence, row.attempts, mine.retention_sec)
+            return
+        mine.sent = False
+        if not row.registered:
+            raise ClaimLost(
+                f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
+                'an evicted node rejoins by itself: try again')
+        if row.state != 'done':
+            raise _running(key)
+        duplicate = DuplicateExecution(f'the key {key!r} was already completed')
+        duplicate.key, duplicate.result = key, decode_result(row.result)
+        raise duplicate
+
+    def settle(self, attempt: Attempt) -> None:
+        """Record the end of an attempt; see `finish` and `fail`."""
+        mine = attempt.unsettled
+        if mine.pid == os.getpid():
+            self._finish(mine) if mine.succeeded else self._fail(mine)
+
+    def leave(self, attempt: Attempt) -> None:
+        """Leave what is not recorded of an attempt to the background: without a lock or I/O, any number of times."""
+        mine = attempt.unsettled
+        here = self._locals.get(mine.pid)
+        if here is not None and mine.pid == os.getpid():
+            here.settling.leave(mine)
+
+    # --- the same by hand ---
+
     def begin(self, key: str, retention_sec: float) -> Execution:
-        """Begin an attempt.
+        """Begin an attempt; the caller ends it by `finish`, `fail` or `abandon`.
 
         Args:
             key: The key, at most 2000 bytes.
@@ -119,140 +166,39 @@ class Ledger:
             DuplicateExecution: The key was completed; `.result` is its stored result.
             ExecutionRunning: Another attempt is running.
             ClaimLost: This node was evicted; it rejoins by itself. Nothing was begun.
-            DatabaseUnavailable: Nothing was begun.
+            DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the server refused.
         """
-        check_key(key)
-        here = self._here()
-        with here.lock:
-            if key in here.held:
-                raise _running(key)
-            here.held.add(key)
-        begun = False
+        attempt = Attempt(self, key, retention_sec)
         try:
-            loose = here.loose.get(key)
-            if loose is not None and loose.fence is None:
-                self._forget(here, loose)  # begin itself takes over what this process does not hold
-            elif loose is not None and not self._settle(here, loose):
-                raise _running(key)
-            holder = Holder(self._node, self._incarnation(), here.process)
-            fence, attempts = self._begin(here, key, holder, retention_sec)
-            begun = True
-        finally:
-            if not begun:
-                with here.lock:
-                    here.held.discard(key)
-        return Execution(self, key, fence, attempts, retention_sec)
-
-    def _begin(self, here: _Local, key: str, holder: Holder, retention_sec: float) -> tuple[int, int]:
-        try:
-            row = self._calls.begin(key, holder)
-        except psycopg2.Error:
-            raise
+            attempt.begin()
         except BaseException:
-            # The attempt may be begun and its reply lost: then nobody else could begin it while this process lives.
-            self._loosen(here, _Loose(key, holder, None, retention_sec, error='begun, but the database did not answer'))
+            attempt.leave()
             raise
-        if row.began:
-            return row.fence, row.attempts
-        if not row.registered:
-            raise ClaimLost(
-                f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
-                'an evicted node rejoins by itself: try again')
-        if row.state != 'done':
-            raise _running(key)
-        duplicate = DuplicateExecution(f'the key {key!r} was already completed')
-        duplicate.key, duplicate.result = key, row.result
-        raise duplicate
+        return attempt.hand_over()
 
     def finish(self, execution: Execution) -> None:
         """Record that the attempt completed, unless `transaction` or `complete` did.
 
         Raises:
             Fenced: Another attempt has taken the key over.
-            DatabaseUnavailable: The completion is not known to be recorded; the key may run again.
-            JobSyncError: The transaction that `complete` wrote into was rolled back.
+            DatabaseUnavailable: The completion is not known to be recorded; it is recorded later, and until then the key may run again.
+            NotCommitted: The transaction that `complete` wrote into was rolled back, or is still open.
         """
-        here = self._here()
-        if execution._pid != here.process.pid:
-            return
-        try:
-            if execution._foreign:
-                self._check_committed(here, execution)
-            elif not execution._completed:
-                self._finish(here, execution)
-            self._add_result(execution)
-        finally:
-            with here.lock:
-                here.held.discard(execution.key)
-
-    def _finish(self, here: _Local, execution: Execution) -> None:
-        try:
-            finished = self._calls.finish(Completion(execution.key, execution.fence, execution._encoded, execution.retention_sec))
-        except DatabaseUnavailable as error:
-            self._loosen(here, self._loose(here, execution, completed=True))
-            raise type(error)(
-                f'{execution.key!r} was executed, but the database could not record its completion ({error}); '
-                'it is tried again in the background, and until it succeeds another attempt may run') from error
-        except psycopg2.Error:
-            raise
-        except BaseException:  # a time limit's signal, for one, may strike here
-            self._loosen(here, self._loose(here, execution, completed=True))
-            raise
-        if not finished:
-            raise Fenced(f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
-        execution._completed = True
-        execution._recorded = execution._encoded
-
-    def _check_committed(self, here: _Local, execution: Execution) -> None:
-        error = 'the transaction that complete() wrote into was rolled back'
-        state = self._end(here, execution, error)
-        if state == 'failed':
-            raise JobSyncError(f'{execution.key!r}: {error}; the key may run again')
-        if state is None:
-            raise Fenced(f'another attempt has taken the key {execution.key!r} over')
-
-    def _add_result(self, execution: Execution) -> None:
-        text = execution._encoded
-        if text is None or execution._recorded == text or not execution._completed:
-            return
-        try:
-            self._calls.add_result(execution.key, execution.fence, text)
-        except (DatabaseUnavailable, psycopg2.DataError) as error:
-            logger.warning('key=%s completed without its result: %s', execution.key, error)
+        mine = self._unsettled_of(execution)
+        mine.succeeded = True
+        self._end(mine, self._finish)
 
     def fail(self, execution: Execution, error: BaseException) -> None:
         """Record that the attempt failed, so that anybody may begin the next one at once. Raises nothing: `error` goes on."""
-        here = self._here()
-        if execution._pid != here.process.pid:
-            return
-        try:
-            self._end(here, execution, describe(error))
-        except DatabaseUnavailable as trouble:
-            logger.warning('key=%s failed, which could not be recorded yet: %s', execution.key, trouble)
-        except psycopg2.Error:
-            logger.exception('key=%s failed, which could not be recorded', execution.key)
-        finally:
-            with here.lock:
-                here.held.discard(execution.key)
-
-    def _end(self, here: _Local, execution: Execution, error: str) -> str | None:
-        loose = self._loose(here, execution, error=error)
-        try:
-            state = self._calls.settle(execution.key, execution.fence, error, execution.retention_sec)
-        except DatabaseUnavailable:
-            self._loosen(here, loose)
-            raise
-        if state == 'running':
-            self._loosen(here, loose)
-        return state
+        mine = self._unsettled_of(execution)
+        mine.error = describe(error)
+        self._end(mine, self._fail)
 
     def abandon(self, execution: Execution) -> None:
         """Let go of an attempt that will not run, without waiting for the database."""
-        here = self._here()
-        if execution._pid == here.process.pid:
-            self._loosen(here, self._loose(here, execution, error='abandoned'))
-            with here.lock:
-                here.held.discard(execution.key)
+        mine = self._unsettled_of(execution)
+        mine.error = 'abandoned'
+        self._end(mine, lambda unsettled: None)
 
     def release(self, pid: int) -> int:
         """Let others take over what a lost child of this node was executing; returns how many keys.
@@ -267,110 +213,125 @@ class Ledger:
 
     def close(self) -> None:
         """Try once more to record what could not be recorded, then stop trying."""
-        here = self._here()
-        here.closing.set()
-        try:
-            self._settle_all(here)
-        except DatabaseUnavailable as error:
-            logger.warning('%d executions end unrecorded; they may run again when this node is gone: %s', len(here.loose), error)
+        here = self._locals.get(os.getpid())
+        if here is not None:
+            here.settling.close()
+        self._transactions.close()
 
     # --- inside ---
 
     def _here(self) -> _Local:
         pid = os.getpid()
         here = self._locals.get(pid)
-        return here if here is not None else self._locals.setdefault(pid, _Local(this_process()))
+        if here is not None:
+            return here
+        settling = Settling(self._record_end, self._release_unknown, 4 * self._sessions.longest_call_sec)
+        return self._locals.setdefault(pid, _Local(this_process(), settling))
 
-    def _loose(self, here: _Local, execution: Execution, *, completed: bool = False, error: str = '') -> _Loose:
-        holder = Holder(self._node, self._incarnation(), here.process)
-        return _Loose(execution.key, holder, execution.fence, execution.retention_sec, completed, execution._encoded, error)
+    def _unsettled_of(self, execution: Execution) -> Unsettled:
+        found = self._here().settling.running.get(execution.key)
+        if isinstance(found, Unsettled) and found.execution is execution:
+            return found
+        return Unsettled(execution.key, execution.retention_sec, execution._pid, sent=True, execution=execution)
 
-    def _loosen(self, here: _Local, loose: _Loose) -> None:
-        with here.lock:
-            here.loose[loose.key] = loose
-            if here.thread is None and not here.closing.is_set():
-                here.thread = threading.Thread(target=self._tend, args=(here,), name='jobsync ledger', daemon=True)
-                here.thread.start()
+    def _end(self, mine: Unsettled, action: Callable[[Unsettled], None]) -> None:
+        if mine.pid != os.getpid():
+            return
+        try:
+            action(mine)
+        finally:
+            self._here().settling.leave(mine)
 
-    def _tend(self, here: _Local) -> None:
-        delay = _FIRST_RETRY_SEC
-        while not here.closing.wait(delay):
-            try:
-                self._settle_all(here)
-            except DatabaseUnavailable as error:
-                logger.debug('executions=%d still unrecorded: %s', len(here.loose), error)
-            with here.lock:
-                if not here.loose:
-                    here.thread = None
-                    return
-            delay = min(2 * delay, _LAST_RETRY_SEC)
+    def _finish(self, mine: Unsettled) -> None:
+        execution = mine.execution
+        if execution is None:
+            return
+        if execution._foreign:
+            self._check_committed(mine, execution)
+        elif not execution._completed:
+            self._record_completion(mine, execution)
+        self._add_result(execution)
+        mine.settled = True
 
-    def _settle_all(self, here: _Local) -> None:
-        for loose in list(here.loose.values()):
-            with here.lock:
-                if loose.key in here.held or here.loose.get(loose.key) is not loose:
-                    continue
-                here.held.add(loose.key)  # so that the key does not begin here while its last attempt ends
-            try:
-                self._settle(here, loose)
-            except psycopg2.Error:
-                logger.exception('key=%s cannot be settled', loose.key)
-                self._forget(here, loose)
-            finally:
-                with here.lock:
-                    here.held.discard(loose.key)
-
-    def _settle(self, here: _Local, loose: _Loose) -> bool:
-        """Record the end of an attempt; False while the caller's transaction is still open."""
-        if loose.fence is None:
-            process = loose.holder.process
-            released = self._calls.release(
-                loose.holder.node, loose.holder.incarnation, process.pid, loose.error, loose.retention_sec, loose.key)
-            loose.tries += 1
-            if not released and loose.tries < _ORPHAN_TRIES:
-                return False
-        elif loose.completed:
-            finished = self._calls.finish(Completion(loose.key, loose.fence, loose.result, loose.retention_sec))
-            logger.info('key=%s recorded=%s after the database had been away', loose.key, finished)
-        else:
-            if self._calls.settle(loose.key, loose.fence, loose.error, loose.retention_sec) == 'running':
-                return False
-        self._forget(here, loose)
-        return True
-
-    @staticmethod
-    def _forget(here: _Local, loose: _Loose) -> None:
-        with here.lock:
-            if here.loose.get(loose.key) is loose:
-                del here.loose[loose.key]
-
-    @contextmanager
-    def transaction_of(self, execution: Execution) -> Iterator[PgConnection]:
-        """What `Execution.transaction` gives."""
-        if execution._completed:
-            raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
-        with self._sessions.session(limited=False, users=True) as connection:
-            marker = f'{execution.fence} {execution.key}'
-            try:
-                executions.mark(connection, marker)
-            except psycopg2.errors.QueryCanceled as error:  # still under the limit of our own statements, which it lifts
-                raise StoreTimeout(f'the transaction of {execution.key!r} could not be begun in time: {str(error).strip()}') from error
-            yield connection
-            encoded = execution._encoded
-            completion = Completion(execution.key, execution.fence, encoded, execution.retention_sec)
-            if not executions.finish(connection, self._tables, completion, marker):
-                if not executions.is_marked(connection, marker):
-                    raise JobSyncError(
-                        f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
-                        'are not those of the completion: leave that to the end of the block')
-                raise Fenced(f'another attempt has taken the key {execution.key!r} over; the transaction is rolled back')
+    def _record_completion(self, mine: Unsettled, execution: Execution) -> None:
+        try:
+            finished = self._calls.finish(completion_of(execution))
+        except DatabaseUnavailable as error:
+            said = (
+                f'{execution.key!r} was executed, but the database could not record its completion ({error}); '
+                'it is tried again in the background, and until it succeeds another attempt may run')
+            if isinstance(error, DatabaseRefused):
+                raise DatabaseRefused(said, error.sqlstate, error.pause) from error
+            raise type(error)(said) from error
+        if not finished:
+            mine.settled = True
+            raise Fenced(f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
         execution._completed = True
-        execution._recorded = encoded
+        execution._recorded = execution._encoded
 
-    def completion_of(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
-        """The statement of `Execution.complete` and its parameters."""
-        completion = Completion(execution.key, execution.fence, execution._encoded, execution.retention_sec)
-        return executions.finish_sql(self._tables), executions.finish_parameters(completion)
+    def _check_committed(self, mine: Unsettled, execution: Execution) -> None:
+        mine.error = 'the transaction that complete() wrote into was rolled back'
+        state = self._calls.settle(execution.key, execution.fence, mine.error, execution.retention_sec)
+        mine.settled = state != 'running'
+        if state == 'running':
+            raise NotCommitted(
+                f'{execution.key!r}: the transaction that complete() wrote into is still open, and may be rolled back yet: commit it '
+                'before the function returns, or put @exactly_once around what commits')
+        if state == 'failed':
+            raise NotCommitted(f'{execution.key!r}: {mine.error}; the key may run again')
+        if state is None:
+            raise Fenced(f'another attempt has taken the key {execution.key!r} over')
+
+    def _add_result(self, execution: Execution) -> None:
+        text = execution._encoded
+        if text is None or execution._recorded == text or not execution._completed:
+            return
+        try:
+            self._calls.add_result(execution.key, execution.fence, text)
+        except DatabaseUnavailable as error:
+            logger.warning('key=%s completed without its result: %s', execution.key, error)
+
+    def _fail(self, mine: Unsettled) -> None:
+        execution = mine.execution
+        if execution is None:
+            return
+        try:
+            mine.settled = self._calls.settle(execution.key, execution.fence, mine.error, execution.retention_sec) != 'running'
+        except DatabaseUnavailable as trouble:
+            logger.warning('key=%s failed, which could not be recorded yet: %s', execution.key, trouble)
+
+    def _record_end(self, unsettled: Unsettled) -> bool:
+        """Record the end of an attempt in the background; False while a transaction that may complete it is open."""
+        execution = unsettled.execution
+        if execution is None:
+            return True
+        if unsettled.succeeded and not execution._foreign and not execution._completed:
+            finished = self._calls.finish(completion_of(execution))
+            logger.info('key=%s recorded=%s after the database had been away', execution.key, finished)
+            return True
+        return self._calls.settle(execution.key, execution.fence, unsettled.error, execution.retention_sec) != 'running'
+
+    def _release_unknown(self, unsettled: Unsettled) -> None:
+        holder = unsettled.holder
+        if holder is not None:
+            self._calls.release(
+                holder.node, holder.incarnation, holder.process.pid, 'begun, but the database did not answer', unsettled.retention_sec,
+                unsettled.key)
+
+    # --- what an execution asks ---
+
+    def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+        """What `Execution.transaction` gives."""
+        return CompletingTransaction(self._transactions, self._tables, self.outcome_of, execution)
+
+    def steps_of(self, execution: Execution) -> Steps:
+        """The statements of `Execution.complete`."""
+        return executions.steps(self._tables, completion_of(execution))
+
+    def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
+        """State and result of the execution as everybody sees them; None where another attempt holds the key."""
+        found = self._calls.stored(execution.key, execution.fence)
+        return (found[0], decode_result(found[1])) if found is not None else None
 
 
 def _running(key: str) -> ExecutionRunning:

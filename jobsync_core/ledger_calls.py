@@ -4,17 +4,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg2
 import psycopg2.errors
 
-from .errors import DatabaseUnavailable, StoreTimeout
+from .errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 from .group_commit import GroupCommit
 from .logs import get_logger
 from .process import is_known_dead
 from .store import executions
 from .store.executions import Completion, Holder, Row
+from .store.refusals import is_passing, refusal
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -37,7 +38,8 @@ R = TypeVar('R')
 class LedgerCalls:
     """The calls of one node's ledger. Threads and forked children may share it.
 
-    All of them raise DatabaseUnavailable where nobody knows whether they were carried out.
+    All of them raise DatabaseUnavailable where nobody knows whether they were carried out; and DatabaseRefused, which is one,
+    where the server refused and changed nothing. No error of psycopg2's leaves.
 
     Args:
         sessions: Connections to the database.
@@ -64,8 +66,18 @@ class LedgerCalls:
         self._call(lambda connection: executions.add_result(connection, self._tables, key, fence, result))
 
     def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
-        """See executions.settle."""
-        return self._call(lambda connection: executions.settle(connection, self._tables, key, fence, error, retention_sec))
+        """See executions.settle. An error text that the database refuses is left out."""
+        def end(connection: PgConnection) -> str | None:
+            try:
+                return executions.settle(connection, self._tables, key, fence, error, retention_sec)
+            except psycopg2.DataError:
+                return executions.settle(connection, self._tables, key, fence, _plain(error), retention_sec)
+
+        return self._call(end)
+
+    def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
+        """State and result of an attempt's row; None where another attempt holds the key."""
+        return self._call(lambda connection: executions.stored(connection, self._tables, key, fence))
 
     def release(self, node: str, incarnation: str, pid: int, error: str, retention_sec: float, key: str | None = None) -> int:
         """See executions.release."""
@@ -140,19 +152,36 @@ class LedgerCalls:
         """Run statements that each commit by themselves; a second time on a new connection, if the first connection was lost."""
         try:
             return self._call_once(action)
-        except StoreTimeout:
+        except (StoreTimeout, DatabaseRefused):
             raise
         except DatabaseUnavailable:
             return self._call_once(action)
 
     def _call_once(self, action: Callable[[PgConnection], T]) -> T:
-        with self._sessions.session() as connection:
-            connection.autocommit = True
+        try:
+            with self._sessions.session() as connection:
+                connection.autocommit = True
+                try:
+                    return self._act(connection, action)
+                finally:
+                    if not connection.closed:
+                        connection.autocommit = False
+        except psycopg2.Error as error:
+            raise refusal(error, 'a statement of the ledger') from error
+
+    @staticmethod
+    def _act(connection: PgConnection, action: Callable[[PgConnection], T]) -> T:
+        for _ in range(_RACES):
             try:
                 return action(connection)
-            finally:
-                if not connection.closed:
-                    connection.autocommit = False
+            except psycopg2.Error as error:
+                if not is_passing(error):
+                    raise
+        return action(connection)
+
+
+def _plain(text: str) -> str:
+    return text.encode('ascii', 'replace').decode()
 
 
 def _is_gone(row: Row, me: Holder) -> bool:

@@ -9,7 +9,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg2
 import psycopg2.extensions
@@ -42,6 +42,8 @@ _LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'
 _STANDBY = '0A000'
 _CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
 _TIMED_OUT = frozenset({'57014', '55P03'})
+
+Guarded = TypeVar('Guarded', bound=GuardedConnection)
 
 
 class Connection:
@@ -307,6 +309,37 @@ class Sessions:
         """Seconds within which a call of one limited statement has ended, connecting included."""
         return self._config.connect_timeout_sec + self._limits.statement + 2.0
 
+    @property
+    def statement_limit(self) -> float:
+        """Seconds after which the call of one limited statement is cut."""
+        return self._limits.statement + 1.0
+
+    @property
+    def keeps_sessions(self) -> bool:
+        """Whether what is set on a connection stays on it; behind a transaction pooler it does not."""
+        return self._config.listen
+
+    def open_unlimited(self, factory: type[Guarded]) -> Guarded:
+        """A connection of its own kind, for the caller alone, on which the server ends nothing by itself.
+
+        Raises:
+            DatabaseUnavailable: There is none.
+        """
+        return self._connect(self._pool(), factory, limited=False)
+
+    def explain_unlimited(self, error: psycopg2.Error, connection: GuardedConnection) -> DatabaseUnavailable | None:
+        """What an error on such a connection means: that it was lost; None where the server refused a statement."""
+        return self._translate(error, connection, limited=False, users=True)
+
+    def users_prologue(self, connection: GuardedConnection) -> str:
+        """What goes before the first statement of a transaction of the user's on such a connection."""
+        return self._limits.begin_exclusive(keepalive(self._config))
+
+    @staticmethod
+    def is_quiet(connection: GuardedConnection) -> bool:
+        """Whether an idle connection shows no sign of having been closed by the server."""
+        return _is_quiet(connection)
+
     def close_all(self) -> None:
         """Close the connections of this process; those in use, when they come back."""
         self._pool().close()
@@ -318,23 +351,27 @@ class Sessions:
         return found if found is not None else self._pools.setdefault(pid, _Pool())
 
     def _open(self, pool: _Pool) -> GuardedConnection:
+        connection = self._connect(pool, GuardedConnection)
+        pool.lend(connection)
+        return connection
+
+    def _connect(self, pool: _Pool, factory: type[Guarded], limited: bool = True) -> Guarded:
         config = self._config
         parameters = libpq_parameters(config, self._name)
         parameters.update(host=config.host, port=str(config.port), client_encoding='utf8')
         parameters.setdefault('connect_timeout', max(1, math.ceil(config.connect_timeout_sec)))
-        connection: GuardedConnection | None = None
+        connection: Guarded | None = None
         try:
-            connection = psycopg2.connect(connection_factory=GuardedConnection, **parameters)
+            connection = psycopg2.connect(connection_factory=factory, **parameters)
             connection.deadlines = pool.deadlines
             connection.limit = config.connect_timeout_sec
             leave_to_parent(connection)
-            if config.listen:
+            if config.listen and limited:
                 self._begin_session(connection)
         except psycopg2.Error as error:
             if connection is not None:
                 connection.close()
             raise DatabaseUnavailable(explain(config, f'{config.host}:{config.port}', error)) from error
-        pool.lend(connection)
         return connection
 
     def _begin_session(self, connection: GuardedConnection) -> None:

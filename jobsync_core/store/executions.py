@@ -6,9 +6,10 @@ an old view of the node table with a newer row, and duplicates of a completed ke
 """
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..messages import Process
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Completion', 'Holder', 'Row', 'add_result', 'begin', 'begin_many', 'finish', 'finish_many', 'finish_parameters', 'finish_sql',
-    'is_marked', 'mark', 'release', 'settle', 'take_over',
+    'Began', 'Completion', 'Holder', 'Row', 'Statement', 'Steps', 'add_result', 'begin', 'begin_many', 'begin_transaction', 'complete',
+    'finish', 'finish_many', 'is_same', 'release', 'settle', 'steps', 'stored', 'take_over',
 ]
 
 
@@ -64,6 +65,38 @@ class Row:
     holder: Holder | None
 
 
+#: A statement with its parameters.
+Statement: TypeAlias = 'tuple[str, tuple[object, ...]]'
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What completes a key in a transaction of the user's.
+
+    Args:
+        mark: Runs first.
+        complete: Completes it: one row, or none.
+        look: Where there was none: one row if both ran in one transaction, none in autocommit mode.
+    """
+
+    mark: Statement
+    complete: Statement
+    look: Statement
+
+
+@dataclass(frozen=True)
+class Began:
+    """By what a transaction of the user's is known.
+
+    Args:
+        stamp: When it began, in microseconds.
+        backend: Process id of the server's process.
+    """
+
+    stamp: int
+    backend: int
+
+
 #: Seconds for which a transaction of the user's may be silent between two statements, and between the completion and the commit.
 USERS_IDLE_SEC, _COMMIT_SEC = 3600, 10
 
@@ -94,16 +127,40 @@ FROM {node} AS me
 WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s AND me.incarnation = %(incarnation)s
 RETURNING e.fence, e.attempts"""
 
-# What the function does, for a transaction of the user's. 'done' as well, so that an attempt whose reply was lost can record its
-# completion again. clock_timestamp(), because the transaction may be older than the attempt. Every name and operator is qualified: the
-# search_path is the user's here, and others may create things along it.
-_FINISH = """
+# In a transaction of the user's only a running attempt becomes complete: with 'done' accepted, one that tries again after a commit
+# whose answer was lost would write its effect twice. The setting tells that this very transaction has completed it before.
+# clock_timestamp(), because the transaction may be older than the attempt. Every name and operator is qualified: the search_path is the
+# user's here, and others may create things along it.
+_COMPLETE = """
 UPDATE {execution}
 SET state = 'done', result = CAST(%s AS pg_catalog.jsonb), error = NULL, finished_at = pg_catalog.clock_timestamp(),
     expires_at = pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => CAST(%s AS double precision))
-WHERE key OPERATOR(pg_catalog.=) %s AND fence OPERATOR(pg_catalog.=) %s AND state OPERATOR(pg_catalog.=) ANY (ARRAY['running', 'done'])"""
+WHERE key OPERATOR(pg_catalog.=) %s AND fence OPERATOR(pg_catalog.=) %s
+  AND (state OPERATOR(pg_catalog.=) 'running'
+       OR (state OPERATOR(pg_catalog.=) 'done'
+           AND pg_catalog.current_setting('jobsync.completed', true) OPERATOR(pg_catalog.=) %s))"""
 
-_IN_TRANSACTION = " AND pg_catalog.current_setting('jobsync.execution', true) OPERATOR(pg_catalog.=) %s"
+# A setting for the transaction: in autocommit mode it is gone when the next statement comes.
+_MARK = "SELECT pg_catalog.set_config('jobsync.completing', %s, true)"
+_LOOK = "SELECT 1 WHERE pg_catalog.current_setting('jobsync.completing', true) OPERATOR(pg_catalog.=) %s"
+_IF_MARKED = """
+  AND pg_catalog.current_setting('jobsync.completing', true) OPERATOR(pg_catalog.=) %s
+RETURNING pg_catalog.set_config('jobsync.completed', %s, true)"""
+
+# A transaction is known by its beginning; another one has another, whatever was set or reset in it.
+_STAMP = "CAST(pg_catalog.date_part('epoch', pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000 AS bigint)"
+
+# Constraints that were deferred are checked, and triggers run, as the user has set things up; then whatever he has set is undone, for
+# the completion and the commit, and for the next user of the connection, behind a pooler as well. From here on the key's row is
+# locked: a process that is stopped before its commit must not keep it.
+_RESET = """
+SET CONSTRAINTS ALL IMMEDIATE; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL;
+SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL synchronous_commit TO 'on'; SET LOCAL lock_timeout TO {lock};
+SET LOCAL idle_in_transaction_session_timeout TO {idle};"""
+_IF_SAME = f"""
+  AND {_STAMP} OPERATOR(pg_catalog.=) %s AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %s"""
+
+_STORED = "SELECT state, result FROM {execution} WHERE key = %s AND fence = %s"
 
 _ADD_RESULT = """
 UPDATE {execution} SET result = CAST(%s AS jsonb) WHERE key = %s AND fence = %s AND state = 'done' AND result IS NULL"""
@@ -180,48 +237,66 @@ def take_over(connection: PgConnection, tables: Tables, key: str, holder: Holder
     return (rows[0][0], rows[0][1]) if rows else None
 
 
-def finish_sql(tables: Tables) -> str:
-    """The statement that completes a key, for a transaction of the user's; it takes `finish_parameters` in their order."""
-    return _sql(_FINISH, tables)
+def steps(tables: Tables, completion: Completion) -> Steps:
+    """What completes a key in a transaction of the user's, on a connection of the user's."""
+    token, done = secrets.token_hex(8), _done(completion)
+    return Steps(
+        mark=(_MARK, (token,)),
+        complete=(_sql(_COMPLETE, tables) + _IF_MARKED, (*_completion(completion), done, token, done)),
+        look=(_LOOK, (token,)))
 
 
-def finish_parameters(completion: Completion) -> tuple[object, ...]:
-    """Parameters of `finish_sql`."""
+def _completion(completion: Completion) -> tuple[object, ...]:
     return (completion.result, completion.retention_sec, completion.key, completion.fence)
 
 
-def mark(connection: PgConnection, marker: str) -> None:
-    """Begin a transaction of the user's: without the limits of short calls, and marked, so that its end is noticed."""
+def _done(completion: Completion) -> str:
+    return f'{completion.fence} {completion.key}'
+
+
+def begin_transaction(connection: PgConnection) -> Began:
+    """Begin a transaction of the user's: without the limits of short calls, and known, so that its end is noticed."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true),"
-            " pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true), pg_catalog.set_config('jobsync.execution', %s, true)",
-            (f'{USERS_IDLE_SEC}s', marker))
+            f" pg_catalog.set_config('idle_in_transaction_session_timeout', %s, true), {_STAMP}, pg_catalog.pg_backend_pid()",
+            (f'{USERS_IDLE_SEC}s',))
+        *_, stamp, backend = cursor.fetchall()[0]
+    return Began(stamp, backend)
 
 
-def is_marked(connection: PgConnection, marker: str) -> bool:
-    """Whether the transaction that `mark` began is still open."""
+def is_same(connection: PgConnection, began: Began) -> bool:
+    """Whether the transaction that `begin_transaction` began is still open."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.current_setting('jobsync.execution', true)")
-        return bool(cursor.fetchall() == [(marker,)])
+        cursor.execute(f'SELECT {_STAMP}, pg_catalog.pg_backend_pid()')
+        return bool(cursor.fetchall() == [(began.stamp, began.backend)])
 
 
-def finish(connection: PgConnection, tables: Tables, completion: Completion, marker: str | None = None) -> bool:
-    """Record a completion; False where another attempt holds the key.
+def complete(connection: PgConnection, tables: Tables, completion: Completion, began: Began, lock_timeout_ms: int) -> bool:
+    """Complete a key at the end of a transaction of the user's on a connection of ours, if it is still the same one.
 
     Args:
-        completion: Of an attempt that the caller began.
-        marker: If given, only in the transaction that has it as its local setting `jobsync.execution`.
+        lock_timeout_ms: How long it may wait for an earlier transaction that may have completed the key as well.
     """
-    parameters = finish_parameters(completion)
-    if marker is None:
-        sql = _sql(_CALL_FINISH, tables)
-    else:
-        # From here on the key's row is locked: a process that is stopped before its commit must not keep it.
-        sql = f"SET LOCAL idle_in_transaction_session_timeout TO '{_COMMIT_SEC}s'; {finish_sql(tables)}{_IN_TRANSACTION}"
-        parameters = (*parameters, marker)
+    reset = _RESET.format(lock=lock_timeout_ms, idle=_COMMIT_SEC * 1000)
     with connection.cursor() as cursor:
-        cursor.execute(sql, parameters)
+        cursor.execute(
+            reset + _sql(_COMPLETE, tables) + _IF_SAME, (*_completion(completion), '', began.stamp, began.backend))
+        return cursor.rowcount == 1
+
+
+def stored(connection: PgConnection, tables: Tables, key: str, fence: int) -> tuple[str, Any] | None:
+    """State and result of an attempt's row; None where another attempt holds the key."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_STORED, tables), (key, fence))
+        rows = cursor.fetchall()
+    return (rows[0][0], rows[0][1]) if rows else None
+
+
+def finish(connection: PgConnection, tables: Tables, completion: Completion) -> bool:
+    """Record a completion, again if need be; False where another attempt holds the key."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_CALL_FINISH, tables), _completion(completion))
         return cursor.rowcount == 1
 
 

@@ -99,6 +99,11 @@ class Limits:
         return '; '.join(f'SET LOCAL {name} TO DEFAULT' for name in ('search_path', 'row_security', 'extra_float_digits', *(
             ['transaction_timeout'] if version >= 170_000 else [])))
 
+    @staticmethod
+    def begin_exclusive(keepalive: Keepalive) -> str:
+        """Statements that begin a transaction of the user's on a connection that has no settings of its own."""
+        return f'{_characteristics(writing=True)}; {_set(keepalive.settings(), local=True)}'
+
     @property
     def _statement(self) -> str:
         return f'{math.ceil(self.statement * 1000)}ms'

@@ -11,7 +11,7 @@ from typing import Any
 from ..arguments import check_locks
 from ..callbacks import with_event
 from ..config import CoordinationConfig
-from ..current_ledger import set_current_ledger
+from ..current_ledger import enter_ledger, leave_ledger
 from ..effects import RebalanceEvent
 from ..errors import ClaimLost, ConfigurationError
 from ..hashing import check_task_id, task_to_token
@@ -40,12 +40,12 @@ def standing_in(job: Job) -> Iterator[Job]:
     if other is not None and other is not job:
         raise ConfigurationError(f'{other!r} stands in already, beside it {job!r} cannot: leave the first one before')
     set_stand_in(job)
-    set_current_ledger(job._ledger)
+    enter_ledger(job._ledger)
     try:
         yield job
     finally:
         set_stand_in(None)
-        set_current_ledger(None)
+        leave_ledger(job._ledger)
 
 
 class FakeJob(Job):
@@ -166,7 +166,7 @@ class FakeJob(Job):
         except BaseException:
             self._state = 'exited'
             set_stand_in(None)
-            set_current_ledger(None)
+            leave_ledger(self._ledger)
             raise
         return self
 

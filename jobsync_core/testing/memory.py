@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..current_ledger import LocalLedger
 from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, Fenced
 from ..execution import Execution, check_key, describe
+from ..results import decode_result, encode_result
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -65,7 +66,7 @@ class MemoryLedger(LocalLedger):
                 raise Fenced(
                     f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
             row.state = 'done'
-            row.result = json.loads(execution._encoded) if execution._encoded is not None else None
+            row.result = decode_result(json.loads(execution._encoded)) if execution._encoded is not None else None
             execution._completed = True
 
     def fail(self, execution: Execution, error: BaseException) -> None:
@@ -115,7 +116,7 @@ class MemoryLedger(LocalLedger):
 
     def complete(self, key: str, result: Any = None) -> None:
         """Let a key be complete, as if another node had executed it."""
-        self._put(key, 'done', json.loads(json.dumps(result)))
+        self._put(key, 'done', decode_result(json.loads(encode_result(result))))
 
     def hold(self, key: str) -> None:
         """Let a key be running on another node, until `complete` or `forget`."""

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-import psycopg2
 import pytest
 
 from jobsync_core import group_commit
-from jobsync_core.errors import DatabaseUnavailable, StoreTimeout
+from jobsync_core.errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 from jobsync_core.group_commit import GroupCommit
 
 from ..waiting import eventually
@@ -97,19 +96,31 @@ def test_a_waiting_caller_that_loses_patience_takes_the_others_along(carrier: Ca
 
 def test_what_the_server_refuses_goes_one_by_one_so_that_the_bad_one_fails_alone(carrier: Carrier) -> None:
     def refuse(items: Sequence[int]) -> Sequence[str | None]:
-        raise psycopg2.DataError('2 is bad')
+        raise DatabaseRefused('2 is bad')
 
     def one(item: int) -> str:
         if item == 2:
-            raise psycopg2.DataError('2 is bad')
+            raise DatabaseRefused('2 is bad')
         return f'one {item}'
 
     carrier.answer = refuse
     with carrier.waiting([1, 2, 3]) as futures:
         carrier.commit._one = one
     assert (futures[0].result(30), futures[2].result(30)) == ('one 1', 'one 3')
-    with pytest.raises(psycopg2.DataError, match='2 is bad'):
+    with pytest.raises(DatabaseRefused, match='2 is bad'):
         futures[1].result(30)
+
+
+def test_a_server_that_would_refuse_all_is_not_asked_for_each(carrier: Carrier) -> None:
+    def refuse(items: Sequence[int]) -> Sequence[str | None]:
+        raise DatabaseRefused('no space left', '53100', True)
+
+    carrier.answer = refuse
+    with carrier.waiting([1, 2, 3]) as futures:
+        pass
+    errors = [future.exception(30) for future in futures]
+    assert [(type(error), vars(error)) for error in errors] == [(DatabaseRefused, {'sqlstate': '53100', 'pause': True, 'sent': False})] * 3
+    assert len(carrier.groups) == 2
 
 
 def test_what_the_group_leaves_open_is_asked_for_by_itself(carrier: Carrier) -> None:

@@ -13,12 +13,12 @@ CORE = ROOT / 'jobsync_core'
 
 PURE = frozenset({
     'arguments', 'claims', 'config', 'database_url', 'effects', 'errors', 'exclusions', 'hashing', 'leader', 'liveness', 'logs', 'lookout',
-    'messages', 'patterns', 'planner', 'protocol', 'secret', 'simulate', 'takings', 'task', 'tokens'})
+    'messages', 'patterns', 'planner', 'protocol', 'results', 'secret', 'simulate', 'takings', 'task', 'tokens'})
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
-    {'agent', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'ledger', 'ledger_calls', 'once', 'owners',
-     'routing', 'taskbook'},
+    {'agent', 'attempt', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'ledger', 'ledger_calls', 'once',
+     'owners', 'routing', 'taskbook', 'transaction', 'unsettled'},
     {'incoming'}, {'job'}, {'plugin'}, {'adapter', 'consuming', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
