@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ClaimLost, ConfigurationError, NotEntered
 from .execution import Execution, check_key
@@ -11,6 +11,9 @@ from .ledger import Ledger
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
+
+    from .attempt import Attempt
+    from .store.executions import Steps
 
 __all__ = [
     'UNCOORDINATED', 'LocalLedger', 'current_ledger', 'enter_ledger', 'leave_ledger', 'message_ledger', 'set_current_ledger',
@@ -22,6 +25,26 @@ UNCOORDINATED = 'uncoordinated'
 
 class LocalLedger:
     """The ledger of single-node mode: every key runs, nothing is remembered, no database is needed."""
+
+    def begin_for(self, attempt: Attempt) -> None:
+        """Begin an attempt; see `begin`."""
+        attempt.unsettled.execution = self.begin(attempt.key, attempt.retention_sec)
+
+    def settle(self, attempt: Attempt) -> None:
+        """Record the end of an attempt; see `finish` and `fail`."""
+        mine = attempt.unsettled
+        mine.settled = True
+        if mine.succeeded:
+            self.finish(attempt.execution)
+        elif attempt.failure is not None:
+            self.fail(attempt.execution, attempt.failure)
+
+    def leave(self, attempt: Attempt) -> None:
+        """Let go of an attempt whose end was not recorded."""
+        mine = attempt.unsettled
+        if mine.execution is not None and not mine.settled and not mine.busy:
+            mine.settled = True
+            self.abandon(mine.execution)
 
     def begin(self, key: str, retention_sec: float) -> Execution:
         """Always an attempt."""
@@ -48,9 +71,18 @@ class LocalLedger:
         """There is none."""
         raise ConfigurationError('execution.transaction() needs a database: single-node mode has none; give the Job a CoordinationConfig')
 
-    def completion_of(self, execution: Execution) -> tuple[str, tuple[object, ...]] | None:
+    def steps_of(self, execution: Execution) -> Steps | None:
         """Nothing is recorded."""
         return None
+
+    def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
+        """Nothing is recorded."""
+        return None
+
+    @property
+    def unsettled(self) -> int:
+        """Nothing waits to be recorded."""
+        return 0
 
 
 _uncoordinated = LocalLedger()

@@ -10,7 +10,8 @@ from typing import Any
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'DatabaseRefused',
     'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
-    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'SchemaConflict', 'StoreTimeout', 'Unroutable',
+    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
+    'Unroutable',
 ]
 
 

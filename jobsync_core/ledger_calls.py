@@ -154,13 +154,22 @@ class LedgerCalls:
             return self._call_once(action)
         except (StoreTimeout, DatabaseRefused):
             raise
-        except DatabaseUnavailable:
+        except DatabaseUnavailable as error:
+            sent = error.sent
+        try:
             return self._call_once(action)
+        except DatabaseUnavailable as error:
+            if not sent:
+                raise
+            # What is known of the second time says nothing about the first.
+            raise DatabaseUnavailable(str(error)) from error
 
     def _call_once(self, action: Callable[[PgConnection], T]) -> T:
+        sent = False
         try:
             with self._sessions.session() as connection:
                 connection.autocommit = True
+                sent = True
                 try:
                     return self._act(connection, action)
                 finally:
@@ -168,6 +177,9 @@ class LedgerCalls:
                         connection.autocommit = False
         except psycopg2.Error as error:
             raise refusal(error, 'a statement of the ledger') from error
+        except DatabaseUnavailable as error:
+            error.sent = sent
+            raise
 
     @staticmethod
     def _act(connection: PgConnection, action: Callable[[PgConnection], T]) -> T:

@@ -1,20 +1,21 @@
 """Run a block, or a function, once per key: the user's face of the ledger."""
 from __future__ import annotations
 
-import asyncio
 import datetime
 import functools
 import inspect
 import string
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from types import TracebackType
 from typing import Any, TypeVar
 
+from .attempt import Attempt
 from .current_ledger import LocalLedger, current_ledger
 from .errors import (
     ClaimLost,
+    CompletedAlready,
     ConfigurationError,
     DatabaseUnavailable,
     DuplicateExecution,
@@ -39,10 +40,9 @@ _ON_DUPLICATE = ('skip', 'result', 'raise')
 _ON_RUNNING = ('requeue', 'skip', 'raise')
 
 
-@contextmanager
 def once(
     ledger: Ledger | LocalLedger, key: str, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
-) -> Iterator[Execution]:
+) -> AbstractContextManager[Execution]:
     """Run the block as an attempt of `key`: `with once(ledger, key) as execution:`.
 
     The block's normal end records the completion, with `execution.result` if the block sets it. An exception, SystemExit and
@@ -59,18 +59,48 @@ def once(
         ClaimLost: This node was evicted and rejoins by itself; the block does not run.
         DatabaseUnavailable: Before the block: it does not run. After it: it ran, but its completion is not known to be recorded.
         Fenced: The block ran, but another attempt has taken the key over meanwhile.
+        NotCommitted: The block ran, but the transaction that `execution.complete` wrote into is not committed.
     """
-    execution = ledger.begin(check_key(key), retention_seconds(retention))
-    token = running.set(execution)
-    try:
-        yield execution
-    except BaseException as error:
-        ledger.fail(execution, error)
-        raise
-    else:
-        ledger.finish(execution)
-    finally:
-        running.reset(token)
+    return _Block(Attempt(ledger, check_key(key), retention_seconds(retention)))
+
+
+class _Block(AbstractContextManager[Execution]):
+    """See `once`."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._before: Execution | None = None
+
+    def __enter__(self) -> Execution:
+        try:
+            try:
+                execution = self._attempt.begin()
+                self._before = running.get()
+                running.set(execution)
+                return execution
+            except BaseException:
+                self._attempt.leave()
+                raise
+        except BaseException:
+            self._attempt.leave()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        attempt = self._attempt
+        try:
+            try:
+                running.set(self._before)
+                if error is None:
+                    attempt.succeed()
+                    attempt.settle()
+                elif not isinstance(error, GeneratorExit):
+                    attempt.fail(error)
+                    attempt.settle()
+                # A generator or coroutine around the block that is thrown away is so in the middle of anything: no I/O.
+            finally:
+                attempt.leave()
+        finally:
+            attempt.leave()
 
 
 class ExactlyOnce:
@@ -174,6 +204,24 @@ class ExactlyOnce:
         error.requeue = self.on_running == 'requeue'
         raise error
 
+    def attempt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attempt:
+        """The attempt of a call, which is not begun yet."""
+        return Attempt(self.ledger(), self.ledger_key_of(args, kwargs), self.retention_sec)
+
+    def judge(self, attempt: Attempt, error: BaseException) -> _End:
+        """Note how an attempt has ended whose function raised; returns what its call does after the end is recorded."""
+        if isinstance(error, CompletedAlready) and error.key == attempt.key:
+            # A commit whose answer was lost went through: what was to be done is done.
+            attempt.succeed()
+            return _End(lambda: error.result)
+        if self.is_complete(attempt.execution, error):
+            attempt.succeed()
+            return _End(None)
+        attempt.fail(error)
+        if isinstance(error, _UNRECORDED) and self.refuse is not None:
+            return _End(lambda: self.unrecorded(error))  # the ledger's own transaction in the body: no failure of the task
+        return _End(None)
+
     def unrecorded(self, error: JobSyncError) -> Any:
         """What a call returns that ran and whose completion is not recorded, or its exception."""
         if self.refuse is None:
@@ -202,6 +250,19 @@ class ExactlyOnce:
     def is_complete(self, execution: Execution, error: BaseException) -> bool:
         """Whether the exception that ended the function is no failure of it."""
         return self.completes is not None and self.completes(execution, error)
+
+
+class _End:
+    """What a call does whose function raised, after that is recorded: it raises the same, or returns what `instead` gives."""
+
+    def __init__(self, instead: Callable[[], Any] | None) -> None:
+        self._instead = instead
+
+    def answer(self, error: BaseException) -> Any:
+        """Return or raise."""
+        if self._instead is None:
+            raise error
+        return self._instead()
 
 
 def exactly_once(
@@ -268,96 +329,95 @@ def exactly_once(
 def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        before = running.get()
         try:
-            block = once(options.ledger(), options.ledger_key_of(args, kwargs), retention=options.retention_sec)
-            execution = block.__enter__()
+            attempt = options.attempt(args, kwargs)
         except _REFUSALS as error:
             return options.answer(error)
-        # Not around the call: an inner function's own DuplicateExecution is this one's failure, not its answer.
         try:
-            result = function(*args, **kwargs)
-            _check_result(options.name, result)
-            options.keep(execution, result)
-        except BaseException as error:
-            if options.is_complete(execution, error):
-                try:
-                    block.__exit__(None, None, None)
-                except _UNRECORDED as trouble:
-                    return options.unrecorded(trouble)
-                raise
-            block.__exit__(type(error), error, error.__traceback__)
-            if isinstance(error, _UNRECORDED) and options.refuse is not None:
-                return options.unrecorded(error)  # the ledger's own transaction in the body: no failure of the task
-            raise
-        try:
-            block.__exit__(None, None, None)
-        except _UNRECORDED as error:
-            return options.unrecorded(error)
-        return result
+            try:
+                return _run(options, attempt, lambda: function(*args, **kwargs))
+            finally:
+                attempt.leave()
+                running.set(before)
+        finally:
+            attempt.leave()
+            running.set(before)
 
     return run
+
+
+def _run(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Any]) -> Any:
+    try:
+        running.set(attempt.begin())
+    except _REFUSALS as error:
+        attempt.leave()
+        return options.answer(error)
+    # Not around the call: an inner function's own DuplicateExecution is this one's failure, not its answer.
+    try:
+        result = call()
+        _check_result(options.name, result)
+        options.keep(attempt.execution, result)
+    except BaseException as error:
+        end = options.judge(attempt, error)
+        try:
+            attempt.settle()
+        except _UNRECORDED as trouble:
+            return options.unrecorded(trouble)
+        return end.answer(error)
+    attempt.succeed()
+    try:
+        attempt.settle()
+    except _UNRECORDED as error:
+        return options.unrecorded(error)
+    return result
 
 
 def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[..., Any]:
     @functools.wraps(function)
     async def run(*args: Any, **kwargs: Any) -> Any:
+        before = running.get()
         try:
-            ledger = options.ledger()
-            execution = await _begin(ledger, options.ledger_key_of(args, kwargs), options.retention_sec)
+            attempt = options.attempt(args, kwargs)
         except _REFUSALS as error:
             return options.answer(error)
-        token = running.set(execution)
         try:
-            result = await function(*args, **kwargs)
-            options.keep(execution, result)
-        except GeneratorExit:  # the coroutine was closed: nothing may be awaited any more
-            ledger.abandon(execution)
-            raise
-        except BaseException as error:
-            running.reset(token)
-            if options.is_complete(execution, error):
-                try:
-                    await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
-                except _UNRECORDED as trouble:
-                    return options.unrecorded(trouble)
-                raise
-            await asyncio.shield(asyncio.to_thread(ledger.fail, execution, error))
-            if isinstance(error, _UNRECORDED) and options.refuse is not None:
-                return options.unrecorded(error)
-            raise
-        running.reset(token)
-        try:
-            await asyncio.shield(asyncio.to_thread(ledger.finish, execution))
-        except _UNRECORDED as error:
-            return options.unrecorded(error)
-        return result
+            try:
+                return await _run_async(options, attempt, lambda: function(*args, **kwargs))
+            finally:
+                attempt.leave()
+                running.set(before)
+        finally:
+            attempt.leave()
+            running.set(before)
 
     return run
 
 
-async def _begin(ledger: Ledger | LocalLedger, key: str, retention_sec: float) -> Execution:
-    # A caller that is cancelled or closed leaves the thread alone with an attempt that nobody will run.
-    lock = threading.Lock()
-    begun: list[Execution] = []
-    gone = False
-
-    def begin() -> Execution:
-        execution = ledger.begin(key, retention_sec)
-        with lock:
-            if not gone:
-                begun.append(execution)
-                return execution
-        ledger.abandon(execution)
-        return execution
-
+async def _run_async(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Awaitable[Any]]) -> Any:
     try:
-        return await asyncio.to_thread(begin)
-    except BaseException:
-        with lock:
-            gone = True
-        for execution in begun:
-            ledger.abandon(execution)
+        running.set(await attempt.begin_async())
+    except _REFUSALS as error:
+        attempt.leave()
+        return options.answer(error)
+    try:
+        result = await call()
+        options.keep(attempt.execution, result)
+    except GeneratorExit:  # the coroutine was closed: nothing may be awaited any more
         raise
+    except BaseException as error:
+        end = options.judge(attempt, error)
+        try:
+            await attempt.settle_async()
+        except _UNRECORDED as trouble:
+            return options.unrecorded(trouble)
+        return end.answer(error)
+    attempt.succeed()
+    try:
+        await attempt.settle_async()
+    except _UNRECORDED as error:
+        return options.unrecorded(error)
+    return result
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

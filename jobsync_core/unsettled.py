@@ -5,17 +5,17 @@ find taken by its own thread: each step is one operation of a dictionary, or of 
 """
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
 from . import clock
 from .attempt import Unsettled
 from .errors import DatabaseRefused, DatabaseUnavailable
+from .logs import get_logger
 
 __all__ = ['Settling']
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FIRST_RETRY_SEC, _LAST_RETRY_SEC = 0.2, 2.0
 #: How many a process remembers, and how many bytes of them; then nothing begins until some are recorded.

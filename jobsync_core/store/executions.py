@@ -160,7 +160,7 @@ SET LOCAL idle_in_transaction_session_timeout TO {idle};"""
 _IF_SAME = f"""
   AND {_STAMP} OPERATOR(pg_catalog.=) %s AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %s"""
 
-_STORED = "SELECT state, result FROM {execution} WHERE key = %s AND fence = %s"
+_STORED = 'SELECT state, result FROM {execution} WHERE key = %s AND fence = %s'
 
 _ADD_RESULT = """
 UPDATE {execution} SET result = CAST(%s AS jsonb) WHERE key = %s AND fence = %s AND state = 'done' AND result IS NULL"""

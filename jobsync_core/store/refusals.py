@@ -35,5 +35,5 @@ def refusal(error: psycopg2.Error, doing: str) -> DatabaseRefused:
         doing: What was asked for, in words.
     """
     sqlstate = error.pgcode or ''
-    said = f'PostgreSQL refused {doing} (SQLSTATE {sqlstate or "unknown"}): {text_of(error)}'
+    said = f'PostgreSQL refused {doing} (SQLSTATE {sqlstate or "unknown"}): {error.diag.message_primary or text_of(error)}'
     return DatabaseRefused(said, sqlstate, role_or_resources(sqlstate))

@@ -31,7 +31,7 @@ class MemoryLedger(LocalLedger):
     """The exactly-once ledger of one process; threads share it, forked children do not. Retention never ends here: see `forget`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a coroutine may be collected while its own thread is in here
         self._rows: dict[str, _Row] = {}
 
     def begin(self, key: str, retention_sec: float) -> Execution:

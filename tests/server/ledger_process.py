@@ -47,6 +47,7 @@ CREATE TRIGGER count_completion AFTER INSERT OR UPDATE ON {execution}
 """
 _POINTS = ('before begin', 'after begin', 'after effect', 'after completion')
 _BATCH = 8
+_FENCE = 'AND fence OPERATOR(pg_catalog.=) %s'
 _EFFECT = 'INSERT INTO effect VALUES (%s, %s)'
 
 
@@ -118,7 +119,8 @@ class _Worker:
 def run_worker(fields: dict[str, Any], node: str, incarnation: str, pipe: Connection, fenceless: bool) -> None:
     """The process: executes what comes through the pipe, in order, and answers each."""
     if fenceless:
-        executions._FINISH = executions._CALL_FINISH = executions._FINISH.replace('AND fence = %s', 'AND %s IS NOT NULL')
+        executions._COMPLETE = executions._COMPLETE.replace(_FENCE, 'AND %s IS NOT NULL')
+        executions._CALL_FINISH = executions._COMPLETE.partition('AND (state')[0]
     worker = _Worker(CoordinationConfig(**fields), node, incarnation)
     pipe.send(('ready', ''))
     while True:
