@@ -37,7 +37,7 @@ FORMS = ('transaction', 'cursor', 'plain')
 EFFECTS = """
 CREATE TABLE effect (key text NOT NULL, fence bigint NOT NULL);
 CREATE TABLE completion (key text NOT NULL, fence bigint NOT NULL);
-CREATE FUNCTION count_completion() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION count_completion() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
 BEGIN
     INSERT INTO completion VALUES (NEW.key, NEW.fence);
     RETURN NEW;
