@@ -294,7 +294,7 @@ def exactly_once(
             DuplicateExecution.
         on_running: What a call does whose key is running elsewhere: 'skip' returns None, 'raise' raises ExecutionRunning;
             so does 'requeue', which a queue's adapter translates: the message comes back later.
-        store_result: Store what the function returns, as JSON; a tuple comes back as a list. What is no JSON, or longer than
+        store_result: Store what the function returns, as JSON; it comes back equal, tuples as tuples. What is no JSON, or longer than
             1 MB, is not stored: a warning says so once, and duplicates get None.
         scope: What keys begin with. The default, the function's qualified name, keeps two functions apart that use the same key;
             '' lets them share it.

@@ -250,9 +250,9 @@ class TestLedger:
 
         with FakeJob() as job:
             assert function(1) == (1, 'x')
-            assert function(1) == [1, 'x']  # as JSON has it
+            assert function(1) == (1, 'x')
             assert calls == [1]
-            assert job.ledger.completed == {'f:1': [1, 'x']}
+            assert job.ledger.completed == {'f:1': (1, 'x')}
             job.ledger.forget('f:1')
             assert function(1) == (1, 'x')
             assert calls == [1, 1]
