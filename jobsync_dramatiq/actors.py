@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dramatiq import GenericActor
+from dramatiq.common import q_name
 
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.incoming import Refused, Stamps, find_route
+from jobsync_core.logs import shown
 from jobsync_core.once import ExactlyOnce
 from jobsync_core.plugin import PluginSettings
 
@@ -17,6 +20,9 @@ from .errors import DeclarationRefused
 from .once import function_of, is_ours
 
 __all__ = ['Actors', 'check_actor', 'once_of_actor', 'read_settings']
+
+#: Characters of a key that stays short enough whatever scope is put before it.
+_SURELY_SHORT = 200
 
 
 def read_settings(given: Mapping[str, Any]) -> PluginSettings:
@@ -57,13 +63,60 @@ class Actors(CoordinatedTasks):
         return message.actor_name in self._broker.actors
 
     def route_of(self, message: Any) -> str | None:
-        """The route of a message; None where its actor is not coordinated.
+        """The route of a message that is being sent; None where its actor is not coordinated.
 
         Raises:
             ConfigurationError, TypeError, InvalidTaskId: The arguments make no key.
         """
         found = self.find(message.actor_name)
         return found.route_of(message.args, message.kwargs, message.message_id) if found is not None else None
+
+    def read_route(self, message: Any, stamps: Stamps) -> str | Refused | None:
+        """The route of a message that was received, or why it has none; None where its actor is not coordinated.
+
+        Args:
+            message: The message.
+            stamps: What JobSync wrote on it. Its key counts for an actor that only another process knows.
+        """
+        found = self.find(message.actor_name)
+        if found is None:
+            return None if self.is_known(message) else stamps.key
+        route = find_route(found, message.args, message.kwargs, message.message_id, stamps)
+        once = found.once if found.once is not None and found.once.has_key else None
+        if isinstance(route, str) and once is not None and (self._keys_differ(message.actor_name) or len(route) > _SURELY_SHORT):
+            return self._ledger_problem(once, message) or route
+        return route
+
+    def has_queue(self, name: str) -> bool:
+        """Whether a queue, or a delay queue, is one of the user's that are declared here."""
+        return q_name(name) in self._broker.queues and not name.startswith('jobsync.')
+
+    def home_of(self, message: Any, stamp: str | None) -> str:
+        """The queue that a message was sent to which came by a node's queue.
+
+        Args:
+            message: The message.
+            stamp: What it says itself, which may be forged: its dead letters would be in a queue that nobody looks at.
+        """
+        if stamp is not None and self.has_queue(stamp):
+            return stamp
+        actor = self._broker.actors.get(message.actor_name)
+        if actor is not None:
+            return str(actor.queue_name)
+        return stamp if stamp is not None and not stamp.startswith('jobsync.') else 'default'
+
+    def _keys_differ(self, name: str) -> bool:
+        """Whether what completes once is another key than the one that says where a message runs."""
+        return self._broker.actors[name].options.get('jobsync_key') is not None
+
+    def _ledger_problem(self, once: ExactlyOnce, message: Any) -> Refused | None:
+        function = self._broker.actors[message.actor_name].fn
+        args = (function, *message.args) if isinstance(function, GenericActor) else message.args
+        try:
+            once.ledger_key_of(args, message.kwargs)
+        except Exception as error:  # whatever a key function raises
+            return Refused(f'no key of exactly_once can be made for it: {type(error).__name__}: {shown(error)}')
+        return None
 
     def _declaration(self, name: str) -> Declared | None:
         actor = self._broker.actors.get(name)

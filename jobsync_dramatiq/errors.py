@@ -4,9 +4,9 @@ from __future__ import annotations
 from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import MiddlewareError
 
-from jobsync_core.errors import ConfigurationError
+from jobsync_core.errors import ConfigurationError, JobSyncError
 
-__all__ = ['BootFailed', 'DeclarationRefused']
+__all__ = ['BootFailed', 'DeclarationRefused', 'Unroutable']
 
 
 class BootFailed(MiddlewareError, ConnectionClosed):
@@ -19,3 +19,7 @@ class BootFailed(MiddlewareError, ConnectionClosed):
 
 class DeclarationRefused(MiddlewareError, ConfigurationError):
     """A declaration cannot work; the message names it and the remedy. It is a ConfigurationError."""
+
+
+class Unroutable(MiddlewareError, JobSyncError):
+    """No key can be made for a message, so that nobody can tell where it may run. It is among the dead letters; see the actor's key."""

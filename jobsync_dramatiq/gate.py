@@ -12,13 +12,16 @@ from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from jobsync_core import clock
 from jobsync_core.consuming import Consuming
+from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger
 from jobsync_core.plugin import Gate
-from jobsync_core.routing import HOME, HOPS, KEY, Verdict, parked_queue
+from jobsync_core.routing import WAITS, Verdict, parked_queue
 from jobsync_core.tokens import TokenSet
 
 from .actors import Actors
-from .mail import BrokerMail, Hold, wrapped
+from .errors import Unroutable
+from .incoming import unstamped
+from .mail import BrokerMail, Hold
 from .notes import Note, give_back, note_of
 
 if TYPE_CHECKING:
@@ -96,6 +99,21 @@ class WorkerGate:
         if note.route is not None:
             self.gate.count('run')
 
+    def refuse(self, message: Any) -> None:
+        """Have a message fail that nobody can tell where it may run; called when all middleware have seen it begin.
+
+        Raises:
+            Unroutable: It does, at once and for good.
+        """
+        note = note_of(message)
+        if note is not None and note.problem:
+            logger.error('actor=%s id=%s cannot be routed, and goes to the dead letters: %s',
+                         message.actor_name, message.message_id, note.problem)
+            self.gate.count('unroutable')
+            message.fail()
+            message.options['throws'] = Unroutable  # that is an expected end: Dramatiq writes no traceback
+            raise Unroutable(note.problem)
+
     def end(self, message: Any) -> None:
         """The message does not run any more."""
         with self._lock:
@@ -130,6 +148,11 @@ class WorkerGate:
     def _completes_once(self, message: Any) -> bool:
         found = self.actors.find(message.actor_name)
         return found is not None and found.once is not None
+
+    def is_refused(self, signal: str, message: Any) -> bool:
+        """Whether this is the end of a message that was refused, which no retry can help."""
+        note = note_of(message) if signal == 'process_message' else None
+        return note is not None and bool(note.problem) and message.failed
 
     def hides(self, signal: str, message: Any) -> bool:
         """Whether the other middleware must not hear of this.
@@ -296,21 +319,24 @@ class GatedConsumer(Consumer):
         return message
 
     def _receive(self, message: Any) -> None:
-        options = message.options
-        hops = int(options.get(HOPS) or 0)
-        home = options.get(HOME)
-        if home is not None:
-            message._message = wrapped(message, home, options.get(KEY))
-        route = None
-        if 'eta' not in options:
-            try:
-                route = options.get(KEY) or self._shared.actors.route_of(message)
-            except Exception as error:  # whatever a key function raises
-                # The actor itself will say what is wrong with its arguments.
-                logger.warning('actor=%s id=%s has no key: %s', message.actor_name, message.message_id, error)
-        note = Note(self._hold, route, hops, self._gate.job.incarnation, clock.now() + self._gate.settings.park_sec)
+        stamps = unstamped(message.options)
+        if stamps.wrong:
+            logger.warning('actor=%s id=%s: what cannot be right is left out: %s', message.actor_name, message.message_id, stamps.wrong)
+        if stamps.waits:
+            message.options[WAITS] = stamps.waits
+        if self._queue.startswith('jobsync.'):
+            # To all middleware, and to who asks for the result, it is in its actor's own queue.
+            message._message = message.copy(queue_name=self._shared.actors.home_of(message, stamps.home))
+        elif not self._shared.actors.has_queue(message.queue_name):
+            message._message = message.copy(queue_name=self._queue)  # a retry would go where nobody looks
+        route = stamps.key if 'eta' in message.options else self._shared.actors.read_route(message, stamps)
+        note = Note(self._hold, None, stamps.hops, self._gate.job.incarnation, clock.now() + self._gate.settings.park_sec)
+        if isinstance(route, Refused):
+            note.problem = route.reason
+        else:
+            note.route = route
         vars(message)['jobsync_note'] = note
-        if route is not None:
+        if note.route is not None:
             self._gate.count('received')
 
     def _place(self, message: Any) -> bool:
@@ -323,7 +349,7 @@ class GatedConsumer(Consumer):
 
     def _try_to_place(self, message: Any) -> bool:
         note = note_of(message)
-        if note is None or 'eta' in message.options:
+        if note is None or 'eta' in message.options or note.problem:
             return True
         if note.route is None:
             return self._shared.actors.is_known(message) or self._park_unknown(message, note)

@@ -4,13 +4,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from dramatiq import Message
+from dramatiq.common import q_name, xq_name
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.incoming import read_stamps
 from jobsync_core.keeper import Mail
-from jobsync_core.routing import HOME, HOPS, KEY
+from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
 
-__all__ = ['BrokerMail', 'Hold', 'home_of', 'mail_of', 'wrapped']
+__all__ = ['BrokerMail', 'Hold', 'dead_letters', 'home_of', 'mail_of', 'wrapped']
 
 
 class Hold(Protocol):
@@ -19,7 +21,7 @@ class Hold(Protocol):
     queue: str
 
     def next(self, patient: bool) -> Any:
-        """The next message; None where there is none.
+        """The next message; None where there is none. What no worker can have is set aside, with one line in the log.
 
         Args:
             patient: Wait as long as the worker is configured to; False: a moment only.
@@ -80,7 +82,12 @@ class BrokerMail(Mail, Protocol):
 
 def home_of(message: Any) -> str:
     """The queue that a message's actor was declared with."""
-    return str(message.options.get(HOME) or message.queue_name)
+    return str(read_stamps(message.options).home or message.queue_name)
+
+
+def dead_letters(queue: str, appname: str) -> str:
+    """Where a queue's messages go that no worker can have: to the dead letters that the user knows, else to those of the parked queue."""
+    return xq_name(parked_queue(appname) if queue.startswith('jobsync.') else q_name(queue))
 
 
 def wrapped(message: Any, queue: str, route: str | None, hops: int = 0, **options: Any) -> Message[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dramatiq.errors import BrokerError, ConnectionClosed
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import Middleware, Retries
 from dramatiq.threading import is_gevent_active
 
 from jobsync_core.consuming import Consuming, SelfDrain
@@ -274,12 +274,15 @@ class JobSync(Middleware):
         self._shared = shared = WorkerGate(self, gate, mail, self._known(), consuming)
         broker = self._broker
         before, after = broker.emit_before, broker.emit_after
-        broker.emit_before, broker.emit_after = _hiding(shared, before), _hiding(shared, after)
+        broker.emit_before, broker.emit_after = _hiding(shared, before), _hiding(shared, _without_retries(shared, broker, after))
         mark_members(broker, self._known())
+        last = _Last(shared)
+        broker.middleware.append(last)
 
         def detach() -> None:
             broker.emit_before, broker.emit_after = before, after
             unmark_members(broker)
+            broker.middleware.remove(last)
 
         self._undo.append(detach)
 
@@ -394,9 +397,37 @@ class JobSync(Middleware):
             self._http = None
 
 
+class _Last(Middleware):
+    """At the end of the list: the others have seen a message begin by now, and so may see it end."""
+
+    def __init__(self, shared: WorkerGate) -> None:
+        self._shared = shared
+
+    def before_process_message(self, broker: Any, message: Any) -> None:
+        """See WorkerGate.refuse."""
+        self._shared.refuse(message)
+
+
 def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None]:
     def emit_seen(signal: str, *args: Any, **kwargs: Any) -> None:
         if not args or not shared.hides(signal, args[0]):
             emit(signal, *args, **kwargs)
 
     return emit_seen
+
+
+def _without_retries(shared: WorkerGate, broker: Any, emit: Callable[..., None]) -> Callable[..., None]:
+    """In place of a broker's `emit_after`: Retries do not hear of a message that was refused, which would fail for hours."""
+    def emit_after(signal: str, *args: Any, **kwargs: Any) -> None:
+        if not args or not shared.is_refused(signal, args[0]):
+            emit(signal, *args, **kwargs)
+            return
+        args[0].options.pop('throws', None)
+        for item in reversed(broker.middleware):
+            if not isinstance(item, Retries):
+                try:
+                    item.after_process_message(broker, *args, **kwargs)
+                except Exception:
+                    logger.critical('unexpected failure in after_process_message of %r', item, exc_info=True)
+
+    return emit_after

@@ -12,9 +12,6 @@ import copy
 import inspect
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +19,18 @@ import pika
 from dramatiq import Message
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
 from dramatiq.common import q_name, xq_name
-from dramatiq.errors import ConnectionClosed, DecodeError
-from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker, UnroutableError
+from dramatiq.errors import ConnectionClosed
+from pika.exceptions import ChannelClosedByBroker, UnroutableError
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.incoming import Refused, read_stamps
 from jobsync_core.keeper import Letter
 from jobsync_core.logs import get_logger
-from jobsync_core.routing import KEY, parked_queue
+from jobsync_core.routing import parked_queue
 
-from .mail import Hold, home_of, wrapped
+from .incoming import priority_of, read_message
+from .mail import Hold, dead_letters, home_of, wrapped
+from .rabbit_hold import BROKEN, RabbitHold, translated
 
 __all__ = ['RabbitMail']
 
@@ -40,26 +40,15 @@ logger = get_logger(__name__)
 _ATTEMPTS = 3
 #: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
 _BLOCKED_SEC = 30.0
-#: Seconds between two looks while messages wait.
-_LOOK_SEC = 0.05
-_BROKEN = (AMQPConnectionError, AMQPChannelError, OSError)
 _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED = 403, 404, 406
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """What pika raises, as Dramatiq's consumers know it."""
-    try:
-        yield
-    except (*_BROKEN, AssertionError) as error:
-        raise ConnectionClosed(error) from error
 
 
 class _Letter:
     def __init__(self, mail: RabbitMail, channel: Any, tag: int, message: Message[Any]) -> None:
         self._mail, self._channel, self._tag, self._message = mail, channel, tag, message
-        self.route: str | None = message.options.get(KEY)
-        self.home: str | None = home_of(message)
+        stamps = read_stamps(message.options)
+        self.route: str | None = stamps.key
+        self.home: str | None = stamps.home or message.queue_name
 
     def forward(self, queue: str) -> None:
         """See Letter. The acknowledgement fails if publishing had to change the connection: then the message comes again."""
@@ -83,6 +72,7 @@ class RabbitMail:
 
     def __init__(self, broker: Any, config: CoordinationConfig) -> None:
         self.broker = broker
+        self._appname = config.appname
         self._exchange = f'jobsync.{config.appname}'
         self._parked = parked_queue(config.appname)
         # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
@@ -100,13 +90,13 @@ class RabbitMail:
         try:
             del self.broker.connection  # a channel that was opened before has no confirms
             self._declare_node()
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ConnectionClosed(RuntimeError(f'RabbitMQ at {_places(self.broker.parameters)} cannot be used: {error!r}')) from error
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """See BrokerMail."""
         try:
-            with _translated():
+            with translated():
                 if queue == self._node_queue:
                     self._declare_node()
                 else:
@@ -119,7 +109,7 @@ class RabbitMail:
         given: Any = SimpleNamespace(parameters=parameters, queues_pending=self.broker.queues_pending)
         if 'parameters' in inspect.signature(kind).parameters:  # Dramatiq 1
             given = parameters
-        return _RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
+        return RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
 
     def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """See BrokerMail."""
@@ -134,6 +124,11 @@ class RabbitMail:
         """
         home = home_of(message)
         self._publish('', xq_name(home), wrapped(message, home, None))
+
+    def set_aside(self, channel: Any, queue: str, tag: int, reason: str) -> None:
+        """Have RabbitMQ put what no worker can have among the dead letters, as it is."""
+        logger.error('queue=%s goes to %s: %s', queue, dead_letters(queue, self._appname), reason)
+        channel.basic_nack(tag, requeue=False)
 
     def tidy(self) -> None:
         """See BrokerMail."""
@@ -155,11 +150,10 @@ class RabbitMail:
                 raise
             if method is None:
                 return None
-            try:
-                return _Letter(self, channel, method.delivery_tag, Message.decode(body))
-            except DecodeError:
-                logger.exception('queue=%s: a message cannot be decoded, and goes to %s', queue, xq_name(self._parked))
-                channel.basic_nack(method.delivery_tag, requeue=False)
+            message = read_message(body)
+            if not isinstance(message, Refused):
+                return _Letter(self, channel, method.delivery_tag, message)
+            self.set_aside(channel, queue, method.delivery_tag, message.reason)
 
     def delete(self, queue: str) -> bool:
         """See Mail."""
@@ -187,14 +181,14 @@ class RabbitMail:
                     channel = self.broker.channel
                 channel.basic_publish(
                     exchange, queue, message.encode(), mandatory=self.broker.confirm_delivery,
-                    properties=pika.BasicProperties(delivery_mode=2, priority=message.options.get('broker_priority')))
+                    properties=pika.BasicProperties(delivery_mode=2, priority=priority_of(message.options)))
                 return
             except UnroutableError as error:
                 # The queue was deleted, or never made. declare_queue would have this worker consume it.
                 broken, self._state.channel = error, None
                 if not exchange:
                     self.broker.queues_pending.add(q_name(queue))
-            except _BROKEN as error:
+            except BROKEN as error:
                 broken = error
                 self.reset()
                 if getattr(error, 'reply_code', None) == _ACCESS_REFUSED:
@@ -216,7 +210,7 @@ class RabbitMail:
     def _declare_node(self) -> None:
         try:
             self._declare_queue(self._declared(), self._node_queue)
-        except _BROKEN:
+        except BROKEN:
             self.reset()  # as in _publish: the connection was idle, or broke together with that of the consumer
             self._declare_queue(self._declared(), self._node_queue)
         self.broker.queues_pending.discard(self._node_queue)  # Dramatiq would declare it in its own way
@@ -230,79 +224,6 @@ class RabbitMail:
             arguments['x-max-priority'] = self.broker.max_priority
         channel.queue_declare(queue, durable=True, arguments=arguments)
         channel.queue_bind(queue, self._exchange, queue)
-
-
-class _RabbitHold:
-    """See Hold."""
-
-    def __init__(self, mail: RabbitMail, queue: str, raw: Any, timeout: float) -> None:
-        self._mail = mail
-        self.queue = queue
-        self._raw = raw
-        self._timeout = timeout
-        self._own = self.queue.startswith('jobsync.')
-
-    def next(self, patient: bool) -> Any:
-        """See Hold."""
-        if not patient:
-            self.idle(_LOOK_SEC)
-            if not self._raw.channel.get_waiting_message_count():
-                return None
-        return next(self._raw)
-
-    def idle(self, seconds: float) -> None:
-        """See Hold: actors that end meanwhile acknowledge by this connection."""
-        with _translated():
-            if self._raw.channel.is_open:
-                self._raw.connection.process_data_events(time_limit=seconds)
-            if not self._raw.channel.is_open:
-                raise AMQPChannelError('the channel is closed')
-
-    def ack(self, message: Any) -> None:
-        """See Hold."""
-        self._settle(self._raw.ack, message)
-
-    def nack(self, message: Any) -> None:
-        """See Hold."""
-        if self._own:
-            self._mail.bury(message)
-            self.ack(message)
-        else:
-            self._settle(self._raw.nack, message)
-
-    def requeue(self, message: Any) -> None:
-        """See Hold."""
-        self._settle(self._put_back, message)
-
-    def pause(self) -> None:
-        """See Hold."""
-        with _translated():
-            self._raw.channel.cancel()
-
-    def resume(self) -> None:
-        """See Hold."""
-        with _translated():
-            self._raw.iterator = self._raw.channel.consume(self.queue, inactivity_timeout=self._timeout)
-
-    def close(self, waiting: list[Any]) -> None:
-        """See Hold: closing gives back."""
-        self._raw.close()
-
-    def _put_back(self, message: Any) -> None:
-        tag = message._tag
-        try:
-            self._raw.known_tags.remove(tag)
-        except KeyError:  # another thread has just acknowledged it
-            return
-        with _translated():
-            self._raw.connection.add_callback_threadsafe(partial(self._raw.channel.basic_nack, tag, requeue=True))
-
-    def _settle(self, how: Any, message: Any) -> None:
-        try:
-            how(message)
-        except ConnectionClosed as error:
-            # Of a connection that is gone: the worker would try for ever. exactly_once tells the next delivery from the first.
-            logger.warning('id=%s: RabbitMQ delivers it again, since the connection that took it is gone: %s', message.message_id, error)
 
 
 def _places(parameters: Any) -> str:

@@ -21,8 +21,8 @@ class Line:
         self._client = client
         self._own = threading.local()
 
-    def run(self, script: Any, keys: Sequence[str], args: Sequence[Any]) -> None:
-        """Run a script.
+    def run(self, script: Any, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script; its answer.
 
         Args:
             script: What the client's `register_script` returned.
@@ -34,12 +34,11 @@ class Line:
         """
         connection = self._connection()
         if connection is None:
-            script(keys=keys, args=args)
-            return
+            return script(keys=keys, args=args)
         try:
-            self._do(connection, 'EVALSHA', script.sha, keys, args)
+            return self._do(connection, 'EVALSHA', script.sha, keys, args)
         except NoScriptError:
-            self._do(connection, 'EVAL', script.script, keys, args)
+            return self._do(connection, 'EVAL', script.script, keys, args)
 
     def _connection(self) -> Any:
         found = getattr(self._own, 'connection', None)
@@ -52,7 +51,7 @@ class Line:
         return found
 
     @staticmethod
-    def _do(connection: Any, command: str, script: Any, keys: Sequence[str], args: Sequence[Any]) -> None:
+    def _do(connection: Any, command: str, script: Any, keys: Sequence[str], args: Sequence[Any]) -> Any:
         # Whatever goes wrong here ends the connection; the next command makes another one.
         connection.send_command(command, script, len(keys), *keys, *args)
-        connection.read_response()
+        return connection.read_response()

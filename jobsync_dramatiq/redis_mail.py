@@ -5,32 +5,50 @@ the node's name, and the names of the queues stand in a set beside the node's qu
 """
 from __future__ import annotations
 
+import copy
+import random
 import threading
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from dramatiq import Message
-from dramatiq.common import compute_backoff
-from dramatiq.errors import ConnectionClosed, DecodeError
-from redis.exceptions import RedisError
+from dramatiq.common import current_millis, xq_name
 
-from jobsync_core import clock
+from jobsync_core.incoming import Refused, read_stamps
 from jobsync_core.keeper import Letter
 from jobsync_core.logs import get_logger
-from jobsync_core.routing import KEY, node_queue
+from jobsync_core.routing import node_queue
 
-from .mail import Hold, home_of, wrapped
+from .incoming import read_message
+from .mail import Hold, dead_letters, home_of, wrapped
+from .redis_hold import RedisHold, redis_id
 from .redis_line import Line
 
 __all__ = ['RedisMail', 'broker_id']
 
 logger = get_logger(__name__)
 
-#: Seconds between two signs of life from a consumer that takes nothing: after a minute other workers put back what it holds.
-_SIGN_SEC = 10.0
+#: What `maintenance_chance` counts in.
+_MILLION = 1_000_000
 
+# KEYS: what this process has taken from the queue, the queue, the signs of life; ARGV: the time, the process, how many.
+# As Dramatiq's own, with the ids: what a message says of itself may be wrong, or unreadable.
+_FETCH = """
+redis.call('zadd', KEYS[3], ARGV[1], ARGV[2])
+local found = {}
+for _ = 1, tonumber(ARGV[3]) do
+    local id = redis.call('lpop', KEYS[2])
+    if not id then break end
+    local data = redis.call('hget', KEYS[2] .. '.msgs', id)
+    if data then
+        redis.call('sadd', KEYS[1], id)
+        found[#found + 1] = id
+        found[#found + 1] = data
+    end
+end
+return found
+"""
 _RESTORE = """
 local ids, moved = redis.call('smembers', KEYS[1]), 0
 for _, id in ipairs(ids) do
@@ -68,30 +86,32 @@ if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
 end
 """
 
+# KEYS: names of the queues that a node takes from, what it has taken from this one; ARGV: the queue.
+_FORGET_SOURCE = """
+if redis.call('exists', KEYS[2]) == 0 then redis.call('srem', KEYS[1], ARGV[1]) end
+"""
+
 
 def broker_id(appname: str, node: str) -> str:
     """The id under which Redis keeps what a node has taken and not acknowledged; '|' ends it, so that none begins another."""
     return f'{node_queue(appname, node)}|'
 
 
-def _id(message: Any) -> str:
-    return str(message.options['redis_message_id'])
-
-
 class _Letter:
-    def __init__(self, mail: RedisMail, queue: str, message: Message[Any]) -> None:
-        self._mail, self._queue, self._message = mail, queue, message
-        self.route: str | None = message.options.get(KEY)
-        self.home: str | None = home_of(message)
+    def __init__(self, mail: RedisMail, queue: str, number: str, message: Message[Any]) -> None:
+        self._mail, self._queue, self._number, self._message = mail, queue, number, message
+        stamps = read_stamps(message.options)
+        self.route: str | None = stamps.key
+        self.home: str | None = stamps.home or message.queue_name
 
     def forward(self, queue: str) -> None:
         """See Letter."""
         self._mail.send(self._message, queue, self.route)
-        self._mail.broker.do_ack(self._queue, _id(self._message))
+        self._mail.broker.do_ack(self._queue, self._number)
 
     def put_back(self) -> None:
         """See Letter."""
-        self._mail.broker.do_requeue(self._queue, _id(self._message))
+        self._mail.broker.do_requeue(self._queue, self._number)
 
 
 class RedisMail:
@@ -108,12 +128,14 @@ class RedisMail:
         self.broker = broker
         self._appname = appname
         self._queue = ''
+        self._fetch = broker.client.register_script(_FETCH)
         self._restore = broker.client.register_script(_RESTORE)
         self._delete = broker.client.register_script(_DELETE)
         self._ack = broker.client.register_script(_ACK)
         self._pass = broker.client.register_script(_PASS)
         self._line = Line(broker.client)
         self._bury = broker.client.register_script(_BURY)
+        self._forget_source = broker.client.register_script(_FORGET_SOURCE)
         self._sources: set[str] = set()
         #: What threads of this process work on or keep for later, by queue.
         self.in_hand: dict[str, set[str]] = {}
@@ -134,15 +156,34 @@ class RedisMail:
             # The worker forgets what waited for its time when a consumer breaks; nobody else holds any of it.
             self.in_hand.pop(queue, None)
         self.reclaim(queue)
-        return _RedisHold(self, queue, self.broker.consumer_class(self.broker, queue, prefetch, timeout))
+        return RedisHold(self, queue, prefetch, timeout)
+
+    def fetch(self, queue: str, number: int) -> list[tuple[str, bytes]]:
+        """Take messages, and show that this process lives: Redis ids and data.
+
+        Raises:
+            RedisError, OSError: Some may have been taken; see `reclaim`.
+        """
+        if random.randrange(_MILLION) < self.broker.maintenance_chance:
+            self._maintain(queue)
+        keys = [*self._keys(queue), f'{self.broker.namespace}:__heartbeats__']
+        found = self._line.run(self._fetch, keys, [current_millis(), self.broker.broker_id, number])
+        return [(_text(found[place]), found[place + 1]) for place in range(0, len(found), 2)]
+
+    def _maintain(self, queue: str) -> None:
+        """What Dramatiq's own fetches do for one in a thousand: look after workers that died, of those without the plugin too."""
+        broker = copy.copy(self.broker)
+        broker.maintenance_chance = _MILLION
+        broker.do_fetch(queue, 0)
 
     def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """See BrokerMail."""
-        copy = wrapped(message, queue, route, hops, redis_message_id=str(uuid.uuid4()))
-        if not isinstance(source, _RedisHold):
-            self.broker.do_enqueue(queue, _id(copy), copy.encode())
-            return
-        source.leaving[_id(message)] = message.message_id, queue, _id(copy), copy.encode()
+        number = str(uuid.uuid4())
+        data = wrapped(message, queue, route, hops, redis_message_id=number).encode()
+        if isinstance(source, RedisHold):
+            source.leaving[redis_id(message)] = queue, number, data
+        else:
+            self.broker.do_enqueue(queue, number, data)
 
     def _keys(self, queue: str, *targets: str) -> list[str]:
         space = self.broker.namespace
@@ -156,24 +197,32 @@ class RedisMail:
         """
         self._line.run(self._ack, self._keys(queue), [number])
 
-    def pass_on(self, queue: str, leaving: Mapping[str, tuple[str, str, str, bytes]]) -> None:
+    def pass_on(self, queue: str, leaving: Mapping[str, tuple[str, str, bytes]]) -> None:
         """Put copies of messages into their queues and acknowledge the messages, in one step.
 
         Args:
             queue: Where they came from.
-            leaving: Redis id -> message id, target, and the copy with its Redis id.
+            leaving: Redis id -> target, and the copy's Redis id and data.
 
         Raises:
             RedisError, OSError: Some of it may have been done, in the order given.
         """
-        args = [item for old, (_, _, new, copy) in leaving.items() for item in (old, new, copy)]
-        self._line.run(self._pass, self._keys(queue, *(target for _, target, _, _ in leaving.values())), args)
+        args = [item for old, (_, new, data) in leaving.items() for item in (old, new, data)]
+        self._line.run(self._pass, self._keys(queue, *(target for target, _, _ in leaving.values())), args)
 
     def bury(self, message: Any, queue: str) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue."""
-        home = home_of(message)
-        copy = wrapped(message, home, None, redis_message_id=_id(message))
-        self._bury(keys=self._keys(queue, f'{home}.XQ'), args=[_id(copy), int(time.time() * 1000), copy.encode()])
+        home, number = home_of(message), redis_id(message)
+        self._move(queue, number, xq_name(home), wrapped(message, home, None, redis_message_id=number).encode())
+
+    def set_aside(self, queue: str, number: str, data: bytes, reason: str) -> None:
+        """Put what no worker can have among the dead letters, as it is."""
+        dead = dead_letters(queue, self._appname)
+        logger.error('queue=%s id=%s goes to %s: %s', queue, number, dead, reason)
+        self._move(queue, number, dead, data)
+
+    def _move(self, queue: str, number: str, dead: str, data: bytes) -> None:
+        self._bury(keys=self._keys(queue, dead), args=[number, current_millis(), data])
 
     def reclaim(self, queue: str) -> None:
         """Put back what Redis counts as taken by this process, while no thread has it: its answer to a fetch was lost.
@@ -217,16 +266,25 @@ class RedisMail:
 
     def take(self, queue: str) -> Letter | None:
         """See Mail."""
+        space = self.broker.namespace
+        if not self.broker.client.llen(f'{space}:{queue}'):
+            self._drop_source(queue)
+            return None
         self._note_source(queue)
-        while True:
-            found = [data for data in self.broker.do_fetch(queue, 1) if data is not None]
-            if not found:
-                return None
-            try:
-                return _Letter(self, queue, Message.decode(found[0]))
-            except DecodeError:
-                # Its id is in there as well. It stays as taken, and comes back when this process has ended.
-                logger.exception('queue=%s: a message cannot be decoded', queue)
+        while found := self.fetch(queue, 1):
+            number, data = found[0]
+            message = read_message(data)
+            if not isinstance(message, Refused):
+                return _Letter(self, queue, number, message)
+            self.set_aside(queue, number, data, message.reason)
+        return None
+
+    def _drop_source(self, queue: str) -> None:
+        # What is swept once would be looked at for ever by whoever sweeps this node: nodes times orphans.
+        if queue in self._sources and queue not in self.in_hand:
+            space = self.broker.namespace
+            self._forget_source(keys=[f'{space}:{self._queue}.sources', self._keys(queue)[0]], args=[queue])
+            self._sources.discard(queue)
 
     def delete(self, queue: str) -> bool:
         """See Mail."""
@@ -241,127 +299,6 @@ class RedisMail:
         if queue not in self._sources:
             self.broker.client.sadd(f'{self.broker.namespace}:{self._queue}.sources', queue)
             self._sources.add(queue)
-
-
-class _RedisHold:
-    """See Hold."""
-
-    def __init__(self, mail: RedisMail, queue: str, raw: Any) -> None:
-        self._mail = mail
-        self.queue = queue
-        self._raw = raw
-        self._own = self.queue.startswith('jobsync.')
-        #: Messages to be passed on together; see `RedisMail.pass_on`.
-        self.leaving: dict[str, tuple[str, str, str, bytes]] = {}
-        self._in_hand = mail.in_hand.setdefault(self.queue, set())
-        self._signed = clock.now()
-        #: Set by acknowledgements once half of what may be prefetched is done, while the consumer waits for that.
-        self._room = threading.Event()
-        self._waits = False
-
-    def next(self, patient: bool) -> Any:
-        """See Hold."""
-        if not patient:
-            self._raw.misses = 0  # then the pause is short
-        if not self._raw.message_cache:
-            if self.leaving:
-                self._pass_on()
-            if self._is_full and not self._wait_for_room():
-                return None
-        message = next(self._raw)
-        if message is not None:
-            self._in_hand.add(_id(message))
-        return message
-
-    @property
-    def _is_full(self) -> bool:
-        return bool(self._raw.outstanding_message_count >= self._raw.prefetch)
-
-    @property
-    def _has_room(self) -> bool:
-        return bool(2 * self._raw.outstanding_message_count <= self._raw.prefetch)
-
-    def _wait_for_room(self) -> bool:
-        """Wait until half of what may be prefetched is done; whether anything is.
-
-        At most for as long as Dramatiq sleeps here: that is 5 to 10 ms at first, in which quick actors run out of messages.
-        """
-        self._raw.misses, milliseconds = compute_backoff(self._raw.misses, max_backoff=self._raw.timeout)
-        self._room.clear()
-        self._waits = True
-        if not self._has_room:
-            self._room.wait(milliseconds / 1000)
-        self._waits = False
-        return not self._is_full
-
-    def _forget(self, message_id: str) -> None:
-        """The message does not count as prefetched any more."""
-        self._raw.queued_message_ids.discard(message_id)
-        if self._waits and self._has_room:
-            self._room.set()
-
-    def _pass_on(self) -> None:
-        try:
-            self._mail.pass_on(self.queue, self.leaving)
-        except (RedisError, OSError) as error:
-            # The worker closes this consumer, which gives back what is not gone, and makes another one in a second.
-            raise ConnectionClosed(error) from error
-        for number, (message_id, *_) in self.leaving.items():
-            self._raw.queued_message_ids.discard(message_id)
-            self._in_hand.discard(number)
-        self.leaving.clear()
-
-    def idle(self, seconds: float) -> None:
-        """See Hold."""
-        time.sleep(seconds)
-        if clock.now() - self._signed > _SIGN_SEC:
-            self._signed = clock.now()
-            self._mail.broker.do_fetch(self.queue, 0)
-
-    def ack(self, message: Any) -> None:
-        """See Hold."""
-        if _id(message) in self.leaving:
-            return
-        try:
-            self._mail.acknowledge(self.queue, _id(message))
-        except (RedisError, OSError):
-            self._raw.ack(message)
-        self._forget(message.message_id)
-        self._in_hand.discard(_id(message))
-
-    def nack(self, message: Any) -> None:
-        """See Hold."""
-        if self._own:
-            self._mail.bury(message, self.queue)
-        else:
-            self._raw.nack(message)
-        self._forget(message.message_id)
-        self._in_hand.discard(_id(message))
-
-    def requeue(self, message: Any) -> None:
-        """See Hold."""
-        self._mail.leave([(self.queue, _id(message))])
-        self._forget(message.message_id)
-
-    def pause(self) -> None:
-        """See Hold."""
-        self._mail.leave(self._cached())
-
-    def resume(self) -> None:
-        """See Hold."""
-        self._mail.reclaim(self.queue)
-
-    def close(self, waiting: list[Any]) -> None:
-        """See Hold. What was fetched, and not handed out yet, would stay in hand until this node is gone."""
-        self._mail.leave([(self.queue, _id(message)) for message in waiting] + self._cached())
-        self._raw.close()
-
-    def _cached(self) -> list[tuple[str, str]]:
-        cache, self._raw.message_cache = self._raw.message_cache, []
-        leaving, self.leaving = self.leaving, {}
-        for message_id, *_ in leaving.values():
-            self._raw.queued_message_ids.discard(message_id)
-        return [(self.queue, number) for number in (*leaving, *(_id(Message.decode(data)) for data in cache if data is not None))]
 
 
 def _text(raw: Any) -> str:

@@ -82,10 +82,11 @@ class Stage:
         self.plugin = JobSync(config=config, **settings)
         self.broker.add_middleware(self.plugin)
         self.broker.add_middleware(_Ears(self.middleware))
-        actors: dict[str, dict[str, Any]] = {'keyed': {'jobsync_key': 'k:{n}'}, 'plain': {}}
+        actors: dict[str, dict[str, Any]] = {
+            'keyed': {'jobsync_key': '{n}'}, 'plain': {}, 'pinned': {'jobsync_pin': ['gpu-%'], 'jobsync_key': '{n}'}}
         for name, options in actors.items():
             dramatiq.actor(actor_name=name, broker=self.broker, **options)(self._run)
-        dramatiq.actor(actor_name='once', broker=self.broker)(exactly_once(key='k:{n}')(self._run))
+        dramatiq.actor(actor_name='once', broker=self.broker)(exactly_once(key='{n}')(self._run))
         core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
@@ -149,14 +150,15 @@ class _Ears(dramatiq.Middleware):
         self._heard.append('ack')
 
 
-def message(key: str | None, hops: int | None = None, actor: str = 'keyed', **options: Any) -> Any:
-    """A message as it comes from the queue of node n1, or without hops from its actor's own."""
+def message(key: str | None, hops: Any = None, actor: str = 'keyed', **options: Any) -> Any:
+    """A message of this key as it comes from the queue of node n1, or without hops from its actor's own."""
     if key is not None:
-        options[KEY] = key
+        options = {KEY: key, **options}
     if hops is not None:
-        options.update({HOPS: hops, HOME: 'default'})
+        options = {HOPS: hops, HOME: 'default', **options}
+    args = options.pop('args', (7 if key is None else key,))
     return dramatiq.Message(
-        queue_name='default' if hops is None else 'jobsync.shop_.n1', actor_name=actor, args=(7,), kwargs={}, options=options)
+        queue_name='default' if hops is None else 'jobsync.shop_.n1', actor_name=actor, args=args, kwargs={}, options=options)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from dramatiq.middleware.prometheus import Prometheus
 from jobsync_core.owners import Place
 from jobsync_core.routing import HOME, HOPS, KEY
 from jobsync_core.tokens import TokenSet
-from jobsync_dramatiq import JobSync, middleware
+from jobsync_dramatiq import JobSync, exactly_once, middleware
+from jobsync_dramatiq.errors import Unroutable
 from jobsync_dramatiq.mail import wrapped
 from jobsync_dramatiq.middleware import _Consumers
 
@@ -98,10 +99,10 @@ class TestReceipt:
         check_never_to_self(stage)
 
     def test_a_key_is_made_where_the_producer_made_none(self, stage: Stage) -> None:
-        stage.job.mine.add('k:7')
+        stage.job.mine.add('7')
         assert stage.receive(message(None)) is not None
         stage.job.mine.clear()
-        stage.owners.places['k:7'] = Place('n2', 'q2')
+        stage.owners.places['7'] = Place('n2', 'q2')
         assert stage.receive(message(None)) is None
         assert stage.log == ['send q2 hops=1', 'ack']
 
@@ -134,9 +135,72 @@ class TestReceipt:
         stage.look()
         assert stage.log == ['send q2 hops=1', 'ack']
 
-    def test_arguments_without_a_key_run_here_and_fail_in_the_actor(self, stage: Stage) -> None:
-        odd: Any = dramatiq.Message(queue_name='default', actor_name='keyed', args=(), kwargs={}, options={})
-        assert stage.receive(odd) is not None
+class TestWithoutAKey:
+    """Nobody can tell where such a message may run: it runs nowhere, and fails for good."""
+
+    @pytest.mark.parametrize('args', [(), (1, 2), ('',), (None,), ('\0',), ('x' * 2001,), ('\ud800',)])
+    @pytest.mark.parametrize('actor', ['keyed', 'pinned', 'once'])
+    def test_it_fails_at_once_and_goes_to_the_dead_letters(
+        self, stage: Stage, actor: str, args: tuple[Any, ...], caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        found = stage.receive(message(None, actor=actor, args=args))
+        with caplog.at_level('WARNING'):
+            assert stage.process(found) == ['nack default']
+        said, = (record.getMessage() for record in caplog.records if record.name.startswith('jobsync'))
+        assert f'actor={actor} id={found.message_id} cannot be routed, and goes to the dead letters: no key can be made for it' in said
+        assert isinstance(found._exception, Unroutable) or found._exception is None
+        assert (stage.counts['unroutable'], stage.middleware) == (1, ['begin', 'end'])
+        assert 'throws' not in found.options and 'retries' not in found.options
+
+    def test_whatever_retry_when_says(self, stage: Stage) -> None:
+        actor: Any = dramatiq.actor(actor_name='stubborn', broker=stage.broker, jobsync_key='{n}', retry_when=lambda *_: True)(stage._run)
+        assert stage.process(stage.receive(message(None, actor=actor.actor_name, args=()))) == ['nack default']
+
+    def test_without_a_lease_it_goes_back_like_any_other(self, stage: Stage) -> None:
+        found = stage.receive(message(None, args=()))
+        stage.job.leased = False
+        assert stage.process(found) == ['requeue']
+
+    def test_a_key_of_exactly_once_that_cannot_be_made_beside_a_route_that_can(self, stage: Stage) -> None:
+        def run(n: str, m: object = None) -> None:
+            stage.log.append('run')
+
+        dramatiq.actor(actor_name='both', broker=stage.broker, jobsync_key='{n}')(exactly_once(key='{m}')(run))
+        dramatiq.actor(actor_name='scoped', broker=stage.broker)(exactly_once(key='{n}', scope='s' * 100)(run))
+        stage.job.mine.update(('mine', 'x' * 1950))
+        for actor, key in (('both', 'mine'), ('scoped', 'x' * 1950)):
+            assert stage.process(stage.receive(message(key, actor=actor))) == ['nack default']
+
+
+class TestForgedMessages:
+    @pytest.mark.parametrize('key', ['other', 'nobody', 'pinned#0', ['other'], 7, 'x' * 2001, '\0', '\ud800', ''])
+    def test_the_key_is_made_from_the_arguments(self, stage: Stage, key: Any) -> None:
+        found = stage.receive(message('mine', **{KEY: key}))
+        assert stage.process(found) == ['run', 'ack']
+        assert KEY not in found.options
+
+    @pytest.mark.parametrize('key', ['mine', 'keyed#1', 'pinned#64', 'pinned#-1', 'pinned#0x', '#'])
+    def test_no_message_goes_around_a_pin(self, stage: Stage, key: str) -> None:
+        stage.job.mine.add(key)
+        assert stage.receive(message('7', None, 'pinned', **{KEY: key})) is None
+        assert stage.process(stage.receive(message(None, None, 'pinned', args=(), **{KEY: key}))) == ['nack default']
+
+    @pytest.mark.parametrize('hops', ['x', '3', [], {}, 1.5, -1, -10**30, True, float('nan'), float('inf'), None])
+    def test_hops_that_are_no_count_are_none(self, stage: Stage, hops: Any) -> None:
+        assert stage.receive(message('other', hops=0, **{HOPS: hops})) is None
+        assert stage.log == ['send q2 hops=1', 'ack']
+
+    @pytest.mark.parametrize('home', ['elsewhere', 'jobsync.shop_.n2', ['default'], 7, '', '\0', 'x' * 2000])
+    def test_dead_letters_of_a_home_that_is_none_go_to_the_actor_s(self, stage: Stage, home: Any) -> None:
+        found = stage.receive(message('mine', hops=1, **{HOME: home}))
+        assert found.queue_name == 'default'
+
+    def test_a_queue_name_that_is_none_is_that_of_the_queue(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, queue='default') as stage:
+            for name in ('elsewhere', 'jobsync.shop_.n2'):
+                odd = message('mine').copy(queue_name=name)
+                assert stage.process(stage.receive(odd)) == ['run', 'ack']
+                assert stage.receive(odd).queue_name == 'default'
 
 
 class TestHome:

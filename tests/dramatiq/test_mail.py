@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import dramatiq
@@ -17,6 +19,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_dramatiq.mail import BrokerMail, mail_of
 
 from ..brokers import BrokerServer, RabbitServer
+from ..hostile.dramatiq_wire import UNREADABLE
 from ..waiting import eventually
 
 PARKED = 'jobsync.shop_.parked'
@@ -47,6 +50,26 @@ class Place:
     def put(self, mail: BrokerMail, queue: str, number: int = 1) -> None:
         for n in range(number):
             mail.send(message(n), queue, f'k:{n}')
+
+    def put_raw(self, mail: Any, queue: str, data: bytes) -> None:
+        """Put bytes into a queue, which may be no message."""
+        if self.server.kind == 'redis':
+            number = uuid.uuid4().hex
+            mail.broker.client.hset(f'dramatiq:{queue}.msgs', number, data)
+            mail.broker.client.rpush(f'dramatiq:{queue}', number)
+        else:
+            mail.broker._ensure_queue('default')
+            mail.broker.channel.basic_publish('jobsync.shop_' if queue.startswith('jobsync.') else '', queue, data)
+
+    def dead(self, mail: Any, queue: str) -> list[bytes]:
+        """What is among the dead letters of a queue."""
+        if self.server.kind == 'redis':
+            return list(mail.broker.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
+        found: list[bytes] = []
+        while (data := mail.broker.channel.basic_get(f'{queue}.XQ')[2]) is not None:
+            found.append(data)
+        mail.broker.channel.basic_nack(0, multiple=True)
+        return found
 
     def take_all(self, mail: BrokerMail, queue: str) -> list[Any]:
         """The messages of a queue, which stay taken."""
@@ -189,6 +212,52 @@ class TestBothBrokers:
         eventually(take_more, 10)
 
 
+class TestUnreadable:
+    """What no worker can have is set aside once, as it is, and what lies beside it goes its way."""
+
+    @pytest.mark.parametrize(('queue', 'dead'), [('default', 'default'), (N1, PARKED)])
+    def test_a_consumer_sets_it_aside(self, place: Place, queue: str, dead: str, caplog: pytest.LogCaptureFixture) -> None:
+        node = place.node('n1')
+        hold = node.consume(queue, 100, 50)
+        for n, data in enumerate(UNREADABLE.values()):
+            place.put_raw(node, queue, data)
+            node.send(message(n), queue, None)
+        good = [next_of(hold) for _ in UNREADABLE]
+        assert sorted(each.args[0] for each in good) == list(range(len(UNREADABLE)))
+        eventually(lambda: len(place.dead(node, dead)) == len(UNREADABLE), 10)
+        assert sorted(place.dead(node, dead)) == sorted(UNREADABLE.values())
+        for each in good:
+            in_thread(partial(hold.ack, each))
+        hold.idle(0.05)
+        hold.close([])
+        lines = [record.getMessage() for record in caplog.records if f'goes to {dead}.XQ: ' in record.getMessage()]
+        assert len(lines) == len(UNREADABLE)
+        assert all(len(line) < 600 and '\n' not in line for line in lines)
+        eventually(lambda: not [name for name in place.server.depths(place.space) if not name.endswith('.XQ')], 10)
+
+    def test_who_sweeps_a_queue_sets_it_aside(self, place: Place) -> None:
+        node = place.node('n1')
+        for n, data in enumerate(UNREADABLE.values()):
+            place.put_raw(node, PARKED, data)
+            node.send(message(n), PARKED, f'k:{n}')
+        assert [each.args[0] for each in place.take_all(node, PARKED)] == list(range(len(UNREADABLE)))
+        assert eventually(lambda: sorted(place.dead(node, PARKED)) == sorted(UNREADABLE.values()), 10)
+
+    def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(self, place: Place) -> None:
+        node = place.node('n1')
+        hold = node.consume(N1, 50, 50)
+        node.send(message(0), N1, None)
+        for data in UNREADABLE.values():
+            place.put_raw(node, N1, data)
+        first = next_of(hold)
+        hold.pause()
+        hold.resume()
+        hold.close([first])
+        hold = node.consume(N1, 50, 50)
+        eventually(lambda: hold.next(patient=True) is None and len(place.dead(node, PARKED)) == len(UNREADABLE), 10)
+        hold.close([])
+
+
 class TestRedis:
     def test_what_a_node_had_taken_comes_back_whatever_the_queue(self, redis: Place) -> None:
         one, two = redis.node('n1'), redis.node('n2')
@@ -217,7 +286,7 @@ class TestRedis:
         assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 1
         hold.ack(found[3])
         assert not client.exists('dramatiq:default.msgs', acks)
-        assert hold._raw.outstanding_message_count == 0 and not hold.leaving and not hold._in_hand
+        assert hold.outstanding == 0 and not hold.leaving and not hold._in_hand
         copies = redis.take_all(node, N2)
         assert [(copy.message_id, copy.args, copy.options['jobsync_hops']) for copy in copies] == [
             (each.message_id, each.args, 1) for each in (found[0], found[2])]
@@ -232,7 +301,7 @@ class TestRedis:
         assert node.broker.client.llen('dramatiq:default') == 4
 
         for _ in range(2):
-            hold._raw.misses = 30  # now Dramatiq would sleep for five minutes
+            hold._misses = 30  # now Dramatiq would sleep for five minutes
             found: list[Any] = []
             thread = threading.Thread(target=lambda found=found: found.append(hold.next(patient=True)), daemon=True)
             thread.start()
@@ -253,7 +322,7 @@ class TestRedis:
         hold = node.consume(queue, 2, 600_000)
         redis.put(node, queue, 3)
         held = [next_of(hold) for _ in range(2)]
-        hold._raw.misses = 30  # now Dramatiq would sleep for five minutes
+        hold._misses = 30  # now Dramatiq would sleep for five minutes
         found: list[Any] = []
         thread = threading.Thread(target=lambda: found.append(hold.next(patient=True)), daemon=True)
         thread.start()
@@ -261,7 +330,7 @@ class TestRedis:
         in_thread(lambda: getattr(hold, way)(held[0]))
         thread.join(20)
         assert [each.args for each in found] == [(2,)]
-        assert hold._raw.outstanding_message_count == 2
+        assert hold.outstanding == 2
         hold.close([])
 
     def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
@@ -303,7 +372,7 @@ class TestRedis:
             client.script_flush()
         hold.ack(next_of(hold))
         assert not client.exists('dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default')
-        assert hold._raw.outstanding_message_count == 0
+        assert hold.outstanding == 0
 
     def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
         node = redis.node('n1')
@@ -325,7 +394,7 @@ class TestRedis:
         assert next_of(hold).message_id == first.message_id
 
     def test_a_consumer_that_takes_nothing_shows_that_it_lives(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr('jobsync_dramatiq.redis_mail._SIGN_SEC', 0.0)
+        monkeypatch.setattr('jobsync_dramatiq.redis_hold._SIGN_SEC', 0.0)
         node = redis.node('n1')
         hold = node.consume('default', 1, 50)
         client = node.broker.client
@@ -352,10 +421,12 @@ class TestRedis:
     def test_the_names_of_its_queues_come_back_where_redis_has_forgotten_them(self, redis: Place) -> None:
         node = redis.node('n1')
         node.consume('default', 1, 50)
+        redis.put(node, PARKED)
         node.take(PARKED)
         node.broker.client.flushdb()
         node.reset()  # as the keeper does after an error
         node.consume('default', 1, 50)
+        redis.put(node, PARKED)
         node.take(PARKED)
         assert node.broker.client.smembers(f'dramatiq:{N1}.sources') == {b'default', PARKED.encode()}
 
@@ -445,10 +516,3 @@ class TestRabbit:
         node.consume(N1, 1, 50).close([])
         assert rabbit.server.api('GET', f'queues/{rabbit.space}/{N1}')['arguments'] == before
         assert f'{N1}.DQ' not in rabbit.server.queues(rabbit.space)
-
-    def test_what_cannot_be_decoded_goes_to_the_dead_letters(self, rabbit: Place) -> None:
-        node = rabbit.node('n1')
-        node.broker.channel.basic_publish('jobsync.shop_', N1, b'no message')
-        rabbit.put(node, N1)
-        assert node.take(N1).route == 'k:0'
-        assert eventually(lambda: node.broker.channel.basic_get(f'{PARKED}.XQ', auto_ack=True)[2], 10) == b'no message'
