@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kombu.connection import Connection
@@ -19,9 +20,10 @@ from kombu.utils.uuid import uuid
 
 from jobsync_core import clock
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.keeper import Letter
-from jobsync_core.logs import get_logger
-from jobsync_core.routing import HOPS, KEY, node_queue, parked_queue
+from jobsync_core.incoming import Refused, read_name, read_stamps
+from jobsync_core.logs import get_logger, shown
+from jobsync_core.mail import Letter
+from jobsync_core.routing import HOPS, node_queue, parked_queue, unknown_queue
 
 from .circuit import Circuit
 from .parts import HAND_OVER, missing
@@ -47,6 +49,8 @@ _SHARED: dict[str, Any] = {
     'unacked_key': 'unacked', 'unacked_index_key': 'unacked_index', 'unacked_mutex_key': 'unacked_mutex', 'visibility_timeout': 3600}
 _KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
 _DRIVERS = ('redis', 'amqp', 'memory')
+#: Nodes about which Redis is asked with one command.
+_NODES_AT_ONCE = 100
 
 
 @dataclass
@@ -107,6 +111,19 @@ def node_queue_of(plugin: JobSync, name: str, declare: bool = True) -> Queue:
         arguments = None
     return Queue(
         name, exchange_of(plugin), routing_key=name, durable=True, auto_delete=False, queue_arguments=arguments, no_declare=not declare)
+
+
+def _plain_command(client: Any, prefix: str, *keys: str) -> int:
+    """How many of the keys exist."""
+    from redis import Redis
+
+    execute: Any = Redis.execute_command
+    return int(execute(client, 'EXISTS', *(prefix + key for key in keys)))
+
+
+def _groups(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
 
 
 class Publisher:
@@ -238,12 +255,13 @@ class _Letter:
     def __init__(self, mail: CeleryMail, message: Any) -> None:
         self._mail = mail
         self._message = message
-        self.headers: dict[str, Any] = dict(message.headers or {})
-        self.route: str | None = self.headers.get(KEY)
-        self.home: str | None = None
-        if self.route is None:
-            self.route = mail.route_of(message)
-            self.home = mail.home
+        self.headers: dict[str, Any] = dict(message.headers) if isinstance(message.headers, Mapping) else {}
+        self.id = shown(self.headers.get('id'))
+        task = read_name(self.headers.get('task'), 'its task')
+        self.task = '' if isinstance(task, Refused) else task
+        stamps = read_stamps(self.headers)
+        self.route: str | None = stamps.key if stamps.key is not None else mail.route_of(message)
+        self.home = stamps.home or mail.home
 
     def forward(self, queue: str) -> None:
         self._mail.publisher.send(queue, self._message, {**self.headers, HOPS: 0})
@@ -278,6 +296,7 @@ class CeleryMail:
                 stray = Exchange(f'jobsync.{appname}.unrouted', type='fanout', durable=True)
                 Queue(parked.name, stray, durable=True, queue_arguments=parked.queue_arguments)(channel).declare()
             parked(channel).declare()
+            node_queue_of(self._plugin, unknown_queue(appname))(channel).declare()
             node_queue_of(self._plugin, queue)(channel).declare()
 
     def route_of(self, message: Any) -> str | None:
@@ -349,6 +368,35 @@ class CeleryMail:
     def shared_every(options: Mapping[str, Any]) -> float:
         """Seconds between two looks at what plain workers had taken."""
         return max(1.0, min(30.0, float(options.get('visibility_timeout', _SHARED['visibility_timeout'])) / 2))
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """See Mail. On RabbitMQ queues say so themselves, and are deleted when they are empty."""
+        if self._plugin.driver != 'redis':
+            return frozenset(queues)
+        channel = self._open()
+        appname, prefix = self._plugin.settings.config.appname, getattr(channel, 'global_keyprefix', None) or ''
+        found: set[str] = set()
+        for group in _groups(sorted(queues), _NODES_AT_ONCE):
+            places = {
+                node: [redis_options(appname, node)['unacked_key'],
+                       *(channel._q_for_pri(queues[node], step) for step in channel.priority_steps)]
+                for node in group}
+            # Past kombu's client, which knows of the prefix in some commands only.
+            ask: Any = partial(_plain_command, channel.client, prefix)
+            if ask(*(place for node in group for place in places[node])):
+                found.update(node for node in group if ask(*places[node]))
+        return frozenset(found)
+
+    def size(self, queue: str) -> int:
+        """See Mail."""
+        channel = self._open()
+        if self._plugin.driver != 'amqp':
+            return int(channel._size(queue))
+        try:
+            return int(channel.queue_declare(queue, passive=True).message_count)
+        except self._missing():
+            self.reset()
+            return 0
 
     def take(self, queue: str) -> Letter | None:
         """See Mail."""

@@ -253,7 +253,8 @@ class JobSync:
         appname = self.settings.config.appname
         self._keeper = Keeper(
             self._gate, self._mail, 'celery', node_queue(appname, self.job.node_name), parked_queue(appname),
-            on_lease=self._lease_changed, on_change=self._look_again, on_tick=self._tick)
+            on_lease=self._lease_changed, on_change=self._look_again, on_tick=self._tick,
+            tasks=lambda: frozenset(self.app.tasks))
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()

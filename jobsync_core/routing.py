@@ -18,7 +18,7 @@ from .patterns import check_patterns
 
 __all__ = [
     'HOME', 'HOPS', 'KEY', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'node_queue', 'parked_queue',
-    'pin_locks', 'pin_route',
+    'pin_locks', 'pin_route', 'unknown_queue',
 ]
 
 #: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
@@ -28,7 +28,7 @@ HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
-_RESERVED = frozenset({'parked', 'unrouted'})
+_RESERVED = frozenset({'parked', 'unknown', 'unrouted'})
 _RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
 _QUEUE_BYTES = 240
@@ -104,6 +104,11 @@ def node_queue(appname: str, node: str) -> str:
 def parked_queue(appname: str) -> str:
     """Name of the queue of messages that nobody owns."""
     return f'jobsync.{appname}.parked'
+
+
+def unknown_queue(appname: str) -> str:
+    """Name of the queue of messages whose task the node that got them does not know."""
+    return f'jobsync.{appname}.unknown'
 
 
 def pin_route(name: str, key: str, slots: int) -> str:

@@ -13,9 +13,9 @@ from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 from jobsync_core import clock
 from jobsync_core.consuming import Consuming
 from jobsync_core.incoming import Refused
-from jobsync_core.logs import get_logger
+from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.plugin import Gate
-from jobsync_core.routing import WAITS, Verdict, parked_queue
+from jobsync_core.routing import WAITS, Verdict, parked_queue, unknown_queue
 from jobsync_core.tokens import TokenSet
 
 from .actors import Actors
@@ -64,7 +64,8 @@ class WorkerGate:
         self.mail = mail
         self.actors = actors
         self.consuming = consuming
-        self.parked = parked_queue(gate.settings.config.appname)
+        self.parked, self.unknown = parked_queue(gate.settings.config.appname), unknown_queue(gate.settings.config.appname)
+        self.repeats = Repeats()
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
         self._begun: set[int] = set()
@@ -371,9 +372,11 @@ class GatedConsumer(Consumer):
 
     def _park_unknown(self, message: Any, note: Note) -> bool:
         """Dramatiq would put it among the dead letters; but another node may know the actor, or this one after an upgrade."""
-        logger.error('actor=%s id=%s is not known here: parked. Nodes of one cluster must know the same actors',
-                     message.actor_name, message.message_id)
-        return self._send(message, note, self._shared.parked, 0, 'unknown')
+        again = self._shared.repeats.say(message.actor_name, clock.now())
+        if again is not None:
+            logger.error('actor=%s id=%s is not known here, and waits in %s until a node comes that knows it: nodes of one cluster must '
+                         'know the same actors%s', message.actor_name, message.message_id, self._shared.unknown, again)
+        return self._send(message, note, self._shared.unknown, 0, 'unknown')
 
     def _send(self, message: Any, note: Note, queue: str, hops: int, event: str) -> bool:
         if clock.now() < note.again:

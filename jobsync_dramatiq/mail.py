@@ -9,7 +9,7 @@ from dramatiq.common import q_name, xq_name
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.incoming import read_stamps
-from jobsync_core.keeper import Mail
+from jobsync_core.mail import Mail
 from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
 
 __all__ = ['BrokerMail', 'Hold', 'dead_letters', 'home_of', 'mail_of', 'wrapped']

@@ -235,6 +235,9 @@ class JobSync(Middleware):
         self._uncoordinated = True
         set_current_ledger(LocalLedger())
 
+    def _route_of(self, letter: Any) -> str | None:
+        return self._known().route_of(letter.message)
+
     def _boot(self, broker: Any, worker: Any) -> None:
         if is_gevent_active():
             raise ConfigurationError(
@@ -255,7 +258,8 @@ class JobSync(Middleware):
         job.__enter__()
         gate = Gate(settings, job)
         self._keeper = Keeper(
-            gate, mail, 'dramatiq', queue, parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick)
+            gate, mail, 'dramatiq', queue, parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick,
+            tasks=lambda: frozenset(broker.actors), route=self._route_of)
         gate.owners.refresh()
         self._keeper.start()
         self.attach(gate, mail, consuming)

@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 import threading
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +25,9 @@ from pika.exceptions import ChannelClosedByBroker, UnroutableError
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.incoming import Refused, read_stamps
-from jobsync_core.keeper import Letter
-from jobsync_core.logs import get_logger
-from jobsync_core.routing import parked_queue
+from jobsync_core.logs import get_logger, shown
+from jobsync_core.mail import Letter
+from jobsync_core.routing import parked_queue, unknown_queue
 
 from .incoming import priority_of, read_message
 from .mail import Hold, dead_letters, home_of, wrapped
@@ -45,14 +46,15 @@ _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED = 403, 404, 406
 
 class _Letter:
     def __init__(self, mail: RabbitMail, channel: Any, tag: int, message: Message[Any]) -> None:
-        self._mail, self._channel, self._tag, self._message = mail, channel, tag, message
+        self._mail, self._channel, self._tag, self.message = mail, channel, tag, message
         stamps = read_stamps(message.options)
+        self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None = stamps.key
-        self.home: str | None = stamps.home or message.queue_name
+        self.home = stamps.home or message.queue_name
 
     def forward(self, queue: str) -> None:
         """See Letter. The acknowledgement fails if publishing had to change the connection: then the message comes again."""
-        self._mail.send(self._message, queue, self.route)
+        self._mail.send(self.message, queue, self.route)
         self._channel.basic_ack(self._tag)
 
     def put_back(self) -> None:
@@ -74,7 +76,7 @@ class RabbitMail:
         self.broker = broker
         self._appname = config.appname
         self._exchange = f'jobsync.{config.appname}'
-        self._parked = parked_queue(config.appname)
+        self._parked, self._unknown = parked_queue(config.appname), unknown_queue(config.appname)
         # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
         self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
         self._node_queue = ''
@@ -136,6 +138,20 @@ class RabbitMail:
     def restore(self, node: str) -> int:
         """See Mail."""
         return 0
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """See Mail: the queues themselves say so, and are deleted when they are empty."""
+        return frozenset(queues)
+
+    def size(self, queue: str) -> int:
+        """See Mail."""
+        try:
+            return int(self.broker.channel.queue_declare(queue, passive=True).method.message_count)
+        except ChannelClosedByBroker as error:
+            self.reset()
+            if error.reply_code == _NOT_FOUND:
+                return 0
+            raise
 
     def take(self, queue: str) -> Letter | None:
         """See Mail."""
@@ -203,6 +219,7 @@ class RabbitMail:
             channel.exchange_declare(unrouted, 'fanout', durable=True)
             channel.exchange_declare(self._exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted})
             self._declare_queue(channel, self._parked)
+            self._declare_queue(channel, self._unknown)
             channel.queue_bind(self._parked, unrouted)
             self._state.channel = channel
         return channel
@@ -220,7 +237,7 @@ class RabbitMail:
         dead = xq_name(self._parked)
         channel.queue_declare(dead, durable=True, arguments={'x-message-ttl': DEAD_MESSAGE_TTL})
         arguments: dict[str, Any] = {'x-dead-letter-exchange': '', 'x-dead-letter-routing-key': dead}
-        if self.broker.max_priority and queue != self._parked:
+        if self.broker.max_priority and queue not in (self._parked, self._unknown):
             arguments['x-max-priority'] = self.broker.max_priority
         channel.queue_declare(queue, durable=True, arguments=arguments)
         channel.queue_bind(queue, self._exchange, queue)

@@ -16,8 +16,8 @@ from dramatiq import Message
 from dramatiq.common import current_millis, xq_name
 
 from jobsync_core.incoming import Refused, read_stamps
-from jobsync_core.keeper import Letter
-from jobsync_core.logs import get_logger
+from jobsync_core.logs import get_logger, shown
+from jobsync_core.mail import Letter
 from jobsync_core.routing import node_queue
 
 from .incoming import read_message
@@ -99,19 +99,20 @@ def broker_id(appname: str, node: str) -> str:
 
 class _Letter:
     def __init__(self, mail: RedisMail, queue: str, number: str, message: Message[Any]) -> None:
-        self._mail, self._queue, self._number, self._message = mail, queue, number, message
+        self._mail, self._queue, self._number, self.message = mail, queue, number, message
         stamps = read_stamps(message.options)
+        self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None = stamps.key
-        self.home: str | None = stamps.home or message.queue_name
+        self.home = stamps.home or message.queue_name
 
     def forward(self, queue: str) -> None:
         """See Letter."""
-        self._mail.send(self._message, queue, self.route)
+        self._mail.send(self.message, queue, self.route)
         self._mail.broker.do_ack(self._queue, self._number)
 
     def put_back(self) -> None:
-        """See Letter."""
-        self._mail.broker.do_requeue(self._queue, self._number)
+        """See Letter. What cannot go back now does later: Redis gives nothing back because a connection is lost."""
+        self._mail.leave([(self._queue, self._number)])
 
 
 class RedisMail:
@@ -263,6 +264,22 @@ class RedisMail:
             moved += int(self._restore(keys=[f'{space}:__acks__.{name}.{queue}', f'{space}:{queue}']))
         self.broker.client.zrem(f'{space}:__heartbeats__', name)
         return moved
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """See Mail: two trips for all."""
+        nodes, space = sorted(queues), self.broker.namespace
+        with self.broker.client.pipeline(transaction=False) as pipe:
+            for node in nodes:
+                pipe.smembers(f'{space}:{queues[node]}.sources')
+            sources = pipe.execute()
+            for node, found in zip(nodes, sources, strict=True):
+                taken = (f'{space}:__acks__.{broker_id(self._appname, node)}.{_text(raw)}' for raw in found)
+                pipe.exists(f'{space}:{queues[node]}', *taken)
+            return frozenset(node for node, count in zip(nodes, pipe.execute(), strict=True) if count)
+
+    def size(self, queue: str) -> int:
+        """See Mail."""
+        return int(self.broker.client.llen(f'{self.broker.namespace}:{queue}'))
 
     def take(self, queue: str) -> Letter | None:
         """See Mail."""

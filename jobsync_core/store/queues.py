@@ -5,6 +5,7 @@ orphan: its messages are for whoever owns them now.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['forget', 'hold', 'is_gone', 'other_kinds', 'orphans', 'owners', 'record']
+__all__ = ['Orphan', 'forget', 'hold', 'is_gone', 'old_orphans', 'other_kinds', 'orphans', 'owners', 'record']
 
 
 def record(connection: PgConnection, tables: Tables, name: str, node: str, kind: str) -> None:
@@ -34,24 +35,50 @@ def other_kinds(connection: PgConnection, tables: Tables, kind: str) -> list[tup
         return [(row[0], row[1]) for row in cursor.fetchall()]
 
 
-def orphans(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str, float]]:
-    """Queues of nodes that are gone: (queue, node, seconds since that was seen first), the eldest first."""
+@dataclass(frozen=True)
+class Orphan:
+    """A queue of a node that is gone, and for how many seconds that has been known."""
+
+    queue: str
+    node: str
+    age: float
+
+
+def orphans(connection: PgConnection, tables: Tables, kind: str, young: float) -> list[Orphan]:
+    """Queues of nodes that are gone, the newest first: those of which it has been known for less than `young` seconds.
+
+    Which these are is written down here.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
-            SELECT q.name, q.node, extract(epoch FROM now() - q.gone_at)::float8 FROM {tables.queue} AS q
-            WHERE q.kind = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
-            ORDER BY coalesce(q.gone_at, now()), q.name
-            ''', (kind,))
+            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM {tables.queue} AS q
+            WHERE q.kind = %s AND (q.gone_at IS NULL OR q.gone_at > clock_timestamp() - make_interval(secs => %s))
+                AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
+            ORDER BY q.gone_at DESC NULLS FIRST, q.name
+            ''', (kind, young))
         found = cursor.fetchall()
         fresh = [row[0] for row in found if row[2] is None]
         if fresh:
             cursor.execute(
                 f'''
-                UPDATE {tables.queue} AS q SET gone_at = now() WHERE q.name = ANY(%s) AND q.gone_at IS NULL
+                UPDATE {tables.queue} AS q SET gone_at = clock_timestamp() WHERE q.name = ANY(%s) AND q.gone_at IS NULL
                 AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
                 ''', (fresh,))
-        return [(queue, node, age or 0.0) for queue, node, age in found]
+        return [Orphan(queue, node, age or 0.0) for queue, node, age in found]
+
+
+def old_orphans(connection: PgConnection, tables: Tables, kind: str, young: float) -> list[Orphan]:
+    """Queues of nodes that have been gone for longer, the newest first."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM {tables.queue} AS q
+            WHERE q.kind = %s AND q.gone_at <= clock_timestamp() - make_interval(secs => %s)
+                AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
+            ORDER BY q.gone_at DESC, q.name
+            ''', (kind, young))
+        return [Orphan(*row) for row in cursor.fetchall()]
 
 
 def hold(connection: PgConnection, tables: Tables, node: str) -> bool:

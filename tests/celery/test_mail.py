@@ -14,7 +14,7 @@ from jobsync_core.config import CoordinationConfig
 from ..brokers import RabbitServer, RedisServer
 from ..waiting import eventually
 
-_QUEUE, _PARKED = 'jobsync.shop_.n1', 'jobsync.shop_.parked'
+_QUEUE, _PARKED, _UNKNOWN = 'jobsync.shop_.n1', 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         found = {item['name']: item['arguments'] for item in rabbitmq_server.api('GET', f'queues/{space}?disable_stats=true')}
         for given in found.values():
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
-        assert found == {_QUEUE: arguments, _PARKED: arguments}
+        assert found == {_QUEUE: arguments, _PARKED: arguments, _UNKNOWN: arguments}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
             for queue in (_QUEUE, 'jobsync.shop_.gone'):

@@ -257,9 +257,9 @@ class TestWaiting:
         assert stage.log == ['close waiting=1']
 
     @pytest.mark.parametrize('key', ['mine', None])
-    def test_an_actor_that_is_not_known_here_is_parked(self, stage: Stage, key: str | None) -> None:
+    def test_a_message_of_an_actor_that_is_not_known_here_waits_apart(self, stage: Stage, key: str | None) -> None:
         assert stage.receive(message(key, actor='newer')) is None
-        assert (stage.log, stage.counts['unknown']) == ([PARKED, 'ack', 'stray'], 1)
+        assert (stage.log, stage.counts['unknown']) == (['send jobsync.shop_.unknown hops=0', 'ack'], 1)
 
 
 class TestLease:

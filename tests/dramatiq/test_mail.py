@@ -75,7 +75,7 @@ class Place:
         """The messages of a queue, which stay taken."""
         found: list[Any] = []
         while (letter := mail.take(queue)) is not None:
-            found.append(letter._message)  # type: ignore[attr-defined]  # of either broker
+            found.append(letter.message)  # type: ignore[attr-defined]  # of either broker
         return found
 
 

@@ -41,9 +41,14 @@ def record(sessions: Sessions, tables: Tables, *found: tuple[str, str, str]) -> 
             queues.record(connection, tables, *row)
 
 
+YOUNG = 50.0
+
+
 def orphans(sessions: Sessions, tables: Tables, kind: str = 'celery') -> list[tuple[str, str, float]]:
+    """Those that are young, then those that are old."""
     with sessions.session() as connection:
-        return queues.orphans(connection, tables, kind)
+        found = queues.orphans(connection, tables, kind, YOUNG)
+        return [(row.queue, row.node, row.age) for row in (*found, *queues.old_orphans(connection, tables, kind, YOUNG))]
 
 
 def test_a_queue_is_recorded_once_and_belongs_to_its_last_node(config: CoordinationConfig, sessions: Sessions, tables: Tables) -> None:
@@ -51,7 +56,7 @@ def test_a_queue_is_recorded_once_and_belongs_to_its_last_node(config: Coordinat
     assert rows(config) == [('q1', 'n1', 'celery', False), ('q2', 'n3', 'dramatiq', False)]
 
 
-def test_queues_of_nodes_that_are_gone_are_orphans_the_eldest_first(
+def test_queues_of_nodes_that_are_gone_are_orphans_the_newest_first(
     config: CoordinationConfig, sessions: Sessions, tables: Tables,
 ) -> None:
     with Job('n1', config, wait_on_enter=0):
@@ -59,8 +64,13 @@ def test_queues_of_nodes_that_are_gone_are_orphans_the_eldest_first(
         assert [row[:2] for row in orphans(sessions, tables)] == [('b', 'gone')]
         record(sessions, tables, ('a', 'gone2', 'celery'))
         found = orphans(sessions, tables)
-        assert [row[:2] for row in found] == [('b', 'gone'), ('a', 'gone2')]
-        assert 0 == found[1][2] <= found[0][2] < 60
+        assert [row[:2] for row in found] == [('a', 'gone2'), ('b', 'gone')]
+        assert 0 == found[0][2] <= found[1][2] < YOUNG
+        query(config, """UPDATE "{}queue" SET gone_at = now() - interval '100 s' WHERE name = 'b'""")
+        record(sessions, tables, ('c', 'gone4', 'celery'))
+        orphans(sessions, tables)
+        assert [row[0] for row in orphans(sessions, tables)] == ['c', 'a', 'b'], 'the old ones come last'
+        query(config, """DELETE FROM "{}queue" WHERE name = 'c'""")
         assert rows(config) == [
             ('a', 'gone2', 'celery', True), ('b', 'gone', 'celery', True), ('d', 'gone3', 'dramatiq', False), ('q1', 'n1', 'celery', False)]
         assert [row[0] for row in orphans(sessions, tables, 'dramatiq')] == ['d']

@@ -1,0 +1,58 @@
+"""The broker, as rescue and parking need it: two interfaces that each adapter implements for each of its brokers."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+__all__ = ['Letter', 'Mail']
+
+
+class Letter(Protocol):
+    """One message that was taken off a queue and is not acknowledged yet.
+
+    Attributes:
+        id: The message's id, for logs.
+        task: What it is for: the name of a task or an actor; '' where it does not say.
+        route: Its route; None where none can be made.
+        home: The queue that it was sent to.
+    """
+
+    id: str
+    task: str
+    route: str | None
+    home: str
+
+    def forward(self, queue: str) -> None:
+        """Publish it durably to a queue, then acknowledge it here."""
+
+    def put_back(self) -> None:
+        """Leave it in the queue that it came from."""
+
+
+class Mail(Protocol):
+    """A connection to the broker for one thread. Any error of its client may come out; the work is tried again then."""
+
+    #: A message that is sent to a deleted queue is kept (in the parked queue), not lost and not stranded.
+    catches_strays: bool
+
+    def restore(self, node: str) -> int:
+        """Put back what a node that is gone had taken and not acknowledged; returns how many messages."""
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """Nodes that may have left something, of those that are gone: in few trips, however many they are.
+
+        Args:
+            queues: Each node, and its queue.
+        """
+
+    def size(self, queue: str) -> int:
+        """How many messages wait in a queue, those that somebody has taken not counted; 0 where there is no such queue."""
+
+    def take(self, queue: str) -> Letter | None:
+        """The next message of a queue; None where it is empty or there is no such queue. What it holds makes this raise nothing."""
+
+    def delete(self, queue: str) -> bool:
+        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
+
+    def reset(self) -> None:
+        """Drop the connection after an error; the next call opens another."""
