@@ -1,4 +1,5 @@
--- JobSync: queries for operators, on the default prefix sync_. Each runs as printed; replace the prefix if yours differs.
+-- JobSync: queries for operators, on the default prefix sync_. Each runs as printed; replace the prefix if yours differs,
+-- and say SET search_path TO … first where the tables are not in a schema of your path.
 -- Ages are measured by the server's clock and shown for people: JobSync itself compares no clocks.
 
 -- == Nodes ==

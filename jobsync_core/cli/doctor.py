@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import psycopg2
+import psycopg2.errors
 from rich.text import Text
 
 from ..config import CoordinationConfig
@@ -66,15 +67,23 @@ def show(checks: list[Check]) -> None:
 
 def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> Iterator[Check]:
     begun = time.monotonic()
-    with sessions.session() as connection:
+    with sessions.session():
         where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
         yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
     pooler = probe.pooling(sessions)
     for examine_one in (_version, _writable, _clock, _schema, _rights, _neighbours, _durability):
-        with sessions.session() as connection:
-            yield examine_one(connection, tables)
+        yield _try(examine_one, sessions, tables)
     yield _pooler_check(config, pooler)
     yield _listen_check(config, sessions)
+
+
+def _try(examine_one: Callable[[PgConnection, Tables], Check], sessions: Sessions, tables: Tables) -> Check:
+    """A check that meets a missing right is bad; the check of the rights tells which it is."""
+    try:
+        with sessions.session() as connection:
+            return examine_one(connection, tables)
+    except psycopg2.errors.InsufficientPrivilege as error:
+        return Check(examine_one.__name__.strip('_'), 'bad', describe(error))
 
 
 def _version(connection: PgConnection, tables: Tables) -> Check:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import select
@@ -17,7 +18,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, TRANSACTION_STAT
 
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, StoreTimeout
-from .deadline import Deadlines, GuardedConnection
+from .deadline import BEGIN_TRIES, QUICK_SEC, Deadlines, GuardedConnection
 from .inherited import leave_to_parent
 from .location import locate, location_of
 from .options import Limits, agent_limits, call_limits, explain, keepalive, libpq_parameters, resolve, text_of
@@ -115,10 +116,10 @@ class Connection:
         if not self._pooled:
             settings = keepalive(config)
             try:
-                self._send(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
+                self._send_first(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
             except psycopg2.errors.InvalidParameterValue:  # a system that cannot look whether a client is still there
                 settings = dataclasses.replace(settings, checks=False)
-                self._send(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
+                self._send_first(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
         try:
             rows = self._read(_SERVER, deadline)
         except DatabaseUnavailable:
@@ -133,7 +134,7 @@ class Connection:
     def _read(self, sql: str, deadline: float, params: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Run what a standby can run too."""
         begin = self._limits.begin_transaction(self._raw.server_version, writing=False) + '; ' if self._pooled else ''
-        return self._send(begin + sql, params, deadline)
+        return self._send_first(begin + sql, params, deadline)
 
     def execute(
         self, sql: str, params: Sequence[object] | Mapping[str, object] = (), timeout: float | None = None,
@@ -198,10 +199,21 @@ class Connection:
 
     def _run(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
         self._check()
-        if self._pooled and self._raw.info.transaction_status == TRANSACTION_STATUS_IDLE and not sql.startswith('BEGIN'):
-            # A transaction by itself, which begins with what a session would have had from its start.
-            sql = f'{self.local_limits}; {sql}'
-        return self._send(sql, params, deadline)
+        if not self._pooled or self._raw.info.transaction_status != TRANSACTION_STATUS_IDLE or sql.startswith('BEGIN'):
+            return self._send(sql, params, deadline)
+        # A transaction by itself, which begins with what a session would have had from its start.
+        return self._send_first(f'{self.local_limits}; {sql}', params, deadline)
+
+    def _send_first(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
+        """Run the beginning of a session or transaction: again, where a limit of the role's that it lifts was quicker."""
+        for tries in itertools.count(1):
+            began = time.monotonic()
+            try:
+                return self._send(sql, params, deadline)
+            except psycopg2.errors.QueryCanceled:
+                if tries == BEGIN_TRIES or time.monotonic() - began > QUICK_SEC:
+                    raise
+        raise AssertionError
 
     def _send(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
         self._check()
@@ -254,6 +266,7 @@ class Sessions:
         self._name = application_name
         self._limits = call_limits(config)
         self._location = location_of(config)
+        self._keepalive = keepalive(config)
         self._pools: dict[int, _Pool] = {}
 
     @contextlib.contextmanager
@@ -333,7 +346,11 @@ class Sessions:
 
     def users_prologue(self, connection: GuardedConnection) -> str:
         """What goes before the first statement of a transaction of the user's on such a connection."""
-        return self._limits.begin_exclusive(keepalive(self._config))
+        return self._limits.begin_exclusive(self._keepalive)
+
+    def forgo_checks(self) -> None:
+        """Ask no more for what only some systems can: to look whether a client is still there while its statement runs."""
+        self._keepalive = dataclasses.replace(self._keepalive, checks=False)
 
     @staticmethod
     def is_quiet(connection: GuardedConnection) -> bool:
@@ -375,14 +392,13 @@ class Sessions:
         return connection
 
     def _begin_session(self, connection: GuardedConnection) -> None:
-        settings = keepalive(self._config)
         connection.autocommit = True
         with connection.cursor() as cursor:
             try:
-                cursor.execute(self._limits.begin_session(connection.server_version, settings))
-            except psycopg2.errors.InvalidParameterValue:  # as in Connection
-                settings = dataclasses.replace(settings, checks=False)
-                cursor.execute(self._limits.begin_session(connection.server_version, settings))
+                cursor.execute_first(self._limits.begin_session(connection.server_version, self._keepalive))
+            except psycopg2.errors.InvalidParameterValue:
+                self.forgo_checks()
+                cursor.execute_first(self._limits.begin_session(connection.server_version, self._keepalive))
         connection.autocommit = False
 
     def _translate(self, error: psycopg2.Error, connection: GuardedConnection, limited: bool, users: bool) -> DatabaseUnavailable | None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -9,10 +10,14 @@ import time
 from typing import Any
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_IDLE
 
-__all__ = ['Deadlines', 'GuardedConnection']
+__all__ = ['BEGIN_TRIES', 'QUICK_SEC', 'Deadlines', 'GuardedConnection']
+
+#: A statement_timeout of the role's that strikes within this time is not one of ours; how often a transaction is begun in spite of it.
+QUICK_SEC, BEGIN_TRIES = 0.2, 20
 
 
 class Deadlines:
@@ -129,10 +134,23 @@ class GuardedCursor(psycopg2.extensions.cursor):
         with self._guarded():
             prologue = self._prologue()
             if prologue and isinstance(query, str) and self.name is None:
-                query = f'{prologue}; {query}'
-            elif prologue:
-                self._begin(prologue)
+                self.execute_first(f'{prologue}; {query}', vars)
+                return
+            self._begin(prologue)
             super().execute(query, vars)
+
+    def execute_first(self, query: str, vars: Any = None) -> None:
+        """Run the beginning of a transaction: again, where a limit of the role's that it lifts was quicker."""
+        for tries in itertools.count(1):
+            began = time.monotonic()
+            try:
+                super().execute(query, vars)
+                return
+            except psycopg2.errors.QueryCanceled:
+                if tries == BEGIN_TRIES or time.monotonic() - began > QUICK_SEC:
+                    raise
+                if not self.connection.autocommit:
+                    self.connection.rollback()
 
     def executemany(self, query: Any, vars_list: Any) -> None:
         with self._guarded():

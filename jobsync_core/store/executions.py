@@ -100,8 +100,11 @@ class Began:
 #: Seconds for which a transaction of the user's may be silent between two statements, and between the completion and the commit.
 USERS_IDLE_SEC, _COMMIT_SEC = 3600, 10
 
+#: Seconds for which a key whose row is locked is waited for: whoever holds it is about to complete it, or will not soon.
+_BEGIN_WAIT_SEC = 1
+
 # Both functions come with the schema (migration_3.sql), where what they do is written.
-_BEGIN = """
+_BEGIN = f"SELECT pg_catalog.set_config('lock_timeout', '{_BEGIN_WAIT_SEC}s', true);" + """
 SELECT * FROM {begin_execution}(
     %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s)"""
 

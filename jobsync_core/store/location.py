@@ -6,6 +6,7 @@ can take the place of what a statement means.
 """
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ __all__ = ['PINNED_PATH', 'Location', 'default_scope', 'locate', 'location_of']
 #: The path of JobSync's own statements. pg_temp is named so that it comes last: unnamed, it would come first.
 PINNED_PATH = 'pg_catalog, pg_temp'
 
-_ROLES_PATH = 'SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]'
+_ROLES_PATH = """
+SET LOCAL search_path TO DEFAULT;
+SELECT pg_catalog.current_schemas(false)::pg_catalog.text[], pg_catalog.current_setting('search_path'), current_user::pg_catalog.text"""
 
 # Of several schemas, one whose table belongs to this role, to a superuser or to the database's owner comes first: whoever may
 # create things in a schema at the beginning of the path cannot put other tables in the place of those that are there.
@@ -86,7 +89,9 @@ def locate(location: Location, config: CoordinationConfig, run: Run) -> None:
     if config.schema is not None:
         path: list[str] = [config.schema]
     else:
-        path = list(run(_ROLES_PATH, ())[0][0])
+        usable, setting, user = run(_ROLES_PATH, ())[0]
+        # Where the role may use none of them, the server's error names the right that is missing, if it is asked for a table there.
+        path = list(usable) or [user if name == '$user' else name for name in next(csv.reader([setting], skipinitialspace=True), [])][::-1]
     found = run(_FIND, (path, location.appname + 'cluster'))
     if not found:
         location.schema = path[0] if path else None

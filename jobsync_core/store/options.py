@@ -60,8 +60,9 @@ class Limits:
             'search_path': PINNED_PATH,
             # Rows that a policy would hide are an error, not missing nodes.
             'row_security': 'off',
-            # Weights come back as they were written.
+            # Weights come back as they were written, and a list of nothing but NULLs, which psycopg2 writes as text, goes there.
             'extra_float_digits': '1',
+            'array_nulls': 'on',
             'lock_timeout': f'{math.ceil(self.lock * 1000)}ms',
             'idle_in_transaction_session_timeout': f'{math.ceil(self.idle * 1000)}ms',
             'synchronous_commit': 'on',
@@ -96,7 +97,7 @@ class Limits:
         """
         if not session:
             return _characteristics(writing=True)
-        return '; '.join(f'SET LOCAL {name} TO DEFAULT' for name in ('search_path', 'row_security', 'extra_float_digits', *(
+        return '; '.join(f'SET LOCAL {name} TO DEFAULT' for name in ('search_path', 'row_security', 'extra_float_digits', 'array_nulls', *(
             ['transaction_timeout'] if version >= 170_000 else [])))
 
     @staticmethod

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ['Orphan', 'forget', 'hold', 'is_gone', 'old_orphans', 'other_kinds', 'orphans', 'owners', 'record']
 
+#: Seconds for which whoever holds what a node left may be silent, while the broker works.
+_HOLD_SEC = 600
+
 
 def record(connection: PgConnection, tables: Tables, name: str, node: str, kind: str) -> None:
     """Note that `node` has a queue of that name, made by the plugin `kind`."""
@@ -84,7 +87,8 @@ def old_orphans(connection: PgConnection, tables: Tables, kind: str, young: floa
 def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
     """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node does not begin to consume.
 
-    The transaction holds it, so that it goes with its end, with the process, and with no other client of a pooler.
+    The transaction holds it, so that it goes with its end, with the process, and with no other client of a pooler. A process that is
+    stopped loses it after ten minutes.
 
     Args:
         connection: Its transaction stays idle while the broker works; it holds back no VACUUM, having no snapshot then.
@@ -96,8 +100,8 @@ def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT set_config('idle_in_transaction_session_timeout', '0', true), pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
-            (f'jobsync {tables.label} {node}',))
+            "SELECT set_config('idle_in_transaction_session_timeout', %s, true), pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
+            (f'{_HOLD_SEC}s', f'jobsync {tables.label} {node}'))
         return bool(cursor.fetchall()[0][1])
 
 

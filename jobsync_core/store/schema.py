@@ -206,7 +206,7 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
             if not _in_place(cursor, tables):
                 _migrate(cursor, tables, config)
                 tables.refresh(config, cursor)
-    except psycopg2.errors.InsufficientPrivilege as error:
+    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         session.rollback()
         raise JobSyncError(_lacking(session, tables, config, error)) from error
     left = rights.lacking(session, tables)

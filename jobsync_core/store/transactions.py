@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
@@ -169,7 +170,13 @@ class Transactions:
         connection.limit = self._sessions.statement_limit
         connection.prologue = self._sessions.users_prologue(connection)
         try:
-            began = executions.begin_transaction(connection)
+            try:
+                began = executions.begin_transaction(connection)
+            except psycopg2.errors.InvalidParameterValue:
+                connection.rollback()
+                self._sessions.forgo_checks()
+                connection.prologue = self._sessions.users_prologue(connection)
+                began = executions.begin_transaction(connection)
         except psycopg2.Error as error:
             if error.pgcode in ('57014', '55P03'):
                 raise StoreTimeout(f'a transaction could not be begun in time: {text_of(error)}') from error

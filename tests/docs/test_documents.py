@@ -157,6 +157,8 @@ def test_operator_guide(stage: Stage) -> None:
 
     def least_rights_are_enough() -> None:
         settings = {name: getattr(stage.config, name) for name in ('host', 'port', 'dbname')}
+        with connected(stage.config) as connection, connection.cursor() as cursor:
+            cursor.execute("ALTER ROLE jobsync_worker PASSWORD 'change-me'")
         config = CoordinationConfig(**settings, user='jobsync_worker', password='change-me')
         with entered(config, 'worker-least') as (job,):
             assert job.am_i_healthy()
@@ -176,7 +178,7 @@ def test_operator_guide(stage: Stage) -> None:
     nodes.callback(drop_roles)
     with nodes:
         run_blocks(stage, ROOT / 'docs' / 'OPERATOR_GUIDE.md', before={'jobsync status\n': enter_nodes}, after={
-            'CREATE ROLE jobsync_worker': least_rights_are_enough,
+            'jobsync init-db --role jobsync_worker\n': least_rights_are_enough,
             'jobsync who order-17': lambda: check('worker-0' in stage.printed[-1] and 'render-1' in stage.printed[-1]),
             'jobsync undrain worker-01': lambda: check('takes part again' in stage.printed[-1]),
         })

@@ -2,14 +2,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psycopg2
+import psycopg2.extensions
+import pytest
 
-from jobsync_core.config import CoordinationConfig
+from jobsync_core import CoordinationConfig, Job
+from jobsync_core.errors import DatabaseUnavailable
+from jobsync_core.store import probe
+from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.schema import create_schema
 from tests.pgbouncer import PgBouncer
-from tests.server.cluster import query
+from tests.server.cluster import Cluster, query
+from tests.server.whole import admin_of, use_everything
 from tests.waiting import eventually
+
+MakePgBouncer = Callable[..., PgBouncer]
+
+_SETTINGS = (
+    'search_path', 'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'synchronous_commit', 'row_security',
+    'extra_float_digits', 'default_transaction_isolation', 'default_transaction_read_only', 'jobsync.execution', 'role')
+
+
+def through(pooler: PgBouncer, config: CoordinationConfig, **settings: Any) -> CoordinationConfig:
+    """The config of a node behind the pooler."""
+    return dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False, **settings)
+
+
+@contextlib.contextmanager
+def stranger(config: CoordinationConfig) -> Iterator[psycopg2.extensions.cursor]:
+    """Another client of the same pooler and role, in autocommit mode."""
+    with contextlib.closing(psycopg2.connect(
+            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            yield cursor
 
 
 class TestTheFixture:
@@ -33,3 +64,111 @@ class TestTheFixture:
             pooler.point_at(config.host, int(config.port))
             assert backend(one) != first
             eventually(lambda: query(config, 'SELECT 1 FROM pg_stat_activity WHERE pid = %s', (first,)) == [])
+
+
+class TestACluster:
+    def test_does_all_that_it_does_and_leaves_nothing_on_the_servers_connections(
+            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        pooler = make_pgbouncer(config, settings={'default_pool_size': '4'})
+        pooled = through(pooler, config)
+
+        def shown(cursor: psycopg2.extensions.cursor) -> tuple[Any, ...]:
+            cursor.execute(
+                "SELECT pg_backend_pid(), (SELECT count(*) FROM pg_prepared_statements), (SELECT count(*) FROM pg_listening_channels()), "
+                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()), "
+                + ', '.join(f"coalesce(current_setting('{name}', true), '')" for name in _SETTINGS))
+            return cursor.fetchall()[0]
+
+        with stranger(pooled) as cursor:
+            ordinary = shown(cursor)[1:]
+            assert ordinary[:3] == (0, 0, 0)
+            with admin_of(config) as admin:
+                use_everything(pooled, admin)
+            seen = {backend: rest for backend, *rest in (shown(cursor) for _ in range(50))}
+        assert len(seen) > 1
+        assert [rest for rest in seen.values() if tuple(rest) != ordinary] == []
+
+    def test_takes_no_harm_from_what_other_clients_leave_there(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        pooler = make_pgbouncer(config, settings={'default_pool_size': '3'})
+        pooled = through(pooler, config)
+        with contextlib.ExitStack() as stack:
+            cursors = [stack.enter_context(stranger(pooled)) for _ in range(3)]
+            for cursor in cursors:  # at once, so that each has a server's connection of its own
+                cursor.execute('BEGIN')
+            for cursor in cursors:
+                cursor.execute(
+                    "SET lock_timeout = '1ms'; SET search_path = nowhere; SET row_security = off;"
+                    "SET default_transaction_isolation = serializable; SET default_transaction_read_only = on;"
+                    "SET extra_float_digits = -15; SET synchronous_commit = off; SET TimeZone = 'Asia/Kathmandu'; PREPARE p AS SELECT 1;"
+                    "SET statement_timeout = '50ms'")
+            for cursor in cursors:
+                cursor.execute('COMMIT')
+        with admin_of(config) as admin:
+            use_everything(dataclasses.replace(pooled, schema='public'), admin)
+
+    def test_goes_on_without_a_node_that_is_killed_and_with_one_that_joins(
+            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+        pooler = make_pgbouncer(config)
+        with Cluster(through(pooler, config), tmp_path) as cluster:
+            cluster.start('n1', 'n2', 'n3')
+            since = cluster['n1'].kill()
+            cluster.wait_balanced(['n2', 'n3'])
+            assert cluster.wait_claimed(since) < 5
+            cluster.start('n4')
+            cluster['n2'].leave()
+            cluster.wait_balanced(['n3', 'n4'])
+
+    def test_keeps_its_tokens_when_the_pooler_is_killed_and_comes_back(
+            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+        pooler = make_pgbouncer(config)
+        with Cluster(through(pooler, config), tmp_path) as cluster:
+            cluster.start('n1', 'n2')
+            before = cluster.assignment(), cluster.evictions()
+            pooler.kill()
+            eventually(lambda: not any(
+                query(config, "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'jobsync n%%'", ())), timeout=10)
+            pooler.start()
+            cluster.wait_claimed()
+            assert (cluster.assignment(), cluster.evictions()) == before
+
+
+class TestWhatIsPooled:
+    def test_the_doctor_tells_the_mode(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        found = []
+        for mode in ('transaction', 'session'):
+            sessions = Sessions(through(make_pgbouncer(config, mode=mode), config), 'test')
+            found.append(probe.pooling(sessions))
+            sessions.close_all()
+        assert found == ['transaction', 'session']
+
+    def test_settings_of_a_session_are_not_refused_in_session_mode(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        pooled = dataclasses.replace(through(make_pgbouncer(config, mode='session'), config), listen=True)
+        with Job('n1', pooled, wait_on_enter=0) as job:
+            eventually(lambda: len(job.my_tokens) == config.total_tokens)
+
+    def test_two_statements_of_a_transaction_of_the_users_are_on_one_connection_of_the_server(
+            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        pooled = through(make_pgbouncer(config, settings={'default_pool_size': '3'}), config)
+        query(config, 'CREATE TABLE effect (key text)')
+        with Job('n1', pooled, wait_on_enter=0) as job:
+            for number in range(10):
+                with job.once(f'key {number}') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+                    cursor.execute('INSERT INTO effect VALUES (%s)', (execution.key,))
+                with pytest.raises(ZeroDivisionError), job.once(f'broken {number}') as execution, execution.transaction() as connection:
+                    _insert_and_fail(connection)
+        assert query(config, 'SELECT count(*), count(DISTINCT key) FROM effect') == [(10, 10)]
+        assert query(config, 'SELECT state, count(*) FROM "{}execution" GROUP BY 1 ORDER BY 1') == [('done', 10), ('failed', 10)]
+
+    def test_a_standby_behind_it_is_no_place_for_a_node(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        create_schema(config)
+        connection = Connection.open(through(make_pgbouncer(config), config), 'n1')
+        connection.execute('SELECT 1')
+        with pytest.raises(DatabaseUnavailable):  # as a standby answers to READ WRITE, which this server cannot be made to
+            connection.execute("DO $$ BEGIN RAISE SQLSTATE '0A000'; END $$")
+        assert connection.closed
+
+
+def _insert_and_fail(connection: psycopg2.extensions.connection) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("INSERT INTO effect VALUES ('broken')")
+    raise ZeroDivisionError
