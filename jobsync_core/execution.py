@@ -6,7 +6,7 @@ import datetime
 import importlib
 import inspect
 import os
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -179,7 +179,7 @@ class Execution:
                     if inspect.iscoroutine(outcome):
                         outcome.close()
                     raise ConfigurationError(f'{type(cursor).__name__} is asynchronous: use `await execution.acomplete(cursor)`')
-                statement = steps.send(_count(target, outcome))
+                statement = steps.send(_count(target, outcome, lambda rows: len(rows.fetchall())))
         except StopIteration as end:
             if end.value is not None:
                 raise self._why_not(end.value, self._ledger.outcome_of(self)) from None
@@ -197,7 +197,8 @@ class Execution:
             statement = next(steps)
             while True:
                 target, outcome = _send(cursor, statement)
-                statement = steps.send(_count(target, await outcome if isinstance(outcome, Awaitable) else outcome))
+                counted = _count(target, await outcome if isinstance(outcome, Awaitable) else outcome, lambda rows: rows.fetchall())
+                statement = steps.send(counted if isinstance(counted, int) else len(await counted))
         except StopIteration as end:
             reason = end.value
         if reason is not None:
@@ -243,7 +244,7 @@ def completion_of(execution: Execution) -> Completion:
 
 def _send(cursor: Any, statement: Statement) -> tuple[Any, Any]:
     sql, parameters = statement
-    if any(base.__module__.partition('.')[0] == 'sqlalchemy' for base in type(cursor).__mro__):
+    if _is_sqlalchemy(cursor):
         names = [f'jobsync_{place}' for place in range(len(parameters))]
         text = importlib.import_module('sqlalchemy').text(sql % tuple(f':{name}' for name in names))
         return cursor, cursor.execute(text, dict(zip(names, parameters, strict=True)))
@@ -254,13 +255,19 @@ def _send(cursor: Any, statement: Statement) -> tuple[Any, Any]:
     return cursor, cursor.execute(sql, parameters)
 
 
-def _count(target: Any, outcome: Any) -> int:
-    """How many rows a statement concerned."""
+def _count(target: Any, outcome: Any, fetch: Callable[[Any], Any]) -> Any:
+    """How many rows a statement concerned; what `fetch` gives where the driver does not know before they are fetched (a pipeline)."""
     counted = outcome if getattr(outcome, 'rowcount', None) is not None else target
     rows = int(counted.rowcount)
-    if counted is not target and callable(close := getattr(outcome, 'close', None)) and not inspect.iscoroutinefunction(close):
-        close()  # SQLAlchemy's result, which nobody reads
+    if rows < 0:
+        return fetch(counted)
+    if _is_sqlalchemy(outcome):
+        outcome.close()  # nobody reads it
     return rows
+
+
+def _is_sqlalchemy(thing: object) -> bool:
+    return any(base.__module__.partition('.')[0] == 'sqlalchemy' for base in type(thing).__mro__)
 
 
 #: The attempt that is running in this context.

@@ -20,8 +20,6 @@ MAX_RESULT_BYTES = 1_000_000
 _OUTER = '$jobsync'
 # In the text of a document: what jsonb refuses or changes, and our own words. A match within a harmless string costs time only.
 _CHANGED = re.compile(r'\\u0000|\\ud[89a-f]|\de\+|-0\.0|"\$')
-# Digits that Python reads back without complaint, and jsonb holds.
-_MOST_DIGITS = 4000
 
 
 def encode_result(result: object) -> str:
@@ -87,10 +85,7 @@ def _tag(value: object) -> object:
         text = str.__str__(value)
         return text if _storable(text) else {'$text': json.dumps(text)}
     if isinstance(value, int):
-        number = int(value)
-        if abs(number) >= 10 ** _MOST_DIGITS:
-            raise ValueError(f'an integer of more than {_MOST_DIGITS} digits')
-        return number
+        return int(value)
     if isinstance(value, float):
         text = repr(float(value))
         return {'$float': text} if 'e+' in text or text == '-0.0' else value

@@ -153,13 +153,14 @@ RETURNING pg_catalog.set_config('jobsync.completed', %s, true)"""
 # A transaction is known by its beginning; another one has another, whatever was set or reset in it.
 _STAMP = "CAST(pg_catalog.date_part('epoch', pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000 AS bigint)"
 
-# Constraints that were deferred are checked, and triggers run, as the user has set things up; then whatever he has set is undone, for
+# First of all his time limit, which holds for the statement that lifts it only. Constraints that were deferred are checked, and triggers
+# run, as the user has set things up; then whatever he has set is undone, for
 # the completion and the commit, and for the next user of the connection, behind a pooler as well. From here on the key's row is
 # locked: a process that is stopped before its commit must not keep it.
 _RESET = """
-SET CONSTRAINTS ALL IMMEDIATE; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL;
-SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL synchronous_commit TO 'on'; SET LOCAL lock_timeout TO {lock};
-SET LOCAL idle_in_transaction_session_timeout TO {idle};"""
+SET LOCAL statement_timeout TO 0; SET CONSTRAINTS ALL IMMEDIATE; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL;
+SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL synchronous_commit TO 'on'; SET LOCAL statement_timeout TO 0;
+SET LOCAL lock_timeout TO {lock}; SET LOCAL idle_in_transaction_session_timeout TO {idle};"""
 _IF_SAME = f"""
   AND {_STAMP} OPERATOR(pg_catalog.=) %s AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %s"""
 

@@ -198,7 +198,7 @@ class Transactions:
             usable = not self._closed and len(idle) < _MOST_IDLE and connection.is_pristine and \
                 connection.info.transaction_status == TRANSACTION_STATUS_IDLE
             if usable and self._sessions.keeps_sessions:
-                connection.limit = self._sessions.statement_limit
+                connection.limit, connection.prologue = self._sessions.statement_limit, ''
                 connection.autocommit = True
                 with _BASE.cursor(connection, cursor_factory=GuardedCursor) as cursor:
                     cursor.execute('DISCARD ALL')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -38,9 +37,8 @@ from jobsync_core.store.connection import Sessions
 
 from ..waiting import eventually
 from .ledger_process import connect
+from .ledgers import MakeLedger, effects, insert, ledgers_of, state_of
 from .rows import Rows, rows_of
-
-MakeLedger = Callable[..., Ledger]
 
 
 @pytest.fixture
@@ -55,23 +53,6 @@ def make_ledger(rows: Rows) -> Iterator[MakeLedger]:
     """Makes ledgers, each of a node of its own with a row in the node table."""
     with ledgers_of(rows) as make:
         yield make
-
-
-@contextlib.contextmanager
-def ledgers_of(rows: Rows) -> Iterator[MakeLedger]:
-    made: list[tuple[Ledger, Sessions]] = []
-
-    def make(node: str = 'a') -> Ledger:
-        rows.node(node)
-        sessions = Sessions(rows.config, node)
-        ledger = Ledger(sessions, rows.tables, node, lambda: f'life of {node}')
-        made.append((ledger, sessions))
-        return ledger
-
-    yield make
-    for ledger, sessions in made:
-        ledger.close()
-        sessions.close_all()
 
 
 @pytest.fixture
@@ -95,19 +76,6 @@ def forget_node(rows: Rows, node: str) -> None:
     rows.run(f'DELETE FROM {rows.tables.node} WHERE name = %s', node)
 
 
-def state_of(rows: Rows, key: str) -> str | None:
-    found = rows.run(f'SELECT state FROM {rows.tables.execution} WHERE key = %s', key)
-    return found[0][0] if found else None
-
-
-def effects(rows: Rows) -> int:
-    return int(rows.value('SELECT count(*) FROM effect'))
-
-
-def insert(connection: Any, key: str = 'k') -> None:
-    with connection.cursor() as cursor:
-        cursor.execute('INSERT INTO effect VALUES (%s)', (key,))
-
 
 class TestCompletion:
     def test_a_completed_key_is_a_duplicate_everywhere_and_has_its_result(self, make_ledger: MakeLedger) -> None:
@@ -119,6 +87,17 @@ class TestCompletion:
             with pytest.raises(DuplicateExecution) as caught:
                 ledger.begin('k', 60)
             assert vars(caught.value)['result'] == value
+
+    def test_results_come_back_as_they_were(self, make_ledger: MakeLedger) -> None:
+        ledger = make_ledger()
+        for number, value in enumerate((
+                1e22, -0.0, [0.0, -0.0, 5e-324], (1, (2, [3, (4,)])), {1: 'x', '1': 'y'}, {'deep': ({'$tuple': [None]},)}, '\ud800', 'a\0b',
+                {'\0': 1}, 10 ** 4000, 2 ** 64, -1.7976931348623157e308, '\\u0000', {'é"\\': '日本'}, [True, 1, 1.0])):
+            with once(ledger, f'k{number}') as execution:
+                execution.result = value
+            with pytest.raises(DuplicateExecution) as caught:
+                ledger.begin(f'k{number}', 60)
+            assert repr(vars(caught.value)['result']) == repr(value)
 
     def test_of_many_concurrent_beginners_exactly_one_runs(self, make_ledger: MakeLedger) -> None:
         ledgers = [make_ledger(name) for name in 'abc'] * 2
