@@ -465,7 +465,7 @@ class JobSync:
 
         job = self.job
         self._http = HealthServer(
-            self.settings.http,
+            self.settings.http, live=lambda: job.alive,
             ready=lambda: {
                 'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consumes(), 'node': job.node_name},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))

@@ -20,7 +20,7 @@ from .effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from .errors import DatabaseUnavailable, JobSyncError
 from .logs import get_logger
 from .messages import Beaten, Connect, Connected, Reply, Request
-from .protocol import Phase, Protocol
+from .protocol import BESIDE, Phase, Protocol
 from .store.connection import Connection
 from .store.control import Control
 
@@ -29,6 +29,8 @@ __all__ = ['Agent']
 logger = get_logger(__name__)
 
 _LONGEST_WAIT = 60.0
+#: Seconds between two tries after something unforeseen, and between two reports of the same.
+_REST, _SAID_AGAIN = 1.0, 60.0
 #: Errors of the server that pass by themselves: a lock or a statement that took too long, a server that starts or stops.
 _PASSING = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled, psycopg2.errors.SerializationFailure,
             psycopg2.errors.DeadlockDetected, psycopg2.errors.IdleInTransactionSessionTimeout, psycopg2.errors.AdminShutdown,
@@ -65,9 +67,11 @@ class Agent:
         self._wake_receiver: socket.socket | None = None
         self._wake_sender: socket.socket | None = None
         self._entered = threading.Event()
+        self._wake_up = threading.Event()
         self._changed = threading.Condition()
         self._abandoned = False
         self._failing_since: float | None = None
+        self._said: dict[str, tuple[float, int]] = {}
         self._thread = threading.Thread(target=self._run, name=f'jobsync-{protocol.name}', daemon=True)
 
     # --- for other threads ---
@@ -82,6 +86,7 @@ class Agent:
     def post(self, command: Callable[[], object]) -> None:
         """Have `command` called on the agent thread soon."""
         self._commands.append(command)
+        self._wake_up.set()
         if self._wake_sender is not None:
             with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has ended
                 self._wake_sender.send(b'.')
@@ -127,8 +132,11 @@ class Agent:
     def _run(self) -> None:
         try:
             while self.protocol.phase not in (Phase.LEFT, Phase.FAILED) and not self._abandoned:
-                self._step()
-                self._on_step()
+                try:
+                    self._step()
+                    self._on_step()
+                except Exception as error:
+                    self._recover(error)
             self._run_effects()
         except BaseException as error:
             # Nothing may claim on without somebody who renews the lease and follows the hand-overs.
@@ -157,6 +165,11 @@ class Agent:
             reply = self._perform(request)
         except (DatabaseUnavailable, psycopg2.Error) as error:
             self._request_failed(request, error)
+        except Exception as error:
+            if not self._goes_on_without(request):
+                raise
+            self._report(error, f'{type(request).__name__} is tried again')
+            self.protocol.refused(request, clock.now())
         else:
             self._failing_since = None
             if isinstance(reply, Beaten):
@@ -171,12 +184,50 @@ class Agent:
             self._connection = Connection.open(self._config, self.protocol.name)
             if self._config.listen:
                 self._connection.listen(self._control.tables.channel)
-            return Connected(self._connection.server)
+            told = self._connection.history_sql != "''"  # then each answer that matters tells it again
+            return Connected('' if told else self._connection.server)
         assert self._connection is not None
         return self._control.handle(self._connection, request)
 
+    def _goes_on_without(self, request: Request) -> bool:
+        """Whether nothing else has to suffer from a request that failed: it is none that a node lives by, and the connection is good."""
+        return isinstance(request, BESIDE) and self._connection is not None and self._connection.idle
+
+    def _recover(self, error: Exception) -> None:
+        """Something unforeseen: nothing is claimed until all has been read anew over a new connection. Others may find this node dead."""
+        self.protocol.claims.suspend()
+        if not self.protocol.entered or self.protocol.phase is Phase.LEAVING:
+            raise error  # whoever waits for it is told
+        try:
+            self._report(error, 'claiming stops until all has been read anew')
+            self._close_connection()
+            self.protocol.recover(clock.now())
+            self._run_effects()
+        except Exception:  # as little as there is left: the next step tries again
+            self.protocol.claims.suspend()
+        self._wake_up.wait(_REST)
+        self._wake_up.clear()
+
+    def _report(self, error: Exception, consequence: str) -> None:
+        """Log with its traceback what nobody foresaw; the same again only once a minute, with its number."""
+        now = clock.now()
+        text = f'{type(error).__name__}: {error}'
+        said_at, count = self._said.get(text, (-math.inf, 0))
+        if now - said_at < _SAID_AGAIN:
+            self._said[text] = said_at, count + 1
+            return
+        self._said = {other: said for other, said in self._said.items() if now - said[0] < _SAID_AGAIN}
+        self._said[text] = now, 0
+        logger.error(
+            'node=%s met an unforeseen error (%s more of it before): %s; %s', self.protocol.name, count, text, consequence, exc_info=error)
+
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
+        if self._goes_on_without(request):
+            logger.warning(
+                'node=%s request=%s failed, heartbeats go on: %s', self.protocol.name, type(request).__name__, str(error).strip())
+            self.protocol.refused(request, now)
+            return
         self._close_connection()
         self.protocol.failed(request, now)
         if self._failing_since is None:
@@ -252,6 +303,7 @@ class Agent:
                            ' '.join(f'{name}={value}' for name, value in effect.fields.items()))
             else:
                 assert isinstance(effect, Left)
+        self._callbacks.retry()
         with self._changed:
             self._changed.notify_all()
 

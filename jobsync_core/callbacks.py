@@ -34,6 +34,7 @@ class Callbacks:
         self._idle = threading.Condition(self._lock)
         self._queue: deque[RebalanceEvent | tuple[TokenSet, Callable[[], object]]] = deque()
         self._running = False
+        self._thread_refused = False
         self.failures = 0
         self.slow = 0
 
@@ -60,14 +61,36 @@ class Callbacks:
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is queued or running, at most `timeout` seconds; whether that is so. True at once on the callback thread."""
         with self._idle:
-            return self._idle.wait_for(lambda: not self._running, timeout)
+            return self._idle.wait_for(lambda: not self._running and not self._queue, timeout)
+
+    def retry(self) -> None:
+        """Start the thread for what is queued, where that was not possible before."""
+        if self._queue and not self._running:
+            with self._lock:
+                self._ensure_thread()
 
     def _ensure_thread(self) -> None:
-        if not self._running:
-            self._running = True
+        if self._running or not self._queue:
+            return
+        try:
             threading.Thread(target=self._run, name='jobsync-callbacks', daemon=True).start()
+        except RuntimeError as error:  # no more threads, or the interpreter ends
+            if not self._thread_refused:
+                logger.error('callbacks wait: %s', error)
+            self._thread_refused = True
+            return
+        self._running, self._thread_refused = True, False
 
     def _run(self) -> None:
+        try:
+            self._run_queued()
+        except BaseException:
+            with self._idle:  # what is left goes to another thread
+                self._running = False
+                self._idle.notify_all()
+            raise
+
+    def _run_queued(self) -> None:
         while True:
             with self._idle:
                 if not self._queue:
@@ -88,9 +111,10 @@ class Callbacks:
         began = clock.now()
         try:
             function(argument)
-        except Exception:
+        except BaseException as error:
+            # SystemExit and its like, too: they are meant for a whole program, and would end this thread without a word.
             self.failures += 1
-            logger.exception('%s raised; coordination goes on', name)
+            logger.exception('%s raised %s; coordination goes on', name, type(error).__name__)
         took = clock.now() - began
         if took > SLOW_SEC:
             self.slow += 1

@@ -462,6 +462,11 @@ class Job:
             return False
         return self.config is None or (self._agent.alive and clock.now() < self._claims.deadline)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the node can still claim, or come to: False once its agent has ended by itself, after which only a restart helps."""
+        return self.config is None or self._state != 'entered' or self._agent.running
+
     def am_i_leader(self) -> bool:
         """Whether this node is the oldest live one and holds a valid lease."""
         return self.config is not None and self.am_i_healthy() and self._leads()

@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 __all__ = [
-    'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Given', 'Give', 'Holdings', 'Join',
-    'Joined', 'Lead', 'Leave', 'Led', 'Lives', 'LivesGone', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied', 'Process', 'Range',
-    'Refresh', 'Reply', 'Request', 'Segment', 'Sign', 'Take', 'Taken',
+    'DEATHS', 'ELDERS', 'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Evict', 'Evicted', 'Give', 'Given',
+    'Holdings', 'Join', 'Joined', 'Lead', 'Leave', 'Led', 'Lives', 'LivesGone', 'Member', 'Mismatch', 'Observe', 'Observed', 'Occupied',
+    'Process', 'Range', 'RecordHistory', 'Refresh', 'Reply', 'Request', 'Segment', 'Sign', 'StepDown', 'Take', 'Taken',
 ]
+
+#: How many of the older nodes a heartbeat's answer names: so many of the oldest may die at once and are found in time.
+ELDERS = 4
+#: Why a leader plans after an eviction.
+DEATHS = 'nodes died'
 
 #: Tokens from the first number up to, not including, the second.
 Range: TypeAlias = 'tuple[int, int]'
@@ -80,7 +85,7 @@ class Connect:
 
 @dataclass(frozen=True)
 class Connected:
-    """`server` names the database's history: it changes when a standby has been promoted."""
+    """`server` names the server, where the answers cannot name the database's history; else it is ''."""
 
     server: str
 
@@ -106,7 +111,11 @@ class Join:
 
 @dataclass(frozen=True)
 class Joined:
+    """history, settled: as in Beaten."""
+
     version: int
+    history: str = ''
+    settled: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,19 +137,33 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Beat:
-    """Heartbeat; replies Beaten, or None when the incarnation has been evicted."""
+    """Heartbeat; replies Beaten, or None when the incarnation has been evicted.
+
+    since: no node is older than this (Beaten.since of an earlier answer), so that nothing need be read before it.
+    """
 
     name: str
     incarnation: str
+    since: int = 0
 
 
 @dataclass(frozen=True)
 class Beaten:
-    """older: all nodes older than this one, oldest first."""
+    """
+    older: the oldest of the nodes that are older than this one, at most ELDERS, oldest first.
+    ages: seconds since the last heartbeat of each, by the server's clock; a hint for timing, never a proof of life or death.
+    since: when the oldest node that was seen was created, in microseconds of the server's clock.
+    history: the database's history (system identifier and timeline); '' where this role may not ask for it.
+    settled: the cluster's row was last written under this very history, so that no lease of another one can be valid.
+    """
 
     version: int
     state: str
     older: tuple[Sign, ...]
+    ages: tuple[float, ...] = ()
+    since: int = 0
+    history: str = ''
+    settled: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,13 +176,18 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Holdings:
-    """planned: the latest plan took the present nodes and locks into account. incoming: tokens on their way to this node."""
+    """
+    planned: the latest plan took the present nodes and locks into account. incoming: tokens on their way to this node.
+    history, settled: as in Beaten.
+    """
 
     version: int
     state: str
     segments: tuple[Segment, ...]
     planned: bool
     incoming: int
+    history: str = ''
+    settled: bool = True
 
 
 @dataclass(frozen=True)
@@ -275,8 +303,25 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Evict:
+    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it stands, whatever the plan does."""
+
+    name: str
+    incarnation: str
+    dead: tuple[Sign, ...]
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """led: this node was the oldest of those not seen dead. names: who was deleted."""
+
+    led: bool
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lead:
-    """One leader's round: evict `dead` where they still look so, then plan if anything changed; replies Led."""
+    """One leader's round: plan if anything changed; replies Led. dead: nodes seen dead that could not be evicted yet."""
 
     name: str
     incarnation: str
@@ -286,16 +331,33 @@ class Lead:
 
 @dataclass(frozen=True)
 class Led:
-    """led: this node was the oldest of those not seen dead. evicted: names. moved: tokens that the plan moves."""
+    """led: this node was the oldest of those not seen dead. moved: tokens that the plan moves."""
 
     led: bool
     version: int
-    evicted: tuple[str, ...] = ()
     moved: int = 0
     blocked: int = 0
     conflicts: tuple[str, ...] = ()
 
 
-Request: TypeAlias = 'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | Lead'
+@dataclass(frozen=True)
+class StepDown:
+    """Become the youngest node: this one cannot lead, the next oldest may try; replies True, or None when evicted."""
+
+    name: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class RecordHistory:
+    """All leases of earlier histories are over: let `history` be the cluster's, if it is still the server's; replies True."""
+
+    history: str
+
+
+Request: TypeAlias = (
+    'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | Evict | Lead | StepDown | '
+    'RecordHistory')
 Reply: TypeAlias = (
-    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | Activated | Observed | Led | bool | None')
+    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | Activated | Observed | Evicted | Led | '
+    'bool | None')

@@ -11,6 +11,8 @@ Why at most one node claims a token at any instant:
 3. A dead owner loses all in one way: its row is deleted by somebody who has seen no heartbeat for a whole timeout, while
    its lease, counted from the sending of its last answered heartbeat, lasts less than that.
 4. Statements that arrive late carry an incarnation and a version, and find nothing to change.
+5. All this holds within one history of the database. Each answer that a claim depends on names the history; after another
+   one nobody claims for a timeout, by when the leases of the one before are over.
 """
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ from enum import Enum
 from .claims import Claims
 from .effects import Effect, Entered, Failed, Left, Note, RebalanceEvent, Release
 from .errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
-from .lookout import Lookout
+from .lookout import Duty, Lookout
 from .messages import (
+    ELDERS,
     Activate,
     Activated,
     Beat,
@@ -30,6 +33,8 @@ from .messages import (
     Connect,
     Connected,
     Drain,
+    Evict,
+    Evicted,
     Give,
     Given,
     Holdings,
@@ -40,25 +45,31 @@ from .messages import (
     Led,
     LivesGone,
     Mismatch,
+    Observe,
     Observed,
     Occupied,
     Process,
+    RecordHistory,
     Refresh,
     Reply,
     Request,
     Sign,
+    StepDown,
     Take,
     Taken,
 )
+from .rhythm import beat_delay
 from .takings import Takings
 from .tokens import TokenSet
 
-__all__ = ['Phase', 'Protocol', 'Settings']
+__all__ = ['BESIDE', 'Phase', 'Protocol', 'Settings']
 
 _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
 #: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
 _ENTRY_POLL = 0.25
+#: What the oldest nodes do beside their heartbeats: where it fails and the connection is good, all the rest goes on.
+BESIDE = (Observe, Evict, Lead, StepDown, RecordHistory)
 #: Heartbeats that prove a rival alive: one alone may be a dead process's last, which arrived late.
 _RIVAL_BEATS = 2
 
@@ -92,7 +103,7 @@ class Settings:
     @property
     def max_gap(self) -> float:
         """Seconds without a look after which an observer starts its waits anew."""
-        return max(2 * self.poll, 1.5 * self.interval)
+        return max(2 * self.poll, 1.5 * self.interval, (self.timeout - self.interval) / 2)
 
 
 class Phase(Enum):
@@ -157,7 +168,10 @@ class Protocol:
         self._pending: Request | None = None
         self._sent_at = 0.0
         # connection
-        self._server: str | None = None
+        self._server = ''
+        self._history = ''
+        self._waited_for: str | None = None  # the history for which old leases have been waited out, or are
+        self._must_record = False
         self._retry_at = 0.0
         self._backoff = _BACKOFF_FIRST
         # membership
@@ -170,6 +184,7 @@ class Protocol:
         self._settle_until = _NEVER
         self._gate_open = not settings.has_gate
         self._beat_at = 0.0
+        self._since = 0
         # assignment
         self._must_refresh = True  # nothing may be claimed before the next Refresh
         self._refresh_at = 0.0
@@ -258,8 +273,24 @@ class Protocol:
         self._backoff = min(2 * self._backoff, _BACKOFF_MOST)
 
     def failed(self, request: Request, now: float) -> None:
-        """The request failed; it may have been carried out, or may be later."""
+        """The request failed, and the connection with it; it may have been carried out, or may be later."""
         self.disconnected(now)
+        self._blame(request, now)
+
+    def refused(self, request: Request, now: float) -> None:
+        """The server refused one of BESIDE, or took too long over it; the connection is good, and the next heartbeat goes on."""
+        self._pending = None
+        self._blame(request, now)
+
+    def _blame(self, request: Request, now: float) -> None:
+        if isinstance(request, Duty):
+            self._lookout.failed(request, now)
+
+    def recover(self, now: float) -> None:
+        """Something unforeseen went wrong on the way: nothing is claimed until all has been read anew over a new connection."""
+        self.disconnected(now)
+        self._stop_claiming()
+        self._announce(now)
 
     def take_effects(self) -> list[Effect]:
         """What is to be done now, in order; each effect is handed out once."""
@@ -327,9 +358,12 @@ class Protocol:
         if self._must_refresh and not self.quarantined and self.phase is not Phase.LEAVING:
             return Refresh(self.name, self.incarnation)
         if now >= self._beat_at:
-            return Beat(self.name, self.incarnation)
+            return Beat(self.name, self.incarnation, self._since)
         if self.phase is Phase.LEAVING:
             return None
+        if self._must_record and not self.quarantined:
+            self._must_record = False  # the next heartbeat tells whether it is still to be done
+            return RecordHistory(self._history)
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
             return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._lookout.liveness.dead(now))
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
@@ -387,8 +421,12 @@ class Protocol:
             self._on_activated(reply, now)
         elif isinstance(reply, Observed):
             self._on_observed(reply, now)
-        elif isinstance(request, Lead) and isinstance(reply, Led):
-            self._on_led(request, reply, now)
+        elif isinstance(request, Evict) and isinstance(reply, Evicted):
+            self._on_evicted_others(request, reply, now)
+        elif isinstance(reply, Led):
+            self._on_led(reply, now)
+        elif isinstance(request, StepDown):
+            self._on_stepped_down(now)
         elif isinstance(request, Drain):
             self.state = 'draining' if request.draining else 'active'
             self._emptied = False
@@ -400,14 +438,39 @@ class Protocol:
         self._beat_at = min(self._beat_at, now)
         self._join_at = min(self._join_at, now)
         self._lookout.look_at = now
-        if self._server is not None and self._server != reply.server:
-            # A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from the old server
-            # will have lost it after one timeout; until then nothing is claimed, given away or planned.
-            self._quarantine_until = now + self.settings.timeout
-            self._stop_claiming()
-            self._announce(now)
-            self._note('warning', 'another database server; waiting until old leases have run out', wait_sec=self.settings.timeout)
+        self._since = 0
+        if self._server and reply.server and self._server != reply.server:
+            self._wait_for_old_leases(now)
         self._server = reply.server
+
+    def _on_history(self, history: str, settled: bool, now: float) -> None:
+        """An answer named the database's history. Nothing in the same answer counts before this has been looked at."""
+        if not history:
+            return
+        changed, self._history = self._history not in ('', history), history
+        if changed:
+            self._stop_claiming()
+            self._must_refresh = True
+            self._since = 0
+            self._lookout.start_anew()
+            self._announce(now)
+        if settled:
+            self._waited_for = history
+            return
+        if self._waited_for != history:
+            self._waited_for = history
+            self._wait_for_old_leases(now)
+        self._must_record = True
+
+    def _wait_for_old_leases(self, now: float) -> None:
+        """A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from before the promotion
+
+        will have lost it after one timeout; until then nothing is claimed, taken, given away or planned.
+        """
+        self._quarantine_until = now + self.settings.timeout
+        self._stop_claiming()
+        self._announce(now)
+        self._note('warning', 'another history of the database; waiting until old leases have run out', wait_sec=self.settings.timeout)
 
     def _on_join(self, request: Join, reply: Reply, now: float) -> None:
         if isinstance(reply, Joined):
@@ -416,7 +479,9 @@ class Protocol:
             self._must_refresh = False
             self._beat_at = self._refresh_at = self._lookout.look_at = now
             self._replace, self._reap = None, ()
+            self._since = 0
             self._lookout.start_anew()
+            self._on_history(reply.history, reply.settled, now)
             if self.phase is Phase.LEAVING:
                 return
             if request.active:
@@ -466,7 +531,9 @@ class Protocol:
         self._join_at = now if dead else now + self.settings.poll
 
     def _on_beaten(self, reply: Beaten, now: float) -> None:
-        self._beat_at = self._sent_at + self.settings.interval
+        self._on_history(reply.history, reply.settled, now)
+        self._beat_at = self._sent_at + self._beat_delay(reply.ages)
+        self._since = reply.since
         self._lookout.heard(reply.older, now)
         self.state = reply.state
         if reply.version != self.version:
@@ -478,6 +545,11 @@ class Protocol:
             self.claims.extend(self._sent_at + self.settings.lease)
             self._announce(now)
             self._consider_entered(False, now)
+
+    def _beat_delay(self, ages: tuple[float, ...]) -> float:
+        interval = self.settings.interval
+        longest = interval + (self.settings.lease - interval) / 4
+        return min(beat_delay(ages, interval), longest) if len(ages) < ELDERS else interval
 
     def _on_activated(self, reply: Activated, now: float) -> None:
         if not reply.ok:
@@ -513,6 +585,9 @@ class Protocol:
         self._join_at = now
 
     def _on_holdings(self, reply: Holdings, now: float) -> None:
+        self._on_history(reply.history, reply.settled, now)
+        if self.quarantined:
+            return
         if self.version != reply.version:
             self._takings.plan_changed()
         self.version = reply.version
@@ -561,20 +636,29 @@ class Protocol:
                 self._refresh_at = now
 
     def _on_observed(self, reply: Observed, now: float) -> None:
-        if not self._lookout.observed(reply, self.incarnation, now):
+        if not self._lookout.observed(reply, self.incarnation, now, now - self._sent_at):
             self._beat_at = now  # evicted: the heartbeat will tell
         if reply.version != self.version:
             self._refresh_at = min(self._refresh_at, now + self.settings.interval)
 
-    def _on_led(self, request: Lead, reply: Led, now: float) -> None:
-        self._lookout.led(request, reply, now)
+    def _on_evicted_others(self, request: Evict, reply: Evicted, now: float) -> None:
+        self._lookout.evicted(request, reply, now)
+        if reply.names:
+            self._note('info', 'evicted', names=list(reply.names))
+
+    def _on_led(self, reply: Led, now: float) -> None:
+        self._lookout.led(reply, now)
         if reply.version != self.version:
             self._refresh_at = now
         for conflict in reply.conflicts:
             self._note('warning', 'locks in conflict', conflict=conflict)
-        if reply.evicted or reply.moved:
-            self._note(
-                'info', 'led a rebalance', version=reply.version, evicted=list(reply.evicted), moved=reply.moved, blocked=reply.blocked)
+        if reply.moved:
+            self._note('info', 'led a rebalance', version=reply.version, moved=reply.moved, blocked=reply.blocked)
+
+    def _on_stepped_down(self, now: float) -> None:
+        self._lookout.start_anew()
+        self._beat_at = now
+        self._note('error', 'stepped down: its rounds failed for a heartbeat timeout; the next oldest node leads')
 
     # --- consequences ---
 

@@ -69,16 +69,21 @@ class HealthServer:
         address: Where to listen; port 0 picks a free one.
         ready: Gives what the answer of `/health/ready` shows; ready is a worker whose 'consuming' is true.
         metrics: Renders the metrics; None: the extra is not installed.
+        live: Whether the node can still come back by itself; where it cannot, `/health/live` answers 503: restart the process.
 
     Raises:
         ConfigurationError: The address is none, or cannot be listened on.
     """
 
-    def __init__(self, address: str | int, *, ready: Callable[[], Mapping[str, object]], metrics: Callable[[], bytes] | None) -> None:
+    def __init__(
+        self, address: str | int, *, ready: Callable[[], Mapping[str, object]], metrics: Callable[[], bytes] | None,
+        live: Callable[[], bool] = lambda: True,
+    ) -> None:
         host, port = split_address(address)
 
         class Handler(_Handler):
             status = staticmethod(ready)
+            live = staticmethod(live)
             render = staticmethod(metrics) if metrics is not None else None
 
         class Server(_Server):
@@ -182,6 +187,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     status: Callable[[], Mapping[str, object]]
+    live: Callable[[], bool]
     render: Callable[[], bytes] | None
 
     def do_GET(self) -> None:
@@ -197,7 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _look(self, path: str) -> tuple[int, str, bytes]:
         if path == '/health/live':
-            return _json(200, {'status': 'live'})
+            live = self.live()
+            return _json(200 if live else 503, {'status': 'live' if live else 'ended'})
         if path == '/health/ready':
             found = self.status()
             ready = bool(found.get('consuming'))

@@ -383,7 +383,7 @@ class JobSync(Middleware):
         # The processes of one `dramatiq -p` listen on this port and those that follow it.
         port += max(0, process_number() - 1) if port else 0
         self._http = HealthServer(
-            f'[{host}]:{port}' if ':' in host else f'{host}:{port}', ready=lambda: self._ready(job),
+            f'[{host}]:{port}' if ':' in host else f'{host}:{port}', ready=lambda: self._ready(job), live=lambda: job.alive,
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
 
     def _ready(self, job: Job) -> dict[str, object]:

@@ -31,10 +31,10 @@ _IDLE_SEC = 10.0
 
 # pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of the present WAL file
 # does not. Neither changes when the server restarts, nor when it recovers from a crash.
-_SERVER = """
-    SELECT (SELECT system_identifier::text FROM pg_control_system()) || ' ' ||
-           CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END"""
-#: Where the role may not ask that.
+_HISTORY = """(
+    (SELECT h.system_identifier::text FROM pg_control_system() AS h) || ' ' ||
+    CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END)"""
+#: Where the role may not ask that: behind a pooler it tells nothing.
 _SERVER_FALLBACK = "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' || coalesce(inet_server_port(), 0)::text"
 
 #: SQLSTATEs after which another connection, perhaps to another server, may do better.
@@ -52,10 +52,15 @@ class Connection:
 
     Driving libpq by `poll()` and the descriptor is psycopg2's documented asynchronous mode. After a missed deadline the
     connection is closed, since nobody can tell any more what its next answer answers.
+
+    Attributes:
+        server: The database's history, or where the role may not ask for it, the server's address.
+        history_sql: SQL for the database's history (system identifier and timeline), for use in statements; '' where the role may not ask.
     """
 
     def __init__(self, raw: psycopg2.extensions.connection, limits: Limits, where: str, pooled: bool = False) -> None:
         self.server = ''
+        self.history_sql = "''"
         self._raw = raw
         self._limits = limits
         self._where = where
@@ -121,7 +126,8 @@ class Connection:
                 settings = dataclasses.replace(settings, checks=False)
                 self._send_first(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
         try:
-            rows = self._read(_SERVER, deadline)
+            rows = self._read(f'SELECT {_HISTORY}', deadline)
+            self.history_sql = _HISTORY
         except DatabaseUnavailable:
             raise
         except psycopg2.Error:
@@ -144,19 +150,23 @@ class Connection:
         Args:
             sql: Several statements are one transaction, unless they begin one of their own.
             params: Values for the placeholders.
-            timeout: Seconds until StoreTimeout; default: a part of the heartbeat timeout.
+            timeout: Seconds until StoreTimeout; default: a part of the heartbeat timeout, a little after the server has given up.
 
         Raises:
             StoreTimeout: No answer in time. The connection is closed; the statement may have been carried out.
             DatabaseUnavailable: The connection is lost.
             psycopg2.Error: The server refused the statement.
         """
-        return self._run(sql, params, time.monotonic() + (self._limits.statement if timeout is None else timeout))
+        return self._run(sql, params, time.monotonic() + (self._limits.answer if timeout is None else timeout))
 
     @property
     def local_limits(self) -> str:
         """Statements that go first in a transaction: its settings, wherever a pooler may run it."""
         return self._limits.begin_transaction(self._raw.server_version)
+
+    def limit_statements(self, seconds: float) -> str:
+        """A statement that has the server end each further one of the transaction after so long."""
+        return f"SET LOCAL statement_timeout TO '{max(1, math.ceil(seconds * 1000))}ms'"
 
     def listen(self, channel: str) -> None:
         """Have notifications of this channel sent here."""
@@ -191,6 +201,11 @@ class Connection:
     def closed(self) -> bool:
         """Whether nothing can be sent any more."""
         return bool(self._raw.closed)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is open and in no transaction, so that the next statement finds it as after opening."""
+        return not self._raw.closed and self._raw.info.transaction_status == TRANSACTION_STATUS_IDLE
 
     def close(self) -> None:
         """Close it. In a forked child the parent's connection stays as it is."""

@@ -12,11 +12,13 @@ from typing import Any
 
 from ..config import CoordinationConfig
 from ..messages import (
+    ELDERS,
     Activate,
     Activated,
     Beat,
     Beaten,
     Drain,
+    Evict,
     Give,
     Given,
     Holdings,
@@ -31,11 +33,13 @@ from ..messages import (
     Occupied,
     Process,
     Range,
+    RecordHistory,
     Refresh,
     Reply,
     Request,
     Segment,
     Sign,
+    StepDown,
     Take,
     Taken,
 )
@@ -80,6 +84,8 @@ class Control:
             return self._refresh(connection, request)
         if isinstance(request, Observe):
             return self._observe(connection)
+        if isinstance(request, Evict):
+            return self._leading.evict(connection, request)
         if isinstance(request, Lead):
             return self._leading.lead(connection, request)
         if isinstance(request, Take):
@@ -96,23 +102,39 @@ class Control:
             return self._drain(connection, request)
         if isinstance(request, Leave):
             return self._leave(connection, request)
+        if isinstance(request, StepDown):
+            return self._step_down(connection, request)
+        if isinstance(request, RecordHistory):
+            return self._record_history(connection, request)
         raise TypeError(f'{type(request).__name__} is no request for the store')
 
     # --- heartbeat and looks: one statement each ---
 
     def _beat(self, connection: Connection, request: Beat) -> Beaten | None:
+        # What it reads must not grow with the number of nodes, nor with row versions that somebody's open transaction keeps:
+        # its own row by name, and from `since` on a few by age.
+        tables = self.tables
         rows = connection.execute(
             f'''
-            UPDATE {self.tables.node} AS n SET beat = beat + 1, last_heartbeat = clock_timestamp()
+            UPDATE {tables.node} AS n SET beat = beat + 1, last_heartbeat = clock_timestamp()
             WHERE n.name = %s AND n.incarnation = %s
-            RETURNING (SELECT c.version FROM {self.tables.cluster} AS c), n.state,
-                (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.created_on, o.name)::text
-                 FROM {self.tables.node} AS o WHERE (o.created_on, o.name) < (n.created_on, n.name))
-            ''', (request.name, request.incarnation))
+            RETURNING (SELECT c.version FROM {tables.cluster} AS c), n.state, {_microseconds('n')},
+                (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat, o.age, o.created) ORDER BY o.created, o.name)::text FROM (
+                    SELECT o.name, o.incarnation, o.beat, {_microseconds('o')} AS created,
+                        extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 AS age
+                    FROM {tables.node} AS o
+                    WHERE (o.created_on, o.name) < (n.created_on, n.name)
+                        AND o.created_on >= timestamptz 'epoch' + %s * interval '1 microsecond'
+                    ORDER BY o.created_on, o.name LIMIT {ELDERS}) AS o),
+                {connection.history_sql}, (SELECT c.history FROM {tables.cluster} AS c)
+            ''', (request.name, request.incarnation, request.since))
         if not rows or rows[0][0] is None:
             return None
-        version, state, older = rows[0]
-        return Beaten(version, state, tuple(Sign(*values) for values in json.loads(older or '[]')))
+        version, state, created, text, history, recorded = rows[0]
+        older = json.loads(text or '[]')
+        return Beaten(
+            version, state, tuple(Sign(*values[:3]) for values in older), tuple(values[3] for values in older),
+            older[0][4] if older else created, history, _settled(history, recorded))
 
     def _refresh(self, connection: Connection, request: Refresh) -> Holdings | None:
         tables = self.tables
@@ -123,13 +145,16 @@ class Control:
                  WHERE i.moving_to = n.name AND i.node IS DISTINCT FROM n.name),
                 (SELECT json_agg(json_build_array(lower(a.tokens), upper(a.tokens), a.node, a.moving, a.moving_to, a.blocked, a.version)
                                  ORDER BY a.tokens)::text
-                 FROM {tables.assignment} AS a WHERE a.node = n.name)
+                 FROM {tables.assignment} AS a WHERE a.node = n.name),
+                {connection.history_sql}, c.history
             FROM {tables.node} AS n CROSS JOIN {tables.cluster} AS c WHERE n.name = %s AND n.incarnation = %s
             ''', (request.name, request.incarnation))
         if not rows:
             return None
-        version, state, planned, incoming, segments = rows[0]
-        return Holdings(version, state, tuple(Segment(*values) for values in json.loads(segments or '[]')), planned, incoming)
+        version, state, planned, incoming, segments, history, recorded = rows[0]
+        return Holdings(
+            version, state, tuple(Segment(*values) for values in json.loads(segments or '[]')), planned, incoming,
+            history, _settled(history, recorded))
 
     def _observe(self, connection: Connection) -> Observed | None:
         tables = self.tables
@@ -155,19 +180,21 @@ class Control:
     def _join(self, connection: Connection, request: Join) -> Joined | Occupied | Mismatch:
         tables, config = self.tables, self._config
         with Round(connection, tables, exclusive=False) as steps:
-            (version, total, hash_function), = steps.run(
+            (version, total, hash_function, history, recorded), = steps.run(
                 f'''
                 INSERT INTO {tables.cluster} (total_tokens, hash_function, schema_version)
                     SELECT %s, %s, %s WHERE NOT EXISTS (SELECT FROM {tables.cluster}) ON CONFLICT DO NOTHING;
-                SELECT version, total_tokens, hash_function FROM {tables.cluster} FOR UPDATE
+                UPDATE {tables.cluster} SET history = {connection.history_sql} WHERE history IS NULL AND {connection.history_sql} <> '';
+                SELECT version, total_tokens, hash_function, {connection.history_sql}, history FROM {tables.cluster} FOR UPDATE
                 ''', (config.total_tokens, config.hash_function, SCHEMA_VERSION))
+            settled = _settled(history, recorded)
             steps.delete_unchanged(request.reap)
             members = steps.run(
                 f'SELECT name, incarnation, beat, host, boot_id, pid_namespace, pid, started FROM {tables.node} ORDER BY created_on, name')
             signs = {row[0]: Sign(*row[:3]) for row in members}
             mine = signs.get(request.name)
             if mine is not None and mine.incarnation == request.incarnation:
-                return Joined(version)
+                return Joined(version, history, settled)
             if mine is not None and request.replace != (mine.incarnation, mine.beat):
                 return Occupied(mine, next(_process(row[3:]) for row in members if row[0] == request.name))
             others = tuple(sign for sign in signs.values() if sign is not mine)
@@ -178,7 +205,7 @@ class Control:
             if not others:
                 version = self._form(steps)
             steps.run(self._insert_sql(), self._insert_params(request))
-            return Joined(version)
+            return Joined(version, history, settled)
 
     def _form(self, steps: Round) -> int:
         """The first node of an empty cluster sets what the others must agree with; the cluster's version."""
@@ -199,7 +226,7 @@ class Control:
         return f'''
             INSERT INTO {node} (name, created_on, last_heartbeat, incarnation, state, weight, lease_sec,
                                 host, boot_id, pid_namespace, pid, started)
-            VALUES (%(name)s, greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' FROM {node})),
+            VALUES (%(name)s, {_youngest(node)},
                     clock_timestamp(), %(incarnation)s, %(state)s, %(weight)s, %(lease)s,
                     %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s);
             SELECT pg_notify(%(channel)s, 'join ' || %(name)s)
@@ -248,6 +275,24 @@ class Control:
             {take_turn(connection, self.tables)};
             DELETE FROM {self.tables.node} WHERE name = %s AND incarnation = %s RETURNING pg_notify(%s, 'leave ' || name)::text
             ''', (request.name, request.incarnation, self.tables.channel))
+        return True
+
+    def _step_down(self, connection: Connection, request: StepDown) -> bool | None:
+        node = self.tables.node
+        rows = connection.execute(
+            f'''
+            UPDATE {node} SET created_on = {_youngest(node)} WHERE name = %s AND incarnation = %s
+            RETURNING pg_notify(%s, 'step ' || name)::text
+            ''', (request.name, request.incarnation, self.tables.channel))
+        return True if rows else None
+
+    def _record_history(self, connection: Connection, request: RecordHistory) -> bool:
+        cluster = self.tables.cluster
+        connection.execute(
+            f'''
+            UPDATE {cluster} SET history = %(history)s
+            WHERE history IS DISTINCT FROM %(history)s AND {connection.history_sql} = %(history)s
+            ''', {'history': request.history})
         return True
 
     # --- hand-over ---
@@ -302,6 +347,19 @@ class Control:
             )
             SELECT EXISTS (SELECT FROM me), coalesce(told.tokens, 0), (SELECT count(payload) FROM sent) FROM told
             '''
+
+
+def _settled(history: str, recorded: str | None) -> bool:
+    return not history or recorded in (None, history)
+
+
+def _microseconds(row: str) -> str:
+    return f'(extract(epoch FROM {row}.created_on) * 1000000)::bigint'
+
+
+def _youngest(node: str) -> str:
+    """SQL for a moment later than that of every node, even where the server's clock has been set back meanwhile."""
+    return f"greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' FROM {node}))"
 
 
 def _split(ranges: Sequence[Range]) -> dict[str, object]:

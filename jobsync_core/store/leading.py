@@ -1,4 +1,4 @@
-"""A leader's round against PostgreSQL: evict the dead, plan if anything changed, write the difference only."""
+"""A leader's duties against PostgreSQL: evict the dead; plan if anything changed, and write the difference only."""
 from __future__ import annotations
 
 import json
@@ -10,13 +10,16 @@ from ..config import CoordinationConfig
 from ..errors import ConfigurationError, InvalidTaskId
 from ..hashing import task_to_token
 from ..leader import Decision, Pin, decide
-from ..messages import Lead, Led, Segment, Sign
+from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Segment, Sign
 from ..patterns import check_patterns
 from .connection import Connection
 from .rounds import Round, fingerprint, members_json, read_members
 from .schema import Tables
 
 __all__ = ['Leading']
+
+#: The part of the heartbeat timeout that a round may take: what is left of the lease covers the next heartbeat.
+_ROUND = 0.4
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class _Owned:
 
 
 class Leading:
-    """Carries out Lead.
+    """Carries out Evict and Lead.
 
     Args:
         config: The cluster's settings.
@@ -55,23 +58,35 @@ class Leading:
 
     def lead(self, connection: Connection, request: Lead) -> Led | None:
         """One round, in one transaction; None where this incarnation is not in the node table."""
-        with Round(connection, self._tables, exclusive=True) as steps:
-            found = steps.run(
-                f'''
-                SELECT FROM {self._tables.cluster} FOR UPDATE;
-                SELECT version, {members_json(self._tables)} FROM {self._tables.cluster}
-                ''')
-            members = read_members(found[0][1]) if found else ()
+        with Round(connection, self._tables, exclusive=True, seconds=_ROUND * self._config.heartbeat_timeout_sec) as steps:
+            version, members = self._begin(steps)
             if not any(member.incarnation == request.incarnation for member in members):
                 return None
-            living = [member for member in members if Sign(member.name, member.incarnation, member.beat) not in request.dead]
-            if not living or living[0].incarnation != request.incarnation:
-                return Led(False, found[0][0])
-            evicted = steps.delete_unchanged(request.dead)
+            if not _is_eldest(request, members):
+                return Led(False, version)
             state = self._prepare(steps)
-            if state.planned and not evicted:
+            if state.planned:
                 return Led(True, state.version)
-            return self._replan(steps, request, state, evicted)
+            return self._replan(steps, request, state)
+
+    def evict(self, connection: Connection, request: Evict) -> Evicted | None:
+        """Delete the dead, in a transaction of its own, so that it stands whatever comes of the plan; None as for `lead`."""
+        with Round(connection, self._tables, exclusive=False, seconds=_ROUND * self._config.heartbeat_timeout_sec) as steps:
+            _, members = self._begin(steps)
+            if not any(member.incarnation == request.incarnation for member in members):
+                return None
+            if not _is_eldest(request, members):
+                return Evicted(False)
+            return Evicted(True, steps.delete_unlocked(request.dead))
+
+    def _begin(self, steps: Round) -> tuple[int, tuple[Member, ...]]:
+        """Take the cluster's row; its version, and the nodes, the oldest first."""
+        found = steps.run(
+            f'''
+            SELECT FROM {self._tables.cluster} FOR UPDATE;
+            SELECT version, {members_json(self._tables)} FROM {self._tables.cluster}
+            ''')
+        return (found[0][0], read_members(found[0][1])) if found else (0, ())
 
     def _prepare(self, steps: Round) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
@@ -90,7 +105,7 @@ class Leading:
             ''')
         return _State(*rows[0])
 
-    def _replan(self, steps: Round, request: Lead, state: _State, evicted: tuple[str, ...]) -> Led:
+    def _replan(self, steps: Round, request: Lead, state: _State) -> Led:
         # What was read, not what is there at the end: a node may change its state meanwhile.
         (text, seen), = steps.run(f'SELECT {members_json(self._tables)}, {fingerprint(self._tables)} FROM {self._tables.cluster} AS c')
         members = read_members(text)
@@ -98,9 +113,9 @@ class Leading:
         pins, broken = self._pins(steps, state)
         version = state.version + 1
         decision = decide(members, [row.segment for row in before], pins, state.total_tokens, version)
-        self._write(steps, request, before, decision, len(members), seen, version, evicted)
+        self._write(steps, request, before, decision, len(members), seen, version)
         return Led(
-            True, version, evicted, decision.moved + decision.assigned, decision.blocked, (*broken, *decision.conflicts))
+            True, version, decision.moved + decision.assigned, decision.blocked, (*broken, *decision.conflicts))
 
     def _assignment(self, steps: Round) -> list[_Owned]:
         rows = steps.run(
@@ -136,7 +151,6 @@ class Leading:
 
     def _write(
         self, steps: Round, request: Lead, before: Sequence[_Owned], decision: Decision, nodes: int, seen: str, version: int,
-        evicted: tuple[str, ...],
     ) -> None:
         tables = self._tables
         as_seen = fingerprint(tables, "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' ELSE f.state END")
@@ -165,7 +179,12 @@ class Leading:
              'moving': [s.moving for s in fresh], 'to': [s.moving_to for s in fresh], 'blocked': [s.blocked for s in fresh],
              'versions': [s.version for s in fresh], 'since': since, 'activate': list(decision.activate), 'version': version, 'seen': seen,
              'reason': request.reason, 'leader': request.name, 'nodes': nodes, 'moved': decision.moved + decision.assigned,
-             'evicted': bool(evicted), 'channel': tables.channel, 'payload': f'plan {version}'})
+             'evicted': request.reason == DEATHS, 'channel': tables.channel, 'payload': f'plan {version}'})
+
+
+def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:
+    living = [member for member in members if Sign(member.name, member.incarnation, member.beat) not in request.dead]
+    return bool(living) and living[0].incarnation == request.incarnation
 
 
 def _since(before: Sequence[_Owned], fresh: Sequence[Segment]) -> list[str | None]:

@@ -106,6 +106,11 @@ class Limits:
         return f'{_characteristics(writing=True)}; {_set(keepalive.settings(), local=True)}'
 
     @property
+    def answer(self) -> float:
+        """Seconds within which the answer to a statement comes: the server's own refusal arrives first, and the connection can stay."""
+        return self.statement + max(0.25, self.statement / 4)
+
+    @property
     def _statement(self) -> str:
         return f'{math.ceil(self.statement * 1000)}ms'
 

@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from ..errors import StoreTimeout
 from ..messages import Member, Sign
 from .connection import Connection
 from .schema import Tables
+
+#: How much later than the server's own limit the client gives up, in seconds.
+_ANSWER = 0.5
 
 __all__ = ['Round', 'fingerprint', 'members_json', 'read_members', 'take_turn']
 
@@ -55,13 +61,15 @@ class Round:
         connection: The agent's.
         tables: Names of the tables.
         exclusive: Whether the advisory lock keeps everybody else out (the leader), or leaders only.
+        seconds: For the whole of it, whatever the statements take each: a heartbeat waits behind it.
     """
 
-    def __init__(self, connection: Connection, tables: Tables, exclusive: bool) -> None:
+    def __init__(self, connection: Connection, tables: Tables, exclusive: bool, seconds: float = math.inf) -> None:
         self._connection = connection
         self._tables = tables
         self._lock = 'pg_advisory_xact_lock' if exclusive else 'pg_advisory_xact_lock_shared'
         self._begun = False
+        self._deadline = time.monotonic() + seconds
 
     def __enter__(self) -> Round:
         return self
@@ -78,12 +86,23 @@ class Round:
             self._connection.close()
 
     def run(self, sql: str, params: Sequence[object] | Mapping[str, object] = ()) -> list[tuple[Any, ...]]:
-        """Run statements in the transaction; the rows of the last one."""
+        """Run statements in the transaction; the rows of the last one.
+
+        Raises:
+            StoreTimeout: The time for the whole is over.
+        """
+        connection = self._connection
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise StoreTimeout('the transaction took too long: nothing was changed')
+        limit = None if left == math.inf else left
+        if limit is not None:
+            sql = f'{connection.limit_statements(limit)}; {sql}'
         if not self._begun:
             self._begun = True
             first, second = self._tables.advisory
-            sql = f'BEGIN; {self._connection.local_limits}; SELECT {self._lock}({first}, {second}); {sql}'
-        return self._connection.execute(sql, params)
+            sql = f'BEGIN; {connection.local_limits}; SELECT {self._lock}({first}, {second}); {sql}'
+        return connection.execute(sql, params, None if limit is None else limit + _ANSWER)
 
     def delete_unchanged(self, signs: Iterable[Sign]) -> tuple[str, ...]:
         """Delete the nodes that still look as they were seen; their names, sorted. Their tokens become unowned."""
@@ -94,5 +113,19 @@ class Round:
             f'''
             DELETE FROM {self._tables.node} AS n USING unnest(%s::text[], %s::text[], %s::bigint[]) AS s (name, incarnation, beat)
             WHERE n.name = s.name AND n.incarnation = s.incarnation AND n.beat = s.beat RETURNING n.name
+            ''', ([sign.name for sign in seen], [sign.incarnation for sign in seen], [sign.beat for sign in seen]))
+        return tuple(sorted(row[0] for row in rows))
+
+    def delete_unlocked(self, signs: Iterable[Sign]) -> tuple[str, ...]:
+        """The same, but a node whose row somebody else has locked is left for another time, and holds up no other."""
+        seen = list(signs)
+        rows = self.run(
+            f'''
+            DELETE FROM {self._tables.node} AS n USING (
+                SELECT m.name FROM {self._tables.node} AS m
+                JOIN unnest(%s::text[], %s::text[], %s::bigint[]) AS s (name, incarnation, beat)
+                    ON m.name = s.name AND m.incarnation = s.incarnation AND m.beat = s.beat
+                FOR UPDATE OF m SKIP LOCKED) AS d
+            WHERE n.name = d.name RETURNING n.name
             ''', ([sign.name for sign in seen], [sign.incarnation for sign in seen], [sign.beat for sign in seen]))
         return tuple(sorted(row[0] for row in rows))

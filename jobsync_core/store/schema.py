@@ -24,8 +24,8 @@ logger = get_logger(__name__)
 
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
-    (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (5, 'migration_5.sql'), (6, 'migration_6.sql'),
-    (8, 'migration_8.sql'))
+    (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (4, 'migration_4.sql'), (5, 'migration_5.sql'),
+    (6, 'migration_6.sql'), (8, 'migration_8.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -33,7 +33,7 @@ _PATIENCE = '60s'
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch',
+    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch history',
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',
@@ -52,7 +52,8 @@ FUNCTIONS: Mapping[str, str] = {
     'finish_execution': 'jsonb, double precision, text, bigint',
 }
 #: Not qualified, as in CREATE INDEX; elsewhere write {schema}.{name of the index}.
-_INDEXES = ('lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
+_INDEXES = (
+    'node_age', 'lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
 
 
 class Tables:

@@ -333,6 +333,11 @@ class FakeJob(Job):
         """See Job."""
         return self._state == 'entered' and self._leased
 
+    @property
+    def alive(self) -> bool:
+        """See Job."""
+        return True
+
     def am_i_leader(self) -> bool:
         """See Job."""
         return self.leader and self.am_i_healthy()

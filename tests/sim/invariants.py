@@ -32,6 +32,8 @@ def check_one_claimer(world: World) -> None:
     for node in world.holders:
         local = node.offset + node.rate * now
         mask = node.claims.answers(local)
+        if local < node.waits_until - 1e-6 and node.claims.lease[0] > local:
+            raise Violation(f'quarantine: {node} has a lease although leases of another history may be valid')
         if not mask:
             continue
         if local > node.lease_bound + 1e-6 and world.leases_checked:

@@ -2,14 +2,30 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from jobsync_core.claims import Claims
 from jobsync_core.effects import Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.messages import Beaten, Connect, Connected, Give, Leave, Process, Range, Reply, Request
-from jobsync_core.protocol import Phase, Protocol, Settings
+from jobsync_core.messages import (
+    Beaten,
+    Connect,
+    Connected,
+    Evict,
+    Give,
+    Holdings,
+    Joined,
+    Lead,
+    Leave,
+    Process,
+    Range,
+    Reply,
+    Request,
+    StepDown,
+    Take,
+)
+from jobsync_core.protocol import BESIDE, Phase, Protocol, Settings
 from jobsync_core.tokens import TokenSet
 
 from .invariants import Violation
@@ -104,6 +120,10 @@ class SimNode:
         self.deaf = False
         self.entered = False
         self.lease_bound = 0.0
+        #: While another history's leases may be valid, as the answers tell it; kept apart from what the protocol makes of them.
+        self.waits_until = 0.0
+        self._seen_history = self._seen_server = ''
+        self.sent: Counter[str] = Counter()
         self.announced = 0
         self.events = 0
         self.connection: int | None = None
@@ -184,6 +204,9 @@ class SimNode:
         if len(recent) == _MOST_REQUESTS and now - recent[0] < self.settings.poll:
             raise Violation(f'no-spin: {self} sent {_MOST_REQUESTS} requests within {now - recent[0]:.3f} s, last {request}')
         recent.append(now)
+        self.sent[type(request).__name__] += 1
+        if isinstance(request, (Take, Give, Evict, Lead, StepDown)) and now < self.waits_until - 1e-6:
+            raise Violation(f'quarantine: {self} sends {request} although leases of another history may be valid')
         if isinstance(request, (Give, Leave)):
             self._check_release_order(request, now)
         self._wake_id += 1
@@ -216,11 +239,34 @@ class SimNode:
             if self.connection is None:
                 self._failed(request)
                 return
+        self._note_history(reply)
         if isinstance(reply, Beaten):
             self.lease_bound = max(self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout)
         self._failing_since = None
         self.world.trace(self, 'hears', reply)
         self.protocol.reply(request, reply, self.local())
+        self._run_effects()
+        self.step()
+
+    def _note_history(self, reply: Reply) -> None:
+        foreign = False
+        if isinstance(reply, Connected) and reply.server:
+            foreign, self._seen_server = self._seen_server not in ('', reply.server), reply.server
+        elif isinstance(reply, (Joined, Beaten, Holdings)) and not reply.settled and reply.history != self._seen_history:
+            foreign, self._seen_history = True, reply.history
+        if foreign:
+            self.waits_until = self.local() + self.settings.timeout
+
+    def refuse(self, request_id: int) -> None:
+        """The server answers that it cannot."""
+        if not self.running or self.paused or request_id != self._request_id or self._request is None:
+            return
+        if not isinstance(self._request, BESIDE):
+            self.fail(request_id)
+            return
+        request, self._request = self._request, None
+        self.world.trace(self, 'is refused', request)
+        self.protocol.refused(request, self.local())
         self._run_effects()
         self.step()
 

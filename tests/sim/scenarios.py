@@ -5,12 +5,14 @@ then calm until the cluster is whole (I3), then a quiet time in which nothing ma
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
-from jobsync_core.protocol import Settings
+from jobsync_core.messages import Evict, Lead, Observe
+from jobsync_core.protocol import Phase, Settings
 
 from .invariants import Violation
-from .node import LEASE_FRACTION
+from .node import LEASE_FRACTION, SimNode
 from .schedule import TIMEOUT, Run
 from .store import SimStore
 from .world import World
@@ -270,10 +272,59 @@ def everything(run: Run) -> None:
     run.at(run.faults_end, run.expire_locks)
 
 
+def promotions(run: Run) -> None:
+    """A standby that lacks much is promoted. Some nodes cannot notice and hold their leases; others are new and have nothing to compare."""
+    run.world.store.tells_history = True
+    start = _cluster(run)
+    rng = run.world.rng
+    standby: list[SimStore] = []
+    moment = start + rng.random() * TIMEOUT
+    run.at(rng.uniform(1.1, moment), run.remember, standby)
+    for name in rng.sample(run.names, rng.randint(1, len(run.names))):
+        how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
+        run.at(moment - rng.random() * 0.5, how, _duration(run), name)
+    if rng.random() < 0.5:
+        run.at(moment, run.promote, standby)
+    else:
+        run.at(moment, run.fail_over, standby, rng.random())
+    for index in range(rng.randint(1, 3)):
+        run.at(moment + rng.random() * TIMEOUT, run.spawn, f'm{index}')
+    if rng.random() < 0.5:
+        # Another standby, which has never heard of the first promotion, at times under the very same name.
+        run.at(moment + 1.5 * TIMEOUT, run.promote, standby)
+    run.faults_end += 3 * TIMEOUT
+
+
+def together(run: Run) -> None:
+    """The two or three oldest nodes die at once: found as soon as one alone."""
+    rng = run.world.rng
+    count = rng.choice((2, 3))
+    start = _cluster(run, count + rng.choice((1, 2, 3))) + 2 * TIMEOUT + rng.random()
+    run.at(start, run.crash_oldest, count)
+    run.bound = TIMEOUT * 1.01 + run.settings.poll + 0.25
+    run.step = 0.05
+
+
+def refusals(run: Run) -> None:
+    """Heartbeats work, and what the leader does beside them fails: for everybody for a while, or for one node for ever."""
+    rng = run.world.rng
+    start = _cluster(run, rng.choice((3, 4, 5))) + TIMEOUT
+    if rng.random() < 0.5:
+        run.at(start, run.refuse, (Lead,))
+        run.at(start + 0.1, rng.choice((run.crash, lambda: run.crash_oldest(1))))
+        run.at(start + 0.1 + TIMEOUT * 1.01 + run.settings.poll + 0.75, run.check_evicted)
+        run.at(start + rng.uniform(1.5, 5) * TIMEOUT, run.refuse, ())
+    else:
+        run.at(start, run.refuse_oldest, rng.choice(((Lead,), (Lead, Evict), (Lead, Evict, Observe))))
+        run.at(start + 0.1, rng.choice((
+            run.pin_somewhere, lambda: run.spawn('late'), lambda: run.crash(run.by_age()[-1]), lambda: run.leave(run.by_age()[1]))))
+    run.bound = 3.5 * TIMEOUT + run.settings.wait_on_enter + run.settings.check_interval
+
+
 FAMILIES: dict[str, Callable[[Run], None]] = {
     f.__name__: f for f in (
         everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping,
-        headless, revivals, meddling)}
+        headless, revivals, meddling, promotions, together, refusals)}
 
 
 def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
@@ -281,6 +332,7 @@ def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
     family = family or sorted(FAMILIES)[seed % len(FAMILIES)]
     world = World(seed, (12, 16, 24, 7)[seed // len(FAMILIES) % 4], tracing=tracing, real_claims=seed % 50 == 49)
     rng = world.rng
+    world.store.tells_history = rng.random() < 0.7
     interval = rng.choice((1.0, 1.5, 2.0))
     settings = Settings(
         interval=interval, timeout=TIMEOUT, lease=LEASE_FRACTION * TIMEOUT, check_interval=rng.choice((4.0, 10.0)), release_timeout=1.5,
@@ -333,11 +385,16 @@ def _stay_quiet(run: Run) -> None:
     """I4: nothing is written while nothing happens, and nobody loses what it has."""
     world = run.world
     version = world.store.version
+    began, sent = world.now, {node: node.sent.copy() for node in world.nodes}
     for _ in range(6):
         world.run(world.now + TIMEOUT / 4)
         reason = world.whole()
         if reason is not None:
             raise Violation(f'I3: whole, and then no more: {reason}')
+    followers = set(run.by_age()[2:])
+    for node in world.nodes:
+        if node.name in followers and node in sent and node.protocol.phase is Phase.ACTIVE:
+            _check_cost(node, node.sent - sent[node], world.now - began)
     evictions = sum(node.protocol.evictions for node in world.nodes)
     if run.keeps and evictions:
         raise Violation(f'I4: {evictions} evictions although no node failed')
@@ -346,6 +403,15 @@ def _stay_quiet(run: Run) -> None:
     for node in world.nodes:
         if node.announced != len(node.claims.tokens):
             raise Violation(f'events: {node} was told of {node.announced} tokens and has {len(node.claims.tokens)}')
+
+
+def _check_cost(node: SimNode, sent: Counter[str], seconds: float) -> None:
+    """I7: a steady follower sends its heartbeats alone, and few more of them than it must to fall in behind the older ones."""
+    beats = sent.pop('Beat', 0)
+    for name in ('Take', 'Lives'):  # an open promise of another node is looked at again until it is kept or lapses
+        sent.pop(name, None)
+    if sum(sent.values()) > 2 or beats > 1.02 * seconds / node.settings.interval + 2:
+        raise Violation(f'I7: {node} sent {beats} heartbeats and {dict(sent)} in {seconds:.1f} s in which nothing happened')
 
 
 def run(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:

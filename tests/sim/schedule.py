@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jobsync_core.messages import Segment
 from jobsync_core.protocol import Settings
 
+from .invariants import Violation
 from .node import TASKS_PER_TOKEN, SimNode
 from .store import Lock, Overlap, SimStore
 from .world import World
@@ -217,6 +218,36 @@ class Run:
         self.world.owner_checked = self.world.tasks_checked = False
         self.world.fail_over(standby[0])
         self.world.at(self.world.now + seconds, self.world.start_server)
+
+    def promote(self, standby: list[SimStore]) -> None:
+        """A failover behind a pooler: nobody loses a connection."""
+        self.world.owner_checked = self.world.tasks_checked = False
+        self.world.promote(standby[0])
+
+    def refuse(self, kinds: tuple[type, ...], name: str | None = None) -> None:
+        """The server cannot do this for one node, or for any, until further notice."""
+        self.world.refused[name] = kinds
+
+    def refuse_oldest(self, kinds: tuple[type, ...]) -> None:
+        """The same for the node that leads."""
+        self.refuse(kinds, self.by_age()[0])
+
+    def by_age(self) -> list[str]:
+        """The names in the node table, the oldest first."""
+        rows = sorted(self.world.store.nodes.values(), key=lambda row: (row.created_on, row.name))
+        return [row.name for row in rows]
+
+    def crash_oldest(self, count: int) -> None:
+        """The oldest nodes die at once."""
+        for name in self.by_age()[:count]:
+            self.crash(name)
+
+    def check_evicted(self) -> None:
+        """By now every process that died must be out of the node table."""
+        lives = {node.protocol.incarnation for node in self.world.nodes}
+        for row in self.world.store.nodes.values():
+            if row.incarnation not in lives:
+                raise Violation(f'eviction: {row.sign} is dead and still in the table')
 
     def remember(self, standby: list[SimStore]) -> None:
         standby[:] = [self.world.store.snapshot()]

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from jobsync_core.hashing import task_digest
 from jobsync_core.leader import Decision, Pin, decide
 from jobsync_core.messages import (
+    ELDERS,
     Activate,
     Activated,
     Beat,
     Beaten,
     Drain,
+    Evict,
+    Evicted,
     Give,
     Given,
     Holdings,
@@ -31,11 +34,13 @@ from jobsync_core.messages import (
     Occupied,
     Process,
     Range,
+    RecordHistory,
     Refresh,
     Reply,
     Request,
     Segment,
     Sign,
+    StepDown,
     Take,
     Taken,
 )
@@ -80,6 +85,7 @@ class Row:
     state: str
     weight: float
     beat: int = 0
+    last_heartbeat: float = 0.0
 
     @property
     def sign(self) -> Sign:
@@ -100,6 +106,11 @@ class Lock:
     expires_at: float | None = None
 
 
+def microseconds(created_on: float) -> int:
+    """As Beat.since tells it."""
+    return int(created_on * 1e6)
+
+
 #: What a plan depends on: nodes with their lives, states and weights, and the version of the locks.
 Fingerprint = tuple[tuple[tuple[str, str, str, float], ...], int]
 
@@ -109,7 +120,8 @@ class SimStore:
     """All tables of one cluster.
 
     `clock` is the database's wall clock, which the world sets before each request; it may jump. `outbox` holds the
-    notifications of the last request. `on_plan` is told of each plan before it is written.
+    notifications of the last request. `on_plan` is told of each plan before it is written. `server` is the history of the
+    database itself, which the world sets; `recorded` the one that the cluster's row names.
     """
 
     total_tokens: int
@@ -126,6 +138,9 @@ class SimStore:
     promises: set[str] = field(default_factory=set)
     outbox: list[str] = field(default_factory=list)
     changes: int = 0
+    server: str = 'history-1'
+    tells_history: bool = True
+    recorded: str | None = None
     on_plan: Callable[[list[Member], list[Segment], list[Pin], Decision], None] | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +169,14 @@ class SimStore:
             return self._activate(request)
         if isinstance(request, Drain):
             return self._drain(request)
+        if isinstance(request, Evict):
+            return self._evict(request)
+        if isinstance(request, StepDown):
+            return self._step_down(request)
+        if isinstance(request, RecordHistory):
+            if request.history == self.server:
+                self.recorded = self.server
+            return True
         assert isinstance(request, Leave)
         row = self._row(request.name, request.incarnation)
         if row is not None:
@@ -223,6 +246,14 @@ class SimStore:
 
     # --- requests ---
 
+    @property
+    def _history(self) -> str:
+        return self.server if self.tells_history else ''
+
+    @property
+    def _settled(self) -> bool:
+        return self.recorded in (None, self.server)
+
     def _row(self, name: str, incarnation: str) -> Row | None:
         row = self.nodes.get(name)
         return row if row is not None and row.incarnation == incarnation else None
@@ -265,32 +296,50 @@ class SimStore:
                 raise Overlap(f'{left} overlaps {right}')
 
     def _join(self, request: Join) -> Reply:
+        if self.recorded is None and self.tells_history:
+            self.recorded = self.server
         for sign in request.reap:
             if self._looks_so(sign):
                 self._delete(sign.name)
         row = self.nodes.get(request.name)
         if row is not None and row.incarnation == request.incarnation:
-            return Joined(self.version)
+            return Joined(self.version, self._history, self._settled)
         if row is not None:
             if request.replace != (row.incarnation, row.beat):
                 return Occupied(row.sign, row.process)
             self._delete(row.name)
-        # Later than every other row, even if the wall clock was set back.
-        created_on = max([self.clock, *(other.created_on + 1e-6 for other in self.nodes.values())])
         self.nodes[request.name] = Row(
-            request.name, request.incarnation, request.process, created_on, 'active' if request.active else 'joining', request.weight)
+            request.name, request.incarnation, request.process, self._youngest(), 'active' if request.active else 'joining', request.weight,
+            last_heartbeat=self.clock)
         self.changes += 1
         self.outbox.append(f'join {request.name}')
-        return Joined(self.version)
+        return Joined(self.version, self._history, self._settled)
 
     def _beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
         row.beat += 1
+        row.last_heartbeat = self.clock
         age = (row.created_on, row.name)
-        older = sorted((r.created_on, r.name) for r in self.nodes.values() if (r.created_on, r.name) < age)
-        return Beaten(self.version, row.state, tuple(self.nodes[name].sign for _, name in older))
+        older = sorted((r.created_on, r.name) for r in self.nodes.values()
+                       if (r.created_on, r.name) < age and microseconds(r.created_on) >= request.since)[:ELDERS]
+        rows = [self.nodes[name] for _, name in older]
+        return Beaten(
+            self.version, row.state, tuple(r.sign for r in rows), tuple(self.clock - r.last_heartbeat for r in rows),
+            microseconds(min([row.created_on, *(r.created_on for r in rows)])), self._history, self._settled)
+
+    def _youngest(self) -> float:
+        """Later than every other row, even if the wall clock was set back."""
+        return max([self.clock, *(other.created_on + 2e-6 for other in self.nodes.values())])
+
+    def _step_down(self, request: StepDown) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        row.created_on = self._youngest()
+        self.outbox.append(f'step {row.name}')
+        return True
 
     def _refresh(self, request: Refresh) -> Reply:
         row = self._row(request.name, request.incarnation)
@@ -298,7 +347,8 @@ class SimStore:
             return None
         mine = tuple(s for s in self.segments if s.node == row.name)
         incoming = sum(s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name)
-        return Holdings(self.version, row.state, mine, self.planned == self.fingerprint(), incoming)
+        return Holdings(
+            self.version, row.state, mine, self.planned == self.fingerprint(), incoming, self._history, self._settled)
 
     def _take(self, request: Take) -> Reply:
         tasks = sorted({task for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
@@ -366,21 +416,31 @@ class SimStore:
 
     # --- the leader's round ---
 
+    def _evict(self, request: Evict) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        if not self._is_eldest(row, request.dead):
+            return Evicted(False)
+        names = tuple(sign.name for sign in request.dead if self._is_dead(sign))
+        for name in names:
+            self._delete(name)
+        return Evicted(True, names)
+
     def _lead(self, request: Lead) -> Reply:
         row = self._row(request.name, request.incarnation)
-        if row is None or not self._is_eldest(row, request.dead):
+        if row is None:
+            return None
+        if not self._is_eldest(row, request.dead):
             return Led(False, self.version)
-        evicted = tuple(sign.name for sign in request.dead if self._is_dead(sign))
-        for name in evicted:
-            self._delete(name)
         expired = [task for task, lock in self.locks.items() if lock.expires_at is not None and lock.expires_at <= self.clock]
         for task in expired:
             del self.locks[task]
         self.lock_version += bool(expired)
-        if not evicted and self.fingerprint() == self.planned:
+        if self.fingerprint() == self.planned:
             return Led(True, self.version)
         decision = self._plan()
-        return Led(True, self.version, evicted, decision.moved, decision.blocked, decision.conflicts)
+        return Led(True, self.version, decision.moved, decision.blocked, decision.conflicts)
 
     def _is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
         living = [r for r in self.nodes.values() if r.sign not in dead]

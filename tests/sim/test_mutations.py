@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from jobsync_core import liveness, protocol
-from jobsync_core.messages import Give, Given, Holdings, Join, Reply, Request, Segment, Taken
+from jobsync_core.lookout import Lookout
+from jobsync_core.messages import Beat, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Segment, Taken
 from jobsync_core.protocol import Protocol
 from jobsync_core.tokens import TokenSet
 
@@ -20,6 +21,7 @@ from .invariants import Violation
 from .node import SimClaims, SimNode
 from .scenarios import run
 from .store import SimStore
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,99 @@ def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_quarantine(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_connected
+    patch.setattr(Protocol, '_wait_for_old_leases', lambda self, now: None)
+    _without_the_check_of_quarantine(patch)
+
+
+def _without_the_check_of_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """The rule is broken, and nobody asks about the rule: what comes of it?"""
+    patch.setattr(SimNode, '_note_history', lambda self, reply: None)
+
+
+def _history_is_not_in_the_heartbeat(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_beaten
+    patch.setattr(Protocol, '_on_beaten', lambda self, reply, now: original(self, replace(reply, history='', settled=True), now))
+
+
+def _history_only_of_the_connection(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protocol, '_on_history', lambda self, history, settled, now: None)
+    _without_the_check_of_quarantine(patch)
+
+
+def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_history
+
+    def mutated(self: Protocol, history: str, settled: bool, now: float) -> None:
+        original(self, history, settled or not self._history, now)
+    patch.setattr(Protocol, '_on_history', mutated)
+    _without_the_check_of_quarantine(patch)
+
+
+def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore.handle
+
+    def mutated(self: SimStore, request: Request) -> Reply:
+        reply = original(self, request)
+        if isinstance(request, (Join, Beat)):
+            self.recorded = self.server
+        return reply
+    patch.setattr(SimStore, 'handle', mutated)
+
+
+def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._choose
+
+    def mutated(self: Protocol, now: float) -> Request | None:
+        until, self._quarantine_until = self._quarantine_until, None
+        try:
+            return original(self, now)
+        finally:
+            self._quarantine_until = until
+    patch.setattr(Protocol, '_choose', mutated)
+    patch.setattr(Protocol, '_on_holdings', _on_holdings_in_quarantine)
+
+
+_on_holdings = Protocol._on_holdings
+
+
+def _on_holdings_in_quarantine(self: Protocol, reply: Holdings, now: float) -> None:
+    until, self._quarantine_until = self._quarantine_until, None
+    _on_holdings(self, replace(reply, history='', settled=True), now)
+    self._quarantine_until = until
+
+
+def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_beaten
 
     def mutated(self: Protocol, reply: Any, now: float) -> None:
-        self._server = reply.server
         original(self, reply, now)
-    patch.setattr(Protocol, '_on_connected', mutated)
+        if self.quarantined:
+            self.claims.extend(self._sent_at + self.settings.lease)
+    patch.setattr(Protocol, '_on_beaten', mutated)
+
+
+def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
+    """As it was: where the plan fails, the eviction fails with it."""
+    original = World._execute
+
+    def mutated(self: World, node: SimNode, request: Request, *rest: Any) -> None:
+        refused = dict(self.refused)
+        self.refused = {name: (*kinds, Evict) if Lead in kinds else kinds for name, kinds in refused.items()}
+        original(self, node, request, *rest)
+        self.refused = refused
+    patch.setattr(World, '_execute', mutated)
+
+
+def _nobody_steps_down(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lookout, '_must_step_down', property(lambda self: False, lambda self, value: None), raising=False)
+
+
+def _beat_at_any_time(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(protocol, 'beat_delay', lambda ages, interval: interval)
+
+
+def _all_of_the_oldest_look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lookout, 'watches', lambda self, now: self.rank(now) is not None)
 
 
 def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
@@ -181,12 +270,14 @@ def _plan_though_nothing_changed(patch: pytest.MonkeyPatch) -> None:
 
 
 def _round_after_round(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_led
+    original = Protocol._on_evicted_others
 
     def mutated(self: Protocol, request: Any, reply: Any, now: float) -> None:
         original(self, request, reply, now)
         self._lookout._must_look = False
-    patch.setattr(Protocol, '_on_led', mutated)
+        self._lookout.look_at = now + self.settings.poll
+        self._lookout._retries[Evict].reset()
+    patch.setattr(Protocol, '_on_evicted_others', mutated)
 
 
 def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
@@ -212,7 +303,17 @@ MUTATIONS = (
     Mutation('exclusion constraint', ('meddling',), _no_exclusion_constraint, ('I1',)),
     Mutation('version in hand-over', ('flapping',), _give_whatever_the_version, ('I1',)),
     Mutation('clear before rejoining', ('partitions', 'pauses'), _rejoin_with_old_tokens, ('I1',)),
-    Mutation('quarantine after failover', ('failovers',), _no_quarantine, ('I1',)),
+    Mutation('quarantine after failover', ('failovers', 'promotions'), _no_quarantine, ('I1',)),
+    Mutation("the database's history is in each heartbeat", ('promotions',), _history_is_not_in_the_heartbeat, ('quarantine',)),
+    Mutation('a failover behind a pooler is noticed', ('promotions',), _history_only_of_the_connection, ('I1',)),
+    Mutation('a new node waits where the history is new', ('promotions',), _new_nodes_trust_the_server, ('I1',)),
+    Mutation('a history is recorded after the wait', ('promotions',), _record_the_history_at_once, ('I1',)),
+    Mutation('nothing is taken or given in quarantine', ('failovers', 'promotions'), _take_and_give_in_quarantine, ('quarantine',)),
+    Mutation('no lease in quarantine', ('failovers', 'promotions'), _extend_the_lease_in_quarantine, ('quarantine',)),
+    Mutation('an eviction stands whatever the plan does', ('refusals',), _plan_and_evict_in_one, ('eviction',)),
+    Mutation('a leader whose rounds fail steps down', ('refusals',), _nobody_steps_down, ('I3',)),
+    Mutation('the oldest beat one after another', ('together',), _beat_at_any_time, ('I3',)),
+    Mutation('followers do not look at the table', ('rolling',), _all_of_the_oldest_look, ('I7',)),
     Mutation('a name is taken over only from the dead', ('names',), _replace_the_living, ('I1',)),
     Mutation('known dead means dead', ('names',), _anybody_is_known_dead, ('I1',)),
     Mutation('ask who has taken the tasks before activating', ('rolling', 'locks'), _activate_without_asking, ('tasks',)),

@@ -50,6 +50,7 @@ class World:
         self.frozen = False
         self.database_offset = 1_000_000.0
         self.server = 'history-1'
+        self.refused: dict[str | None, tuple[type, ...]] = {}  # what the server cannot do for whom; None: for all
         self.owner_checked = True
         self.leases_checked = True
         self.tasks_checked = True
@@ -190,11 +191,15 @@ class World:
             self.at(max(deadline, self.now), node.fail, request_id)
             return
         if isinstance(request, Connect):
-            reply: Reply = Connected(self.server)
+            reply: Reply = Connected('' if self.store.tells_history else self.server)
             self._next_connection += 1
             self._connections[self._next_connection] = node
             self._connection_of_request[node.number, request_id] = self._next_connection
             node.deaf = False
+        elif isinstance(request, (*self.refused.get(None, ()), *self.refused.get(node.name, ()))):
+            self.trace(node, 'refused', request)
+            self.at(self.now + self.rng.random() * node.op_timeout, node.refuse, request_id)
+            return
         else:
             reply = self._answer(node, request)
         lost = node.cut_down or (self.network.lost_reply and self.rng.random() < self.network.lost_reply)
@@ -279,21 +284,28 @@ class World:
             self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, connection)
 
     def fail_over(self, standby: SimStore) -> None:
-        """A standby that lacks the last writes becomes the server; the old one is fenced off."""
+        """A standby that lacks the last writes becomes the server; the old one is fenced off, and with it all connections."""
         self.stop_server()
-        changes = self.store.changes
-        self.store = standby
-        self.store.on_plan = self._planned
-        self.store.changes = changes + 1
+        self.promote(standby)
+
+    def promote(self, standby: SimStore) -> None:
+        """A standby that lacks the last writes becomes the server, and a pooler has the same connections lead there."""
         self.server += "'"
+        self._replace(standby)
         self.trace(None, 'failover', f'version {standby.version}')
 
     def restore(self, backup: SimStore) -> None:
         """The same server comes back with the tables of a backup."""
-        server = self.server
-        self.fail_over(backup)
-        self.server = server
+        self.stop_server()
+        self._replace(backup)
         self.start_server()
+
+    def _replace(self, store: SimStore) -> None:
+        changes = self.store.changes
+        self.store = store
+        store.server = self.server
+        store.on_plan = self._planned
+        store.changes = changes + 1
 
     # --- what is checked along the way ---
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from jobsync_core.lookout import Lookout
-from jobsync_core.messages import Lead, Led, Member, Observe, Observed, Sign
+from jobsync_core.messages import DEATHS, ELDERS, Evict, Evicted, Lead, Led, Member, Observe, Observed, Sign, StepDown
 
 TIMEOUT, POLL = 15.0, 0.75
 
@@ -48,7 +48,7 @@ def test_the_leader_plans_at_once_what_has_changed_and_waits_a_moment_for_more_j
     seen(watch, 0.0, ME, stale=True)
     assert watch.duty('me', 'life of me', 0.05, True) is None, 'the first look shows new nodes: more may be coming'
     assert isinstance(watch.duty('me', 'life of me', 0.11, True), Lead)
-    watch.led(Lead('me', 'life of me', (), ''), Led(True, 2), 0.2)
+    watch.led(Led(True, 2), 0.2)
     seen(watch, 1.0, ME, stale=True)
     assert isinstance(watch.duty('me', 'life of me', 1.0, True), Lead), 'no new node: nothing to wait for'
 
@@ -70,20 +70,149 @@ def test_the_successor_leads_when_the_leader_has_been_silent_for_the_whole_timeo
     seen(watch, TIMEOUT, ELDER, ME)
     assert watch.rank(TIMEOUT) == 0
     asked = watch.duty('me', 'life of me', TIMEOUT, True)
-    assert isinstance(asked, Lead)
-    assert asked.dead == (Sign('elder', 'life of elder', 1),)
+    assert asked == Evict('me', 'life of me', (Sign('elder', 'life of elder', 1),))
+    watch.evicted(asked, Evicted(True, ('elder',)), TIMEOUT)
+    assert watch.duty('me', 'life of me', TIMEOUT, True) == Lead('me', 'life of me', (), DEATHS)
 
 
-def test_a_round_that_found_one_of_the_dead_alive_is_not_repeated_before_a_look() -> None:
+def test_an_eviction_that_found_one_of_the_dead_alive_is_not_repeated_before_a_look() -> None:
     watch = lookout()
     now = 0.0
     while now <= TIMEOUT:
         seen(watch, now, ME, YOUNGER)
         now += POLL
     asked = watch.duty('me', 'life of me', TIMEOUT, True)
-    assert isinstance(asked, Lead) and asked.dead
-    watch.led(asked, Led(True, 1), TIMEOUT)
+    assert isinstance(asked, Evict)
+    watch.evicted(asked, Evicted(True), TIMEOUT)
     assert watch.duty('me', 'life of me', TIMEOUT, True) == Observe()
+
+
+def dead_for_the_leader(*members: Member) -> Lookout:
+    """A leader's lookout that has just found these dead."""
+    watch = lookout()
+    now = 0.0
+    while now <= TIMEOUT:
+        seen(watch, now, ME, *members)
+        now += POLL
+    return watch
+
+
+def test_evictions_and_plans_fail_each_for_itself_and_are_tried_again_later_and_later() -> None:
+    watch = dead_for_the_leader(YOUNGER)
+    now = TIMEOUT
+    evictions: list[float] = []
+    plans: list[float] = []
+    while now < 1.5 * TIMEOUT:
+        asked = watch.duty('me', 'life of me', now, True)
+        if asked == Observe():
+            seen(watch, now, ME, YOUNGER, stale=True)
+        elif asked is not None:
+            assert isinstance(asked, (Evict, Lead))
+            (evictions if isinstance(asked, Evict) else plans).append(now)
+            watch.failed(asked, now)
+        else:
+            later = watch.wake_at(now, True)
+            assert later > now
+            now = later
+    assert 4 <= len(evictions) < 10 and 4 <= len(plans) < 10
+    assert evictions[1] - evictions[0] < evictions[-1] - evictions[-2]
+
+
+def test_where_evictions_fail_they_are_tried_one_by_one() -> None:
+    other = member('other', age=4.0)
+    watch = dead_for_the_leader(YOUNGER, other)
+    first = watch.duty('me', 'life of me', TIMEOUT, True)
+    assert isinstance(first, Evict) and len(first.dead) == 2
+    watch.failed(first, TIMEOUT)
+    names: set[str] = set()
+    now = TIMEOUT
+    while len(names) < 2:
+        now += 0.1
+        asked = watch.duty('me', 'life of me', now, True)
+        if isinstance(asked, Evict):
+            assert len(asked.dead) == 1
+            names.add(asked.dead[0].name)
+            watch.failed(asked, now)
+        elif asked is not None:
+            seen(watch, now, ME, YOUNGER, other)
+
+
+def failing(watch: Lookout, until: float, *members: Member) -> StepDown | None:
+    """Let each round fail until a moment; the stepping down, if it comes to that."""
+    now = 0.0
+    while now < until:
+        asked = watch.duty('me', 'life of me', now, True)
+        if asked == Observe():
+            seen(watch, now, *members, stale=True)
+        elif isinstance(asked, StepDown):
+            return asked
+        elif asked is not None:
+            watch.failed(asked, now)
+        now = max(now + 0.001, watch.wake_at(now, True))
+    return None
+
+
+def test_a_leader_whose_rounds_fail_for_a_timeout_steps_down_and_one_alone_does_not() -> None:
+    watch = lookout()
+    seen(watch, 0.0, ME, YOUNGER, stale=True)
+    assert failing(watch, 0.95 * TIMEOUT, ME, YOUNGER) is None
+    assert failing(watch, 1.3 * TIMEOUT, ME, YOUNGER) is not None
+    alone = lookout()
+    seen(alone, 0.0, ME, stale=True)
+    assert failing(alone, 3 * TIMEOUT, ME) is None
+
+
+def test_a_round_that_works_forgives_the_failures_before() -> None:
+    watch = lookout()
+    seen(watch, 0.0, ME, YOUNGER, stale=True)
+    failing(watch, 0.9 * TIMEOUT, ME, YOUNGER)
+    watch.led(Led(True, 2), 0.9 * TIMEOUT)
+    assert failing(watch, 0.9 * TIMEOUT, ME, YOUNGER) is None
+
+
+def signs(*names: str) -> tuple[Sign, ...]:
+    return tuple(Sign(name, f'life of {name}', 1) for name in names)
+
+
+def test_whoever_hears_of_as_many_older_nodes_as_a_heartbeat_names_is_no_successor_and_looks_at_nothing() -> None:
+    watch = lookout()
+    watch.heard(signs(*'abcd'), 0.0)
+    assert len(signs(*'abcd')) == ELDERS
+    assert watch.rank(0.0) == ELDERS
+    assert watch.duty('me', 'life of me', 0.0, True) is None
+    watch.heard(signs(*'ab'), 1.0)
+    assert watch.rank(1.0) == 2 and watch.duty('me', 'life of me', 1.0, True) is None
+
+
+def test_where_all_that_a_heartbeat_names_are_dead_it_looks_before_it_takes_itself_for_the_leader() -> None:
+    watch = lookout()
+    now = 0.0
+    while now < TIMEOUT:
+        watch.heard(signs(*'abcd'), now)
+        now += 5.0
+    watch.heard(signs(*'abcd'), TIMEOUT)
+    assert watch.rank(TIMEOUT) is None
+    assert watch.duty('me', 'life of me', TIMEOUT, True) == Observe()
+    oldest = [member(name, age=0.1 * place) for place, name in enumerate('abcde')]
+    seen(watch, TIMEOUT, *oldest, ME)
+    assert watch.rank(TIMEOUT) == 1, 'e lives'
+
+
+def test_the_third_oldest_leads_when_two_have_been_silent_for_the_timeout() -> None:
+    watch = lookout()
+    now = 0.0
+    while now < TIMEOUT:
+        watch.heard(signs('a', 'b'), now)
+        assert watch.rank(now) == 2
+        now += 5.0
+    assert watch.wake_at(now - 0.001, True) == TIMEOUT, 'it wakes for their death, which it knows of from its heartbeats'
+    assert watch.duty('me', 'life of me', TIMEOUT, True) == Observe()
+
+
+def test_a_look_that_took_long_is_followed_by_a_longer_rest() -> None:
+    watch = lookout()
+    watch.observed(Observed((ME,), 1, False, None), 'life of me', 1.0, took=0.5)
+    assert watch.wake_at(1.0, True) == 2.5
 
 
 def test_an_expiry_is_looked_at_when_it_is_due() -> None:

@@ -1,6 +1,8 @@
 """Key steps of a node's life, told one request at a time."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jobsync_core.claims import Claims
@@ -14,6 +16,8 @@ from jobsync_core.messages import (
     Connect,
     Connected,
     Drain,
+    Evict,
+    Evicted,
     Give,
     Given,
     Holdings,
@@ -28,11 +32,13 @@ from jobsync_core.messages import (
     Observed,
     Occupied,
     Process,
+    RecordHistory,
     Refresh,
     Reply,
     Request,
     Segment,
     Sign,
+    StepDown,
     Take,
     Taken,
 )
@@ -294,15 +300,115 @@ def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() 
     table = (member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0))
     replies: dict[type, Reply] = {
         Observe: Observed(table, 1, False, None), Beat: Beaten(1, 'active', ()), Refresh: holdings(), Lead: Led(True, 1)}
-    while not isinstance(request := node.asks(), Lead) or not request.dead:
+    while not isinstance(request := node.asks(), Evict):
         if request is not None:
             node.protocol.reply(request, replies.get(type(request), True), node.now)
         node.now = max(node.protocol.wake_at, node.now)
     assert request.dead == (dead,) and node.now - START >= 15.0
-    node.protocol.reply(request, Led(True, 1), node.now)
+    node.protocol.reply(request, Evicted(True), node.now)
     assert node.asks() == Observe()
     node.protocol.reply(Observe(), Observed((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now)
-    assert not isinstance(node.asks(), Lead)
+    assert not isinstance(node.asks(), (Evict, Lead))
+
+
+def leader() -> Node:
+    """A node that has entered, leads another one, and is about to plan."""
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.beat(0, 'joining')
+    node.hears(Activate('me', 'life-1', 1), Activated(True, 2))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.hears(Take('me', ((0, 5),)), Taken(((0, 5),)))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.hears(Observe(), Observed((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None))
+    node.passes(0.3)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    return node
+
+
+def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_they_are() -> None:
+    node = leader()
+    round_ = node.asks()
+    assert isinstance(round_, Lead)
+    node.protocol.refused(round_, node.now)
+    assert node.protocol.connected and node.may_claim() == [0, 1, 2, 3, 4]
+    assert node.asks() is None and node.protocol.wake_at > node.now
+    node.passes(0.3)
+    assert isinstance(node.asks(), Lead)
+
+
+def test_whatever_was_under_way_is_dropped_after_an_unforeseen_error_and_read_anew() -> None:
+    node = leader()
+    assert isinstance(node.asks(), Lead)
+    node.protocol.recover(node.now)
+    assert node.may_claim() == []
+    assert RebalanceEvent(False, 1, 0, 5) in node.effects()
+    node.passes(1.0)
+    node.hears(Connect(), Connected('server'))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.beat()
+    node.hears(Take('me', ((0, 5),), limit=20_000), Taken(((0, 5),)))
+    assert node.may_claim() == [0, 1, 2, 3, 4]
+
+
+def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
+    node = leader()
+    while not isinstance(request := node.asks(), StepDown):
+        if isinstance(request, Lead):
+            node.protocol.refused(request, node.now)
+        elif request is not None:
+            table = (member('me', 'life-1', 1, 1.0), member('other', 'o', round(node.now), 2.0))
+            replies: dict[type, Reply] = {
+                Beat: Beaten(1, 'active', ()), Observe: Observed(table, 1, True, None), Refresh: holdings(row(0, 5))}
+            node.protocol.reply(request, replies[type(request)], node.now)
+        node.now = max(node.protocol.wake_at, node.now)
+    assert 15.0 <= node.now - START < 20.0
+    node.protocol.reply(request, True, node.now)
+    assert node.protocol.rank(node.now) is None
+    node.beat(older=(Sign('other', 'o', 99),))
+    assert node.protocol.rank(node.now) == 1
+
+
+def beaten(history: str, settled: bool = True, number: int = 2) -> Beaten:
+    return Beaten(1, 'active', tuple(replace(sign, beat=number) for sign in LEADER), history=history, settled=settled)
+
+
+def test_a_heartbeat_that_shows_another_history_extends_no_lease_and_makes_it_wait_for_one_timeout() -> None:
+    node = follower()
+    node.passes(5.0)
+    node.hears(Beat('me', 'life-1'), beaten('old'))
+    node.passes(5.0)
+    assert node.may_claim() == [0, 1, 2, 3, 4]
+    node.hears(Beat('me', 'life-1'), beaten('new', settled=False))
+    noticed = node.now
+    assert node.may_claim() == [] and node.protocol.quarantined
+    node.passes(5.0)
+    node.hears(Beat('me', 'life-1'), beaten('new', False, 3))
+    assert node.asks() is None and node.claims.deadline == 0
+    node.now = noticed + 15.1
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
+    node.hears(Beat('me', 'life-1'), beaten('new', False, 4))
+    node.hears(RecordHistory('new'), True)
+    node.hears(Take('me', ((0, 5),), limit=20_000), Taken(((0, 5),)))
+    assert node.may_claim() == [0, 1, 2, 3, 4]
+
+
+def test_another_history_for_which_somebody_has_waited_already_makes_it_read_its_rows_anew() -> None:
+    node = follower()
+    node.passes(5.0)
+    node.hears(Beat('me', 'life-1'), beaten('old'))
+    node.passes(5.0)
+    node.hears(Beat('me', 'life-1'), beaten('new'))
+    assert node.may_claim() == [] and not node.protocol.quarantined
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 2)))
+
+
+def test_a_new_node_waits_where_the_cluster_does_not_know_the_history_yet() -> None:
+    node = Node()
+    node.hears(Connect(), Connected(''))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0, 'new', False))
+    assert node.protocol.quarantined
 
 
 def test_draining_gives_everything_away_and_stays() -> None:
