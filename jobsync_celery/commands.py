@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import JobSyncError
 
+from .plugin import JobSync
 from .settings import read_config
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ else:
         def __init__(self, app: Celery) -> None:
             super().__init__()
             self._app = app
+
+        def plugin(self) -> Any:
+            plugin = JobSync.of(self._app)
+            if plugin is None:
+                raise JobSyncError(f'the app {self._app.main!r} has no plugin: keep JobSync(app) in it until its queues are empty')
+            return plugin
 
         def config(self) -> CoordinationConfig:
             if self.url:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from celery import Celery
     from kombu.connection import Connection
 
+    from .evacuation import CeleryEvacuation
+
 __all__ = ['JobSync', 'rebalanced', 'released']
 
 logger = get_logger(__name__)
@@ -456,6 +458,12 @@ class JobSync:
 
     def _consumes(self) -> bool:
         return self._consuming and (self._listening is None or self._listening.silence() <= self.settings.config.heartbeat_timeout_sec)
+
+    def evacuable(self) -> CeleryEvacuation:
+        """The broker, for `jobsync evacuate`."""
+        from .evacuation import CeleryEvacuation
+
+        return CeleryEvacuation(self)
 
     def serve(self) -> None:
         """Answer probes, also while the worker joins."""

@@ -21,6 +21,8 @@ logger = get_logger(__name__)
 #: Seconds between two looks at an orphan that is looked after closely, and for how long one is: a message may be on its way to it.
 _BUSY_SEC = 0.5
 CLOSE_SEC = 15.0
+#: The same for a live node that has given all of its tokens away: who has an older map still sends to it.
+_DRAINED_SEC = 2.0
 #: Seconds after which an empty queue of a node that is gone is forgotten, where publishing to it would make it anew.
 _KEEP_SEC = 3600.0
 #: Empty queues that one pass deletes: a pass is to be short.
@@ -88,6 +90,7 @@ class Rescue:
         """
         with self._sessions.session() as connection:
             fresh = queues.orphans(connection, self._tables, self._kind, CLOSE_SEC)
+            drained = queues.draining(connection, self._tables, self._kind, self._node)
         self._in_a_row = 0
         self._sweep(fresh)
         now = clock.now()
@@ -97,7 +100,18 @@ class Rescue:
                 old = queues.old_orphans(connection, self._tables, self._kind, CLOSE_SEC)
             self._sweep(old)
             self._delete(old)
-        return _BUSY_SEC if fresh else self._interval
+        here = [orphan for orphan in drained if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until]
+        for orphan in here:
+            if not self._stop():
+                self._guarded(orphan, self.pass_on)
+        return _BUSY_SEC if fresh else min(_DRAINED_SEC, self._interval) if here else self._interval
+
+    def pass_on(self, orphan: Orphan) -> None:
+        """What waits for a node that lives and owns nothing any more: cut off from the broker, it cannot pass it on itself."""
+        moved = self._drain(orphan.queue)
+        if moved:
+            self._count('rescued', moved)
+            logger.info('node=%s passed on %d messages of node=%s, which owns nothing now', self._node, moved, orphan.node)
 
     def _sweep(self, orphans: Sequence[Orphan]) -> None:
         now = clock.now()

@@ -36,6 +36,14 @@ class Database:
     appname: str | None = None
     schema: str | None = None
 
+    def plugin(self) -> Any:
+        """The application's plugin, for commands that need its broker.
+
+        Raises:
+            JobSyncError: This program knows none.
+        """
+        raise JobSyncError('which broker? Use `celery -A proj jobsync evacuate`, or name the JobSync object: --app MODULE:NAME')
+
     def config(self) -> CoordinationConfig:
         """The settings from the options and the environment.
 

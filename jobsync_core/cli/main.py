@@ -17,6 +17,7 @@ from ..store.connection import Sessions
 from ..store.schema import Tables, create_schema, render_schema
 from . import doctor, status_view
 from .context import Database, Group, console, database_options, describe, printable
+from .evacuate_command import evacuate_command
 from .locks_commands import locks_group
 from .simulate_view import simulate_command
 
@@ -200,5 +201,6 @@ def doctor_command(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
+jobsync.add_command(evacuate_command)
 jobsync.add_command(locks_group)
 jobsync.add_command(simulate_command)

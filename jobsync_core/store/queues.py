@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['Orphan', 'forget', 'hold', 'is_gone', 'old_orphans', 'other_kinds', 'orphans', 'owners', 'record']
+__all__ = [
+    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'other_kinds', 'orphans', 'owners', 'record',
+]
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.
 _HOLD_SEC = 600
@@ -82,6 +84,33 @@ def old_orphans(connection: PgConnection, tables: Tables, kind: str, young: floa
             ORDER BY q.gone_at DESC, q.name
             ''', (kind, young))
         return [Orphan(*row) for row in cursor.fetchall()]
+
+
+def known(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str]]:
+    """All queues that a plugin's nodes have, or had when they were seen last: (queue, node)."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT name, node FROM {tables.queue} WHERE kind = %s ORDER BY name', (kind,))
+        return [(row[0], row[1]) for row in cursor.fetchall()]
+
+
+def heartbeats(connection: PgConnection, tables: Tables) -> dict[str, tuple[Any, ...]]:
+    """A sign of life of each node in the node table; another one after each heartbeat."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT name, incarnation, last_heartbeat FROM {tables.node}')
+        return {row[0]: tuple(row[1:]) for row in cursor.fetchall()}
+
+
+def draining(connection: PgConnection, tables: Tables, kind: str, me: str) -> list[Orphan]:
+    """Queues of other nodes that live, drain, and have given all of their tokens away: what is in there is for others by now."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT q.name, q.node FROM {tables.queue} AS q JOIN {tables.node} AS n ON n.name = q.node
+            WHERE q.kind = %s AND n.name <> %s AND n.state = 'draining'
+            AND NOT EXISTS (SELECT FROM {tables.assignment} AS a WHERE a.node = n.name)
+            ORDER BY q.name
+            ''', (kind, me))
+        return [Orphan(row[0], row[1], 0.0) for row in cursor.fetchall()]
 
 
 def hold(connection: PgConnection, tables: Tables, node: str) -> bool:

@@ -1,0 +1,164 @@
+"""Taking the plugin out: what it keeps in queues of its own goes back to where it was sent to.
+
+A message is published to its home queue, confirmed, and only then taken out of the plugin's queue, so that what breaks off in between
+makes a second copy and never none. What belongs to live nodes is left alone: they are emptied by their own consumers.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from . import clock
+from .config import CoordinationConfig
+from .logs import get_logger
+from .mail import Mail
+from .routing import parked_queue, unknown_queue
+from .store import queues
+from .store.connection import Sessions
+from .store.schema import Tables
+
+__all__ = ['Evacuable', 'Evacuated', 'evacuate']
+
+logger = get_logger(__name__)
+
+
+class Evacuable(Mail, Protocol):
+    """The broker, as an evacuation needs it."""
+
+    #: The plugin's name.
+    kind: str
+
+    def places(self) -> Iterable[str]:
+        """Names of queues of this plugin that the broker itself knows of, with messages or records of taken ones; it may know of none."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+
+@dataclass
+class Evacuated:
+    """What an evacuation did.
+
+    Attributes:
+        restored: Messages that dead nodes had taken and not acknowledged, and that were put back.
+        moved: Messages that went home, by home queue.
+        deleted: Queues that were empty and are gone.
+        busy: Nodes that are alive, or that somebody else was sweeping: their queues were left alone.
+        failed: What went wrong, by queue; the others went on.
+    """
+
+    restored: int = 0
+    moved: dict[str, int] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
+    busy: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left behind."""
+        return not self.busy and not self.failed
+
+
+def evacuate(mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], object] = lambda line: None) -> Evacuated:
+    """Move home what is in queues of nodes that are gone, what they had taken, and what is parked.
+
+    It may run while workers do, with the plugin or without, and as often as one likes. Each queue is emptied of what was in it when its
+    turn came, and no more: a gate that is still alive may put messages back.
+
+    Args:
+        mail: The broker.
+        config: The cluster.
+        tell: Called with a line for each queue.
+
+    Raises:
+        DatabaseUnavailable: The database cannot be reached.
+    """
+    tables = Tables.of(config)
+    sessions = Sessions(config, 'jobsync evacuate')
+    done = Evacuated()
+    try:
+        with sessions.session() as connection:
+            known = dict(queues.known(connection, tables, mail.kind))
+        alive = _alive(sessions, tables, config.heartbeat_timeout_sec, tell)
+        prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
+        shared = parked_queue(config.appname), unknown_queue(config.appname)
+        for name in mail.places():
+            if name.startswith(prefix) and name not in shared:
+                known.setdefault(name, name[len(prefix):])
+        for queue, node in sorted(known.items()):
+            _guarded(mail, done, queue, tell, lambda: _leave_node(mail, sessions, tables, queue, node, alive, done))  # noqa: B023
+        for queue in shared:
+            _guarded(mail, done, queue, tell, lambda: _leave_shared(mail, sessions, tables, queue, done))  # noqa: B023
+        return done
+    finally:
+        sessions.close_all()
+
+
+def _guarded(mail: Evacuable, done: Evacuated, queue: str, tell: Callable[[str], object], action: Callable[[], str]) -> None:
+    # One queue that cannot be emptied holds up no other.
+    try:
+        tell(f'{queue}: {action()}')
+    except Exception as error:  # whatever the broker's client raises
+        mail.reset()
+        done.failed[queue] = ' '.join(str(error).split()) or type(error).__name__
+        tell(f'{queue}: failed: {done.failed[queue]}')
+
+
+def _alive(sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable[[str], object]) -> set[str]:
+    """The nodes that live. Where all were killed, nobody has removed their rows: one that sends nothing for a whole timeout is dead."""
+    with sessions.session() as connection:
+        seen = queues.heartbeats(connection, tables)
+    silent, until = dict(seen), clock.now() + timeout_sec
+    if silent:
+        tell(f'looking for {timeout_sec:g} s which of {len(silent)} nodes are alive')
+    alive: set[str] = set()
+    while silent and clock.now() < until:
+        time.sleep(min(0.25, timeout_sec / 8))
+        with sessions.session() as connection:
+            now = queues.heartbeats(connection, tables)
+        alive |= {node for node, sign in now.items() if seen.get(node) != sign}
+        silent = {node: sign for node, sign in silent.items() if now.get(node) == sign}
+    return alive
+
+
+def _leave_node(
+    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, node: str, alive: set[str], done: Evacuated,
+) -> str:
+    with sessions.session() as connection:
+        if not queues.hold(connection, tables, node):
+            done.busy.append(node)
+            return 'somebody else is sweeping it; once more, later'
+        if node in alive:
+            done.busy.append(node)
+            return f'left alone: its node {node} is alive'
+        restored = mail.restore(node)
+        done.restored += restored
+        moved = _move(mail, queue, done)
+        deleted = mail.delete(queue)
+        if deleted:
+            done.deleted.append(queue)
+            queues.forget(connection, tables, queue)
+        return f'{restored} restored, {moved} moved home' + (', deleted' if deleted else '')
+
+
+def _leave_shared(mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated) -> str:
+    with sessions.session() as connection:
+        if not queues.hold(connection, tables, ''):
+            done.busy.append('')
+            return 'a node is looking at it; once more, later'
+        return f'{_move(mail, queue, done)} moved home'
+
+
+def _move(mail: Evacuable, queue: str, done: Evacuated) -> int:
+    moved = 0
+    for _ in range(mail.size(queue)):
+        letter = mail.take(queue)
+        if letter is None:
+            break
+        home = letter.home
+        letter.forward(home)
+        done.moved[home] = done.moved.get(home, 0) + 1
+        moved += 1
+    return moved
