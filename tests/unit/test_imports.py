@@ -19,7 +19,7 @@ LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
     {'agent', 'attempt', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'ledger', 'ledger_calls', 'once',
      'owners', 'routing', 'taskbook', 'transaction', 'unsettled'},
-    {'incoming'}, {'job'}, {'plugin'}, {'mail'}, {'passage'}, {'parking', 'rescue'}, {'adapter', 'consuming', 'keeper'},
+    {'incoming'}, {'job'}, {'plugin'}, {'mail'}, {'passage'}, {'evacuation', 'parking', 'rescue'}, {'adapter', 'consuming', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
