@@ -1,6 +1,7 @@
 """The gate of a Celery worker: every coordinated message passes it on receipt and once more before it goes to the pool.
 
-Nothing here may raise into the consumer: an exception from a task's strategy ends the worker.
+Nothing here may raise into the consumer: an exception from a task's strategy ends the worker. What no worker can take is set aside,
+once, in `_refuse`.
 """
 from __future__ import annotations
 
@@ -13,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 from celery.worker import state
 
 from jobsync_core import clock
-from jobsync_core.errors import JobSyncError
+from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
+from jobsync_core.incoming import Refused, Stamps, read_id, read_stamps
+from jobsync_core.logs import Repeats
 from jobsync_core.plugin import Gate
-from jobsync_core.routing import HOPS, KEY, Decision, Verdict, parked_queue
+from jobsync_core.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
 from jobsync_core.tokens import TokenSet
 
 from .circuit import BrokerBusy
+from .incoming import Incoming, read_delivery
 from .logs import get_logger
-from .mail import Publisher
+from .mail import Publisher, home_of
+from .refusal import set_aside
 
 if TYPE_CHECKING:
     from .plugin import JobSync
@@ -31,7 +36,12 @@ logger = get_logger(__name__)
 
 #: Seconds between two looks at messages that wait in memory.
 _LOOK_SEC = 0.1
-_NOTE = 'jobsync_note'
+#: Seconds until a message that could not be sent on is tried again.
+_AGAIN_SEC = 1.0
+#: What is remembered of a message, with it.
+_NOTE, _INCOMING = 'jobsync_note', 'jobsync_incoming'
+#: What fails like this fails every time: the message is to blame, not the broker or the result backend.
+_ITS_FAULT = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
 
 
 class Strategies(dict):  # type: ignore[type-arg]  # celery's mapping, task name -> strategy
@@ -52,19 +62,30 @@ class _Note:
     name: str
     route: str
     hops: int
+    home: str
     incarnation: str
 
 
 @dataclass
 class _Waiting:
-    """A message that is held, unacknowledged, until it can go somewhere."""
+    """A message that is held, unacknowledged, until it can go somewhere.
+
+    Attributes:
+        note: What the gate knows of it.
+        message: Kombu's message.
+        run, ack, requeue, refuse: What may become of it here; `refuse` is a rejection for good.
+        until: When it is parked, on the monotonic clock.
+        unknown: Nobody here knows its task.
+    """
 
     note: _Note
     message: Any
     run: Callable[[], object]
     ack: Callable[[], object]
     requeue: Callable[[], object]
+    refuse: Callable[[], object]
     until: float
+    unknown: bool = False
 
 
 class ConsumerGate:
@@ -82,73 +103,147 @@ class ConsumerGate:
         self._consumer = consumer
         self._publisher = Publisher(plugin, patient=False)
         self._parked_queue = parked_queue(gate.settings.config.appname)
+        self._unknown_queue = unknown_queue(gate.settings.config.appname)
         self._lock = threading.RLock()
         self._waiting: list[_Waiting] = []
         self._looking = False
         self._dispatched: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._repeats = Repeats()
         self._to_pool = consumer.on_task_request
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
-        self._discard = consumer.on_unknown_task
-        consumer.on_unknown_task = self.keep_unknown
+        self._make_handler, self._update = consumer.create_task_handler, consumer.update_strategies
+        consumer.create_task_handler = self.create_task_handler
+        consumer.update_strategies = self.update_strategies
+        self._discard, consumer.on_unknown_task = consumer.on_unknown_task, self.keep_unknown
+        for name in ('on_decode_error', 'on_invalid_task', 'on_unknown_message'):
+            setattr(consumer, name, self._refuser(name))
 
     # --- on receipt ---
 
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], object]:
+        """In place of the consumer's: what gets each message first, coordinated or not."""
+        handle = self._make_handler(*args, **kwargs)
+
+        def receive(message: Any) -> None:
+            found = self._read(message)
+            if isinstance(found, Refused):
+                self._refuse(message, found.reason)
+                return
+            try:
+                handle(message)
+            except (MemoryError, *self._consumer.connection_errors, *self._consumer.channel_errors):
+                raise  # the worker, or its connection, and no message is to blame
+            except Exception as error:
+                self._refuse(message, f'this worker cannot take it: {type(error).__name__}: {error}')
+        return receive
+
+    def update_strategies(self) -> None:
+        """In place of the consumer's: tasks that were made after the worker began are prepared as well."""
+        self._plugin.prepare_tasks()
+        self._update()
+
+    def _refuser(self, name: str) -> Callable[..., object]:
+        def refuse(*args: Any) -> None:
+            # on_decode_error(message, error), on_invalid_task(body, message, error), on_unknown_message(body, message)
+            message = args[0] if name == 'on_decode_error' else args[1]
+            error = args[-1] if isinstance(args[-1], BaseException) else None
+            self._refuse(message, f'{type(error).__name__}: {error}' if error is not None else 'it is no task')
+        return refuse
+
     def _wrap(self, name: str, strategy: Any) -> Any:
+        if self._plugin.job is None:
+            return strategy
         try:
-            if self._plugin.job is None or self._plugin.tasks.find(name) is None:
+            if self._plugin.tasks.find(name) is None:
                 return strategy
         except JobSyncError as error:
-            logger.error('Task %s is not coordinated: %s', name, error)
-            return strategy
+            # It was made after the worker began, which would have refused to start with it. It runs nowhere until that is mended.
+            reason = str(error)
+            return lambda message, body, ack, reject, callbacks: self._refuse(message, reason, Unroutable)
 
         def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
-            try:
-                note = self._note(name, message, body)
-            except Exception as error:  # whatever a key function or a decoder raises: the task itself will fail on it
-                logger.warning('Task %s: a message without a key runs here: %r', name, error)
-                note = None
-            if note is None:
-                strategy(message, body, ack, reject, callbacks)
+            note = self._note(name, message)
+            if isinstance(note, Refused):
+                self._refuse(message, note.reason, Unroutable)
+                return
+            errors = self._consumer.connection_errors
+            waiting = _Waiting(
+                note, message, lambda: strategy(message, body, ack, reject, callbacks), lambda: ack(logger, errors),
+                lambda: reject(logger, errors, True), lambda: reject(logger, errors, False), clock.now() + self._gate.settings.park_sec)
+            if self._plugin.pinned_late(name):
+                self._keep(waiting, 'was pinned after this worker began, and its pin is not registered')
                 return
             message.__dict__[_NOTE] = note
             self._gate.count('received')
             if self._gate.job.owns(note.route):  # what nearly every message is, without the rest
                 strategy(message, body, ack, reject, callbacks)
                 return
-            errors = self._consumer.connection_errors
-            self._place(_Waiting(
-                note, message, lambda: strategy(message, body, ack, reject, callbacks), lambda: ack(logger, errors),
-                lambda: reject(logger, errors, True), clock.now() + self._gate.settings.park_sec))
+            self._place(waiting)
         return receive
 
-    def _note(self, name: str, message: Any, body: Any) -> _Note | None:
-        headers = message.headers or {}
-        route = headers.get(KEY)
-        if route is None:
-            if body is not None and 'args' in body:  # protocol 1
-                args, kwargs, task_id = body.get('args') or (), body.get('kwargs') or {}, body['id']
-            else:
-                args, kwargs, _ = message.payload
-                task_id = headers['id']
-            route = self._plugin.tasks.route_of(name, args, kwargs, task_id)
-        return _Note(name, route, int(headers.get(HOPS) or 0), self._gate.job.incarnation) if route is not None else None
+    def _read(self, message: Any) -> Incoming | Refused:
+        known = vars(message)
+        found = known.get(_INCOMING)
+        if found is None:
+            found = known[_INCOMING] = read_delivery(message)
+        return found  # type: ignore[no-any-return]
+
+    def _note(self, name: str, message: Any) -> _Note | Refused:
+        found = self._read(message)
+        if isinstance(found, Refused):
+            return found
+        message_id = read_id(found.id)
+        if isinstance(message_id, Refused):
+            return message_id
+        stamps = self._stamps(found, message)
+        route = self._plugin.tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
+        if route is None or isinstance(route, Refused):
+            return route or Refused('its task is not coordinated any more')
+        return _Note(name, route, stamps.hops, stamps.home or home_of(self._plugin, message), self._gate.job.incarnation)
+
+    def _stamps(self, found: Incoming, message: Any) -> Stamps:
+        stamps = read_stamps(message.headers)
+        if stamps.wrong:
+            more = self._repeats.say((found.task, 'stamps'), clock.now())
+            if more is not None:
+                logger.warning('Task %s[%s]: its %s cannot be right, and is left out%s', found.task, found.id, stamps.wrong, more)
+        return stamps
+
+    def _refuse(
+        self, message: Any, reason: str, cause: type[MessageRefused] = MessageRefused, reject: Callable[[], object] | None = None,
+    ) -> None:
+        """Set a message aside, where the dead letters of its queue go; whatever it is, and whatever fails, once."""
+        self._gate.count('refused')
+        set_aside(self._plugin.app, self._consumer, message, cause, reason, reject)
+
+    # --- tasks that nobody here knows ---
 
     def keep_unknown(self, body: Any, message: Any, error: Any) -> None:
         """In place of the consumer's on_unknown_task, which discards: another node may know the task, or this one after an upgrade."""
         if self._plugin.job is None:
             self._discard(body, message, error)
             return
-        headers = message.headers or {}
-        logger.error('Task %s[%s] is not registered here: parked. Nodes of one cluster must know the same tasks',
-                     headers.get('task'), headers.get('id'))
-        try:
-            self._publisher.send(self._parked_queue, message, {**headers, HOPS: 0})
-            message.ack()
-            self._gate.count('unknown')
-            self._plugin.parked_something()
-        except Exception as trouble:  # it stays unacknowledged, and the broker delivers it again
-            logger.warning('Task %s[%s] cannot be parked: %r', headers.get('task'), headers.get('id'), trouble)
+        found = self._read(message)
+        if isinstance(found, Refused):
+            self._refuse(message, found.reason)
+            return
+        stamps = self._stamps(found, message)
+        note = _Note(found.task, stamps.key or '', 0, stamps.home or home_of(self._plugin, message), self._gate.job.incarnation)
+        errors = self._consumer.connection_errors
+        self._keep(
+            _Waiting(note, message, lambda: None, lambda: message.ack_log_error(logger, errors),
+                     lambda: message.reject_log_error(logger, errors, True), lambda: message.reject_log_error(logger, errors), 0.0),
+            'is not registered here')
+
+    def _keep(self, waiting: _Waiting, why: str) -> None:
+        name = waiting.note.name
+        more = self._repeats.say((name, why), clock.now())
+        if more is not None:
+            logger.error('Task %s[%s] %s: set apart until a node comes that knows it. Nodes of one cluster must know the same tasks%s',
+                         name, (waiting.message.headers or {}).get('id'), why, more)
+        waiting.unknown = True
+        self._place(waiting)
 
     # --- before the pool ---
 
@@ -168,6 +263,7 @@ class ConsumerGate:
         def run() -> None:
             self._dispatched.add(request)
             self._gate.count('run')
+            self._guard_end(request)
             self._to_pool(request)
 
         if note.incarnation == self._gate.job.incarnation and self._gate.job.owns(note.route):
@@ -175,7 +271,25 @@ class ConsumerGate:
             return
         self._place(_Waiting(
             note, request.message, run, done(request.acknowledge), done(lambda: request.reject(requeue=True)),
-            clock.now() + self._gate.settings.park_sec))
+            done(lambda: request.reject(requeue=False)), clock.now() + self._gate.settings.park_sec))
+
+    def _guard_end(self, request: Any) -> None:
+        """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
+        def guarded(end: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: Any, **kwargs: Any) -> object:
+                try:
+                    return end(*args, **kwargs)
+                except _ITS_FAULT as error:
+                    if request.acknowledged:
+                        raise
+                    self._refuse(
+                        request.message, f'its end cannot be told: {type(error).__name__}: {error}',
+                        reject=lambda: request.reject(requeue=False))
+                    return None
+            return call
+
+        for name in ('on_success', 'on_failure', 'on_timeout'):
+            setattr(request, name, guarded(getattr(request, name)))
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens is at the pool."""
@@ -187,19 +301,21 @@ class ConsumerGate:
     # --- where to ---
 
     def _place(self, waiting: _Waiting) -> bool:
-        """Send a message on its way; True when that is done, False when it waits."""
+        """Send a message on its way; True when that is done, False when it waits. Raises nothing."""
         note = waiting.note
         if note.incarnation != self._gate.job.incarnation:
             # This node was taken for dead meanwhile, and others have put its messages back: this one may be a copy.
             self._end(waiting, waiting.requeue, 'returned')
             return True
+        if waiting.unknown:
+            return self._send(waiting, self._unknown_queue, 0, 'unknown', Decision(Verdict.PARK, reason='unknown'))
         try:
             decision = self._gate.decide(note.route, note.hops)
         except Exception:
             logger.exception('Task %s: the gate failed; the message waits', note.name)
             return self._wait(waiting)
         if decision.verdict is Verdict.RUN:
-            waiting.run()
+            self._run(waiting)
             return True
         if decision.verdict is Verdict.DROP:
             self._end(waiting, waiting.ack, 'dropped')
@@ -212,21 +328,41 @@ class ConsumerGate:
             return self._send(waiting, self._parked_queue, 0, 'parked', decision)
         return self._wait(waiting)
 
+    def _run(self, waiting: _Waiting) -> None:
+        try:
+            waiting.run()
+        except MemoryError:
+            raise
+        except self._consumer.connection_errors as error:
+            logger.warning('Task %s goes back, as the connection failed when it was to run: %r', waiting.note.name, error)
+            self._end(waiting, waiting.requeue, 'returned')
+        except Exception as error:
+            self._refuse(waiting.message, f'this worker cannot take it: {type(error).__name__}: {error}', reject=waiting.refuse)
+
     def _send(self, waiting: _Waiting, queue: str, hops: int, event: str, decision: Decision) -> bool:
         note, message = waiting.note, waiting.message
+        headers = {name: value for name, value in (message.headers or {}).items() if name not in (KEY, HOPS, HOME)}
+        headers.update({HOPS: hops, HOME: note.home})
+        if note.route:
+            headers[KEY] = note.route
         try:
-            self._publisher.send(queue, message, {**(message.headers or {}), KEY: note.route, HOPS: hops})
+            self._publisher.send(queue, message, headers)
         except BrokerBusy:
-            waiting.until = clock.now() + 1.0
+            waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
+        except _ITS_FAULT as error:
+            self._refuse(message, f'it cannot be sent to {queue}: {type(error).__name__}: {error}', reject=waiting.refuse)
+            return True
         except Exception as error:  # kombu, amqp and redis have no common ancestor; the message stays unacknowledged
-            logger.warning('Task %s cannot be sent to %s now, and waits: %r', note.name, queue, error)
-            waiting.until = clock.now() + 1.0
+            more = self._repeats.say((note.name, 'send'), clock.now())
+            if more is not None:
+                logger.warning('Task %s cannot be sent to %s now, and waits: %r%s', note.name, queue, error, more)
+            waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
         logger.debug('Task %s: %s to %s: %s', note.name, event, queue, decision.reason)
         self._event(f'task-{event}', message, queue)
         self._end(waiting, waiting.ack, event)
-        if event == 'parked':
+        if queue == self._parked_queue:
             self._plugin.parked_something()
         return True
 
@@ -259,7 +395,11 @@ class ConsumerGate:
             waiting, self._waiting = self._waiting, []
             self._looking = False
         for item in waiting:
-            self._place(item)
+            try:
+                self._place(item)
+            except Exception:  # each on its own: those behind it are looked at all the same
+                logger.exception('Task %s: the gate failed; the message goes back', item.note.name)
+                self._end(item, item.requeue, 'returned')
 
     def forget(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
@@ -279,10 +419,13 @@ class ConsumerGate:
         for request in list(self._dispatched):
             if request not in state.active_requests or request.acknowledged:
                 continue
-            coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
-            if coordination is not None and coordination.once is not None:
-                logger.warning('Task %s[%s] is executed without a lease: its message goes back', request.name, request.id)
-                request.reject(requeue=True)
+            try:
+                coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
+                if coordination is not None and coordination.once is not None:
+                    logger.warning('Task %s[%s] is executed without a lease: its message goes back', request.name, request.id)
+                    request.reject(requeue=True)
+            except Exception as error:  # each on its own
+                logger.warning('Task %s[%s] does not go back: %r', request.name, request.id, error)
 
     def close(self) -> None:
         """Close the publisher."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from amqp.exceptions import NotFound
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.transport import virtual
@@ -23,9 +24,10 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.incoming import Refused, read_name, read_stamps
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
-from jobsync_core.routing import HOPS, node_queue, parked_queue, unknown_queue
+from jobsync_core.routing import HOME, HOPS, KEY, node_queue, parked_queue, unknown_queue
 
 from .circuit import Circuit
+from .incoming import read_delivery
 from .parts import HAND_OVER, missing
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from .plugin import JobSync
 
-__all__ = ['CeleryMail', 'Leftovers', 'Publisher', 'driver_of', 'node_queue_of', 'redis_options']
+__all__ = ['CeleryMail', 'Leftovers', 'Publisher', 'driver_of', 'exchange_of', 'home_of', 'node_queue_of', 'redis_options']
 
 logger = get_logger(__name__)
 
@@ -126,6 +128,18 @@ def _groups(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         yield items[start:start + size]
 
 
+def home_of(plugin: JobSync, message: Any) -> str:
+    """The queue that a message was taken from, as far as it shows: of a node's queue it is the app's default one."""
+    place = message.delivery_info or {}
+    exchange, key = place.get('exchange') or '', place.get('routing_key')
+    consumed = plugin.app.amqp.queues.consume_from
+    ours = node_queue(plugin.settings.config.appname, '')
+    for name, queue in consumed.items():
+        if not name.startswith(ours) and ((not exchange and name == key) or (exchange == queue.exchange.name and key == queue.routing_key)):
+            return str(name)
+    return str(plugin.app.conf.task_default_queue)
+
+
 class Publisher:
     """Publishes copies of messages, confirmed by the broker. Threads may share it.
 
@@ -189,10 +203,28 @@ class Publisher:
         # The body has been decompressed; what a broker adds to headers is not the message's own.
         headers = {name: value for name, value in headers.items() if name not in ('compression', 'x-death', 'x-delivery-count')}
         confirm = {'confirm_timeout': self._limit} if self._plugin.driver == 'amqp' else {}
+        exchange, queue = self._way_to(queue)
         producer = self._producer or self._open()
         producer.publish(
-            message.body, exchange=exchange_of(self._plugin).name, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
+            message.body, exchange=exchange, routing_key=queue, headers=headers, retry=False, delivery_mode=2,
             content_type=message.content_type, content_encoding=message.content_encoding, **given, **confirm)
+
+    def _way_to(self, queue: str) -> tuple[str, str]:
+        """Exchange and routing key. Node queues have an exchange of their own; every other queue hangs on the default one."""
+        if self._plugin.driver != 'amqp' or queue.startswith(node_queue(self._plugin.settings.config.appname, '')):
+            return exchange_of(self._plugin).name, queue
+        known = self._plugin.app.amqp.queues
+        channel = (self._producer or self._open()).channel
+        if queue not in known:
+            # From a message's header, and perhaps gone by now: what is sent to a queue that there is not would be lost.
+            try:
+                channel.queue_declare(queue, passive=True)
+                return '', queue
+            except NotFound:
+                self._drop()
+                queue, channel = str(self._plugin.app.conf.task_default_queue), self._open().channel
+        known[queue](channel).declare()
+        return '', queue
 
     def _hand_over(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         """Store the copy and forget the original in one transaction: one trip in place of two."""
@@ -255,16 +287,17 @@ class _Letter:
     def __init__(self, mail: CeleryMail, message: Any) -> None:
         self._mail = mail
         self._message = message
-        self.headers: dict[str, Any] = dict(message.headers) if isinstance(message.headers, Mapping) else {}
-        self.id = shown(self.headers.get('id'))
-        task = read_name(self.headers.get('task'), 'its task')
+        headers = message.headers if isinstance(message.headers, Mapping) else {}
+        self.headers: dict[str, Any] = {name: value for name, value in headers.items() if name not in (KEY, HOPS, HOME)}
+        self.id = shown(headers.get('id'))
+        task = read_name(headers.get('task'), 'its task')
         self.task = '' if isinstance(task, Refused) else task
-        stamps = read_stamps(self.headers)
-        self.route: str | None = stamps.key if stamps.key is not None else mail.route_of(message)
-        self.home = stamps.home or mail.home
+        self.route: str | None
+        self.route, self.home = mail.address_of(message)
 
     def forward(self, queue: str) -> None:
-        self._mail.publisher.send(queue, self._message, {**self.headers, HOPS: 0})
+        self._mail.publisher.send(queue, self._message, {
+            **self.headers, HOPS: 0, HOME: self.home, **({KEY: self.route} if self.route is not None else {})})
         self._message.ack()
 
     def put_back(self) -> None:
@@ -282,7 +315,6 @@ class CeleryMail:
         self._plugin = plugin
         self.publisher = Publisher(plugin)
         self.catches_strays = plugin.driver == 'amqp'
-        self.home = str(plugin.app.conf.task_default_queue)
         self._connection: Connection | None = None
         self._channel: Any = None
 
@@ -299,15 +331,20 @@ class CeleryMail:
             node_queue_of(self._plugin, unknown_queue(appname))(channel).declare()
             node_queue_of(self._plugin, queue)(channel).declare()
 
-    def route_of(self, message: Any) -> str | None:
-        """The route of a message whose producer did not write it down."""
-        headers = message.headers or {}
-        try:
-            args, kwargs, _ = message.decode()
-            return self._plugin.tasks.route_of(headers['task'], args, kwargs, headers['id'])
-        except Exception as error:  # an odd message goes where it would have gone without the plugin
-            logger.warning('a message has no route: %r', error)
-            return None
+    def address_of(self, message: Any) -> tuple[str | None, str]:
+        """The route of a message, made from its arguments where its task is known here, and its home queue.
+
+        None as its route is what has none, or cannot be right: it goes home, where a gate sets it aside or runs it.
+        """
+        stamps = read_stamps(message.headers)
+        home = stamps.home or home_of(self._plugin, message)
+        found = read_delivery(message)
+        if isinstance(found, Refused):
+            return None, home
+        if found.task not in self._plugin.app.tasks:
+            return stamps.key, home
+        route = self._plugin.tasks.route_of(found.task, found.args, found.kwargs, found.id, stamps)
+        return (None if isinstance(route, Refused) else route), home
 
     def restore(self, node: str, left: Leftovers | None = None) -> int:
         """See Mail. RabbitMQ gives back by itself what a lost connection held.

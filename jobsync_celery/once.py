@@ -2,29 +2,46 @@
 
 A message that cannot run now comes back: a copy of it, with the same id, is published with a countdown before this one
 is acknowledged. A duplicate returns the stored result, so that chords, chains and groups go on.
+
+A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: its key is complete. `Reject` and `Retry` are failed attempts.
 """
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 from celery import current_task, states
+from celery.backends.base import DisabledBackend, KeyValueStoreBackend
 from celery.exceptions import Ignore
 
+from jobsync_core import clock
 from jobsync_core.adapter import MessageOnce
 from jobsync_core.current_ledger import LocalLedger, current_ledger, message_ledger
-from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
+from jobsync_core.execution import Execution
+from jobsync_core.incoming import read_stamps
 from jobsync_core.ledger import Ledger
+from jobsync_core.logs import Repeats
+from jobsync_core.once import ExactlyOnce
+from jobsync_core.routing import WAITS
 
+from .chords import count_member
 from .logs import get_logger
 
-__all__ = ['COME_BACK_SEC', 'exactly_once']
+__all__ = ['COME_BACK_SEC', 'exactly_once', 'made_here']
 
 logger = get_logger(__name__)
 
-#: Seconds until a message comes back that could not run.
-COME_BACK_SEC = 1.0
+#: Seconds until a message comes back that could not run; where its key is running, twice as long each time, up to the second number.
+COME_BACK_SEC, MAX_COME_BACK_SEC = 1.0, 60.0
+#: How often a duplicate waits for the result of a task that replaced the first one, before it goes without: an hour or so.
+_MAX_WAITS = 60
+#: What the ledger has for a result where the task was replaced: the id under which the replacement stores its own.
+_REPLACED = 'jobsync_replaced'
+#: The text of the exception with which Celery ends a replaced task.
+_REPLACED_TEXT = 'Replaced by new task'
 
 _local = LocalLedger()
+_repeats = Repeats()
 
 
 class _CeleryOnce(MessageOnce):
@@ -32,16 +49,29 @@ class _CeleryOnce(MessageOnce):
 
     def message_id(self) -> str | None:
         request = _request()
-        return request.id if request is not None else None
+        if request is None or request.id is None:
+            return None
+        # A replacement has the id of what it replaces, and is another piece of work.
+        nesting = getattr(request, 'replaced_task_nesting', None) or 0
+        return f'{request.id}~{nesting}' if nesting else str(request.id)
 
     def is_processing(self) -> bool:
         request = _request()
         return request is not None and not request.called_directly
 
+    def is_task_of_message(self, options: ExactlyOnce) -> bool:
+        run = getattr(current_task, '_orig_run', None) or current_task.run
+        return getattr(run, 'exactly_once', None) is options
+
     def ledger(self) -> Ledger | LocalLedger:
         request = _request()
         if request is None or not request.is_eager:
-            return message_ledger()
+            try:
+                return message_ledger()
+            except NotEntered as error:
+                raise NotEntered(
+                    'this process is no worker, so that it cannot tell what was executed before: send the task with .delay(), run it '
+                    'here with .apply(), or in tests let the Job of jobsync_core.testing stand in') from error
         # In this process there may be no node at all; where there is one, its ledger counts.
         try:
             return current_ledger()
@@ -56,29 +86,107 @@ class _CeleryOnce(MessageOnce):
 
     def replay(self, error: DuplicateExecution) -> None:
         task, request = current_task, _request()
+        replaced = _replaced_by(error.result)
+        if replaced is not None:
+            error.result = self._result_of(replaced, error)
         # The same message again, whose result is stored: its link and its chain went out before that, and once is enough.
         if request.is_eager or request.id is None or not (request.callbacks or request.chain or request.chord or request.group):
             return
         try:
-            known = task.backend.get_state(request.id) == states.SUCCESS
+            found = task.backend.get_task_meta(request.id)
+            known = found['status'] == states.SUCCESS
         except Exception as trouble:  # a result backend is whatever the user configured
             logger.warning('Task %s[%s]: the result backend does not tell whether it succeeded before: %r', task.name, request.id, trouble)
             known = False
         if known:
+            # Celery stores a result first and counts it for its chord then; in between, the first attempt may have been killed.
+            if request.chord and not count_member(task.backend, request, found['result']):
+                self.come_back(ExecutionRunning(f'the chord {request.group} is about to be completed by another worker'))
             raise Ignore
+
+    def stored_result(self, result: Any) -> Any:
+        replaced = _replaced_by(result)
+        if replaced is None:
+            return result
+        found = current_task.backend.get_task_meta(replaced) if current_task else {}
+        return found.get('result') if found.get('status') == states.SUCCESS else None
+
+    def _result_of(self, message_id: str, error: DuplicateExecution) -> Any:
+        """What the task returned that replaced the first one; it bears the first one's id."""
+        task, request = current_task, _request()
+        if request.id == message_id:
+            raise Ignore  # the same message again: the replacement has taken over all that hangs on it
+        if task.ignore_result or isinstance(task.backend, DisabledBackend):
+            return None
+        found = task.backend.get_task_meta(message_id)
+        if found['status'] == states.SUCCESS:
+            return found['result']
+        if found['status'] in states.PROPAGATE_STATES:
+            raise found['result']
+        if _waits(request) >= _MAX_WAITS:
+            logger.warning('Task %s[%s] goes without a result: %s, which replaced the first, has none', task.name, request.id, message_id)
+            return None
+        waiting = ExecutionRunning(f'the task that replaced the first one, {message_id}, has no result yet')
+        waiting.key = error.key
+        self.come_back(waiting)
+
+    def completes(self, execution: Execution, error: BaseException) -> bool:
+        if not isinstance(error, Ignore):
+            return False
+        request = _request()
+        if str(error) == _REPLACED_TEXT and request is not None and execution.result is None:
+            execution.result = {_REPLACED: request.id}
+        return True
+
+    def check_result(self, result: Any) -> None:
+        task, request = current_task, _request()
+        if request is None or request.called_directly or request.is_eager or request.ignore_result or task.ignore_result:
+            return
+        if hasattr(task, 'jobsync_arguments') and hasattr(result, 'model_dump'):
+            return  # Celery makes plain values of it
+        if isinstance(task.backend, KeyValueStoreBackend):
+            task.backend.encode(task.backend.prepare_value(result))
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         task, request = current_task, _request()
         if request.is_eager:
             raise error
-        logger.info('Task %s[%s] comes back in %g s: %s', task.name, request.id, COME_BACK_SEC, error)
+        delay, headers = COME_BACK_SEC, dict(request.headers or {})
+        if isinstance(error, ExecutionRunning):
+            waits = _waits(request)
+            delay, headers[WAITS] = min(COME_BACK_SEC * 2 ** min(waits, 20), MAX_COME_BACK_SEC), waits + 1
+        more = _repeats.say((task.name, type(error), getattr(error, 'key', None)), clock.now())
+        if more is not None:
+            logger.info('Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more)
         task.signature_from_request(
-            request, request.args, request.kwargs, countdown=COME_BACK_SEC, retries=request.retries).apply_async()
+            request, request.args, request.kwargs, countdown=delay, retries=request.retries, headers=headers).apply_async()
         raise Ignore
 
 
+def _waits(request: Any) -> int:
+    return read_stamps({WAITS: getattr(request, WAITS, None)}).waits
+
+
+def _replaced_by(result: Any) -> str | None:
+    found = result.get(_REPLACED) if isinstance(result, dict) and len(result) == 1 else None
+    return found if isinstance(found, str) else None
+
+
 def _request() -> Any:
-    return current_task.request if current_task else None
+    """The request of the message, or of the call to `apply()`, that the current task runs for; None where the user's own code calls it."""
+    if not current_task:
+        return None
+    stack = current_task.request_stack.stack
+    # A task that calls itself directly does so under a copy of its own request; one with a __call__ of its own has a copy as well.
+    if len(stack) > 1 and stack[-1].id == stack[-2].id and _call_of(stack[-1]) != _call_of(stack[-2]):
+        return None
+    return current_task.request
 
 
-exactly_once = _CeleryOnce().exactly_once
+def _call_of(request: Any) -> tuple[list[Any], dict[str, Any]]:
+    return list(request.args or ()), dict(request.kwargs or {})
+
+
+_once = _CeleryOnce()
+exactly_once = _once.exactly_once
+made_here = _once.made

@@ -53,16 +53,19 @@ PARTS: tuple[Part, ...] = (
     Part(RESTORE, f'{_REDIS}:QoS', ('restore_by_tag', 'restore_visible', '_remove_from_indices', '_on_collect')),
     Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
-        'connection_for_read')),
+        'connection_for_read', 'create_task_handler', 'update_strategies', 'on_decode_error', 'on_invalid_task', 'on_unknown_message',
+        'channel_errors')),
     Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat')),
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
-    Part(GATE, 'celery.worker.request:Request', ('acknowledge', 'reject', 'acknowledged', 'message')),
+    Part(GATE, 'celery.worker.request:Request', (
+        'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout')),
     Part(LIFE, 'celery.app.amqp:Queues', ('select_add', 'deselect')),
     Part(LIFE, 'celery.concurrency.prefork:TaskPool', ('_pool', 'terminate')),
     Part(LIFE, 'celery.worker.worker:WorkController', ('pool_cls',)),
-    Part(SENDING, 'celery.app.base:Celery', ('_task_from_fun', 'amqp_cls')),
-    Part(SENDING, 'celery.app.routes:Router', ('route',)),
-    Part(SENDING, 'celery.app.amqp:AMQP', ('Router', 'Connection')),
+    Part(SENDING, 'celery.app.base:Celery', ('_task_from_fun', '_tasks', 'amqp_cls')),
+    Part(SENDING, 'celery.app.amqp:AMQP', ('_create_task_sender', 'Connection')),
+    Part(SENDING, 'celery.app.task:Task', ('request_stack',)),
+    Part(SENDING, 'celery.backends.redis:RedisBackend', ('_chord_zset', 'get_key_for_group', 'on_chord_part_return')),
     Part(COLD, 'kombu.asynchronous.hub:Hub', ('create_loop', 'on_tick', 'on_close')),
 )
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from celery import signals
 from celery.utils.dispatch import Signal
 from kombu.utils.json import loads
 
@@ -29,10 +28,10 @@ from .listening import Listening
 from .logs import get_logger
 from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_of, redis_options
 from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
-from .router import install_router, mark_message
+from .router import install_router
 from .settings import CelerySettings, read_settings
 from .startup import wait_for_broker, wait_for_database
-from .tasks import Tasks, adjust_options
+from .tasks import Tasks, prepare_task, watch_tasks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -91,6 +90,7 @@ class JobSync:
         self._lost_at = 0.0
         self._look: Any = None
         self._left = Leftovers()
+        self._pins: Mapping[str, Sequence[str]] = {}
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._atomic = False
         self._listening: Listening | None = None
@@ -118,7 +118,7 @@ class JobSync:
         from . import control  # noqa: F401  # registers the inspect command
         from .steps import GateStep, NodeStep
 
-        adjust_options(self.app)
+        watch_tasks(self.app)
         install_router(self.app, self)
         self.app.steps['worker'].add(NodeStep)
         self.app.steps['consumer'].add(GateStep)
@@ -126,7 +126,6 @@ class JobSync:
             ('--jobsync-node',), help="Name of this node (default: the worker's node name)."))
         self.app.user_options['worker'].add(click.Option(
             ('--jobsync-weight',), type=float, help='Share of this node relative to the others.'))
-        signals.before_task_publish.connect(self._before_publish, weak=False)
 
     # --- producers ---
 
@@ -155,20 +154,15 @@ class JobSync:
             self._driver = driver_of(self.app)
         return self._driver
 
-    def owner_queue(self, name: str, args: Any, kwargs: Any, task_id: str) -> str | None:
-        """The queue of the node that owns a message; None where there is none, or nobody knows."""
-        if stand_in() is not None:
-            return None
+    def owner_queue(self, route: str) -> str | None:
+        """The queue of the node that owns a route; None where there is none, or nobody knows."""
         try:
             if not self.settings.route_producers:
                 return None
-            route = self.tasks.route_of(name, args, kwargs, task_id)
-            if route is None:
-                return None
             # A node without a lease does not ask: its database is most likely away, and each question takes seconds then.
             place = self._owner_map().find_fresh(route) if self.job is None or self.job.has_lease else None
-        except (JobSyncError, TypeError) as error:
-            logger.debug('Task %s goes to its home queue: %s', name, error)
+        except JobSyncError as error:
+            logger.debug('a message goes to its home queue: %s', error)
             return None
         return place.queue if place is not None else None
 
@@ -177,12 +171,6 @@ class JobSync:
         if self._owners is None or self._owners[0] != os.getpid():
             self._owners = os.getpid(), owner_map(self.settings.config)
         return self._owners[1]
-
-    def _before_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **other: Any) -> None:
-        if stand_in() is not None or headers is None or 'task' not in headers:
-            return
-        if headers['task'] in self.app.tasks and self.tasks.find(headers['task']):
-            mark_message(self, headers, body)
 
     # --- the worker's life ---
 
@@ -212,8 +200,9 @@ class JobSync:
             # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker sends none while a task runs.
             self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
         self._mail = mail = CeleryMail(self)
+        self._pins = self.tasks.pins()
         self._job = job = make_job(
-            settings, name, queue, 'celery', self.tasks.pins(), known=list(self.app.tasks),
+            settings, name, queue, 'celery', self._pins, known=list(self.app.tasks),
             prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,
             on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
         job.prepare_fork()
@@ -354,6 +343,16 @@ class JobSync:
             self._consumer_gate.close()
         if self._mail is not None:
             self._mail.close()
+
+    def prepare_tasks(self) -> None:
+        """Before messages of new tasks can come."""
+        for task in list(self.app.tasks.values()):
+            prepare_task(task)
+
+    def pinned_late(self, name: str) -> bool:
+        """Whether a task has a pin that this node did not register when it entered, so that nothing holds its messages to it."""
+        found = self.tasks.find(name)
+        return found is not None and found.pin is not None and name not in self._pins
 
     # --- events ---
 

@@ -1,17 +1,23 @@
-"""Producers: messages of coordinated tasks go straight to the queue of the node that owns them."""
+"""Producers: messages of coordinated tasks go straight to the queue of the node that owns them.
+
+All of it happens in the app's own `amqp`, where each message of this app passes, and no other app's.
+"""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from celery.app.routes import Router
+from celery import current_task
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Queue
 
-from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.routing import HOPS, KEY
+from jobsync_core import clock
+from jobsync_core.incoming import Refused, read_stamps
+from jobsync_core.logs import Repeats
+from jobsync_core.plugin import stand_in
+from jobsync_core.routing import HOME, HOPS, KEY, node_queue
 
 from .logs import get_logger
-from .mail import node_queue_of
+from .mail import exchange_of, node_queue_of
 from .redis_client import keep_client
 
 if TYPE_CHECKING:
@@ -19,56 +25,112 @@ if TYPE_CHECKING:
 
     from .plugin import JobSync
 
-__all__ = ['install_router', 'mark_message']
+__all__ = ['install_router']
 
 logger = get_logger(__name__)
 
-
-class OwnerRouter(Router):  # type: ignore[misc]  # celery has no types
-    """The app's router, followed by a look at the owner map."""
-
-    plugin: JobSync
-    #: Queues of nodes by name, as they are made when they are needed first.
-    node_queues: dict[str, Queue]
-
-    def route(self, options: Any, name: str, args: Any = (), kwargs: Any = None, task_type: Any = None) -> Any:
-        """Where a message goes: by task_routes and options; and where it has an owner with a queue, there."""
-        options = super().route(options, name, args, kwargs, task_type)
-        queue = self.plugin.owner_queue(name, args or (), kwargs or {}, options.get('task_id') or '')
-        if queue is not None:
-            for place in ('queue', 'exchange', 'routing_key', 'exchange_type'):
-                options.pop(place, None)
-            declared = self.node_queues.get(queue) or self.node_queues.setdefault(queue, node_queue_of(self.plugin, queue, declare=False))
-            options.update(queue=declared, routing_key=queue)
-            options.setdefault('declare', ())  # its node has declared it
-            if declared.exchange.name:
-                options['exchange'] = declared.exchange.name
-        return options
+_PLACE = ('queue', 'exchange', 'routing_key', 'exchange_type')
+_STAMPS = (KEY, HOPS, HOME)
 
 
 def install_router(app: Celery, plugin: JobSync) -> None:
-    """Give the app a router that knows owners, whatever `task_routes` is or becomes, and connections that do not waste time."""
+    """Have the app's messages addressed, whatever `task_routes` is or becomes, and give it connections that do not waste time."""
     base = symbol_by_name(app.amqp_cls)
-    router = type('OwnerRouter', (OwnerRouter,), {'plugin': plugin, 'node_queues': {}})
+    address = _Addresser(plugin)
 
-    def make(self: Any, queues: Any = None, create_missing: Any = None) -> Any:
-        return router(self.routes, queues or self.queues, app.either('task_create_missing_queues', create_missing), app=app)
+    def create_task_sender(self: Any) -> Any:
+        send = base._create_task_sender(self)
+
+        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            if stand_in() is None:
+                address(message, options)
+            return send(producer, name, message, **options)
+
+        return send_task_message
 
     app.amqp_cls = type('AMQP', (base,), {
-        'Router': make, 'Connection': staticmethod(lambda *args, **options: keep_client(base.Connection(*args, **options)))})
+        '_create_task_sender': create_task_sender,
+        'Connection': staticmethod(lambda *args, **options: keep_client(base.Connection(*args, **options)))})
     vars(app).pop('amqp', None)
 
 
-def mark_message(plugin: JobSync, headers: dict[str, Any], body: Any) -> None:
-    """Write a message's route into its headers, so that it is computed once."""
-    headers.pop(HOPS, None)
-    headers.pop(KEY, None)
-    try:
-        route = plugin.tasks.route_of(headers['task'], body[0], body[1], headers['id'])
-    except (JobSyncError, TypeError) as error:
-        # The task itself will say what is wrong with its arguments.
-        level = logger.warning if isinstance(error, ConfigurationError) else logger.debug
-        level('Task %s[%s] has no key: %s', headers['task'], headers['id'], error)
-        return
-    if route is not None:
+class _Addresser:
+    """Writes a message's key and its home queue on it, and sends it to its owner.
+
+    Args:
+        plugin: The plugin.
+    """
+
+    def __init__(self, plugin: JobSync) -> None:
+        self._plugin = plugin
+        #: Queues of nodes by name, as they are made when they are needed first.
+        self._node_queues: dict[str, Queue] = {}
+        self._repeats = Repeats()
+
+    def __call__(self, message: Any, options: dict[str, Any]) -> None:
+        """Address a message.
+
+        Args:
+            message: As `app.amqp.create_task_message` made it; its headers are changed.
+            options: Where it goes, as the app's routes and the caller said; changed where it has an owner with a queue.
+        """
+        headers, _, body, _ = message
+        # A retry brings those of the message that it repeats.
+        for stamp in _STAMPS:
+            headers.pop(stamp, None)
+        if options.get('headers'):
+            options['headers'] = {name: value for name, value in options['headers'].items() if name not in _STAMPS}
+        name = headers.get('task')
+        try:
+            if isinstance(name, str) and isinstance(body, tuple) and name in self._plugin.app.tasks:
+                self._address(name, headers, body, options)
+        except Exception as error:  # settings that cannot work, for example; whoever receives the message finds its owner
+            more = self._repeats.say(repr(error), clock.now())
+            if more is not None:
+                logger.warning('Task %s[%s] goes to its home queue: %s%s', name, headers.get('id'), error, more)
+
+    def _address(self, name: str, headers: dict[str, Any], body: Any, options: dict[str, Any]) -> None:
+        self._leave_node_queue(options)
+        route = self._route_of(name, body, headers.get('id'))
+        if route is None:
+            return
         headers[KEY] = route
+        home = _name_of(options.get('queue')) or (None if options.get('exchange') else self._plugin.app.conf.task_default_queue)
+        if home is None:
+            return  # with an exchange and no queue: native delayed delivery, or a place that the caller chose
+        headers[HOME] = home
+        queue = self._plugin.owner_queue(route)
+        if queue is None:
+            return
+        declared = self._node_queues.get(queue) or self._node_queues.setdefault(queue, node_queue_of(self._plugin, queue, declare=False))
+        for place in _PLACE:
+            options.pop(place, None)
+        options.update(queue=declared, routing_key=queue)
+        options.setdefault('declare', ())  # its node has declared it
+        if declared.exchange.name:
+            options['exchange'] = declared.exchange.name
+
+    def _route_of(self, name: str, body: Any, message_id: Any) -> str | None:
+        route = self._plugin.tasks.route_of(name, body[0], body[1], message_id)
+        if isinstance(route, Refused):
+            more = self._repeats.say((name, 'refused'), clock.now())
+            if more is not None:
+                logger.warning('Task %s[%s] goes to its home queue, where it will be refused: %s%s', name, message_id, route.reason, more)
+            return None
+        return route
+
+    def _leave_node_queue(self, options: dict[str, Any]) -> None:
+        """A task that sends itself again gives the place where its message came from: the queue of a node. It goes home instead."""
+        appname, exchange = self._plugin.settings.config.appname, options.get('exchange')
+        places = (_name_of(options.get('queue')) or '', _name_of(exchange) or '')
+        if not places[0].startswith(node_queue(appname, '')) and (not places[1] or places[1] != exchange_of(self._plugin).name):
+            return
+        request = current_task.request if current_task else None
+        home = read_stamps({HOME: getattr(request, HOME, None)}).home or self._plugin.app.conf.task_default_queue
+        for place in _PLACE:
+            options.pop(place, None)
+        options['queue'] = self._plugin.app.amqp.queues[home]
+
+
+def _name_of(queue: Any) -> str | None:
+    return queue if isinstance(queue, str) else getattr(queue, 'name', None)

@@ -1,16 +1,29 @@
 """Which tasks of an app are coordinated, and how their messages get their routes."""
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from celery import Task
+from celery.app.registry import TaskRegistry
+
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.incoming import Refused, Stamps, find_route
+
+from .once import made_here
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from jobsync_core.plugin import PluginSettings
 
-__all__ = ['Tasks', 'adjust_options']
+__all__ = ['Tasks', 'prepare_task', 'watch_tasks']
+
+NO_STAMPS = Stamps()
+_LATE = ('acks_late', 'reject_on_worker_lost')
 
 
 def _run_of(task: Any) -> Any:
@@ -18,18 +31,100 @@ def _run_of(task: Any) -> Any:
     return getattr(task, '_orig_run', None) or getattr(task, 'run', task)
 
 
-def adjust_options(app: Celery) -> None:
-    """Let exactly-once tasks be acknowledged late and given back when their process is lost, unless the user said otherwise."""
-    make = app._task_from_fun
+def prepare_task(task: Any) -> None:
+    """Let an exactly-once task be acknowledged late and given back when its process is lost, unless the user said otherwise.
 
-    def task_from_fun(fun: Any, name: str | None = None, base: Any = None, bind: bool = False, **options: Any) -> Any:
-        if once_of(_run_of(fun)) is not None:
-            for option in ('acks_late', 'reject_on_worker_lost'):
-                if getattr(base or app.Task, option, None) is None:
-                    options.setdefault(option, True)
-        return make(fun, name=name, base=base, bind=bind, **options)
+    Args:
+        task: The task, before Celery binds it to its app: then what nobody said is None.
 
-    app._task_from_fun = task_from_fun
+    Raises:
+        ConfigurationError: It can never work.
+    """
+    _check(_run_of(task), task.name)
+    if once_of(_run_of(task)) is not None:
+        for option in _LATE:
+            if getattr(task, option, None) is None:
+                setattr(task, option, True)
+
+
+def _check(run: Any, name: str) -> None:
+    options = once_of(run)
+    if options is None:
+        return
+    if not made_here(options):
+        raise ConfigurationError(
+            f'task {name}: its @exactly_once is not that of jobsync_celery, so that duplicates and come-backs would fail: '
+            'write `from jobsync_celery import exactly_once`')
+    if inspect.iscoroutinefunction(run):
+        raise ConfigurationError(
+            f'task {name} is an `async def`, which Celery does not wait for: write a `def` that calls asyncio.run(…), '
+            'with @exactly_once on it')
+
+
+class _Registry(TaskRegistry):  # type: ignore[misc]  # celery has no types
+    """An app's tasks. Each passes here before it is bound, however it was made: from a function, a class, an object, by any app."""
+
+    def __setitem__(self, name: str, task: Any) -> None:
+        prepare_task(task)
+        super().__setitem__(name, task)
+
+
+def watch_tasks(app: Celery) -> None:
+    """Prepare all tasks of an app, those that it has and those that it gets."""
+    for known in app._tasks.values():
+        _prepare_bound(known)
+    app._tasks = _Registry(app._tasks)
+    make, declare = app._task_from_fun, app.task
+
+    def task_from_fun(fun: Any, *args: Any, **options: Any) -> Any:
+        if options.get('pydantic') is True:
+            options['jobsync_arguments'] = staticmethod(_validator(app, fun, options))
+        return make(fun, *args, **options)
+
+    def task(*args: Any, **options: Any) -> Any:
+        if len(args) == 1:
+            _check_declared(args[0])
+            return declare(*args, **options)
+        decorator = declare(*args, **options)
+
+        def decorate(fun: Any) -> Any:
+            _check_declared(fun)
+            return decorator(fun)
+
+        return decorate
+
+    app._task_from_fun, app.task = task_from_fun, task
+
+
+def _check_declared(fun: Any) -> None:
+    """What is wrong shows where it is written, not when the app is used first."""
+    if inspect.isclass(fun) and issubclass(fun, Task):
+        if once_of(getattr(fun, 'run', None)) is not None:
+            raise ConfigurationError(f'@app.task on the class {fun.__qualname__}: write app.register_task({fun.__qualname__}()) below it')
+        return
+    _check(fun, getattr(fun, '__qualname__', repr(fun)))
+
+
+def _prepare_bound(task: Any) -> None:
+    """A task that was bound before the plugin came: Celery has put the app's default where nobody said anything."""
+    _check(_run_of(task), task.name)
+    if once_of(_run_of(task)) is not None:
+        for option in _LATE:
+            if not getattr(task, option, None):
+                setattr(task, option, True)
+
+
+def _validator(app: Celery, fun: Any, options: Mapping[str, Any]) -> Any:
+    """Makes of a message's arguments what a task with `pydantic=True` gets: models, where it says so."""
+    @functools.wraps(fun)
+    def arguments(*args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+    from celery.app.base import pydantic_wrapper  # Celery 5.5
+
+    return pydantic_wrapper(
+        app, arguments, getattr(fun, '__name__', ''), options.get('pydantic_strict', False), options.get('pydantic_context'),
+        options.get('pydantic_dump_kwargs'))
 
 
 class Tasks(CoordinatedTasks):
@@ -44,18 +139,18 @@ class Tasks(CoordinatedTasks):
         super().__init__(settings, self._declaration, lambda: app.tasks)
         self._app = app
 
-    def route_of(self, name: str, args: Any, kwargs: Any, message_id: str) -> str | None:
-        """The route of a message; None where its task is not coordinated.
+    def route_of(self, name: str, args: object, kwargs: object, message_id: object, stamps: Stamps = NO_STAMPS) -> str | Refused | None:
+        """The route of a message: None where its task is not coordinated, a reason where it can have none. Raises nothing.
 
-        Raises:
-            ConfigurationError, TypeError, InvalidTaskId: The arguments make no key.
+        Args:
+            name: The task's name.
+            args, kwargs, message_id, stamps: As the message has them.
         """
-        found = self.find(name)
-        if found is None:
-            return None
-        task = self._app.tasks[name]
-        bound = hasattr(_run_of(task), '__self__')  # its function takes the task first
-        return found.route_of((task, *args) if bound else args, kwargs, message_id)
+        try:
+            found = self.find(name)
+        except JobSyncError as error:
+            return Refused(str(error))
+        return find_route(found, args, kwargs, message_id, stamps) if found is not None else None
 
     def _declaration(self, name: str) -> Declared | None:
         task = self._app.tasks.get(name)
@@ -66,4 +161,13 @@ class Tasks(CoordinatedTasks):
         key = getattr(task, 'jobsync_key', None)
         return Declared(
             getattr(run, '__func__', run), once_of(run), getattr(key, '__func__', key), getattr(task, 'jobsync_pin', None),
-            internal=name.startswith('celery.'))
+            internal=name.startswith('celery.'), prepare=_preparation(task, run))
+
+
+def _preparation(task: Any, run: Any) -> Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None:
+    """What a key is made of, where that is not what the message brings."""
+    bound = hasattr(run, '__self__')  # its function takes the task first
+    validate = getattr(task, 'jobsync_arguments', None)
+    if validate is not None:
+        return lambda args, kwargs: validate(*((task, *args) if bound else args), **kwargs)
+    return (lambda args, kwargs: ((task, *args), kwargs)) if bound else None

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import datetime
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +37,7 @@ class Declared:
         key: Its `jobsync_key`.
         pin: Its `jobsync_pin`.
         internal: It is the framework's own, so that `coordinate='all'` does not mean it.
+        prepare: Makes of a message's arguments those of the function, where they differ.
     """
 
     function: Callable[..., Any]
@@ -44,6 +45,7 @@ class Declared:
     key: str | Callable[..., str] | None
     pin: Sequence[str] | str | None
     internal: bool = False
+    prepare: Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None = None
 
 
 class CoordinatedTasks:
@@ -90,7 +92,7 @@ class CoordinatedTasks:
         everything = self._settings.coordinate == 'all' and not task.internal
         if task.once is None and task.key is None and pin is None and not everything:
             return None
-        return Coordination(name, task.function, task.once, task.key, pin, self._settings.pin_slots)
+        return Coordination(name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare)
 
 
 class MessageOnce(ABC):
@@ -173,6 +175,10 @@ class MessageOnce(ABC):
         """Whether a function that ended with an exception has completed its key by it. The framework's own ways of ending, perhaps."""
         return False
 
+    def stored_result(self, result: Any) -> Any:
+        """What the ledger's result of a completed key stands for, to be given to a call of the user's own code."""
+        return result
+
     def check_result(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to check
         """Called with a result that the ledger does not store, before the key is complete. What this raises fails the attempt."""
 
@@ -181,6 +187,8 @@ class MessageOnce(ABC):
             # Called by the user's own code, inside of another task too: the message that is being processed must not come back for it.
             if ran:
                 raise error
+            if isinstance(error, DuplicateExecution):
+                error.result = self.stored_result(error.result)
             return options.answer_caller(error)
         if isinstance(error, DuplicateExecution):
             self.duplicate(error)

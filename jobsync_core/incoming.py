@@ -80,8 +80,7 @@ def read_stamps(values: object) -> Stamps:
         wrong.append(f'{name}={shown(value, 60)}')
         return 0
 
-    key, hops, home, waits = text(KEY, _is_key), count(HOPS), text(HOME, _is_name), count(WAITS)
-    return Stamps(key, hops, home, waits, ', '.join(wrong))
+    return Stamps(text(KEY, _is_key), count(HOPS), text(HOME, _is_name), count(WAITS), ', '.join(wrong))
 
 
 def read_name(value: object, what: str) -> str | Refused:

@@ -348,6 +348,7 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
 
 
 def _run(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Any]) -> Any:
+    before = running.get()
     try:
         running.set(attempt.begin())
     except _REFUSALS as error:
@@ -360,12 +361,14 @@ def _run(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Any]) -> Any
         options.keep(attempt.execution, result)
     except BaseException as error:
         end = options.judge(attempt, error)
+        running.set(before)  # what follows is no part of the work, and adapters ask
         try:
             attempt.settle()
         except _UNRECORDED as trouble:
             return options.unrecorded(trouble)
         return end.answer(error)
     attempt.succeed()
+    running.set(before)
     try:
         attempt.settle()
     except _UNRECORDED as error:
@@ -395,6 +398,7 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
 
 
 async def _run_async(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Awaitable[Any]]) -> Any:
+    before = running.get()
     try:
         running.set(await attempt.begin_async())
     except _REFUSALS as error:
@@ -407,12 +411,14 @@ async def _run_async(options: ExactlyOnce, attempt: Attempt, call: Callable[[], 
         raise
     except BaseException as error:
         end = options.judge(attempt, error)
+        running.set(before)  # what follows is no part of the work, and adapters ask
         try:
             await attempt.settle_async()
         except _UNRECORDED as trouble:
             return options.unrecorded(trouble)
         return end.answer(error)
     attempt.succeed()
+    running.set(before)
     try:
         await attempt.settle_async()
     except _UNRECORDED as error:

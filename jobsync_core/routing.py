@@ -131,6 +131,7 @@ class Coordination:
         key: A format string over the arguments or a callable; None: that of `once`, else the message's id.
         pin: Ordered patterns of the nodes that may run the task.
         slots: Virtual keys of a pinned task.
+        prepare: Makes of a message's arguments those that the key is made of, where they differ.
 
     Raises:
         ConfigurationError: The key or the pin cannot work.
@@ -139,8 +140,10 @@ class Coordination:
     def __init__(
         self, name: str, function: Callable[..., Any], once: ExactlyOnce | None, key: str | Callable[..., str] | None,
         pin: Sequence[str] | str | None, slots: int,
+        prepare: Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
     ) -> None:
         self.name = name
+        self._prepare = prepare
         self.once = once
         self.pin = check_patterns(pin) if pin is not None else None
         self._slots = slots
@@ -164,7 +167,10 @@ class Coordination:
             TypeError: The function does not take these arguments.
             InvalidTaskId: The key cannot be a task id.
         """
-        key = check_key(self._make(args, kwargs)) if self._make is not None else check_task_id(message_id)
+        if self._make is None:
+            key = check_task_id(message_id)
+        else:
+            key = check_key(self._make(*(self._prepare(args, kwargs) if self._prepare is not None else (args, kwargs))))
         return pin_route(self.name, key, self._slots) if self.pin is not None else key
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from celery import Celery, signals
+from celery import Celery
 from celery.worker import state
 
 from jobsync_celery import JobSync, exactly_once
@@ -30,14 +30,27 @@ class Message:
     content_type, content_encoding = 'application/json', 'utf-8'
 
     def __init__(self, key: str | None, hops: int | None = None, task: str = 'keyed') -> None:
+        self.state = ''
         self.headers: dict[str, Any] = {'id': 'm1', 'task': task}
         if key is not None:
             self.headers[KEY] = key
         if hops is not None:
             self.headers[HOPS] = hops
-        self.payload: Any = ([7], {}, {})
+        # A route is made from the arguments.
+        self.payload: Any = ([7 if key is None else key], {}, {})
         self.properties: dict[str, Any] = {}
         self.delivery_info: dict[str, Any] = {}
+
+
+    @property
+    def acknowledged(self) -> bool:
+        return bool(self.state)
+
+    def ack_log_error(self, logger: Any, errors: Any) -> None:
+        self.state = 'ack'
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:
+        self.state = 'requeue' if requeue else 'reject'
 
 
 class Request:
@@ -45,6 +58,11 @@ class Request:
 
     def __init__(self, stage: Bench, message: Message) -> None:
         self._stage, self.message, self.id, self.name, self.acknowledged = stage, message, 'm1', message.headers['task'], False
+
+    def on_success(self, *_: Any) -> None:
+        """It has run."""
+
+    on_failure = on_timeout = on_success
 
     def acknowledge(self) -> None:
         self._stage.log.append('ack')
@@ -68,10 +86,10 @@ class Bench:
         self.publish_error: Exception | None = None
         self.ack_error: Exception | None = None
         self.timers: list[Callable[[], object]] = []
-        self.app = Celery('bench', broker='memory://', set_as_current=False)
-        self.app.task(name='keyed', shared=False, jobsync_key='k:{n}')(_task)
+        self.app = Celery('bench', broker='memory://', backend='cache+memory://', set_as_current=False)
+        self.app.task(name='keyed', shared=False, jobsync_key='{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
-        self.app.task(name='once', shared=False)(exactly_once(key='k:{n}')(_task))
+        self.app.task(name='once', shared=False)(exactly_once(key='{n}')(_task))
         config = CoordinationConfig(appname='shop_')
         self.plugin = JobSync(self.app, config=config, **settings)
         vars(self.plugin)['_job'] = self.job
@@ -81,9 +99,13 @@ class Bench:
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(
             on_task_request=lambda request: self.log.append('pool'), on_unknown_task=lambda *args: self.log.append('discarded'),
-            strategies={}, connection_errors=(OSError,),
+            strategies={}, connection_errors=(OSError,), channel_errors=(), update_strategies=lambda: None,
+            create_task_handler=lambda: lambda message: self.handle(message), on_decode_error=None, on_invalid_task=None,
+            on_unknown_message=None,
             timer=SimpleNamespace(call_after=lambda seconds, call: self.timers.append(call)),
             event_dispatcher=SimpleNamespace(enabled=False))
+        self.handle: Callable[[Message], object] = lambda message: None
+        self.strategy_error: Exception | None = None
         self.gate = ConsumerGate(self.plugin, core, self.consumer)
         vars(self.gate)['_publisher'] = SimpleNamespace(send=self._send)
 
@@ -95,6 +117,8 @@ class Bench:
     def receive(self, message: Message) -> list[str]:
         """A message comes from the broker; what happened then."""
         def strategy(*_: Any) -> None:
+            if self.strategy_error is not None:
+                raise self.strategy_error
             self.log.append('run')
 
         def ack(*_: Any) -> None:
@@ -105,6 +129,8 @@ class Bench:
         self.consumer.strategies[message.headers['task']] = strategy
         self.consumer.strategies[message.headers['task']](
             message, None, ack, lambda log, errors, requeue: self.log.append('requeue' if requeue else 'reject'), [])
+        if message.state:
+            self.log.append(message.state)
         return self.log
 
     def dispatch(self, message: Message) -> list[str]:
@@ -134,9 +160,7 @@ def bench(monkeypatch: Any, **settings: Any) -> Iterator[Bench]:
     monkeypatch.setattr(gate_module, 'clock', clock)
     monkeypatch.setattr(state, 'task_ready', lambda request: None)
     made = Bench(clock, settings)
+    made.app.backend.forget('m1')  # the memory is all apps'
     made.job.mine.add('mine')
     made.owners.places.update(other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1'))
-    try:
-        yield made
-    finally:
-        signals.before_task_publish.disconnect(made.plugin._before_publish)
+    yield made

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import Celery, signals
+from celery import Celery
 
 from jobsync_celery import JobSync
 from jobsync_celery import mail as mail_module
@@ -96,7 +96,6 @@ def check_rescue_spares_the_living(broker: BrokerServer) -> None:
     plugin = JobSync(made, config=CoordinationConfig(appname='shop_'), route_producers=False)
     with ExitStack() as stack:
         stack.callback(broker.drop_space, space)
-        stack.callback(signals.before_task_publish.disconnect, plugin._before_publish)
         with made.connection_for_write() as connection, connection.SimpleQueue('celery') as target:
             for number in range(2):
                 target.put({'n': number})

@@ -3,18 +3,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
+from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
+from jobsync_core.errors import Unroutable
 from jobsync_core.owners import Place
 
 from .consumers import Bench, Message, bench
 
 PARKED = 'send jobsync.shop_.parked hops=0'
+UNKNOWN = 'send jobsync.shop_.unknown hops=0'
 
 
 @pytest.fixture
@@ -56,6 +60,19 @@ def check_late(stage: Bench) -> None:
     assert stage.dispatch(message) == ['send q2 hops=1', 'ack']
 
 
+def check_set_aside(stage: Bench, payload: Any) -> None:
+    message = Message(None)
+    message.payload = payload
+    assert stage.receive(message) == ['reject']
+    assert stage.counts == {'refused': 1}
+
+
+def check_forged_key(stage: Bench) -> None:
+    message = Message('other')
+    message.headers['jobsync_key'] = 'mine'
+    assert stage.receive(message) == ['send q2 hops=1', 'ack']
+
+
 class TestReceipt:
     def test_what_is_mine_runs(self, stage: Bench) -> None:
         assert stage.receive(Message('mine')) == ['run']
@@ -75,11 +92,11 @@ class TestReceipt:
         check_never_to_self(stage)
 
     def test_a_key_is_made_where_the_producer_made_none(self, stage: Bench) -> None:
-        stage.job.mine.add('k:7')
+        stage.job.mine.add('7')
         assert stage.receive(Message(None)) == ['run']
         stage.log.clear()
         stage.job.mine.clear()
-        stage.owners.places['k:7'] = Place('n2', 'q2')
+        stage.owners.places['7'] = Place('n2', 'q2')
         assert stage.receive(Message(None)) == ['send q2 hops=1', 'ack']
 
     def test_tasks_that_are_not_coordinated_are_not_touched(self, stage: Bench) -> None:
@@ -104,17 +121,23 @@ class TestReceipt:
         stage.owners.error = None
         assert stage.look() == ['send q2 hops=1', 'ack']
 
-    def test_arguments_without_a_key_run_here_and_fail_in_the_task(self, stage: Bench) -> None:
-        message = Message(None)
-        message.payload = ([], {}, {})
-        assert stage.receive(message) == ['run']
+    @pytest.mark.parametrize('payload', [
+        ([], {}, {}), ([7, 8], {}, {}), ([''], {}, {}), ([None], {}, {}), (['x' * 2001], {}, {}), (5, {}, {}), ([7], [], {}),
+        ([], {'m': 1}, None)])
+    def test_arguments_without_a_key_run_nowhere(self, stage: Bench, payload: Any, caplog: pytest.LogCaptureFixture) -> None:
+        check_set_aside(stage, payload)
+        found = stage.app.backend.get_task_meta('m1')
+        assert (found['status'], type(found['result'])) == ('FAILURE', Unroutable)
+        assert len(caplog.records) == 1 and 'Task keyed[m1] is set aside' in caplog.text
 
     @pytest.mark.parametrize('hops', ['x', [], {}])
     def test_an_odd_header_raises_nothing(self, stage: Bench, hops: object) -> None:
         message = Message('other')
         message.headers['jobsync_hops'] = hops
-        stage.receive(message)
-        assert len(stage.log) + stage.gate.waiting > 0
+        assert stage.receive(message) == ['send q2 hops=1', 'ack']
+
+    def test_a_forged_key_does_not_move_a_message(self, stage: Bench) -> None:
+        check_forged_key(stage)
 
 
 class TestWaiting:
@@ -197,18 +220,160 @@ class TestBeforeThePool:
 
 
 class TestUnknownTasks:
-    def test_a_message_of_an_unknown_task_is_parked_and_then_acknowledged(self, stage: Bench) -> None:
-        message = Message(None, task='nobody knows it')
-        vars(message)['ack'] = lambda: stage.log.append('ack')
-        stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
-        assert stage.log == ['send jobsync.shop_.parked hops=0', 'ack', 'stray']
+    def _receive(self, stage: Bench, name: Any = 'nobody knows it') -> Message:
+        message = Message(None, task=name)
+        stage.consumer.on_unknown_task(None, message, KeyError(name))
+        return message
 
-    def test_it_stays_unacknowledged_where_it_cannot_be_parked(self, stage: Bench) -> None:
+    def test_a_message_of_an_unknown_task_is_set_apart_and_then_acknowledged(self, stage: Bench) -> None:
+        message = self._receive(stage)
+        assert (stage.log, message.state) == ([UNKNOWN], 'ack')
+
+    def test_it_stays_unacknowledged_where_it_cannot_be_sent_and_is_tried_again(self, stage: Bench) -> None:
         stage.publish_error = OSError('the broker is away')
-        message = Message(None, task='nobody knows it')
-        vars(message)['ack'] = lambda: stage.log.append('ack')
-        stage.consumer.on_unknown_task(None, message, KeyError(message.headers['task']))
-        assert stage.log == []
+        message = self._receive(stage)
+        assert (stage.log, message.state) == ([], '')
+        stage.publish_error = None
+        stage.look(2.0)
+        assert (stage.log, message.state) == ([UNKNOWN], 'ack')
+
+    def test_many_of_one_task_are_one_line(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+        for _ in range(100):
+            self._receive(stage)
+        assert len(caplog.records) == 1
+        stage.clock.time += 60.0
+        self._receive(stage)
+        assert '(99 more like it)' in caplog.text
+
+
+class TestOddMessages:
+    """Whatever comes, nothing is raised into the consumer, and what no worker can take is rejected once with one line."""
+
+    def _receive(self, stage: Bench, message: Any) -> str:
+        stage.consumer.create_task_handler()(message)
+        return str(message.state)
+
+    @pytest.mark.parametrize(('part', 'value'), [
+        ('headers', []), ('headers', 'text'), ('headers', 5), ('payload', None), ('payload', 5), ('payload', [1, 2]), ('payload', []),
+        ('payload', [1, 2, 3, 4]), ('payload', {}), ('payload', 'abc'), ('payload', ([7], {}, 5)),
+        ('errors', [(None, OSError('bz2'), None)])])
+    def test_what_has_no_shape(self, stage: Bench, caplog: pytest.LogCaptureFixture, part: str, value: Any) -> None:
+        message = Message(None)
+        setattr(message, part, value)
+        assert self._receive(stage, message) == 'reject'
+        assert len(caplog.records) == 1 and stage.counts == {'refused': 1}
+
+    @pytest.mark.parametrize(('name', 'value'), [
+        ('task', []), ('task', ''), ('task', {}), ('task', 'x' * 1001), ('task', None), ('id', None), ('id', []), ('id', {}),
+        ('timelimit', 5), ('timelimit', ['x', 'y']), ('timelimit', [1]), ('timelimit', [[], {}]), ('timelimit', [float('nan'), None]),
+        ('timelimit', [-1, None]), ('timelimit', [10**30, None]), ('stamped_headers', [[1]]), ('stamped_headers', 'abc'),
+        ('stamped_headers', {'a': 1}), ('stamps', [1]), ('stamps', 'abc')])
+    def test_headers_that_would_end_a_worker(self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
+        message = Message(None)
+        message.headers[name] = value
+        assert self._receive(stage, message) == 'reject'
+        assert len(caplog.records) == 1 and caplog.records[0].getMessage().isprintable()
+
+    def test_what_celery_falls_over_is_set_aside(self, stage: Bench) -> None:
+        check_celery_falls(stage)
+
+    def test_what_is_no_message_s_fault_goes_through(self, stage: Bench) -> None:
+        def fall(message: Message) -> None:
+            raise error
+
+        stage.handle = fall
+        for error in (ConnectionError('broker'), MemoryError()):
+            with pytest.raises(type(error)):
+                self._receive(stage, Message(None))
+
+    @pytest.mark.parametrize('name', ['on_decode_error', 'on_invalid_task', 'on_unknown_message'])
+    def test_what_celery_would_acknowledge_or_reject_is_rejected(self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str) -> None:
+        message, error = Message(None), ValueError('odd')
+        given = {'on_decode_error': (message, error), 'on_invalid_task': (None, message, error), 'on_unknown_message': (None, message)}
+        getattr(stage.consumer, name)(*given[name])
+        assert message.state == 'reject'
+        assert len(caplog.records) == 1
+
+    def test_a_result_backend_that_fails_hinders_nothing(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: Any, **__: Any) -> None:
+            raise ConnectionError('backend away')
+
+        monkeypatch.setattr(stage.app.backend, 'mark_as_failure', broken)
+        monkeypatch.setattr(stage.app.backend, 'store_result', broken)
+        message = Message(None)
+        message.headers['task'] = []
+        assert self._receive(stage, message) == 'reject'
+
+    def test_a_task_that_cannot_be_coordinated_runs_nowhere(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+        stage.app.task(name='wrong', shared=False, jobsync_key='{m}')(_n)
+        assert stage.receive(Message(None, task='wrong')) == ['reject']
+        assert "names 'm'" in caplog.text
+
+    def test_a_pin_that_came_late_holds(self, stage: Bench) -> None:
+        stage.app.task(name='late', shared=False, jobsync_pin=['%-gpu'])(_n)
+        assert stage.receive(Message(None, task='late')) == [UNKNOWN, 'ack']
+
+
+def _n(n: int) -> None:
+    """A task."""
+
+
+def check_celery_falls(stage: Bench) -> None:
+    def fall(message: Message) -> None:
+        raise KeyError('root_id')
+
+    stage.handle = fall
+    message = Message(None)
+    stage.consumer.create_task_handler()(message)
+    assert message.state == 'reject'
+
+
+def check_each_on_its_own(stage: Bench) -> None:
+    """A strategy that raises while waiting messages are looked at."""
+    stage.log.clear()
+    for _ in range(3):
+        assert stage.receive(Message('nobody')) == []
+    stage.job.mine.add('nobody')
+    run, count = stage.gate._waiting[1].run, stage.counts
+    stage.strategy_error = None
+
+    def broken() -> None:
+        raise KeyError('odd')
+
+    stage.gate._waiting[1].run = broken
+    assert run is not broken
+    assert stage.look() == ['run', 'reject', 'run']
+    assert (stage.gate.waiting, count['refused']) == (0, 1)
+
+
+class TestEachOnItsOwn:
+    def test_a_strategy_that_raises_drops_nothing_behind_it(self, stage: Bench) -> None:
+        check_each_on_its_own(stage)
+
+    def test_a_gate_that_raises_drops_nothing_either(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        for _ in range(3):
+            stage.receive(Message('nobody'))
+        place, calls = ConsumerGate._place, []
+
+        def odd(self: ConsumerGate, waiting: Any) -> bool:
+            calls.append(waiting)
+            if len(calls) == 1:
+                raise RuntimeError('odd')
+            return place(self, waiting)
+
+        monkeypatch.setattr(ConsumerGate, '_place', odd)
+        stage.look()
+        assert (stage.log, stage.gate.waiting) == (['requeue'], 2)
+
+    def test_a_message_that_can_never_be_sent_is_set_aside(self, stage: Bench) -> None:
+        stage.publish_error = TypeError('not serializable')
+        assert stage.receive(Message('other')) == ['reject']
+
+    def test_a_connection_that_fails_gives_it_back(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.job.mine.add('nobody')
+        stage.strategy_error = ConnectionError('lost')
+        assert stage.look() == ['requeue']
 
 
 class TestSurrender:

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from celery import Celery, signals
+from celery import Celery
 
 from jobsync_celery import JobSync
 from jobsync_celery.mail import CeleryMail, Leftovers, exchange_of, redis_options
@@ -33,7 +33,6 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
     mail = CeleryMail(plugin)
     with contextlib.ExitStack() as stack:
-        stack.callback(signals.before_task_publish.disconnect, plugin._before_publish)
         stack.callback(mail.close)
         mail.declare(_QUEUE)
         mail.declare(_QUEUE)

@@ -1,39 +1,60 @@
 """`exactly_once` in a worker's place: what Celery is told of duplicates, of running keys, and where there is no worker."""
 from __future__ import annotations
 
+import datetime
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from celery import Celery, Task, signals, states
 from celery._state import _task_stack
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject, Retry
+from kombu.exceptions import EncodeError
 
 from jobsync_celery import JobSync, exactly_once
+from jobsync_celery import once as once_module
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ClaimLost, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, JobSyncError, NotEntered
+from jobsync_core.logs import Repeats
+from jobsync_core.routing import WAITS
 
 from ..fakes import FakeLedger, duplicate
 
 OPTIONS = {'args': [3], 'kwargs': {}, 'called_directly': False, 'is_eager': False, 'delivery_info': {}, 'retries': 2}
 
 
+class Recording(FakeLedger):
+    """Remembers how attempts ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[str] = []
+
+    def finish(self, execution: Any) -> None:
+        super().finish(execution)
+        self.ends.append(f'done {execution.result}')
+
+    def fail(self, execution: Any, error: BaseException) -> None:
+        self.ends.append(f'failed {error!r}')
+
+
 @pytest.fixture
-def ledger() -> Iterator[FakeLedger]:
-    made = FakeLedger()
+def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recording]:
+    made = Recording()
+    monkeypatch.setattr(once_module, '_repeats', Repeats())
     set_current_ledger(made)
     yield made
     set_current_ledger(None)
 
 
 @pytest.fixture
-def app() -> Iterator[Celery]:
+def app() -> Celery:
     made = Celery('once', broker='memory://', backend='cache+memory://', set_as_current=False)
-    plugin = JobSync(made, config=CoordinationConfig(), route_producers=False)
-    yield made
-    signals.before_task_publish.disconnect(plugin._before_publish)
+    JobSync(made, config=CoordinationConfig(), route_producers=False)
+    return made
 
 
 @pytest.fixture
@@ -119,7 +140,7 @@ class TestDuplicates:
 
         ledger.begin_error = duplicate()
         task = task_of(app)
-        monkeypatch.setattr(app.backend, 'get_state', broken)
+        monkeypatch.setattr(app.backend, 'get_task_meta', broken)
         assert in_worker(task, callbacks=[task.s(3)]) == 6
 
     def test_it_may_be_skipped_or_raised(self, app: Celery, ledger: FakeLedger) -> None:
@@ -283,3 +304,205 @@ class TestOptions:
     def test_other_tasks_keep_celery_s_own(self, app: Celery) -> None:
         task = app.task(name='double', shared=False)(double)
         assert not task.acks_late and not task.reject_on_worker_lost
+
+
+class TestEnds:
+    """Exceptions with which Celery lets a task end."""
+
+    def _task(self, app: Celery, error: Callable[[], BaseException]) -> Any:
+        def run(n: int) -> None:
+            raise error()
+
+        return app.task(name='ends', shared=False)(exactly_once(key='d:{n}', scope='')(run))
+
+    def test_ignore_completes_the_key(self, app: Celery, ledger: Recording) -> None:
+        with pytest.raises(Ignore):
+            in_worker(self._task(app, Ignore))
+        assert ledger.ends == ['done None']
+
+    @pytest.mark.parametrize('error', [
+        lambda: Reject('no', requeue=True), lambda: Reject('no', requeue=False), lambda: Retry(), lambda: ValueError('v')])
+    def test_what_fails_or_is_tried_again_does_not(self, app: Celery, ledger: Recording, error: Callable[[], BaseException]) -> None:
+        with pytest.raises(type(error())):
+            in_worker(self._task(app, error))
+        assert [end.partition(' ')[0] for end in ledger.ends] == ['failed']
+
+    def _replace(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> Any:
+        def run(task: Any, n: int) -> Any:
+            raise task.replace(app.tasks['other'].s(n))
+
+        app.task(name='other', shared=False)(double)
+        task = app.task(name='replaced', shared=False, bind=True)(exactly_once(key='d:{n}', scope='')(run))
+        with pytest.raises(Ignore):
+            in_worker(task, id='first')
+        assert [(headers['task'], headers['id']) for headers in published] == [('other', 'first')]
+        return task
+
+    def test_a_replacement_completes_the_key_when_it_is_sent(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+    ) -> None:
+        self._replace(app, ledger, published)
+        assert ledger.ends == ["done {'jobsync_replaced': 'first'}"]
+
+    def test_the_same_message_again_sends_nothing(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+        task = self._replace(app, ledger, published)
+        ledger.begin_error = duplicate({'jobsync_replaced': 'first'})
+        with pytest.raises(Ignore):
+            in_worker(task, id='first', callbacks=[task.s(3)])
+        assert len(published) == 1
+
+    def test_another_message_gets_the_replacement_s_result(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+    ) -> None:
+        task = self._replace(app, ledger, published)
+        app.backend.forget('first')
+        ledger.begin_error = duplicate({'jobsync_replaced': 'first'})
+        with pytest.raises(Ignore):
+            in_worker(task, id='second')
+        assert [headers['id'] for headers in published] == ['first', 'second']  # it waits
+        app.backend.store_result('first', ValueError('bad'), states.FAILURE)
+        with pytest.raises(ValueError, match='bad'):
+            in_worker(task, id='second')
+        app.backend.forget('first')
+        app.backend.store_result('first', 14, states.SUCCESS)
+        assert in_worker(task, id='second') == 14
+        assert task(3) == 14
+
+    def test_a_replacement_is_another_piece_of_work(self, app: Celery, ledger: Recording) -> None:
+        task = app.task(name='by_id', shared=False)(exactly_once(scope='')(double))
+        in_worker(task)
+        in_worker(task, replaced_task_nesting=2)
+        assert ledger.keys == ['m1', 'm1~2']
+
+    def test_celery_s_text_is_the_one_that_is_looked_for(self) -> None:
+        assert once_module._REPLACED_TEXT in inspect.getsource(Task.on_replace)
+
+
+class TestResultsThatCannotBeSent:
+    @pytest.mark.parametrize('stored', [True, False])
+    def test_the_attempt_fails_with_its_sender(self, app: Celery, ledger: Recording, stored: bool) -> None:
+        check_result_that_cannot_be_sent(app, ledger, stored)
+
+    def test_unless_nobody_waits_for_it(self, app: Celery, ledger: Recording) -> None:
+        task = app.task(name='odd', shared=False, ignore_result=True)(exactly_once(key='d:{n}', scope='')(odd))
+        in_worker(task)
+        assert ledger.ends == ['done None']
+
+    def test_what_the_backend_can_store_is_no_fault(self, app: Celery, ledger: Recording) -> None:
+        """A datetime is no JSON of the ledger's, but of Celery's."""
+        task = app.task(name='when', shared=False)(exactly_once(key='d:{n}', scope='')(when))
+        assert in_worker(task) == when(3)
+        assert ledger.ends == ['done None']
+
+
+def odd(n: int) -> Any:
+    return object()
+
+
+def when(n: int) -> Any:
+    return datetime.datetime(2026, 1, n)
+
+
+def check_result_that_cannot_be_sent(app: Celery, ledger: Recording, stored: bool = True) -> None:
+    options: dict[str, Any] = {} if stored else {'store_result': False, 'on_duplicate': 'skip'}
+    task = app.task(name='odd', shared=False)(exactly_once(key='d:{n}', scope='', **options)(odd))
+    with pytest.raises(EncodeError):
+        in_worker(task)
+    assert [end.partition(' ')[0] for end in ledger.ends] == ['failed']
+
+
+class TestBackOff:
+    def test_a_running_key_is_asked_for_less_and_less_often(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+    ) -> None:
+        check_back_off(app, ledger, published)
+
+    @pytest.mark.parametrize('waits', [10**9, -1, 'x', [], None])
+    def test_whatever_the_message_says(self, app: Celery, ledger: Recording, published: list[dict[str, Any]], waits: Any) -> None:
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(Ignore):
+            in_worker(task_of(app), jobsync_waits=waits)
+        assert published[0][WAITS] in (1, 1001)
+
+    def test_other_reasons_are_over_soon(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+        ledger.begin_error = ClaimLost()
+        with pytest.raises(Ignore):
+            in_worker(task_of(app), jobsync_waits=5)
+        assert delays(published) == [1]
+
+    def test_many_that_wait_for_one_key_are_one_line(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        caplog.set_level('INFO')
+        task = task_of(app)
+        for number in range(100):
+            ledger.begin_error = ExecutionRunning()
+            ledger.begin_error.key = 'one line'
+            with pytest.raises(Ignore):
+                in_worker(task, id=str(number))
+        assert len(published) == 100
+        assert [record.getMessage().partition(' comes')[0] for record in caplog.records] == ['Task double[0]']
+
+
+def delays(published: list[dict[str, Any]]) -> list[float]:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return [round((datetime.datetime.fromisoformat(headers['eta']) - now).total_seconds()) for headers in published]
+
+
+def check_back_off(app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+    task = task_of(app)
+    for waits in range(9):
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(Ignore):
+            in_worker(task, **({WAITS: waits} if waits else {}))
+    assert [headers[WAITS] for headers in published] == list(range(1, 10))
+    assert delays(published) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+class TestDirectCalls:
+    """A task that is called by another one's code."""
+
+    def test_the_stored_result_is_returned_within_a_message_of_the_same_task(self, app: Celery, ledger: Recording) -> None:
+        check_direct_call(app, ledger)
+
+    def test_map_gets_stored_results(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+        task = task_of(app)
+        ledger.begin_error = duplicate()
+        xmap = app.tasks['celery.map']
+        xmap.push_request(**{**OPTIONS, 'id': 'm1'})
+        _task_stack.push(xmap)
+        try:
+            assert xmap.run(task.s(), [1, 2, 2]) == [6, 6, 6]
+        finally:
+            _task_stack.pop()
+            xmap.pop_request()
+        assert published == []
+
+    def test_outside_of_a_worker_it_names_what_works(self, app: Celery) -> None:
+        with pytest.raises(NotEntered, match=r'\.delay\(\).*\.apply\(\).*jobsync_core\.testing'):
+            task_of(app)(3)
+
+    def test_a_task_with_a_call_of_its_own_is_still_a_message_s(self, app: Celery, ledger: Recording) -> None:
+        class Loud(Task):  # type: ignore[misc]  # celery has no types
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return super().__call__(*args, **kwargs)
+
+        task = app.task(name='loud', shared=False, base=Loud)(exactly_once(scope='')(double))
+        assert task.apply((3,), task_id='m7').get() == 6
+        assert ledger.keys == ['m7']
+
+
+def check_direct_call(app: Celery, ledger: Recording) -> None:
+    seen = []
+
+    def outer(task: Any, n: int) -> int:
+        if n == 3:
+            ledger.begin_error = duplicate()
+            seen.append(task(4))
+            ledger.begin_error = None
+        return n
+
+    task = app.task(name='outer', shared=False, bind=True)(exactly_once(key='d:{n}', scope='')(outer))
+    app.backend.store_result('m1', 6, states.SUCCESS)
+    assert in_worker(task, callbacks=[task.s(3)]) == 3
+    assert seen == [6]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, signals
+from celery import Celery
 from kombu.entity import Queue
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -28,7 +28,6 @@ class _Desk:
         self.app = Celery('passing', broker=server.url(space), set_as_current=False)
         self.app.conf.broker_transport_options = {'global_keyprefix': prefix}
         plugin = JobSync(self.app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-        stack.callback(signals.before_task_publish.disconnect, plugin._before_publish)
         self.publisher = Publisher(plugin)
         stack.callback(self.publisher.close)
         self.connection = self.app.connection_for_write(transport_options=redis_options('shop_', 'n1'))

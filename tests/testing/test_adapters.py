@@ -8,7 +8,7 @@ from typing import Any
 
 import dramatiq
 import pytest
-from celery import Celery, signals
+from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
@@ -156,9 +156,8 @@ class TestDramatiq:
 @pytest.fixture
 def app() -> Iterator[Celery]:
     made = Celery('made', broker='memory://', backend='cache+memory://', set_as_current=False)
-    plugin = CelerySync(made, database_url=NOWHERE)
+    CelerySync(made, database_url=NOWHERE)
     yield made
-    signals.before_task_publish.disconnect(plugin._before_publish)
     made.close()
 
 
