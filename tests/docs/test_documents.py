@@ -54,12 +54,9 @@ def stage(
 
 
 def make_tables(stage: Stage) -> None:
-    with connected(stage.config) as connection:
-        connection.autocommit = False
-        create_schema(connection, stage.config)
-        with connection.cursor() as cursor:
-            cursor.execute('CREATE TABLE charges (order_id int, amount int)')
-        connection.commit()
+    create_schema(stage.config)
+    with connected(stage.config) as connection, connection.cursor() as cursor:
+        cursor.execute('CREATE TABLE charges (order_id int, amount int)')
 
 
 def charges(stage: Stage) -> Counter[int]:

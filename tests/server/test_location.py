@@ -43,10 +43,10 @@ def test_an_installation_from_before_goes_on_where_it_is_with_its_channel_and_it
     plain = Tables('sync_')
     before = '"app"."sync_node"', plain.channel, plain.advisory
     assert names_of(config) == before
-    for named in (config, dataclasses.replace(config, schema='app'), config):
+    for number, named in enumerate((config, dataclasses.replace(config, schema='app'), config)):
         create_schema(named)
         assert names_of(named) == before
-        with Job('n1', named, wait_on_enter=0) as job, job.once(f'key {named.schema}'):
+        with Job('n1', named, wait_on_enter=0) as job, job.once(f'key {number}'):
             assert len(job.my_tokens) == config.total_tokens
     assert query(config, 'SELECT schema_version, scope FROM app.sync_cluster') == [(SCHEMA_VERSION, '')]
     assert query(config, "SELECT to_regclass('public.sync_cluster') IS NULL") == [(True,)]

@@ -32,7 +32,7 @@ from tests.waiting import eventually
 
 #: A parent that holds a lock in a transaction, and a child that it forked meanwhile and that outlives it.
 _ORPHANS = """
-import gc, json, os, sys
+import gc, json, os, signal, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger import Ledger
 from jobsync_core.once import once
@@ -42,30 +42,40 @@ from jobsync_core.store.schema import Tables
 kind = sys.argv[1]
 config = CoordinationConfig(**json.load(sys.stdin))
 sessions = Sessions(config, 'parent')
-LOCK = 'SELECT pg_backend_pid(), pg_advisory_xact_lock(4711)'
+LOCK = 'SET LOCAL idle_in_transaction_session_timeout = 0; SELECT pg_backend_pid(), pg_advisory_xact_lock(4711)'
 
 
 def orphan():
     child = os.fork()
     if child:
         return child
+    signal.alarm(60)
+    nothing = os.open('/dev/null', os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    try:
+        use_what_is_inherited()
+    finally:
+        os.write(begun[1], b'.')
+        os.read(for_ever[0], 1)
+        os._exit(0)
+
+
+def use_what_is_inherited():
     if kind == 'session':
         # What a child may do with what it inherited: nothing of it reaches the parent's connection or a descriptor of its own.
         mine = [os.open('/dev/null', os.O_RDONLY) for _ in range(20)]
         inherited.close()
-        more = [os.open('/dev/null', os.O_RDONLY) for _ in range(20)]
         globals().pop('inherited')
         gc.collect()
-        for number in (*mine, *more):
+        for number in mine:
             os.fstat(number)
         with sessions.session() as own, own.cursor() as cursor:
             cursor.execute('SELECT 1')
-    os.write(begun[1], b'.')
-    os.read(for_ever[0], 1)
-    os._exit(0)
+        os.write(fine[1], b'.')
 
 
-begun, for_ever = os.pipe(), os.pipe()
+begun, fine, for_ever = os.pipe(), os.pipe(), os.pipe()
 if kind == 'session':
     with sessions.session() as inherited, inherited.cursor() as cursor:
         cursor.execute(LOCK)
@@ -73,6 +83,8 @@ if kind == 'session':
         child = orphan()
         os.read(begun[0], 1)
         cursor.execute('SELECT 1')
+        os.set_blocking(fine[0], False)
+        assert os.read(fine[0], 1) == b'.'
         print(json.dumps([backend, child]), flush=True)
         os.read(for_ever[0], 1)
 elif kind == 'agent':
@@ -185,6 +197,7 @@ class TestAMachineThatVanished:
         began = time.monotonic()
         again = Ledger(here, rows.tables, 'n2', lambda: 'life of n2').begin('pay:7', 60)
         with again.transaction() as connection, connection.cursor() as cursor:
+            cursor.execute("SET LOCAL statement_timeout = '20s'")  # a failure of the test, not a hang
             cursor.execute('UPDATE account SET paid = paid + 1 WHERE id = 7')
         assert time.monotonic() - began < 8
         assert not is_there(rows.config, backend)
