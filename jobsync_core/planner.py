@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from math import lcm
 from typing import TypeAlias
 
@@ -49,7 +50,7 @@ def plan(
         share = group.share
         pinned.update(share)
         planned += _redistributed(group.pieces, share)
-    planned += _redistributed(free, _levelled(held, pinned, weights, total))
+    planned += _redistributed(free, _levelled(held, pinned, weights, total), planned)
     return _merged(planned)
 
 
@@ -249,28 +250,33 @@ def _levelled(held: Counter[str], pinned: Counter[str], weights: Mapping[str, in
     return share
 
 
-def _redistributed(pieces: list[Owned], share: Mapping[str, int]) -> list[Owned]:
-    """Move the pieces' surplus to those below their share, in runs as long as possible."""
+def _redistributed(pieces: list[Owned], share: Mapping[str, int], beside: Sequence[Owned] = ()) -> list[Owned]:
+    """Move the pieces' surplus to those below their share, in runs as long as possible; best next to what they own `beside`."""
     held = _held(pieces)
     lacking = {name: count - held[name] for name, count in share.items() if count > held[name]}
     if not lacking:
         return pieces
     kept, loose = _released(pieces, {name: max(0, count - share.get(name, 0)) for name, count in held.items()})
-    kept, loose = _extended(kept, loose, lacking)
+    kept, loose = _extended(kept, loose, lacking, beside)
     # Largest run to largest need: each step settles one of the two, so that few runs are cut.
     runs = [(lo - hi, lo) for lo, hi in loose]
     needs = [(-count, name) for name, count in lacking.items() if count]
     heapq.heapify(runs)
     heapq.heapify(needs)
+    # Among runs of one size a node gets those that lie one behind the other: what is between them may join them.
+    before, need, name = 0, 0, ''
     while runs:
         size, lo = heapq.heappop(runs)
-        need, name = heapq.heappop(needs)
+        if size != before or not need:
+            if need:
+                heapq.heappush(needs, (need, name))
+            need, name = heapq.heappop(needs)
+        before = size
         given = min(-size, -need)
         kept.append((lo, lo + given, name))
         if -size > given:
             heapq.heappush(runs, (size + given, lo + given))
-        if -need > given:
-            heapq.heappush(needs, (need + given, name))
+        need += given
     return kept
 
 
@@ -291,11 +297,11 @@ def _released(pieces: list[Owned], surplus: Mapping[str, int]) -> tuple[list[Own
 
 
 def _extended(
-    kept: list[Owned], loose: list[tuple[int, int]], lacking: dict[str, int],
+    kept: list[Owned], loose: list[tuple[int, int]], lacking: dict[str, int], beside: Sequence[Owned],
 ) -> tuple[list[Owned], list[tuple[int, int]]]:
     """Give loose ranges to the owner next to them where it lacks tokens; `lacking` is brought up to date."""
-    ends = {hi: node for _, hi, node in kept}
-    starts = {lo: node for lo, _, node in kept}
+    ends = {hi: node for _, hi, node in chain(beside, kept)}
+    starts = {lo: node for lo, _, node in chain(beside, kept)}
     rest: list[tuple[int, int]] = []
     for lo, hi in sorted(loose):
         for node, at_start in ((ends.get(lo), True), (starts.get(hi), False)):
