@@ -172,8 +172,9 @@ class Lookout:
 
     def led(self, reply: Led, now: float) -> None:
         """A round has been carried out, or refused."""
-        self._lead_at = _NEVER
-        self._have_died = self._must_step_down = False
+        self._lead_at = now if reply.more else _NEVER
+        self._have_died = self._have_died and reply.more
+        self._must_step_down = False
         self._retries[Lead].reset()
         self._must_look = not reply.led
         self.look_at = now if self._must_look else now + self._poll

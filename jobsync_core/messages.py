@@ -331,13 +331,17 @@ class Lead:
 
 @dataclass(frozen=True)
 class Led:
-    """led: this node was the oldest of those not seen dead. moved: tokens that the plan moves."""
+    """led: this node was the oldest of those not seen dead. moved: tokens that the plan moves.
+
+    more: the round is not over, since plans of many rows are written in pieces: ask again at once.
+    """
 
     led: bool
     version: int
     moved: int = 0
     blocked: int = 0
     conflicts: tuple[str, ...] = ()
+    more: bool = False
 
 
 @dataclass(frozen=True)

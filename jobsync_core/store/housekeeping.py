@@ -158,5 +158,6 @@ def run(connection: Connection, tables: Tables, chore: Chore, rows: int, positio
         psycopg2.Error: The server refused: a lock, the time limit, a right.
     """
     parameters: dict[str, Any] = {'rows': rows, 'position': position}
-    (count, end), = connection.execute(f'{SETTINGS}; {chore.sql(tables)}', parameters, timeout=STATEMENT_SEC + 1.0)
+    (count, end), = connection.execute(
+        f'{connection.local_limits}; {SETTINGS}; {chore.sql(tables)}', parameters, timeout=STATEMENT_SEC + 1.0)
     return Slice(int(count), end)

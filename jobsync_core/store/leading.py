@@ -1,43 +1,47 @@
-"""A leader's duties against PostgreSQL: evict the dead; plan if anything changed, and write the difference only."""
+"""A leader's round against PostgreSQL: evict the dead; plan if anything changed, and write the difference only, in pieces (plans.py)."""
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import CoordinationConfig
-from ..errors import ConfigurationError, InvalidTaskId
+from ..errors import ConfigurationError
 from ..hashing import task_to_token
-from ..leader import Decision, Pin, decide
-from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Segment, Sign
-from ..patterns import check_patterns
+from ..leader import Pin, decide
+from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
+from ..patterns import PATTERN_LENGTH, PATTERNS, check_patterns
 from .connection import Connection
+from .options import agent_limits
+from .plans import Draft, Outdated, read_assignment
 from .rounds import Round, fingerprint, members_json, read_members
 from .schema import Tables
 
 __all__ = ['Leading']
 
-#: The part of the heartbeat timeout that a round may take: what is left of the lease covers the next heartbeat.
+#: The part of the heartbeat timeout that a transaction may take: what is left of the lease covers the next heartbeat.
 _ROUND = 0.4
+#: Locks that one statement reads, and expired ones that one round deletes.
+_PAGE = 20_000
+#: Rows of a plan that one transaction writes: to begin with, and the bounds.
+_FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
+#: More than the JSON of a lock's patterns can take; a row that exceeds it is not read.
+_PATTERN_BYTES = 8 * PATTERNS * PATTERN_LENGTH
+#: Complaints about locks that one round hands on.
+_COMPLAINTS = 20
 
 
 @dataclass(frozen=True)
 class _State:
-    """What the cluster's row says before the plan."""
+    """What the cluster's row says before the plan; `seen` is the fingerprint of nodes and locks."""
 
     version: int
     total_tokens: int
     hash_function: str
+    lock_version: int
+    seen: str
     planned: bool
-
-
-@dataclass(frozen=True)
-class _Owned:
-    """A row of the assignment, and since when its node has owned it (as PostgreSQL's text)."""
-
-    segment: Segment
-    since: str
 
 
 class Leading:
@@ -49,29 +53,33 @@ class Leading:
     """
 
     def __init__(self, config: CoordinationConfig, tables: Tables) -> None:
-        self._config = config
         self._tables = tables
-        # A lock's token and patterns, by its row: most locks are there for many plans.
-        self._tokens: dict[str, int] = {}
-        self._patterns: dict[str, tuple[str, ...]] = {}
-        self._hashed: tuple[int, str] = (0, '')
+        self._patience = agent_limits(config).statement
+        self._most = _ROUND * config.heartbeat_timeout_sec
+        self._draft: Draft | None = None
+        self._rows = _FIRST_ROWS
+        # The locks, read again only when they have changed: most are there for many plans.
+        self._pins: tuple[Pin, ...] = ()
+        self._pins_of: tuple[int, int, str] | None = None
+        self._broken: list[str] = []
+        self._told: frozenset[str] = frozenset()
 
     def lead(self, connection: Connection, request: Lead) -> Led | None:
-        """One round, in one transaction; None where this incarnation is not in the node table."""
-        with Round(connection, self._tables, exclusive=True, seconds=_ROUND * self._config.heartbeat_timeout_sec) as steps:
-            version, members = self._begin(steps)
-            if not any(member.incarnation == request.incarnation for member in members):
-                return None
-            if not _is_eldest(request, members):
-                return Led(False, version)
-            state = self._prepare(steps)
-            if state.planned:
-                return Led(True, state.version)
-            return self._replan(steps, request, state)
+        """One round, or as much of it as one request may take; None where this incarnation is not in the node table."""
+        began = time.monotonic()
+        try:
+            while True:
+                led = self._step(connection, request, began)
+                if led is None or not led.more or time.monotonic() - began > self._patience / 2:
+                    return led
+        except BaseException:
+            # What is written is written. The next try begins with smaller pieces: this one may have been too much.
+            self._draft, self._rows = None, max(_FEWEST_ROWS, self._rows // 4)
+            raise
 
     def evict(self, connection: Connection, request: Evict) -> Evicted | None:
         """Delete the dead, in a transaction of its own, so that it stands whatever comes of the plan; None as for `lead`."""
-        with Round(connection, self._tables, exclusive=False, seconds=_ROUND * self._config.heartbeat_timeout_sec) as steps:
+        with Round(connection, self._tables, exclusive=False, seconds=self._most) as steps:
             _, members = self._begin(steps)
             if not any(member.incarnation == request.incarnation for member in members):
                 return None
@@ -88,6 +96,28 @@ class Leading:
             ''')
         return (found[0][0], read_members(found[0][1])) if found else (0, ())
 
+    def _step(self, connection: Connection, request: Lead, began: float) -> Led | None:
+        """One transaction, which writes a piece of the plan; where there is none yet, it is made afterwards, without any lock."""
+        version = 0
+        try:
+            with Round(connection, self._tables, exclusive=True, seconds=self._most) as steps:
+                version, members = self._begin(steps)
+                if not any(member.incarnation == request.incarnation for member in members):
+                    return None
+                if not _is_eldest(request, members):
+                    return Led(False, version)
+                state = self._prepare(steps)
+                if state.planned:
+                    self._draft = None
+                    return Led(True, state.version)
+                if self._draft is not None and self._draft.seen == state.seen:
+                    return self._write(steps, request, self._draft, state, began)
+        except Outdated:
+            self._draft = None
+            return Led(True, version, more=True)
+        self._draft = self._plan(connection)
+        return Led(True, state.version, more=True)
+
     def _prepare(self, steps: Round) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
         tables = self._tables
@@ -96,90 +126,99 @@ class Leading:
             f'''
             WITH expired AS (
                 DELETE FROM {tables.lock} WHERE task_id IN (
-                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() FOR UPDATE SKIP LOCKED)
+                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() LIMIT {_PAGE} FOR UPDATE SKIP LOCKED)
                 RETURNING task_id
             )
             UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM expired);
-            SELECT c.version, c.total_tokens, c.hash_function, c.planned IS NOT DISTINCT FROM {fingerprint(tables)}
-            FROM {tables.cluster} AS c
+            SELECT {self._state_sql()}
             ''')
         return _State(*rows[0])
 
-    def _replan(self, steps: Round, request: Lead, state: _State) -> Led:
-        # What was read, not what is there at the end: a node may change its state meanwhile.
-        (text, seen), = steps.run(f'SELECT {members_json(self._tables)}, {fingerprint(self._tables)} FROM {self._tables.cluster} AS c')
-        members = read_members(text)
-        before = self._assignment(steps)
-        pins, broken = self._pins(steps, state)
+    def _state_sql(self) -> str:
+        seen = fingerprint(self._tables)
+        return f'''
+            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen}, c.planned IS NOT DISTINCT FROM {seen}
+            FROM {self._tables.cluster} AS c'''
+
+    def _plan(self, connection: Connection) -> Draft:
+        # The fingerprint is of the very moment at which the nodes are read. What is read after it may have changed meanwhile: then
+        # no piece is written.
+        (text, *values), = connection.execute(f'SELECT {members_json(self._tables)}, {self._state_sql()}')
+        state, members = _State(*values), read_members(text)
+        before = read_assignment(connection, self._tables)
+        self._read_pins(connection, state)
         version = state.version + 1
-        decision = decide(members, [row.segment for row in before], pins, state.total_tokens, version)
-        self._write(steps, request, before, decision, len(members), seen, version)
+        decision = decide(members, before, self._pins, state.total_tokens, version)
+        return Draft(state.seen, version, before, decision, len(members))
+
+    def _write(self, steps: Round, request: Lead, draft: Draft, state: _State, began: float) -> Led:
+        started = time.monotonic()
+        last = draft.write(steps, self._tables, state.version, self._rows)
+        if last:
+            self._record(steps, request, draft, state.version + 1, began)
+            self._draft = None
+        took = time.monotonic() - started
+        if took > self._patience / 4:
+            self._rows = max(_FEWEST_ROWS, self._rows // 2)
+        elif took < self._patience / 10:
+            self._rows = min(_MOST_ROWS, self._rows * 2)
+        decision = draft.decision
+        if not last:
+            return Led(True, state.version + 1, more=True)
         return Led(
-            True, version, decision.moved + decision.assigned, decision.blocked, (*broken, *decision.conflicts))
+            True, state.version + 1, decision.moved + decision.assigned, decision.blocked, self._complaints(decision.conflicts))
 
-    def _assignment(self, steps: Round) -> list[_Owned]:
-        rows = steps.run(
-            f'''
-            SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version, assigned_at::text
-            FROM {self._tables.assignment} ORDER BY tokens
-            ''')
-        return [_Owned(Segment(*row[:7]), row[7]) for row in rows]
-
-    def _pins(self, steps: Round, state: _State) -> tuple[list[Pin], list[str]]:
-        """The locks, and complaints about rows that are none."""
-        rows = steps.run(
-            f'''
-            SELECT task_id, node_patterns::text, extract(epoch FROM created_at)::float8 FROM {self._tables.lock}
-            WHERE expires_at IS NULL OR expires_at > clock_timestamp() ORDER BY created_at, task_id
-            ''')
-        if self._hashed != (state.total_tokens, state.hash_function):
-            self._tokens, self._hashed = {}, (state.total_tokens, state.hash_function)
-        pins, broken = [], []
-        tokens: dict[str, int] = {}
-        patterns: dict[str, tuple[str, ...]] = {}
-        for text, encoded, created_at in rows:
-            try:
-                token = self._tokens[text] if text in self._tokens else task_to_token(text, state.total_tokens, state.hash_function)
-                known = self._patterns[encoded] if encoded in self._patterns else check_patterns(json.loads(encoded))
-            except (InvalidTaskId, ConfigurationError) as error:
-                broken.append(f'the lock on task {text!r} is ignored: {error}; clear it, or register it again')
-                continue
-            tokens[text], patterns[encoded] = token, known
-            pins.append(Pin(text, token, known, created_at))
-        self._tokens, self._patterns = tokens, patterns
-        return pins, broken
-
-    def _write(
-        self, steps: Round, request: Lead, before: Sequence[_Owned], decision: Decision, nodes: int, seen: str, version: int,
-    ) -> None:
-        tables = self._tables
-        as_seen = fingerprint(tables, "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' ELSE f.state END")
-        old, new = {row.segment for row in before}, set(decision.segments)
-        gone = [row.segment.lo for row in before if row.segment not in new]
-        fresh = [segment for segment in decision.segments if segment not in old]
-        since = _since(before, fresh)
+    def _record(self, steps: Round, request: Lead, draft: Draft, version: int, began: float) -> None:
+        tables, decision = self._tables, draft.decision
         steps.run(
             f'''
-            DELETE FROM {tables.assignment} WHERE lower(tokens) = ANY(%(gone)s::int[]);
-            INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
-                SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since, now())
-                FROM unnest(%(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[], %(blocked)s::bool[],
-                            %(versions)s::bigint[], %(since)s::timestamptz[])
-                    AS t (lo, hi, node, moving, moving_to, blocked, version, since);
-            UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND state = 'joining';
-            UPDATE {tables.cluster} AS c SET version = %(version)s,
-                planned = CASE WHEN {as_seen} = %(seen)s THEN {fingerprint(tables)} END;
             WITH last AS (SELECT coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id DESC LIMIT 1), 0) AS nodes)
             INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms)
-                SELECT %(reason)s, %(leader)s, last.nodes, %(nodes)s, %(moved)s, extract(epoch FROM clock_timestamp() - now()) * 1000
+                SELECT %(reason)s, %(leader)s, last.nodes, %(nodes)s, %(moved)s, %(duration)s
                 FROM last WHERE last.nodes <> %(nodes)s OR %(moved)s > 0 OR %(evicted)s;
             SELECT pg_notify(%(channel)s, %(payload)s)
-            ''',
-            {'gone': gone, 'lo': [s.lo for s in fresh], 'hi': [s.hi for s in fresh], 'node': [s.node for s in fresh],
-             'moving': [s.moving for s in fresh], 'to': [s.moving_to for s in fresh], 'blocked': [s.blocked for s in fresh],
-             'versions': [s.version for s in fresh], 'since': since, 'activate': list(decision.activate), 'version': version, 'seen': seen,
-             'reason': request.reason, 'leader': request.name, 'nodes': nodes, 'moved': decision.moved + decision.assigned,
-             'evicted': request.reason == DEATHS, 'channel': tables.channel, 'payload': f'plan {version}'})
+            ''', {
+                'reason': request.reason, 'leader': request.name, 'nodes': draft.nodes, 'moved': decision.moved + decision.assigned,
+                'evicted': request.reason == DEATHS, 'duration': round((time.monotonic() - began) * 1000), 'channel': tables.channel,
+                'payload': f'plan {version}'})
+
+    def _read_pins(self, connection: Connection, state: _State) -> None:
+        """Bring the locks up to date. A row that is none is set aside, with a complaint; the others count."""
+        wanted = (state.lock_version, state.total_tokens, state.hash_function)
+        if self._pins_of == wanted:
+            return
+        pins: list[Pin] = []
+        broken: list[str] = []
+        patterns: dict[str, tuple[str, ...]] = {}
+        after = ''
+        while True:
+            rows = connection.execute(
+                f'''
+                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {_PATTERN_BYTES} THEN node_patterns::text END,
+                       extract(epoch FROM created_at)::float8
+                FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT {_PAGE}
+                ''', (after,))
+            for text, encoded, created_at in rows:
+                try:
+                    known = patterns.get(encoded)
+                    if known is None:
+                        known = patterns[encoded] = _patterns(encoded)
+                    pins.append(Pin(text, task_to_token(text, state.total_tokens, state.hash_function), known, created_at))
+                except Exception as error:  # whatever is in the row, it concerns this lock alone
+                    broken.append(f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register it again')
+            if len(rows) < _PAGE:
+                break
+            after = rows[-1][0]
+        pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
+        self._pins, self._broken, self._pins_of = tuple(pins), broken, wanted
+
+    def _complaints(self, conflicts: tuple[str, ...]) -> tuple[str, ...]:
+        """What is wrong with the locks and has not been said since it began: each once, and not too many at a time."""
+        found = (*self._broken, *conflicts)
+        fresh = [text for text in found if text not in self._told]
+        self._told = frozenset(found)
+        more = len(fresh) - _COMPLAINTS
+        return (*fresh[:_COMPLAINTS], f'{more} more locks like these; `jobsync locks list` shows all locks') if more > 0 else tuple(fresh)
 
 
 def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:
@@ -187,13 +226,7 @@ def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:
     return bool(living) and living[0].incarnation == request.incarnation
 
 
-def _since(before: Sequence[_Owned], fresh: Sequence[Segment]) -> list[str | None]:
-    """For each new row, since when its node has owned the first of its tokens; None where it did not."""
-    starts = [row.segment.lo for row in before]
-    found: list[str | None] = []
-    for segment in fresh:
-        place = bisect_right(starts, segment.lo) - 1
-        row = before[place] if place >= 0 else None
-        same = row is not None and segment.lo < row.segment.hi and row.segment.node == segment.node
-        found.append(row.since if row is not None and same else None)
-    return found
+def _patterns(encoded: str | None) -> tuple[str, ...]:
+    if encoded is None:
+        raise ConfigurationError(f'its patterns take more than {_PATTERN_BYTES} bytes')
+    return check_patterns(json.loads(encoded))

@@ -669,9 +669,11 @@ class TestLead:
 
         monkeypatch.setattr(leading, 'decide', interrupted)
         store.join('d')
-        store.lead('a')
+        assert store.lead('a').version == store.version()
         monkeypatch.undo()
-        assert store.ask(Observe()).stale
+        # The first plan was not written at all: it knew nothing of c's activation.
+        assert not store.ask(Observe()).stale
+        assert {segment.moving_to for segment in store.assignment() if segment.moving} >= {'c', 'd'}
         store.settle()
         assert store.owned() == dict.fromkeys('abcd', 250)
         assert not store.ask(Observe()).stale
@@ -684,6 +686,7 @@ class TestLead:
             store.lead('a')
         monkeypatch.undo()
         assert store.assignment() == [] and store.connection.idle
+        assert store.ask(Observe()).stale
         assert store.lead('a').moved == 1000
 
     def test_two_leaders_at_once_do_no_harm(self, store: Store) -> None:
