@@ -1,18 +1,21 @@
 """What producers, the gate and the keeper ask of the broker: there is one such class for Redis, and one for RabbitMQ."""
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dramatiq import Message
 from dramatiq.common import q_name, xq_name
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.incoming import read_stamps
+from jobsync_core.incoming import Refused, read_stamps
 from jobsync_core.mail import Mail
 from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
 
-__all__ = ['BrokerMail', 'Hold', 'dead_letters', 'home_of', 'mail_of', 'wrapped']
+if TYPE_CHECKING:
+    from .actors import Actors
+
+__all__ = ['BrokerMail', 'Hold', 'dead_letters', 'home_of', 'mail_of', 'place_of', 'wrapped']
 
 
 class Hold(Protocol):
@@ -52,6 +55,9 @@ class Hold(Protocol):
 class BrokerMail(Mail, Protocol):
     """A broker, for one process."""
 
+    #: What this process knows of actors; None: it only sends.
+    actors: Actors | None
+
     def join(self, node: str, queue: str) -> None:
         """Make the node's queue; called before the node owns anything.
 
@@ -83,6 +89,20 @@ class BrokerMail(Mail, Protocol):
 def home_of(message: Any) -> str:
     """The queue that a message's actor was declared with."""
     return str(read_stamps(message.options).home or message.queue_name)
+
+
+def place_of(actors: Actors | None, message: Any) -> tuple[str | None, str]:
+    """The route of a message that lies in a node's or the parked queue, and its home queue.
+
+    Args:
+        actors: What the process knows of actors; None in one that knows none: then what the message says counts, if it can be right.
+        message: The message.
+    """
+    stamps = read_stamps(message.options)
+    if actors is None:
+        return stamps.key, stamps.home or str(message.queue_name)
+    route = actors.read_route(message, stamps)
+    return None if isinstance(route, Refused) else route, actors.home_of(message, stamps.home)
 
 
 def dead_letters(queue: str, appname: str) -> str:

@@ -161,6 +161,7 @@ class JobSync(Middleware):
     def _post(self) -> BrokerMail:
         if self._mail is None:
             self._mail = mail_of(self._broker, self.settings.config)
+            self._mail.actors = self._known()
         return self._mail
 
     def _owner_queue(self, message: Any) -> str | None:

@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pika
 from dramatiq import Message
@@ -24,14 +24,17 @@ from dramatiq.errors import ConnectionClosed
 from pika.exceptions import ChannelClosedByBroker, UnroutableError
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.incoming import Refused, read_stamps
+from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
 from jobsync_core.routing import parked_queue, unknown_queue
 
 from .incoming import priority_of, read_message
-from .mail import Hold, dead_letters, home_of, wrapped
+from .mail import Hold, dead_letters, home_of, place_of, wrapped
 from .rabbit_hold import BROKEN, RabbitHold, translated
+
+if TYPE_CHECKING:
+    from .actors import Actors
 
 __all__ = ['RabbitMail']
 
@@ -47,10 +50,9 @@ _ACCESS_REFUSED, _NOT_FOUND, _PRECONDITION_FAILED = 403, 404, 406
 class _Letter:
     def __init__(self, mail: RabbitMail, channel: Any, tag: int, message: Message[Any]) -> None:
         self._mail, self._channel, self._tag, self.message = mail, channel, tag, message
-        stamps = read_stamps(message.options)
         self.id, self.task = shown(message.message_id), message.actor_name
-        self.route: str | None = stamps.key
-        self.home = stamps.home or message.queue_name
+        self.route: str | None
+        self.route, self.home = place_of(mail.actors, message)
 
     def forward(self, queue: str) -> None:
         """See Letter. The acknowledgement fails if publishing had to change the connection: then the message comes again."""
@@ -71,6 +73,7 @@ class RabbitMail:
     """
 
     catches_strays = True
+    actors: Actors | None = None
 
     def __init__(self, broker: Any, config: CoordinationConfig) -> None:
         self.broker = broker

@@ -10,20 +10,23 @@ import random
 import threading
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
 from dramatiq.common import current_millis, xq_name
 
-from jobsync_core.incoming import Refused, read_stamps
+from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
 from jobsync_core.routing import node_queue
 
 from .incoming import read_message
-from .mail import Hold, dead_letters, home_of, wrapped
+from .mail import Hold, dead_letters, home_of, place_of, wrapped
 from .redis_hold import RedisHold, redis_id
 from .redis_line import Line
+
+if TYPE_CHECKING:
+    from .actors import Actors
 
 __all__ = ['RedisMail', 'broker_id']
 
@@ -100,10 +103,9 @@ def broker_id(appname: str, node: str) -> str:
 class _Letter:
     def __init__(self, mail: RedisMail, queue: str, number: str, message: Message[Any]) -> None:
         self._mail, self._queue, self._number, self.message = mail, queue, number, message
-        stamps = read_stamps(message.options)
         self.id, self.task = shown(message.message_id), message.actor_name
-        self.route: str | None = stamps.key
-        self.home = stamps.home or message.queue_name
+        self.route: str | None
+        self.route, self.home = place_of(mail.actors, message)
 
     def forward(self, queue: str) -> None:
         """See Letter."""
@@ -124,6 +126,7 @@ class RedisMail:
     """
 
     catches_strays = False
+    actors: Actors | None = None
 
     def __init__(self, broker: Any, appname: str) -> None:
         self.broker = broker

@@ -37,7 +37,7 @@ class Workers:
             program = ['-c', f'{choice}\nimport sys\nfrom dramatiq.cli import main\nsys.exit(main())']
         with (self._folder / f'worker{len(self.started)}').open('wb') as output:
             process = subprocess.Popen(
-                [sys.executable, *program, '-p', str(processes), '-t', '4', 'tests.dramatiq.worker_app', *options], cwd=ROOT,
+                [sys.executable, *program, '-p', str(processes), 'tests.dramatiq.worker_app', *options], cwd=ROOT,
                 env=self._environment, stdout=output, stderr=output, start_new_session=True)
         self.started.append(process)
         return process
