@@ -5,7 +5,9 @@ dead letters once. Nothing is left anywhere, no worker ends, and no log has a tr
 """
 from __future__ import annotations
 
+import os
 import re
+import signal
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -134,7 +136,7 @@ def test_what_lies_in_parked_and_orphaned_queues_harms_nobody_either(workers: Wo
     workers.wait_for_nodes(1)
     wire = Wire(workers)
     orphan, = wire.nodes()
-    first.kill()
+    os.killpg(first.pid, signal.SIGKILL)  # its processes, too
     first.wait()
     expected = mixed(wire, [orphan, PARKED])
     workers.start(2)
