@@ -9,7 +9,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amqp.exceptions import NotFound
@@ -24,7 +23,7 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.incoming import Refused, read_name, read_stamps
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
-from jobsync_core.routing import HOME, HOPS, KEY, node_queue, parked_queue, unknown_queue
+from jobsync_core.routing import HOME, HOPS, KEY, mark_key, node_queue, parked_queue, unknown_queue
 
 from .circuit import Circuit
 from .incoming import read_delivery
@@ -115,12 +114,13 @@ def node_queue_of(plugin: JobSync, name: str, declare: bool = True) -> Queue:
         name, exchange_of(plugin), routing_key=name, durable=True, auto_delete=False, queue_arguments=arguments, no_declare=not declare)
 
 
-def _plain_command(client: Any, prefix: str, *keys: str) -> int:
-    """How many of the keys exist."""
+def _plain_command(channel: Any, name: str, *keys: str, after: tuple[str, ...] = ()) -> Any:
+    """A command past kombu's client, which knows of the app's key prefix in some commands only."""
     from redis import Redis
 
     execute: Any = Redis.execute_command
-    return int(execute(client, 'EXISTS', *(prefix + key for key in keys)))
+    prefix = getattr(channel, 'global_keyprefix', None) or ''
+    return execute(channel.client, name, *(prefix + key for key in keys), *after)
 
 
 def _groups(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
@@ -318,6 +318,38 @@ class CeleryMail:
         self._connection: Connection | None = None
         self._channel: Any = None
 
+    @property
+    def place(self) -> str:
+        """The broker's address, without its password."""
+        with self._plugin.app.connection_for_write() as connection:
+            return str(connection.as_uri())
+
+    def identify(self, make: bool) -> str | None:
+        """The mark of the broker: the same by whatever address it is reached, and another for each part of it ('' where there is none).
+
+        Args:
+            make: Make one where Redis has none; else None then.
+        """
+        if self._plugin.driver not in ('redis', 'amqp'):
+            return ''
+        with self._plugin.app.connection_for_write() as connection:
+            channel = connection.default_channel
+            if self._plugin.driver == 'amqp':
+                name = getattr(connection.connection, 'server_properties', {}).get('cluster_name')
+                return f'{name} {connection.virtual_host}' if name else ''
+            if make:
+                self._write_mark(channel, uuid())
+            found = _plain_command(channel, 'GET', mark_key(self._plugin.settings.config.appname))
+            return found.decode() if isinstance(found, bytes) else found
+
+    def mark(self, mark: str) -> None:
+        """See Mail."""
+        if self._plugin.driver == 'redis':
+            self._write_mark(self._open(), mark)
+
+    def _write_mark(self, channel: Any, mark: str) -> None:
+        _plain_command(channel, 'SET', mark_key(self._plugin.settings.config.appname), after=(mark, 'NX'))
+
     def declare(self, queue: str) -> None:
         """Make a node's queue, the exchange it hangs on, and the parked queue."""
         appname = self._plugin.settings.config.appname
@@ -411,17 +443,15 @@ class CeleryMail:
         if self._plugin.driver != 'redis':
             return frozenset(queues)
         channel = self._open()
-        appname, prefix = self._plugin.settings.config.appname, getattr(channel, 'global_keyprefix', None) or ''
+        appname = self._plugin.settings.config.appname
         found: set[str] = set()
         for group in _groups(sorted(queues), _NODES_AT_ONCE):
             places = {
                 node: [redis_options(appname, node)['unacked_key'],
                        *(channel._q_for_pri(queues[node], step) for step in channel.priority_steps)]
                 for node in group}
-            # Past kombu's client, which knows of the prefix in some commands only.
-            ask: Any = partial(_plain_command, channel.client, prefix)
-            if ask(*(place for node in group for place in places[node])):
-                found.update(node for node in group if ask(*places[node]))
+            if _plain_command(channel, 'EXISTS', *(place for node in group for place in places[node])):
+                found.update(node for node in group if _plain_command(channel, 'EXISTS', *places[node]))
         return frozenset(found)
 
     def size(self, queue: str) -> int:

@@ -202,14 +202,18 @@ class JobSync:
         self._mail = mail = CeleryMail(self)
         self._pins = self.tasks.pins()
         self._job = job = make_job(
-            settings, name, queue, 'celery', self._pins, known=list(self.app.tasks),
-            prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,
+            settings, name, queue, 'celery', self._pins, known=list(self.app.tasks), identify=mail.identify, place=mail.place,
+            application=self._application(), prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,
             on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
         job.prepare_fork()
         self.app.amqp.queues.select_add(node_queue_of(self, queue))
         self._gate = Gate(settings, job)
         self._worker = worker
         self._listening = Listening(self._left, 'solo' in pool)
+
+    def _application(self) -> str:
+        main = self.app.main
+        return main if isinstance(main, str) and main != '__main__' else ''
 
     def _check_parts(self) -> None:
         """Whether the installed versions have what the plugin uses of them."""

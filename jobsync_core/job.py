@@ -14,6 +14,7 @@ from typing import Any
 from . import clock
 from .agent import Agent
 from .arguments import check_date, check_locks, check_name, check_number
+from .belonging import Belonging, stranger
 from .callbacks import Callbacks
 from .claims import Claims
 from .config import CoordinationConfig
@@ -27,7 +28,7 @@ from .once import once
 from .process import is_known_alive, is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings
 from .store import locks as lock_store
-from .store import status, tasks
+from .store import queues, status, tasks
 from .store.connection import Sessions
 from .store.control import Control
 from .store.housekeeping import STATEMENT_SEC
@@ -90,6 +91,8 @@ class Job:
         self._callbacks = Callbacks(on_rebalance, on_release)
         self._has_release = on_release is not None
         self._weight = check_number('weight', weight, 1e-6)
+        #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
+        self.belonging = Belonging()
         self._state = 'new'
         self._pid = 0
         if coordination_config is not None:
@@ -131,6 +134,7 @@ class Job:
         Raises:
             ClusterNotFormed: Fewer than `minimum_nodes` after `wait_on_enter`. It is a TimeoutError.
             ConfigMismatch: The live cluster has another total_tokens or hash_function.
+            ConfigurationError: The live cluster is that of the workers of Celery or Dramatiq.
             DuplicateNodeName: A live process uses the name.
             DatabaseUnavailable: PostgreSQL cannot be reached.
             NotEntered: This Job was entered before; make another.
@@ -142,6 +146,8 @@ class Job:
         if self.config is not None:
             try:
                 create_schema(self.config)
+                if not self.belonging.kind:
+                    self._refuse_workers(self.config)
                 self._join()
             except BaseException:
                 self._leave()
@@ -149,6 +155,13 @@ class Job:
         enter_ledger(self._ledger)
         self._state = 'entered'
         return self
+
+    def _refuse_workers(self, config: CoordinationConfig) -> None:
+        with self._sessions.session() as connection:
+            others = queues.peers(connection, self._tables, self.node_name, config.heartbeat_timeout_sec)
+        found = stranger(self.belonging, others, config.appname)
+        if found is not None:
+            raise ConfigurationError(found)
 
     def _join(self) -> None:
         self._agent.start()

@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 _RECLAIM_SEC, _TRY_AGAIN_SEC = 60.0, 0.1
 #: Seconds after which work that failed is tried again.
 _FAILED_SEC = 1.0
+#: Seconds between two looks whether the broker still has the cluster's mark.
+_MARK_SEC = 5.0
 
 
 class Keeper:
@@ -62,7 +64,7 @@ class Keeper:
         self._closing = False
         self._leased, self._version = True, -1
         self._told = True
-        self._sweep_at = 0.0
+        self._sweep_at = self._mark_at = 0.0
         self._repeats = Repeats()
         passage = Passage(mail, gate.job.node_name)
         self._parking = Parking(
@@ -124,6 +126,9 @@ class Keeper:
             if self._leased and now >= self._sweep_at:
                 self._sweep_at = now + _FAILED_SEC
                 self._guarded(self._sweep)
+            if now >= self._mark_at and self._job.belonging.broker:
+                self._mark_at = now + _MARK_SEC
+                self._guarded(lambda: self._mail.mark(self._job.belonging.broker))
             self._guarded(self._on_tick)
             self._job.wait_until(self._has_work, max(0.01, min(1.0, self._sweep_at - clock.now())))
 
@@ -136,7 +141,7 @@ class Keeper:
         if self._leased:
             # While this node was taken for dead, its empty queue may have been deleted and forgotten.
             with self._sessions.session() as connection:
-                queues.record(connection, self._tables, self._queue, self._job.node_name, self._kind)
+                queues.record(connection, self._tables, self._queue, self._job.node_name, self._job.belonging)
         self._on_lease(self._leased)
         self._told = True
 

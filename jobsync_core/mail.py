@@ -35,6 +35,9 @@ class Mail(Protocol):
     #: A message that is sent to a deleted queue is kept (in the parked queue), not lost and not stranded.
     catches_strays: bool
 
+    def mark(self, mark: str) -> None:
+        """Write the cluster's mark, by which its nodes know that they are at one broker, where the broker has lost it."""
+
     def restore(self, node: str) -> int:
         """Put back what a node that is gone had taken and not acknowledged; returns how many messages."""
 

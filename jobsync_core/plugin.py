@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from .arguments import check_name, check_number
+from .belonging import Belonging, Peer, stranger
 from .config import CoordinationConfig
 from .effects import RebalanceEvent
 from .errors import ConfigurationError
@@ -33,6 +34,11 @@ _PREFIX = 'JOBSYNC_'
 #: A lock moves its whole token, so that another key on a pinned token goes where the pin goes. With as many tokens as there
 #: can be, that befalls one key in 15,000 for each pinned task; tokens cost next to nothing.
 _TOTAL_TOKENS = 1_000_000
+_NAME_LENGTH = 200
+#: Seconds for which a worker waits for the mark of its broker, and between two looks: nodes write it again where it was lost.
+_MARK_SEC, _MARK_LOOK_SEC = 15.0, 0.25
+#: In place of the mark of a broker that has none, though the others know one: it is another broker.
+_NO_MARK = '(none)'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class PluginSettings:
         max_hops: How often a message is handed on before it is parked.
         park_sec: Seconds for which a message waits in memory for an owner before it goes to the parked queue.
         route_producers: Send straight to the owner's queue.
+        application: Name of the application; workers of two are not one cluster. Empty: the framework's own name of it, if it has one.
         http: Address of a health and metrics server, ':8080'; None: no server.
     """
 
@@ -74,6 +81,7 @@ class PluginSettings:
     max_hops: int = 4
     park_sec: float = 2.0
     route_producers: bool = True
+    application: str = ''
     http: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +97,8 @@ class PluginSettings:
         for name, allowed in (('coordinate', ('keyed', 'all')), ('on_unclaimed', ('forward', 'drop'))):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: use one of {", ".join(map(repr, allowed))}')
+        if not isinstance(self.application, str) or not self.application.isprintable() or len(self.application) > _NAME_LENGTH:
+            raise ConfigurationError(f'application={self.application!r}: give a name of at most {_NAME_LENGTH} printable characters')
         for name in ('required', 'route_producers', 'clear_existing_locks'):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: give True or False')
@@ -152,7 +162,8 @@ def _from_text(name: str, raw: str, default: object) -> object:
 
 def make_job(
     settings: PluginSettings, name: str, queue: str, kind: str, pins: Mapping[str, Sequence[str]], *,
-    known: Iterable[str] = (), prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
+    identify: Callable[[bool], str | None], place: str = '', application: str = '', known: Iterable[str] = (),
+    prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
     on_rebalance: Callable[[RebalanceEvent], object], on_release: Callable[[TokenSet], object],
 ) -> Job:
     """The Job of a worker process, not entered yet.
@@ -163,6 +174,9 @@ def make_job(
         queue: The node's queue; recorded before the node owns anything.
         kind: The plugin's name; one cluster has one plugin.
         pins: Pinned tasks.
+        identify: Gives the mark of the broker, '' where it has none; makes one where it is asked to, else None where there is none yet.
+        place: The broker's address, without a password.
+        application: What the framework takes for the application's name, unless the settings name it.
         known: All tasks of the worker: those that are pinned no longer lose their locks.
         prepare: Makes the node's queue at the broker; called while entering.
         busy: Whether work on one of these tokens is running.
@@ -172,14 +186,19 @@ def make_job(
     tables = Tables.of(config)
 
     def provide(job: Job) -> None:
+        def belong(mark: str) -> None:
+            job.belonging = Belonging(kind, mark, place, settings.application or application)
+            with job.session(pinned=True) as connection:
+                found = stranger(job.belonging, others, config.appname)
+                if found is not None:
+                    raise ConfigurationError(found)
+                queues.record(connection, tables, queue, name, job.belonging)
+
         with job.session(pinned=True) as connection:
-            others = queues.other_kinds(connection, tables, kind)
-            if others:
-                raise ConfigurationError(
-                    f'appname={config.appname!r} is the cluster of {others[0][1]} workers ({others[0][0]}): '
-                    f'give {kind} workers another appname')
-            queues.record(connection, tables, queue, name, kind)
+            others = queues.peers(connection, tables, name, config.heartbeat_timeout_sec)
+        belong('')  # the row comes first: whatever happens next, what is left at the broker is known
         prepare()
+        belong(_mark_of_broker(job, identify, others))
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
             job.register_locks_bulk(locks)
@@ -206,9 +225,21 @@ def make_job(
         while busy(tokens) and time.monotonic() < limit:
             time.sleep(0.02)
 
-    return Job(
+    job = Job(
         name, config, wait_on_enter=settings.wait_on_enter, wait_on_exit=settings.wait_on_exit, lock_provider=provide,
         clear_existing_locks=settings.clear_existing_locks, on_rebalance=rebalanced, on_release=released, weight=settings.weight)
+    job.belonging = Belonging(kind)
+    return job
+
+
+def _mark_of_broker(job: Job, identify: Callable[[bool], str | None], others: Sequence[Peer]) -> str:
+    """The broker's mark. Where it has none, though others of the cluster know one, they write it again soon, if it is the same broker."""
+    if not any(peer.belonging.broker for peer in others):
+        return identify(True) or ''
+    limit = time.monotonic() + _MARK_SEC
+    while (mark := identify(False)) is None and time.monotonic() < limit:
+        job.wait_until(lambda: False, _MARK_LOOK_SEC)
+    return mark if mark is not None else _NO_MARK
 
 
 class Gate:

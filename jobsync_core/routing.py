@@ -17,7 +17,7 @@ from .once import ExactlyOnce, key_maker
 from .patterns import check_patterns
 
 __all__ = [
-    'HOME', 'HOPS', 'KEY', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'node_queue', 'parked_queue',
+    'HOME', 'HOPS', 'KEY', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'mark_key', 'node_queue', 'parked_queue',
     'pin_locks', 'pin_route', 'unknown_queue',
 ]
 
@@ -28,7 +28,7 @@ HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
-_RESERVED = frozenset({'parked', 'unknown', 'unrouted'})
+_RESERVED = frozenset({'broker', 'parked', 'unknown', 'unrouted'})
 _RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
 _QUEUE_BYTES = 240
@@ -104,6 +104,11 @@ def node_queue(appname: str, node: str) -> str:
 def parked_queue(appname: str) -> str:
     """Name of the queue of messages that nobody owns."""
     return f'jobsync.{appname}.parked'
+
+
+def mark_key(appname: str) -> str:
+    """Name of what Redis keeps so that the nodes of a cluster know that they use one server."""
+    return f'jobsync.{appname}.broker'
 
 
 def unknown_queue(appname: str) -> str:

@@ -53,7 +53,21 @@ class Hold(Protocol):
 
 
 class BrokerMail(Mail, Protocol):
-    """A broker, for one process."""
+    """A broker, for one process.
+
+    Attributes:
+        place: Its address, without a password.
+    """
+
+    @property
+    def place(self) -> str: ...
+
+    def identify(self, make: bool) -> str | None:
+        """The mark of the broker: the same by whatever address it is reached, and another for each part of it ('' where there is none).
+
+        Args:
+            make: Make one where it has none; else None then.
+        """
 
     #: What this process knows of actors; None: it only sends.
     actors: Actors | None

@@ -252,7 +252,7 @@ class JobSync(Middleware):
         self._consuming = consuming = Consuming(timeout + worker.worker_timeout / 1000)
         self._job = job = make_job(
             settings, name, queue, 'dramatiq', self._known().pins(), known=list(broker.actors),
-            prepare=lambda: mail.join(name, queue), busy=self._busy,
+            identify=mail.identify, place=mail.place, prepare=lambda: mail.join(name, queue), busy=self._busy,
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
         self._serve(job)

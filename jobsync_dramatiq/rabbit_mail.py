@@ -86,6 +86,22 @@ class RabbitMail:
         self._state = threading.local()
         self._consumer_parameters = broker.parameters
 
+    @property
+    def place(self) -> str:
+        """See BrokerMail."""
+        return f'amqp://{_places(self.broker.parameters)}'
+
+    def identify(self, make: bool) -> str | None:
+        """See BrokerMail: RabbitMQ tells its cluster's name with each connection."""
+        known = getattr(getattr(self.broker.connection, '_impl', None), 'server_properties', None) or {}
+        name = known.get('cluster_name')
+        parameters = self.broker.parameters
+        first = parameters[0] if isinstance(parameters, list) else parameters
+        return f'{name} {first.virtual_host}' if name else ''
+
+    def mark(self, mark: str) -> None:
+        """See Mail."""
+
     def join(self, node: str, queue: str) -> None:
         """See BrokerMail. From here on this process publishes with confirms, the worker's own retries and delays included."""
         self._node_queue = queue

@@ -18,7 +18,7 @@ from dramatiq.common import current_millis, xq_name
 from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
-from jobsync_core.routing import node_queue
+from jobsync_core.routing import mark_key, node_queue
 
 from .incoming import read_message
 from .mail import Hold, dead_letters, home_of, place_of, wrapped
@@ -146,6 +146,24 @@ class RedisMail:
         #: Queues and Redis ids of what is to go back, and could not yet.
         self._left: list[tuple[str, str]] = []
         self._lock = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """See BrokerMail."""
+        known = self.broker.client.connection_pool.connection_kwargs
+        address = known.get('path') or f'{known.get("host", "localhost")}:{known.get("port", 6379)}'
+        return f'redis://{address}/{known.get("db", 0)} ({self.broker.namespace})'
+
+    def identify(self, make: bool) -> str | None:
+        """See BrokerMail."""
+        if make:
+            self.mark(str(uuid.uuid4()))
+        found = self.broker.client.get(f'{self.broker.namespace}:{mark_key(self._appname)}')
+        return _text(found) if found is not None else None
+
+    def mark(self, mark: str) -> None:
+        """See Mail."""
+        self.broker.client.set(f'{self.broker.namespace}:{mark_key(self._appname)}', mark, nx=True)
 
     def join(self, node: str, queue: str) -> None:
         """See BrokerMail: a list needs no making."""

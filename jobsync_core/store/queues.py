@@ -8,36 +8,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..belonging import Belonging, Peer
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
     from .schema import Tables
 
 __all__ = [
-    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'other_kinds', 'orphans', 'owners', 'record',
+    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record',
 ]
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.
 _HOLD_SEC = 600
 
 
-def record(connection: PgConnection, tables: Tables, name: str, node: str, kind: str) -> None:
-    """Note that `node` has a queue of that name, made by the plugin `kind`."""
+def record(connection: PgConnection, tables: Tables, name: str, node: str, belonging: Belonging) -> None:
+    """Note that `node` has a queue of that name, and what it belongs to."""
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
-            INSERT INTO {tables.queue} (name, node, kind) VALUES (%s, %s, %s)
-            ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at = NULL
-            ''', (name, node, kind))
+            INSERT INTO {tables.queue} (name, node, kind, broker, place, application) VALUES (%s, %s, %s, %s, %s, %s)
+            ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at = NULL, broker = excluded.broker,
+                place = excluded.place, application = excluded.application
+            ''', (name, node, belonging.kind, belonging.broker, belonging.place, belonging.application))
 
 
-def other_kinds(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str]]:
-    """Live nodes of other plugins in this cluster: (node, kind)."""
+def peers(connection: PgConnection, tables: Tables, node: str, timeout: float) -> list[Peer]:
+    """The other nodes that seem to live, oldest first, and what they belong to.
+
+    By the server's clock, as nothing depends on it but whether a node that was just started is told of a mistake.
+
+    Args:
+        connection: A connection.
+        tables: Names of the tables.
+        node: The node that asks.
+        timeout: Seconds without a heartbeat after which a node does not count.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'SELECT q.node, q.kind FROM {tables.queue} AS q JOIN {tables.node} AS n ON n.name = q.node WHERE q.kind <> %s ORDER BY 1',
-            (kind,))
-        return [(row[0], row[1]) for row in cursor.fetchall()]
+            f'''
+            SELECT n.name, coalesce(q.kind, ''), coalesce(q.broker, ''), coalesce(q.place, ''), coalesce(q.application, '')
+            FROM {tables.node} AS n LEFT JOIN {tables.queue} AS q ON q.node = n.name
+            WHERE n.name <> %s AND n.last_heartbeat > clock_timestamp() - make_interval(secs => %s)
+                AND (n.state <> 'joining' OR q.node IS NOT NULL)  -- a worker records its queue before it becomes active
+            ORDER BY n.created_on, n.name
+            ''', (node, timeout))
+        return [Peer(row[0], Belonging(*row[1:])) for row in cursor.fetchall()]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
     (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (4, 'migration_4.sql'), (5, 'migration_5.sql'),
-    (6, 'migration_6.sql'), (8, 'migration_8.sql'))
+    (6, 'migration_6.sql'), (8, 'migration_8.sql'), (12, 'migration_12.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
@@ -43,7 +43,7 @@ RELATIONS: Mapping[str, str] = {
     'audit': 'created_on node task_id date token epoch',
     'execution':
         'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
-    'queue': 'name node created_at kind gone_at',
+    'queue': 'name node created_at kind gone_at broker place application',
     'schedule': 'name slot total_run_count entry updated_at',
 }
 #: Functions, with the types of their arguments. Each pins its search_path, and names tables with their schema.

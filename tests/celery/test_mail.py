@@ -11,7 +11,7 @@ from jobsync_celery import JobSync
 from jobsync_celery.mail import CeleryMail, Leftovers, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
 
-from ..brokers import RabbitServer, RedisServer
+from ..brokers import BrokerServer, RabbitServer, RedisServer
 from ..waiting import eventually
 
 _QUEUE, _PARKED, _UNKNOWN = 'jobsync.shop_.n1', 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
@@ -46,6 +46,57 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
             for queue in (_QUEUE, 'jobsync.shop_.gone'):
                 producer.publish({}, exchange=exchange_of(plugin).name, routing_key=queue, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
+
+
+@pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
+def test_a_broker_is_known_again_by_whatever_address(kind: str, request: pytest.FixtureRequest) -> None:
+    server: BrokerServer = request.getfixturevalue(f'{kind}_server')
+    spaces = [server.new_space(), server.new_space()]
+
+    def mail_at(url: str, **options: object) -> CeleryMail:
+        app = Celery('marked', broker=url, set_as_current=False, broker_transport_options=options)
+        return CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+
+    with contextlib.ExitStack() as stack:
+        for space in spaces:
+            stack.callback(server.drop_space, space)
+        first, other = (mail_at(server.url(space)) for space in spaces)
+        mine = mail_at(server.url(spaces[0]).replace('127.0.0.1', 'localhost'))
+        if kind == 'redis':
+            assert first.identify(False) is None
+        mark = first.identify(True)
+        assert mark and mine.identify(True) == mark and mine.identify(False) == mark
+        assert other.identify(True) not in (mark, None)
+        assert 'guest:guest' not in first.place and str(server.port) in first.place
+        if kind == 'redis':
+            assert mail_at(server.url(spaces[0]), global_keyprefix='{crm}').identify(True) not in (mark, None)
+            server.drop_space(spaces[0])
+            assert mine.identify(False) is None
+            first.mark(str(mark))
+            assert mine.identify(False) == mark
+            first.mark('another')
+            assert mine.identify(False) == mark, 'one that is there stays'
+            first.close()
+
+
+def test_nodes_that_are_gone_are_asked_about_together(redis_server: RedisServer) -> None:
+    space = redis_server.new_space()
+    app = Celery('asking', broker=redis_server.url(space), set_as_current=False)
+    app.conf.broker_transport_options = {'global_keyprefix': 'p:'}
+    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    queues = {f'n{number}': f'jobsync.shop_.n{number}' for number in range(250)}
+    with contextlib.ExitStack() as stack:
+        stack.callback(redis_server.drop_space, space)
+        stack.callback(mail.close)
+        client = stack.enter_context(contextlib.closing(redis_server.client(space)))
+        mail.left(queues)
+        before = client.info('commandstats').get('cmdstat_exists', {'calls': 0})['calls']
+        assert mail.left(queues) == frozenset()
+        assert client.info('commandstats')['cmdstat_exists']['calls'] - before == 3
+        client.rpush('p:jobsync.shop_.n7', 'message')
+        client.hset('p:jobsync.shop_.n200.unacked', 'tag', 'message')
+        assert mail.left(queues) == {'n7', 'n200'}
+        assert mail.size('jobsync.shop_.n7') == 1 and mail.size('jobsync.shop_.n8') == 0
 
 
 def test_what_a_lost_connection_had_acknowledged_is_not_given_back(redis_server: RedisServer) -> None:

@@ -114,6 +114,34 @@ def in_thread(action: Callable[[], Any]) -> None:
 
 
 class TestBothBrokers:
+    def test_a_broker_is_known_again_and_another_part_of_it_is_another(self, place: Place, server: BrokerServer) -> None:
+        with ExitStack() as stack:
+            other = Place(server, stack)
+            mark = place.producer().identify(True)
+            assert mark and place.producer().identify(False) == mark
+            assert other.producer().identify(True) not in (mark, None)
+            assert 'guest:guest' not in place.producer().place and str(server.port) in place.producer().place
+            if server.kind == 'redis':
+                server.drop_space(place.space)
+                assert place.producer().identify(False) is None
+                place.producer().mark(mark)
+                place.producer().mark('another')
+                assert place.producer().identify(False) == mark
+
+    def test_what_nodes_that_are_gone_left_is_seen_and_nothing_else(self, place: Place) -> None:
+        gone, mail = place.node('gone'), place.node('n1')
+        queues = {'gone': 'jobsync.shop_.gone', 'n2': N2}
+        rabbit = place.server.kind == 'rabbitmq'
+        assert mail.left(queues) == (set(queues) if rabbit else set())
+        place.put(gone, 'jobsync.shop_.gone', 2)
+        eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
+        assert mail.size('jobsync.shop_.never') == 0
+        letter = mail.take('jobsync.shop_.gone')
+        assert (letter.route, letter.task, letter.home) == ('k:0', 'keyed', 'default') and mail.size('jobsync.shop_.gone') == 1
+        letter.put_back()
+        eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
+        assert mail.left(queues) == (set(queues) if rabbit else {'gone'})
+
     def test_a_copy_comes_out_as_it_was_sent(self, place: Place) -> None:
         node = place.node('n1')
         sent = message(7, broker_priority=3, retries=1)

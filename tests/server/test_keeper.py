@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobsync_core import CoordinationConfig, Job, JobSyncError, keeper
+from jobsync_core.belonging import Belonging
 from jobsync_core.keeper import Keeper
 from jobsync_core.mail import Letter, Mail
 from jobsync_core.plugin import Gate, PluginSettings
@@ -88,11 +89,15 @@ class FakeMail:
         self.restored: list[str] = []
         self.deleted: list[str] = []
         self.resets = 0
+        self.marks: list[str] = []
         #: How many nodes each question was about.
         self.asked: list[int] = []
         #: Errors that the next calls raise.
         self.errors: list[Exception] = []
         self.on_restore: Callable[[str], object] = lambda node: None
+
+    def mark(self, mark: str) -> None:
+        self.marks.append(mark)
 
     def restore(self, node: str) -> int:
         if self.errors:
@@ -166,7 +171,9 @@ class World:
     ) -> Node:
         """A node that has entered; its queue is recorded."""
         config = config or self.config
-        job = self._stack.enter_context(Job(name, config, wait_on_enter=0))
+        job = Job(name, config, wait_on_enter=0)
+        job.belonging = Belonging(kind)
+        self._stack.enter_context(job)
         self.queue(name, kind)
         gate = Gate(PluginSettings(config=config), job)
         mail: Mail = FakeMail(self.broker, catches_strays)
@@ -604,6 +611,13 @@ class TestLease:
         second = world.node('n2')
         world.settle(first, second)
         eventually(lambda: first.changes[-1] == first.job.token_version)
+
+
+def test_the_mark_of_the_broker_is_written_again(world: World) -> None:
+    first = world.node('n1', start=False)
+    first.job.belonging = Belonging('celery', 'mark-1')
+    first.keeper.start()
+    eventually(lambda: first.mail.marks == ['mark-1'])
 
 
 class TestTrouble:

@@ -1,15 +1,26 @@
 """The Job of a worker process: what it does to the cluster while it enters."""
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from jobsync_core import plugin
+from jobsync_core.belonging import Belonging
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.plugin import PluginSettings, make_job
 from tests.waiting import eventually
 
 
-def _worker(config: CoordinationConfig, name: str, pins: dict[str, tuple[str, ...]]) -> Job:
+def _worker(
+    config: CoordinationConfig, name: str, pins: dict[str, tuple[str, ...]] | None = None, *, wait: float = 5, kind: str = 'celery',
+    mark: str | None = 'mark', application: str = '',
+) -> Job:
     return make_job(
-        PluginSettings(config=config, pin_slots=4, wait_on_enter=5), name, f'q.{name}', 'celery', pins, known=['render', 'charge'],
+        PluginSettings(config=config, pin_slots=4, wait_on_enter=wait), name, f'q.{name}', kind, pins or {},
+        known=['render', 'charge'], identify=lambda make: mark, place=f'redis://h/{mark}', application=application,
         prepare=lambda: None, busy=lambda tokens: False, on_rebalance=lambda event: None, on_release=lambda tokens: None)
 
 
@@ -25,3 +36,47 @@ def test_a_pin_that_left_the_code_leaves_the_cluster_with_the_next_worker(config
             # A task that the new worker does not know may be pinned by others.
             assert _pinned(new) == {'charge', 'elsewhere'}
             eventually(lambda: old.owner_of('render#1') is not None)
+
+
+@pytest.mark.parametrize(('other', 'named'), [
+    ({'mark': 'another'}, ["'one'", 'redis://h/mark', 'redis://h/another', 'appname']),
+    ({'kind': 'dramatiq'}, ["'one'", 'celery', 'dramatiq', 'appname']),
+    ({'application': 'crm'}, ["'shop'", "'crm'", 'appname', 'setting application']),
+    ({'mark': None}, ['redis://h/mark', 'redis://h/None']),
+])
+def test_a_worker_of_another_project_is_refused_with_both_names(
+    config: CoordinationConfig, other: dict[str, Any], named: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
+    with _worker(config, 'one', wait=0, application='shop') as one:
+        with pytest.raises(ConfigurationError) as caught:
+            _worker(config, 'two', wait=0, **{'application': 'shop', **other}).__enter__()
+        assert all(name in str(caught.value) for name in named), caught.value
+        eventually(lambda: len(one.my_tokens) == config.total_tokens)
+
+
+@pytest.mark.parametrize('other', [{}, {'mark': ''}, {'application': ''}])
+def test_workers_of_one_project_are_one_cluster(config: CoordinationConfig, other: dict[str, Any]) -> None:
+    with _worker(config, 'one', wait=0, application='shop') as one:
+        with _worker(config, 'two', wait=0, **{'application': 'shop', **other}) as two:
+            eventually(lambda: len(one.my_tokens) + len(two.my_tokens) == config.total_tokens and bool(two.my_tokens))
+
+
+def test_a_mark_that_the_broker_lost_is_waited_for(config: CoordinationConfig) -> None:
+    answers: list[str | None] = [None, None, 'mark']
+    with _worker(config, 'one', wait=0):
+        late = make_job(
+            PluginSettings(config=config), 'two', 'q.two', 'celery', {}, prepare=lambda: None, busy=lambda tokens: False,
+            identify=lambda make: 'made' if make else answers.pop(0), on_rebalance=lambda event: None, on_release=lambda tokens: None)
+        with late:
+            assert late.belonging.broker == 'mark' and not answers
+
+
+def test_a_plain_job_is_no_member_of_a_cluster_of_workers_nor_the_other_way_round(config: CoordinationConfig) -> None:
+    with _worker(config, 'one', wait=0):
+        with pytest.raises(ConfigurationError, match=r"'one'.*celery worker.*plain Job.*appname"):
+            Job('plain', config, wait_on_enter=0).__enter__()
+    with Job('plain', config, wait_on_enter=0):
+        with pytest.raises(ConfigurationError, match=r"'plain', a plain Job.*celery worker.*appname"):
+            _worker(config, 'two', wait=0).__enter__()
+    assert Belonging() == Job('x', config).belonging

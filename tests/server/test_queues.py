@@ -9,6 +9,7 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
+from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.errors import JobSyncError
 from jobsync_core.store import queues
 from jobsync_core.store.connection import Sessions
@@ -37,8 +38,8 @@ def rows(config: CoordinationConfig) -> list[tuple[Any, ...]]:
 
 def record(sessions: Sessions, tables: Tables, *found: tuple[str, str, str]) -> None:
     with sessions.session() as connection:
-        for row in found:
-            queues.record(connection, tables, *row)
+        for name, node, kind in found:
+            queues.record(connection, tables, name, node, Belonging(kind))
 
 
 YOUNG = 50.0
@@ -111,13 +112,19 @@ def test_who_is_gone(config: CoordinationConfig, sessions: Sessions, tables: Tab
         assert queues.is_gone(connection, tables, 'n2')
 
 
-def test_live_nodes_of_another_plugin_are_told_and_dead_ones_are_not(
+def test_live_peers_are_told_with_what_they_belong_to_and_dead_ones_are_not(
     config: CoordinationConfig, sessions: Sessions, tables: Tables,
 ) -> None:
-    record(sessions, tables, ('q1', 'n1', 'celery'), ('q2', 'n2', 'celery'))
+    shop = Belonging('celery', 'mark', 'redis://h/0', 'shop')
+    with sessions.session() as connection:
+        queues.record(connection, tables, 'q2', 'gone', shop)
     with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
-        assert queues.other_kinds(connection, tables, 'celery') == []
-        assert queues.other_kinds(connection, tables, 'dramatiq') == [('n1', 'celery')]
+        assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', Belonging())]
+        queues.record(connection, tables, 'q1', 'n1', shop)
+        assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', shop)]
+        assert queues.peers(connection, tables, 'n1', 60) == []
+        assert queues.peers(connection, tables, 'n2', 0) == []
+
 
 
 class TestHold:

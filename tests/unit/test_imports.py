@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / 'jobsync_core'
 
 PURE = frozenset({
-    'arguments', 'claims', 'config', 'database_url', 'effects', 'errors', 'exclusions', 'hashing', 'leader', 'liveness', 'logs', 'lookout',
-    'messages', 'patterns', 'planner', 'protocol', 'results', 'rhythm', 'secret', 'simulate', 'takings', 'task', 'tokens'})
+    'arguments', 'belonging', 'claims', 'config', 'database_url', 'effects', 'errors', 'exclusions', 'hashing', 'leader', 'liveness',
+    'logs', 'lookout', 'messages', 'patterns', 'planner', 'protocol', 'results', 'rhythm', 'secret', 'simulate', 'takings', 'task',
+    'tokens'})
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
