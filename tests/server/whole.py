@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobsync_core import CoordinationConfig, DuplicateExecution, ExecutionRunning, Job
+from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.cli.main import jobsync
 from jobsync_core.owners import OwnerMap
 from jobsync_core.store import housekeeping, queues, schedules
@@ -185,9 +186,9 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
     try:
         with Job('n1', config, wait_on_enter=0) as job:
             with sessions.session() as connection:
-                queues.record(connection, tables, 'queue of n1', 'n1', 'celery')
-                queues.record(connection, tables, 'queue of gone', 'gone', 'celery')
-                assert queues.other_kinds(connection, tables, 'dramatiq') == [('n1', 'celery')]
+                queues.record(connection, tables, 'queue of n1', 'n1', Belonging('celery'))
+                queues.record(connection, tables, 'queue of gone', 'gone', Belonging('celery'))
+                assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', Belonging('celery'))]
             with sessions.session() as connection:
                 assert [orphan.node for orphan in queues.orphans(connection, tables, 'celery', 60)] == ['gone']
                 assert queues.old_orphans(connection, tables, 'celery', 60) == []
