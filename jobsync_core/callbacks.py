@@ -17,6 +17,9 @@ __all__ = ['Callbacks', 'with_event']
 logger = get_logger(__name__)
 
 SLOW_SEC = 1.0
+#: Seconds after which on_rebalance is called although the caller of `__enter__` does not seem to have gone on.
+_BINDING_SEC = 1.0
+_LOOK_FIRST, _LOOK_LAST = 0.0005, 0.02
 
 
 class Callbacks:
@@ -35,6 +38,9 @@ class Callbacks:
         self._queue: deque[RebalanceEvent | tuple[TokenSet, Callable[[], object]]] = deque()
         self._running = False
         self._thread_refused = False
+        self._returned = threading.Event()
+        self._returned.set()
+        self._is_bound: Callable[[], bool] | None = None
         self.failures = 0
         self.slow = 0
 
@@ -51,6 +57,21 @@ class Callbacks:
             else:
                 self._queue.append(event)
             self._ensure_thread()
+
+    def hold(self) -> None:
+        """Call no on_rebalance before `go_on`."""
+        self._returned.clear()
+
+    def go_on(self, is_bound: Callable[[], bool] | None = None) -> None:
+        """`__enter__` returns: call on_rebalance as soon as `is_bound()`, which tells whether the caller has got what it returns."""
+        self._is_bound = is_bound
+        self._returned.set()
+
+    def drop(self) -> None:
+        """`__enter__` fails: on_rebalance is not called."""
+        with self._lock:
+            self._on_rebalance = None
+            self._returned.set()
 
     def release(self, tokens: TokenSet, done: Callable[[], object]) -> None:
         """Queue `on_release(tokens)`; `done` is called when it has returned or raised."""
@@ -99,11 +120,22 @@ class Callbacks:
                     return
                 item = self._queue.popleft()
             if isinstance(item, RebalanceEvent):
+                self._wait_bound()
                 self._call('on_rebalance', self._on_rebalance, item)
             else:
                 tokens, done = item
                 self._call('on_release', self._on_release, tokens)
                 done()
+
+    def _wait_bound(self) -> None:
+        """The callback may use the name that `with Job(...) as job` binds, which happens after `__enter__` has returned."""
+        self._returned.wait()
+        is_bound, deadline, pause = self._is_bound, clock.now() + _BINDING_SEC, _LOOK_FIRST
+        waiting = threading.Event()
+        while is_bound is not None and not is_bound() and clock.now() < deadline:
+            waiting.wait(pause)
+            pause = min(2 * pause, _LOOK_LAST)
+        self._is_bound = None
 
     def _call(self, name: str, function: Callable[[Any], object] | None, argument: object) -> None:
         if function is None:

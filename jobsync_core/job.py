@@ -15,6 +15,7 @@ from . import clock
 from .agent import Agent
 from .arguments import check_date, check_locks, check_name, check_number
 from .belonging import Belonging, stranger
+from .binding import Binding
 from .callbacks import Callbacks
 from .claims import Claims
 from .config import CoordinationConfig
@@ -41,6 +42,9 @@ __all__ = ['Job']
 
 logger = get_logger(__name__)
 
+#: Audited tasks beyond which the line about them says this number.
+_MOST_COUNTED = 1_000_000
+
 
 class Job:
     """One node: enter it, ask it which tasks are yours, leave it.
@@ -57,6 +61,8 @@ class Job:
         on_release: Called with the tokens that are about to go to other nodes; they go when it returns,
             or after `release_timeout_sec`.
         weight: This node's share relative to the others.
+        resume: If this node is the first one of its cluster: tasks that a cluster before, which has ended, audited for the date do not
+            run again. By default they do; while a cluster lives they do not, whatever this says.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -75,6 +81,7 @@ class Job:
         *,
         on_release: Callable[[TokenSet], object] | None = None,
         weight: float = 1.0,
+        resume: bool = False,
     ) -> None:
         self.node_name = check_name(node_name)
         if coordination_config is not None and not isinstance(coordination_config, CoordinationConfig):
@@ -93,6 +100,8 @@ class Job:
         self._weight = check_number('weight', weight, 1e-6)
         #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
         self.belonging = Belonging()
+        if not isinstance(resume, bool):
+            raise ConfigurationError(f'resume={resume!r}: give True or False')
         self._state = 'new'
         self._pid = 0
         if coordination_config is not None:
@@ -104,8 +113,9 @@ class Job:
                 self._claims, self._sessions, coordination_config, self._tables, self.node_name, self.date, lambda: self.incarnation)
             self._protocol = self._make_protocol(coordination_config)
             self._housekeeper = Housekeeper(coordination_config, self._tables, self.node_name, self._leads)
+            self._control = Control(coordination_config, self._tables, self.date, resume)
             self._agent = Agent(
-                self._protocol, Control(coordination_config, self._tables, self.date), coordination_config, self._callbacks,
+                self._protocol, self._control, coordination_config, self._callbacks,
                 self._housekeeper.look)
             self._ledger: Ledger | LocalLedger = Ledger(
                 self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease)
@@ -144,16 +154,20 @@ class Job:
         self._state = 'entering'
         self._pid = os.getpid()
         if self.config is not None:
+            self._callbacks.hold()
             try:
                 create_schema(self.config)
                 if not self.belonging.kind:
                     self._refuse_workers(self.config)
                 self._join()
+                self._tell_audited()
             except BaseException:
+                self._callbacks.drop()
                 self._leave()
                 raise
         enter_ledger(self._ledger)
         self._state = 'entered'
+        self._callbacks.go_on(Binding().is_done)
         return self
 
     def _refuse_workers(self, config: CoordinationConfig) -> None:
@@ -162,6 +176,19 @@ class Job:
         found = stranger(self.belonging, others, config.appname)
         if found is not None:
             raise ConfigurationError(found)
+
+    def _tell_audited(self) -> None:
+        """One line where tasks of the date were audited before: whether they run again must not come as a surprise."""
+        with contextlib.suppress(JobSyncError):
+            if self._control.epochs.begun:
+                with self._sessions.session() as connection:
+                    number = tasks.count_audits(connection, self._tables, self.date, _MOST_COUNTED)
+                if number:
+                    logger.info('node=%s date=%s: %d tasks were audited by a cluster that has ended, and run again; resume=True keeps them',
+                                self.node_name, self.date, number)
+            elif len(self._claims.exclusions):
+                logger.info('node=%s date=%s: %d tasks of its tokens are audited already or taken by others, and do not run again here',
+                            self.node_name, self.date, len(self._claims.exclusions))
 
     def _join(self) -> None:
         self._agent.start()

@@ -51,6 +51,7 @@ class PluginSettings:
         weight: The node's share relative to the others.
         wait_on_enter: Seconds that entering takes, so that other nodes can register.
         wait_on_exit: Seconds to stay registered, without tokens, when leaving.
+        resume: As for Job.
         lock_provider, clear_existing_locks, on_rebalance, on_release: As for Job.
         required: False: a worker that cannot enter runs uncoordinated, and says so.
         coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where it has no key.
@@ -69,6 +70,7 @@ class PluginSettings:
     weight: float = 1.0
     wait_on_enter: float = 0.0
     wait_on_exit: float = 0.0
+    resume: bool = False
     lock_provider: Callable[[Job], object] | None = None
     clear_existing_locks: bool = False
     on_rebalance: Callable[..., object] | None = None
@@ -99,7 +101,7 @@ class PluginSettings:
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: use one of {", ".join(map(repr, allowed))}')
         if not isinstance(self.application, str) or not self.application.isprintable() or len(self.application) > _NAME_LENGTH:
             raise ConfigurationError(f'application={self.application!r}: give a name of at most {_NAME_LENGTH} printable characters')
-        for name in ('required', 'route_producers', 'clear_existing_locks'):
+        for name in ('required', 'route_producers', 'clear_existing_locks', 'resume'):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: give True or False')
         object.__setattr__(self, 'pins', check_pins(self.pins))
@@ -227,7 +229,8 @@ def make_job(
 
     job = Job(
         name, config, wait_on_enter=settings.wait_on_enter, wait_on_exit=settings.wait_on_exit, lock_provider=provide,
-        clear_existing_locks=settings.clear_existing_locks, on_rebalance=rebalanced, on_release=released, weight=settings.weight)
+        clear_existing_locks=settings.clear_existing_locks, on_rebalance=rebalanced, on_release=released, weight=settings.weight,
+        resume=settings.resume)
     job.belonging = Belonging(kind)
     return job
 

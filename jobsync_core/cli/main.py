@@ -105,6 +105,13 @@ def who_command(database: Database, task_id: str) -> None:
     if found['others']:
         lines.append(('same token', ', '.join(found['others'][:5]) + (' …' if len(found['others']) > 5 else '') + ' (locked as well)'))
     lines.append(('next', found['next'] or 'nobody'))
+    claim, audit = found['claim'], found['audit']
+    if claim:
+        how = 'promised to' if claim['promised'] else 'taken by'
+        lines.append(('claim', f'{how} {claim["node"]} for {claim["date"]} at {claim["created_on"]:%Y-%m-%d %H:%M:%S}'))
+    if audit:
+        again = 'does not run again for that date while the cluster lives' if audit['counts'] else 'that cluster has ended: it runs again'
+        lines.append(('audited', f'by {audit["node"]} for {audit["date"]} at {audit["created_on"]:%Y-%m-%d %H:%M:%S}; {again}'))
     for name, value in lines:
         click.echo(f'{name:<11}{printable(value)}')
 

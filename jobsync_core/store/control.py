@@ -44,6 +44,7 @@ from ..messages import (
     Taken,
 )
 from .connection import Connection
+from .epochs import Epochs
 from .leading import Leading
 from .rounds import Round, fingerprint, members_json, read_members, take_turn
 from .schema import SCHEMA_VERSION, Tables
@@ -62,13 +63,15 @@ class Control:
         config: The cluster's settings.
         tables: Names of the tables.
         date: The date whose audit and claims count; None: none do.
+        resume: What a cluster has audited counts for the next one too, if this node is its first.
     """
 
-    def __init__(self, config: CoordinationConfig, tables: Tables, date: datetime.date | None) -> None:
+    def __init__(self, config: CoordinationConfig, tables: Tables, date: datetime.date | None, resume: bool = False) -> None:
         self.tables = tables
         self._config = config
         self._date = date
-        self._leading = Leading(config, tables)
+        self.epochs = Epochs(tables, resume)
+        self._leading = Leading(config, tables, self.epochs)
 
     def handle(self, connection: Connection, request: Request) -> Reply:
         """Carry the request out, wholly or not at all.
@@ -203,21 +206,27 @@ class Control:
             if mine is not None:
                 steps.delete_unchanged([mine])
             if not others:
-                version = self._form(steps)
+                version = self._form(steps, anew=not request.active and not self.epochs.resumes)
             steps.run(self._insert_sql(), self._insert_params(request))
+            self.epochs.joined(others, request.active)
             return Joined(version, history, settled)
 
-    def _form(self, steps: Round) -> int:
-        """The first node of an empty cluster sets what the others must agree with; the cluster's version."""
+    def _form(self, steps: Round, anew: bool) -> int:
+        """The first node of an empty cluster sets what the others must agree with; the cluster's version.
+
+        Where it begins `anew`, what was audited before counts no longer; nor where tasks have other tokens from now on.
+        """
         tables, config = self.tables, self._config
         rows = steps.run(
             f'''
             DELETE FROM {tables.assignment} WHERE upper(tokens) > %(total)s
                 OR EXISTS (SELECT FROM {tables.cluster} WHERE (total_tokens, hash_function) <> (%(total)s, %(hash)s));
             UPDATE {tables.cluster} SET total_tokens = %(total)s, hash_function = %(hash)s, planned = NULL,
-                version = version + CASE WHEN (total_tokens, hash_function) <> (%(total)s, %(hash)s) THEN 1 ELSE 0 END
+                version = version + CASE WHEN (total_tokens, hash_function) <> (%(total)s, %(hash)s) THEN 1 ELSE 0 END,
+                epoch = epoch + CASE WHEN %(anew)s OR (total_tokens, hash_function) <> (%(total)s, %(hash)s) THEN 1 ELSE 0 END
             RETURNING version
-            ''', {'total': config.total_tokens, 'hash': config.hash_function})
+            ''', {'total': config.total_tokens, 'hash': config.hash_function, 'anew': anew})
+        self.epochs.begun = self.epochs.begun or anew
         return int(rows[0][0])
 
     def _insert_sql(self) -> str:

@@ -13,6 +13,7 @@ from ..leader import Pin, decide
 from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
 from ..patterns import PATTERN_LENGTH, PATTERNS, check_patterns
 from .connection import Connection
+from .epochs import Epochs
 from .options import agent_limits
 from .plans import Draft, Outdated, read_assignment
 from .rounds import Round, fingerprint, members_json, read_members
@@ -50,9 +51,11 @@ class Leading:
     Args:
         config: The cluster's settings.
         tables: Names of the tables.
+        epochs: Told of the nodes that are evicted.
     """
 
-    def __init__(self, config: CoordinationConfig, tables: Tables) -> None:
+    def __init__(self, config: CoordinationConfig, tables: Tables, epochs: Epochs) -> None:
+        self._epochs = epochs
         self._tables = tables
         self._patience = agent_limits(config).statement
         self._most = _ROUND * config.heartbeat_timeout_sec
@@ -85,7 +88,10 @@ class Leading:
                 return None
             if not _is_eldest(request, members):
                 return Evicted(False)
-            return Evicted(True, steps.delete_unlocked(request.dead))
+            evicted = steps.delete_unlocked(request.dead)
+            self._epochs.evicting(steps, request.dead, evicted)
+        self._epochs.evicted(evicted)
+        return Evicted(True, evicted)
 
     def _begin(self, steps: Round) -> tuple[int, tuple[Member, ...]]:
         """Take the cluster's row; its version, and the nodes, the oldest first."""

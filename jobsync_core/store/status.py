@@ -11,6 +11,7 @@ from ..leader import Pin, decide
 from ..messages import Member, Segment
 from ..patterns import matched_pattern
 from ..simulate import Move, holder, moves
+from .tasks import history
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -105,7 +106,7 @@ def explain(connection: PgConnection, tables: Tables, text: str, token: int) -> 
     Returns:
         task_id, token, owner, since, version, blocked, moving_to, lock (its row, or None), pattern (the pattern of the lock
         that decides with the present nodes, or None), others (further locked tasks on the same token), next (who would own
-        it if the owner went).
+        it if the owner went), audit and claim (see tasks.history).
     """
     found = _rows(
         connection,
@@ -129,6 +130,7 @@ def explain(connection: PgConnection, tables: Tables, text: str, token: int) -> 
         'lock': lock, 'pattern': matched_pattern(lock['node_patterns'], receivers) if lock else None,
         'others': [pin.task_id for pin in pins if pin.token == token and pin.task_id != text],
         'next': _next_owner(connection, tables, members, pins, token, row.get('moving_to') or node),
+        **history(connection, tables, text),
     }
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['audit', 'audit_children', 'claim', 'count_audits', 'get_audit', 'is_taken', 'read_epoch', 'release_claims',
+__all__ = ['audit', 'audit_children', 'claim', 'count_audits', 'get_audit', 'history', 'is_taken', 'read_epoch', 'release_claims',
            'release_promise']
 
 #: Rows that one statement writes or deletes.
@@ -192,6 +192,29 @@ def get_audit(connection: PgConnection, tables: Tables, date: datetime.date) -> 
     with connection.cursor() as cursor:
         cursor.execute(f'SELECT node, task_id FROM {tables.audit} WHERE date = %s ORDER BY created_on, task_id', (date,))
         return [{'node': node, 'task_id': task_id} for node, task_id in cursor.fetchall()]
+
+
+def history(connection: PgConnection, tables: Tables, text: str) -> dict[str, Any]:
+    """What is known of a task on its latest date: `audit` {'node', 'date', 'created_on', 'counts'} and `claim` {'node', 'date',
+    'created_on', 'promised'}, or None. An audit counts while the cluster lives in which it was written; a claim is a live node's.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT node, date, created_on, {_counts(tables)} FROM {tables.audit} AS a WHERE a.task_id = %s ORDER BY a.date DESC LIMIT 1
+            ''', (text,))
+        audited = cursor.fetchone()
+        cursor.execute(
+            f'''
+            SELECT c.node, c.date, c.created_on, c.promised
+            FROM {tables.claim} AS c JOIN {tables.node} AS n ON n.name = c.node AND n.incarnation = c.incarnation
+            WHERE c.task_id = %s ORDER BY c.date DESC LIMIT 1
+            ''', (text,))
+        claimed = cursor.fetchone()
+    return {
+        'audit': dict(zip(('node', 'date', 'created_on', 'counts'), audited, strict=True)) if audited else None,
+        'claim': dict(zip(('node', 'date', 'created_on', 'promised'), claimed, strict=True)) if claimed else None,
+    }
 
 
 def is_taken(connection: PgConnection, tables: Tables, node: str, date: datetime.date, text: str) -> bool:

@@ -83,11 +83,12 @@ class FakeJob(Job):
         *,
         on_release: Callable[[TokenSet], object] | None = None,
         weight: float = 1.0,
+        resume: bool = False,
         owned: Iterable[Task | Hashable] | None = None,
     ) -> None:
         super().__init__(
             node_name, None, date, wait_on_enter, wait_on_exit, lock_provider, clear_existing_locks, on_rebalance,
-            on_release=on_release, weight=weight)
+            on_release=on_release, weight=weight, resume=resume)
         self._total_tokens = coordination_config.total_tokens if coordination_config is not None else _TOTAL_TOKENS
         self._hash_function = coordination_config.hash_function if coordination_config is not None else 'double_sha256'
         self._on_rebalance = with_event(on_rebalance) if on_rebalance is not None else None

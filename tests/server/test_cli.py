@@ -136,6 +136,15 @@ class TestWho:
         ):
             assert f'{name:<11}{value}\n' in shown
 
+    def test_it_says_whether_an_audited_task_runs_again(self, rows: Rows, run: Run) -> None:
+        rows.node('a')
+        rows.own(0, 10_000, 'a')
+        rows.run(f"INSERT INTO {rows.tables.audit} (node, task_id, date, token) VALUES ('b', 't', '2026-01-02', 1)")
+        assert 'audited    by b for 2026-01-02' in (shown := good(run('who', 't')))
+        assert 'does not run again for that date' in shown
+        rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
+        assert 'that cluster has ended: it runs again' in good(run('who', 't'))
+
     def test_the_clusters_settings_count_and_not_those_of_this_shell(self, make_config: Callable[..., CoordinationConfig]) -> None:
         config = make_config(total_tokens=77, hash_function='md5')
         with rows_of(config):

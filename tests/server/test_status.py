@@ -1,6 +1,7 @@
 """What an operator is shown agrees with the tables; a drain is a request that nodes hear."""
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from jobsync_core.errors import JobSyncError
 from jobsync_core.hashing import task_to_token
 from jobsync_core.messages import Segment
 from jobsync_core.simulate import Move
-from jobsync_core.store import locks, status
+from jobsync_core.store import locks, status, tasks
 from jobsync_core.store.connection import Connection
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
@@ -181,3 +182,19 @@ class TestPlanWithout:
         rows.node('b', age=60)
         rows.own(0, 10_000, 'a')
         assert ask(rows, status.plan_without, 'a') == [Move('a', None, 10_000)]
+
+
+def test_what_was_done_with_a_task_is_told(rows: Rows) -> None:
+    rows.node('a')
+    rows.own(0, 10_000, 'a')
+    today = datetime.date.today()
+    with rows.sessions.session() as connection:
+        tasks.claim(connection, rows.tables, 'a', 'life of a', today, [('t', 1)])
+    found = ask(rows, status.explain, 't', 1)
+    assert (found['claim']['node'], found['claim']['promised'], found['audit']) == ('a', False, None)
+    with rows.sessions.session() as connection:
+        tasks.audit(connection, rows.tables, 'a', today, [('t', 1)])
+    found = ask(rows, status.explain, 't', 1)
+    assert found['claim'] is None and (found['audit']['node'], found['audit']['date'], found['audit']['counts']) == ('a', today, True)
+    rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
+    assert not ask(rows, status.explain, 't', 1)['audit']['counts']

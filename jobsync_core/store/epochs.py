@@ -1,0 +1,49 @@
+"""When a cluster ends and another begins: audits count within one epoch, that is while there is always a node that lives."""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from ..messages import Sign
+from .rounds import Round
+from .schema import Tables
+
+__all__ = ['Epochs']
+
+
+class Epochs:
+    """Begins a new epoch where this node finds that no other one lived when it joined.
+
+    That is so where it found no other row, or where all that it found are dead and have not sent a heartbeat since: nobody
+    compares clocks. In both cases this node has owned nothing before.
+
+    Args:
+        tables: Names of the tables.
+        resume: The node goes on with the epoch of a cluster that has ended.
+    """
+
+    def __init__(self, tables: Tables, resume: bool) -> None:
+        self._tables = tables
+        self._resume = resume
+        self._found: frozenset[tuple[str, int]] = frozenset()
+        self.begun = False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the node goes on where a cluster has ended."""
+        return self._resume
+
+    def joined(self, others: Iterable[Sign], again: bool) -> None:
+        """The node has joined, for the first time or `again` after an eviction, and found these other nodes."""
+        self._found = frozenset() if again or self._resume else frozenset((sign.incarnation, sign.beat) for sign in others)
+
+    def evicting(self, steps: Round, dead: Iterable[Sign], names: Iterable[str]) -> None:
+        """In the leader's transaction: those of `dead` that have these names are evicted, and nothing is planned yet."""
+        gone = set(names)
+        if self._found and self._found <= {(sign.incarnation, sign.beat) for sign in dead if sign.name in gone}:
+            steps.run(f'UPDATE {self._tables.cluster} SET epoch = epoch + 1')
+            self.begun = True
+
+    def evicted(self, names: Collection[str]) -> None:
+        """That was committed: from now on this node may own tokens, and its own audits must go on to count."""
+        if names:
+            self._found = frozenset()
