@@ -136,7 +136,7 @@ class TestWho:
         ):
             assert f'{name:<11}{value}\n' in shown
 
-    def test_it_says_whether_an_audited_task_runs_again(self, rows: Rows, run: Run) -> None:
+    def test_it_says_whether_an_audited_task_runs_again(self, rows: Rows, run: Callable[..., Result]) -> None:
         rows.node('a')
         rows.own(0, 10_000, 'a')
         rows.run(f"INSERT INTO {rows.tables.audit} (node, task_id, date, token) VALUES ('b', 't', '2026-01-02', 1)")
