@@ -209,23 +209,25 @@ class Agent:
         self._wake_up.clear()
 
     def _report(self, error: Exception, consequence: str) -> None:
-        """Log with its traceback what nobody foresaw; the same again only once a minute, with its number."""
+        """Log with its traceback what nobody foresaw."""
+        self._say(logging.ERROR, f'unforeseen error, {consequence}: {type(error).__name__}: {error}', error)
+
+    def _say(self, level: int, text: str, error: Exception | None = None) -> None:
+        """Log once; the same again only once a minute, with its number."""
         now = clock.now()
-        text = f'{type(error).__name__}: {error}'
         said_at, count = self._said.get(text, (-math.inf, 0))
         if now - said_at < _SAID_AGAIN:
             self._said[text] = said_at, count + 1
             return
         self._said = {other: said for other, said in self._said.items() if now - said[0] < _SAID_AGAIN}
         self._said[text] = now, 0
-        logger.error(
-            'node=%s met an unforeseen error (%s more of it before): %s; %s', self.protocol.name, count, text, consequence, exc_info=error)
+        again = f' ({count} times more in the last minute)' if count else ''
+        logger.log(level, 'node=%s %s%s', self.protocol.name, text, again, exc_info=error)
 
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
         if self._goes_on_without(request):
-            logger.warning(
-                'node=%s request=%s failed, heartbeats go on: %s', self.protocol.name, type(request).__name__, str(error).strip())
+            self._say(logging.WARNING, f'request={type(request).__name__} failed, heartbeats go on: {str(error).strip()}')
             self.protocol.refused(request, now)
             return
         self._close_connection()

@@ -83,7 +83,7 @@ class HealthServer:
 
         class Handler(_Handler):
             status = staticmethod(ready)
-            live = staticmethod(live)
+            is_live = staticmethod(live)
             render = staticmethod(metrics) if metrics is not None else None
 
         class Server(_Server):
@@ -187,7 +187,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     status: Callable[[], Mapping[str, object]]
-    live: Callable[[], bool]
+    is_live: Callable[[], bool]
     render: Callable[[], bytes] | None
 
     def do_GET(self) -> None:
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _look(self, path: str) -> tuple[int, str, bytes]:
         if path == '/health/live':
-            live = self.live()
+            live = self.is_live()
             return _json(200 if live else 503, {'status': 'live' if live else 'ended'})
         if path == '/health/ready':
             found = self.status()

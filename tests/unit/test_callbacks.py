@@ -53,6 +53,25 @@ def test_events_that_wait_are_merged_into_one() -> None:
     assert seen == [event(1, initial=True), RebalanceEvent(False, 3, 6, 9)]
 
 
+@pytest.mark.parametrize(
+    'error', [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), MemoryError()], ids=lambda error: type(error).__name__)
+def test_whatever_a_callback_raises_the_next_is_called(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[object] = []
+
+    def raises(argument: object) -> None:
+        seen.append(argument)
+        raise error
+
+    callbacks = Callbacks(raises, raises)
+    callbacks.rebalanced(event(1))
+    callbacks.release(TokenSet([(0, 3)]), lambda: seen.append('done'))
+    callbacks.rebalanced(event(2))
+    assert callbacks.wait_idle(WAIT)
+    assert seen == [event(1), TokenSet([(0, 3)]), 'done', event(2)]
+    assert callbacks.failures == 3
+    assert f'raised {type(error).__name__}' in caplog.text
+
+
 def test_a_callback_without_parameters_is_called_without_any() -> None:
     calls: list[str] = []
     callbacks = Callbacks(lambda: calls.append('called'), None)
