@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ def _run_of(task: Any) -> Any:
     return getattr(task, '_orig_run', None) or getattr(task, 'run', task)
 
 
+#: For each option, classes of which nobody said anything, so that Celery wrote the app's default on them when it bound them.
+_UNSAID: Mapping[str, weakref.WeakSet[type]] = {option: weakref.WeakSet() for option in _LATE}
+
+
 def prepare_task(task: Any) -> None:
     """Let an exactly-once task be acknowledged late and given back when its process is lost, unless the user said otherwise.
 
@@ -41,10 +46,18 @@ def prepare_task(task: Any) -> None:
         ConfigurationError: It can never work.
     """
     _check(_run_of(task), task.name)
-    if once_of(_run_of(task)) is not None:
-        for option in _LATE:
-            if getattr(task, option, None) is None:
-                setattr(task, option, True)
+    for option in _LATE:
+        if getattr(type(task), option, None) is None:
+            _UNSAID[option].add(type(task))
+        if once_of(_run_of(task)) is not None and not _says(task, option):
+            setattr(task, option, True)
+
+
+def _says(task: Any, option: str) -> bool:
+    """Whether the user said something, in the task's class or in a base of it."""
+    if option in vars(task):
+        return True
+    return any(vars(cls).get(option) is not None and cls not in _UNSAID[option] for cls in type(task).__mro__)
 
 
 def _check(run: Any, name: str) -> None:
@@ -107,11 +120,10 @@ def _check_declared(fun: Any) -> None:
 
 def _prepare_bound(task: Any) -> None:
     """A task that was bound before the plugin came: Celery has put the app's default where nobody said anything."""
-    _check(_run_of(task), task.name)
-    if once_of(_run_of(task)) is not None:
-        for option in _LATE:
-            if not getattr(task, option, None):
-                setattr(task, option, True)
+    for option in _LATE:
+        if not getattr(type(task), option, None):
+            _UNSAID[option].add(type(task))
+    prepare_task(task)
 
 
 def _validator(app: Celery, fun: Any, options: Mapping[str, Any]) -> Any:
