@@ -1,10 +1,12 @@
 """The Celery app of the suite: the same one in workers and in the test process, made from an order."""
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
-from celery import Celery, current_task
+from celery import Celery, Task, current_task
 
 from . import work
 from .work import Flaky, Order
@@ -44,6 +46,7 @@ def make_app(order: Order) -> Celery:
 def use_in_worker(order: Order) -> None:
     """Tell the tasks' bodies what this process is."""
     work.now.order = order
+    _die_before_counting(order)
     work.now.message_id = lambda: str(current_task.request.id)
     work.now.attempt = lambda: int(current_task.request.retries)
     if order.jobsync:
@@ -102,6 +105,38 @@ def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None
     task('total', once(key='t:{tag}')(work.total))
     task('seal', once(key='c:{tag}')(work.seal))
     task('seal_error', _seal_error)
+    if 'classy' not in without:
+        app.register_task(type('Classy', (_Based,), {'name': 'classy', 'run': once(key='b:{n}')(_classy)})())
+
+
+class _Based(Task):  # type: ignore[misc]  # celery has no types
+    abstract = True
+
+
+def _classy(self: Any, n: int, sleep: float = 0.0) -> dict[str, Any]:
+    return work.body(n, sleep)
+
+
+def _die_before_counting(order: Order) -> None:
+    """The first process that counts a member of a chord dies, after the member's result is stored; with the tag 'all' its worker, too."""
+    from celery.backends.redis import RedisBackend
+
+    count = RedisBackend.on_chord_part_return
+
+    def dying(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        tag = (request.kwargs or {}).get('tag', '')
+        if tag.startswith('dies'):
+            try:
+                os.close(os.open(f'{order.notes}.{tag}', os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                if tag.endswith('all'):
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return count(self, request, *args, **kwargs)
+
+    RedisBackend.on_chord_part_return = dying
 
 
 def _seal_error(request: Any, error: BaseException, traceback: Any) -> None:

@@ -500,7 +500,7 @@ class _Stable:
 
 _LETTERS = {
     'keyed': 'k', 'body': 'b', 'limited': 'b', 'by_id': 'i', 'plain': 'p', 'routed': 'r', 'pinned': 'g', 'preferred': 'g', 'homeless': 'g',
-    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o', 'patient': 'b', 'awaited': 'w'}
+    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o', 'patient': 'b', 'awaited': 'w', 'classy': 'b'}
 
 
 def within(seconds: float, condition: Callable[[], object], every: float = 0.005) -> None:

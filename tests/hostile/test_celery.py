@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import uuid
@@ -95,8 +96,8 @@ class Run:
             producer.publish(
                 raw.body, exchange='', routing_key='celery', headers=raw.headers, content_type=raw.content_type,
                 content_encoding=raw.content_encoding, **raw.properties)
-        except (KombuError, TypeError, ValueError, OverflowError, AttributeError, KeyError, UnicodeError) as error:
-            producer.revive(producer.connection.default_channel if not isinstance(error, OSError) else producer.connection)
+        except (KombuError, TypeError, ValueError, OverflowError, AttributeError, KeyError, UnicodeError, struct.error):
+            producer.revive(producer.connection.channel())
             return False  # this broker's client cannot say it
         return True
 

@@ -1,0 +1,38 @@
+"""What Celery loses by itself: tasks that are classes, and members of chords that are counted after their result is stored."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from celery import chord
+
+from .celery_adapter import CeleryAdapter
+from .harness import Cluster
+from .setups import Setup, setups
+
+MakeCluster = Callable[..., Cluster]
+
+
+@pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
+def test_a_killed_worker_loses_no_task_that_is_a_class(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('worker-1', 'worker-2', concurrency=2)
+    mine = cluster.numbers('worker-1', 6, task='body')
+    for n in mine:
+        cluster.send('classy', n, 1.5)
+    cluster.wait_started({f'b:{n}' for n in mine[:2]})
+    cluster['worker-1'].crash()
+    cluster.finish()
+
+
+@pytest.mark.parametrize('tag', ['dies', 'dies with all'])
+@pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
+def test_a_chord_completes_whose_member_was_killed_before_it_was_counted(setup: Setup, make_cluster: MakeCluster, tag: str) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('worker-1', 'worker-2', concurrency=2)
+    adapter = cluster.adapter
+    assert isinstance(adapter, CeleryAdapter)
+    add, total = adapter.app.tasks['add'], adapter.app.tasks['total']
+    result = chord([add.s(1, number, tag=tag) for number in range(4)], total.s(tag=tag)).apply_async()
+    assert cluster.result(result.id, 60) == 4 + sum(range(4))
+    assert len(cluster.ended(f't:{tag}')) == 1
