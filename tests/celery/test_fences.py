@@ -8,29 +8,47 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.backends.base import KeyValueStoreBackend
+from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
 from jobsync_celery import mail as mail_module
 from jobsync_celery import once as once_module
+from jobsync_celery import tasks as tasks_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.mail import CeleryMail
 from jobsync_core import plugin as core
+from jobsync_core.adapter import MessageOnce
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import Unroutable
+from jobsync_core.incoming import find_route
 from jobsync_core.routing import decide
 
 from ..brokers import BrokerServer
 from ..fakes import FakeLedger
 from .consumers import Bench, bench
 from .test_gate import (
+    check_celery_falls,
+    check_each_on_its_own,
     check_failure_leaves_it_unacknowledged,
+    check_forged_key,
     check_hop_limit,
     check_late,
     check_never_to_self,
     check_published_before_acknowledged,
+    check_set_aside,
 )
-from .test_once import app, check_duplicate_rule, ledger
+from .test_once import (
+    app,
+    check_back_off,
+    check_direct_call,
+    check_duplicate_rule,
+    check_result_that_cannot_be_sent,
+    ledger,
+    published,
+)
 
-__all__ = ['app', 'ledger']
+__all__ = ['app', 'ledger', 'published']
 
 
 def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +130,77 @@ def test_without_unacked_keys_of_its_own_a_live_node_s_messages_are_taken(
     monkeypatch.setattr(mail_module, 'redis_options', lambda appname, node: {})
     with pytest.raises(AssertionError):
         check_rescue_spares_the_living(redis_server)
+
+
+def trust_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(found: Any, args: object, kwargs: object, message_id: object, stamps: Any) -> Any:
+        return stamps.key or find_route(found, args, kwargs, message_id, stamps)
+
+    monkeypatch.setattr(tasks_module, 'find_route', find)
+
+
+def run_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse = ConsumerGate._refuse
+
+    def let_through(self: ConsumerGate, message: Any, reason: str, cause: Any = None, reject: Any = None) -> None:
+        if cause is not Unroutable:
+            refuse(self, message, reason)
+
+    monkeypatch.setattr(ConsumerGate, '_refuse', let_through)
+
+
+def raise_into_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConsumerGate, 'create_task_handler', lambda self: lambda message: self._make_handler()(message))
+
+
+def one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConsumerGate, '_run', lambda self, waiting: waiting.run())
+
+
+BOUNDARY: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
+    (trust_the_header, check_forged_key), (run_without_a_key, lambda stage: check_set_aside(stage, ([], {}, {}))),
+    (raise_into_the_consumer, check_celery_falls), (one_for_all, check_each_on_its_own)]
+
+
+@pytest.mark.parametrize(('remove', 'check'), BOUNDARY, ids=lambda item: item.__name__)
+def test_without_the_boundary_a_message_does_harm(
+    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+) -> None:
+    with bench(monkeypatch) as stage:
+        check(stage)
+    remove(monkeypatch)
+    with bench(monkeypatch) as stage, pytest.raises((AssertionError, KeyError)):
+        check(stage)
+
+
+def test_without_a_back_off_a_running_key_is_asked_for_every_second(
+    app: Celery, ledger: Any, published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_back_off(app, ledger, published)
+    app.tasks.pop('double')
+    published.clear()
+    monkeypatch.setattr(once_module, 'MAX_COME_BACK_SEC', 1.0)
+    with pytest.raises(AssertionError):
+        check_back_off(app, ledger, published)
+
+
+def test_without_the_check_a_result_that_cannot_be_sent_completes_its_key(
+    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_result_that_cannot_be_sent(app, ledger)
+    app.tasks.pop('odd')
+    ledger.ends.clear()
+    monkeypatch.setattr(KeyValueStoreBackend, 'encode', lambda self, data: data)
+    with pytest.raises((pytest.fail.Exception, AssertionError)):
+        check_result_that_cannot_be_sent(app, ledger)
+
+
+def test_without_its_own_copy_told_apart_a_direct_call_is_taken_for_the_message(
+    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_direct_call(app, ledger)
+    app.tasks.pop('outer')
+    monkeypatch.setattr(once_module, '_call_of', lambda request: ([], {}))
+    monkeypatch.setattr(MessageOnce, '_is_own', lambda self, options: True)
+    with pytest.raises((Ignore, AssertionError)):
+        check_direct_call(app, ledger)
