@@ -103,6 +103,7 @@ class SelfDrain:
         self._thread = threading.Thread(target=self._run, name='jobsync-consuming', daemon=True)
         #: This has drained the node; an operator's drain is not touched.
         self.drained = False
+        self._alone = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -119,6 +120,12 @@ class SelfDrain:
         silence = self._silence()
         if not self.drained and silence > self._timeout:
             if self._job.am_i_healthy() and self._job.local_status()['state'] == 'active':
+                if not self._others():
+                    if not self._alone:
+                        logger.warning('node=%s has taken no messages from the broker for %.0f s; it keeps its keys, as no other node '
+                                       'could take them', self._job.node_name, silence)
+                    self._alone = True
+                    return
                 logger.warning('node=%s has taken no messages from the broker for %.0f s: it gives its keys away until it does',
                                self._job.node_name, silence)
                 self._job.drain(0)
@@ -127,6 +134,12 @@ class SelfDrain:
             logger.warning('node=%s takes messages again, and keys', self._job.node_name)
             self._job.undrain()
             self.drained = False
+        if silence <= self._timeout:
+            self._alone = False
+
+    def _others(self) -> bool:
+        # Where the broker itself is away, all are silent: somebody has to keep the keys.
+        return any(node['name'] != self._job.node_name and node['state'] == 'active' for node in self._job.get_active_nodes())
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self._timeout / 5)):

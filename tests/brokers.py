@@ -289,7 +289,8 @@ class RabbitServer(BrokerServer):
             _end(self._epmd, signal.SIGKILL)
             self._epmd = None
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """What its own command-line tools need."""
         home = self.home
         return {
             'PATH': os.environ.get('PATH', os.defpath), 'HOME': str(home), 'LC_ALL': 'C.UTF-8',
@@ -306,7 +307,7 @@ class RabbitServer(BrokerServer):
                 '+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}'}
 
     def _launch(self) -> None:
-        environment = self._environment()
+        environment = self.environment()
         if self._epmd is None:
             epmd = shutil.which('epmd')
             if epmd is None:

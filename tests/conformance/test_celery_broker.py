@@ -1,0 +1,185 @@
+"""Celery workers whose broker is not up yet, cannot be reached, or takes nothing: they wait, and the others have their keys."""
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import psycopg2
+import pytest
+
+from jobsync_core.store import status
+from jobsync_core.store.schema import Tables
+
+from ..brokers import RabbitServer
+from ..server.cluster import query
+from ..server.proxy import Mode, Proxy
+from ..waiting import eventually
+from .harness import STEADY, Cluster
+from .history import moment
+from .setups import Setup, setups
+
+MakeCluster = Callable[..., Cluster]
+_CTL = Path('/usr/lib/rabbitmq/bin/rabbitmqctl')
+_ON_PROCESSES = pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
+_ON_REDIS = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('redis',)), ids=str)
+_ON_RABBIT = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('rabbitmq',)), ids=str)
+_NO_BROKER = 'redis://127.0.0.1:9/0'
+
+
+def _state(cluster: Cluster, name: str) -> str:
+    return str(query(cluster.place.config, f"SELECT state FROM {{}}node WHERE name = '{name}@test'")[0][0])
+
+
+@_ON_PROCESSES
+def test_a_worker_that_is_up_before_its_broker_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        proxy.switch(Mode.REFUSE)
+        worker = cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port))
+        eventually(lambda: 'the broker' in worker.log() and 'trying again' in worker.log() or not worker.is_running(), 30)
+        assert worker.is_running(), worker.log(3000)
+        proxy.heal()
+        worker.wait_ready()
+        cluster.send('keyed', 1)
+        cluster.finish()
+
+
+@_ON_REDIS
+@pytest.mark.parametrize('conf', [
+    {'broker_connection_retry_on_startup': False},
+    {'broker_connection_retry_on_startup': None, 'broker_connection_retry': False},
+    {'broker_connection_max_retries': 1},
+], ids=['not on startup', 'never', 'one more try'])
+def test_a_worker_that_is_not_to_wait_for_its_broker_ends(setup: Setup, make_cluster: MakeCluster, conf: dict[str, Any]) -> None:
+    worker = make_cluster(setup).launch('alpha', broker=_NO_BROKER, conf=conf)
+    assert worker.wait(30) == 1
+    assert 'Connection refused' in worker.log(), worker.log(3000)
+
+
+@_ON_REDIS
+def test_a_worker_that_is_up_before_its_database_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    config = cluster.place.config
+    with Proxy(config.host, int(config.port)) as proxy:
+        proxy.switch(Mode.REFUSE)
+        url = f'postgresql://{config.user}:{config.password}@127.0.0.1:{proxy.port}/{config.dbname}'
+        worker = cluster.launch('alpha', database=url)
+        eventually(lambda: 'wait_for_database_sec' in worker.log() or not worker.is_running(), 30)
+        assert worker.is_running(), worker.log(3000)
+        proxy.heal()
+        worker.wait_ready()
+        cluster.send('keyed', 1)
+        cluster.finish()
+
+
+@_ON_PROCESSES
+@pytest.mark.parametrize('how', [Mode.REFUSE, Mode.HOLD], ids=['refused', 'held'])
+def test_a_worker_cut_off_from_the_broker_alone_gives_its_keys_to_the_others(
+    setup: Setup, make_cluster: MakeCluster, how: Mode,
+) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port))
+        cluster.start('beta')
+        proxy.switch(how)
+        if how is Mode.REFUSE:
+            proxy.reset()
+        for n in range(20):
+            cluster.send('body', n, routed=True)
+        cluster.wait_ended([f'b:{n}' for n in range(20)], 40)
+        assert {note.node for note in cluster.notes.of('end')} == {'beta@test'}
+        assert _state(cluster, 'alpha') == 'draining'
+        assert 'gives its keys away' in cluster['alpha'].log()
+        proxy.heal()
+        if how is Mode.HOLD:
+            proxy.reset()
+        eventually(lambda: _state(cluster, 'alpha') == 'active', 60)
+        cluster.settle()
+        assert 'alpha@test' in cluster.ledger.owned()
+        for n in range(20, 40):
+            cluster.send('body', n, routed=True)
+        cluster.finish()
+
+
+@_ON_REDIS
+def test_the_last_worker_keeps_its_keys_while_the_broker_is_away(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port)).wait_ready()
+        cluster.settle()
+        version = query(cluster.place.config, 'SELECT version FROM {}cluster')
+        proxy.switch(Mode.REFUSE)
+        proxy.reset()
+        eventually(lambda: 'Trying again' in cluster['alpha'].log() or 'Cannot connect' in cluster['alpha'].log(), 20)
+        eventually(lambda: 'has taken no messages' in cluster['alpha'].log(), 30)
+        proxy.heal()
+        cluster.send('body', 1)
+        cluster.finish()
+        assert query(cluster.place.config, 'SELECT version FROM {}cluster') == version
+
+
+@pytest.mark.parametrize('setup', setups('single', framework='celery', brokers=('redis',)), ids=str)
+def test_a_solo_worker_at_work_keeps_its_keys(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('alpha', 'beta')
+    before = query(cluster.place.config, 'SELECT version FROM {}cluster')
+    for n in range(4):
+        cluster.send('body', n, 6.0, routed=True)
+    cluster.finish()
+    assert query(cluster.place.config, 'SELECT version FROM {}cluster') == before
+    assert not [worker for worker in cluster.workers.values() if 'has taken no messages' in worker.log()]
+
+
+@contextlib.contextmanager
+def _alarm(server: RabbitServer) -> Iterator[None]:
+    """RabbitMQ believes that it is short of memory."""
+    def limit(value: str) -> None:
+        done = subprocess.run(
+            [str(_CTL), '-n', f'jobsync{server.port}@localhost', 'set_vm_memory_high_watermark', *value.split()],
+            env=server.environment(), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    limit('0.00001')
+    try:
+        yield
+    finally:
+        limit('absolute 2GB')
+
+
+@_ON_RABBIT
+def test_a_memory_alarm_of_rabbitmq_does_not_stop_a_worker(setup: Setup, make_cluster: MakeCluster) -> None:
+    """What it owns runs while what belongs to others waits, and nobody waits once for each message."""
+    if not _CTL.exists():
+        pytest.skip(f'no {_CTL}')
+    cluster = make_cluster(setup, STEADY)
+    server = cast(RabbitServer, cluster.place.server)
+    cluster.start('alpha', 'beta', concurrency=1)
+    numbers = cluster.numbers('alpha', 8, task='body')
+    for n in numbers:
+        cluster.send('body', n, 1.0, routed=True)
+    cluster.wait_started([f'b:{numbers[0]}'])
+    with _alarm(server):
+        # What is in its queue belongs to the other one now, and cannot be passed on.
+        _drain(cluster, 'alpha', True)
+        eventually(lambda: 'did not take a message in time' in cluster['alpha'].log(), 40)
+        _drain(cluster, 'alpha', False)
+        since = moment()
+        cluster.wait_ended([f'b:{n}' for n in numbers], 15)
+        assert moment() - since < 15
+        assert cluster['alpha'].log().count('did not take a message in time') == 1
+    eventually(lambda: 'the broker takes messages again' in cluster['alpha'].log(), 30)
+    for n in range(10):
+        cluster.send('keyed', n)
+    cluster.finish()
+
+
+def _drain(cluster: Cluster, name: str, drains: bool) -> None:
+    with contextlib.closing(psycopg2.connect(cluster.adapter.order.database)) as connection:
+        status.set_drain(connection, Tables.of(cluster.place.config), f'{name}@test', drains)
+        connection.commit()
