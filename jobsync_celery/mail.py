@@ -26,6 +26,7 @@ from jobsync_core.mail import Letter
 from jobsync_core.routing import HOME, HOPS, KEY, mark_key, node_queue, parked_queue, unknown_queue
 
 from .circuit import Circuit
+from .declaring import declare_exchange, declare_queue
 from .incoming import read_delivery
 from .parts import HAND_OVER, missing
 
@@ -352,16 +353,32 @@ class CeleryMail:
 
     def declare(self, queue: str) -> None:
         """Make a node's queue, the exchange it hangs on, and the parked queue."""
-        appname = self._plugin.settings.config.appname
-        with self._plugin.app.connection_for_write() as connection:
-            channel = connection.default_channel
-            parked: Any = node_queue_of(self._plugin, parked_queue(appname))
-            if self._plugin.driver == 'amqp':
-                stray = Exchange(f'jobsync.{appname}.unrouted', type='fanout', durable=True)
-                Queue(parked.name, stray, durable=True, queue_arguments=parked.queue_arguments)(channel).declare()
-            parked(channel).declare()
-            node_queue_of(self._plugin, unknown_queue(appname))(channel).declare()
-            node_queue_of(self._plugin, queue)(channel).declare()
+        appname, plugin = self._plugin.settings.config.appname, self._plugin
+        parked: Any
+        parked, unknown, own = (node_queue_of(plugin, name) for name in (parked_queue(appname), unknown_queue(appname), queue))
+        with plugin.app.connection_for_write() as connection:
+            if plugin.driver != 'amqp':
+                for each in (parked, unknown, own):
+                    each(connection.default_channel).declare()
+                return
+            stray = Exchange(f'jobsync.{appname}.unrouted', type='fanout', durable=True)
+            for exchange in (stray, exchange_of(plugin)):
+                declare_exchange(connection, exchange)
+            # The shared ones are never deleted: what comes just then would be lost. Their arguments mean little.
+            declare_queue(connection, Queue(parked.name, stray, durable=True, queue_arguments=parked.queue_arguments))
+            for each in (parked, unknown):
+                declare_queue(connection, each)
+            mine = plugin.app.amqp.queues.get(queue)
+            if not declare_queue(connection, own, lambda: self._park_all(queue, parked.name)) and mine is not None:
+                mine.no_declare = True  # its consumer would end the worker
+
+    def _park_all(self, queue: str, parked: str) -> None:
+        """Move a queue's messages to the parked ones; no more than there are at first."""
+        for _ in range(self.size(queue)):
+            letter = self.take(queue)
+            if letter is None:
+                return
+            letter.forward(parked)
 
     def address_of(self, message: Any) -> tuple[str | None, str]:
         """The route of a message, made from its arguments where its task is known here, and its home queue.

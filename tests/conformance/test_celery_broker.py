@@ -183,3 +183,37 @@ def _drain(cluster: Cluster, name: str, drains: bool) -> None:
     with contextlib.closing(psycopg2.connect(cluster.adapter.order.database)) as connection:
         status.set_drain(connection, Tables.of(cluster.place.config), f'{name}@test', drains)
         connection.commit()
+
+
+@_ON_RABBIT
+def test_queues_with_other_arguments_than_configured_are_made_anew_or_used_as_they_are(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server, space = cast(RabbitServer, cluster.place.server), cluster.place.space
+    late = {'task_acks_late': True, 'task_reject_on_worker_lost': True}
+    cluster.launch('alpha', conf=late, pause=60).wait_ready()
+    cluster.settle()
+    for n in range(20):
+        cluster.send('routed', n, routed=True)
+    eventually(lambda: server.depths(space).get('jobsync.sync_.alpha@test', 0) > 0)
+    cluster['alpha'].crash()
+    server.api('DELETE', f'queues/{space}/celery')  # Celery's own queue is the user's to delete, with the plugin and without
+    for _ in range(2):
+        worker = cluster.launch('alpha', conf={**late, 'task_queue_max_priority': 10}).wait_ready()
+        cluster.wait_ended([f'r:{n}' for n in range(20)])
+        arguments = {item['name']: item['arguments'] for item in server.api('GET', f'queues/{space}')}
+        assert arguments['jobsync.sync_.alpha@test'] == {'x-max-priority': 10}
+        assert arguments['jobsync.sync_.parked'] == {}
+        log = worker.log()
+        assert 'jobsync.sync_.parked has other arguments' in log and 'evacuate' in log
+        assert worker.stop() == 0
+    assert cluster['alpha'].log().count('was made anew') == 0
+
+
+@_ON_RABBIT
+def test_an_exchange_of_another_kind_is_named_with_the_remedy(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server, space = cast(RabbitServer, cluster.place.server), cluster.place.space
+    server.api('PUT', f'exchanges/{space}/jobsync.sync_', {'type': 'topic', 'durable': True})
+    worker = cluster.launch('alpha')
+    assert worker.wait(40) == 1
+    assert "the exchange 'jobsync.sync_'" in worker.log() and 'delete the exchange' in worker.log(), worker.log(3000)
