@@ -3,3 +3,5 @@
 ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS broker text;
 ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS place text;
 ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS application text;
+
+UPDATE {cluster} SET schema_version = 12 WHERE schema_version < 12;
