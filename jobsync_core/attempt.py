@@ -136,6 +136,8 @@ class Attempt:
         if self._ledger is not None:
             self._gone = True
             self.failure = None  # whose traceback holds the frame that holds this
+            if self.unsettled.execution is not None:
+                self.unsettled.execution._ended = True
             self._ledger.leave(self)
 
     def hand_over(self) -> Execution:
@@ -155,9 +157,9 @@ class Attempt:
         await asyncio.shield(asyncio.to_thread(self._in_thread, self.settle))
 
     def _in_thread(self, action: Callable[[], Any]) -> Any:
-        self.unsettled.busy = True
         try:
             try:
+                self.unsettled.busy = True
                 if self._gone:
                     raise NotEntered(f'nobody waits for {self.key!r} any more')
                 return action()

@@ -106,6 +106,7 @@ class Execution:
         self._pid = os.getpid()
         self._completed = False
         self._foreign = False
+        self._ended = False
         self._result: Any = None
         self._encoded: str | None = None
         self._recorded: str | None = None
@@ -281,6 +282,6 @@ def current_execution() -> Execution:
         NotEntered: Nothing of the kind is running in this context.
     """
     execution = running.get()
-    if execution is None:
+    if execution is None or execution._ended:
         raise NotEntered('no execution is running here: call this inside of an @exactly_once function or a job.once() block')
     return execution

@@ -556,7 +556,8 @@ class Job:
             'token_version': self.token_version, 'total_tokens': self.config.total_tokens,
             'last_heartbeat': self._agent.last_beat, 'lease_remaining_sec': max(0.0, self._claims.deadline - clock.now()),
             'evictions': self._protocol.evictions, 'callback_failures': self._callbacks.failures,
-            'callbacks_slow': self._callbacks.slow, 'recent_events': list(self._agent.events),
+            'callbacks_slow': self._callbacks.slow, 'executions_unsettled': self._ledger.unsettled,
+            'recent_events': list(self._agent.events),
         }
 
     def _check_entered(self) -> None:

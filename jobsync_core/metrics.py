@@ -18,6 +18,7 @@ _GAUGES = (
     ('total_tokens', 'jobsync_total_tokens', 'Tokens of the cluster'),
     ('token_version', 'jobsync_token_version', 'Version of the assignment that this node has seen'),
     ('lease_remaining_sec', 'jobsync_lease_remaining_seconds', 'Time until the lease runs out unless a heartbeat extends it'),
+    ('executions_unsettled', 'jobsync_executions_unsettled', 'Executions of this process whose end the database has not recorded yet'),
 )
 _COUNTERS = (
     ('evictions', 'jobsync_evictions', 'Times that this node was taken for dead and came back'),

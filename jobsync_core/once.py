@@ -85,11 +85,16 @@ class _Block(AbstractContextManager[Execution]):
             self._attempt.leave()
             raise
 
+    def _restore(self) -> None:
+        # A generator around the block may be thrown away while another attempt is running in this context.
+        if running.get() is self._attempt.unsettled.execution:
+            running.set(self._before)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         attempt = self._attempt
         try:
             try:
-                running.set(self._before)
+                self._restore()
                 if error is None:
                     attempt.succeed()
                     attempt.settle()
@@ -338,13 +343,17 @@ def _wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callable[...
             try:
                 return _run(options, attempt, lambda: function(*args, **kwargs))
             finally:
-                attempt.leave()
-                running.set(before)
+                _let_go(attempt, before)
         finally:
-            attempt.leave()
-            running.set(before)
+            _let_go(attempt, before)
 
     return run
+
+
+def _let_go(attempt: Attempt, before: Execution | None) -> None:
+    attempt.leave()
+    if running.get() is attempt.unsettled.execution:
+        running.set(before)
 
 
 def _run(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Any]) -> Any:
@@ -388,11 +397,9 @@ def _async_wrapper(function: Callable[..., Any], options: ExactlyOnce) -> Callab
             try:
                 return await _run_async(options, attempt, lambda: function(*args, **kwargs))
             finally:
-                attempt.leave()
-                running.set(before)
+                _let_go(attempt, before)
         finally:
-            attempt.leave()
-            running.set(before)
+            _let_go(attempt, before)
 
     return run
 

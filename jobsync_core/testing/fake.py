@@ -359,5 +359,5 @@ class FakeJob(Job):
             'is_leader': self.am_i_leader(), 'healthy': self.am_i_healthy(), 'my_tokens': len(self.my_tokens),
             'token_version': self._version, 'total_tokens': self._total_tokens, 'last_heartbeat': None,
             'lease_remaining_sec': 60.0 if self._leased else 0.0, 'evictions': 0, 'callback_failures': 0, 'callbacks_slow': 0,
-            'recent_events': [],
+            'executions_unsettled': 0, 'recent_events': [],
         }
