@@ -8,8 +8,8 @@ from dramatiq.common import q_name, xq_name
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.evacuation import Evacuable
 from jobsync_core.incoming import Refused, read_stamps
-from jobsync_core.mail import Mail
 from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Hold(Protocol):
         """Give back what waits, and what was taken and not handed out; end."""
 
 
-class BrokerMail(Mail, Protocol):
+class BrokerMail(Evacuable, Protocol):
     """A broker, for one process.
 
     Attributes:
@@ -95,6 +95,9 @@ class BrokerMail(Mail, Protocol):
 
         Raises whatever the broker's client raises: then the copy may be there, or not.
         """
+
+    def begin_evacuation(self) -> None:
+        """This process is no worker, and is about to evacuate."""
 
     def tidy(self) -> None:
         """Called at least once a second by the keeper: do again what failed."""

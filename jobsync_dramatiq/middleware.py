@@ -1,6 +1,7 @@
 """JobSync: the middleware that makes a broker's worker processes nodes of a cluster."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from .gate import GatedConsumer, WatchedConsumer, WorkerGate
 from .groups import mark_members, unmark_members
 from .in_memory import InMemory, is_in_memory
 from .mail import BrokerMail, mail_of
+from .notes import is_quiet
 from .once import processing
 from .process import OrphanWatch, new_node_name, process_number
 
@@ -284,7 +286,11 @@ class JobSync(Middleware):
         last = _Last(shared)
         broker.middleware.append(last)
 
+        quiet = _QuietSkips()
+        logging.getLogger('dramatiq.worker.WorkerThread').addFilter(quiet)
+
         def detach() -> None:
+            logging.getLogger('dramatiq.worker.WorkerThread').removeFilter(quiet)
             broker.emit_before, broker.emit_after = before, after
             unmark_members(broker)
             broker.middleware.remove(last)
@@ -365,6 +371,18 @@ class JobSync(Middleware):
 
     # --- operating ---
 
+    def evacuable(self) -> BrokerMail:
+        """The broker, for `jobsync evacuate --app MODULE:NAME`, where that is this object. Its actors are declared by then.
+
+        Raises:
+            ConfigurationError: The broker is neither of Redis nor of RabbitMQ, or there is none.
+        """
+        if self._broker is None:
+            raise ConfigurationError('this JobSync has no broker with actors: name the module that declares them')
+        mail = self._post()
+        mail.begin_evacuation()
+        return mail
+
     def local_status(self) -> dict[str, Any]:
         """The node as it sees itself, as plain values."""
         if self.job is None:
@@ -400,6 +418,13 @@ class JobSync(Middleware):
         if self._http is not None:
             self._http.close()
             self._http = None
+
+
+class _QuietSkips(logging.Filter):
+    """Leaves out Dramatiq's own line for each message that comes back or goes back: ours says so, once for a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and any(is_quiet(item) for item in record.args))
 
 
 class _Last(Middleware):

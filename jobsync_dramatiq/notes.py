@@ -9,7 +9,7 @@ from dramatiq.middleware import SkipMessage
 if TYPE_CHECKING:
     from .mail import Hold
 
-__all__ = ['Note', 'give_back', 'note_of']
+__all__ = ['Note', 'give_back', 'is_quiet', 'note_of', 'skip']
 
 
 @dataclass
@@ -50,6 +50,17 @@ def note_of(message: Any) -> Note | None:
 def give_back(message: Any, note: Note) -> SkipMessage:
     """Have the message go back to its queue instead of being acknowledged; raise what this returns."""
     note.give_back = True
+    return skip(message, 'jobsync: the message goes back')
+
+
+def skip(message: Any, reason: str) -> SkipMessage:
+    """End this delivery of a message, without a result and without Dramatiq's line in the log; raise what this returns."""
     # A skipped message would get the result None, for which a group may wait.
     message.options['store_results'] = False
-    return SkipMessage('jobsync: the message goes back')
+    vars(message)['jobsync_quiet'] = True
+    return SkipMessage(reason)
+
+
+def is_quiet(item: object) -> bool:
+    """Whether this is a message whose delivery was ended by `skip`."""
+    return bool(getattr(item, '__dict__', {}).get('jobsync_quiet'))

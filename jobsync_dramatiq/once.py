@@ -10,25 +10,28 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dramatiq import GenericActor
-from dramatiq.middleware import SkipMessage
 
+from jobsync_core import clock
 from jobsync_core.adapter import MessageOnce, once_of
 from jobsync_core.current_ledger import LocalLedger, message_ledger
-from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
+from jobsync_core.incoming import read_stamps
 from jobsync_core.ledger import Ledger
-from jobsync_core.logs import get_logger
+from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.once import ExactlyOnce
+from jobsync_core.routing import WAITS
 
 from .groups import forget_group, was_counted
 from .in_memory import ledger_in_memory
-from .notes import give_back, note_of
+from .notes import give_back, note_of, skip
 
 __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
 logger = get_logger(__name__)
 
-#: Milliseconds until a message comes back that could not run.
-_COME_BACK_MS = 1000
+#: Milliseconds until a message comes back that could not run; twice as many each time that its key is still running, up to the most.
+_COME_BACK_MS, _MOST_COME_BACK_MS = 1000, 60_000
+_repeats = Repeats()
 
 #: The broker and the message that this thread, or task, works on.
 processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar('jobsync_processing', default=None)
@@ -65,16 +68,21 @@ class _DramatiqOnce(MessageOnce):
         broker, message = _current()
         note = note_of(message)
         if note is None or not note.sent_on:  # else it is back already
-            logger.info('actor=%s id=%s comes back in %d ms: %s', message.actor_name, message.message_id, _COME_BACK_MS, error)
+            delay, options = _COME_BACK_MS, {}
+            if isinstance(error, ExecutionRunning):
+                waits = read_stamps(message.options).waits
+                delay, options = min(_COME_BACK_MS * 2 ** min(waits, 20), _MOST_COME_BACK_MS), {WAITS: waits + 1}
+            more = _repeats.say((message.actor_name, type(error), getattr(error, 'key', None)), clock.now())
+            if more is not None:
+                logger.info('actor=%s id=%s comes back in %d ms: %s%s', message.actor_name, message.message_id, delay, error, more)
             try:
-                broker.enqueue(message.copy(), delay=_COME_BACK_MS)
+                broker.enqueue(message.copy(options=options), delay=delay)
             except Exception as trouble:
                 if note is None:
                     raise
                 logger.warning('id=%s cannot be sent now, and goes back: %r', message.message_id, trouble)
                 raise give_back(message, note) from error
-        message.options['store_results'] = False
-        raise SkipMessage('jobsync: the message comes back later') from error
+        raise skip(message, 'jobsync: the message comes back later') from error
 
 
 def _current() -> tuple[Any, Any]:

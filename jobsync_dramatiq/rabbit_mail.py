@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class RabbitMail:
     """
 
     catches_strays = True
+    kind = 'dramatiq'
     actors: Actors | None = None
 
     def __init__(self, broker: Any, config: CoordinationConfig) -> None:
@@ -189,6 +190,19 @@ class RabbitMail:
             if not isinstance(message, Refused):
                 return _Letter(self, channel, method.delivery_tag, message)
             self.set_aside(channel, queue, method.delivery_tag, message.reason)
+
+    def begin_evacuation(self) -> None:
+        """See BrokerMail: a message is acknowledged when its copy is confirmed."""
+        self.broker.confirm_delivery = True
+        del self.broker.connection
+
+    def places(self) -> Iterable[str]:
+        """See Evacuable: AMQP cannot list queues; the table knows them."""
+        return ()
+
+    def close(self) -> None:
+        """See Evacuable."""
+        self.broker.close()
 
     def delete(self, queue: str) -> bool:
         """See Mail."""

@@ -6,14 +6,18 @@ the node's name, and the names of the queues stand in a set beside the node's qu
 from __future__ import annotations
 
 import copy
+import os
 import random
+import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
 from dramatiq.common import current_millis, xq_name
+from dramatiq.errors import ConnectionClosed
+from redis.exceptions import RedisError
 
 from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
@@ -34,6 +38,9 @@ logger = get_logger(__name__)
 
 #: What `maintenance_chance` counts in.
 _MILLION = 1_000_000
+
+#: What stands beside a queue.
+_ENDINGS = re.compile(r'\.(msgs|sources)$')
 
 # KEYS: what this process has taken from the queue, the queue, the signs of life; ARGV: the time, the process, how many.
 # As Dramatiq's own, with the ids: what a message says of itself may be wrong, or unreadable.
@@ -126,6 +133,7 @@ class RedisMail:
     """
 
     catches_strays = False
+    kind = 'dramatiq'
     actors: Actors | None = None
 
     def __init__(self, broker: Any, appname: str) -> None:
@@ -173,11 +181,14 @@ class RedisMail:
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """See BrokerMail."""
         self._sources.discard(queue)  # Redis may have been restarted with nothing in it
-        self._note_source(queue)
         if queue.endswith('.DQ'):
             # The worker forgets what waited for its time when a consumer breaks; nobody else holds any of it.
             self.in_hand.pop(queue, None)
-        self.reclaim(queue)
+        try:
+            self._note_source(queue)
+            self.reclaim(queue)
+        except (RedisError, OSError) as error:
+            raise ConnectionClosed(error) from error
         return RedisHold(self, queue, prefetch, timeout)
 
     def fetch(self, queue: str, number: int) -> list[tuple[str, bytes]]:
@@ -323,6 +334,22 @@ class RedisMail:
             space = self.broker.namespace
             self._forget_source(keys=[f'{space}:{self._queue}.sources', self._keys(queue)[0]], args=[queue])
             self._sources.discard(queue)
+
+    def begin_evacuation(self) -> None:
+        """See BrokerMail. Under a name like a node's: what is in hand when this is interrupted is found by the next one."""
+        name = f'evacuation-{os.getpid()}'
+        self.join(name, node_queue(self._appname, name))
+
+    def places(self) -> Iterable[str]:
+        """See Evacuable: there may be some that no table knows of."""
+        start = f'{self.broker.namespace}:{node_queue(self._appname, "")}'
+        pattern = re.sub(r'([*?\[\]\\])', r'\\\1', start) + '*'
+        found = (_text(key) for key in self.broker.client.scan_iter(match=pattern, count=1000))
+        return sorted({_ENDINGS.sub('', key[len(self.broker.namespace) + 1:]) for key in found if '.XQ' not in key})
+
+    def close(self) -> None:
+        """See Evacuable."""
+        self.broker.client.close()
 
     def delete(self, queue: str) -> bool:
         """See Mail."""

@@ -1,6 +1,7 @@
 """`exactly_once` in a worker's place: what Dramatiq is told of duplicates, of running keys, and of a ledger out of reach."""
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,36 @@ class TestComingBack:
         [(again, delay)] = bench.sent
         assert (again.message_id, delay, message.options['store_results']) == (message.message_id, 1000, False)
         assert 'store_results' not in again.options
+
+    def test_it_waits_longer_each_time_that_its_key_is_still_running_and_one_line_says_so(
+        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        error = ExecutionRunning('it runs')
+        error.key = f'd:{uuid.uuid4()}'
+        ledger.begin_error = error
+        message, delays = delivered(actor.message(3)), list[int | None]()
+        with caplog.at_level('INFO'):
+            for _ in range(9):
+                with pytest.raises(SkipMessage):
+                    bench.run(actor, message)
+                (again, delay), = bench.sent
+                bench.sent.clear()
+                delays.append(delay)
+                message = delivered(again)
+        assert delays == [1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000, 60000]
+        assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) == 1
+
+    @pytest.mark.parametrize('waits', ['x', -3, [], 10**9, 10**40, True, None, float('nan')])
+    def test_whatever_the_message_says_of_its_waits(self, ledger: FakeLedger, waits: Any) -> None:
+        bench = Bench()
+        actor = bench.actor()
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(SkipMessage):
+            bench.run(actor, delivered(actor.message_with_options(args=(3,), jobsync_waits=waits)))
+        [(_, delay)] = bench.sent
+        assert delay in (1000, 60_000)
 
     @pytest.mark.parametrize('error', [Fenced(), DatabaseUnavailable()])
     def test_so_does_what_ran_and_is_not_recorded(self, ledger: FakeLedger, error: Any) -> None:

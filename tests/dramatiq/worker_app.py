@@ -50,7 +50,7 @@ def note(text: object) -> None:
 
 @dramatiq.actor(max_retries=0)
 @exactly_once(key='k:{n}')
-def keyed(n: int) -> int:
+def keyed(n: Any) -> Any:
     note(f'keyed:{n}')
     return n * 2
 
@@ -77,6 +77,12 @@ def flaky(n: int) -> int:
 @exactly_once(key='a:{x}:{y}')
 def add(x: int, y: int) -> int:
     return x + y
+
+
+@dramatiq.actor(max_retries=0)
+def long(seconds: float) -> None:
+    note('long')
+    time.sleep(seconds)
 
 
 @dramatiq.actor(max_retries=0)

@@ -199,7 +199,8 @@ class TestNode:
         counts = {'received': 5, 'forwarded': 2}
         with Job('n1', config, wait_on_enter=0) as job:
             server = serve(
-                lambda: {'lease': job.am_i_healthy(), 'consuming': True, 'node': job.node_name}, node_metrics(job, lambda: counts))
+                lambda: {'lease': job.am_i_healthy(), 'consuming': job.am_i_healthy(), 'node': job.node_name},
+                node_metrics(job, lambda: counts))
             assert ask(server, '/health/ready').json == {'status': 'ready', 'lease': True, 'consuming': True, 'node': 'n1'}
             counts['received'] += 1
             samples = {
