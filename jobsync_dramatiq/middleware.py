@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dramatiq.errors import BrokerError, ConnectionClosed
+from dramatiq.logging import get_logger as logger_of
 from dramatiq.middleware import Middleware, Retries
 from dramatiq.threading import is_gevent_active
 
@@ -286,11 +287,11 @@ class JobSync(Middleware):
         last = _Last(shared)
         broker.middleware.append(last)
 
-        quiet = _QuietSkips()
-        logging.getLogger('dramatiq.worker.WorkerThread').addFilter(quiet)
+        quiet, theirs = _QuietSkips(), logger_of('dramatiq.worker', 'WorkerThread')
+        theirs.addFilter(quiet)
 
         def detach() -> None:
-            logging.getLogger('dramatiq.worker.WorkerThread').removeFilter(quiet)
+            theirs.removeFilter(quiet)
             broker.emit_before, broker.emit_after = before, after
             unmark_members(broker)
             broker.middleware.remove(last)

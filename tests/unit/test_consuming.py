@@ -23,13 +23,16 @@ class Node:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.healthy, self.state = True, 'active'
+        self.healthy, self.state, self.other = True, 'active', 'active'
 
     def am_i_healthy(self) -> bool:
         return self.healthy
 
     def local_status(self) -> dict[str, Any]:
         return {'state': self.state}
+
+    def get_active_nodes(self) -> list[dict[str, Any]]:
+        return [{'name': 'n1', 'state': self.state}, {'name': 'n2', 'state': self.other}]
 
     def drain(self, timeout: float) -> None:
         self.log.append('drain')
@@ -118,3 +121,12 @@ class TestSelfDrain:
         silence[0] = 0.0
         made.look()
         assert node.log == []
+
+    def test_the_last_one_keeps_its_keys(self, node: Node) -> None:
+        node.other = 'draining'
+        made = self.drain(node, [99.0])
+        made.look()
+        assert (node.log, made.drained) == ([], False)
+        node.other = 'active'
+        made.look()
+        assert node.log == ['drain']
