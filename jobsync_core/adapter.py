@@ -92,6 +92,8 @@ class CoordinatedTasks:
         everything = self._settings.coordinate == 'all' and not task.internal
         if task.once is None and task.key is None and pin is None and not everything:
             return None
+        if task.once is not None:
+            task.once.adopt(name)
         return Coordination(name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare)
 
 
@@ -115,7 +117,7 @@ class MessageOnce(ABC):
             on_running: What becomes of a message whose key is running: 'requeue' brings it back, 'skip' returns None, 'raise'
                 raises ExecutionRunning.
             store_result: Store what the function returns, as JSON.
-            scope: What keys begin with; default: the function's qualified name.
+            scope: What keys begin with; default: the task's (the actor's) name.
 
         Raises:
             ConfigurationError: An option cannot work.
@@ -124,7 +126,7 @@ class MessageOnce(ABC):
         decorate = core.exactly_once(
             *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result,
             scope=scope, default_key=lambda: self.message_id() if self._is_own(made[0]) else None, refuse=self._refuse, ledger=self.ledger,
-            completes=self.completes, check_result=self.check_result)
+            completes=self.completes, check_result=self.check_result, named_later=True)
 
         def remember(function: F) -> F:
             wrapper = decorate(function)

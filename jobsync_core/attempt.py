@@ -74,6 +74,7 @@ class Attempt:
         ledger: Where it is recorded.
         key: The key.
         retention_sec: Seconds for which its completion is remembered.
+        former: Prefixes and keys under which earlier versions recorded the same call.
 
     Attributes:
         unsettled: What is left to do about it.
@@ -82,8 +83,11 @@ class Attempt:
 
     _ledger: Ledger | LocalLedger | None = None  # for a finalizer that comes before __init__ is done
 
-    def __init__(self, ledger: Ledger | LocalLedger, key: str, retention_sec: float) -> None:
+    def __init__(
+        self, ledger: Ledger | LocalLedger, key: str, retention_sec: float, former: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self.unsettled = Unsettled(key, retention_sec)
+        self.former = former
         self.failure: BaseException | None = None
         self._gone = False
         self._ledger = ledger

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from . import clock
 from .attempt import Attempt, Unsettled
 from .errors import (
     ClaimLost,
@@ -55,6 +56,9 @@ __all__ = [
 
 logger = get_logger(__name__)
 
+#: Seconds until it is looked again whether there are keys under a prefix of an earlier version.
+_PREFIX_SEC = 60.0
+
 
 @dataclasses.dataclass(eq=False)
 class _Local:
@@ -90,6 +94,7 @@ class Ledger:
         self._incarnation = incarnation
         self.has_lease = has_lease
         self._locals: dict[int, _Local] = {}
+        self._prefixes: dict[str, tuple[float, bool]] = {}
 
     @property
     def incarnation(self) -> str:
@@ -119,6 +124,8 @@ class Ledger:
             if last.busy or not self._record_end(last):
                 raise _running(key)
             settling.forget(last)
+        if attempt.former:
+            self._check_former(key, attempt.former)
         mine.holder = holder = Holder(self._node, self._incarnation(), here.process)
         mine.sent = True
         try:
@@ -219,6 +226,29 @@ class Ledger:
         self._transactions.close()
 
     # --- inside ---
+
+    def _check_former(self, key: str, former: tuple[tuple[str, str], ...]) -> None:
+        """Look for the key under the names that it had before: what is complete stays complete.
+
+        Nothing is asked for again within a minute under a prefix that no key has any more.
+        """
+        now = clock.now()
+        wanted = []
+        for prefix, text in former:
+            known = self._prefixes.get(prefix)
+            if prefix and (known is None or now - known[0] > _PREFIX_SEC):
+                known = self._prefixes[prefix] = now, self._calls.has_prefix(prefix)
+            if not prefix or (known is not None and known[1]):
+                wanted.append(text)
+        row = self._calls.find(wanted) if wanted else None
+        if row is None:
+            return
+        state, result = row
+        if state != 'done':
+            raise _running(key)
+        duplicate = DuplicateExecution(f'the key {key!r} was already completed')
+        duplicate.key, duplicate.result = key, decode_result(result)
+        raise duplicate
 
     def _here(self) -> _Local:
         pid = os.getpid()

@@ -57,6 +57,14 @@ class LedgerCalls:
         """Take the key, if it can be taken."""
         return self._grouped(self._begins, self._begin_one, self._begin_many).carry((key, holder))
 
+    def has_prefix(self, prefix: str) -> bool:
+        """See executions.has_prefix."""
+        return self._call(lambda connection: executions.has_prefix(connection, self._tables, prefix))
+
+    def find(self, keys: Sequence[str]) -> tuple[str, str] | None:
+        """See executions.find."""
+        return self._call(lambda connection: executions.find(connection, self._tables, keys))
+
     def finish(self, completion: Completion) -> bool:
         """Record a completion; False where another attempt holds the key. A result that the database refuses is left out."""
         return self._grouped(self._finishes, self._finish_one, self._finish_many).carry(completion)

@@ -4,9 +4,8 @@ from __future__ import annotations
 import datetime
 import functools
 import inspect
-import string
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,10 +23,11 @@ from .errors import (
     JobSyncError,
 )
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
+from .keys import Keys, escape, is_ambiguous, key_maker
 from .ledger import Ledger
 from .logs import get_logger
 
-__all__ = ['ExactlyOnce', 'exactly_once', 'key_maker', 'once']
+__all__ = ['ExactlyOnce', 'exactly_once', 'once']
 
 logger = get_logger(__name__)
 
@@ -119,6 +119,7 @@ class ExactlyOnce:
         on_running: 'requeue', 'skip' or 'raise'.
         store_result: Whether results are stored.
         scope: What keys begin with; None is the function's qualified name, '' nothing.
+        named_later: A framework gives the function a name, which is the scope then: see `adopt`.
         default_key: Gives the key where `key` is None: the id of the message that is being processed.
         refuse: Called with these options, an error and whether the function ran, instead of raising the error.
         ledger: Gives the ledger of a call.
@@ -135,6 +136,7 @@ class ExactlyOnce:
         refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
         ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
         completes: Callable[[Execution, BaseException], bool] | None = None, check_result: Callable[[Any], object] | None = None,
+        named_later: bool = False,
     ) -> None:
         self.name = _check_function(function)
         self.retention_sec = retention_seconds(retention)
@@ -151,6 +153,8 @@ class ExactlyOnce:
         self.on_running = on_running
         self.store_result = store_result
         self.scope = self.name if scope is None else scope
+        self._is_scoped = scope is not None
+        self._task: str | None = None
         self.refuse = refuse
         self.ledger = ledger
         self.completes = completes
@@ -158,6 +162,11 @@ class ExactlyOnce:
         self.has_key = key is not None
         self._warned = False
         self._make = key_maker(key, function, self.name) if key is not None else self._default_maker(default_key)
+        if scope is None and key is not None and not named_later and is_ambiguous(self.name):
+            raise ConfigurationError(
+                f'@exactly_once on {self.name}: another function can have this name, and the two would share their keys and results; '
+                "give a scope that no other has, @exactly_once(..., scope='billing.charge')")
+        self._set_scope(self.scope)
 
     def __repr__(self) -> str:
         return f'<ExactlyOnce {self.name}>'
@@ -169,19 +178,57 @@ class ExactlyOnce:
             ConfigurationError: The arguments make no key.
             TypeError: The function does not take these arguments.
         """
-        return check_key(self._make(args, kwargs))
+        return self._make(args, kwargs).key
 
     def ledger_key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The key of a call in the ledger: `key_of` behind the scope, so that two functions never share a key by accident."""
-        key = self.key_of(args, kwargs)
-        return check_key(f'{self.scope}:{key}') if self.scope else key
+        return self._scoped(self.key_of(args, kwargs))
 
-    def _default_maker(self, default_key: Callable[[], str | None] | None) -> Callable[[Sequence[Any], Mapping[str, Any]], object]:
+    def adopt(self, task: str) -> None:
+        """The function is what this task, or actor, runs: its name is the scope, unless the user gave one.
+
+        Keys that were completed under the function's own name, as before, stay known.
+
+        Raises:
+            ConfigurationError: Another task runs the same function, or the name does not tell functions apart.
+        """
+        if self._is_scoped or not self.has_key or self._task == task:
+            return
+        remedy = "give @exactly_once(..., scope='billing.charge'), a text that no other function has"
+        if self._task is not None:
+            raise ConfigurationError(
+                f'the tasks {self._task!r} and {task!r} run the same @exactly_once function {self.name}, and would share keys and results: '
+                f'give each a function of its own, or, if they shall share them, {remedy}')
+        if is_ambiguous(task):
+            raise ConfigurationError(
+                f'the task {task!r} can have the name of another one, of another script, with which it would share keys and results: '
+                f'name the task, or {remedy}')
+        self._task = task
+        self._set_scope(task)
+
+    def _set_scope(self, scope: str) -> None:
+        self.scope = scope
+        self._prefix = f'{escape(scope, ":")}:' if scope else ''
+        before = [f'{name}:' for name in ((scope,) if self._is_scoped else (scope, self.name)) if scope]
+        self._former_prefixes = tuple(dict.fromkeys(prefix for prefix in before if prefix != self._prefix))
+
+    def _scoped(self, key: str) -> str:
+        return check_key(self._prefix + key) if self._prefix else key
+
+    def _former_keys(self, keys: Keys) -> tuple[tuple[str, str], ...]:
+        """Where earlier versions recorded the same call: prefix and key."""
+        texts = (keys.key,) if keys.former is None else (keys.key, keys.former)
+        found = [(prefix, prefix + text) for prefix in self._former_prefixes for text in texts]
+        if keys.former is not None:
+            found.append(('', self._prefix + keys.former))
+        return tuple(found)
+
+    def _default_maker(self, default_key: Callable[[], str | None] | None) -> Callable[[Sequence[Any], Mapping[str, Any]], Keys]:
         if default_key is None:
             raise ConfigurationError(
                 f"{self.name} needs a key, as there is no message whose id could be one: @exactly_once(key='order:{{order_id}}')")
         source = default_key
-        return lambda args, kwargs: self._message_id(source)
+        return lambda args, kwargs: Keys(check_key(self._message_id(source)))
 
     def _message_id(self, source: Callable[[], str | None]) -> str:
         found = source()
@@ -211,7 +258,8 @@ class ExactlyOnce:
 
     def attempt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attempt:
         """The attempt of a call, which is not begun yet."""
-        return Attempt(self.ledger(), self.ledger_key_of(args, kwargs), self.retention_sec)
+        ledger, keys = self.ledger(), self._make(args, kwargs)
+        return Attempt(ledger, self._scoped(keys.key), self.retention_sec, self._former_keys(keys))
 
     def judge(self, attempt: Attempt, error: BaseException) -> _End:
         """Note how an attempt has ended whose function raised; returns what its call does after the end is recorded."""
@@ -283,6 +331,7 @@ def exactly_once(
     ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
     completes: Callable[[Execution, BaseException], bool] | None = None,
     check_result: Callable[[Any], object] | None = None,
+    named_later: bool = False,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster: `@exactly_once(key='order:{order_id}')`.
 
@@ -292,8 +341,9 @@ def exactly_once(
     Args:
         bare: Nothing: it is here to refuse `@exactly_once` without its options.
         key: A format string over the arguments, defaults included (`{order_id}`, `{order.id}`, `{0}` for the first one), or
-            a callable that takes the arguments and returns a string. It need not take the `self`
-            of a method or of a bound task.
+            a callable that takes the arguments and returns a string; it need not take the `self` of a method or of a bound task.
+            Of several fields the values are escaped where they contain what stands between them. Sets, dicts and floats (without
+            a format such as `{price:.2f}`) are refused.
         retention: For how long a completion is remembered: a timedelta, or seconds.
         on_duplicate: What a call with a completed key does: 'skip' returns None, 'result' the stored result, 'raise' raises
             DuplicateExecution.
@@ -302,13 +352,15 @@ def exactly_once(
         store_result: Store what the function returns, as JSON; it comes back equal, tuples as tuples. What is no JSON, or longer than
             1 MB, is not stored: a warning says so once, and duplicates get None.
         scope: What keys begin with. The default, the function's qualified name, keeps two functions apart that use the same key;
-            '' lets them share it.
+            '' lets them share it. Whoever renames or moves the function gives the old name here, or all of its keys are forgotten. It is
+            required where the name is not the function's alone: in a script (`__main__`), for a lambda, and within another function.
         default_key: For adapters: gives the id of the message that is being processed, for functions without `key`.
         refuse: For adapters: answers a call that cannot begin, or whose completion cannot be recorded (then its third
             argument is True), in place of an exception.
         ledger: For adapters: gives the ledger of the call.
         completes: For adapters: tells of an exception that ended the function whether the key is complete by it.
         check_result: For adapters: called with a result that the ledger does not store; what it raises fails the attempt.
+        named_later: For adapters: the function gets a name, which is its scope, from `ExactlyOnce.adopt`.
 
     Raises:
         ConfigurationError: At decoration: an option cannot work, the key names an argument that the function does not have, or the
@@ -320,7 +372,8 @@ def exactly_once(
 
     def decorate(function: F) -> F:
         options = ExactlyOnce(
-            function, key, retention, on_duplicate, on_running, store_result, scope, default_key, refuse, ledger, completes, check_result)
+            function, key, retention, on_duplicate, on_running, store_result, scope, default_key, refuse, ledger, completes, check_result,
+            named_later)
         wrapper = _async_wrapper(function, options) if _is_async(function) else _wrapper(function, options)
         with suppress(TypeError, ValueError):
             # For those who do not look through wrappers: Celery's check of a message's arguments, for example.
@@ -470,108 +523,3 @@ def _module_of(function: object) -> str:
     # `python -m proj.tasks` runs the same functions that others import as proj.tasks.
     spec = getattr(sys.modules.get('__main__'), '__spec__', None) if module == '__main__' else None
     return spec.name if spec is not None else module
-
-
-def key_maker(
-    key: str | Callable[..., str], function: Callable[..., Any], name: str,
-) -> Callable[[Sequence[Any], Mapping[str, Any]], object]:
-    """What makes the keys of calls: from a format string over the function's arguments, or a callable that takes them.
-
-    Raises:
-        ConfigurationError: It is neither, or names an argument that the function does not have.
-    """
-    if isinstance(key, str):
-        return _Format(key, function, name)
-    if not callable(key) or inspect.iscoroutinefunction(key):
-        raise ConfigurationError(f'key={key!r} of {name}: give a format string, or a callable that returns a string')
-    if not _takes_self(key, function):
-        return lambda args, kwargs: key(*args[1:], **kwargs)
-    return lambda args, kwargs: key(*args, **kwargs)
-
-
-def _takes_self(key: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """Whether a callable key wants all that a function gets; it need not take the `self` of a method or a bound task."""
-    try:
-        whole, given = (list(inspect.signature(item).parameters.values()) for item in (function, key))
-    except (TypeError, ValueError):
-        return True
-    if not whole or whole[0].name != 'self' or not given or given[0].name == 'self' or any(
-            item.kind is item.VAR_POSITIONAL for item in given):
-        return True
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    fewer = sum(item.kind in positional for item in given) < sum(item.kind in positional for item in whole)
-    return not fewer and given[0].name not in {item.name for item in whole}
-
-
-class _Format:
-    """Makes keys from a format string over the arguments of a function."""
-
-    def __init__(self, text: str, function: Callable[..., Any], name: str) -> None:
-        self._text = check_key(text)
-        self._name = name
-        try:
-            self._signature = inspect.signature(function)
-        except (TypeError, ValueError):
-            raise ConfigurationError(f'key={text!r} of {name}: its arguments are unknown; give a callable as key') from None
-        parameters = self._signature.parameters
-        self._order = list(parameters)
-        self._extra = next((item.name for item in parameters.values() if item.kind is item.VAR_KEYWORD), None)
-        self._formatter = _Formatter()
-        for field in self._fields(text):
-            self._check_field(field)
-
-    def _fields(self, text: str) -> Iterator[str]:
-        try:
-            parsed = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ConfigurationError(f'key={self._text!r} of {self._name} is no format string: {error}') from None
-        for _, field, spec, _ in parsed:
-            if field is not None:
-                yield field
-                yield from self._fields(spec or '')
-
-    def _check_field(self, field: str) -> None:
-        first = _first(field)
-        takes = f'it takes {", ".join(self._order) or "no arguments"}'
-        if first == '':
-            raise ConfigurationError(f'key={self._text!r} of {self._name} has an empty {{}}: name the argument; {takes}')
-        if first.isdecimal():
-            known = int(first) < len(self._order)
-        else:
-            known = first in self._order or self._extra is not None
-        if not known:
-            raise ConfigurationError(f'key={self._text!r} of {self._name} names {first!r}: {takes}')
-
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        values: dict[str, Any] = {**bound.arguments.get(self._extra or '', {}), **bound.arguments}
-        ordered = [bound.arguments[name] for name in self._order]
-        try:
-            return self._formatter.vformat(self._text, ordered, values)
-        except ConfigurationError as error:
-            raise ConfigurationError(f'key={self._text!r} of {self._name}: {error}') from None
-        except (LookupError, AttributeError, ValueError, TypeError) as error:
-            raise ConfigurationError(
-                f'key={self._text!r} of {self._name} does not fit the arguments: {type(error).__name__}: {error}') from error
-
-
-def _first(field: str) -> str:
-    for position, character in enumerate(field):
-        if character in '.[':
-            return field[:position]
-    return field
-
-
-class _Formatter(string.Formatter):
-    """Refuses values that would make one key of different calls, or different keys of equal ones."""
-
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        value, first = super().get_field(field_name, args, kwargs)
-        if value is None or value == '':
-            raise ConfigurationError(f'{field_name} is {value!r}: calls that lack it would all share one key')
-        kind = type(value)
-        if all(getattr(kind, name) is getattr(object, name) for name in ('__format__', '__str__', '__repr__')):
-            raise ConfigurationError(
-                f'{field_name} is a {kind.__name__}, whose text is its address in memory: name an attribute that identifies it')
-        return value, first

@@ -13,7 +13,8 @@ from typing import Any
 from .errors import ConfigurationError
 from .execution import check_key
 from .hashing import check_task_id, task_key
-from .once import ExactlyOnce, key_maker
+from .keys import key_maker
+from .once import ExactlyOnce
 from .patterns import check_patterns
 
 __all__ = [
@@ -153,7 +154,8 @@ class Coordination:
         self.pin = check_patterns(pin) if pin is not None else None
         self._slots = slots
         if key is not None:
-            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = key_maker(key, function, name)
+            make = key_maker(key, function, name)
+            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = lambda args, kwargs: make(args, kwargs).key
         else:
             self._make = once.key_of if once is not None and once.has_key else None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'Began', 'Completion', 'Holder', 'Row', 'Statement', 'Steps', 'add_result', 'begin', 'begin_many', 'begin_transaction', 'complete',
-    'finish', 'finish_many', 'is_same', 'release', 'settle', 'steps', 'stored', 'take_over',
+    'find', 'finish', 'finish_many', 'has_prefix', 'is_same', 'release', 'settle', 'steps', 'stored', 'take_over',
 ]
 
 
@@ -166,6 +166,15 @@ _IF_SAME = f"""
 
 _STORED = 'SELECT state, result FROM {execution} WHERE key = %s AND fence = %s'
 
+#: ';' comes after ':'.
+_HAS_PREFIX = 'SELECT EXISTS (SELECT FROM {execution} WHERE key >= %s AND key < %s)'
+_FIND = """
+SELECT e.state, e.result FROM {execution} AS e
+WHERE e.key = ANY(%s::text[]) AND CASE e.state
+    WHEN 'done' THEN e.expires_at IS NULL OR e.expires_at > now()
+    WHEN 'running' THEN EXISTS (SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
+    ELSE false END
+ORDER BY e.state LIMIT 1"""  # 'done' before 'running'
 _ADD_RESULT = """
 UPDATE {execution} SET result = CAST(%s AS jsonb) WHERE key = %s AND fence = %s AND state = 'done' AND result IS NULL"""
 
@@ -318,6 +327,22 @@ def finish_many(connection: PgConnection, tables: Tables, completions: Sequence[
             [each.fence for each in ordered]))
         found = {order[number - 1]: bool(finished) for number, finished in cursor.fetchall()}
     return [found[place] for place in range(len(completions))]
+
+
+def has_prefix(connection: PgConnection, tables: Tables, prefix: str) -> bool:
+    """Whether there is any key that begins so; a prefix ends with ':'."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_HAS_PREFIX, tables), (prefix, prefix[:-1] + ';'))
+        row = cursor.fetchone()
+        return bool(row and row[0])
+
+
+def find(connection: PgConnection, tables: Tables, keys: Sequence[str]) -> tuple[str, Any] | None:
+    """State and result of the first of these keys that is complete, else 'running' where one is held by a live node."""
+    with connection.cursor() as cursor:
+        cursor.execute(_sql(_FIND, tables), (list(keys),))
+        row = cursor.fetchone()
+        return (str(row[0]), row[1]) if row else None
 
 
 def add_result(connection: PgConnection, tables: Tables, key: str, fence: int, result: str) -> None:

@@ -504,7 +504,7 @@ class TestCompleteInTheUsersTransaction:
         eventually(lambda: state_of(rows, 'k') == 'failed')
 
     def test_a_result_that_is_known_after_the_commit_is_added(self, ledger: Ledger, own: Any) -> None:
-        @exactly_once(key='{number}', on_duplicate='result')
+        @exactly_once(key='{number}', scope='test', on_duplicate='result')
         def function(number: int) -> str:
             current_execution().complete(own)
             own.commit()

@@ -18,8 +18,8 @@ PURE = frozenset({
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
-    {'agent', 'attempt', 'binding', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'ledger', 'ledger_calls',
-     'once', 'owners', 'routing', 'taskbook', 'transaction', 'unsettled'},
+    {'agent', 'attempt', 'binding', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'keys', 'ledger',
+     'ledger_calls', 'once', 'owners', 'routing', 'taskbook', 'transaction', 'unsettled'},
     {'incoming'}, {'job'}, {'plugin'}, {'mail'}, {'passage'}, {'evacuation', 'parking', 'rescue'}, {'adapter', 'consuming', 'keeper'},
     {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
 #: What reads a clock, waits, or talks to anything outside of the process.

@@ -51,7 +51,7 @@ def completes(execution: Execution, error: BaseException) -> bool:
 
 class TestEnds:
     def test_an_exception_may_complete_the_key(self, ledger: Recording) -> None:
-        @exactly_once(key='{n}', completes=completes)
+        @exactly_once(scope='test', key='{n}', completes=completes)
         def run(n: int) -> None:
             raise Ends if n else ValueError
 
@@ -62,7 +62,7 @@ class TestEnds:
         assert ledger.ends == ['done ended', 'failed ValueError()']
 
     def test_of_a_coroutine_too(self, ledger: Recording) -> None:
-        @exactly_once(key='{n}', completes=completes)
+        @exactly_once(scope='test', key='{n}', completes=completes)
         async def run(n: int) -> None:
             raise Ends
 
@@ -75,7 +75,7 @@ class TestEnds:
         def check(result: object) -> None:
             raise TypeError('no way')
 
-        @exactly_once(key='{n}', store_result=stored, check_result=check)
+        @exactly_once(scope='test', key='{n}', store_result=stored, check_result=check)
         def run(n: int) -> Any:
             return {1, 2} if n else None
 
@@ -87,7 +87,7 @@ class TestEnds:
     def test_what_the_ledger_stores_is_not_looked_at_again(self, ledger: Recording) -> None:
         seen: list[Any] = []
 
-        @exactly_once(key='{n}', check_result=seen.append)
+        @exactly_once(scope='test', key='{n}', check_result=seen.append)
         def run(n: int) -> int:
             return n
 
@@ -96,7 +96,7 @@ class TestEnds:
 
 class TestDeclaration:
     def test_the_signature_is_that_of_the_function(self, ledger: Recording) -> None:
-        @exactly_once(key='{n}')
+        @exactly_once(scope='test', key='{n}')
         def run(n: int, *, m: str = 'x') -> int:
             return n
 
@@ -131,11 +131,11 @@ class TestDeclaration:
 
 
 def test_a_call_of_the_user_s_own_is_answered_as_the_options_say(ledger: Recording) -> None:
-    @exactly_once(key='{n}', on_duplicate='result')
+    @exactly_once(scope='test', key='{n}', on_duplicate='result')
     def run(n: int) -> int:
         return n
 
-    @exactly_once(key='{n}', on_duplicate='raise')
+    @exactly_once(scope='test', key='{n}', on_duplicate='raise')
     def strict(n: int) -> int:
         return n
 
