@@ -14,6 +14,7 @@ from jobsync_core import liveness, protocol
 from jobsync_core.lookout import Lookout
 from jobsync_core.messages import Beat, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Segment, Taken
 from jobsync_core.protocol import Protocol
+from jobsync_core.takings import Takings
 from jobsync_core.tokens import TokenSet
 
 from . import node, scenarios
@@ -232,6 +233,17 @@ def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimStore, '_take', lambda self, request: Taken(request.ranges))
 
 
+def _activate_all_after_the_first_piece(patch: pytest.MonkeyPatch) -> None:
+    original = Takings.taken
+
+    def mutated(self: Takings, *answer: Any) -> TokenSet:
+        gain = self.gain
+        original(self, *answer)
+        self.gain = TokenSet()
+        return gain
+    patch.setattr(Takings, 'taken', mutated)
+
+
 def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimNode, '_promises', lambda self, tokens: ())
 
@@ -317,6 +329,8 @@ MUTATIONS = (
     Mutation('a name is taken over only from the dead', ('names',), _replace_the_living, ('I1',)),
     Mutation('known dead means dead', ('names',), _anybody_is_known_dead, ('I1',)),
     Mutation('ask who has taken the tasks before activating', ('rolling', 'locks'), _activate_without_asking, ('tasks',)),
+    Mutation('each piece of a gain is active when it is known, and no sooner', ('rolling', 'locks'), _activate_all_after_the_first_piece,
+             ('tasks',)),
     Mutation('promises go with the hand-over', ('rolling', 'locks'), _hand_over_without_promises, ('tasks',)),
     Mutation('on_release comes before the hand-over', ('rolling',), _no_wait_for_release, ('on_release',)),
     Mutation('nobody takes tokens from a live owner', ('rolling',), _take_from_the_living, ('I1',)),
