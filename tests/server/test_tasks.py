@@ -241,6 +241,27 @@ class TestTaken:
         assert not taken(rows, 'b', 't')
 
 
+class TestChildren:
+    def test_what_a_child_took_is_audited_and_not_released(self, rows: Rows) -> None:
+        with rows.sessions.session() as connection:
+            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('mine', 1)])
+            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('of a child', 2), ('of another', 3)], 77)
+            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('of another', 3)], 78)
+            assert tasks.release_claims(connection, rows.tables, 'a', 'life of a') == 1
+            assert tasks.audit_children(connection, rows.tables, 'a', 'a former life', TODAY) == 0
+            assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY, 78) == 1
+            assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit}') == []  # not committed yet
+            assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY) == 1
+        assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit} ORDER BY 1') == [('of a child', 'a'), ('of another', 'a')]
+        assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == []
+
+    def test_the_claims_of_a_child_are_released_by_name(self, rows: Rows) -> None:
+        with rows.sessions.session() as connection:
+            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1), ('u', 2)], 77)
+            assert tasks.release_claims(connection, rows.tables, 'a', 'life of a', ['t']) == 1
+        assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == [('u',)]
+
+
 class TestPromises:
     """What a hand-over recorded because the old owner had just said yes."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -213,6 +214,22 @@ def test_the_task_in_which_the_block_failed_is_not_audited(node: Node) -> None:
 def test_ids_that_cannot_be_stored_are_refused(node: Node, bad: object) -> None:
     with pytest.raises(InvalidTaskId):
         node.book.can_claim(bad)
+
+
+def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node) -> None:
+    node.book.add('x')
+    assert node.book.can_claim('y')
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            node.book.add('z')
+            status = 0 if node.book.audit() == 1 and node.database.audited == ['z'] and not node.book.promises(EVERYTHING) else 1
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert node.book.audit() == 1 and node.database.audited == ['x']
+    assert node.book.promises(EVERYTHING) == (('y', node.book.token_of('y')),)
 
 
 def test_a_closed_book_answers_no(node: Node) -> None:
