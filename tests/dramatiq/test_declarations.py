@@ -88,7 +88,7 @@ class TestDecorators:
             kind(key='{n}')(made)
 
     def test_on_coroutines_too(self) -> None:
-        @core_once(key='{n}')
+        @core_once(key='{n}', scope='test')
         async def run(n: int) -> int:
             return n
 
@@ -170,6 +170,6 @@ class TestClasses:
                 class Meta:
                     broker = found
 
-                @core_once(key='order:{order_id}')
+                @core_once(key='order:{order_id}', scope='test')
                 def perform(self, order_id: int) -> int:
                     return order_id
