@@ -71,7 +71,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
         where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
         yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
     pooler = probe.pooling(sessions)
-    for examine_one in (_version, _writable, _clock, _schema, _rights, _neighbours, _durability):
+    for examine_one in (_version, _writable, _clock, _schema, _rights, _neighbours, _durability, _history):
         yield _try(examine_one, sessions, tables)
     yield _pooler_check(config, pooler)
     yield _listen_check(config, sessions)
@@ -172,6 +172,15 @@ def _durability(connection: PgConnection, tables: Tables) -> Check:
     if found.synchronous:
         return Check('durability', 'ok', f'synchronous standbys: {found.synchronous}')
     return Check('durability', 'ok', 'no standby: what is committed is on this server')
+
+
+def _history(connection: PgConnection, tables: Tables) -> Check:
+    left = probe.unasked_history(connection)
+    if left:
+        return Check(
+            'history', 'warn', f'{connection.info.user} may not call {", ".join(left)}: behind a pooler a failover is not noticed',
+            f'GRANT EXECUTE ON FUNCTION {", ".join(f"pg_catalog.{name}" for name in left)} TO {connection.info.user}')
+    return Check('history', 'ok', 'each heartbeat tells it, so that a failover is noticed')
 
 
 def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Replication', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables', 'notify', 'pooling', 'read_only',
-    'replication', 'schema_version', 'server_version',
+    'HISTORY_FUNCTIONS', 'Replication', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables', 'notify',
+    'pooling', 'read_only', 'replication', 'schema_version', 'server_version', 'unasked_history',
 ]
+
 
 @dataclass(frozen=True)
 class Replication:
@@ -89,6 +90,19 @@ def everybody_creates(connection: PgConnection, tables: Tables) -> bool:
         SELECT EXISTS (SELECT FROM pg_namespace AS n CROSS JOIN LATERAL aclexplode(n.nspacl) AS a
                        WHERE n.nspname = %s AND a.grantee = 0 AND a.privilege_type = 'CREATE')
         """, (tables.schema,))[0])
+
+
+#: What tells the history of a database: its system identifier and its timeline.
+HISTORY_FUNCTIONS = ('pg_control_system()', 'pg_is_in_recovery()', 'pg_current_wal_lsn()', 'pg_walfile_name(pg_lsn)')
+
+
+def unasked_history(connection: PgConnection) -> list[str]:
+    """Functions of HISTORY_FUNCTIONS that this user may not call."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT name FROM unnest(%s) AS f (name) WHERE NOT has_function_privilege(to_regprocedure(name), 'EXECUTE')",
+            (list(HISTORY_FUNCTIONS),))
+        return [name for name, in cursor.fetchall()]
 
 
 def is_superuser(connection: PgConnection) -> bool:

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import jobsync_core
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.store import schema as schema_module
@@ -113,3 +116,12 @@ def test_a_server_that_cannot_look_for_closed_connections_is_not_asked_to(
         with job.once('key') as execution, execution.transaction() as connection, connection.cursor() as cursor:
             cursor.execute('SHOW tcp_keepalives_count')
             assert cursor.fetchone() == ('3',)
+
+
+def test_no_part_of_the_package_forgets_the_schema() -> None:
+    root = Path(jobsync_core.__file__).parents[1]
+    sources = [path for package in ('jobsync_core', 'jobsync_celery', 'jobsync_dramatiq') for path in (root / package).rglob('*.py')]
+    made = {
+        f'{path.relative_to(root)}: {found}' for path in sources
+        for found in re.findall(r'\bTables\((?!self|appname)[^)]*\)', path.read_text(encoding='utf-8'))}
+    assert made == {"jobsync_core/cli/main.py: Tables(config.appname, config.schema or 'public')"}  # printing needs no database

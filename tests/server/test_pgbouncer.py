@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,16 @@ import psycopg2.extensions
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
+from jobsync_core.embedded import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.store import probe
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.schema import create_schema
+from tests.conftest import SETTINGS
 from tests.pgbouncer import PgBouncer
 from tests.server.cluster import Cluster, query
+from tests.server.history import moment
+from tests.server.proxy import Mode
 from tests.server.whole import admin_of, use_everything
 from tests.waiting import eventually
 
@@ -130,6 +137,51 @@ class TestACluster:
             pooler.start()
             cluster.wait_claimed()
             assert (cluster.assignment(), cluster.evictions()) == before
+
+
+@contextlib.contextmanager
+def promoted_copy(server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
+    """Another server with another history: it has all that the first has at this moment, and was promoted since."""
+    home = Path(tempfile.mkdtemp(prefix='jobsync-copy-'))
+    server.pause()  # so that the copy is of one moment
+    try:
+        subprocess.run(['cp', '-a', f'{server.log.parent}/.', str(home)], check=True)
+    finally:
+        server.resume()
+    (home / 'data' / 'postmaster.pid').unlink(missing_ok=True)
+    standby = home / 'data' / 'standby.signal'
+    standby.touch()
+    standby.chmod(0o666)
+    try:
+        with EmbeddedPostgres(data_dir=home, bin_dir=server.bin_dir, settings=SETTINGS) as copy:
+            assert query(copy.config(), 'SELECT pg_promote()') == [(True,)]
+            yield copy
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def test_no_task_is_claimable_twice_when_the_pooler_goes_over_to_a_server_that_lost_the_last_plans(
+        own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+    own_server.create_database('shop')
+    # A lease is longer than it takes to see what the other server has: only who knows the histories apart waits for its end.
+    config = own_server.config('shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1)
+    pooler = make_pgbouncer(config)
+    with Cluster(through(pooler, config), tmp_path) as cluster:
+        cluster.start('n1')
+        with promoted_copy(own_server) as other:
+            cluster.start('n2')  # of which the other server knows nothing
+            assert query(other.config('shop'), 'SELECT name FROM sync_node') == [('n1',)]
+            since = moment()
+            cluster['n2'].proxy.switch(Mode.HOLD)  # it hears nothing of all this, and claims until its lease is over
+            pooler.point_at(other.host, other.port)
+            cluster.launch('n3')  # a fresh node has no history to compare with
+            cluster['n3'].wait_event('entered')
+            cluster['n2'].proxy.heal()
+            cluster.wait_balanced(['n1', 'n2', 'n3'])
+            cluster.wait_claimed(since)
+            assert query(other.config('shop'), 'SELECT name FROM sync_node ORDER BY name') == [('n1',), ('n2',), ('n3',)]
+            for name in ('n1', 'n2', 'n3'):
+                cluster[name].kill()
 
 
 class TestWhatIsPooled:

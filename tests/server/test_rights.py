@@ -157,3 +157,13 @@ def test_a_superuser_and_a_schema_that_is_open_to_all_are_remarked(config: Coord
     result = run(config, 'doctor')
     assert result.exit_code == 0
     assert 'is a superuser' in result.output and 'REVOKE CREATE ON SCHEMA public FROM PUBLIC' in result.output
+
+
+def test_a_role_that_may_not_ask_for_the_history_is_warned_of_failovers(
+        make_role: Callable[..., tuple[CoordinationConfig, CoordinationConfig]]) -> None:
+    admin, role = make_role()
+    assert 'ok   history' in run(role, 'doctor').output
+    query(admin, 'REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC')
+    result = run(role, 'doctor')
+    assert result.exit_code == 0
+    assert f'GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system() TO {role.user}' in result.output
