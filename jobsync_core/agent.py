@@ -17,9 +17,9 @@ from . import clock
 from .callbacks import Callbacks
 from .config import CoordinationConfig
 from .effects import Entered, Failed, Left, Note, RebalanceEvent, Release
-from .errors import DatabaseUnavailable, JobSyncError
+from .errors import DatabaseUnavailable, JobSyncError, StoreTimeout
 from .logs import get_logger
-from .messages import Beaten, Connect, Connected, Reply, Request
+from .messages import Beaten, Connect, Connected, Join, Reply, Request
 from .protocol import BESIDE, Phase, Protocol
 from .store.connection import Connection
 from .store.control import Control
@@ -166,7 +166,7 @@ class Agent:
         except (DatabaseUnavailable, psycopg2.Error) as error:
             self._request_failed(request, error)
         except Exception as error:
-            if not self._goes_on_without(request):
+            if not self._goes_on_without(request, error):
                 raise
             self._report(error, f'{type(request).__name__} is tried again')
             self.protocol.refused(request, clock.now())
@@ -189,9 +189,10 @@ class Agent:
         assert self._connection is not None
         return self._control.handle(self._connection, request)
 
-    def _goes_on_without(self, request: Request) -> bool:
+    def _goes_on_without(self, request: Request, error: Exception) -> bool:
         """Whether nothing else has to suffer from a request that failed: it is none that a node lives by, and the connection is good."""
-        return isinstance(request, BESIDE) and self._connection is not None and self._connection.idle
+        beside = isinstance(request, BESIDE) or (isinstance(request, Join) and isinstance(error, _PASSING))
+        return beside and self._connection is not None and self._connection.idle
 
     def _recover(self, error: Exception) -> None:
         """Something unforeseen: nothing is claimed until all has been read anew over a new connection. Others may find this node dead."""
@@ -226,7 +227,7 @@ class Agent:
 
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
-        if self._goes_on_without(request):
+        if self._goes_on_without(request, error):
             self._say(logging.WARNING, f'request={type(request).__name__} failed, heartbeats go on: {str(error).strip()}')
             self.protocol.refused(request, now)
             return
@@ -240,18 +241,21 @@ class Agent:
         if self.protocol.phase is Phase.LEAVING:
             # Others will see this node dead after one timeout; waiting for the database helps nobody.
             self._abandoned = True
-        elif not self.protocol.entered and self._hopeless(request, passing, now):
+        elif not self.protocol.entered and self._hopeless(request, error, passing, now):
             self.failure = error if isinstance(error, JobSyncError) else DatabaseUnavailable(
                 f'{type(request).__name__} failed: {str(error).strip()}')
             self._abandoned = True
 
-    def _hopeless(self, request: Request, passing: bool, now: float) -> bool:
+    def _hopeless(self, request: Request, error: Exception, passing: bool, now: float) -> bool:
         """Whether a node that has not entered yet should give up.
 
-        At once where it never joined; where it had, once the outage lasts longer than entering may take.
+        At once where it never joined, unless the database is only slow, as where hundreds of nodes start; then after `wait_on_enter`.
+        Where it had joined, once the outage lasts longer than entering may take.
         """
         if self.protocol.phase is Phase.JOINING:
-            return not passing or isinstance(request, Connect)
+            if not passing or (isinstance(request, Connect) and not isinstance(error, StoreTimeout)):
+                return True
+            return now - (self._failing_since or now) >= self.protocol.settings.wait_on_enter
         patience = max(self._config.heartbeat_timeout_sec, self.protocol.settings.wait_on_enter)
         return now - (self._failing_since or now) > patience
 

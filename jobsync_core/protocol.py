@@ -58,7 +58,7 @@ from .messages import (
     Take,
     Taken,
 )
-from .rhythm import beat_delay
+from .rhythm import beat_delay, spread
 from .takings import Takings
 from .tokens import TokenSet
 
@@ -66,8 +66,10 @@ __all__ = ['BESIDE', 'Phase', 'Protocol', 'Settings']
 
 _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
-#: While a node enters, it looks for its first tokens this often, so that a lost notification costs little.
+#: While a node enters, it looks for its first tokens again after so many seconds, then less and less often: notifications may be lost.
 _ENTRY_POLL = 0.25
+#: Where many join at once, the cluster's row is busy: a join is tried again after about so many seconds, twice as many each time.
+_JOIN_FIRST, _JOIN_MOST = 0.1, 2.0
 #: What the oldest nodes do beside their heartbeats: where it fails and the connection is good, all the rest goes on.
 BESIDE = (Observe, Evict, Lead, StepDown, RecordHistory)
 #: Heartbeats that prove a rival alive: one alone may be a dead process's last, which arrived late.
@@ -176,11 +178,14 @@ class Protocol:
         self._backoff = _BACKOFF_FIRST
         # membership
         self._join_at = 0.0
+        self._join_failures = 0
+        self._entry_looks = 0
         self._rival_beats = 0
         self._replace: tuple[str, int] | None = None
         self._reap: tuple[Sign, ...] = ()
         self._rejoins = False
         self._wait_until = _NEVER
+        self._entry_looks = 0
         self._settle_until = _NEVER
         self._gate_open = not settings.has_gate
         self._beat_at = 0.0
@@ -278,8 +283,12 @@ class Protocol:
         self._blame(request, now)
 
     def refused(self, request: Request, now: float) -> None:
-        """The server refused one of BESIDE, or took too long over it; the connection is good, and the next heartbeat goes on."""
+        """The server refused one of BESIDE or a Join, or took too long over it; the connection is good, and the next heartbeat goes on."""
         self._pending = None
+        if isinstance(request, Join):
+            self._join_failures += 1
+            delay = min(_JOIN_MOST, _JOIN_FIRST * 2 ** min(self._join_failures, 10))
+            self._join_at = now + spread(delay, self.incarnation, self._join_failures)
         self._blame(request, now)
 
     def _blame(self, request: Request, now: float) -> None:
@@ -593,7 +602,7 @@ class Protocol:
         self.version = reply.version
         self.state = reply.state
         self._must_refresh = False
-        self._refresh_at = now + (self.settings.check_interval if self.entered else _ENTRY_POLL)
+        self._refresh_at = now + (self.settings.check_interval if self.entered else self._entry_poll())
         # A row whose receiver has gone stays here, out of the set, until the next plan says where to.
         moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving and (s.moving_to is not None or s.blocked))
         kept = TokenSet((s.lo, s.hi) for s in reply.segments if not s.moving)
@@ -604,6 +613,14 @@ class Protocol:
         self._takings.owns(kept)
         self._announce(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
+
+    def _entry_poll(self) -> float:
+        """Seconds until a node that has not entered looks for its tokens again. A heartbeat tells of a plan as well."""
+        if self.phase is not Phase.ACTIVE:
+            return self.settings.check_interval  # there is nothing for it before its grace period is over
+        self._entry_looks += 1
+        longest = max(self.settings.interval, _ENTRY_POLL)
+        return spread(min(longest, _ENTRY_POLL * 2 ** min(self._entry_looks - 1, 10)), self.incarnation, self._entry_looks)
 
     def _shrink(self, kept: TokenSet) -> None:
         """Take out of the local set what is leaving, before anybody else can be told."""

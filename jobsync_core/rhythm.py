@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from zlib import crc32
 
-__all__ = ['Backoff', 'beat_delay']
+__all__ = ['Backoff', 'beat_delay', 'spread']
 
 #: Whoever looks at a node within this many seconds of its heartbeat finds its death within the timeout and a second.
 _SOON = 0.75
@@ -33,6 +34,17 @@ def beat_delay(ages: Sequence[float], interval: float) -> float:
         return interval  # the leader is late or gone, and there is nothing to follow; or all is well
     shift = (place - behind_leader) % interval
     return interval + shift if shift <= _STRETCH * interval else shift
+
+
+def spread(delay: float, who: str, attempt: int) -> float:
+    """The delay, or up to half as much more or less: what many do at the same moment, they do not try again at the same moment.
+
+    Args:
+        delay: Seconds.
+        who: A text that is the caller's own.
+        attempt: Its number.
+    """
+    return delay * (0.5 + crc32(f'{who} {attempt}'.encode()) / 2 ** 32)
 
 
 class Backoff:

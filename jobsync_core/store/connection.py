@@ -78,15 +78,19 @@ class Connection:
             timeout: Seconds that each host may take; default connect_timeout_sec.
 
         Raises:
-            DatabaseUnavailable: No host will do; the message tells why, for each.
+            DatabaseUnavailable: No host will do; the message tells why, for each. StoreTimeout, if none answered in time.
         """
         limit = config.connect_timeout_sec if timeout is None else timeout
         problems = []
+        busy = True
         for host, port in config.hosts:
             try:
                 return cls._open_host(config, name, host, port, time.monotonic() + limit)
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 problems.append(explain(config, f'{host}:{port}', error))
+                busy = busy and isinstance(error, StoreTimeout)
+        if busy:
+            raise StoreTimeout('; '.join(problems))
         raise DatabaseUnavailable('; '.join(problems))
 
     @classmethod

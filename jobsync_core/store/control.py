@@ -181,6 +181,10 @@ class Control:
     # --- membership ---
 
     def _join(self, connection: Connection, request: Join) -> Joined | Occupied | Mismatch:
+        if request.replace is None and not request.reap:
+            joined = self._join_at_once(connection, request)
+            if joined is not None:
+                return joined
         tables, config = self.tables, self._config
         with Round(connection, tables, exclusive=False) as steps:
             (version, total, hash_function, history, recorded), = steps.run(
@@ -211,6 +215,33 @@ class Control:
             self.epochs.joined(others, request.active)
             return Joined(version, history, settled)
 
+    def _join_at_once(self, connection: Connection, request: Join) -> Joined | None:
+        """The usual case in one message: the cluster's row is held for no round trip, so that many nodes may start together.
+
+        None where there is more to look at: no other node is there, the name is taken, or the settings are others.
+        """
+        tables, config = self.tables, self._config
+        rows = connection.execute(
+            f'''
+            {take_turn(connection, tables)};
+            WITH inserted AS (
+                INSERT INTO {tables.node} {self._node_columns()}
+                SELECT {self._node_values()} FROM {tables.cluster} AS c
+                WHERE (c.total_tokens, c.hash_function) = (%(total)s, %(hash)s) AND (c.history IS NOT NULL OR {connection.history_sql} = '')
+                    AND EXISTS (SELECT FROM {tables.node})
+                ON CONFLICT (name) DO NOTHING
+                RETURNING {self._told('state')}
+            )
+            SELECT c.version, {connection.history_sql}, c.history,
+                (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {tables.node} AS o)
+            FROM {tables.cluster} AS c, inserted
+            ''', {**self._insert_params(request), 'total': config.total_tokens, 'hash': config.hash_function})
+        if not rows:
+            return None
+        version, history, recorded, others = rows[0]
+        self.epochs.joined([Sign(*values) for values in json.loads(others)], request.active)
+        return Joined(version, history, _settled(history, recorded))
+
     def _form(self, steps: Round, anew: bool) -> int:
         """The first node of an empty cluster sets what the others must agree with; the cluster's version.
 
@@ -230,16 +261,21 @@ class Control:
         return int(rows[0][0])
 
     def _insert_sql(self) -> str:
-        # Nodes are ordered by the moment of joining, even where the server's clock has been set back meanwhile.
         node = self.tables.node
+        return f'INSERT INTO {node} {self._node_columns()} VALUES ({self._node_values()}) RETURNING {self._told("state")}'
+
+    def _node_columns(self) -> str:
+        return '(name, created_on, last_heartbeat, incarnation, state, weight, lease_sec, host, boot_id, pid_namespace, pid, started)'
+
+    def _node_values(self) -> str:
+        # Nodes are ordered by the moment of joining, even where the server's clock has been set back meanwhile.
         return f'''
-            INSERT INTO {node} (name, created_on, last_heartbeat, incarnation, state, weight, lease_sec,
-                                host, boot_id, pid_namespace, pid, started)
-            VALUES (%(name)s, {_youngest(node)},
-                    clock_timestamp(), %(incarnation)s, %(state)s, %(weight)s, %(lease)s,
-                    %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s);
-            SELECT pg_notify(%(channel)s, 'join ' || %(name)s)
-            '''
+            %(name)s, {_youngest(self.tables.node)}, clock_timestamp(), %(incarnation)s, %(state)s, %(weight)s, %(lease)s,
+            %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s'''
+
+    def _told(self, state: str) -> str:
+        """SQL that notifies of a node that takes part at once. One that waits is seen soon enough: hundreds that start wake nobody."""
+        return f"CASE WHEN {state} = 'active' THEN pg_notify(%(channel)s, 'join ' || %(name)s)::text END"
 
     def _insert_params(self, request: Join) -> dict[str, object]:
         process = request.process

@@ -1,6 +1,11 @@
 """The tables: their names, and how they come into being and are brought up to date."""
 from __future__ import annotations
 
+import math
+import os
+import random
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from importlib.resources import files
@@ -30,6 +35,10 @@ SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
 _PATIENCE = '60s'
+#: Seconds for which the lock for it is tried before it is waited for.
+_TRY_SEC = 3.0
+#: Seconds for which a process that has found the tables in place need not look again.
+_FRESH_SEC = 2.0
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
@@ -193,12 +202,7 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
         DatabaseUnavailable: PostgreSQL cannot be reached.
     """
     if isinstance(session, CoordinationConfig):
-        sessions = Sessions(session, 'jobsync schema')
-        try:
-            with sessions.session() as connection:
-                create_schema(connection, session)
-        finally:
-            sessions.close_all()
+        _create_once(session)
         return
     assert config is not None
     tables = Tables.of(config)
@@ -213,6 +217,28 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
     left = rights.lacking(session, tables)
     if left:
         logger.warning('user=%s lacks %s: %s', config.user, rights.describe(left), _remedy(config))
+
+
+def _create_once(config: CoordinationConfig) -> None:
+    """For the Jobs of one process, one after the other: those that start together look once."""
+    where = (config.host, config.port, config.dbname, config.user, config.appname, config.schema)
+    with _creating:
+        if time.monotonic() - _created.get(where, -math.inf) < _FRESH_SEC:
+            return
+        sessions = Sessions(config, 'jobsync schema')
+        try:
+            with sessions.session() as connection:
+                create_schema(connection, config)
+        finally:
+            sessions.close_all()
+        _created.clear()
+        _created[where] = time.monotonic()
+
+
+_creating = threading.Lock()
+_created: dict[tuple[object, ...], float] = {}
+if hasattr(os, 'register_at_fork'):  # a thread of the parent may hold it
+    os.register_at_fork(after_in_child=lambda: globals().update(_creating=threading.Lock()))
 
 
 def _lacking(session: PgConnection, tables: Tables, config: CoordinationConfig, error: psycopg2.Error) -> str:
@@ -242,8 +268,17 @@ def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
         cursor.execute('SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)', (config.schema,))
         if not cursor.fetchall()[0][0]:
             cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {_quoted(config.schema)}')
-    # No leader plans while tables change.
-    cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', tables.advisory)
+    # No leader plans while tables change. At first the lock is tried, not waited for: hundreds of nodes that start and find no tables
+    # would stand in line for it, each for nothing, and all that has begun behind them.
+    deadline = time.monotonic() + _TRY_SEC
+    cursor.execute('SELECT pg_try_advisory_xact_lock(%s, %s)', tables.advisory)
+    while not cursor.fetchall()[0][0]:
+        if _in_place(cursor, tables):
+            return
+        last = time.monotonic() > deadline
+        if not last:
+            time.sleep(random.uniform(0.05, 0.2))
+        cursor.execute(f'SELECT {"true FROM pg_advisory_xact_lock" if last else "pg_try_advisory_xact_lock"}(%s, %s)', tables.advisory)
     version, complete = _look(cursor, tables)
     for number, name in MIGRATIONS:
         if number > version or not complete:

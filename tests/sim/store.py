@@ -312,7 +312,8 @@ class SimStore:
             request.name, request.incarnation, request.process, self._youngest(), 'active' if request.active else 'joining', request.weight,
             last_heartbeat=self.clock)
         self.changes += 1
-        self.outbox.append(f'join {request.name}')
+        if request.active:
+            self.outbox.append(f'join {request.name}')
         return Joined(self.version, self._history, self._settled)
 
     def _beat(self, request: Beat) -> Reply:

@@ -323,7 +323,6 @@ def leader() -> Node:
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     node.hears(Observe(), Observed((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None))
     node.passes(0.3)
-    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     return node
 
 
@@ -335,6 +334,7 @@ def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_th
     assert node.protocol.connected and node.may_claim() == [0, 1, 2, 3, 4]
     assert node.asks() is None and node.protocol.wake_at > node.now
     node.passes(0.3)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert isinstance(node.asks(), Lead)
 
 
