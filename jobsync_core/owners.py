@@ -11,7 +11,7 @@ import psycopg2
 from . import clock
 from .errors import DatabaseUnavailable
 from .hashing import HASH_FUNCTIONS, check_task_id
-from .logs import get_logger
+from .logs import Repeats, get_logger
 from .store import queues
 from .store.connection import Sessions
 from .store.schema import Tables
@@ -63,6 +63,7 @@ class OwnerMap:
         self._read_at = float('-inf')
         self._pause_until = float('-inf')
         self._reading = threading.Lock()
+        self._repeats = Repeats()
 
     @property
     def version(self) -> int:
@@ -97,7 +98,9 @@ class OwnerMap:
                     found = queues.owners(connection, self._tables, self._copy.version if self._copy.whole else -1)
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._pause_until = clock.now() + PAUSE_SEC
-                logger.warning('owners are unknown while the database is away: %s', str(error).strip())
+                again = self._repeats.say(type(error).__name__, now)
+                if again is not None:
+                    logger.warning('owners are unknown, %s: %s%s', _why(error), ' '.join(str(error).split()), again)
                 return False
             self._read_at = now
             if found is not None:
@@ -114,6 +117,14 @@ class OwnerMap:
 
 def _rest(copy: _Copy) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tuple[int, ...], tuple[Place, ...]]:
     return copy.total_tokens, copy.hash_of, copy.starts, copy.ends, copy.places
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn, psycopg2.errors.InvalidSchemaName)):
+        return 'as no worker of this version has started yet; messages go to their home queues'
+    if isinstance(error, psycopg2.errors.InsufficientPrivilege):
+        return 'as this role may not read them (`jobsync doctor` tells what it lacks); messages go to their home queues'
+    return 'while the database is away; messages go to their home queues'
 
 
 def _copy(version: int, total: int, function: str, rows: list[tuple[int, int, str, str | None]]) -> _Copy:

@@ -7,6 +7,7 @@ name is enough, whatever the pattern: no pattern can take more than (its length)
 """
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +16,15 @@ from functools import lru_cache
 from .errors import ConfigurationError
 
 __all__ = [
-    'PATTERNS', 'PATTERN_LENGTH', 'NodeNames', 'Pattern', 'check_patterns', 'compile_pattern', 'eligible', 'matched_pattern', 'matches',
+    'PATTERNS', 'PATTERN_BYTES', 'PATTERN_LENGTH', 'NodeNames', 'Pattern', 'check_patterns', 'compile_pattern', 'eligible',
+    'matched_pattern', 'matches', 'read_patterns',
 ]
 
 #: Characters of a pattern, and patterns of one lock. A node's name has at most 200 characters.
 PATTERN_LENGTH = 1000
 PATTERNS = 100
+#: More than the JSON of a lock's patterns can take; a row that exceeds it is not read.
+PATTERN_BYTES = 8 * PATTERNS * PATTERN_LENGTH
 
 _SPECIAL = re.compile(r'[\\%_]')
 _PIECE = re.compile(r'\\(.)|(%+)|(_)|([^\\%_]+)', re.DOTALL)
@@ -234,6 +238,24 @@ def check_patterns(value: object) -> tuple[str, ...]:
     if len(patterns) > PATTERNS:
         raise ConfigurationError(f'node_patterns has {len(patterns)} patterns, {PATTERNS} at most: let a wildcard stand for several')
     return tuple([_checked(pattern) for pattern in patterns])
+
+
+def read_patterns(encoded: str | None) -> tuple[str, ...]:
+    """The patterns of a row of the lock table, by the same rule by which they were checked when they were registered.
+
+    Args:
+        encoded: The row's JSON; None where it was too long to be read.
+
+    Raises:
+        ConfigurationError: It holds no patterns.
+    """
+    if encoded is None:
+        raise ConfigurationError(f'its patterns take more than {PATTERN_BYTES} bytes')
+    try:
+        value = json.loads(encoded)
+    except ValueError:
+        raise ConfigurationError('its patterns are no JSON') from None
+    return check_patterns(value)
 
 
 def _checked(pattern: object) -> str:

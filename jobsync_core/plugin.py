@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from .arguments import check_name, check_number
+from .arguments import check_locks, check_name, check_number
 from .belonging import Belonging, Peer, stranger
 from .config import CoordinationConfig
 from .effects import RebalanceEvent
@@ -203,7 +203,8 @@ def make_job(
         belong(_mark_of_broker(job, identify, others))
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
-            job.register_locks_bulk(locks)
+            with job.session(pinned=True) as connection:
+                lock_store.register(connection, tables, check_locks(locks), name, pin=True)
         unpinned = [task for task in known if task not in pins]
         if unpinned:
             with job.session(pinned=True) as connection:

@@ -344,7 +344,8 @@ class Protocol:
         batch = self._batch
         if batch is not None and not batch.ready and now >= batch.deadline:
             batch.ready = True
-            self._note('warning', 'on_release took too long; handing over', limit_sec=self.settings.release_timeout)
+            self._note(
+                'warning', 'handing over, though on_release or work on these tokens has not ended', limit_sec=self.settings.release_timeout)
         if self._quarantine_until is not None and now >= self._quarantine_until:
             self._quarantine_until = None
             self._must_refresh = True

@@ -1,6 +1,7 @@
 """The commands of `jobsync`."""
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import suppress
 
@@ -91,13 +92,15 @@ def who_command(database: Database, task_id: str) -> None:
         token = HASH_FUNCTIONS[settings['hash_function']](text.encode()) % settings['total_tokens']
         found = status.explain(connection, tables, text, token)
     lock = found['lock']
-    owner = found['owner'] or ('nobody: blocked, no live node matches' if found['blocked'] else 'nobody at this moment')
+    owner = found['owner'] or ('nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment')
+    if found['owner_silent_sec'] is not None:
+        owner += f' (no heartbeat for {found["owner_silent_sec"]:.0f} s: it is dead, or cut off; others take over after its timeout)'
     lines = [('task', text), ('token', f'{token} of {settings["total_tokens"]:,}'), ('owner', owner)]
     if found['since'] is not None:
         lines.append(('since', f'{found["since"]:%Y-%m-%d %H:%M:%S} (version {found["version"]})'))
     if found['moving_to']:
         lines.append(('moving to', found['moving_to']))
-    lines.append(('lock', ', '.join(lock['node_patterns']) if lock else 'none'))
+    lines.append(('lock', status_view.patterns(lock['node_patterns']) if lock else 'none'))
     if lock:
         lines.append(('matched', found['pattern'] or 'no live node'))
         lines += [(name, str(lock[column])) for name, column in (
@@ -112,6 +115,15 @@ def who_command(database: Database, task_id: str) -> None:
     if audit:
         again = 'does not run again for that date while the cluster lives' if audit['counts'] else 'that cluster has ended: it runs again'
         lines.append(('audited', f'by {audit["node"]} for {audit["date"]} at {audit["created_on"]:%Y-%m-%d %H:%M:%S}; {again}'))
+    entry = found['ledger']
+    if entry:
+        when = entry['finished_at'] or entry['started_at']
+        tried = f'{entry["attempts"]} attempt' + ('' if entry['attempts'] == 1 else 's')
+        lines.append(('ledger', f'{entry["state"]} on {entry["node"]} at {when:%Y-%m-%d %H:%M:%S}, {tried}'
+                      + (f': {entry["error"]}' if entry['error'] else '')))
+        scope, colon, route = text.partition(':')
+        if colon and route:
+            lines.append(('its message', f'has the key {route!r}, if {scope!r} is the task: see `jobsync who {shlex.quote(route)}`'))
     for name, value in lines:
         click.echo(f'{name:<11}{printable(value)}')
 

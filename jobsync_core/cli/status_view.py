@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..store.schema import Tables
 
-__all__ = ['as_json', 'rebalance_table', 'render', 'snapshot', 'table']
+__all__ = ['as_json', 'patterns', 'rebalance_table', 'render', 'snapshot', 'table']
 
 _LOCKS_SHOWN = 5
 
@@ -69,7 +69,7 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
     parts.append(_node_table(found['nodes'], cluster['total_tokens']) if found['nodes'] else Text('no node is registered'))
     for count, what, style in (
         (found['moving_tokens'], 'on their way to another node', ''), (found['unowned_tokens'], 'without an owner', 'yellow'),
-        (found['blocked_tokens'], 'blocked: no live node matches their locks', 'red'),
+        (found['blocked_tokens'], _why_blocked(found), 'red'),
     ):
         if count:
             parts.append(Text(f'{count:,} tokens {what}', style=style))
@@ -91,6 +91,17 @@ def _node_table(nodes: Sequence[Mapping[str, Any]], total: int) -> Table:
             printable(node['host']), str(node['pid']),
             style='' if node['alive'] else 'red')
     return result
+
+
+def patterns(value: object) -> str:
+    """A lock's patterns, whatever is in its row."""
+    return ', '.join(map(str, value)) if isinstance(value, list) else f'{value} (no list of patterns: this lock is ignored)'
+
+
+def _why_blocked(found: Mapping[str, Any]) -> str:
+    if any(item['locks'] for item in found['blocked']):
+        return 'blocked: no live node matches their locks'
+    return 'blocked: every live node is draining or still joining, `jobsync undrain NODE` lets one take them'
 
 
 def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]:

@@ -1,17 +1,15 @@
 """A leader's round against PostgreSQL: evict the dead; plan if anything changed, and write the difference only, in pieces (plans.py)."""
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import CoordinationConfig
-from ..errors import ConfigurationError
 from ..hashing import task_to_token
 from ..leader import Pin, decide
 from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
-from ..patterns import PATTERN_LENGTH, PATTERNS, check_patterns
+from ..patterns import PATTERN_BYTES, read_patterns
 from .connection import Connection
 from .epochs import Epochs
 from .options import agent_limits
@@ -27,8 +25,6 @@ _ROUND = 0.4
 _PAGE = 20_000
 #: Rows of a plan that one transaction writes: to begin with, and the bounds.
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
-#: More than the JSON of a lock's patterns can take; a row that exceeds it is not read.
-_PATTERN_BYTES = 8 * PATTERNS * PATTERN_LENGTH
 #: Complaints about locks that one round hands on.
 _COMPLAINTS = 20
 
@@ -200,7 +196,7 @@ class Leading:
         while True:
             rows = connection.execute(
                 f'''
-                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {_PATTERN_BYTES} THEN node_patterns::text END,
+                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN node_patterns::text END,
                        extract(epoch FROM created_at)::float8
                 FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT {_PAGE}
                 ''', (after,))
@@ -208,7 +204,7 @@ class Leading:
                 try:
                     known = patterns.get(encoded)
                     if known is None:
-                        known = patterns[encoded] = _patterns(encoded)
+                        known = patterns[encoded] = read_patterns(encoded)
                     pins.append(Pin(text, task_to_token(text, state.total_tokens, state.hash_function), known, created_at))
                 except Exception as error:  # whatever is in the row, it concerns this lock alone
                     broken.append(f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register it again')
@@ -230,9 +226,3 @@ class Leading:
 def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:
     living = [member for member in members if Sign(member.name, member.incarnation, member.beat) not in request.dead]
     return bool(living) and living[0].incarnation == request.incarnation
-
-
-def _patterns(encoded: str | None) -> tuple[str, ...]:
-    if encoded is None:
-        raise ConfigurationError(f'its patterns take more than {_PATTERN_BYTES} bytes')
-    return check_patterns(json.loads(encoded))

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['clear_all', 'clear_by_creator', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
+__all__ = ['clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
 
 
 def register(
     connection: PgConnection, tables: Tables, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]], created_by: str,
+    pin: bool = False,
 ) -> int:
     """Write locks; one that exists is replaced, but keeps its age. Of several rows for one task the last counts.
 
@@ -27,6 +28,7 @@ def register(
         tables: Names of the tables.
         rows: Task id as text, ordered patterns, reason, days until it expires (None: never).
         created_by: Who registers them; `clear_by_creator` finds them by it.
+        pin: They are a worker's, for its pinned tasks.
 
     Returns:
         How many distinct tasks are locked by `rows`.
@@ -50,21 +52,21 @@ def register(
             ), compared AS (
                 SELECT given.*, old.task_id IS NULL OR old.expires_at <= now() AS fresh,
                        old.task_id IS NULL OR old.expires_at <= now() OR old.node_patterns <> given.node_patterns AS replan,
-                       (old.node_patterns, old.reason, old.created_by, old.expires_at)
-                       IS DISTINCT FROM (given.node_patterns, given.reason, %s, given.expires_at) AS differs
+                       (old.node_patterns, old.reason, old.created_by, old.expires_at, old.pin)
+                       IS DISTINCT FROM (given.node_patterns, given.reason, %s, given.expires_at, %s) AS differs
                 FROM given LEFT JOIN {tables.lock} AS old USING (task_id)
             ), written AS (
-                INSERT INTO {tables.lock} AS lock (task_id, node_patterns, reason, created_at, created_by, expires_at)
-                SELECT task_id, node_patterns, reason, now(), %s, expires_at FROM compared WHERE replan OR differs
+                INSERT INTO {tables.lock} AS lock (task_id, node_patterns, reason, created_at, created_by, expires_at, pin)
+                SELECT task_id, node_patterns, reason, now(), %s, expires_at, %s FROM compared WHERE replan OR differs
                 ON CONFLICT (task_id) DO UPDATE SET
                     node_patterns = excluded.node_patterns, reason = excluded.reason, created_by = excluded.created_by,
                     created_at = CASE WHEN lock.expires_at <= now() THEN excluded.created_at ELSE lock.created_at END,
-                    expires_at = excluded.expires_at
+                    expires_at = excluded.expires_at, pin = excluded.pin
             )
             SELECT count(*), count(*) FILTER (WHERE replan), count(*) FILTER (WHERE differs) FROM compared
             ''',
             ([row[0] for row in rows], [encoded[row[1]] for row in rows], [row[2] for row in rows], [row[3] for row in rows],
-             created_by, created_by))
+             created_by, pin, created_by, pin))
         counts = cursor.fetchone() or (0, 0, 0)
         if counts[1]:
             _changed(cursor, tables)
@@ -95,6 +97,11 @@ def clear_all(connection: PgConnection, tables: Tables) -> int:
     return _delete(connection, tables, 'true', ())
 
 
+def clear_kind(connection: PgConnection, tables: Tables, *, locks: bool, pins: bool) -> int:
+    """Delete what somebody registered, the pins of workers, or both; returns how many."""
+    return _delete(connection, tables, '(NOT pin AND %s) OR (pin AND %s)', (locks, pins))
+
+
 def clear_tasks(connection: PgConnection, tables: Tables, task_ids: Iterable[str]) -> int:
     """Delete the locks on these tasks; returns how many there were."""
     return _delete(connection, tables, 'task_id = ANY(%s::text[])', (list(task_ids),))
@@ -103,7 +110,7 @@ def clear_tasks(connection: PgConnection, tables: Tables, task_ids: Iterable[str
 def clear_old_pins(connection: PgConnection, tables: Tables, unpinned: Iterable[str]) -> int:
     """Delete the locks on the virtual keys (`name#3`) of tasks that were pinned once; returns how many there were."""
     return _delete(
-        connection, tables, r"reason = 'pin' AND regexp_replace(task_id, '#[0-9]+$', '') = ANY(%s::text[])", (list(unpinned),))
+        connection, tables, r"pin AND regexp_replace(task_id, '#[0-9]+$', '') = ANY(%s::text[])", (list(unpinned),))
 
 
 def _delete(connection: PgConnection, tables: Tables, condition: str, params: tuple[object, ...]) -> int:

@@ -4,4 +4,8 @@ ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS broker text;
 ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS place text;
 ALTER TABLE {queue} ADD COLUMN IF NOT EXISTS application text;
 
+-- Locks that workers make for their pinned tasks are told from those that somebody registered, whatever their reason says.
+ALTER TABLE {lock} ADD COLUMN IF NOT EXISTS pin boolean NOT NULL DEFAULT false;
+UPDATE {lock} SET pin = true WHERE NOT pin AND reason = 'pin' AND task_id ~ '#[0-9]+$' AND created_by IN (SELECT node FROM {queue});
+
 UPDATE {cluster} SET schema_version = 12 WHERE schema_version < 12;

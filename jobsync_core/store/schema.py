@@ -46,7 +46,7 @@ RELATIONS: Mapping[str, str] = {
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',
-    'lock': 'task_id node_patterns reason created_at created_by expires_at',
+    'lock': 'task_id node_patterns reason created_at created_by expires_at pin',
     'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
     'claim': 'node task_id created_on date token incarnation child',
     'audit': 'created_on node task_id date token epoch',

@@ -1,15 +1,16 @@
 """What an operator sees: nodes, ownership, plans and why a task is where it is. Display only; no decision rests on it."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import LEASE_FRACTION
-from ..errors import JobSyncError
+from ..errors import ConfigurationError, JobSyncError
 from ..hashing import HASH_FUNCTIONS
 from ..leader import Pin, decide
 from ..messages import Member, Segment
-from ..patterns import matched_pattern
+from ..patterns import PATTERN_BYTES, check_patterns, matched_pattern, read_patterns
 from ..simulate import Move, holder, moves
 from .tasks import history
 
@@ -106,7 +107,8 @@ def explain(connection: PgConnection, tables: Tables, text: str, token: int) -> 
     Returns:
         task_id, token, owner, since, version, blocked, moving_to, lock (its row, or None), pattern (the pattern of the lock
         that decides with the present nodes, or None), others (further locked tasks on the same token), next (who would own
-        it if the owner went), audit and claim (see tasks.history).
+        it if the owner went), owner_silent_sec (where the owner missed its lease), ledger (the row of a key of that text, or None),
+        audit and claim (see tasks.history).
     """
     found = _rows(
         connection,
@@ -127,11 +129,32 @@ def explain(connection: PgConnection, tables: Tables, text: str, token: int) -> 
     return {
         'task_id': text, 'token': token, 'owner': node, 'since': row.get('assigned_at') if node else None,
         'version': row.get('version'), 'blocked': bool(row.get('blocked')), 'moving_to': row.get('moving_to'),
-        'lock': lock, 'pattern': matched_pattern(lock['node_patterns'], receivers) if lock else None,
+        'lock': lock, 'pattern': _matched(lock['node_patterns'], receivers) if lock else None,
+        'ledger': _execution(connection, tables, text),
+        'owner_silent_sec': _silence(connection, tables, node),
         'others': [pin.task_id for pin in pins if pin.token == token and pin.task_id != text],
         'next': _next_owner(connection, tables, members, pins, token, row.get('moving_to') or node),
         **history(connection, tables, text),
     }
+
+
+def _matched(patterns: object, names: Sequence[str]) -> str | None:
+    try:
+        return matched_pattern(check_patterns(patterns), names)
+    except ConfigurationError:  # the leader ignores such a lock
+        return None
+
+
+def _silence(connection: PgConnection, tables: Tables, name: str | None) -> float | None:
+    """Seconds since a node's last heartbeat, if it has missed its lease: it is dead, or about to be found so."""
+    return next((row['age_sec'] for row in nodes(connection, tables) if row['name'] == name and not row['alive']), None)
+
+
+def _execution(connection: PgConnection, tables: Tables, key: str) -> dict[str, Any] | None:
+    """The ledger's row of a key."""
+    found = _rows(
+        connection, f'SELECT key, state, node, attempts, started_at, finished_at, error FROM {tables.execution} WHERE key = %s', (key,))
+    return found[0] if found else None
 
 
 def set_drain(connection: PgConnection, tables: Tables, name: str, draining: bool) -> bool:
@@ -206,12 +229,16 @@ def _pins(connection: PgConnection, tables: Tables) -> list[Pin]:
     rows = _rows(
         connection,
         f'''
-        SELECT task_id, node_patterns, created_at FROM {tables.lock}
-        WHERE expires_at IS NULL OR expires_at > now() ORDER BY created_at, task_id
+        SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN node_patterns::text END AS encoded,
+               created_at
+        FROM {tables.lock} WHERE expires_at IS NULL OR expires_at > now() ORDER BY created_at, task_id
         ''')
-    return [
-        Pin(row['task_id'], hash_function(row['task_id'].encode()) % total, tuple(row['node_patterns']), row['created_at'].timestamp())
-        for row in rows]
+    pins: list[Pin] = []
+    for row in rows:
+        with contextlib.suppress(ConfigurationError):  # the leader ignores such a row as well, and says so
+            patterns = read_patterns(row['encoded'])
+            pins.append(Pin(row['task_id'], hash_function(row['task_id'].encode()) % total, patterns, row['created_at'].timestamp()))
+    return pins
 
 
 def _check_name(found: Mapping[str, object], name: str) -> None:

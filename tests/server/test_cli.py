@@ -107,6 +107,8 @@ class TestStatus:
 
     def test_watch_repeats_until_interrupted(self, rows: Rows, config: CoordinationConfig) -> None:
         two_nodes(rows)
+        # Nobody heartbeats here, and a process takes its time to start.
+        rows.run(f"UPDATE {rows.tables.node} SET last_heartbeat = now() + interval '1 hour'")
         with subprocess.Popen(
             [sys.executable, '-m', 'jobsync_core.cli', 'status', '--json', '--watch', '0.1'],
             cwd=ROOT, env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -121,6 +123,13 @@ class TestStatus:
         assert [json.loads(line)['leader'] for line in lines] == ['alpha'] * 3
         assert process.returncode == 0
         assert errors == ''
+
+
+def test_tokens_that_nobody_may_have_are_not_blamed_on_locks_where_there_are_none(rows: Rows, run: Callable[..., Result]) -> None:
+    rows.node('a', state='draining')
+    rows.own(0, 10_000, None, blocked=True)
+    shown = good(run('status'))
+    assert 'every live node is draining' in shown and 'locks' not in shown
 
 
 class TestWho:
@@ -157,11 +166,44 @@ class TestWho:
         rows.own(token, token + 1, None, blocked=True)
         assert 'nobody: blocked' in good(run('who', 't'))
 
+    def test_an_owner_that_is_silent_is_said_to_be(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('a', age=60)
+        rows.own(0, 10_000, 'a')
+        assert 'owner      a (no heartbeat for 6' in good(run('who', 't'))
+
+    def test_a_key_of_the_ledger_is_known(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.run(f"""INSERT INTO {rows.tables.execution} (key, state, node, fence, attempts, finished_at, error)
+                     VALUES ('shop.ship:order 17', 'failed', 'b', 1, 3, now(), 'no stock')""")
+        shown = good(run('who', 'shop.ship:order 17'))
+        assert 'ledger     failed on b at ' in shown and ', 3 attempts: no stock' in shown
+        assert "`jobsync who 'order 17'`" in shown
+
+    @pytest.mark.parametrize('patterns', ['5', '{}', '[]', '[1]', 'null'])
+    def test_a_lock_that_the_leader_ignores_hides_nothing_else(self, rows: Rows, run: Callable[..., Result], patterns: str) -> None:
+        rows.node('a')
+        rows.own(0, 10_000, 'a')
+        rows.run(f"INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES ('bad', '{patterns}'), ('good', '[\"a\"]')")
+        assert 'owner      a' in good(run('who', 't'))
+        assert 'matched    a' in good(run('who', 'good'))
+        assert 'matched    no live node' in good(run('who', 'bad'))
+        assert 'good' in good(run('locks', 'list')) and 'a' in good(run('drain', 'a', '--dry-run'))
+
     def test_an_impossible_id_is_one_line(self, rows: Rows, run: Callable[..., Result]) -> None:
         assert '2000' in bad(run('who', 'x' * 3_000))
 
 
 class TestLocks:
+    def test_pins_of_workers_stay_unless_they_are_asked_for(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.run(f"""INSERT INTO {rows.tables.lock} (task_id, node_patterns, reason, pin)
+                     VALUES ('a', '["x"]', 'pin', false), ('render#1', '["x"]', 'pin', true), ('render#2', '["x"]', 'pin', true)""")
+        assert good(run('locks', 'clear', '--all', '--yes')) == '1 lock deleted\n'
+        assert 'render#1' in good(run('locks', 'list'))
+        asked = run('locks', 'clear', '--pins', input='n\n')
+        assert 'the pins of tasks: their messages go to any node' in asked.output
+        assert good(run('locks', 'clear', '--pins', '--yes')) == '2 locks deleted\n'
+        bad_call = run('locks', 'clear', '--pins', '--task', 'a')
+        assert bad_call.exit_code == 2 and '--pins' in bad_call.output
+
     def test_add_list_and_clear(self, rows: Rows, run: Callable[..., Result]) -> None:
         rows.node('gpu-1')
         assert 'matching now: gpu-1' in good(run('locks', 'add', 'a', '%-1', '--expires-in-days', '1.5'))

@@ -166,8 +166,11 @@ class TestClear:
 
     def test_locks_of_tasks_that_are_pinned_no_longer_go(self, rows: Rows) -> None:
         tasks = 'shop.pay', 'shop.pay#1', 'shop.render'
-        register(rows, *((f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)))
-        register(rows, ('shop.pay#5', ('%gpu',), 'by hand', None), ('shop.pay', ('%gpu',), 'pin of mine', None))
+        with rows.sessions.session() as connection:
+            pins = [(f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)]
+            locks.register(connection, rows.tables, pins, 'worker', pin=True)
+        # A user's own, whatever its reason says.
+        register(rows, ('shop.pay#5', ('%gpu',), 'pin', None), ('shop.pay', ('%gpu',), 'pin', None))
         with rows.sessions.session() as connection:
             assert locks.clear_old_pins(connection, rows.tables, ['shop.pay', 'shop.other']) == 2
         assert set(listed(rows)) == {

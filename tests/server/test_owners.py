@@ -211,6 +211,14 @@ def warnings(caplog: pytest.LogCaptureFixture) -> int:
     return sum('owners are unknown' in record.getMessage() for record in caplog.records)
 
 
+def test_where_no_worker_has_started_yet_the_database_is_not_blamed(
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap], caplog: pytest.LogCaptureFixture,
+) -> None:
+    query(config, 'DROP TABLE "{}queue"')
+    assert make_map().find_fresh('a') is None
+    assert 'no worker of this version has started yet' in caplog.text and 'database is away' not in caplog.text
+
+
 def test_a_node_asks_at_once_after_a_pause_is_over_for_it(
     config: CoordinationConfig, make_map: Callable[..., OwnerMap], clock: Clock,
 ) -> None:
