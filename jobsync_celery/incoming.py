@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from celery.app.task import Context
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 
 from jobsync_core.incoming import Refused, read_name
 from jobsync_core.logs import shown
 
-__all__ = ['Incoming', 'context_of', 'read_delivery']
+__all__ = ['Incoming', 'context_of', 'read_delivery', 'read_raw']
 
 #: The longest time limit that is one, in seconds: ten years.
 _MAX_LIMIT_SEC = 315_360_000
@@ -55,6 +57,25 @@ def read_delivery(message: Any) -> Incoming | Refused:
     if headers and 'task' in headers:
         return _protocol_2(headers, payload)
     return _protocol_1(payload)
+
+
+def read_raw(text: str | bytes) -> dict[str, Any] | Refused:
+    """A message as kombu stores it in a list of Redis.
+
+    Args:
+        text: The entry of the list.
+    """
+    try:
+        message = loads(bytes_to_str(text))
+    except Exception as error:  # no JSON, or more than it can hold
+        return Refused(f'{type(error).__name__}: {shown(_text(error))}: {shown(text, 100)}')
+    properties = message.get('properties') if isinstance(message, dict) else None
+    if not isinstance(properties, dict) or not isinstance(properties.get('delivery_tag'), str):
+        return Refused(f'it has no properties with a delivery_tag: {shown(text, 100)}')
+    place = properties.get('delivery_info')
+    if not isinstance(place, dict) or not isinstance(place.get('exchange'), str) or not isinstance(place.get('routing_key'), str):
+        properties['delivery_info'] = {'exchange': '', 'routing_key': ''}
+    return cast(dict[str, Any], message)
 
 
 def _protocol_2(headers: Mapping[str, Any], payload: Any) -> Incoming | Refused:

@@ -11,6 +11,7 @@ not confirmed when the connection broke is made again.
 """
 from __future__ import annotations
 
+import sys
 from collections import deque
 from queue import Empty
 from threading import get_ident
@@ -20,13 +21,15 @@ from typing import Any
 from kombu.connection import Connection
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from jobsync_core import clock
+from jobsync_core.incoming import Refused
 
 from .bell import Bell
+from .incoming import read_raw
 from .logs import get_logger
 from .mail import Leftovers
 from .redis_client import is_redis, with_channel
@@ -37,6 +40,7 @@ logger = get_logger(__name__)
 # kombu has no types.
 transport: Any = redis
 plain_qos: Any = virtual.QoS
+plain_message: Any = virtual.Message
 _execute: Any = Redis.execute_command
 
 #: Seconds after which empty queues are looked at even if no bell was heard.
@@ -110,8 +114,23 @@ class _QoS(transport.QoS):  # type: ignore[misc]
             logger.info('JobSync: what the lost connection held is given back later: %r', error)
 
 
+class _Message(plain_message):  # type: ignore[misc]
+    """A message that remembers why it cannot be decoded, where kombu's raises into the consumer."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        try:
+            super().__init__(payload, channel=channel, **options)
+        except Exception:  # whatever a codec raises, or headers that are none
+            trouble, headers = sys.exc_info(), payload.get('headers')
+            kept = {name: value for name, value in headers.items() if name != 'compression'} if isinstance(headers, dict) else {}
+            super().__init__({'properties': payload['properties'], 'headers': kept}, channel=channel)
+            self._raw = payload
+            self.errors.append(trouble)
+
+
 class _Channel(transport.Channel):  # type: ignore[misc]
     QoS = _QoS
+    Message = _Message
     #: Outlives the channel.
     left: Leftovers
     #: What the answers that have not been read yet are for, in their order: a delivery tag, or None for the look at the queues.
@@ -331,7 +350,11 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         renew()
 
     def _deliver(self, reply: Any) -> None:
-        queue, message, recorded = bytes_to_str(reply[0]), loads(bytes_to_str(reply[1])), reply[2]
+        queue, message, recorded = bytes_to_str(reply[0]), read_raw(reply[1]), reply[2]
+        if isinstance(message, Refused):
+            # It is off its list by now, and Redis has no dead letters.
+            logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
+            return
         self.recorded = message['properties']['delivery_tag'] if recorded else None
         try:
             self.connection._deliver(message, queue)
@@ -348,9 +371,11 @@ class _Channel(transport.Channel):  # type: ignore[misc]
             except NoScriptError:
                 self._load()
                 raise Empty from None
-        if not reply:
+        message = read_raw(reply[1]) if reply else None
+        if isinstance(message, Refused):
+            logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
+        if message is None or isinstance(message, Refused):
             raise Empty
-        message = loads(bytes_to_str(reply[1]))
         self.recorded = message['properties']['delivery_tag'] if reply[2] else None
         return message
 

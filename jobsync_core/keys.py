@@ -106,6 +106,10 @@ class _Format:
         parameters = self._signature.parameters
         self._order = list(parameters)
         self._extra = next((item.name for item in parameters.values() if item.kind is item.VAR_KEYWORD), None)
+        # For calls with positional arguments alone, which need not be bound in the long way.
+        simple = all(item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD) for item in parameters.values())
+        self._defaults = [item.default for item in parameters.values()] if simple else None
+        self._required = sum(item.default is item.empty for item in parameters.values())
         self._parts = self._parse(text)
         for field in self._fields(self._parts):
             self._check_field(field)
@@ -158,10 +162,14 @@ class _Format:
         return frozenset(found)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Keys:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        values: dict[str, Any] = {**bound.arguments.get(self._extra or '', {}), **bound.arguments}
-        ordered = [bound.arguments[name] for name in self._order]
+        if self._defaults is not None and not kwargs and self._required <= len(args) <= len(self._order):
+            ordered = [*args, *self._defaults[len(args):]]
+            values: dict[str, Any] = dict(zip(self._order, ordered, strict=True))
+        else:
+            bound = self._signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            values = {**bound.arguments.get(self._extra or '', {}), **bound.arguments}
+            ordered = [bound.arguments[name] for name in self._order]
         try:
             pieces = [(part.literal, self._text_of(part, ordered, values)) for part in self._parts]
         except ConfigurationError as error:

@@ -8,7 +8,20 @@ from typing import Any
 
 from .messages import TEXTS, bad_arguments, bad_stamps, forged_keys, random_stamps
 
-__all__ = ['Raw', 'messages']
+__all__ = ['ENTRIES', 'Raw', 'messages']
+
+_NEVER = '"headers": {"task": "plain", "id": "raw"}, "content-type": "application/json", "content-encoding": "utf-8"'
+_INFO = '"delivery_info": {"exchange": "", "routing_key": "celery"}'
+#: Entries of a list of Redis that are no messages, or not quite.
+ENTRIES: tuple[bytes, ...] = (
+    b'', b'not json', b'\xff\xfe', b'5', b'null', b'"text"', b'[]', b'{}', b'{"properties": 5}', b'{"properties": {}}', b'[' * 20_000,
+    b'{"properties": {"delivery_tag": 5}}', b'{"properties": {"delivery_tag": "raw-1"}}', b'{"properties": {"delivery_tag": ["x"]}}',
+    f'{{{_NEVER}, "body": "W10=", "properties": {{"delivery_tag": "raw-2", "body_encoding": "nothing", {_INFO}}}}}'.encode(),
+    f'{{{_NEVER}, "body": "***", "properties": {{"delivery_tag": "raw-3", "body_encoding": "base64", {_INFO}}}}}'.encode(),
+    f'{{{_NEVER}, "body": 5, "properties": {{"delivery_tag": "raw-4", "body_encoding": "base64", {_INFO}}}}}'.encode(),
+    f'{{{_NEVER}, "body": "W10=", "properties": {{"delivery_tag": "raw-5", "delivery_info": 5}}}}'.encode(),
+    f'{{"headers": [1], "body": "W10=", "properties": {{"delivery_tag": "raw-6", {_INFO}}}}}'.encode(),
+    f'{{"headers": "text", "body": "W10=", "properties": {{"delivery_tag": "raw-7", {_INFO}}}}}'.encode())
 
 #: Values that no header of Celery's should have.
 _ODD: tuple[Any, ...] = (None, [], ['a'], {}, {'a': 1}, 0, -1, 1.5, True, '', 'x', 'x' * 3000, '\0', 'a\nERROR b', 10**40, [[[[]]]])

@@ -133,3 +133,13 @@ class TestRoutes:
 def test_no_value_of_the_suite_is_both_right_and_wrong() -> None:
     assert len(TEXTS) + len(COUNTS) > 35
     assert len({message.name for message in bad_stamps() + forged_keys() + bad_arguments()}) > 90
+
+
+def test_entries_of_a_list_that_are_no_messages_are_told_apart_without_an_error() -> None:
+    from jobsync_celery.incoming import read_raw
+
+    from ..hostile.celery_messages import ENTRIES
+
+    found = [read_raw(entry) for entry in ENTRIES]
+    assert sum(isinstance(item, Refused) for item in found) == 13
+    assert all(item.reason.isprintable() if isinstance(item, Refused) else item['properties']['delivery_info'] for item in found)
