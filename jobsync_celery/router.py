@@ -41,10 +41,10 @@ def install_router(app: Celery, plugin: JobSync) -> None:
     def create_task_sender(self: Any) -> Any:
         send = base._create_task_sender(self)
 
-        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
-            if stand_in() is None:
+        def send_task_message(producer: Any, name: str, message: Any, *args: Any, **options: Any) -> Any:
+            if stand_in() is None and not args:  # Celery itself gives names
                 address(message, options)
-            return send(producer, name, message, **options)
+            return send(producer, name, message, *args, **options)
 
         return send_task_message
 

@@ -304,6 +304,18 @@ class TestOddMessages:
         message.headers['task'] = []
         assert self._receive(stage, message) == 'reject'
 
+    def test_its_errbacks_are_told(self, stage: Bench) -> None:
+        told: list[tuple[str, str]] = []
+
+        def tell(request: Any, error: BaseException, traceback: Any) -> None:
+            told.append((request.id, type(error).__name__))
+
+        stage.app.task(name='tell', shared=False)(tell)
+        message = Message(None)
+        message.payload = ([], {}, {'errbacks': [stage.app.tasks['tell'].s()], 'callbacks': None, 'chain': None, 'chord': None})
+        assert stage.receive(message) == ['reject']
+        assert told == [('m1', 'Unroutable')]
+
     def test_a_task_that_cannot_be_coordinated_runs_nowhere(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
         stage.app.task(name='wrong', shared=False, jobsync_key='{m}')(_n)
         assert stage.receive(Message(None, task='wrong')) == ['reject']

@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.entity import Queue
+from kombu.message import Message
 
 from jobsync_celery import JobSync
 from jobsync_celery.mail import CeleryMail, Leftovers, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.routing import HOME, KEY
 
 from ..brokers import BrokerServer, RabbitServer, RedisServer
 from ..waiting import eventually
@@ -114,3 +118,45 @@ def test_what_a_lost_connection_had_acknowledged_is_not_given_back(redis_server:
         assert mail.restore('n1', left) == 2
         assert left == Leftovers()
         assert sorted(source.get(timeout=20).payload for _ in range(2)) == [0, 2]
+
+
+@pytest.mark.parametrize(('home', 'arrives'), [('celery', 'celery'), ('own', 'own'), ('gone', 'celery'), (_QUEUE, _QUEUE)])
+def test_what_goes_home_arrives_there(rabbitmq_server: RabbitServer, space: str, home: str, arrives: str) -> None:
+    """Not through the exchange of the node queues, and not to a queue that is gone: that would lose it."""
+    app = Celery('homing', broker=rabbitmq_server.url(space), set_as_current=False)
+    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    with contextlib.ExitStack() as stack:
+        stack.callback(mail.close)
+        mail.declare(_QUEUE)
+        with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
+            Queue('own', durable=True)(connection.default_channel).declare()
+            Queue('source', durable=True)(connection.default_channel).declare()
+            connection.Producer().publish([[1], {}, {}], exchange='', routing_key='source', headers={
+                'task': 'nobody', 'id': 'm1', HOME: home}, retry=False)
+        letter = mail.take('source')
+        assert letter is not None
+        assert (letter.home, letter.task, letter.route) == (home, 'nobody', None)
+        letter.forward(letter.home)
+        eventually(lambda: rabbitmq_server.depths(space) == {arrives: 1})
+
+
+def _task(n: int) -> int:
+    return n
+
+
+@pytest.mark.parametrize(('headers', 'expected'), [
+    ({'task': 'keyed', KEY: 'forged'}, ('k:1', 'celery')), ({'task': 'keyed', HOME: 'gpu'}, ('k:1', 'gpu')),
+    ({'task': 'plain', KEY: 'forged'}, (None, 'celery')), ({'task': 'nobody', KEY: 'k:9'}, ('k:9', 'celery')),
+    ({'task': 'nobody', KEY: ['k'], HOME: 5}, (None, 'celery')), ({'task': []}, (None, 'celery')), ({'task': 'keyless'}, (None, 'celery')),
+    ([], (None, 'celery'))])
+def test_a_route_is_made_from_the_arguments_where_the_task_is_known(headers: Any, expected: tuple[str | None, str]) -> None:
+    def fails(n: int) -> str:
+        raise LookupError
+
+    app = Celery('addressing', broker='memory://', set_as_current=False)
+    for name, key in (('keyed', 'k:{n}'), ('plain', None), ('keyless', fails)):
+        app.task(name=name, shared=False, jobsync_key=key)(_task)
+    mail = CeleryMail(JobSync(app, config=CoordinationConfig(), route_producers=False))
+    message = Message(body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8')
+    message.headers = {**headers, 'id': 'm1'} if headers else headers
+    assert mail.address_of(message) == expected

@@ -36,3 +36,18 @@ def test_a_chord_completes_whose_member_was_killed_before_it_was_counted(setup: 
     result = chord([add.s(1, number, tag=tag) for number in range(4)], total.s(tag=tag)).apply_async()
     assert cluster.result(result.id, 60) == 4 + sum(range(4))
     assert len(cluster.ended(f't:{tag}')) == 1
+
+
+@pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
+def test_a_message_without_a_key_fails_at_once_and_fails_its_chord(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    cluster.start('worker-1', concurrency=2)
+    adapter = cluster.adapter
+    assert isinstance(adapter, CeleryAdapter)
+    add, total = adapter.app.tasks['add'], adapter.app.tasks['total']
+    lost = add.s(2, 2).set(task_id='no tag')  # its tag is empty
+    result = chord([add.s(1, 1, tag='keyless'), lost], total.s(tag='keyless')).apply_async()
+    assert cluster.outcome('no tag').state == 'failed' and type(cluster.outcome('no tag').value).__name__ == 'Unroutable'
+    assert cluster.outcome(result.id).state == 'failed'
+    assert cluster.ended('a::2:2', 't:keyless') == []
+    cluster.finish()
