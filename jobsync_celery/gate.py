@@ -147,6 +147,7 @@ class ConsumerGate:
         """In place of the consumer's: tasks that were made after the worker began are prepared as well."""
         self._plugin.prepare_tasks()
         self._update()
+        self._plugin.guard_traces()
 
     def _refuser(self, name: str) -> Callable[..., object]:
         def refuse(*args: Any) -> None:

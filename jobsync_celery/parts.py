@@ -59,6 +59,7 @@ PARTS: tuple[Part, ...] = (
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
     Part(GATE, 'celery.worker.request:Request', (
         'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout')),
+    Part(GATE, 'celery.app.trace', ('trace_ok_t', 'TraceInfo', 'report_internal_error')),
     Part(LIFE, 'celery.app.amqp:Queues', ('select_add', 'deselect')),
     Part(LIFE, 'celery.concurrency.prefork:TaskPool', ('_pool', 'terminate')),
     Part(LIFE, 'celery.worker.worker:WorkController', ('pool_cls',)),

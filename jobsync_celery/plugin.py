@@ -31,7 +31,7 @@ from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
 from .router import install_router
 from .settings import CelerySettings, read_settings
 from .startup import wait_for_broker, wait_for_database
-from .tasks import Tasks, prepare_task, watch_tasks
+from .tasks import Tasks, guarded_trace, prepare_task, watch_tasks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -352,6 +352,16 @@ class JobSync:
         """Before messages of new tasks can come."""
         for task in list(self.app.tasks.values()):
             prepare_task(task)
+
+    def guard_traces(self) -> None:
+        """After Celery has built its tracers, which those pools use that have no processes."""
+        for name, task in list(self.app.tasks.items()):
+            try:
+                coordinated = self.tasks.find(name) is not None
+            except JobSyncError:
+                continue  # it runs nowhere
+            if coordinated and task.__trace__ is not None:
+                task.__trace__ = guarded_trace(task)
 
     def pinned_late(self, name: str) -> bool:
         """Whether a task has a pin that this node did not register when it entered, so that nothing holds its messages to it."""

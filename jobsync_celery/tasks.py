@@ -7,8 +7,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from celery import Task
+from celery import Task, states
 from celery.app.registry import TaskRegistry
+from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
+from celery.exceptions import Reject
 
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError, JobSyncError
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from jobsync_core.plugin import PluginSettings
 
-__all__ = ['Tasks', 'prepare_task', 'watch_tasks']
+__all__ = ['Tasks', 'guarded_trace', 'prepare_task', 'watch_tasks']
 
 NO_STAMPS = Stamps()
 _LATE = ('acks_late', 'reject_on_worker_lost')
@@ -58,6 +60,27 @@ def _says(task: Any, option: str) -> bool:
     if option in vars(task):
         return True
     return any(vars(cls).get(option) is not None and cls not in _UNSAID[option] for cls in type(task).__mro__)
+
+
+def guarded_trace(task: Any) -> Callable[..., Any]:
+    """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge the message then.
+
+    Celery's own does, where the end of a task cannot be told to a chain that is none, for example.
+
+    Args:
+        task: The task; Celery has built its tracer.
+    """
+    trace = task.__trace__
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return trace(*args, **kwargs)
+        except (Reject, MemoryError):
+            raise
+        except Exception as error:
+            return trace_ok_t(report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None)
+
+    return guarded
 
 
 def _check(run: Any, name: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from amqp.exceptions import AMQPError
 from celery import Celery
 from kombu.exceptions import KombuError
 
@@ -59,6 +60,9 @@ class Run:
                 cwd=_ROOT, env={**kept, **order.environment(), 'PYTHONUNBUFFERED': '1', 'C_FORCE_ROOT': '1'}, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent())
         self.sent: list[Raw] = []
+        self._connection: Any = None
+        self._producer: Any = None
+        self._options = {'confirm_publish': True} if server.kind == 'rabbitmq' else {}
 
     def _declare(self) -> None:
         with self.sender.connection_for_write() as connection:
@@ -78,15 +82,13 @@ class Run:
 
     def send(self, found: list[Raw]) -> None:
         """Send what the broker takes, with good messages between."""
-        with self.sender.connection_for_write() as connection:
-            producer = connection.Producer()
-            for number, raw in enumerate(found):
-                if number % _GOOD_EACH == 0:
-                    self.good(number)
-                if self._publish(producer, raw):
-                    self.sent.append(raw)
-            self.good(len(found))
-            self.good_count = len(range(0, len(found), _GOOD_EACH)) + 1
+        for number, raw in enumerate(found):
+            if number % _GOOD_EACH == 0:
+                self.good(number)
+            if self._publish(raw):
+                self.sent.append(raw)
+        self.good(len(found))
+        self.good_count = len(range(0, len(found), _GOOD_EACH)) + 1
 
     def push(self) -> None:
         """What kombu would never write, straight into the list."""
@@ -98,14 +100,20 @@ class Run:
     def good(self, number: int) -> None:
         self.sender.send_task('good', (1_000_000 + number,), task_id=f'g{number}')
 
-    def _publish(self, producer: Any, raw: Raw) -> bool:
+    def _publish(self, raw: Raw) -> bool:
+        if self._connection is None:
+            self._connection = self.sender.connection_for_write(transport_options=self._options)
+            self._producer = self._connection.Producer()
         try:
-            producer.publish(
+            self._producer.publish(
                 raw.body, exchange='', routing_key='celery', headers=raw.headers, content_type=raw.content_type,
                 content_encoding=raw.content_encoding, **raw.properties)
-        except (KombuError, TypeError, ValueError, OverflowError, AttributeError, KeyError, UnicodeError, struct.error):
-            producer.revive(producer.connection.channel())
-            return False  # this broker's client cannot say it
+        except (KombuError, AMQPError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, struct.error):
+            # This broker, or its client, cannot say it. Half of it may be under way on the connection.
+            connection, self._connection = self._connection, None
+            with contextlib.suppress(Exception):
+                connection.collapse()
+            return False
         return True
 
     def notes(self) -> Counter[str]:
@@ -136,6 +144,8 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.worker.pid, signal.SIGKILL)
         self.worker.wait()
+        if self._connection is not None:
+            self._connection.release()
         self.sender.close()
 
 
