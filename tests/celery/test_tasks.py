@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from celery import Celery, Task, _state, shared_task, signals
+from celery.app.trace import build_tracer
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_core import exactly_once as core_once
@@ -325,3 +327,15 @@ def test_a_bound_task_s_callable_key_need_not_take_the_task(app: Celery, key: An
     app.task(name='keyed', shared=False, bind=True, jobsync_key=key)(run)
     for name in ('once', 'keyed'):
         assert plugin_of(app).tasks.route_of(name, [3], {}, 'm') == 'd:3'
+
+
+@pytest.mark.parametrize('embed', [{'chain': [5]}, {'chain': [{}]}, {'callbacks': [5]}, {'errbacks': 5}, {'chord': 5}])
+def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(app: Celery, embed: dict[str, Any]) -> None:
+    task = app.task(name='keyed', shared=False, jobsync_key='d:{n}')(double)
+    task.__trace__ = build_tracer('keyed', task, app=app)
+    plugin_of(app).guard_traces()
+    request = {'id': 'm1', 'delivery_info': {}, 'is_eager': False, **embed}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # Celery tells of it this way
+        found = task.__trace__('m1', (1,), {}, request)
+    assert found.info is None or found.info.state == 'FAILURE'
