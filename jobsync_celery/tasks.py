@@ -48,10 +48,13 @@ def prepare_task(task: Any) -> None:
         ConfigurationError: It can never work.
     """
     _check(_run_of(task), task.name)
+    once = once_of(_run_of(task))
+    if once is not None:
+        once.adopt(task.name)
     for option in _LATE:
         if getattr(type(task), option, None) is None:
             _UNSAID[option].add(type(task))
-        if once_of(_run_of(task)) is not None and not _says(task, option):
+        if once is not None and not _says(task, option):
             setattr(task, option, True)
 
 

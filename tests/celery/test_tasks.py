@@ -67,7 +67,7 @@ def options_of(app: Celery, name: str) -> tuple[Any, Any]:
 
 def a_class(name: str = 'doubles', base: type = Task, **attributes: Any) -> Any:
     """A task that is a class; a new one each time, as Celery writes on those that it binds."""
-    @exactly_once(key='d:{n}')
+    @exactly_once(key='d:{n}', scope='doubles')
     def run(self: Any, n: int) -> int:
         return 2 * n
 
@@ -174,7 +174,7 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r'write it below @app\.task'):
             exactly_once(key='d:{n}')(app.task(shared=False)(double))
 
-    @pytest.mark.parametrize('foreign', [core_once(key='d:{n}'), dramatiq_once(key='d:{n}')])
+    @pytest.mark.parametrize('foreign', [core_once(key='d:{n}', scope='core'), dramatiq_once(key='d:{n}', scope='dramatiq')])
     def test_another_s_exactly_once(self, app: Celery, foreign: Any) -> None:
         for decorator in (app.task, app.task(name='x')):
             with pytest.raises(ConfigurationError, match='from jobsync_celery import exactly_once'):
@@ -185,13 +185,20 @@ class TestRefusals:
         class Foreign(Task):  # type: ignore[misc]
             name = 'foreign'
 
-            @core_once(key='d:{n}')
+            @core_once(key='d:{n}', scope='core')
             def run(self, n: int) -> int:
                 return n
 
         with pytest.raises(ConfigurationError, match='from jobsync_celery import exactly_once'):
             app.register_task(Foreign())
         assert 'foreign' not in app.tasks
+
+    def test_one_function_for_two_tasks(self, app: Celery) -> None:
+        run = exactly_once(key='d:{n}')(double)
+        app.task(name='one', shared=False)(run)
+        app.finalize()
+        with pytest.raises(ConfigurationError, match='run the same @exactly_once function'):
+            app.task(name='two', shared=False)(run)
 
     def test_a_coroutine(self, app: Celery) -> None:
         async def run(n: int) -> int:
