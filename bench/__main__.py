@@ -15,7 +15,7 @@ from pathlib import Path
 from jobsync_core import CoordinationConfig
 from jobsync_core.embedded import EmbeddedPostgres
 
-from . import changes, local, spread
+from . import changes, heartbeats, local, spread
 from .nodes import Databases
 from .peer import PEER_VERSION, PeerUnavailable, our_side, peer_side
 from .rounds import Bench
@@ -26,7 +26,7 @@ __all__ = ['MEASUREMENTS', 'main']
 MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     'claims': local.claims, 'memory': local.memory, 'distribution': spread.distribution, 'movement': spread.movement,
     'first_distribution': spread.first_distribution, 'locks': spread.locks, 'follower': changes.follower, 'failover': changes.failover,
-    'join': changes.join, 'tasks': local.tasks, 'ledger': local.ledger,
+    'join': changes.join, 'heartbeats': heartbeats.heartbeats, 'tasks': local.tasks, 'ledger': local.ledger,
 }
 
 

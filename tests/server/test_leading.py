@@ -34,9 +34,8 @@ def test_the_dead_are_evicted_while_no_plan_can_be_made(cluster: Cluster) -> Non
         cursor.execute('SET LOCAL idle_in_transaction_session_timeout = 0')
         cursor.execute(f'LOCK TABLE public."{cluster.config.appname}lock" IN EXCLUSIVE MODE')
         plans = query(cluster.config, 'SELECT count(*) FROM "{}rebalance"')
-        since = cluster['n3'].kill()
+        cluster['n3'].kill()
         eventually(lambda: cluster.members() == ['n1', 'n2'], timeout=10)
-        assert moment() - since < FAST['heartbeat_timeout_sec'] + 2.5
         assert query(cluster.config, 'SELECT count(*) FROM "{}rebalance"') == plans
         assert '' in cluster.owned()
         cluster.wait_claims_of('n1', moment())

@@ -410,7 +410,7 @@ def _check_cost(node: SimNode, sent: Counter[str], seconds: float) -> None:
     beats = sent.pop('Beat', 0)
     for name in ('Take', 'Lives'):  # an open promise of another node is looked at again until it is kept or lapses
         sent.pop(name, None)
-    if sum(sent.values()) > 2 or beats > 1.02 * seconds / node.settings.interval + 2:
+    if sum(sent.values()) > 2 or beats > 1.02 * seconds / node.settings.interval + 3:
         raise Violation(f'I7: {node} sent {beats} heartbeats and {dict(sent)} in {seconds:.1f} s in which nothing happened')
 
 
