@@ -80,7 +80,7 @@ class Lookout:
             return None
         dead = self.liveness.dead(now)
         if dead and self._may(Evict, now):
-            return Evict(name, incarnation, (dead[self._singly % len(dead)],) if self._singly else dead)
+            return Evict(name, incarnation, dead, dead[self._singly % len(dead)] if self._singly else None)
         if now >= self._lead_at and self._may(Lead, now):
             return Lead(name, incarnation, dead, DEATHS if self._have_died else 'nodes or locks changed')
         return None
@@ -151,7 +151,7 @@ class Lookout:
         if reply.led and reply.names:
             self._lead_at = now
             self._have_died = True
-        missed = frozenset(sign for sign in request.dead if sign.name not in reply.names)
+        missed = frozenset(sign for sign in request.targets if sign.name not in reply.names)
         # Somebody older is alive, or one of the dead is: without a fresh look the same would be sent over and over.
         if missed:
             self._must_look = True
@@ -185,7 +185,7 @@ class Lookout:
         retry.failed(now)
         if isinstance(duty, Evict):
             self._singly += 1
-            self._stuck = frozenset(duty.dead)
+            self._stuck = frozenset(duty.targets)
         # Another node may be able to. Alone, or where stepping down is what fails, there is nothing to be had from it.
         if retry.failing_for >= self._timeout and not isinstance(duty, StepDown) and len(self._known) != 1:
             self._must_step_down = True

@@ -304,11 +304,20 @@ class Observed:
 
 @dataclass(frozen=True)
 class Evict:
-    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it stands, whatever the plan does."""
+    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it stands, whatever the plan does.
+
+    only: delete this one of them alone; the others still do not count as older than this node.
+    """
 
     name: str
     incarnation: str
     dead: tuple[Sign, ...]
+    only: Sign | None = None
+
+    @property
+    def targets(self) -> tuple[Sign, ...]:
+        """Who is to be deleted."""
+        return self.dead if self.only is None else (self.only,)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Leading:
                 return None
             if not _is_eldest(request, members):
                 return Evicted(False)
-            evicted = steps.delete_unlocked(request.dead)
+            evicted = steps.delete_unlocked(request.targets)
             self._epochs.evicting(steps, request.dead, evicted)
         self._epochs.evicted(evicted)
         return Evicted(True, evicted)

@@ -423,7 +423,7 @@ class SimStore:
             return None
         if not self._is_eldest(row, request.dead):
             return Evicted(False)
-        names = tuple(sign.name for sign in request.dead if self._is_dead(sign))
+        names = tuple(sign.name for sign in request.targets if self._is_dead(sign))
         for name in names:
             self._delete(name)
         return Evicted(True, names)
