@@ -60,8 +60,8 @@ def heartbeats(bench: Bench) -> list[Row]:
             measure('after')
         connection.close()
     bench.raw['heartbeats'] = samples.values
-    note = (f'{nodes} nodes, of which the youngest beats, first decile, commit included. Then each node has sent {_BEATS} heartbeats, which '
-            'is half an hour, while a REPEATABLE READ transaction is open, so that no version of a row can go.')
+    note = (f'{nodes} nodes, of which the youngest beats, first decile, commit included. Then each node has sent {_BEATS} heartbeats, '
+            'which is half an hour, while a REPEATABLE READ transaction is open, so that no version of a row can go.')
     why = 'The statement of 0.1.0, on the same tables: it reads all older nodes.'
     rows = []
     for when, label in (('before', ''), ('after', ', a transaction open for 30 min')):

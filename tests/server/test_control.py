@@ -45,6 +45,7 @@ from jobsync_core.messages import (
     Refresh,
     Segment,
     Sign,
+    StepDown,
     Take,
     Taken,
 )
@@ -246,6 +247,51 @@ class TestHeartbeat:
         assert store.beat('c') == Beaten(store.version(), 'active', (Sign('a', 'life of a', 1), Sign('b', 'life of b', 0)))
         assert store.beat('c', 'a former life') is None
         assert store.beat('nobody') is None
+
+    def test_what_it_reads_grows_neither_with_the_nodes_nor_with_row_versions_that_an_open_transaction_keeps(self, store: Store) -> None:
+        for name in 'abcdef':
+            store.join(name)
+        store.rows.run(
+            f'''INSERT INTO {store.tables.node} (name, created_on, incarnation, state, lease_sec)
+                SELECT 'n' || n, clock_timestamp() + n * interval '1 microsecond', n::text, 'active', 1
+                FROM generate_series(1, 300) AS n''')
+        store.join('youngest')
+        store.beat('youngest')
+        with store.rows.sessions.session() as reader, reader.cursor() as cursor:
+            cursor.execute(f'SELECT count(*) FROM {store.tables.node}')
+            for _ in range(30):
+                store.connection.execute(f'UPDATE {store.tables.node} SET beat = beat + 1')
+            looks = 'SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = %s::regclass'
+            store.connection.execute('BEGIN')
+            before, = store.connection.execute(looks, (store.tables.node,))
+            beaten = store.ask(Beat('youngest', 'life of youngest'))
+            after, = store.connection.execute(looks, (store.tables.node,))
+            store.connection.execute('ROLLBACK')
+        assert [sign.name for sign in beaten.older] == list('abcd'), 'four of 306'
+        assert after[0] == before[0], 'the table was read as a whole'
+        assert after[1] - before[1] <= 5 * 31
+
+    def test_it_tells_how_long_ago_the_older_ones_beat_and_where_to_begin_the_next_time(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name)
+        store.rows.run(f"UPDATE {store.tables.node} SET last_heartbeat = clock_timestamp() - interval '3 seconds' WHERE name = 'a'")
+        first = store.ask(Beat('c', 'life of c'))
+        assert 3 <= first.ages[0] < 13 and 0 <= first.ages[1] < 10
+        assert store.ask(Beat('c', 'life of c', first.since)).older == first.older
+        store.ask(Leave('a', 'life of a'))
+        second = store.ask(Beat('c', 'life of c', first.since))
+        assert [sign.name for sign in second.older] == ['b'] and second.since > first.since
+        assert store.ask(Beat('c', 'life of c', second.since)).older == second.older
+        assert store.ask(Beat('b', 'life of b')).since == second.since, 'the oldest begins with itself'
+
+    def test_a_node_that_steps_down_is_the_youngest_from_then_on(self, store: Store) -> None:
+        for name in 'abc':
+            store.join(name)
+        assert store.ask(StepDown('a', 'life of a')) is True
+        assert store.ask(StepDown('a', 'a former life')) is None
+        assert [member.name for member in store.ask(Observe()).members] == ['b', 'c', 'a']
+        assert [sign.name for sign in store.beat('a').older] == ['b', 'c']
+        assert not store.lead('a').led and store.lead('b').led
 
     def test_it_waits_for_no_lock_of_the_cluster(self, store: Store) -> None:
         store.join('a')
