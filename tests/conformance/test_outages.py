@@ -8,6 +8,7 @@ import pytest
 
 from jobsync_core.embedded import EmbeddedPostgres
 
+from ..server.cluster import query
 from ..server.proxy import Mode, Proxy
 from ..waiting import eventually
 from .harness import Cluster
@@ -127,3 +128,34 @@ def test_a_worker_cut_off_from_the_database_stops_and_comes_back(setup: Setup, m
         send_some(cluster, 20, start=200, sleep=0)
         cluster.finish()
         assert [note for note in cluster.notes.of('end') if cluster.worker_of(note.node) == 'alpha' and int(note.key[2:]) >= 200]
+
+
+# Raises in the begin of an execution, as a server does that is out of disk space.
+_REFUSING = """
+CREATE TABLE trouble (code text);
+CREATE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
+DECLARE wanted text;
+BEGIN
+    SELECT code INTO wanted FROM trouble;
+    IF wanted IS NOT NULL THEN RAISE EXCEPTION 'no space left' USING ERRCODE = wanted; END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER raise_trouble BEFORE INSERT OR UPDATE ON "{}execution" FOR EACH ROW EXECUTE FUNCTION raise_trouble();
+"""
+
+
+@pytest.mark.parametrize('code', ['53100', '22P05'])
+@on_threads
+def test_a_server_that_refuses_for_a_while_loses_and_doubles_nothing(setup: Setup, make_cluster: MakeCluster, code: str) -> None:
+    """No message is acknowledged that has not run, and what ran meanwhile is recorded later."""
+    cluster = make_cluster(setup)
+    cluster.start('alpha', concurrency=2)
+    send_some(cluster, 10, sleep=0.5)
+    cluster.wait_progress(1)
+    query(cluster.ledger.config, _REFUSING)
+    query(cluster.ledger.config, f"INSERT INTO trouble VALUES ('{code}')")
+    send_some(cluster, 10, start=10)
+    since = moment()
+    eventually(lambda: moment() - since > 4)
+    query(cluster.ledger.config, 'DELETE FROM trouble')
+    cluster.finish(60)
