@@ -5,7 +5,6 @@ a queue that has gone is parked, not lost. On Redis a queue is a list, and publi
 """
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
 from jobsync_core.routing import HOME, HOPS, KEY, mark_key, node_queue, parked_queue, unknown_queue
 
+from .abandoning import abandon
 from .circuit import Circuit
 from .declaring import declare_exchange, declare_queue
 from .incoming import read_delivery
@@ -191,8 +191,7 @@ class Publisher:
                 channel: Any = connection.default_channel
                 channel.client.ping()
         finally:
-            with contextlib.suppress(Exception):
-                connection.release()
+            abandon(connection)
 
     def _publish(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         properties = message.properties
@@ -263,10 +262,7 @@ class Publisher:
     def _drop(self) -> None:
         connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
-            try:
-                connection.release()
-            except Exception as error:  # it is broken already
-                logger.debug('closing the publisher: %r', error)
+            abandon(connection)
 
 
 class _Forgotten:
@@ -504,10 +500,7 @@ class CeleryMail:
         """See Mail."""
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None:
-            try:
-                connection.release()
-            except Exception as error:  # it is broken already
-                logger.debug("closing the keeper's connection: %r", error)
+            abandon(connection)
 
     def close(self) -> None:
         """Close all connections."""

@@ -55,7 +55,7 @@ PARTS: tuple[Part, ...] = (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
         'connection_for_read', 'create_task_handler', 'update_strategies', 'on_decode_error', 'on_invalid_task', 'on_unknown_message',
         'channel_errors')),
-    Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat')),
+    Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat', 'collect')),
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
     Part(GATE, 'celery.worker.request:Request', (
         'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout')),

@@ -1,11 +1,12 @@
 """A broker connection of its own for whoever sends messages while it holds something: each step takes a bounded time."""
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from kombu.exceptions import OperationalError
+
+from .abandoning import abandon
 
 __all__ = ['BrokerAway', 'Publisher']
 
@@ -76,5 +77,4 @@ class Publisher:
         """Drop the connection: after an error it may be in the midst of something."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            with contextlib.suppress(Exception):
-                producer.connection.release()
+            abandon(producer.connection)
