@@ -180,13 +180,15 @@ class Publisher:
                 raise
 
     def _probe(self) -> None:
-        """Whether the broker takes messages: one that goes nowhere, confirmed."""
+        """Whether the broker takes messages: two that go nowhere, confirmed. RabbitMQ takes one of a connection in any case."""
         connection = self._connect()
         try:
             if self._plugin.driver == 'amqp':
-                connection.Producer().publish(
-                    b'', exchange='', routing_key='jobsync.nowhere', retry=False, confirm_timeout=self._limit, content_type='text/plain',
-                    content_encoding='utf-8')
+                producer = connection.Producer()
+                for _ in range(2):
+                    producer.publish(
+                        b'', exchange='', routing_key='jobsync.nowhere', retry=False, confirm_timeout=self._limit,
+                        content_type='text/plain', content_encoding='utf-8')
             else:
                 channel: Any = connection.default_channel
                 channel.client.ping()
