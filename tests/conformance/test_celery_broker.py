@@ -1,27 +1,19 @@
 """Celery workers whose broker is not up yet, cannot be reached, or takes nothing: they wait, and the others have their keys."""
 from __future__ import annotations
 
-import contextlib
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
-import psycopg2
 import pytest
-
-from jobsync_core.store import status
-from jobsync_core.store.schema import Tables
 
 from ..brokers import RabbitServer
 from ..server.cluster import query
 from ..server.proxy import Mode, Proxy
 from ..waiting import eventually
-from .harness import STEADY, Cluster
+from .harness import Cluster
 from .setups import Setup, setups
 
 MakeCluster = Callable[..., Cluster]
-_CTL = Path('/usr/lib/rabbitmq/bin/rabbitmqctl')
 _ON_PROCESSES = pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
 _ON_REDIS = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('redis',)), ids=str)
 _ON_RABBIT = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('rabbitmq',)), ids=str)
@@ -133,59 +125,6 @@ def test_a_solo_worker_at_work_keeps_its_keys(setup: Setup, make_cluster: MakeCl
     cluster.finish()
     assert query(cluster.place.config, 'SELECT version FROM {}cluster') == before
     assert not [worker for worker in cluster.workers.values() if 'has taken no messages' in worker.log()]
-
-
-@contextlib.contextmanager
-def _alarm(server: RabbitServer) -> Iterator[None]:
-    """RabbitMQ believes that it is short of memory."""
-    def limit(value: str) -> None:
-        done = subprocess.run(
-            [str(_CTL), '-n', f'jobsync{server.port}@localhost', 'set_vm_memory_high_watermark', *value.split()],
-            env=server.environment(), capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    limit('0.00001')
-    try:
-        yield
-    finally:
-        limit('absolute 2GB')
-
-
-@_ON_RABBIT
-def test_a_memory_alarm_of_rabbitmq_does_not_stop_a_worker(setup: Setup, make_cluster: MakeCluster) -> None:
-    """What it owns runs while what belongs to others waits, and nobody waits once for each message."""
-    if not _CTL.exists():
-        pytest.skip(f'no {_CTL}')
-    cluster = make_cluster(setup, STEADY)
-    server = cast(RabbitServer, cluster.place.server)
-    # As users have it: with confirms for everything, Celery's own events wait in the event loop for as long as the alarm lasts.
-    cluster.start('alpha', 'beta', concurrency=1, conf={'broker_transport_options': {}})
-    numbers = cluster.numbers('alpha', 8, task='body')
-    for n in numbers:
-        cluster.send('body', n, 1.0, routed=True)
-    cluster.wait_started([f'b:{numbers[0]}'])
-    with _alarm(server):
-        # What is in its queue belongs to the other one now, and cannot be passed on.
-        _drain(cluster, 'alpha', True)
-        eventually(lambda: 'did not take a message in time' in cluster['alpha'].log(), 40)
-        _drain(cluster, 'alpha', False)
-        eventually(lambda: 'alpha@test' in cluster.ledger.owned(), 20)
-        cluster.settle()
-        # Some of them are its own again. The rest waits, and holds nobody up.
-        owners = cluster.ledger.owners(f'b:{n}' for n in numbers)
-        mine = [key for key, owner in owners.items() if owner == 'alpha@test']
-        cluster.wait_ended(mine, 15)
-        assert cluster['alpha'].log().count('did not take a message in time') == 1
-    eventually(lambda: 'the broker takes messages again' in cluster['alpha'].log(), 30)
-    for n in range(10):
-        cluster.send('keyed', n)
-    cluster.finish()
-
-
-def _drain(cluster: Cluster, name: str, drains: bool) -> None:
-    with contextlib.closing(psycopg2.connect(cluster.adapter.order.database)) as connection:
-        status.set_drain(connection, Tables.of(cluster.place.config), f'{name}@test', drains)
-        connection.commit()
 
 
 @_ON_RABBIT
