@@ -14,7 +14,7 @@ from . import clock
 from .config import CoordinationConfig
 from .logs import get_logger
 from .mail import Mail
-from .routing import parked_queue, unknown_queue
+from .routing import mark_key, parked_queue, unknown_queue
 from .store import queues
 from .store.connection import Sessions
 from .store.schema import Tables
@@ -85,7 +85,7 @@ def evacuate(mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], 
         prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
         shared = parked_queue(config.appname), unknown_queue(config.appname)
         for name in mail.places():
-            if name.startswith(prefix) and name not in shared:
+            if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
                 known.setdefault(name, name[len(prefix):])
         for queue, node in sorted(known.items()):
             _guarded(mail, done, queue, tell, lambda: _leave_node(mail, sessions, tables, queue, node, alive, done))  # noqa: B023

@@ -413,6 +413,11 @@ class Job:
         """
         return self._sessions.session(users=not pinned)
 
+    def rest(self) -> None:
+        """Close connections to the database that a burst of work has left idle. Called now and then by this node's keeper."""
+        if self.config is not None:
+            self._sessions.trim()
+
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until `condition()` holds, looked at whenever this node has done or heard something; whether it does."""
         return self._agent.wait_for(condition, timeout)

@@ -16,7 +16,6 @@ from .plugin import Gate
 from .rescue import Rescue
 from .routing import unknown_queue
 from .store import queues
-from .store.connection import Sessions
 from .store.schema import Tables
 
 __all__ = ['Keeper']
@@ -60,7 +59,7 @@ class Keeper:
         self._on_lease, self._on_change, self._on_tick = on_lease, on_change, on_tick
         config = gate.settings.config
         self._tables = Tables.of(config)
-        self._sessions = Sessions(config, f'jobsync keeper {gate.job.node_name}')
+        self._sessions = gate.sessions
         self._closing = False
         self._leased, self._version = True, -1
         self._told = True
@@ -130,6 +129,8 @@ class Keeper:
                 self._mark_at = now + _MARK_SEC
                 self._guarded(lambda: self._mail.mark(self._job.belonging.broker))
             self._guarded(self._on_tick)
+            self._sessions.trim()
+            self._job.rest()
             self._job.wait_until(self._has_work, max(0.01, min(1.0, self._sweep_at - clock.now())))
 
     def _has_work(self) -> bool:

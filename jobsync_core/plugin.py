@@ -258,7 +258,9 @@ class Gate:
         self.job = job
         self.settings = settings
         tables = Tables.of(settings.config)
-        self.owners = OwnerMap(Sessions(settings.config, f'jobsync gate {job.node_name}'), tables)
+        #: Of the gate and of the keeper: they hardly ever need one at the same moment.
+        self.sessions = Sessions(settings.config, f'jobsync keeper {job.node_name}')
+        self.owners = OwnerMap(self.sessions, tables)
         self.counts: dict[str, int] = {}
         self._lock = threading.Lock()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Consumer
-from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+from dramatiq.errors import ConnectionClosed, ConnectionFailed
 
 from jobsync_core import clock
 from jobsync_core.consuming import Consuming
@@ -37,6 +37,8 @@ _LOOK_SEC = 0.05
 _AGAIN_SEC = 1.0
 #: Seconds until a consumer whose broker was lost asks for it again.
 _OPEN_AGAIN_SEC = 1.0
+#: What a broker raises that cannot be reached; their base has one name in Dramatiq 1, and another in Dramatiq 2.
+_LOST = (ConnectionClosed, ConnectionFailed)
 
 
 class _LifeOver(ConnectionClosed):
@@ -199,7 +201,7 @@ class GatedConsumer(Consumer):
             return self._next()
         except _LifeOver:
             raise
-        except BrokerConnectionError as error:
+        except _LOST as error:
             self._lose(error)
             if self._delays and self._gave:
                 raise  # the worker forgets what waits for its time; the broker gives all of it back
@@ -208,7 +210,7 @@ class GatedConsumer(Consumer):
     def _lose(self, error: Exception) -> None:
         self._shared.consuming.lost(self._queue, error)
         self._open_at = clock.now() + _OPEN_AGAIN_SEC
-        with contextlib.suppress(BrokerConnectionError):
+        with contextlib.suppress(*_LOST):
             self.close()
 
     @property
@@ -227,8 +229,7 @@ class GatedConsumer(Consumer):
                 del self._waiting[position]
                 return self._handed(message)
         message = self._hold.next(patient=not self._waiting)
-        if not self._delays:
-            self._shared.consuming.looked(self._queue)
+        self._shared.consuming.looked(self._queue)
         if message is not None:
             self._receive(message)
         if self._delays:

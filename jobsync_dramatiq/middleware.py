@@ -115,9 +115,9 @@ class JobSync(Middleware):
         check_actor(actor)
 
     def after_declare_actor(self, broker: Any, actor: Any) -> None:
-        """Actors that were declared before the plugin was added count as well."""
+        """Actors that were declared before the plugin was added count as well; Dramatiq 1 gives their names."""
         self._install(broker)
-        check_actor(actor)
+        check_actor(broker.actors[actor] if isinstance(actor, str) else actor)
 
     def _install(self, broker: Any) -> None:
         others = [item for item in broker.middleware if isinstance(item, JobSync)]

@@ -28,6 +28,8 @@ __all__ = ['Connection', 'Sessions']
 #: Idle connections that a process keeps; and for as long as others are in use all the time, as by the threads of a worker.
 _FEW_IDLE, _MOST_IDLE = 4, 16
 _IDLE_SEC = 10.0
+#: Seconds after which `trim` closes what a burst has left.
+_REST_SEC = 30.0
 
 # pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of the present WAL file
 # does not. Neither changes when the server restarts, nor when it recovers from a crash.
@@ -376,6 +378,10 @@ class Sessions:
         """Whether an idle connection shows no sign of having been closed by the server."""
         return _is_quiet(connection)
 
+    def trim(self) -> None:
+        """Close connections of this process that nobody has used for half a minute, but one. Called now and then."""
+        self._pool().trim(time.monotonic() - _REST_SEC)
+
     def close_all(self) -> None:
         """Close the connections of this process; those in use, when they come back."""
         self._pool().close()
@@ -482,6 +488,15 @@ class _Pool:
             while len(self._idle) > _FEW_IDLE and now - self._idle[0][0] > _IDLE_SEC:
                 surplus.append(self._idle.pop(0)[1])
         for each in surplus:
+            each.close()
+
+    def trim(self, since: float) -> None:
+        """Close all idle ones but one that were given back before a moment."""
+        old = list[GuardedConnection]()
+        with self._lock:
+            while len(self._idle) > 1 and self._idle[0][0] < since:
+                old.append(self._idle.pop(0)[1])
+        for each in old:
             each.close()
 
     def close(self) -> None:

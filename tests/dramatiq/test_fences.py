@@ -1,21 +1,25 @@
 """Fences of the plugin, each taken away in turn: the check that rests on it fails then."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
 from jobsync_core import plugin as core
-from jobsync_core.routing import decide
+from jobsync_core.routing import KEY, decide
+from jobsync_dramatiq import incoming, redis_mail
 from jobsync_dramatiq import once as once_module
-from jobsync_dramatiq import redis_mail
+from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.gate import GatedConsumer, WorkerGate
 from jobsync_dramatiq.redis_mail import RedisMail
 
 from ..brokers import BrokerServer
 from ..fakes import FakeLedger
+from ..hostile.dramatiq_wire import UNREADABLE
 from .stage import Stage, message, stage
 from .test_gate import (
     check_failure_leaves_it_unacknowledged,
@@ -135,3 +139,52 @@ def test_without_an_id_of_its_own_a_live_node_s_messages_are_taken(
     monkeypatch.setattr(redis_mail, 'broker_id', lambda appname, node: 'all')
     with pytest.raises(AssertionError):
         check_rescue_spares_the_living(redis_server)
+
+
+def trust_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Actors.read_route
+    monkeypatch.setattr(Actors, 'read_route', lambda self, message, stamps: stamps.key or read(self, message, stamps))
+
+
+def trust_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(data: bytes) -> Any:
+        return dramatiq.Message.decode(data)
+
+    monkeypatch.setattr(incoming, 'read_message', read)
+
+
+def test_without_the_route_from_the_arguments_a_message_goes_around_a_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_the_stamp(monkeypatch)
+    with stage(monkeypatch) as made:
+        assert made.receive(message('7', None, 'pinned', **{KEY: 'mine'})) is not None, 'the node would run what its pin excludes'
+
+
+def test_without_the_boundary_odd_fields_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_the_fields(monkeypatch)
+    passed = []
+    for data in UNREADABLE.values():
+        with contextlib.suppress(dramatiq.errors.DecodeError):
+            passed.append(incoming.read_message(data))
+    assert len(passed) > 10
+
+
+def test_without_the_last_place_a_message_that_has_no_key_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorkerGate, 'is_refused', lambda self, signal, message: False)
+    with stage(monkeypatch) as made:
+        retried: list[Any] = []
+        dramatiq.actor(actor_name='stubborn', broker=made.broker, jobsync_key='{n}', retry_when=lambda *_: True)(made._run)
+        vars(made.broker)['enqueue'] = lambda found, delay=None: retried.append(found)
+        found = made.receive(message(None, None, 'stubborn', args=()))
+        monkeypatch.setattr(WorkerGate, 'refuse', without_throws(WorkerGate.refuse))
+        made.process(found)
+        assert retried
+
+
+def without_throws(refuse: Callable[..., None]) -> Callable[..., None]:
+    def changed(self: WorkerGate, found: Any) -> None:
+        try:
+            refuse(self, found)
+        finally:
+            found.options.pop('throws', None)
+
+    return changed

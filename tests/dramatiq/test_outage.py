@@ -1,6 +1,7 @@
 """Workers whose broker is away, or which are cut off from it alone: what probes see, what the log says, who gets the work."""
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import urllib.error
@@ -74,9 +75,12 @@ def test_a_worker_cut_off_from_the_broker_is_not_ready_and_gives_its_keys_to_oth
     eventually(lambda: probe(port)[0] == 200, 60)
     eventually(lambda: 'takes messages again, and keys' in workers.output(), 20)
 
+    rounds = itertools.count()
+
     def on_both() -> bool:
+        at = next(rounds)
         for n in range(20):
-            workers.app.keyed.send(f'back{n}')
+            workers.app.keyed.send(f'back{at}.{n}')
         return len({line.split()[1] for line in workers.lines('keyed:back')}) == 2
 
     eventually(on_both, 40, every=0.5)

@@ -332,6 +332,20 @@ class TestSessions:
         with sessions.session() as again:
             assert again is fresh
 
+    def test_what_a_burst_has_opened_is_closed_after_a_while_and_one_is_kept(
+        self, sessions: Sessions, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with contextlib.ExitStack() as burst:
+            opened = [burst.enter_context(sessions.session()) for _ in range(6)]
+        sessions.trim()
+        assert [item for item in opened if item.closed] == []  # they may be needed again
+        monkeypatch.setattr(connection_module, '_REST_SEC', 0.0)
+        with sessions.session() as used:
+            sessions.trim()
+            assert not used.closed
+        sessions.trim()
+        assert len([item for item in opened if not item.closed]) == 1
+
     def test_an_idle_connection_that_the_server_ended_is_replaced_unnoticed(self, config: CoordinationConfig, sessions: Sessions) -> None:
         with sessions.session() as connection:
             pid = connection.info.backend_pid
