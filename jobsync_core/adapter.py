@@ -122,18 +122,20 @@ class MessageOnce(ABC):
         Raises:
             ConfigurationError: An option cannot work.
         """
-        made: list[ExactlyOnce] = []
-        decorate = core.exactly_once(
-            *bare, key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result,
-            scope=scope, default_key=lambda: self.message_id() if self._is_own(made[0]) else None, refuse=self._refuse, ledger=self.ledger,
-            completes=self.completes, check_result=self.check_result, named_later=True)
+        if bare:
+            return core.exactly_once(*bare)  # refuses them
 
-        def remember(function: F) -> F:
-            wrapper = decorate(function)
-            made.insert(0, vars(wrapper)['exactly_once'])
+        def decorate(function: F) -> F:
+            # Of its own for each function: one decorator may be put on several.
+            made: list[ExactlyOnce] = []
+            wrapper = core.exactly_once(
+                key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result, scope=scope,
+                default_key=lambda: self.message_id() if self._is_own(made[0]) else None, refuse=self._refuse, ledger=self.ledger,
+                completes=self.completes, check_result=self.check_result, named_later=True)(function)
+            made.append(vars(wrapper)['exactly_once'])
             return wrapper
 
-        return remember
+        return decorate
 
     def made(self, options: ExactlyOnce) -> bool:
         """Whether this framework's `exactly_once` made the options, and not the core's or another framework's."""

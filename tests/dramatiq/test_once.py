@@ -243,6 +243,13 @@ class TestKeys:
         bench.run(actor, message)
         assert ledger.keys == [message.message_id]
 
+    def test_one_decorator_may_be_put_on_several_functions(self, ledger: FakeLedger) -> None:
+        bench, once = Bench(), exactly_once()
+        actors = [dramatiq.actor(actor_name=f'a{n}', broker=bench.broker)(once(lambda n: n)) for n in range(3)]
+        messages = [delivered(actor.message(3)) for actor in actors]
+        assert [bench.run(actor, message) for actor, message in zip(actors, messages, strict=True)] == [3, 3, 3]
+        assert [key.rpartition(':')[2] for key in ledger.keys] == [message.message_id for message in messages]
+
     def test_outside_of_a_message_there_is_none(self, ledger: FakeLedger) -> None:
         with pytest.raises(ConfigurationError, match='called outside of a message'):
             exactly_once(scope='')(double)(3)
