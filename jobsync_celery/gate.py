@@ -93,6 +93,14 @@ class _Waiting:
     unknown: bool = False
 
 
+def _settle_once(message: Any) -> None:
+    """Let a message that was set aside be acknowledged once more without an error: in the event loop that would end the worker."""
+    def quiet(action: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **kwargs: None if message.acknowledged else action(*args, **kwargs)
+
+    vars(message).update(ack_log_error=quiet(message.ack_log_error), reject_log_error=quiet(message.reject_log_error))
+
+
 class ConsumerGate:
     """The gate between a consumer and its pool.
 
@@ -135,6 +143,7 @@ class ConsumerGate:
             if isinstance(found, Refused):
                 self._refuse(message, found.reason)
                 return
+            _settle_once(message)
             try:
                 handle(message)
             except (MemoryError, *self._consumer.connection_errors, *self._consumer.channel_errors):

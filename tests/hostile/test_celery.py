@@ -31,6 +31,9 @@ from ..waiting import eventually
 from .celery_app import make_app
 from .celery_messages import ENTRIES, Raw, messages
 
+#: The sender's own connections, on which half a message was under way when its client found that it cannot be said.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning', 'ignore:unclosed:ResourceWarning')
+
 _ROOT = Path(__file__).parents[2]
 _SETTINGS = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1_000_000}
 _SEED, _COUNT, _GOOD_EACH = 20, 120, 5
