@@ -42,6 +42,9 @@ class Exclusions:
     Args:
         total_tokens: Tokens of the cluster.
         lock: Keeps the writer's threads apart, where there are several.
+
+    Attributes:
+        head: For readers that cannot afford a call: the generation, another number after each change; how many keys there are.
     """
 
     def __init__(self, total_tokens: int, lock: AbstractContextManager[object] | None = None) -> None:
@@ -51,8 +54,8 @@ class Exclusions:
         self._lock = lock if lock is not None else nullcontext()
         self._file = _open_file()
         self._identity = _identity(self._file.fileno())
-        self._head = memoryview(mmap.mmap(-1, _WORD * (2 + 2 * _INDEX))).cast('Q')
-        self._indexes = self._head[2:2 + _INDEX], self._head[2 + _INDEX:]
+        self.head = memoryview(mmap.mmap(-1, _WORD * (2 + 2 * _INDEX))).cast('Q')
+        self._indexes = self.head[2:2 + _INDEX], self.head[2 + _INDEX:]
         self._data = memoryview(b'').cast('Q')
         # The writer's own copy of the index, and places of the file that no index names.
         self._firsts: list[int] = []
@@ -63,27 +66,22 @@ class Exclusions:
 
     # --- readers ---
 
-    @property
-    def generation(self) -> int:
-        """Another number after each change."""
-        return self._head[0]
-
     def __len__(self) -> int:
-        return self._head[1]
+        return self.head[1]
 
     def __contains__(self, text: object) -> bool:
         raise TypeError('ask `excludes(token, text)`: the token is known to whoever asks')
 
     def excludes(self, token: int, text: str) -> bool:
         """Whether the task is in the set; it may be wrong for one task in 2 ** 64 / len(self), and says True then."""
-        if not self._head[1]:
+        if not self.head[1]:
             return False
         key = token << self._digest_bits | task_digest(text) >> self._token_bits
         for _ in range(_TRIES):
-            generation = self._head[0]
+            generation = self.head[0]
             with suppress(IndexError, ValueError):  # of an index that is being written
                 found = self._look(self._indexes[generation & 1], key)
-                if self._head[0] == generation:
+                if self.head[0] == generation:
                     return found
         return True
 
@@ -189,13 +187,13 @@ class Exclusions:
 
     def _publish(self) -> None:
         number = len(self._firsts)
-        index = self._indexes[(self._head[0] + 1) & 1]
+        index = self._indexes[(self.head[0] + 1) & 1]
         index[:1 + 3 * number] = memoryview(array('Q', [number, *self._firsts, *self._places, *self._lengths]))
         total = sum(self._lengths)
         if total:
-            self._head[1] = total  # before: whoever sees the tokens of these tasks must not take the set for empty
-        self._head[0] += 1
-        self._head[1] = total
+            self.head[1] = total  # before: whoever sees the tokens of these tasks must not take the set for empty
+        self.head[0] += 1
+        self.head[1] = total
 
     def _take_place(self) -> int:
         if not self._free:

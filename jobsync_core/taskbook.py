@@ -101,7 +101,7 @@ class TaskBook:
         self._hash = HASH_FUNCTIONS[config.hash_function]
         self._total_tokens = config.total_tokens
         self._promise_sec = config.heartbeat_timeout_sec
-        self._lease = local.lease
+        self._lease, self._bits, self._head = local.lease, local.bits, local.exclusions.head
         self._pid = os.getpid()
         self._own = _Own()
         self._epochs: dict[str, int] = {}
@@ -121,12 +121,11 @@ class TaskBook:
             own = self._start_anew()
         if own.given:
             self._give_up(own)
-        exclusions = self._claims.exclusions
-        now, generation = clock.now(), exclusions.generation
-        bits = self._claims.bits
+        head, bits = self._head, self._bits
+        now, generation = clock.now(), head[0]
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
             return self._holds(own, text, now)
-        if text in own.done or exclusions.excludes(token, text):
+        if text in own.done or (head[1] and self._claims.exclusions.excludes(token, text)):
             own.promises.pop(get_ident(), None)
             return False
         own.promises[get_ident()] = (text, token, now)
@@ -134,7 +133,7 @@ class TaskBook:
         # have gone and come back, where the process was stopped: then other tasks are excluded.
         if not bits[token >> 3] >> (token & 7) & 1:
             return False
-        return exclusions.generation == generation or self.can_claim(task)
+        return head[0] == generation or self.can_claim(task)
 
     def token_of(self, task_id: object) -> int:
         """The token that the task id hashes to."""

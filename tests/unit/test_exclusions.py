@@ -167,7 +167,7 @@ def test_a_set_that_never_rests_says_excluded(monkeypatch: pytest.MonkeyPatch) -
     look = exclusions._look
 
     def restless(index: memoryview, key: int) -> bool:
-        exclusions._head[0] += 2
+        exclusions.head[0] += 2
         return look(index, key)
 
     monkeypatch.setattr(exclusions, '_look', restless)
