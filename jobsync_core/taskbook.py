@@ -315,7 +315,7 @@ class TaskBook:
         while True:
             with own.lock:
                 void = [(text, given) for text, given in list(own.given.items()) if given.void]
-                if not void:
+                if not void or self._claims.closed:  # a node that leaves releases what it has
                     own.taking_back = False
                     return
             for text, given in void:

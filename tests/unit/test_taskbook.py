@@ -122,6 +122,15 @@ def test_a_promise_that_is_not_written_yet_is_taken_back_later(node: Node) -> No
     eventually(lambda: not node.database.promised)
 
 
+def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
+    assert node.book.can_claim('x')
+    node.claims.replace(TokenSet())
+    node.book.promises(EVERYTHING)
+    assert not node.book.can_claim('y')
+    node.book.close()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == 'jobsync promises'])
+
+
 def test_a_promise_that_was_recorded_stays(node: Node) -> None:
     assert node.book.can_claim('x')
     node.claims.replace(TokenSet())
