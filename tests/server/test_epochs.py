@@ -4,12 +4,14 @@ from __future__ import annotations
 import datetime
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
+from jobsync_core.store import schema
 from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import create_schema
 
@@ -153,3 +155,24 @@ def test_an_audit_of_an_epoch_that_is_over_counts_for_that_one(config: Coordinat
         late.write_audit()
         (written,), = query(config, 'SELECT epoch FROM "{}audit"')
         assert written == epoch(config) - 1
+
+
+def test_its_migration_holds_nobody_up_behind_a_long_transaction(config: CoordinationConfig) -> None:
+    """A table that somebody reads cannot be changed; whoever waits for its lock makes all others wait, heartbeats too."""
+    create_schema(config)
+    rows = Rows(config, Sessions(config, 'rows'))
+    rows.run(f'ALTER TABLE {rows.tables.audit} DROP COLUMN epoch')
+    rows.run(f'ALTER TABLE {rows.tables.cluster} DROP COLUMN epoch')
+    migration = schema._render(rows.tables, 'migration_8.sql')
+    with rows.sessions.session(limited=False) as reader, reader.cursor() as cursor, ThreadPoolExecutor(1) as pool:
+        cursor.execute(f'SELECT count(*) FROM {rows.tables.audit}')
+        migrating = pool.submit(rows.run, migration)
+        eventually(lambda: rows.waiting() == 1)
+        for _ in range(20):
+            began = time.monotonic()
+            rows.run(f'SELECT count(*) FROM {rows.tables.cluster}')
+            assert time.monotonic() - began < 1
+        assert not migrating.done()
+        reader.commit()
+        migrating.result(20)
+    assert rows.run(f'SELECT epoch FROM {rows.tables.cluster}') == [(0,)]
