@@ -404,7 +404,7 @@ class TestTasks:
     def test_leaving_writes_the_audit(self, config: CoordinationConfig) -> None:
         with node(config) as job:
             job.add_task(Task(7))
-        with node(config, 'n2') as job:
+        with node(config, 'n2', resume=True) as job:
             assert [row['task_id'] for row in job.get_audit()] == ['7']
             assert not job.can_claim_task(7)
             assert job.can_claim_task(8)
