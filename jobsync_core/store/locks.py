@@ -9,12 +9,17 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigurationError
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
     from .schema import Tables
 
-__all__ = ['clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
+__all__ = ['LOCKS', 'clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
+
+#: Locks of one cluster.
+LOCKS = 250_000
 
 
 def register(
@@ -32,6 +37,9 @@ def register(
 
     Returns:
         How many distinct tasks are locked by `rows`.
+
+    Raises:
+        ConfigurationError: There would be more than LOCKS locks.
     """
     if not rows:
         return 0
@@ -69,10 +77,21 @@ def register(
              created_by, pin, created_by, pin))
         counts = cursor.fetchone() or (0, 0, 0)
         if counts[1]:
+            _check_number(cursor, tables)
+        if counts[1]:
             _changed(cursor, tables)
         elif counts[2]:
             cursor.execute("SELECT pg_notify(%s, 'locks')", (tables.channel,))
     return int(counts[0])
+
+
+def _check_number(cursor: Any, tables: Tables) -> None:
+    cursor.execute(f'SELECT count(*) FROM {tables.lock}')
+    (number,), = cursor.fetchall()
+    if number > LOCKS:
+        raise ConfigurationError(
+            f'there would be {number} locks, {LOCKS} at most, as each of them is looked at with every plan; nothing was registered: '
+            'clear some, or pin with fewer keys')
 
 
 def list_locks(connection: PgConnection, tables: Tables) -> list[dict[str, Any]]:

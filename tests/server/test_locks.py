@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.store import locks
 from jobsync_core.store.connection import Connection
 from tests.server.rows import Rows, rows_of
@@ -188,3 +189,14 @@ class TestClear:
             assert locks.clear_tasks(connection, rows.tables, []) == 0
             assert locks.clear_by_creator(connection, rows.tables, 'nobody') == 0
         assert rows.lock_version == 0
+
+
+def test_more_locks_than_a_plan_can_bear_are_refused_and_none_of_them_is_registered(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, 'LOCKS', 5)
+    with rows.sessions.session() as connection:
+        locks.register(connection, rows.tables, [(f't{n}', ('a',), None, None) for n in range(5)], 'x')
+    with pytest.raises(ConfigurationError, match='would be 6 locks, 5 at most'), rows.sessions.session() as connection:
+        locks.register(connection, rows.tables, [('more', ('a',), None, None)], 'x')
+    with rows.sessions.session() as connection:
+        locks.register(connection, rows.tables, [('t1', ('b',), None, None)], 'x')
+    assert rows.value(f'SELECT count(*) FROM {rows.tables.lock}') == 5
