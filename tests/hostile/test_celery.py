@@ -175,7 +175,7 @@ def make_run(request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_pat
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(('broker', 'pool'), [('redis', 'prefork'), ('rabbitmq', 'prefork'), ('redis', 'threads'), ('rabbitmq', 'solo')])
+@pytest.mark.parametrize(('broker', 'pool'), [('redis', 'prefork'), ('rabbitmq', 'prefork'), ('redis', 'threads')])
 def test_a_worker_lives_on_whatever_it_is_sent(make_run: Any, broker: str, pool: str) -> None:
     found = messages(_SEED, _COUNT)
     plain: Run = make_run(broker, 'plain', pool)
