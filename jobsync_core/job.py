@@ -173,6 +173,7 @@ class Job:
     def _refuse_workers(self, config: CoordinationConfig) -> None:
         with self._sessions.session() as connection:
             others = queues.peers(connection, self._tables, self.node_name, config.heartbeat_timeout_sec)
+        self._sessions.close_all()  # a node that asks nothing more keeps no second connection
         found = stranger(self.belonging, others, config.appname)
         if found is not None:
             raise ConfigurationError(found)
