@@ -28,7 +28,7 @@ os.register_at_fork(after_in_child=_note_fork)
 
 _LEASE = 8  # one double: the deadline
 _LIFE = 64  # the incarnation, as text that ends with NULs
-_CLOSED = 8  # not 0: the node is leaving
+_CLOSED = 8  # first byte not 0: the node is leaving; second byte not 0: forked children took tasks for the audit
 _HEADER = _LEASE + _LIFE + _CLOSED
 
 
@@ -121,6 +121,15 @@ class Claims:
     def closed(self) -> bool:
         """Whether the node is leaving."""
         return self._closed[0] != 0
+
+    def note_children(self) -> None:
+        """A forked child takes tasks for the audit, which the node's exit has to write."""
+        self._closed[1] = 1
+
+    @property
+    def children_took(self) -> bool:
+        """Whether a forked child ever took a task for the audit."""
+        return self._closed[1] != 0
 
     def extend(self, deadline: float) -> None:
         """Let the lease end at `deadline`."""

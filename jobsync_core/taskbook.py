@@ -161,6 +161,8 @@ class TaskBook:
         missing = {text: self.token_of(text) for text in texts}
         own = self._mine()
         child = own.pid if for_audit and own.pid != self._pid else None
+        if child is not None:
+            self._claims.note_children()
         for _ in range(_CLAIM_ATTEMPTS):
             if self._claims.closed and own.pid != self._pid:
                 break  # the node is leaving, and has audited what its children took
@@ -226,7 +228,13 @@ class TaskBook:
         return len(texts)
 
     def audit_children(self) -> int:
-        """Write what forked children of this node added, and did not audit themselves, to the audit; returns how many tasks."""
+        """Write what forked children of this node added, and did not audit themselves, to the audit; returns how many tasks.
+
+        Asks the database only where a child took something: leaving costs nothing more than before, and no outage is
+        an error for a node that has nothing to lose.
+        """
+        if not self._claims.children_took:
+            return 0
         return self._in_batches(lambda connection: tasks.audit_children(
             connection, self._tables, self._node, self._incarnation(), self._date))
 

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from jobsync_core import CoordinationConfig, Job
+import pytest
+
+from jobsync_core import CoordinationConfig, DatabaseUnavailable, Job
 from jobsync_core.store.schema import create_schema
 
 from ..waiting import eventually
@@ -36,6 +38,12 @@ def in_child(question: Callable[[], bool]) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code in (0, 1), code
     return code == 0
+
+
+def take(job: Job, *tasks: int) -> bool:
+    for task in tasks:
+        job.add_task(task)
+    return True
 
 
 @contextlib.contextmanager
@@ -104,11 +112,6 @@ class TestChildren:
                 eventually(lambda: says() == set(TASKS))
 
     def test_what_children_take_is_audited_when_the_node_leaves(self, config: CoordinationConfig) -> None:
-        def take(job: Job, *tasks: int) -> bool:
-            for task in tasks:
-                job.add_task(task)
-            return True
-
         with node(config, 'other') as other:
             with node(config, 'a') as a:
                 eventually(lambda: len(owned(a)) > 50)
@@ -121,6 +124,20 @@ class TestChildren:
             assert query(config, 'SELECT count(*) FROM "{}claim"') == [(0,)]
             eventually(lambda: len(other.my_tokens) == config.total_tokens)
             assert {task for task in TASKS if other.can_claim_task(task)} == set(TASKS) - set(mine[:8])
+
+    @pytest.mark.parametrize('took', [False, True], ids=['no child took a task', 'a child took a task'])
+    def test_leaving_without_the_database_fails_where_an_audit_of_children_is_lost(self, config: CoordinationConfig, took: bool) -> None:
+        with Proxy(config.host, int(config.port)) as proxy:
+            a = node(replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1, release_timeout_sec=1), 'a')
+            with a:
+                eventually(lambda: a.owns(min(TASKS)))
+                assert in_child(lambda: a.owns(min(TASKS)))
+                if took:
+                    assert in_child(lambda: take(a, min(TASKS)))
+                proxy.switch(Mode.REFUSE)
+                proxy.reset()
+                with pytest.raises(DatabaseUnavailable) if took else contextlib.nullcontext():
+                    a.__exit__(None, None, None)
 
     def test_a_child_that_unwinds_through_the_block_audits_what_it_finished(self, config: CoordinationConfig) -> None:
         def work(job: Job, tasks: list[int]) -> bool:
