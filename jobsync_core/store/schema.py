@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
     (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (4, 'migration_4.sql'), (5, 'migration_5.sql'),
-    (6, 'migration_6.sql'), (8, 'migration_8.sql'), (12, 'migration_12.sql'))
+    (6, 'migration_6.sql'), (7, 'migration_7.sql'), (8, 'migration_8.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
