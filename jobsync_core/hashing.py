@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -14,6 +15,9 @@ from typing import Any
 from .errors import ConfigurationError, InvalidTaskId
 
 __all__ = ['HASH_FUNCTIONS', 'check_task_id', 'task_digest', 'task_key', 'task_to_token']
+
+#: In the text of functions, methods, and objects inside of others: where they are in memory.
+_ADDRESS = re.compile(r' at 0x[0-9A-Fa-f]+')
 
 #: What PostgreSQL can index in one text column, with room for the other columns of the key.
 MAX_BYTES = 2000
@@ -87,10 +91,19 @@ def _text(task_id: object) -> str:
     except TypeError:
         raise InvalidTaskId(f'a task id of type {type(task_id).__name__} is not hashable: use a string, a number or a tuple') from None
     kind = type(task_id)
-    if isinstance(task_id, frozenset) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
-        raise InvalidTaskId(
-            f'the text of a {kind.__name__} differs between processes, so that it cannot be a task id: use a string, or define __str__')
-    return _converted(task_id)
+    if not _unstable(task_id):
+        text = _converted(task_id)
+        if isinstance(task_id, str) or not _ADDRESS.search(text):
+            return text
+    raise InvalidTaskId(
+        f'the text of a {kind.__name__} differs between processes, so that it cannot be a task id: use a string, or define __str__')
+
+
+def _unstable(task_id: object) -> bool:
+    if isinstance(task_id, tuple):
+        return any(_unstable(item) for item in task_id)
+    kind = type(task_id)
+    return isinstance(task_id, frozenset) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__)
 
 
 def _converted(task_id: object) -> str:

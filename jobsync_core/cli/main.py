@@ -113,7 +113,10 @@ def who_command(database: Database, task_id: str) -> None:
         how = 'promised to' if claim['promised'] else 'taken by'
         lines.append(('claim', f'{how} {claim["node"]} for {claim["date"]} at {claim["created_on"]:%Y-%m-%d %H:%M:%S}'))
     if audit:
-        again = 'does not run again for that date while the cluster lives' if audit['counts'] else 'that cluster has ended: it runs again'
+        again = 'that cluster has ended: it runs again'
+        if audit['counts']:
+            again = ('does not run again for that date while the cluster lives' if audit['lives'] else
+                     'the last node has left: it runs again, unless the next nodes start with resume=True')
         lines.append(('audited', f'by {audit["node"]} for {audit["date"]} at {audit["created_on"]:%Y-%m-%d %H:%M:%S}; {again}'))
     entry = found['ledger']
     if entry:

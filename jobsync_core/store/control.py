@@ -290,7 +290,8 @@ class Control:
         rows = connection.execute(
             f'''
             WITH counted AS (
-                SELECT count(*)::int AS nodes, coalesce(bool_or(n.name = %(name)s AND n.incarnation = %(incarnation)s), false) AS present
+                SELECT count(*)::int AS nodes, coalesce(bool_or(n.name = %(name)s AND n.incarnation = %(incarnation)s), false) AS present,
+                    coalesce(bool_or(n.name = %(name)s AND n.state = 'active'), false) AS included
                 FROM {node} AS n
                 WHERE (n.name, n.incarnation, n.beat) NOT IN (
                     SELECT * FROM unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[]))
@@ -299,13 +300,14 @@ class Control:
                 WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s AND n.state = 'joining' AND counted.nodes >= %(minimum)s
                 RETURNING pg_notify(%(channel)s, 'join ' || n.name)::text
             )
-            SELECT nodes, present, (SELECT count(*) FROM activated) FROM counted
+            SELECT nodes, present, included, (SELECT count(*) FROM activated) FROM counted
             ''',
             {'name': request.name, 'incarnation': request.incarnation, 'minimum': request.minimum_nodes, 'channel': self.tables.channel,
              'names': [sign.name for sign in request.dead], 'lives': [sign.incarnation for sign in request.dead],
              'beats': [sign.beat for sign in request.dead]})
-        nodes, present, _ = rows[0]
-        return Activated(nodes >= request.minimum_nodes, nodes) if present else None
+        nodes, present, included, _ = rows[0]
+        # The first plan has included this node: the cluster had formed, even if others have done their share and left since.
+        return Activated(included or nodes >= request.minimum_nodes, nodes) if present else None
 
     def _drain(self, connection: Connection, request: Drain) -> bool | None:
         rows = connection.execute(

@@ -195,13 +195,14 @@ def get_audit(connection: PgConnection, tables: Tables, date: datetime.date) -> 
 
 
 def history(connection: PgConnection, tables: Tables, text: str) -> dict[str, Any]:
-    """What is known of a task on its latest date: `audit` {'node', 'date', 'created_on', 'counts'} and `claim` {'node', 'date',
+    """What is known of a task on its latest date: `audit` {'node', 'date', 'created_on', 'counts', 'lives'} and `claim` {'node', 'date',
     'created_on', 'promised'}, or None. An audit counts while the cluster lives in which it was written; a claim is a live node's.
     """
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
-            SELECT node, date, created_on, {_counts(tables)} FROM {tables.audit} AS a WHERE a.task_id = %s ORDER BY a.date DESC LIMIT 1
+            SELECT node, date, created_on, {_counts(tables)}, EXISTS (SELECT FROM {tables.node})
+            FROM {tables.audit} AS a WHERE a.task_id = %s ORDER BY a.date DESC LIMIT 1
             ''', (text,))
         audited = cursor.fetchone()
         cursor.execute(
@@ -212,7 +213,7 @@ def history(connection: PgConnection, tables: Tables, text: str) -> dict[str, An
             ''', (text,))
         claimed = cursor.fetchone()
     return {
-        'audit': dict(zip(('node', 'date', 'created_on', 'counts'), audited, strict=True)) if audited else None,
+        'audit': dict(zip(('node', 'date', 'created_on', 'counts', 'lives'), audited, strict=True)) if audited else None,
         'claim': dict(zip(('node', 'date', 'created_on', 'promised'), claimed, strict=True)) if claimed else None,
     }
 

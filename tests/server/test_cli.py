@@ -151,6 +151,8 @@ class TestWho:
         rows.run(f"INSERT INTO {rows.tables.audit} (node, task_id, date, token) VALUES ('b', 't', '2026-01-02', 1)")
         assert 'audited    by b for 2026-01-02' in (shown := good(run('who', 't')))
         assert 'does not run again for that date' in shown
+        rows.run(f'DELETE FROM {rows.tables.node}')
+        assert 'the last node has left: it runs again, unless' in good(run('who', 't'))
         rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
         assert 'that cluster has ended: it runs again' in good(run('who', 't'))
 

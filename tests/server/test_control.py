@@ -525,6 +525,17 @@ class TestLife:
         assert store.refresh('a').state == 'active'
         assert store.ask(Activate('a', 'a former life', 1)) is None
 
+    def test_a_cluster_that_has_formed_is_formed_when_a_fast_node_is_done_and_has_left(self, store: Store) -> None:
+        store.join('a', active=False)
+        store.join('b', active=False)
+        assert store.ask(Activate('a', 'life of a', 2)) == Activated(True, 2)
+        store.lead('a')  # the first plan includes b, whose grace period ends a moment later
+        assert store.refresh('b').state == 'active'
+        store.ask(Leave('a', 'life of a'))
+        assert store.ask(Activate('b', 'life of b', 2)) == Activated(True, 1)
+        store.join('c', active=False)
+        assert store.ask(Activate('c', 'life of c', 3)) == Activated(False, 2)
+
     def test_draining_is_set_and_cleared_for_this_life_only(self, store: Store) -> None:
         store.join('a')
         assert store.ask(Drain('a', 'life of a', True)) is True

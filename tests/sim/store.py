@@ -394,7 +394,7 @@ class SimStore:
         if row is None:
             return None
         nodes = len(self.nodes) - sum(self._looks_so(sign) for sign in request.dead)
-        if nodes < request.minimum_nodes:
+        if nodes < request.minimum_nodes and row.state != 'active':
             return Activated(False, nodes)
         if row.state == 'joining':
             row.state = 'active'

@@ -79,6 +79,10 @@ class Broken:
     pytest.param(10**5000, 'int has no text', id='huge'),
     (Anonymous(), 'differs between processes'),
     (frozenset('ab'), 'differs between processes'),
+    ((1, frozenset('ab')), 'differs between processes'),
+    pytest.param((1, (Anonymous(),)), 'a tuple differs between processes', id='in a tuple'),
+    pytest.param(lambda: 1, 'a function differs between processes', id='function'),
+    pytest.param(Broken().__str__, 'a method differs between processes', id='method'),
     (Broken(), 'RuntimeError'),
 ])
 def test_an_id_that_cannot_work_is_refused_with_the_reason(task_id: object, part: str) -> None:
