@@ -24,6 +24,7 @@ def proxy(workers: Workers) -> Iterator[Proxy]:
     """Between a worker that is started with `through` and its broker."""
     with Proxy('127.0.0.1', workers.server.port) as made:
         yield made
+        workers.stop()  # while their broker can be reached: a thread of Dramatiq's waits for ever with an acknowledgement
 
 
 def through(workers: Workers, proxy: Proxy, **more: Any) -> int:
