@@ -13,9 +13,10 @@ demo: .venv/.ready
 	$(RUN) examples/$(DEMO)_demo.py $(DEMO_ARGS)
 
 test: .venv/.ready-dev
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
 
 soak: .venv/.ready-dev
+	$(RUN) -m pytest -n 2 --dist loadfile -m soak
 	$(RUN) -m tests.sim --schedules $(SCHEDULES)
 
 bench: .venv/.ready-dev

@@ -106,14 +106,14 @@ _FEW = ('plain', 'many', 'delay', 'other', 'sour', 'retrying', 'pipeline', 'grou
 _REDIS, _AMQP = ('redis',), ('rabbitmq',)
 CONFIGURATIONS = [
     Configuration('default', modes=('idle', 'all', 'once'), without=('priority',)),
-    Configuration('one thread', options=('-t', '1'), kinds=(*_FEW, 'exhausted', 'coroutine')),
-    Configuration('two processes', options=('-p', '2'), kinds=_FEW),
-    Configuration('spawn', options=('--use-spawn',), kinds=_FEW),
+    Configuration('one thread', options=('-t', '1'), kinds=(*_FEW, 'exhausted', 'coroutine'), soak=True),
+    Configuration('two processes', options=('-p', '2'), kinds=_FEW, soak=True),
+    Configuration('spawn', options=('--use-spawn',), kinds=_FEW, soak=True),
     Configuration('named queues', options=('-Q', 'default', OTHER_QUEUE), kinds=_FEW),
     Configuration('namespace', {'namespace': 'shop'}, brokers=_REDIS, kinds=_FEW),
-    Configuration('maintenance', {'maintenance_chance': 1_000_000}, brokers=_REDIS, kinds=_FEW),
+    Configuration('maintenance', {'maintenance_chance': 1_000_000}, brokers=_REDIS, kinds=_FEW, soak=True),
     Configuration('priorities', {'max_priority': 10}, brokers=_AMQP, kinds=(*_FEW, 'priority')),
-    Configuration('confirmed', {'confirm_delivery': True}, brokers=_AMQP, kinds=_FEW),
+    Configuration('confirmed', {'confirm_delivery': True}, brokers=_AMQP, kinds=_FEW, soak=True),
 ]
 
 

@@ -28,12 +28,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+import pytest
+
 from jobsync_core import CoordinationConfig
 
 from ..brokers import BrokerServer, die_with_parent
 from ..waiting import eventually
 
-__all__ = ['LAST', 'MODES', 'Configuration', 'EndState', 'Kind', 'Order', 'Side', 'compare', 'order_of']
+__all__ = ['LAST', 'MODES', 'Configuration', 'EndState', 'Kind', 'Order', 'Side', 'cases', 'compare', 'order_of']
 
 _ROOT = Path(__file__).parents[2]
 _VARIABLE = 'PARITY_ORDER'
@@ -117,6 +119,7 @@ class Configuration:
         broker: Query that is added to the broker's URL.
         left: What is left in queues in the end, by queue: dead letters.
         results: Whether there is a result backend.
+        soak: Whether only `make soak` compares it.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Configuration:
     modes: Sequence[str] = ('all',)
     left: Mapping[str, int] = field(default_factory=dict)
     results: bool = True
+    soak: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -290,6 +294,13 @@ def _wait(side: Side, differences: Callable[[], list[str]], timeout: float = _SE
         if not found or time.monotonic() > deadline or side._ended():
             return found + (['a worker has ended'] if side._ended() else [])
         time.sleep(0.05)
+
+
+def cases(configurations: Iterable[Configuration]) -> list[Any]:
+    """Parameters of a test: each configuration with each of its brokers."""
+    return [pytest.param(configuration, broker, id=f'{broker}-{configuration.name.replace(" ", "_")}',
+                         marks=[pytest.mark.soak] if configuration.soak else [])
+            for configuration in configurations for broker in configuration.brokers]
 
 
 def compare(make: Callable[[str], Side], kinds: Sequence[Kind], configuration: Configuration, broker: str) -> None:

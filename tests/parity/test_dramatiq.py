@@ -11,16 +11,14 @@ from jobsync_core.embedded import EmbeddedPostgres
 
 from ..brokers import BrokerServer
 from .dramatiq_side import CONFIGURATIONS, KINDS, DramatiqSide
-from .harness import Configuration, Side, compare, order_of
+from .harness import Configuration, Side, cases, compare, order_of
 
 #: A busy machine must not look like a death.
 _SETTINGS = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
-_CASES = [pytest.param(configuration, broker, id=f'{broker}-{configuration.name.replace(" ", "_")}')
-          for configuration in CONFIGURATIONS for broker in configuration.brokers]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(('configuration', 'broker'), _CASES)
+@pytest.mark.parametrize(('configuration', 'broker'), cases(CONFIGURATIONS))
 def test_dramatiq_does_the_same_with_and_without(
     configuration: Configuration, broker: str, request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_path: Path,
 ) -> None:
