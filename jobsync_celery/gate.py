@@ -8,9 +8,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import WorkerLostError
 from celery import states
 from celery.worker import state
@@ -47,6 +49,28 @@ _AGAIN_SEC = 1.0
 _NOTE, _INCOMING = 'jobsync_note', 'jobsync_incoming'
 #: What fails like this fails every time: the message is to blame, not the broker or the result backend.
 _ITS_FAULT = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
+
+
+class _OutOfMemory(Exception):
+    """A task's MemoryError, by another name."""
+
+    def __repr__(self) -> str:
+        return f'MemoryError({str(self)!r})'
+
+
+def _bearable(exc_info: Any) -> Any:
+    """How a task ended, as Celery can bear it: it raises a task's MemoryError in the main process again before it acknowledges.
+
+    That ends the worker, and as the message of an exactly_once task is acknowledged late, every worker that gets it afterwards.
+    """
+    error = getattr(exc_info, 'exception', None)
+    if isinstance(error, ExceptionWithTraceback):
+        error = error.exc
+    if not isinstance(error, MemoryError):
+        return exc_info
+    found = copy(exc_info)
+    found.exception = _OutOfMemory(*error.args)
+    return found
 
 
 class Strategies(dict):  # type: ignore[type-arg]  # celery's mapping, task name -> strategy
@@ -306,7 +330,7 @@ class ConsumerGate:
         fail = guarded(request.on_failure)
 
         def on_failure(exc_info: Any, *args: Any, **kwargs: Any) -> object:
-            found = fail(exc_info, *args, **kwargs)
+            found = fail(_bearable(exc_info), *args, **kwargs)
             self._count_lost(request, exc_info)
             return found
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from billiard.einfo import ExceptionWithTraceback
 from celery import Celery
 from celery.worker import state
 
@@ -62,7 +63,14 @@ class Request:
     def on_success(self, *_: Any) -> None:
         """It has run."""
 
-    on_failure = on_timeout = on_success
+    on_timeout = on_success
+
+    def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
+        """It has failed. Celery raises a MemoryError again, before it acknowledges."""
+        error = getattr(exc_info, 'exception', None)
+        if isinstance(getattr(error, 'exc', error) if isinstance(error, ExceptionWithTraceback) else error, MemoryError):
+            raise MemoryError
+        self._stage.log.append(f'failed {error!r}')
 
     def acknowledge(self) -> None:
         self._stage.log.append('ack')

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery.exceptions import WorkerShutdown
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import Retry, WorkerShutdown
 from celery.worker import state
 
 from jobsync_celery.gate import ConsumerGate
@@ -15,7 +16,7 @@ from jobsync_celery.steps import NodeStep
 from jobsync_core.errors import Unroutable
 from jobsync_core.owners import Place
 
-from .consumers import Bench, Message, bench
+from .consumers import Bench, Message, Request, bench
 
 PARKED = 'send jobsync.shop_.parked hops=0'
 UNKNOWN = 'send jobsync.shop_.unknown hops=0'
@@ -358,6 +359,32 @@ def check_each_on_its_own(stage: Bench) -> None:
     assert run is not broken
     assert stage.look() == ['run', 'reject', 'run']
     assert (stage.gate.waiting, count['refused']) == (0, 1)
+
+
+class TestWhatTheTaskRaised:
+    @pytest.mark.parametrize('wrapped', [True, False])
+    def test_a_memory_error_ends_the_task_and_not_the_worker(self, stage: Bench, wrapped: bool) -> None:
+        assert end_with(stage, MemoryError('no memory'), wrapped) == "failed MemoryError('no memory')"
+
+    def test_a_retry_for_one_stays_a_retry(self, stage: Bench) -> None:
+        assert end_with(stage, Retry('again', MemoryError()), wrapped=False).startswith('failed Retry(')
+
+
+def end_with(stage: Bench, error: Exception, wrapped: bool) -> str:
+    """A task of this node ends with an error; what Celery's request was told."""
+    message = Message('mine')
+    stage.job.mine.add('mine')
+    stage.receive(message)
+    request = Request(stage, message)
+    stage.gate._guard_end(request)
+    try:
+        raise error
+    except Exception:
+        info = ExceptionInfo()
+    if not wrapped:
+        info.exception = error
+    request.on_failure(info, return_ok=True)
+    return stage.log[-1]
 
 
 class TestEachOnItsOwn:
