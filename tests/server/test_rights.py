@@ -53,6 +53,16 @@ def make_role(make_config: MakeConfig) -> Iterator[Callable[..., tuple[Coordinat
         query(admin, f'DROP ROLE "node_{admin.dbname}"')
 
 
+def start(role: CoordinationConfig) -> None:
+    """Look at the tables as the first Job of a process does: those that follow at once do not look again."""
+    sessions = Sessions(role, 'test')
+    try:
+        with sessions.session() as connection:
+            create_schema(connection, role)
+    finally:
+        sessions.close_all()
+
+
 @pytest.mark.parametrize('settings', [{}, {'schema': 'workers', 'listen': False}])
 def test_that_role_is_enough_for_nodes_plugins_and_commands_and_may_do_nothing_else(
         make_role: Callable[..., tuple[CoordinationConfig, CoordinationConfig]], settings: dict[str, object],
@@ -100,11 +110,11 @@ def test_a_node_whose_role_lacks_something_says_what_at_its_start(
     admin, role = make_role()
     query(admin, f'REVOKE DELETE ON public.sync_audit FROM "{role.user}"')
     with caplog.at_level(logging.WARNING):
-        create_schema(role)
+        start(role)
     assert 'lacks DELETE on "public"."sync_audit"' in caplog.text and 'init-db --role' in caplog.text
     query(admin, f'REVOKE SELECT ON public.sync_cluster FROM "{role.user}"')
     with pytest.raises(JobSyncError, match=r'permission denied.*lacks SELECT on "public"."sync_cluster"; DELETE on "public"."sync_audit"'):
-        create_schema(role)
+        start(role)
 
 
 def test_row_level_security_that_hides_rows_is_an_error_and_the_doctor_names_it(
