@@ -94,7 +94,7 @@ class Programs:
         self._programs[-1].wait_for(ready)
         return self._programs[-1]
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End all that runs: in order, so that no process of a pool stays."""
         running = [program.process for program in self._programs if program.process.poll() is None]
         for process in running:
@@ -105,6 +105,10 @@ class Programs:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def close(self) -> None:
+        """End all that runs, and leave nothing at the broker."""
+        self.end()
         self.broker.drop_space(self.space)
 
 

@@ -206,6 +206,9 @@ def test_celery_guide(stage: Stage, redis_server: BrokerServer, tmp_path: Path) 
             '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
             'beat -S jobsync': lambda: eventually(lambda: query(stage.config, 'SELECT name FROM {}schedule') == [('every-minute',)], 20),
         })
+        # Taking it out: the project of this guide, once its workers have ended.
+        project.programs.end()
+        run_blocks(project, ROOT / 'docs' / 'IN_AND_OUT.md', after={'evacuate': printed('0 messages moved home')})
 
 
 def test_the_celery_guide_gives_every_setting_and_option_with_its_true_default() -> None:
@@ -294,7 +297,7 @@ def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptu
 def test_every_document_is_tested_and_every_block_has_a_known_language() -> None:
     tested = {
         'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'CELERY.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name,
-        'DRAMATIQ.md', 'TESTING.md'}  # in tests/dramatiq and tests/testing
+        'IN_AND_OUT.md', 'DRAMATIQ.md', 'TESTING.md'}  # in tests/dramatiq and tests/testing
     blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
     for block in blocks:
         assert block.language in ('python', 'sql', 'sh', 'ini'), block
