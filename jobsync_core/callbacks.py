@@ -9,10 +9,11 @@ from typing import Any
 
 from . import clock
 from .effects import RebalanceEvent
+from .errors import ConfigurationError
 from .logs import get_logger
 from .tokens import TokenSet
 
-__all__ = ['Callbacks', 'with_event']
+__all__ = ['Callbacks', 'check_release', 'with_event']
 
 logger = get_logger(__name__)
 
@@ -28,10 +29,15 @@ class Callbacks:
     Args:
         on_rebalance: Called with a RebalanceEvent, or without arguments if it takes none.
         on_release: Called with the tokens that are about to be handed over.
+
+    Raises:
+        ConfigurationError: One of them cannot be called so.
     """
 
     def __init__(self, on_rebalance: Callable[..., object] | None, on_release: Callable[[TokenSet], object] | None) -> None:
         self._on_rebalance = with_event(on_rebalance) if on_rebalance is not None else None
+        if on_release is not None:
+            check_release(on_release)
         self._on_release = on_release
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -154,12 +160,42 @@ class Callbacks:
 
 
 def with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:
-    """Accept callbacks with and without a parameter; decided once, not by catching TypeError from inside the callback."""
+    """Accept callbacks with and without a parameter; decided once, not by catching TypeError from inside the callback.
+
+    Raises:
+        ConfigurationError: It cannot be called in either way.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-ins have no signature
         return function
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    if any(parameter.kind in positional for parameter in parameters):
+    if accepts(signature, None):
         return function
-    return lambda event: function()
+    if accepts(signature):
+        return lambda event: function()
+    raise ConfigurationError(
+        f'on_rebalance={function!r} takes {signature}: give a function that can be called with one argument, the RebalanceEvent, or none')
+
+
+def accepts(signature: inspect.Signature, *arguments: object) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def check_release(function: Callable[..., object]) -> None:
+    """Refuse an `on_release` that cannot be called with the tokens.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    if not accepts(signature, None):
+        raise ConfigurationError(
+            f'on_release={function!r} takes {signature}: give a function that can be called with one argument, a TokenSet')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -13,11 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigurationError, InvalidTaskId
+from .stable import has_address, unstable_part
 
 __all__ = ['HASH_FUNCTIONS', 'check_task_id', 'task_digest', 'task_key', 'task_to_token']
-
-#: In the text of functions, methods, and objects inside of others: where they are in memory.
-_ADDRESS = re.compile(r' at 0x[0-9A-Fa-f]+')
 
 #: What PostgreSQL can index in one text column, with room for the other columns of the key.
 MAX_BYTES = 2000
@@ -93,7 +90,7 @@ def _text(task_id: object) -> str:
     kind = type(task_id)
     if not _unstable(task_id):
         text = _converted(task_id)
-        if isinstance(task_id, str) or not _ADDRESS.search(text):
+        if isinstance(task_id, str) or not (has_address(text) or unstable_part(task_id, text)):
             return text
     raise InvalidTaskId(
         f'the text of a {kind.__name__} differs between processes, so that it cannot be a task id: use a string, or define __str__')

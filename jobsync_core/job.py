@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from . import clock
 from .agent import Agent
@@ -124,6 +124,11 @@ class Job:
 
     def __repr__(self) -> str:
         return f'<Job {self.node_name!r} {self._state}>'
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigurationError(
+            f'Job {self.node_name!r} was about to be pickled: a Job cannot be sent to another process, as multiprocessing with spawn or '
+            "forkserver does. Use multiprocessing.get_context('fork'), or make and enter a Job of its own there")
 
     def _make_protocol(self, config: CoordinationConfig) -> Protocol:
         settings = Settings(

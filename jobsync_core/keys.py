@@ -12,12 +12,14 @@ from typing import Any
 
 from .errors import ConfigurationError
 from .execution import check_key
+from .stable import has_address, unstable_part
 
 __all__ = ['KeyMaker', 'Keys', 'escape', 'is_ambiguous', 'key_maker']
 
 #: What an escaped character becomes is made of these, so that they cannot separate two fields.
 _ESCAPES = frozenset('%0123456789ABCDEF')
-_ADDRESS = re.compile(r' at 0x[0-9A-Fa-f]+')
+#: A format of a number that says how many digits count; of e, f, g and % alone, six.
+_DIGITS = re.compile(r'\.\d|[eEfFgG%]\Z')
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,12 @@ class _Format:
         value = formatter.get_field(part.field, ordered, values)[0]
         if not part.conversion and not part.spec:
             return _read(part.field, value)
-        _check_stable(part.field, value, shaped=True)
+        spec = formatter.vformat(part.spec, ordered, values)
+        _check_stable(part.field, value, shaped=not part.conversion and _DIGITS.search(spec) is not None)
         converted = formatter.convert_field(value, part.conversion)
-        return format(converted, formatter.vformat(part.spec, ordered, values))
+        text = format(converted, spec)
+        _check_text(part.field, value, str(converted) if part.conversion else text)
+        return text
 
 
 def _first(field: str) -> str:
@@ -214,10 +219,22 @@ def _read(field: str, value: Any) -> str:
     if isinstance(value, Enum):
         return str(value)
     text = format(value)
-    if _ADDRESS.search(text):
+    _check_text(field, value, text)
+    return text
+
+
+def _check_text(field: str, value: Any, text: str) -> None:
+    """Refuse a text in which something shows that the value holds and that differs between processes."""
+    if isinstance(value, (str, bytes)):
+        return
+    if has_address(text):
         raise ConfigurationError(
             f'{field} is a {type(value).__name__}, whose text has its address in memory: name an attribute that identifies it')
-    return text
+    part = unstable_part(value, text)
+    if part is not None:
+        raise ConfigurationError(
+            f'{field} is a {type(value).__name__} that holds a {type(part).__name__}, whose text differs between processes, or between '
+            f'equal values: name an attribute that identifies the call, as in {{{field}.id}}, or give a callable as key')
 
 
 def _check_stable(field: str, value: Any, shaped: bool = False) -> None:
@@ -226,7 +243,7 @@ def _check_stable(field: str, value: Any, shaped: bool = False) -> None:
     Args:
         field: The field's name.
         value: Its value.
-        shaped: The format says how the value is written, as `{price:.2f}` does.
+        shaped: The format says how many digits of a number count, as `{price:.2f}` does.
     """
     if value is None or (isinstance(value, str) and not value):
         raise ConfigurationError(f'{field} is {value!r}: calls that lack it would all share one key')
@@ -242,7 +259,7 @@ def _check_stable(field: str, value: Any, shaped: bool = False) -> None:
         for number, item in enumerate(value):
             if item is not None and item != '':
                 _check_stable(f'{field}[{number}]', item)
-        if _ADDRESS.search(repr(value)):
+        if has_address(repr(value)):
             raise ConfigurationError(f'{field} has an item whose text is its address in memory: name what identifies it')
     if all(getattr(kind, name) is getattr(object, name) for name in ('__format__', '__str__', '__repr__')):
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .arguments import check_locks, check_name, check_number
 from .belonging import Belonging, Peer, stranger
+from .callbacks import check_release, with_event
 from .config import CoordinationConfig
 from .effects import RebalanceEvent
 from .errors import ConfigurationError
@@ -186,6 +187,9 @@ def make_job(
     """
     config = settings.config
     tables = Tables.of(config)
+    users_rebalance = with_event(settings.on_rebalance) if settings.on_rebalance is not None else None
+    if settings.on_release is not None:
+        check_release(settings.on_release)
 
     def provide(job: Job) -> None:
         def belong(mark: str) -> None:
@@ -216,8 +220,8 @@ def make_job(
 
     def rebalanced(event: RebalanceEvent) -> None:
         on_rebalance(event)
-        if settings.on_rebalance is not None:
-            settings.on_rebalance(event)
+        if users_rebalance is not None:
+            users_rebalance(event)
 
     def released(tokens: TokenSet) -> None:
         if settings.on_release is not None:

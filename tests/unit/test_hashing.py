@@ -1,6 +1,7 @@
 """The mapping from task ids to tokens is stored in databases: it must never change."""
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 import uuid
@@ -63,6 +64,11 @@ class Anonymous:
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    of: object
+
+
 class Broken:
     def __str__(self) -> str:
         raise RuntimeError('no text')
@@ -81,6 +87,9 @@ class Broken:
     (frozenset('ab'), 'differs between processes'),
     ((1, frozenset('ab')), 'differs between processes'),
     pytest.param((1, (Anonymous(),)), 'a tuple differs between processes', id='in a tuple'),
+    (Part(frozenset('ab')), 'a Part differs between processes'),
+    ((1, Part((frozenset('ab'),))), 'a tuple differs between processes'),
+    pytest.param(Part(Anonymous()), 'a Part differs between processes', id='in a dataclass'),
     pytest.param(lambda: 1, 'a function differs between processes', id='function'),
     pytest.param(Broken().__str__, 'a method differs between processes', id='method'),
     (Broken(), 'RuntimeError'),
@@ -93,7 +102,7 @@ def test_an_id_that_cannot_work_is_refused_with_the_reason(task_id: object, part
         assert isinstance(caught.value, base)
 
 
-@pytest.mark.parametrize('task_id', ['', 'x' * 2000, 'é' * 1000, 0, -1, 1.5, b'bytes', ('a', 1), uuid.UUID(int=7)])
+@pytest.mark.parametrize('task_id', ['', 'x' * 2000, 'é' * 1000, 0, -1, 1.5, b'bytes', ('a', 1), uuid.UUID(int=7), Part(('{', 1))])
 def test_an_id_at_the_limits_is_accepted(task_id: object) -> None:
     assert check_task_id(task_id) == str(task_id)
 

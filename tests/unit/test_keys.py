@@ -1,6 +1,8 @@
 """Keys: different calls have different ones, and the same call has the same one in every process."""
 from __future__ import annotations
 
+import collections
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -8,10 +10,11 @@ import functools
 import string
 import subprocess
 import sys
+import types
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import assume, given
@@ -64,6 +67,37 @@ class Point:
 
     def __repr__(self) -> str:
         return f'Point({self.of})'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    tags: object
+
+
+class Named(NamedTuple):
+    tags: object
+
+
+class Slotted:
+    __slots__ = ('__tags',)
+
+    def __init__(self, tags: object) -> None:
+        self.__tags = tags
+
+    def __repr__(self) -> str:
+        return f'slotted {self.__tags}'
+
+
+class Order:
+    """Its text is its id, whatever it holds."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tags = {'x', 'y'}
+        self.plain = {'of': Plain()}
+
+    def __str__(self) -> str:
+        return f'order {{{self.number}}}'
 
 
 values = st.text(st.characters(codec='utf-8', exclude_characters='\0'), min_size=1, max_size=12)
@@ -144,6 +178,33 @@ class TestOneField:
         assert key('{a!r}', 'x') == "'x'"
         with pytest.raises(ConfigurationError, match='a set'):
             key('{a!r}', {1})
+
+    @pytest.mark.parametrize('text', ['{a!r}', '{a!s}', '{a!r:.5}', '{a:>10}', '{a:10}', '{a!a}', '{a:,}'])
+    def test_a_format_that_counts_no_digits_makes_no_number_fine(self, text: str) -> None:
+        with pytest.raises(ConfigurationError, match='how many count'):
+            key(text, 0.1 + 0.2)
+
+    @pytest.mark.parametrize(('text', 'made'), [('{a:.3}', '0.333'), ('{a:e}', '3.333333e-01'), ('{a:.0%}', '33%'), ('{a:.{b}f}', '0.33')])
+    def test_one_that_does_is_fine(self, text: str, made: str) -> None:
+        assert key(text, 1 / 3, 2) == made
+
+    @pytest.mark.parametrize('text', ['{a}', '{a!r}', '{a!s}', '{a!r:>5}', '{a!r:.3}'])
+    @pytest.mark.parametrize(('value', 'said'), [
+        (Tagged({'x', 'y'}), 'holds a set'), (Tagged(frozenset('x')), 'holds a frozenset'), (Tagged({'x': 1}), 'holds a dict'),
+        (Tagged(collections.OrderedDict(x=1)), 'holds a OrderedDict'), (Tagged([({1},)]), 'holds a set'),
+        (Tagged(Tagged({'x'})), 'holds a set'), (Named(Tagged({'x'})), 'holds a set'), (Named({'x'}), 'a set'),
+        ([Tagged({'x'})], 'holds a set'),
+        (Tagged(Plain()), 'address in memory'), (Named(Plain()), 'address in memory'), (Point({'x'}), 'holds a set'),
+        (Slotted({1}), 'holds a set'), (types.SimpleNamespace(tags={'x'}), 'holds a set'), (collections.deque([{1}]), 'holds a set'),
+    ])
+    def test_what_an_object_holds_and_shows_counts(self, text: str, value: object, said: str) -> None:
+        with pytest.raises(ConfigurationError, match=said):
+            key(text, value)
+
+    def test_what_an_object_holds_and_does_not_show_does_not_count(self) -> None:
+        assert key('{a}', Order(7)) == 'order {7}'
+        assert key('{a!r}', Tagged('x')) == "Tagged(tags='x')"
+        assert key('{a}', Named('{')) == "Named(tags='{')"
 
     def test_attributes_and_items_are_what_counts(self) -> None:
         assert key('{a.hex}', uuid.UUID(int=5)) == '0' * 31 + '5'
