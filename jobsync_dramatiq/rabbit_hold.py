@@ -10,6 +10,7 @@ from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.common import q_name
 from dramatiq.errors import ConnectionClosed
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker
 
 from jobsync_core.incoming import Refused
@@ -24,8 +25,9 @@ __all__ = ['BROKEN', 'RabbitHold', 'translated']
 
 logger = get_logger(__name__)
 
-#: What pika raises where a connection or a channel is of no use any more.
-BROKEN = (AMQPConnectionError, AMQPChannelError, OSError)
+#: What pika raises where a connection or a channel is of no use any more. The last comes from a broker that accepts a connection
+#: and then says nothing; it is no AMQPConnectionError.
+BROKEN = (AMQPConnectionError, AMQPChannelError, OSError, AMQPConnectorException)
 _NOT_FOUND = 404
 #: Seconds between two looks while messages wait.
 _LOOK_SEC = 0.05
@@ -126,8 +128,9 @@ class RabbitHold:
             self._raw.iterator = self._raw.channel.consume(self.queue, inactivity_timeout=self._timeout)
 
     def close(self, waiting: list[Any]) -> None:
-        """See Hold: closing gives back."""
-        self._raw.close()
+        """See Hold: closing gives back. A connection that is gone has given back; Dramatiq 1 logs an error with a traceback for it."""
+        if self._raw.connection.is_open:
+            self._raw.close()
 
     def _put_back(self, message: Any) -> None:
         tag = message._tag

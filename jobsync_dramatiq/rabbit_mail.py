@@ -131,7 +131,8 @@ class RabbitMail:
         given: Any = SimpleNamespace(parameters=parameters, queues_pending=self.broker.queues_pending)
         if 'parameters' in inspect.signature(kind).parameters:  # Dramatiq 1
             given = parameters
-        return RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
+        with translated():
+            return RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
 
     def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
         """See BrokerMail."""

@@ -102,6 +102,8 @@ def workers(server: BrokerServer, redis_server: Any, postgres: Any, make_config:
     monkeypatch.setenv('TEST_REDIS', redis_server.url(store))
     monkeypatch.setenv('TEST_DATABASE', postgres.url(config.dbname))
     monkeypatch.setenv('TEST_OPTIONS', json.dumps(options))
+    # Dramatiq 1 serves Prometheus at a fixed port, at which there is one worker at a time; this one is free.
+    monkeypatch.setenv('dramatiq_prom_port', '0')
     monkeypatch.delitem(sys.modules, 'tests.dramatiq.worker_app', raising=False)
     app = importlib.import_module('tests.dramatiq.worker_app')
     found = Workers(app, server, space, tmp_path, dict(os.environ))

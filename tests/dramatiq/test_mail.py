@@ -13,6 +13,7 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.errors import ConnectionClosed
+from pika import URLParameters
 from pika.exceptions import UnroutableError
 
 from jobsync_core.config import CoordinationConfig
@@ -20,6 +21,7 @@ from jobsync_dramatiq.mail import BrokerMail, mail_of
 
 from ..brokers import BrokerServer, RabbitServer
 from ..hostile.dramatiq_wire import UNREADABLE
+from ..server.proxy import Mode, Proxy
 from ..waiting import eventually
 
 PARKED = 'jobsync.shop_.parked'
@@ -524,6 +526,27 @@ class TestRabbit:
         again = node.consume(N1, 5, 50)
         assert {next_of(again).args, next_of(again).args} == {(0,), (1,)}
         again.close([])
+
+    def test_closing_a_consumer_whose_connection_is_gone_says_nothing(self, rabbit: Place, caplog: pytest.LogCaptureFixture) -> None:
+        hold = rabbit.node('n1').consume(N1, 1, 50)
+        hold._raw.connection.close()
+        hold.close([])
+        assert [record for record in caplog.records if record.name.startswith('dramatiq')] == []
+
+    @pytest.mark.parametrize('place', ['broker', 'consumer'])
+    def test_a_broker_that_accepts_and_says_nothing_is_one_that_cannot_be_reached(self, rabbit: Place, place: str) -> None:
+        node = rabbit.node('n1')
+        with Proxy('127.0.0.1', rabbit.server.port) as proxy:
+            proxy.switch(Mode.SWALLOW)
+            silent = URLParameters(rabbit.server.url(rabbit.space, proxy.port))
+            silent.stack_timeout = 0.3
+            if place == 'broker':
+                node.broker.parameters = silent
+                node.reset()
+            else:
+                node._consumer_parameters = silent
+            with pytest.raises(ConnectionClosed, match='Timeout during AMQP handshake'):
+                node.consume('default', 1, 50)
 
     def test_consumers_notice_a_stopped_worker_s_broker_soon_and_the_user_s_heartbeat_stays(self, rabbit: Place) -> None:
         assert rabbit.node('n1')._consumer_parameters.heartbeat == 15
