@@ -175,6 +175,8 @@ class Agent:
             if isinstance(reply, Beaten):
                 self.last_beat = _wall_clock()
             self._run_commands()
+            if self._said:  # should it fail again, that is news
+                self._said = {text: said for text, said in self._said.items() if not text.startswith(_failed(request))}
             self.protocol.reply(request, reply, clock.now())
         self._run_effects()
 
@@ -228,7 +230,7 @@ class Agent:
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
         if self._goes_on_without(request, error):
-            self._say(logging.WARNING, f'request={type(request).__name__} failed, heartbeats go on: {str(error).strip()}')
+            self._say(logging.WARNING, f'{_failed(request)}, heartbeats go on: {str(error).strip()}')
             self.protocol.refused(request, now)
             return
         self._close_connection()
@@ -236,8 +238,7 @@ class Agent:
         if self._failing_since is None:
             self._failing_since = now
         passing = isinstance(error, (DatabaseUnavailable, *_PASSING))
-        logger.log(logging.WARNING if passing else logging.ERROR, 'node=%s request=%s failed: %s',
-                   self.protocol.name, type(request).__name__, str(error).strip())
+        self._say(logging.WARNING if passing else logging.ERROR, f'{_failed(request)}: {str(error).strip()}')
         if self.protocol.phase is Phase.LEAVING:
             # Others will see this node dead after one timeout; waiting for the database helps nobody.
             self._abandoned = True
@@ -326,3 +327,7 @@ class Agent:
 
 def _wall_clock() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
+
+
+def _failed(request: Request) -> str:
+    return f'request={type(request).__name__} failed'

@@ -66,6 +66,8 @@ __all__ = ['BESIDE', 'Phase', 'Protocol', 'Settings']
 
 _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
+#: Seconds after which a connection counts as one that works: what ends it then is a first failure.
+_STEADY_SEC = 2.0
 #: While a node enters, it looks for its first tokens again after so many seconds, then less and less often: notifications may be lost.
 _ENTRY_POLL = 0.25
 #: Where many join at once, the cluster's row is busy: a join is tried again after about so many seconds, twice as many each time.
@@ -176,6 +178,7 @@ class Protocol:
         self._must_record = False
         self._retry_at = 0.0
         self._backoff = _BACKOFF_FIRST
+        self._connected_at = 0.0
         # membership
         self._join_at = 0.0
         self._join_failures = 0
@@ -270,6 +273,8 @@ class Protocol:
 
     def disconnected(self, now: float) -> None:
         """The control connection is gone."""
+        if self.connected and now - self._connected_at >= _STEADY_SEC:
+            self._backoff = _BACKOFF_FIRST
         self.connected = False
         self._must_refresh = True
         self._takings.interrupted(self._pending)
@@ -404,8 +409,6 @@ class Protocol:
     def reply(self, request: Request, reply: Reply, now: float) -> None:
         """The answer to `request`."""
         self._pending = None
-        if not isinstance(request, Connect):
-            self._backoff = _BACKOFF_FIRST
         if isinstance(request, Join):
             self._on_join(request, reply, now)
         elif isinstance(request, Leave):
@@ -443,7 +446,7 @@ class Protocol:
             self._refresh_at = now
 
     def _on_connected(self, reply: Connected, now: float) -> None:
-        self.connected = True
+        self.connected, self._connected_at = True, now
         self._must_refresh = True
         self._beat_at = min(self._beat_at, now)
         self._join_at = min(self._join_at, now)

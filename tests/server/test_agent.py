@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from http.client import HTTPConnection
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent import Agent
-from jobsync_core.messages import Beat, Connect, Request
+from jobsync_core.messages import Beat, Connect, Refresh, Request
 from jobsync_core.web import HealthServer
 
 from ..waiting import eventually
@@ -143,3 +144,30 @@ def test_a_round_that_the_server_refuses_costs_no_connection(config: Coordinatio
             assert job._agent._connection is connection and job.am_i_healthy()
             job._agent._control._leading.lead = handle  # type: ignore[method-assign]
             eventually(lambda: len(job.my_tokens) == config.total_tokens // 2, timeout=20)
+
+
+@pytest.mark.parametrize('request_type', [Beat, Refresh])
+def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_once(
+        config: CoordinationConfig, caplog: pytest.LogCaptureFixture, request_type: type[Request]) -> None:
+    tries = list[float]()
+
+    def broken(request: Request) -> bool:
+        if isinstance(request, request_type):
+            tries.append(time.monotonic())
+            return True
+        return False
+
+    with Job('n1', config, wait_on_enter=0) as job:
+        eventually(lambda: job.can_claim_task(1))
+        for _ in range(2):
+            tries.clear()
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger='jobsync_core.agent'):
+                mended = sabotage(job, psycopg2.errors.DiskFull('could not extend file: No space left on device'), broken)
+                job._agent.post(lambda: job._agent._connection.close())  # type: ignore[union-attr]
+                eventually(lambda: len(tries) >= 7, timeout=30)
+                mended.set()
+            eventually(lambda: job.am_i_healthy() and job.can_claim_task(1), timeout=20)
+            assert len([record for record in caplog.records if 'No space left' in record.getMessage()]) == 1  # also the second time
+            assert tries[6] - tries[5] > 0.9
+            time.sleep(0.2)
