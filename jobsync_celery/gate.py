@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionWithTraceback
-from billiard.exceptions import WorkerLostError
-from celery import states
 from celery.worker import state
 
 from jobsync_core import clock
@@ -25,10 +23,10 @@ from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
 from jobsync_core.tokens import TokenSet
 
-from .chords import count_member
 from .circuit import BrokerBusy
 from .incoming import Incoming, read_delivery
 from .logs import get_logger
+from .lost import comes_back, count_lost
 from .mail import Publisher, home_of
 from .refusal import set_aside
 
@@ -41,8 +39,6 @@ logger = get_logger(__name__)
 
 #: Seconds between two looks at messages that wait in memory.
 _LOOK_SEC = 0.1
-#: Seconds for which a dead worker may have claimed to send a chord's body.
-_CLAIM_SEC = 11.0
 #: Seconds until a message that could not be sent on is tried again.
 _AGAIN_SEC = 1.0
 #: What is remembered of a message, with it.
@@ -330,28 +326,15 @@ class ConsumerGate:
         fail = guarded(request.on_failure)
 
         def on_failure(exc_info: Any, *args: Any, **kwargs: Any) -> object:
+            if comes_back(request, exc_info):
+                request.reject(requeue=True)  # Celery cannot acknowledge it any more
+                return fail(_bearable(exc_info), *args, **kwargs)
             found = fail(_bearable(exc_info), *args, **kwargs)
-            self._count_lost(request, exc_info)
+            count_lost(request, exc_info)
             return found
 
         request.on_failure = on_failure
         request.on_success, request.on_timeout = guarded(request.on_success), guarded(request.on_timeout)
-
-    def _count_lost(self, request: Any, exc_info: Any, tries: int = 3) -> None:
-        """A process of the pool is lost. Newer Celerys acknowledge the message if its result is stored; its chord may not know of it."""
-        error = getattr(exc_info, 'exception', None)
-        if not isinstance(getattr(error, 'exc', error), WorkerLostError) or not request.acknowledged:
-            return
-        try:
-            context, backend = request._context, request.task.backend
-            if not context.chord:
-                return
-            found = backend.get_task_meta(request.id)
-            if found['status'] == states.SUCCESS and not count_member(backend, context, found['result']) and tries:
-                # Its body is about to be sent by a worker that may be dead; then its claim runs out.
-                self._consumer.timer.call_after(_CLAIM_SEC, self._count_lost, (request, exc_info, tries - 1))
-        except Exception as trouble:  # a result backend is whatever the user configured
-            logger.warning('Task %s[%s] may not be counted for its chord: %r', request.name, request.id, trouble)
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens is at the pool."""

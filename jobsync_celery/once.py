@@ -18,7 +18,7 @@ from jobsync_core.adapter import MessageOnce
 from jobsync_core.current_ledger import LocalLedger, current_ledger, message_ledger
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
 from jobsync_core.execution import Execution
-from jobsync_core.incoming import read_stamps
+from jobsync_core.incoming import MAX_WAITS, read_stamps
 from jobsync_core.ledger import Ledger
 from jobsync_core.logs import Repeats
 from jobsync_core.once import ExactlyOnce
@@ -27,7 +27,7 @@ from jobsync_core.routing import WAITS
 from .chords import count_member
 from .logs import get_logger
 
-__all__ = ['COME_BACK_SEC', 'exactly_once', 'made_here']
+__all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'options_of']
 
 logger = get_logger(__name__)
 
@@ -60,8 +60,7 @@ class _CeleryOnce(MessageOnce):
         return request is not None and not request.called_directly
 
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
-        run = getattr(current_task, '_orig_run', None) or current_task.run
-        return getattr(run, 'exactly_once', None) is options
+        return options_of(current_task) is options
 
     def ledger(self) -> Ledger | LocalLedger:
         request = _request()
@@ -100,9 +99,26 @@ class _CeleryOnce(MessageOnce):
             known = False
         if known:
             # Celery stores a result first and counts it for its chord then; in between, the first attempt may have been killed.
-            if request.chord and not count_member(task.backend, request, found['result']):
-                self.come_back(ExecutionRunning(f'the chord {request.group} is about to be completed by another worker'))
+            if request.chord:
+                self._count(task, request, found['result'])
             raise Ignore
+
+    def _count(self, task: Any, request: Any, result: Any) -> None:
+        """Let the chord know of its member; comes back until it does."""
+        waits = _waits(request)
+        try:
+            if count_member(task.backend, request, result):
+                return
+            trouble = f'the chord {request.group} is not complete yet, or about to be completed by another worker'
+        except Exception as error:  # a result backend is whatever the user configured
+            trouble = f'the result backend does not tell about the chord {request.group}: {error!r}'
+        # After its retention the key would be forgotten, and this message would run.
+        if waits >= MAX_WAITS or _waited_sec(waits) > options_of(task).retention_sec / 2:
+            logger.warning('Task %s[%s] is counted no more, and its chord may wait for ever: %s', task.name, request.id, trouble)
+            return
+        waiting = ExecutionRunning(trouble)
+        waiting.key = str(request.group)
+        self.come_back(waiting)
 
     def stored_result(self, result: Any) -> Any:
         replaced = _replaced_by(result)
@@ -154,13 +170,29 @@ class _CeleryOnce(MessageOnce):
         delay, headers = COME_BACK_SEC, dict(request.headers or {})
         if isinstance(error, ExecutionRunning):
             waits = _waits(request)
-            delay, headers[WAITS] = min(COME_BACK_SEC * 2 ** min(waits, 20), MAX_COME_BACK_SEC), waits + 1
+            delay, headers[WAITS] = come_back_sec(waits), waits + 1
         more = _repeats.say((task.name, type(error), getattr(error, 'key', None)), clock.now())
         if more is not None:
             logger.info('Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more)
         task.signature_from_request(
             request, request.args, request.kwargs, countdown=delay, retries=request.retries, headers=headers).apply_async()
         raise Ignore
+
+
+def options_of(task: Any) -> Any:
+    """The options of a task's @exactly_once, or None."""
+    return getattr(getattr(task, '_orig_run', None) or task.run, 'exactly_once', None)
+
+
+def come_back_sec(waits: int) -> float:
+    """Seconds until something comes back that has waited `waits` times."""
+    return min(COME_BACK_SEC * float(2 ** min(waits, 20)), MAX_COME_BACK_SEC)
+
+
+def _waited_sec(waits: int) -> float:
+    """Seconds that a message has waited, at least, that came back `waits` times."""
+    growing = min(waits, 20)
+    return sum(come_back_sec(n) for n in range(growing)) + (waits - growing) * MAX_COME_BACK_SEC
 
 
 def _waits(request: Any) -> int:

@@ -15,10 +15,12 @@ from .hashing import check_task_id
 from .logs import shown
 from .routing import HOME, HOPS, KEY, WAITS, Coordination
 
-__all__ = ['MAX_COUNT', 'MAX_NAME', 'Refused', 'Stamps', 'find_route', 'read_id', 'read_name', 'read_stamps']
+__all__ = ['MAX_COUNT', 'MAX_NAME', 'MAX_WAITS', 'Refused', 'Stamps', 'find_route', 'read_id', 'read_name', 'read_stamps']
 
 #: The most that a counter in a message says: whatever is more is as good as this.
 MAX_COUNT = 1_000
+#: Higher numbers of waits, a minute each, are taken for this one: two months.
+MAX_WAITS = 100_000
 #: Longest name of a task, an actor or a queue, in characters; AMQP allows 255 bytes for a queue.
 MAX_NAME = 1_000
 
@@ -71,16 +73,16 @@ def read_stamps(values: object) -> Stamps:
         wrong.append(f'{name}={shown(value, 60)}')
         return None
 
-    def count(name: str) -> int:
+    def count(name: str, most: int) -> int:
         value = values.get(name)
         if value is None:
             return 0
         if type(value) is int and value >= 0:
-            return min(value, MAX_COUNT)
+            return min(value, most)
         wrong.append(f'{name}={shown(value, 60)}')
         return 0
 
-    return Stamps(text(KEY, _is_key), count(HOPS), text(HOME, _is_name), count(WAITS), ', '.join(wrong))
+    return Stamps(text(KEY, _is_key), count(HOPS, MAX_COUNT), text(HOME, _is_name), count(WAITS, MAX_WAITS), ', '.join(wrong))
 
 
 def read_name(value: object, what: str) -> str | Refused:
