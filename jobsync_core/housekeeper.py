@@ -163,8 +163,9 @@ class Housekeeper:
         count = pace.failed(now)
         if count is not None:
             logger.warning(
-                'node=%s housekeeping=%r failed, %d times since this was last said: %s; tried again in %.0f s', self._node,
-                pace.chore.name, count, ' '.join(str(error).split()) or type(error).__name__, pace.due - now)
+                'node=%s housekeeping=%r failed%s: %s; tried again in %.0f s', self._node,
+                pace.chore.name, f', {count} times since this was last said' if count > 1 else '',
+                ' '.join(str(error).split()) or type(error).__name__, pace.due - now)
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None

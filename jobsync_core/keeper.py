@@ -159,7 +159,7 @@ class Keeper:
     def _tell(self, error: Exception) -> None:
         again = self._repeats.say(type(error).__name__, clock.now())
         if again is not None:
-            logger.warning('node=%s keeper failed; it tries again: %r%s', self._job.node_name, error, again)
+            logger.warning('node=%s keeper failed; it tries again: %s: %s%s', self._job.node_name, type(error).__name__, error, again)
 
     def _sweep(self) -> None:
         """Rescue first: it never waits behind what is parked."""

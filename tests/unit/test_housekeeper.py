@@ -119,7 +119,7 @@ def test_a_chore_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch, c
     eventually(lambda: store.ran.count('good') >= 5)
     assert duty.stop(5.0)
     assert [record.getMessage() for record in caplog.records if 'of the chore' in record.getMessage()] == [
-        "node=n1 housekeeping='bad' failed, 1 times since this was last said: of the chore; tried again in 1 s"]
+        "node=n1 housekeeping='bad' failed: of the chore; tried again in 1 s"]
 
 
 def test_a_follower_has_no_thread_and_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
