@@ -101,6 +101,7 @@ class _Waiting:
         run, ack, requeue, refuse: What may become of it here; `refuse` is a rejection for good.
         until: When it is parked, on the monotonic clock.
         unknown: Nobody here knows its task.
+        late: It has passed all that comes before the pool.
     """
 
     note: _Note
@@ -111,6 +112,7 @@ class _Waiting:
     refuse: Callable[[], object]
     until: float
     unknown: bool = False
+    late: bool = False
 
 
 def _settle_once(message: Any) -> None:
@@ -301,12 +303,25 @@ class ConsumerGate:
             self._guard_end(request)
             self._to_pool(request)
 
-        if note.incarnation == self._gate.job.incarnation and self._gate.job.owns(note.route):
+        mine = note.incarnation == self._gate.job.incarnation and self._gate.job.owns(note.route)
+        if mine and self._admits(note.name):
             run()
             return
-        self._place(_Waiting(
+        waiting = _Waiting(
             note, request.message, run, done(request.acknowledge), done(lambda: request.reject(requeue=True)),
-            done(lambda: request.reject(requeue=False)), clock.now() + self._gate.settings.park_sec))
+            done(lambda: request.reject(requeue=False)), clock.now() + self._gate.settings.park_sec, late=True)
+        if mine:
+            self._wait(waiting)
+        else:
+            self._place(waiting)
+
+    def _admits(self, name: str) -> bool:
+        """Whether a task may go to the pool, as far as the database is concerned, which may refuse to begin anything."""
+        pausing = self._gate.job.pausing
+        if not pausing.length:
+            return True
+        found = self._plugin.tasks.find(name)
+        return found is None or found.once is None or pausing.admits(clock.now())
 
     def _guard_end(self, request: Any) -> None:
         """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
@@ -360,6 +375,8 @@ class ConsumerGate:
             logger.exception('Task %s: the gate failed; the message waits', note.name)
             return self._wait(waiting)
         if decision.verdict is Verdict.RUN:
+            if waiting.late and not self._admits(note.name):
+                return self._wait(waiting)
             self._run(waiting)
             return True
         if decision.verdict is Verdict.DROP:

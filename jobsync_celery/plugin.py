@@ -18,7 +18,9 @@ from jobsync_core.effects import RebalanceEvent
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
 from jobsync_core.keeper import Keeper
+from jobsync_core.logs import Repeats
 from jobsync_core.owners import OwnerMap
+from jobsync_core.pausing import Pausing, remedy
 from jobsync_core.plugin import Gate, make_job, owner_map, stand_in
 from jobsync_core.routing import node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
@@ -87,7 +89,9 @@ class JobSync:
         self._consumer_gate: ConsumerGate | None = None
         self._children: set[int] = set()
         self._worker: Any = None
-        self._lost_at = 0.0
+        self._leased_at = 0.0
+        self._refusing = False
+        self._repeats = Repeats()
         self._look: Any = None
         self._left = Leftovers()
         self._pins: Mapping[str, Sequence[str]] = {}
@@ -419,26 +423,47 @@ class JobSync:
         self._consumer.call_soon(self._follow_lease)
 
     def _follow_lease(self) -> None:
-        """Consume with a lease, and not without one. By what is so now: the event loop keeps no order among its calls."""
+        """Consume with a lease and a database that begins work, and not otherwise. By what is so now: the event loop keeps no order
+        among its calls.
+        """
         consumer, gate, job = self._consumer.task_consumer, self._consumer_gate, self.job
         if self._listening is not None:
             self._listening.turned(self._amqp_connection())
         if consumer is None or gate is None or job is None or not self._connected:
             return
-        leased = job.am_i_healthy()
-        if self._consuming and not leased:
+        now, leased = clock.now(), job.am_i_healthy()
+        paused = job.pausing.is_paused(now)
+        if leased:
+            self._leased_at = now
+        if self._consuming and (paused or not leased):
             self._consuming = False
-            logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
-            self._lost_at = clock.now()
+            self._tell_stop(leased, job.pausing, now)
             consumer.cancel()
             gate.give_back()
-        elif not leased and self.driver == 'amqp' and clock.now() - self._lost_at > self.settings.config.heartbeat_timeout_sec:
+        elif not leased and self.driver == 'amqp' and now - self._leased_at > self.settings.config.heartbeat_timeout_sec:
             # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it comes from.
             gate.surrender()
-        elif leased and not self._consuming:
+        elif leased and not paused and not self._consuming:
             self._consuming = True
             consumer.consume()
-            logger.info('JobSync: the lease is valid again; consuming goes on')
+            if not self._refusing:
+                logger.info('JobSync: the lease is valid again; consuming goes on')
+        elif paused:
+            gate.give_back()  # whose time has come meanwhile
+        if self._refusing and not job.pausing.length:
+            self._refusing = False
+            logger.info('JobSync: the database begins work again; consuming goes on')
+
+    def _tell_stop(self, leased: bool, pausing: Pausing, now: float) -> None:
+        if not leased:
+            logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
+            return
+        self._refusing = True
+        error = pausing.error
+        more = self._repeats.say('refused', now)
+        if more is not None:
+            logger.warning('JobSync: the database refuses to begin anything; consuming stops for %.0f s, and one message tries then: %s; '
+                           '%s%s', pausing.length, error, remedy(error.sqlstate), more)
 
     def _amqp_connection(self) -> Any:
         connection = self._consumer.connection if self.driver == 'amqp' else None
@@ -467,7 +492,14 @@ class JobSync:
         status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
         status['last_heartbeat'] = str(status['last_heartbeat']) if status['last_heartbeat'] else None
         waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
-        return {**status, 'consuming': self._consumes(), 'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+        return {
+            **status, 'consuming': self._consumes(), 'paused': self._refusal(),
+            'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+
+    def _refusal(self) -> str:
+        """Why consuming pauses; '' where it does not."""
+        job = self.job
+        return str(job.pausing.error) if job is not None and job.pausing.is_paused(clock.now()) else ''
 
     def _consumes(self) -> bool:
         return self._consuming and (self._listening is None or self._listening.silence() <= self.settings.config.heartbeat_timeout_sec)
@@ -488,5 +520,6 @@ class JobSync:
         self._http = HealthServer(
             self.settings.http, live=lambda: job.alive,
             ready=lambda: {
-                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consumes(), 'node': job.node_name},
+                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consumes(), 'node': job.node_name,
+                **({'reason': reason} if (reason := self._refusal()) else {})},
             metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))

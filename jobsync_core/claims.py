@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from . import pausing
 from .exclusions import Exclusions
 from .tokens import TokenSet
 
@@ -29,7 +30,8 @@ os.register_at_fork(after_in_child=_note_fork)
 _LEASE = 8  # one double: the deadline
 _LIFE = 64  # the incarnation, as text that ends with NULs
 _CLOSED = 8  # first byte not 0: the node is leaving; second byte not 0: forked children took tasks for the audit
-_HEADER = _LEASE + _LIFE + _CLOSED
+_PAUSE = _LEASE + _LIFE + _CLOSED  # see Pausing
+_HEADER = _PAUSE + pausing.SIZE
 
 
 class Claims:
@@ -55,7 +57,9 @@ class Claims:
         view = memoryview(self._map)
         self.lease = view[:_LEASE].cast('d')
         self._life = view[_LEASE:_LEASE + _LIFE]
-        self._closed = view[_LEASE + _LIFE:_HEADER]
+        self._closed = view[_LEASE + _LIFE:_PAUSE]
+        #: Whether workers pause, as the database refuses to begin anything.
+        self.pausing = pausing.Pausing(view[_PAUSE:_HEADER])
         self.bits = view[_HEADER:]
         self._tokens = TokenSet()
         self.exclusions = Exclusions(total_tokens, lock)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from . import clock
 from .errors import ClaimLost, ConfigurationError, NotEntered
 from .execution import Execution, check_key
 from .ledger import Ledger
@@ -137,6 +138,7 @@ def message_ledger() -> Ledger | LocalLedger:
         NotEntered: This process has entered no Job.
         ClaimLost: The node's lease ran out. The database is most likely out of reach, and to ask it would take seconds for
             each message that had been handed to the pool before.
+        DatabaseRefused: The database refuses to begin anything, and is not asked before the pause is over.
     """
     ledger = current_ledger()
     if not isinstance(ledger, Ledger):
@@ -145,4 +147,6 @@ def message_ledger() -> Ledger | LocalLedger:
         return _uncoordinated
     if not ledger.has_lease():
         raise ClaimLost('the lease of this node ran out, so that nothing may begin here at the moment')
+    if ledger.pausing.is_paused(clock.now()):
+        raise ledger.pausing.error
     return ledger

@@ -26,6 +26,7 @@ from .housekeeper import Housekeeper
 from .ledger import DEFAULT_RETENTION, Execution, Ledger
 from .logs import get_logger
 from .once import once
+from .pausing import Pausing
 from .process import is_known_alive, is_known_dead, this_process
 from .protocol import Phase, Protocol, Settings
 from .store import locks as lock_store
@@ -44,6 +45,8 @@ logger = get_logger(__name__)
 
 #: Audited tasks beyond which the line about them says this number.
 _MOST_COUNTED = 1_000_000
+#: In single-node mode nothing refuses.
+_NEVER = Pausing()
 
 
 class Job:
@@ -118,7 +121,7 @@ class Job:
                 self._protocol, self._control, coordination_config, self._callbacks,
                 self._housekeeper.look)
             self._ledger: Ledger | LocalLedger = Ledger(
-                self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease)
+                self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease, self._claims.pausing)
         else:
             self._ledger = LocalLedger()
 
@@ -281,6 +284,11 @@ class Job:
     def has_lease(self) -> bool:
         """Whether the node's lease is valid at this moment, in forked children too; without a database always True."""
         return self.config is None or clock.now() < self._claims.deadline
+
+    @property
+    def pausing(self) -> Pausing:
+        """Whether the database refuses to begin anything, so that workers do well to take no messages for a while."""
+        return self._claims.pausing if self.config is not None else _NEVER
 
     def _refuse(self) -> bool:
         if self._state in ('new', 'exited'):

@@ -35,6 +35,7 @@ from .execution import (
 )
 from .ledger_calls import LedgerCalls
 from .logs import get_logger
+from .pausing import Pausing
 from .process import this_process
 from .results import decode_result
 from .store import executions
@@ -81,10 +82,12 @@ class Ledger:
         node: This node's name.
         incarnation: Gives this node's present incarnation.
         has_lease: Tells whether this node's lease is valid.
+        pausing: Learns how the database answers begins.
     """
 
     def __init__(
         self, sessions: Sessions, tables: Tables, node: str, incarnation: Callable[[], str], has_lease: Callable[[], bool] = lambda: True,
+        pausing: Pausing | None = None,
     ) -> None:
         self._sessions = sessions
         self._tables = tables
@@ -93,6 +96,7 @@ class Ledger:
         self._node = node
         self._incarnation = incarnation
         self.has_lease = has_lease
+        self.pausing = pausing if pausing is not None else Pausing()
         self._locals: dict[int, _Local] = {}
         self._prefixes: dict[str, tuple[float, bool]] = {}
 
@@ -125,14 +129,20 @@ class Ledger:
                 raise _running(key)
             settling.forget(last)
         if attempt.former:
-            self._check_former(key, attempt.former)
+            try:
+                self._check_former(key, attempt.former)
+            except DatabaseRefused as error:
+                self._note_refusal(error)
+                raise
         mine.holder = holder = Holder(self._node, self._incarnation(), here.process)
         mine.sent = True
         try:
             row = self._calls.begin(key, holder)
         except DatabaseUnavailable as error:
             mine.sent = error.sent
+            self._note_refusal(error)
             raise
+        self.pausing.answered()
         if row.began:
             mine.execution = Execution(self, key, row.fence, row.attempts, mine.retention_sec)
             return
@@ -226,6 +236,10 @@ class Ledger:
         self._transactions.close()
 
     # --- inside ---
+
+    def _note_refusal(self, error: DatabaseUnavailable) -> None:
+        if isinstance(error, DatabaseRefused) and error.pause:
+            self.pausing.refused(error, clock.now())
 
     def _check_former(self, key: str, former: tuple[tuple[str, str], ...]) -> None:
         """Look for the key under the names that it had before: what is complete stays complete.

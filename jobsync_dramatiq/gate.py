@@ -14,6 +14,7 @@ from jobsync_core import clock
 from jobsync_core.consuming import Consuming
 from jobsync_core.incoming import Refused
 from jobsync_core.logs import Repeats, get_logger
+from jobsync_core.pausing import remedy
 from jobsync_core.plugin import Gate
 from jobsync_core.routing import WAITS, Verdict, parked_queue, unknown_queue
 from jobsync_core.tokens import TokenSet
@@ -71,6 +72,7 @@ class WorkerGate:
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
         self._begun: set[int] = set()
+        self._refusing = False
         self._lock = threading.Lock()
 
     def hand_out(self, message: Any) -> None:
@@ -136,17 +138,51 @@ class WorkerGate:
         Others run it then, and the end of the attempt that runs here does not count. It may hang for long, for example in a
         transaction behind a network that is silent, and all threads may.
         """
+        number = self._give_back(hold, self._completes_once)
+        if number:
+            logger.warning('queue=%s: without a lease %d messages go back', hold.queue, number)
+
+    def give_back(self, hold: Hold) -> None:
+        """Give back what came from a consumer and has not begun."""
+        self._give_back(hold, lambda message: False)
+
+    def _give_back(self, hold: Hold, also: Callable[[Any], bool]) -> int:
         with self._lock:
             found = [(message, note) for number, message in self._in_hand.items()
                      if (note := note_of(message)) is not None and note.source is hold and not note.sent_on
-                     and (number not in self._begun or self._completes_once(message))]
+                     and (number not in self._begun or also(message))]
             for _, note in found:
                 note.sent_on = True
         for message, _ in found:
             hold.requeue(message)
         if found:
-            logger.warning('queue=%s: without a lease %d messages go back', hold.queue, len(found))
             self.gate.count('returned', len(found))
+        return len(found)
+
+    # --- a database that refuses ---
+
+    def is_paused(self) -> bool:
+        """Whether the database refuses to begin anything, so that nothing is taken for a while. Says so once, and when it is over."""
+        pausing, now = self.gate.job.pausing, clock.now()
+        paused = pausing.is_paused(now)
+        if paused and not self._refusing:
+            self._refusing = True
+            error, more = pausing.error, self.repeats.say('refused', now)
+            if more is not None:
+                logger.warning('JobSync: the database refuses to begin anything; consuming stops for %.0f s, and one message tries then: '
+                               '%s; %s%s', pausing.length, error, remedy(error.sqlstate), more)
+        elif self._refusing and not pausing.length:
+            self._refusing = False
+            logger.info('JobSync: the database begins work again; consuming goes on')
+        return paused
+
+    def admits(self, message: Any) -> bool:
+        """Whether an actor may run, as far as the database is concerned."""
+        pausing = self.gate.job.pausing
+        if not pausing.length or not self._completes_once(message):
+            return True
+        with self._lock:
+            return pausing.admits(clock.now())
 
     def _completes_once(self, message: Any) -> bool:
         found = self.actors.find(message.actor_name)
@@ -189,6 +225,8 @@ class GatedConsumer(Consumer):
         self._incarnation = self._gate.job.incarnation
         self._delays = queue.endswith('.DQ')
         self._paused = self._gave = False
+        #: What has given back what had not begun, while nothing is taken.
+        self._given_back: Callable[[Hold], object] | None = None
         self._waiting: list[Any] = []
 
     def __next__(self) -> Any:
@@ -220,10 +258,12 @@ class GatedConsumer(Consumer):
 
     def _next(self) -> Any:
         if not self._gate.job.am_i_healthy():
-            return self._without_lease()
+            return self._rest(self._shared.surrender)
+        if not self._delays and self._shared.is_paused():  # what is delayed does not begin: it goes to its queue when it is due
+            return self._rest(self._shared.give_back)
         if self._paused:
             self._hold.resume()
-            self._paused = False
+            self._paused, self._given_back = False, None
         for position, message in enumerate(self._waiting):
             if self._place(message):
                 del self._waiting[position]
@@ -270,23 +310,25 @@ class GatedConsumer(Consumer):
     def close(self) -> None:
         """See Consumer: what waits goes back."""
         waiting, self._waiting = self._waiting, []
-        hold, self._opened, self._paused = self._opened, None, False
+        hold, self._opened, self._paused, self._given_back = self._opened, None, False, None
         if hold is not None:
             hold.close(waiting)
 
-    # --- the lease ---
+    # --- without a lease, or a database that begins work ---
 
-    def _without_lease(self) -> None:
+    def _rest(self, give_back: Callable[[Hold], object]) -> None:
         """Give back what has not begun, and take nothing."""
         if self._delays:
             self._check_life(None)
-        if not self._paused:
-            self._paused = True
+        if self._given_back != give_back:  # the lease may run out in a pause
+            self._given_back = give_back
             waiting, self._waiting = self._waiting, []
             for message in waiting:
                 self._hold.requeue(message)
                 self._gate.count('returned')
-            self._shared.surrender(self._hold)
+            give_back(self._hold)
+        if not self._paused:
+            self._paused = True
             self._hold.pause()
         self._shared.consuming.rests(self._queue)
         self._hold.idle(_LOOK_SEC)
@@ -361,7 +403,9 @@ class GatedConsumer(Consumer):
             return self._gone(note, 'returned')
         decision = self._gate.decide(note.route, note.hops)
         if decision.verdict is Verdict.RUN:
-            return self._shared.actors.is_known(message) or self._park_unknown(message, note)
+            if not self._shared.actors.is_known(message):
+                return self._park_unknown(message, note)
+            return self._shared.admits(message)
         if decision.verdict is Verdict.DROP:
             self._hold.ack(message)
             return self._gone(note, 'dropped')

@@ -11,6 +11,7 @@ from dramatiq.logging import get_logger as logger_of
 from dramatiq.middleware import Middleware, Retries
 from dramatiq.threading import is_gevent_active
 
+from jobsync_core import clock
 from jobsync_core.consuming import Consuming, SelfDrain
 from jobsync_core.current_ledger import LocalLedger, set_current_ledger
 from jobsync_core.errors import ConfigurationError, JobSyncError
@@ -391,7 +392,10 @@ class JobSync(Middleware):
         status = self.job.local_status()
         status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
         status['last_heartbeat'] = str(status['last_heartbeat'])
-        return {**status, 'messages': dict(self._gate.counts) if self._gate is not None else {}}
+        consuming = self._consuming is not None and bool(self._ready(self.job)['consuming'])
+        return {
+            **status, 'consuming': consuming, 'paused': _refusal(self.job),
+            'messages': dict(self._gate.counts) if self._gate is not None else {}}
 
     def _serve(self, job: Job) -> None:
         """Answer probes, also while the worker joins, and where it goes on without coordination."""
@@ -411,6 +415,7 @@ class JobSync(Middleware):
         problem = self._consuming.problem() if self._consuming is not None else 'stopped'
         if not problem and not leased and not self._uncoordinated:
             problem = 'no lease'
+        problem = problem or _refusal(job)
         return {
             'consuming': not problem, 'lease': leased, 'coordinated': not self._uncoordinated, 'node': job.node_name,
             **({'reason': problem} if problem else {})}
@@ -419,6 +424,11 @@ class JobSync(Middleware):
         if self._http is not None:
             self._http.close()
             self._http = None
+
+
+def _refusal(job: Job) -> str:
+    """Why consuming pauses, as the database refuses to begin anything; '' where it does not."""
+    return str(job.pausing.error) if job.pausing.is_paused(clock.now()) else ''
 
 
 class _QuietSkips(logging.Filter):

@@ -7,6 +7,7 @@ from jobsync_core.current_ledger import LocalLedger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
 from jobsync_core.execution import Execution
 from jobsync_core.owners import Place
+from jobsync_core.pausing import Pausing
 
 __all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate']
 
@@ -31,6 +32,7 @@ class FakeJob:
         self.mine: set[str] = set()
         self.leased = True
         self.incarnation = 'life-1'
+        self.pausing = Pausing()
 
     def owns(self, route: str) -> bool:
         return route in self.mine and self.leased
