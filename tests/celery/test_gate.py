@@ -10,10 +10,11 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import Retry, WorkerShutdown
 from celery.worker import state
 
+from jobsync_celery import plugin as plugin_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
-from jobsync_core.errors import Unroutable
+from jobsync_core.errors import DatabaseRefused, Unroutable
 from jobsync_core.owners import Place
 
 from .consumers import Bench, Message, Request, bench
@@ -490,3 +491,99 @@ def test_a_reconnect_leaves_one_look_at_the_lease(stage: Bench) -> None:
         assert sum(entry.live for entry in looks) == 1
         stage.plugin.disconnected()
         assert sum(entry.live for entry in looks) == 0
+
+
+class TestRefusals:
+    """The database refuses to begin anything."""
+
+    FULL = DatabaseRefused('no space left', '53100', True)
+
+    @pytest.fixture
+    def consuming(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+        """The consumer of the stage, which follows lease and database."""
+        monkeypatch.setattr(plugin_module, 'clock', stage.clock)
+        stage.consumer.task_consumer = SimpleNamespace(
+            cancel=lambda: stage.log.append('cancel'), consume=lambda: stage.log.append('consume'))
+        stage.consumer.timer.call_repeatedly = lambda seconds, call: None
+        vars(stage.plugin).update(_consumer=stage.consumer, _consumer_gate=stage.gate, _connected=True, _consuming=True)
+        return stage
+
+    def _hand_over(self, stage: Bench, count: int = 3, task: str = 'once') -> list[str]:
+        log: list[str] = []
+        for _ in range(count):
+            message = Message('mine', task=task)
+            stage.receive(message)
+            log += stage.dispatch(message)
+        stage.log.clear()
+        return log
+
+    def test_consuming_stops_with_one_line_and_goes_on_once_the_database_answers(
+        self, consuming: Bench, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        stage, pausing = consuming, consuming.job.pausing
+        stage.receive(Message('nobody'))
+        pausing.refused(self.FULL, stage.clock.time)
+        for _ in range(3):
+            stage.plugin._follow_lease()
+        assert stage.log == ['cancel', 'requeue']
+        assert not stage.plugin._consumes() and stage.plugin._refusal() == 'no space left'
+        stage.clock.time = pausing.until
+        stage.plugin._follow_lease()
+        assert stage.log == ['cancel', 'requeue', 'consume'] and stage.plugin._consumes()
+        pausing.refused(self.FULL, stage.clock.time)
+        stage.plugin._follow_lease()
+        stage.clock.time = pausing.until
+        stage.plugin._follow_lease()
+        pausing.answered()
+        stage.plugin._follow_lease()
+        assert stage.log[3:] == ['cancel', 'consume']
+        assert [record.levelname for record in caplog.records] == ['WARNING']  # once, though it was refused twice
+        assert 'no space left' in caplog.text and 'free disk space' in caplog.text
+
+    def test_in_the_pause_nothing_that_asks_the_database_goes_to_the_pool_and_after_it_one(self, stage: Bench) -> None:
+        check_one_tries(stage)
+
+    def test_what_does_not_ask_the_database_runs(self, stage: Bench) -> None:
+        stage.job.pausing.refused(self.FULL, stage.clock.time)
+        assert self._hand_over(stage, task='keyed') == ['pool'] * 3
+
+    def test_what_comes_due_in_the_pause_goes_back(self, consuming: Bench) -> None:
+        stage = consuming
+        stage.job.pausing.refused(self.FULL, stage.clock.time)
+        stage.plugin._follow_lease()
+        assert self._hand_over(stage) == []
+        stage.plugin._follow_lease()
+        assert stage.log == ['requeue'] * 3
+
+    def test_a_lease_that_runs_out_in_a_pause_surrenders_only_a_timeout_later(self, consuming: Bench) -> None:
+        stage = consuming
+        vars(stage.plugin)['_driver'] = 'amqp'
+        surrendered: list[str] = []
+        vars(stage.gate)['surrender'] = lambda: surrendered.append('all')
+        vars(stage.plugin)['_amqp_connection'] = lambda: None
+        stage.job.pausing.refused(self.FULL, stage.clock.time)
+        stage.plugin._follow_lease()
+        stage.job.leased = False
+        stage.plugin._follow_lease()
+        assert surrendered == []
+        stage.clock.time += stage.plugin.settings.config.heartbeat_timeout_sec + 1
+        stage.plugin._follow_lease()
+        assert surrendered == ['all']
+
+
+def check_one_tries(stage: Bench) -> None:
+    pausing, hand_over = stage.job.pausing, TestRefusals()._hand_over
+    pausing.refused(TestRefusals.FULL, stage.clock.time)
+    assert hand_over(stage) == [] and stage.gate.waiting == 3
+    assert stage.look() == []
+    stage.clock.time = pausing.until
+    assert stage.look() == ['pool'] and stage.gate.waiting == 2
+    assert stage.look() == ['pool']
+    pausing.answered()
+    assert stage.look() == ['pool'] * 3
+
+
+def test_without_that_every_message_would_try(stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConsumerGate, '_admits', lambda *args: True)
+    with pytest.raises(AssertionError):
+        check_one_tries(stage)

@@ -133,10 +133,12 @@ def test_a_worker_cut_off_from_the_database_stops_and_comes_back(setup: Setup, m
 # Raises in the begin of an execution, as a server does that is out of disk space.
 _REFUSING = """
 CREATE TABLE trouble (code text);
+CREATE SEQUENCE refused_begins;
 CREATE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
 DECLARE wanted text;
 BEGIN
     SELECT code INTO wanted FROM trouble;
+    IF wanted IS NOT NULL AND TG_OP = 'INSERT' THEN PERFORM nextval('refused_begins'); END IF;  -- which no rollback takes back
     IF wanted IS NOT NULL THEN RAISE EXCEPTION 'no space left' USING ERRCODE = wanted; END IF;
     RETURN NEW;
 END $$;
@@ -159,3 +161,28 @@ def test_a_server_that_refuses_for_a_while_loses_and_doubles_nothing(setup: Setu
     eventually(lambda: moment() - since > 4)
     query(cluster.ledger.config, 'DELETE FROM trouble')
     cluster.finish(60)
+
+
+@pytest.mark.parametrize('setup', setups('processes', brokers=('redis',)), ids=str)
+def test_workers_pause_while_a_server_refuses(setup: Setup, make_cluster: MakeCluster) -> None:
+    """They do not take every message, fail to begin it, and send it back: what a child of the pool hears counts for its worker."""
+    cluster = make_cluster(setup)
+    cluster.start('alpha', concurrency=2)
+    cluster.send('body', 0)
+    cluster.wait_ended({'b:0'})
+    query(cluster.ledger.config, _REFUSING)
+    query(cluster.ledger.config, "INSERT INTO trouble VALUES ('53100')")
+    for n in range(1, 61):
+        cluster.send('body', n)
+    since = moment()
+    eventually(lambda: moment() - since > 8)
+    # For each node two or so when it begins, and one that tries after the first pause, of 5 s.
+    nodes = cluster.workers['alpha'].nodes
+    begins = query(cluster.ledger.config, 'SELECT last_value FROM refused_begins')[0][0]
+    assert 2 <= begins <= 6 * nodes, f'{begins} begins were refused'
+    query(cluster.ledger.config, 'DELETE FROM trouble')
+    cluster.wait_ended({f'b:{n}' for n in range(1, 61)})
+    assert all(worker.is_running() for worker in cluster.workers.values())
+    log = cluster.workers['alpha'].log()
+    assert 1 <= log.count('the database refuses to begin anything') <= nodes  # once each
+    assert 'no space left' in log and 'the database begins work again' in log

@@ -12,10 +12,12 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import AgeLimit, MiddlewareError
 from dramatiq.middleware.prometheus import Prometheus
 
+from jobsync_core.errors import DatabaseRefused
 from jobsync_core.owners import Place
 from jobsync_core.routing import HOME, HOPS, KEY
 from jobsync_core.tokens import TokenSet
 from jobsync_dramatiq import JobSync, exactly_once, middleware
+from jobsync_dramatiq.gate import WorkerGate
 from jobsync_dramatiq.mail import wrapped
 from jobsync_dramatiq.middleware import _Consumers
 
@@ -334,6 +336,72 @@ class TestLease:
             assert stage.receive(message('other', eta=1)) is not None
             assert stage.look() is None
             assert stage.log == ['pause', 'resume']
+
+
+class TestRefusals:
+    """The database refuses to begin anything."""
+
+    FULL = DatabaseRefused('no space left', '53100', True)
+
+    def test_nothing_is_taken_and_what_has_not_begun_goes_back_with_one_line(
+        self, stage: Stage, caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        pausing = stage.job.pausing
+        begun, waits = stage.receive(message('mine', actor='once')), stage.receive(message('mine', actor='once'))
+        stage.gate.begin(begun)
+        stage.receive(message('nobody'))
+        pausing.refused(self.FULL, stage.clock.time)
+        assert stage.receive(message('mine')) is None
+        assert stage.look() is None
+        assert stage.log == ['requeue', 'requeue', 'pause']  # what runs stays: it may complete
+        assert stage.process(waits) == []
+        stage.clock.time = pausing.until
+        assert stage.look() is not None
+        assert stage.log == ['resume']
+        pausing.refused(self.FULL, stage.clock.time)
+        stage.look()
+        assert len(caplog.records) == 1 and 'no space left' in caplog.text and 'free disk space' in caplog.text
+
+    def test_after_the_pause_one_tries(self, stage: Stage) -> None:
+        check_one_tries(stage)
+
+    def test_what_does_not_ask_the_database_runs_after_the_pause(self, stage: Stage) -> None:
+        stage.job.pausing.refused(self.FULL, stage.clock.time)
+        stage.clock.time = stage.job.pausing.until
+        assert all(stage.receive(message('mine')) is not None for _ in range(3))
+
+    def test_what_is_delayed_goes_to_its_queue_in_the_pause_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with make_stage(monkeypatch, queue='default.DQ') as stage:
+            stage.job.pausing.refused(self.FULL, stage.clock.time)
+            assert stage.receive(message('other', eta=1)) is not None
+
+    def test_what_runs_goes_back_too_where_the_lease_runs_out_in_the_pause(self, stage: Stage) -> None:
+        found = stage.receive(message('mine', actor='once'))
+        stage.gate.begin(found)
+        stage.job.pausing.refused(self.FULL, stage.clock.time)
+        stage.look()
+        assert stage.log == ['pause']
+        stage.job.leased = False
+        stage.look()
+        stage.look()
+        assert stage.log == ['pause', 'requeue']
+
+
+def check_one_tries(stage: Stage) -> None:
+    pausing = stage.job.pausing
+    pausing.refused(TestRefusals.FULL, stage.clock.time)
+    assert stage.look() is None
+    stage.clock.time = pausing.until
+    given = [stage.receive(message('mine', actor='once')) for _ in range(3)]
+    assert [found is not None for found in given] == [True, False, False]
+    pausing.answered()
+    assert stage.look() is not None and stage.look() is not None
+
+
+def test_without_that_every_message_would_try(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorkerGate, 'admits', lambda *args: True)
+    with pytest.raises(AssertionError):
+        check_one_tries(stage)
 
 
 class TestBeforeTheActor:
