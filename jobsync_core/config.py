@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from .database_url import parse_database_url
 from .errors import ConfigurationError
@@ -78,6 +79,8 @@ class CoordinationConfig:
     release_timeout_sec: float = 5
     listen: bool = True
     connection_options: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: The variable that would have said where the database is, if nothing did; for the error of a connection that fails.
+    unset: ClassVar[str] = ''
 
     def __post_init__(self) -> None:
         for name in ('host', 'dbname', 'user', 'appname', 'hash_function'):
@@ -195,7 +198,10 @@ class CoordinationConfig:
         url = environ.get(prefix + 'DATABASE_URL')
         if url:
             return cls.from_url(url, **{**found, **settings})
-        return cls._checked({**found, **settings})
+        config = cls._checked({**found, **settings})
+        if not {'host', 'dbname'} & {*found, *settings}:
+            object.__setattr__(config, 'unset', prefix + 'DATABASE_URL')
+        return config
 
     @classmethod
     def _checked(cls, values: Mapping[str, object]) -> CoordinationConfig:

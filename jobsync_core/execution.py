@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import importlib
 import inspect
@@ -29,6 +30,8 @@ __all__ = [
 DEFAULT_RETENTION = datetime.timedelta(days=7)
 #: Longest key, in bytes of UTF-8: it is a primary key.
 MAX_KEY_BYTES = 2000
+#: SQLSTATEs of a table, or its schema, that is not there.
+_NO_TABLE = frozenset({'42P01', '3F000'})
 _MAX_RETENTION_SEC = 36_500 * 86_400.0
 _ERROR_LENGTH = 2000
 
@@ -162,8 +165,8 @@ class Execution:
         Raises:
             Fenced: Another attempt has taken the key over. Roll back.
             CompletedAlready: An earlier transaction of this attempt, whose commit was not answered, went through. Roll back.
-            ConfigurationError: The connection is in autocommit mode, the result cannot be stored, or the cursor is an asynchronous
-                one (use `acomplete`). Nothing was written.
+            ConfigurationError: The connection is to another database, it is in autocommit mode, the result cannot be stored, or the
+                cursor is an asynchronous one (use `acomplete`). Nothing was written.
         """
         if result is not None:
             self.result = result
@@ -184,6 +187,11 @@ class Execution:
         except StopIteration as end:
             if end.value is not None:
                 raise self._why_not(end.value, self._ledger.outcome_of(self)) from None
+        except Exception as error:
+            told = _elsewhere(self.key, cursor, error, statements.place)
+            if told is None:
+                raise
+            raise told from error
 
     async def acomplete(self, cursor: Any, result: Any = None) -> None:
         """`complete` for the asynchronous cursors and connections of psycopg 3 and SQLAlchemy."""
@@ -202,6 +210,11 @@ class Execution:
                 statement = steps.send(counted if isinstance(counted, int) else len(await counted))
         except StopIteration as end:
             reason = end.value
+        except Exception as error:
+            told = _elsewhere(self.key, cursor, error, statements.place)
+            if told is None:
+                raise
+            raise told from error
         if reason is not None:
             raise self._why_not(reason, await asyncio.to_thread(self._ledger.outcome_of, self))
 
@@ -265,6 +278,32 @@ def _count(target: Any, outcome: Any, fetch: Callable[[Any], Any]) -> Any:
     if _is_sqlalchemy(outcome):
         outcome.close()  # nobody reads it
     return rows
+
+
+def _elsewhere(key: str, cursor: Any, error: BaseException, place: str) -> ConfigurationError | None:
+    """What an error of the statement means where the database lacks its table; None: something else."""
+    told: BaseException | None = error
+    # SQLAlchemy and Django have errors of their own around those of the driver.
+    while told is not None and _NO_TABLE.isdisjoint((getattr(told, 'pgcode', None), getattr(told, 'sqlstate', None))):
+        told = told.__cause__
+    if told is None:
+        return None
+    return ConfigurationError(
+        f"{key!r}: complete() needs a connection to the database that holds JobSync's tables, {place}; this one is to "
+        f'{_database_of(cursor)}, which lacks them. Write the effect there, or give JobSync the database of the effect')
+
+
+def _database_of(cursor: Any) -> str:
+    """The database of what a user gave; the transaction has failed, so that the server cannot be asked."""
+    finders: tuple[Callable[[], object], ...] = (
+        lambda: cursor.connection.info.dbname, lambda: cursor.info.dbname, lambda: cursor.engine.url.database,
+        lambda: cursor.get_bind().engine.url.database)
+    for find in finders:
+        with contextlib.suppress(Exception):  # not one of these
+            name = find()
+            if isinstance(name, str):
+                return f'database {name!r}'
+    return 'another one'
 
 
 def _is_sqlalchemy(thing: object) -> bool:

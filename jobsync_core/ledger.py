@@ -370,7 +370,7 @@ class Ledger:
 
     def steps_of(self, execution: Execution) -> Steps:
         """The statements of `Execution.complete`."""
-        return executions.steps(self._tables, completion_of(execution))
+        return executions.steps(self._tables, completion_of(execution), self._sessions.place)
 
     def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
         """State and result of the execution as everybody sees them; None where another attempt holds the key."""

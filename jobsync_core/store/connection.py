@@ -21,7 +21,7 @@ from ..errors import DatabaseUnavailable, StoreTimeout
 from .deadline import BEGIN_TRIES, QUICK_SEC, Deadlines, GuardedConnection
 from .inherited import leave_to_parent
 from .location import locate, location_of
-from .options import Limits, agent_limits, call_limits, explain, keepalive, libpq_parameters, resolve, text_of
+from .options import Limits, agent_limits, call_limits, check_options, explain, keepalive, libpq_parameters, resolve, text_of
 
 __all__ = ['Connection', 'Sessions']
 
@@ -280,9 +280,13 @@ class Sessions:
     Args:
         config: Where the database is.
         application_name: Shown in pg_stat_activity.
+
+    Raises:
+        ConfigurationError: libpq does not know one of the connection_options.
     """
 
     def __init__(self, config: CoordinationConfig, application_name: str) -> None:
+        check_options(config)
         self._config = config
         self._name = application_name
         self._limits = call_limits(config)
@@ -337,6 +341,11 @@ class Sessions:
         connection.autocommit = True
         locate(self._location, self._config, run)
         connection.autocommit = False
+
+    @property
+    def place(self) -> str:
+        """Which database it is, for people."""
+        return f'database {self._config.dbname!r} at {self._config.host}:{self._config.port}'
 
     @property
     def longest_call_sec(self) -> float:

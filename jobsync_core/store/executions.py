@@ -77,11 +77,13 @@ class Steps:
         mark: Runs first.
         complete: Completes it: one row, or none.
         look: Where there was none: one row if both ran in one transaction, none in autocommit mode.
+        place: Which database they are for, for people.
     """
 
     mark: Statement
     complete: Statement
     look: Statement
+    place: str
 
 
 @dataclass(frozen=True)
@@ -250,13 +252,13 @@ def take_over(connection: PgConnection, tables: Tables, key: str, holder: Holder
     return (rows[0][0], rows[0][1]) if rows else None
 
 
-def steps(tables: Tables, completion: Completion) -> Steps:
-    """What completes a key in a transaction of the user's, on a connection of the user's."""
+def steps(tables: Tables, completion: Completion, place: str) -> Steps:
+    """What completes a key in a transaction of the user's, on a connection of the user's to the database at a place."""
     token, done = secrets.token_hex(8), _done(completion)
     return Steps(
         mark=(_MARK, (token,)),
         complete=(_sql(_COMPLETE, tables) + _IF_MARKED, (*_completion(completion), done, token, done)),
-        look=(_LOOK, (token,)))
+        look=(_LOOK, (token,)), place=place)
 
 
 def _completion(completion: Completion) -> tuple[object, ...]:

@@ -1,23 +1,36 @@
 """What a connection asks of libpq and of the server, and what went wrong, in words."""
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config import CoordinationConfig
-from ..errors import DatabaseUnavailable, StoreTimeout
+import psycopg2
+from psycopg2.extensions import parse_dsn
+
+from ..config import ADAPTER_VARIABLES, CoordinationConfig
+from ..errors import ConfigurationError, DatabaseUnavailable, StoreTimeout
 from .location import PINNED_PATH
 
 __all__ = [
-    'Keepalive', 'Limits', 'agent_limits', 'call_limits', 'explain', 'keepalive', 'libpq_parameters', 'resolve', 'text_of',
+    'Keepalive', 'Limits', 'agent_limits', 'call_limits', 'check_options', 'explain', 'keepalive', 'libpq_parameters', 'resolve', 'text_of',
 ]
 
 _PREFIX = 'jobsync '
 _APPLICATION_NAME_BYTES = 63
+_NAME = re.compile(r'[a-z_]+')
+#: Parameters of libpq that are offered in the place of one that is misspelt; which there are, libpq itself knows.
+_PARAMETERS = (
+    'application_name', 'channel_binding', 'client_encoding', 'connect_timeout', 'fallback_application_name', 'gssencmode',
+    'gsslib', 'hostaddr', 'keepalives', 'keepalives_count', 'keepalives_idle', 'keepalives_interval', 'krbsrvname', 'load_balance_hosts',
+    'options', 'passfile', 'replication', 'require_auth', 'requirepeer', 'service', 'ssl_max_protocol_version',
+    'ssl_min_protocol_version', 'sslcert', 'sslcertmode', 'sslcompression', 'sslcrl', 'sslcrldir', 'sslkey', 'sslmode', 'sslnegotiation',
+    'sslpassword', 'sslrootcert', 'sslsni', 'target_session_attrs', 'tcp_user_timeout')
 
 
 def libpq_parameters(config: CoordinationConfig, name: str) -> dict[str, Any]:
@@ -40,6 +53,38 @@ def libpq_parameters(config: CoordinationConfig, name: str) -> dict[str, Any]:
     if config.password is not None:
         parameters['password'] = config.password
     return parameters
+
+
+def check_options(config: CoordinationConfig) -> None:
+    """Refuse a parameter that libpq does not know, before anything is opened. Its value is not told.
+
+    Raises:
+        ConfigurationError: There is one; the message names it and the remedy.
+    """
+    for name in config.connection_options:
+        if not _is_parameter(name):
+            raise ConfigurationError(_no_parameter(name))
+
+
+def _is_parameter(name: str) -> bool:
+    if not _NAME.fullmatch(name):
+        return False
+    try:
+        parse_dsn(f"{name}=''")
+    except psycopg2.ProgrammingError:
+        return False
+    return True
+
+
+def _no_parameter(name: str) -> str:
+    known = {item.name for item in fields(CoordinationConfig)} - {'connection_options'} | ADAPTER_VARIABLES
+    near = difflib.get_close_matches(name, [*sorted(known), *_PARAMETERS], 1)
+    meant = near[0] if near else ''
+    text = f'{name[:60]!r} in the database URL or in connection_options is no parameter of libpq'
+    if meant in known:
+        return (f'{text}; {meant} is a setting of JobSync: give it as a keyword, {meant}=…, or as the environment variable '
+                f'JOBSYNC_{meant.upper()}')
+    return text + (f': did you mean {meant!r}?' if meant else ": remove it; libpq's are in PostgreSQL's documentation, such as sslmode")
 
 
 @dataclass(frozen=True)
@@ -193,9 +238,12 @@ def resolve(host: str, port: int, deadline: float) -> list[str | None]:
 
 def explain(config: CoordinationConfig, where: str, error: Exception) -> str:
     text = text_of(error)
+    if config.unset:
+        text += f'. {config.unset} is not set, so that the default place was tried'
     # Before a connection is there, libpq tells no SQLSTATE.
     if f'database "{config.dbname}" does not exist' in text:
-        return f'PostgreSQL at {where} has no database {config.dbname!r}: create it with `createdb {config.dbname}`'
+        return f'PostgreSQL at {where} has no database {config.dbname!r}: create it with `createdb {config.dbname}`' + (
+            f', or set {config.unset}, which is not set' if config.unset else '')
     return f'cannot connect to PostgreSQL at {where}, database {config.dbname!r}, user {config.user!r}: {text}'
 
 

@@ -184,7 +184,6 @@ class TestFailures:
             (dataclasses.replace(secret, dbname='no such database', password=config.password), ("'no such database'", 'createdb')),
             (dataclasses.replace(secret, user='no_such_role'), ('no_such_role',)),
             (dataclasses.replace(secret, connection_options={'sslmode': 'nonsense'}), ('sslmode',)),
-            (dataclasses.replace(secret, connection_options={'no_such_option': '1'}), ('no_such_option',)),
         ):
             for attempt in (lambda broken=broken: Connection.open(broken, 'n1'), lambda broken=broken: _use(broken)):
                 with pytest.raises(DatabaseUnavailable) as caught:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import psycopg2
 import psycopg2.extras
 import pytest
 import sqlalchemy
+import sqlalchemy.orm
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
@@ -463,6 +465,46 @@ class TestCompleteOnConnectionsOfTheUsers:
 
         asyncio.run(main())
         assert state_of(rows, 'k') == 'done'
+
+    def test_another_database_is_named_and_so_is_the_right_one(self, execution: Execution, rows: Rows, config: CoordinationConfig) -> None:
+        other = dataclasses.replace(config, dbname='postgres')
+        said = rf"'k'.*{config.dbname!r} at {config.host}:{config.port}; this one is to database 'postgres', which lacks them"
+        engines = [sqlalchemy.create_engine(f'postgresql+{driver}' + address(other)) for driver in ('psycopg2', 'psycopg')]
+        first, second = connect(other), psycopg.connect('postgresql' + address(other))
+        first.autocommit = False
+        try:
+            with first.cursor() as cursor, second.pipeline():
+                for target in (first, cursor, second, second.cursor()):
+                    first.rollback()
+                    second.rollback()
+                    with pytest.raises(ConfigurationError, match=said) as caught:
+                        execution.complete(target)
+                    assert str(config.password) not in str(caught.value).replace(config.dbname, '').replace("'postgres'", '')
+            for engine in engines:
+                with pytest.raises(ConfigurationError, match=said), engine.begin() as connection:
+                    execution.complete(connection)
+                with pytest.raises(ConfigurationError, match=said), sqlalchemy.orm.Session(engine) as session:
+                    execution.complete(session)
+        finally:
+            first.close()
+            second.close()
+            for engine in engines:
+                engine.dispose()
+
+        async def main() -> None:
+            async with await psycopg.AsyncConnection.connect('postgresql' + address(other)) as connection:
+                with pytest.raises(ConfigurationError, match=said):
+                    await execution.acomplete(connection)
+                await connection.rollback()
+
+        asyncio.run(main())
+        assert state_of(rows, 'k') == 'running'
+
+    def test_what_else_goes_wrong_is_the_drivers_error(self, execution: Execution, own: Any) -> None:
+        with pytest.raises(psycopg2.errors.UndefinedFunction):
+            own.cursor().execute('SELECT no_such_function()')
+        with pytest.raises(psycopg2.errors.InFailedSqlTransaction):
+            execution.complete(own)
 
     def test_django(self, ledger: Ledger, rows: Rows, config: CoordinationConfig) -> None:
         django_db = django_database(config)

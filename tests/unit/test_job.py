@@ -7,12 +7,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.plugin import PluginSettings, make_job
+from jobsync_core.store import options
+from jobsync_core.store.connection import Sessions
 
 CONFIG = CoordinationConfig()
 
@@ -30,6 +33,45 @@ def test_a_job_is_not_sent_to_another_process(config: CoordinationConfig | None)
     for send in (lambda: pickle.dumps(job), lambda: multiprocessing.get_context('spawn').Process(target=print, args=(job,)).start()):
         with pytest.raises(ConfigurationError, match=r"Job 'a' .* spawn or forkserver .* a Job of its own there"):
             send()
+
+
+@pytest.mark.parametrize(('name', 'said'), [
+    ('sslmod', "did you mean 'sslmode'?"), ('aplication_name', "did you mean 'application_name'?"),
+    ('appname', 'appname=…, or as the environment variable JOBSYNC_APPNAME'), ('schema', 'schema=…, or as'),
+    ('minimum_nodes', 'minimum_nodes=…, or as the environment variable JOBSYNC_MINIMUM_NODES'), ('minimum_node', 'minimum_nodes=…'),
+    ('pasword', 'password=…'), ('park_sec', 'JOBSYNC_PARK_SEC'), ('xyzzy', 'remove it'),
+])
+def test_a_parameter_that_libpq_does_not_know_is_refused_before_anything_is_opened(name: str, said: str) -> None:
+    for config in (CoordinationConfig.from_url(f'postgresql://u@nowhere.invalid/d?{name}=s3cret'),
+                   CoordinationConfig(connection_options={name: 's3cret'})):
+        for make in (lambda config=config: Job('a', config), lambda config=config: Sessions(config, 'b')):
+            with pytest.raises(ConfigurationError) as caught:
+                make()
+            assert repr(name) in str(caught.value) and said in str(caught.value)
+            assert 's3cret' not in f'{caught.value!r}{caught.value.__context__!r}'
+
+
+@pytest.mark.parametrize('name', ["a'b", 'a b', 'sslmode=x host', 'SSLMODE', ''])
+def test_a_name_that_can_be_none_is_refused_too(name: str) -> None:
+    with pytest.raises(ConfigurationError, match='no parameter of libpq'):
+        Job('a', CoordinationConfig(connection_options={name: 'x'}))
+
+
+def test_what_libpq_knows_is_accepted() -> None:
+    Job('a', CoordinationConfig.from_url('postgresql://h/d?sslmode=require&options=-c%20geqo%3Doff&keepalives=0&connect_timeout=3'))
+    known = [name for name in options._PARAMETERS if options._is_parameter(name)]
+    assert len(known) >= len(options._PARAMETERS) - 6  # which there are, depends on the version
+
+
+def test_what_nothing_names_is_said_where_it_cannot_be_reached() -> None:
+    error = psycopg2.OperationalError('refused')
+    lacking = CoordinationConfig.from_env({}, appname='shop_')
+    assert 'JOBSYNC_DATABASE_URL is not set' in options.explain(lacking, 'localhost:5432', error)
+    missing = psycopg2.OperationalError('database "jobsync" does not exist')
+    assert 'JOBSYNC_DATABASE_URL, which is not set' in options.explain(lacking, 'localhost:5432', missing)
+    for config in (CoordinationConfig(), CoordinationConfig.from_env({'JOBSYNC_HOST': 'h'}), CoordinationConfig.from_env({}, dbname='d'),
+                   CoordinationConfig.from_env({'JOBSYNC_DATABASE_URL': 'postgresql://h/d'})):
+        assert 'not set' not in options.explain(config, 'h:5432', error)
 
 
 @pytest.mark.parametrize('function', [two, named, lambda a, b, c: None])
