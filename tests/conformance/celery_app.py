@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
-from celery import Celery, Task, current_task
+from celery import Celery, Task, chord, current_task, signals
 
 from . import work
 from .work import Flaky, Order
 
-__all__ = ['make_app']
+__all__ = ['make_app', 'set_up_django']
 
 #: Celery sends the next attempt and then stores RETRY as the result: an attempt that is faster than that ends as RETRY for whoever asks.
 _RETRY_SEC = 0.5
@@ -28,6 +29,8 @@ _CONF: dict[str, Any] = {
 
 def make_app(order: Order) -> Celery:
     """An app with all tasks, with JobSync or without."""
+    if order.results == 'django-db':
+        set_up_django(order.database)
     app = Celery('conformance', broker=order.broker, backend=order.results, set_as_current=False)
     app.conf.update(_CONF)
     if order.broker.startswith('amqp'):
@@ -105,8 +108,39 @@ def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None
     task('total', once(key='t:{tag}')(work.total))
     task('seal', once(key='c:{tag}')(work.seal))
     task('seal_error', _seal_error)
+    app.task(_add_up, name='add_up', shared=False)
     if 'classy' not in without:
         app.register_task(type('Classy', (_Based,), {'name': 'classy', 'run': once(key='b:{n}')(_classy)})())
+
+
+def _add_up(tag: str, size: int) -> None:
+    """Sends a chord from a worker, for result backends that the test process has not got."""
+    tasks = current_task.app.tasks
+    chord([tasks['add'].s(1, number, tag=tag) for number in range(size)], tasks['total'].s(tag=tag)).apply_async()
+
+
+def set_up_django(database: str) -> None:
+    """Results are in the test's database, by way of Django."""
+    import django
+    from django.conf import settings
+
+    url = urlsplit(database)
+    settings.configure(
+        INSTALLED_APPS=['django_celery_results'], USE_TZ=True, DEFAULT_AUTO_FIELD='django.db.models.AutoField',
+        DATABASES={'default': {
+            'ENGINE': 'django.db.backends.postgresql', 'NAME': url.path[1:], 'USER': url.username, 'PASSWORD': url.password,
+            'HOST': url.hostname, 'PORT': url.port}})
+    django.setup()
+    # Celery does this itself where DJANGO_SETTINGS_MODULE is set.
+    signals.worker_process_init.connect(_forget_connections, weak=False)
+
+
+def _forget_connections(**_: Any) -> None:
+    """A forked process must not use its parent's connections."""
+    from django.db import connections
+
+    for connection in connections.all(initialized_only=True):
+        connection.connection = None
 
 
 class _Based(Task):  # type: ignore[misc]  # celery has no types
@@ -119,9 +153,13 @@ def _classy(self: Any, n: int, sleep: float = 0.0) -> dict[str, Any]:
 
 def _die_before_counting(order: Order) -> None:
     """The first process that counts a member of a chord dies, after the member's result is stored; with the tag 'all' its worker, too."""
-    from celery.backends.redis import RedisBackend
+    backend: Any
+    if order.results == 'django-db':
+        from django_celery_results.backends import DatabaseBackend as backend
+    else:
+        from celery.backends.redis import RedisBackend as backend
 
-    count = RedisBackend.on_chord_part_return
+    count = backend.on_chord_part_return
 
     def dying(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         tag = (request.kwargs or {}).get('tag', '')
@@ -136,7 +174,7 @@ def _die_before_counting(order: Order) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return count(self, request, *args, **kwargs)
 
-    RedisBackend.on_chord_part_return = dying
+    backend.on_chord_part_return = dying
 
 
 def _seal_error(request: Any, error: BaseException, traceback: Any) -> None:

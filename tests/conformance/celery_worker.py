@@ -15,8 +15,8 @@ from .work import Order
 # A worker that does not end says where it stands.
 faulthandler.register(signal.SIGUSR2)
 order = Order.from_environment()
-use_in_worker(order)
 app = make_app(order)
+use_in_worker(order)
 
 
 def tear(number: int) -> None:

@@ -313,8 +313,8 @@ class Cluster:
 
     def launch(
         self, name: str, *, pool: str | None = None, concurrency: int = 2, options: Sequence[str] = (), broker: str | None = None,
-        database: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (), pause: float = 0.0,
-        torn: int = 0, **settings: Any,
+        database: str | None = None, results: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (),
+        pause: float = 0.0, torn: int = 0, **settings: Any,
     ) -> Worker:
         """Start a worker; it is not waited for.
 
@@ -324,6 +324,7 @@ class Cluster:
             concurrency: Tasks that it runs at once.
             options: Further words of its command line.
             broker, database: URLs by which it reaches them, if not directly.
+            results: Another result backend.
             conf: The framework's settings.
             without: Tasks that it does not know.
             pause: Seconds that every task takes longer on it.
@@ -337,6 +338,8 @@ class Cluster:
             order = replace(order, broker=broker)
         if database is not None:
             order = replace(order, database=database)
+        if results is not None:
+            order = replace(order, results=results)
         log = self.place.directory / f'{name}-{len(self._started)}.log'
         command = self.adapter.command(name, pool or self.pool, concurrency, options)
         worker = Worker(name, self.adapter.nodes(pool or self.pool), command, order, log, self.adapter.ready(name))
