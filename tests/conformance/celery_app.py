@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery, Task, chord, current_task, signals
+from kombu.utils.imports import symbol_by_name
 
 from . import work
 from .work import Flaky, Order
@@ -153,12 +154,8 @@ def _classy(self: Any, n: int, sleep: float = 0.0) -> dict[str, Any]:
 
 def _die_before_counting(order: Order) -> None:
     """The first process that counts a member of a chord dies, after the member's result is stored; with the tag 'all' its worker, too."""
-    backend: Any
-    if order.results == 'django-db':
-        from django_celery_results.backends import DatabaseBackend as backend
-    else:
-        from celery.backends.redis import RedisBackend as backend
-
+    django = order.results == 'django-db'
+    backend: Any = symbol_by_name('django_celery_results.backends:DatabaseBackend' if django else 'celery.backends.redis:RedisBackend')
     count = backend.on_chord_part_return
 
     def dying(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
