@@ -18,6 +18,8 @@ from jobsync_core.logs import shown
 
 __all__ = ['Incoming', 'context_of', 'read_delivery', 'read_raw']
 
+#: How deeply a message may be nested.
+MAX_DEPTH = 200
 #: The longest time limit that is one, in seconds: ten years.
 _MAX_LIMIT_SEC = 315_360_000
 
@@ -54,9 +56,26 @@ def read_delivery(message: Any) -> Incoming | Refused:
         payload = message.payload
     except Exception as error:  # of a serializer, of what refuses content types, of a broken encoding
         return Refused(f'it cannot be decoded: {type(error).__name__}: {shown(_text(error))}')
+    if any(_is_deep(part) for part in (headers, message.properties, payload)):
+        return Refused(f'it is nested deeper than {MAX_DEPTH} levels')
     if headers and 'task' in headers:
         return _protocol_2(headers, payload)
     return _protocol_1(payload)
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value is nested too deeply to be handed on to a pool's process: pickling it would fail in the event loop."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        # By identity: a serializer may share one part between many.
+        inner: dict[int, object] = {}
+        for item in level:
+            parts = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
+            inner.update((id(part), part) for part in parts if isinstance(part, (Mapping, list, tuple)))
+        if not inner:
+            return False
+        level = list(inner.values())
+    return True
 
 
 def read_raw(text: str | bytes) -> dict[str, Any] | Refused:

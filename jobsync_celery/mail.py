@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from amqp.exceptions import NotFound
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.serialization import prepare_accept_content
 from kombu.transport import virtual
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
@@ -51,6 +52,8 @@ _SHARED: dict[str, Any] = {
     'unacked_key': 'unacked', 'unacked_index_key': 'unacked_index', 'unacked_mutex_key': 'unacked_mutex', 'visibility_timeout': 3600}
 _KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
 _DRIVERS = ('redis', 'amqp', 'memory')
+#: What decoding a record raises that cannot be decoded.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 #: Nodes about which Redis is asked with one command.
 _NODES_AT_ONCE = 100
 
@@ -416,7 +419,10 @@ class CeleryMail:
                 del left.unrecorded[tag]
             tags = _raw(channel, 'HKEYS')
             for tag in tags:
-                channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
+                try:
+                    channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
+                except _UNREADABLE as error:  # each on its own: it stays where it is, and the others come back
+                    logger.warning('node=%s left a message that cannot be read, in %s: %s: %r', node, channel.unacked_key, tag, error)
             return len(tags)
 
     def restore_shared(self, options: Mapping[str, Any]) -> int:
@@ -483,11 +489,21 @@ class CeleryMail:
     def take(self, queue: str) -> Letter | None:
         """See Mail."""
         try:
-            message = Queue(queue)(self._open()).get(no_ack=False, accept=self._plugin.app.conf.accept_content)
+            message = self._get(queue)
         except self._missing():
             self.reset()
             return None
         return _Letter(self, message) if message is not None else None
+
+    def _get(self, queue: str) -> Any:
+        """As kombu's `Queue.get`, which raises where a message cannot be decompressed here: its owner may be able to."""
+        channel = self._open()
+        message = channel.basic_get(queue=queue, no_ack=False)
+        if message is not None:
+            convert = getattr(channel, 'message_to_python', None)
+            message = convert(message) if convert is not None else message
+            message.accept = prepare_accept_content(self._plugin.app.conf.accept_content)
+        return message
 
     def delete(self, queue: str) -> bool:
         """See Mail."""

@@ -61,7 +61,7 @@ def _record(app: Celery, consumer: Any, message_id: str, context: Any, error: Me
     ignored = bool(getattr(context, 'ignore_result', False))
     try:
         app.backend.mark_as_failure(message_id, error, request=context, store_result=not ignored)
-    except Exception as trouble:  # what it says of its workflow is odd as well, or the result backend is away
+    except (Exception, SystemExit) as trouble:  # what it says of its workflow is odd as well, or the result backend is away
         logger.debug('Task [%s]: nobody was told of its failure: %r', message_id, trouble)
         try:
             app.backend.store_result(message_id, error, states.FAILURE)

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable
 
 from . import clock
-from .errors import JobSyncError
 from .job import Job
-from .logs import get_logger
+from .logs import Repeats, get_logger
 
 __all__ = ['Consuming', 'SelfDrain']
 
@@ -104,6 +103,7 @@ class SelfDrain:
         #: This has drained the node; an operator's drain is not touched.
         self.drained = False
         self._alone = False
+        self._repeats = Repeats()
 
     def start(self) -> None:
         """Start the thread."""
@@ -145,5 +145,7 @@ class SelfDrain:
         while not self._end.wait(min(1.0, self._timeout / 5)):
             try:
                 self.look()
-            except JobSyncError as error:
-                logger.warning('node=%s: %s', self._job.node_name, error)
+            except Exception as error:  # without this thread a node that is cut off would keep its keys for ever
+                more = self._repeats.say(type(error).__name__, clock.now())
+                if more is not None:
+                    logger.warning('node=%s cannot look whether it is cut off from the broker: %s%s', self._job.node_name, error, more)

@@ -13,7 +13,7 @@ from typing import Protocol
 from . import clock
 from .config import CoordinationConfig
 from .logs import get_logger
-from .mail import Mail
+from .mail import Letter, Mail
 from .routing import mark_key, parked_queue, unknown_queue
 from .store import queues
 from .store.connection import Sessions
@@ -22,6 +22,9 @@ from .store.schema import Tables
 __all__ = ['Evacuable', 'Evacuated', 'evacuate']
 
 logger = get_logger(__name__)
+
+#: Messages that fail one after another: then it is the broker that fails.
+_IN_A_ROW = 3
 
 
 class Evacuable(Mail, Protocol):
@@ -152,13 +155,27 @@ def _leave_shared(mail: Evacuable, sessions: Sessions, tables: Tables, queue: st
 
 
 def _move(mail: Evacuable, queue: str, done: Evacuated) -> int:
-    moved = 0
-    for _ in range(mail.size(queue)):
-        letter = mail.take(queue)
-        if letter is None:
-            break
-        home = letter.home
-        letter.forward(home)
-        done.moved[home] = done.moved.get(home, 0) + 1
-        moved += 1
+    moved = in_a_row = 0
+    kept: list[Letter] = []
+    try:
+        for _ in range(mail.size(queue)):
+            letter = mail.take(queue)
+            if letter is None:
+                break
+            home = letter.home
+            try:
+                letter.forward(home)
+            except Exception as error:  # it stays, and those behind it go on; several in a row are the broker's fault
+                kept.append(letter)
+                in_a_row += 1
+                if in_a_row == _IN_A_ROW:
+                    raise
+                logger.warning('queue=%s id=%s cannot go to %s, and stays: %r', queue, letter.id, home, error)
+                continue
+            in_a_row = 0
+            done.moved[home] = done.moved.get(home, 0) + 1
+            moved += 1
+    finally:
+        for letter in reversed(kept):
+            letter.put_back()
     return moved

@@ -13,7 +13,7 @@ from .errors import JobSyncError
 from .execution import check_key
 from .hashing import check_task_id
 from .logs import shown
-from .routing import HOME, HOPS, KEY, WAITS, Coordination
+from .routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS, Coordination
 
 __all__ = ['MAX_COUNT', 'MAX_NAME', 'MAX_WAITS', 'Refused', 'Stamps', 'find_route', 'read_id', 'read_name', 'read_stamps']
 
@@ -82,7 +82,7 @@ def read_stamps(values: object) -> Stamps:
         wrong.append(f'{name}={shown(value, 60)}')
         return 0
 
-    return Stamps(text(KEY, _is_key), count(HOPS, MAX_COUNT), text(HOME, _is_name), count(WAITS, MAX_WAITS), ', '.join(wrong))
+    return Stamps(text(KEY, _is_key), count(HOPS, MAX_COUNT), text(HOME, _is_queue), count(WAITS, MAX_WAITS), ', '.join(wrong))
 
 
 def read_name(value: object, what: str) -> str | Refused:
@@ -148,6 +148,10 @@ def _is_key(value: str) -> bool:
     except JobSyncError:
         return False
     return True
+
+
+def _is_queue(value: str) -> bool:
+    return _is_name(value) and len(value.encode()) <= QUEUE_BYTES
 
 
 def _is_name(value: str) -> bool:

@@ -192,16 +192,24 @@ def make_job(
         check_release(settings.on_release)
 
     def provide(job: Job) -> None:
+        def peers() -> list[Peer]:
+            with job.session(pinned=True) as connection:
+                return queues.peers(connection, tables, name, config.heartbeat_timeout_sec)
+
         def belong(mark: str) -> None:
             job.belonging = Belonging(kind, mark, place, settings.application or application)
+            found = stranger(job.belonging, others, config.appname)
+            if found is not None:
+                raise ConfigurationError(found)
             with job.session(pinned=True) as connection:
-                found = stranger(job.belonging, others, config.appname)
-                if found is not None:
-                    raise ConfigurationError(found)
                 queues.record(connection, tables, queue, name, job.belonging)
 
-        with job.session(pinned=True) as connection:
-            others = queues.peers(connection, tables, name, config.heartbeat_timeout_sec)
+        others = peers()
+        # The first plan of a cluster makes workers active that have not recorded yet what they are.
+        limit = time.monotonic() + _MARK_SEC
+        while any(not peer.belonging.kind for peer in others) and time.monotonic() < limit:
+            job.wait_until(lambda: False, _MARK_LOOK_SEC)
+            others = peers()
         belong('')  # the row comes first: whatever happens next, what is left at the broker is known
         prepare()
         belong(_mark_of_broker(job, identify, others))

@@ -468,7 +468,8 @@ class Protocol:
             self._lookout.start_anew()
             self._announce(now)
         if settled:
-            self._waited_for = history
+            # Should it be unsettled again under the same name, it is another history: two standbys may reach one timeline.
+            self._waited_for = None
             return
         if self._waited_for != history:
             self._waited_for = history

@@ -18,8 +18,8 @@ from .once import ExactlyOnce
 from .patterns import check_patterns
 
 __all__ = [
-    'HOME', 'HOPS', 'KEY', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'mark_key', 'node_queue', 'parked_queue',
-    'pin_locks', 'pin_route', 'unknown_queue',
+    'HOME', 'HOPS', 'KEY', 'QUEUE_BYTES', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'mark_key',
+    'node_queue', 'parked_queue', 'pin_locks', 'pin_route', 'unknown_queue',
 ]
 
 #: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
@@ -32,7 +32,7 @@ HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 _RESERVED = frozenset({'broker', 'parked', 'unknown', 'unrouted'})
 _RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
-_QUEUE_BYTES = 240
+QUEUE_BYTES = 240
 
 
 class Verdict(Enum):
@@ -96,9 +96,9 @@ def node_queue(appname: str, node: str) -> str:
     queue = f'jobsync.{appname}.{node}'
     if node in _RESERVED or node.endswith(_RESERVED_ENDINGS):
         raise ConfigurationError(f'node_name={node!r}: {queue!r} is the name of something else at the broker; give the node another name')
-    if len(queue.encode()) > _QUEUE_BYTES:
+    if len(queue.encode()) > QUEUE_BYTES:
         raise ConfigurationError(
-            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and brokers take {_QUEUE_BYTES}; shorten it')
+            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and brokers take {QUEUE_BYTES}; shorten it')
     return queue
 
 

@@ -186,7 +186,10 @@ class TaskBook:
         text, = self.record([task], for_audit=True)
         own = self._own
         thread, life = get_ident(), self._incarnation()
-        last = next(reversed(own.added.values()), None)
+        try:
+            last = next(reversed(own.added.values()), None)
+        except RuntimeError:  # another thread has added one between the two calls
+            last = None
         if last is None or (last.incarnation, last.thread) != (life, thread):
             last = _Added(life, thread, self._epochs.get(life, 0))
         own.added.pop(text, None)

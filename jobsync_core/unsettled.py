@@ -136,6 +136,8 @@ class Settling:
             if unsettled.busy or self.running.setdefault(unsettled.key, mark) is not mark:
                 continue
             try:
+                if unsettled.execution is None and unsettled.key in self._ended:
+                    continue  # the key was taken over here, and has ended since: what its row says is that attempt's
                 self._try(unsettled)
             except DatabaseRefused as error:
                 self._say(unsettled, error)

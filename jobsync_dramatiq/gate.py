@@ -373,7 +373,10 @@ class GatedConsumer(Consumer):
             message._message = message.copy(queue_name=self._shared.actors.home_of(message, stamps.home))
         elif not self._shared.actors.has_queue(message.queue_name):
             message._message = message.copy(queue_name=self._queue)  # a retry would go where nobody looks
-        route = stamps.key if 'eta' in message.options else self._shared.actors.read_route(message, stamps)
+        try:
+            route = stamps.key if 'eta' in message.options else self._shared.actors.read_route(message, stamps)
+        except Exception as error:  # an actor that was declared after the worker began, with a key that cannot work
+            route = Refused(f'its actor cannot be coordinated: {error}')
         note = Note(self._hold, None, stamps.hops, self._gate.job.incarnation, clock.now() + self._gate.settings.park_sec)
         if isinstance(route, Refused):
             note.problem = route.reason

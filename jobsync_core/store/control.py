@@ -164,7 +164,8 @@ class Control:
         rows = connection.execute(
             f'''
             SELECT c.version, c.planned IS DISTINCT FROM {fingerprint(tables)},
-                (SELECT extract(epoch FROM min(l.expires_at) - clock_timestamp())::float8 FROM {tables.lock} AS l),
+                (SELECT extract(epoch FROM min(l.expires_at) - clock_timestamp())::float8 FROM {tables.lock} AS l
+                 WHERE l.expires_at > '-infinity' AND l.expires_at < 'infinity'),
                 {members_json(tables)}
             FROM {tables.cluster} AS c
             ''')
@@ -212,7 +213,7 @@ class Control:
             if not others:
                 version = self._form(steps, anew=not request.active and not self.epochs.resumes)
             steps.run(self._insert_sql(), self._insert_params(request))
-            self.epochs.joined(others, request.active)
+            self.epochs.joined(others, request.active, version)
             return Joined(version, history, settled)
 
     def _join_at_once(self, connection: Connection, request: Join) -> Joined | None:
@@ -239,7 +240,7 @@ class Control:
         if not rows:
             return None
         version, history, recorded, others = rows[0]
-        self.epochs.joined([Sign(*values) for values in json.loads(others)], request.active)
+        self.epochs.joined([Sign(*values) for values in json.loads(others)], request.active, version)
         return Joined(version, history, _settled(history, recorded))
 
     def _form(self, steps: Round, anew: bool) -> int:

@@ -45,7 +45,12 @@ class Deadlines:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name='jobsync-deadlines', daemon=True)
                 self._next = due
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except BaseException:  # no more threads now: the next call tries again
+                    self._thread = None
+                    del self._watched[number]
+                    raise
             elif due < self._next:
                 self._changed.notify()
         return number

@@ -25,6 +25,7 @@ class Epochs:
         self._tables = tables
         self._resume = resume
         self._found: frozenset[tuple[str, int]] = frozenset()
+        self._version = -1
         self.begun = False
 
     @property
@@ -32,16 +33,18 @@ class Epochs:
         """Whether the node goes on where a cluster has ended."""
         return self._resume
 
-    def joined(self, others: Iterable[Sign], again: bool) -> None:
-        """The node has joined, for the first time or `again` after an eviction, and found these other nodes."""
+    def joined(self, others: Iterable[Sign], again: bool, version: int) -> None:
+        """The node has joined, for the first time or `again` after an eviction, and found these others, at this version of the plan."""
+        self._version = version
         self._found = frozenset() if again or self._resume else frozenset((sign.incarnation, sign.beat) for sign in others)
 
     def evicting(self, steps: Round, dead: Iterable[Sign], names: Iterable[str]) -> None:
         """In the leader's transaction: those of `dead` that have these names are evicted, and nothing is planned yet."""
         gone = set(names)
         if self._found and self._found <= {(sign.incarnation, sign.beat) for sign in dead if sign.name in gone}:
-            steps.run(f'UPDATE {self._tables.cluster} SET epoch = epoch + 1')
-            self.begun = True
+            # A plan or a hand-over since this node joined may have given it tokens, and it may have audited: then nothing has ended.
+            begun = steps.run(f'UPDATE {self._tables.cluster} SET epoch = epoch + 1 WHERE version = %s RETURNING epoch', (self._version,))
+            self.begun = self.begun or bool(begun)
 
     def evicted(self, names: Collection[str]) -> None:
         """That was committed: from now on this node may own tokens, and its own audits must go on to count."""

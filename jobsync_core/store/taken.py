@@ -6,6 +6,7 @@ import sys
 from array import array
 
 from ..config import CoordinationConfig
+from ..errors import InvalidTaskId
 from ..hashing import task_to_token
 from ..messages import Lives, LivesGone, Take, Taken
 from .connection import Connection
@@ -99,7 +100,7 @@ def _fill_in(connection: Connection, tables: Tables, config: CoordinationConfig,
     """Write the tokens of some rows whose writer did not know them."""
     texts = connection.execute(
         f'SELECT task_id FROM {tables.audit} WHERE date = %s AND token IS NULL LIMIT %s', (date, limit))
-    tokens = [task_to_token(text, config.total_tokens, config.hash_function) for text, in texts]
+    tokens = [_token_of(text, config) for text, in texts]
     connection.execute(
         f'''
         WITH mine AS (
@@ -108,6 +109,14 @@ def _fill_in(connection: Connection, tables: Tables, config: CoordinationConfig,
             WHERE a.token IS NULL ORDER BY a.task_id FOR UPDATE OF a)
         UPDATE {tables.audit} AS a SET token = mine.token FROM mine WHERE a.task_id = mine.task_id AND a.date = %(date)s
         ''', {'texts': [text for text, in texts], 'tokens': tokens, 'date': date})
+
+
+def _token_of(text: str, config: CoordinationConfig) -> int:
+    """The token of a task; -1, which nobody asks for, where the text can be no task's id."""
+    try:
+        return task_to_token(text, config.total_tokens, config.hash_function)
+    except InvalidTaskId:
+        return -1
 
 
 def _params(date: datetime.date, request: Take) -> dict[str, object]:

@@ -29,7 +29,7 @@ __all__ = ['TransactionConnection', 'Transactions']
 _MOST_IDLE = 8
 # What ends a transaction, at the beginning of a statement; ROLLBACK TO goes back to a savepoint only.
 _ENDING = re.compile(
-    r'(?:\s|;|--[^\n]*\n|/\*.*?\*/)*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b',
+    r'(?:\s|;|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b',
     re.IGNORECASE | re.DOTALL)
 _BASE = psycopg2.extensions.connection
 

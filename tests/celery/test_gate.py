@@ -248,6 +248,14 @@ class TestUnknownTasks:
         assert '(99 more like it)' in caplog.text
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists in lists: JSON takes more of them than pickle does on the way to a pool's process."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 class TestOddMessages:
     """Whatever comes, nothing is raised into the consumer, and what no worker can take is rejected once with one line."""
 
@@ -258,7 +266,7 @@ class TestOddMessages:
     @pytest.mark.parametrize(('part', 'value'), [
         ('headers', []), ('headers', 'text'), ('headers', 5), ('payload', None), ('payload', 5), ('payload', [1, 2]), ('payload', []),
         ('payload', [1, 2, 3, 4]), ('payload', {}), ('payload', 'abc'), ('payload', ([7], {}, 5)),
-        ('errors', [(None, OSError('bz2'), None)])])
+        ('errors', [(None, OSError('bz2'), None)]), ('payload', ([nested(300)], {}, {})), ('headers', {'task': 't', 'deep': nested(300)})])
     def test_what_has_no_shape(self, stage: Bench, caplog: pytest.LogCaptureFixture, part: str, value: Any) -> None:
         message = Message(None)
         setattr(message, part, value)

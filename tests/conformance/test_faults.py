@@ -171,6 +171,8 @@ def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(se
     woken = moment()
     cluster['alpha'].resume()
     eventually(lambda: not cluster.lives('alpha') & before, 20)
+    # It takes keys again when it consumes again, which takes a reconnect where the broker has dropped it.
+    eventually(lambda: cluster.owning() == {'alpha', 'beta'}, 40)
     cluster.settle()
     for n in range(100, 120):
         cluster.send('keyed', n)

@@ -700,6 +700,12 @@ class TestLead:
         assert store.rows.run(f'SELECT task_id FROM {store.tables.lock}') == [('u',)]
         assert store.ask(Observe()).next_expiry is None
 
+    @pytest.mark.parametrize('moment', ['infinity', '-infinity'])
+    def test_a_lock_that_somebody_made_endless_stops_no_look(self, store: Store, moment: str) -> None:
+        store.join('a')
+        store.rows.run(f"""INSERT INTO {store.tables.lock} (task_id, node_patterns, expires_at) VALUES ('t', '["a"]', '{moment}')""")
+        assert store.ask(Observe()).next_expiry is None
+
     def test_locks_that_somebody_wrote_by_hand_and_that_make_no_sense_are_reported_and_ignored(self, store: Store) -> None:
         store.join('a')
         for task, patterns in (('empty', '[]'), ('number', '[5]'), ('object', '{"a": 1}'), ('x' * 2001, '["a"]'), ('good', '"nobody"')):

@@ -26,7 +26,7 @@ from jobsync_core.errors import (
 from jobsync_core.ledger import Execution, Ledger, current_execution
 from jobsync_core.once import exactly_once, once
 from jobsync_core.store import executions
-from jobsync_core.store.transactions import TransactionConnection
+from jobsync_core.store.transactions import _ENDING, TransactionConnection
 
 from .ledger_process import connect
 from .ledgers import effects, insert, ledgers_of, state_of
@@ -559,3 +559,10 @@ def django_database(config: CoordinationConfig) -> Any:
         del connections['jobsync_test']
     connections.settings['jobsync_test'] = connections.configure_settings({'default': {}, 'jobsync_test': database})['jobsync_test']
     return connections['jobsync_test']
+
+
+def test_what_ends_a_transaction_is_found_in_linear_time() -> None:
+    many = '/* a * b */ -- c\n ;' * 200
+    assert _ENDING.match(f'{many} SELECT 1') is None and _ENDING.match(f'{many} ROLLBACK TO here') is None
+    assert _ENDING.match(f'{many} COMMIT') and _ENDING.match('/***/ end')
+    assert _ENDING.match('/* COMMIT') is None

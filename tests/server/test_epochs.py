@@ -122,6 +122,22 @@ class TestCrashes:
     def test_a_restart_under_the_same_name_begins_anew_too(self, rows: Rows) -> None:
         assert run(rows.config, 'dead') == set(TASKS)
 
+    def test_a_plan_that_was_made_meanwhile_shows_that_it_lived(self, rows: Rows) -> None:
+        """It gave the next node tokens, perhaps, and died before another heartbeat."""
+        before = epoch(rows.config)
+
+        def plan() -> None:
+            eventually(lambda: query(rows.config, """SELECT 1 FROM "{}node" WHERE name = 'next'"""))
+            query(rows.config, 'UPDATE "{}cluster" SET version = version + 1 RETURNING 1')
+
+        thread = threading.Thread(target=plan)
+        thread.start()
+        try:
+            assert run(rows.config, 'next') == set()
+        finally:
+            thread.join()
+        assert epoch(rows.config) == before
+
     def test_a_cluster_that_lived_when_the_next_node_came_goes_on(self, rows: Rows) -> None:
         before, ended = epoch(rows.config), threading.Event()
 

@@ -1,6 +1,7 @@
 """The Job of a worker process: what it does to the cluster while it enters."""
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.plugin import PluginSettings, make_job
+from tests.server.cluster import query
 from tests.waiting import eventually
 
 
@@ -72,7 +74,10 @@ def test_a_mark_that_the_broker_lost_is_waited_for(config: CoordinationConfig) -
             assert late.belonging.broker == 'mark' and not answers
 
 
-def test_a_plain_job_is_no_member_of_a_cluster_of_workers_nor_the_other_way_round(config: CoordinationConfig) -> None:
+def test_a_plain_job_is_no_member_of_a_cluster_of_workers_nor_the_other_way_round(
+    config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
     with _worker(config, 'one', wait=0):
         with pytest.raises(ConfigurationError, match=r"'one'.*celery worker.*plain Job.*appname"):
             Job('plain', config, wait_on_enter=0).__enter__()
@@ -80,3 +85,30 @@ def test_a_plain_job_is_no_member_of_a_cluster_of_workers_nor_the_other_way_roun
         with pytest.raises(ConfigurationError, match=r"'plain', a plain Job.*celery worker.*appname"):
             _worker(config, 'two', wait=0).__enter__()
     assert Belonging() == Job('x', config).belonging
+
+
+def test_workers_that_enter_together_are_not_taken_for_plain_jobs(config: CoordinationConfig) -> None:
+    """The first plan makes one active that has not recorded yet what it is."""
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(job: Job) -> None:
+        query(config, 'UPDATE "{}queue" SET node = node || \'-\' WHERE node = %s', ('one',))
+        query(config, 'UPDATE "{}node" SET state = \'active\' WHERE name = %s', ('one',))
+        inside.set()
+        assert go.wait(30)
+        query(config, 'UPDATE "{}queue" SET node = %s WHERE node = %s', ('one', 'one-'))
+
+    first = make_job(
+        PluginSettings(config=config, lock_provider=slow), 'one', 'q.one', 'celery', {}, prepare=lambda: None, busy=lambda tokens: False,
+        identify=lambda make: 'mark', on_rebalance=lambda event: None, on_release=lambda tokens: None)
+    entering = threading.Thread(target=first.__enter__)
+    entering.start()
+    try:
+        assert inside.wait(30)
+        threading.Timer(0.5, go.set).start()
+        with _worker(config, 'two', wait=0) as two:
+            assert two.belonging.kind == 'celery'
+    finally:
+        go.set()
+        entering.join(30)
+        first.__exit__(None, None, None)

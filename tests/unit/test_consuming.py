@@ -9,6 +9,7 @@ from jobsync_core import consuming as module
 from jobsync_core.consuming import Consuming, SelfDrain
 
 from ..fakes import Clock
+from ..waiting import eventually
 
 
 @pytest.fixture
@@ -113,6 +114,19 @@ class TestSelfDrain:
         node.healthy = False
         self.drain(node, [99.0]).look()
         assert node.log == []
+
+    def test_whatever_a_look_raises_the_thread_goes_on(self, node: Node, caplog: pytest.LogCaptureFixture) -> None:
+        asked: list[int] = []
+
+        def silence() -> float:
+            asked.append(1)
+            raise RuntimeError("can't start new thread")
+
+        made = SelfDrain(node, silence, 0.05)  # type: ignore[arg-type]  # of a Job
+        made.start()
+        eventually(lambda: len(asked) > 3)
+        made.stop()
+        assert caplog.text.count("can't start new thread") == 1
 
     def test_what_an_operator_drained_stays_drained(self, node: Node) -> None:
         node.state, silence = 'draining', [99.0]

@@ -33,6 +33,11 @@ class TestStamps:
     def test_what_is_right_is_read(self) -> None:
         assert read_stamps({KEY: 'k:1', HOPS: 3, HOME: 'celery', WAITS: 2, 'other': 1}) == Stamps('k:1', 3, 'celery', 2)
 
+    @pytest.mark.parametrize('home', ['x' * 241, 'é' * 121])
+    def test_a_queue_s_name_that_no_broker_takes_is_none(self, home: str) -> None:
+        assert read_stamps({HOME: home}).home is None and HOME in read_stamps({HOME: home}).wrong
+        assert read_stamps({HOME: home[:120]}).home == home[:120]
+
     @pytest.mark.parametrize('values', [{}, {KEY: None, HOPS: None, HOME: None}, None, [], 'text', 5, b'bytes', [KEY]])
     def test_what_is_not_there_is_absent(self, values: object) -> None:
         assert read_stamps(values) == Stamps()
