@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ['Listening']
 
+#: Seconds that mingle and the like may take after a connection is made.
+_BEGIN_SEC = 30.0
+
 
 class Listening:
     """What the event loop tells of itself; `silence` may be asked by any thread.
@@ -32,12 +35,14 @@ class Listening:
         self._frames = -1
         self._heard = clock.now()
         self._beat = 0.0
+        self._begins_until = 0.0
 
     def connected(self) -> None:
-        """There is a connection, the first one or another."""
+        """There is a connection, the first one or another; mingle comes before the event loop turns."""
         self._lost = None
         self._frames = -1
         self.turned(None)
+        self._begins_until = clock.now() + _BEGIN_SEC
 
     def disconnected(self) -> None:
         """There is none."""
@@ -51,7 +56,7 @@ class Listening:
             connection: RabbitMQ's, whose heartbeats are counted; None on Redis, where questions are answered.
         """
         now = clock.now()
-        self._turned = now
+        self._turned, self._begins_until = now, 0.0
         frames = getattr(connection, 'bytes_recv', None)
         if frames is None or frames != self._frames:
             self._frames, self._heard = frames if frames is not None else -1, now
@@ -69,4 +74,5 @@ class Listening:
         unanswered = now - asked if asked is not None else 0.0
         if self._beat:
             unanswered = max(unanswered, now - self._heard - self._beat)
-        return max(0.0, now - self._turned, unanswered)
+        still = 0.0 if now < self._begins_until else now - self._turned
+        return max(0.0, still, unanswered)
