@@ -414,7 +414,8 @@ def main() -> int:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, interrupt)
     try:
         return run(options.workers, options.files)
     except KeyboardInterrupt:

@@ -265,7 +265,8 @@ def main(kind: type[QueueDemo], description: str) -> int:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, interrupt)
     try:
         return run(kind, kind.framework, options.workers, options.files)
     except EmbeddedServerError as error:

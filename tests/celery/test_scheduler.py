@@ -109,7 +109,7 @@ def test_a_crontab_that_is_too_late_is_passed_over(world: World) -> None:
 
 def test_celery_s_own_entry_is_there(world: World) -> None:
     app = Celery('default', broker='memory://', set_as_current=False)
-    app.conf.jobsync = {name: getattr(world.config, name) for name in ('host', 'port', 'dbname')}
+    app.conf.jobsync = {name: getattr(world.config, name) for name in ('host', 'port', 'dbname', 'password')}
     scheduler = JobSyncScheduler(app)
     assert set(scheduler.schedule) == {'celery.backend_cleanup'}
     scheduler.close()
