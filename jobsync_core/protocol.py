@@ -67,7 +67,7 @@ __all__ = ['BESIDE', 'Phase', 'Protocol', 'Settings']
 _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
 #: Seconds after which a connection counts as one that works: what ends it then is a first failure.
-_STEADY_SEC = 2.0
+_STEADY_SEC = 0.5
 #: While a node enters, it looks for its first tokens again after so many seconds, then less and less often: notifications may be lost.
 _ENTRY_POLL = 0.25
 #: Where many join at once, the cluster's row is busy: a join is tried again after about so many seconds, twice as many each time.
@@ -468,8 +468,7 @@ class Protocol:
             self._lookout.start_anew()
             self._announce(now)
         if settled:
-            # Should it be unsettled again under the same name, it is another history: two standbys may reach one timeline.
-            self._waited_for = None
+            self._waited_for = history
             return
         if self._waited_for != history:
             self._waited_for = history
