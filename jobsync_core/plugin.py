@@ -196,21 +196,30 @@ def make_job(
             with job.session(pinned=True) as connection:
                 return queues.peers(connection, tables, name, config.heartbeat_timeout_sec)
 
-        def belong(mark: str) -> None:
-            job.belonging = Belonging(kind, mark, place, settings.application or application)
-            found = stranger(job.belonging, others, config.appname)
-            if found is not None:
-                raise ConfigurationError(found)
+        def note(belonging: Belonging) -> bool:
+            job.belonging = belonging
             with job.session(pinned=True) as connection:
-                queues.record(connection, tables, queue, name, job.belonging)
+                return queues.record(connection, tables, queue, name, belonging)
 
+        def belong(mark: str) -> None:
+            belonging = Belonging(kind, mark, place, settings.application or application)
+            found = stranger(belonging, others, config.appname)
+            if found is not None:
+                if is_new:
+                    with job.session(pinned=True) as connection:
+                        queues.withdraw(connection, tables, queue, name)
+                raise ConfigurationError(found)
+            note(belonging)
+
+        # The row comes first: whatever happens next, what is left at the broker is known. And it is what others wait for below:
+        # the first plan of a cluster makes workers active that have not recorded yet what they are.
+        is_new = note(Belonging(kind))
         others = peers()
-        # The first plan of a cluster makes workers active that have not recorded yet what they are.
         limit = time.monotonic() + _MARK_SEC
         while any(not peer.belonging.kind for peer in others) and time.monotonic() < limit:
             job.wait_until(lambda: False, _MARK_LOOK_SEC)
             others = peers()
-        belong('')  # the row comes first: whatever happens next, what is left at the broker is known
+        belong('')
         prepare()
         belong(_mark_of_broker(job, identify, others))
         locks = pin_locks(pins, settings.pin_slots)

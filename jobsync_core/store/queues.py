@@ -16,22 +16,31 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record',
+    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record', 'withdraw',
 ]
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.
 _HOLD_SEC = 600
 
 
-def record(connection: PgConnection, tables: Tables, name: str, node: str, belonging: Belonging) -> None:
-    """Note that `node` has a queue of that name, and what it belongs to."""
+def record(connection: PgConnection, tables: Tables, name: str, node: str, belonging: Belonging) -> bool:
+    """Note that `node` has a queue of that name, and what it belongs to; True where the queue was not known before."""
     with connection.cursor() as cursor:
         cursor.execute(
             f'''
             INSERT INTO {tables.queue} (name, node, kind, broker, place, application) VALUES (%s, %s, %s, %s, %s, %s)
             ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at = NULL, broker = excluded.broker,
                 place = excluded.place, application = excluded.application
+            RETURNING xmax = 0
             ''', (name, node, belonging.kind, belonging.broker, belonging.place, belonging.application))
+        row = cursor.fetchone()
+        return row is not None and bool(row[0])
+
+
+def withdraw(connection: PgConnection, tables: Tables, name: str, node: str) -> None:
+    """Take back what `record` noted, for a node that may not join: it made no queue."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'DELETE FROM {tables.queue} WHERE name = %s AND node = %s', (name, node))
 
 
 def peers(connection: PgConnection, tables: Tables, node: str, timeout: float) -> list[Peer]:

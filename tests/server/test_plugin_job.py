@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from jobsync_core import plugin
-from jobsync_core.belonging import Belonging
+from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.plugin import PluginSettings, make_job
+from jobsync_core.store import queues
+from jobsync_core.store.schema import Tables
 from tests.server.cluster import query
 from tests.waiting import eventually
 
@@ -112,3 +115,37 @@ def test_workers_that_enter_together_are_not_taken_for_plain_jobs(config: Coordi
         go.set()
         entering.join(30)
         first.__exit__(None, None, None)
+
+
+def test_workers_that_become_active_together_do_not_wait_for_each_other(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, both = queues.peers, threading.Barrier(2)
+    looked: set[str] = set()
+
+    def peers(connection: Any, tables: Tables, node: str, timeout: float) -> list[Peer]:
+        if node not in looked:
+            looked.add(node)
+            both.wait(30)  # both are in the node table
+            query(config, 'UPDATE "{}node" SET state = \'active\'')
+            both.wait(30)
+        return look(connection, tables, node, timeout)
+
+    monkeypatch.setattr(queues, 'peers', peers)
+    monkeypatch.setattr(plugin, '_MARK_SEC', 60.0)
+    workers = [_worker(config, name, wait=0) for name in ('one', 'two')]
+    with ThreadPoolExecutor() as pool:
+        entering = [pool.submit(worker.__enter__) for worker in workers]
+        for entered in entering:
+            assert entered.result(30).belonging.broker == 'mark'
+    for worker in workers:
+        worker.__exit__(None, None, None)
+
+
+def test_a_worker_that_is_refused_leaves_no_queue_behind(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
+    with Job('plain', config, wait_on_enter=0):
+        query(config, 'INSERT INTO "{}queue" (name, node, kind) VALUES (\'q.former\', \'former\', \'celery\')')
+        for name in ('new', 'former'):
+            with pytest.raises(ConfigurationError, match='plain Job'):
+                _worker(config, name, wait=0).__enter__()
+        # What an earlier life of the node left at the broker is still known.
+        assert query(config, 'SELECT name FROM "{}queue"') == [('q.former',)]
