@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record', 'withdraw',
+    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record',
+    'withdraw',
 ]
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.

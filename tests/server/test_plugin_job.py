@@ -117,7 +117,7 @@ def test_workers_that_enter_together_are_not_taken_for_plain_jobs(config: Coordi
         first.__exit__(None, None, None)
 
 
-def test_workers_that_become_active_together_do_not_wait_for_each_other(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_become_active_together_do_not_wait_for_others(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     look, both = queues.peers, threading.Barrier(2)
     looked: set[str] = set()
 
