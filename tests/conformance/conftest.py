@@ -12,18 +12,35 @@ from jobsync_core.embedded import EmbeddedPostgres
 
 from ..brokers import BrokerServer
 from .harness import Cluster, Place
-from .setups import ADAPTERS, JOBSYNC, QUICK, Setup
+from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
+
+#: Files whose scenarios take long, and run on every framework and broker.
+_HALVED = ('test_faults', 'test_lifecycle', 'test_load', 'test_outages')
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line('markers', 'plain: a scenario of the conformance suite that the bare framework passes too')
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _halve([item for item in items if item.path.stem in _HALVED and item.path.parent.name == 'conformance'])
     if not JOBSYNC:
         for item in items:
             if 'make_cluster' in getattr(item, 'fixturenames', ()) and item.get_closest_marker('plain') is None:
                 item.add_marker(pytest.mark.skip(reason='needs JobSync'))
+
+
+def _halve(items: list[pytest.Item]) -> None:
+    """Leave every other setup of a scenario to `soak`, as on a chessboard: each framework and each broker stays in each file."""
+    scenarios: dict[str, int] = {}
+    for item in items:
+        setup = item.callspec.params.get('setup') if isinstance(item, pytest.Function) and hasattr(item, 'callspec') else None
+        if isinstance(setup, Setup):
+            row = scenarios.setdefault(item.nodeid.partition('[')[0], len(scenarios))
+            column = [*ADAPTERS].index(setup.framework) + BROKERS.index(setup.broker) + [*ADAPTERS[setup.framework].pools].index(setup.kind)
+            if (row + column) % 2:
+                item.add_marker(pytest.mark.soak)
 
 
 @pytest.hookimpl(wrapper=True)

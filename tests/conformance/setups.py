@@ -9,14 +9,14 @@ from .celery_adapter import CeleryAdapter
 from .dramatiq_adapter import DramatiqAdapter
 from .harness import QUICK, STEADY, Adapter
 
-__all__ = ['ADAPTERS', 'JOBSYNC', 'QUICK', 'SOAK', 'STEADY', 'Setup', 'setups']
+__all__ = ['ADAPTERS', 'BROKERS', 'JOBSYNC', 'QUICK', 'SOAK', 'STEADY', 'Setup', 'setups']
 
 #: CONFORMANCE_JOBSYNC=0 runs what the bare framework passes too, without JobSync: so the harness itself is proved.
 JOBSYNC = os.environ.get('CONFORMANCE_JOBSYNC', '1') != '0'
 #: CONFORMANCE_SOAK=20 makes loads and numbers of faults twenty times as large.
 SOAK = int(os.environ.get('CONFORMANCE_SOAK', '1'))
 ADAPTERS: Mapping[str, type[Adapter]] = {'celery': CeleryAdapter, 'dramatiq': DramatiqAdapter}
-_BROKERS = ('redis', 'rabbitmq')
+BROKERS = ('redis', 'rabbitmq')
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Setup:
         return self.name
 
 
-def setups(*kinds: str, framework: str | None = None, brokers: tuple[str, ...] = _BROKERS) -> list[Setup]:
+def setups(*kinds: str, framework: str | None = None, brokers: tuple[str, ...] = BROKERS) -> list[Setup]:
     """Every combination, of certain kinds of pool, one framework or certain brokers if given."""
     return [
         Setup(name, broker, kind) for name, adapter in ADAPTERS.items() for broker in brokers for kind in adapter.pools
