@@ -5,6 +5,7 @@ goes to. Nothing here raises.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ from kombu.utils.json import loads
 from jobsync_core.incoming import Refused, read_name
 from jobsync_core.logs import shown
 
-__all__ = ['Incoming', 'context_of', 'read_delivery', 'read_raw']
+__all__ = ['Incoming', 'context_of', 'read_delivery', 'read_raw', 'read_record']
 
 #: How deeply a message may be nested.
 MAX_DEPTH = 200
@@ -84,16 +85,41 @@ def read_raw(text: str | bytes) -> dict[str, Any] | Refused:
     Args:
         text: The entry of the list.
     """
+    message = _loaded(text)
+    return message if isinstance(message, Refused) else _whole(message, text)
+
+
+def read_record(text: str | bytes) -> tuple[dict[str, Any], str, str] | Refused:
+    """What kombu records of a message that is not acknowledged: the message, its exchange and its routing key.
+
+    Args:
+        text: The record.
+    """
+    record = _loaded(text)
+    if isinstance(record, Refused):
+        return record
+    if not isinstance(record, list) or len(record) != 3 or not all(part is None or isinstance(part, str) for part in record[1:]):
+        return Refused(f'it is no message, exchange and routing key: {shown(text, 100)}')
+    message = _whole(record[0], text)
+    return message if isinstance(message, Refused) else (message, record[1] or '', record[2] or '')
+
+
+def _loaded(text: str | bytes) -> Any:
     try:
-        message = loads(bytes_to_str(text))
+        return loads(bytes_to_str(text))
     except Exception as error:  # no JSON, or more than it can hold
         return Refused(f'{type(error).__name__}: {shown(_text(error))}: {shown(text, 100)}')
+
+
+def _whole(message: Any, text: str | bytes) -> dict[str, Any] | Refused:
     properties = message.get('properties') if isinstance(message, dict) else None
     if not isinstance(properties, dict) or not isinstance(properties.get('delivery_tag'), str):
         return Refused(f'it has no properties with a delivery_tag: {shown(text, 100)}')
     place = properties.get('delivery_info')
     if not isinstance(place, dict) or not isinstance(place.get('exchange'), str) or not isinstance(place.get('routing_key'), str):
         properties['delivery_info'] = {'exchange': '', 'routing_key': ''}
+    if properties.get('priority') in (math.inf, -math.inf):
+        del properties['priority']  # kombu counts with it
     return cast(dict[str, Any], message)
 
 

@@ -15,7 +15,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from kombu.serialization import prepare_accept_content
 from kombu.transport import virtual
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
 from jobsync_core import clock
@@ -52,8 +52,6 @@ _SHARED: dict[str, Any] = {
     'unacked_key': 'unacked', 'unacked_index_key': 'unacked_index', 'unacked_mutex_key': 'unacked_mutex', 'visibility_timeout': 3600}
 _KEPT = ('correlation_id', 'reply_to', 'priority', 'message_id', 'timestamp', 'type', 'app_id')
 _DRIVERS = ('redis', 'amqp', 'memory')
-#: What decoding a record raises that cannot be decoded.
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 #: Nodes about which Redis is asked with one command.
 _NODES_AT_ONCE = 100
 
@@ -71,6 +69,11 @@ class Leftovers:
     unrecorded: dict[str, str] = field(default_factory=dict)
     acknowledged: set[str] = field(default_factory=set)
     asked_at: float | None = None
+
+    def ids(self) -> list[str]:
+        """The ids of the messages that are not recorded, for people."""
+        headers = [loads(record)[0].get('headers') for record in self.unrecorded.values()]
+        return [shown(each.get('id') if isinstance(each, dict) else None, 100) for each in headers]
 
 
 def driver_of(app: Celery) -> str:
@@ -406,7 +409,9 @@ class CeleryMail:
         if self._plugin.driver != 'redis':
             return 0
         appname = self._plugin.settings.config.appname
-        with self._plugin.app.connection_for_write(transport_options=redis_options(appname, node)) as connection:
+        from .restoring import restoring  # needs redis
+
+        with restoring(self._plugin.app.connection_for_write(transport_options=redis_options(appname, node))) as connection:
             channel = connection.default_channel
             while left and left.acknowledged:
                 tag = next(iter(left.acknowledged))
@@ -419,10 +424,7 @@ class CeleryMail:
                 del left.unrecorded[tag]
             tags = _raw(channel, 'HKEYS')
             for tag in tags:
-                try:
-                    channel.qos.restore_by_tag(tag.decode() if isinstance(tag, bytes) else tag)
-                except _UNREADABLE as error:  # each on its own: it stays where it is, and the others come back
-                    logger.warning('node=%s left a message that cannot be read, in %s: %s: %r', node, channel.unacked_key, tag, error)
+                channel.qos.restore_by_tag(tag)
             return len(tags)
 
     def restore_shared(self, options: Mapping[str, Any]) -> int:
@@ -437,9 +439,9 @@ class CeleryMail:
         channel = self._open()
         if not channel.ack_emulation:
             return 0
-        base = type(channel.qos).__mro__
-        plain = next(cls for cls in base if cls.__module__ == 'kombu.transport.redis')
-        qos: Any = plain(channel)
+        from .restoring import RestoringQoS
+
+        qos: Any = RestoringQoS(channel)
         qos._on_collect.cancel()  # it delivers nothing
         count = 0
         restore = qos.restore_by_tag
@@ -527,7 +529,12 @@ class CeleryMail:
 
     def _open(self) -> Any:
         if self._channel is None:
-            self._connection = self._plugin.receiving(self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC))
+            connection = self._plugin.app.connection_for_write(connect_timeout=_PUBLISH_SEC)
+            if self._plugin.driver == 'redis':
+                from .restoring import restoring
+
+                restoring(connection)
+            self._connection = self._plugin.receiving(connection)
             self._channel = self._connection.default_channel
         return self._channel
 

@@ -49,7 +49,9 @@ PARTS: tuple[Part, ...] = (
     Part(HAND_OVER, 'kombu.transport.virtual:Message', ('_raw',)),
     Part(CLIENTS, f'{_REDIS}:Channel', ('_create_client', 'pool')),
     Part(CLIENTS, 'kombu.connection:ConnectionPool', ('new',)),
-    Part(RESTORE, f'{_REDIS}:Channel', ('unacked_key', 'global_keyprefix', 'client', '_size', '_q_for_pri', 'priority_steps')),
+    Part(RESTORE, f'{_REDIS}:Channel', (
+        'unacked_key', 'global_keyprefix', 'client', '_size', '_q_for_pri', 'priority_steps', '_do_restore_message', '_lookup', 'get_table',
+        '_get_message_priority', 'deadletter_queue', 'conn_or_acquire')),
     Part(RESTORE, f'{_REDIS}:QoS', ('restore_by_tag', 'restore_visible', '_remove_from_indices', '_on_collect')),
     Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from celery.utils.dispatch import Signal
-from kombu.utils.json import loads
 
 from jobsync_core import clock
 from jobsync_core.consuming import SelfDrain
@@ -341,9 +340,9 @@ class JobSync:
             try:
                 self._mail.restore(job.node_name, self._left)
             except Exception as error:  # whatever the broker's client raises
-                lost = [loads(message)[0]['headers'].get('id') for message in self._left.unrecorded.values()]
+                lost = self._left.ids()
                 logger.critical('JobSync: %d messages that a lost connection brought are lost with this worker, as the broker cannot be '
-                                'reached (%r); send them again: %s', len(lost), error, ', '.join(map(str, lost)))
+                                'reached (%r); send them again: %s', len(lost), error, ', '.join(lost))
         if self._keeper is not None:
             self._keeper.stop(5.0)
         job.__exit__(None, None, None)

@@ -19,7 +19,7 @@ from time import monotonic, time
 from typing import Any
 
 from kombu.connection import Connection
-from kombu.transport import redis, virtual
+from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
 from redis import Redis
@@ -33,12 +33,12 @@ from .incoming import read_raw
 from .logs import get_logger
 from .mail import Leftovers
 from .redis_client import is_redis, with_channel
+from .restoring import RestoringChannel, RestoringQoS
 
 __all__ = ['receive_atomically']
 
 logger = get_logger(__name__)
 # kombu has no types.
-transport: Any = redis
 plain_qos: Any = virtual.QoS
 plain_message: Any = virtual.Message
 _execute: Any = Redis.execute_command
@@ -57,11 +57,11 @@ for i = 3, #KEYS do
         local queue, acknowledged = ARGV[2 * i - 4], ARGV[2 * i - 3] == '1'
         local tag = acknowledged and sound and type(message) == 'table' and type(message.properties) == 'table'
             and message.properties.delivery_tag
-        local recorded = 0
+        local recorded = false
         if type(tag) == 'string' then
             redis.call('ZADD', KEYS[2], ARGV[1], tag)
             redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
-            recorded = 1
+            recorded = tag
         end
         redis.call('RPOP', KEYS[i])
         return {queue, item, recorded}
@@ -77,7 +77,7 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 
 
-class _QoS(transport.QoS):  # type: ignore[misc]
+class _QoS(RestoringQoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         """Remember a message as delivered."""
         if self.channel.recorded == delivery_tag:
@@ -97,7 +97,7 @@ class _QoS(transport.QoS):  # type: ignore[misc]
         plain_qos.ack(self, delivery_tag)  # first: what is not confirmed is made again, and must not be given back
         self.channel.acknowledge(delivery_tag)
 
-    def remove(self, delivery_tag: str) -> None:
+    def remove(self, delivery_tag: str | bytes) -> None:
         """Remove the record of an acknowledged message, and wait for the answer."""
         self._remove_from_indices(delivery_tag).execute()
         self.channel.left.acknowledged.discard(delivery_tag)
@@ -128,13 +128,13 @@ class _Message(plain_message):  # type: ignore[misc]
             self.errors.append(trouble)
 
 
-class _Channel(transport.Channel):  # type: ignore[misc]
+class _Channel(RestoringChannel):
     QoS = _QoS
     Message = _Message
     #: Outlives the channel.
     left: Leftovers
     #: What the answers that have not been read yet are for, in their order: a delivery tag, or None for the look at the queues.
-    due: deque[str | None]
+    due: deque[str | bytes | None]
     #: Delivery tag of the message that the script has recorded and that is being delivered.
     recorded: str | None = None
     _script: str | None = None
@@ -246,7 +246,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         self._heard = self._rings
         self._send(None, *self._arguments(queues))
 
-    def acknowledge(self, tag: str) -> None:
+    def acknowledge(self, tag: str | bytes) -> None:
         """Acknowledge; from the thread that polls without waiting for the answer."""
         connection = getattr(self.__dict__.get('client'), 'connection', None)  # none before the first poll, and after the close
         polls = self._socket is not None and getattr(connection, '_sock', None) is self._socket and get_ident() == self._thread
@@ -256,7 +256,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
             return
         self._send(tag, self._acknowledge, 2, *self._keys(), tag)
 
-    def _send(self, what: str | None, *arguments: Any) -> None:
+    def _send(self, what: str | bytes | None, *arguments: Any) -> None:
         # redis-py's own check of the connection reads an answer: not while others are due.
         check = not self.due
         if not self.due:
@@ -273,7 +273,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
             self._empty = False
             return found
         asked, reply = None in self.due, None
-        tag: str | None = ''
+        tag: str | bytes | None = ''
         try:
             while self.due and tag is not None:
                 tag = self.due[0]
@@ -313,7 +313,7 @@ class _Channel(transport.Channel):  # type: ignore[misc]
         self.left.acknowledged.discard(tag)
         return None
 
-    def _refused(self, tag: str | None, error: ResponseError) -> None:
+    def _refused(self, tag: str | bytes | None, error: ResponseError) -> None:
         unknown = isinstance(error, NoScriptError)  # somebody has emptied Redis' cache
         if unknown:
             self._load()
@@ -352,32 +352,42 @@ class _Channel(transport.Channel):  # type: ignore[misc]
     def _deliver(self, reply: Any) -> None:
         queue, message, recorded = bytes_to_str(reply[0]), read_raw(reply[1]), reply[2]
         if isinstance(message, Refused):
-            # It is off its list by now, and Redis has no dead letters.
-            logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
+            self._tell_refused(queue, message)
+            if recorded is not None:
+                self.left.acknowledged.add(recorded)
+                self.acknowledge(recorded)
             return
-        self.recorded = message['properties']['delivery_tag'] if recorded else None
+        self.recorded = message['properties']['delivery_tag'] if recorded is not None else None
         try:
             self.connection._deliver(message, queue)
         finally:
             self.recorded = None
 
+    @staticmethod
+    def _tell_refused(queue: str, message: Refused) -> None:
+        # It is off its list by now, and Redis has no dead letters.
+        logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
+
     def _get(self, queue: str) -> Any:
         # What the keeper takes.
         if self._script is None:
             return super()._get(queue)
-        with self.conn_or_acquire() as client:
-            try:
-                reply = _execute(client, 'EVALSHA', *self._arguments([queue]))  # the keys have their prefix already
-            except NoScriptError:
-                self._load()
-                raise Empty from None
-        message = read_raw(reply[1]) if reply else None
-        if isinstance(message, Refused):
-            logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
-        if message is None or isinstance(message, Refused):
-            raise Empty
-        self.recorded = message['properties']['delivery_tag'] if reply[2] else None
-        return message
+        while True:
+            with self.conn_or_acquire() as client:
+                try:
+                    reply = _execute(client, 'EVALSHA', *self._arguments([queue]))  # the keys have their prefix already
+                except NoScriptError:
+                    self._load()
+                    raise Empty from None
+            if not reply:
+                raise Empty
+            message, recorded = read_raw(reply[1]), reply[2]
+            if not isinstance(message, Refused):
+                self.recorded = message['properties']['delivery_tag'] if recorded is not None else None
+                return message
+            self._tell_refused(queue, message)
+            if recorded is not None:
+                self.qos.remove(recorded)
 
     def close(self) -> None:
         """Close the channel, whatever has become of its connection."""
