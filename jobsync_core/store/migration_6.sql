@@ -3,23 +3,7 @@
 
 -- What distinguishes the cluster's NOTIFY channel and locks from those of the same prefix in another schema; '' for clusters from before
 -- this version, and in public.
--- Whoever waits for this lock has everybody else wait behind him: where somebody reads the table in a long transaction, give way and try again.
-DO $migration$
-BEGIN
-    FOR attempt IN 1..200 LOOP
-        BEGIN
-            PERFORM set_config('lock_timeout', '100ms', true);
-            ALTER TABLE {cluster} ADD COLUMN IF NOT EXISTS scope text NOT NULL DEFAULT '';
-            EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            IF attempt = 200 THEN
-                RAISE;
-            END IF;
-            PERFORM pg_sleep(0.2);
-        END;
-    END LOOP;
-END
-$migration$;
+ALTER TABLE {cluster} ADD COLUMN IF NOT EXISTS scope text NOT NULL DEFAULT '';
 
 -- Takes a key if it is new, failed, expired, or running under an incarnation that is no longer in the node table.
 -- One statement: it looks at the row in the statement's snapshot, decides there whether the key is free, and takes it only if

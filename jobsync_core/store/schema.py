@@ -1,12 +1,13 @@
 """The tables: their names, and how they come into being and are brought up to date."""
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any, overload
 import psycopg2
 
 from ..config import CoordinationConfig
-from ..errors import JobSyncError, SchemaConflict
+from ..errors import JobSyncError, SchemaConflict, StoreTimeout
 from ..logs import get_logger
-from . import rights
+from . import blockers, rights
 from .connection import Sessions
+from .deadline import GuardedConnection
 from .location import PINNED_PATH, Location, default_scope, locate, location_of
 
 if TYPE_CHECKING:
@@ -33,10 +35,13 @@ MIGRATIONS: tuple[tuple[int, str], ...] = (
     (6, 'migration_6.sql'), (7, 'migration_7.sql'), (8, 'migration_8.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
-#: Creating and migrating wait longer than what nodes do all the time: another node may be at it.
-_PATIENCE = '60s'
-#: Seconds for which the lock for it is tried before it is waited for.
-_TRY_SEC = 3.0
+#: Seconds for which a migration is tried again while somebody's transaction is in its way; and what its statements may take.
+_PATIENCE_SEC = 60.0
+#: Seconds that one try waits for the lock of a table: whatever nodes do with that table, heartbeats too, queues behind it. The second
+#: is for now and then while a vacuum has the lock: an automatic one gives way after a second, and not before.
+_LOCK_SEC, _VACUUM_SEC = 0.1, 1.5
+#: Seconds for which the cluster's lock is tried before it is waited for, and that such a wait takes at most.
+_TRY_SEC, _WAIT_SEC = 3.0, 1.0
 #: Seconds for which a process that has found the tables in place need not look again.
 _FRESH_SEC = 2.0
 
@@ -173,7 +178,9 @@ def render_schema(appname: str, schema: str | None = None) -> str:
     parts = ['-- Names are qualified; what stands without a schema is of PostgreSQL itself.', f'SET search_path = {PINNED_PATH};\n']
     if schema is not None:
         parts.append(f'CREATE SCHEMA IF NOT EXISTS {_quoted(schema)};\n')
-    parts += [_render(tables, name) for _, name in MIGRATIONS]
+    parts.append('-- Each version is a transaction of its own. It gives up soon where somebody has locked a table, since nodes queue up\n'
+                 '-- behind it: then run all of this again, which changes nothing that is there.\n')
+    parts += [f"BEGIN;\nSET LOCAL lock_timeout = '2s';\n{_render(tables, name)}COMMIT;\n" for _, name in MIGRATIONS]
     if tables.scope:
         parts.append(
             f"UPDATE {tables.cluster} SET scope = '{tables.scope}'\n"
@@ -193,13 +200,15 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
     Where they are in place already, no right to create anything is needed.
 
     Args:
-        session: A connection out of Sessions, not in autocommit mode; or the config alone: then one is opened for this, and closed.
+        session: A connection out of Sessions, not in autocommit mode and in no transaction; or the config alone: then one is opened for
+            this, and closed. Each version is committed by itself.
         config: Names the tables.
 
     Raises:
         SchemaConflict: There are tables of another layout, or of a newer version.
         JobSyncError: The role lacks a right; the message says which.
         DatabaseUnavailable: PostgreSQL cannot be reached.
+        StoreTimeout: Somebody's transaction was in the way for a minute; the message names it.
     """
     if isinstance(session, CoordinationConfig):
         _create_once(session)
@@ -208,8 +217,11 @@ def create_schema(session: PgConnection | CoordinationConfig, config: Coordinati
     tables = Tables.of(config)
     try:
         with session.cursor() as cursor:
-            if not _in_place(cursor, tables):
-                _migrate(cursor, tables, config)
+            there = _in_place(cursor, tables)
+        if not there:
+            session.rollback()
+            _bring_up_to_date(session, tables, config)
+            with session.cursor() as cursor:
                 tables.refresh(config, cursor)
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         session.rollback()
@@ -261,33 +273,107 @@ def _in_place(cursor: Any, tables: Tables) -> bool:
         return False  # somebody may be migrating right now: judged again under the lock
 
 
-def _migrate(cursor: Any, tables: Tables, config: CoordinationConfig) -> None:
-    cursor.execute("SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)", (_PATIENCE, _PATIENCE))
+def _bring_up_to_date(session: PgConnection, tables: Tables, config: CoordinationConfig) -> None:
+    """Run the migrations that are missing, each in a transaction of its own.
+
+    So what one has locked is free before the next one waits for its locks, and where the process dies between two of them the
+    tables are those of a version between, from which the next start goes on. A try that meets somebody's lock gives way at once
+    and comes again, since all others would queue behind it.
+    """
+    lock_sec, whole, tries = _LOCK_SEC, False, 0
+    began = progress = time.monotonic()
+    while True:
+        now = time.monotonic()
+        try:
+            version = _migrate(session, tables, config, lock_sec, whole, wait=now - began > _TRY_SEC)
+            if version == SCHEMA_VERSION:
+                return
+            if version is not None:
+                lock_sec, tries, progress = _LOCK_SEC, 0, time.monotonic()
+                continue
+        except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected) as error:
+            session.rollback()
+            tries += 1
+            found = blockers.on_tables(session, list(tables.all.values()), all_modes=True)
+            lock_sec = _VACUUM_SEC if tries % 3 == 0 and blockers.vacuuming(session, tables) else _LOCK_SEC
+            session.rollback()
+            if now - progress > _PATIENCE_SEC:
+                raise StoreTimeout(_in_the_way(tables, found)) from error
+        except psycopg2.errors.UndefinedTable:
+            session.rollback()
+            if whole:
+                raise
+            whole = True  # somebody has dropped one: from the beginning, at once, as what is made over meanwhile must not be seen
+            continue
+        if now - progress > _PATIENCE_SEC:
+            raise StoreTimeout(f'others have held the lock of the cluster {tables.appname} for {_PATIENCE_SEC:g} s: try again')
+        # At first the lock is tried, not waited for: hundreds of nodes that start and find no tables would stand in line for it, each for
+        # nothing, and all that has begun behind them.
+        time.sleep(random.uniform(0.05, 0.2) if tries == 0 else random.uniform(0.2, 0.4))
+
+
+def _in_the_way(tables: Tables, found: Sequence[blockers.Blocker]) -> str:
+    return (f'the tables {tables.appname}* could not be brought up to version {SCHEMA_VERSION} within {_PATIENCE_SEC:g} s, as somebody '
+            f'else has locked one of them: {blockers.name_all(found) or "it is gone by now"}; end that transaction and try again. '
+            'Nodes that are running go on')
+
+
+def _migrate(
+    session: PgConnection, tables: Tables, config: CoordinationConfig, lock_sec: float, whole: bool, wait: bool,
+) -> int | None:
+    """One transaction: the next migration, or all where there are no tables yet or some are missing.
+
+    Returns:
+        The version of the tables now; None where others have the cluster's lock.
+    """
+    with _unhurried(session), session.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)",
+            (f'{(_WAIT_SEC if wait else lock_sec) * 1000:.0f}ms', f'{_PATIENCE_SEC * 1000:.0f}ms'))
+        # No leader plans while tables change.
+        cursor.execute(f'SELECT {"true FROM pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"}(%s, %s)', tables.advisory)
+        if not cursor.fetchall()[0][0]:
+            there = _in_place(cursor, tables)
+            session.rollback()
+            return SCHEMA_VERSION if there else None
+        cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f'{lock_sec * 1000:.0f}ms',))
+        _create_place(cursor, config)
+        version, complete = _look(cursor, tables)
+        if version == SCHEMA_VERSION and complete:
+            session.rollback()
+            return version
+        every = whole or version in (0, SCHEMA_VERSION)
+        missing = [(number, name) for number, name in MIGRATIONS if every or number > version]
+        for number, name in missing if every else missing[:1]:
+            cursor.execute(_render(tables, name))
+            cursor.execute(f'UPDATE {tables.cluster} SET schema_version = %s WHERE schema_version < %s', (number, number))
+        if version == 0:
+            cursor.execute(
+                f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s, scope = %s',
+                (config.total_tokens, config.hash_function, tables.scope))
+        session.commit()
+        return number
+
+
+@contextlib.contextmanager
+def _unhurried(session: PgConnection) -> Iterator[None]:
+    """An index of a large table takes longer than the calls of nodes may."""
+    if not isinstance(session, GuardedConnection):
+        yield
+        return
+    limit, session.limit = session.limit, _PATIENCE_SEC + 1.0
+    try:
+        yield
+    finally:
+        session.limit = limit
+
+
+def _create_place(cursor: Any, config: CoordinationConfig) -> None:
     if config.schema is not None:
         # Only where it is missing: even IF NOT EXISTS asks for the right to create one.
         cursor.execute('SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)', (config.schema,))
         if not cursor.fetchall()[0][0]:
             cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {_quoted(config.schema)}')
-    # No leader plans while tables change. At first the lock is tried, not waited for: hundreds of nodes that start and find no tables
-    # would stand in line for it, each for nothing, and all that has begun behind them.
-    deadline = time.monotonic() + _TRY_SEC
-    cursor.execute('SELECT pg_try_advisory_xact_lock(%s, %s)', tables.advisory)
-    while not cursor.fetchall()[0][0]:
-        if _in_place(cursor, tables):
-            return
-        last = time.monotonic() > deadline
-        if not last:
-            time.sleep(random.uniform(0.05, 0.2))
-        cursor.execute(f'SELECT {"true FROM pg_advisory_xact_lock" if last else "pg_try_advisory_xact_lock"}(%s, %s)', tables.advisory)
-    version, complete = _look(cursor, tables)
-    for number, name in MIGRATIONS:
-        if number > version or not complete:
-            cursor.execute(_render(tables, name))
-            cursor.execute(f'UPDATE {tables.cluster} SET schema_version = %s WHERE schema_version < %s', (number, number))
-    if version == 0:
-        cursor.execute(
-            f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s, scope = %s',
-            (config.total_tokens, config.hash_function, tables.scope))
 
 
 def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:

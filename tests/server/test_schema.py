@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,37 +27,6 @@ def create(config: CoordinationConfig) -> None:
             create_schema(connection, config)
     finally:
         sessions.close_all()
-
-
-def test_version_4_waits_for_an_open_transaction_without_holding_up_heartbeats(config: CoordinationConfig) -> None:
-    with rows_of(config) as rows:
-        rows.node('n1')
-        rows.run(f'DROP INDEX {rows.tables.schema}.{rows.tables.appname}node_age')
-        rows.run(f'ALTER TABLE {rows.tables.cluster} DROP COLUMN history')
-        sessions = Sessions(config, 'test schema')
-        done = threading.Event()
-
-        def migrate() -> None:
-            with sessions.session(limited=False) as connection, connection.cursor() as cursor:
-                cursor.execute(schema._render(rows.tables, 'migration_4.sql'))
-            done.set()
-
-        with rows.sessions.session() as reader, reader.cursor() as cursor:
-            cursor.execute('SET LOCAL idle_in_transaction_session_timeout = 0')
-            cursor.execute(f'SELECT FROM {rows.tables.node}, {rows.tables.cluster}')
-            thread = threading.Thread(target=migrate)
-            thread.start()
-            waits = []
-            for _ in range(20):
-                began = time.monotonic()
-                query(config, 'UPDATE "{}node" SET beat = beat + (SELECT count(*) FROM "{}cluster")')
-                waits.append(time.monotonic() - began)
-                assert not done.wait(0.05)
-            assert max(waits) < 1.5, 'it asks for its locks again and again, each time for a moment'
-        assert done.wait(30)
-        thread.join(10)
-        sessions.close_all()
-        assert query(config, "SELECT to_regclass('{}node_age') IS NOT NULL, history FROM \"{}cluster\"") == [(True, None)]
 
 
 def oids(config: CoordinationConfig) -> list[tuple[object, ...]]:
