@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from billiard.einfo import ExceptionWithTraceback
 from celery.worker import state
 
 from jobsync_core import clock
 from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
 from jobsync_core.incoming import Refused, Stamps, read_id, read_stamps
-from jobsync_core.logs import Repeats
+from jobsync_core.logs import Repeats, shown
 from jobsync_core.plugin import Gate
 from jobsync_core.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
 from jobsync_core.tokens import TokenSet
 
 from .circuit import BrokerBusy
+from .handing import Handing
+from .holding import Holding, is_its_fault
 from .incoming import Incoming, read_delivery
 from .logs import get_logger
-from .lost import comes_back, count_lost
 from .mail import Publisher, home_of
 from .refusal import set_aside
 
@@ -39,34 +38,12 @@ logger = get_logger(__name__)
 
 #: Seconds between two looks at messages that wait in memory.
 _LOOK_SEC = 0.1
+#: Seconds after which a look that is due is taken for lost.
+_LOST_SEC = 2.0
 #: Seconds until a message that could not be sent on is tried again.
 _AGAIN_SEC = 1.0
 #: What is remembered of a message, with it.
 _NOTE, _INCOMING = 'jobsync_note', 'jobsync_incoming'
-#: What fails like this fails every time: the message is to blame, not the broker or the result backend.
-_ITS_FAULT = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
-
-
-class _OutOfMemory(Exception):
-    """A task's MemoryError, by another name."""
-
-    def __repr__(self) -> str:
-        return f'MemoryError({str(self)!r})'
-
-
-def _bearable(exc_info: Any) -> Any:
-    """How a task ended, as Celery can bear it: it raises a task's MemoryError in the main process again before it acknowledges.
-
-    That ends the worker, and as the message of an exactly_once task is acknowledged late, every worker that gets it afterwards.
-    """
-    error = getattr(exc_info, 'exception', None)
-    if isinstance(error, ExceptionWithTraceback):
-        error = error.exc
-    if not isinstance(error, MemoryError):
-        return exc_info
-    found = copy(exc_info)
-    found.exception = _OutOfMemory(*error.args)
-    return found
 
 
 class Strategies(dict):  # type: ignore[type-arg]  # celery's mapping, task name -> strategy
@@ -102,6 +79,7 @@ class _Waiting:
         until: When it is parked, on the monotonic clock.
         unknown: Nobody here knows its task.
         late: It has passed all that comes before the pool.
+        failed: It could not be sent the last time, and not because the broker took nothing.
     """
 
     note: _Note
@@ -113,6 +91,7 @@ class _Waiting:
     until: float
     unknown: bool = False
     late: bool = False
+    failed: bool = False
 
 
 def _settle_once(message: Any) -> None:
@@ -141,10 +120,11 @@ class ConsumerGate:
         self._unknown_queue = unknown_queue(gate.settings.config.appname)
         self._lock = threading.RLock()
         self._waiting: list[_Waiting] = []
-        self._looking = False
+        self._looks_at: float | None = None
         self._dispatched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._repeats = Repeats()
-        self._to_pool = consumer.on_task_request
+        self._holding = Holding(lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count)
+        self._handing = Handing(consumer, lambda message, reason, reject: self._refuse(message, reason, reject=reject), self._holding)
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
         self._make_handler, self._update = consumer.create_task_handler, consumer.update_strategies
@@ -168,11 +148,32 @@ class ConsumerGate:
             _settle_once(message)
             try:
                 handle(message)
-            except (MemoryError, *self._consumer.connection_errors, *self._consumer.channel_errors):
-                raise  # the worker, or its connection, and no message is to blame
+            except MemoryError:
+                raise  # as in any worker, which ends
             except Exception as error:
-                self._refuse(message, f'this worker cannot take it: {type(error).__name__}: {error}')
+                if isinstance(error, (*self._consumer.connection_errors, *self._consumer.channel_errors)) and not self._is_connected():
+                    raise  # the consumer connects again, and the broker delivers again
+                self._not_taken(message, error)
         return receive
+
+    def _is_connected(self) -> bool:
+        """Whether the consumer's connection holds, as far as is known here: a result backend may raise what a broker does."""
+        connection = self._consumer.connection
+        return connection is not None and bool(connection.connected)
+
+    def _not_taken(
+        self, message: Any, error: Exception, refuse: Callable[[], object] | None = None, requeue: Callable[[], object] | None = None,
+    ) -> None:
+        """A message that failed on its way: set aside where it is to blame; otherwise it goes back after a pause."""
+        if message.acknowledged:
+            logger.error('A message that is acknowledged has failed: %s: %s', type(error).__name__, error, exc_info=error)
+        elif is_its_fault(error):
+            self._refuse(message, f'this worker cannot take it: {type(error).__name__}: {error}', reject=refuse)
+        else:
+            headers = message.headers if isinstance(message.headers, Mapping) else {}
+            self._holding.keep(
+                shown(headers.get('task'), 100), shown(headers.get('id'), 100), error,
+                requeue or (lambda: message.reject_log_error(logger, self._consumer.connection_errors, True)))
 
     def update_strategies(self) -> None:
         """In place of the consumer's: tasks that were made after the worker began are prepared as well."""
@@ -286,9 +287,17 @@ class ConsumerGate:
 
     def dispatch(self, request: Any) -> None:
         """In place of the consumer's on_task_request: an ETA, a rate limit or the prefetch may have taken minutes."""
+        try:
+            self._dispatch(request)
+        except MemoryError:
+            raise
+        except Exception as error:  # in a timer's call, nobody would hear of it, and the message would stay in hand
+            self._handing.failed(request, error)
+
+    def _dispatch(self, request: Any) -> None:
         note = getattr(request.message, _NOTE, None) or vars(request.message).get(_NOTE)
         if note is None:
-            self._to_pool(request)
+            self._handing.to_pool(request)
             return
 
         def done(action: Callable[[], object]) -> Callable[[], None]:
@@ -300,8 +309,8 @@ class ConsumerGate:
         def run() -> None:
             self._dispatched.add(request)
             self._gate.count('run')
-            self._guard_end(request)
-            self._to_pool(request)
+            self._handing.guard_end(request)
+            self._handing.to_pool(request)
 
         mine = note.incarnation == self._gate.job.incarnation and self._gate.job.owns(note.route)
         if mine and self._admits(note.name):
@@ -322,34 +331,6 @@ class ConsumerGate:
             return True
         found = self._plugin.tasks.find(name)
         return found is None or found.once is None or pausing.admits(clock.now())
-
-    def _guard_end(self, request: Any) -> None:
-        """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
-        def guarded(end: Callable[..., object]) -> Callable[..., object]:
-            def call(*args: Any, **kwargs: Any) -> object:
-                try:
-                    return end(*args, **kwargs)
-                except _ITS_FAULT as error:
-                    if request.acknowledged:
-                        raise
-                    self._refuse(
-                        request.message, f'its end cannot be told: {type(error).__name__}: {error}',
-                        reject=lambda: request.reject(requeue=False))
-                    return None
-            return call
-
-        fail = guarded(request.on_failure)
-
-        def on_failure(exc_info: Any, *args: Any, **kwargs: Any) -> object:
-            if comes_back(request, exc_info):
-                request.reject(requeue=True)  # Celery cannot acknowledge it any more
-                return fail(_bearable(exc_info), *args, **kwargs)
-            found = fail(_bearable(exc_info), *args, **kwargs)
-            count_lost(request, exc_info)
-            return found
-
-        request.on_failure = on_failure
-        request.on_success, request.on_timeout = guarded(request.on_success), guarded(request.on_timeout)
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens is at the pool."""
@@ -395,11 +376,8 @@ class ConsumerGate:
             waiting.run()
         except MemoryError:
             raise
-        except self._consumer.connection_errors as error:
-            logger.warning('Task %s goes back, as the connection failed when it was to run: %r', waiting.note.name, error)
-            self._end(waiting, waiting.requeue, 'returned')
         except Exception as error:
-            self._refuse(waiting.message, f'this worker cannot take it: {type(error).__name__}: {error}', reject=waiting.refuse)
+            self._not_taken(waiting.message, error, waiting.refuse, waiting.requeue)
 
     def _send(self, waiting: _Waiting, queue: str, hops: int, event: str, decision: Decision) -> bool:
         note, message = waiting.note, waiting.message
@@ -412,10 +390,12 @@ class ConsumerGate:
         except BrokerBusy:
             waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
-        except _ITS_FAULT as error:
-            self._refuse(message, f'it cannot be sent to {queue}: {type(error).__name__}: {error}', reject=waiting.refuse)
-            return True
         except Exception as error:  # kombu, amqp and redis have no common ancestor; the message stays unacknowledged
+            # The first time it may be a connection that broke: what reads from a closed socket raises ValueError, for one.
+            if is_its_fault(error) and waiting.failed:
+                self._refuse(message, f'it cannot be sent to {queue}: {type(error).__name__}: {error}', reject=waiting.refuse)
+                return True
+            waiting.failed = True
             more = self._repeats.say((note.name, 'send'), clock.now())
             if more is not None:
                 logger.warning('Task %s cannot be sent to %s now, and waits: %r%s', note.name, queue, error, more)
@@ -446,28 +426,34 @@ class ConsumerGate:
     def _wait(self, waiting: _Waiting) -> bool:
         with self._lock:
             self._waiting.append(waiting)
-            if not self._looking:
-                self._looking = True
-                self._consumer.timer.call_after(_LOOK_SEC, self.look)
+            # One timer for all of them; should its entry have been lost, another one.
+            if self._looks_at is None or clock.now() > self._looks_at + _LOST_SEC:
+                self._looks_at = clock.now() + _LOOK_SEC
+                self._consumer.timer.call_after(_LOOK_SEC, self._time_has_come)
         return False
+
+    def _time_has_come(self) -> None:
+        self._looks_at = None
+        self.look()
 
     def look(self) -> None:
         """Try the waiting messages again."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
-            self._looking = False
         for item in waiting:
             try:
                 self._place(item)
             except Exception:  # each on its own: those behind it are looked at all the same
                 logger.exception('Task %s: the gate failed; the message goes back', item.note.name)
                 self._end(item, item.requeue, 'returned')
+        self._holding.look()
 
     def forget(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._waiting.clear()
-            self._looking = False  # the timer's entries go with the connection
+            self._looks_at = None  # the timer's entries go with the connection
+        self._holding.forget()
 
     def give_back(self) -> None:
         """Return what waits to the broker."""
@@ -475,6 +461,7 @@ class ConsumerGate:
             waiting, self._waiting = self._waiting, []
         for item in waiting:
             self._end(item, item.requeue, 'returned')
+        self._holding.give_back()
 
     def surrender(self) -> None:
         """Return what is executed here, if its task completes once: others execute it, and this attempt's end does not count."""
@@ -496,4 +483,4 @@ class ConsumerGate:
     @property
     def waiting(self) -> int:
         """Messages that wait in memory."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._holding)

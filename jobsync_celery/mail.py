@@ -208,8 +208,9 @@ class Publisher:
             given.setdefault('priority', message.delivery_info['priority'])
         if properties.get('expiration') is not None:
             given['expiration'] = float(properties['expiration']) / 1000
-        # The body has been decompressed; what a broker adds to headers is not the message's own.
-        headers = {name: value for name, value in headers.items() if name not in ('compression', 'x-death', 'x-delivery-count')}
+        # What a broker adds to headers is not the message's own; nor is the compression of a body that has been decompressed here.
+        foreign = {'x-death', 'x-delivery-count', *(() if getattr(message, 'errors', None) else ('compression',))}
+        headers = {name: value for name, value in headers.items() if name not in foreign}
         confirm = {'confirm_timeout': self._limit} if self._plugin.driver == 'amqp' else {}
         exchange, queue = self._way_to(queue)
         producer = self._producer or self._open()
@@ -263,7 +264,10 @@ class Publisher:
 
     def _connect(self) -> Connection:
         limit = self._limit
-        options = {'confirm_publish': True, 'write_timeout': limit} if self._plugin.driver == 'amqp' else {'socket_timeout': limit}
+        options: dict[str, Any] = {'socket_timeout': limit}
+        if self._plugin.driver == 'amqp':
+            # What is read may be the answer to a declaration, which a broker that takes nothing (a memory alarm) does not give.
+            options = {'confirm_publish': True, 'read_timeout': limit, 'write_timeout': limit}
         connection: Connection = self._plugin.app.connection_for_write(connect_timeout=limit, transport_options=options)
         return connection
 

@@ -1,7 +1,8 @@
 """`@exactly_once` on a task's function: the core's, with answers that Celery understands.
 
 A message that cannot run now comes back: a copy of it, with the same id, is published with a countdown before this one
-is acknowledged. A duplicate returns the stored result, so that chords, chains and groups go on.
+is acknowledged; if the broker does not confirm the copy, this one goes back after a pause. A duplicate returns the stored
+result, so that chords, chains and groups go on.
 
 A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: its key is complete. `Reject` and `Retry` are failed attempts.
 """
@@ -25,6 +26,7 @@ from jobsync_core.once import ExactlyOnce
 from jobsync_core.routing import WAITS
 
 from .chords import count_member
+from .coming_back import ComesBack, send_again
 from .logs import get_logger
 
 __all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'options_of']
@@ -174,8 +176,14 @@ class _CeleryOnce(MessageOnce):
         more = _repeats.say((task.name, type(error), getattr(error, 'key', None)), clock.now())
         if more is not None:
             logger.info('Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more)
-        task.signature_from_request(
-            request, request.args, request.kwargs, countdown=delay, retries=request.retries, headers=headers).apply_async()
+        again = task.signature_from_request(
+            request, request.args, request.kwargs, countdown=delay, retries=request.retries, headers=headers)
+        try:
+            send_again(task.app, again)
+        except Exception as trouble:  # of the broker, of a signal's receiver, of a serializer
+            if not task.acks_late:
+                raise  # the message is acknowledged: its sender has to know
+            raise ComesBack(f'its copy is not known to be sent: {trouble!r}', requeue=True) from trouble
         raise Ignore
 
 

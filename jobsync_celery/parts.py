@@ -56,11 +56,15 @@ PARTS: tuple[Part, ...] = (
     Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
         'connection_for_read', 'create_task_handler', 'update_strategies', 'on_decode_error', 'on_invalid_task', 'on_unknown_message',
-        'channel_errors')),
+        'channel_errors', 'connection')),
     Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat', 'collect')),
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
     Part(GATE, 'celery.worker.request:Request', (
-        'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout')),
+        'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout', 'on_accepted')),
+    Part(GATE, 'celery.worker.worker:WorkController', ('_process_task', '_process_task_sem')),
+    Part(GATE, 'celery.concurrency.thread:TaskPool', ('executor',)),
+    Part(GATE, 'billiard.pool:ApplyResult', ('_callback', '_accepted')),
+    Part(GATE, 'billiard.pool:Pool', ('_cache',)),
     Part(GATE, 'celery.app.trace', ('trace_ok_t', 'TraceInfo', 'report_internal_error')),
     Part(LIFE, 'celery.app.amqp:Queues', ('select_add', 'deselect')),
     Part(LIFE, 'celery.concurrency.prefork:TaskPool', ('_pool', 'terminate')),

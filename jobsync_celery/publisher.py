@@ -32,6 +32,11 @@ class Publisher:
         self._check = check
         self._producer: Any = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._producer is not None
+
     def connect(self) -> Any:
         """The producer.
 
@@ -54,7 +59,8 @@ class Publisher:
 
     def _bounds(self, driver: str) -> dict[str, Any]:
         if driver == 'amqp':
-            return {'confirm_publish': True}
+            # What is read may be the answer to a declaration, which a broker that takes nothing (a memory alarm) does not give.
+            return {'confirm_publish': True, 'read_timeout': self._limit, 'write_timeout': self._limit}
         if driver == 'redis':
             return {'socket_timeout': self._limit, 'socket_connect_timeout': self._limit}
         return {}

@@ -1,6 +1,8 @@
 """Setting a message aside that no worker can take: where its queue's dead letters go, with a result that says why, and one line."""
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from celery import signals, states
 from jobsync_core.errors import MessageRefused
 from jobsync_core.logs import one_line, shown
 
+from .chords import close_connections
 from .incoming import context_of
 from .logs import get_logger
 
@@ -57,16 +60,75 @@ def set_aside(
     signals.task_rejected.send(sender=consumer, message=message, exc=error)
 
 
+class _Teller:
+    """Tells the results' back end, and whoever waits for it, what became of a message: on a thread of its own, in order.
+
+    Errbacks are the user's own code, and a back end that is away is asked for many seconds: the event loop waits for neither.
+
+    Args:
+        patience_sec: Seconds that one who has something to tell waits until it is told, where nothing else is being told.
+        most: Things to tell at once; of more, nobody hears.
+    """
+
+    def __init__(self, patience_sec: float = 0.5, most: int = 1000) -> None:
+        self._patience = patience_sec
+        self._to_tell: queue.Queue[tuple[Callable[[], object], threading.Event]] = queue.Queue(most)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def tell(self, action: Callable[[], object]) -> bool:
+        """Do something on the thread, and wait for it for a moment; False where there is too much to do already."""
+        told = threading.Event()
+        with self._lock:
+            busy = self._to_tell.unfinished_tasks > 0
+            try:
+                self._to_tell.put_nowait((action, told))
+            except queue.Full:
+                return False
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name='jobsync-refusals', daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # this process can start no more threads; the next one tries again
+                    logger.warning('JobSync: nobody is told of messages that are set aside: %r', error)
+                    return False
+        if not busy:
+            told.wait(self._patience)
+        return True
+
+    def _run(self) -> None:
+        while True:
+            action, told = self._to_tell.get()
+            try:
+                action()
+            except BaseException as trouble:  # of an errback, which may raise anything
+                logger.warning('JobSync: telling of a message that is set aside has failed: %r', trouble)
+            finally:
+                told.set()
+                self._to_tell.task_done()
+
+
+_teller = _Teller()
+
+
 def _record(app: Celery, consumer: Any, message_id: str, context: Any, error: MessageRefused) -> None:
     ignored = bool(getattr(context, 'ignore_result', False))
-    try:
-        app.backend.mark_as_failure(message_id, error, request=context, store_result=not ignored)
-    except (Exception, SystemExit) as trouble:  # what it says of its workflow is odd as well, or the result backend is away
-        logger.debug('Task [%s]: nobody was told of its failure: %r', message_id, trouble)
+
+    def record() -> None:
         try:
-            app.backend.store_result(message_id, error, states.FAILURE)
-        except Exception as again:
-            logger.warning('Task [%s]: its failure is not stored: %r', message_id, again)
+            try:
+                app.backend.mark_as_failure(message_id, error, request=context, store_result=not ignored)
+            except (Exception, SystemExit) as trouble:  # what it says of its workflow is odd as well, or the result backend is away
+                logger.debug('Task [%s]: nobody was told of its failure: %r', message_id, trouble)
+                try:
+                    app.backend.store_result(message_id, error, states.FAILURE)
+                except Exception as again:
+                    logger.warning('Task [%s]: its failure is not stored: %r', message_id, again)
+        finally:
+            close_connections(app.backend)
+
+    if not _teller.tell(record):
+        logger.warning('Task [%s]: its failure is not stored, as too many are waiting for that', message_id)
     dispatcher = consumer.event_dispatcher
     if dispatcher is not None and dispatcher.enabled:
         try:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from billiard.einfo import ExceptionInfo
 from celery import Task, states
 from celery.app.registry import TaskRegistry
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ['Tasks', 'guarded_trace', 'prepare_task', 'watch_tasks']
 
 NO_STAMPS = Stamps()
+_STATES = (states.FAILURE, states.REJECTED)
 _LATE = ('acks_late', 'reject_on_worker_lost')
 
 
@@ -68,7 +70,7 @@ def _says(task: Any, option: str) -> bool:
 def guarded_trace(task: Any) -> Callable[..., Any]:
     """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge the message then.
 
-    Celery's own does, where the end of a task cannot be told to a chain that is none, for example.
+    Celery's own does, where the end of a task cannot be told to a chain that is none, or its on_success raises Reject, for example.
 
     Args:
         task: The task; Celery has built its tracer.
@@ -78,8 +80,9 @@ def guarded_trace(task: Any) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return trace(*args, **kwargs)
-        except (Reject, MemoryError):
-            raise
+        except (Reject, MemoryError) as error:
+            # As a process of the pool would say it: the worker rejects the message, or has it fail.
+            return trace_ok_t(ExceptionInfo(), TraceInfo(_STATES[isinstance(error, Reject)], error), 0.0, None)
         except Exception as error:
             return trace_ok_t(report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None)
 

@@ -12,6 +12,7 @@ from celery.worker import state
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import gate as gate_module
+from jobsync_celery import holding as holding_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.settings import CelerySettings
 from jobsync_core.config import CoordinationConfig
@@ -63,6 +64,10 @@ class Request:
     def on_success(self, *_: Any) -> None:
         """It has run."""
 
+    def on_accepted(self, *_: Any) -> None:
+        """The pool begins it."""
+        self._stage.log.append('accepted')
+
     on_timeout = on_success
 
     def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
@@ -87,13 +92,15 @@ class Bench:
         log: What happened: 'ack', 'requeue', 'run' (the strategy), 'pool', 'send QUEUE hops=N', 'stray'.
     """
 
-    def __init__(self, clock: Clock, settings: dict[str, Any]) -> None:
+    def __init__(self, clock: Clock, settings: dict[str, Any], slots: bool = False) -> None:
         self.log: list[str] = []
         self.clock = clock
         self.job, self.owners = FakeJob(), FakeOwners()
         self.publish_error: Exception | None = None
         self.ack_error: Exception | None = None
         self.timers: list[Callable[[], object]] = []
+        self.pool: Any = SimpleNamespace()
+        self.pool_error: Exception | None = None
         self.app = Celery('bench', broker='memory://', backend='cache+memory://', set_as_current=False)
         self.app.task(name='keyed', shared=False, jobsync_key='{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
@@ -106,7 +113,9 @@ class Bench:
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(
-            on_task_request=lambda request: self.log.append('pool'), on_unknown_task=lambda *args: self.log.append('discarded'),
+            on_task_request=self._process_task_sem if slots else self._process_task, controller=self,
+            call_soon=lambda call, *args: self.log.append('slot freed'), connection=SimpleNamespace(connected=True),
+            on_unknown_task=lambda *args: self.log.append('discarded'),
             strategies={}, connection_errors=(OSError,), channel_errors=(), update_strategies=lambda: None,
             create_task_handler=lambda: lambda message: self.handle(message), on_decode_error=None, on_invalid_task=None,
             on_unknown_message=None,
@@ -116,6 +125,18 @@ class Bench:
         self.strategy_error: Exception | None = None
         self.gate = ConsumerGate(self.plugin, core, self.consumer)
         vars(self.gate)['_publisher'] = SimpleNamespace(send=self._send)
+
+    def _process_task(self, request: Any) -> None:
+        if self.pool_error is not None:
+            raise self.pool_error
+        self.log.append('pool')
+
+    def _process_task_sem(self, request: Any) -> None:
+        self.log.append('slot taken')
+        self._process_task(request)
+
+    def _quick_release(self) -> None:
+        """A slot of the pool is free."""
 
     def _send(self, queue: str, message: Message, headers: dict[str, Any]) -> None:
         if self.publish_error is not None:
@@ -162,12 +183,13 @@ def _task(n: int) -> None:
 
 
 @contextmanager
-def bench(monkeypatch: Any, **settings: Any) -> Iterator[Bench]:
-    """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'."""
+def bench(monkeypatch: Any, slots: bool = False, **settings: Any) -> Iterator[Bench]:
+    """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'. With slots the pool has processes."""
     clock = Clock()
     monkeypatch.setattr(gate_module, 'clock', clock)
+    monkeypatch.setattr(holding_module, 'clock', clock)
     monkeypatch.setattr(state, 'task_ready', lambda request: None)
-    made = Bench(clock, settings)
+    made = Bench(clock, settings, slots)
     made.app.backend.forget('m1')  # the memory is all apps'
     made.job.mine.add('mine')
     made.owners.places.update(other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1'))

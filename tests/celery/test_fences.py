@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pickle import PicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,14 @@ from celery.backends.base import KeyValueStoreBackend
 from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
+from jobsync_celery import gate as gate_module
+from jobsync_celery import handing as handing_module
+from jobsync_celery import holding as holding_module
 from jobsync_celery import mail as mail_module
 from jobsync_celery import once as once_module
 from jobsync_celery import tasks as tasks_module
 from jobsync_celery.gate import ConsumerGate
+from jobsync_celery.handing import Handing
 from jobsync_celery.mail import CeleryMail
 from jobsync_core import plugin as core
 from jobsync_core.adapter import MessageOnce
@@ -28,21 +33,28 @@ from ..brokers import BrokerServer
 from ..fakes import FakeLedger
 from .consumers import Bench, bench
 from .test_gate import (
+    BackendAway,
+    check_begun_once,
     check_celery_falls,
     check_each_on_its_own,
+    check_end_told_later,
     check_failure_leaves_it_unacknowledged,
     check_forged_key,
+    check_goes_back,
     check_hop_limit,
     check_late,
     check_never_to_self,
+    check_odd_connection,
     check_published_before_acknowledged,
     check_set_aside,
+    check_slot,
 )
 from .test_once import (
     app,
     check_back_off,
     check_direct_call,
     check_duplicate_rule,
+    check_message_stays,
     check_result_that_cannot_be_sent,
     ledger,
     published,
@@ -71,7 +83,7 @@ def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConsumerGate, 'dispatch', lambda self, request: self._to_pool(request))
+    monkeypatch.setattr(ConsumerGate, 'dispatch', lambda self, request: self._handing.to_pool(request))
 
 
 FENCES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
@@ -88,6 +100,81 @@ def test_without_the_fence_the_check_fails(
     remove(monkeypatch)
     with bench(monkeypatch) as stage, pytest.raises(AssertionError):
         check(stage)
+
+
+def blame_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, 'is_its_fault', lambda error: True)
+
+
+def without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding_module, 'come_back_sec', lambda times: 0.0)
+
+
+def keep_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Handing.failed
+
+    def greedy(self: Handing, request: Any, error: Exception) -> None:
+        self._takes_slot = False
+        failed(self, request, error)
+
+    monkeypatch.setattr(Handing, 'failed', greedy)
+
+
+def the_worker_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handing, 'process', lambda self, request: self._process(request))
+
+
+def never_withdraw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handing_module._Acceptance, 'withdraw', lambda self: True)
+
+
+def hold_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handing, '_hold', lambda self, request, error, act=None: request.reject(requeue=True))
+
+
+def one_failure_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ConsumerGate._send
+
+    def impatient(self: ConsumerGate, waiting: Any, *args: Any) -> bool:
+        waiting.failed = True
+        return send(self, waiting, *args)
+
+    monkeypatch.setattr(ConsumerGate, '_send', impatient)
+
+
+def check_away(stage: Bench) -> None:
+    check_goes_back(stage, BackendAway('away'))
+
+
+def check_not_begun_twice(stage: Bench) -> None:
+    check_begun_once(stage, begun=True)
+
+
+TROUBLES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
+    (blame_the_message, check_away), (without_a_pause, check_away), (keep_the_slot, check_slot), (the_worker_s_own, check_slot),
+    (never_withdraw, check_not_begun_twice), (hold_no_end, check_end_told_later), (one_failure_is_enough, check_odd_connection)]
+
+
+@pytest.mark.parametrize(('remove', 'check'), TROUBLES, ids=lambda item: item.__name__)
+def test_without_the_fence_trouble_costs_a_message(
+    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+) -> None:
+    slots = check is check_slot
+    with bench(monkeypatch, slots=slots) as stage:
+        check(stage)
+    remove(monkeypatch)
+    with bench(monkeypatch, slots=slots) as stage, pytest.raises((AssertionError, PicklingError)):
+        check(stage)
+
+
+def test_without_the_return_a_copy_that_is_not_sent_is_the_task_s_failure(
+    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_message_stays(app, ledger, monkeypatch, ConnectionError('away'))
+    app.tasks.pop('double')
+    monkeypatch.setattr(once_module, 'ComesBack', lambda reason, requeue: ConnectionError(reason))
+    with pytest.raises(ConnectionError):
+        check_message_stays(app, ledger, monkeypatch, ConnectionError('away'))
 
 
 def test_without_the_duplicate_rule_a_link_goes_out_twice(

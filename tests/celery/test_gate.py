@@ -1,26 +1,66 @@
 """The gate of a worker: what becomes of each message, in which order, whatever fails."""
 from __future__ import annotations
 
+import pickle
+import ssl
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Retry, WorkerShutdown
+from celery.exceptions import BackendStoreError, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerShutdown
 from celery.worker import state
+from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
 from jobsync_celery import plugin as plugin_module
+from jobsync_celery.coming_back import ComesBack
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
-from jobsync_core.errors import DatabaseRefused, Unroutable
+from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.owners import Place
 
 from .consumers import Bench, Message, Request, bench
 
 PARKED = 'send jobsync.shop_.parked hops=0'
 UNKNOWN = 'send jobsync.shop_.unknown hops=0'
+
+
+class BackendAway(Exception):
+    """As redis-py's ConnectionError, which is none of Python's own."""
+
+
+#: What befalls a message through no fault of its own: of a result backend, of a pool, of a machine.
+TROUBLE = [
+    BackendAway('away'), ConnectionError('the result backend'), RuntimeError("can't start new thread"), OSError(24, 'Too many open files'),
+    OperationalError('away'), ssl.SSLCertVerificationError('self-signed'), BackendStoreError('away'), BlockingIOError()]
+#: What is so each time, wherever it goes.
+FAULTS = [KeyError('root_id'), pickle.PicklingError('a lock'), InvalidTaskError('odd'), DecodeError('odd'), ContentDisallowed('pickle'),
+          UnicodeDecodeError('utf-8', b'', 0, 1, 'odd'), RecursionError()]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fall(*_: Any) -> None:
+        raise error
+
+    return fall
+
+
+def check_goes_back(stage: Bench, error: Exception) -> None:
+    stage.handle = raising(error)
+    pauses = []
+    for _ in range(8):
+        message = Message(None)
+        stage.consumer.create_task_handler()(message)
+        assert (message.state, stage.gate.waiting) == ('', 1)
+        began = stage.clock.time
+        while stage.gate.waiting:
+            stage.look(0.5)
+        pauses.append(stage.clock.time - began)
+        assert message.state == 'requeue'
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert stage.counts == {'returned': 8}
 
 
 @pytest.fixture
@@ -287,14 +327,21 @@ class TestOddMessages:
     def test_what_celery_falls_over_is_set_aside(self, stage: Bench) -> None:
         check_celery_falls(stage)
 
-    def test_what_is_no_message_s_fault_goes_through(self, stage: Bench) -> None:
-        def fall(message: Message) -> None:
-            raise error
-
-        stage.handle = fall
+    def test_what_ends_the_worker_or_its_connection_goes_through(self, stage: Bench) -> None:
+        stage.consumer.connection.connected = False
         for error in (ConnectionError('broker'), MemoryError()):
+            stage.handle = raising(error)
             with pytest.raises(type(error)):
                 self._receive(stage, Message(None))
+
+    @pytest.mark.parametrize('error', TROUBLE, ids=repr)
+    def test_what_is_no_message_s_fault_brings_it_back_after_a_pause(self, stage: Bench, error: Exception) -> None:
+        check_goes_back(stage, error)
+
+    @pytest.mark.parametrize('error', FAULTS, ids=repr)
+    def test_what_is_its_fault_sets_it_aside(self, stage: Bench, error: Exception) -> None:
+        stage.handle = raising(error)
+        assert self._receive(stage, Message(None)) == 'reject'
 
     @pytest.mark.parametrize('name', ['on_decode_error', 'on_invalid_task', 'on_unknown_message'])
     def test_what_celery_would_acknowledge_or_reject_is_rejected(self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str) -> None:
@@ -385,7 +432,7 @@ def end_with(stage: Bench, error: Exception, wrapped: bool) -> str:
     stage.job.mine.add('mine')
     stage.receive(message)
     request = Request(stage, message)
-    stage.gate._guard_end(request)
+    stage.gate._handing.guard_end(request)
     try:
         raise error
     except Exception:
@@ -417,13 +464,152 @@ class TestEachOnItsOwn:
 
     def test_a_message_that_can_never_be_sent_is_set_aside(self, stage: Bench) -> None:
         stage.publish_error = TypeError('not serializable')
-        assert stage.receive(Message('other')) == ['reject']
+        assert stage.receive(Message('other')) == []  # it may have been the connection
+        assert stage.look(1.1) == ['reject']
 
-    def test_a_connection_that_fails_gives_it_back(self, stage: Bench) -> None:
+    def test_a_connection_that_broke_in_an_odd_way_costs_no_message(self, stage: Bench) -> None:
+        check_odd_connection(stage)
+
+    @pytest.mark.parametrize('error', TROUBLE, ids=repr)
+    def test_what_has_waited_goes_back_as_well(self, stage: Bench, error: Exception) -> None:
         stage.receive(Message('nobody'))
         stage.job.mine.add('nobody')
-        stage.strategy_error = ConnectionError('lost')
-        assert stage.look() == ['requeue']
+        stage.strategy_error = error
+        assert stage.look() == []
+        assert (stage.look(1.1), stage.gate.waiting) == (['requeue'], 0)
+
+    def test_looking_more_often_starts_no_second_timer(self, stage: Bench) -> None:
+        stage.receive(Message('nobody'))
+        stage.handle = raising(RuntimeError('odd'))
+        stage.consumer.create_task_handler()(Message(None))
+        for _ in range(20):  # as the keeper does, once a second
+            stage.gate.look()
+        assert len(stage.timers) == 2
+        stage.look()
+        assert len(stage.timers) == 2
+
+
+class TestIntoThePool:
+    """Whatever fails on the way into the pool, and in it: the worker goes on, and each message comes to its right end."""
+
+    def _hand_over(self, stage: Bench, error: Exception | None, task: str = 'plain') -> list[str]:
+        message = Message('mine', task=task)
+        stage.receive(message)
+        stage.pool_error = error
+        return stage.dispatch(message)
+
+    @pytest.mark.parametrize('task', ['plain', 'keyed'])
+    @pytest.mark.parametrize('error', TROUBLE, ids=repr)
+    def test_trouble_brings_it_back(self, stage: Bench, error: Exception, task: str) -> None:
+        assert self._hand_over(stage, error, task) == []
+        assert stage.look(0.9) == []
+        assert stage.look(0.2) == ['requeue']
+
+    @pytest.mark.parametrize('error', FAULTS, ids=repr)
+    def test_what_cannot_be_handed_over_is_set_aside(self, stage: Bench, error: Exception) -> None:
+        assert self._hand_over(stage, error) == ['reject']
+        assert type(stage.app.backend.get_task_meta('m1')['result']) is MessageRefused
+
+    def test_a_task_that_rejects_its_message_has_its_way(self, stage: Bench) -> None:
+        assert self._hand_over(stage, Reject('no')) == ['failed ExceptionWithTraceback()']
+
+    def test_one_that_wants_it_again_gets_it_after_a_pause(self, stage: Bench) -> None:
+        assert self._hand_over(stage, Reject('later', requeue=True)) == []
+        assert stage.look(1.1) == ['requeue']
+
+    def test_what_is_acknowledged_stays_so(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+        message = Message(None, task='plain')
+        request = Request(stage, message)
+        request.acknowledged = True
+        stage.pool_error = BackendAway('away')
+        stage.consumer.on_task_request(request)
+        assert (stage.log, stage.gate.waiting) == ([], 0)
+        assert 'ended in a way that Celery does not handle: BackendAway: away' in caplog.text
+
+    def test_a_slot_that_was_taken_is_given_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with bench(monkeypatch, slots=True) as stage:
+            check_slot(stage)
+
+    def test_a_job_that_could_not_be_written_is_forgotten(self, stage: Bench) -> None:
+        message = Message(None, task='plain')
+        request = Request(stage, message)
+        jobs = {1: SimpleNamespace(_callback=request.on_success, _accepted=False), 2: SimpleNamespace(_callback=None, _accepted=False)}
+        stage.pool = SimpleNamespace(_pool=SimpleNamespace(_cache=jobs))
+        stage.pool_error = pickle.PicklingError('a lock')
+        stage.consumer.on_task_request(request)
+        assert list(jobs) == [2]
+
+    @pytest.mark.parametrize('begun', [False, True])
+    def test_what_a_thread_has_begun_does_not_go_back_and_what_goes_back_is_not_begun(self, stage: Bench, begun: bool) -> None:
+        check_begun_once(stage, begun)
+
+    def test_an_end_that_cannot_be_told_is_told_later_and_the_task_does_not_run_again(self, stage: Bench) -> None:
+        check_end_told_later(stage)
+
+    def test_what_comes_back_by_itself_and_cannot_goes_back(self, stage: Bench) -> None:
+        message = Message('mine', task='once')
+        stage.receive(message)
+        stage.dispatch(message)
+        stage.log.clear()
+        try:
+            raise ComesBack('no broker', requeue=True)
+        except ComesBack:
+            stage.request.on_failure(ExceptionInfo())
+        assert (stage.log, stage.gate.waiting) == ([], 1)
+        assert stage.look(1.1) == ['requeue']
+
+
+def check_odd_connection(stage: Bench) -> None:
+    stage.publish_error = ValueError('file descriptor cannot be a negative integer (-1)')
+    assert stage.receive(Message('other')) == []
+    stage.publish_error = None
+    assert stage.look(1.1) == ['send q2 hops=1', 'ack']
+
+
+def check_slot(stage: Bench) -> None:
+    stage.pool_error = pickle.PicklingError('a lock')
+    assert stage.dispatch(Message(None, task='plain')) == ['slot taken', 'reject', 'slot freed']
+
+
+def check_begun_once(stage: Bench, begun: bool) -> None:
+    message = Message(None, task='plain')
+    stage.pool = SimpleNamespace(executor=None)
+    request = Request(stage, message)
+
+    def process(request: Any) -> None:
+        if begun:
+            request.on_accepted(1, 0.0)
+        raise RuntimeError("can't start new thread")
+
+    stage.gate._handing._process = process
+    stage.consumer.on_task_request(request)
+    stage.look(1.1)
+    if begun:
+        assert stage.log == ['accepted']
+    else:
+        assert stage.log == ['requeue']
+        with pytest.raises(TaskRevokedError):
+            request.on_accepted(1, 0.0)
+
+
+def check_end_told_later(stage: Bench) -> None:
+    message = Message('mine', task='once')
+    stage.receive(message)
+    request = Request(stage, message)
+    ends: list[str] = []
+
+    def on_success(result: Any) -> None:
+        ends.append(result)
+        if len(ends) < 3:
+            raise BackendAway('away')
+
+    vars(request)['on_success'] = on_success
+    stage.gate._handing.guard_end(request)
+    stage.log.clear()
+    request.on_success('result')
+    stage.look(1.1)
+    stage.look(2.1)
+    assert (ends, stage.log, stage.gate.waiting) == (['result'] * 3, [], 0)
 
 
 class TestSurrender:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from celery import Celery, Task, signals, states
 from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject, Retry
-from kombu.exceptions import EncodeError
+from kombu.exceptions import EncodeError, OperationalError
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import once as once_module
+from jobsync_celery.coming_back import ComesBack
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
@@ -88,6 +90,23 @@ def in_worker(task: Any, **request: Any) -> Any:
     finally:
         _task_stack.pop()
         task.pop_request()
+
+
+def broken(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def check_message_stays(app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    ledger.begin_error = ExecutionRunning()
+    task = task_of(app)
+    monkeypatch.setattr(Task, 'apply_async', broken(error))
+    with pytest.raises(ComesBack) as raised:
+        in_worker(task)
+    again = pickle.loads(pickle.dumps(raised.value))  # as a process of the pool tells its worker
+    assert type(again) is ComesBack and again.requeue and type(error).__name__ in str(again.reason)
 
 
 def check_duplicate_rule(app: Celery, ledger: FakeLedger) -> None:
@@ -185,17 +204,40 @@ class TestComeBack:
             in_worker(task)
         assert [headers['id'] for headers in published] == ['m1']
 
-    def test_where_the_copy_cannot_be_published_the_message_is_not_ignored(
+    @pytest.mark.parametrize('error', [ConnectionError('broker away'), OperationalError('no confirm'), EncodeError('only pickle can')])
+    def test_where_the_copy_cannot_be_published_the_message_stays(
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception,
+    ) -> None:
+        check_message_stays(app, ledger, monkeypatch, error)
+
+    def test_where_it_is_acknowledged_already_its_sender_is_told(
         self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        def broken(*_: Any, **__: Any) -> None:
-            raise ConnectionError('broker away')
-
         ledger.begin_error = ExecutionRunning()
-        task = task_of(app)
-        monkeypatch.setattr(Task, 'apply_async', broken)
+        task = app.task(name='double', shared=False, acks_late=False)(exactly_once(key='d:{n}', scope='')(double))
+        monkeypatch.setattr(Task, 'apply_async', broken(ConnectionError('broker away')))
         with pytest.raises(ConnectionError):
             in_worker(task)
+
+    def test_the_copy_is_sent_over_a_connection_that_is_kept_and_made_anew_once(
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ledger.begin_error = ExecutionRunning()
+        task, given, errors = task_of(app), [], [None, OSError('it was idle for long'), None]
+
+        def apply_async(self: Any, *_: Any, **options: Any) -> None:
+            given.append(options['producer'])
+            assert options['retry'] is False
+            error = errors.pop(0)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(Task, 'apply_async', apply_async)
+        for _ in range(2):
+            with pytest.raises(Ignore):
+                in_worker(task)
+        assert errors == []
+        assert given[0] is given[1] is not given[2]
 
     def test_a_running_key_may_be_skipped_or_raised(
         self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]],

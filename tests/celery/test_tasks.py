@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, Task, _state, shared_task, signals
+from billiard.einfo import ExceptionInfo
+from celery import Celery, Task, _state, shared_task, signals, states
 from celery.app.trace import build_tracer
+from celery.exceptions import Reject
 
 from jobsync_celery import JobSync, exactly_once
+from jobsync_celery.tasks import guarded_trace
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
@@ -346,3 +349,26 @@ def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(app: Cel
         warnings.simplefilter('ignore', RuntimeWarning)  # Celery tells of it this way
         found = task.__trace__('m1', (1,), {}, request)
     assert found.info is None or found.info.state == 'FAILURE'
+
+
+@pytest.mark.parametrize('error', [Reject('no'), Reject('later', requeue=True), MemoryError('none'), KeyError('odd')], ids=repr)
+def test_nothing_comes_out_of_a_tracer(error: Exception) -> None:
+    """What an on_success or an after_return raises, in a pool without processes: it is told to the request, as a process's is."""
+    def trace(*args: Any) -> None:
+        raise error
+
+    app = Celery('tracing', broker='memory://', backend='cache+memory://', set_as_current=False)
+    task = app.task(name='traced', shared=False)(_nothing)
+    task.__trace__ = trace
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # Celery's, of the last one
+        result, info, _, _ = guarded_trace(task)('m1', (), {}, {})
+    assert isinstance(result, ExceptionInfo)
+    assert info.state == (states.REJECTED if isinstance(error, Reject) else states.FAILURE)
+    assert info.retval is error
+    found = result.exception
+    assert type(getattr(found, 'exc', found)) is type(error)
+
+
+def _nothing() -> None:
+    """A task."""

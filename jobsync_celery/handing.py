@@ -1,0 +1,179 @@
+"""From the gate into the pool, and back: whatever fails there, the worker goes on, and the message comes to the end that is right."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.exceptions import Reject, TaskRevokedError
+from celery.worker import state
+
+from .coming_back import ComesBack
+from .holding import Holding, is_its_fault
+from .logs import get_logger
+from .lost import comes_back, count_lost
+
+__all__ = ['Handing']
+
+logger = get_logger(__name__)
+
+
+class _OutOfMemory(Exception):
+    """A task's MemoryError, by another name."""
+
+    def __repr__(self) -> str:
+        return f'MemoryError({str(self)!r})'
+
+
+def _raised(exc_info: Any) -> Any:
+    error = getattr(exc_info, 'exception', None)
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
+
+
+def _bearable(exc_info: Any) -> Any:
+    """How a task ended, as Celery can bear it: it raises a task's MemoryError in the main process again before it acknowledges.
+
+    That ends the worker, and as the message of an exactly_once task is acknowledged late, every worker that gets it afterwards.
+    """
+    error = _raised(exc_info)
+    if not isinstance(error, MemoryError):
+        return exc_info
+    found = copy(exc_info)
+    found.exception = _OutOfMemory(*error.args)
+    return found
+
+
+class _Acceptance:
+    """Whether a thread of the pool has begun a request, or may not any more.
+
+    An executor queues the work before it starts a thread for it: where that fails, another thread may run it all the same.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._withdrawn = False
+        self._accepted = request.on_accepted
+        request.on_accepted = self._accept
+
+    def _accept(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            if self._withdrawn:
+                raise TaskRevokedError('its message goes back')
+            self._begun = True
+        return self._accepted(*args, **kwargs)
+
+    def withdraw(self) -> bool:
+        """Keep it from being begun; False where it was begun before."""
+        with self._lock:
+            self._withdrawn = not self._begun
+            return self._withdrawn
+
+
+class Handing:
+    """The last step to the pool, in place of the worker's own.
+
+    Args:
+        consumer: Celery's consumer.
+        refuse: Sets a message aside: the message, why, and what rejects it.
+        holding: Keeps what cannot be taken now.
+    """
+
+    def __init__(
+        self, consumer: Any, refuse: Callable[[Any, str, Callable[[], object]], object], holding: Holding,
+    ) -> None:
+        self._consumer = consumer
+        self._refuse = refuse
+        self._holding = holding
+        self._controller: Any = consumer.controller
+        self._process = self._controller._process_task
+        # Looked up at each call, also for a request that has waited for a process: an exception there would end the worker.
+        self._controller._process_task = self.process
+        before = consumer.on_task_request
+        self._takes_slot = getattr(before, '__name__', '') == '_process_task_sem'
+        self.to_pool: Callable[[Any], object] = before if self._takes_slot else self.process
+
+    def process(self, request: Any) -> None:
+        """In place of `_process_task`. Raises nothing but what ends a worker."""
+        pool = self._controller.pool
+        acceptance = _Acceptance(request) if hasattr(pool, 'executor') else None
+        try:
+            self._process(request)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if acceptance is None or acceptance.withdraw():
+                self.failed(request, error)
+                if self._takes_slot:
+                    # Not here: it may take the next one, which may fail too, and so on.
+                    self._consumer.call_soon(self._controller._quick_release)
+
+    def failed(self, request: Any, error: Exception) -> None:
+        """A request did not get into the pool, or a pool that runs it at once has raised. Raises nothing. To be called on the exception."""
+        state.task_ready(request)
+        self._forget(request)
+        if isinstance(error, Reject) and not error.requeue:
+            try:
+                request.on_failure(ExceptionInfo(), return_ok=True)  # as of a process of the pool
+            except Exception as trouble:
+                self._hold(request, trouble)
+        elif request.acknowledged:
+            logger.error('Task %s[%s] ended in a way that Celery does not handle: %s: %s',
+                         request.name, request.id, type(error).__name__, error, exc_info=error)
+        elif is_its_fault(error):
+            self._set_aside(request, f'it cannot be handed to the pool: {type(error).__name__}: {error}')
+        else:
+            self._hold(request, error)
+
+    def _forget(self, request: Any) -> None:
+        """A pool of processes remembers a job that it could not write, and would wait for it when the worker ends."""
+        jobs = getattr(getattr(self._controller.pool, '_pool', None), '_cache', None)
+        if not isinstance(jobs, dict):
+            return
+        for number, job in list(jobs.items()):
+            if getattr(job, '_callback', None) == request.on_success and not getattr(job, '_accepted', True):
+                jobs.pop(number, None)
+
+    def _set_aside(self, request: Any, reason: str) -> None:
+        self._refuse(request.message, reason, lambda: request.reject(requeue=False))
+
+    def _hold(self, request: Any, error: BaseException, act: Callable[[], object] | None = None) -> None:
+        self._holding.keep(request.name, request.id, error, lambda: request.reject(requeue=True), act)
+
+    def guard_end(self, request: Any) -> None:
+        """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
+        def guarded(end: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: Any, **kwargs: Any) -> object:
+                try:
+                    return end(*args, **kwargs)
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    if request.acknowledged:
+                        raise
+                    if is_its_fault(error):
+                        self._set_aside(request, f'its end cannot be told: {type(error).__name__}: {error}')
+                    else:
+                        # Whoever is to be told is away. The task has run: its end is told again, and it does not run again.
+                        self._hold(request, error, lambda: call(*args, **kwargs))
+                    return None
+            return call
+
+        fail = guarded(request.on_failure)
+
+        def on_failure(exc_info: Any, *args: Any, **kwargs: Any) -> object:
+            error = _raised(exc_info)
+            if isinstance(error, ComesBack):
+                state.task_ready(request)
+                self._hold(request, error)
+                return None
+            if comes_back(request, exc_info):
+                request.reject(requeue=True)  # Celery cannot acknowledge it any more
+                return fail(_bearable(exc_info), *args, **kwargs)
+            found = fail(_bearable(exc_info), *args, **kwargs)
+            count_lost(request, exc_info)
+            return found
+
+        request.on_failure = on_failure
+        request.on_success, request.on_timeout = guarded(request.on_success), guarded(request.on_timeout)

@@ -1,0 +1,147 @@
+"""Messages that cannot be taken now, through no fault of theirs: each is kept for a while, unacknowledged, and then given back."""
+from __future__ import annotations
+
+import pickle
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from amqp.exceptions import FrameSyntaxError
+from celery.exceptions import InvalidTaskError
+from kombu.exceptions import ContentDisallowed, SerializationError
+
+from jobsync_core import clock
+from jobsync_core.logs import Repeats
+
+from .logs import get_logger
+from .once import come_back_sec
+
+__all__ = ['Holding', 'is_its_fault']
+
+logger = get_logger(__name__)
+
+#: What fails like this fails every time, on every worker.
+_ITS_FAULT = (
+    TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError, InvalidTaskError, ContentDisallowed,
+    SerializationError, pickle.PickleError, struct.error, FrameSyntaxError)
+#: Some of these are ValueErrors too: a certificate that cannot be verified is one.
+_NOT_ITS_FAULT = (OSError, MemoryError)
+#: Seconds between two looks at what is held.
+_LOOK_SEC = 0.1
+#: Seconds after which a look that is due is taken for lost.
+_LOST_SEC = 2.0
+#: Messages of which is remembered how often they were held.
+_MOST_KNOWN = 1000
+
+
+def is_its_fault(error: BaseException) -> bool:
+    """Whether a message is to blame for an error. Everything else is the trouble of some server, of this process or of its machine."""
+    return isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A message that is held.
+
+    Attributes:
+        name: Its task, for the log.
+        act: What is done when its pause is over.
+        give_back: Returns it to the broker.
+        due: When its pause is over, by JobSync's clock.
+    """
+
+    name: str
+    act: Callable[[], object]
+    give_back: Callable[[], object]
+    due: float
+
+
+class Holding:
+    """Keeps messages for a second, and twice as long each time that the same one comes again, up to a minute. Threads may share it.
+
+    A message that is held counts as prefetched. If this process dies, or loses its connection, the broker delivers it again.
+
+    Args:
+        call_after: Calls a function in the event loop after some seconds.
+        count: Counts an event.
+    """
+
+    def __init__(self, call_after: Callable[[float, Callable[[], None]], object], count: Callable[[str], object]) -> None:
+        self._call_after = call_after
+        self._count = count
+        self._lock = threading.RLock()
+        self._held: list[_Held] = []
+        self._looks_at: float | None = None
+        self._times: dict[str, int] = {}
+        self._repeats = Repeats()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def keep(
+        self, name: object, message_id: object, error: BaseException, give_back: Callable[[], object],
+        act: Callable[[], object] | None = None,
+    ) -> None:
+        """Hold a message.
+
+        Args:
+            name: Its task.
+            message_id: Its id.
+            error: Why it cannot be taken now.
+            give_back: Returns it to the broker.
+            act: What is tried when its pause is over; default: `give_back`.
+        """
+        with self._lock:
+            times = self._times.pop(str(message_id), 0)
+            while len(self._times) >= _MOST_KNOWN:
+                self._times.pop(next(iter(self._times)))
+            self._times[str(message_id)] = times + 1
+            pause = come_back_sec(times)
+            self._held.append(_Held(str(name), act or give_back, give_back, clock.now() + pause))
+            more = self._repeats.say((str(name), type(error)), clock.now())
+            self._look_later()
+        if more is not None:
+            logger.warning('Task %s[%s] cannot be taken now, and is tried again in %g s: %s: %s%s',
+                           name, message_id, pause, type(error).__name__, error, more)
+
+    def _look_later(self) -> None:
+        # One timer for all of them; should its entry have been lost, another one.
+        if self._looks_at is None or clock.now() > self._looks_at + _LOST_SEC:
+            self._looks_at = clock.now() + _LOOK_SEC
+            self._call_after(_LOOK_SEC, self._time_has_come)
+
+    def _time_has_come(self) -> None:
+        self._looks_at = None
+        self.look()
+
+    def look(self) -> None:
+        """Try again those whose pause is over."""
+        now = clock.now()
+        with self._lock:
+            due = [item for item in self._held if item.due <= now]
+            self._held = [item for item in self._held if item.due > now]
+            if self._held:
+                self._look_later()
+        for item in due:
+            self._do(item, item.act)
+
+    def give_back(self) -> None:
+        """Return all of them to the broker."""
+        with self._lock:
+            held, self._held = self._held, []
+        for item in held:
+            self._do(item, item.give_back)
+
+    def forget(self) -> None:
+        """The connection is gone, and the broker delivers again what was not acknowledged."""
+        with self._lock:
+            self._held, self._looks_at = [], None  # the timer's entries go with the connection
+
+    def _do(self, item: _Held, action: Callable[[], Any]) -> None:
+        self._count('returned')
+        try:
+            action()
+        except Exception as error:  # each on its own
+            logger.warning('Task %s is not given back: %r', item.name, error)
