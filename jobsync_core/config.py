@@ -32,6 +32,11 @@ _SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
 #: How alike two names are if one is probably the other misspelt.
 _ALIKE = 0.8
 _unknown: set[str] = set()
+#: Parameters of libpq that have a setting of their own, or that JobSync sets itself: in connection_options they would be overridden.
+_SETTINGS = ('host', 'port', 'dbname', 'user', 'password')
+_FIXED = {
+    'client_encoding': 'JobSync speaks UTF-8',
+    'service': 'what it says of host, port, dbname and user would be overridden: give these as settings of JobSync, the rest one by one'}
 
 logger = get_logger(__name__)
 
@@ -56,7 +61,9 @@ class CoordinationConfig:
         connect_timeout_sec: Seconds that one connection attempt may take, per host.
         release_timeout_sec: Seconds that `on_release` may hold up a hand-over.
         listen: False where LISTEN does not work (a transaction-pooling PgBouncer): polling alone then.
-        connection_options: Further libpq parameters, for example {'sslmode': 'require'}.
+        connection_options: Further libpq parameters, for example {'sslmode': 'require'}. They win over what JobSync would ask of libpq
+            by itself (application_name, keepalives, target_session_attrs …), and `connect_timeout` over connect_timeout_sec. What has a
+            setting of its own (host, port, dbname, user, password) is refused here.
 
     Raises:
         ConfigurationError: A value cannot work. It is a ValueError.
@@ -125,6 +132,20 @@ class CoordinationConfig:
         options = self.connection_options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise ConfigurationError("connection_options: give a dict of libpq parameters, such as {'sslmode': 'require'}")
+        for name in options:
+            if name in _SETTINGS:
+                raise ConfigurationError(
+                    f'connection_options names {name!r}, for which there is a setting: give it as {name}=… (or in the database URL, or '
+                    f'as JOBSYNC_{name.upper()}), and take it out of connection_options')
+            if name in _FIXED:
+                raise ConfigurationError(f'connection_options names {name!r}: take it out; {_FIXED[name]}')
+        if 'hostaddr' in options and ',' in self.host:
+            raise ConfigurationError("connection_options names 'hostaddr' beside several hosts: give the addresses as host='…,…'")
+        if 'connect_timeout' in options:
+            try:
+                object.__setattr__(self, 'connect_timeout_sec', float(options['connect_timeout']))
+            except (TypeError, ValueError):
+                raise ConfigurationError("connection_options: 'connect_timeout' is no number of seconds") from None
         hidden = {name: hide(value) if name in SECRET_OPTIONS else value for name, value in options.items()}
         object.__setattr__(self, 'connection_options', hidden)
 
@@ -169,12 +190,18 @@ class CoordinationConfig:
 
         Args:
             url: A libpq URL. Several hosts (`a:5432,b:5433`) and a socket directory (`?host=/run/pg`) work; parts may be percent-encoded.
-            settings: Any other field of the class.
+            settings: Any other field of the class; they win over the URL, connection_options one by one.
 
         Raises:
             ConfigurationError: The URL or a setting cannot work. No part of a URL that cannot be read is repeated.
         """
-        return cls._checked({**parse_database_url(url), **settings})
+        found = parse_database_url(url)
+        options, given = found['connection_options'], settings.get('connection_options', {})
+        if isinstance(options, dict) and isinstance(given, Mapping):
+            if 'connect_timeout_sec' in settings:
+                options.pop('connect_timeout', None)
+            settings['connection_options'] = {**options, **given}
+        return cls._checked({**found, **settings})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, prefix: str = _PREFIX, **settings: object) -> CoordinationConfig:

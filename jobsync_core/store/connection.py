@@ -97,7 +97,8 @@ class Connection:
 
     @classmethod
     def _open_host(cls, config: CoordinationConfig, name: str, host: str, port: int, deadline: float) -> Connection:
-        addresses = resolve(host, port, deadline)
+        # An address that was given is used; libpq finds it among its parameters.
+        addresses = [None] if 'hostaddr' in config.connection_options else resolve(host, port, deadline)
         failure: Exception = DatabaseUnavailable('it has no address')
         for place, address in enumerate(addresses):
             # An address that does not answer must leave time for the next one.

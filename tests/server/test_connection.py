@@ -73,6 +73,16 @@ class TestOpen:
         connection.execute('COMMIT')
         connection.close()
 
+    def test_an_address_that_was_given_is_used_by_every_kind_of_connection(self, config: CoordinationConfig) -> None:
+        named = dataclasses.replace(config, host='database.invalid', connection_options={'hostaddr': '127.0.0.1'})
+        connection = Connection.open(named, 'n1')
+        assert connection.execute('SELECT 1') == [(1,)]
+        connection.close()
+        calls = Sessions(named, 'jobsync test')
+        with calls.session() as session:
+            assert session.info.host == 'database.invalid'
+        calls.close_all()
+
     def test_a_long_name_is_shortened_and_any_name_works(self, config: CoordinationConfig) -> None:
         for name in ('ü' * 200, 'a\'b"c\\ %s', 'x' * 200):
             connection = Connection.open(config, name)

@@ -130,6 +130,42 @@ def test_connection_options_are_a_dict_of_names(options: object) -> None:
         CoordinationConfig(connection_options=options)  # type: ignore[arg-type]  # wrong on purpose
 
 
+@pytest.mark.parametrize('name', ['host', 'port', 'dbname', 'user', 'password', 'client_encoding', 'service'])
+def test_an_option_that_would_be_overridden_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f'connection_options names {name!r}') as caught:
+        CoordinationConfig(connection_options={'sslmode': 'require', name: 's3cret'})
+    assert 's3cret' not in str(caught.value)
+    with pytest.raises(ConfigurationError, match=f'connection_options names {name!r}'):
+        CoordinationConfig.from_url('postgresql://h/db', connection_options={name: 's3cret'})
+
+
+def test_a_url_may_name_the_same_in_its_query() -> None:
+    config = CoordinationConfig.from_url('postgresql:///db?host=/run/pg&user=u&password=s3cret&sslmode=require')
+    assert (config.host, config.user, config.password) == ('/run/pg', 'u', 's3cret')
+    assert config.connection_options == {'sslmode': 'require'}
+
+
+def test_options_beside_a_url_are_added_to_those_in_it() -> None:
+    config = CoordinationConfig.from_url(
+        'postgresql://h/db?sslmode=require&keepalives=0', connection_options={'sslmode': 'verify-full', 'sslcrl': '/x'})
+    assert config.connection_options == {'sslmode': 'verify-full', 'keepalives': '0', 'sslcrl': '/x'}
+
+
+def test_a_connect_timeout_among_the_options_is_the_one_that_counts() -> None:
+    assert CoordinationConfig(connection_options={'connect_timeout': '3'}).connect_timeout_sec == 3
+    assert CoordinationConfig.from_url('postgresql://h/db?connect_timeout=3').connect_timeout_sec == 3
+    given = CoordinationConfig.from_url('postgresql://h/db?connect_timeout=3', connect_timeout_sec=7)
+    assert given.connect_timeout_sec == 7 and given.connection_options == {}, 'keywords win over the URL'
+    for wrong in ('s3cret', '', None, '0'):
+        with pytest.raises(ConfigurationError, match='connect_timeout'):
+            CoordinationConfig(connection_options={'connect_timeout': wrong})  # type: ignore[dict-item]  # wrong on purpose
+
+
+def test_an_address_is_for_one_host() -> None:
+    with pytest.raises(ConfigurationError, match='hostaddr'):
+        CoordinationConfig(host='a,b', connection_options={'hostaddr': '127.0.0.1'})
+
+
 @pytest.mark.parametrize('name', ['host', 'dbname', 'user'])
 @pytest.mark.parametrize('value', ['a\nb', 'a\r', '\x1b[31mred', 'a\u2028b'])
 def test_a_name_that_would_make_a_line_of_its_own_in_a_log_is_refused(name: str, value: str) -> None:
