@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,16 @@ class CoordinatedTasks:
             if found is not None and found.pin is not None:
                 pins[name] = found.pin
         return pins
+
+    def unknown_pins(self) -> list[str]:
+        """What is to be said at the start of pins in the settings whose tasks are not known here: most likely they are misspelt."""
+        names = list(self._names())
+        found: list[str] = []
+        for name in self._settings.pins:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                found.append(f'pins: {name!r} is not known here' + (f'; did you mean {near[0]!r}?' if near else ''))
+        return found
 
     def _build(self, name: str, task: Declared) -> Coordination | None:
         pin = task.pin or self._settings.pins.get(name)

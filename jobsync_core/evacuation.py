@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import clock
 from .config import CoordinationConfig
@@ -84,14 +84,14 @@ def evacuate(mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], 
     try:
         with sessions.session() as connection:
             known = dict(queues.known(connection, tables, mail.kind))
-        alive = _alive(sessions, tables, config.heartbeat_timeout_sec, tell)
+        dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
         prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
         shared = parked_queue(config.appname), unknown_queue(config.appname)
         for name in mail.places():
             if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
                 known.setdefault(name, name[len(prefix):])
         for queue, node in sorted(known.items()):
-            _guarded(mail, done, queue, tell, lambda: _leave_node(mail, sessions, tables, queue, node, alive, done))  # noqa: B023
+            _guarded(mail, done, queue, tell, lambda: _leave_node(mail, sessions, tables, queue, node, dead, done))  # noqa: B023
         for queue in shared:
             _guarded(mail, done, queue, tell, lambda: _leave_shared(mail, sessions, tables, queue, done))  # noqa: B023
         return done
@@ -109,31 +109,38 @@ def _guarded(mail: Evacuable, done: Evacuated, queue: str, tell: Callable[[str],
         tell(f'{queue}: failed: {done.failed[queue]}')
 
 
-def _alive(sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable[[str], object]) -> set[str]:
-    """The nodes that live. Where all were killed, nobody has removed their rows: one that sends nothing for a whole timeout is dead."""
+def _dead(sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable[[str], object]) -> dict[str, tuple[Any, ...]]:
+    """Nodes in the table that are dead, and their last signs of life. Where all were killed, nobody has removed their rows: one that
+    sends nothing for a whole timeout is dead.
+    """
     with sessions.session() as connection:
-        seen = queues.heartbeats(connection, tables)
-    silent, until = dict(seen), clock.now() + timeout_sec
+        silent = queues.heartbeats(connection, tables)
+    until = clock.now() + timeout_sec
     if silent:
         tell(f'looking for {timeout_sec:g} s which of {len(silent)} nodes are alive')
-    alive: set[str] = set()
     while silent and clock.now() < until:
         time.sleep(min(0.25, timeout_sec / 8))
         with sessions.session() as connection:
             now = queues.heartbeats(connection, tables)
-        alive |= {node for node, sign in now.items() if seen.get(node) != sign}
         silent = {node: sign for node, sign in silent.items() if now.get(node) == sign}
-    return alive
+    return silent
+
+
+def _is_alive(sessions: Sessions, tables: Tables, node: str, dead: dict[str, tuple[Any, ...]]) -> bool:
+    """Whether a node lives now: it may have come, or come back, since they were counted."""
+    with sessions.session() as connection:
+        sign = queues.heartbeats(connection, tables).get(node)
+    return sign is not None and sign != dead.get(node)
 
 
 def _leave_node(
-    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, node: str, alive: set[str], done: Evacuated,
+    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, node: str, dead: dict[str, tuple[Any, ...]], done: Evacuated,
 ) -> str:
     with sessions.session() as connection:
         if not queues.hold(connection, tables, node):
             done.busy.append(node)
             return 'somebody else is sweeping it; once more, later'
-        if node in alive:
+        if _is_alive(sessions, tables, node, dead):
             done.busy.append(node)
             return f'left alone: its node {node} is alive'
         restored = mail.restore(node)

@@ -84,7 +84,9 @@ class Parking:
             DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the next call tries again.
         """
         size = self._mail.size(self._parked)
-        if size and (self._stray or self._released != self._owners.version or size != self._left):
+        # A new plan is followed at once. Whatever else happens comes again and again, and rescue calls this twice a second meanwhile.
+        rested = clock.now() >= self._not_before
+        if size and (self._released != self._owners.version or (rested and (self._stray or size != self._left))):
             self._hand_out()
         elif not size:
             self._stray, self._released, self._left = False, self._owners.version, 0

@@ -1,9 +1,11 @@
 """Which actors of a broker are coordinated, and how their messages get their routes."""
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from dramatiq import GenericActor
@@ -12,15 +14,24 @@ from dramatiq.common import q_name
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.incoming import Refused, Stamps, find_route
-from jobsync_core.logs import shown
+from jobsync_core.logs import Repeats, get_logger, shown
 from jobsync_core.once import ExactlyOnce
 from jobsync_core.plugin import PluginSettings
+from jobsync_core.routing import HOME, HOPS, KEY, WAITS
 
 from .errors import DeclarationRefused
+from .incoming import Said
 from .once import function_of, is_ours
 
-__all__ = ['Actors', 'check_actor', 'once_of_actor', 'read_settings']
+__all__ = ['OPTIONS', 'ActorOptions', 'Actors', 'check_actor', 'check_message', 'once_of_actor', 'read_settings']
 
+logger = get_logger(__name__)
+
+#: What an actor may say.
+OPTIONS = ('jobsync_key', 'jobsync_pin')
+#: What the plugin writes on messages.
+_STAMPS = frozenset({KEY, HOPS, HOME, WAITS})
+_repeats = Repeats(math.inf)
 #: Characters of a key that stays short enough whatever scope is put before it.
 _SURELY_SHORT = 200
 
@@ -44,6 +55,60 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
         # One way of naming the database replaces the other.
         found.pop('config' if 'database_url' in given else 'database_url', None)
     return PluginSettings.read(found)
+
+
+class ActorOptions(Set[str]):
+    """The options of actors that the plugin has, for a broker, which refuses all others.
+
+    No `set`, so that what a broker keeps of it is made here: Dramatiq says of a misspelt one that a middleware may be missing.
+
+    Args:
+        names: The options.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __ror__(self, others: Iterable[str]) -> Any:
+        return _Known(self._names, others)
+
+
+class _Known(set[str]):
+    """All options of actors that a broker knows."""
+
+    def __init__(self, ours: frozenset[str], others: Iterable[str]) -> None:
+        super().__init__(ours.union(others))
+        self._ours = ours
+
+    def __rsub__(self, given: Set[Any]) -> set[str]:
+        unknown = set(given).difference(self)
+        for name in sorted(unknown):
+            if str(name).startswith('jobsync'):
+                raise DeclarationRefused(f'unknown actor option {name!r}{_near(name, self._ours)}')
+        return unknown
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1, 0.8)  # all of them begin alike
+    return f': did you mean {found[0]!r}?' if found else f': there are {", ".join(sorted(known))}'
+
+
+def check_message(message: Any) -> None:
+    """Warn, once, of options of a message that mean nothing: those of actors, and misspelt ones."""
+    for name in message.options:
+        if name.startswith('jobsync_') and name not in _STAMPS and _repeats.say((message.actor_name, name), 0.0) is not None:
+            near = (difflib.get_close_matches(name, OPTIONS, 1) or OPTIONS)[0]
+            logger.warning('actor=%s: the message option %s does nothing; key and pin are options of the actor: @dramatiq.actor(%s=…)',
+                           message.actor_name, name, near)
 
 
 class Actors(CoordinatedTasks):
@@ -105,6 +170,24 @@ class Actors(CoordinatedTasks):
             return str(actor.queue_name)
         return stamp if stamp is not None and not stamp.startswith('jobsync.') else 'default'
 
+    def home_of_unreadable(self, said: Said) -> str | None:
+        """The queue to which a message was sent that no worker can have; None where nothing tells.
+
+        Args:
+            said: What it says itself. Only a queue that is declared here counts, as nobody looks at others.
+        """
+        if said.stamp is not None and self.has_queue(said.stamp):
+            return said.stamp
+        actor = self._broker.actors.get(said.actor) if said.actor is not None else None
+        if actor is not None:
+            return str(actor.queue_name)
+        if said.queue is not None and self.has_queue(said.queue):
+            return said.queue
+        queues = {str(each.queue_name) for each in self._broker.actors.values()}
+        if len(queues) == 1:
+            return queues.pop()
+        return 'default' if 'default' in queues else None
+
     def _keys_differ(self, name: str) -> bool:
         """Whether what completes once is another key than the one that says where a message runs."""
         return self._broker.actors[name].options.get('jobsync_key') is not None
@@ -134,16 +217,22 @@ def once_of_actor(actor: Any) -> ExactlyOnce | None:
 
 
 def check_actor(actor: Any) -> None:
-    """Refuse an actor whose `exactly_once` Dramatiq would not understand.
+    """Refuse an actor whose `exactly_once` cannot work; its keys begin with the actor's name from now on, also where it is called.
 
     Raises:
-        DeclarationRefused: It is not the plugin's own.
+        DeclarationRefused: It is not the plugin's own, another actor has the same function, or the name can be another one's.
     """
     once = once_of_actor(actor)
-    if once is not None and not is_ours(once):
+    if once is None:
+        return
+    if not is_ours(once):
         raise DeclarationRefused(
             f"actor {actor.actor_name!r} has an exactly_once that is not Dramatiq's: a message whose key is running would fail instead of "
             'coming back. Write `from jobsync_dramatiq import exactly_once`, and put it below @dramatiq.actor')
+    try:
+        once.adopt(actor.actor_name)
+    except ConfigurationError as error:
+        raise DeclarationRefused(str(error)) from error
 
 
 def _without_self(once: ExactlyOnce, instance: object) -> Callable[..., str]:

@@ -5,19 +5,25 @@ See jobsync_core.incoming. Dramatiq's consumers stumble over each of these: over
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from dramatiq import Message
+from dramatiq import Message, get_encoder
+from dramatiq.common import q_name
 from dramatiq.errors import DecodeError
 
 from jobsync_core.incoming import Refused, Stamps, read_name, read_stamps
 from jobsync_core.logs import shown
-from jobsync_core.routing import HOME, HOPS, KEY, WAITS
+from jobsync_core.routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS
 
-__all__ = ['priority_of', 'read_message', 'unstamped']
+__all__ = ['Said', 'homes_in', 'priority_of', 'read_message', 'unstamped']
 
 #: Options that Dramatiq and its brokers read in a consumer's thread, or while they handle an error.
 _MOST_PRIORITY = 255
+#: Names of queues that actors can be declared with.
+_QUEUE = re.compile(r'[a-zA-Z_][a-zA-Z0-9._-]*')
 
 
 def read_message(data: bytes) -> Message[Any] | Refused:
@@ -44,6 +50,40 @@ def read_message(data: bytes) -> Message[Any] | Refused:
         return Refused(f'its id {shown(found.message_id, 60)} cannot be right: give a text, a UUID for example')
     _clean(found.options)
     return found
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a message that no worker can have says of its home queue; None where it says nothing that can be right.
+
+    Attributes:
+        stamp: What JobSync wrote on it.
+        actor: Its actor.
+        queue: Its queue.
+    """
+
+    stamp: str | None = None
+    actor: str | None = None
+    queue: str | None = None
+
+
+def homes_in(data: bytes) -> Said:
+    """What a message says of its home queue, as far as it can be decoded at all."""
+    try:
+        found: object = get_encoder().decode(data)
+    except Exception:  # whatever it holds, and whichever encoder the user has
+        return Said()
+    if not isinstance(found, Mapping):
+        return Said()
+    stamp, actor, queue = read_stamps(found.get('options')).home, found.get('actor_name'), found.get('queue_name')
+    return Said(
+        stamp if stamp is not None and _is_queue(stamp) else None, actor if isinstance(actor, str) else None,
+        q_name(queue) if isinstance(queue, str) and _is_queue(queue) else None)
+
+
+def _is_queue(name: str) -> bool:
+    """Whether this can be a queue of the user's: Dramatiq takes no other names for actors' queues."""
+    return _QUEUE.fullmatch(q_name(name)) is not None and len(name) <= QUEUE_BYTES and not name.startswith('jobsync.')
 
 
 def _clean(options: dict[str, Any]) -> None:

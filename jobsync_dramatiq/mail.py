@@ -12,6 +12,8 @@ from jobsync_core.evacuation import Evacuable
 from jobsync_core.incoming import Refused, read_stamps
 from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
 
+from .incoming import homes_in
+
 if TYPE_CHECKING:
     from .actors import Actors
 
@@ -122,9 +124,20 @@ def place_of(actors: Actors | None, message: Any) -> tuple[str | None, str]:
     return None if isinstance(route, Refused) else route, actors.home_of(message, stamps.home)
 
 
-def dead_letters(queue: str, appname: str) -> str:
-    """Where a queue's messages go that no worker can have: to the dead letters that the user knows, else to those of the parked queue."""
-    return xq_name(parked_queue(appname) if queue.startswith('jobsync.') else q_name(queue))
+def dead_letters(queue: str, data: bytes, appname: str, actors: Actors | None) -> str:
+    """Where a message goes that no worker can have: to the dead letters that the user knows, else to those of the parked queue.
+
+    Args:
+        queue: Where it was found.
+        data: The message.
+        appname: The cluster.
+        actors: What the process knows of actors; None in one that knows none.
+    """
+    if not queue.startswith('jobsync.'):
+        return xq_name(q_name(queue))
+    said = homes_in(data)
+    home = actors.home_of_unreadable(said) if actors is not None else said.stamp or said.queue
+    return xq_name(home or parked_queue(appname))
 
 
 def wrapped(message: Any, queue: str, route: str | None, hops: int = 0, **options: Any) -> Message[Any]:

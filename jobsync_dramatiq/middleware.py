@@ -23,7 +23,7 @@ from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand
 from jobsync_core.routing import HOME, HOPS, KEY, node_queue, parked_queue
 from jobsync_core.tokens import TokenSet
 
-from .actors import Actors, check_actor, read_settings
+from .actors import OPTIONS, ActorOptions, Actors, check_actor, check_message, read_settings
 from .errors import BootFailed, DeclarationRefused
 from .gate import GatedConsumer, WatchedConsumer, WorkerGate
 from .groups import mark_members, unmark_members
@@ -82,9 +82,9 @@ class JobSync(Middleware):
         self._undo: list[Callable[[], object]] = []
 
     @property
-    def actor_options(self) -> set[str]:
+    def actor_options(self) -> Any:
         """Options of actors; Dramatiq asks for them when the middleware is added, right before it can see the broker."""
-        return {'jobsync_key', 'jobsync_pin'}
+        return ActorOptions(OPTIONS)
 
     @property
     def job(self) -> Job | None:
@@ -148,6 +148,7 @@ class JobSync(Middleware):
         """In place of the broker's `enqueue`: messages of coordinated actors go straight to the owner's queue."""
         for name in (HOPS, HOME):
             message.options.pop(name, None)
+        check_message(message)
         queue = self._owner_queue(message) if delay is None and 'eta' not in message.options else None
         if queue is None:
             return self._enqueue(message, delay=delay)
@@ -250,6 +251,8 @@ class JobSync(Middleware):
                 'use dramatiq')
         settings, mail = self.settings, self._post()
         self._orphans, self.leaving, self._uncoordinated = OrphanWatch(), False, False
+        for text in self._known().unknown_pins():
+            logger.warning('JobSync: %s', text)
         appname, name = settings.config.appname, new_node_name(settings.node_name)
         queue, timeout = node_queue(appname, name), settings.config.heartbeat_timeout_sec
         # A worker's thread waits for messages for as long as `dramatiq_worker_timeout` says.
@@ -336,8 +339,8 @@ class JobSync(Middleware):
         return self._shared is not None and self._shared.busy(tokens)
 
     def _tick(self) -> None:
-        self._post().tidy()
         self._orphans.look(self.leaving)
+        self._post().tidy()
 
     def _lease_changed(self, leased: bool) -> None:
         if not leased or self._job is None:

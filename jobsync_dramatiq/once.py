@@ -29,8 +29,9 @@ __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
 logger = get_logger(__name__)
 
-#: Milliseconds until a message comes back that could not run; twice as many each time that its key is still running, up to the most.
-_COME_BACK_MS, _MOST_COME_BACK_MS = 1000, 60_000
+#: Milliseconds until a message comes back that could not run; twice as many each time, up to the most: where its key is running, and
+#: where anything else is in the way (the database, an eviction), which is over for all at once and needs no long pause.
+_COME_BACK_MS, _MOST_RUNNING_MS, _MOST_TROUBLE_MS = 1000, 60_000, 15_000
 _repeats = Repeats()
 
 #: The broker and the message that this thread, or task, works on.
@@ -68,15 +69,14 @@ class _DramatiqOnce(MessageOnce):
         broker, message = _current()
         note = note_of(message)
         if note is None or not note.sent_on:  # else it is back already
-            delay, options = _COME_BACK_MS, {}
-            if isinstance(error, ExecutionRunning):
-                waits = read_stamps(message.options).waits
-                delay, options = min(_COME_BACK_MS * 2 ** min(waits, 20), _MOST_COME_BACK_MS), {WAITS: waits + 1}
-            more = _repeats.say((message.actor_name, type(error), getattr(error, 'key', None)), clock.now())
+            runs, waits = isinstance(error, ExecutionRunning), read_stamps(message.options).waits
+            delay = min(_COME_BACK_MS * 2 ** min(waits, 20), _MOST_RUNNING_MS if runs else _MOST_TROUBLE_MS)
+            # What is in the way of all messages is said once for each actor; a running key is one message's own.
+            more = _repeats.say((message.actor_name, type(error), getattr(error, 'key', None) if runs else None), clock.now())
             if more is not None:
                 logger.info('actor=%s id=%s comes back in %d ms: %s%s', message.actor_name, message.message_id, delay, error, more)
             try:
-                broker.enqueue(message.copy(options=options), delay=delay)
+                broker.enqueue(message.copy(options={WAITS: waits + 1}), delay=delay)
             except Exception as trouble:
                 if note is None:
                     raise

@@ -88,7 +88,7 @@ class RabbitHold:
         found = read_message(body)
         if isinstance(found, Refused):
             with translated():
-                self._mail.set_aside(self._raw.channel, self.queue, method.delivery_tag, found.reason)
+                self._mail.set_aside(self._raw.channel, self.queue, method.delivery_tag, body, found.reason)
             return None
         self._raw.known_tags.add(method.delivery_tag)
         return _Delivery(found, method.delivery_tag, method.redelivered)

@@ -85,6 +85,8 @@ class RabbitMail:
         self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
         self._node_queue = ''
         self._state = threading.local()
+        #: Dead letters that this user may not write to.
+        self._refused: set[str] = set()
         self._consumer_parameters = broker.parameters
 
     @property
@@ -148,10 +150,25 @@ class RabbitMail:
         home = home_of(message)
         self._publish('', xq_name(home), wrapped(message, home, None))
 
-    def set_aside(self, channel: Any, queue: str, tag: int, reason: str) -> None:
-        """Have RabbitMQ put what no worker can have among the dead letters, as it is."""
-        logger.error('queue=%s goes to %s: %s', queue, dead_letters(queue, self._appname), reason)
-        channel.basic_nack(tag, requeue=False)
+    def set_aside(self, channel: Any, queue: str, tag: int, data: bytes, reason: str) -> None:
+        """Put what no worker can have among the dead letters, as it is. From the user's own queue RabbitMQ does so itself."""
+        dead, own = dead_letters(queue, data, self._appname, self.actors), xq_name(self._parked)
+        sends = queue.startswith('jobsync.') and dead not in (own, *self._refused)
+        if sends:
+            try:
+                self._publish_raw('', dead, data)
+            except ConnectionClosed as error:
+                if getattr(error.__cause__, 'reply_code', None) != _ACCESS_REFUSED:
+                    raise
+                # What lies behind this message must not wait for a right that this user has not.
+                self._refused.add(dead)
+                logger.warning('queue=%s: this user may not write to %s, so that dead letters of it go to %s', queue, dead, own)
+                sends = False
+        logger.error('queue=%s goes to %s: %s', queue, dead if sends or not queue.startswith('jobsync.') else own, reason)
+        if sends:
+            channel.basic_ack(tag)
+        else:
+            channel.basic_nack(tag, requeue=False)
 
     def tidy(self) -> None:
         """See BrokerMail."""
@@ -190,7 +207,7 @@ class RabbitMail:
             message = read_message(body)
             if not isinstance(message, Refused):
                 return _Letter(self, channel, method.delivery_tag, message)
-            self.set_aside(channel, queue, method.delivery_tag, message.reason)
+            self.set_aside(channel, queue, method.delivery_tag, body, message.reason)
 
     def begin_evacuation(self) -> None:
         """See BrokerMail: a message is acknowledged when its copy is confirmed."""
@@ -221,6 +238,9 @@ class RabbitMail:
         del self.broker.connection
 
     def _publish(self, exchange: str, queue: str, message: Message[Any]) -> None:
+        self._publish_raw(exchange, queue, message.encode(), priority_of(message.options))
+
+    def _publish_raw(self, exchange: str, queue: str, data: bytes, priority: int | None = None) -> None:
         broken: Exception | None = None
         for _ in range(_ATTEMPTS):
             try:
@@ -230,8 +250,8 @@ class RabbitMail:
                     self.broker._ensure_queue(q_name(queue))  # asks RabbitMQ only where the queue was missed before
                     channel = self.broker.channel
                 channel.basic_publish(
-                    exchange, queue, message.encode(), mandatory=self.broker.confirm_delivery,
-                    properties=pika.BasicProperties(delivery_mode=2, priority=priority_of(message.options)))
+                    exchange, queue, data, mandatory=self.broker.confirm_delivery,
+                    properties=pika.BasicProperties(delivery_mode=2, priority=priority))
                 return
             except UnroutableError as error:
                 # The queue was deleted, or never made. declare_queue would have this worker consume it.

@@ -101,10 +101,11 @@ class RedisHold:
         return False
 
     def _take(self, number: int) -> list[tuple[str, bytes]]:
+        self._mail.recheck(self.queue)
         try:
             return self._mail.fetch(self.queue, number)
         except (RedisError, OSError):
-            self._mail.reclaim(self.queue)  # the answer may be lost with the connection, and what it brought
+            self._mail.recheck(self.queue)  # the answer may be lost with the connection, and what it brought
             return self._mail.fetch(self.queue, number)
 
     @property

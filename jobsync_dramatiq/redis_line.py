@@ -9,6 +9,9 @@ from redis.exceptions import NoScriptError
 
 __all__ = ['Line']
 
+#: Seconds to wait for an answer where the client's user has not said for how long. No script here takes long.
+_ANSWER_SEC = 10.0
+
 
 class Line:
     """Runs scripts, each thread's on a connection of its own, and each once: nothing is tried again.
@@ -47,7 +50,10 @@ class Line:
             pool = getattr(self._client, 'connection_pool', None)
             if pool is None:
                 return None
-            found = self._own.connection = pool.connection_class(**pool.connection_kwargs)
+            known = dict(pool.connection_kwargs)
+            if known.get('socket_timeout') is None:  # before redis-py 8: a network that swallows the answer would hang the thread for ever
+                known['socket_timeout'] = _ANSWER_SEC
+            found = self._own.connection = pool.connection_class(**known)
         return found
 
     @staticmethod

@@ -6,6 +6,7 @@ the node's name, and the names of the queues stand in a set beside the node's qu
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from dramatiq.common import current_millis, xq_name
 from dramatiq.errors import ConnectionClosed
 from redis.exceptions import RedisError
 
+from jobsync_core import clock
 from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.mail import Letter
@@ -38,6 +40,9 @@ logger = get_logger(__name__)
 
 #: What `maintenance_chance` counts in.
 _MILLION = 1_000_000
+#: Seconds for which a queue stays doubtful after an answer was lost, and between two looks at it: a request that the network holds
+#: up may reach Redis long after its sender gave it up.
+_DOUBT_SEC, _LOOK_SEC = 60.0, 1.0
 
 #: What stands beside a queue.
 _ENDINGS = re.compile(r'\.(msgs|sources)$')
@@ -153,6 +158,10 @@ class RedisMail:
         self.in_hand: dict[str, set[str]] = {}
         #: Queues and Redis ids of what is to go back, and could not yet.
         self._left: list[tuple[str, str]] = []
+        #: Queues of which a lost answer may have brought messages: until when they are looked at, and when next.
+        self._doubtful: dict[str, tuple[float, float]] = {}
+        #: Those of them that the keeper takes from, and nobody consumes here.
+        self._swept: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -195,12 +204,16 @@ class RedisMail:
         """Take messages, and show that this process lives: Redis ids and data.
 
         Raises:
-            RedisError, OSError: Some may have been taken; see `reclaim`.
+            RedisError, OSError: Some may have been taken. The queue is doubtful from then on; see `recheck`.
         """
         if random.randrange(_MILLION) < self.broker.maintenance_chance:
             self._maintain(queue)
         keys = [*self._keys(queue), f'{self.broker.namespace}:__heartbeats__']
-        found = self._line.run(self._fetch, keys, [current_millis(), self.broker.broker_id, number])
+        try:
+            found = self._line.run(self._fetch, keys, [current_millis(), self.broker.broker_id, number])
+        except BaseException:
+            self._doubt(queue)
+            raise
         return [(_text(found[place]), found[place + 1]) for place in range(0, len(found), 2)]
 
     def _maintain(self, queue: str) -> None:
@@ -250,12 +263,33 @@ class RedisMail:
 
     def set_aside(self, queue: str, number: str, data: bytes, reason: str) -> None:
         """Put what no worker can have among the dead letters, as it is."""
-        dead = dead_letters(queue, self._appname)
+        dead = dead_letters(queue, data, self._appname, self.actors)
         logger.error('queue=%s id=%s goes to %s: %s', queue, number, dead, reason)
         self._move(queue, number, dead, data)
 
     def _move(self, queue: str, number: str, dead: str, data: bytes) -> None:
         self._bury(keys=self._keys(queue, dead), args=[number, current_millis(), data])
+
+    def _doubt(self, queue: str) -> None:
+        now = clock.now()
+        self._doubtful[queue] = now + _DOUBT_SEC, now
+
+    def recheck(self, queue: str) -> None:
+        """Look after a doubtful queue, if it is one and it is time: what an answer brought that was lost goes back.
+
+        Only the thread that takes from the queue may call this, and only while it holds nothing of it that is not in hand.
+
+        Raises:
+            RedisError, OSError: Redis cannot be asked; the queue stays doubtful.
+        """
+        until, at = self._doubtful.get(queue, (0.0, math.inf))
+        if (now := clock.now()) < at:
+            return
+        self.reclaim(queue)
+        if now < until:
+            self._doubtful[queue] = until, now + _LOOK_SEC
+        else:
+            del self._doubtful[queue]
 
     def reclaim(self, queue: str) -> None:
         """Put back what Redis counts as taken by this process, while no thread has it: its answer to a fetch was lost.
@@ -272,10 +306,21 @@ class RedisMail:
         """Give back messages, by their queues and Redis ids; what cannot go back now is tried again by the keeper."""
         with self._lock:
             self._left.extend(items)
-        self.tidy()
+        self._give_back()
 
     def tidy(self) -> None:
-        """See BrokerMail: give back what could not go back."""
+        """See BrokerMail: give back what could not go back, and what the keeper took in an answer that was lost.
+
+        The keeper has nothing in hand when it calls this.
+
+        Raises:
+            RedisError, OSError: Redis cannot be asked; it is tried again.
+        """
+        self._give_back()
+        for queue in self._swept.intersection(self._doubtful):
+            self.recheck(queue)
+
+    def _give_back(self) -> None:
         with self._lock:
             while self._left:
                 queue, number = self._left[-1]
@@ -320,12 +365,17 @@ class RedisMail:
             self._drop_source(queue)
             return None
         self._note_source(queue)
+        self._swept.add(queue)
         while found := self.fetch(queue, 1):
             number, data = found[0]
-            message = read_message(data)
-            if not isinstance(message, Refused):
-                return _Letter(self, queue, number, message)
-            self.set_aside(queue, number, data, message.reason)
+            try:
+                message = read_message(data)
+                if not isinstance(message, Refused):
+                    return _Letter(self, queue, number, message)
+                self.set_aside(queue, number, data, message.reason)
+            except BaseException:
+                self._doubt(queue)  # it is taken, and nobody has it
+                raise
         return None
 
     def _drop_source(self, queue: str) -> None:
@@ -348,7 +398,11 @@ class RedisMail:
         return sorted({_ENDINGS.sub('', key[len(self.broker.namespace) + 1:]) for key in found if '.XQ' not in key})
 
     def close(self) -> None:
-        """See Evacuable."""
+        """See Evacuable. What a lost answer brought goes back now, or when somebody evacuates again."""
+        try:
+            self.tidy()
+        except (RedisError, OSError) as error:
+            logger.warning('messages may still be in hand; evacuate once more: %r', error)
         self.broker.client.close()
 
     def delete(self, queue: str) -> bool:

@@ -1,6 +1,7 @@
 """What cannot work is refused where it is written: the plugin added twice, an exactly_once in the wrong place or of another kind."""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import dramatiq
@@ -11,8 +12,11 @@ from dramatiq.middleware import MiddlewareError
 from jobsync_celery import exactly_once as celery_once
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ConfigurationError
 from jobsync_dramatiq import JobSync, exactly_once
+
+from ..fakes import FakeLedger
 
 CONFIG = CoordinationConfig(appname='shop_')
 
@@ -68,6 +72,70 @@ class TestAdded:
         for name in ('a', 'b'):
             with pytest.raises(ConfigurationError, match='2 times'):
                 dramatiq.actor(broker=broker, actor_name=name)(work)
+
+
+class TestOptions:
+    @pytest.mark.parametrize('kind', ['function', 'class'])
+    @pytest.mark.parametrize(('given', 'told'), [
+        ('jobsync_keys', "unknown actor option 'jobsync_keys': did you mean 'jobsync_key'?"),
+        ('jobsync_pins', "unknown actor option 'jobsync_pins': did you mean 'jobsync_pin'?"),
+        ('jobsync', "unknown actor option 'jobsync': "), ('jobsync_zzz', ': there are jobsync_key, jobsync_pin')])
+    def test_a_misspelt_one_is_refused_and_the_right_one_named(self, given: str, told: str, kind: str) -> None:
+        found, options = new_broker(), {given: '{n}'}
+
+        def declare() -> None:
+            if kind == 'function':
+                dramatiq.actor(work, broker=found, **options)  # type: ignore[call-overload]  # whatever a user writes
+            else:
+                type('Work', (dramatiq.GenericActor,), {'Meta': type('Meta', (), {'broker': found, **options}), 'perform': work})
+
+        with pytest.raises(ConfigurationError, match=re.escape(told)):
+            declare()
+
+    def test_what_is_not_ours_dramatiq_refuses_and_what_other_middleware_adds_it_takes(self) -> None:
+        class Other(dramatiq.Middleware):
+            actor_options: Any = {'color'}  # noqa: RUF012
+
+        for middleware in ([JobSync(config=CONFIG), Other()], [Other(), JobSync(config=CONFIG)]):
+            found = StubBroker(middleware=middleware)
+            dramatiq.actor(broker=found, color='red', jobsync_key='{n}')(work)
+            with pytest.raises(ValueError, match='Did you forget to add a middleware'):
+                dramatiq.actor(broker=found, actor_name='other', colour='red')(work)
+        assert JobSync(config=CONFIG).actor_options == {'jobsync_key', 'jobsync_pin'}
+
+    def test_a_message_that_says_them_is_told_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        actor: Any = dramatiq.actor(broker=new_broker(), actor_name='told_once')(work)
+        for _ in range(3):
+            actor.send_with_options(args=(1,), jobsync_keys='x')
+            actor.send_with_options(args=(1,), jobsync_key='x', jobsync_waits=1, debounce='y')
+        lines = [record.getMessage() for record in caplog.records if 'does nothing' in record.getMessage()]
+        told = 'the message option jobsync_keys does nothing; key and pin are options of the actor: @dramatiq.actor(jobsync_key=…)'
+        assert lines == [f'actor=told_once: {told}']
+
+
+class TestScope:
+    def test_it_is_the_actor_s_name_from_its_declaration_on_where_it_is_called_too(self) -> None:
+        once = exactly_once(key='{n}')(work)
+        actor: Any = dramatiq.actor(broker=new_broker(), actor_name='billing')(once)
+        ledger = FakeLedger()
+        set_current_ledger(ledger)
+        try:
+            actor(3)
+        finally:
+            set_current_ledger(None)
+        assert ledger.keys == ['billing:3']
+
+    def test_so_it_is_for_one_that_was_declared_before_the_plugin_was_added(self) -> None:
+        broker = StubBroker()
+        actor: Any = dramatiq.actor(broker=broker, actor_name='billing')(exactly_once(key='{n}')(lambda n: n))
+        broker.add_middleware(JobSync(config=CONFIG))
+        assert actor.fn.exactly_once.ledger_key_of((3,), {}) == 'billing:3'
+
+    def test_two_actors_of_one_function_are_refused_at_the_second(self) -> None:
+        broker, once = new_broker(), exactly_once(key='{n}')(work)
+        dramatiq.actor(broker=broker, actor_name='first')(once)
+        with pytest.raises(ConfigurationError, match="'first' and 'second' run the same @exactly_once function"):
+            dramatiq.actor(broker=broker, actor_name='second')(once)
 
 
 class TestDecorators:

@@ -15,12 +15,19 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.errors import ConnectionClosed
 from pika import URLParameters
 from pika.exceptions import UnroutableError
+from redis import Redis
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.plugin import PluginSettings
+from jobsync_dramatiq import JobSync
+from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.mail import BrokerMail, mail_of
 
 from ..brokers import BrokerServer, RabbitServer
-from ..hostile.dramatiq_wire import UNREADABLE
+from ..fakes import Clock
+from ..hostile.dramatiq_wire import TELLING, UNREADABLE, body
 from ..server.proxy import Mode, Proxy
 from ..waiting import eventually
 
@@ -40,6 +47,14 @@ class Place:
     def node(self, name: str, **options: Any) -> Any:
         """The mail of a process that is a node."""
         mail = self.producer(**options)
+        mail.join(name, f'jobsync.shop_.{name}')
+        return mail
+
+    def node_behind(self, proxy: Proxy, name: str) -> Any:
+        """The mail of a node that reaches Redis by a proxy, and waits for 0.3 s for an answer."""
+        broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=0.3')
+        self._stack.callback(broker.client.close)
+        mail = mail_of(broker, CoordinationConfig(appname='shop_'))
         mail.join(name, f'jobsync.shop_.{name}')
         return mail
 
@@ -68,6 +83,8 @@ class Place:
         if self.server.kind == 'redis':
             return list(mail.broker.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
         found: list[bytes] = []
+        if not mail.size(f'{queue}.XQ'):
+            return found  # perhaps there is no such queue
         while (data := mail.broker.channel.basic_get(f'{queue}.XQ')[2]) is not None:
             found.append(data)
         mail.broker.channel.basic_nack(0, multiple=True)
@@ -105,6 +122,13 @@ def message(n: int, **options: Any) -> Any:
 
 def next_of(hold: Any) -> Any:
     return eventually(lambda: hold.next(patient=True), 10)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def in_thread(action: Callable[[], Any]) -> None:
@@ -242,11 +266,19 @@ class TestBothBrokers:
         eventually(take_more, 10)
 
 
+def dead_by_queue(queue: str | None) -> dict[str, list[bytes]]:
+    """Where each message goes that no worker can have: all to one, or, found in a queue of the plugin's, as far as they tell it."""
+    found: dict[str, list[bytes]] = {'default': [], PARKED: []}
+    for name, data in UNREADABLE.items():
+        found[queue or ('default' if name in TELLING else PARKED)].append(data)
+    return {name: sorted(data) for name, data in found.items()}
+
+
 class TestUnreadable:
     """What no worker can have is set aside once, as it is, and what lies beside it goes its way."""
 
-    @pytest.mark.parametrize(('queue', 'dead'), [('default', 'default'), (N1, PARKED)])
-    def test_a_consumer_sets_it_aside(self, place: Place, queue: str, dead: str, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize('queue', ['default', N1])
+    def test_a_consumer_sets_it_aside(self, place: Place, queue: str, caplog: pytest.LogCaptureFixture) -> None:
         node = place.node('n1')
         hold = node.consume(queue, 100, 50)
         for n, data in enumerate(UNREADABLE.values()):
@@ -254,14 +286,14 @@ class TestUnreadable:
             node.send(message(n), queue, None)
         good = [next_of(hold) for _ in UNREADABLE]
         assert sorted(each.args[0] for each in good) == list(range(len(UNREADABLE)))
-        eventually(lambda: len(place.dead(node, dead)) == len(UNREADABLE), 10)
-        assert sorted(place.dead(node, dead)) == sorted(UNREADABLE.values())
+        dead = dead_by_queue(None if queue == N1 else 'default')
+        eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
         for each in good:
             in_thread(partial(hold.ack, each))
         hold.idle(0.05)
         hold.close([])
-        lines = [record.getMessage() for record in caplog.records if f'goes to {dead}.XQ: ' in record.getMessage()]
-        assert len(lines) == len(UNREADABLE)
+        lines = [record.getMessage() for record in caplog.records if '.XQ: ' in record.getMessage()]
+        assert sorted(line.split('.XQ: ')[0].rpartition(' ')[2] for line in lines) == sorted(name for name in dead for _ in dead[name])
         assert all(len(line) < 600 and '\n' not in line for line in lines)
         eventually(lambda: not [name for name in place.server.depths(place.space) if not name.endswith('.XQ')], 10)
 
@@ -271,7 +303,38 @@ class TestUnreadable:
             place.put_raw(node, PARKED, data)
             node.send(message(n), PARKED, f'k:{n}')
         assert [each.args[0] for each in place.take_all(node, PARKED)] == list(range(len(UNREADABLE)))
-        assert eventually(lambda: sorted(place.dead(node, PARKED)) == sorted(UNREADABLE.values()), 10)
+        dead = dead_by_queue(None)
+        assert eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
+
+    def test_a_worker_that_knows_the_actors_knows_where_their_dead_letters_are(self, place: Place) -> None:
+        node = place.node('n1')
+        node.broker.add_middleware(JobSync(config=CoordinationConfig(appname='shop_')))
+        for queue in ('default', 'mail'):
+            dramatiq.actor(actor_name=f'to_{queue}', queue_name=queue, broker=node.broker)(print)
+        node.actors = Actors(node.broker, PluginSettings(config=CoordinationConfig(appname='shop_')))
+        stamped = {'jobsync_home': 'mail'}
+        expected = {
+            'mail': [body(options=stamped, args=3), body(actor_name='to_mail', args=3), body(queue_name='mail', actor_name='?', args=3)],
+            # Nobody looks at queues that are not declared: what only a forger can have written counts for nothing.
+            'default': [body(options={'jobsync_home': 'nowhere'}, args=3), body(queue_name=PARKED, args=3), b'no message']}
+        for data in (*expected['mail'], *expected['default']):
+            place.put_raw(node, N1, data)
+        assert node.take(N1) is None
+        assert eventually(lambda: {name: sorted(place.dead(node, name)) for name in expected} == {
+            name: sorted(data) for name, data in expected.items()}, 10)
+
+    def test_without_a_right_to_write_there_it_goes_to_the_plugin_s_own(self, rabbit: Place, caplog: pytest.LogCaptureFixture) -> None:
+        node = rabbit.node('n1')
+        bad = UNREADABLE['no args']
+        for _ in range(2):
+            rabbit.put_raw(node, N1, bad)
+        assert isinstance(rabbit.server, RabbitServer)
+        rabbit.server.api('PUT', f'permissions/{rabbit.space}/guest', {'configure': '.*', 'write': '^jobsync.*', 'read': '.*'})
+        node.reset()
+        hold = node.consume(N1, 5, 50)
+        eventually(lambda: hold.next(patient=True) is None and len(rabbit.dead(node, PARKED)) == 2, 10)
+        hold.close([])
+        assert caplog.text.count('may not write to default.XQ') == 1
 
     def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(self, place: Place) -> None:
         node = place.node('n1')
@@ -284,7 +347,8 @@ class TestUnreadable:
         hold.resume()
         hold.close([first])
         hold = node.consume(N1, 50, 50)
-        eventually(lambda: hold.next(patient=True) is None and len(place.dead(node, PARKED)) == len(UNREADABLE), 10)
+        dead = dead_by_queue(None)
+        eventually(lambda: hold.next(patient=True) is None and {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
         hold.close([])
 
 
@@ -414,6 +478,105 @@ class TestRedis:
         found = [next_of(hold), next_of(hold)]
         assert running.message_id not in {each.message_id for each in found}
         assert hold.next(patient=False) is None
+
+    @pytest.mark.parametrize('mode', [Mode.SWALLOW_TO_CLIENT, Mode.HOLD_TO_SERVER], ids=['answer lost', 'request late'])
+    @pytest.mark.parametrize('who', ['keeper', 'consumer'])
+    def test_what_an_answer_brought_that_never_came_goes_back_soon(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch, mode: Mode, who: str,
+    ) -> None:
+        monkeypatch.setattr('jobsync_dramatiq.redis_mail._LOOK_SEC', 0.0)
+        other = redis.node('n2')
+        queue = PARKED if who == 'keeper' else 'default'
+        redis.put(other, queue, 3)
+        with Proxy('127.0.0.1', redis.server.port) as proxy:
+            node = redis.node_behind(proxy, 'n1')
+            hold = node.consume(queue, 1, 1) if who == 'consumer' else None
+            taken = f'dramatiq:__acks__.{node.broker.broker_id}.{queue}'
+            client, fetch = other.broker.client, node.fetch
+            fetch(queue, 0)  # the connection is there, and Redis knows the script
+
+            def fetch_badly(queue: str, number: int) -> Any:
+                proxy.switch(mode)
+                try:
+                    return fetch(queue, number)
+                finally:
+                    proxy.switch(Mode.REFUSE)  # what is asked next fails as well; and what was held up goes on
+                    eventually(lambda: client.scard(taken) == 1)
+                    proxy.reset()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(node, 'fetch', fetch_badly)
+                with pytest.raises((RedisError, ConnectionClosed)):
+                    _ = node.take(queue) if hold is None else hold.next(patient=True)
+            with pytest.raises(RedisError):
+                node.tidy() if hold is None else node.recheck(queue)
+            assert client.llen(f'dramatiq:{queue}') == 2
+            proxy.heal()
+            if hold is None:
+                node.tidy()
+            else:
+                found = next_of(hold)
+                assert client.scard(taken) == 1 and client.llen(f'dramatiq:{queue}') == 2
+                hold.close([found])
+            assert client.llen(f'dramatiq:{queue}') == 3 and not client.exists(taken)
+
+    def test_a_queue_stays_doubtful_for_a_minute_as_a_request_may_come_late(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock()
+        monkeypatch.setattr('jobsync_dramatiq.redis_mail.clock', clock)
+        node = redis.node('n1')
+        redis.put(node, PARKED, 2)
+        node.take(PARKED).put_back()
+        with monkeypatch.context() as patch:
+            patch.setattr(node._line, 'run', raising(RedisTimeout('no answer')))
+            with pytest.raises(RedisTimeout):
+                node.take(PARKED)
+        node.tidy()
+        node.broker.do_fetch(PARKED, 1)  # only now it gets there
+        clock.time += 0.9
+        node.tidy()
+        assert node.size(PARKED) == 1  # not more often than once a second
+        clock.time += 0.1
+        node.tidy()
+        assert node.size(PARKED) == 2
+        clock.time += 60
+        node.tidy()
+        assert not node._doubtful
+
+    def test_what_cannot_be_set_aside_goes_back(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        node = redis.node('n1')
+        redis.put_raw(node, PARKED, b'no message')
+        with monkeypatch.context() as patch:
+            patch.setattr(node, 'set_aside', raising(RedisTimeout('no answer')))
+            with pytest.raises(RedisTimeout):
+                node.take(PARKED)
+        assert node.size(PARKED) == 0
+        node.tidy()
+        assert node.size(PARKED) == 1
+
+    def test_whoever_evacuates_leaves_nothing_in_hand(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        mail = redis.producer()
+        mail.begin_evacuation()
+        redis.put(mail, PARKED)
+        fetch = mail._line.run
+        with monkeypatch.context() as patch:
+            patch.setattr(mail._line, 'run', lambda *args: (fetch(*args), raising(RedisTimeout('no answer'))()))
+            with pytest.raises(RedisTimeout):
+                mail.take(PARKED)
+        mail.close()
+        assert redis.node('n1').size(PARKED) == 1
+
+    def test_no_thread_waits_for_ever_for_an_answer(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr('jobsync_dramatiq.redis_line._ANSWER_SEC', 0.2)
+        with Proxy('127.0.0.1', redis.server.port) as proxy:
+            broker = RedisBroker(client=Redis.from_url(redis.server.url(redis.space, proxy.port), socket_timeout=None))
+            mail: Any = mail_of(broker, CoordinationConfig(appname='shop_'))
+            mail.join('n1', N1)
+            assert mail.fetch('default', 1) == []
+            proxy.switch(Mode.SWALLOW)
+            with pytest.raises(RedisTimeout):
+                mail.fetch('default', 1)
+            proxy.heal()
+            broker.client.close()
 
     def test_what_waited_for_its_time_comes_back_when_its_consumer_begins_anew(self, redis: Place) -> None:
         node = redis.node('n1')

@@ -15,7 +15,17 @@ from dramatiq.rate_limits.backends import StubBackend
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.current_ledger import set_current_ledger
-from jobsync_core.errors import ClaimLost, ConfigurationError, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced
+from jobsync_core.errors import (
+    ClaimLost,
+    ConfigurationError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    StoreTimeout,
+)
+from jobsync_core.logs import Repeats
 from jobsync_core.testing import MemoryLedger
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq.groups import mark_members
@@ -182,6 +192,29 @@ class TestComingBack:
                 delays.append(delay)
                 message = delivered(again)
         assert delays == [1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000, 60000]
+        assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) == 1
+
+    @pytest.mark.parametrize(('when', 'error'), [
+        ('begin', ClaimLost()), ('begin', DatabaseUnavailable()), ('begin', DatabaseRefused('disk full')), ('begin', StoreTimeout()),
+        ('finish', DatabaseUnavailable()), ('finish', Fenced())])
+    def test_so_it_does_whatever_else_is_in_the_way_but_less_long_and_one_line_speaks_for_all_messages(
+        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture, when: str, error: Any, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr('jobsync_dramatiq.once._repeats', Repeats())
+        bench = Bench()
+        actor = bench.actor()
+        setattr(ledger, f'{when}_error', error)
+        for n in range(3):
+            message, delays = delivered(actor.message(n)), list[int | None]()
+            with caplog.at_level('INFO'):
+                for _ in range(6):
+                    with pytest.raises(SkipMessage):
+                        bench.run(actor, message)
+                    (again, delay), = bench.sent
+                    bench.sent.clear()
+                    delays.append(delay)
+                    message = delivered(again)
+            assert delays == [1000, 2000, 4000, 8000, 15000, 15000]
         assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) == 1
 
     @pytest.mark.parametrize('waits', ['x', -3, [], 10**9, 10**40, True, None, float('nan')])

@@ -19,7 +19,7 @@ from dramatiq.brokers.redis import RedisBroker
 from jobsync_dramatiq import JobSync
 
 broker = RedisBroker(url=os.environ['CELERY_BROKER_URL'])
-broker.add_middleware(JobSync(pin_slots=4))
+broker.add_middleware(JobSync(pin_slots=4, pins={'rendr': ['gpu-%'], 'draw': ['%'], 'of-another-module': ['%']}))
 dramatiq.set_broker(broker)
 
 
@@ -44,7 +44,10 @@ def test_a_pin_that_is_taken_out_of_the_code_goes_with_the_next_worker(
     place.mkdir()
     (place / 'app.py').write_text(APP, encoding='utf-8')
     with closing(Programs(config, redis_server, place, tmp_path)) as programs:
-        programs.start('PINNED=1 dramatiq app -p 1 -t 1', 'ready for action.')
-        assert pinned() == ['draw', 'render']
+        first = programs.start('PINNED=1 dramatiq app -p 1 -t 1', 'ready for action.')
+        assert pinned() == ['draw', 'of-another-module', 'render', 'rendr']
+        assert first.log.count("pins: 'rendr' is not known here; did you mean 'render'?") == 1
+        assert first.log.count("pins: 'of-another-module' is not known here\n") == 1
+        assert first.log.count('is not known here') == 2
         programs.start('dramatiq app -p 1 -t 1', 'ready for action.')
-        eventually(lambda: pinned() == ['draw'])
+        eventually(lambda: pinned() == ['draw', 'of-another-module', 'rendr'])

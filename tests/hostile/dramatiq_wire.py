@@ -5,7 +5,7 @@ import json
 import uuid
 from typing import Any
 
-__all__ = ['UNREADABLE', 'body', 'odd_options', 'unreadable']
+__all__ = ['TELLING', 'UNREADABLE', 'body', 'odd_options', 'unreadable']
 
 
 def body(**fields: Any) -> bytes:
@@ -34,6 +34,13 @@ UNREADABLE: dict[str, bytes] = {
     'queue a list': body(queue_name=[]), 'queue null': body(queue_name=None), 'queue a number': body(queue_name=1),
     'queue empty': body(queue_name=''), 'id a list': body(message_id=[]), 'id a dict': body(message_id={}),
 }
+
+
+#: Those of them that tell the queue which they were sent to, `default`.
+TELLING = frozenset({
+    'no args', 'args that are none', 'args a number', 'no actor', 'one field more', 'options null', 'options a list', 'options a text',
+    'options a number', 'actor a list', 'actor null', 'actor a number', 'actor empty', 'actor with NUL', 'actor a surrogate', 'actor long',
+    'id a list', 'id a dict'})
 
 
 def unreadable(number: int) -> bytes:

@@ -306,6 +306,32 @@ class TestParked:
         first.sweep()
         assert world.broker.routes(PARKED) == ['x1', 'x2']
 
+    def test_one_pass_follows_another_after_a_rest_and_a_new_plan_at_once(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a node that is gone is swept, sweeps follow each other closely, and each may park something."""
+        first = world.node('n1', start=False)
+        world.settle(first)
+        monkeypatch.setattr(first.gate.owners, 'find', lambda route: None)
+        taken: list[str] = []
+        take = first.mail.take
+
+        def noted(queue: str) -> Letter | None:
+            taken.append(queue)
+            return take(queue)
+
+        monkeypatch.setattr(first.mail, 'take', noted)
+        for number in range(10):
+            world.broker.put(PARKED, f'x{number}')
+            first.keeper.parked_something()
+            first.sweep()
+        assert len(taken) == 1, 'the first pass looked at one message, and there was no second one'
+        assert 0 < first.keeper._parking.pause <= 5
+        first.keeper._parking._not_before = 0.0
+        first.sweep()
+        assert len(taken) == 11
+        first.keeper._parking._released -= 1  # a plan
+        first.sweep()
+        assert len(taken) == 21
+
     def test_many_of_one_blocked_pin_are_in_nobody_s_way(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
