@@ -22,7 +22,7 @@ from jobsync_core.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queu
 from jobsync_core.tokens import TokenSet
 
 from .circuit import BrokerBusy
-from .handing import Handing
+from .handing import Handing, expires
 from .holding import Holding, is_its_fault
 from .incoming import Incoming, read_delivery
 from .logs import get_logger
@@ -124,7 +124,10 @@ class ConsumerGate:
         self._dispatched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._repeats = Repeats()
         self._holding = Holding(lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count)
-        self._handing = Handing(consumer, lambda message, reason, reject: self._refuse(message, reason, reject=reject), self._holding)
+        self._receive: Callable[[Any], object] = lambda message: None  # nothing has come yet
+        self._handing = Handing(
+            consumer, lambda message, reason, reject: self._refuse(message, reason, reject=reject), lambda message: self._receive(message),
+            self._holding)
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
         self._make_handler, self._update = consumer.create_task_handler, consumer.update_strategies
@@ -153,7 +156,8 @@ class ConsumerGate:
             except Exception as error:
                 if isinstance(error, (*self._consumer.connection_errors, *self._consumer.channel_errors)) and not self._is_connected():
                     raise  # the consumer connects again, and the broker delivers again
-                self._not_taken(message, error)
+                self._not_taken(message, error, lambda: receive(message))
+        self._receive = receive
         return receive
 
     def _is_connected(self) -> bool:
@@ -162,9 +166,10 @@ class ConsumerGate:
         return connection is not None and bool(connection.connected)
 
     def _not_taken(
-        self, message: Any, error: Exception, refuse: Callable[[], object] | None = None, requeue: Callable[[], object] | None = None,
+        self, message: Any, error: Exception, again: Callable[[], object], refuse: Callable[[], object] | None = None,
+        requeue: Callable[[], object] | None = None,
     ) -> None:
-        """A message that failed on its way: set aside where it is to blame; otherwise it goes back after a pause."""
+        """A message that failed on its way: set aside where it is to blame; otherwise tried again after a pause."""
         if message.acknowledged:
             logger.error('A message that is acknowledged has failed: %s: %s', type(error).__name__, error, exc_info=error)
         elif is_its_fault(error):
@@ -173,7 +178,7 @@ class ConsumerGate:
             headers = message.headers if isinstance(message.headers, Mapping) else {}
             self._holding.keep(
                 shown(headers.get('task'), 100), shown(headers.get('id'), 100), error,
-                requeue or (lambda: message.reject_log_error(logger, self._consumer.connection_errors, True)))
+                requeue or (lambda: message.reject_log_error(logger, self._consumer.connection_errors, True)), again, expires(message))
 
     def update_strategies(self) -> None:
         """In place of the consumer's: tasks that were made after the worker began are prepared as well."""
@@ -377,7 +382,7 @@ class ConsumerGate:
         except MemoryError:
             raise
         except Exception as error:
-            self._not_taken(waiting.message, error, waiting.refuse, waiting.requeue)
+            self._not_taken(waiting.message, error, lambda: self._place(waiting), waiting.refuse, waiting.requeue)
 
     def _send(self, waiting: _Waiting, queue: str, hops: int, event: str, decision: Decision) -> bool:
         note, message = waiting.note, waiting.message

@@ -15,7 +15,7 @@ from .holding import Holding, is_its_fault
 from .logs import get_logger
 from .lost import comes_back, count_lost
 
-__all__ = ['Handing']
+__all__ = ['Handing', 'expires']
 
 logger = get_logger(__name__)
 
@@ -25,6 +25,11 @@ class _OutOfMemory(Exception):
 
     def __repr__(self) -> str:
         return f'MemoryError({str(self)!r})'
+
+
+def expires(message: Any) -> bool:
+    """Whether RabbitMQ drops a message, some time, that is given back to it. Whoever waits for it would never hear of it."""
+    return message.properties.get('expiration') is not None
 
 
 def _raised(exc_info: Any) -> Any:
@@ -77,14 +82,17 @@ class Handing:
     Args:
         consumer: Celery's consumer.
         refuse: Sets a message aside: the message, why, and what rejects it.
+        again: Takes a message as if it had just come.
         holding: Keeps what cannot be taken now.
     """
 
     def __init__(
-        self, consumer: Any, refuse: Callable[[Any, str, Callable[[], object]], object], holding: Holding,
+        self, consumer: Any, refuse: Callable[[Any, str, Callable[[], object]], object], again: Callable[[Any], object],
+        holding: Holding,
     ) -> None:
         self._consumer = consumer
         self._refuse = refuse
+        self._again = again
         self._holding = holding
         self._controller: Any = consumer.controller
         self._process = self._controller._process_task
@@ -117,14 +125,15 @@ class Handing:
             try:
                 request.on_failure(ExceptionInfo(), return_ok=True)  # as of a process of the pool
             except Exception as trouble:
-                self._hold(request, trouble)
+                self._hold(request, trouble, None, stays=False)
         elif request.acknowledged:
             logger.error('Task %s[%s] ended in a way that Celery does not handle: %s: %s',
                          request.name, request.id, type(error).__name__, error, exc_info=error)
         elif is_its_fault(error):
             self._set_aside(request, f'it cannot be handed to the pool: {type(error).__name__}: {error}')
         else:
-            self._hold(request, error)
+            message = request.message
+            self._hold(request, error, lambda: self._again(message), stays=expires(message))
 
     def _forget(self, request: Any) -> None:
         """A pool of processes remembers a job that it could not write, and would wait for it when the worker ends."""
@@ -138,8 +147,8 @@ class Handing:
     def _set_aside(self, request: Any, reason: str) -> None:
         self._refuse(request.message, reason, lambda: request.reject(requeue=False))
 
-    def _hold(self, request: Any, error: BaseException, act: Callable[[], object] | None = None) -> None:
-        self._holding.keep(request.name, request.id, error, lambda: request.reject(requeue=True), act)
+    def _hold(self, request: Any, error: BaseException, act: Callable[[], object] | None, stays: bool) -> None:
+        self._holding.keep(request.name, request.id, error, lambda: request.reject(requeue=True), act, stays)
 
     def guard_end(self, request: Any) -> None:
         """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
@@ -156,7 +165,7 @@ class Handing:
                         self._set_aside(request, f'its end cannot be told: {type(error).__name__}: {error}')
                     else:
                         # Whoever is to be told is away. The task has run: its end is told again, and it does not run again.
-                        self._hold(request, error, lambda: call(*args, **kwargs))
+                        self._hold(request, error, lambda: call(*args, **kwargs), stays=True)
                     return None
             return call
 
@@ -166,7 +175,7 @@ class Handing:
             error = _raised(exc_info)
             if isinstance(error, ComesBack):
                 state.task_ready(request)
-                self._hold(request, error)
+                self._hold(request, error, lambda: self._again(request.message), stays=expires(request.message))
                 return None
             if comes_back(request, exc_info):
                 request.reject(requeue=True)  # Celery cannot acknowledge it any more

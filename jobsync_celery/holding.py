@@ -1,4 +1,4 @@
-"""Messages that cannot be taken now, through no fault of theirs: each is kept for a while, unacknowledged, and then given back."""
+"""Messages that cannot be taken now, through no fault of theirs: each is kept for a while, unacknowledged, and then tried again."""
 from __future__ import annotations
 
 import pickle
@@ -32,6 +32,8 @@ _NOT_ITS_FAULT = (OSError, MemoryError)
 _LOOK_SEC = 0.1
 #: Seconds after which a look that is due is taken for lost.
 _LOST_SEC = 2.0
+#: Tries after which a message is given back.
+_EVERY = 10
 #: Messages of which is remembered how often they were held.
 _MOST_KNOWN = 1000
 
@@ -82,7 +84,7 @@ class Holding:
 
     def keep(
         self, name: object, message_id: object, error: BaseException, give_back: Callable[[], object],
-        act: Callable[[], object] | None = None,
+        act: Callable[[], object] | None = None, stays: bool = False,
     ) -> None:
         """Hold a message.
 
@@ -92,6 +94,8 @@ class Holding:
             error: Why it cannot be taken now.
             give_back: Returns it to the broker.
             act: What is tried when its pause is over; default: `give_back`.
+            stays: It is tried here until that works. Otherwise each tenth time it is given back: another worker may be better off.
+                Not more often, as a quorum queue drops what comes back twenty times.
         """
         with self._lock:
             times = self._times.pop(str(message_id), 0)
@@ -99,7 +103,8 @@ class Holding:
                 self._times.pop(next(iter(self._times)))
             self._times[str(message_id)] = times + 1
             pause = come_back_sec(times)
-            self._held.append(_Held(str(name), act or give_back, give_back, clock.now() + pause))
+            todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else give_back
+            self._held.append(_Held(str(name), todo, give_back, clock.now() + pause))
             more = self._repeats.say((str(name), type(error)), clock.now())
             self._look_later()
         if more is not None:
@@ -125,23 +130,25 @@ class Holding:
             if self._held:
                 self._look_later()
         for item in due:
-            self._do(item, item.act)
+            self._do(item, item.act, 'returned' if item.act is item.give_back else 'retried')
 
     def give_back(self) -> None:
         """Return all of them to the broker."""
         with self._lock:
             held, self._held = self._held, []
         for item in held:
-            self._do(item, item.give_back)
+            self._do(item, item.give_back, 'returned')
 
     def forget(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._held, self._looks_at = [], None  # the timer's entries go with the connection
 
-    def _do(self, item: _Held, action: Callable[[], Any]) -> None:
-        self._count('returned')
+    def _do(self, item: _Held, action: Callable[[], Any], event: str) -> None:
+        self._count(event)
         try:
             action()
+        except MemoryError:
+            raise
         except Exception as error:  # each on its own
-            logger.warning('Task %s is not given back: %r', item.name, error)
+            logger.warning('Task %s is not %s: %r', item.name, event, error)

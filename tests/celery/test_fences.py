@@ -106,6 +106,10 @@ def blame_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, 'is_its_fault', lambda error: True)
 
 
+def give_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding_module, '_EVERY', 1)
+
+
 def without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding_module, 'come_back_sec', lambda times: 0.0)
 
@@ -129,7 +133,7 @@ def never_withdraw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hold_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Handing, '_hold', lambda self, request, error, act=None: request.reject(requeue=True))
+    monkeypatch.setattr(Handing, '_hold', lambda self, request, error, act, stays: request.reject(requeue=True))
 
 
 def one_failure_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +155,8 @@ def check_not_begun_twice(stage: Bench) -> None:
 
 
 TROUBLES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
-    (blame_the_message, check_away), (without_a_pause, check_away), (keep_the_slot, check_slot), (the_worker_s_own, check_slot),
+    (blame_the_message, check_away), (without_a_pause, check_away), (give_back_at_once, check_away),
+    (keep_the_slot, check_slot), (the_worker_s_own, check_slot),
     (never_withdraw, check_not_begun_twice), (hold_no_end, check_end_told_later), (one_failure_is_enough, check_odd_connection)]
 
 

@@ -1,6 +1,7 @@
 """The gate of a worker: what becomes of each message, in which order, whatever fails."""
 from __future__ import annotations
 
+import itertools
 import pickle
 import ssl
 from collections.abc import Callable, Iterator
@@ -48,19 +49,22 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 def check_goes_back(stage: Bench, error: Exception) -> None:
-    stage.handle = raising(error)
-    pauses = []
-    for _ in range(8):
-        message = Message(None)
-        stage.consumer.create_task_handler()(message)
-        assert (message.state, stage.gate.waiting) == ('', 1)
-        began = stage.clock.time
-        while stage.gate.waiting:
-            stage.look(0.5)
-        pauses.append(stage.clock.time - began)
-        assert message.state == 'requeue'
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-    assert stage.counts == {'returned': 8}
+    """It is tried again here, ever less often, and each tenth time it is given back."""
+    tries: list[float] = []
+
+    def fall(message: Message) -> None:
+        tries.append(stage.clock.time)
+        raise error
+
+    stage.handle = fall
+    message = Message(None)
+    stage.consumer.create_task_handler()(message)
+    while stage.gate.waiting:
+        assert message.state == ''
+        stage.look(0.5)
+    assert message.state == 'requeue'
+    assert [round(later - former) for former, later in itertools.pairwise(tries)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert stage.counts == {'retried': 9, 'returned': 1}
 
 
 @pytest.fixture
@@ -335,8 +339,17 @@ class TestOddMessages:
                 self._receive(stage, Message(None))
 
     @pytest.mark.parametrize('error', TROUBLE, ids=repr)
-    def test_what_is_no_message_s_fault_brings_it_back_after_a_pause(self, stage: Bench, error: Exception) -> None:
+    def test_what_is_no_message_s_fault_is_tried_again(self, stage: Bench, error: Exception) -> None:
         check_goes_back(stage, error)
+
+    def test_what_rabbitmq_would_drop_is_not_given_back(self, stage: Bench) -> None:
+        stage.handle = raising(BackendAway('away'))
+        message = Message(None)
+        message.properties['expiration'] = '0'
+        self._receive(stage, message)
+        for _ in range(2000):
+            stage.look(0.5)
+        assert (message.state, stage.gate.waiting) == ('', 1)
 
     @pytest.mark.parametrize('error', FAULTS, ids=repr)
     def test_what_is_its_fault_sets_it_aside(self, stage: Bench, error: Exception) -> None:
@@ -471,12 +484,13 @@ class TestEachOnItsOwn:
         check_odd_connection(stage)
 
     @pytest.mark.parametrize('error', TROUBLE, ids=repr)
-    def test_what_has_waited_goes_back_as_well(self, stage: Bench, error: Exception) -> None:
+    def test_what_has_waited_is_tried_again_as_well(self, stage: Bench, error: Exception) -> None:
         stage.receive(Message('nobody'))
         stage.job.mine.add('nobody')
         stage.strategy_error = error
         assert stage.look() == []
-        assert (stage.look(1.1), stage.gate.waiting) == (['requeue'], 0)
+        stage.strategy_error = None
+        assert (stage.look(1.1), stage.gate.waiting) == (['run'], 0)
 
     def test_looking_more_often_starts_no_second_timer(self, stage: Bench) -> None:
         stage.receive(Message('nobody'))
@@ -496,14 +510,21 @@ class TestIntoThePool:
         message = Message('mine', task=task)
         stage.receive(message)
         stage.pool_error = error
+        stage.handle = lambda message: stage.log.append('received')
+        stage.consumer.create_task_handler()
         return stage.dispatch(message)
 
     @pytest.mark.parametrize('task', ['plain', 'keyed'])
     @pytest.mark.parametrize('error', TROUBLE, ids=repr)
-    def test_trouble_brings_it_back(self, stage: Bench, error: Exception, task: str) -> None:
+    def test_in_trouble_it_is_tried_again(self, stage: Bench, error: Exception, task: str) -> None:
         assert self._hand_over(stage, error, task) == []
         assert stage.look(0.9) == []
-        assert stage.look(0.2) == ['requeue']
+        assert stage.look(0.2) == ['received']
+
+    def test_what_cannot_be_handed_over_goes_back_when_consuming_stops(self, stage: Bench) -> None:
+        self._hand_over(stage, TROUBLE[0])
+        stage.gate.give_back()
+        assert (stage.log, stage.gate.waiting) == (['requeue'], 0)
 
     @pytest.mark.parametrize('error', FAULTS, ids=repr)
     def test_what_cannot_be_handed_over_is_set_aside(self, stage: Bench, error: Exception) -> None:
@@ -515,7 +536,7 @@ class TestIntoThePool:
 
     def test_one_that_wants_it_again_gets_it_after_a_pause(self, stage: Bench) -> None:
         assert self._hand_over(stage, Reject('later', requeue=True)) == []
-        assert stage.look(1.1) == ['requeue']
+        assert stage.look(1.1) == ['received']
 
     def test_what_is_acknowledged_stays_so(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
         message = Message(None, task='plain')
@@ -546,17 +567,15 @@ class TestIntoThePool:
     def test_an_end_that_cannot_be_told_is_told_later_and_the_task_does_not_run_again(self, stage: Bench) -> None:
         check_end_told_later(stage)
 
-    def test_what_comes_back_by_itself_and_cannot_goes_back(self, stage: Bench) -> None:
-        message = Message('mine', task='once')
-        stage.receive(message)
-        stage.dispatch(message)
+    def test_what_comes_back_by_itself_and_cannot_is_tried_again(self, stage: Bench) -> None:
+        self._hand_over(stage, None, 'once')
         stage.log.clear()
         try:
             raise ComesBack('no broker', requeue=True)
         except ComesBack:
             stage.request.on_failure(ExceptionInfo())
         assert (stage.log, stage.gate.waiting) == ([], 1)
-        assert stage.look(1.1) == ['requeue']
+        assert stage.look(1.1) == ['received']
 
 
 def check_odd_connection(stage: Bench) -> None:
@@ -582,12 +601,14 @@ def check_begun_once(stage: Bench, begun: bool) -> None:
         raise RuntimeError("can't start new thread")
 
     stage.gate._handing._process = process
+    stage.handle = lambda message: stage.log.append('received')
+    stage.consumer.create_task_handler()
     stage.consumer.on_task_request(request)
     stage.look(1.1)
     if begun:
         assert stage.log == ['accepted']
     else:
-        assert stage.log == ['requeue']
+        assert stage.log == ['received']
         with pytest.raises(TaskRevokedError):
             request.on_accepted(1, 0.0)
 
