@@ -34,7 +34,7 @@ from .execution import (
     retention_seconds,
 )
 from .ledger_calls import LedgerCalls
-from .logs import get_logger
+from .logs import Repeats, get_logger
 from .pausing import Pausing
 from .process import this_process
 from .results import decode_result
@@ -99,6 +99,7 @@ class Ledger:
         self.pausing = pausing if pausing is not None else Pausing()
         self._locals: dict[int, _Local] = {}
         self._prefixes: dict[str, tuple[float, bool]] = {}
+        self._repeats = Repeats()
 
     @property
     def incarnation(self) -> str:
@@ -333,7 +334,7 @@ class Ledger:
         try:
             self._calls.add_result(execution.key, execution.fence, text)
         except DatabaseUnavailable as error:
-            logger.warning('key=%s completed without its result: %s', execution.key, error)
+            self._say('key=%s completed without its result: %s%s', execution.key, error)
 
     def _fail(self, mine: Unsettled) -> None:
         execution = mine.execution
@@ -342,7 +343,13 @@ class Ledger:
         try:
             mine.settled = self._calls.settle(execution.key, execution.fence, mine.error, execution.retention_sec) != 'running'
         except DatabaseUnavailable as trouble:
-            logger.warning('key=%s failed, which could not be recorded yet: %s', execution.key, trouble)
+            self._say('key=%s failed, which could not be recorded yet: %s%s', execution.key, trouble)
+
+    def _say(self, line: str, key: str, error: Exception) -> None:
+        """An outage concerns all keys: it is told once, then once a minute with the number of those between."""
+        more = self._repeats.say(line, clock.now())
+        if more is not None:
+            logger.warning(line, key, error, more)
 
     def _record_end(self, unsettled: Unsettled) -> bool:
         """Record the end of an attempt in the background; False while a transaction that may complete it is open."""
@@ -351,7 +358,9 @@ class Ledger:
             return True
         if unsettled.succeeded and not execution._foreign and not execution._completed:
             finished = self._calls.finish(completion_of(execution))
-            logger.info('key=%s recorded=%s after the database had been away', execution.key, finished)
+            more = self._repeats.say('recorded', clock.now())
+            if more is not None:
+                logger.info('key=%s recorded=%s after the database had been away%s', execution.key, finished, more)
             return True
         return self._calls.settle(execution.key, execution.fence, unsettled.error, execution.retention_sec) != 'running'
 

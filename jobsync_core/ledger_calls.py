@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg2
 import psycopg2.errors
 
+from . import clock
 from .errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 from .group_commit import GroupCommit
-from .logs import get_logger
+from .logs import Repeats, get_logger
 from .process import is_known_dead
-from .store import executions
+from .store import blockers, executions
 from .store.executions import Completion, Holder, Row
 from .store.refusals import is_passing, refusal
 
@@ -28,6 +29,8 @@ __all__ = ['LedgerCalls']
 logger = get_logger(__name__)
 
 _RACES = 10
+#: SQLSTATE of a lock that was waited for too long.
+_LOCKED = '55P03'
 #: What is found where others are at the key at this very moment.
 _BUSY = Row(began=False, registered=True, state='running', free=False, fence=0, attempts=0, result=None, holder=None)
 
@@ -52,6 +55,7 @@ class LedgerCalls:
         # By process: a forked child begins with nothing of its parent's under way.
         self._begins: dict[int, GroupCommit[tuple[str, Holder], Row]] = {}
         self._finishes: dict[int, GroupCommit[Completion, bool]] = {}
+        self._repeats = Repeats()
 
     def begin(self, key: str, holder: Holder) -> Row:
         """Take the key, if it can be taken."""
@@ -122,7 +126,11 @@ class LedgerCalls:
             try:
                 row = executions.begin(connection, self._tables, key, holder)
             except psycopg2.errors.LockNotAvailable:
-                return _BUSY  # a transaction that completes the key is open
+                self._check_table(connection)
+                if executions.state_of(connection, self._tables, key) == 'running':
+                    return _BUSY  # a transaction that completes the key is open
+                raise DatabaseRefused(
+                    f'nothing was begun: somebody has locked the row of {key!r} in the ledger, or had locked its table', _LOCKED) from None
             if row.began or not row.registered:
                 return row
             if row.free or row.state is None:
@@ -134,6 +142,24 @@ class LedgerCalls:
                 return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
         return _BUSY
 
+    def _check_table(self, connection: PgConnection) -> None:
+        """Whoever waited for a lock: was it the whole table's? Then no key is being executed, and none can be begun.
+
+        Raises:
+            DatabaseRefused: Somebody has locked it against changes, or waits to do so, and everybody else behind him.
+        """
+        tables = self._tables
+        found = blockers.on_tables(connection, [tables.execution]) + [
+            each for each in blockers.on_tables(connection, [tables.node]) if each.mode == 'AccessExclusiveLock']
+        if not found:
+            return
+        said = (f'nothing can be begun or recorded, as a whole table of the ledger is locked: {blockers.name_all(found)}; '
+                'it goes on by itself when that transaction ends')
+        more = self._repeats.say('table', clock.now())
+        if more is not None:
+            logger.warning('%s%s', said, more)
+        raise DatabaseRefused(said, _LOCKED, True)
+
     def _finish_one(self, completion: Completion) -> bool:
         return self._call(lambda connection: self._record(connection, completion))
 
@@ -143,7 +169,9 @@ class LedgerCalls:
         except psycopg2.DataError as error:
             if completion.result is None:
                 raise
-            logger.warning('key=%s completed without its result, which the database refuses: %s', completion.key, error)
+            more = self._repeats.say('result', clock.now())
+            if more is not None:
+                logger.warning('key=%s completed without its result, which the database refuses: %s%s', completion.key, error, more)
             return executions.finish(connection, self._tables, dataclasses.replace(completion, result=None))
 
     def _call_many(self, action: Callable[[PgConnection], T]) -> T | None:
@@ -185,15 +213,19 @@ class LedgerCalls:
                         connection.autocommit = False
         except psycopg2.Error as error:
             raise refusal(error, 'a statement of the ledger') from error
+        except DatabaseRefused:
+            raise
         except DatabaseUnavailable as error:
             error.sent = sent
             raise
 
-    @staticmethod
-    def _act(connection: PgConnection, action: Callable[[PgConnection], T]) -> T:
+    def _act(self, connection: PgConnection, action: Callable[[PgConnection], T]) -> T:
         for _ in range(_RACES):
             try:
                 return action(connection)
+            except psycopg2.errors.LockNotAvailable:
+                self._check_table(connection)
+                raise
             except psycopg2.Error as error:
                 if not is_passing(error):
                     raise

@@ -29,6 +29,7 @@ _REMEDIES = {
     '28': 'mend the login of this role',
     '42': "give this role what it lacks: 'jobsync doctor' names it",
     '3D': 'create the database that was dropped, or mend its name in the URL',
+    '55': "end the transaction that has locked the table: 'jobsync doctor' names it",
     '3F': "create the schema that was dropped: 'jobsync doctor' names it",
 }
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     'Began', 'Completion', 'Holder', 'Row', 'Statement', 'Steps', 'add_result', 'begin', 'begin_many', 'begin_transaction', 'complete',
-    'find', 'finish', 'finish_many', 'has_prefix', 'is_same', 'release', 'settle', 'steps', 'stored', 'take_over',
+    'find', 'finish', 'finish_many', 'has_prefix', 'is_same', 'release', 'settle', 'state_of', 'steps', 'stored',
+    'take_over',
 ]
 
 
@@ -306,6 +307,14 @@ def stored(connection: PgConnection, tables: Tables, key: str, fence: int) -> tu
         cursor.execute(_sql(_STORED, tables), (key, fence))
         rows = cursor.fetchall()
     return (rows[0][0], rows[0][1]) if rows else None
+
+
+def state_of(connection: PgConnection, tables: Tables, key: str) -> str | None:
+    """State of a key's row, without waiting for whoever has locked it."""
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT state FROM {tables.execution} WHERE key = %s', (key,))
+        row = cursor.fetchone()
+        return str(row[0]) if row else None
 
 
 def finish(connection: PgConnection, tables: Tables, completion: Completion) -> bool:

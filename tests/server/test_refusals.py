@@ -75,11 +75,12 @@ def begin(ledger: Ledger, key: str) -> Execution | None:
 class TestEveryAnswer:
     def test_at_begin_nothing_is_begun_and_the_key_is_free_at_once(self, ledger: Ledger, rows: Rows, code: str) -> None:
         make_trouble(rows, code)
-        with pytest.raises((DatabaseUnavailable, ExecutionRunning)) as caught:
+        with pytest.raises(DatabaseUnavailable) as caught:
             ledger.begin('k', 60)
         error = caught.value
-        if code == '55P03':  # somebody holds the row
-            assert isinstance(error, ExecutionRunning)
+        if code == '55P03':  # somebody holds the row of a key that nobody executes
+            assert isinstance(error, DatabaseRefused)
+            assert (error.pause, ledger.unsettled) == (False, 0)
         elif code in UNAVAILABLE:
             assert not isinstance(error, DatabaseRefused)
             assert isinstance(error, StoreTimeout) == (code == '57014')
@@ -123,6 +124,29 @@ class TestEveryAnswer:
         end_trouble(rows)
         eventually(lambda: state_of(rows, 'k') == 'failed')
         assert effects(rows) == 0
+
+
+@pytest.mark.parametrize('ends', ['failure', 'result'])
+def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_its_count(
+        ledger: Ledger, rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    now = [1000.0]
+    monkeypatch.setattr('jobsync_core.ledger.clock.now', lambda: now[0])
+    executions = [ledger.begin(f'k{number}', 60) for number in range(5)]
+    for execution in executions:
+        if ends == 'result':
+            with execution.transaction():
+                pass
+            execution.result = 'x'
+    make_trouble(rows, '53100')
+    caplog.clear()
+    for number, execution in enumerate(executions):
+        now[0] += 61.0 if number == 4 else 0.1
+        ledger.finish(execution) if ends == 'result' else ledger.fail(execution, ValueError('x'))
+    end_trouble(rows)
+    said = 'failed, which could not be recorded yet' if ends == 'failure' else 'completed without its result'
+    lines = [record.getMessage() for record in caplog.records if said in record.getMessage()]
+    assert len(lines) == 2, lines
+    assert 'key=k0' in lines[0] and 'key=k4' in lines[1] and lines[1].endswith('(3 more like it)')
 
 
 def test_an_answer_that_passes_is_asked_for_again(ledger: Ledger, rows: Rows) -> None:
