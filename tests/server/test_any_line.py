@@ -195,7 +195,7 @@ def test_an_exception_in_any_line_keeps_no_key(
     await_end(rows, struck)
     # Nor does the process itself think so.
     here = struck_ledger._locals[os.getpid()].settling
-    eventually(lambda: {key: struck[key] for key in here.running} == {})
+    eventually(lambda: {key: struck[key] for key in [*here.running]} == {})
     if work is transact:
         # An effect is there exactly where its key is complete.
         done = {key for key, in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'done'")}
