@@ -31,6 +31,9 @@ from .blocks import ROOT, Block, blocks_of
 from .project import Project
 from .stage import Stage, connected, entered
 
+#: The guides' blocks start a good thirty processes one after the other.
+pytestmark = pytest.mark.timeout(300)
+
 SPECIFICATION = Path(__file__).with_name('usage_guide_spec.md')
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')), SPECIFICATION]
 

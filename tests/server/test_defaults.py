@@ -17,7 +17,7 @@ _DEFAULTS = {
     'read only': {'default_transaction_read_only': 'on', 'default_transaction_isolation': 'repeatable read'},
     'forms': {'DateStyle': 'SQL, DMY', 'IntervalStyle': 'sql_standard', 'TimeZone': 'America/St_Johns', 'bytea_output': 'escape',
               'standard_conforming_strings': 'off', 'extra_float_digits': '-15', 'array_nulls': 'off', 'row_security': 'off'},
-    'limits': {'statement_timeout': '1ms', 'lock_timeout': '1ms', 'idle_in_transaction_session_timeout': '20ms',
+    'limits': {'statement_timeout': '1ms', 'lock_timeout': '1ms', 'idle_in_transaction_session_timeout': '60ms',
                'idle_session_timeout': '300ms'},
 }
 
