@@ -29,11 +29,14 @@ def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> d
     """Everything that `status` shows, as one dictionary."""
     nodes = status.nodes(connection, tables)
     segments = status.assignment(connection, tables)
+    cluster = status.cluster(connection, tables)
+    owned = sum(s.hi - s.lo for s in segments if s.node is not None)
     return {
-        'cluster': status.cluster(connection, tables),
+        'cluster': cluster,
         'leader': next((node['name'] for node in nodes if node['is_leader']), None),
         'nodes': nodes,
-        'unowned_tokens': sum(s.hi - s.lo for s in segments if s.node is None),
+        # Tokens without any row are nobody's, too.
+        'unowned_tokens': max(0, cluster['total_tokens'] - owned) if cluster and (segments or nodes) else 0,
         'moving_tokens': sum(s.hi - s.lo for s in segments if s.moving),
         'blocked_tokens': sum(s.hi - s.lo for s in segments if s.blocked),
         'blocked': status.blocked(connection, tables),

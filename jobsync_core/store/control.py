@@ -163,7 +163,7 @@ class Control:
         tables = self.tables
         rows = connection.execute(
             f'''
-            SELECT c.version, c.planned IS DISTINCT FROM {fingerprint(tables)},
+            SELECT c.version, c.planned IS DISTINCT FROM {fingerprint(tables)}, {self._leading.gap_sql()},
                 (SELECT extract(epoch FROM min(l.expires_at) - clock_timestamp())::float8 FROM {tables.lock} AS l
                  WHERE l.expires_at > '-infinity' AND l.expires_at < 'infinity'),
                 {members_json(tables)}
@@ -171,8 +171,9 @@ class Control:
             ''')
         if not rows:
             return None
-        version, stale, next_expiry, members = rows[0]
-        return Observed(read_members(members), version, stale, next_expiry)
+        version, stale, gap, next_expiry, members = rows[0]
+        self._leading.checked_gap(gap)
+        return Observed(read_members(members), version, stale or gap, next_expiry)
 
     def _take(self, connection: Connection, request: Take) -> Taken:
         if self._date is None or not request.ranges:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..config import CoordinationConfig
 from ..hashing import task_to_token
 from ..leader import Pin, decide
+from ..logs import get_logger
 from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
 from ..patterns import PATTERN_BYTES, read_patterns
 from .connection import Connection
@@ -18,6 +19,8 @@ from .rounds import Round, fingerprint, members_json, read_members
 from .schema import Tables
 
 __all__ = ['Leading']
+
+logger = get_logger(__name__)
 
 #: The part of the heartbeat timeout that a transaction may take: what is left of the lease covers the next heartbeat.
 _ROUND = 0.4
@@ -31,7 +34,10 @@ _COMPLAINTS = 20
 
 @dataclass(frozen=True)
 class _State:
-    """What the cluster's row says before the plan; `seen` is the fingerprint of nodes and locks."""
+    """What the cluster's row says before the plan; `seen` is the fingerprint of nodes and locks.
+
+    gap: a plan has been made, and yet there are tokens without a row.
+    """
 
     version: int
     total_tokens: int
@@ -39,6 +45,7 @@ class _State:
     lock_version: int
     seen: str
     planned: bool
+    gap: bool
 
 
 class Leading:
@@ -62,6 +69,23 @@ class Leading:
         self._pins_of: tuple[int, int, str] | None = None
         self._broken: list[str] = []
         self._told: frozenset[str] = frozenset()
+        self._timeout = config.heartbeat_timeout_sec
+        self._check_every = config.rebalance_check_interval_sec
+        self._check_at = 0.0
+        # Since when all nodes have been told to look at their rows again, as some are gone: the cluster's version then, and the time.
+        self._gap: tuple[int, float] | None = None
+
+    def gap_sql(self) -> str:
+        """SQL for whether tokens of the cluster `c` have no row though a plan has been made. Now and then only: it reads all rows."""
+        return _gap_sql(self._tables) if time.monotonic() >= self._check_at else 'false'
+
+    def checked_gap(self, gap: bool) -> None:
+        """What `gap_sql` has said."""
+        now = time.monotonic()
+        if gap:
+            self._check_at = 0.0
+        elif now >= self._check_at:
+            self._check_at = now + self._check_every
 
     def lead(self, connection: Connection, request: Lead) -> Led | None:
         """One round, or as much of it as one request may take; None where this incarnation is not in the node table."""
@@ -101,6 +125,7 @@ class Leading:
     def _step(self, connection: Connection, request: Lead, began: float) -> Led | None:
         """One transaction, which writes a piece of the plan; where there is none yet, it is made afterwards, without any lock."""
         version = 0
+        waiting = False
         try:
             with Round(connection, self._tables, exclusive=True, seconds=self._most) as steps:
                 version, members = self._begin(steps)
@@ -109,16 +134,44 @@ class Leading:
                 if not _is_eldest(request, members):
                     return Led(False, version)
                 state = self._prepare(steps)
-                if state.planned:
+                waiting = state.gap and not self._may_fill(state)
+                if waiting:
+                    version = self._open_gap(steps, state)
+                elif state.planned and not state.gap:
                     self._draft = None
                     return Led(True, state.version)
-                if self._draft is not None and self._draft.seen == state.seen:
+                elif self._draft is not None and self._draft.seen == state.seen:
                     return self._write(steps, request, self._draft, state, began)
         except Outdated:
             self._draft = None
             return Led(True, version, more=True)
+        if waiting:
+            if version != state.version:
+                self._gap = version, time.monotonic()
+            self._draft = None
+            return Led(True, version)
         self._draft = self._plan(connection)
         return Led(True, state.version, more=True)
+
+    def _may_fill(self, state: _State) -> bool:
+        """Whether nobody can hold tokens any more whose rows somebody has deleted.
+
+        Their owner has not been asked to give them up. So all nodes are told to look at their rows, and who has not done so within a
+        timeout has lost its lease.
+        """
+        return self._gap is not None and self._gap[0] == state.version and time.monotonic() - self._gap[1] >= self._timeout
+
+    def _open_gap(self, steps: Round, state: _State) -> int:
+        """Tell all nodes, once; the version that they look for."""
+        if self._gap is not None and self._gap[0] == state.version:
+            return state.version
+        version = state.version + 1
+        steps.run(
+            f'UPDATE {self._tables.cluster} SET version = %s; SELECT pg_notify(%s, %s)',
+            (version, self._tables.channel, f'plan {version}'))
+        logger.warning('tokens have no row in %s, as somebody has deleted some: they get an owner in %g s, when nobody can hold them '
+                       'any more', self._tables.assignment, self._timeout)
+        return version
 
     def _prepare(self, steps: Round) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
@@ -139,7 +192,8 @@ class Leading:
     def _state_sql(self) -> str:
         seen = fingerprint(self._tables)
         return f'''
-            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen}, c.planned IS NOT DISTINCT FROM {seen}
+            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen}, c.planned IS NOT DISTINCT FROM {seen},
+            {_gap_sql(self._tables)}
             FROM {self._tables.cluster} AS c'''
 
     def _plan(self, connection: Connection) -> Draft:
@@ -221,6 +275,11 @@ class Leading:
         self._told = frozenset(found)
         more = len(fresh) - _COMPLAINTS
         return (*fresh[:_COMPLAINTS], f'{more} more locks like these; `jobsync locks list` shows all locks') if more > 0 else tuple(fresh)
+
+
+def _gap_sql(tables: Tables) -> str:
+    return f'''CASE WHEN c.planned IS NULL THEN false ELSE c.total_tokens > (
+        SELECT coalesce(sum(upper(g.tokens) - lower(g.tokens)), 0) FROM {tables.assignment} AS g) END'''
 
 
 def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:

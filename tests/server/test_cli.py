@@ -94,6 +94,14 @@ class TestStatus:
         assert (found['blocked_tokens'], found['unowned_tokens'], found['moving_tokens']) == (10, 10, 0)
         assert found['cluster']['total_tokens'] == 10_000
 
+    def test_tokens_whose_rows_somebody_has_deleted_have_no_owner(self, rows: Rows, run: Callable[..., Result]) -> None:
+        two_nodes(rows)
+        rows.run(f'DELETE FROM {rows.tables.assignment} WHERE node = %s', 'beta')
+        assert json.loads(good(run('status', '--json')))['unowned_tokens'] == 4_000
+        assert '4,000 tokens without an owner' in good(run('status'))
+        rows.run(f'DELETE FROM {rows.tables.assignment}')
+        assert '10,000 tokens without an owner' in good(run('status'))
+
     def test_an_empty_cluster_is_no_error(self, rows: Rows, run: Callable[..., Result]) -> None:
         assert 'leader none' in good(run('status'))
 

@@ -14,6 +14,7 @@ from jobsync_core.store.connection import Sessions
 from ..waiting import eventually
 from .cluster import Cluster, query
 from .history import moment
+from .proxy import Mode
 
 MakeConfig = Callable[..., CoordinationConfig]
 
@@ -77,6 +78,33 @@ def test_a_leader_whose_rounds_always_fail_hands_leadership_on(make_config: Make
             eventually(lambda: sorted(len(job.my_tokens) for job in jobs) == [3333, 3333, 3334], timeout=20)
             assert [name for name, in query(config, 'SELECT name FROM "{}node" ORDER BY created_on')] == ['n2', 'n3', 'n1']
             assert first.get_coordination_status()['evictions'] == 0
+
+
+def test_rows_that_somebody_deletes_are_made_anew_when_nobody_can_hold_their_tokens_any_more(
+        make_config: MakeConfig, tmp_path: Path) -> None:
+    """Their owner hears of nothing, and claims until its lease ends; the cluster fails the test if another one claims before (I1)."""
+    with Cluster(make_config(**{**FAST, 'rebalance_check_interval_sec': 0.2}), tmp_path) as cluster:
+        cluster.start('n1', 'n2', 'n3')
+        victim = cluster.members()[-1]
+        cluster.wait_claims_of(victim, moment())
+        cluster[victim].proxy.switch(Mode.HOLD)
+        query(cluster.config, 'DELETE FROM "{}assignment"' + f" WHERE node = '{victim}'")
+        eventually(lambda: sum(cluster.owned().values()) == cluster.config.total_tokens, timeout=20)
+        cluster[victim].proxy.heal()
+        cluster.wait_balanced(['n1', 'n2', 'n3'])
+        cluster.wait_claimed()
+
+
+def test_a_cluster_that_lost_its_whole_assignment_owns_all_again(make_config: MakeConfig) -> None:
+    config = make_config(**FAST)
+    with Job('n1', config, wait_on_enter=0) as first, Job('n2', config, wait_on_enter=0) as second:
+        jobs = first, second
+        eventually(lambda: all(len(job.my_tokens) == config.total_tokens // 2 for job in jobs))
+        query(config, 'DELETE FROM "{}assignment"')
+        began = moment()
+        eventually(lambda: not any(job.my_tokens for job in jobs), timeout=10)
+        eventually(lambda: all(len(job.my_tokens) == config.total_tokens // 2 for job in jobs), timeout=20)
+        assert config.heartbeat_timeout_sec <= moment() - began < 2 * config.heartbeat_timeout_sec + 2 * config.rebalance_check_interval_sec
 
 
 @pytest.mark.parametrize('count', [2, 3])
