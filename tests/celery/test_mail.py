@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu import compression
 from kombu.entity import Queue
+from kombu.exceptions import DecodeError
 from kombu.message import Message
 
 from jobsync_celery import JobSync
-from jobsync_celery.mail import CeleryMail, Leftovers, exchange_of, redis_options
+from jobsync_celery.mail import CeleryMail, Leftovers, Publisher, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.routing import HOME, KEY
 
@@ -160,3 +162,66 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(headers: Any
     message = Message(body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8')
     message.headers = {**headers, 'id': 'm1'} if headers else headers
     assert mail.address_of(message) == expected
+
+
+@contextlib.contextmanager
+def known(name: str) -> Iterator[None]:
+    """A compression that this process knows for a while."""
+    compression.register(lambda body: b'odd' + body[::-1], lambda body: body[3:][::-1], name)
+    try:
+        yield
+    finally:
+        compression._decoders.pop(name)
+        compression._encoders.pop(name)
+
+
+@pytest.mark.parametrize('serializer', ['json', 'pickle'])
+@pytest.mark.parametrize('method', ['zlib', 'bzip2', 'application/x-odd'])
+@pytest.mark.parametrize('way', ['redis', 'redis by publishing', 'rabbitmq'])
+def test_a_compressed_message_arrives_as_it_was(request: pytest.FixtureRequest, way: str, method: str, serializer: str) -> None:
+    server: BrokerServer = request.getfixturevalue(f'{way.split()[0]}_server')
+    check_compressed(server, way == 'redis by publishing', method, serializer)
+
+
+def check_compressed(server: BrokerServer, by_publishing: bool, method: str, serializer: str) -> None:
+    """A message is passed on twice, the second time by one who cannot decompress it, where nobody has to know how."""
+    space, odd = server.new_space(), method.startswith('application')
+    app = Celery('compressed', broker=server.url(space), set_as_current=False)
+    app.conf.accept_content = ['json', 'pickle']
+    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    if by_publishing:
+        vars(mail.publisher)['_hands_over'] = False
+    body = [['x' * 2000, 7], {}, {}]
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.drop_space, space)
+        stack.callback(mail.close)
+        mail.declare(_QUEUE)
+        with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
+            Queue('celery', durable=True)(connection.default_channel).declare()
+            with known(method) if odd else contextlib.nullcontext():
+                connection.Producer().publish(
+                    body, exchange='', routing_key='celery', compression=method, serializer=serializer, retry=False,
+                    headers={'task': 'nobody', 'id': 'm1'})
+        for source, target in (('celery', _PARKED), (_PARKED, _QUEUE)):
+            letter = eventually(lambda source=source: mail.take(source))  # type: ignore[misc]
+            assert letter is not None
+            letter.forward(target)
+        with known(method) if odd else contextlib.nullcontext():
+            message = eventually(lambda: mail._get(_QUEUE))
+        assert (message.headers['id'], list(map(list, message.payload[:1]))) == ('m1', body[:1])
+        message.ack()
+        eventually(lambda: server.depths(space) == {})
+
+
+def test_without_its_header_a_compressed_message_is_lost(
+    rabbitmq_server: RabbitServer, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish = Publisher._publish
+
+    def forget(self: Publisher, queue: str, message: Any, headers: dict[str, Any]) -> None:
+        message.errors = []
+        publish(self, queue, message, headers)
+
+    monkeypatch.setattr(Publisher, '_publish', forget)
+    with pytest.raises((ValueError, DecodeError)):
+        check_compressed(rabbitmq_server, False, 'application/x-odd', 'json')
