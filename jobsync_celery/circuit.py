@@ -55,7 +55,11 @@ class Circuit:
         self._closed.clear()
         logger.warning('JobSync: the broker did not take a message in time (%r): what belongs to other nodes waits here until it does. '
                        'RabbitMQ says why in its alarms (rabbitmq-diagnostics alarms)', error)
-        threading.Thread(target=self._watch, name='jobsync-circuit', daemon=True).start()
+        try:
+            threading.Thread(target=self._watch, name='jobsync-circuit', daemon=True).start()
+        except RuntimeError as trouble:  # this process can start no more threads: nobody would find the broker well again
+            logger.warning('JobSync: the broker is asked again for each message: %r', trouble)
+            self._closed.set()
 
     def _watch(self) -> None:
         while not self._end.wait(self._look_sec):

@@ -32,7 +32,7 @@ from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
 from .router import install_router
 from .settings import CelerySettings, read_settings
 from .startup import wait_for_broker, wait_for_database
-from .tasks import Tasks, guarded_trace, prepare_task, watch_tasks
+from .tasks import Tasks, guarded_trace, odd_names, prepare_task, watch_tasks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -204,6 +204,9 @@ class JobSync:
             self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
         self._mail = mail = CeleryMail(self)
         self._pins = self.tasks.pins()
+        odd = odd_names(self.app, settings.pins)
+        if odd:
+            logger.warning('JobSync: %s', '; '.join(odd))
         self._job = job = make_job(
             settings, name, queue, 'celery', self._pins, known=list(self.app.tasks), identify=mail.identify, place=mail.place,
             application=self._application(), prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,

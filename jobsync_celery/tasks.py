@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo
@@ -16,6 +16,7 @@ from celery.exceptions import Reject
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.incoming import Refused, Stamps, find_route
+from jobsync_core.misspelt import misspelt
 
 from .once import made_here
 
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
     from jobsync_core.plugin import PluginSettings
 
-__all__ = ['Tasks', 'guarded_trace', 'prepare_task', 'watch_tasks']
+__all__ = ['Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
 
 NO_STAMPS = Stamps()
+#: What `@app.task` understands of JobSync's; the last one is its own.
+_OPTIONS = ('jobsync_key', 'jobsync_pin', 'jobsync_arguments')
 _STATES = (states.FAILURE, states.REJECTED)
 _LATE = ('acks_late', 'reject_on_worker_lost')
 
@@ -65,6 +68,23 @@ def _says(task: Any, option: str) -> bool:
     if option in vars(task):
         return True
     return any(vars(cls).get(option) is not None and cls not in _UNSAID[option] for cls in type(task).__mro__)
+
+
+def odd_names(app: Celery, pins: Iterable[str]) -> list[str]:
+    """Options of tasks and pins in the settings that mean nothing, a sentence each.
+
+    Args:
+        app: The app, with all of its tasks.
+        pins: The names of the tasks that have a pin in the settings.
+    """
+    tasks = {name: task for name, task in app.tasks.items() if not name.startswith('celery.')}
+    return misspelt({name: _options_of(task) for name, task in tasks.items()}, _OPTIONS, pins, app.tasks)
+
+
+def _options_of(task: Any) -> set[str]:
+    """What the user's own classes, the decorator and the annotations say of a task."""
+    own = [cls for cls in type(task).__mro__ if not cls.__module__.startswith('celery.') and cls is not object]
+    return {name for each in (task, *own) for name in vars(each) if not name.startswith('_')}
 
 
 def guarded_trace(task: Any) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from celery.app.trace import build_tracer
 from celery.exceptions import Reject
 
 from jobsync_celery import JobSync, exactly_once
-from jobsync_celery.tasks import guarded_trace
+from jobsync_celery import plugin as plugin_module
+from jobsync_celery.tasks import guarded_trace, odd_names
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
@@ -371,4 +373,48 @@ def test_nothing_comes_out_of_a_tracer(error: Exception) -> None:
 
 
 def _nothing() -> None:
+    """A task."""
+
+
+class TestMisspelt:
+    """What means nothing is said once, when the worker starts."""
+
+    def _app(self, **pins: list[str]) -> Celery:
+        app = Celery('shop', broker='memory://', set_as_current=False)
+        JobSync(app, config=CoordinationConfig(), route_producers=False, pins=pins)
+        return app
+
+    def test_options_and_pins_are_named_with_what_was_meant(self) -> None:
+        app = self._app()
+        app.task(name='pay', shared=False, jobsync_keys='{n}')(_nothing)
+        app.task(name='bill', shared=False, jobsync_key='b', jobsync_pin=['a'])(_nothing)
+        app.register_task(type('Ship', (Task,), {'name': 'ship', 'run': _nothing, 'jobsync_pins': ['a']})())
+        assert odd_names(app, {'bill': ['a'], 'bil': ['a']}) == [
+            'task pay: its option jobsync_keys means nothing: did you mean jobsync_key?',
+            'task ship: its option jobsync_pins means nothing: did you mean jobsync_pin?',
+            'pins: there is no task bil here: did you mean bill?']
+
+    def test_what_is_right_is_not_mentioned(self) -> None:
+        app = self._app()
+        app.task(name='keyed', shared=False, jobsync_key='{n}', rate_limit='1/s')(_n)
+        app.task(name='plain', shared=False, job='a word of the user')(_nothing)
+        app.task(name='once', shared=False)(exactly_once(key='k')(_nothing))
+        assert odd_names(app, {'keyed': ['a']}) == []
+
+    def test_a_worker_says_so_once_when_it_starts(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        app = self._app(bil=['a'])
+        app.task(name='pay', shared=False, jobsync_keys='{n}')(_nothing)
+
+        def make_job(*_: Any, **__: Any) -> None:
+            raise ConfigurationError('far enough')
+
+        monkeypatch.setattr(plugin_module, 'make_job', make_job)
+        worker = SimpleNamespace(pool_cls='celery.concurrency.solo:TaskPool', hostname='w@x')
+        with pytest.raises(ConfigurationError, match='far enough'):
+            vars(app)['_jobsync'].prepare_worker(worker, None, None)
+        assert len(caplog.records) == 1
+        assert 'did you mean jobsync_key?; pins: there is no task bil here' in caplog.text
+
+
+def _n(n: int) -> None:
     """A task."""

@@ -13,8 +13,8 @@ CORE = ROOT / 'jobsync_core'
 
 PURE = frozenset({
     'arguments', 'belonging', 'claims', 'config', 'database_url', 'effects', 'errors', 'exclusions', 'hashing', 'leader', 'liveness',
-    'logs', 'lookout', 'messages', 'patterns', 'pausing', 'planner', 'protocol', 'results', 'rhythm', 'secret', 'simulate', 'stable',
-    'takings', 'task', 'tokens'})
+    'logs', 'lookout', 'messages', 'misspelt', 'patterns', 'pausing', 'planner', 'protocol', 'results', 'rhythm', 'secret', 'simulate',
+    'stable', 'takings', 'task', 'tokens'})
 #: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
 LAYERS = (
     PURE, {'clock', 'process'}, {'store'},
