@@ -111,11 +111,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Joined:
-    """history, settled: as in Beaten."""
-
     version: int
-    history: str = ''
-    settled: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,11 +136,18 @@ class Beat:
     """Heartbeat; replies Beaten, or None when the incarnation has been evicted.
 
     since: no node is older than this (Beaten.since of an earlier answer), so that nothing need be read before it.
+    number: what the row's `beat` becomes: even, and larger than that of any heartbeat which was sent before.
+    seen: what the row's `beat` was at the last answer; 0 before the first one.
+
+    Where the row holds neither `seen` nor a later number that this node has sent, the database has forgotten the last answered
+    heartbeat: it is in another history. Then `beat` becomes `number + 1`. An odd number stays a break until the node has heard of it.
     """
 
     name: str
     incarnation: str
     since: int = 0
+    number: int = 2
+    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,9 @@ class Beaten:
     older: the oldest of the nodes that are older than this one, at most ELDERS, oldest first.
     ages: seconds since the last heartbeat of each, by the server's clock; a hint for timing, never a proof of life or death.
     since: when the oldest node that was seen was created, in microseconds of the server's clock.
-    history: the database's history (system identifier and timeline); '' where this role may not ask for it.
-    settled: the cluster's row was last written under this very history, so that no lease of another one can be valid.
+    history: names the database's history (system identifier and timeline); '' where this role may not ask for it.
+    settled: the cluster's row names this history: since it began, somebody has waited until no lease of another one can be valid.
+    same: this is the history of the last answer. If not, it is another one, whatever its name.
     """
 
     version: int
@@ -164,21 +168,23 @@ class Beaten:
     since: int = 0
     history: str = ''
     settled: bool = True
+    same: bool = True
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted."""
+    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted. seen: as in Beat."""
 
     name: str
     incarnation: str
+    seen: int = 0
 
 
 @dataclass(frozen=True)
 class Holdings:
     """
     planned: the latest plan took the present nodes and locks into account. incoming: tokens on their way to this node.
-    history, settled: as in Beaten.
+    history, same: as in Beaten.
     """
 
     version: int
@@ -187,7 +193,7 @@ class Holdings:
     planned: bool
     incoming: int
     history: str = ''
-    settled: bool = True
+    same: bool = True
 
 
 @dataclass(frozen=True)
@@ -363,8 +369,14 @@ class StepDown:
 
 @dataclass(frozen=True)
 class RecordHistory:
-    """All leases of earlier histories are over: let `history` be the cluster's, if it is still the server's; replies True."""
+    """All leases of earlier histories are over: let `history` be the cluster's; replies True.
 
+    Nothing is done where the server's history has another name, or does not hold this node's last answered heartbeat (`seen`).
+    """
+
+    name: str
+    incarnation: str
+    seen: int
     history: str
 
 

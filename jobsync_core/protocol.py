@@ -11,8 +11,12 @@ Why at most one node claims a token at any instant:
 3. A dead owner loses all in one way: its row is deleted by somebody who has seen no heartbeat for a whole timeout, while
    its lease, counted from the sending of its last answered heartbeat, lasts less than that.
 4. Statements that arrive late carry an incarnation and a version, and find nothing to change.
-5. All this holds within one history of the database. Each answer that a claim depends on names the history; after another
-   one nobody claims for a timeout, by when the leases of the one before are over.
+5. All this holds within one history of the database. A promoted standby, which may lack the last writes, begins another one.
+   Each heartbeat asks whether the database still holds the last one that was answered, and by which name its history goes. A
+   node whose last heartbeat is missing, or that hears another name, claims nothing for a timeout, by when all leases of the
+   history before are over. A node that knows nothing of the one before waits as well, unless the cluster's row has the present
+   name: it is written by a node that has waited, and only where that node's last heartbeat is. A standby has in its rows
+   no name of a timeline that it did not follow, so that a name which two promotions share misleads nobody.
 """
 from __future__ import annotations
 
@@ -174,8 +178,10 @@ class Protocol:
         # connection
         self._server = ''
         self._history = ''
-        self._waited_for: str | None = None  # the history for which old leases have been waited out, or are
+        self._waits = False  # in this history old leases have been waited out, or are
         self._must_record = False
+        self._number = self._seen = 0  # of the last heartbeat that was sent; what its row held at the last answer
+        self._granted = 0.0  # the lease that the last answered heartbeat gives, as soon as its tokens are known
         self._retry_at = 0.0
         self._backoff = _BACKOFF_FIRST
         self._connected_at = 0.0
@@ -370,15 +376,17 @@ class Protocol:
             return self._join() if now >= self._join_at else None
         if self.phase is Phase.LEAVING and (self._batch is None or self._batch.ready):
             return Leave(self.name, self.incarnation)
-        if self._must_refresh and not self.quarantined and self.phase is not Phase.LEAVING:
-            return Refresh(self.name, self.incarnation)
+        # A heartbeat goes first: it writes, and so it alone can tell whether all that follows is of one history.
         if now >= self._beat_at:
-            return Beat(self.name, self.incarnation, self._since)
+            self._number += 2
+            return Beat(self.name, self.incarnation, self._since, self._number, self._seen)
         if self.phase is Phase.LEAVING:
             return None
+        if self._must_refresh and not self.quarantined:
+            return Refresh(self.name, self.incarnation, self._seen)
         if self._must_record and not self.quarantined:
             self._must_record = False  # the next heartbeat tells whether it is still to be done
-            return RecordHistory(self._history)
+            return RecordHistory(self.name, self.incarnation, self._seen, self._history)
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
             return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._lookout.liveness.dead(now))
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
@@ -395,7 +403,7 @@ class Protocol:
                 batch = self._batch
                 return Give(self.name, self.incarnation, batch.tokens.ranges, batch.version, self._promises(batch.tokens))
             if now >= self._refresh_at:
-                return Refresh(self.name, self.incarnation)
+                return Refresh(self.name, self.incarnation, self._seen)
             if now >= self._takings.wake_at:
                 return self._takings.next(now)
         return self._lookout.duty(self.name, self.incarnation, now, self.has_lease(now))
@@ -456,24 +464,19 @@ class Protocol:
             self._wait_for_old_leases(now)
         self._server = reply.server
 
-    def _on_history(self, history: str, settled: bool, now: float) -> None:
-        """An answer named the database's history. Nothing in the same answer counts before this has been looked at."""
-        if not history:
-            return
-        changed, self._history = self._history not in ('', history), history
-        if changed:
-            self._stop_claiming()
-            self._must_refresh = True
-            self._since = 0
-            self._lookout.start_anew()
-            self._announce(now)
-        if settled:
-            self._waited_for = history
-            return
-        if self._waited_for != history:
-            self._waited_for = history
+    def _on_history(self, reply: Beaten, now: float) -> bool:
+        """What a heartbeat's answer tells of the database's history; whether that is the history which this node knows."""
+        self._seen = self._number if reply.same else self._number + 1
+        changed = not reply.same or bool(reply.history) and self._history not in ('', reply.history)
+        self._history = reply.history or self._history
+        if changed or not (reply.settled or self._waits):
+            self._waits = True
             self._wait_for_old_leases(now)
-        self._must_record = True
+        self._must_record = not reply.settled
+        return not changed
+
+    def _is_of_another_history(self, reply: Holdings) -> bool:
+        return not reply.same or reply.history not in ('', self._history)
 
     def _wait_for_old_leases(self, now: float) -> None:
         """A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from before the promotion
@@ -481,6 +484,7 @@ class Protocol:
         will have lost it after one timeout; until then nothing is claimed, taken, given away or planned.
         """
         self._quarantine_until = now + self.settings.timeout
+        self._must_refresh = True
         self._stop_claiming()
         self._announce(now)
         self._note('warning', 'another history of the database; waiting until old leases have run out', wait_sec=self.settings.timeout)
@@ -494,7 +498,6 @@ class Protocol:
             self._replace, self._reap = None, ()
             self._since = 0
             self._lookout.start_anew()
-            self._on_history(reply.history, reply.settled, now)
             if self.phase is Phase.LEAVING:
                 return
             if request.active:
@@ -544,20 +547,30 @@ class Protocol:
         self._join_at = now if dead else now + self.settings.poll
 
     def _on_beaten(self, reply: Beaten, now: float) -> None:
-        self._on_history(reply.history, reply.settled, now)
-        self._beat_at = self._sent_at + self._beat_delay(reply.ages)
-        self._since = reply.since
-        self._lookout.heard(reply.older, now)
+        if self._on_history(reply, now):
+            self._beat_at = self._sent_at + self._beat_delay(reply.ages)
+            self._since = reply.since
+            self._lookout.heard(reply.older, now)
+        else:
+            self._beat_at = self._sent_at + self.settings.interval
+            self._since = 0  # what was older than this in the other history says nothing
+            self._lookout.start_anew()
         self.state = reply.state
         if reply.version != self.version:
             self._refresh_at = now
         elif self.entered and self._refresh_at > now:
             # The version says that nothing has changed: as good as a look at the rows.
             self._refresh_at = max(self._refresh_at, now + self.settings.check_interval)
-        if self.phase is not Phase.LEAVING and not self.quarantined and not self._must_refresh:
-            self.claims.extend(self._sent_at + self.settings.lease)
-            self._announce(now)
-            self._consider_entered(False, now)
+        if self.phase is not Phase.LEAVING and not self.quarantined:
+            self._granted = self._sent_at + self.settings.lease
+            if not self._must_refresh:
+                self._extend(now)
+                self._consider_entered(False, now)
+
+    def _extend(self, now: float) -> None:
+        if now < self._granted:
+            self.claims.extend(self._granted)
+        self._announce(now)
 
     def _beat_delay(self, ages: tuple[float, ...]) -> float:
         interval = self.settings.interval
@@ -591,6 +604,8 @@ class Protocol:
         self._announce(now)
         self._note('warning', 'evicted; joining again', incarnation=self.incarnation)
         self.incarnation = self.claims.incarnation = self._new_incarnation()
+        self._seen = 0
+        self._waits = False  # the database may be another one by the time of the next answer
         self._mine.add(self.incarnation)
         self.phase = Phase.JOINING
         self._rejoins = True
@@ -598,8 +613,9 @@ class Protocol:
         self._join_at = now
 
     def _on_holdings(self, reply: Holdings, now: float) -> None:
-        self._on_history(reply.history, reply.settled, now)
-        if self.quarantined:
+        if self._is_of_another_history(reply):
+            self._must_refresh = True
+            self._beat_at = now
             return
         if self.version != reply.version:
             self._takings.plan_changed()
@@ -615,7 +631,7 @@ class Protocol:
         self._shrink(kept)
         self._follow_moves(moving, now)
         self._takings.owns(kept)
-        self._announce(now)
+        self._extend(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
 
     def _entry_poll(self) -> float:
@@ -684,6 +700,7 @@ class Protocol:
     # --- consequences ---
 
     def _stop_claiming(self) -> None:
+        self._granted = 0.0
         self.claims.suspend()
         self.claims.replace(TokenSet())
         self._takings.reset()

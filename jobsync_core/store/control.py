@@ -5,6 +5,7 @@ cluster's advisory lock besides. Heartbeats take neither, and wait for nobody.
 """
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ __all__ = ['Control']
 
 #: A notification holds less than 8000 bytes.
 _NOTIFY_BYTES = 7000
+#: Whether a node's row `n` holds the heartbeat that was last answered, or a later one that continued it (see messages.Beat).
+_CONTINUES = '(n.beat = %(seen)s OR n.beat > %(seen)s AND n.beat %% 2 = 0)'
 
 
 class Control:
@@ -119,25 +122,26 @@ class Control:
         tables = self.tables
         rows = connection.execute(
             f'''
-            UPDATE {tables.node} AS n SET beat = beat + 1, last_heartbeat = clock_timestamp()
-            WHERE n.name = %s AND n.incarnation = %s
+            UPDATE {tables.node} AS n
+            SET beat = greatest(n.beat, CASE WHEN {_CONTINUES} THEN %(number)s ELSE %(number)s + 1 END), last_heartbeat = clock_timestamp()
+            WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s
             RETURNING (SELECT c.version FROM {tables.cluster} AS c), n.state, {_microseconds('n')},
                 (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat, o.age, o.created) ORDER BY o.created, o.name)::text FROM (
                     SELECT o.name, o.incarnation, o.beat, {_microseconds('o')} AS created,
                         extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 AS age
                     FROM {tables.node} AS o
                     WHERE (o.created_on, o.name) < (n.created_on, n.name)
-                        AND o.created_on >= timestamptz 'epoch' + %s * interval '1 microsecond'
+                        AND o.created_on >= timestamptz 'epoch' + %(since)s * interval '1 microsecond'
                     ORDER BY o.created_on, o.name LIMIT {ELDERS}) AS o),
-                {connection.history_sql}, (SELECT c.history FROM {tables.cluster} AS c)
-            ''', (request.name, request.incarnation, request.since))
+                {connection.history_sql}, (SELECT c.history FROM {tables.cluster} AS c), n.beat %% 2 = 0
+            ''', dataclasses.asdict(request))
         if not rows or rows[0][0] is None:
             return None
-        version, state, created, text, history, recorded = rows[0]
+        version, state, created, text, history, recorded, same = rows[0]
         older = json.loads(text or '[]')
         return Beaten(
             version, state, tuple(Sign(*values[:3]) for values in older), tuple(values[3] for values in older),
-            older[0][4] if older else created, history, _settled(history, recorded))
+            older[0][4] if older else created, history, not history or recorded in (None, history), same)
 
     def _refresh(self, connection: Connection, request: Refresh) -> Holdings | None:
         tables = self.tables
@@ -149,15 +153,14 @@ class Control:
                 (SELECT json_agg(json_build_array(lower(a.tokens), upper(a.tokens), a.node, a.moving, a.moving_to, a.blocked, a.version)
                                  ORDER BY a.tokens)::text
                  FROM {tables.assignment} AS a WHERE a.node = n.name),
-                {connection.history_sql}, c.history
-            FROM {tables.node} AS n CROSS JOIN {tables.cluster} AS c WHERE n.name = %s AND n.incarnation = %s
-            ''', (request.name, request.incarnation))
+                {connection.history_sql}, {_CONTINUES}
+            FROM {tables.node} AS n CROSS JOIN {tables.cluster} AS c WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s
+            ''', dataclasses.asdict(request))
         if not rows:
             return None
-        version, state, planned, incoming, segments, history, recorded = rows[0]
+        version, state, planned, incoming, segments, history, same = rows[0]
         return Holdings(
-            version, state, tuple(Segment(*values) for values in json.loads(segments or '[]')), planned, incoming,
-            history, _settled(history, recorded))
+            version, state, tuple(Segment(*values) for values in json.loads(segments or '[]')), planned, incoming, history, same)
 
     def _observe(self, connection: Connection) -> Observed | None:
         tables = self.tables
@@ -189,21 +192,20 @@ class Control:
                 return joined
         tables, config = self.tables, self._config
         with Round(connection, tables, exclusive=False) as steps:
-            (version, total, hash_function, history, recorded), = steps.run(
+            (version, total, hash_function), = steps.run(
                 f'''
                 INSERT INTO {tables.cluster} (total_tokens, hash_function, schema_version)
                     SELECT %s, %s, %s WHERE NOT EXISTS (SELECT FROM {tables.cluster}) ON CONFLICT DO NOTHING;
                 UPDATE {tables.cluster} SET history = {connection.history_sql} WHERE history IS NULL AND {connection.history_sql} <> '';
-                SELECT version, total_tokens, hash_function, {connection.history_sql}, history FROM {tables.cluster} FOR UPDATE
+                SELECT version, total_tokens, hash_function FROM {tables.cluster} FOR UPDATE
                 ''', (config.total_tokens, config.hash_function, SCHEMA_VERSION))
-            settled = _settled(history, recorded)
             steps.delete_unchanged(request.reap)
             members = steps.run(
                 f'SELECT name, incarnation, beat, host, boot_id, pid_namespace, pid, started FROM {tables.node} ORDER BY created_on, name')
             signs = {row[0]: Sign(*row[:3]) for row in members}
             mine = signs.get(request.name)
             if mine is not None and mine.incarnation == request.incarnation:
-                return Joined(version, history, settled)
+                return Joined(version)
             if mine is not None and request.replace != (mine.incarnation, mine.beat):
                 return Occupied(mine, next(_process(row[3:]) for row in members if row[0] == request.name))
             others = tuple(sign for sign in signs.values() if sign is not mine)
@@ -215,7 +217,7 @@ class Control:
                 version = self._form(steps, anew=not request.active and not self.epochs.resumes)
             steps.run(self._insert_sql(), self._insert_params(request))
             self.epochs.joined(others, request.active, version)
-            return Joined(version, history, settled)
+            return Joined(version)
 
     def _join_at_once(self, connection: Connection, request: Join) -> Joined | None:
         """The usual case in one message: the cluster's row is held for no round trip, so that many nodes may start together.
@@ -234,15 +236,14 @@ class Control:
                 ON CONFLICT (name) DO NOTHING
                 RETURNING {self._told('state')}
             )
-            SELECT c.version, {connection.history_sql}, c.history,
-                (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {tables.node} AS o)
+            SELECT c.version, (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {tables.node} AS o)
             FROM {tables.cluster} AS c, inserted
             ''', {**self._insert_params(request), 'total': config.total_tokens, 'hash': config.hash_function})
         if not rows:
             return None
-        version, history, recorded, others = rows[0]
+        version, others = rows[0]
         self.epochs.joined([Sign(*values) for values in json.loads(others)], request.active, version)
-        return Joined(version, history, _settled(history, recorded))
+        return Joined(version)
 
     def _form(self, steps: Round, anew: bool) -> int:
         """The first node of an empty cluster sets what the others must agree with; the cluster's version.
@@ -336,12 +337,13 @@ class Control:
         return True if rows else None
 
     def _record_history(self, connection: Connection, request: RecordHistory) -> bool:
-        cluster = self.tables.cluster
+        tables = self.tables
         connection.execute(
             f'''
-            UPDATE {cluster} SET history = %(history)s
+            UPDATE {tables.cluster} SET history = %(history)s
             WHERE history IS DISTINCT FROM %(history)s AND {connection.history_sql} = %(history)s
-            ''', {'history': request.history})
+                AND EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s AND {_CONTINUES})
+            ''', dataclasses.asdict(request))
         return True
 
     # --- hand-over ---
@@ -396,10 +398,6 @@ class Control:
             )
             SELECT EXISTS (SELECT FROM me), coalesce(told.tokens, 0), (SELECT count(payload) FROM sent) FROM told
             '''
-
-
-def _settled(history: str, recorded: str | None) -> bool:
-    return not history or recorded in (None, history)
 
 
 def _microseconds(row: str) -> str:

@@ -6,6 +6,7 @@ import datetime
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,7 +66,7 @@ def plain(reply: Any) -> Any:
     """A reply without what it tells of the database's history and of times, which TestHistory looks at."""
     if isinstance(reply, Beaten):
         return dataclasses.replace(reply, history='', settled=True, ages=(), since=0)
-    return dataclasses.replace(reply, history='', settled=True) if isinstance(reply, (Joined, Holdings)) else reply
+    return dataclasses.replace(reply, history='') if isinstance(reply, Holdings) else reply
 
 
 class Store:
@@ -75,6 +76,7 @@ class Store:
         self.config, self.rows, self.tables = config, rows, rows.tables
         self.control = Control(config, rows.tables, TODAY)
         self.connection = Connection.open(config, 'test')
+        self.numbers: Counter[str] = Counter()
 
     def ask(self, request: Any) -> Any:
         return self.control.handle(self.connection, request)
@@ -83,7 +85,8 @@ class Store:
         return plain(self.ask(Join(name, life or f'life of {name}', PROCESS, weight, active, **more)))
 
     def beat(self, name: str, life: str | None = None) -> Any:
-        return plain(self.ask(Beat(name, life or f'life of {name}')))
+        self.numbers[name] += 2
+        return plain(self.ask(Beat(name, life or f'life of {name}', 0, self.numbers[name])))
 
     def refresh(self, name: str, life: str | None = None) -> Any:
         return plain(self.ask(Refresh(name, life or f'life of {name}')))
@@ -161,8 +164,8 @@ class TestJoin:
         store.join('a')
         assert store.join('a', life='second') == Occupied(Sign('a', 'life of a', 0), PROCESS)
         store.beat('a')
-        assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(Sign('a', 'life of a', 1), PROCESS)
-        assert isinstance(store.join('a', life='second', replace=('life of a', 1)), Joined)
+        assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(Sign('a', 'life of a', 2), PROCESS)
+        assert isinstance(store.join('a', life='second', replace=('life of a', 2)), Joined)
         assert store.beat('a') is None
         assert store.beat('a', 'second') is not None
 
@@ -244,7 +247,7 @@ class TestHeartbeat:
         for name in 'abc':
             store.join(name)
         store.beat('a')
-        assert store.beat('c') == Beaten(store.version(), 'active', (Sign('a', 'life of a', 1), Sign('b', 'life of b', 0)))
+        assert store.beat('c') == Beaten(store.version(), 'active', (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0)))
         assert store.beat('c', 'a former life') is None
         assert store.beat('nobody') is None
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.embedded import EmbeddedPostgres
-from jobsync_core.messages import Beat, Beaten, Holdings, Join, Joined, Process, RecordHistory, Refresh
+from jobsync_core.messages import Beat, Beaten, Holdings, Join, Process, RecordHistory, Refresh
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
 from jobsync_core.store.schema import Tables, create_schema
@@ -45,28 +45,60 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     create_schema(config)
     control = Control(config, Tables.of(config), None)
 
-    def ask() -> list[tuple[str, bool]]:
+    def ask() -> tuple[str, str, bool]:
         connection = Connection.open(config, 'n1')
-        requests = (Join('n1', 'life', Process('', '', '', 1, ''), 1.0, True), Beat('n1', 'life'), Refresh('n1', 'life'))
-        replies = [control.handle(connection, request) for request in requests]
+        control.handle(connection, Join('n1', 'life', Process('', '', '', 1, ''), 1.0, True))
+        beaten, holdings = (control.handle(connection, request) for request in (Beat('n1', 'life'), Refresh('n1', 'life')))
         connection.close()
-        found = []
-        for reply in replies:
-            assert isinstance(reply, (Joined, Beaten, Holdings))
-            found.append((reply.history, reply.settled))
-        return found
+        assert isinstance(beaten, Beaten) and isinstance(holdings, Holdings)
+        return beaten.history, holdings.history, beaten.settled
 
     before = ask()
-    assert before == [(before[0][0], True)] * 3
+    assert before == (before[0], before[0], True)
     promote(own_server)
     after = ask()
-    assert after == [(after[0][0], False)] * 3 and after[0][0] != before[0][0]
+    assert after == (after[0], after[0], False) and after[0] != before[0]
     connection = Connection.open(config, 'n1')
-    assert control.handle(connection, RecordHistory(before[0][0])) is True
-    assert ask() == after, 'a late statement of another history changes nothing'
-    assert control.handle(connection, RecordHistory(after[0][0])) is True
+    for name, life, seen in ((before[0], 'life', 0), (after[0], 'life', 4), (after[0], 'x', 0)):
+        late = RecordHistory('n1', life, seen, name)
+        assert control.handle(connection, late) is True
+        assert ask() == after, f'a statement that belongs to another history changes nothing: {late}'
+    assert control.handle(connection, RecordHistory('n1', 'life', 2, after[0])) is True
     connection.close()
-    assert ask() == [(after[0][0], True)] * 3
+    assert ask() == (after[0], after[0], True)
+
+
+def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_one(config: CoordinationConfig) -> None:
+    create_schema(config)
+    control = Control(config, Tables.of(config), None)
+    connection = Connection.open(config, 'n1')
+
+    def beat(number: int, seen: int) -> bool:
+        reply = control.handle(connection, Beat('n1', 'life', 0, number, seen))
+        assert isinstance(reply, Beaten)
+        return reply.same
+
+    def look(seen: int) -> bool:
+        reply = control.handle(connection, Refresh('n1', 'life', seen))
+        assert isinstance(reply, Holdings)
+        return reply.same
+
+    def held() -> int:
+        (number,), = query(config, 'SELECT beat FROM "{}node"')
+        return int(number)
+
+    control.handle(connection, Join('n1', 'life', Process('', '', '', 1, ''), 1.0, True))
+    assert beat(2, 0) and beat(4, 2) and look(4)
+    assert beat(8, 4), 'number 6 never came'
+    assert beat(12, 8) and beat(14, 8), 'the answer to number 12 was lost'
+    assert beat(10, 8) and held() == 14, 'one that comes late changes nothing'
+    query(config, 'UPDATE "{}node" SET beat = 8')  # as in a standby that lacks what came after
+    assert not look(14)
+    assert not beat(16, 14) and not look(14)
+    assert not beat(18, 14), 'a break of which the node has not heard is still one'
+    assert held() == 19 and look(19)
+    assert beat(20, 19) and look(20)
+    connection.close()
 
 
 def test_a_failover_behind_a_pooler_is_noticed_by_the_next_heartbeat_and_a_new_node_waits_too(

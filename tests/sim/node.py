@@ -14,8 +14,6 @@ from jobsync_core.messages import (
     Connected,
     Evict,
     Give,
-    Holdings,
-    Joined,
     Lead,
     Leave,
     Process,
@@ -122,7 +120,7 @@ class SimNode:
         self.lease_bound = 0.0
         #: While another history's leases may be valid, as the answers tell it; kept apart from what the protocol makes of them.
         self.waits_until = 0.0
-        self._seen_history = self._seen_server = ''
+        self._heard: int | None = None  # which server answered the last heartbeat that was answered
         self.sent: Counter[str] = Counter()
         self.announced = 0
         self.events = 0
@@ -135,7 +133,7 @@ class SimNode:
         self._sent_local = 0.0
         self._deadline = 0.0
         self._wake_id = 0
-        self._mail: list[tuple[int, Reply]] = []
+        self._mail: list[tuple[int, Reply, int]] = []
         self._inbox: deque[str] = deque()
         self._release_times = release_times
         self._releases: dict[int, tuple[int, float]] = {}
@@ -226,12 +224,12 @@ class SimNode:
             if mask & leaving and now < deadline - 1e-6:
                 raise Violation(f'on_release: {self} gives tokens away by {request} while on_release runs for them')
 
-    def receive(self, request_id: int, reply: Reply) -> None:
-        """The reply has arrived at the process's socket."""
+    def receive(self, request_id: int, reply: Reply, origin: int) -> None:
+        """The reply of one server has arrived at the process's socket."""
         if not self.running or request_id != self._request_id or self._request is None:
             return
         if self.paused:
-            self._mail.append((request_id, reply))
+            self._mail.append((request_id, reply, origin))
             return
         request, self._request = self._request, None
         if isinstance(reply, Connected):
@@ -239,7 +237,7 @@ class SimNode:
             if self.connection is None:
                 self._failed(request)
                 return
-        self._note_history(reply)
+        self._note_history(reply, origin)
         if isinstance(reply, Beaten):
             self.lease_bound = max(self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout)
         self._failing_since = None
@@ -248,14 +246,12 @@ class SimNode:
         self._run_effects()
         self.step()
 
-    def _note_history(self, reply: Reply) -> None:
-        foreign = False
-        if isinstance(reply, Connected) and reply.server:
-            foreign, self._seen_server = self._seen_server not in ('', reply.server), reply.server
-        elif isinstance(reply, (Joined, Beaten, Holdings)) and not reply.settled and reply.history != self._seen_history:
-            foreign, self._seen_history = True, reply.history
-        if foreign:
-            self.waits_until = self.local() + self.settings.timeout
+    def _note_history(self, reply: Reply, origin: int) -> None:
+        """Remember until when leases of another server may be valid. Where answers name no history, a new node cannot know."""
+        if isinstance(reply, Beaten) and origin != self._heard:
+            if self._heard is not None or self.world.store.tells_history:
+                self.waits_until = self.offset + self.rate * self.world.may_hold_foreign_leases(origin)
+            self._heard = origin
 
     def refuse(self, request_id: int) -> None:
         """The server answers that it cannot."""

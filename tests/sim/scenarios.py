@@ -200,9 +200,12 @@ def restores(run: Run) -> None:
     run.at(moment, run.remember, standby)
     for time in _times(run, moment, TIMEOUT, 3):
         run.at(time, rng.choice((run.leave, run.change_locks, run.change_locks)))
+    for time in _times(run, moment - 0.3, 0.05 * TIMEOUT, 3):
+        run.at(time, run.pin_somewhere)
     for index in range(rng.choice((0, 1, 2))):
         run.at(max(0.0, moment - rng.random() * 2.5), run.spawn, f'm{index}')
-    run.at(moment + TIMEOUT * 1.1, run.restore, standby, TIMEOUT * (1.1 + rng.random()))
+    taken = rng.choice((0.05, 0.2, 1.1)) * TIMEOUT  # within it some nodes send no heartbeat that the backup lacks
+    run.at(moment + taken, run.restore, standby, TIMEOUT * (1.1 + rng.random()))
     run.faults_end += 3 * TIMEOUT
 
 
@@ -290,8 +293,55 @@ def promotions(run: Run) -> None:
     for index in range(rng.randint(1, 3)):
         run.at(moment + rng.random() * TIMEOUT, run.spawn, f'm{index}')
     if rng.random() < 0.5:
-        # Another standby, which has never heard of the first promotion, at times under the very same name.
+        # The same once more: a standby that has never heard of the first promotion, so that its timeline has the same number.
         run.at(moment + 1.5 * TIMEOUT, run.promote, standby)
+    run.faults_end += 3 * TIMEOUT
+
+
+def reused(run: Run) -> None:
+    """Standbys are promoted in turn, none of which follows the one before: the names of their histories are the same."""
+    run.world.store.tells_history = True
+    run.world.network.slow = run.world.rng.choice((0.0, 0.2))
+    start = _cluster(run)
+    rng = run.world.rng
+    moment = start + rng.random() * TIMEOUT
+    standbys: list[list[SimStore]] = [[] for _ in range(rng.choice((2, 2, 3)))]
+    for standby in standbys:
+        run.at(rng.uniform(1.1, moment), run.remember, standby)
+    for time in _times(run, start, TIMEOUT, 2, 0):
+        run.at(time, rng.choice((run.leave, run.crash)), None, rng.choice((None, 0.5)))
+    for standby in standbys:
+        for name in rng.sample(run.names, rng.randint(0, len(run.names))):
+            how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, rng.choice(('both', 'up', 'down')), name)))
+            run.at(moment - 0.5 + rng.random() * TIMEOUT, how, _duration(run), name)
+        if rng.random() < 0.6:
+            run.at(moment, run.promote, standby)
+        else:
+            run.at(moment, run.fail_over, standby, rng.random())
+        for index in range(rng.randint(0, 2)):
+            run.at(moment + rng.random() * TIMEOUT, run.spawn, f'm{index}')
+        moment += rng.choice((rng.uniform(0.1, 2.5), rng.uniform(0.95, 1.25))) * TIMEOUT
+    run.faults_end += 3 * TIMEOUT
+
+
+def failbacks(run: Run) -> None:
+    """After a failover the old primary comes back, whose row names its own history; every node has heard of the other one."""
+    run.world.store.tells_history = True
+    start = _cluster(run) + rng_count(run)
+    rng = run.world.rng
+    standby: list[SimStore] = []
+    old: list[SimStore] = []
+    run.at(start - rng.random(), run.remember, standby)
+    run.at(start, run.remember, old)
+    run.at(start, run.promote, standby)
+    back = start + 2 * TIMEOUT + rng.random()
+    for time in _times(run, start + TIMEOUT + 0.5, TIMEOUT * 0.9, 3, 1):
+        run.at(time, run.pin_somewhere)
+    for name in rng.sample(run.names, rng.randint(1, len(run.names))):
+        how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
+        run.at(back - rng.random() * 0.5, how, _duration(run), name)
+    run.at(back, run.fail_back, old)
+    run.at(back + 2 * TIMEOUT, run.expire_locks)
     run.faults_end += 3 * TIMEOUT
 
 
@@ -324,7 +374,7 @@ def refusals(run: Run) -> None:
 FAMILIES: dict[str, Callable[[Run], None]] = {
     f.__name__: f for f in (
         everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping,
-        headless, revivals, meddling, promotions, together, refusals)}
+        headless, revivals, meddling, promotions, together, refusals, reused, failbacks)}
 
 
 def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:

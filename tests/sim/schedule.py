@@ -220,9 +220,14 @@ class Run:
         self.world.at(self.world.now + seconds, self.world.start_server)
 
     def promote(self, standby: list[SimStore]) -> None:
-        """A failover behind a pooler: nobody loses a connection."""
+        """A failover behind a pooler: nobody loses a connection. The standby itself stays as it was: there may be two that are alike."""
         self.world.owner_checked = self.world.tasks_checked = False
         self.world.promote(standby[0])
+
+    def fail_back(self, old: list[SimStore]) -> None:
+        """Somebody puts the primary of before back in its place, behind a pooler."""
+        self.world.owner_checked = self.world.tasks_checked = False
+        self.world.fail_back(old[0])
 
     def refuse(self, kinds: tuple[type, ...], name: str | None = None) -> None:
         """The server cannot do this for one node, or for any, until further notice."""

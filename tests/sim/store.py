@@ -120,8 +120,8 @@ class SimStore:
     """All tables of one cluster.
 
     `clock` is the database's wall clock, which the world sets before each request; it may jump. `outbox` holds the
-    notifications of the last request. `on_plan` is told of each plan before it is written. `server` is the history of the
-    database itself, which the world sets; `recorded` the one that the cluster's row names.
+    notifications of the last request. `on_plan` is told of each plan before it is written. `server` names the history of the
+    database itself, as far as its timeline does; `recorded` is the one that the cluster's row names.
     """
 
     total_tokens: int
@@ -174,7 +174,7 @@ class SimStore:
         if isinstance(request, StepDown):
             return self._step_down(request)
         if isinstance(request, RecordHistory):
-            if request.history == self.server:
+            if request.history == self.server and self._holds(request):
                 self.recorded = self.server
             return True
         assert isinstance(request, Leave)
@@ -254,6 +254,16 @@ class SimStore:
     def _settled(self) -> bool:
         return self.recorded in (None, self.server)
 
+    def _holds(self, request: RecordHistory) -> bool:
+        """Whether the last answered heartbeat of the node that asks is here: if not, it speaks of another database."""
+        row = self._row(request.name, request.incarnation)
+        return row is not None and self._continues(row, request)
+
+    @staticmethod
+    def _continues(row: Row, request: Beat | Refresh | RecordHistory) -> bool:
+        """See messages.Beat: an odd number is a break of which the node has not heard."""
+        return row.beat == request.seen or row.beat > request.seen and row.beat % 2 == 0
+
     def _row(self, name: str, incarnation: str) -> Row | None:
         row = self.nodes.get(name)
         return row if row is not None and row.incarnation == incarnation else None
@@ -303,7 +313,7 @@ class SimStore:
                 self._delete(sign.name)
         row = self.nodes.get(request.name)
         if row is not None and row.incarnation == request.incarnation:
-            return Joined(self.version, self._history, self._settled)
+            return Joined(self.version)
         if row is not None:
             if request.replace != (row.incarnation, row.beat):
                 return Occupied(row.sign, row.process)
@@ -314,13 +324,14 @@ class SimStore:
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
-        return Joined(self.version, self._history, self._settled)
+        return Joined(self.version)
 
     def _beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        row.beat += 1
+        same = self._continues(row, request)
+        row.beat = max(row.beat, request.number + (not same))
         row.last_heartbeat = self.clock
         age = (row.created_on, row.name)
         older = sorted((r.created_on, r.name) for r in self.nodes.values()
@@ -328,7 +339,7 @@ class SimStore:
         rows = [self.nodes[name] for _, name in older]
         return Beaten(
             self.version, row.state, tuple(r.sign for r in rows), tuple(self.clock - r.last_heartbeat for r in rows),
-            microseconds(min([row.created_on, *(r.created_on for r in rows)])), self._history, self._settled)
+            microseconds(min([row.created_on, *(r.created_on for r in rows)])), self._history, self._settled, same)
 
     def _youngest(self) -> float:
         """Later than every other row, even if the wall clock was set back."""
@@ -349,7 +360,8 @@ class SimStore:
         mine = tuple(s for s in self.segments if s.node == row.name)
         incoming = sum(s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name)
         return Holdings(
-            self.version, row.state, mine, self.planned == self.fingerprint(), incoming, self._history, self._settled)
+            self.version, row.state, mine, self.planned == self.fingerprint(), incoming, self._history,
+            self._continues(row, request))
 
     def _take(self, request: Take) -> Reply:
         tasks = sorted({task for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)

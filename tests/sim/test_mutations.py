@@ -12,8 +12,8 @@ import pytest
 
 from jobsync_core import liveness, protocol
 from jobsync_core.lookout import Lookout
-from jobsync_core.messages import Beat, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Segment, Taken
-from jobsync_core.protocol import Protocol
+from jobsync_core.messages import Beat, Beaten, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Segment, Taken
+from jobsync_core.protocol import Phase, Protocol
 from jobsync_core.takings import Takings
 from jobsync_core.tokens import TokenSet
 
@@ -67,12 +67,23 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
 
 
 def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
-    original = SimStore._refresh
+    original, choose = SimStore._refresh, Protocol._choose
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
         return original(self, replace(request, incarnation=row.incarnation) if row is not None else request)
+
+    def mutated_choose(self: Protocol, now: float) -> Request | None:
+        """A heartbeat that goes first hides it: it would hear of the eviction."""
+        due = self._beat_at
+        if self._must_refresh and self.phase is Phase.ACTIVE:
+            self._beat_at = float('inf')
+        try:
+            return choose(self, now)
+        finally:
+            self._beat_at = due
     patch.setattr(SimStore, '_refresh', mutated)
+    patch.setattr(Protocol, '_choose', mutated_choose)
 
 
 def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
@@ -127,26 +138,72 @@ def _no_quarantine(patch: pytest.MonkeyPatch) -> None:
 
 def _without_the_check_of_quarantine(patch: pytest.MonkeyPatch) -> None:
     """The rule is broken, and nobody asks about the rule: what comes of it?"""
-    patch.setattr(SimNode, '_note_history', lambda self, reply: None)
+    patch.setattr(SimNode, '_note_history', lambda self, reply, origin: None)
 
 
 def _history_is_not_in_the_heartbeat(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_beaten
-    patch.setattr(Protocol, '_on_beaten', lambda self, reply, now: original(self, replace(reply, history='', settled=True), now))
+    original = Protocol._on_history
+
+    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+        return original(self, replace(reply, history='', settled=True, same=True), now)
+    patch.setattr(Protocol, '_on_history', mutated)
+    patch.setattr(Protocol, '_is_of_another_history', lambda self, reply: False)
 
 
 def _history_only_of_the_connection(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protocol, '_on_history', lambda self, history, settled, now: None)
+    _history_is_not_in_the_heartbeat(patch)
     _without_the_check_of_quarantine(patch)
 
 
 def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_history
 
-    def mutated(self: Protocol, history: str, settled: bool, now: float) -> None:
-        original(self, history, settled or not self._history, now)
+    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+        self._waits = self._waits or not self._history
+        return original(self, reply, now)
     patch.setattr(Protocol, '_on_history', mutated)
+
+
+def _trust_a_known_name(patch: pytest.MonkeyPatch) -> None:
+    """Two promotions may share a name: what a node has heard under it is then of the other one."""
+    patch.setattr(SimStore, '_continues', staticmethod(lambda row, request: True))
     _without_the_check_of_quarantine(patch)
+
+
+def _forget_a_break_that_nobody_heard_of(patch: pytest.MonkeyPatch) -> None:
+    """A heartbeat whose answer is lost leaves its number where the last one that was answered never was."""
+    patch.setattr(SimStore, '_continues', staticmethod(lambda row, request: row.beat >= request.seen))
+
+
+def _record_for_another_database(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_holds', lambda self, request: True)
+
+
+def _read_the_rows_of_another_history(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protocol, '_is_of_another_history', lambda self, reply: False)
+    _without_the_check_of_quarantine(patch)
+
+
+def _have_waited_in_an_earlier_life(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_evicted
+
+    def mutated(self: Protocol, now: float) -> None:
+        waits = self._waits
+        original(self, now)
+        self._waits = waits
+    patch.setattr(Protocol, '_on_evicted', mutated)
+
+
+def _trust_the_row_after_a_change(patch: pytest.MonkeyPatch) -> None:
+    original = Protocol._on_history
+
+    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+        if reply.settled:
+            self._history = ''
+            self._waits = True
+            reply = replace(reply, same=True)
+        return original(self, reply, now)
+    patch.setattr(Protocol, '_on_history', mutated)
 
 
 def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -158,6 +215,7 @@ def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
             self.recorded = self.server
         return reply
     patch.setattr(SimStore, 'handle', mutated)
+    _without_the_check_of_quarantine(patch)
 
 
 def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
@@ -178,7 +236,7 @@ _on_holdings = Protocol._on_holdings
 
 def _on_holdings_in_quarantine(self: Protocol, reply: Holdings, now: float) -> None:
     until, self._quarantine_until = self._quarantine_until, None
-    _on_holdings(self, replace(reply, history='', settled=True), now)
+    _on_holdings(self, replace(reply, history='', same=True), now)
     self._quarantine_until = until
 
 
@@ -308,7 +366,7 @@ MUTATIONS = (
     Mutation('shrink before hand-over', ('rolling',), _give_before_shrinking, ('I1',)),
     Mutation('incarnation in refresh', ('names',), _refresh_by_name_alone, ('lives',)),
     Mutation('incarnation in heartbeat', ('names',), _beat_by_name_alone, ('I1', 'lives')),
-    Mutation('refresh before claiming after reconnect', ('restores',), _claim_without_refresh, ('I1',)),
+    Mutation('refresh before claiming after reconnect', ('restores',), _claim_without_refresh, ('I1', 'I3')),
     Mutation("leader's re-check of the dead", ('revivals',), _evict_without_looking_again, ('I1',)),
     Mutation('grace after an outage', ('outages', 'single'), _no_grace_after_outage, ('I4',)),
     Mutation('the whole timeout is waited', ('partitions',), _short_timeout, ('I1',)),
@@ -318,8 +376,14 @@ MUTATIONS = (
     Mutation('quarantine after failover', ('failovers', 'promotions'), _no_quarantine, ('I1',)),
     Mutation("the database's history is in each heartbeat", ('promotions',), _history_is_not_in_the_heartbeat, ('quarantine',)),
     Mutation('a failover behind a pooler is noticed', ('promotions',), _history_only_of_the_connection, ('I1',)),
-    Mutation('a new node waits where the history is new', ('promotions',), _new_nodes_trust_the_server, ('I1',)),
+    Mutation('a new node waits where the history is new', ('promotions',), _new_nodes_trust_the_server, ('quarantine',)),
     Mutation('a history is recorded after the wait', ('promotions',), _record_the_history_at_once, ('I1',)),
+    Mutation('histories of one name are told apart', ('reused',), _trust_a_known_name, ('I1',)),
+    Mutation('a break is one until its node has heard of it', ('reused',), _forget_a_break_that_nobody_heard_of, ('quarantine',)),
+    Mutation('a history is recorded only by who has waited in it', ('reused',), _record_for_another_database, ('quarantine',)),
+    Mutation('rows count only in the history of the last heartbeat', ('reused', 'promotions'), _read_the_rows_of_another_history, ('I1',)),
+    Mutation('who was evicted has not waited yet', ('reused',), _have_waited_in_an_earlier_life, ('quarantine',)),
+    Mutation('a change is waited out, whatever the row says', ('failbacks',), _trust_the_row_after_a_change, ('quarantine',)),
     Mutation('nothing is taken or given in quarantine', ('failovers', 'promotions'), _take_and_give_in_quarantine, ('quarantine',)),
     Mutation('no lease in quarantine', ('failovers', 'promotions'), _extend_the_lease_in_quarantine, ('quarantine',)),
     Mutation('an eviction stands whatever the plan does', ('refusals',), _plan_and_evict_in_one, ('eviction',)),

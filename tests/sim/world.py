@@ -7,6 +7,7 @@ fails and its connection is closed, while the statement itself may be carried ou
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from jobsync_core.leader import Decision, Pin
 from jobsync_core.messages import Beat, Connect, Connected, Give, Lead, Member, Process, Refresh, Reply, Request, Segment
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
-from .node import MappedClaims, SimClaims, SimNode
+from .node import LEASE_FRACTION, MappedClaims, SimClaims, SimNode
 from .store import SimStore
 
 __all__ = ['Network', 'World']
@@ -49,8 +50,10 @@ class World:
         self.up = True
         self.frozen = False
         self.database_offset = 1_000_000.0
-        self.server = 'history-1'
+        self.origin = 0  # which server, in true time, answers; the name of its history may be another one's too
+        self.origins = [-math.inf]  # when each began to serve
         self.refused: dict[str | None, tuple[type, ...]] = {}  # what the server cannot do for whom; None: for all
+        self.longest_timeout = 0.0
         self.owner_checked = True
         self.leases_checked = True
         self.tasks_checked = True
@@ -111,6 +114,7 @@ class World:
         """Start a process."""
         self.nodes.append(node)
         self.holders.append(node)
+        self.longest_timeout = max(self.longest_timeout, node.settings.timeout)
         self.trace(node, 'starts', '')
         self.at(self.now, node.step)
         return node
@@ -128,7 +132,9 @@ class World:
         if isinstance(node.error, ClusterNotFormed):
             raise Violation(f'{node} failed: {node.error}')
         if isinstance(node.error, DuplicateNodeName):
-            recently = self.now - self._last_end.get(node.name, 0.0) <= node.settings.timeout + self.network.lateness
+            # After a failover a dead process's row may show another number, as if it lived.
+            ended = max(self._last_end.get(node.name, 0.0), self.origins[-1])
+            recently = self.now - ended <= node.settings.timeout + self.network.lateness
             if not recently and not any(other.name == node.name for other in self.nodes):
                 raise Violation(f'{node} failed although nobody else has its name: {node.error}')
             return
@@ -191,7 +197,7 @@ class World:
             self.at(max(deadline, self.now), node.fail, request_id)
             return
         if isinstance(request, Connect):
-            reply: Reply = Connected('' if self.store.tells_history else self.server)
+            reply: Reply = Connected('' if self.store.tells_history else f'address-{self.origin}')
             self._next_connection += 1
             self._connections[self._next_connection] = node
             self._connection_of_request[node.number, request_id] = self._next_connection
@@ -207,13 +213,13 @@ class World:
         if lost or arrival >= deadline:
             self.at(max(deadline, self.now), node.fail, request_id)
         else:
-            self.at(arrival, self._arrive, node, request_id, reply, deadline)
+            self.at(arrival, self._arrive, node, request_id, reply, self.origin, deadline)
 
-    def _arrive(self, node: SimNode, request_id: int, reply: Reply, deadline: float) -> None:
+    def _arrive(self, node: SimNode, request_id: int, reply: Reply, origin: int, deadline: float) -> None:
         if node.cut_down:
             self.at(max(deadline, self.now), node.fail, request_id)
         else:
-            node.receive(request_id, reply)
+            node.receive(request_id, reply, origin)
 
     def _refuse(self, node: SimNode, request_id: int, deadline: float) -> None:
         at_once = not node.cut_down and not node.cut_up
@@ -289,21 +295,38 @@ class World:
         self.promote(standby)
 
     def promote(self, standby: SimStore) -> None:
-        """A standby that lacks the last writes becomes the server, and a pooler has the same connections lead there."""
-        self.server += "'"
-        self._replace(standby)
-        self.trace(None, 'failover', f'version {standby.version}')
+        """A standby that lacks the last writes becomes the server, and a pooler has the same connections lead there.
+
+        The new timeline's number is that of the standby, plus one: of standbys that have not followed each other's promotion, two
+        give their histories the same name.
+        """
+        self._serve(standby, standby.server + "'")
+
+    def fail_back(self, old: SimStore) -> None:
+        """The primary of before, which knows nothing of what came after it, is put back in its place; no connection is lost."""
+        self._serve(old, old.server)
+
+    def _serve(self, store: SimStore, history: str) -> None:
+        store = store.snapshot()
+        store.server = history
+        self.origin += 1
+        self.origins.append(self.now)
+        self._replace(store)
+        self.trace(None, 'failover', f'version {store.version}, {history}')
+
+    def may_hold_foreign_leases(self, origin: int) -> float:
+        """Until when, in true time, a lease from before this server may be valid somewhere."""
+        return self.origins[origin] + LEASE_FRACTION / 0.99 * self.longest_timeout
 
     def restore(self, backup: SimStore) -> None:
         """The same server comes back with the tables of a backup."""
         self.stop_server()
-        self._replace(backup)
+        self._replace(backup.snapshot())
         self.start_server()
 
     def _replace(self, store: SimStore) -> None:
         changes = self.store.changes
         self.store = store
-        store.server = self.server
         store.on_plan = self._planned
         store.changes = changes + 1
 
