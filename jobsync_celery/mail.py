@@ -6,7 +6,7 @@ a queue that has gone is parked, not lost. On Redis a queue is a list, and publi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +64,13 @@ class Leftovers:
         unrecorded: Messages that arrived and are not recorded as unacknowledged yet: delivery tag -> the record.
         acknowledged: Delivery tags of messages whose acknowledgement is not confirmed yet.
         asked_at: Since when an answer of Redis has been due, by JobSync's clock; None: none is.
+        cut: Breaks the connections of the channel that waits for messages, so that the consumer makes others.
     """
 
     unrecorded: dict[str, str] = field(default_factory=dict)
     acknowledged: set[str] = field(default_factory=set)
     asked_at: float | None = None
+    cut: Callable[[], object] = lambda: None
 
     def ids(self) -> list[str]:
         """The ids of the messages that are not recorded, for people."""

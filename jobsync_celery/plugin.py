@@ -51,6 +51,8 @@ released = Signal(name='jobsync_released', providing_args={'tokens'})
 
 #: Seconds between two looks at the lease.
 _LOOK_SEC = 0.2
+#: Least seconds that Redis may take to answer a worker.
+_ANSWER_SEC = 5.0
 #: Seconds by which a turn of the event loop may be late that is not stuck.
 _LOOP_SEC = 1.0
 #: Celery's own default, in seconds: whoever wants just that gives 121.
@@ -96,6 +98,7 @@ class JobSync:
         self._pins: Mapping[str, Sequence[str]] = {}
         self._connected = self._consuming = self._uncoordinated = self._reconnects = False
         self._atomic = False
+        self._solo = False
         self._listening: Listening | None = None
         self._self_drain: SelfDrain | None = None
         # What the app was configured with before this plugin put a node's own settings in.
@@ -197,8 +200,11 @@ class JobSync:
         appname = settings.config.appname
         queue = node_queue(appname, name)
         if self.driver == 'redis':
+            # kombu waits for an answer for ever, in the event loop; but a router may have forgotten the connection.
+            answer = max(_ANSWER_SEC, settings.config.heartbeat_timeout_sec)
             self.app.conf.broker_transport_options = {
-                'visibility_timeout': VISIBILITY_SEC, **(self.app.conf.broker_transport_options or {}), **redis_options(appname, name)}
+                'visibility_timeout': VISIBILITY_SEC, 'socket_timeout': answer, **(self.app.conf.broker_transport_options or {}),
+                **redis_options(appname, name)}
         if self.driver == 'amqp' and self.app.conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT and 'solo' not in pool:
             # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker sends none while a task runs.
             self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
@@ -215,7 +221,8 @@ class JobSync:
         self.app.amqp.queues.select_add(node_queue_of(self, queue))
         self._gate = Gate(settings, job)
         self._worker = worker
-        self._listening = Listening(self._left, 'solo' in pool)
+        self._solo = 'solo' in pool
+        self._listening = Listening(self._left, self._solo)
 
     def _application(self) -> str:
         main = self.app.main
@@ -283,6 +290,11 @@ class JobSync:
         assert self._gate is not None
         self._consumer = consumer
         self._consumer_gate = ConsumerGate(self, self._gate, consumer)
+        if self.driver == 'redis':
+            from redis.exceptions import MasterDownError, ReadOnlyError
+
+            # A server that has become a replica is no server any more: as for one that has ended, the consumer connects anew.
+            consumer.connection_errors = (*consumer.connection_errors, ReadOnlyError, MasterDownError)
         consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
             self.receiving(self.app.connection_for_read(heartbeat=heartbeat), consumer.hub))
 
@@ -366,7 +378,7 @@ class JobSync:
                 coordinated = self.tasks.find(name) is not None
             except JobSyncError:
                 continue  # it runs nowhere
-            if coordinated and task.__trace__ is not None:
+            if (coordinated or self._solo) and task.__trace__ is not None:  # in a solo pool it would raise into the consumer
                 task.__trace__ = guarded_trace(task)
 
     def pinned_late(self, name: str) -> bool:
@@ -434,6 +446,9 @@ class JobSync:
         if consumer is None or gate is None or job is None or not self._connected:
             return
         now, leased = clock.now(), job.am_i_healthy()
+        asked = self._left.asked_at
+        if asked is not None and now - asked > self.settings.config.heartbeat_timeout_sec:
+            self._left.cut()  # Redis answers within a second: who has forgotten this connection may let another one through
         paused = job.pausing.is_paused(now)
         if leased:
             self._leased_at = now

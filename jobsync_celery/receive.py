@@ -11,6 +11,9 @@ not confirmed when the connection broke is made again.
 """
 from __future__ import annotations
 
+import contextlib
+import select
+import socket
 import sys
 from collections import deque
 from queue import Empty
@@ -46,6 +49,11 @@ _execute: Any = Redis.execute_command
 #: Seconds after which empty queues are looked at even if no bell was heard.
 LOOK_SEC = 1.0
 
+#: What a server says that has become a replica, or has lost its master.
+_ELSEWHERE = ('ReadOnlyError', 'READONLY', 'MasterDownError', 'MASTERDOWN')
+#: What it says that takes no writes for now: no memory, no disk, too few replicas, a script of somebody's.
+_FOR_NOW = ('OutOfMemoryError', 'OOM', 'MISCONF', 'NOREPLICAS', 'BUSY')
+
 # KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then for each list its queue and
 # whether its messages are acknowledged: what is not has no record, which nobody would remove.
 # The list is shortened last: a script that Redis stops for lack of memory has lost nothing.
@@ -77,6 +85,11 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 
 
+def _says(error: ResponseError, marks: tuple[str, ...]) -> bool:
+    said = f'{type(error).__name__} {error}'  # redis-py takes some codes off the text
+    return any(mark in said for mark in marks)
+
+
 class _QoS(RestoringQoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         """Remember a message as delivered."""
@@ -105,6 +118,15 @@ class _QoS(RestoringQoS):
     def can_consume(self) -> bool:
         """Whether another message may be delivered, or answers are due, which have to be read."""
         return any(self.channel.due) or bool(plain_qos.can_consume(self))
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Give back what has been taken for too long; kombu's timer calls this in the event loop, which an error would end."""
+        try:
+            super().restore_visible(*args, **kwargs)
+        except ResponseError as error:
+            if not _says(error, _FOR_NOW):
+                raise
+            logger.debug('looking for what was taken long ago: %r', error)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Give back what was delivered and not acknowledged; with the broker out of reach, the next connection does it."""
@@ -147,6 +169,8 @@ class _Channel(RestoringChannel):
     # The script found nothing the last time; and when it looks again, should the bell have been missed.
     _empty = False
     _look_at = 0.0
+    # Until when Redis is not asked in kombu's way, as it takes no writes for now.
+    _rest_until = 0.0
     _bell: Bell | None = None
     _can_wait = True
     _rings = _heard = 0
@@ -154,6 +178,9 @@ class _Channel(RestoringChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.due = deque()
         self._without_ack: set[str] = set()
+        # Acknowledgements that Redis has refused for now, and when they are made again.
+        self._again: set[str | bytes] = set()
+        self._again_at = 0.0
         super().__init__(*args, **kwargs)
         if self.ack_emulation:
             self._load()  # else the user wants no records at all
@@ -227,11 +254,15 @@ class _Channel(RestoringChannel):
         self._thread = get_ident()
         if connection._sock is not self._socket:
             self._socket = connection._sock
+            self.left.cut = self._cut
             for tag in list(self.left.acknowledged):  # what the last connection did not confirm
                 self.acknowledge(tag)
         elif self.due and not plain_qos.can_consume(self.qos):
             return
+        self._acknowledge_again()
         if self._script is None or (self._empty and self._bell is None):
+            if monotonic() < self._rest_until:
+                return
             self._read_due()
             self.left.asked_at = clock.now()
             super()._brpop_start(*(() if timeout is None else (timeout,)))
@@ -246,13 +277,28 @@ class _Channel(RestoringChannel):
         self._heard = self._rings
         self._send(None, *self._arguments(queues))
 
+    def _cut(self) -> None:
+        sock, poller = self._socket, select.poll()
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            poller.register(sock, select.POLLIN)
+            if poller.poll(0):
+                return  # an answer has come that nobody has read yet
+            # Those that wait in the pool are as old; the consumer gives back over them.
+            self.pool.disconnect()
+            sock.shutdown(socket.SHUT_RDWR)
+
     def acknowledge(self, tag: str | bytes) -> None:
         """Acknowledge; from the thread that polls without waiting for the answer."""
         connection = getattr(self.__dict__.get('client'), 'connection', None)  # none before the first poll, and after the close
         polls = self._socket is not None and getattr(connection, '_sock', None) is self._socket and get_ident() == self._thread
         waits = self._in_poll and None not in self.due
         if self._script is None or waits or not polls:
-            self.qos.remove(tag)
+            try:
+                self.qos.remove(tag)
+            except ResponseError as error:
+                if not _says(error, _FOR_NOW):
+                    raise
+                self._acknowledge_later(tag, error)
             return
         self._send(tag, self._acknowledge, 2, *self._keys(), tag)
 
@@ -268,6 +314,11 @@ class _Channel(RestoringChannel):
         if not self.due:
             try:
                 found = super()._brpop_read(**options)
+            except ResponseError as error:
+                if not _says(error, _FOR_NOW):
+                    raise
+                self._rest_until = monotonic() + LOOK_SEC
+                raise Empty from None
             finally:
                 self.left.asked_at = None
             self._empty = False
@@ -317,14 +368,32 @@ class _Channel(RestoringChannel):
         unknown = isinstance(error, NoScriptError)  # somebody has emptied Redis' cache
         if unknown:
             self._load()
+        if _says(error, _ELSEWHERE):
+            raise error  # a broken connection: another one may lead to the server that takes writes now
         if tag is not None:
-            self.qos.remove(tag)
+            if _says(error, _FOR_NOW):
+                self._acknowledge_later(tag, error)
+            else:
+                self.qos.remove(tag)
             return
-        if str(error).startswith('OOM'):
+        if _says(error, _FOR_NOW):
             self._wait()
         elif not unknown:
             self._without(error)
         raise Empty
+
+    def _acknowledge_later(self, tag: str | bytes, error: ResponseError) -> None:
+        """It stays among those that are not confirmed, so that it is not given back meanwhile."""
+        if not self._again:
+            logger.warning('JobSync: Redis takes no acknowledgements for now; they are made again: %s', error)
+        self._again.add(tag)
+        self._again_at = monotonic() + LOOK_SEC
+
+    def _acknowledge_again(self) -> None:
+        if self._again and monotonic() >= self._again_at:
+            tags, self._again = self._again, set()
+            for tag in tags:
+                self.acknowledge(tag)
 
     def _read_due(self) -> None:
         while self.due:

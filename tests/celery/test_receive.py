@@ -508,6 +508,47 @@ class TestAcknowledging:
         assert desk.events == [0]
 
 
+def test_a_connection_is_cut_unless_an_answer_has_come(redis_server: RedisServer, space: str) -> None:
+    """The event loop may have had no time to read it."""
+    desk = _Desk(redis_server, space)
+    for number in range(2):
+        desk.publish(number)
+    desk.consumer.consume()
+    eventually(lambda: desk.drain() or desk.received)
+    desk.channel._brpop_start()
+    eventually(lambda: _readable(desk.channel._socket))
+    desk.left.cut()
+    eventually(lambda: desk.drain() or len(desk.received) == 2)
+    desk.received.pop().ack()
+    eventually(lambda: desk.drain() or not desk.channel.due)
+    desk.left.cut()
+    with pytest.raises(RedisConnectionError):
+        eventually(desk.drain)
+
+
+@pytest.mark.parametrize('looped', [True, False])
+def test_an_acknowledgement_that_redis_refuses_for_now_is_made_again(
+    redis_server: RedisServer, space: str, looped: bool, caplog: pytest.LogCaptureFixture,
+) -> None:
+    with RedisServer() as own:
+        assert isinstance(own, RedisServer)
+        desk = _Desk(own, '1')
+        desk.publish(1)
+        desk.consumer.consume()
+        eventually(lambda: desk.drain() or desk.received)
+        desk.client.config_set('min-replicas-to-write', 1)
+        if not looped:
+            desk.channel._thread = 0  # as another thread, which waits for the answer
+        desk.received[0].ack()
+        eventually(lambda: desk.drain() or desk.channel._again)
+        assert 'takes no acknowledgements for now' in caplog.text and 'a message can be lost' not in caplog.text
+        assert (desk.unacked(), len(desk.left.acknowledged)) == (1, 1)
+        desk.client.config_set('min-replicas-to-write', 0)
+        eventually(lambda: desk.drain() or not desk.unacked())
+        assert not desk.left.acknowledged
+        _DESKS.pop().close()
+
+
 def test_a_get_records_too(redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = _Desk(redis_server, space)
     desk.publish(1)

@@ -21,7 +21,11 @@ ENTRIES: tuple[bytes, ...] = (
     f'{{{_NEVER}, "body": 5, "properties": {{"delivery_tag": "raw-4", "body_encoding": "base64", {_INFO}}}}}'.encode(),
     f'{{{_NEVER}, "body": "W10=", "properties": {{"delivery_tag": "raw-5", "delivery_info": 5}}}}'.encode(),
     f'{{"headers": [1], "body": "W10=", "properties": {{"delivery_tag": "raw-6", {_INFO}}}}}'.encode(),
-    f'{{"headers": "text", "body": "W10=", "properties": {{"delivery_tag": "raw-7", {_INFO}}}}}'.encode())
+    f'{{"headers": "text", "body": "W10=", "properties": {{"delivery_tag": "raw-7", {_INFO}}}}}'.encode(),
+    # What a script of Redis reads and Python does not, and what kombu reads and cannot give back.
+    b'{"properties": {"delivery_tag": "raw-8"}, "headers": {"x": %s}}' % (b'9' * 5_000),
+    b'{"properties": {"delivery_tag": "raw-9"}, "headers": {"at": {"__type__": "datetime", "__value__": "x"}}}',
+    b'{"headers": null, "body": "W10=", "properties": {"delivery_tag": "raw-10", "delivery_info": null, "priority": 1e999}}')
 
 #: Values that no header of Celery's should have.
 _ODD: tuple[Any, ...] = (None, [], ['a'], {}, {'a': 1}, 0, -1, 1.5, True, '', 'x', 'x' * 3000, '\0', 'a\nERROR b', 10**40, [[[[]]]])

@@ -23,6 +23,7 @@ from amqp.exceptions import AMQPError
 from celery import Celery
 from kombu.exceptions import KombuError
 
+from jobsync_celery.abandoning import abandon
 from jobsync_core.embedded import EmbeddedPostgres
 
 from ..brokers import BrokerServer, RedisServer, die_with_parent
@@ -30,9 +31,6 @@ from ..parity.harness import Configuration, Order, order_of
 from ..waiting import eventually
 from .celery_app import make_app
 from .celery_messages import ENTRIES, Raw, messages
-
-#: The sender's own connections, on which half a message was under way when its client found that it cannot be said.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning', 'ignore:unclosed:ResourceWarning')
 
 _ROOT = Path(__file__).parents[2]
 _SETTINGS = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1_000_000}
@@ -46,22 +44,28 @@ class Run:
     Args:
         order: What the workers are told.
         server, space: The broker.
-        directory: For the log.
+        directory: For the logs.
         options: Of the command line.
+        nodes: How many workers.
     """
 
-    def __init__(self, order: Order, server: BrokerServer, space: str, directory: Path, options: tuple[str, ...]) -> None:
+    def __init__(
+        self, order: Order, server: BrokerServer, space: str, directory: Path, options: tuple[str, ...], nodes: int = 1,
+    ) -> None:
         self.order, self.server, self.space = order, server, space
         Path(order.notes).touch()
         self.sender: Celery = make_app(Order(**{**vars(order), 'mode': 'plain'}))
         self._declare()
-        self._path = directory / f'{order.mode}.log'
         kept = {key: value for key, value in os.environ.items() if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
-        with self._path.open('wb') as output:
-            self.worker = subprocess.Popen(
-                [sys.executable, '-m', 'celery', '-A', 'tests.hostile.celery_worker', 'worker', '-n', 'one@test', '-l', 'INFO', *options],
-                cwd=_ROOT, env={**kept, **order.environment(), 'PYTHONUNBUFFERED': '1', 'C_FORCE_ROOT': '1'}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent())
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._paths = [directory / f'{order.mode}{number}.log' for number in range(nodes)]
+        for number, path in enumerate(self._paths):
+            name = f'n{number}@test'
+            with path.open('wb') as output:
+                self.workers[name] = subprocess.Popen(
+                    [sys.executable, '-m', 'celery', '-A', 'tests.hostile.celery_worker', 'worker', '-n', name, '-l', 'INFO', *options],
+                    cwd=_ROOT, env={**kept, **order.environment(), 'PYTHONUNBUFFERED': '1', 'C_FORCE_ROOT': '1'}, stdin=subprocess.DEVNULL,
+                    stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent())
         self.sent: list[Raw] = []
         self._connection: Any = None
         self._producer: Any = None
@@ -74,14 +78,19 @@ class Run:
 
     @property
     def log(self) -> str:
-        return self._path.read_text(errors='replace')
+        return '\n'.join(path.read_text(errors='replace') for path in self._paths)
+
+    @property
+    def ended(self) -> bool:
+        return any(worker.poll() is not None for worker in self.workers.values())
 
     def wait_ready(self) -> None:
-        eventually(lambda: 'one@test ready.' in self.log or self.worker.poll() is not None, 60)
+        eventually(lambda: self.ended or all(f'{name} ready.' in self.log for name in self.workers), 60)
         self.check_alive()
 
     def check_alive(self) -> None:
-        assert self.worker.poll() is None, f'the worker has ended with {self.worker.returncode}:\n{self.log[-6000:]}'
+        for name, worker in self.workers.items():
+            assert worker.poll() is None, f'{name} has ended with {worker.returncode}:\n{self.log[-6000:]}'
 
     def send(self, found: list[Raw]) -> None:
         """Send what the broker takes, with good messages between."""
@@ -114,8 +123,7 @@ class Run:
         except (KombuError, AMQPError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, struct.error):
             # This broker, or its client, cannot say it. Half of it may be under way on the connection.
             connection, self._connection = self._connection, None
-            with contextlib.suppress(Exception):
-                connection.collapse()
+            abandon(connection)
             return False
         return True
 
@@ -126,7 +134,7 @@ class Run:
         """Until each good message has run; the last one was sent last."""
         def done() -> bool:
             notes = self.notes()
-            return sum(key.startswith('ran 1') and len(key) == 11 for key in notes) >= self.good_count or self.worker.poll() is not None
+            return sum(key.startswith('ran 1') and len(key) == 11 for key in notes) >= self.good_count or self.ended
 
         with contextlib.suppress(AssertionError):
             eventually(done, 120, every=0.2)
@@ -140,13 +148,15 @@ class Run:
         return Counter(line.partition('[h')[2].partition(']')[0] for line in self.log.splitlines() if ' is set aside: ' in line)
 
     def close(self) -> None:
-        if self.worker.poll() is None:
-            self.worker.send_signal(signal.SIGTERM)
+        for worker in self.workers.values():
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
+        for worker in self.workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.worker.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.worker.pid, signal.SIGKILL)
-        self.worker.wait()
+                worker.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
         if self._connection is not None:
             self._connection.release()
         self.sender.close()
@@ -159,14 +169,14 @@ def make_run(request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_pat
     with contextlib.ExitStack() as stack:
         stack.callback(postgres.drop_database, name)
 
-        def make(broker: str, mode: str, pool: str) -> Run:
+        def make(broker: str, mode: str, pool: str, nodes: int = 1) -> Run:
             server = cast(BrokerServer, request.getfixturevalue(f'{broker}_server'))
             results = cast(BrokerServer, request.getfixturevalue('redis_server'))
             space, own = server.new_space(), results.new_space()
             stack.callback(server.drop_space, space)
             stack.callback(results.drop_space, own)
             order = order_of(mode, Configuration('hostile'), server, space, results.url(own), postgres.config(name), tmp_path, _SETTINGS)
-            run = Run(order, server, space, tmp_path, _POOLS[pool])
+            run = Run(order, server, space, tmp_path, _POOLS[pool], nodes)
             stack.callback(run.close)
             run.wait_ready()
             return run
@@ -175,18 +185,21 @@ def make_run(request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_pat
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(('broker', 'pool'), [('redis', 'prefork'), ('rabbitmq', 'prefork'), ('redis', 'threads')])
-def test_a_worker_lives_on_whatever_it_is_sent(make_run: Any, broker: str, pool: str) -> None:
+@pytest.mark.parametrize(('broker', 'pool', 'nodes'), [
+    ('redis', 'prefork', 2), ('rabbitmq', 'prefork', 1), ('redis', 'threads', 1), ('redis', 'solo', 1),
+    *(pytest.param(*each, marks=pytest.mark.soak) for each in (
+        ('redis', 'prefork', 1), ('rabbitmq', 'prefork', 2), ('rabbitmq', 'threads', 1), ('rabbitmq', 'solo', 1)))])
+def test_a_worker_lives_on_whatever_it_is_sent(make_run: Any, broker: str, pool: str, nodes: int) -> None:
     found = messages(_SEED, _COUNT)
     plain: Run = make_run(broker, 'plain', pool)
     plain.send([raw for raw in found if raw.same and not raw.kills])
     plain.wait_good()
-    ours: Run = make_run(broker, 'ours', pool)
+    ours: Run = make_run(broker, 'ours', pool, nodes)
     ours.push()
     ours.send(found)
     ours.wait_good()
     # Behind all of them, and after what came back: the worker is as good as new.
-    eventually(lambda: str(_in_hand(ours)) == '{}' or ours.worker.poll() is not None, 30)
+    eventually(lambda: str(_in_hand(ours)) == '{}' or ours.ended, 30)
     ours.check_alive()
     notes = ours.notes()
     assert {key: count for key, count in notes.items() if key.startswith('ran 10') and count != 1} == {}
@@ -201,7 +214,7 @@ def test_a_worker_lives_on_whatever_it_is_sent(make_run: Any, broker: str, pool:
     _check_parity(plain, ours, outcomes, aside, notes)
     _check_rules(ours, outcomes, aside, notes)
     print(json.dumps({
-        'broker': broker, 'pool': pool, 'sent': len(ours.sent), 'of': len(found), 'good': ours.good_count, 'ran': sum(
+        'broker': broker, 'pool': pool, 'nodes': nodes, 'sent': len(ours.sent), 'of': len(found), 'good': ours.good_count, 'ran': sum(
             notes[f'ran {raw.number}'] for raw in ours.sent), 'set aside': sum(aside.values()), 'compared': len(plain.sent),
         'would end a plain worker': sum(key.startswith('ended') for key in plain.notes()), 'left': ours.server.depths(ours.space)}))
 

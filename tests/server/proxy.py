@@ -83,6 +83,7 @@ class Proxy:
         self._listener: socket.socket | None = self._listen(0)
         self.host, self.port = '127.0.0.1', int(self._listener.getsockname()[1])
         self._waiting: list[socket.socket] = []  # accepted while the network is down
+        self._stranded: list[socket.socket] = []
         self._links: list[_Link] = []
         self._changes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -133,6 +134,16 @@ class Proxy:
 
         self._do(change)
 
+    def strand(self) -> None:
+        """Never answer on the connections that are open now, and never end them, as a router does that has forgotten them."""
+        def change() -> None:
+            for link in self._links:
+                link.server.close()
+                self._stranded.append(link.client)
+            self._links.clear()
+
+        self._do(change)
+
     @property
     def connections(self) -> int:
         """How many connections are open."""
@@ -147,9 +158,10 @@ class Proxy:
         self._thread.join(10)
         for link in list(self._links):
             self._drop(link)
-        for client in self._waiting:
+        for client in (*self._waiting, *self._stranded):
             client.close()
         self._waiting.clear()
+        self._stranded.clear()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
