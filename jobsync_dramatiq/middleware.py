@@ -250,7 +250,7 @@ class JobSync(Middleware):
                 'dramatiq-gevent: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
                 'use dramatiq')
         settings, mail = self.settings, self._post()
-        self._orphans, self.leaving, self._uncoordinated = OrphanWatch(), False, False
+        self._orphans, self.leaving, self._uncoordinated = OrphanWatch(worker.stop), False, False
         for text in self._known().unknown_pins():
             logger.warning('JobSync: %s', text)
         appname, name = settings.config.appname, new_node_name(settings.node_name)

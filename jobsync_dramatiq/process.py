@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
 
 __all__ = ['OrphanWatch', 'new_node_name', 'process_number']
 
-#: Seconds after which an orphan ends that does not obey its signal.
-_ORPHAN_SEC = 10.0
+#: Seconds after which an orphan is stopped in another way that does not obey its signal.
+_ORPHAN_SEC = 5.0
 
 
 def new_node_name(given: str | None) -> str:
@@ -27,11 +29,17 @@ def process_number() -> int:
 
 
 class OrphanWatch:
-    """Ends a process whose master was killed: it would go on for ever, as nobody is left who stops it."""
+    """Ends a process whose master was killed: it would go on for ever, as nobody is left who stops it.
 
-    def __init__(self) -> None:
+    Args:
+        stop: Stops the worker in order.
+    """
+
+    def __init__(self, stop: Callable[[], object] = lambda: None) -> None:
         self._parent = os.getppid()
         self._since = 0.0
+        self._stop = stop
+        self._stops = False
 
     def look(self, leaving: bool) -> None:
         """Look whether the master lives.
@@ -39,13 +47,33 @@ class OrphanWatch:
         Args:
             leaving: The worker shuts down already.
         """
-        if self._since and not leaving and time.monotonic() - self._since > _ORPHAN_SEC:
-            os._exit(1)  # its main thread waits for the master, whom it was about to tell that it has started
+        if self._since and not leaving and not self._stops and time.monotonic() - self._since > _ORPHAN_SEC:
+            # Its main thread waits for the master, whom it was about to tell that it has started, and will do so for ever.
+            self._stops = True
+            threading.Thread(target=self._end, name='jobsync-orphan', daemon=True).start()
         master = multiprocessing.parent_process()
         # A forked process gets another parent when the master is gone, but its siblings keep the master's pipe open; one of a fork server,
         # the default from Python 3.14 on, keeps its parent, but that pipe ends.
-        if not self._since and master is not None and (os.getppid() != self._parent or not master.is_alive()):
+        # Neither shows one that was killed before this process had begun to look: then its number says so.
+        if not self._since and master is not None and (
+                os.getppid() != self._parent or not master.is_alive() or _is_gone(master.pid)):
             # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
             logging.disable(logging.CRITICAL)
             self._since = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end(self) -> None:
+        try:
+            self._stop()
+        finally:
+            os._exit(1)
+
+
+def _is_gone(pid: int | None) -> bool:
+    try:
+        os.kill(pid or 0, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it runs as another user, for example
+        return False
+    return False

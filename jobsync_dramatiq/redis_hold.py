@@ -23,8 +23,9 @@ __all__ = ['REDIS_ID', 'RedisHold', 'redis_id']
 
 #: Option with the id under which Redis keeps a message; Dramatiq's name for it.
 REDIS_ID = 'redis_message_id'
-#: Seconds between two signs of life from a consumer that takes nothing: after a minute other workers put back what it holds.
-_SIGN_SEC = 10.0
+#: Seconds between two signs of life from a consumer that takes nothing, at most, and as part of the time after which other workers put
+#: back what it holds: the broker's `heartbeat_timeout`, by default a minute.
+_SIGN_SEC, _SIGN_PART = 10.0, 1 / 4
 
 
 def redis_id(message: Any) -> str:
@@ -57,6 +58,7 @@ class RedisHold:
         self.leaving: dict[str, tuple[str, str, bytes]] = {}
         self._in_hand = mail.in_hand.setdefault(queue, set())
         self._signed = clock.now()
+        self._sign_sec = min(_SIGN_SEC, mail.broker.heartbeat_timeout / 1000 * _SIGN_PART)
         #: Set by acknowledgements once half of what may be prefetched is done, while the consumer waits for that.
         self._room = threading.Event()
         self._waits = False
@@ -105,7 +107,7 @@ class RedisHold:
         try:
             return self._mail.fetch(self.queue, number)
         except (RedisError, OSError):
-            self._mail.recheck(self.queue)  # the answer may be lost with the connection, and what it brought
+            # The answer may be lost with the connection, and what it brought: that goes back with the next call.
             return self._mail.fetch(self.queue, number)
 
     @property
@@ -140,7 +142,7 @@ class RedisHold:
     def idle(self, seconds: float) -> None:
         """See Hold."""
         time.sleep(seconds)
-        if clock.now() - self._signed > _SIGN_SEC:
+        if clock.now() - self._signed > self._sign_sec:
             self._signed = clock.now()
             try:
                 self._mail.fetch(self.queue, 0)

@@ -586,12 +586,21 @@ class TestRedis:
         hold = node.consume('default.DQ', 5, 50)
         assert next_of(hold).message_id == first.message_id
 
-    def test_a_consumer_that_takes_nothing_shows_that_it_lives(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr('jobsync_dramatiq.redis_hold._SIGN_SEC', 0.0)
+    @pytest.mark.parametrize(('timeout', 'pause'), [(60_000, 10.0), (2_000, 0.5)])
+    def test_a_consumer_that_takes_nothing_shows_that_it_lives_before_others_put_back_what_it_holds(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch, timeout: int, pause: float,
+    ) -> None:
+        clock = Clock()
+        monkeypatch.setattr('jobsync_dramatiq.redis_hold.clock', clock)
         node = redis.node('n1')
+        node.broker.heartbeat_timeout = timeout
         hold = node.consume('default', 1, 50)
         client = node.broker.client
         client.delete('dramatiq:__heartbeats__')
+        clock.time += pause
+        hold.idle(0.001)
+        assert not client.exists('dramatiq:__heartbeats__')
+        clock.time += 0.1
         hold.idle(0.001)
         assert client.zrange('dramatiq:__heartbeats__', 0, -1) == [b'jobsync.shop_.n1|']
 

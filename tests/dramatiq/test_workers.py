@@ -111,6 +111,26 @@ def test_orphans_of_a_killed_master_leave(workers: Workers, method: str) -> None
     assert set(workers.counts('slowend:').values()) == {1}
 
 
+@pytest.mark.parametrize('method', ['fork', 'forkserver'])
+def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work_and_leave(workers: Workers, method: str) -> None:
+    workers._environment['TEST_SLOW_START'] = '3'
+    first = workers.start(2, method=method)
+    workers.wait_for_nodes(2)
+    os.kill(first.pid, signal.SIGKILL)  # it waits to be told; now they wait for it, and would for ever
+    first.wait()
+    # This one begins, and does not end before the first orphan is told to stop.
+    workers.app.lasting.send(1)
+    eventually(lambda: workers.lines('lasting:'), 10)
+    del workers._environment['TEST_SLOW_START']
+    workers.start(1)
+    workers.wait_for_nodes(1)
+    for n in range(20):
+        workers.app.slow.send(n)
+    eventually(lambda: len(workers.counts('slowend:')) == 20, 30)
+    eventually(lambda: workers.lines('lasting_end:'), 40)
+    assert len(workers.lines('lasting:')) == 1
+
+
 def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(workers: Workers) -> None:
     workers.start(1, '--queues', 'other')
     workers.wait_for_nodes(1)

@@ -20,13 +20,30 @@ URL = os.environ['TEST_REDIS']
 SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 0.5}
 options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
 ADDRESS = os.environ['TEST_BROKER']
-broker: Any = RedisBroker(url=ADDRESS) if ADDRESS.startswith('redis') else RabbitmqBroker(url=ADDRESS)
+more: dict[str, Any] = json.loads(os.environ.get('TEST_BROKER_OPTIONS', '{}'))
+broker: Any = RedisBroker(url=ADDRESS, **more) if ADDRESS.startswith('redis') else RabbitmqBroker(url=ADDRESS, **more)
 if 'TEST_LOCK_PROVIDER' in os.environ:  # as users write them: it fails where its machine is not known
     options['lock_provider'] = lambda job: {'cpu': 1}[os.environ['TEST_LOCK_PROVIDER']]
 plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **{**SHORT, **options})
 broker.add_middleware(plugin)
 broker.add_middleware(Results(backend=RedisBackend(url=URL), store_results=True))
 broker.add_middleware(dramatiq.middleware.GroupCallbacks(RateBackend(url=URL)))
+
+
+class SlowStart(dramatiq.Middleware):
+    """A worker that is a node, and has not told its master yet that it is up."""
+
+    def after_worker_boot(self, broker: Any, worker: Any) -> None:
+        time.sleep(float(os.environ['TEST_SLOW_START']))
+
+
+if 'TEST_SLOW_START' in os.environ:
+    broker.add_middleware(SlowStart())
+if 'TEST_PROMETHEUS' in os.environ:
+    from dramatiq.middleware.prometheus import Prometheus
+
+    if not any(isinstance(item, Prometheus) for item in broker.middleware):  # in Dramatiq 1 it is there
+        broker.add_middleware(Prometheus())
 dramatiq.set_broker(broker)
 log = Redis.from_url(URL, decode_responses=True)
 
@@ -80,6 +97,14 @@ def add(x: int, y: int) -> int:
 
 
 @dramatiq.actor(max_retries=0)
+@exactly_once(key='lasting:{n}')
+def lasting(n: int) -> None:
+    note(f'lasting:{n}')
+    time.sleep(12)
+    note(f'lasting_end:{n}')
+
+
+@dramatiq.actor(max_retries=0)
 def long(seconds: float) -> None:
     note('long')
     time.sleep(seconds)
@@ -98,3 +123,46 @@ def unledgered(n: int) -> None:
 @dramatiq.actor(max_retries=0, jobsync_pin=['gpu-%'])
 def homeless(n: int) -> None:
     note(f'homeless:{n}')
+
+
+@dramatiq.actor(queue_name='second', max_retries=0)
+@exactly_once(key='second:{n}')
+def on_second(n: int) -> None:
+    note(f'second:{n}')
+
+
+@dramatiq.actor(max_retries=0)
+def plain(n: Any) -> None:
+    note(f'plain:{n}')
+
+
+@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100, time_limit=300)
+@exactly_once(key='limited:{n}')
+def limited(n: int) -> int:
+    note(f'limited:{n}')
+    if log.incr(f'try:limited:{n}') == 1:
+        _wait(20)
+    note(f'limitedend:{n}')
+    return n
+
+
+@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100, notify_shutdown=True)
+@exactly_once(key='notified:{n}')
+def notified(n: int) -> int:
+    note(f'notified:{n}')
+    if log.incr(f'try:notified:{n}') == 1:
+        _wait(20)
+    note(f'notifiedend:{n}')
+    return n
+
+
+@dramatiq.actor(max_retries=0, max_age=1500, jobsync_pin=['gpu-%'])
+def aged(n: int) -> None:
+    note(f'aged:{n}')
+
+
+def _wait(seconds: float) -> None:
+    """In steps, since Dramatiq interrupts no call of the system."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.02)
