@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from celery import current_task, states
-from celery.backends.base import DisabledBackend, KeyValueStoreBackend
+from celery.backends.base import Backend, DisabledBackend
 from celery.exceptions import Ignore
 
 from jobsync_core import clock
@@ -162,7 +162,8 @@ class _CeleryOnce(MessageOnce):
             return
         if hasattr(task, 'jobsync_arguments') and hasattr(result, 'model_dump'):
             return  # Celery makes plain values of it
-        if isinstance(task.backend, KeyValueStoreBackend):
+        # Redis is no KeyValueStoreBackend; all of Celery's own encode what they store.
+        if isinstance(task.backend, Backend) and not isinstance(task.backend, DisabledBackend):
             task.backend.encode(task.backend.prepare_value(result))
 
     def come_back(self, error: JobSyncError) -> NoReturn:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from billiard.einfo import ExceptionInfo
 from celery import Task, states
 from celery.app.registry import TaskRegistry
+from celery.app.task import Context
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
-from celery.exceptions import Reject
+from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 
 from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError, JobSyncError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from jobsync_core.plugin import PluginSettings
 
-__all__ = ['Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
+__all__ = ['TaskExited', 'Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
 
 NO_STAMPS = Stamps()
 #: What `@app.task` understands of JobSync's; the last one is its own.
@@ -87,6 +88,10 @@ def _options_of(task: Any) -> set[str]:
     return {name for each in (task, *own) for name in vars(each) if not name.startswith('_')}
 
 
+class TaskExited(Exception):
+    """A task raised SystemExit, KeyboardInterrupt or the like where that ends no process: its failure, by another name."""
+
+
 def guarded_trace(task: Any) -> Callable[..., Any]:
     """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge the message then.
 
@@ -99,7 +104,12 @@ def guarded_trace(task: Any) -> Callable[..., Any]:
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return trace(*args, **kwargs)
+            try:
+                return trace(*args, **kwargs)
+            except (Exception, WorkerShutdown, WorkerTerminate):
+                raise
+            except BaseException as error:
+                return _exited(task, error, *args, **kwargs)
         except (Reject, MemoryError) as error:
             # As a process of the pool would say it: the worker rejects the message, or has it fail.
             return trace_ok_t(ExceptionInfo(), TraceInfo(_STATES[isinstance(error, Reject)], error), 0.0, None)
@@ -107,6 +117,20 @@ def guarded_trace(task: Any) -> Callable[..., Any]:
             return trace_ok_t(report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None)
 
     return guarded
+
+
+def _exited(task: Any, error: BaseException, message_id: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+    """Let a task fail whose exception Celery's tracer does not catch; what it would make of it the request cannot read."""
+    try:
+        text = str(error)
+    except Exception:  # the user's own code
+        text = '(its text cannot be shown)'
+    try:
+        raise TaskExited(f'{type(error).__name__}: {text}') from error
+    except TaskExited as failure:
+        info = TraceInfo(states.FAILURE, failure)
+        context = Context(request or {}, id=message_id, args=args, kwargs=kwargs, called_directly=False)
+        return trace_ok_t(info.handle_error_state(task, context), info, 0.0, None)
 
 
 def _check(run: Any, name: str) -> None:

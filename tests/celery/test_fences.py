@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.backends.base import KeyValueStoreBackend
+from celery.backends.base import Backend
 from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
@@ -282,7 +282,7 @@ def test_without_the_check_a_result_that_cannot_be_sent_completes_its_key(
     check_result_that_cannot_be_sent(app, ledger)
     app.tasks.pop('odd')
     ledger.ends.clear()
-    monkeypatch.setattr(KeyValueStoreBackend, 'encode', lambda self, data: data)
+    monkeypatch.setattr(Backend, 'encode', lambda self, data: data)
     with pytest.raises((pytest.fail.Exception, AssertionError)):
         check_result_that_cannot_be_sent(app, ledger)
 

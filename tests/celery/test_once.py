@@ -426,6 +426,12 @@ class TestResultsThatCannotBeSent:
     def test_the_attempt_fails_with_its_sender(self, app: Celery, ledger: Recording, stored: bool) -> None:
         check_result_that_cannot_be_sent(app, ledger, stored)
 
+    @pytest.mark.parametrize('url', ['redis://localhost:1', 'db+sqlite://', 'rpc://', 'file:///tmp'])
+    def test_whatever_the_backend_is(self, ledger: Recording, url: str) -> None:
+        other = Celery('other', broker='memory://', backend=url, set_as_current=False)
+        JobSync(other, config=CoordinationConfig(), route_producers=False)
+        check_result_that_cannot_be_sent(other, ledger)
+
     def test_unless_nobody_waits_for_it(self, app: Celery, ledger: Recording) -> None:
         task = app.task(name='odd', shared=False, ignore_result=True)(exactly_once(key='d:{n}', scope='')(odd))
         in_worker(task)

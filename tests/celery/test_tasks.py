@@ -11,11 +11,11 @@ import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, _state, shared_task, signals, states
 from celery.app.trace import build_tracer
-from celery.exceptions import Reject
+from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import plugin as plugin_module
-from jobsync_celery.tasks import guarded_trace, odd_names
+from jobsync_celery.tasks import TaskExited, guarded_trace, odd_names
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
@@ -370,6 +370,44 @@ def test_nothing_comes_out_of_a_tracer(error: Exception) -> None:
     assert info.retval is error
     found = result.exception
     assert type(getattr(found, 'exc', found)) is type(error)
+
+
+class _Unspeakable(BaseException):
+    def __repr__(self) -> str:
+        raise RuntimeError('no text')
+
+    __str__ = __repr__
+
+
+_EXITS = (SystemExit(7), KeyboardInterrupt(), GeneratorExit('x'), _Unspeakable())
+
+
+@pytest.mark.parametrize('error', _EXITS, ids=lambda one: type(one).__name__)
+def test_a_task_that_exits_has_failed_where_that_ends_no_process(error: BaseException) -> None:
+    def exits() -> None:
+        raise error
+
+    app = Celery('tracing', broker='memory://', backend='cache+memory://', set_as_current=False)
+    task = app.task(name='exits', shared=False)(exits)
+    task.__trace__ = build_tracer('exits', task, app=app)
+    result, info, _, _ = guarded_trace(task)('m1', (), {}, {'id': 'm1', 'delivery_info': {}, 'is_eager': False})
+    assert info.state == states.FAILURE
+    assert isinstance(getattr(result.exception, 'exc', result.exception), TaskExited)
+    found = app.backend.get_task_meta('m1')
+    assert found['status'] == states.FAILURE
+    assert str(found['result']).startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize('error', [WorkerShutdown(0), WorkerTerminate(1)], ids=repr)
+def test_what_ends_the_worker_ends_it(error: BaseException) -> None:
+    def trace(*args: Any) -> None:
+        raise error
+
+    app = Celery('tracing', broker='memory://', backend='cache+memory://', set_as_current=False)
+    task = app.task(name='traced', shared=False)(_nothing)
+    task.__trace__ = trace
+    with pytest.raises(type(error)):
+        guarded_trace(task)('m1', (), {}, {})
 
 
 def _nothing() -> None:
