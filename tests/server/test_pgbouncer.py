@@ -184,6 +184,32 @@ def test_no_task_is_claimable_twice_when_the_pooler_goes_over_to_a_server_that_l
                 cluster[name].kill()
 
 
+def test_no_task_is_claimable_twice_when_a_second_standby_that_never_followed_the_first_one_takes_over(
+        own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+    own_server.create_database('shop')
+    config = own_server.config('shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1)
+    pooler = make_pgbouncer(config)
+    with Cluster(through(pooler, config), tmp_path) as cluster:
+        cluster.start('n1', 'n2')
+        with promoted_copy(own_server) as first, promoted_copy(own_server) as second:
+            timelines = {query(each.config('shop'), 'SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)')[0] for each in (first, second)}
+            assert timelines == {('00000002',)}, 'their histories have one name'
+            pooler.point_at(first.host, first.port)
+            eventually(lambda: query(first.config('shop'), "SELECT 1 FROM sync_cluster WHERE history LIKE '%% 00000002'", ()), timeout=20)
+            cluster.start('n3')  # of which the second one knows nothing
+            cluster.wait_claimed()
+            since = moment()
+            cluster['n3'].proxy.switch(Mode.HOLD)  # it hears nothing of all this, and claims until its lease is over
+            pooler.point_at(second.host, second.port)
+            cluster.launch('n4')
+            cluster['n4'].wait_event('entered')
+            cluster['n3'].proxy.heal()
+            cluster.wait_balanced(['n1', 'n2', 'n3', 'n4'])
+            cluster.wait_claimed(since)
+            for name in ('n1', 'n2', 'n3', 'n4'):
+                cluster[name].kill()
+
+
 class TestWhatIsPooled:
     def test_the_doctor_tells_the_mode(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
         found = []
