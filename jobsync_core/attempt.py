@@ -18,6 +18,7 @@ from .execution import describe
 if TYPE_CHECKING:
     from .current_ledger import LocalLedger
     from .execution import Execution
+    from .keys import Former
     from .ledger import Ledger
     from .store.executions import Holder
 
@@ -74,7 +75,7 @@ class Attempt:
         ledger: Where it is recorded.
         key: The key.
         retention_sec: Seconds for which its completion is remembered.
-        former: Prefixes and keys under which earlier versions recorded the same call.
+        former: Keys under which earlier versions recorded the same call.
 
     Attributes:
         unsettled: What is left to do about it.
@@ -84,7 +85,7 @@ class Attempt:
     _ledger: Ledger | LocalLedger | None = None  # for a finalizer that comes before __init__ is done
 
     def __init__(
-        self, ledger: Ledger | LocalLedger, key: str, retention_sec: float, former: tuple[tuple[str, str], ...] = (),
+        self, ledger: Ledger | LocalLedger, key: str, retention_sec: float, former: tuple[Former, ...] = (),
     ) -> None:
         self.unsettled = Unsettled(key, retention_sec)
         self.former = former

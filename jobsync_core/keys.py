@@ -14,7 +14,7 @@ from .errors import ConfigurationError
 from .execution import check_key
 from .stable import has_address, unstable_part
 
-__all__ = ['KeyMaker', 'Keys', 'escape', 'is_ambiguous', 'key_maker']
+__all__ = ['Former', 'KeyMaker', 'Keys', 'escape', 'is_ambiguous', 'key_maker']
 
 #: What an escaped character becomes is made of these, so that they cannot separate two fields.
 _ESCAPES = frozenset('%0123456789ABCDEF')
@@ -28,6 +28,19 @@ class Keys:
 
     key: str
     former: str | None = None
+
+
+@dataclass(frozen=True)
+class Former:
+    """A key in the ledger under which earlier versions recorded a call.
+
+    prefix: what it begins with that no key of today does; '' where there is no such thing.
+    ambiguous: it can be the present key of another call.
+    """
+
+    prefix: str
+    key: str
+    ambiguous: bool = False
 
 
 #: Makes the keys of a call from its arguments.

@@ -47,6 +47,7 @@ from .unsettled import Settling
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
+    from .keys import Former
     from .messages import Process
     from .store.connection import Sessions
     from .store.schema import Tables
@@ -242,20 +243,20 @@ class Ledger:
         if isinstance(error, DatabaseRefused) and error.pause:
             self.pausing.refused(error, clock.now())
 
-    def _check_former(self, key: str, former: tuple[tuple[str, str], ...]) -> None:
+    def _check_former(self, key: str, former: tuple[Former, ...]) -> None:
         """Look for the key under the names that it had before: what is complete stays complete.
 
         Nothing is asked for again within a minute under a prefix that no key has any more.
         """
         now = clock.now()
         wanted = []
-        for prefix, text in former:
-            known = self._prefixes.get(prefix)
-            if prefix and (known is None or now - known[0] > _PREFIX_SEC):
-                known = self._prefixes[prefix] = now, self._calls.has_prefix(prefix)
-            if not prefix or (known is not None and known[1]):
-                wanted.append(text)
-        row = self._calls.find(wanted) if wanted else None
+        for each in former:
+            known = self._prefixes.get(each.prefix)
+            if each.prefix and (known is None or now - known[0] > _PREFIX_SEC):
+                known = self._prefixes[each.prefix] = now, self._calls.has_prefix(each.prefix)
+            if not each.prefix or (known is not None and known[1]):
+                wanted.append(each)
+        row = self._calls.find([each.key for each in wanted], [each.key for each in wanted if each.ambiguous]) if wanted else None
         if row is None:
             return
         state, result = row

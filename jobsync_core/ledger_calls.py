@@ -65,9 +65,9 @@ class LedgerCalls:
         """See executions.has_prefix."""
         return self._call(lambda connection: executions.has_prefix(connection, self._tables, prefix))
 
-    def find(self, keys: Sequence[str]) -> tuple[str, str] | None:
+    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str] | None:
         """See executions.find."""
-        return self._call(lambda connection: executions.find(connection, self._tables, keys))
+        return self._call(lambda connection: executions.find(connection, self._tables, keys, old))
 
     def finish(self, completion: Completion) -> bool:
         """Record a completion; False where another attempt holds the key. A result that the database refuses is left out."""

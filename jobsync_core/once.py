@@ -23,7 +23,7 @@ from .errors import (
     JobSyncError,
 )
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
-from .keys import Keys, escape, is_ambiguous, key_maker
+from .keys import Former, Keys, escape, is_ambiguous, key_maker
 from .ledger import Ledger
 from .logs import get_logger
 
@@ -215,13 +215,18 @@ class ExactlyOnce:
     def _scoped(self, key: str) -> str:
         return check_key(self._prefix + key) if self._prefix else key
 
-    def _former_keys(self, keys: Keys) -> tuple[tuple[str, str], ...]:
-        """Where earlier versions recorded the same call: prefix and key."""
+    def _former_keys(self, keys: Keys) -> tuple[Former, ...]:
+        """Where earlier versions recorded the same call."""
         texts = (keys.key,) if keys.former is None else (keys.key, keys.former)
-        found = [(prefix, prefix + text) for prefix in self._former_prefixes for text in texts]
+        found = [Former(prefix, prefix + text, self._is_shared(prefix)) for prefix in self._former_prefixes for text in texts]
         if keys.former is not None:
-            found.append(('', self._prefix + keys.former))
+            # One more separator than a key of today can have; or a %XX of the value's own, which reads like an escaped character.
+            found.append(Former('', self._prefix + keys.former, '%' in keys.former))
         return tuple(found)
+
+    def _is_shared(self, prefix: str) -> bool:
+        """Whether other functions' keys can begin like this: 'shop:eu:1' is key 'eu:1' of the scope 'shop', too."""
+        return ':' in prefix[:-1] or is_ambiguous(self.name)
 
     def _default_maker(self, default_key: Callable[[], str | None] | None) -> Callable[[Sequence[Any], Mapping[str, Any]], Keys]:
         if default_key is None:

@@ -173,7 +173,9 @@ _STORED = 'SELECT state, result FROM {execution} WHERE key = %s AND fence = %s'
 _HAS_PREFIX = 'SELECT EXISTS (SELECT FROM {execution} WHERE key >= %s AND key < %s)'
 _FIND = """
 SELECT e.state, e.result FROM {execution} AS e
-WHERE e.key = ANY(%s::text[]) AND CASE e.state
+WHERE e.key = ANY(%(keys)s::text[])
+    AND (e.key <> ALL(%(old)s::text[]) OR e.fence < (SELECT max(c.former_until) FROM {cluster} AS c))
+    AND CASE e.state
     WHEN 'done' THEN e.expires_at IS NULL OR e.expires_at > now()
     WHEN 'running' THEN EXISTS (SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
     ELSE false END
@@ -203,6 +205,7 @@ WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AN
 
 def _sql(text: str, tables: Tables) -> str:
     return text.format(
+        cluster=tables.cluster,
         execution=tables.execution, node=tables.node, begin_execution=tables.begin_execution, finish_execution=tables.finish_execution)
 
 
@@ -348,10 +351,13 @@ def has_prefix(connection: PgConnection, tables: Tables, prefix: str) -> bool:
         return bool(row and row[0])
 
 
-def find(connection: PgConnection, tables: Tables, keys: Sequence[str]) -> tuple[str, Any] | None:
-    """State and result of the first of these keys that is complete, else 'running' where one is held by a live node."""
+def find(connection: PgConnection, tables: Tables, keys: Sequence[str], old: Sequence[str]) -> tuple[str, Any] | None:
+    """State and result of the first of these keys that is complete, else 'running' where one is held by a live node.
+
+    Those of them that are in `old` count only where an earlier version began them, before the tables were of this version.
+    """
     with connection.cursor() as cursor:
-        cursor.execute(_sql(_FIND, tables), (list(keys),))
+        cursor.execute(_sql(_FIND, tables), {'keys': list(keys), 'old': list(old)})
         row = cursor.fetchone()
         return (str(row[0]), row[1]) if row else None
 

@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 #: Number of a schema version, and the file that leads to it from the one before. A file, once released, never changes.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
     (1, 'schema.sql'), (2, 'migration_2.sql'), (3, 'migration_3.sql'), (4, 'migration_4.sql'), (5, 'migration_5.sql'),
-    (6, 'migration_6.sql'), (7, 'migration_7.sql'), (8, 'migration_8.sql'))
+    (6, 'migration_6.sql'), (7, 'migration_7.sql'), (8, 'migration_8.sql'), (9, 'migration_9.sql'))
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Seconds for which a migration is tried again while somebody's transaction is in its way; and what its statements may take.
@@ -47,7 +47,7 @@ _FRESH_SEC = 2.0
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch history',
+    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch history former_until',
     'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',

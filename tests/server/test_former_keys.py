@@ -25,6 +25,18 @@ def charge(a: str) -> str:
     return 'charged'
 
 
+@exactly_once(key='{a}', scope='shop:eu', on_duplicate='result')
+def narrow(a: str) -> str:
+    calls.append(('narrow', a))
+    return f'narrow {a}'
+
+
+@exactly_once(key='{a}', scope='shop', on_duplicate='result')
+def wide(a: str) -> str:
+    calls.append(('wide', a))
+    return f'wide {a}'
+
+
 def complete(config: CoordinationConfig, key: str, state: str = 'done') -> None:
     """What an earlier version left in the ledger."""
     query(config, """
@@ -71,3 +83,22 @@ def test_what_was_complete_under_the_functions_name_is_complete_under_the_tasks(
         with pytest.raises(DuplicateExecution):
             charge('3')
     assert calls == [('3', '')]
+
+
+def test_a_former_key_is_not_taken_for_the_present_key_of_another_function(config: CoordinationConfig) -> None:
+    with Job('a', config, wait_on_enter=0):
+        assert wide('eu:1') == 'wide eu:1'
+        assert narrow('1') == 'narrow 1', "which an earlier version would have written as 'shop:eu:1'"
+        assert (wide('eu:1'), narrow('1')) == ('wide eu:1', 'narrow 1')
+        complete(config, 'shop:eu:2')
+        assert narrow('2') == 'earlier'
+    assert calls == [('wide', 'eu:1'), ('narrow', '1')]
+
+
+def test_a_former_key_is_not_taken_for_the_present_key_of_another_call(config: CoordinationConfig) -> None:
+    with Job('a', config, wait_on_enter=0):
+        assert pair('x:', 'y') == 'x: and y'
+        assert pair('x%3A', 'y') == 'x%3A and y'
+        complete(config, f'{OWN}pair:z%3A:y')
+        assert pair('z%3A', 'y') == 'earlier'
+    assert calls == [('x:', 'y'), ('x%3A', 'y')]

@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.keys import Keys, escape, is_ambiguous, key_maker
+from jobsync_core.keys import Former, Keys, escape, is_ambiguous, key_maker
 from jobsync_core.once import ExactlyOnce, exactly_once
 
 
@@ -254,7 +254,7 @@ class TestScopes:
         second = options_of(exactly_once(key='{a}', scope='shop:eu')(function))
         assert first.ledger_key_of(('eu:1',), {}) != second.ledger_key_of((1,), {})
         assert second.ledger_key_of((1,), {}) == 'shop%3Aeu:1'
-        assert second._former_keys(Keys('1')) == (('shop:eu:', 'shop:eu:1'),)
+        assert second._former_keys(Keys('1')) == (Former('shop:eu:', 'shop:eu:1', ambiguous=True),)
 
     def test_a_task_gives_its_name_and_the_functions_own_stays_known(self) -> None:
         options = options_of(exactly_once(key='{a}:{b}', named_later=True)(function))
@@ -262,8 +262,10 @@ class TestScopes:
         options.adopt('billing')
         assert options.ledger_key_of((1, 2), {}) == 'billing:1:2'
         own = 'tests.unit.test_keys.function:'
-        assert options._former_keys(Keys('1:2')) == ((own, own + '1:2'),)
-        assert options._former_keys(Keys('1%3A:2', '1::2')) == ((own, own + '1%3A:2'), (own, own + '1::2'), ('', 'billing:1::2'))
+        assert options._former_keys(Keys('1:2')) == (Former(own, own + '1:2'),)
+        assert options._former_keys(Keys('1%3A:2', '1::2')) == (
+            Former(own, own + '1%3A:2'), Former(own, own + '1::2'), Former('', 'billing:1::2'))
+        assert options._former_keys(Keys('1%253A:2', '1%3A:2'))[-1] == Former('', 'billing:1%3A:2', ambiguous=True), 'that of 1: and 2'
 
     def test_where_the_name_is_the_functions_nothing_is_looked_up(self) -> None:
         options = options_of(exactly_once(key='{a}', named_later=True)(function))
