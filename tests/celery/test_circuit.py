@@ -3,11 +3,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from celery import Celery
 
+from jobsync_celery import JobSync
+from jobsync_celery import mail as mail_module
 from jobsync_celery.circuit import BrokerBusy, Circuit
+from jobsync_celery.mail import Publisher
+from jobsync_core.config import CoordinationConfig
 
+from ..fakes import Clock
 from ..waiting import eventually
 
 _SOON = 0.01
@@ -99,3 +107,36 @@ def test_without_a_thread_to_look_it_does_not_stay_open(
     monkeypatch.setattr(threading.Thread, 'start', start)
     circuit.open(TimeoutError())
     assert not circuit.is_open
+
+
+def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred messages that wait in the event loop one asks a broker that takes nothing."""
+    clock, asked = Clock(), []
+    monkeypatch.setattr(mail_module, 'clock', clock)
+
+    def publish(self: Publisher, queue: str, message: Any, headers: dict[str, Any]) -> None:
+        asked.append(queue)
+        clock.time += 2.0
+        raise TimeoutError('no confirm')
+
+    monkeypatch.setattr(Publisher, '_publish', publish)
+    monkeypatch.setattr(Publisher, '_probe', lambda self: threading.Event().wait(60))
+    app = Celery('busy', broker='memory://', set_as_current=False)
+    publisher = Publisher(JobSync(app, config=CoordinationConfig(), route_producers=False), patient=False)
+    try:
+        for _ in range(100):
+            with pytest.raises((TimeoutError, BrokerBusy)):
+                publisher.send('q', SimpleNamespace(channel=None), {})
+    finally:
+        publisher.close()
+    assert asked == ['q']
+
+
+def test_one_message_asks_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_waited_for_once(monkeypatch)
+
+
+def test_without_the_circuit_each_of_them_would_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Circuit, 'open', lambda self, error: None)
+    with pytest.raises(AssertionError):
+        check_waited_for_once(monkeypatch)
