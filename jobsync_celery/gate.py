@@ -26,8 +26,8 @@ from .handing import Handing, expires
 from .holding import Holding, is_its_fault
 from .incoming import Incoming, read_delivery
 from .logs import get_logger
-from .mail import Publisher, home_of
-from .refusal import set_aside
+from .mail import Publisher, exchange_of, home_of
+from .refusal import REFUSED, set_aside
 
 if TYPE_CHECKING:
     from .plugin import JobSync
@@ -144,6 +144,9 @@ class ConsumerGate:
         handle = self._make_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
+            if isinstance(message.headers, dict) and message.headers.get(REFUSED) is True:  # it has come for its queue's dead letters
+                message.reject_log_error(logger, self._consumer.connection_errors)
+                return
             found = self._read(message)
             if isinstance(found, Refused):
                 self._refuse(message, found.reason)
@@ -258,7 +261,22 @@ class ConsumerGate:
     ) -> None:
         """Set a message aside, where the dead letters of its queue go; whatever it is, and whatever fails, once."""
         self._gate.count('refused')
+        if self._plugin.driver == 'amqp' and (message.delivery_info or {}).get('exchange') == exchange_of(self._plugin).name:
+            plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
         set_aside(self._plugin.app, self._consumer, message, cause, reason, reject)
+
+    def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
+        """Send a message back to its own queue, to be rejected there: a node's queue has no dead letters."""
+        headers = {name: value for name, value in (message.headers or {}).items() if name not in (KEY, HOPS, HOME)}
+        try:
+            self._publisher.send(read_stamps(message.headers).home or home_of(self._plugin, message), message, {**headers, REFUSED: True})
+            message.ack_log_error(logger, self._consumer.connection_errors)
+        except Exception as error:  # the broker takes nothing just now, or the message cannot be copied
+            logger.debug('rejected in the queue of its node: %r', error)
+        if plainly is not None:
+            plainly()
+        elif not message.acknowledged:
+            message.reject_log_error(logger, self._consumer.connection_errors)
 
     # --- tasks that nobody here knows ---
 

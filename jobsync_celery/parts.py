@@ -56,7 +56,8 @@ PARTS: tuple[Part, ...] = (
     Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
         'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
         'connection_for_read', 'create_task_handler', 'update_strategies', 'on_decode_error', 'on_invalid_task', 'on_unknown_message',
-        'channel_errors', 'connection')),
+        'channel_errors')),
+    Part(GATE, 'celery.worker.consumer.connection:Connection', ('connection',)),
     Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat', 'collect')),
     Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
     Part(GATE, 'celery.worker.request:Request', (

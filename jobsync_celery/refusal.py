@@ -18,10 +18,12 @@ from .logs import get_logger
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['set_aside']
+__all__ = ['REFUSED', 'set_aside']
 
 logger = get_logger(__name__)
 
+#: Name of the header of a message that was set aside in a node's queue, and comes back to its own one to be rejected there.
+REFUSED = 'jobsync_refused'
 _ID_LENGTH = 200
 
 

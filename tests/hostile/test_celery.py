@@ -186,9 +186,9 @@ def make_run(request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_pat
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(('broker', 'pool', 'nodes'), [
-    ('redis', 'prefork', 2), ('rabbitmq', 'prefork', 1), ('redis', 'threads', 1), ('redis', 'solo', 1),
+    ('redis', 'prefork', 2), ('rabbitmq', 'prefork', 2), ('redis', 'threads', 1), ('redis', 'solo', 1),
     *(pytest.param(*each, marks=pytest.mark.soak) for each in (
-        ('redis', 'prefork', 1), ('rabbitmq', 'prefork', 2), ('rabbitmq', 'threads', 1), ('rabbitmq', 'solo', 1)))])
+        ('redis', 'prefork', 1), ('rabbitmq', 'prefork', 1), ('rabbitmq', 'threads', 1), ('rabbitmq', 'solo', 1)))])
 def test_a_worker_lives_on_whatever_it_is_sent(make_run: Any, broker: str, pool: str, nodes: int) -> None:
     found = messages(_SEED, _COUNT)
     plain: Run = make_run(broker, 'plain', pool)
