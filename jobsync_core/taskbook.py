@@ -12,6 +12,7 @@ from . import claims, clock
 from .claims import Claims
 from .config import CoordinationConfig
 from .errors import ClaimLost, JobSyncError
+from .exclusions import Exclusions
 from .hashing import HASH_FUNCTIONS, check_task_id
 from .logs import get_logger
 from .store import tasks
@@ -64,9 +65,13 @@ class _Own:
     given: dict[str, _Given] = field(default_factory=dict)
     # text -> who: recorded by add_task, not audited yet; the newest last
     added: dict[str, _Added] = field(default_factory=dict)
-    # text -> when: audited here; later the exclusions, which the node's main process writes, know them
+    # text -> when: audited here; later the exclusions know them: of the node's main process the shared ones, which it alone
+    # writes; of a forked child its own
     done: dict[str, float] = field(default_factory=dict)
+    past: Exclusions | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # one audit at a time; a signal's handler may be in the middle of one
+    auditing: threading.RLock = field(default_factory=threading.RLock)
     taking_back: bool = False
 
 
@@ -125,7 +130,8 @@ class TaskBook:
         now, generation = clock.now(), head[0]
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
             return self._holds(own, text, now)
-        if text in own.done or (head[1] and self._claims.exclusions.excludes(token, text)):
+        if text in own.done or (head[1] and self._claims.exclusions.excludes(token, text)) or (
+                own.past is not None and own.past.excludes(token, text)):
             own.promises.pop(get_ident(), None)
             return False
         own.promises[get_ident()] = (text, token, now)
@@ -209,9 +215,14 @@ class TaskBook:
             DatabaseUnavailable: A part was not written; the next call writes it.
         """
         own = self._mine()
-        texts = list(own.added)
+        with own.auditing:
+            return self._audit(own, but_last_of)
+
+    def _audit(self, own: _Own, but_last_of: int | None) -> int:
+        added = dict(own.added)  # other threads go on adding
+        texts = list(added)
         if but_last_of is not None:
-            last = next((text for text in reversed(texts) if own.added[text].thread == but_last_of), None)
+            last = next((text for text in reversed(texts) if added[text].thread == but_last_of), None)
             if last is not None:
                 texts.remove(last)
                 logger.warning('node=%s task=%s was not finished and is not audited', self._node, last)
@@ -219,7 +230,7 @@ class TaskBook:
         for start in range(0, len(texts), tasks.BATCH):
             epochs: dict[int, list[str]] = {}
             for text in texts[start:start + tasks.BATCH]:
-                epochs.setdefault(own.added[text].epoch, []).append(text)
+                epochs.setdefault(added[text].epoch, []).append(text)
             for epoch, some in epochs.items():
                 with self._sessions.session() as connection:
                     tasks.audit(connection, self._tables, self._node, self._date, [(text, self.token_of(text)) for text in some], epoch)
@@ -284,12 +295,13 @@ class TaskBook:
 
         Not at once: an answer that was on its way meanwhile does not know of it, and replaces what is excluded.
         """
-        if own.pid != self._pid:
-            return
         before = clock.now() - self._promise_sec
         old = [text for text, since in own.done.items() if since < before]
         if old:
             tokens, exclusions = self._claims.tokens, self._claims.exclusions
+            if own.pid != self._pid:
+                exclusions = own.past = own.past if own.past is not None else Exclusions(self._total_tokens)
+            # Of tokens that are not here nothing is claimed; what was audited of them is read when they come back.
             placed = [(self.token_of(text), text) for text in old]
             exclusions.add(exclusions.keys_of((token, text) for token, text in placed if token in tokens))
             for text in old:

@@ -241,6 +241,74 @@ def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node
     assert node.book.promises(EVERYTHING) == (('y', node.book.token_of('y')),)
 
 
+def test_two_threads_that_audit_at_once_write_each_task_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ('x', 'y', 'z'):
+        node.book.add(text)
+    inside, go_on, counts = threading.Event(), threading.Event(), list[int]()
+    audit = tasks.audit
+
+    def slow(*args: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+        audit(*args)
+
+    monkeypatch.setattr(tasks, 'audit', slow)
+    threads = [threading.Thread(target=lambda: counts.append(node.book.audit())) for _ in range(2)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    node.book.add('w')  # meanwhile
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(counts) == [1, 3]
+    assert node.database.audited == ['x', 'y', 'z', 'w']
+
+
+def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = tasks.audit
+
+    def interrupted(*args: Any) -> None:
+        audit(*args)
+        if len(node.database.audited) == 2:
+            assert node.book.audit() == 2  # as by the handler of a signal
+
+    for text in ('x', 'y'):
+        node.book.add(text)
+    monkeypatch.setattr(tasks, 'audit', interrupted)
+    assert node.book.audit() == 2
+    assert node.book.audit() == 0
+
+
+def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_says_no(node: Node) -> None:
+    def child() -> None:
+        numbers = range(500)
+        for number in numbers:
+            node.book.add(number)
+        assert node.book.audit() == 500
+        own = node.book._own
+        assert len(own.done) == 500
+        node.now += node.book._promise_sec + 1
+        node.claims.extend(node.now + 10)
+        node.book.add('new')
+        assert node.book.audit() == 1
+        assert list(own.done) == ['new']
+        assert own.past is not None and len(own.past) == 500
+        assert len(node.claims.exclusions) == 0, 'those are of the main process'
+        assert not any(node.book.can_claim(number) for number in (*numbers, 'new'))
+        assert node.book.can_claim('other')
+
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            child()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_closed_book_answers_no(node: Node) -> None:
     node.book.add('x')
     node.book.close()
