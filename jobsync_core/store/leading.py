@@ -11,8 +11,10 @@ from ..leader import Pin, decide
 from ..logs import get_logger
 from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
 from ..patterns import PATTERN_BYTES, read_patterns
+from .computing import Computation
 from .connection import Connection
 from .epochs import Epochs
+from .locks import LOCKS
 from .options import agent_limits
 from .plans import Draft, Outdated, read_assignment
 from .rounds import Round, fingerprint, members_json, read_members
@@ -28,6 +30,8 @@ _ROUND = 0.4
 _PAGE = 20_000
 #: Rows of a plan that one transaction writes: to begin with, and the bounds.
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
+#: Locks and rows with which a plan is computed at once: it takes a few tenths of a second. With more it takes a thread.
+_AT_ONCE = 20_000
 #: Complaints about locks that one round hands on.
 _COMPLAINTS = 20
 
@@ -48,6 +52,41 @@ class _State:
     gap: bool
 
 
+class _Reading:
+    """The locks, as far as they have been read.
+
+    Args:
+        wanted: What they depend on: the number of their latest change, and how tasks become tokens.
+    """
+
+    def __init__(self, wanted: tuple[int, int, str]) -> None:
+        self.wanted = wanted
+        self.after = ''
+        self.number = 0
+        self.pins: list[Pin] = []
+        self.broken: list[str] = []
+        self._patterns: dict[str, tuple[str, ...]] = {}
+
+    def take(self, rows: Sequence[tuple[str, str, float]]) -> None:
+        """The next ones, in the order of their tasks."""
+        _, total_tokens, hash_function = self.wanted
+        for text, encoded, created_at in rows:
+            self.number += 1
+            self.after = text
+            if self.number > LOCKS:
+                self.broken.append(
+                    f'there are more than {LOCKS:,} locks: those on task {text[:200]!r} and what comes after it in order are ignored; '
+                    'clear some (`jobsync locks clear`), or pin with fewer keys')
+                return
+            try:
+                known = self._patterns.get(encoded)
+                if known is None:
+                    known = self._patterns[encoded] = read_patterns(encoded)
+                self.pins.append(Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at))
+            except Exception as error:  # whatever is in the row, it concerns this lock alone
+                self.broken.append(f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register it again')
+
+
 class Leading:
     """Carries out Evict and Lead.
 
@@ -63,6 +102,8 @@ class Leading:
         self._patience = agent_limits(config).statement
         self._most = _ROUND * config.heartbeat_timeout_sec
         self._draft: Draft | None = None
+        self._computing: Computation | None = None
+        self._reading: _Reading | None = None
         self._rows = _FIRST_ROWS
         # The locks, read again only when they have changed: most are there for many plans.
         self._pins: tuple[Pin, ...] = ()
@@ -150,7 +191,7 @@ class Leading:
                 self._gap = version, time.monotonic()
             self._draft = None
             return Led(True, version)
-        self._draft = self._plan(connection)
+        self._draft = self._plan(connection, began + self._patience / 2)
         return Led(True, state.version, more=True)
 
     def _may_fill(self, state: _State) -> bool:
@@ -196,16 +237,36 @@ class Leading:
             {_gap_sql(self._tables)}
             FROM {self._tables.cluster} AS c'''
 
-    def _plan(self, connection: Connection) -> Draft:
+    def _plan(self, connection: Connection, until: float) -> Draft | None:
+        """The plan; None where it is not made yet: heartbeats go between, and the next request goes on with it.
+
+        Args:
+            until: When this request has to end.
+        """
+        computing = self._computing
+        if computing is not None:
+            if not computing.wait(until - time.monotonic()):
+                return None
+            self._computing = None
+            draft = computing.result()
+            # What it was made from is compared by whoever writes it.
+            return draft
         # The fingerprint is of the very moment at which the nodes are read. What is read after it may have changed meanwhile: then
         # no piece is written.
         (text, *values), = connection.execute(f'SELECT {members_json(self._tables)}, {self._state_sql()}')
         state, members = _State(*values), read_members(text)
         before = read_assignment(connection, self._tables)
-        self._read_pins(connection, state)
-        version = state.version + 1
-        decision = decide(members, before, self._pins, state.total_tokens, version)
-        return Draft(state.seen, version, before, decision, len(members))
+        if not self._read_pins(connection, state, until):
+            return None
+        version, pins = state.version + 1, self._pins
+
+        def make() -> Draft:
+            return Draft(state.seen, version, before, decide(members, before, pins, state.total_tokens, version), len(members))
+
+        if len(pins) + len(before) <= _AT_ONCE:
+            return make()
+        self._computing = Computation(state.seen, make)
+        return self._plan(connection, until)
 
     def _write(self, steps: Round, request: Lead, draft: Draft, state: _State, began: float) -> Led:
         started = time.monotonic()
@@ -238,35 +299,31 @@ class Leading:
                 'evicted': request.reason == DEATHS, 'duration': round((time.monotonic() - began) * 1000), 'channel': tables.channel,
                 'payload': f'plan {version}'})
 
-    def _read_pins(self, connection: Connection, state: _State) -> None:
-        """Bring the locks up to date. A row that is none is set aside, with a complaint; the others count."""
+    def _read_pins(self, connection: Connection, state: _State, until: float) -> bool:
+        """Bring the locks up to date, as many as can be read until then; whether all are. A row that is none is set aside, with a
+        complaint; the others count.
+        """
         wanted = (state.lock_version, state.total_tokens, state.hash_function)
         if self._pins_of == wanted:
-            return
-        pins: list[Pin] = []
-        broken: list[str] = []
-        patterns: dict[str, tuple[str, ...]] = {}
-        after = ''
+            return True
+        reading = self._reading
+        if reading is None or reading.wanted != wanted:
+            reading = self._reading = _Reading(wanted)
         while True:
             rows = connection.execute(
                 f'''
                 SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN node_patterns::text END,
                        extract(epoch FROM created_at)::float8
-                FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT {_PAGE}
-                ''', (after,))
-            for text, encoded, created_at in rows:
-                try:
-                    known = patterns.get(encoded)
-                    if known is None:
-                        known = patterns[encoded] = read_patterns(encoded)
-                    pins.append(Pin(text, task_to_token(text, state.total_tokens, state.hash_function), known, created_at))
-                except Exception as error:  # whatever is in the row, it concerns this lock alone
-                    broken.append(f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register it again')
-            if len(rows) < _PAGE:
+                FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT %s
+                ''', (reading.after, min(_PAGE, LOCKS + 1 - reading.number)))
+            reading.take(rows)
+            if len(rows) < _PAGE or reading.number > LOCKS:
                 break
-            after = rows[-1][0]
-        pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
-        self._pins, self._broken, self._pins_of = tuple(pins), broken, wanted
+            if time.monotonic() > until:
+                return False
+        reading.pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
+        self._pins, self._broken, self._pins_of, self._reading = tuple(reading.pins), reading.broken, wanted, None
+        return True
 
     def _complaints(self, conflicts: tuple[str, ...]) -> tuple[str, ...]:
         """What is wrong with the locks and has not been said since it began: each once, and not too many at a time."""

@@ -12,6 +12,7 @@ from ..leader import Pin, decide
 from ..messages import Member, Segment
 from ..patterns import PATTERN_BYTES, check_patterns, matched_pattern, read_patterns
 from ..simulate import Move, holder, moves
+from .locks import LOCKS
 from .tasks import history
 
 if TYPE_CHECKING:
@@ -231,7 +232,8 @@ def _pins(connection: PgConnection, tables: Tables) -> list[Pin]:
         f'''
         SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN node_patterns::text END AS encoded,
                created_at
-        FROM {tables.lock} WHERE expires_at IS NULL OR expires_at > now() ORDER BY created_at, task_id
+        FROM (SELECT * FROM {tables.lock} ORDER BY task_id LIMIT {LOCKS}) AS l  -- as the leader
+        WHERE expires_at IS NULL OR expires_at > now() ORDER BY created_at, task_id
         ''')
     pins: list[Pin] = []
     for row in rows:

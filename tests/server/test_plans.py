@@ -4,19 +4,23 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from jobsync_core import CoordinationConfig
+from jobsync_core import CoordinationConfig, Job
+from jobsync_core.leader import decide
 from jobsync_core.messages import Give, Join, Lead, Leave, Led, Observe, Process, Refresh, Segment
 from jobsync_core.store import leading, locks, plans, status
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
 from jobsync_core.store.plans import cut
 from tests.server.rows import Rows, rows_of
+from tests.waiting import eventually
 
 TOKENS = 100_000
 PROCESS = Process('here', 'boot', 'ns', 7, '99')
@@ -207,6 +211,59 @@ def test_bad_rows_of_the_lock_table_are_set_aside_and_named_once(leader: Leader)
     leader.check()
     leader.ask(Join('d', 'life of d', PROCESS, 1.0, True))
     assert not [text for text in leader.finish().conflicts if 'is ignored' in text]
+
+
+@pytest.mark.parametrize('at_once', [0, 20_000])
+def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
+        leader: Leader, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(leading, '_AT_ONCE', at_once)
+    monkeypatch.setattr(leading, 'LOCKS', 2500)
+    monkeypatch.setattr(leading, '_PAGE', 1000)
+    led = leader.finish()
+    assert any('more than 2,500 locks' in text and 'locks clear' in text for text in led.conflicts), led.conflicts
+    leader.check()
+    counted = sorted(f't{n}' for n in range(3000))[:2500]
+    assert [pin.task_id for pin in sorted(leader.control._leading._pins, key=lambda pin: pin.task_id)] == counted
+
+
+def test_locks_are_read_on_from_where_a_request_had_to_end(leader: Leader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, '_PAGE', 1000)
+    lead, tables = leader.control._leading, leader.tables
+    (values,) = leader.connection.execute(f'SELECT {lead._state_sql()}')
+    state = leading._State(*values)
+    assert [lead._read_pins(leader.connection, state, 0.0) for _ in range(4)] == [False, False, False, True]
+    assert len(lead._pins) == 3000
+    leader.rows.run(f"DELETE FROM {tables.lock} WHERE task_id = 't7'; UPDATE {tables.cluster} SET lock_version = lock_version + 1")
+    leader.finish()
+    assert len(lead._pins) == 2999
+
+
+def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
+        make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0)
+    monkeypatch.setattr(leading, '_AT_ONCE', 0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return decide(*args)
+
+    with Job('n1', config, wait_on_enter=0) as first:
+        monkeypatch.setattr(leading, 'decide', slow)
+        first.register_lock('t', 'n1', 'a reason to plan')
+        assert begun.wait(20)
+        lost = threading.Event()
+        until = time.monotonic() + 2 * config.heartbeat_timeout_sec
+        while time.monotonic() < until:
+            if not first.am_i_healthy() or len(first.my_tokens) != config.total_tokens:
+                lost.set()
+            go_on.wait(0.05)
+        assert not lost.is_set()
+        go_on.set()
+        with Job('n2', config, wait_on_enter=0) as second:
+            eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == config.total_tokens // 2, timeout=20)
+        assert first.get_coordination_status()['evictions'] == 0
 
 
 def test_any_cutting_covers_what_the_whole_does() -> None:
