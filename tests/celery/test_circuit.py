@@ -109,6 +109,10 @@ def test_without_a_thread_to_look_it_does_not_stay_open(
     assert not circuit.is_open
 
 
+def publish_nothing(self: Publisher) -> None:
+    raise TimeoutError('no confirm')
+
+
 def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a hundred messages that wait in the event loop one asks a broker that takes nothing."""
     clock, asked = Clock(), []
@@ -120,7 +124,7 @@ def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise TimeoutError('no confirm')
 
     monkeypatch.setattr(Publisher, '_publish', publish)
-    monkeypatch.setattr(Publisher, '_probe', lambda self: threading.Event().wait(60))
+    monkeypatch.setattr(Publisher, '_probe', publish_nothing)
     app = Celery('busy', broker='memory://', set_as_current=False)
     publisher = Publisher(JobSync(app, config=CoordinationConfig(), route_producers=False), patient=False)
     try:

@@ -18,6 +18,7 @@ from jobsync_celery import handing as handing_module
 from jobsync_celery import holding as holding_module
 from jobsync_celery import mail as mail_module
 from jobsync_celery import once as once_module
+from jobsync_celery import refusal as refusal_module
 from jobsync_celery import tasks as tasks_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.handing import Handing
@@ -44,6 +45,7 @@ from .test_gate import (
     check_hop_limit,
     check_late,
     check_never_to_self,
+    check_not_held_up,
     check_odd_connection,
     check_published_before_acknowledged,
     check_set_aside,
@@ -170,6 +172,12 @@ def test_without_the_fence_trouble_costs_a_message(
     remove(monkeypatch)
     with bench(monkeypatch, slots=slots) as stage, pytest.raises((AssertionError, PicklingError)):
         check(stage)
+
+
+def test_without_a_thread_for_it_errbacks_hold_up_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal_module, '_teller', SimpleNamespace(tell=lambda action: (action(), True)))
+    with bench(monkeypatch) as stage, pytest.raises(AssertionError):
+        check_not_held_up(stage, monkeypatch, 0.01)
 
 
 def test_without_the_return_a_copy_that_is_not_sent_is_the_task_s_failure(

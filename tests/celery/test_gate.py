@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from jobsync_celery.steps import NodeStep
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.owners import Place
 
+from ..waiting import eventually
 from .consumers import Bench, Message, Request, bench
 
 PARKED = 'send jobsync.shop_.parked hops=0'
@@ -172,8 +174,8 @@ class TestReceipt:
         ([], {'m': 1}, None)])
     def test_arguments_without_a_key_run_nowhere(self, stage: Bench, payload: Any, caplog: pytest.LogCaptureFixture) -> None:
         check_set_aside(stage, payload)
-        found = stage.app.backend.get_task_meta('m1')
-        assert (found['status'], type(found['result'])) == ('FAILURE', Unroutable)
+        eventually(lambda: stage.app.backend.get_task_meta('m1')['status'] == 'FAILURE')
+        assert type(stage.app.backend.get_task_meta('m1')['result']) is Unroutable
         assert len(caplog.records) == 1 and 'Task keyed[m1] is set aside' in caplog.text
 
     @pytest.mark.parametrize('hops', ['x', [], {}])
@@ -368,11 +370,14 @@ class TestOddMessages:
         def broken(*_: Any, **__: Any) -> None:
             raise ConnectionError('backend away')
 
-        monkeypatch.setattr(stage.app.backend, 'mark_as_failure', broken)
-        monkeypatch.setattr(stage.app.backend, 'store_result', broken)
+        monkeypatch.setattr(type(stage.app.backend), 'mark_as_failure', broken)
+        monkeypatch.setattr(type(stage.app.backend), 'store_result', broken)
         message = Message(None)
         message.headers['task'] = []
         assert self._receive(stage, message) == 'reject'
+
+    def test_an_errback_that_takes_long_or_raises_holds_up_nobody(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_not_held_up(stage, monkeypatch)
 
     def test_its_errbacks_are_told(self, stage: Bench) -> None:
         told: list[tuple[str, str]] = []
@@ -384,7 +389,7 @@ class TestOddMessages:
         message = Message(None)
         message.payload = ([], {}, {'errbacks': [stage.app.tasks['tell'].s()], 'callbacks': None, 'chain': None, 'chord': None})
         assert stage.receive(message) == ['reject']
-        assert told == [('m1', 'Unroutable')]
+        eventually(lambda: told == [('m1', 'Unroutable')])
 
     def test_a_task_that_cannot_be_coordinated_runs_nowhere(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
         stage.app.task(name='wrong', shared=False, jobsync_key='{m}')(_n)
@@ -398,6 +403,24 @@ class TestOddMessages:
 
 def _n(n: int) -> None:
     """A task."""
+
+
+def check_not_held_up(stage: Bench, monkeypatch: pytest.MonkeyPatch, limit: float = 10.0) -> None:
+    """Twenty messages are set aside, with errbacks that wait for what comes last, and raise."""
+    go, told = threading.Event(), []
+
+    def tell(*_: Any, **__: Any) -> None:
+        told.append(go.wait(limit))
+        raise SystemExit('an errback')
+
+    monkeypatch.setattr(type(stage.app.backend), 'mark_as_failure', tell)
+    for _ in range(20):
+        message = Message(None)
+        message.payload = ([], {}, {})
+        stage.receive(message)
+    assert (stage.log, [done for done in told if done]) == (['reject'] * 20, [])
+    go.set()
+    eventually(lambda: told == [True] * 20, limit)
 
 
 def check_celery_falls(stage: Bench) -> None:
@@ -529,7 +552,7 @@ class TestIntoThePool:
     @pytest.mark.parametrize('error', FAULTS, ids=repr)
     def test_what_cannot_be_handed_over_is_set_aside(self, stage: Bench, error: Exception) -> None:
         assert self._hand_over(stage, error) == ['reject']
-        assert type(stage.app.backend.get_task_meta('m1')['result']) is MessageRefused
+        eventually(lambda: type(stage.app.backend.get_task_meta('m1')['result']) is MessageRefused)
 
     def test_a_task_that_rejects_its_message_has_its_way(self, stage: Bench) -> None:
         assert self._hand_over(stage, Reject('no')) == ['failed ExceptionWithTraceback()']
