@@ -14,7 +14,8 @@ from rich.text import Text
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
-from ..store import probe, rights
+from ..pausing import remedy
+from ..store import blockers, probe, rights
 from ..store.connection import Connection, Sessions
 from ..store.schema import SCHEMA_VERSION, Tables
 from .context import console, describe, printable
@@ -26,6 +27,8 @@ __all__ = ['Check', 'examine', 'show']
 
 _OLDEST_SERVER = 140_000
 _NOTIFY_WAIT = 3.0
+#: Locks that cannot be read of which so many are named.
+_NAMED = 5
 #: Beyond this many seconds the dates of audits and the times in logs mislead. JobSync itself compares no clocks.
 _CLOCK_OFFSET = 5.0
 
@@ -71,7 +74,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
         where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
         yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
     pooler = probe.pooling(sessions)
-    for examine_one in (_version, _writable, _clock, _schema, _rights, _neighbours, _durability, _history):
+    for examine_one in (_version, _writable, _clock, _schema, _blockers, _writes, _locks, _rights, _neighbours, _durability, _history):
         yield _try(examine_one, sessions, tables)
     yield _pooler_check(config, pooler)
     yield _listen_check(config, sessions)
@@ -126,6 +129,43 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
     return Check(
         'schema', 'bad', f'no tables {tables.appname}*, and no right to create them',
         'let a DBA run `jobsync init-db --role` or the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
+
+
+def _blockers(connection: PgConnection, tables: Tables) -> Check:
+    if probe.missing_tables(connection, tables):
+        return Check('locked tables', 'ok', 'there are no tables yet')
+    names = [quoted for name, quoted in tables.all.items() if name != 'token']
+    found = [*blockers.on_tables(connection, names), *blockers.on_rows(connection, names)]
+    if not found:
+        return Check('locked tables', 'ok', 'nobody keeps nodes out')
+    return Check(
+        'locked tables', 'bad', blockers.name_all(found),
+        'wait for that transaction, or end it: SELECT pg_terminate_backend(PID); a prepared one: ROLLBACK PREPARED')
+
+
+def _writes(connection: PgConnection, tables: Tables) -> Check:
+    if probe.missing_tables(connection, tables):
+        return Check('writes', 'ok', 'there are no tables yet')
+    try:
+        probe.try_write(connection, tables)
+    except psycopg2.errors.InsufficientPrivilege:
+        raise
+    except psycopg2.Error as error:
+        connection.rollback()
+        return Check('writes', 'bad', f'{describe(error)} (SQLSTATE {error.pgcode or "unknown"})', remedy(error.pgcode or ''))
+    return Check('writes', 'ok', 'a row was written, and taken back')
+
+
+def _locks(connection: PgConnection, tables: Tables) -> Check:
+    if probe.missing_tables(connection, tables):
+        return Check('locks of tasks', 'ok', 'there are no tables yet')
+    found = probe.bad_locks(connection, tables)
+    if not found:
+        return Check('locks of tasks', 'ok', 'all can be read')
+    more = f' and {len(found) - _NAMED:,} more' if len(found) > _NAMED else ''
+    return Check(
+        'locks of tasks', 'warn', f'ignored, as their patterns are none: {", ".join(task[:100] for task in found[:_NAMED])}{more}',
+        'clear them (`jobsync locks clear --task TASK_ID`), or register them again')
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:

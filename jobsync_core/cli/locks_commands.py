@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import getpass
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -10,8 +12,8 @@ from ..arguments import check_lock
 from ..hashing import check_task_id
 from ..patterns import eligible
 from ..store import locks, status
-from .context import Database, console, database_options, printable
-from .status_view import patterns, table
+from .context import Database, database_options, printable
+from .status_view import as_json, patterns
 
 __all__ = ['locks_group']
 
@@ -22,23 +24,48 @@ def locks_group() -> None:
     """Pin tasks to nodes."""
 
 
+#: Locks that are listed unless more are asked for; characters of each cell.
+_LISTED = 100
+_WIDTHS = (60, 80, 60, 40, 19, 19)
+
+
 @locks_group.command('list')
+@click.option('--limit', default=_LISTED, show_default=True, type=click.IntRange(1), help='How many, the oldest first.')
+@click.option('--all', 'everything', is_flag=True, help='All of them.')
+@click.option('--json', 'json_wanted', is_flag=True, help='All of them as JSON, with nothing cut.')
 @database_options
 @click.pass_obj
-def list_command(database: Database) -> None:
-    """List the locks in force."""
+def list_command(database: Database, limit: int, everything: bool, json_wanted: bool) -> None:
+    """List the locks in force. Long texts are cut."""
     with database.session() as (connection, tables):
-        found = locks.list_locks(connection, tables)
+        if json_wanted:
+            click.echo(as_json(locks.list_locks(connection, tables)))
+            return
+        number, found = locks.show_locks(connection, tables, None if everything else limit)
     if not found:
         click.echo('no locks')
         return
-    result = table('task', 'patterns', 'reason', 'created by', 'created', 'expires')
-    for lock in found:
-        result.add_row(
-            printable(lock['task_id']), printable(patterns(lock['node_patterns'])), printable(lock['reason'] or ''),
-            printable(lock['created_by'] or ''), f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
-            f'{lock["expires_at"]:%Y-%m-%d %H:%M:%S}' if lock['expires_at'] else 'never')
-    console().print(result)
+    rows = [_cells(lock) for lock in found]
+    names = ('task', 'patterns', 'reason', 'created by', 'created', 'expires')
+    widths = [max(len(name), *map(len, column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (names, *rows)]
+    click.echo('\n'.join(lines))
+    if number > len(found):
+        click.echo(f'and {number - len(found):,} more of {number:,}: --all lists them, --json with nothing cut')
+
+
+def _cells(lock: Mapping[str, Any]) -> tuple[str, ...]:
+    shown = patterns(lock['node_patterns'])
+    if not isinstance(lock['node_patterns'], list) and lock['size'] > len(shown):
+        shown = f'{lock["size"]:,} bytes: {lock["node_patterns"]}'
+    cells = (
+        lock['task_id'], shown, lock['reason'] or '', lock['created_by'] or '', f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
+        f'{lock["expires_at"]:%Y-%m-%d %H:%M:%S}' if lock['expires_at'] else 'never')
+    return tuple(_cut(printable(cell), width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f'{text[:width - 1]}…'
 
 
 @locks_group.command('add')

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
     from .schema import Tables
 
-__all__ = ['LOCKS', 'clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register']
+__all__ = ['LOCKS', 'clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register',
+           'show_locks']
 
+#: Characters of a text, and bytes of the patterns, that people are shown of one lock.
+_SHOWN, _SHOWN_PATTERNS = 200, 4000
 #: Locks of one cluster.
 LOCKS = 250_000
 
@@ -104,6 +107,30 @@ def list_locks(connection: PgConnection, tables: Tables) -> list[dict[str, Any]]
             ''')
         names = [column.name for column in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def show_locks(connection: PgConnection, tables: Tables, limit: int | None) -> tuple[int, list[dict[str, Any]]]:
+    """How many locks are in force, and the oldest of them for people to look at: as `list_locks`, but long texts are cut by the server.
+
+    Args:
+        connection: Where to read.
+        tables: Names of the tables.
+        limit: How many rows; None: all.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(f'SELECT count(*) FROM {tables.lock} WHERE expires_at IS NULL OR expires_at > now()')
+        (number,), = cursor.fetchall()
+        cursor.execute(
+            f'''
+            SELECT left(task_id, {_SHOWN}) AS task_id,
+                   CASE WHEN octet_length(node_patterns::text) <= {_SHOWN_PATTERNS} THEN node_patterns
+                        ELSE to_jsonb(left(node_patterns::text, {_SHOWN})) END AS node_patterns,
+                   octet_length(node_patterns::text) AS size, left(reason, {_SHOWN}) AS reason, created_at,
+                   left(created_by, {_SHOWN}) AS created_by, expires_at
+            FROM {tables.lock} WHERE expires_at IS NULL OR expires_at > now() ORDER BY created_at, task_id LIMIT %s
+            ''', (limit,))
+        names = [column.name for column in cursor.description or ()]
+        return int(number), [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def clear_by_creator(connection: PgConnection, tables: Tables, creator: str) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..patterns import PATTERN_BYTES, read_patterns
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
@@ -13,8 +15,8 @@ if TYPE_CHECKING:
     from .schema import Tables
 
 __all__ = [
-    'HISTORY_FUNCTIONS', 'Replication', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables', 'notify',
-    'pooling', 'read_only', 'replication', 'schema_version', 'server_version', 'unasked_history',
+    'HISTORY_FUNCTIONS', 'Replication', 'bad_locks', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables',
+    'notify', 'pooling', 'read_only', 'replication', 'schema_version', 'server_version', 'try_write', 'unasked_history',
 ]
 
 
@@ -39,6 +41,46 @@ def read_only(connection: PgConnection) -> str | None:
     if standby:
         return 'this server is a standby'
     return 'transactions are read-only here' if setting == 'on' else None
+
+
+def try_write(connection: PgConnection, tables: Tables) -> None:
+    """Write a row of a quarter of a megabyte, which takes new pages of the disk, and roll back.
+
+    Raises:
+        psycopg2.Error: What the server says to any node that writes now.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            INSERT INTO {tables.execution} (key, state, fence, error)
+            SELECT 'jobsync doctor ' || gen_random_uuid(), 'failed', 1, string_agg(gen_random_uuid()::text, '')
+            FROM generate_series(1, 7000)
+            ''')
+    connection.rollback()
+
+
+def bad_locks(connection: PgConnection, tables: Tables) -> list[str]:
+    """Tasks whose lock has patterns that the leader ignores."""
+    found = []
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f'''
+            SELECT DISTINCT node_patterns::text FROM {tables.lock}
+            WHERE octet_length(node_patterns::text) <= {PATTERN_BYTES} AND (expires_at IS NULL OR expires_at > now())
+            ''')
+        for text, in cursor.fetchall():
+            try:
+                read_patterns(text)
+            except Exception:  # whatever is wrong with it
+                found.append(text)
+        cursor.execute(
+            f'''
+            SELECT task_id FROM {tables.lock}
+            WHERE (octet_length(node_patterns::text) > {PATTERN_BYTES} OR node_patterns::text = ANY(%s::text[])
+                   OR octet_length(task_id) > 2000)
+              AND (expires_at IS NULL OR expires_at > now()) ORDER BY task_id
+            ''', (found,))
+        return [task_id for task_id, in cursor.fetchall()]
 
 
 def clock_offset(connection: PgConnection) -> float:

@@ -1,6 +1,7 @@
 """The command line against a real server: what it prints, what it refuses, and how it fails."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import click
+import psycopg2
 import pytest
 from click.testing import CliRunner, Result
 
@@ -93,6 +96,48 @@ class TestStatus:
         assert [(node['name'], node['tokens']) for node in found['nodes']] == [('alpha', 6_000), ('beta', 3_990)]
         assert (found['blocked_tokens'], found['unowned_tokens'], found['moving_tokens']) == (10, 10, 0)
         assert found['cluster']['total_tokens'] == 10_000
+
+    def test_the_doctor_tells_who_is_in_the_way_what_cannot_be_written_and_which_locks_are_none(
+            self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.node('a')
+        shown = run('doctor').output
+        assert 'nobody keeps nodes out' in shown and 'a row was written' in shown and 'all can be read' in shown
+        assert rows.run(f'SELECT key FROM {rows.tables.execution}') == []
+        for task, patterns in (('good', '["a"]'), ('bad', '{"a": 1}'), ('huge', f'["{"%" * 300_000}"]')):
+            rows.run(f'INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES (%s, %s::jsonb)', task, patterns)
+        rows.run('''CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$''')
+        rows.run(f'CREATE TRIGGER full_disk BEFORE INSERT ON {rows.tables.execution} FOR EACH ROW EXECUTE FUNCTION full_disk()')
+        config = rows.config
+        with contextlib.closing(psycopg2.connect(
+                host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password,
+                application_name='nightly index')) as connection, connection.cursor() as cursor:
+            cursor.execute(f'LOCK TABLE {rows.tables.node} IN SHARE MODE')
+            result = run('doctor')
+        assert result.exit_code == 1
+        assert "application 'nightly index'" in result.output and 'has locked sync_node (ShareLock)' in result.output
+        assert 'could not extend file (SQLSTATE 53100)' in result.output and 'free disk space' in result.output
+        assert 'ignored, as their patterns are none: bad, huge' in result.output
+
+    def test_many_locks_and_long_patterns_are_listed_in_bounds(self, rows: Rows, run: Callable[..., Result]) -> None:
+        rows.run(f'''INSERT INTO {rows.tables.lock} (task_id, node_patterns, reason, created_at)
+                     SELECT 'task ' || n, '["a"]', repeat('r', 900), now() + n * interval '1 ms' FROM generate_series(1, 20000) AS n''')
+        rows.run(f'''INSERT INTO {rows.tables.lock} (task_id, node_patterns, created_at)
+                     VALUES ('long', jsonb_build_array(repeat('x', 1000000)), now() - interval '1 day')''')
+        began = time.monotonic()
+        shown = good(run('locks', 'list'))
+        assert time.monotonic() - began < 5
+        lines = shown.splitlines()
+        assert len(lines) == 102 and max(map(len, lines)) < 320
+        assert lines[1].startswith('long') and '1,000,004 bytes' in lines[1]
+        assert lines[-1] == 'and 19,901 more of 20,001: --all lists them, --json with nothing cut'
+        assert len(good(run('locks', 'list', '--limit', '3')).splitlines()) == 5
+        began = time.monotonic()
+        everything = good(run('locks', 'list', '--all')).splitlines()
+        assert time.monotonic() - began < 15
+        assert len(everything) == 20_002 and max(map(len, everything)) < 320
+        found = json.loads(good(run('locks', 'list', '--json')))
+        assert len(found) == 20_001 and len(found[0]['node_patterns'][0]) == 1_000_000
 
     def test_tokens_whose_rows_somebody_has_deleted_have_no_owner(self, rows: Rows, run: Callable[..., Result]) -> None:
         two_nodes(rows)
