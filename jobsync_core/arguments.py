@@ -38,9 +38,13 @@ def check_date(date: object) -> datetime.date:
 
 def check_number(name: str, value: object, least: float) -> float:
     """A finite number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-        raise ConfigurationError(f'{name}={value!r}: give a number of at least {least:g}')
-    return value
+    try:
+        good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value >= least
+    except OverflowError:  # an integer beyond all floats
+        good = False
+    if not good:
+        raise ConfigurationError(f'{name}={value!r:.100}: give a number of at least {least:g}')
+    return value  # type: ignore[return-value]  # checked
 
 
 def check_locks(locks: object) -> list[tuple[str, tuple[str, ...], str | None, float | None]]:
@@ -56,7 +60,8 @@ def check_lock(item: object) -> tuple[str, tuple[str, ...], str | None, float | 
         raise ConfigurationError(f'lock {item!r:.200}: give a tuple {_LOCK_FORM}')
     task_id, patterns, reason = item[:3]
     days = item[3] if len(item) == 4 else None
-    if reason is not None and (not isinstance(reason, str) or '\0' in reason):
+    if reason is not None and (
+            not isinstance(reason, str) or any(character == '\0' or '\ud800' <= character <= '\udfff' for character in reason)):
         raise ConfigurationError(f'lock on {task_id!r:.100}: the reason must be text, or None')
     if reason is not None and len(reason) > REASON_LENGTH:
         raise ConfigurationError(f'lock on {task_id!r:.100}: the reason has {len(reason)} characters, {REASON_LENGTH} at most: shorten it')

@@ -104,6 +104,8 @@ class CoordinationConfig:
                 f'hash_function={self.hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
         if self.password is not None and (not isinstance(self.password, str) or '\0' in self.password):
             raise ConfigurationError('password must be a string without NUL characters, or None')
+        if not isinstance(self.listen, bool):
+            raise ConfigurationError(f'listen={self.listen!r}: give True or False')
         object.__setattr__(self, 'password', hide(self.password))
         self._check_options()
         self._check_ports()

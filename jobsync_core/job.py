@@ -105,6 +105,8 @@ class Job:
         self.belonging = Belonging()
         if not isinstance(resume, bool):
             raise ConfigurationError(f'resume={resume!r}: give True or False')
+        if not isinstance(clear_existing_locks, bool):
+            raise ConfigurationError(f'clear_existing_locks={clear_existing_locks!r}: give True or False')
         self._state = 'new'
         self._pid = 0
         if coordination_config is not None:
@@ -500,6 +502,8 @@ class Job:
     def clear_locks_by_creator(self, creator: str) -> int:
         """Delete the locks that the node named `creator` registered; returns how many."""
         self._check_member()
+        if not isinstance(creator, str):
+            raise ConfigurationError(f'creator={creator!r:.100}: give the name of the node that registered the locks')
         if self.config is None:
             return 0
         with self._sessions.session() as connection:

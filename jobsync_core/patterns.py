@@ -266,6 +266,8 @@ def _checked(pattern: object) -> str:
             f'node pattern {_short(pattern)} has {len(pattern)} characters, {PATTERN_LENGTH} at most: node names are shorter than that')
     if '\0' in pattern:
         raise ConfigurationError(f'node pattern {_short(pattern)} contains a NUL character: remove it')
+    if any('\ud800' <= character <= '\udfff' for character in pattern):
+        raise ConfigurationError(f'node pattern {_short(pattern)} cannot be encoded as UTF-8: remove lone surrogates')
     if pattern[-1] == '\\' and (len(pattern) - len(pattern.rstrip('\\'))) % 2:
         raise ConfigurationError(f'node pattern {_short(pattern)} ends in a backslash that escapes nothing: double it, or remove it')
     return pattern

@@ -29,6 +29,7 @@ def test_the_defaults_are_those_of_the_guide() -> None:
 @pytest.mark.parametrize(('setting', 'value'), [
     ('host', ''), ('host', None), ('host', 'a\0b'), ('dbname', ''), ('user', 5),
     ('port', 0), ('port', 65536), ('port', True), ('port', 'x'), ('port', '5432,'), ('port', '1,2'), ('port', None), ('port', 5432.0),
+    ('listen', 'false'), ('listen', 0), ('listen', None),
     ('password', 5), ('password', 'a\0b'),
     ('appname', ''), ('appname', '1abc'),
     ('appname', 'a-b'), ('appname', 'a"b'), ('appname', 'a' * 41), ('appname', 'a\n'), ('appname', 'é'),

@@ -95,3 +95,19 @@ def test_one_that_can_be_is_not(function: Callable[..., Any]) -> None:
 def worker(settings: PluginSettings) -> Job:
     return make_job(settings, 'a', 'q', 'celery', {}, identify=lambda make: '', prepare=lambda: None, busy=lambda tokens: False,
                     on_rebalance=lambda event: None, on_release=lambda tokens: None)
+
+
+@pytest.mark.parametrize('setting', [
+    {'clear_existing_locks': 'no'}, {'clear_existing_locks': None}, {'resume': 'no'}, {'weight': 10**400}, {'wait_on_enter': 10**400}])
+def test_what_is_no_switch_and_no_number_is_refused(setting: dict[str, Any]) -> None:
+    """Taken for True, 'no' would delete locks."""
+    with pytest.raises(ConfigurationError, match=next(iter(setting))):
+        Job('n', **setting)
+
+
+def test_a_lock_s_texts_can_be_stored() -> None:
+    with Job('n') as job:
+        with pytest.raises(ConfigurationError, match='reason'):
+            job.register_lock('a', '%', reason='\ud800')
+        with pytest.raises(ConfigurationError, match='creator'):
+            job.clear_locks_by_creator(5)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_one_pattern_or_several_are_taken_in_order() -> None:
     (None, 'give a pattern'), (5, 'give a pattern'), (b'gpu', 'give a pattern'), ({'a'}, 'give a pattern'), (iter(['a']), 'give a pattern'),
     ([], 'is empty'), ('', 'non-empty'), (['a', ''], 'non-empty'), (['a', None], 'non-empty'),
     ('a' * 1001, 'has 1001 characters, 1000 at most'), (['a'] * 101, 'has 101 patterns, 100 at most'),
-    ('a\0', 'NUL'), ('a\\', 'backslash'), ('a\\\\\\', 'backslash'),
+    ('a\0', 'NUL'), ('a\ud800', 'surrogates'), ('a\\', 'backslash'), ('a\\\\\\', 'backslash'),
 ])
 def test_what_is_no_pattern_is_refused_with_the_reason(value: object, part: str) -> None:
     with pytest.raises(ConfigurationError, match=part):
