@@ -9,6 +9,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -464,7 +465,8 @@ class _Pool:
         self.deadlines = Deadlines()
         self._idle: list[tuple[float, GuardedConnection]] = []
         self._lock = threading.Lock()
-        self._lent: set[GuardedConnection] = set()
+        # Weak: a connection whose borrower was struck between the lines is closed when nobody has it any more.
+        self._lent: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
 
     def take(self) -> GuardedConnection | None:
         """An idle connection that shows no sign of having been closed by the server."""

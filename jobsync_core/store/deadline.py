@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from typing import Any
 
 import psycopg2
@@ -26,8 +27,8 @@ class Deadlines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._watched: dict[int, tuple[float, GuardedConnection]] = {}
-        self._number = 0
+        # Weak: an exception that strikes between the lines, such as a signal's, must leave no call behind that is watched for ever.
+        self._watched: weakref.WeakSet[_Watch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._next = 0.0
 
@@ -35,58 +36,62 @@ class Deadlines:
         """Cut the connection if the block lasts longer than `seconds`."""
         return _Watch(self, connection, seconds)
 
-    def begin(self, connection: GuardedConnection, seconds: float) -> int:
-        """Begin to watch; returns a number for `end`."""
-        due = time.monotonic() + seconds
+    def begin(self, watch: _Watch) -> None:
+        """Begin to watch."""
         with self._lock:
-            self._number += 1
-            number = self._number
-            self._watched[number] = due, connection
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name='jobsync-deadlines', daemon=True)
-                self._next = due
-                try:
-                    self._thread.start()
-                except BaseException:  # no more threads now: the next call tries again
-                    self._thread = None
-                    del self._watched[number]
-                    raise
-            elif due < self._next:
-                self._changed.notify()
-        return number
+            self._watched.add(watch)
+            self._have_watched(watch)
 
-    def end(self, number: int) -> None:
+    def _have_watched(self, watch: _Watch) -> None:
+        if self._thread is not None:
+            if watch.due < self._next:
+                self._changed.notify()
+            return
+        self._thread = threading.Thread(target=self._run, name='jobsync-deadlines', daemon=True)
+        self._next = watch.due
+        try:
+            self._thread.start()
+        except BaseException:  # no more threads now: the next call tries again
+            self._thread = None
+            self._watched.discard(watch)
+            raise
+
+    def end(self, watch: _Watch) -> None:
         """Watch it no longer."""
         with self._lock:
-            del self._watched[number]
+            self._watched.discard(watch)
 
     def _run(self) -> None:
         with self._changed:
             while self._watched:
                 now = time.monotonic()
-                for due, connection in self._watched.values():
-                    if due <= now and not connection.cut:
-                        connection.cut_off()
-                self._next = min((due for due, connection in self._watched.values() if not connection.cut), default=now + 1.0)
+                self._cut_overdue(now)
+                self._next = min((watch.due for watch in self._watched if not watch.connection.cut), default=now + 1.0)
                 self._changed.wait(max(0.0, self._next - now))
             self._thread = None
+
+    def _cut_overdue(self, now: float) -> None:
+        for watch in self._watched:
+            if watch.due <= now and not watch.connection.cut:
+                watch.connection.cut_off()
 
 
 class _Watch:
     """`Deadlines.watch`, around each call: a class, because generators cost twice as much."""
 
-    __slots__ = ('_connection', '_deadlines', '_number', '_seconds')
+    __slots__ = ('__weakref__', '_deadlines', '_seconds', 'connection', 'due')
 
     def __init__(self, deadlines: Deadlines, connection: GuardedConnection, seconds: float) -> None:
         self._deadlines = deadlines
-        self._connection = connection
+        self.connection = connection
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        self._number = self._deadlines.begin(self._connection, self._seconds)
+        self.due = time.monotonic() + self._seconds
+        self._deadlines.begin(self)
 
     def __exit__(self, *error: object) -> None:
-        self._deadlines.end(self._number)
+        self._deadlines.end(self)
 
 
 class GuardedConnection(psycopg2.extensions.connection):

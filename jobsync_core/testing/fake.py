@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from ..arguments import check_locks
+from ..binding import Binding
 from ..callbacks import with_event
 from ..config import CoordinationConfig
 from ..current_ledger import enter_ledger, leave_ledger
@@ -25,6 +27,8 @@ __all__ = ['FakeJob', 'standing_in']
 
 #: As the plugins have it: two ids of a test hardly ever share a token.
 _TOTAL_TOKENS = 1_000_000
+#: Seconds after which the first on_rebalance comes although the block does not seem to have begun.
+_BINDING_SEC = 1.0
 
 
 @contextmanager
@@ -58,7 +62,9 @@ class FakeJob(Job):
         node_name: The node's name.
         coordination_config: Gives the number of tokens and the hash function; never connected to.
         owned: Ids of the tasks that it owns at first; None: all tasks.
-        on_rebalance, on_release: As for Job; called by `own` and `lose`, in the same thread, and what they raise is raised.
+        on_rebalance, on_release: As for Job; called by `own` and `lose`, in the same thread, and what they raise is raised. The first
+            call of on_rebalance comes as with a Job, in another thread, as soon as the block has begun; whatever is done with this
+            object then waits for it, and raises what it raised.
 
     Attributes:
         ledger: The MemoryLedger.
@@ -96,6 +102,8 @@ class FakeJob(Job):
         self._all = TokenSet.of(range(self._total_tokens))
         self._tokens = self._all if owned is None else self._tokens_of(owned)
         self._drained: TokenSet | None = None
+        self._initial: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._leased = True
         self._version = 1
         self._changed = threading.Condition()
@@ -136,6 +144,7 @@ class FakeJob(Job):
         return TokenSet.of(self.task_to_token(task_id) for task_id in task_ids)
 
     def _set_tokens(self, tokens: TokenSet) -> None:
+        self._await_initial()
         gone, new = self._tokens - tokens, tokens - self._tokens
         if not gone and not new:
             return
@@ -150,6 +159,39 @@ class FakeJob(Job):
         if self._on_rebalance is not None and self._state == 'entered':
             self._on_rebalance(RebalanceEvent(initial, self._version, added, removed))
 
+    def _tell_initial(self, is_bound: Callable[[], bool]) -> None:
+        """As with a Job, the first call comes in another thread, when `with … as job` has bound the name."""
+        if self._on_rebalance is None:
+            return
+        event = RebalanceEvent(True, self._version, len(self._tokens), 0)
+
+        def tell() -> None:
+            deadline, pause = time.monotonic() + _BINDING_SEC, threading.Event()
+            while not is_bound() and time.monotonic() < deadline:
+                pause.wait(0.0005)
+            try:
+                self._on_rebalance(event)  # type: ignore[misc]  # there is one
+            except BaseException as error:
+                self._failure = error
+
+        self._initial = threading.Thread(target=tell, name='jobsync-callbacks', daemon=True)
+        self._initial.start()
+
+    def _await_initial(self) -> None:
+        """Whatever a test does with the job comes after the first call; what that raised is raised here."""
+        initial = self._initial
+        if initial is None or initial is threading.current_thread():
+            return
+        initial.join()
+        self._initial = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _check_entered(self) -> None:
+        super()._check_entered()
+        self._await_initial()
+
     # --- entering and leaving ---
 
     def __enter__(self) -> FakeJob:
@@ -163,7 +205,7 @@ class FakeJob(Job):
                 self._lock_provider(self)
             self._state = 'entered'
             set_stand_in(self)
-            self._rebalanced(True, len(self._tokens), 0)
+            self._tell_initial(Binding().is_done)
         except BaseException:
             self._state = 'exited'
             set_stand_in(None)
@@ -173,12 +215,15 @@ class FakeJob(Job):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """See Job: what was added is audited; after an error, all but the last."""
-        if self._state == 'entered' and stand_in() is self:
-            set_stand_in(None)
-            if error is not None:
-                self.added = self.added[:-1]
-            self.write_audit()
-        super().__exit__(kind, error, trace)
+        try:
+            self._await_initial()
+        finally:
+            if self._state == 'entered' and stand_in() is self:
+                set_stand_in(None)
+                if error is not None:
+                    self.added = self.added[:-1]
+                self.write_audit()
+            super().__exit__(kind, error, trace)
 
     # --- tasks ---
 
@@ -249,6 +294,7 @@ class FakeJob(Job):
     @property
     def my_tokens(self) -> TokenSet:
         """See Job."""
+        self._await_initial()
         return self._tokens if self._leased and self._state == 'entered' else TokenSet()
 
     @property

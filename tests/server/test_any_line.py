@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import dis
+import functools
 import gc
 import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import psycopg2
 import pytest
 
 from jobsync_core import attempt, current_ledger, execution, group_commit, ledger, ledger_calls, once, transaction, unsettled
@@ -25,9 +27,12 @@ from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import JobSyncError
 from jobsync_core.ledger import Ledger, current_execution
 from jobsync_core.once import exactly_once
-from jobsync_core.store import executions, transactions
+from jobsync_core.store import connection as connections
+from jobsync_core.store import deadline, executions, transactions
+from jobsync_core.store.connection import Sessions
 
 from ..waiting import eventually
+from .cluster import query
 from .ledgers import insert, ledgers_of
 from .rows import Rows, rows_of
 
@@ -53,8 +58,9 @@ class Strike:
     release, and so no program can be struck there.
     """
 
-    def __init__(self, place: int, action: Callable[[], object], raises: bool = True) -> None:
+    def __init__(self, place: int, action: Callable[[], object], raises: bool = True, files: Collection[str] = FILES) -> None:
         self.place = place
+        self._files = files
         self.passed = 0
         self.where = ''
         self._action = action
@@ -72,7 +78,7 @@ class Strike:
         threading.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in FILES or threading.current_thread().name in ('jobsync ledger', 'jobsync-deadlines'):
+        if frame.f_code.co_filename not in self._files or threading.current_thread().name in ('jobsync ledger', 'jobsync-deadlines'):
             return None
         return self._line
 
@@ -130,6 +136,37 @@ def struck_ledger(rows: Rows) -> Iterator[Ledger]:
         set_current_ledger(None)
 
 
+def strike_apart(place: int, action: Callable[[], object], files: Collection[str] = FILES) -> str:
+    """Strike there in a thread of its own; which line that was.
+
+    After an exception out of a trace function, CPython may take one that was being handled for one that still is, and hang it on to
+    the end of the chain of each later exception of that thread, in other tests, too. With the thread it goes.
+    """
+    found: list[str] = []
+
+    def run() -> None:
+        with Strike(place, strike, files=files) as stroke:
+            try:
+                action()
+            except (Struck, Work, JobSyncError, psycopg2.Error):
+                pass
+        found.append(stroke.where)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found, 'an exception that is none of these ended the thread'
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_exception() -> Iterator[None]:
+    yield
+    with pytest.raises(ZeroDivisionError) as caught:
+        _ = 1 / 0
+    assert caught.value.__context__ is None, f'in the chain of all that this thread raises from now on: {type(caught.value.__context__)}'
+
+
 def block(made: Ledger, key: str, work: Callable[[], object]) -> None:
     with once.once(made, key):
         work()
@@ -182,14 +219,10 @@ def test_an_exception_in_any_line_keeps_no_key(
     with capsys.disabled():
         for place in range(1, 2000):
             key = f'k{place}'
-            with Strike(place, strike) as stroke:
-                try:
-                    form(struck_ledger, key, work)
-                except (Struck, Work, JobSyncError):
-                    pass
-            if not stroke.where:
+            where = strike_apart(place, functools.partial(form, struck_ledger, key, work))
+            if not where:
                 break
-            struck[key] = stroke.where
+            struck[key] = where
         assert len(struck) > 60, 'the lines of an attempt were struck'
         print(f'\n{form.__name__}, {work.__name__}: struck in {len(struck)} lines', end='')
     await_end(rows, struck)
@@ -277,3 +310,48 @@ def test_what_is_collected_in_any_line_blocks_nobody_and_keeps_no_key(
     finally:
         gc.unfreeze()
         loop.close()
+
+
+def use(sessions: Sessions) -> None:
+    with sessions.session() as connection, connection.cursor() as cursor:
+        cursor.execute('SELECT 1')
+
+
+@pytest.mark.timeout(60)
+def test_an_exception_in_any_line_of_a_session_leaves_no_connection_and_no_deadline(
+        config: CoordinationConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {str(Path(module.__file__ or '').resolve()) for module in (connections, deadline)}
+    struck = 0
+    for kept in (False, True):  # where a connection is opened, and where one is kept from before
+        for place in range(1, 1000):
+            sessions = Sessions(config, 'any line')
+            if kept:
+                use(sessions)
+            where = strike_apart(place, functools.partial(use, sessions), files)
+            if not where:
+                sessions.close_all()
+                break
+            struck += 1
+            pool = sessions._pools.get(os.getpid())
+            if pool is not None:
+                idle = [each for _, each in pool._idle]
+                assert ([each for each in pool._lent if each not in idle], list(pool.deadlines._watched)) == ([], []), where
+                assert not any(each.closed for each in idle), where
+            use(sessions)
+            sessions.close_all()
+            await_closed(config, where)
+    with capsys.disabled():
+        print(f'\nsessions: struck in {struck} lines', end='')
+    assert struck > 60
+
+
+def await_closed(config: CoordinationConfig, where: str) -> None:
+    try:
+        eventually(lambda: open_sessions(config) == 0)
+    except AssertionError:
+        raise AssertionError(where) from None
+
+
+def open_sessions(config: CoordinationConfig) -> int:
+    (count,), = query(config, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'jobsync any line'", ())
+    return int(count)

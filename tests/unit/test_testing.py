@@ -95,12 +95,35 @@ class TestCallbacks:
     def test_they_hear_of_each_change_in_order(self) -> None:
         heard: list[Any] = []
         with FakeJob(owned=['a'], on_rebalance=heard.append, on_release=heard.append) as job:
-            assert heard == [RebalanceEvent(True, 1, 1, 0)]
             job.own('b', 'c')
+            assert heard[0] == RebalanceEvent(True, 1, 1, 0)
             job.lose('a')
             job.lose('a')  # nothing changes
             gone = TokenSet.of([job.task_to_token('a')])
             assert heard[1:] == [RebalanceEvent(False, 2, 2, 0), gone, RebalanceEvent(False, 3, 0, 1)]
+
+    def test_the_first_one_comes_when_the_name_is_bound_and_before_whatever_is_done_with_it(self) -> None:
+        def enter() -> None:
+            heard: list[int] = []
+            with FakeJob(owned=['a'], on_rebalance=lambda: heard.append(len(job.my_tokens))) as job:
+                assert job.can_claim_task('a')
+                assert heard == [1]
+
+        for _ in range(50):
+            enter()
+
+    def test_what_the_first_one_raises_is_raised_by_what_is_done_next_or_by_the_end_of_the_block(self) -> None:
+        def fail() -> None:
+            raise ValueError('from the callback')
+
+        with FakeJob(owned=['a'], on_rebalance=fail) as job:
+            with pytest.raises(ValueError, match='from the callback'):
+                job.can_claim_task('a')
+            assert job.can_claim_task('a'), 'it is said once'
+        with pytest.raises(ValueError, match='from the callback'), FakeJob(on_rebalance=fail):
+            pass
+        with FakeJob() as after:
+            assert after.can_claim_task('a'), 'nothing is left behind'
 
     def test_a_release_is_told_before_the_token_is_gone(self) -> None:
         seen: list[bool] = []
@@ -115,7 +138,7 @@ class TestCallbacks:
             raise ValueError('from the callback')
 
         with FakeJob(on_rebalance=lambda: heard.append('called'), on_release=fail) as job:
-            assert heard == ['called']
+            assert job.can_claim_task('a') and heard == ['called']
             with pytest.raises(ValueError, match='from the callback'):
                 job.lose('a')
 
