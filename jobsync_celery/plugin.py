@@ -379,7 +379,7 @@ class JobSync:
             except JobSyncError:
                 continue  # it runs nowhere
             if (coordinated or self._solo) and task.__trace__ is not None:  # in a solo pool it would raise into the consumer
-                task.__trace__ = guarded_trace(task)
+                task.__trace__ = guarded_trace(task, self._solo)
 
     def pinned_late(self, name: str) -> bool:
         """Whether a task has a pin that this node did not register when it entered, so that nothing holds its messages to it."""

@@ -19,6 +19,8 @@ from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.incoming import Refused, Stamps, find_route
 from jobsync_core.misspelt import misspelt
 
+from .coming_back import ComesBack
+from .holding import is_its_fault
 from .once import made_here
 
 if TYPE_CHECKING:
@@ -92,13 +94,17 @@ class TaskExited(Exception):
     """A task raised SystemExit, KeyboardInterrupt or the like where that ends no process: its failure, by another name."""
 
 
-def guarded_trace(task: Any) -> Callable[..., Any]:
+def guarded_trace(task: Any, in_loop: bool = False) -> Callable[..., Any]:
     """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge the message then.
 
     Celery's own does, where the end of a task cannot be told to a chain that is none, or its on_success raises Reject, for example.
 
+    Where the task has run and its end cannot be told for a reason that will pass (its result backend is away), a message that is
+    acknowledged late comes again after a pause: a duplicate of a completed key then tells the result.
+
     Args:
         task: The task; Celery has built its tracer.
+        in_loop: The pool runs it in the event loop, where such a reason may be raised: Handing keeps the message.
     """
     trace = task.__trace__
 
@@ -114,9 +120,20 @@ def guarded_trace(task: Any) -> Callable[..., Any]:
             # As a process of the pool would say it: the worker rejects the message, or has it fail.
             return trace_ok_t(ExceptionInfo(), TraceInfo(_STATES[isinstance(error, Reject)], error), 0.0, None)
         except Exception as error:
+            if task.acks_late and not is_its_fault(error):
+                if in_loop:
+                    raise
+                return _later(error)
             return trace_ok_t(report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None)
 
     return guarded
+
+
+def _later(error: Exception) -> Any:
+    try:
+        raise ComesBack(f'its end cannot be told: {error!r}', requeue=True) from error
+    except ComesBack as later:
+        return trace_ok_t(ExceptionInfo(), TraceInfo(states.REJECTED, later), 0.0, None)
 
 
 def _exited(task: Any, error: BaseException, message_id: str, args: Any, kwargs: Any, request: Any = None) -> Any:

@@ -12,9 +12,11 @@ from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, _state, shared_task, signals, states
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
+from kombu.exceptions import OperationalError
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery import plugin as plugin_module
+from jobsync_celery.coming_back import ComesBack
 from jobsync_celery.tasks import TaskExited, guarded_trace, odd_names
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
@@ -388,6 +390,7 @@ def test_a_task_that_exits_has_failed_where_that_ends_no_process(error: BaseExce
         raise error
 
     app = Celery('tracing', broker='memory://', backend='cache+memory://', set_as_current=False)
+    app.backend.forget('m1')  # the memory is all apps'
     task = app.task(name='exits', shared=False)(exits)
     task.__trace__ = build_tracer('exits', task, app=app)
     result, info, _, _ = guarded_trace(task)('m1', (), {}, {'id': 'm1', 'delivery_info': {}, 'is_eager': False})
@@ -408,6 +411,25 @@ def test_what_ends_the_worker_ends_it(error: BaseException) -> None:
     task.__trace__ = trace
     with pytest.raises(type(error)):
         guarded_trace(task)('m1', (), {}, {})
+
+
+@pytest.mark.parametrize(('late', 'in_loop'), [(True, False), (True, True), (False, False)])
+def test_an_end_that_cannot_be_told_now_brings_the_message_again(late: bool, in_loop: bool) -> None:
+    def trace(*args: Any) -> None:
+        raise OperationalError('the result backend is away')
+
+    app = Celery('away', broker='memory://', backend='cache+memory://', set_as_current=False)
+    task = app.task(name='away', shared=False, acks_late=late)(_nothing)
+    task.__trace__ = trace
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        if in_loop:
+            with pytest.raises(OperationalError):
+                guarded_trace(task, in_loop)('m1', (), {}, {})
+            return
+        result, info, _, _ = guarded_trace(task)('m1', (), {}, {})
+    error = result.exception
+    assert (type(getattr(error, 'exc', error)) is ComesBack, info.state) == ((True, 'REJECTED') if late else (False, 'FAILURE'))
 
 
 def _nothing() -> None:

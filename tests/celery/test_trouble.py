@@ -161,16 +161,20 @@ def test_a_pool_that_can_start_no_thread_loses_nothing_and_runs_nothing_twice(ma
     assert stage.notes()['no thread'] == 3
 
 
-@_ON_BOTH
-def test_a_solo_worker_whose_result_backend_is_away_keeps_what_is_acknowledged_late(make_stage: Any, kind: str) -> None:
+@pytest.mark.parametrize(('kind', 'pool', 'task'), [
+    ('redis', 'solo', 'late'), ('rabbitmq', 'solo', 'late'), ('rabbitmq', 'solo', 'keyed'), ('redis', 'threads', 'once')])
+def test_a_worker_without_processes_keeps_what_is_acknowledged_late_while_its_result_backend_is_away(
+    make_stage: Any, kind: str, pool: str, task: str,
+) -> None:
     stage: Stage = make_stage(kind)
-    stage.start('-P', 'solo')
+    stage.start('-P', pool)
     stage.cut(stage.results)
-    message = stage.module.late.delay(1).id
+    message = getattr(stage.module, task).delay(1).id
     stage.wait(lambda: 'cannot be taken now' in stage.log)
     stage.results.heal()
     stage.wait(lambda: stage.state(message) == 'SUCCESS')
     stage.check_nothing_lost()
+    assert task != 'once' or stage.notes()['ran 1'] == 1
 
 
 @_ON_BOTH
