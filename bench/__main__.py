@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from . import changes, heartbeats, local, spread
 from .nodes import Databases

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 import psycopg2
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.messages import Beat, Join, Lead, Observe, Process
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import Beat, Join, Lead, Observe
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
-from jobsync_core.store.schema import Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
 
 from .rounds import Bench, Samples
 from .table import Limit, Row

@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg2
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import JobSyncError
 
 __all__ = ['main', 'measure']

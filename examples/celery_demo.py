@@ -21,7 +21,7 @@ from celery import Celery, signals, states
 from examples.core_demo import PIN, PINNED, SETTINGS
 from examples.demo_queues import SLOTS, QueueDemo, count_once, end_with_the_demo, main
 from jobsync_celery import JobSync, current_execution, exactly_once
-from jobsync_core.embedded_redis import EmbeddedRedis
+from jobsync_core.embedded.redis import EmbeddedRedis
 
 # --- the app: broker and database come from CELERY_BROKER_URL, CELERY_RESULT_BACKEND and JOBSYNC_DATABASE_URL ---
 

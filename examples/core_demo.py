@@ -28,16 +28,7 @@ import psycopg2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without an installation
 
-from jobsync_core import (
-    ClaimLost,
-    CoordinationConfig,
-    DatabaseUnavailable,
-    DuplicateExecution,
-    ExecutionRunning,
-    Fenced,
-    Job,
-    Task,
-)
+from jobsync_core import ClaimLost, CoordinationConfig, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, Job, Task
 
 SETTINGS: dict[str, Any] = {
     'appname': 'demo_', 'total_tokens': 5_000, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 2.0,
@@ -366,7 +357,7 @@ def verdict(demo: Demo) -> bool:
 
 def run(workers: int, limit: int | None) -> int:
     """Run the demo; the exit code."""
-    from jobsync_core.embedded import EmbeddedPostgres
+    from jobsync_core.embedded.postgres import EmbeddedPostgres
     from jobsync_core.store.connection import Sessions
     from jobsync_core.store.schema import create_schema
 

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 
 from examples.core_demo import LEAST_SEC, MOST_SEC, PINNED, SETTINGS, TABLES, Demo, count, library, query, screen, sources
 from jobsync_core import Execution
-from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
-from jobsync_core.embedded_redis import EmbeddedRedis
+from jobsync_core.embedded.postgres import EmbeddedPostgres, EmbeddedServerError
+from jobsync_core.embedded.redis import EmbeddedRedis
 
 __all__ = ['QueueDemo', 'count_once', 'end_with_the_demo', 'main']
 

@@ -19,7 +19,7 @@ from dramatiq.results import ResultFailure, ResultMissing
 
 from examples.core_demo import PINNED
 from examples.demo_queues import SLOTS, QueueDemo, main
-from jobsync_core.embedded_redis import EmbeddedRedis
+from jobsync_core.embedded.redis import EmbeddedRedis
 
 
 @dataclass

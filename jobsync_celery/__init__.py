@@ -1,5 +1,5 @@
 """JobSync for Celery: an app's workers become nodes, and its keyed tasks run once, on the node that owns them."""
-from jobsync_core.ledger import current_execution
+from jobsync_core.ledger.cluster import current_execution
 
 from .once import exactly_once
 from .plugin import JobSync, rebalanced, released

@@ -34,7 +34,8 @@ from jobsync_core.errors import DatabaseUnavailable, JobSyncError
 from jobsync_core.store import schedules
 from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schedules import Leadership, State
-from jobsync_core.store.schema import Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
 
 from .logs import get_logger
 from .publisher import BrokerAway, Publisher

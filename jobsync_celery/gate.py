@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from celery.worker import state
 
 from jobsync_core import clock
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
-from jobsync_core.incoming import Refused, Stamps, read_id, read_stamps
 from jobsync_core.logs import Repeats, shown
-from jobsync_core.plugin import Gate
-from jobsync_core.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
-from jobsync_core.tokens import TokenSet
+from jobsync_core.worker.incoming import Refused, Stamps, read_id, read_stamps
+from jobsync_core.worker.plugin import Gate
+from jobsync_core.worker.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
 
 from .circuit import BrokerBusy
 from .handing import Handing, expires

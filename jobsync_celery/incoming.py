@@ -14,8 +14,8 @@ from celery.app.task import Context
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
-from jobsync_core.incoming import Refused, read_name
 from jobsync_core.logs import shown
+from jobsync_core.worker.incoming import Refused, read_name
 
 __all__ = ['Incoming', 'context_of', 'read_delivery', 'read_raw', 'read_record']
 

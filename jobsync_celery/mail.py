@@ -20,10 +20,10 @@ from kombu.utils.uuid import uuid
 
 from jobsync_core import clock
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.incoming import Refused, read_name, read_stamps
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.mail import Letter
-from jobsync_core.routing import HOME, HOPS, KEY, mark_key, node_queue, parked_queue, unknown_queue
+from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.incoming import Refused, read_name, read_stamps
+from jobsync_core.worker.routing import HOME, HOPS, KEY, mark_key, node_queue, parked_queue, unknown_queue
 
 from .abandoning import abandon
 from .circuit import Circuit

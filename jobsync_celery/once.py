@@ -15,15 +15,15 @@ from celery.backends.base import Backend, DisabledBackend
 from celery.exceptions import Ignore
 
 from jobsync_core import clock
-from jobsync_core.adapter import MessageOnce
-from jobsync_core.current_ledger import LocalLedger, current_ledger, message_ledger
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
-from jobsync_core.execution import Execution
-from jobsync_core.incoming import MAX_WAITS, read_stamps
-from jobsync_core.ledger import Ledger
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.current import LocalLedger, current_ledger, message_ledger
+from jobsync_core.ledger.execution import Execution
+from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats
-from jobsync_core.once import ExactlyOnce
-from jobsync_core.routing import WAITS
+from jobsync_core.worker.adapter import MessageOnce
+from jobsync_core.worker.incoming import MAX_WAITS, read_stamps
+from jobsync_core.worker.routing import WAITS
 
 from .chords import count_member
 from .coming_back import ComesBack, send_again

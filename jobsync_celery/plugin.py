@@ -11,18 +11,18 @@ import click
 from celery.utils.dispatch import Signal
 
 from jobsync_core import clock
-from jobsync_core.consuming import SelfDrain
-from jobsync_core.current_ledger import UNCOORDINATED
-from jobsync_core.effects import RebalanceEvent
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
-from jobsync_core.keeper import Keeper
+from jobsync_core.ledger.current import UNCOORDINATED
 from jobsync_core.logs import Repeats
-from jobsync_core.owners import OwnerMap
-from jobsync_core.pausing import Pausing, remedy
-from jobsync_core.plugin import Gate, make_job, owner_map, stand_in
-from jobsync_core.routing import node_queue, parked_queue
-from jobsync_core.tokens import TokenSet
+from jobsync_core.protocol.effects import RebalanceEvent
+from jobsync_core.protocol.pausing import Pausing, remedy
+from jobsync_core.worker.consuming import SelfDrain
+from jobsync_core.worker.keeper import Keeper
+from jobsync_core.worker.owners import OwnerMap
+from jobsync_core.worker.plugin import Gate, make_job, owner_map, stand_in
+from jobsync_core.worker.routing import node_queue, parked_queue
 
 from .gate import ConsumerGate
 from .listening import Listening
@@ -531,7 +531,7 @@ class JobSync:
         """Answer probes, also while the worker joins."""
         if self.settings.http is None or self.job is None:
             return
-        from jobsync_core.web import HealthServer, node_metrics
+        from jobsync_core.web.health import HealthServer, node_metrics
 
         job = self.job
         self._http = HealthServer(

@@ -29,7 +29,7 @@ from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from jobsync_core import clock
-from jobsync_core.incoming import Refused
+from jobsync_core.worker.incoming import Refused
 
 from .bell import Bell
 from .incoming import read_raw

@@ -15,8 +15,8 @@ from kombu.exceptions import InconsistencyError
 from kombu.transport import redis
 from kombu.utils.json import dumps
 
-from jobsync_core.incoming import Refused
 from jobsync_core.logs import shown
+from jobsync_core.worker.incoming import Refused
 
 from .incoming import read_record
 from .logs import get_logger

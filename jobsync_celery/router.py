@@ -11,10 +11,10 @@ from celery.utils.imports import symbol_by_name
 from kombu.entity import Queue
 
 from jobsync_core import clock
-from jobsync_core.incoming import Refused, read_stamps
 from jobsync_core.logs import Repeats
-from jobsync_core.plugin import stand_in
-from jobsync_core.routing import HOME, HOPS, KEY, node_queue
+from jobsync_core.worker.incoming import Refused, read_stamps
+from jobsync_core.worker.plugin import stand_in
+from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue
 
 from .logs import get_logger
 from .mail import exchange_of, node_queue_of

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jobsync_core.arguments import check_number
+from jobsync_core.assignment.arguments import check_number
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.plugin import PluginSettings
+from jobsync_core.worker.plugin import PluginSettings
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -9,7 +9,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.plugin import stand_in
+from jobsync_core.worker.plugin import stand_in
 
 from .cold_shutdown import ColdShutdown
 from .logs import get_logger

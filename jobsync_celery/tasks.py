@@ -14,10 +14,10 @@ from celery.app.task import Context
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
 from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 
-from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.incoming import Refused, Stamps, find_route
-from jobsync_core.misspelt import misspelt
+from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.worker.incoming import Refused, Stamps, find_route
+from jobsync_core.worker.misspelt import misspelt
 
 from .coming_back import ComesBack
 from .holding import is_its_fault
@@ -26,7 +26,7 @@ from .once import made_here
 if TYPE_CHECKING:
     from celery import Celery
 
-    from jobsync_core.plugin import PluginSettings
+    from jobsync_core.worker.plugin import PluginSettings
 
 __all__ = ['TaskExited', 'Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
 

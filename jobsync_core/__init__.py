@@ -1,6 +1,6 @@
 """JobSync's core: processes that share work through PostgreSQL, each task on one of them."""
+from .assignment.tokens import TokenSet
 from .config import CoordinationConfig
-from .effects import RebalanceEvent
 from .errors import (
     ClaimLost,
     ClusterNotFormed,
@@ -23,10 +23,10 @@ from .errors import (
     Unroutable,
 )
 from .job import Job
-from .ledger import Execution, current_execution
-from .once import exactly_once
+from .ledger.cluster import Execution, current_execution
+from .ledger.once import exactly_once
+from .protocol.effects import RebalanceEvent
 from .task import Task
-from .tokens import TokenSet
 
 __version__ = '0.1.0'
 

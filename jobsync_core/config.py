@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from .assignment.hashing import HASH_FUNCTIONS
 from .database_url import parse_database_url
 from .errors import ConfigurationError
-from .hashing import HASH_FUNCTIONS
 from .logs import get_logger
 from .secret import SECRET_OPTIONS, hide
 

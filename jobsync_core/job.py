@@ -12,32 +12,33 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from . import clock
-from .agent import Agent
-from .arguments import check_date, check_locks, check_name, check_number
+from .agent.agent import Agent
+from .agent.callbacks import Callbacks
+from .agent.housekeeper import Housekeeper
+from .agent.task_claims import TaskBook
+from .assignment.arguments import check_date, check_locks, check_name, check_number
+from .assignment.hashing import check_task_id
+from .assignment.tokens import TokenSet
 from .belonging import Belonging, stranger
-from .binding import Binding
-from .callbacks import Callbacks
-from .claims import Claims
 from .config import CoordinationConfig
-from .current_ledger import LocalLedger, enter_ledger, leave_ledger
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
-from .hashing import check_task_id
-from .housekeeper import Housekeeper
-from .ledger import DEFAULT_RETENTION, Execution, Ledger
+from .ledger.binding import Binding
+from .ledger.cluster import DEFAULT_RETENTION, Execution, Ledger
+from .ledger.current import LocalLedger, enter_ledger, leave_ledger
+from .ledger.once import once
 from .logs import get_logger
-from .once import once
-from .pausing import Pausing
 from .process import is_known_alive, is_known_dead, this_process
-from .protocol import Phase, Protocol, Settings
+from .protocol.node import Phase, Protocol, Settings
+from .protocol.ownership import Claims
+from .protocol.pausing import Pausing
 from .store import locks as lock_store
 from .store import queues, status, tasks
 from .store.connection import Sessions
 from .store.control import Control
 from .store.housekeeping import STATEMENT_SEC
-from .store.schema import Tables, create_schema
+from .store.schema import create_schema
+from .store.tables import Tables
 from .task import Task, task_id_of
-from .taskbook import TaskBook
-from .tokens import TokenSet
 
 __all__ = ['Job']
 

@@ -3,11 +3,21 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
-from .messages import Process
+__all__ = ['Process', 'is_known_alive', 'is_known_dead', 'this_process']
 
-__all__ = ['is_known_alive', 'is_known_dead', 'this_process']
+
+@dataclass(frozen=True)
+class Process:
+    """Identity of an operating-system process: enough to know whether it is dead, on the machine where it ran."""
+
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    started: str
 
 
 def _boot_id() -> str:

@@ -1,5 +1,5 @@
 """Dramatiq plugin: every worker process is a node, and keyed messages run on the node that owns their key."""
-from jobsync_core.execution import current_execution
+from jobsync_core.ledger.execution import current_execution
 
 from .middleware import JobSync
 from .once import exactly_once

@@ -11,13 +11,13 @@ from typing import Any
 from dramatiq import GenericActor
 from dramatiq.common import q_name
 
-from jobsync_core.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.incoming import Refused, Stamps, find_route
+from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats, get_logger, shown
-from jobsync_core.once import ExactlyOnce
-from jobsync_core.plugin import PluginSettings
-from jobsync_core.routing import HOME, HOPS, KEY, WAITS
+from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.worker.incoming import Refused, Stamps, find_route
+from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
 
 from .errors import DeclarationRefused
 from .incoming import Said

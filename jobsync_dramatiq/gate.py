@@ -11,13 +11,13 @@ from dramatiq.broker import Consumer
 from dramatiq.errors import ConnectionClosed, ConnectionFailed
 
 from jobsync_core import clock
-from jobsync_core.consuming import Consuming
-from jobsync_core.incoming import Refused
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.logs import Repeats, get_logger
-from jobsync_core.pausing import remedy
-from jobsync_core.plugin import Gate
-from jobsync_core.routing import WAITS, Verdict, parked_queue, unknown_queue
-from jobsync_core.tokens import TokenSet
+from jobsync_core.protocol.pausing import remedy
+from jobsync_core.worker.consuming import Consuming
+from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.plugin import Gate
+from jobsync_core.worker.routing import WAITS, Verdict, parked_queue, unknown_queue
 
 from .actors import Actors
 from .errors import Unroutable

@@ -10,7 +10,7 @@ from typing import Any
 
 from dramatiq.middleware import GroupCallbacks, Middleware
 
-from jobsync_core.adapter import CoordinatedTasks
+from jobsync_core.worker.adapter import CoordinatedTasks
 
 __all__ = ['forget_group', 'mark_members', 'unmark_members', 'was_counted']
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jobsync_core.current_ledger import LocalLedger, current_ledger, set_current_ledger
 from jobsync_core.errors import NotEntered
 from jobsync_core.job import Job
-from jobsync_core.ledger import Ledger
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.current import LocalLedger, current_ledger, set_current_ledger
 
 __all__ = ['InMemory', 'is_in_memory', 'ledger_in_memory']
 

@@ -1,6 +1,6 @@
 """The boundary of Dramatiq's messages: what comes off a queue is decoded and checked here, before a worker or the keeper reads it.
 
-See jobsync_core.incoming. Dramatiq's consumers stumble over each of these: over one that cannot be decoded again and again.
+See jobsync_core.worker.incoming. Dramatiq's consumers stumble over each of these: over one that cannot be decoded again and again.
 """
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dramatiq import Message, get_encoder
 from dramatiq.common import q_name
 from dramatiq.errors import DecodeError
 
-from jobsync_core.incoming import Refused, Stamps, read_name, read_stamps
 from jobsync_core.logs import shown
-from jobsync_core.routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS
+from jobsync_core.worker.incoming import Refused, Stamps, read_name, read_stamps
+from jobsync_core.worker.routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS
 
 __all__ = ['Said', 'homes_in', 'priority_of', 'read_message', 'unstamped']
 

@@ -8,9 +8,9 @@ from dramatiq.common import q_name, xq_name
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.evacuation import Evacuable
-from jobsync_core.incoming import Refused, read_stamps
-from jobsync_core.routing import HOME, HOPS, KEY, parked_queue
+from jobsync_core.worker.evacuation import Evacuable
+from jobsync_core.worker.incoming import Refused, read_stamps
+from jobsync_core.worker.routing import HOME, HOPS, KEY, parked_queue
 
 from .incoming import homes_in
 

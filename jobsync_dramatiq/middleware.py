@@ -12,16 +12,16 @@ from dramatiq.middleware import Middleware, Retries
 from dramatiq.threading import is_gevent_active
 
 from jobsync_core import clock
-from jobsync_core.consuming import Consuming, SelfDrain
-from jobsync_core.current_ledger import LocalLedger, set_current_ledger
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
-from jobsync_core.keeper import Keeper
+from jobsync_core.ledger.current import LocalLedger, set_current_ledger
 from jobsync_core.logs import get_logger
-from jobsync_core.owners import OwnerMap
-from jobsync_core.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
-from jobsync_core.routing import HOME, HOPS, KEY, node_queue, parked_queue
-from jobsync_core.tokens import TokenSet
+from jobsync_core.worker.consuming import Consuming, SelfDrain
+from jobsync_core.worker.keeper import Keeper
+from jobsync_core.worker.owners import OwnerMap
+from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
+from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queue
 
 from .actors import OPTIONS, ActorOptions, Actors, check_actor, check_message, read_settings
 from .errors import BootFailed, DeclarationRefused
@@ -404,7 +404,7 @@ class JobSync(Middleware):
         """Answer probes, also while the worker joins, and where it goes on without coordination."""
         if self.settings.http is None:
             return
-        from jobsync_core.web import HealthServer, node_metrics, split_address
+        from jobsync_core.web.health import HealthServer, node_metrics, split_address
 
         host, port = split_address(self.settings.http)
         # The processes of one `dramatiq -p` listen on this port and those that follow it.

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 from dramatiq import GenericActor
 
 from jobsync_core import clock
-from jobsync_core.adapter import MessageOnce, once_of
-from jobsync_core.current_ledger import LocalLedger, message_ledger
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
-from jobsync_core.incoming import read_stamps
-from jobsync_core.ledger import Ledger
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.current import LocalLedger, message_ledger
+from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats, get_logger
-from jobsync_core.once import ExactlyOnce
-from jobsync_core.routing import WAITS
+from jobsync_core.worker.adapter import MessageOnce, once_of
+from jobsync_core.worker.incoming import read_stamps
+from jobsync_core.worker.routing import WAITS
 
 from .groups import forget_group, was_counted
 from .in_memory import ledger_in_memory

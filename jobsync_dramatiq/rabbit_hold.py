@@ -13,8 +13,8 @@ from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker
 
-from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger
+from jobsync_core.worker.incoming import Refused
 
 from .incoming import read_message
 

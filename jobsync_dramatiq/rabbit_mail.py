@@ -24,10 +24,10 @@ from dramatiq.errors import ConnectionClosed
 from pika.exceptions import ChannelClosedByBroker, UnroutableError
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.mail import Letter
-from jobsync_core.routing import parked_queue, unknown_queue
+from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.routing import parked_queue, unknown_queue
 
 from .incoming import priority_of, read_message
 from .mail import Hold, dead_letters, home_of, place_of, wrapped

@@ -12,7 +12,7 @@ from dramatiq.errors import ConnectionClosed
 from redis.exceptions import RedisError
 
 from jobsync_core import clock
-from jobsync_core.incoming import Refused
+from jobsync_core.worker.incoming import Refused
 
 from .incoming import read_message
 

@@ -21,10 +21,10 @@ from dramatiq.errors import ConnectionClosed
 from redis.exceptions import RedisError
 
 from jobsync_core import clock
-from jobsync_core.incoming import Refused
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.mail import Letter
-from jobsync_core.routing import mark_key, node_queue
+from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.routing import mark_key, node_queue
 
 from .incoming import read_message
 from .mail import Hold, dead_letters, home_of, place_of, wrapped

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from .brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
 from .pgbouncer import PgBouncer, PgBouncerUnavailable

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobsync_core.current_ledger import LocalLedger
 from jobsync_core.errors import DuplicateExecution, JobSyncError
-from jobsync_core.execution import Execution
-from jobsync_core.owners import Place
-from jobsync_core.pausing import Pausing
+from jobsync_core.ledger.current import LocalLedger
+from jobsync_core.ledger.execution import Execution
+from jobsync_core.protocol.pausing import Pausing
+from jobsync_core.worker.owners import Place
 
 __all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate']
 

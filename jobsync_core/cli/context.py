@@ -17,7 +17,7 @@ from ..config import CoordinationConfig
 from ..errors import JobSyncError
 from ..store import status
 from ..store.connection import Sessions
-from ..store.schema import Tables
+from ..store.tables import Tables
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection

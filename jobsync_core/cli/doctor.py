@@ -14,10 +14,11 @@ from rich.text import Text
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
-from ..pausing import remedy
+from ..protocol.pausing import remedy
 from ..store import blockers, probe, rights
 from ..store.connection import Connection, Sessions
-from ..store.schema import SCHEMA_VERSION, Tables
+from ..store.schema import SCHEMA_VERSION
+from ..store.tables import Tables
 from .context import console, describe, printable
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import JobSyncError
-from ..evacuation import evacuate
+from ..worker.evacuation import evacuate
 from .context import Database, database_options, printable
 
 __all__ = ['evacuate_command']

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..arguments import check_lock
-from ..hashing import check_task_id
-from ..patterns import eligible
+from ..assignment.arguments import check_lock
+from ..assignment.hashing import check_task_id
+from ..assignment.patterns import eligible
 from ..store import locks, status
 from .context import Database, database_options, printable
 from .status_view import as_json, patterns

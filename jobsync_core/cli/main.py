@@ -11,11 +11,12 @@ from rich.live import Live
 from rich.text import Text
 
 from .. import __version__
+from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable
-from ..hashing import HASH_FUNCTIONS, check_task_id
 from ..store import rights, status
 from ..store.connection import Sessions
-from ..store.schema import Tables, create_schema, render_schema
+from ..store.schema import create_schema, render_schema
+from ..store.tables import Tables
 from . import doctor, status_view
 from .context import Database, Group, console, database_options, describe, printable
 from .evacuate_command import evacuate_command

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from ..hashing import HASH_FUNCTIONS
-from ..simulate import Change, Share, Simulation, simulate
+from ..assignment.hashing import HASH_FUNCTIONS
+from ..assignment.simulate import Change, Share, Simulation, simulate
 from .context import console
 from .status_view import table
 

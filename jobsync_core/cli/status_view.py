@@ -18,7 +18,7 @@ from .context import printable
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from ..store.schema import Tables
+    from ..store.tables import Tables
 
 __all__ = ['as_json', 'patterns', 'rebalance_table', 'render', 'snapshot', 'table']
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['Blocker', 'name_all', 'on_rows', 'on_tables', 'vacuuming']
 

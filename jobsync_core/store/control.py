@@ -11,8 +11,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..assignment.model import Range, Segment
 from ..config import CoordinationConfig
-from ..messages import (
+from ..process import Process
+from ..protocol.messages import (
     ELDERS,
     Activate,
     Activated,
@@ -32,13 +34,10 @@ from ..messages import (
     Observe,
     Observed,
     Occupied,
-    Process,
-    Range,
     RecordHistory,
     Refresh,
     Reply,
     Request,
-    Segment,
     Sign,
     StepDown,
     Take,
@@ -48,7 +47,8 @@ from .connection import Connection
 from .epochs import Epochs
 from .leading import Leading
 from .rounds import Round, fingerprint, members_json, read_members, take_turn
-from .schema import SCHEMA_VERSION, Tables
+from .schema import SCHEMA_VERSION
+from .tables import Tables
 from .taken import read_lives, read_taken
 
 __all__ = ['Control']

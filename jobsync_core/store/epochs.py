@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from ..messages import Sign
+from ..protocol.messages import Sign
 from .rounds import Round
-from .schema import Tables
+from .tables import Tables
 
 __all__ = ['Epochs']
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..messages import Process
+from ..process import Process
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = [
     'Began', 'Completion', 'Holder', 'Row', 'Statement', 'Steps', 'add_result', 'begin', 'begin_many', 'begin_transaction', 'complete',

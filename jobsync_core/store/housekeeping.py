@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .connection import Connection
-from .schema import Tables
+from .tables import Tables
 
 __all__ = ['CHORES', 'LOST_DAYS', 'SETTINGS', 'STATEMENT_SEC', 'Chore', 'Slice', 'run']
 

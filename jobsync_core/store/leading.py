@@ -5,12 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..assignment.hashing import task_to_token
+from ..assignment.model import Member
+from ..assignment.patterns import PATTERN_BYTES, read_patterns
+from ..assignment.round import Pin, decide
 from ..config import CoordinationConfig
-from ..hashing import task_to_token
-from ..leader import Pin, decide
 from ..logs import get_logger
-from ..messages import DEATHS, Evict, Evicted, Lead, Led, Member, Sign
-from ..patterns import PATTERN_BYTES, read_patterns
+from ..protocol.messages import DEATHS, Evict, Evicted, Lead, Led, Sign
 from .computing import Computation
 from .connection import Connection
 from .epochs import Epochs
@@ -18,7 +19,7 @@ from .locks import LOCKS
 from .options import agent_limits
 from .plans import Draft, Outdated, read_assignment
 from .rounds import Round, fingerprint, members_json, read_members
-from .schema import Tables
+from .tables import Tables
 
 __all__ = ['Leading']
 

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['LOCKS', 'clear_all', 'clear_by_creator', 'clear_kind', 'clear_old_pins', 'clear_tasks', 'list_locks', 'register',
            'show_locks']

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..leader import Decision
-from ..messages import Segment
+from ..assignment.model import Segment
+from ..assignment.round import Decision
 from .connection import Connection
 from .rounds import Round, fingerprint
-from .schema import Tables
+from .tables import Tables
 
 __all__ = ['Draft', 'Outdated', 'Piece', 'cut', 'read_assignment']
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..patterns import PATTERN_BYTES, read_patterns
+from ..assignment.patterns import PATTERN_BYTES, read_patterns
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
     from .connection import Sessions
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = [
     'HISTORY_FUNCTIONS', 'Replication', 'bad_locks', 'clock_offset', 'everybody_creates', 'is_superuser', 'may_create', 'missing_tables',

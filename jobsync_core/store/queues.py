@@ -13,7 +13,7 @@ from ..belonging import Belonging, Peer
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = [
     'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record',

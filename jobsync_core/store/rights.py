@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, JobSyncError
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['Right', 'check_role', 'describe', 'grant', 'grants', 'lacking', 'needed', 'policies']
 

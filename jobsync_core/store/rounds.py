@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from ..assignment.model import Member
 from ..errors import StoreTimeout
-from ..messages import Member, Sign
+from ..protocol.messages import Sign
 from .connection import Connection
-from .schema import Tables
+from .tables import Tables
 
 #: How much later than the server's own limit the client gives up, in seconds.
 _ANSWER = 0.5

@@ -18,7 +18,7 @@ from .connection import Connection
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['Leadership', 'State', 'advance', 'learn', 'lock', 'prune']
 

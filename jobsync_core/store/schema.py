@@ -7,8 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,12 +19,13 @@ from ..logs import get_logger
 from . import blockers, rights
 from .connection import Sessions
 from .deadline import GuardedConnection
-from .location import PINNED_PATH, Location, default_scope, locate, location_of
+from .location import PINNED_PATH, default_scope
+from .tables import FUNCTIONS, INDEXES, RELATIONS, Tables, quote_name
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-__all__ = ['FUNCTIONS', 'MIGRATIONS', 'RELATIONS', 'SCHEMA_VERSION', 'Tables', 'create_schema', 'render_schema']
+__all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'create_schema', 'render_schema']
 
 logger = get_logger(__name__)
 
@@ -45,126 +45,8 @@ _TRY_SEC, _WAIT_SEC = 3.0, 1.0
 #: Seconds for which a process that has found the tables in place need not look again.
 _FRESH_SEC = 2.0
 
-#: Tables and views, with the columns that this version uses.
-RELATIONS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch history former_until',
-    'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
-    'assignment': 'tokens node moving moving_to blocked version assigned_at',
-    'token': 'token_id node assigned_at version',
-    'lock': 'task_id node_patterns reason created_at created_by expires_at pin',
-    'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
-    'claim': 'node task_id created_on date token incarnation child',
-    'audit': 'created_on node task_id date token epoch',
-    'execution':
-        'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
-    'queue': 'name node created_at kind gone_at broker place application',
-    'schedule': 'name slot total_run_count entry updated_at',
-}
-#: Functions, with the types of their arguments. Each pins its search_path, and names tables with their schema.
-FUNCTIONS: Mapping[str, str] = {
-    'begin_execution': 'text, text, text, text, text, text, integer, text',
-    'finish_execution': 'jsonb, double precision, text, bigint',
-}
-#: Not qualified, as in CREATE INDEX; elsewhere write {schema}.{name of the index}.
-_INDEXES = (
-    'node_age', 'lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
 
 
-class Tables:
-    """Names of one cluster's tables and functions, qualified and quoted for SQL.
-
-    Attributes:
-        appname: Their prefix.
-    """
-
-    appname: str
-    node: str
-    assignment: str
-    token: str
-    lock: str
-    rebalance: str
-    claim: str
-    audit: str
-    execution: str
-    cluster: str
-    queue: str
-    schedule: str
-    begin_execution: str
-    finish_execution: str
-
-    def __init__(self, appname: str, schema: str = 'public', scope: str = '') -> None:
-        self._location = Location(appname.lower(), schema, scope, found=True)
-        self.appname = self._location.appname
-
-    @classmethod
-    def of(cls, config: CoordinationConfig) -> Tables:
-        """Those of a config's cluster. Where no setting names their schema, they have no names before a first connection is opened."""
-        tables = cls.__new__(cls)
-        tables._location = location_of(config)
-        tables.appname = config.appname
-        return tables
-
-    def __repr__(self) -> str:
-        return f'<Tables {self.label}*>'
-
-    def __getattr__(self, name: str) -> str:
-        if name not in RELATIONS and name not in FUNCTIONS:
-            raise AttributeError(name)
-        quoted = f'{_quoted(self.schema)}.{_quoted(self.appname + name)}'
-        if self._location.found:
-            self.__dict__[name] = quoted
-        return quoted
-
-    @property
-    def schema(self) -> str:
-        """The schema, not quoted.
-
-        Raises:
-            JobSyncError: There is none.
-        """
-        if self._location.schema is None:
-            raise JobSyncError("the role's search_path names no schema that it may use, so the tables have no place: set schema=…")
-        return self._location.schema
-
-    @property
-    def label(self) -> str:
-        """Distinguishes the cluster from all others of the database, in the names of locks."""
-        return f'{self._location.scope}.{self.appname}' if self._location.scope else self.appname
-
-    @property
-    def scope(self) -> str:
-        """See Location."""
-        return self._location.scope
-
-    @property
-    def channel(self) -> str:
-        """Name of the NOTIFY channel, not quoted."""
-        scope = self._location.scope
-        return f'{self.appname}events' + (f'_{blake2b(scope.encode(), digest_size=6).hexdigest()}' if scope else '')
-
-    @property
-    def advisory(self) -> tuple[int, int]:
-        """Key of the cluster's advisory lock."""
-        digest = blake2b(f'jobsync {self.label}'.encode(), digest_size=8).digest()
-        return int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(digest[4:], 'big', signed=True)
-
-    @property
-    def all(self) -> Mapping[str, str]:
-        """Each table or view, and its name for SQL."""
-        return {name: getattr(self, name) for name in RELATIONS}
-
-    @property
-    def functions(self) -> Mapping[str, str]:
-        """Each function, and the types of its arguments."""
-        return FUNCTIONS
-
-    def refresh(self, config: CoordinationConfig, cursor: Any) -> None:
-        """Look again where the tables are, after they have been created."""
-        def run(sql: str, params: Sequence[object]) -> Sequence[Sequence[Any]]:
-            cursor.execute(sql, params)
-            return list(cursor.fetchall())
-
-        locate(self._location, config, run)
 
 
 def render_schema(appname: str, schema: str | None = None) -> str:
@@ -177,7 +59,7 @@ def render_schema(appname: str, schema: str | None = None) -> str:
     tables = Tables(appname, schema or 'public', default_scope(schema))
     parts = ['-- Names are qualified; what stands without a schema is of PostgreSQL itself.', f'SET search_path = {PINNED_PATH};\n']
     if schema is not None:
-        parts.append(f'CREATE SCHEMA IF NOT EXISTS {_quoted(schema)};\n')
+        parts.append(f'CREATE SCHEMA IF NOT EXISTS {quote_name(schema)};\n')
     parts.append('-- Each version is a transaction of its own. It gives up soon where somebody has locked a table, since nodes queue up\n'
                  '-- behind it: then run all of this again, which changes nothing that is there.\n')
     parts += [f"BEGIN;\nSET LOCAL lock_timeout = '2s';\n{_render(tables, name)}COMMIT;\n" for _, name in MIGRATIONS]
@@ -373,7 +255,7 @@ def _create_place(cursor: Any, config: CoordinationConfig) -> None:
         # Only where it is missing: even IF NOT EXISTS asks for the right to create one.
         cursor.execute('SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)', (config.schema,))
         if not cursor.fetchall()[0][0]:
-            cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {_quoted(config.schema)}')
+            cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {quote_name(config.schema)}')
 
 
 def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
@@ -429,9 +311,7 @@ def _has_functions(cursor: Any, tables: Tables) -> bool:
 def _render(tables: Tables, name: str) -> str:
     text = files(__package__).joinpath(name).read_text(encoding='utf-8')
     functions = {function: getattr(tables, function) for function in FUNCTIONS}
-    indexes = {index: _quoted(f'{tables.appname}{index}') for index in _INDEXES}
-    return text.format(**tables.all, **functions, **indexes, schema=_quoted(tables.schema))
+    indexes = {index: quote_name(f'{tables.appname}{index}') for index in INDEXES}
+    return text.format(**tables.all, **functions, **indexes, schema=quote_name(tables.schema))
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -5,20 +5,20 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..assignment.hashing import HASH_FUNCTIONS
+from ..assignment.model import Member, Segment
+from ..assignment.patterns import PATTERN_BYTES, check_patterns, matched_pattern, read_patterns
+from ..assignment.round import Pin, decide
+from ..assignment.simulate import Move, holder, moves
 from ..config import LEASE_FRACTION
 from ..errors import ConfigurationError, JobSyncError
-from ..hashing import HASH_FUNCTIONS
-from ..leader import Pin, decide
-from ..messages import Member, Segment
-from ..patterns import PATTERN_BYTES, check_patterns, matched_pattern, read_patterns
-from ..simulate import Move, holder, moves
 from .locks import LOCKS
 from .tasks import history
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['assignment', 'blocked', 'cluster', 'explain', 'nodes', 'owner', 'plan_without', 'rebalances', 'set_drain']
 

@@ -5,12 +5,12 @@ import datetime
 import sys
 from array import array
 
+from ..assignment.hashing import task_to_token
 from ..config import CoordinationConfig
 from ..errors import InvalidTaskId
-from ..hashing import task_to_token
-from ..messages import Lives, LivesGone, Take, Taken
+from ..protocol.messages import Lives, LivesGone, Take, Taken
 from .connection import Connection
-from .schema import Tables
+from .tables import Tables
 
 __all__ = ['read_lives', 'read_taken']
 

@@ -10,7 +10,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['audit', 'audit_children', 'claim', 'count_audits', 'get_audit', 'history', 'is_taken', 'read_epoch', 'release_claims',
            'release_promise']

@@ -22,7 +22,7 @@ from .refusals import refusal
 
 if TYPE_CHECKING:
     from .executions import Began, Completion
-    from .schema import Tables
+    from .tables import Tables
 
 __all__ = ['TransactionConnection', 'Transactions']
 

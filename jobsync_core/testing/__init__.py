@@ -13,13 +13,6 @@ try:
 except ModuleNotFoundError:
     pass  # unittest will do
 else:
-    from .fixtures import (  # pytest finds fixtures in the namespace of the plugin
-        jobsync_cluster,
-        jobsync_config,
-        jobsync_database_url,
-        jobsync_job,
-        jobsync_node,
-        jobsync_postgres,
-    )
+    from .fixtures import jobsync_cluster, jobsync_config, jobsync_database_url, jobsync_job, jobsync_node, jobsync_postgres
 
     __all__ += ['jobsync_cluster', 'jobsync_config', 'jobsync_database_url', 'jobsync_job', 'jobsync_node', 'jobsync_postgres']

@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from ..arguments import check_locks
-from ..binding import Binding
-from ..callbacks import with_event
+from ..agent.callbacks import with_event
+from ..assignment.arguments import check_locks
+from ..assignment.hashing import check_task_id, task_to_token
+from ..assignment.tokens import TokenSet
 from ..config import CoordinationConfig
-from ..current_ledger import enter_ledger, leave_ledger
-from ..effects import RebalanceEvent
 from ..errors import ClaimLost, ConfigurationError
-from ..hashing import check_task_id, task_to_token
 from ..job import Job
-from ..plugin import set_stand_in, stand_in
+from ..ledger.binding import Binding
+from ..ledger.current import enter_ledger, leave_ledger
+from ..protocol.effects import RebalanceEvent
 from ..task import Task, task_id_of
-from ..tokens import TokenSet
+from ..worker.plugin import set_stand_in, stand_in
 from .memory import MemoryLedger
 
 __all__ = ['FakeJob', 'standing_in']

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ..config import CoordinationConfig
-from ..embedded import EmbeddedPostgres
+from ..embedded.postgres import EmbeddedPostgres
 from ..job import Job
 from .cluster import Cluster
 from .fake import FakeJob, standing_in

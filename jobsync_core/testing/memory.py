@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..current_ledger import LocalLedger
 from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, Fenced
-from ..execution import Execution, check_key, describe
-from ..results import decode_result, encode_result
+from ..ledger.current import LocalLedger
+from ..ledger.execution import Execution, check_key, describe
+from ..ledger.results import decode_result, encode_result
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection

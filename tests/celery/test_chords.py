@@ -13,7 +13,7 @@ from jobsync_celery import JobSync
 from jobsync_celery import once as once_module
 from jobsync_celery.chords import _forget_member, count_member
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
+from jobsync_core.ledger.current import set_current_ledger
 
 from ..brokers import RedisServer
 from ..fakes import FakeLedger, duplicate

@@ -16,7 +16,7 @@ from jobsync_celery import once as once_module
 from jobsync_celery.chords import Step, count_member, next_step
 from jobsync_celery.lost import comes_back, count_lost
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
+from jobsync_core.ledger.current import set_current_ledger
 
 from ..fakes import FakeLedger, duplicate
 from ..waiting import eventually

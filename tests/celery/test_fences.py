@@ -23,12 +23,12 @@ from jobsync_celery import tasks as tasks_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.handing import Handing
 from jobsync_celery.mail import CeleryMail
-from jobsync_core import plugin as core
-from jobsync_core.adapter import MessageOnce
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import Unroutable
-from jobsync_core.incoming import find_route
-from jobsync_core.routing import decide
+from jobsync_core.worker import plugin as core
+from jobsync_core.worker.adapter import MessageOnce
+from jobsync_core.worker.incoming import find_route
+from jobsync_core.worker.routing import decide
 
 from ..brokers import BrokerServer
 from ..fakes import FakeLedger

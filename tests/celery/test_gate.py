@@ -21,7 +21,7 @@ from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
-from jobsync_core.owners import Place
+from jobsync_core.worker.owners import Place
 
 from ..waiting import eventually
 from .consumers import Bench, Message, Request, bench

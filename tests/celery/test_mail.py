@@ -15,7 +15,7 @@ from kombu.message import Message
 from jobsync_celery import JobSync
 from jobsync_celery.mail import CeleryMail, Leftovers, Publisher, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.routing import HOME, KEY
+from jobsync_core.worker.routing import HOME, KEY
 
 from ..brokers import BrokerServer, RabbitServer, RedisServer
 from ..waiting import eventually

@@ -18,11 +18,11 @@ from jobsync_celery import once as once_module
 from jobsync_celery.coming_back import ComesBack
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ClaimLost, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, JobSyncError, NotEntered
-from jobsync_core.incoming import MAX_WAITS
+from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.logs import Repeats
-from jobsync_core.routing import WAITS
+from jobsync_core.worker.incoming import MAX_WAITS
+from jobsync_core.worker.routing import WAITS
 
 from ..fakes import FakeLedger, duplicate
 

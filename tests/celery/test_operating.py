@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobsync_celery import JobSync, control
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.hashing import task_to_token
+from jobsync_core.assignment.hashing import task_to_token
 
 from ..brokers import BrokerServer, die_with_parent, free_port
 from ..server.cluster import query

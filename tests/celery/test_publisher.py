@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from jobsync_celery import JobSync
 from jobsync_celery.mail import Publisher, redis_options
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.routing import HOPS, KEY
+from jobsync_core.worker.routing import HOPS, KEY
 
 from ..brokers import RedisServer
 

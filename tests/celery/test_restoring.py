@@ -17,7 +17,7 @@ from jobsync_celery.incoming import read_record
 from jobsync_celery.mail import CeleryMail, Leftovers, redis_options
 from jobsync_celery.receive import receive_atomically
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.incoming import Refused
+from jobsync_core.worker.incoming import Refused
 
 from ..brokers import RedisServer
 from ..waiting import eventually

@@ -21,8 +21,8 @@ from jobsync_celery.tasks import TaskExited, guarded_trace, odd_names
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.incoming import Refused
-from jobsync_core.routing import HOME, HOPS, KEY
+from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import exactly_once as dramatiq_once
 
 LATE = (True, True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..brokers import BrokerServer
 from .harness import Cluster, Place

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.embedded_supervisor import running, server_processes
+from jobsync_core.embedded.supervisor import running, server_processes
 
 from ..brokers import BrokerServer, die_with_parent
 from ..server.cluster import query

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.hashing import task_to_token
+from jobsync_core.assignment.hashing import task_to_token
 
 from ..server.cluster import query
 

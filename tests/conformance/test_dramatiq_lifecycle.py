@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobsync_core.embedded_supervisor import running
+from jobsync_core.embedded.supervisor import running
 
 from ..waiting import eventually
 from .harness import Cluster

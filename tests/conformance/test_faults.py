@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobsync_core.embedded_supervisor import running
+from jobsync_core.embedded.supervisor import running
 
 from ..brokers import RabbitServer
 from ..waiting import eventually

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..server.cluster import query
 from ..server.proxy import Mode, Proxy

@@ -17,7 +17,7 @@ import pytest
 import jobsync
 import jobsync_core
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from .blocks import ROOT, Block
 

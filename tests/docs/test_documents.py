@@ -21,7 +21,7 @@ import pytest
 from jobsync_celery import exactly_once
 from jobsync_celery.settings import CelerySettings
 from jobsync_core import CoordinationConfig, Job, Task
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.store.schema import create_schema
 
 from ..brokers import BrokerServer

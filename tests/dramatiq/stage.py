@@ -13,10 +13,10 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.worker import _WorkerThread
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.consuming import Consuming
-from jobsync_core.owners import Place
-from jobsync_core.plugin import Gate, PluginSettings
-from jobsync_core.routing import HOME, HOPS, KEY
+from jobsync_core.worker.consuming import Consuming
+from jobsync_core.worker.owners import Place
+from jobsync_core.worker.plugin import Gate, PluginSettings
+from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import gate as gate_module
 from jobsync_dramatiq.gate import GatedConsumer

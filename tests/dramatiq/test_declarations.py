@@ -12,8 +12,8 @@ from dramatiq.middleware import MiddlewareError
 from jobsync_celery import exactly_once as celery_once
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.ledger.current import set_current_ledger
 from jobsync_dramatiq import JobSync, exactly_once
 
 from ..fakes import FakeLedger

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.plugin import PluginSettings
+from jobsync_core.worker.plugin import PluginSettings
 from jobsync_dramatiq import exactly_once
 
 from ..brokers import BrokerServer

@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.embedded_supervisor import server_processes
+from jobsync_core.embedded.supervisor import server_processes
 
 from ..brokers import BrokerServer
 from ..celery.programs import Program, Programs

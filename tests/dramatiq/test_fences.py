@@ -9,8 +9,8 @@ import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
-from jobsync_core import plugin as core
-from jobsync_core.routing import KEY, decide
+from jobsync_core.worker import plugin as core
+from jobsync_core.worker.routing import KEY, decide
 from jobsync_dramatiq import incoming, redis_mail
 from jobsync_dramatiq import once as once_module
 from jobsync_dramatiq.actors import Actors

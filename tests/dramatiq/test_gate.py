@@ -12,10 +12,10 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import AgeLimit, MiddlewareError
 from dramatiq.middleware.prometheus import Prometheus
 
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import DatabaseRefused
-from jobsync_core.owners import Place
-from jobsync_core.routing import HOME, HOPS, KEY
-from jobsync_core.tokens import TokenSet
+from jobsync_core.worker.owners import Place
+from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import JobSync, exactly_once, middleware
 from jobsync_dramatiq.gate import WorkerGate
 from jobsync_dramatiq.mail import wrapped

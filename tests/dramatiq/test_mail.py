@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.plugin import PluginSettings
+from jobsync_core.worker.plugin import PluginSettings
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.mail import BrokerMail, mail_of

@@ -14,7 +14,6 @@ from dramatiq.middleware import GroupCallbacks, SkipMessage
 from dramatiq.rate_limits.backends import StubBackend
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import (
     ClaimLost,
     ConfigurationError,
@@ -25,6 +24,7 @@ from jobsync_core.errors import (
     Fenced,
     StoreTimeout,
 )
+from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.logs import Repeats
 from jobsync_core.testing import MemoryLedger
 from jobsync_dramatiq import JobSync, exactly_once

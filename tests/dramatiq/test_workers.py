@@ -14,7 +14,7 @@ import dramatiq
 import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-from jobsync_core.owners import Place
+from jobsync_core.worker.owners import Place
 from jobsync_dramatiq import JobSync
 
 from ..brokers import free_port

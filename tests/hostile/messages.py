@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobsync_core.routing import HOME, HOPS, KEY, WAITS
+from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
 
 __all__ = ['COUNTS', 'FORGED', 'STAMPS', 'TEXTS', 'Hostile', 'as_json', 'bad_arguments', 'bad_stamps', 'forged_keys', 'random_stamps']
 

@@ -24,7 +24,7 @@ from celery import Celery
 from kombu.exceptions import KombuError
 
 from jobsync_celery.abandoning import abandon
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..brokers import BrokerServer, RedisServer, die_with_parent
 from ..parity.harness import Configuration, Order, order_of

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..brokers import BrokerServer
 from .dramatiq_side import CONFIGURATIONS, KINDS, DramatiqSide

@@ -20,11 +20,11 @@ import psycopg2
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost, DuplicateExecution, ExecutionRunning, Fenced
-from jobsync_core.ledger import Execution, Ledger
-from jobsync_core.once import once
+from jobsync_core.ledger.cluster import Execution, Ledger
+from jobsync_core.ledger.once import once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
 
 from .rows import Rows
 

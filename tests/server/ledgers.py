@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jobsync_core.ledger import Ledger
+from jobsync_core.ledger.cluster import Ledger
 from jobsync_core.store.connection import Sessions
 
 from .rows import Rows

@@ -115,8 +115,8 @@ def _say(event: str, **fields: object) -> None:
 
 def _take_away(fence: str) -> None:
     """Break the library on purpose, for tests that must see an overlap."""
-    from jobsync_core.claims import Claims
-    from jobsync_core.protocol import Protocol
+    from jobsync_core.protocol.node import Protocol
+    from jobsync_core.protocol.ownership import Claims
 
     def for_ever(self: Claims, deadline: float) -> None:
         self.lease[0] = float('inf')

@@ -12,9 +12,9 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.agent import Agent
-from jobsync_core.messages import Beat, Connect, Refresh, Request
-from jobsync_core.web import HealthServer
+from jobsync_core.agent.agent import Agent
+from jobsync_core.protocol.messages import Beat, Connect, Refresh, Request
+from jobsync_core.web.health import HealthServer
 
 from ..waiting import eventually
 
@@ -39,7 +39,7 @@ def test_an_unforeseen_error_suspends_claims_until_all_has_been_read_anew_and_is
         config: CoordinationConfig, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         eventually(lambda: job.can_claim_task(1))
-        with caplog.at_level(logging.ERROR, logger='jobsync_core.agent'):
+        with caplog.at_level(logging.ERROR, logger='jobsync_core.agent.agent'):
             mended = sabotage(job, error)
             eventually(lambda: not job.am_i_healthy() and not job.can_claim_task(1))
             eventually(lambda: any(count for _, count in job._agent._said.values()), timeout=20)
@@ -162,7 +162,7 @@ def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_on
         for _ in range(2):
             tries.clear()
             caplog.clear()
-            with caplog.at_level(logging.WARNING, logger='jobsync_core.agent'):
+            with caplog.at_level(logging.WARNING, logger='jobsync_core.agent.agent'):
                 mended = sabotage(job, psycopg2.errors.DiskFull('could not extend file: No space left on device'), broken)
                 job._agent.post(lambda: job._agent._connection.close())  # type: ignore[union-attr]
                 eventually(lambda: len(tries) >= 7, timeout=30)

@@ -21,12 +21,30 @@ from typing import Any
 import psycopg2
 import pytest
 
-from jobsync_core import attempt, current_ledger, execution, group_commit, ledger, ledger_calls, once, transaction, unsettled
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import JobSyncError
-from jobsync_core.ledger import Ledger, current_execution
-from jobsync_core.once import exactly_once
+from jobsync_core.ledger import (
+    attempt,
+    execution,
+    once,
+    transaction,
+    unsettled,
+)
+from jobsync_core.ledger import (
+    batch as group_commit,
+)
+from jobsync_core.ledger import (
+    calls as ledger_calls,
+)
+from jobsync_core.ledger import (
+    cluster as ledger,
+)
+from jobsync_core.ledger import (
+    current as current_ledger,
+)
+from jobsync_core.ledger.cluster import Ledger, current_execution
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.once import exactly_once
 from jobsync_core.store import connection as connections
 from jobsync_core.store import deadline, executions, transactions
 from jobsync_core.store.connection import Sessions

@@ -20,12 +20,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobsync_core import Job
+from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.cli import doctor
 from jobsync_core.cli.main import jobsync
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.hashing import task_to_token
 from jobsync_core.store import locks
-from jobsync_core.store.schema import Tables, render_schema
+from jobsync_core.store.schema import render_schema
+from jobsync_core.store.tables import Tables
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 

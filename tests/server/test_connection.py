@@ -17,7 +17,7 @@ import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable, StoreTimeout
 from jobsync_core.store import connection as connection_module
 from jobsync_core.store import options

@@ -13,13 +13,16 @@ from typing import Any
 import psycopg2
 import pytest
 
-from jobsync_core import leader
+from jobsync_core.assignment import round as leader
+from jobsync_core.assignment.hashing import task_to_token
+from jobsync_core.assignment.model import Segment
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.exclusions import Exclusions
-from jobsync_core.hashing import task_to_token
-from jobsync_core.messages import (
+from jobsync_core.process import Process
+from jobsync_core.protocol.exclusions import Exclusions
+from jobsync_core.protocol.messages import (
     DEATHS,
     Activate,
     Activated,
@@ -42,9 +45,7 @@ from jobsync_core.messages import (
     Observe,
     Observed,
     Occupied,
-    Process,
     Refresh,
-    Segment,
     Sign,
     StepDown,
     Take,
@@ -53,7 +54,6 @@ from jobsync_core.messages import (
 from jobsync_core.store import leading, locks, status, tasks
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.control import Control
-from jobsync_core.tokens import TokenSet
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 

@@ -14,17 +14,10 @@ import sqlalchemy
 import sqlalchemy.orm
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
-from jobsync_core.errors import (
-    CompletedAlready,
-    ConfigurationError,
-    DatabaseUnavailable,
-    DuplicateExecution,
-    JobSyncError,
-    NotCommitted,
-)
-from jobsync_core.ledger import Execution, Ledger, current_execution
-from jobsync_core.once import exactly_once, once
+from jobsync_core.errors import CompletedAlready, ConfigurationError, DatabaseUnavailable, DuplicateExecution, JobSyncError, NotCommitted
+from jobsync_core.ledger.cluster import Execution, Ledger, current_execution
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
 from jobsync_core.store.transactions import _ENDING, TransactionConnection
 

@@ -15,16 +15,16 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
-from jobsync_core.embedded import EmbeddedPostgres, EmbeddedServerError
-from jobsync_core.embedded_redis import EmbeddedRedis
-from jobsync_core.embedded_supervisor import running, server_processes
+from jobsync_core.embedded.postgres import EmbeddedPostgres, EmbeddedServerError
+from jobsync_core.embedded.redis import EmbeddedRedis
+from jobsync_core.embedded.supervisor import running, server_processes
 
 from ..conftest import SETTINGS
 from ..waiting import eventually
 
 _OWNER = """
 import sys, time
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 server = EmbeddedPostgres(settings={'fsync': 'off'})
 server.start()
 print(server._server.pid, server.log.parent, flush=True)
@@ -34,7 +34,7 @@ sys.stdin.readline()
 
 _REDIS_OWNER = """
 import sys
-from jobsync_core.embedded_redis import EmbeddedRedis
+from jobsync_core.embedded.redis import EmbeddedRedis
 with EmbeddedRedis() as server:
     print(server.pid, flush=True)
     sys.stdin.readline()

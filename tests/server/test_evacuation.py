@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.evacuation import Evacuable, evacuate
+from jobsync_core.worker.evacuation import Evacuable, evacuate
 
 from .cluster import query
 from .test_keeper import FakeMail, World

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.embedded import EmbeddedPostgres
-from jobsync_core.messages import Beat, Beaten, Holdings, Join, Process, RecordHistory, Refresh
+from jobsync_core.embedded.postgres import EmbeddedPostgres
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import Beat, Beaten, Holdings, Join, RecordHistory, Refresh
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
-from jobsync_core.store.schema import Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
 from tests.pgbouncer import PgBouncer
 
 from ..waiting import eventually

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..waiting import eventually
 from .cluster import SAMPLE, Cluster, query

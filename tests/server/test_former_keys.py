@@ -5,7 +5,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job, exactly_once
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning
-from jobsync_core.once import ExactlyOnce
+from jobsync_core.ledger.once import ExactlyOnce
 
 from .cluster import query
 

@@ -17,7 +17,8 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.store import deadline, options
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.location import PINNED_PATH
-from jobsync_core.store.schema import FUNCTIONS, Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import FUNCTIONS, Tables
 from tests.pgbouncer import PgBouncer
 from tests.server.cluster import query
 from tests.server.whole import Admin, admin_of, use_everything

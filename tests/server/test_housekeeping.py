@@ -11,8 +11,8 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.housekeeper import Housekeeper
-from jobsync_core.messages import Process
+from jobsync_core.agent.housekeeper import Housekeeper
+from jobsync_core.process import Process
 from jobsync_core.store import executions, housekeeping
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.housekeeping import CHORES, LOST_DAYS, SETTINGS, Chore

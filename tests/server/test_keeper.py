@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import CoordinationConfig, Job, JobSyncError, keeper
+from jobsync_core import CoordinationConfig, Job, JobSyncError
 from jobsync_core.belonging import Belonging
-from jobsync_core.keeper import Keeper
-from jobsync_core.mail import Letter, Mail
-from jobsync_core.plugin import Gate, PluginSettings
-from jobsync_core.routing import Verdict, unknown_queue
 from jobsync_core.store import queues
 from jobsync_core.store.queues import Orphan
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
+from jobsync_core.worker import keeper
+from jobsync_core.worker.broker import Letter, Mail
+from jobsync_core.worker.keeper import Keeper
+from jobsync_core.worker.plugin import Gate, PluginSettings
+from jobsync_core.worker.routing import Verdict, unknown_queue
 
 from ..waiting import eventually
 from .cluster import query

@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import group_commit
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import (
     ClaimLost,
     ConfigurationError,
@@ -30,8 +28,10 @@ from jobsync_core.errors import (
     Fenced,
     NotCommitted,
 )
-from jobsync_core.ledger import Execution, Ledger, current_execution
-from jobsync_core.once import exactly_once, once
+from jobsync_core.ledger import batch as group_commit
+from jobsync_core.ledger.cluster import Execution, Ledger, current_execution
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
 
@@ -296,9 +296,9 @@ _FORKING = """
 import json, os, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ExecutionRunning
-from jobsync_core.current_ledger import current_ledger, set_current_ledger
-from jobsync_core.ledger import Ledger
-from jobsync_core.once import once
+from jobsync_core.ledger.current import current_ledger, set_current_ledger
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.once import once
 from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import Tables
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import unsettled
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.ledger import Ledger
-from jobsync_core.once import once
+from jobsync_core.ledger import unsettled
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
 from jobsync_core.store import executions
 from jobsync_core.store.executions import Completion, Holder

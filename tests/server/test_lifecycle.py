@@ -12,17 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jobsync_core import (
-    ClaimLost,
-    ClusterNotFormed,
-    CoordinationConfig,
-    Job,
-    NotEntered,
-    RebalanceEvent,
-    Task,
-    TokenSet,
-)
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core import ClaimLost, ClusterNotFormed, CoordinationConfig, Job, NotEntered, RebalanceEvent, Task, TokenSet
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..waiting import eventually
 from .cluster import query

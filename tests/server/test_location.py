@@ -15,7 +15,8 @@ from jobsync_core.store import schema as schema_module
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.location import location_of
 from jobsync_core.store.options import Keepalive
-from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, Tables, create_schema
+from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema
+from jobsync_core.store.tables import Tables
 from tests.server.cluster import query
 from tests.waiting import eventually
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.metrics import JobCollector
 from tests.waiting import eventually
 

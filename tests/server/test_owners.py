@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import CoordinationConfig, Job, owners
-from jobsync_core.owners import FRESH_SEC, PAUSE_SEC, OwnerMap, Place
+from jobsync_core import CoordinationConfig, Job
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.store import queues
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schema import Tables, create_schema
-from jobsync_core.tokens import TokenSet
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
+from jobsync_core.worker import owners
+from jobsync_core.worker.owners import FRESH_SEC, PAUSE_SEC, OwnerMap, Place
 
 from ..waiting import eventually
 from .cluster import query

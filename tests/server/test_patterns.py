@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.patterns import check_patterns, compile_pattern
+from jobsync_core.assignment.patterns import check_patterns, compile_pattern
 from tests.server.cluster import query
 
 #: What patterns are made of, and names.

@@ -15,7 +15,7 @@ import psycopg2.extensions
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.embedded import EmbeddedPostgres
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.store import probe
 from jobsync_core.store.connection import Connection, Sessions

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.leader import decide
-from jobsync_core.messages import Give, Join, Lead, Leave, Led, Observe, Process, Refresh, Segment
+from jobsync_core.assignment.model import Segment
+from jobsync_core.assignment.round import decide
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Led, Observe, Refresh
 from jobsync_core.store import leading, locks, plans, status
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control

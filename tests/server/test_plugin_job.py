@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import plugin
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
-from jobsync_core.plugin import PluginSettings, make_job
 from jobsync_core.store import queues
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
+from jobsync_core.worker import plugin
+from jobsync_core.worker.plugin import PluginSettings, make_job
 from tests.server.cluster import query
 from tests.waiting import eventually
 

@@ -13,7 +13,8 @@ from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.errors import JobSyncError
 from jobsync_core.store import queues
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schema import Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
 
 from ..waiting import eventually
 from .cluster import query

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import psycopg2
 import pytest
 
-from jobsync_core import unsettled
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import DatabaseRefused, DatabaseUnavailable, ExecutionRunning, Fenced, StoreTimeout
-from jobsync_core.ledger import Execution, Ledger
-from jobsync_core.once import exactly_once, once
+from jobsync_core.ledger import unsettled
+from jobsync_core.ledger.cluster import Execution, Ledger
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.connection import Sessions
 
 from ..waiting import eventually
@@ -130,7 +130,7 @@ class TestEveryAnswer:
 def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_its_count(
         ledger: Ledger, rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     now = [1000.0]
-    monkeypatch.setattr('jobsync_core.ledger.clock.now', lambda: now[0])
+    monkeypatch.setattr('jobsync_core.ledger.cluster.clock.now', lambda: now[0])
     executions = [ledger.begin(f'k{number}', 60) for number in range(5)]
     for execution in executions:
         if ends == 'result':

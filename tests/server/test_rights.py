@@ -15,7 +15,8 @@ from jobsync_core.cli.main import jobsync
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.store import rights
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schema import Tables, create_schema
+from jobsync_core.store.schema import create_schema
+from jobsync_core.store.tables import Tables
 from tests.server.cluster import query
 from tests.server.whole import admin_of, use_everything
 

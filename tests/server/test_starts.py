@@ -10,7 +10,8 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.messages import Join, Joined, Process, Refresh
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import Join, Joined, Refresh
 from jobsync_core.store import schema
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.assignment.hashing import task_to_token
+from jobsync_core.assignment.model import Segment
+from jobsync_core.assignment.simulate import Move
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError
-from jobsync_core.hashing import task_to_token
-from jobsync_core.messages import Segment
-from jobsync_core.simulate import Move
 from jobsync_core.store import locks, status, tasks
 from jobsync_core.store.connection import Connection
 from tests.server.rows import Rows, rows_of

@@ -11,10 +11,10 @@ import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import DatabaseRefused, ExecutionRunning
-from jobsync_core.ledger import Ledger
-from jobsync_core.once import exactly_once, once
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.once import exactly_once, once
 
 from ..waiting import eventually
 from .ledgers import ledgers_of, state_of

@@ -9,12 +9,12 @@ import psycopg2
 import pytest
 
 from jobsync_core import clock
-from jobsync_core.claims import Claims
+from jobsync_core.agent.task_claims import TaskBook
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost
+from jobsync_core.protocol.ownership import Claims
 from jobsync_core.store import tasks
-from jobsync_core.taskbook import TaskBook
-from jobsync_core.tokens import TokenSet
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 

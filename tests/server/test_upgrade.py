@@ -18,7 +18,8 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import StoreTimeout
 from jobsync_core.store import schema
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, Tables, create_schema, render_schema
+from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema, render_schema
+from jobsync_core.store.tables import Tables
 from tests.server.cluster import query
 from tests.waiting import eventually
 

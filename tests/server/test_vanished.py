@@ -21,7 +21,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.ledger import Ledger
+from jobsync_core.ledger.cluster import Ledger
 from jobsync_core.store import executions, queues
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.executions import Completion
@@ -34,8 +34,8 @@ from tests.waiting import eventually
 _ORPHANS = """
 import gc, json, os, signal, sys
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.ledger import Ledger
-from jobsync_core.once import once
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.once import once
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.schema import Tables
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobsync_core import ConfigurationError, CoordinationConfig, Job, web
-from jobsync_core.web import HealthServer, node_metrics, split_address
+from jobsync_core import ConfigurationError, CoordinationConfig, Job
+from jobsync_core.web import health as web
+from jobsync_core.web.health import HealthServer, node_metrics, split_address
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +218,7 @@ class TestNode:
         program = (
             'from urllib.request import urlopen\n'
             'from jobsync_core import Job\n'
-            'from jobsync_core.web import HealthServer, node_metrics\n'
+            'from jobsync_core.web.health import HealthServer, node_metrics\n'
             'with Job("n") as job:\n'
             '    server = HealthServer("127.0.0.1:0", ready=dict, metrics=node_metrics(job, dict))\n'
             '    print(node_metrics(job, dict), urlopen(f"http://127.0.0.1:{server.port}/health/live").status)\n'
@@ -303,7 +304,7 @@ class TestEnd:
 
     def test_nothing_keeps_the_process(self) -> None:
         program = (
-            'from jobsync_core.web import HealthServer\n'
+            'from jobsync_core.web.health import HealthServer\n'
             'server = HealthServer("127.0.0.1:0", ready=dict, metrics=None)\n')
         done = subprocess.run(
             [sys.executable, '-W', 'error', '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -316,7 +317,7 @@ class TestFork:
     def test_a_child_that_outlives_a_killed_process_does_not_keep_its_port(self) -> None:
         program = (
             'import os, sys, time\n'
-            'from jobsync_core.web import HealthServer\n'
+            'from jobsync_core.web.health import HealthServer\n'
             'server = HealthServer("127.0.0.1:0", ready=dict, metrics=None)\n'
             'if not os.fork():\n'
             '    print(server.port, flush=True)\n'

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from jobsync_core import CoordinationConfig, DuplicateExecution, ExecutionRunning, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.cli.main import jobsync
-from jobsync_core.owners import OwnerMap
 from jobsync_core.store import housekeeping, queues, schedules
 from jobsync_core.store.connection import Connection, Sessions
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
+from jobsync_core.worker.owners import OwnerMap
 
 from ..waiting import eventually
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobsync_core.leader import Decision, Pin
-from jobsync_core.messages import Member, Segment
-from jobsync_core.patterns import eligible
-from jobsync_core.protocol import Phase
+from jobsync_core.assignment.model import Member, Segment
+from jobsync_core.assignment.patterns import eligible
+from jobsync_core.assignment.round import Decision, Pin
+from jobsync_core.protocol.node import Phase
 
 if TYPE_CHECKING:
     from .node import SimNode

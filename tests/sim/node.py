@@ -6,25 +6,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from jobsync_core.claims import Claims
-from jobsync_core.effects import Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.messages import (
-    Beaten,
-    Connect,
-    Connected,
-    Evict,
-    Give,
-    Lead,
-    Leave,
-    Process,
-    Range,
-    Reply,
-    Request,
-    StepDown,
-    Take,
-)
-from jobsync_core.protocol import BESIDE, Phase, Protocol, Settings
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.model import Range
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.process import Process
+from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent, Release
+from jobsync_core.protocol.messages import Beaten, Connect, Connected, Evict, Give, Lead, Leave, Reply, Request, StepDown, Take
+from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
+from jobsync_core.protocol.ownership import Claims
 
 from .invariants import Violation
 from .store import mask_of, task_key, token_of

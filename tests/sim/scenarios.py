@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from jobsync_core.messages import Evict, Lead, Observe
-from jobsync_core.protocol import Phase, Settings
+from jobsync_core.protocol.messages import Evict, Lead, Observe
+from jobsync_core.protocol.node import Phase, Settings
 
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode

@@ -4,8 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jobsync_core.messages import Segment
-from jobsync_core.protocol import Settings
+from jobsync_core.assignment.model import Segment
+from jobsync_core.protocol.node import Settings
 
 from .invariants import Violation
 from .node import TASKS_PER_TOKEN, SimNode

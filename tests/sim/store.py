@@ -7,9 +7,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from jobsync_core.hashing import task_digest
-from jobsync_core.leader import Decision, Pin, decide
-from jobsync_core.messages import (
+from jobsync_core.assignment.hashing import task_digest
+from jobsync_core.assignment.model import Member, Range, Segment
+from jobsync_core.assignment.round import Decision, Pin, decide
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import (
     ELDERS,
     Activate,
     Activated,
@@ -28,17 +30,13 @@ from jobsync_core.messages import (
     Led,
     Lives,
     LivesGone,
-    Member,
     Observe,
     Observed,
     Occupied,
-    Process,
-    Range,
     RecordHistory,
     Refresh,
     Reply,
     Request,
-    Segment,
     Sign,
     StepDown,
     Take,

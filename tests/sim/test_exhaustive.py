@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from jobsync_core.protocol import Settings
+from jobsync_core.protocol.node import Settings
 
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import liveness, protocol
-from jobsync_core.lookout import Lookout
-from jobsync_core.messages import Beat, Beaten, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Segment, Taken
-from jobsync_core.protocol import Phase, Protocol
-from jobsync_core.takings import Takings
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.model import Segment
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol import liveness
+from jobsync_core.protocol import node as protocol
+from jobsync_core.protocol.leadership import Lookout
+from jobsync_core.protocol.messages import Beat, Beaten, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Taken
+from jobsync_core.protocol.node import Phase, Protocol
+from jobsync_core.protocol.takings import Takings
 
 from . import node, scenarios
 from .invariants import Violation

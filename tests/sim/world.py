@@ -13,9 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jobsync_core.assignment.model import Member, Segment
+from jobsync_core.assignment.round import Decision, Pin
 from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
-from jobsync_core.leader import Decision, Pin
-from jobsync_core.messages import Beat, Connect, Connected, Give, Lead, Member, Process, Refresh, Reply, Request, Segment
+from jobsync_core.process import Process
+from jobsync_core.protocol.messages import Beat, Connect, Connected, Give, Lead, Refresh, Reply, Request
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
 from .node import LEASE_FRACTION, MappedClaims, SimClaims, SimNode

@@ -18,8 +18,8 @@ from dramatiq.results.backends import StubBackend
 from jobsync_celery import JobSync as CelerySync
 from jobsync_celery import exactly_once as celery_once
 from jobsync_core import DuplicateExecution, ExecutionRunning, Job
-from jobsync_core.current_ledger import current_ledger
 from jobsync_core.errors import NotEntered
+from jobsync_core.ledger.current import current_ledger
 from jobsync_core.testing import FakeJob
 from jobsync_dramatiq import JobSync as DramatiqSync
 from jobsync_dramatiq import exactly_once as dramatiq_once

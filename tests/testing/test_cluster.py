@@ -18,8 +18,8 @@ from jobsync_core import (
     current_execution,
     exactly_once,
 )
-from jobsync_core.plugin import stand_in
 from jobsync_core.testing import Cluster, FakeJob
+from jobsync_core.worker.plugin import stand_in
 
 from ..waiting import eventually
 

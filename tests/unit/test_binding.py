@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobsync_core.binding import Binding
-from jobsync_core.callbacks import Callbacks
-from jobsync_core.effects import RebalanceEvent
+from jobsync_core.agent.callbacks import Callbacks
+from jobsync_core.ledger.binding import Binding
+from jobsync_core.protocol.effects import RebalanceEvent
 
 TIMES = 200
 
@@ -93,7 +93,7 @@ def test_it_is_not_done_before_the_caller_goes_on() -> None:
 
 
 def test_a_caller_that_never_goes_on_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('jobsync_core.callbacks._BINDING_SEC', 0.05)
+    monkeypatch.setattr('jobsync_core.agent.callbacks._BINDING_SEC', 0.05)
     came = threading.Event()
     callbacks = Callbacks(came.set, None)
     callbacks.hold()

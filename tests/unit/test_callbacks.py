@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from jobsync_core.callbacks import Callbacks
-from jobsync_core.effects import RebalanceEvent
-from jobsync_core.tokens import TokenSet
+from jobsync_core.agent.callbacks import Callbacks
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol.effects import RebalanceEvent
 
 WAIT = 10.0
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.claims import Claims
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol.ownership import Claims
 
 # Python 3.12 and later warn of threads in a process that forks; a test runner may have some.
 pytestmark = pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from jobsync_core.config import ADAPTER_VARIABLES, LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.plugin import PluginSettings
 from jobsync_core.secret import Secret
+from jobsync_core.worker.plugin import PluginSettings
 
 quick = settings(deadline=None, max_examples=200)
 

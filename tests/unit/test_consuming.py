@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import consuming as module
-from jobsync_core.consuming import Consuming, SelfDrain
+from jobsync_core.worker import consuming as module
+from jobsync_core.worker.consuming import Consuming, SelfDrain
 
 from ..fakes import Clock
 from ..waiting import eventually

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobsync_core.current_ledger import LocalLedger, current_ledger, enter_ledger, leave_ledger, set_current_ledger
 from jobsync_core.errors import NotEntered
 from jobsync_core.job import Job
+from jobsync_core.ledger.current import LocalLedger, current_ledger, enter_ledger, leave_ledger, set_current_ledger
 from jobsync_core.testing import FakeJob
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobsync_core.embedded import EmbeddedServerError
-from jobsync_core.embedded_redis import redis_program
+from jobsync_core.embedded.postgres import EmbeddedServerError
+from jobsync_core.embedded.redis import redis_program
 
 
 @pytest.fixture

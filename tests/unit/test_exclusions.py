@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core import exclusions as module
-from jobsync_core.exclusions import Exclusions
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol import exclusions as module
+from jobsync_core.protocol.exclusions import Exclusions
 
 TOTAL = 16
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from jobsync_core import group_commit
 from jobsync_core.errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
-from jobsync_core.group_commit import GroupCommit
+from jobsync_core.ledger import batch as group_commit
+from jobsync_core.ledger.batch import GroupCommit
 
 from ..waiting import eventually
 

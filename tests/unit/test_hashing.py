@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobsync_core.assignment.hashing import HASH_FUNCTIONS, check_task_id, task_key, task_to_token
 from jobsync_core.errors import ConfigurationError, InvalidTaskId, JobSyncError
-from jobsync_core.hashing import HASH_FUNCTIONS, check_task_id, task_key, task_to_token
 
 quick = settings(deadline=None, max_examples=200)
 ids = st.one_of(

@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
-from jobsync_core import CoordinationConfig, clock, housekeeper
-from jobsync_core.housekeeper import Housekeeper, Pace
+from jobsync_core import CoordinationConfig, clock
+from jobsync_core.agent import housekeeper
+from jobsync_core.agent.housekeeper import Housekeeper, Pace
 from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.housekeeping import Chore, Slice
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
 from tests.waiting import eventually
 
 CHORE = Chore('rows', 30.0, lambda tables: '')

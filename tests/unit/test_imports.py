@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / 'jobsync_core'
 
-PURE = frozenset({
-    'arguments', 'belonging', 'claims', 'config', 'database_url', 'effects', 'errors', 'exclusions', 'hashing', 'leader', 'liveness',
-    'logs', 'lookout', 'messages', 'misspelt', 'patterns', 'pausing', 'planner', 'protocol', 'results', 'rhythm', 'secret', 'simulate',
-    'stable', 'takings', 'task', 'tokens'})
-#: From the bottom to the top: a module imports from its own layer and from those below. Packages count with all of their modules.
+#: Folders, and modules that stand beside them, that do no I/O and read no clock.
+PURE = frozenset({'assignment', 'belonging', 'config', 'database_url', 'errors', 'logs', 'protocol', 'secret', 'task'})
+#: From the bottom to the top: a module imports from its own folder and from the layers below, from no neighbour.
 LAYERS = (
-    PURE, {'clock', 'process'}, {'store'},
-    {'agent', 'attempt', 'binding', 'callbacks', 'current_ledger', 'execution', 'group_commit', 'housekeeper', 'keys', 'ledger',
-     'ledger_calls', 'once', 'owners', 'routing', 'taskbook', 'transaction', 'unsettled'},
-    {'incoming'}, {'job'}, {'plugin'}, {'mail'}, {'passage'}, {'evacuation', 'parking', 'rescue'}, {'adapter', 'consuming', 'keeper'},
-    {'', 'cli', 'embedded', 'embedded_process', 'embedded_redis', 'embedded_supervisor', 'metrics', 'testing', 'web'})
+    {'errors'}, {'belonging', 'clock', 'database_url', 'logs', 'process', 'secret', 'task'}, {'assignment'}, {'config'},
+    {'protocol'}, {'store'}, {'agent', 'ledger'}, {'node'}, {'job'}, {'worker'}, {'embedded', 'metrics'}, {'testing', 'web'}, {''}, {'cli'})
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
     'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',
@@ -42,11 +38,15 @@ def layer_of(part: str) -> int:
     return found[0]
 
 
-def inner_imports(path: Path) -> set[str]:
-    """Parts of the package that a module imports, other than for type checkers."""
-    package = ('jobsync_core', *path.relative_to(CORE).parts[:-1])
+def module_of(path: Path) -> str:
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of its own package that a module imports, for type checkers too."""
+    package = path.relative_to(ROOT).parts[:-1]
     found = set()
-    for node in _run_time(ast.parse(path.read_text(encoding='utf-8'))):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         names: list[tuple[str, ...]] = []
         if isinstance(node, ast.ImportFrom):
             base = package[:len(package) - node.level + 1] if node.level else ()
@@ -55,18 +55,20 @@ def inner_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split('.')) for alias in node.names]
         for name in names:
-            if name[0] == 'jobsync_core':
-                first = name[1] if len(name) > 1 else ''
-                found.add(first if (CORE / first).is_dir() or (CORE / f'{first}.py').exists() else '')
+            if name[0] == package[0]:
+                known = [name[:length] for length in range(len(name), 0, -1) if _is_module(name[:length])]
+                found.add('.'.join(known[0]))
     return found
 
 
-def _run_time(tree: ast.AST) -> list[ast.AST]:
-    found = []
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'):
-            found += [node, *_run_time(node)]
-    return found
+def _is_module(name: tuple[str, ...]) -> bool:
+    place = ROOT.joinpath(*name)
+    return place.is_dir() or place.with_suffix('.py').exists()
+
+
+def inner_imports(path: Path) -> set[str]:
+    """First names below the package of what a module imports."""
+    return {name.split('.')[1] if '.' in name else '' for name in imports_of(path)}
 
 
 def outer_imports(path: Path) -> set[str]:
@@ -82,13 +84,25 @@ def outer_imports(path: Path) -> set[str]:
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
     part = part_of(path)
-    upwards = {(part, other) for other in inner_imports(path) if other != part and layer_of(other) > layer_of(part)}
+    upwards = {(part, other) for other in inner_imports(path) if other != part and layer_of(other) >= layer_of(part)}
     assert not upwards
 
 
+@pytest.mark.parametrize('package', ['jobsync_core'])
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    """Not for type checkers either: a circle that only types go round is one for the reader all the same."""
+    left = {module_of(path): imports_of(path) for path in (ROOT / package).rglob('*.py')}
+    while ends := [name for name, others in left.items()
+                   if not others & left.keys() - {name} or not any(name in left[other] for other in left if other != name)]:
+        for name in ends:
+            del left[name]
+    assert not left, 'each of these imports another of them: ' + ', '.join(sorted(left))
+
+
 def test_pure_modules_do_no_io_and_read_no_clock() -> None:
-    for part in PURE:
-        assert not outer_imports(CORE / f'{part}.py') & IMPURE, part
+    for path in MODULES:
+        if part_of(path) in PURE:
+            assert not outer_imports(path) & IMPURE, path
 
 
 def test_sql_stays_in_the_store() -> None:
@@ -131,3 +145,17 @@ def test_the_import_loads_nothing_but_psycopg2_and_the_standard_library() -> Non
     done = subprocess.run(
         [sys.executable, '-W', 'error', '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ['1'])
+
+
+def test_the_layers_are_those_of_the_documentation() -> None:
+    text = (ROOT / 'docs' / 'ARCHITECTURE.md').read_text(encoding='utf-8')
+    rows = text.partition('| layer |')[2].partition('\n\n')[0].splitlines()[2:]
+    named = [set(re.findall('`([^`]+)`', row.split('|')[1])) for row in rows]
+    assert named == [{part or 'jobsync_core' for part in layer} for layer in LAYERS]
+
+
+def test_what_the_documentation_says_where_it_is_is_there() -> None:
+    text = (ROOT / 'docs' / 'ARCHITECTURE.md').read_text(encoding='utf-8')
+    named = re.findall(r'`((?:[a-z_]+/)+[a-z_]+\.(?:py|sql))`', text)
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).exists() and not (CORE / name).exists()] == []

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.incoming import MAX_COUNT, MAX_NAME, MAX_WAITS, Refused, Stamps, find_route, read_id, read_name, read_stamps
-from jobsync_core.routing import HOME, HOPS, KEY, WAITS, Coordination, pin_route
+from jobsync_core.worker.incoming import MAX_COUNT, MAX_NAME, MAX_WAITS, Refused, Stamps, find_route, read_id, read_name, read_stamps
+from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS, Coordination, pin_route
 
 from ..hostile.messages import COUNTS, STAMPS, TEXTS, bad_arguments, bad_stamps, forged_keys, random_stamps
 

@@ -13,9 +13,9 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
-from jobsync_core.plugin import PluginSettings, make_job
 from jobsync_core.store import options
 from jobsync_core.store.connection import Sessions
+from jobsync_core.worker.plugin import PluginSettings, make_job
 
 CONFIG = CoordinationConfig()
 

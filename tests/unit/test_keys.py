@@ -21,8 +21,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.keys import Former, Keys, escape, is_ambiguous, key_maker
-from jobsync_core.once import ExactlyOnce, exactly_once
+from jobsync_core.ledger.keys import Former, Keys, escape, is_ambiguous, key_maker
+from jobsync_core.ledger.once import ExactlyOnce, exactly_once
 
 
 def function(a: object, b: object = 'b', *rest: object, **options: object) -> None:

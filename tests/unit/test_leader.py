@@ -11,9 +11,9 @@ from typing import TypeAlias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.leader import Decision, Pin, decide
-from jobsync_core.messages import Member, Segment
-from jobsync_core.patterns import eligible
+from jobsync_core.assignment.model import Member, Segment
+from jobsync_core.assignment.patterns import eligible
+from jobsync_core.assignment.round import Decision, Pin, decide
 
 Case: TypeAlias = 'tuple[list[Member], list[Segment], list[Pin], int]'
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.liveness import Liveness
-from jobsync_core.messages import Sign
+from jobsync_core.protocol.liveness import Liveness
+from jobsync_core.protocol.messages import Sign
 
 TIMEOUT, GAP = 10.0, 3.0
 quick = settings(deadline=None, max_examples=200)

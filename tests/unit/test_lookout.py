@@ -1,8 +1,9 @@
 """The leader and its successor: who looks, and when a round is asked for."""
 from __future__ import annotations
 
-from jobsync_core.lookout import Lookout
-from jobsync_core.messages import DEATHS, ELDERS, Evict, Evicted, Lead, Led, Member, Observe, Observed, Sign, StepDown
+from jobsync_core.assignment.model import Member
+from jobsync_core.protocol.leadership import Lookout
+from jobsync_core.protocol.messages import DEATHS, ELDERS, Evict, Evicted, Lead, Led, Observe, Observed, Sign, StepDown
 
 TIMEOUT, POLL = 15.0, 0.75
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from jobsync_core.misspelt import misspelt
+from jobsync_core.worker.misspelt import misspelt
 
 KNOWN = ('jobsync_key', 'jobsync_pin')
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.current_ledger import UNCOORDINATED, LocalLedger, current_ledger, message_ledger, set_current_ledger
 from jobsync_core.errors import (
     ClaimLost,
     ConfigurationError,
@@ -24,9 +23,10 @@ from jobsync_core.errors import (
     JobSyncError,
     NotEntered,
 )
-from jobsync_core.ledger import MAX_RESULT_BYTES, Execution, Ledger, check_key, current_execution, retention_seconds
-from jobsync_core.once import ExactlyOnce, exactly_once, once
-from jobsync_core.store.schema import Tables
+from jobsync_core.ledger.cluster import MAX_RESULT_BYTES, Execution, Ledger, check_key, current_execution, retention_seconds
+from jobsync_core.ledger.current import UNCOORDINATED, LocalLedger, current_ledger, message_ledger, set_current_ledger
+from jobsync_core.ledger.once import ExactlyOnce, exactly_once, once
+from jobsync_core.store.tables import Tables
 
 
 class FakeLedger(LocalLedger):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.current_ledger import set_current_ledger
 from jobsync_core.errors import ConfigurationError, DuplicateExecution
-from jobsync_core.execution import Execution
-from jobsync_core.once import exactly_once
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.execution import Execution
+from jobsync_core.ledger.once import exactly_once
 
 from ..fakes import FakeLedger, duplicate
 

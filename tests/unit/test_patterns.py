@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobsync_core.assignment.patterns import NodeNames, check_patterns, compile_pattern, eligible, matched_pattern, matches
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.patterns import NodeNames, check_patterns, compile_pattern, eligible, matched_pattern, matches
 
 quick = settings(deadline=None, max_examples=200)
 patterns = st.lists(st.sampled_from(['%', '_', 'a', 'b', '.', '*', '\n', '\\%', '\\_', '\\\\', '\\a']), max_size=8).map(''.join)

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from jobsync_core.claims import Claims
-from jobsync_core.current_ledger import message_ledger, set_current_ledger
 from jobsync_core.errors import DatabaseRefused
-from jobsync_core.ledger import Ledger
-from jobsync_core.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
+from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.current import message_ledger, set_current_ledger
+from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
 
 pytestmark = pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
 

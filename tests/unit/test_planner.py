@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.planner import plan
+from jobsync_core.assignment.planner import plan
 
 Owned: TypeAlias = 'tuple[int, int, str | None]'
 Case: TypeAlias = 'tuple[list[Owned], dict[str, float], dict[int, frozenset[str]], int]'

@@ -8,7 +8,7 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.plugin import PluginSettings
+from jobsync_core.worker.plugin import PluginSettings
 
 URL = 'postgresql://u:s3cret@db:6000/shop'
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import process
-from jobsync_core.messages import Process
-from jobsync_core.process import is_known_dead, this_process
+from jobsync_core.process import Process, is_known_dead, this_process
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc: elsewhere nothing is ever known dead')
 

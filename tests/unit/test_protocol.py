@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from jobsync_core.claims import Claims
-from jobsync_core.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
+from jobsync_core.assignment.model import Member, Segment
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
-from jobsync_core.messages import (
+from jobsync_core.process import Process
+from jobsync_core.protocol.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
+from jobsync_core.protocol.messages import (
     Activate,
     Activated,
     Beat,
@@ -26,24 +28,21 @@ from jobsync_core.messages import (
     Lead,
     Leave,
     Led,
-    Member,
     Mismatch,
     Observe,
     Observed,
     Occupied,
-    Process,
     RecordHistory,
     Refresh,
     Reply,
     Request,
-    Segment,
     Sign,
     StepDown,
     Take,
     Taken,
 )
-from jobsync_core.protocol import Phase, Protocol, Settings
-from jobsync_core.tokens import TokenSet
+from jobsync_core.protocol.node import Phase, Protocol, Settings
+from jobsync_core.protocol.ownership import Claims
 
 ME, OTHER = Process('here', 'boot', 'ns', 1, 't'), Process('there', 'boot2', 'ns', 2, 't')
 START = 1000.0

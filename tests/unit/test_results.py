@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.results import MAX_RESULT_BYTES, decode_result, encode_result
+from jobsync_core.ledger.results import MAX_RESULT_BYTES, decode_result, encode_result
 
 Point = collections.namedtuple('Point', 'x y')
 

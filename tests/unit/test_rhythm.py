@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from jobsync_core.rhythm import Backoff, beat_delay
+from jobsync_core.protocol.rhythm import Backoff, beat_delay
 
 INTERVAL = 5.0
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.once import ExactlyOnce, exactly_once
-from jobsync_core.routing import (
+from jobsync_core.ledger.once import ExactlyOnce, exactly_once
+from jobsync_core.worker.routing import (
     HOPS,
     KEY,
     Coordination,

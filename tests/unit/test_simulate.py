@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.assignment.hashing import task_to_token
+from jobsync_core.assignment.model import Segment
+from jobsync_core.assignment.simulate import Move, holder, moves, simulate
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.hashing import task_to_token
-from jobsync_core.messages import Segment
-from jobsync_core.simulate import Move, holder, moves, simulate
 
 
 class TestSimulate:

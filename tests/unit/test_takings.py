@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from array import array
 
-from jobsync_core.claims import Claims
-from jobsync_core.messages import Lives, LivesGone, Take, Taken
-from jobsync_core.takings import Takings
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol.messages import Lives, LivesGone, Take, Taken
+from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.takings import Takings
 
 TOTAL = 100
 

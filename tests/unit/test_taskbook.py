@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from jobsync_core import CoordinationConfig, Task, clock, taskbook
-from jobsync_core.claims import Claims
+from jobsync_core import CoordinationConfig, Task, clock
+from jobsync_core.agent import task_claims as taskbook
+from jobsync_core.agent.task_claims import TaskBook
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClaimLost, InvalidTaskId
+from jobsync_core.protocol.ownership import Claims
 from jobsync_core.store import tasks
-from jobsync_core.store.schema import Tables
-from jobsync_core.taskbook import TaskBook
-from jobsync_core.tokens import TokenSet
+from jobsync_core.store.tables import Tables
 
 from ..waiting import eventually
 

@@ -27,9 +27,9 @@ from jobsync_core import (
     current_execution,
     exactly_once,
 )
-from jobsync_core.hashing import task_to_token
-from jobsync_core.plugin import stand_in
+from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.testing import FakeJob, MemoryLedger, standing_in
+from jobsync_core.worker.plugin import stand_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -378,6 +378,6 @@ class TestWithoutPytest:
         assert (done.returncode, done.stdout) == (0, "['Cluster', 'FakeJob', 'MemoryLedger', 'standing_in']\n")
 
     def test_the_core_does_not_import_them(self) -> None:
-        program = "import sys, jobsync_core, jobsync_core.plugin; print([n for n in sys.modules if 'pytest' in n or 'testing' in n])"
+        program = "import sys, jobsync_core, jobsync_core.worker.plugin; print([n for n in sys.modules if 'pytest' in n or 'testing' in n])"
         done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         assert done.stdout == '[]\n'

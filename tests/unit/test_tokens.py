@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.tokens import TokenSet
+from jobsync_core.assignment.tokens import TokenSet
 
 SIZE = 80
 quick = settings(deadline=None, max_examples=200)

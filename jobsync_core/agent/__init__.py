@@ -1,0 +1,1 @@
+"""The thread that drives the protocol, and what runs beside it."""

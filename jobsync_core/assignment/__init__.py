@@ -1,0 +1,1 @@
+"""Who owns which token: pure functions over values."""

@@ -1,0 +1,71 @@
+"""Checks of what a user passes to a Job: each returns the value or says what is wrong with it."""
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterable
+
+from ..errors import ConfigurationError
+from ..task import task_id_of
+from .hashing import check_task_id
+from .patterns import check_patterns
+
+__all__ = ['check_date', 'check_lock', 'check_locks', 'check_name', 'check_number']
+
+#: Characters of a node's name, and of the reason of a lock.
+NAME_LENGTH = 200
+REASON_LENGTH = 1000
+_LOCK_FORM = '(task_id, node_patterns, reason) or (task_id, node_patterns, reason, expires_in_days)'
+
+
+def check_name(name: object) -> str:
+    """A node name: it stands in notifications, between commas, and in logs."""
+    if isinstance(name, str) and 0 < len(name) <= NAME_LENGTH and name == name.strip() and name.isprintable() and ',' not in name:
+        return name
+    raise ConfigurationError(f'node_name={name!r:.300}: give 1 to {NAME_LENGTH} printable characters, no comma, no space at either end')
+
+
+def check_date(date: object) -> datetime.date:
+    """The date of a date or datetime; today for None."""
+    if date is None:
+        return datetime.date.today()
+    if isinstance(date, datetime.datetime):
+        return date.date()
+    if isinstance(date, datetime.date):
+        return date
+    raise ConfigurationError(f'date={date!r}: give a date, a datetime, or None for today')
+
+
+def check_number(name: str, value: object, least: float) -> float:
+    """A finite number of at least `least`."""
+    try:
+        good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value >= least
+    except OverflowError:  # an integer beyond all floats
+        good = False
+    if not good:
+        raise ConfigurationError(f'{name}={value!r:.100}: give a number of at least {least:g}')
+    return value  # type: ignore[return-value]  # checked
+
+
+def check_locks(locks: object) -> list[tuple[str, tuple[str, ...], str | None, float | None]]:
+    """Rows for the lock table from what `register_locks_bulk` was given."""
+    if isinstance(locks, (str, bytes)) or not isinstance(locks, Iterable):
+        raise ConfigurationError(f'locks={locks!r:.200}: give an iterable of tuples {_LOCK_FORM}')
+    return [check_lock(item) for item in locks]
+
+
+def check_lock(item: object) -> tuple[str, tuple[str, ...], str | None, float | None]:
+    """One row for the lock table."""
+    if not isinstance(item, (tuple, list)) or len(item) not in (3, 4):
+        raise ConfigurationError(f'lock {item!r:.200}: give a tuple {_LOCK_FORM}')
+    task_id, patterns, reason = item[:3]
+    days = item[3] if len(item) == 4 else None
+    if reason is not None and (
+            not isinstance(reason, str) or any(character == '\0' or '\ud800' <= character <= '\udfff' for character in reason)):
+        raise ConfigurationError(f'lock on {task_id!r:.100}: the reason must be text, or None')
+    if reason is not None and len(reason) > REASON_LENGTH:
+        raise ConfigurationError(f'lock on {task_id!r:.100}: the reason has {len(reason)} characters, {REASON_LENGTH} at most: shorten it')
+    if days is not None and (isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 < days <= 36_500):
+        raise ConfigurationError(
+            f'lock on {task_id!r:.100}: expires_in_days={days!r} must be above 0 and at most 36500 days, or None for never')
+    return check_task_id(task_id_of(task_id)), check_patterns(patterns), reason, days

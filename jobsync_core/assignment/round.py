@@ -1,0 +1,193 @@
+"""One leader's round as a function of values: from what the tables hold to what they should hold."""
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .model import Member, Segment
+from .patterns import NodeNames
+from .planner import Owned, plan
+
+__all__ = ['Decision', 'Pin', 'decide']
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A lock as the planner sees it. `created_at` orders locks by age; it is compared with others of its kind only."""
+
+    task_id: str
+    token: int
+    patterns: tuple[str, ...]
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The whole new assignment, and what changes.
+
+    Args:
+        segments: Sorted, covering all tokens. Rows that stay as they were keep their version.
+        activate: Joining nodes that become active.
+        moved: Tokens that a live owner is newly asked to give away, or whose receiver changed.
+        assigned: Unowned tokens that get an owner at once.
+        blocked: Tokens that no live node may own.
+        conflicts: What is wrong with the locks, and the remedy, for people.
+    """
+
+    segments: tuple[Segment, ...]
+    activate: tuple[str, ...]
+    moved: int
+    assigned: int
+    blocked: int
+    conflicts: tuple[str, ...]
+
+
+def decide(
+    members: Sequence[Member], segments: Sequence[Segment], pins: Sequence[Pin], total_tokens: int, version: int,
+) -> Decision:
+    """Plan for the live members.
+
+    A live owner keeps a token until it gives it: its row is marked as moving. Tokens without a live owner change hands at once.
+
+    Args:
+        members: The node table without the dead.
+        segments: The assignment table.
+        pins: All locks.
+        total_tokens: Tokens of the cluster.
+        version: Stamped on each row that changes.
+    """
+    live = frozenset(member.name for member in members)
+    activate = _activated(members, segments)
+    weights = {
+        member.name: member.weight for member in members
+        if (member.state == 'active' or member.name in activate) and member.weight > 0}
+    allowed, conflicts = _allowed(pins, weights, total_tokens)
+    present = _present(segments, live, total_tokens)
+    owners = list(_owners(present, live, weights, allowed))
+    planned = plan(owners, weights, allowed, total_tokens)
+    rows: list[Segment] = []
+    moved = assigned = blocked = 0
+    for lo, hi, row, owner, target in _overlaid(present, owners, planned):
+        wanted = _wanted(row.node if row.node in live else None, target)
+        changed = wanted != (row.node, row.moving, row.moving_to, row.blocked)
+        tokens = hi - lo
+        if target is None:
+            blocked += tokens
+        elif row.node not in live:
+            assigned += tokens
+        if changed and row.node in live and target != owner:
+            moved += tokens
+        _append(rows, Segment(lo, hi, *wanted, version if changed else row.version))
+    return Decision(tuple(rows), activate, moved, assigned, blocked, conflicts)
+
+
+def _activated(members: Iterable[Member], segments: Iterable[Segment]) -> tuple[str, ...]:
+    """The first plan of a cluster includes everybody who has registered by then; later joiners wait for their own time."""
+    names = {member.name for member in members if member.state != 'joining'}
+    if any(segment.node in names for segment in segments) or not any(member.state == 'active' for member in members):
+        return ()
+    return tuple(sorted(member.name for member in members if member.state == 'joining'))
+
+
+def _allowed(
+    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int,
+) -> tuple[dict[int, frozenset[str]], tuple[str, ...]]:
+    """The nodes that may own each locked token, and the conflicts among locks."""
+    live = NodeNames(weights)
+    known: dict[tuple[str, ...], frozenset[str]] = {}
+    allowed: dict[int, frozenset[str]] = {}
+    first: dict[int, Pin] = {}
+    conflicts: list[str] = []
+    for pin in sorted(pins, key=lambda pin: (pin.created_at, pin.task_id)):
+        if not 0 <= pin.token < total_tokens:
+            continue
+        if pin.patterns not in known:
+            known[pin.patterns] = live.eligible(pin.patterns)
+        names = known[pin.patterns]
+        older = first.setdefault(pin.token, pin)
+        if older is pin:
+            allowed[pin.token] = names
+        elif allowed[pin.token] & names:
+            allowed[pin.token] &= names
+        elif allowed[pin.token] or names:
+            conflicts.append(
+                f'token {pin.token}: no live node may own both task {older.task_id!r} (lock {", ".join(older.patterns)}) and task '
+                f'{pin.task_id!r} (lock {", ".join(pin.patterns)}), which hash to it; the older lock, of {older.task_id!r}, counts: '
+                f'clear one of the locks, or give both a pattern that matches the same live node')
+    return allowed, tuple(conflicts)
+
+
+def _present(segments: Iterable[Segment], live: frozenset[str], total_tokens: int) -> list[Segment]:
+    """The rows in order, with gaps as rows of nobody that no plan has written."""
+    found: list[Segment] = []
+    at = 0
+    for row in sorted(segments, key=lambda row: row.lo):
+        lo, hi = max(row.lo, at), min(row.hi, total_tokens)
+        if lo >= hi:
+            continue
+        if lo > at:
+            found.append(Segment(at, lo, None))
+        found.append(replace(row, lo=lo, hi=hi))
+        at = hi
+    if at < total_tokens:
+        found.append(Segment(at, total_tokens, None))
+    return found
+
+
+def _owners(
+    present: Iterable[Segment], live: frozenset[str], weights: Mapping[str, float], allowed: Mapping[int, frozenset[str]],
+) -> Iterator[Owned]:
+    """Whom the planner takes for the owner: the receiver of tokens on their way, else the live node that has them."""
+    locked = sorted(allowed)
+    for row in present:
+        owner = row.node if row.node in live else None
+        if not row.moving or row.moving_to not in weights:
+            yield row.lo, row.hi, owner
+            continue
+        at = row.lo
+        for token in _within(locked, row):
+            if row.moving_to not in allowed[token]:
+                if at < token:
+                    yield at, token, row.moving_to
+                yield token, token + 1, owner
+                at = token + 1
+        if at < row.hi:
+            yield at, row.hi, row.moving_to
+
+
+def _within(locked: Sequence[int], row: Segment) -> Sequence[int]:
+    return locked[bisect_left(locked, row.lo):bisect_left(locked, row.hi)]
+
+
+def _overlaid(
+    present: Sequence[Segment], owners: Sequence[Owned], planned: Sequence[Owned],
+) -> Iterator[tuple[int, int, Segment, str | None, str | None]]:
+    """Ranges in which row, planner's owner and target are each the same. All three sequences cover all tokens."""
+    i = j = k = lo = 0
+    while i < len(present):
+        row, (_, owners_end, owner), (_, planned_end, target) = present[i], owners[j], planned[k]
+        hi = min(row.hi, owners_end, planned_end)
+        yield lo, hi, row, owner, target
+        i += row.hi == hi
+        j += owners_end == hi
+        k += planned_end == hi
+        lo = hi
+
+
+def _wanted(owner: str | None, target: str | None) -> tuple[str | None, bool, str | None, bool]:
+    """node, moving, moving_to and blocked of the row that takes tokens from their live owner to the target."""
+    if owner is None or owner == target:
+        return target, False, None, target is None
+    return owner, True, target, target is None
+
+
+def _append(rows: list[Segment], row: Segment) -> None:
+    if rows and _contents(rows[-1]) == _contents(row):
+        rows[-1] = replace(rows[-1], hi=row.hi)
+    else:
+        rows.append(row)
+
+
+def _contents(row: Segment) -> tuple[object, ...]:
+    return row.node, row.moving, row.moving_to, row.blocked, row.version

@@ -1,0 +1,7 @@
+"""Servers of one's own, from wheels: for tests and demonstrations."""
+from __future__ import annotations
+
+from .postgres import EmbeddedPostgres, EmbeddedServerError
+from .redis import EmbeddedRedis
+
+__all__ = ['EmbeddedPostgres', 'EmbeddedRedis', 'EmbeddedServerError']

@@ -1,0 +1,241 @@
+"""What the ledger asks of the database: each call is a transaction of its own, shared with other threads' where there are any."""
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg2
+import psycopg2.errors
+
+from .. import clock
+from ..errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
+from ..logs import Repeats, get_logger
+from ..process import is_known_dead
+from ..store import blockers, executions
+from ..store.executions import Completion, Holder, Row
+from ..store.refusals import is_passing, refusal
+from .batch import GroupCommit
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+    from ..store.connection import Sessions
+    from ..store.tables import Tables
+
+__all__ = ['LedgerCalls']
+
+logger = get_logger(__name__)
+
+_RACES = 10
+#: SQLSTATE of a lock that was waited for too long.
+_LOCKED = '55P03'
+#: What is found where others are at the key at this very moment.
+_BUSY = Row(began=False, registered=True, state='running', free=False, fence=0, attempts=0, result=None, holder=None)
+
+T = TypeVar('T')
+R = TypeVar('R')
+
+
+class LedgerCalls:
+    """The calls of one node's ledger. Threads and forked children may share it.
+
+    All of them raise DatabaseUnavailable where nobody knows whether they were carried out; and DatabaseRefused, which is one,
+    where the server refused and changed nothing. No error of psycopg2's leaves.
+
+    Args:
+        sessions: Connections to the database.
+        tables: Names of the tables.
+    """
+
+    def __init__(self, sessions: Sessions, tables: Tables) -> None:
+        self._sessions = sessions
+        self._tables = tables
+        # By process: a forked child begins with nothing of its parent's under way.
+        self._begins: dict[int, GroupCommit[tuple[str, Holder], Row]] = {}
+        self._finishes: dict[int, GroupCommit[Completion, bool]] = {}
+        self._repeats = Repeats()
+
+    def begin(self, key: str, holder: Holder) -> Row:
+        """Take the key, if it can be taken."""
+        return self._grouped(self._begins, self._begin_one, self._begin_many).carry((key, holder))
+
+    def has_prefix(self, prefix: str) -> bool:
+        """See executions.has_prefix."""
+        return self._call(lambda connection: executions.has_prefix(connection, self._tables, prefix))
+
+    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str] | None:
+        """See executions.find."""
+        return self._call(lambda connection: executions.find(connection, self._tables, keys, old))
+
+    def finish(self, completion: Completion) -> bool:
+        """Record a completion; False where another attempt holds the key. A result that the database refuses is left out."""
+        return self._grouped(self._finishes, self._finish_one, self._finish_many).carry(completion)
+
+    def add_result(self, key: str, fence: int, result: str) -> None:
+        """Store the result of a completion that carried none."""
+        self._call(lambda connection: executions.add_result(connection, self._tables, key, fence, result))
+
+    def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
+        """See executions.settle. An error text that the database refuses is left out."""
+        def end(connection: PgConnection) -> str | None:
+            try:
+                return executions.settle(connection, self._tables, key, fence, error, retention_sec)
+            except psycopg2.DataError:
+                return executions.settle(connection, self._tables, key, fence, _plain(error), retention_sec)
+
+        return self._call(end)
+
+    def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
+        """State and result of an attempt's row; None where another attempt holds the key."""
+        return self._call(lambda connection: executions.stored(connection, self._tables, key, fence))
+
+    def release(self, node: str, incarnation: str, pid: int, error: str, retention_sec: float, key: str | None = None) -> int:
+        """See executions.release."""
+        return self._call(lambda connection: executions.release(
+            connection, self._tables, node, incarnation, pid, error, retention_sec, key))
+
+    # --- inside ---
+
+    def _grouped(
+        self, groups: dict[int, GroupCommit[T, R]], one: Callable[[T], R], many: Callable[[Sequence[T]], Sequence[R | None]],
+    ) -> GroupCommit[T, R]:
+        pid = os.getpid()
+        found = groups.get(pid)
+        return found if found is not None else groups.setdefault(pid, GroupCommit(one, many, 3 * self._sessions.longest_call_sec))
+
+    def _begin_one(self, wanted: tuple[str, Holder]) -> Row:
+        return self._call(lambda connection: self._claim(connection, *wanted))
+
+    def _begin_many(self, wanted: Sequence[tuple[str, Holder]]) -> Sequence[Row | None]:
+        keys, holder = [key for key, _ in wanted], wanted[0][1]
+        if any(other != holder for _, other in wanted):
+            return [None] * len(wanted)  # this node has just got another incarnation
+        rows = self._call_many(lambda connection: executions.begin_many(connection, self._tables, keys, holder))
+        if rows is None:
+            return [None] * len(wanted)
+        return [row if row.began or not row.registered or row.state == 'done' else None for row in rows]
+
+    def _finish_many(self, completions: Sequence[Completion]) -> Sequence[bool | None]:
+        found = self._call_many(lambda connection: executions.finish_many(connection, self._tables, completions))
+        return [None] * len(completions) if found is None else found
+
+    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row:
+        for _ in range(_RACES):
+            try:
+                row = executions.begin(connection, self._tables, key, holder)
+            except psycopg2.errors.LockNotAvailable:
+                self._check_table(connection)
+                if executions.state_of(connection, self._tables, key) == 'running':
+                    return _BUSY  # a transaction that completes the key is open
+                raise DatabaseRefused(
+                    f'nothing was begun: somebody has locked the row of {key!r} in the ledger, or had locked its table', _LOCKED) from None
+            if row.began or not row.registered:
+                return row
+            if row.free or row.state is None:
+                continue
+            if row.state == 'done' or not _is_gone(row, holder):
+                return row
+            taken = executions.take_over(connection, self._tables, key, holder, row.fence)
+            if taken is not None:
+                return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
+        return _BUSY
+
+    def _check_table(self, connection: PgConnection) -> None:
+        """Whoever waited for a lock: was it the whole table's? Then no key is being executed, and none can be begun.
+
+        Raises:
+            DatabaseRefused: Somebody has locked it against changes, or waits to do so, and everybody else behind him.
+        """
+        tables = self._tables
+        found = blockers.on_tables(connection, [tables.execution]) + [
+            each for each in blockers.on_tables(connection, [tables.node]) if each.mode == 'AccessExclusiveLock']
+        if not found:
+            return
+        said = (f'nothing can be begun or recorded, as a whole table of the ledger is locked: {blockers.name_all(found)}; '
+                'it goes on by itself when that transaction ends')
+        more = self._repeats.say('table', clock.now())
+        if more is not None:
+            logger.warning('%s%s', said, more)
+        raise DatabaseRefused(said, _LOCKED, True)
+
+    def _finish_one(self, completion: Completion) -> bool:
+        return self._call(lambda connection: self._record(connection, completion))
+
+    def _record(self, connection: PgConnection, completion: Completion) -> bool:
+        try:
+            return executions.finish(connection, self._tables, completion)
+        except psycopg2.DataError as error:
+            if completion.result is None:
+                raise
+            more = self._repeats.say('result', clock.now())
+            if more is not None:
+                logger.warning('key=%s completed without its result, which the database refuses: %s%s', completion.key, error, more)
+            return executions.finish(connection, self._tables, dataclasses.replace(completion, result=None))
+
+    def _call_many(self, action: Callable[[PgConnection], T]) -> T | None:
+        """None where one of the keys would have had to wait for another transaction: nothing was done."""
+        def without_waiting(connection: PgConnection) -> T | None:
+            try:
+                return action(connection)
+            except psycopg2.errors.LockNotAvailable:
+                return None
+
+        return self._call(without_waiting)
+
+    def _call(self, action: Callable[[PgConnection], T]) -> T:
+        """Run statements that each commit by themselves; a second time on a new connection, if the first connection was lost."""
+        try:
+            return self._call_once(action)
+        except (StoreTimeout, DatabaseRefused):
+            raise
+        except DatabaseUnavailable as error:
+            sent = error.sent
+        try:
+            return self._call_once(action)
+        except DatabaseUnavailable as error:
+            if not sent:
+                raise
+            # What is known of the second time says nothing about the first.
+            raise DatabaseUnavailable(str(error)) from error
+
+    def _call_once(self, action: Callable[[PgConnection], T]) -> T:
+        sent = False
+        try:
+            with self._sessions.session() as connection:
+                connection.autocommit = True
+                sent = True
+                try:
+                    return self._act(connection, action)
+                finally:
+                    if not connection.closed:
+                        connection.autocommit = False
+        except psycopg2.Error as error:
+            raise refusal(error, 'a statement of the ledger') from error
+        except DatabaseRefused:
+            raise
+        except DatabaseUnavailable as error:
+            error.sent = sent
+            raise
+
+    def _act(self, connection: PgConnection, action: Callable[[PgConnection], T]) -> T:
+        for _ in range(_RACES):
+            try:
+                return action(connection)
+            except psycopg2.errors.LockNotAvailable:
+                self._check_table(connection)
+                raise
+            except psycopg2.Error as error:
+                if not is_passing(error):
+                    raise
+        return action(connection)
+
+
+def _plain(text: str) -> str:
+    return text.encode('ascii', 'replace').decode()
+
+
+def _is_gone(row: Row, me: Holder) -> bool:
+    # A row of this very process that it does not hold is an attempt whose reply was lost.
+    return row.holder is not None and (row.holder == me or is_known_dead(row.holder.process))

@@ -1,0 +1,126 @@
+"""A transaction of the user's whose commit carries the completion: `with execution.transaction() as connection:`."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+
+from ..errors import ConfigurationError, DatabaseUnavailable, Fenced, JobSyncError
+from ..store import executions
+from .execution import Execution, completion_of
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as PgConnection
+
+    from ..store.executions import Began
+    from ..store.tables import Tables
+    from ..store.transactions import TransactionConnection, Transactions
+
+__all__ = ['CompletingTransaction']
+
+
+class CompletingTransaction(AbstractContextManager['PgConnection']):
+    """See Execution.transaction.
+
+    Args:
+        transactions: Gives the connection.
+        tables: Names of the tables.
+        outcome_of: Tells what has become of an execution, as everybody sees it.
+        execution: What it completes.
+    """
+
+    def __init__(
+        self, transactions: Transactions, tables: Tables, outcome_of: Callable[[Execution], tuple[str, Any] | None], execution: Execution,
+    ) -> None:
+        self._transactions = transactions
+        self._tables = tables
+        self._outcome_of = outcome_of
+        self._execution = execution
+        self._connection: TransactionConnection | None = None
+        self._began: Began | None = None
+
+    def __enter__(self) -> PgConnection:
+        execution = self._execution
+        if execution._completed:
+            raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
+        connection = self._transactions.take()
+        try:
+            self._began = self._transactions.begin(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        connection.in_block = True
+        return connection
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        kept = False
+        try:
+            try:
+                connection.end_block()
+                # A generator or coroutine that is thrown away, perhaps in the middle of a call to the database: nothing is said to
+                # the server but that the connection ends, which rolls back.
+                if kind is None:
+                    self._commit(connection)
+                    kept = True
+                elif not issubclass(kind, GeneratorExit):
+                    self._roll_back(connection, error)
+                    kept = True
+            finally:
+                self._let_go(connection, kept)
+        finally:
+            self._let_go(connection, kept)
+
+    def _let_go(self, connection: TransactionConnection, kept: bool) -> None:
+        if self._connection is None:
+            return
+        self._connection = None
+        if kept:
+            self._transactions.give_back(connection)
+        else:
+            connection.end_block()
+            connection.close()
+
+    def _roll_back(self, connection: TransactionConnection, error: BaseException | None) -> None:
+        lost = self._transactions.explain(error, connection) if isinstance(error, psycopg2.Error) else None
+        try:
+            if not connection.closed:
+                connection.rollback()
+        except psycopg2.Error:
+            connection.close()
+        if lost is not None:
+            raise lost from error
+
+    def _commit(self, connection: TransactionConnection) -> None:
+        execution, encoded = self._execution, self._execution._encoded
+        try:
+            if not self._transactions.complete(connection, self._tables, completion_of(execution), self._began):
+                raise self._why_not(connection)
+            connection.commit()
+        except psycopg2.Error as error:
+            said = self._transactions.explain_end(error, connection, execution.key)
+            if said is not None:
+                raise said from error
+            raise
+        execution._completed = True
+        execution._recorded = encoded
+
+    def _why_not(self, connection: TransactionConnection) -> JobSyncError:
+        execution = self._execution
+        if self._began is None or not executions.is_same(connection, self._began):
+            return JobSyncError(
+                f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
+                'are not those of the completion: leave that to the end of the block')
+        connection.rollback()
+        outcome = self._outcome_of(execution)
+        if outcome is not None and outcome[0] == 'done':
+            return execution.completed_already(outcome[1])
+        if outcome is not None and outcome[0] == 'running':
+            return DatabaseUnavailable(f'{execution.key!r}: another transaction was completing it; this one is rolled back')
+        return Fenced(f'another attempt has taken the key {execution.key!r} over; the transaction is rolled back')

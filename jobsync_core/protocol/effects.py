@@ -1,0 +1,63 @@
+"""What the protocol asks its driver to do, besides sending requests: plain values."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ..assignment.tokens import TokenSet
+
+__all__ = ['Effect', 'Entered', 'Failed', 'Left', 'Note', 'RebalanceEvent', 'Release']
+
+
+@dataclass(frozen=True)
+class RebalanceEvent:
+    """A change of the tokens that this node may claim.
+
+    Attributes:
+        is_initial: True for the first one after entering.
+        token_version: Version of the cluster's assignment.
+        tokens_added: Number of tokens gained.
+        tokens_removed: Number of tokens lost.
+    """
+
+    is_initial: bool
+    token_version: int
+    tokens_added: int
+    tokens_removed: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Run `on_release(tokens)`, then call `Protocol.released(number)`."""
+
+    number: int
+    tokens: TokenSet
+
+
+@dataclass(frozen=True)
+class Entered:
+    """`__enter__` may return."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """The row is gone; the node has nothing more to do."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The node cannot go on."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line for the log."""
+
+    level: str
+    event: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+Effect: TypeAlias = 'RebalanceEvent | Release | Entered | Left | Failed | Note'

@@ -1,0 +1,1 @@
+"""What the workers of both queue frameworks share."""

@@ -1,0 +1,132 @@
+"""One pass over a queue: each message goes where it belongs now, and one that cannot harms none behind it."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .. import clock
+from ..errors import JobSyncError
+from ..logs import Repeats, get_logger
+from .broker import Letter, Mail
+from .owners import OwnerMap
+
+__all__ = ['Destination', 'Passage', 'Passed', 'destination_of']
+
+logger = get_logger(__name__)
+
+#: Messages that stay and are kept in hand until the end of a pass; what more there is goes to the end of the queue at once.
+IN_HAND = 1000
+#: Messages that fail one after another: then it is the broker that fails.
+_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a message goes: a queue, or None where nobody takes it now.
+
+    Attributes:
+        queue: The queue.
+        soon: Its owner has no queue yet, and may get one without another plan.
+    """
+
+    queue: str | None
+    soon: bool = False
+
+
+def destination_of(owners: OwnerMap, letter: Letter) -> Destination:
+    """Where a message belongs by the map at hand: to the owner of its route; home without one."""
+    if letter.route is None:
+        return Destination(letter.home)
+    try:
+        place = owners.find(letter.route)
+    except JobSyncError:  # no key of ours: the consumer at home sets it aside
+        return Destination(letter.home)
+    return Destination(None) if place is None else Destination(place.queue, place.queue is None)
+
+
+@dataclass
+class Passed:
+    """What a pass did.
+
+    Attributes:
+        moved: Messages that went on.
+        stayed: Messages that are still in the queue, of those that it looked at.
+        whole: It came to the end of what was there when it began.
+    """
+
+    moved: int = 0
+    stayed: int = 0
+    whole: bool = True
+
+
+class Passage:
+    """Passes over queues.
+
+    Args:
+        mail: The broker.
+        node: This node, for logs.
+    """
+
+    def __init__(self, mail: Mail, node: str) -> None:
+        self._mail = mail
+        self._node = node
+        self._repeats = Repeats()
+
+    def go(self, queue: str, where: Callable[[Letter], str | None], stop: Callable[[], bool]) -> Passed:
+        """Pass each message on that was in the queue when this began.
+
+        Args:
+            queue: The queue.
+            where: Where a message goes; None: it stays.
+            stop: Asked before each message: whether to leave it at that.
+
+        Raises:
+            Exception: Whatever the broker's client raises when it is the broker that fails. What was in hand goes back to the queue,
+                at once or with the connection.
+        """
+        passed, kept, in_a_row = Passed(), list[Letter](), 0
+        try:
+            for _ in range(self._mail.size(queue)):
+                if stop():
+                    passed.whole = False
+                    break
+                letter = self._mail.take(queue)
+                if letter is None:
+                    break
+                target = where(letter)
+                if target is None and len(kept) < IN_HAND:
+                    kept.append(letter)
+                    continue
+                try:
+                    letter.forward(queue if target is None else target)
+                except Exception as error:
+                    kept.append(letter)
+                    in_a_row += 1
+                    self._tell(queue, letter, error)
+                    if in_a_row == _IN_A_ROW:
+                        raise
+                else:
+                    in_a_row = 0
+                    passed.moved += target is not None
+                    passed.stayed += target is None
+        finally:
+            passed.stayed += len(kept)
+            self._put_back(queue, kept)
+        return passed
+
+    def _tell(self, queue: str, letter: Letter, error: Exception) -> None:
+        again = self._repeats.say((queue, letter.id), clock.now())
+        if again is not None:
+            logger.warning('node=%s queue=%s id=%s task=%s cannot go on now, and stays: %r%s',
+                           self._node, queue, letter.id, letter.task, error, again)
+
+    def _put_back(self, queue: str, kept: list[Letter]) -> None:
+        """Put letters back, the last one first, so that they keep their order."""
+        for number, letter in enumerate(reversed(kept)):
+            try:
+                letter.put_back()
+            except Exception as error:
+                logger.warning('node=%s queue=%s: %d messages go back with the connection, since they cannot be put back: %r',
+                               self._node, queue, len(kept) - number, error)
+                self._mail.reset()
+                return

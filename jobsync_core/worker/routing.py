@@ -1,0 +1,188 @@
+"""Where a message belongs: the pure part of what the queue adapters share.
+
+A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. The gate of the node that
+receives it decides by the route whether to run it, hand it on, or put it aside.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ..assignment.hashing import check_task_id, task_key
+from ..assignment.patterns import check_patterns
+from ..errors import ConfigurationError
+from ..ledger.execution import check_key
+from ..ledger.keys import key_maker
+from ..ledger.once import ExactlyOnce
+
+__all__ = [
+    'HOME', 'HOPS', 'KEY', 'QUEUE_BYTES', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'mark_key',
+    'node_queue', 'parked_queue', 'pin_locks', 'pin_route', 'unknown_queue',
+]
+
+#: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
+KEY, HOPS = 'jobsync_key', 'jobsync_hops'
+#: Of the one that carries the queue which the message was sent to, and of the one that counts how often it waited for its running key.
+HOME, WAITS = 'jobsync_home', 'jobsync_waits'
+
+
+#: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
+_RESERVED = frozenset({'broker', 'parked', 'unknown', 'unrouted'})
+_RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
+#: RabbitMQ takes names of up to 255 bytes; some are left for endings.
+QUEUE_BYTES = 240
+
+
+class Verdict(Enum):
+    """What becomes of a message here."""
+
+    RUN = 'run'
+    FORWARD = 'forward'
+    PARK = 'park'
+    DROP = 'drop'
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict, the owner's queue where the message goes on, and why."""
+
+    verdict: Verdict
+    queue: str = ''
+    reason: str = ''
+
+
+_RUN = Decision(Verdict.RUN)
+
+
+def decide(
+    *, mine: bool, leased: bool, node: str, owner: str | None, queue: str | None, hops: int, max_hops: int, drop: bool = False,
+) -> Decision:
+    """What to do with a message.
+
+    Args:
+        mine: The node may claim the route at this moment.
+        leased: The node has a valid lease.
+        node: The node's name.
+        owner: Who owns the route, or is about to; None where nobody does.
+        queue: The owner's queue; None where it has none.
+        hops: How often the message was handed on.
+        max_hops: How often it may be; more is a sign of nodes that disagree, and time lets them agree.
+        drop: Other nodes got the message too: what is another's is dropped.
+    """
+    if mine:
+        return _RUN
+    if not leased:
+        return Decision(Verdict.PARK, reason='no lease')
+    if owner is None or owner == node:
+        # Never to oneself: the owner map is older, or younger, than the local set, and will agree with it in a moment.
+        return Decision(Verdict.PARK, reason='no owner yet' if owner is None else 'not here yet')
+    if drop:
+        return Decision(Verdict.DROP, reason=f'belongs to {owner}')
+    if queue is None:
+        return Decision(Verdict.PARK, reason=f'{owner} takes no messages')
+    if hops >= max_hops:
+        return Decision(Verdict.PARK, reason=f'{hops} hops')
+    return Decision(Verdict.FORWARD, queue, f'belongs to {owner}')
+
+
+def node_queue(appname: str, node: str) -> str:
+    """Name of a node's own queue.
+
+    Raises:
+        ConfigurationError: A queue of that name has another meaning, or the name is too long for a broker.
+    """
+    queue = f'jobsync.{appname}.{node}'
+    if node in _RESERVED or node.endswith(_RESERVED_ENDINGS):
+        raise ConfigurationError(f'node_name={node!r}: {queue!r} is the name of something else at the broker; give the node another name')
+    if len(queue.encode()) > QUEUE_BYTES:
+        raise ConfigurationError(
+            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and brokers take {QUEUE_BYTES}; shorten it')
+    return queue
+
+
+def parked_queue(appname: str) -> str:
+    """Name of the queue of messages that nobody owns."""
+    return f'jobsync.{appname}.parked'
+
+
+def mark_key(appname: str) -> str:
+    """Name of what Redis keeps so that the nodes of a cluster know that they use one server."""
+    return f'jobsync.{appname}.broker'
+
+
+def unknown_queue(appname: str) -> str:
+    """Name of the queue of messages whose task the node that got them does not know."""
+    return f'jobsync.{appname}.unknown'
+
+
+def pin_route(name: str, key: str, slots: int) -> str:
+    """The route of a message of a pinned task: one of the task's virtual keys."""
+    return f'{name}#{task_key(key) % slots}'
+
+
+def pin_locks(pins: Mapping[str, Sequence[str]], slots: int) -> list[tuple[str, tuple[str, ...], str]]:
+    """Locks on the virtual keys of pinned tasks, for `register_locks_bulk`."""
+    return [(f'{name}#{slot}', tuple(patterns), 'pin') for name, patterns in sorted(pins.items()) for slot in range(slots)]
+
+
+class Coordination:
+    """How the messages of one task get their routes.
+
+    Args:
+        name: The task's name.
+        function: What the task runs, for a key over its arguments.
+        once: Its `exactly_once` options, if it has them.
+        key: A format string over the arguments or a callable; None: that of `once`, else the message's id.
+        pin: Ordered patterns of the nodes that may run the task.
+        slots: Virtual keys of a pinned task.
+        prepare: Makes of a message's arguments those that the key is made of, where they differ.
+
+    Raises:
+        ConfigurationError: The key or the pin cannot work.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], once: ExactlyOnce | None, key: str | Callable[..., str] | None,
+        pin: Sequence[str] | str | None, slots: int,
+        prepare: Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+    ) -> None:
+        self.name = name
+        self._prepare = prepare
+        self.once = once
+        self.pin = check_patterns(pin) if pin is not None else None
+        self._slots = slots
+        if key is not None:
+            make = key_maker(key, function, name)
+            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = lambda args, kwargs: make(args, kwargs).key
+        else:
+            self._make = once.key_of if once is not None and once.has_key else None
+
+    def is_route(self, text: str) -> bool:
+        """Whether a text may be the route of a message of this task, as far as that shows."""
+        if self.pin is None:
+            return True
+        name, _, slot = text.rpartition('#')
+        return name == self.name and slot.isascii() and slot.isdecimal() and slot == str(int(slot[:9])) and int(slot) < self._slots
+
+    def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object) -> str:
+        """The route of a message.
+
+        Raises:
+            ConfigurationError: The arguments make no key.
+            TypeError: The function does not take these arguments.
+            InvalidTaskId: The key cannot be a task id.
+        """
+        if self._make is None:
+            key = check_task_id(message_id)
+        else:
+            key = check_key(self._make(*(self._prepare(args, kwargs) if self._prepare is not None else (args, kwargs))))
+        return pin_route(self.name, key, self._slots) if self.pin is not None else key
+
+
+def check_pins(pins: object) -> dict[str, tuple[str, ...]]:
+    """The setting `pins`: task name -> ordered patterns."""
+    if not isinstance(pins, Mapping):
+        raise ConfigurationError(f"pins={pins!r}: give a mapping such as {{'proj.render': ['gpu-primary-01', '%-gpu']}}")
+    return {str(name): check_patterns(patterns) for name, patterns in pins.items()}
