@@ -16,10 +16,11 @@ from celery.exceptions import Ignore
 
 from jobsync_core import clock
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
-from jobsync_core.ledger.cluster import Ledger
-from jobsync_core.ledger.current import LocalLedger, current_ledger, message_ledger
+from jobsync_core.ledger.current import current_ledger, message_ledger
 from jobsync_core.ledger.execution import Execution
+from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
+from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.adapter import MessageOnce
 from jobsync_core.worker.incoming import MAX_WAITS, read_stamps
@@ -42,7 +43,7 @@ _REPLACED = 'jobsync_replaced'
 #: The text of the exception with which Celery ends a replaced task.
 _REPLACED_TEXT = 'Replaced by new task'
 
-_local = LocalLedger()
+_local = SingleLedger()
 _repeats = Repeats()
 
 
@@ -64,7 +65,7 @@ class _CeleryOnce(MessageOnce):
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         return options_of(current_task) is options
 
-    def ledger(self) -> Ledger | LocalLedger:
+    def ledger(self) -> Ledger:
         request = _request()
         if request is None or not request.is_eager:
             try:

@@ -14,7 +14,7 @@ from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
-from jobsync_core.ledger.current import UNCOORDINATED
+from jobsync_core.ledger.cluster import UNCOORDINATED
 from jobsync_core.logs import Repeats
 from jobsync_core.protocol.effects import RebalanceEvent
 from jobsync_core.protocol.pausing import Pausing, remedy

@@ -23,9 +23,11 @@ from .belonging import Belonging, stranger
 from .config import CoordinationConfig
 from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
 from .ledger.binding import Binding
-from .ledger.cluster import DEFAULT_RETENTION, Execution, Ledger
-from .ledger.current import LocalLedger, enter_ledger, leave_ledger
+from .ledger.cluster import DEFAULT_RETENTION, ClusterLedger, Execution
+from .ledger.current import enter_ledger, leave_ledger
+from .ledger.interface import Ledger
 from .ledger.once import once
+from .ledger.single import SingleLedger
 from .logs import get_logger
 from .process import is_known_alive, is_known_dead, this_process
 from .protocol.node import Phase, Protocol, Settings
@@ -123,10 +125,10 @@ class Job:
             self._agent = Agent(
                 self._protocol, self._control, coordination_config, self._callbacks,
                 self._housekeeper.look)
-            self._ledger: Ledger | LocalLedger = Ledger(
+            self._ledger: Ledger = ClusterLedger(
                 self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease, self._claims.pausing)
         else:
-            self._ledger = LocalLedger()
+            self._ledger = SingleLedger()
 
     def __repr__(self) -> str:
         return f'<Job {self.node_name!r} {self._state}>'

@@ -6,12 +6,13 @@ from weakref import WeakKeyDictionary
 
 from jobsync_core.errors import NotEntered
 from jobsync_core.job import Job
-from jobsync_core.ledger.cluster import Ledger
-from jobsync_core.ledger.current import LocalLedger, current_ledger, set_current_ledger
+from jobsync_core.ledger.current import current_ledger, set_current_ledger
+from jobsync_core.ledger.interface import Ledger
+from jobsync_core.ledger.single import SingleLedger
 
 __all__ = ['InMemory', 'is_in_memory', 'ledger_in_memory']
 
-_ledgers: WeakKeyDictionary[Any, LocalLedger] = WeakKeyDictionary()
+_ledgers: WeakKeyDictionary[Any, SingleLedger] = WeakKeyDictionary()
 
 
 def is_in_memory(broker: Any) -> bool:
@@ -20,13 +21,13 @@ def is_in_memory(broker: Any) -> bool:
     return any(f'{kind.__module__}.{kind.__name__}' == 'dramatiq.brokers.stub.StubBroker' for kind in type(broker).__mro__)
 
 
-def ledger_in_memory(broker: Any) -> Ledger | LocalLedger | None:
+def ledger_in_memory(broker: Any) -> Ledger | None:
     """The ledger for a message of this broker: that of a Job which the test has entered, else the worker's. None with another broker."""
     found = _ledgers.get(broker)
     return (_entered_ledger() or found) if found is not None else None
 
 
-def _entered_ledger() -> Ledger | LocalLedger | None:
+def _entered_ledger() -> Ledger | None:
     try:
         return current_ledger()
     except NotEntered:

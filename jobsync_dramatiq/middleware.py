@@ -15,7 +15,8 @@ from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.job import Job
-from jobsync_core.ledger.current import LocalLedger, set_current_ledger
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming, SelfDrain
 from jobsync_core.worker.keeper import Keeper
@@ -239,7 +240,7 @@ class JobSync(Middleware):
         if required:
             raise BootFailed(text) from error
         self._uncoordinated = True
-        set_current_ledger(LocalLedger())
+        set_current_ledger(SingleLedger())
 
     def _route_of(self, letter: Any) -> str | None:
         return self._known().route_of(letter.message)

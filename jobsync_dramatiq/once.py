@@ -13,8 +13,8 @@ from dramatiq import GenericActor
 
 from jobsync_core import clock
 from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
-from jobsync_core.ledger.cluster import Ledger
-from jobsync_core.ledger.current import LocalLedger, message_ledger
+from jobsync_core.ledger.current import message_ledger
+from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.worker.adapter import MessageOnce, once_of
@@ -50,7 +50,7 @@ class _DramatiqOnce(MessageOnce):
         actor = found[0].actors.get(found[1].actor_name) if found is not None else None
         return actor is not None and once_of(function_of(actor)) is options
 
-    def ledger(self) -> Ledger | LocalLedger:
+    def ledger(self) -> Ledger:
         found = processing.get()
         return (ledger_in_memory(found[0]) if found is not None else None) or message_ledger()
 

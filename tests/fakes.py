@@ -4,8 +4,8 @@ from __future__ import annotations
 from typing import Any
 
 from jobsync_core.errors import DuplicateExecution, JobSyncError
-from jobsync_core.ledger.current import LocalLedger
 from jobsync_core.ledger.execution import Execution
+from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.protocol.pausing import Pausing
 from jobsync_core.worker.owners import Place
 
@@ -62,7 +62,7 @@ class FakeOwners:
         return self.places.get(route)
 
 
-class FakeLedger(LocalLedger):
+class FakeLedger(SingleLedger):
     """Answers with an error that a test chooses."""
 
     def __init__(self) -> None:

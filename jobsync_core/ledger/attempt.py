@@ -7,62 +7,15 @@ its process lives. Leaving takes no lock and does no I/O, as it may happen in th
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import NotEntered
-from .execution import describe
+from .execution import Execution, describe
+from .interface import Ledger, Unsettled
+from .keys import Former
 
-if TYPE_CHECKING:
-    from ..store.executions import Holder
-    from .cluster import Ledger
-    from .current import LocalLedger
-    from .execution import Execution
-    from .keys import Former
-
-__all__ = ['Attempt', 'Unsettled']
-
-_INTERRUPTED = 'interrupted before its end was known'
-
-
-@dataclasses.dataclass(eq=False)
-class Unsettled:
-    """An attempt whose end is not recorded: what a ledger must know to record it, whenever that is possible.
-
-    Args:
-        key: The key.
-        retention_sec: Seconds for which its end is remembered.
-        pid: The process that it belongs to: a forked child leaves it alone.
-
-    Attributes:
-        sent: The database has been asked to begin it.
-        holder: As whom.
-        execution: What the user sees; None where it is not known to have begun.
-        succeeded: It has done its work, so that its end is a completion; otherwise a failure for the reason `error`.
-        busy: A thread is asking the database about it right now.
-        settled: Its end is recorded, or nothing has to be.
-        until: For an attempt that is not known to have begun: until when (in seconds of `clock`) it may still begin.
-    """
-
-    key: str
-    retention_sec: float
-    pid: int = dataclasses.field(default_factory=os.getpid)
-    sent: bool = False
-    holder: Holder | None = None
-    execution: Execution | None = None
-    succeeded: bool = False
-    error: str = _INTERRUPTED
-    busy: bool = False
-    settled: bool = False
-    until: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """Bytes of memory that it holds, about."""
-        encoded = self.execution._encoded if self.execution is not None else None
-        return 500 + len(self.key) + len(self.error) + len(encoded or '')
+__all__ = ['Attempt']
 
 
 class Attempt:
@@ -79,17 +32,12 @@ class Attempt:
 
     Attributes:
         unsettled: What is left to do about it.
-        failure: What its work raised.
     """
 
-    _ledger: Ledger | LocalLedger | None = None  # for a finalizer that comes before __init__ is done
+    _ledger: Ledger | None = None  # for a finalizer that comes before __init__ is done
 
-    def __init__(
-        self, ledger: Ledger | LocalLedger, key: str, retention_sec: float, former: tuple[Former, ...] = (),
-    ) -> None:
-        self.unsettled = Unsettled(key, retention_sec)
-        self.former = former
-        self.failure: BaseException | None = None
+    def __init__(self, ledger: Ledger, key: str, retention_sec: float, former: tuple[Former, ...] = ()) -> None:
+        self.unsettled = Unsettled(key, retention_sec, former)
         self._gone = False
         self._ledger = ledger
 
@@ -119,7 +67,7 @@ class Attempt:
     def begin(self) -> Execution:
         """Begin it; see Ledger.begin."""
         if self._ledger is not None:
-            self._ledger.begin_for(self)
+            self._ledger.begin_for(self.unsettled)
         return self.execution
 
     def succeed(self) -> None:
@@ -128,22 +76,22 @@ class Attempt:
 
     def fail(self, error: BaseException) -> None:
         """Its work has failed. Does no I/O."""
-        self.failure = error
+        self.unsettled.failure = error
         self.unsettled.error = describe(error)
 
     def settle(self) -> None:
         """Record its end; raises what Ledger.finish raises."""
         if self._ledger is not None:
-            self._ledger.settle(self)
+            self._ledger.settle(self.unsettled)
 
     def leave(self) -> None:
         """Nobody will settle it here any more: what is not recorded is left to the background."""
         if self._ledger is not None:
             self._gone = True
-            self.failure = None  # whose traceback holds the frame that holds this
+            self.unsettled.failure = None  # whose traceback holds the frame that holds this
             if self.unsettled.execution is not None:
                 self.unsettled.execution._ended = True
-            self._ledger.leave(self)
+            self._ledger.leave(self.unsettled)
 
     def hand_over(self) -> Execution:
         """The caller settles it, by its execution."""

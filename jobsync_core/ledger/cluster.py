@@ -20,7 +20,7 @@ from ..protocol.pausing import Pausing
 from ..store import executions
 from ..store.executions import Holder, Steps
 from ..store.transactions import Transactions
-from .attempt import Attempt, Unsettled
+from .attempt import Attempt
 from .calls import LedgerCalls
 from .execution import (
     DEFAULT_RETENTION,
@@ -32,7 +32,9 @@ from .execution import (
     describe,
     retention_seconds,
 )
+from .interface import Ledger, Unsettled
 from .results import decode_result
+from .single import SingleLedger
 from .transaction import CompletingTransaction
 from .unsettled import Settling
 
@@ -45,10 +47,14 @@ if TYPE_CHECKING:
     from .keys import Former
 
 __all__ = [
-    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'Execution', 'Ledger', 'check_key', 'current_execution', 'retention_seconds',
+    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'UNCOORDINATED', 'ClusterLedger', 'Execution', 'check_key', 'current_execution',
+    'retention_seconds',
 ]
 
 logger = get_logger(__name__)
+
+#: Stands for the incarnation in a worker that runs without coordination because it may.
+UNCOORDINATED = 'uncoordinated'
 
 #: Seconds until it is looked again whether there are keys under a prefix of an earlier version.
 _PREFIX_SEC = 60.0
@@ -62,7 +68,7 @@ class _Local:
     settling: Settling
 
 
-class Ledger:
+class ClusterLedger:
     """Executions of one node, recorded in the cluster's database.
 
     It may be inherited by forked children: each has connections of its own and is recorded as a process of its own.
@@ -107,9 +113,8 @@ class Ledger:
 
     # --- what an attempt asks ---
 
-    def begin_for(self, attempt: Attempt) -> None:
-        """Begin an attempt; see `begin`. What was done before an exception strikes is known from `attempt.unsettled`."""
-        mine = attempt.unsettled
+    def begin_for(self, mine: Unsettled) -> None:
+        """Begin an attempt; see Ledger."""
         key = check_key(mine.key)
         here = self._here()
         settling = here.settling
@@ -122,9 +127,9 @@ class Ledger:
             if last.busy or not self._record_end(last):
                 raise _running(key)
             settling.forget(last)
-        if attempt.former:
+        if mine.former:
             try:
-                self._check_former(key, attempt.former)
+                self._check_former(key, mine.former)
             except DatabaseRefused as error:
                 self._note_refusal(error)
                 raise
@@ -151,15 +156,13 @@ class Ledger:
         duplicate.key, duplicate.result = key, decode_result(row.result)
         raise duplicate
 
-    def settle(self, attempt: Attempt) -> None:
-        """Record the end of an attempt; see `finish` and `fail`."""
-        mine = attempt.unsettled
+    def settle(self, mine: Unsettled) -> None:
+        """Record the end of an attempt; see Ledger."""
         if mine.pid == os.getpid():
             self._finish(mine) if mine.succeeded else self._fail(mine)
 
-    def leave(self, attempt: Attempt) -> None:
-        """Leave what is not recorded of an attempt to the background: without a lock or I/O, any number of times."""
-        mine = attempt.unsettled
+    def leave(self, mine: Unsettled) -> None:
+        """Leave what is not recorded of an attempt to the background; see Ledger."""
         here = self._locals.get(mine.pid)
         if here is not None and mine.pid == os.getpid():
             here.settling.leave(mine)
@@ -222,6 +225,16 @@ class Ledger:
         """
         return self._calls.release(self._node, self._incarnation(), pid, 'its process was lost', DEFAULT_RETENTION.total_seconds())
 
+    def for_messages(self) -> Ledger:
+        """Itself, where something may begin; see Ledger."""
+        if self.incarnation == UNCOORDINATED:
+            return SingleLedger()
+        if not self.has_lease():
+            raise ClaimLost('the lease of this node ran out, so that nothing may begin here at the moment')
+        if self.pausing.is_paused(clock.now()):
+            raise self.pausing.error
+        return self
+
     def close(self) -> None:
         """Try once more to record what could not be recorded, then stop trying."""
         here = self._locals.get(os.getpid())
@@ -270,7 +283,7 @@ class Ledger:
         found = self._here().settling.running.get(execution.key)
         if isinstance(found, Unsettled) and found.execution is execution:
             return found
-        return Unsettled(execution.key, execution.retention_sec, execution._pid, sent=True, execution=execution)
+        return Unsettled(execution.key, execution.retention_sec, pid=execution._pid, sent=True, execution=execution)
 
     def _end(self, mine: Unsettled, action: Callable[[Unsettled], None]) -> None:
         if mine.pid != os.getpid():

@@ -22,9 +22,9 @@ from ..errors import (
 )
 from ..logs import get_logger
 from .attempt import Attempt
-from .cluster import Ledger
-from .current import LocalLedger, current_ledger
+from .current import current_ledger
 from .execution import DEFAULT_RETENTION, Execution, check_key, retention_seconds, running
+from .interface import Ledger
 from .keys import Former, Keys, escape, is_ambiguous, key_maker
 
 __all__ = ['ExactlyOnce', 'exactly_once', 'once']
@@ -41,7 +41,7 @@ _ON_RUNNING = ('requeue', 'skip', 'raise')
 
 
 def once(
-    ledger: Ledger | LocalLedger, key: str, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
+    ledger: Ledger, key: str, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
 ) -> AbstractContextManager[Execution]:
     """Run the block as an attempt of `key`: `with once(ledger, key) as execution:`.
 
@@ -134,7 +134,7 @@ class ExactlyOnce:
         self, function: Callable[..., Any], key: str | Callable[..., str] | None, retention: datetime.timedelta | float,
         on_duplicate: str, on_running: str, store_result: bool, scope: str | None, default_key: Callable[[], str | None] | None,
         refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
-        ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
+        ledger: Callable[[], Ledger] = current_ledger,
         completes: Callable[[Execution, BaseException], bool] | None = None, check_result: Callable[[Any], object] | None = None,
         named_later: bool = False,
     ) -> None:
@@ -333,7 +333,7 @@ def exactly_once(
     scope: str | None = None,
     default_key: Callable[[], str | None] | None = None,
     refuse: Callable[[ExactlyOnce, JobSyncError, bool], Any] | None = None,
-    ledger: Callable[[], Ledger | LocalLedger] = current_ledger,
+    ledger: Callable[[], Ledger] = current_ledger,
     completes: Callable[[Execution, BaseException], bool] | None = None,
     check_result: Callable[[Any], object] | None = None,
     named_later: bool = False,

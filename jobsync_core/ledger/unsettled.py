@@ -11,7 +11,7 @@ from collections.abc import Callable
 from .. import clock
 from ..errors import DatabaseRefused, DatabaseUnavailable
 from ..logs import get_logger
-from .attempt import Unsettled
+from .interface import Unsettled
 
 __all__ = ['Settling']
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, Fenced
-from ..ledger.current import LocalLedger
 from ..ledger.execution import Execution, check_key, describe
 from ..ledger.results import decode_result, encode_result
+from ..ledger.single import SingleLedger
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -27,7 +27,7 @@ class _Row:
     error: str | None = None
 
 
-class MemoryLedger(LocalLedger):
+class MemoryLedger(SingleLedger):
     """The exactly-once ledger of one process; threads share it, forked children do not. Retention never ends here: see `forget`."""
 
     def __init__(self) -> None:

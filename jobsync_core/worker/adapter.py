@@ -10,9 +10,9 @@ from typing import Any, NoReturn, TypeVar
 
 from ..errors import DuplicateExecution, ExecutionRunning, JobSyncError
 from ..ledger import once as core
-from ..ledger.cluster import Ledger
-from ..ledger.current import LocalLedger, message_ledger
+from ..ledger.current import message_ledger
 from ..ledger.execution import DEFAULT_RETENTION, Execution, running
+from ..ledger.interface import Ledger
 from ..ledger.once import ExactlyOnce
 from .plugin import PluginSettings
 from .routing import Coordination
@@ -182,7 +182,7 @@ class MessageOnce(ABC):
         # A task that calls its own function once more is inside of its execution then.
         return running.get() is None and self.is_task_of_message(options)
 
-    def ledger(self) -> Ledger | LocalLedger:
+    def ledger(self) -> Ledger:
         """The ledger of this call."""
         return message_ledger()
 

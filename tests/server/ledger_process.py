@@ -20,7 +20,7 @@ import psycopg2
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost, DuplicateExecution, ExecutionRunning, Fenced
-from jobsync_core.ledger.cluster import Execution, Ledger
+from jobsync_core.ledger.cluster import ClusterLedger, Execution
 from jobsync_core.ledger.once import once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
@@ -67,7 +67,7 @@ class _Worker:
     """Runs in the process: executes keys, and dies where it is told to."""
 
     def __init__(self, config: CoordinationConfig, node: str, incarnation: str) -> None:
-        self.ledger = Ledger(Sessions(config, node), Tables(config.appname), node, lambda: incarnation)
+        self.ledger = ClusterLedger(Sessions(config, node), Tables(config.appname), node, lambda: incarnation)
         self.own = connect(config)
 
     def pass_point(self, point: str, fate: str) -> None:

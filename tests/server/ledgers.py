@@ -5,25 +5,25 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.store.connection import Sessions
 
 from .rows import Rows
 
 __all__ = ['MakeLedger', 'effects', 'insert', 'ledgers_of', 'state_of']
 
-MakeLedger = Callable[..., Ledger]
+MakeLedger = Callable[..., ClusterLedger]
 
 
 @contextlib.contextmanager
 def ledgers_of(rows: Rows) -> Iterator[MakeLedger]:
     """Makes ledgers, each of a node of its own with a row in the node table."""
-    made: list[tuple[Ledger, Sessions]] = []
+    made: list[tuple[ClusterLedger, Sessions]] = []
 
-    def make(node: str = 'a') -> Ledger:
+    def make(node: str = 'a') -> ClusterLedger:
         rows.node(node)
         sessions = Sessions(rows.config, node)
-        ledger = Ledger(sessions, rows.tables, node, lambda: f'life of {node}')
+        ledger = ClusterLedger(sessions, rows.tables, node, lambda: f'life of {node}')
         made.append((ledger, sessions))
         return ledger
 

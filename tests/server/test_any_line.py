@@ -42,7 +42,7 @@ from jobsync_core.ledger import (
 from jobsync_core.ledger import (
     current as current_ledger,
 )
-from jobsync_core.ledger.cluster import Ledger, current_execution
+from jobsync_core.ledger.cluster import ClusterLedger, current_execution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once
 from jobsync_core.store import connection as connections
@@ -146,7 +146,7 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 @pytest.fixture
-def struck_ledger(rows: Rows) -> Iterator[Ledger]:
+def struck_ledger(rows: Rows) -> Iterator[ClusterLedger]:
     with ledgers_of(rows) as make:
         made = make('a')
         set_current_ledger(made)
@@ -185,12 +185,12 @@ def _leaves_no_exception() -> Iterator[None]:
     assert caught.value.__context__ is None, f'in the chain of all that this thread raises from now on: {type(caught.value.__context__)}'
 
 
-def block(made: Ledger, key: str, work: Callable[[], object]) -> None:
+def block(made: ClusterLedger, key: str, work: Callable[[], object]) -> None:
     with once.once(made, key):
         work()
 
 
-def function(made: Ledger, key: str, work: Callable[[], object]) -> None:
+def function(made: ClusterLedger, key: str, work: Callable[[], object]) -> None:
     @exactly_once(key='{key}', scope='')
     def run(key: str) -> str:
         work()
@@ -199,7 +199,7 @@ def function(made: Ledger, key: str, work: Callable[[], object]) -> None:
     run(key)
 
 
-def coroutine(made: Ledger, key: str, work: Callable[[], object]) -> None:
+def coroutine(made: ClusterLedger, key: str, work: Callable[[], object]) -> None:
     @exactly_once(key='{key}', scope='')
     async def run(key: str) -> str:
         await asyncio.sleep(0)
@@ -230,7 +230,7 @@ WORKS = (nothing, fail, transact)
 @pytest.mark.parametrize('work', WORKS, ids=lambda work: work.__name__)
 @pytest.mark.parametrize('form', FORMS, ids=lambda form: form.__name__)
 def test_an_exception_in_any_line_keeps_no_key(
-    struck_ledger: Ledger, rows: Rows, form: Callable[..., None], work: Callable[[], object],
+    struck_ledger: ClusterLedger, rows: Rows, form: Callable[..., None], work: Callable[[], object],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     struck: dict[str, str] = {}
@@ -268,7 +268,7 @@ def await_end(rows: Rows, struck: dict[str, str]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize('kind', ['coroutine', 'generator', 'transaction'])
 def test_what_is_collected_in_any_line_blocks_nobody_and_keeps_no_key(
-    struck_ledger: Ledger, rows: Rows, kind: str, capsys: pytest.CaptureFixture[str],
+    struck_ledger: ClusterLedger, rows: Rows, kind: str, capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A finalizer runs wherever the collector strikes: also while its own thread holds a lock that it would want."""
     loop = asyncio.new_event_loop()

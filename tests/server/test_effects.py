@@ -15,7 +15,7 @@ import sqlalchemy.orm
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import CompletedAlready, ConfigurationError, DatabaseUnavailable, DuplicateExecution, JobSyncError, NotCommitted
-from jobsync_core.ledger.cluster import Execution, Ledger, current_execution
+from jobsync_core.ledger.cluster import ClusterLedger, Execution, current_execution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
@@ -39,7 +39,7 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 @pytest.fixture
-def ledger(rows: Rows) -> Iterator[Ledger]:
+def ledger(rows: Rows) -> Iterator[ClusterLedger]:
     with ledgers_of(rows) as make:
         made = make('a')
         set_current_ledger(made)
@@ -90,7 +90,7 @@ def write_again(execution: Execution) -> None:
 
 class TestALostAnswer:
     def test_a_transaction_that_is_tried_again_after_its_commit_went_through_has_no_second_effect(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         LosesReplies(monkeypatch, 1)
 
@@ -107,7 +107,7 @@ class TestALostAnswer:
             ledger.begin('k', 60)
 
     def test_the_attempt_of_a_function_counts_as_done_and_has_the_result_of_the_first_transaction(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         LosesReplies(monkeypatch, 1)
 
@@ -128,7 +128,9 @@ class TestALostAnswer:
         assert effects(rows) == 2
         assert rows.run(f'SELECT state, attempts FROM {rows.tables.execution}') == [('done', 1), ('done', 1)]
 
-    def test_a_commit_that_did_not_go_through_is_made_again(self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_commit_that_did_not_go_through_is_made_again(
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         commit, left = TransactionConnection.commit, [None]
 
         def break_off(connection: TransactionConnection) -> None:
@@ -143,7 +145,7 @@ class TestALostAnswer:
             write_again(execution)
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
-    def test_the_same_with_complete(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_the_same_with_complete(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         @exactly_once(key='{number}', scope='', on_duplicate='result')
         def pay(number: int) -> str:
             for _ in range(2):  # the first commit went through, and the user was told otherwise
@@ -157,7 +159,7 @@ class TestALostAnswer:
         own.rollback()
         assert (effects(rows), state_of(rows, '1')) == (1, 'done')
 
-    def test_within_one_transaction_completing_twice_is_completing_once(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_within_one_transaction_completing_twice_is_completing_once(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         with once(ledger, 'k') as execution:
             insert(own)
             execution.complete(own, result=1)
@@ -166,7 +168,7 @@ class TestALostAnswer:
         assert rows.run(f'SELECT state, result FROM {rows.tables.execution}') == [('done', 2)]
 
     def test_without_the_fence_there_would_be_two_effects(
-        self, ledger: Ledger, rows: Rows, own: Any, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, own: Any, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         fence = "state OPERATOR(pg_catalog.=) 'running'"
         assert fence in executions._COMPLETE
@@ -179,7 +181,7 @@ class TestALostAnswer:
         assert effects(rows) == 2
 
     def test_recording_again_outside_of_a_transaction_stays_harmless(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         finish, left = executions.finish, [None]
 
@@ -217,7 +219,7 @@ class TestTheEndOfTheBlockIsTheEndOfTheTransaction:
         lambda connection: connection.cursor().execute("PREPARE TRANSACTION 'x'"),
     ])
     def test_what_would_end_it_or_change_it_is_refused_beforehand(
-        self, ledger: Ledger, rows: Rows, end: Callable[[Any], object],
+        self, ledger: ClusterLedger, rows: Rows, end: Callable[[Any], object],
     ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
@@ -229,7 +231,7 @@ class TestTheEndOfTheBlockIsTheEndOfTheTransaction:
                 attempt()
             assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_psycopg2_s_own_with_commits_nothing_however_often_it_is_tried(self, ledger: Ledger, rows: Rows) -> None:
+    def test_psycopg2_s_own_with_commits_nothing_however_often_it_is_tried(self, ledger: ClusterLedger, rows: Rows) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection, connection, connection.cursor() as cursor:
                 cursor.execute("INSERT INTO effect VALUES ('k')")
@@ -240,26 +242,26 @@ class TestTheEndOfTheBlockIsTheEndOfTheTransaction:
         assert effects(rows) == 0
 
     @pytest.mark.parametrize('end', ['COMMIT', 'ROLLBACK', 'COMMIT; BEGIN', 'ROLLBACK; BEGIN', 'COMMIT AND CHAIN'])
-    def test_what_can_only_be_noticed_afterwards_is_told(self, ledger: Ledger, rows: Rows, end: str) -> None:
+    def test_what_can_only_be_noticed_afterwards_is_told(self, ledger: ClusterLedger, rows: Rows, end: str) -> None:
         with pytest.raises(JobSyncError, match='committed or rolled back by itself'), once(ledger, 'k') as execution, \
                 execution.transaction() as connection, connection.cursor() as cursor:
             cursor.execute(f'SELECT 1; {end}')
         assert state_of(rows, 'k') == 'failed'
 
-    def test_a_reset_of_all_settings_is_no_end_of_the_transaction(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_reset_of_all_settings_is_no_end_of_the_transaction(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as execution, execution.transaction() as connection:
             insert(connection)
             connection.cursor().execute('RESET ALL')
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
-    def test_savepoints_and_words_that_look_like_an_end_are_allowed(self, ledger: Ledger, rows: Rows) -> None:
+    def test_savepoints_and_words_that_look_like_an_end_are_allowed(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as execution, execution.transaction() as connection, connection.cursor() as cursor:
             for statement in ('SAVEPOINT here', "INSERT INTO effect VALUES ('lost')", 'ROLLBACK TO here', 'ROLLBACK WORK TO SAVEPOINT here',
                               'RELEASE here', "INSERT INTO effect VALUES ('; COMMIT')"):
                 cursor.execute(statement)
         assert rows.run('SELECT key FROM effect') == [('; COMMIT',)]
 
-    def test_a_statement_that_failed_and_was_passed_over_is_told(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_statement_that_failed_and_was_passed_over_is_told(self, ledger: ClusterLedger, rows: Rows) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
                 insert(connection)
@@ -270,7 +272,7 @@ class TestTheEndOfTheBlockIsTheEndOfTheTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_what_the_block_leaves_lying_about_does_not_reach_the_next_one(self, ledger: Ledger, rows: Rows) -> None:
+    def test_what_the_block_leaves_lying_about_does_not_reach_the_next_one(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as execution, execution.transaction() as connection:
             kept = connection.cursor()
             kept.execute('SELECT 1')
@@ -281,7 +283,7 @@ class TestTheEndOfTheBlockIsTheEndOfTheTransaction:
                 kept.execute("INSERT INTO effect VALUES ('late')")
         assert effects(rows) == 0
 
-    def test_a_deferred_constraint_is_the_user_s_own_error(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_deferred_constraint_is_the_user_s_own_error(self, ledger: ClusterLedger, rows: Rows) -> None:
         rows.run('CREATE TABLE parent (id int PRIMARY KEY)')
         rows.run('CREATE TABLE child (id int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)')
         with pytest.raises(psycopg2.errors.ForeignKeyViolation), once(ledger, 'k') as execution, execution.transaction() as connection:
@@ -302,7 +304,7 @@ class TestWhatIsSetInATransaction:
         rows.run('DO $$ BEGIN CREATE ROLE nobody_much; EXCEPTION WHEN duplicate_object THEN NULL; END $$')
 
     @pytest.mark.parametrize('setting', SETTINGS)
-    def test_it_neither_disturbs_the_completion_nor_reaches_what_comes_after(self, ledger: Ledger, rows: Rows, setting: str) -> None:
+    def test_it_neither_disturbs_the_completion_nor_reaches_what_comes_after(self, ledger: ClusterLedger, rows: Rows, setting: str) -> None:
         for key in ('first', 'second'):
             with once(ledger, key) as execution, execution.transaction() as connection:
                 insert(connection, key)
@@ -316,7 +318,7 @@ class TestWhatIsSetInATransaction:
             pass
         assert effects(rows) == 2
 
-    def test_it_is_gone_after_an_exception_as_well(self, ledger: Ledger, rows: Rows) -> None:
+    def test_it_is_gone_after_an_exception_as_well(self, ledger: ClusterLedger, rows: Rows) -> None:
         def attempt(setting: str) -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
                 insert(connection)
@@ -331,7 +333,7 @@ class TestWhatIsSetInATransaction:
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
     def test_the_commit_waits_for_the_disk_whatever_the_block_has_set(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         commit = TransactionConnection.commit
         seen = []
@@ -346,7 +348,7 @@ class TestWhatIsSetInATransaction:
             connection.cursor().execute("SET synchronous_commit = 'off'; SET LOCAL synchronous_commit = 'off'")
         assert seen == ['on']
 
-    def test_a_transaction_that_was_made_read_only_is_told_so_and_the_next_one_is_not(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_transaction_that_was_made_read_only_is_told_so_and_the_next_one_is_not(self, ledger: ClusterLedger, rows: Rows) -> None:
         with pytest.raises(ConfigurationError, match='made its transaction read only'), once(ledger, 'k') as execution, \
                 execution.transaction() as connection:
             connection.cursor().execute('SET TRANSACTION READ ONLY')
@@ -356,7 +358,7 @@ class TestWhatIsSetInATransaction:
         assert effects(rows) == 1
 
     def test_temporary_tables_locks_and_listening_end_with_it(
-        self, ledger: Ledger, rows: Rows, config: CoordinationConfig,
+        self, ledger: ClusterLedger, rows: Rows, config: CoordinationConfig,
     ) -> None:
         if not config.listen:
             pytest.skip('behind a pooler a session is not ours to clean: what a block leaves in it belongs to the pooler')
@@ -378,7 +380,7 @@ def settings(cursor: Any) -> dict[str, str]:
 
 class TestCompleteOnConnectionsOfTheUsers:
     @pytest.fixture
-    def execution(self, ledger: Ledger) -> Execution:
+    def execution(self, ledger: ClusterLedger) -> Execution:
         return ledger.begin('k', 60)
 
     def test_psycopg2_in_autocommit_mode_is_refused(self, execution: Execution, rows: Rows, own: Any) -> None:
@@ -499,7 +501,7 @@ class TestCompleteOnConnectionsOfTheUsers:
         with pytest.raises(psycopg2.errors.InFailedSqlTransaction):
             execution.complete(own)
 
-    def test_django(self, ledger: Ledger, rows: Rows, config: CoordinationConfig) -> None:
+    def test_django(self, ledger: ClusterLedger, rows: Rows, config: CoordinationConfig) -> None:
         django_db = django_database(config)
         from django.db import transaction
 
@@ -527,7 +529,7 @@ class TestCompleteOnConnectionsOfTheUsers:
         finally:
             django_db.close()
 
-    def test_a_transaction_older_than_the_attempt_is_told(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_a_transaction_older_than_the_attempt_is_told(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         own.set_session(isolation_level='REPEATABLE READ')
         own.cursor().execute('SELECT 1 FROM effect')
         execution = ledger.begin('young', 60)

@@ -29,7 +29,7 @@ from jobsync_core.errors import (
     NotCommitted,
 )
 from jobsync_core.ledger import batch as group_commit
-from jobsync_core.ledger.cluster import Execution, Ledger, current_execution
+from jobsync_core.ledger.cluster import ClusterLedger, Execution, current_execution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
@@ -56,7 +56,7 @@ def make_ledger(rows: Rows) -> Iterator[MakeLedger]:
 
 
 @pytest.fixture
-def ledger(make_ledger: MakeLedger) -> Iterator[Ledger]:
+def ledger(make_ledger: MakeLedger) -> Iterator[ClusterLedger]:
     made = make_ledger('a')
     set_current_ledger(made)
     yield made
@@ -105,7 +105,7 @@ class TestCompletion:
         refused: list[type[Exception]] = []
         barrier = threading.Barrier(len(ledgers))
 
-        def deliver(ledger: Ledger) -> None:
+        def deliver(ledger: ClusterLedger) -> None:
             for number in range(40):
                 barrier.wait(30)
                 try:
@@ -131,7 +131,7 @@ class TestCompletion:
             assert (again.attempts, again.fence > execution.fence) == (2, True)
         assert state_of(rows, 'k') == 'done'
 
-    def test_after_its_retention_a_key_runs_again_with_a_greater_fence(self, ledger: Ledger, rows: Rows) -> None:
+    def test_after_its_retention_a_key_runs_again_with_a_greater_fence(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k', retention=3600) as first:
             pass
         with pytest.raises(DuplicateExecution):
@@ -142,7 +142,7 @@ class TestCompletion:
         with once(ledger, 'k') as second:
             assert (second.fence > first.fence, second.attempts) == (True, 1)
 
-    def test_fences_rise_even_across_the_deletion_of_the_row(self, ledger: Ledger, rows: Rows) -> None:
+    def test_fences_rise_even_across_the_deletion_of_the_row(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as first:
             pass
         rows.run(f'DELETE FROM {rows.tables.execution}')
@@ -297,13 +297,13 @@ import json, os, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ExecutionRunning
 from jobsync_core.ledger.current import current_ledger, set_current_ledger
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import Tables
 
 config = CoordinationConfig(**json.load(sys.stdin))
-ledger = Ledger(Sessions(config, 'parent'), Tables(config.appname), 'parent', lambda: 'life of parent')
+ledger = ClusterLedger(Sessions(config, 'parent'), Tables(config.appname), 'parent', lambda: 'life of parent')
 set_current_ledger(ledger)
 with once(ledger, 'parent'):
     pass
@@ -332,7 +332,7 @@ print(json.dumps({'parent': os.getpid(), 'child': child, 'running': running, 're
 
 
 class TestTransaction:
-    def test_effect_and_completion_come_together(self, ledger: Ledger, rows: Rows) -> None:
+    def test_effect_and_completion_come_together(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as execution:
             with execution.transaction() as connection:
                 insert(connection)
@@ -343,7 +343,7 @@ class TestTransaction:
             ledger.begin('k', 60)
         assert vars(caught.value)['result'] == 'stored'
 
-    def test_an_exception_undoes_both_and_frees_the_key(self, ledger: Ledger, rows: Rows) -> None:
+    def test_an_exception_undoes_both_and_frees_the_key(self, ledger: ClusterLedger, rows: Rows) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
                 insert(connection)
@@ -353,7 +353,7 @@ class TestTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_an_exception_after_the_commit_leaves_the_key_done(self, ledger: Ledger, rows: Rows) -> None:
+    def test_an_exception_after_the_commit_leaves_the_key_done(self, ledger: ClusterLedger, rows: Rows) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 with execution.transaction() as connection:
@@ -365,7 +365,7 @@ class TestTransaction:
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
     def test_a_transaction_that_a_stuck_server_does_not_begin_in_time_is_the_database_s_fault(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         def stuck(connection: Any) -> Any:
             with connection.cursor() as cursor:
@@ -383,7 +383,7 @@ class TestTransaction:
         attempt()
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
-    def test_savepoints_are_allowed(self, ledger: Ledger, rows: Rows) -> None:
+    def test_savepoints_are_allowed(self, ledger: ClusterLedger, rows: Rows) -> None:
         with once(ledger, 'k') as execution, execution.transaction() as connection:
             insert(connection)
             with connection.cursor() as cursor:
@@ -392,14 +392,14 @@ class TestTransaction:
                 cursor.execute('ROLLBACK TO SAVEPOINT here')
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
-    def test_it_can_be_used_once(self, ledger: Ledger) -> None:
+    def test_it_can_be_used_once(self, ledger: ClusterLedger) -> None:
         with once(ledger, 'k') as execution:
             with execution.transaction():
                 pass
             with pytest.raises(ConfigurationError, match='completed already'), execution.transaction():
                 pytest.fail('a second transaction began')
 
-    def test_the_connection_comes_back_as_it_was(self, ledger: Ledger) -> None:
+    def test_the_connection_comes_back_as_it_was(self, ledger: ClusterLedger) -> None:
         def limits() -> list[tuple[Any, ...]]:
             with ledger._sessions.session() as connection, connection.cursor() as cursor:
                 assert connection.autocommit is False
@@ -414,7 +414,7 @@ class TestTransaction:
     def test_work_may_take_longer_than_the_limits_of_short_calls(self, make_config: Callable[..., CoordinationConfig], rows: Rows) -> None:
         config = make_config(heartbeat_interval_sec=0.05, heartbeat_timeout_sec=0.2)
         rows.node('slow')
-        ledger = Ledger(Sessions(config, 'slow'), rows.tables, 'slow', lambda: 'life of slow')
+        ledger = ClusterLedger(Sessions(config, 'slow'), rows.tables, 'slow', lambda: 'life of slow')
         with once(ledger, 'k') as execution, execution.transaction() as connection, connection.cursor() as cursor:
             cursor.execute('SELECT pg_sleep(1.5)')
         assert state_of(rows, 'k') == 'done'
@@ -422,7 +422,7 @@ class TestTransaction:
 
 
 class TestCompleteInTheUsersTransaction:
-    def test_effect_and_completion_come_together(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_effect_and_completion_come_together(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         with once(ledger, 'k') as execution:
             insert(own)
             with own.cursor() as cursor:
@@ -434,20 +434,20 @@ class TestCompleteInTheUsersTransaction:
             ledger.begin('k', 60)
         assert vars(caught.value)['result'] == [1]
 
-    def test_a_connection_without_execute_will_do(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_a_connection_without_execute_will_do(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         with once(ledger, 'k') as execution:
             execution.complete(own)
             own.commit()
         assert state_of(rows, 'k') == 'done'
 
-    def test_what_cannot_execute_is_refused(self, ledger: Ledger) -> None:
+    def test_what_cannot_execute_is_refused(self, ledger: ClusterLedger) -> None:
         execution = ledger.begin('k', 60)
         with pytest.raises(ConfigurationError, match='has no execute'):
             execution.complete(5)
         with pytest.raises(ConfigurationError, match='is no JSON'):
             execution.complete(5, result=object())
 
-    def test_an_exception_after_a_rollback_frees_the_key(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_an_exception_after_a_rollback_frees_the_key(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 execution.complete(own)
@@ -458,7 +458,7 @@ class TestCompleteInTheUsersTransaction:
             attempt()
         assert state_of(rows, 'k') == 'failed'
 
-    def test_a_rollback_that_the_function_hides_is_no_completion(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_a_rollback_that_the_function_hides_is_no_completion(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 insert(own)
@@ -469,7 +469,7 @@ class TestCompleteInTheUsersTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_a_repeated_transaction_can_complete_again(self, ledger: Ledger, rows: Rows, own: Any) -> None:
+    def test_a_repeated_transaction_can_complete_again(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
         with once(ledger, 'k') as execution:
             for end in (own.rollback, own.commit):
                 insert(own)
@@ -491,7 +491,7 @@ class TestCompleteInTheUsersTransaction:
         eventually(lambda: state_of(rows, 'k') == state)
 
     def test_an_exception_out_of_a_transaction_around_the_function_frees_the_key(
-        self, ledger: Ledger, rows: Rows, own: Any,
+        self, ledger: ClusterLedger, rows: Rows, own: Any,
     ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
@@ -503,7 +503,7 @@ class TestCompleteInTheUsersTransaction:
         own.rollback()
         eventually(lambda: state_of(rows, 'k') == 'failed')
 
-    def test_a_result_that_is_known_after_the_commit_is_added(self, ledger: Ledger, own: Any) -> None:
+    def test_a_result_that_is_known_after_the_commit_is_added(self, ledger: ClusterLedger, own: Any) -> None:
         @exactly_once(key='{number}', scope='test', on_duplicate='result')
         def function(number: int) -> str:
             current_execution().complete(own)
@@ -514,7 +514,7 @@ class TestCompleteInTheUsersTransaction:
 
 
 class TestDecorator:
-    def test_options_on_a_real_ledger(self, make_ledger: MakeLedger, ledger: Ledger) -> None:
+    def test_options_on_a_real_ledger(self, make_ledger: MakeLedger, ledger: ClusterLedger) -> None:
         calls: list[int] = []
 
         def body(number: int) -> Any:
@@ -534,7 +534,7 @@ class TestDecorator:
             refuse(2)
         assert (skip_running(2), calls) == (None, [1])
 
-    def test_async_functions_and_methods(self, ledger: Ledger, rows: Rows) -> None:
+    def test_async_functions_and_methods(self, ledger: ClusterLedger, rows: Rows) -> None:
         class Shop:
             @exactly_once(key='order:{number}', scope='', on_duplicate='result')
             async def sell(self, number: int) -> str:
@@ -548,7 +548,7 @@ class TestDecorator:
         assert asyncio.run(main()) == [*(f'order:{number} sold' for number in range(8)), 'order:3 sold']
         assert rows.run(f'SELECT state, count(*) FROM {rows.tables.execution} GROUP BY 1') == [('done', 8)]
 
-    def test_a_cancelled_async_call_frees_its_key(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_cancelled_async_call_frees_its_key(self, ledger: ClusterLedger, rows: Rows) -> None:
         @exactly_once(key='k', scope='')
         async def function() -> None:
             started.set()
@@ -641,7 +641,7 @@ class TestTogether:
         ran: list[str] = []
         refused: list[type[Exception]] = []
 
-        def deliver(ledger: Ledger, numbers: Sequence[int]) -> None:
+        def deliver(ledger: ClusterLedger, numbers: Sequence[int]) -> None:
             for number in numbers:
                 try:
                     with once(ledger, f'k{number}') as execution:
@@ -684,11 +684,11 @@ class TestTogether:
         eventually(lambda: [state_of(rows, key) for key in 'xyz'] == ['done'] * 3)
 
 
-def begin_together(ledger: Ledger, keys: Sequence[str]) -> dict[str, Any]:
+def begin_together(ledger: ClusterLedger, keys: Sequence[str]) -> dict[str, Any]:
     return call_together(ledger, keys, 'begin', lambda key: ledger.begin(key, 60))
 
 
-def call_together(ledger: Ledger, keys: Sequence[str], what: str, call: Callable[[str], Any]) -> dict[str, Any]:
+def call_together(ledger: ClusterLedger, keys: Sequence[str], what: str, call: Callable[[str], Any]) -> dict[str, Any]:
     """Let threads call at the same time, so that they go in one transaction; what each returned or raised."""
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(keys) + 1) as pool:
         original, many = getattr(executions, what), getattr(executions, f'{what}_many')
@@ -780,7 +780,7 @@ class TestTrouble:
         assert second.begin('k', 60).fence > 0
 
     def test_a_time_limit_that_strikes_within_finish_loses_nothing(
-        self, ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         finish = executions.finish
         strikes = [KeyboardInterrupt()]
@@ -795,14 +795,14 @@ class TestTrouble:
             pass
         eventually(lambda: state_of(rows, 'k') == 'done')
 
-    def test_a_missing_table_is_said_and_pauses(self, ledger: Ledger, rows: Rows) -> None:
+    def test_a_missing_table_is_said_and_pauses(self, ledger: ClusterLedger, rows: Rows) -> None:
         rows.run(f'DROP TABLE {rows.tables.execution} CASCADE')
         with pytest.raises(DatabaseRefused, match=r'execution.* does not exist') as caught:
             ledger.begin('k', 60)
         assert (vars(caught.value)['sqlstate'], vars(caught.value)['pause']) == ('42P01', True)
 
 
-def raise_within(ledger: Ledger, execution: Execution) -> None:
+def raise_within(ledger: ClusterLedger, execution: Execution) -> None:
     try:
         raise ValueError('x')
     except ValueError as error:

@@ -12,7 +12,7 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger import unsettled
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
 from jobsync_core.store import executions
@@ -42,7 +42,7 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 @pytest.fixture
-def ledger(rows: Rows) -> Iterator[Ledger]:
+def ledger(rows: Rows) -> Iterator[ClusterLedger]:
     with ledgers_of(rows) as make:
         yield make('a')
 
@@ -61,7 +61,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize('raises', [False, True], ids=['to its end', 'by an exception'])
 def test_a_child_that_is_forked_within_an_attempt_and_leaves_it_does_not_end_it(
-    ledger: Ledger, rows: Rows, raises: bool,
+    ledger: ClusterLedger, rows: Rows, raises: bool,
 ) -> None:
     block = once(ledger, 'k')
     execution = block.__enter__()
@@ -81,7 +81,7 @@ def test_a_child_that_is_forked_within_an_attempt_and_leaves_it_does_not_end_it(
 
 
 def test_without_looking_at_the_process_the_child_would_end_it(
-    ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     execution = ledger.begin('k', 60)
 
@@ -95,7 +95,7 @@ def test_without_looking_at_the_process_the_child_would_end_it(
 
 @pytest.mark.parametrize('end', ['completion', 'failure', 'abandoned'])
 def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
-    ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str,
 ) -> None:
     execution = ledger.begin('k', 60)
     away = [True]
@@ -122,7 +122,7 @@ def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
 
 
 def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
-    ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server executes a statement long after its client has given it up."""
     begin = executions.begin
@@ -143,7 +143,7 @@ def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
         eventually(lambda: state_of(rows, 'k') == 'failed')
 
 
-def test_groups_come_to_their_keys_in_one_order(ledger: Ledger, rows: Rows) -> None:
+def test_groups_come_to_their_keys_in_one_order(ledger: ClusterLedger, rows: Rows) -> None:
     """Or two transactions that meet at the same keys from both ends would wait for each other for ever."""
     rows.run(ORDER.format(execution=rows.tables.execution))
     keys = [f'k{number:02}' for number in range(20)]

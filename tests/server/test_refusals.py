@@ -10,7 +10,7 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, DatabaseUnavailable, ExecutionRunning, Fenced, StoreTimeout
 from jobsync_core.ledger import unsettled
-from jobsync_core.ledger.cluster import Execution, Ledger
+from jobsync_core.ledger.cluster import ClusterLedger, Execution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.connection import Sessions
@@ -48,7 +48,7 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 @pytest.fixture
-def ledger(rows: Rows) -> Iterator[Ledger]:
+def ledger(rows: Rows) -> Iterator[ClusterLedger]:
     with ledgers_of(rows) as make:
         made = make('a')
         set_current_ledger(made)
@@ -64,7 +64,7 @@ def end_trouble(rows: Rows) -> None:
     rows.run('DELETE FROM trouble')
 
 
-def begin(ledger: Ledger, key: str) -> Execution | None:
+def begin(ledger: ClusterLedger, key: str) -> Execution | None:
     try:
         return ledger.begin(key, 60)
     except ExecutionRunning:
@@ -73,7 +73,7 @@ def begin(ledger: Ledger, key: str) -> Execution | None:
 
 @pytest.mark.parametrize('code', LASTING + OTHERS + UNAVAILABLE)
 class TestEveryAnswer:
-    def test_at_begin_nothing_is_begun_and_the_key_is_free_at_once(self, ledger: Ledger, rows: Rows, code: str) -> None:
+    def test_at_begin_nothing_is_begun_and_the_key_is_free_at_once(self, ledger: ClusterLedger, rows: Rows, code: str) -> None:
         make_trouble(rows, code)
         with pytest.raises(DatabaseUnavailable) as caught:
             ledger.begin('k', 60)
@@ -95,7 +95,7 @@ class TestEveryAnswer:
         assert eventually(lambda: begin(ledger, 'k'), timeout=1 if code in UNAVAILABLE else 0)
 
     @pytest.mark.parametrize('fails', [False, True], ids=['completion', 'failure'])
-    def test_at_the_end_it_is_recorded_when_that_is_possible(self, ledger: Ledger, rows: Rows, code: str, fails: bool) -> None:
+    def test_at_the_end_it_is_recorded_when_that_is_possible(self, ledger: ClusterLedger, rows: Rows, code: str, fails: bool) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 execution.result = 'kept'
@@ -111,7 +111,9 @@ class TestEveryAnswer:
         assert rows.value(f'SELECT result FROM {rows.tables.execution}') == (None if fails else 'kept')
         eventually(lambda: ledger.unsettled == 0)
 
-    def test_in_a_transaction_of_the_user_s_it_is_rolled_back_and_the_key_is_settled(self, ledger: Ledger, rows: Rows, code: str) -> None:
+    def test_in_a_transaction_of_the_user_s_it_is_rolled_back_and_the_key_is_settled(
+        self, ledger: ClusterLedger, rows: Rows, code: str,
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
                 insert(connection)
@@ -128,7 +130,7 @@ class TestEveryAnswer:
 
 @pytest.mark.parametrize('ends', ['failure', 'result'])
 def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_its_count(
-        ledger: Ledger, rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+        ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     now = [1000.0]
     monkeypatch.setattr('jobsync_core.ledger.cluster.clock.now', lambda: now[0])
     executions = [ledger.begin(f'k{number}', 60) for number in range(5)]
@@ -149,7 +151,7 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
     assert 'key=k0' in lines[0] and 'key=k4' in lines[1] and lines[1].endswith('(3 more like it)')
 
 
-def test_an_answer_that_passes_is_asked_for_again(ledger: Ledger, rows: Rows) -> None:
+def test_an_answer_that_passes_is_asked_for_again(ledger: ClusterLedger, rows: Rows) -> None:
     rows.run('CREATE SEQUENCE times')
     rows.run('''
         CREATE OR REPLACE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
@@ -161,7 +163,7 @@ def test_an_answer_that_passes_is_asked_for_again(ledger: Ledger, rows: Rows) ->
 
 
 def test_one_that_cannot_be_recorded_does_not_hold_up_the_others(
-    ledger: Ledger, rows: Rows, caplog: pytest.LogCaptureFixture,
+    ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture,
 ) -> None:
     make_trouble(rows, 'XX000')  # of keys that begin with k only
     attempts = {}
@@ -184,7 +186,7 @@ def test_a_role_that_lacks_a_right_is_told_without_an_error_of_psycopg2_s(rows: 
         rows.run(f'GRANT USAGE ON SCHEMA public TO {role}')
         rows.node('poor')
         sessions = Sessions(dataclasses.replace(config, user=role, password='poor'), 'poor')
-        poor = Ledger(sessions, rows.tables, 'poor', lambda: 'life of poor')
+        poor = ClusterLedger(sessions, rows.tables, 'poor', lambda: 'life of poor')
         set_current_ledger(poor)
 
         @exactly_once(key='{number}', scope='')
@@ -202,7 +204,7 @@ def test_a_role_that_lacks_a_right_is_told_without_an_error_of_psycopg2_s(rows: 
         rows.run(f'DROP ROLE {role}')
 
 
-def test_memory_is_bounded_by_beginning_nothing_more(ledger: Ledger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_beginning_nothing_more(ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unsettled, 'MOST_UNSETTLED', 3)
     attempts = [ledger.begin(f'k{number}', 60) for number in range(3)]
     make_trouble(rows, '53100')
@@ -216,7 +218,7 @@ def test_memory_is_bounded_by_beginning_nothing_more(ledger: Ledger, rows: Rows,
     assert ledger.begin('x', 60).attempts == 1
 
 
-def test_a_completion_that_waits_is_fenced_where_another_has_taken_its_key(ledger: Ledger, rows: Rows) -> None:
+def test_a_completion_that_waits_is_fenced_where_another_has_taken_its_key(ledger: ClusterLedger, rows: Rows) -> None:
     attempt = ledger.begin('k', 60)
     make_trouble(rows, '53100')
     with pytest.raises(DatabaseRefused):

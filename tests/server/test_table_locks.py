@@ -12,7 +12,7 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, ExecutionRunning
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once, once
 
@@ -28,7 +28,7 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 @pytest.fixture
-def ledger(rows: Rows) -> Iterator[Ledger]:
+def ledger(rows: Rows) -> Iterator[ClusterLedger]:
     with ledgers_of(rows) as make:
         made = make('a')
         set_current_ledger(made)
@@ -53,7 +53,7 @@ def locked(rows: Rows, sql: str) -> Iterator[int]:
     ('LOCK TABLE {node} IN ACCESS EXCLUSIVE MODE', 'AccessExclusiveLock', 'sync_node'),
 ])
 def test_a_begin_tells_which_table_is_locked_by_whom_and_pauses_the_workers(
-        ledger: Ledger, rows: Rows, caplog: pytest.LogCaptureFixture, sql: str, mode: str, table: str) -> None:
+        ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture, sql: str, mode: str, table: str) -> None:
     with caplog.at_level(logging.INFO), locked(rows, sql) as pid:
         for key in ('k1', 'k2'):
             with pytest.raises(DatabaseRefused) as caught:
@@ -67,7 +67,7 @@ def test_a_begin_tells_which_table_is_locked_by_whom_and_pauses_the_workers(
     assert ledger.begin('k1', 60).attempts == 1 and not ledger.pausing.length
 
 
-def test_whoever_waits_to_lock_the_table_is_in_the_way_as_well(ledger: Ledger, rows: Rows) -> None:
+def test_whoever_waits_to_lock_the_table_is_in_the_way_as_well(ledger: ClusterLedger, rows: Rows) -> None:
     with locked(rows, 'SELECT FROM {execution}') as reader, locked(rows, 'SELECT 1') as pid, contextlib.ExitStack() as stack:
         def alter() -> None:
             with contextlib.suppress(psycopg2.errors.QueryCanceled), locked(rows, 'LOCK TABLE {execution} IN ACCESS EXCLUSIVE MODE'):
@@ -84,7 +84,7 @@ def test_whoever_waits_to_lock_the_table_is_in_the_way_as_well(ledger: Ledger, r
         assert waiter not in (reader, pid)
 
 
-def test_a_message_is_not_skipped_as_running_where_nothing_runs(ledger: Ledger, rows: Rows) -> None:
+def test_a_message_is_not_skipped_as_running_where_nothing_runs(ledger: ClusterLedger, rows: Rows) -> None:
     ran = []
 
     @exactly_once(key='order', on_running='skip', scope='orders')
@@ -97,7 +97,7 @@ def test_a_message_is_not_skipped_as_running_where_nothing_runs(ledger: Ledger, 
     assert ran == [1]
 
 
-def test_a_row_of_a_key_that_is_free_may_be_locked_and_then_nobody_is_told_that_it_runs(ledger: Ledger, rows: Rows) -> None:
+def test_a_row_of_a_key_that_is_free_may_be_locked_and_then_nobody_is_told_that_it_runs(ledger: ClusterLedger, rows: Rows) -> None:
     with pytest.raises(ZeroDivisionError), once(ledger, 'k'):
         raise ZeroDivisionError
     assert state_of(rows, 'k') == 'failed'
@@ -111,7 +111,7 @@ def test_a_row_of_a_key_that_is_free_may_be_locked_and_then_nobody_is_told_that_
     ledger.finish(execution)
 
 
-def test_a_completion_that_meets_the_lock_says_so_and_is_recorded_afterwards(ledger: Ledger, rows: Rows) -> None:
+def test_a_completion_that_meets_the_lock_says_so_and_is_recorded_afterwards(ledger: ClusterLedger, rows: Rows) -> None:
     execution = ledger.begin('k', 60)
     with locked(rows, 'LOCK TABLE {execution} IN SHARE MODE'):
         began = time.monotonic()

@@ -21,7 +21,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.store import executions, queues
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.executions import Completion
@@ -34,7 +34,7 @@ from tests.waiting import eventually
 _ORPHANS = """
 import gc, json, os, signal, sys
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.schema import Tables
@@ -96,7 +96,7 @@ elif kind == 'agent':
     print(json.dumps([backend, child]), flush=True)
     os.read(for_ever[0], 1)
 else:
-    ledger = Ledger(sessions, Tables(config.appname), 'n1', lambda: 'life of n1')
+    ledger = ClusterLedger(sessions, Tables(config.appname), 'n1', lambda: 'life of n1')
     with once(ledger, 'key') as execution, execution.transaction() as connection, connection.cursor() as cursor:
         cursor.execute(LOCK)
         backend = cursor.fetchone()[0]
@@ -185,7 +185,7 @@ class TestAMachineThatVanished:
         rows.run('CREATE TABLE account (id int PRIMARY KEY, paid int)')
         rows.run('INSERT INTO account VALUES (7, 0)')
         here, there = Sessions(rows.config, 'here'), Sessions(rows.config, 'there')
-        mine = Ledger(there, rows.tables, 'n1', lambda: 'life of n1')
+        mine = ClusterLedger(there, rows.tables, 'n1', lambda: 'life of n1')
         execution = mine.begin('pay:7', 60)
         lost = execution.transaction()
         gone = lost.__enter__()
@@ -195,7 +195,7 @@ class TestAMachineThatVanished:
         vanish(gone.fileno())
         rows.run(f"DELETE FROM {rows.tables.node} WHERE name = 'n1'")  # as the leader does
         began = time.monotonic()
-        again = Ledger(here, rows.tables, 'n2', lambda: 'life of n2').begin('pay:7', 60)
+        again = ClusterLedger(here, rows.tables, 'n2', lambda: 'life of n2').begin('pay:7', 60)
         with again.transaction() as connection, connection.cursor() as cursor:
             cursor.execute("SET LOCAL statement_timeout = '20s'")  # a failure of the test, not a hang
             cursor.execute('UPDATE account SET paid = paid + 1 WHERE id = 7')
@@ -230,7 +230,7 @@ class TestAStoppedProcess:
     def test_loses_the_keys_row_soon_after_it_has_written_the_completion(self, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(executions, '_COMMIT_SEC', 1)
         sessions = Sessions(rows.config, 'there')
-        execution = Ledger(sessions, rows.tables, 'n1', lambda: 'life of n1').begin('key', 60)
+        execution = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1').begin('key', 60)
 
         def complete(connection: psycopg2.extensions.connection) -> None:
             began = executions.begin_transaction(connection)
@@ -270,7 +270,8 @@ class TestAStoppedProcess:
 def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(rows: Rows, listen: bool) -> None:
     config = dataclasses.replace(rows.config, listen=listen)
     sessions = Sessions(config, 'test')
-    mine, other = Ledger(sessions, rows.tables, 'n1', lambda: 'life of n1'), Ledger(sessions, rows.tables, 'n2', lambda: 'life of n2')
+    mine = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1')
+    other = ClusterLedger(sessions, rows.tables, 'n2', lambda: 'life of n2')
     execution = mine.begin('key', 60)
     with contextlib.closing(psycopg2.connect(
             host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:

@@ -8,7 +8,8 @@ import pytest
 
 from jobsync_core.errors import NotEntered
 from jobsync_core.job import Job
-from jobsync_core.ledger.current import LocalLedger, current_ledger, enter_ledger, leave_ledger, set_current_ledger
+from jobsync_core.ledger.current import current_ledger, enter_ledger, leave_ledger, set_current_ledger
+from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.testing import FakeJob
 
 
@@ -36,7 +37,7 @@ def test_a_single_node_job_within_a_node_takes_nothing_away() -> None:
 
 
 def test_jobs_that_end_in_another_order_leave_each_other_alone() -> None:
-    first, second = LocalLedger(), LocalLedger()
+    first, second = SingleLedger(), SingleLedger()
     enter_ledger(first)
     enter_ledger(second)
     leave_ledger(first)
@@ -82,7 +83,7 @@ def test_a_thread_that_is_in_no_job_uses_the_one_that_is_left() -> None:
 
 
 def test_a_ledger_that_is_entered_twice_is_left_once() -> None:
-    ledger = LocalLedger()
+    ledger = SingleLedger()
     enter_ledger(ledger)  # before a fork
     enter_ledger(ledger)  # by the Job itself
     leave_ledger(ledger)

@@ -23,13 +23,22 @@ from jobsync_core.errors import (
     JobSyncError,
     NotEntered,
 )
-from jobsync_core.ledger.cluster import MAX_RESULT_BYTES, Execution, Ledger, check_key, current_execution, retention_seconds
-from jobsync_core.ledger.current import UNCOORDINATED, LocalLedger, current_ledger, message_ledger, set_current_ledger
+from jobsync_core.ledger.cluster import (
+    MAX_RESULT_BYTES,
+    UNCOORDINATED,
+    ClusterLedger,
+    Execution,
+    check_key,
+    current_execution,
+    retention_seconds,
+)
+from jobsync_core.ledger.current import current_ledger, message_ledger, set_current_ledger
 from jobsync_core.ledger.once import ExactlyOnce, exactly_once, once
+from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.store.tables import Tables
 
 
-class FakeLedger(LocalLedger):
+class FakeLedger(SingleLedger):
     """Remembers completions in memory, and every call."""
 
     def __init__(self) -> None:
@@ -595,7 +604,7 @@ class TestBlock:
 
 class TestSingleNodeMode:
     def test_everything_runs_every_time(self) -> None:
-        set_current_ledger(LocalLedger())
+        set_current_ledger(SingleLedger())
         try:
             wrapped = exactly_once(key='{order_id}')(plain)
             assert (wrapped(1, 5), wrapped(1, 6)) == (5, 6)
@@ -603,7 +612,7 @@ class TestSingleNodeMode:
             set_current_ledger(None)
 
     def test_complete_is_accepted_and_a_transaction_is_refused(self) -> None:
-        with once(LocalLedger(), 'k') as execution:
+        with once(SingleLedger(), 'k') as execution:
             execution.complete(object(), result=1)
             assert execution.completed
             with pytest.raises(ConfigurationError, match='single-node mode'), execution.transaction():
@@ -613,9 +622,9 @@ class TestSingleNodeMode:
 class TestAMessagesLedger:
     """What an adapter's worker begins with."""
 
-    def ledger(self, incarnation: str, leased: bool) -> Ledger:
+    def ledger(self, incarnation: str, leased: bool) -> ClusterLedger:
         sessions: Any = None  # never reached
-        return Ledger(sessions, Tables('shop_'), 'n1', lambda: incarnation, lambda: leased)
+        return ClusterLedger(sessions, Tables('shop_'), 'n1', lambda: incarnation, lambda: leased)
 
     @pytest.fixture(autouse=True)
     def none_left(self) -> Iterator[None]:
@@ -649,4 +658,4 @@ class TestAMessagesLedger:
 
     def test_uncoordinated_everything_runs(self) -> None:
         set_current_ledger(self.ledger(UNCOORDINATED, leased=False))
-        assert isinstance(message_ledger(), LocalLedger)
+        assert isinstance(message_ledger(), SingleLedger)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from jobsync_core.errors import DatabaseRefused
-from jobsync_core.ledger.cluster import Ledger
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import message_ledger, set_current_ledger
 from jobsync_core.protocol.ownership import Claims
 from jobsync_core.protocol.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
@@ -118,7 +118,7 @@ def test_a_message_does_not_ask_in_a_pause_and_only_what_lasts_begins_one(monkey
     class Sessions:
         longest_call_sec = 1.0
 
-    ledger = Ledger(Sessions(), None, 'n1', lambda: 'life-1')  # type: ignore[arg-type]  # all that it needs
+    ledger = ClusterLedger(Sessions(), None, 'n1', lambda: 'life-1')  # type: ignore[arg-type]  # all that it needs
     calls = Refuses()
     vars(ledger)['_calls'] = calls
     set_current_ledger(ledger)
