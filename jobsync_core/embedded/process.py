@@ -1,4 +1,4 @@
-"""A server program that ends with the process that started it: the owner's side of embedded_supervisor.py."""
+"""A server program that ends with the process that started it: the owner's side of supervisor.py."""
 from __future__ import annotations
 
 import contextlib
