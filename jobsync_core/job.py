@@ -1,55 +1,32 @@
 """The Job: what a user holds while this process is a node of the cluster."""
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-import threading
-import uuid
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NoReturn
 
-from . import clock
-from .agent.agent import Agent
 from .agent.callbacks import Callbacks
-from .agent.housekeeper import Housekeeper
-from .agent.task_claims import TaskBook
 from .assignment.arguments import check_date, check_locks, check_name, check_number
 from .assignment.hashing import check_task_id
 from .assignment.tokens import TokenSet
-from .belonging import Belonging, stranger
+from .belonging import Belonging
 from .config import CoordinationConfig
-from .errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotEntered
+from .errors import ConfigurationError, NotEntered
 from .ledger.binding import Binding
-from .ledger.cluster import DEFAULT_RETENTION, ClusterLedger, Execution
+from .ledger.cluster import DEFAULT_RETENTION, Execution
 from .ledger.current import enter_ledger, leave_ledger
 from .ledger.interface import Ledger
 from .ledger.once import once
-from .ledger.single import SingleLedger
-from .logs import get_logger
-from .process import is_known_alive, is_known_dead, this_process
-from .protocol.node import Phase, Protocol, Settings
-from .protocol.ownership import Claims
+from .node.cluster import ClusterNode, Membership
+from .node.interface import Node
+from .node.single import SingleNode
 from .protocol.pausing import Pausing
-from .store import locks as lock_store
-from .store import queues, status, tasks
-from .store.connection import Sessions
-from .store.control import Control
-from .store.housekeeping import STATEMENT_SEC
-from .store.schema import create_schema
-from .store.tables import Tables
 from .task import Task, task_id_of
 
 __all__ = ['Job']
-
-logger = get_logger(__name__)
-
-#: Audited tasks beyond which the line about them says this number.
-_MOST_COUNTED = 1_000_000
-#: In single-node mode nothing refuses.
-_NEVER = Pausing()
 
 
 class Job:
@@ -94,41 +71,31 @@ class Job:
             raise ConfigurationError(f'coordination_config={type(coordination_config).__name__}: give a CoordinationConfig, or None')
         self.config = coordination_config
         self.date = check_date(date)
-        self._wait_on_enter = check_number('wait_on_enter', wait_on_enter, 0)
-        self._wait_on_exit = check_number('wait_on_exit', wait_on_exit, 0)
-        for name, function in (('lock_provider', lock_provider), ('on_rebalance', on_rebalance), ('on_release', on_release)):
-            if function is not None and not callable(function):
-                raise ConfigurationError(f'{name}={function!r}: give a callable, or None')
-        self._lock_provider = lock_provider
-        self._clear_existing_locks = clear_existing_locks
-        self._callbacks = Callbacks(on_rebalance, on_release)
-        self._has_release = on_release is not None
-        self._weight = check_number('weight', weight, 1e-6)
-        #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
-        self.belonging = Belonging()
         if not isinstance(resume, bool):
             raise ConfigurationError(f'resume={resume!r}: give True or False')
         if not isinstance(clear_existing_locks, bool):
             raise ConfigurationError(f'clear_existing_locks={clear_existing_locks!r}: give True or False')
+        for name, function in (('lock_provider', lock_provider), ('on_rebalance', on_rebalance), ('on_release', on_release)):
+            if function is not None and not callable(function):
+                raise ConfigurationError(f'{name}={function!r}: give a callable, or None')
+        membership = Membership(
+            self.date, check_number('wait_on_enter', wait_on_enter, 0), check_number('wait_on_exit', wait_on_exit, 0),
+            check_number('weight', weight, 1e-6), resume, clear_existing_locks,
+            has_gate=lock_provider is not None or clear_existing_locks, has_release=on_release is not None)
+        self._lock_provider = lock_provider
+        #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
+        self.belonging = Belonging()
         self._state = 'new'
         self._pid = 0
-        if coordination_config is not None:
-            self._tables = Tables.of(coordination_config)
-            self._sessions = Sessions(coordination_config, f'jobsync {self.node_name}')
-            self._process = this_process()
-            self._claims = Claims(coordination_config.total_tokens, lambda: is_known_alive(self._process), threading.Lock())
-            self._book = TaskBook(
-                self._claims, self._sessions, coordination_config, self._tables, self.node_name, self.date, lambda: self.incarnation)
-            self._protocol = self._make_protocol(coordination_config)
-            self._housekeeper = Housekeeper(coordination_config, self._tables, self.node_name, self._leads)
-            self._control = Control(coordination_config, self._tables, self.date, resume)
-            self._agent = Agent(
-                self._protocol, self._control, coordination_config, self._callbacks,
-                self._housekeeper.look)
-            self._ledger: Ledger = ClusterLedger(
-                self._sessions, self._tables, self.node_name, lambda: self.incarnation, lambda: self.has_lease, self._claims.pausing)
-        else:
-            self._ledger = SingleLedger()
+        self._node = self._make_node(membership, Callbacks(on_rebalance, on_release))
+        # Claiming is a memory look-up: the way to it is found once.
+        self._can_claim = self._node.can_claim
+
+    def _make_node(self, membership: Membership, callbacks: Callbacks) -> Node:
+        """What stands behind this Job: the only place that asks whether there is a cluster."""
+        if self.config is None:
+            return SingleNode(self.node_name)
+        return ClusterNode(self.node_name, self.config, membership, callbacks)
 
     def __repr__(self) -> str:
         return f'<Job {self.node_name!r} {self._state}>'
@@ -137,17 +104,6 @@ class Job:
         raise ConfigurationError(
             f'Job {self.node_name!r} was about to be pickled: a Job cannot be sent to another process, as multiprocessing with spawn or '
             "forkserver does. Use multiprocessing.get_context('fork'), or make and enter a Job of its own there")
-
-    def _make_protocol(self, config: CoordinationConfig) -> Protocol:
-        settings = Settings(
-            interval=config.heartbeat_interval_sec, timeout=config.heartbeat_timeout_sec, lease=config.lease_sec,
-            check_interval=config.rebalance_check_interval_sec, release_timeout=config.release_timeout_sec,
-            wait_on_enter=self._wait_on_enter, minimum_nodes=config.minimum_nodes, weight=self._weight,
-            total_tokens=config.total_tokens, hash_function=config.hash_function, has_release=self._has_release,
-            has_gate=self._lock_provider is not None or self._clear_existing_locks)
-        return Protocol(
-            self.node_name, settings, self._process, self._claims, new_incarnation=lambda: str(uuid.uuid4()),
-            is_known_dead=is_known_dead, promises=self._book.promises)
 
     # --- entering and leaving ---
 
@@ -166,105 +122,33 @@ class Job:
             raise NotEntered(f'Job {self.node_name!r} was entered before: make a new Job for each `with` block')
         self._state = 'entering'
         self._pid = os.getpid()
-        if self.config is not None:
-            self._callbacks.hold()
-            try:
-                create_schema(self.config)
-                if not self.belonging.kind:
-                    self._refuse_workers(self.config)
-                self._join()
-                self._tell_audited()
-            except BaseException:
-                self._callbacks.drop()
-                self._leave()
-                raise
-        enter_ledger(self._ledger)
+        try:
+            self._node.enter(self._provide_locks, is_worker=bool(self.belonging.kind))
+        except BaseException:
+            self._state = 'exited'
+            raise
+        enter_ledger(self._node.ledger)
         self._state = 'entered'
-        self._callbacks.go_on(Binding().is_done)
+        self._node.entered(Binding().is_done)
         return self
 
-    def _refuse_workers(self, config: CoordinationConfig) -> None:
-        with self._sessions.session() as connection:
-            others = queues.peers(connection, self._tables, self.node_name, config.heartbeat_timeout_sec)
-        self._sessions.close_all()  # a node that asks nothing more keeps no second connection
-        found = stranger(self.belonging, others, config.appname)
-        if found is not None:
-            raise ConfigurationError(found)
-
-    def _tell_audited(self) -> None:
-        """One line where tasks of the date were audited before: whether they run again must not come as a surprise."""
-        with contextlib.suppress(JobSyncError):
-            if self._control.epochs.begun:
-                with self._sessions.session() as connection:
-                    number = tasks.count_audits(connection, self._tables, self.date, _MOST_COUNTED)
-                if number:
-                    logger.info('node=%s date=%s: %d tasks were audited by a cluster that has ended, and run again; resume=True keeps them',
-                                self.node_name, self.date, number)
-            elif len(self._claims.exclusions):
-                logger.info('node=%s date=%s: %d tasks of its tokens are audited already or taken by others, and do not run again here',
-                            self.node_name, self.date, len(self._claims.exclusions))
-
-    def _join(self) -> None:
-        self._agent.start()
-        if self._protocol.settings.has_gate:
-            self._agent.wait_for(lambda: self._protocol.phase is not Phase.JOINING or not self._agent.running, None)
-            if self._agent.running:
-                if self._clear_existing_locks:
-                    self.clear_locks_by_creator(self.node_name)
-                if self._lock_provider is not None:
-                    self._lock_provider(self)
-                self._agent.post(self._protocol.open_gate)
-        self._agent.wait_entered()
+    def _provide_locks(self) -> None:
+        if self._lock_provider is not None:
+            self._lock_provider(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop claiming, write the audit, leave the cluster. Bounded in time; never hides an error of the block."""
-        if self._state == 'entered' and os.getpid() != self._pid and self.config is not None:
-            self._leave_child(error)
-        if self._state != 'entered' or os.getpid() != self._pid:
-            return  # a forked child that unwinds through the block is no node
-        self._state = 'leaving'
-        leave_ledger(self._ledger)
-        if self.config is not None:
-            self._book.close()
-        try:
-            if self.config is not None:
-                self._write_off(error)
-            if self.config is not None and self._wait_on_exit:
-                self._agent.post(lambda: self._protocol.drain(clock.now()))
-                self._agent.wait_for(lambda: not self._agent.running, self._wait_on_exit)
-        finally:
-            self._ledger.close()
-            self._leave()
-
-    def _write_off(self, error: BaseException | None) -> None:
-        try:
-            self._book.audit(threading.get_ident() if error is not None else None)
-            self._book.audit_children()
-        except JobSyncError as failure:
-            logger.error('node=%s could not write its audit while leaving: %s', self.node_name, failure)
-            if error is None:
-                raise
+        if self._state != 'entered':
             return
-        with contextlib.suppress(JobSyncError):  # they lapse with this node
-            self._book.release()
-
-    def _leave_child(self, error: BaseException | None) -> None:
+        if os.getpid() != self._pid:  # a forked child that unwinds through the block is no node
+            self._node.leave_child(error)
+            return
+        self._state = 'leaving'
+        leave_ledger(self._node.ledger)
         try:
-            self._book.leave_child(threading.get_ident() if error is not None else None)
-        except JobSyncError as failure:
-            # The node's own exit audits it.
-            logger.error('node=%s: a child could not write its audit while leaving: %s', self.node_name, failure)
-
-    def _leave(self) -> None:
-        if self.config is not None:
-            limit = self.config.release_timeout_sec + 2 * self.config.connect_timeout_sec
-            self._housekeeper.stop(0)
-            if not self._agent.stop(limit):
-                logger.warning('node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
-                               self.node_name, self.config.heartbeat_timeout_sec)
-            self._housekeeper.stop(STATEMENT_SEC + 1.0)
-            self._sessions.close_all()
-        self._state = 'exited'
+            self._node.leave(error)
+        finally:
+            self._state = 'exited'
 
     # --- tasks ---
 
@@ -275,25 +159,21 @@ class Job:
             InvalidTaskId: The id is None, unhashable, or cannot be stored.
             NotEntered: Outside of the `with` block.
         """
-        if self.config is not None:
-            return self._book.can_claim(task) or self._refuse()
-        self._check_entered()
-        check_task_id(task_id_of(task))
-        return True
+        return self._can_claim(task) or self._refuse()
 
     def owns(self, task_id: Task | Hashable) -> bool:
         """Whether this node owns the task and its lease is valid, at this moment; no promise goes with it, unlike can_claim_task."""
-        return self.config is None or self._claims.may_claim(self._book.token_of(task_id_of(task_id)), clock.now())
+        return self._node.owns(task_id)
 
     @property
     def has_lease(self) -> bool:
         """Whether the node's lease is valid at this moment, in forked children too; without a database always True."""
-        return self.config is None or clock.now() < self._claims.deadline
+        return self._node.has_lease
 
     @property
     def pausing(self) -> Pausing:
         """Whether the database refuses to begin anything, so that workers do well to take no messages for a while."""
-        return self._claims.pausing if self.config is not None else _NEVER
+        return self._node.pausing
 
     def _refuse(self) -> bool:
         if self._state in ('new', 'exited'):
@@ -308,10 +188,7 @@ class Job:
             DatabaseUnavailable: The claim could not be recorded; do not process it.
         """
         self._check_entered()
-        if self.config is not None:
-            self._book.add(task)
-        else:
-            check_task_id(task_id_of(task))
+        self._node.add(task)
 
     def set_claim(self, task: Task | Hashable | Iterable[Task | Hashable]) -> None:
         """Record durably that this node processes the task, or each of several; unlike add_task not for the audit.
@@ -325,8 +202,7 @@ class Job:
         self._check_entered()
         several = isinstance(task, Iterable) and not isinstance(task, (str, bytes, tuple))
         batch: list[object] = list(task) if several else [task]  # type: ignore[arg-type]
-        if self.config is not None:
-            self._book.record(batch)
+        self._node.record(batch)
 
     def write_audit(self) -> None:
         """Write all tasks added since the last call to the audit table; for this `date` they are done.
@@ -335,16 +211,12 @@ class Job:
             DatabaseUnavailable: Nothing was written; call it again.
         """
         self._check_entered()
-        if self.config is not None:
-            self._book.audit()
+        self._node.audit()
 
     def get_audit(self) -> list[dict[str, Any]]:
         """All audited tasks of this Job's date, of all nodes: dicts with `node` and `task_id`."""
         self._check_entered()
-        if self.config is None:
-            return []
-        with self._sessions.session() as connection:
-            return tasks.get_audit(connection, self._tables, self.date)
+        return self._node.get_audit()
 
     def once(
         self, task: Task | Hashable, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
@@ -360,51 +232,47 @@ class Job:
             ExecutionRunning: Another process executes it now.
         """
         self._check_entered()
-        return once(self._ledger, check_task_id(task_id_of(task)), retention=retention)
+        return once(self._node.ledger, check_task_id(task_id_of(task)), retention=retention)
 
     def task_to_token(self, task_id: Task | Hashable) -> int:
         """The token that a task id hashes to; 0 in single-node mode."""
-        return self._book.token_of(task_id_of(task_id)) if self.config is not None else 0
+        return self._node.token_of(task_id)
 
     @property
     def my_tokens(self) -> TokenSet:
         """The tokens that this node may claim at this moment: an immutable set of ints; empty in single-node mode."""
-        if self.config is None or clock.now() >= self._claims.deadline:
-            return TokenSet()
-        return self._claims.tokens
+        return self._node.tokens
 
     @property
     def token_version(self) -> int:
         """Version of the assignment that this node has seen."""
-        return self._protocol.version if self.config is not None else 0
+        return self._node.version
 
     @property
     def incarnation(self) -> str:
         """This node's present life; a new one after each eviction."""
-        return self._claims.incarnation if self.config is not None else ''
+        return self._node.incarnation
 
     def owner_of(self, task_id: Task | Hashable) -> str | None:
         """The node that owns the task by the database; None where nobody does."""
         self._check_entered()
-        if self.config is None:
-            return self.node_name
-        with self._sessions.session() as connection:
-            return status.owner(connection, self._tables, self.task_to_token(task_id))
+        return self._node.owner_of(task_id)
 
     def explain(self, task_id: Task | Hashable) -> dict[str, Any]:
         """Who owns the task and why: token, owner, since, lock, matched pattern, who is next."""
         self._check_entered()
-        text = check_task_id(task_id_of(task_id))
-        if self.config is None:
-            return {'task_id': text, 'token': 0, 'owner': self.node_name}
-        with self._sessions.session() as connection:
-            return status.explain(connection, self._tables, text, self._book.token_of(text))
+        return self._node.explain(task_id)
 
     # --- for adapters ---
 
+    @property
+    def ledger(self) -> Ledger:
+        """The executions of this node."""
+        return self._node.ledger
+
     def prepare_fork(self) -> None:
         """Let children that are forked before this Job is entered know its ledger; they begin nothing before it is."""
-        enter_ledger(self._ledger)
+        enter_ledger(self._node.ledger)
 
     def release_child(self, pid: int) -> int:
         """Let others take over what a lost child process was executing; returns how many keys.
@@ -412,17 +280,15 @@ class Job:
         Raises:
             DatabaseUnavailable: Nothing is known to be released; call it again.
         """
-        return self._ledger.release(pid)
+        return self._node.ledger.release(pid)
 
     def give_up(self) -> None:
         """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__` is due."""
-        if self.config is not None:
-            self._agent.stop(self.config.release_timeout_sec + 2 * self.config.connect_timeout_sec)
+        self._node.give_up()
 
     def abandon(self, mark: str) -> None:
         """This Job was not entered and never will be: tell forked children by a mark in place of the incarnation."""
-        if self.config is not None:
-            self._claims.incarnation = mark
+        self._node.disown(mark)
 
     def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
         """A connection to the cluster's database for one transaction. Not in single-node mode.
@@ -430,20 +296,19 @@ class Job:
         Args:
             pinned: Whether names are looked up in PostgreSQL's own schema alone, as for JobSync's statements; False: by the role's path.
         """
-        return self._sessions.session(users=not pinned)
+        return self._node.session(pinned=pinned)
 
     def rest(self) -> None:
         """Close connections to the database that a burst of work has left idle. Called now and then by this node's keeper."""
-        if self.config is not None:
-            self._sessions.trim()
+        self._node.rest()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until `condition()` holds, looked at whenever this node has done or heard something; whether it does."""
-        return self._agent.wait_for(condition, timeout)
+        return self._node.wait_until(condition, timeout)
 
     def wake(self) -> None:
         """Have those who wait look at their conditions."""
-        self._agent.post(lambda: None)
+        self._node.wake()
 
     # --- drain ---
 
@@ -453,18 +318,12 @@ class Job:
         The default waits as long as a hand-over may take: release_timeout_sec + heartbeat_timeout_sec.
         """
         self._check_entered()
-        if self.config is None:
-            return True
-        if timeout is None:
-            timeout = self.config.release_timeout_sec + self.config.heartbeat_timeout_sec
-        self._agent.post(lambda: self._protocol.drain(clock.now()))
-        return self._agent.wait_for(lambda: self._protocol.drained, timeout)
+        return self._node.drain(timeout)
 
     def undrain(self) -> None:
         """Take part again after `drain`."""
         self._check_entered()
-        if self.config is not None:
-            self._agent.post(lambda: self._protocol.undrain(clock.now()))
+        self._node.undrain()
 
     # --- locks ---
 
@@ -489,102 +348,65 @@ class Job:
         """
         self._check_member()
         rows = check_locks(locks)
-        if self.config is None or not rows:
-            return 0
-        with self._sessions.session() as connection:
-            return lock_store.register(connection, self._tables, rows, self.node_name)
+        return self._node.register_locks(rows) if rows else 0
 
     def list_locks(self) -> list[dict[str, Any]]:
         """All locks: dicts with task_id, node_patterns, reason, created_at, created_by, expires_at."""
         self._check_member()
-        if self.config is None:
-            return []
-        with self._sessions.session() as connection:
-            return lock_store.list_locks(connection, self._tables)
+        return self._node.list_locks()
 
     def clear_locks_by_creator(self, creator: str) -> int:
         """Delete the locks that the node named `creator` registered; returns how many."""
         self._check_member()
         if not isinstance(creator, str):
             raise ConfigurationError(f'creator={creator!r:.100}: give the name of the node that registered the locks')
-        if self.config is None:
-            return 0
-        with self._sessions.session() as connection:
-            return lock_store.clear_by_creator(connection, self._tables, creator)
+        return self._node.clear_locks(creator)
 
     def clear_all_locks(self) -> int:
         """Delete all locks; returns how many."""
         self._check_member()
-        if self.config is None:
-            return 0
-        with self._sessions.session() as connection:
-            return lock_store.clear_all(connection, self._tables)
+        return self._node.clear_locks()
 
     # --- the cluster ---
 
     def am_i_healthy(self) -> bool:
         """Whether this node holds a valid lease, that is: it has reached the database recently enough to claim."""
-        if self._state != 'entered':
-            return False
-        return self.config is None or (self._agent.alive and clock.now() < self._claims.deadline)
+        return self._state == 'entered' and self._node.is_healthy
 
     @property
     def alive(self) -> bool:
         """Whether the node can still claim, or come to: False once its agent has ended by itself, after which only a restart helps."""
-        return self.config is None or self._state != 'entered' or self._agent.running
+        return self._state != 'entered' or self._node.is_running
 
     def am_i_leader(self) -> bool:
         """Whether this node is the oldest live one and holds a valid lease."""
-        return self.config is not None and self.am_i_healthy() and self._leads()
-
-    def _leads(self) -> bool:
-        now = clock.now()
-        return now < self._claims.deadline and self._protocol.rank(now) == 0
+        return self._state == 'entered' and self._node.leads
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
         """The live nodes; see get_active_nodes."""
-        return self.get_active_nodes() if self.config is not None else [{'name': self.node_name}]
+        return self.get_active_nodes()
 
     def get_active_nodes(self) -> list[dict[str, Any]]:
         """Nodes that have sent a heartbeat within the timeout, oldest first: dicts with name, created_on, last_heartbeat and more."""
-        return [node for node in self._list_nodes() if node['alive']]
+        self._check_entered()
+        return [node for node in self._node.list_nodes() if node['alive']]
 
     def get_dead_nodes(self) -> list[str]:
         """Names of nodes without a heartbeat within the timeout which the leader has not removed yet."""
-        return [node['name'] for node in self._list_nodes() if not node['alive']]
-
-    def _list_nodes(self) -> list[dict[str, Any]]:
         self._check_entered()
-        if self.config is None:
-            return []
-        with self._sessions.session() as connection:
-            return status.nodes(connection, self._tables, self.config.heartbeat_timeout_sec)
+        return [node['name'] for node in self._node.list_nodes() if not node['alive']]
 
     def get_coordination_status(self) -> dict[str, Any]:
         """What this node knows of itself and the cluster, for people and dashboards. Never raises for a lost database."""
-        if self.config is None:
-            return {'coordination_enabled': False}
-        try:
-            active: int | None = len(self.get_active_nodes()) if self._state == 'entered' else None
-        except DatabaseUnavailable:
-            active = None
-        return {**self.local_status(), 'active_nodes': active}
+        known = self.local_status()
+        if known['coordination_enabled']:
+            known['active_nodes'] = self._node.count_active() if self._state == 'entered' else None
+        return known
 
     def local_status(self) -> dict[str, Any]:
         """The part of `get_coordination_status` that needs no database; all of it but `active_nodes`."""
-        if self.config is None:
-            return {'coordination_enabled': False}
-        return {
-            'coordination_enabled': True, 'node_name': self.node_name, 'incarnation': self.incarnation,
-            'state': self._protocol.state if self._state == 'entered' else self._state,
-            'is_leader': self.am_i_leader(), 'healthy': self.am_i_healthy(), 'my_tokens': len(self.my_tokens),
-            'token_version': self.token_version, 'total_tokens': self.config.total_tokens,
-            'last_heartbeat': self._agent.last_beat, 'lease_remaining_sec': max(0.0, self._claims.deadline - clock.now()),
-            'evictions': self._protocol.evictions, 'callback_failures': self._callbacks.failures,
-            'callbacks_slow': self._callbacks.slow, 'executions_unsettled': self._ledger.unsettled,
-            'recent_events': list(self._agent.events),
-        }
+        return self._node.status(self._state)
 
     def _check_entered(self) -> None:
         if self._state not in ('entered', 'leaving'):

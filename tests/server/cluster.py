@@ -18,13 +18,14 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
-from jobsync_core import CoordinationConfig
+from jobsync_core import CoordinationConfig, Job
+from jobsync_core.node.cluster import ClusterNode
 
 from ..waiting import eventually
 from .history import History, moment
 from .proxy import Proxy
 
-__all__ = ['SAMPLE', 'Cluster', 'Node', 'query']
+__all__ = ['SAMPLE', 'Cluster', 'Node', 'node_of', 'query']
 
 #: The tasks that every node is asked about.
 SAMPLE = tuple(range(60))
@@ -49,6 +50,13 @@ def query(config: CoordinationConfig, sql: str, params: tuple[object, ...] = ())
     while len(_kept) > _MOST_KEPT:
         _kept.pop(next(iter(_kept))).close()
     return found
+
+
+def node_of(job: Job) -> ClusterNode:
+    """What stands behind a Job of a cluster."""
+    node = job._node
+    assert isinstance(node, ClusterNode)
+    return node
 
 
 #: The latest connections of `query`, by process, thread, and where they go to.

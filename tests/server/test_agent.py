@@ -17,20 +17,21 @@ from jobsync_core.protocol.messages import Beat, Connect, Refresh, Request
 from jobsync_core.web.health import HealthServer
 
 from ..waiting import eventually
+from .cluster import node_of
 
 UNFORESEEN = [RuntimeError("can't start new thread"), MemoryError(), RecursionError('too deep'), KeyError('a bug')]
 
 
 def sabotage(job: Job, error: BaseException, broken: Callable[[Request], bool] = lambda request: True) -> threading.Event:
     """Have the agent's requests raise until the event is set; the event."""
-    perform, mended = job._agent._perform, threading.Event()
+    perform, mended = node_of(job).agent._perform, threading.Event()
 
     def fails(request: Request) -> Any:
         if not mended.is_set() and broken(request):
             raise error
         return perform(request)
 
-    job._agent._perform = fails  # type: ignore[method-assign]
+    node_of(job).agent._perform = fails  # type: ignore[method-assign]
     return mended
 
 
@@ -42,7 +43,7 @@ def test_an_unforeseen_error_suspends_claims_until_all_has_been_read_anew_and_is
         with caplog.at_level(logging.ERROR, logger='jobsync_core.agent.agent'):
             mended = sabotage(job, error)
             eventually(lambda: not job.am_i_healthy() and not job.can_claim_task(1))
-            eventually(lambda: any(count for _, count in job._agent._said.values()), timeout=20)
+            eventually(lambda: any(count for _, count in node_of(job).agent._said.values()), timeout=20)
             assert job.alive
             mended.set()
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1), timeout=20)
@@ -55,7 +56,7 @@ def test_no_thread_to_be_had_while_connecting_anew_ends_nothing(config: Coordina
     with Job('n1', config, wait_on_enter=0) as job:
         eventually(lambda: job.can_claim_task(1))
         mended = sabotage(job, UNFORESEEN[0], lambda request: isinstance(request, Connect))
-        job._agent.post(lambda: job._agent._connection.close())  # type: ignore[union-attr]
+        node_of(job).agent.post(lambda: node_of(job).agent._connection.close())  # type: ignore[union-attr]
         eventually(lambda: not job.can_claim_task(1))
         mended.set()
         eventually(lambda: job.can_claim_task(1), timeout=20)
@@ -130,19 +131,19 @@ def test_a_callback_thread_that_could_not_be_started_is_started_later(
 def test_a_round_that_the_server_refuses_costs_no_connection(config: CoordinationConfig) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         eventually(lambda: job.can_claim_task(1))
-        connection = job._agent._connection
+        connection = node_of(job).agent._connection
         refusals: list[Request] = []
-        handle = job._agent._control._leading.lead
+        handle = node_of(job).agent._control._leading.lead
 
         def refuse(*args: Any) -> Any:
             refusals.append(args[1])
             raise psycopg2.errors.LockNotAvailable('canceling statement due to lock timeout')
 
-        job._agent._control._leading.lead = refuse  # type: ignore[method-assign,assignment]
+        node_of(job).agent._control._leading.lead = refuse  # type: ignore[method-assign,assignment]
         with Job('n2', config, wait_on_enter=0):
             eventually(lambda: len(refusals) >= 2)
-            assert job._agent._connection is connection and job.am_i_healthy()
-            job._agent._control._leading.lead = handle  # type: ignore[method-assign]
+            assert node_of(job).agent._connection is connection and job.am_i_healthy()
+            node_of(job).agent._control._leading.lead = handle  # type: ignore[method-assign]
             eventually(lambda: len(job.my_tokens) == config.total_tokens // 2, timeout=20)
 
 
@@ -164,7 +165,7 @@ def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_on
             caplog.clear()
             with caplog.at_level(logging.WARNING, logger='jobsync_core.agent.agent'):
                 mended = sabotage(job, psycopg2.errors.DiskFull('could not extend file: No space left on device'), broken)
-                job._agent.post(lambda: job._agent._connection.close())  # type: ignore[union-attr]
+                node_of(job).agent.post(lambda: node_of(job).agent._connection.close())  # type: ignore[union-attr]
                 eventually(lambda: len(tries) >= 7, timeout=30)
                 mended.set()
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1), timeout=20)

@@ -18,7 +18,7 @@ from jobsync_core.store.tables import Tables
 from tests.pgbouncer import PgBouncer
 
 from ..waiting import eventually
-from .cluster import query
+from .cluster import node_of, query
 from .history import moment
 
 TIMEOUT = 3.0
@@ -112,14 +112,14 @@ def test_a_failover_behind_a_pooler_is_noticed_by_the_next_heartbeat_and_a_new_n
         promoted = moment()
         promote(own_server)
         pooler.point_at(config.host, int(config.port))
-        eventually(lambda: first._protocol.quarantined and second._protocol.quarantined, timeout=20)
+        eventually(lambda: node_of(first).protocol.quarantined and node_of(second).protocol.quarantined, timeout=20)
         assert not first.can_claim_task(1) and not second.can_claim_task(1)
         with Job('n3', pooled, wait_on_enter=0) as third:
             assert moment() - promoted >= TIMEOUT, 'it has entered, so that its wait is over'
             jobs = first, second, third
             eventually(lambda: sorted(len(job.my_tokens) for job in jobs) == [3333, 3333, 3334], timeout=30)
-        assert query(config, 'SELECT history FROM "{}cluster"') == [(first._protocol._history,)]
-        assert first._protocol._history.endswith(' 00000002')
+        assert query(config, 'SELECT history FROM "{}cluster"') == [(node_of(first).protocol._history,)]
+        assert node_of(first).protocol._history.endswith(' 00000002')
 
 
 def test_a_new_node_waits_for_one_timeout_where_nobody_has_waited_for_this_history_yet(
@@ -145,8 +145,8 @@ def test_a_role_that_may_not_ask_for_the_history_goes_on_without_it(config: Coor
     query(config, 'GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO plain')
     plain = dataclasses.replace(config, user='plain', password='x')
     with Job('n1', plain, wait_on_enter=0) as job:
-        assert job._protocol._history != '', 'PostgreSQL lets everybody ask'
+        assert node_of(job).protocol._history != '', 'PostgreSQL lets everybody ask'
     query(config, 'REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC')
     with Job('n1', plain, wait_on_enter=0) as job:
         eventually(lambda: len(job.my_tokens) == config.total_tokens)
-        assert job._protocol._history == ''
+        assert node_of(job).protocol._history == ''

@@ -12,7 +12,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.store.connection import Sessions
 
 from ..waiting import eventually
-from .cluster import Cluster, query
+from .cluster import Cluster, node_of, query
 from .history import moment
 from .proxy import Mode
 
@@ -68,7 +68,7 @@ def test_a_leader_whose_rounds_always_fail_hands_leadership_on(make_config: Make
         def fails(*args: Any) -> Any:
             raise psycopg2.errors.QueryCanceled('canceling statement due to statement timeout')
 
-        leading = first._agent._control._leading
+        leading = node_of(first).agent._control._leading
         leading.lead = leading.evict = fails  # type: ignore[method-assign,assignment]
         began = moment()
         with Job('n3', config, wait_on_enter=0) as third:

@@ -14,7 +14,7 @@ from jobsync_core import CoordinationConfig, DatabaseUnavailable, Job
 from jobsync_core.store.schema import create_schema
 
 from ..waiting import eventually
-from .cluster import query
+from .cluster import node_of, query
 from .proxy import Mode, Proxy
 
 MakeConfig = Callable[..., CoordinationConfig]
@@ -161,7 +161,7 @@ class TestChildren:
         with node(config, 'a') as a:
             with child_of(a) as says:
                 assert says() == set(TASKS)
-                a._book.close()
+                node_of(a).tasks.close()
                 assert says() == set()
 
 
@@ -216,6 +216,6 @@ class TestVolume:
         query(config, 'UPDATE "{}cluster" SET epoch = 1, total_tokens = 1000 RETURNING 1')
         with node(config, 'a', date=datetime.date.today(), resume=True) as a:
             eventually(lambda: len(a.my_tokens) == config.total_tokens, timeout=60)
-            assert a._protocol.evictions == 0 and a.am_i_healthy()
-            assert len(a._claims.exclusions) == count
-            assert os.fstat(a._claims.exclusions._file.fileno()).st_blocks * 512 < 12 * count
+            assert node_of(a).protocol.evictions == 0 and a.am_i_healthy()
+            assert len(node_of(a).claims.exclusions) == count
+            assert os.fstat(node_of(a).claims.exclusions._file.fileno()).st_blocks * 512 < 12 * count

@@ -23,8 +23,8 @@ def none_left() -> Iterator[None]:
 def test_an_inner_job_gives_the_outer_one_back() -> None:
     with Job('outer') as outer:
         with Job('inner') as inner:
-            assert current_ledger() is inner._ledger
-        assert current_ledger() is outer._ledger
+            assert current_ledger() is inner.ledger
+        assert current_ledger() is outer.ledger
     with pytest.raises(NotEntered):
         current_ledger()
 
@@ -32,7 +32,7 @@ def test_an_inner_job_gives_the_outer_one_back() -> None:
 def test_a_single_node_job_within_a_node_takes_nothing_away() -> None:
     with FakeJob('node') as node:
         with Job('alone') as alone:
-            assert current_ledger() is alone._ledger
+            assert current_ledger() is alone.ledger
         assert current_ledger() is node.ledger
 
 
@@ -54,7 +54,7 @@ def test_threads_that_are_each_in_a_job_use_their_own() -> None:
     def work(name: str) -> None:
         with Job(name) as job:
             entered.wait(30)
-            found[name] = current_ledger() is job._ledger
+            found[name] = current_ledger() is job.ledger
             entered.wait(30)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ('a', 'b')]
@@ -79,7 +79,7 @@ def test_a_thread_that_is_in_no_job_uses_the_one_that_is_left() -> None:
         thread = threading.Thread(target=look)
         thread.start()
         thread.join(30)
-    assert found == [inner._ledger, outer._ledger]
+    assert found == [inner.ledger, outer.ledger]
 
 
 def test_a_ledger_that_is_entered_twice_is_left_once() -> None:

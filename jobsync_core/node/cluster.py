@@ -1,0 +1,383 @@
+"""A node of a cluster: what its agent, its task claims and its ledger do together."""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from .. import clock
+from ..agent.agent import Agent
+from ..agent.callbacks import Callbacks
+from ..agent.housekeeper import Housekeeper
+from ..agent.task_claims import TaskBook
+from ..assignment.hashing import check_task_id
+from ..assignment.tokens import TokenSet
+from ..belonging import Belonging, stranger
+from ..config import CoordinationConfig
+from ..errors import ConfigurationError, DatabaseUnavailable, JobSyncError
+from ..ledger.cluster import ClusterLedger
+from ..logs import get_logger
+from ..process import is_known_alive, is_known_dead, this_process
+from ..protocol.node import Phase, Protocol, Settings
+from ..protocol.ownership import Claims
+from ..protocol.pausing import Pausing
+from ..store import locks as lock_store
+from ..store import queues, status, tasks
+from ..store.connection import Sessions
+from ..store.control import Control
+from ..store.housekeeping import STATEMENT_SEC
+from ..store.schema import create_schema
+from ..store.tables import Tables
+from ..task import task_id_of
+
+__all__ = ['ClusterNode', 'Membership']
+
+logger = get_logger(__name__)
+
+#: Audited tasks beyond which the line about them says this number.
+_MOST_COUNTED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How a node takes part; see the arguments of Job.
+
+    Attributes:
+        clears_locks: Whether locks that a node of this name created go when it enters.
+        has_gate: Whether something is to be done before tokens are given out.
+        has_release: Whether the user is told before tokens go.
+    """
+
+    date: datetime.date
+    wait_on_enter: float
+    wait_on_exit: float
+    weight: float
+    resume: bool
+    clears_locks: bool
+    has_gate: bool
+    has_release: bool
+
+
+class ClusterNode:
+    """A node of a cluster; see Node.
+
+    Args:
+        name: Its name.
+        config: The cluster.
+        membership: How it takes part.
+        callbacks: The user's.
+
+    Attributes:
+        claims: Its tokens and its lease.
+        tasks: What it has promised, claimed and added.
+        protocol: Its state machine; the agent's thread alone touches it.
+        agent: Drives it.
+    """
+
+    def __init__(self, name: str, config: CoordinationConfig, membership: Membership, callbacks: Callbacks) -> None:
+        self._name = name
+        self._config = config
+        self._membership = membership
+        self._callbacks = callbacks
+        self._tables = Tables.of(config)
+        self._sessions = Sessions(config, f'jobsync {name}')
+        self._process = this_process()
+        self.claims = Claims(config.total_tokens, lambda: is_known_alive(self._process), threading.Lock())
+        self.tasks = TaskBook(
+            self.claims, self._sessions, config, self._tables, name, membership.date, lambda: self.incarnation)
+        self.protocol = self._make_protocol()
+        self._housekeeper = Housekeeper(config, self._tables, name, self._is_oldest)
+        self._control = Control(config, self._tables, membership.date, membership.resume)
+        self.agent = Agent(self.protocol, self._control, config, callbacks, self._housekeeper.look)
+        self.ledger = ClusterLedger(
+            self._sessions, self._tables, name, lambda: self.incarnation, lambda: self.has_lease, self.claims.pausing)
+        #: Bound once: nothing stands between the question and the look-up.
+        self.can_claim = self.tasks.can_claim
+
+    def _make_protocol(self) -> Protocol:
+        config, membership = self._config, self._membership
+        settings = Settings(
+            interval=config.heartbeat_interval_sec, timeout=config.heartbeat_timeout_sec, lease=config.lease_sec,
+            check_interval=config.rebalance_check_interval_sec, release_timeout=config.release_timeout_sec,
+            wait_on_enter=membership.wait_on_enter, minimum_nodes=config.minimum_nodes, weight=membership.weight,
+            total_tokens=config.total_tokens, hash_function=config.hash_function, has_release=membership.has_release,
+            has_gate=membership.has_gate)
+        return Protocol(
+            self._name, settings, self._process, self.claims, new_incarnation=lambda: str(uuid.uuid4()),
+            is_known_dead=is_known_dead, promises=self.tasks.promises)
+
+    # --- entering and leaving ---
+
+    def enter(self, provide: Callable[[], object], is_worker: bool) -> None:
+        """See Node.
+
+        Raises:
+            ClusterNotFormed: Fewer than `minimum_nodes` after `wait_on_enter`.
+            ConfigMismatch: The live cluster has another total_tokens or hash_function.
+            ConfigurationError: The live cluster is that of workers, and this is none.
+            DuplicateNodeName: A live process uses the name.
+            DatabaseUnavailable: PostgreSQL cannot be reached.
+        """
+        self._callbacks.hold()
+        try:
+            create_schema(self._config)
+            if not is_worker:
+                self._refuse_workers()
+            self._join(provide)
+            self._tell_audited()
+        except BaseException:
+            self._callbacks.drop()
+            self._go()
+            raise
+
+    def _refuse_workers(self) -> None:
+        with self._sessions.session() as connection:
+            others = queues.peers(connection, self._tables, self._name, self._config.heartbeat_timeout_sec)
+        self._sessions.close_all()  # a node that asks nothing more keeps no second connection
+        found = stranger(Belonging(), others, self._config.appname)
+        if found is not None:
+            raise ConfigurationError(found)
+
+    def _join(self, provide: Callable[[], object]) -> None:
+        self.agent.start()
+        if self._membership.has_gate:
+            self.agent.wait_for(lambda: self.protocol.phase is not Phase.JOINING or not self.agent.running, None)
+            if self.agent.running:
+                if self._membership.clears_locks:
+                    self.clear_locks(self._name)
+                provide()
+                self.agent.post(self.protocol.open_gate)
+        self.agent.wait_entered()
+
+    def _tell_audited(self) -> None:
+        """One line where tasks of the date were audited before: whether they run again must not come as a surprise."""
+        date = self._membership.date
+        with contextlib.suppress(JobSyncError):
+            if self._control.epochs.begun:
+                with self._sessions.session() as connection:
+                    number = tasks.count_audits(connection, self._tables, date, _MOST_COUNTED)
+                if number:
+                    logger.info('node=%s date=%s: %d tasks were audited by a cluster that has ended, and run again; resume=True keeps them',
+                                self._name, date, number)
+            elif len(self.claims.exclusions):
+                logger.info('node=%s date=%s: %d tasks of its tokens are audited already or taken by others, and do not run again here',
+                            self._name, date, len(self.claims.exclusions))
+
+    def entered(self, is_bound: Callable[[], bool]) -> None:
+        """See Node."""
+        self._callbacks.go_on(is_bound)
+
+    def leave(self, error: BaseException | None) -> None:
+        """See Node."""
+        self.tasks.close()
+        try:
+            self._write_off(error)
+            if self._membership.wait_on_exit:
+                self.agent.post(lambda: self.protocol.drain(clock.now()))
+                self.agent.wait_for(lambda: not self.agent.running, self._membership.wait_on_exit)
+        finally:
+            self.ledger.close()
+            self._go()
+
+    def _write_off(self, error: BaseException | None) -> None:
+        try:
+            self.tasks.audit(threading.get_ident() if error is not None else None)
+            self.tasks.audit_children()
+        except JobSyncError as failure:
+            logger.error('node=%s could not write its audit while leaving: %s', self._name, failure)
+            if error is None:
+                raise
+            return
+        with contextlib.suppress(JobSyncError):  # they lapse with this node
+            self.tasks.release()
+
+    def leave_child(self, error: BaseException | None) -> None:
+        """See Node."""
+        try:
+            self.tasks.leave_child(threading.get_ident() if error is not None else None)
+        except JobSyncError as failure:
+            # The node's own exit audits it.
+            logger.error('node=%s: a child could not write its audit while leaving: %s', self._name, failure)
+
+    def _go(self) -> None:
+        self._housekeeper.stop(0)
+        if not self.agent.stop(self._longest_hand_over):
+            logger.warning('node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
+                           self._name, self._config.heartbeat_timeout_sec)
+        self._housekeeper.stop(STATEMENT_SEC + 1.0)
+        self._sessions.close_all()
+
+    @property
+    def _longest_hand_over(self) -> float:
+        return self._config.release_timeout_sec + 2 * self._config.connect_timeout_sec
+
+    def give_up(self) -> None:
+        """See Node."""
+        self.agent.stop(self._longest_hand_over)
+
+    def disown(self, mark: str) -> None:
+        """See Node."""
+        self.claims.incarnation = mark
+
+    # --- tasks ---
+
+    def owns(self, task_id: object) -> bool:
+        """See Node."""
+        return self.claims.may_claim(self.tasks.token_of(task_id_of(task_id)), clock.now())
+
+    def add(self, task: object) -> None:
+        """See Node."""
+        self.tasks.add(task)
+
+    def record(self, batch: Sequence[object]) -> None:
+        """See Node."""
+        self.tasks.record(batch)
+
+    def audit(self) -> None:
+        """See Node."""
+        self.tasks.audit()
+
+    def get_audit(self) -> list[dict[str, Any]]:
+        """See Node."""
+        with self._sessions.session() as connection:
+            return tasks.get_audit(connection, self._tables, self._membership.date)
+
+    def token_of(self, task_id: object) -> int:
+        """See Node."""
+        return self.tasks.token_of(task_id_of(task_id))
+
+    def owner_of(self, task_id: object) -> str | None:
+        """See Node."""
+        with self._sessions.session() as connection:
+            return status.owner(connection, self._tables, self.token_of(task_id))
+
+    def explain(self, task_id: object) -> dict[str, Any]:
+        """See Node."""
+        text = check_task_id(task_id_of(task_id))
+        with self._sessions.session() as connection:
+            return status.explain(connection, self._tables, text, self.tasks.token_of(text))
+
+    # --- what it knows ---
+
+    @property
+    def tokens(self) -> TokenSet:
+        """See Node."""
+        return self.claims.tokens if self.has_lease else TokenSet()
+
+    @property
+    def version(self) -> int:
+        """See Node."""
+        return self.protocol.version
+
+    @property
+    def incarnation(self) -> str:
+        """See Node."""
+        return self.claims.incarnation
+
+    @property
+    def has_lease(self) -> bool:
+        """See Node."""
+        return clock.now() < self.claims.deadline
+
+    @property
+    def pausing(self) -> Pausing:
+        """See Node."""
+        return self.claims.pausing
+
+    @property
+    def is_healthy(self) -> bool:
+        """See Node."""
+        return self.agent.alive and self.has_lease
+
+    @property
+    def is_running(self) -> bool:
+        """See Node."""
+        return self.agent.running
+
+    @property
+    def leads(self) -> bool:
+        """See Node."""
+        return self.is_healthy and self._is_oldest()
+
+    def _is_oldest(self) -> bool:
+        now = clock.now()
+        return now < self.claims.deadline and self.protocol.rank(now) == 0
+
+    def status(self, state: str) -> dict[str, Any]:
+        """See Node."""
+        entered = state == 'entered'
+        return {
+            'coordination_enabled': True, 'node_name': self._name, 'incarnation': self.incarnation,
+            'state': self.protocol.state if entered else state,
+            'is_leader': entered and self.leads, 'healthy': entered and self.is_healthy, 'my_tokens': len(self.tokens),
+            'token_version': self.version, 'total_tokens': self._config.total_tokens,
+            'last_heartbeat': self.agent.last_beat, 'lease_remaining_sec': max(0.0, self.claims.deadline - clock.now()),
+            'evictions': self.protocol.evictions, 'callback_failures': self._callbacks.failures,
+            'callbacks_slow': self._callbacks.slow, 'executions_unsettled': self.ledger.unsettled,
+            'recent_events': list(self.agent.events),
+        }
+
+    def list_nodes(self) -> list[dict[str, Any]]:
+        """See Node."""
+        with self._sessions.session() as connection:
+            return status.nodes(connection, self._tables, self._config.heartbeat_timeout_sec)
+
+    def count_active(self) -> int | None:
+        """How many members are alive; None where the database cannot be asked."""
+        try:
+            return sum(bool(node['alive']) for node in self.list_nodes())
+        except DatabaseUnavailable:
+            return None
+
+    # --- for adapters ---
+
+    def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
+        """See Node."""
+        return self._sessions.session(users=not pinned)
+
+    def rest(self) -> None:
+        """See Node."""
+        self._sessions.trim()
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """See Node."""
+        return self.agent.wait_for(condition, timeout)
+
+    def wake(self) -> None:
+        """See Node."""
+        self.agent.post(lambda: None)
+
+    # --- drain and locks ---
+
+    def drain(self, timeout: float | None) -> bool:
+        """See Node."""
+        if timeout is None:
+            timeout = self._config.release_timeout_sec + self._config.heartbeat_timeout_sec
+        self.agent.post(lambda: self.protocol.drain(clock.now()))
+        return self.agent.wait_for(lambda: self.protocol.drained, timeout)
+
+    def undrain(self) -> None:
+        """See Node."""
+        self.agent.post(lambda: self.protocol.undrain(clock.now()))
+
+    def register_locks(self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]) -> int:
+        """See Node."""
+        with self._sessions.session() as connection:
+            return lock_store.register(connection, self._tables, rows, self._name)
+
+    def list_locks(self) -> list[dict[str, Any]]:
+        """See Node."""
+        with self._sessions.session() as connection:
+            return lock_store.list_locks(connection, self._tables)
+
+    def clear_locks(self, creator: str | None = None) -> int:
+        """See Node."""
+        with self._sessions.session() as connection:
+            if creator is None:
+                return lock_store.clear_all(connection, self._tables)
+            return lock_store.clear_by_creator(connection, self._tables, creator)
