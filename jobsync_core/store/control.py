@@ -60,7 +60,7 @@ _CONTINUES = '(n.beat = %(seen)s OR n.beat > %(seen)s AND n.beat %% 2 = 0)'
 
 
 class Control:
-    """Answers each request of protocol/protocol/messages.py on the agent's connection.
+    """Answers each request of protocol/messages.py on the agent's connection.
 
     Args:
         config: The cluster's settings.

@@ -1,4 +1,4 @@
-"""The store of the simulation: answers each request of protocol/protocol/messages.py at one instant, as store/control.py does in one transaction."""
+"""The store of the simulation: answers each request of protocol/messages.py at one instant, as store/control.py does in one transaction."""
 from __future__ import annotations
 
 import copy
