@@ -13,7 +13,7 @@ from jobsync_core import Job
 from jobsync_core.embedded import EmbeddedPostgres
 from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.schema import Tables
+from jobsync_core.store.tables import Tables
 
 _TRIES = 5
 _FILL = '''
