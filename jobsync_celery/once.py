@@ -34,8 +34,9 @@ __all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'optio
 
 logger = get_logger(__name__)
 
-#: Seconds until a message comes back that could not run; where its key is running, twice as long each time, up to the second number.
-COME_BACK_SEC, MAX_COME_BACK_SEC = 1.0, 60.0
+#: Seconds until a message comes back that could not run; twice as many each time, up to the most: where its key is running, and where
+#: anything else is in the way (the database, an eviction), which is over for all at once and needs no long pause.
+COME_BACK_SEC, MAX_COME_BACK_SEC, _MOST_TROUBLE_SEC = 1.0, 60.0, 15.0
 #: How often a duplicate waits for the result of a task that replaced the first one, before it goes without: an hour or so.
 _MAX_WAITS = 60
 #: What the ledger has for a result where the task was replaced: the id under which the replacement stores its own.
@@ -171,15 +172,15 @@ class _CeleryOnce(MessageOnce):
         task, request = current_task, _request()
         if request.is_eager:
             raise error
-        delay, headers = COME_BACK_SEC, dict(request.headers or {})
-        if isinstance(error, ExecutionRunning):
-            waits = _waits(request)
-            delay, headers[WAITS] = come_back_sec(waits), waits + 1
-        more = _repeats.say((task.name, type(error), getattr(error, 'key', None)), clock.now())
+        runs, waits = isinstance(error, ExecutionRunning), _waits(request)
+        delay = come_back_sec(waits) if runs else min(come_back_sec(waits), _MOST_TROUBLE_SEC)
+        # What is in the way of all messages is said once for each task; a running key is one message's own.
+        more = _repeats.say((task.name, type(error), getattr(error, 'key', None) if runs else None), clock.now())
         if more is not None:
             logger.info('Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more)
         again = task.signature_from_request(
-            request, request.args, request.kwargs, countdown=delay, retries=request.retries, headers=headers)
+            request, request.args, request.kwargs, countdown=delay, retries=request.retries,
+            headers={**(request.headers or {}), WAITS: waits + 1})
         try:
             send_again(task.app, again)
         except Exception as trouble:  # of the broker, of a signal's receiver, of a serializer

@@ -473,12 +473,6 @@ class TestBackOff:
             in_worker(task_of(app), jobsync_waits=waits)
         assert published[0][WAITS] in (1, MAX_WAITS + 1)
 
-    def test_other_reasons_are_over_soon(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
-        ledger.begin_error = ClaimLost()
-        with pytest.raises(Ignore):
-            in_worker(task_of(app), jobsync_waits=5)
-        assert delays(published) == [1]
-
     def test_many_that_wait_for_one_key_are_one_line(
         self, app: Celery, ledger: Recording, published: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -506,6 +500,21 @@ def check_back_off(app: Celery, ledger: Recording, published: list[dict[str, Any
             in_worker(task, **({WAITS: waits} if waits else {}))
     assert [headers[WAITS] for headers in published] == list(range(1, 10))
     assert delays(published) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+@pytest.mark.parametrize('error', [ClaimLost, DatabaseUnavailable])
+def test_whatever_else_is_in_the_way_is_asked_for_less_and_less_often_and_said_once(
+    app: Celery, ledger: Recording, published: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
+    error: type[JobSyncError],
+) -> None:
+    task = task_of(app)
+    caplog.set_level('INFO')
+    for waits in range(7):
+        ledger.begin_error = error()
+        with pytest.raises(Ignore):
+            in_worker(task, **({WAITS: waits} if waits else {}))
+    assert delays(published) == [1, 2, 4, 8, 15, 15, 15]
+    assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) <= 1
 
 
 class TestDirectCalls:
