@@ -76,7 +76,8 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
     ):
         if count:
             parts.append(Text(f'{count:,} tokens {what}', style=style))
-    parts += _blocked_lines(found['blocked'])
+    if _locks_block(found):
+        parts += _blocked_lines(found['blocked'])
     if found['rebalances']:
         parts += [Text('\nlast rebalances'), rebalance_table(found['rebalances'])]
     return Stack(*parts)
@@ -102,9 +103,18 @@ def patterns(value: object) -> str:
 
 
 def _why_blocked(found: Mapping[str, Any]) -> str:
-    if any(item['locks'] for item in found['blocked']):
-        return 'blocked: no live node matches their locks'
-    return 'blocked: every live node is draining or still joining, `jobsync undrain NODE` lets one take them'
+    live = [node for node in found['nodes'] if node['alive']]
+    if not live:
+        return 'blocked by the last plan: no node is alive, and the first that starts makes a new one'
+    # Before the locks: such a plan blocks every token, those with a lock among them.
+    if not _locks_block(found):
+        return 'blocked: every live node is draining or still joining, `jobsync undrain NODE` lets one take them'
+    return 'blocked: no live node matches their locks'
+
+
+def _locks_block(found: Mapping[str, Any]) -> bool:
+    takes_part = any(node['alive'] and node['state'] == 'active' for node in found['nodes'])
+    return takes_part and any(item['locks'] for item in found['blocked'])
 
 
 def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]:

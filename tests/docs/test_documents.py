@@ -153,7 +153,7 @@ def test_operator_guide(stage: Stage) -> None:
     nodes = ExitStack()
 
     def enter_nodes() -> None:
-        nodes.enter_context(entered(stage.config, 'worker-01', 'worker-02'))
+        running.enter_context(entered(stage.config, 'worker-01', 'worker-02'))
 
     def least_rights_are_enough() -> None:
         settings = {name: getattr(stage.config, name) for name in ('host', 'port', 'dbname')}
@@ -175,9 +175,17 @@ def test_operator_guide(stage: Stage) -> None:
         with connected(stage.config) as connection, connection.cursor() as cursor:
             cursor.execute('DROP OWNED BY jobsync_worker, jobsync_reader; DROP ROLE jobsync_worker, jobsync_reader')
 
+    def nothing_is_left() -> None:
+        with connected(stage.config) as connection, connection.cursor() as cursor:
+            cursor.execute("""
+                SELECT relname::text FROM pg_class WHERE relname LIKE 'sync!_%' ESCAPE '!'
+                UNION ALL SELECT proname::text FROM pg_proc WHERE proname LIKE 'sync!_%' ESCAPE '!'""")
+            same(cursor.fetchall(), [])
+
     nodes.callback(drop_roles)
-    with nodes:
-        run_blocks(stage, ROOT / 'docs' / 'OPERATOR_GUIDE.md', before={'jobsync status\n': enter_nodes}, after={
+    with nodes, ExitStack() as running:
+        run_blocks(stage, ROOT / 'docs' / 'OPERATOR_GUIDE.md', before={'jobsync status\n': enter_nodes, 'DROP VIEW': running.close}, after={
+            'DROP VIEW': nothing_is_left,
             'jobsync init-db --role jobsync_worker\n': least_rights_are_enough,
             'jobsync who order-17': lambda: check('worker-0' in stage.printed[-1] and 'render-1' in stage.printed[-1]),
             'jobsync undrain worker-01': lambda: check('takes part again' in stage.printed[-1]),

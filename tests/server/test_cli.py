@@ -186,6 +186,18 @@ def test_tokens_that_nobody_may_have_are_not_blamed_on_locks_where_there_are_non
     assert 'every live node is draining' in shown and 'locks' not in shown
 
 
+@pytest.mark.parametrize(('states', 'reason'), [(['draining', 'draining'], 'every live node is draining'), ([], 'no node is alive')])
+def test_a_lock_is_not_blamed_for_tokens_that_no_node_could_take(
+    states: list[str], reason: str, rows: Rows, run: Callable[..., Result],
+) -> None:
+    for number, state in enumerate(states):
+        rows.node(f'a{number}', state=state)
+    rows.own(0, 10_000, None, blocked=True)
+    good(run('locks', 'add', 'render', 'gpu-%'))
+    shown = good(run('status'))
+    assert reason in shown and 'locks' not in shown and 'wants gpu-%' not in shown
+
+
 class TestWho:
     def test_it_tells_owner_token_lock_pattern_and_successor(self, rows: Rows, run: Callable[..., Result]) -> None:
         rows.node('gpu-1')
