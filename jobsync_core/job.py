@@ -316,9 +316,12 @@ class Job:
         """Give all tokens away and stay a member; returns whether all were given within `timeout` seconds.
 
         The default waits as long as a hand-over may take: release_timeout_sec + heartbeat_timeout_sec.
+
+        Raises:
+            ConfigurationError: `timeout` is no number of seconds.
         """
         self._check_entered()
-        return self._node.drain(timeout)
+        return self._node.drain(check_number('timeout', timeout, 0) if timeout is not None else None)
 
     def undrain(self) -> None:
         """Take part again after `drain`."""

@@ -111,3 +111,9 @@ def test_a_lock_s_texts_can_be_stored() -> None:
             job.register_lock('a', '%', reason='\ud800')
         with pytest.raises(ConfigurationError, match='creator'):
             job.clear_locks_by_creator(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize('timeout', ['1', -1, float('nan'), True])
+def test_a_drain_waits_for_a_number_of_seconds(timeout: Any) -> None:
+    with Job('n') as job, pytest.raises(ConfigurationError, match='timeout='):
+        job.drain(timeout)
