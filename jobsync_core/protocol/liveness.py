@@ -56,10 +56,10 @@ class Liveness:
         """Drop all nodes but these."""
         self.forget(set(self._watched) - set(names))
 
-    def changed(self, sign: Sign) -> bool:
-        """Whether this sign differs from the one that is known for its node."""
+    def shows_life(self, sign: Sign) -> bool:
+        """Whether somebody has moved this sign on since the last look. One that went back tells of another history of the database."""
         watch = self._watched.get(sign.name)
-        return watch is not None and watch.sign != sign
+        return watch is not None and (watch.sign.incarnation != sign.incarnation or watch.sign.beat < sign.beat)
 
     def is_dead(self, sign: Sign, now: float) -> bool:
         """Whether this very sign has stood unchanged for the whole timeout, watched all the time."""

@@ -117,6 +117,7 @@ class Beaten:
     since: when the oldest node that was seen was created, in microseconds of the server's clock.
     history: names the database's history (system identifier and timeline); '' where this role may not ask for it.
     settled: the cluster's row names this history: since it began, somebody has waited until no lease of another one can be valid.
+        So it is where the row names none and the server was never promoted.
     same: this is the history of the last answer. If not, it is another one, whatever its name.
     """
 

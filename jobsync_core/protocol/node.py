@@ -15,8 +15,9 @@ Why at most one node claims a token at any instant:
    Each heartbeat asks whether the database still holds the last one that was answered, and by which name its history goes. A
    node whose last heartbeat is missing, or that hears another name, claims nothing for a timeout, by when all leases of the
    history before are over. A node that knows nothing of the one before waits as well, unless the cluster's row has the present
-   name: it is written by a node that has waited, and only where that node's last heartbeat is. A standby has in its rows
-   no name of a timeline that it did not follow, so that a name which two promotions share misleads nobody.
+   name: it is written by a node that has waited, and only where that node's last heartbeat is; or by the first node of all, and
+   only where the server was never promoted. A standby has in its rows no name of a timeline that it did not follow, so that a
+   name which two promotions share misleads nobody.
 """
 from __future__ import annotations
 
@@ -531,7 +532,7 @@ class Protocol:
         self._join_at = now if self._replace else now + self.settings.poll
 
     def _seen_alive(self, signs: Iterable[Sign]) -> bool:
-        self._rival_beats += any(self._lookout.liveness.changed(sign) for sign in signs)
+        self._rival_beats += any(self._lookout.liveness.shows_life(sign) for sign in signs)
         return self._rival_beats >= _RIVAL_BEATS
 
     def _on_mismatch(self, reply: Mismatch, now: float) -> None:

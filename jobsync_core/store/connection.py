@@ -24,7 +24,7 @@ from .inherited import leave_to_parent
 from .location import locate, location_of
 from .options import Limits, agent_limits, call_limits, check_options, explain, keepalive, libpq_parameters, resolve, text_of
 
-__all__ = ['Connection', 'Sessions']
+__all__ = ['FIRST_TIMELINE', 'Connection', 'Sessions']
 
 #: Idle connections that a process keeps; and for as long as others are in use all the time, as by the threads of a worker.
 _FEW_IDLE, _MOST_IDLE = 4, 16
@@ -37,6 +37,8 @@ _REST_SEC = 30.0
 _HISTORY = """(
     (SELECT h.system_identifier::text FROM pg_control_system() AS h) || ' ' ||
     CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END)"""
+#: How a history's name ends where the server was never promoted, so that no history came before it.
+FIRST_TIMELINE = ' 00000001'
 #: Where the role may not ask that: behind a pooler it tells nothing.
 _SERVER_FALLBACK = "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' || coalesce(inet_server_port(), 0)::text"
 

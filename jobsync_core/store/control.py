@@ -43,7 +43,7 @@ from ..protocol.messages import (
     Take,
     Taken,
 )
-from .connection import Connection
+from .connection import FIRST_TIMELINE, Connection
 from .epochs import Epochs
 from .leading import Leading
 from .rounds import Round, fingerprint, members_json, read_members, take_turn
@@ -141,7 +141,7 @@ class Control:
         older = json.loads(text or '[]')
         return Beaten(
             version, state, tuple(Sign(*values[:3]) for values in older), tuple(values[3] for values in older),
-            older[0][4] if older else created, history, not history or recorded in (None, history), same)
+            older[0][4] if older else created, history, _is_settled(history, recorded), same)
 
     def _refresh(self, connection: Connection, request: Refresh) -> Holdings | None:
         tables = self.tables
@@ -196,7 +196,7 @@ class Control:
                 f'''
                 INSERT INTO {tables.cluster} (total_tokens, hash_function, schema_version)
                     SELECT %s, %s, %s WHERE NOT EXISTS (SELECT FROM {tables.cluster}) ON CONFLICT DO NOTHING;
-                UPDATE {tables.cluster} SET history = {connection.history_sql} WHERE history IS NULL AND {connection.history_sql} <> '';
+                UPDATE {tables.cluster} SET history = {connection.history_sql} WHERE history IS NULL AND {_first(connection)};
                 SELECT version, total_tokens, hash_function FROM {tables.cluster} FOR UPDATE
                 ''', (config.total_tokens, config.hash_function, SCHEMA_VERSION))
             steps.delete_unchanged(request.reap)
@@ -231,7 +231,7 @@ class Control:
             WITH inserted AS (
                 INSERT INTO {tables.node} {self._node_columns()}
                 SELECT {self._node_values()} FROM {tables.cluster} AS c
-                WHERE (c.total_tokens, c.hash_function) = (%(total)s, %(hash)s) AND (c.history IS NOT NULL OR {connection.history_sql} = '')
+                WHERE (c.total_tokens, c.hash_function) = (%(total)s, %(hash)s) AND (c.history IS NOT NULL OR NOT {_first(connection)})
                     AND EXISTS (SELECT FROM {tables.node})
                 ON CONFLICT (name) DO NOTHING
                 RETURNING {self._told('state')}
@@ -398,6 +398,16 @@ class Control:
             )
             SELECT EXISTS (SELECT FROM me), coalesce(told.tokens, 0), (SELECT count(payload) FROM sent) FROM told
             '''
+
+
+def _first(connection: Connection) -> str:
+    """SQL for whether the database's history is its first one; not so where the role may not ask."""
+    return f"{connection.history_sql} LIKE '%%{FIRST_TIMELINE}'"
+
+
+def _is_settled(history: str, recorded: str | None) -> bool:
+    """See Beaten.settled. Where the server was ever promoted, a row without a name may be a standby's that lacks the last writes."""
+    return not history or recorded == history or recorded is None and history.endswith(FIRST_TIMELINE)
 
 
 def _microseconds(row: str) -> str:

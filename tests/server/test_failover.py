@@ -47,10 +47,10 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     create_schema(config)
     control = Control(config, Tables.of(config), None)
 
-    def ask() -> tuple[str, str, bool]:
-        connection = Connection.open(config, 'n1')
-        control.handle(connection, Join('n1', 'life', Process('', '', '', 1, ''), 1.0, True))
-        beaten, holdings = (control.handle(connection, request) for request in (Beat('n1', 'life'), Refresh('n1', 'life')))
+    def ask(name: str = 'n1') -> tuple[str, str, bool]:
+        connection = Connection.open(config, name)
+        control.handle(connection, Join(name, 'life', Process('', '', '', 1, ''), 1.0, True))
+        beaten, holdings = (control.handle(connection, request) for request in (Beat(name, 'life'), Refresh(name, 'life')))
         connection.close()
         assert isinstance(beaten, Beaten) and isinstance(holdings, Holdings)
         return beaten.history, holdings.history, beaten.settled
@@ -68,6 +68,9 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     assert control.handle(connection, RecordHistory('n1', 'life', 2, after[0])) is True
     connection.close()
     assert ask() == (after[0], after[0], True)
+    query(config, 'DELETE FROM "{}node"; DELETE FROM "{}cluster"')
+    assert ask() == after, 'the standby may have been copied before the cluster began'
+    assert ask('n2') == after, 'nor does the one that is there already settle anything'
 
 
 def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_one(config: CoordinationConfig) -> None:

@@ -275,6 +275,12 @@ def everything(run: Run) -> None:
     run.at(run.faults_end, run.expire_locks)
 
 
+def _copied(run: Run, until: float) -> float:
+    """When a standby stopped following; now and then before the first node had joined, so that the cluster's row names no history."""
+    rng = run.world.rng
+    return rng.uniform(1.1, until) if rng.random() < 0.8 else rng.random() * 1.5
+
+
 def promotions(run: Run) -> None:
     """A standby that lacks much is promoted. Some nodes cannot notice and hold their leases; others are new and have nothing to compare."""
     run.world.store.tells_history = True
@@ -282,7 +288,7 @@ def promotions(run: Run) -> None:
     rng = run.world.rng
     standby: list[SimStore] = []
     moment = start + rng.random() * TIMEOUT
-    run.at(rng.uniform(1.1, moment), run.remember, standby)
+    run.at(_copied(run, moment), run.remember, standby)
     for name in rng.sample(run.names, rng.randint(1, len(run.names))):
         how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
         run.at(moment - rng.random() * 0.5, how, _duration(run), name)
@@ -307,7 +313,7 @@ def reused(run: Run) -> None:
     moment = start + rng.random() * TIMEOUT
     standbys: list[list[SimStore]] = [[] for _ in range(rng.choice((2, 2, 3)))]
     for standby in standbys:
-        run.at(rng.uniform(1.1, moment), run.remember, standby)
+        run.at(_copied(run, moment), run.remember, standby)
     for time in _times(run, start, TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, rng.choice((None, 0.5)))
     for standby in standbys:

@@ -250,7 +250,12 @@ class SimStore:
 
     @property
     def _settled(self) -> bool:
-        return self.recorded in (None, self.server)
+        return self.recorded == self.server or self.recorded is None and self._is_first or not self.tells_history
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this server was never promoted, as its timeline tells."""
+        return not self.server.endswith("'")
 
     def _holds(self, request: RecordHistory) -> bool:
         """Whether the last answered heartbeat of the node that asks is here: if not, it speaks of another database."""
@@ -304,7 +309,7 @@ class SimStore:
                 raise Overlap(f'{left} overlaps {right}')
 
     def _join(self, request: Join) -> Reply:
-        if self.recorded is None and self.tells_history:
+        if self.recorded is None and self.tells_history and self._is_first:
             self.recorded = self.server
         for sign in request.reap:
             if self._looks_so(sign):

@@ -177,6 +177,10 @@ def _forget_a_break_that_nobody_heard_of(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimStore, '_continues', staticmethod(lambda row, request: row.beat >= request.seen))
 
 
+def _trust_a_row_that_names_no_history(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_is_first', property(lambda self: True))
+
+
 def _record_for_another_database(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimStore, '_holds', lambda self, request: True)
 
@@ -380,8 +384,10 @@ MUTATIONS = (
     Mutation('a failover behind a pooler is noticed', ('promotions',), _history_only_of_the_connection, ('I1',)),
     Mutation('a new node waits where the history is new', ('promotions',), _new_nodes_trust_the_server, ('quarantine',)),
     Mutation('a history is recorded after the wait', ('promotions',), _record_the_history_at_once, ('I1',)),
-    Mutation('histories of one name are told apart', ('reused',), _trust_a_known_name, ('I1',)),
+    Mutation('histories of one name are told apart', ('reused',), _trust_a_known_name, ('I1', 'I7')),
     Mutation('a break is one until its node has heard of it', ('reused',), _forget_a_break_that_nobody_heard_of, ('quarantine',)),
+    Mutation('a promoted server whose row names no history settles nothing', ('reused', 'promotions'), _trust_a_row_that_names_no_history,
+             ('quarantine',)),
     Mutation('a history is recorded only by who has waited in it', ('reused',), _record_for_another_database, ('quarantine',)),
     Mutation('rows count only in the history of the last heartbeat', ('reused', 'promotions'), _read_the_rows_of_another_history, ('I1',)),
     Mutation('who was evicted has not waited yet', ('reused',), _have_waited_in_an_earlier_life, ('quarantine',)),

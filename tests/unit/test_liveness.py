@@ -40,10 +40,11 @@ def test_a_change_of_beat_begins_the_wait_anew() -> None:
     assert not liveness.is_dead(sign(2), 118.9) and liveness.is_dead(sign(2), 119.0)
 
 
-def test_the_beat_is_compared_for_equality_alone() -> None:
+def test_a_beat_that_goes_back_begins_the_wait_anew_and_is_no_sign_of_life() -> None:
     liveness = watched(100.0)
+    assert not liveness.shows_life(sign(-5))
     liveness.look([sign(-5)], 101.0)
-    assert not liveness.dead(110.5) and liveness.changed(sign(1)) and not liveness.changed(sign(-5))
+    assert not liveness.dead(110.5) and liveness.shows_life(sign(1)) and not liveness.shows_life(sign(-5))
 
 
 def test_a_new_incarnation_begins_the_wait_anew_and_its_predecessor_is_not_judged_by_it() -> None:
@@ -71,7 +72,7 @@ def test_forgotten_nodes_are_watched_from_the_start() -> None:
     liveness = watched(*range(100, 110))
     liveness.look([sign(name='b')], 109.0)
     liveness.keep(['b'])
-    assert not liveness.is_dead(sign(), 110.0) and not liveness.changed(sign(2))
+    assert not liveness.is_dead(sign(), 110.0) and not liveness.shows_life(sign(2))
     liveness.forget(['b', 'unknown'])
     assert liveness.dead(1e9) == ()
 

@@ -260,6 +260,15 @@ def test_a_name_in_use_is_refused_and_a_known_dead_one_taken_at_once() -> None:
     assert node.protocol.phase is Phase.FAILED
 
 
+def test_a_dead_rivals_heartbeats_come_and_go_with_the_databases_histories_and_prove_no_life() -> None:
+    node = Node()
+    node.hears(Connect(), Connected('server'))
+    for number in (12, 0, 12):  # two failovers, the first to a standby that lacks more than the second
+        node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', number), OTHER))
+        node.passes(1.0)
+    assert node.effects() == [] and node.protocol.phase is Phase.JOINING
+
+
 def test_other_settings_than_a_live_cluster_has_are_refused() -> None:
     node = Node()
     node.hears(Connect(), Connected('server'))
