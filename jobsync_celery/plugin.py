@@ -23,6 +23,7 @@ from jobsync_core.worker.keeper import Keeper
 from jobsync_core.worker.owners import OwnerMap
 from jobsync_core.worker.plugin import Gate, make_job, owner_map, stand_in
 from jobsync_core.worker.routing import node_queue, parked_queue
+from jobsync_core.worker.startup import wait_for_database
 
 from .gate import ConsumerGate
 from .listening import Listening
@@ -31,7 +32,7 @@ from .mail import VISIBILITY_SEC, CeleryMail, Leftovers, driver_of, node_queue_o
 from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
 from .router import install_router
 from .settings import CelerySettings, read_settings
-from .startup import wait_for_broker, wait_for_database
+from .startup import wait_for_broker
 from .tasks import Tasks, guarded_trace, odd_names, prepare_task, watch_tasks
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class JobSync:
         settings = self.settings
         wait_for_broker(self.app, check)
         limit = settings.wait_for_database_sec if settings.required else 0.0
-        wait_for_database(settings.config, limit, check, time.sleep)
+        wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
 
     def entered(self, worker: Any) -> None:
         """The worker is a node."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jobsync_core.assignment.arguments import check_number
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.plugin import PluginSettings
@@ -23,16 +22,13 @@ class CelerySettings(PluginSettings):
     """Settings of Celery's plugin.
 
     Args:
-        wait_for_database_sec: Seconds for which a worker that starts waits for a database that cannot be reached; 0: it does not wait.
         redis_atomic: False: messages are received from Redis in kombu's way, which takes a message off its list before it is recorded.
     """
 
-    wait_for_database_sec: float = 60.0
     redis_atomic: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number('wait_for_database_sec', self.wait_for_database_sec, 0)
         if not isinstance(self.redis_atomic, bool):
             raise ConfigurationError(f'redis_atomic={self.redis_atomic!r}: give True or False')
 

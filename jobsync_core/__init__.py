@@ -28,7 +28,7 @@ from .ledger.once import exactly_once
 from .protocol.effects import RebalanceEvent
 from .task import Task
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = [
     'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseRefused',

@@ -6,11 +6,19 @@ from dramatiq.middleware import MiddlewareError
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
 
-__all__ = ['BootFailed', 'DeclarationRefused', 'Unroutable']
+__all__ = ['BootFailed', 'BrokerAway', 'DeclarationRefused', 'Unroutable']
 
 
 class BootFailed(MiddlewareError, ConnectionClosed):
     """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+        self.message = message
+
+
+class BrokerAway(ConnectionClosed):
+    """The broker cannot be reached, and may be there later. Not where it refuses this user."""
 
     def __init__(self, message: str) -> None:
         Exception.__init__(self, message)

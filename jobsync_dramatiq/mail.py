@@ -64,6 +64,13 @@ class BrokerMail(Evacuable, Protocol):
     @property
     def place(self) -> str: ...
 
+    def reach(self) -> None:
+        """Look whether the broker is there.
+
+        Raises:
+            BrokerAway: It cannot be reached, and may be there later.
+        """
+
     def identify(self, make: bool) -> str | None:
         """The mark of the broker: the same by whatever address it is reached, and another for each part of it ('' where there is none).
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,16 +25,17 @@ from jobsync_core.worker.keeper import Keeper
 from jobsync_core.worker.owners import OwnerMap
 from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queue
+from jobsync_core.worker.startup import wait_for_database, wait_for_server
 
 from .actors import OPTIONS, ActorOptions, Actors, check_actor, check_message, read_settings
-from .errors import BootFailed, DeclarationRefused
+from .errors import BootFailed, BrokerAway, DeclarationRefused
 from .gate import GatedConsumer, WatchedConsumer, WorkerGate
 from .groups import mark_members, unmark_members
 from .in_memory import InMemory, is_in_memory
 from .mail import BrokerMail, mail_of
 from .notes import is_quiet
 from .once import processing
-from .process import OrphanWatch, new_node_name, process_number
+from .process import OrphanWatch, StopSignals, new_node_name, process_number
 
 __all__ = ['BootFailed', 'JobSync']
 
@@ -238,7 +241,7 @@ class JobSync(Middleware):
         self._detach()
         self._gate = self._shared = self._keeper = None
         if required:
-            raise BootFailed(text) from error
+            raise BootFailed(text) from None  # what is not expected was logged above with its traceback
         self._uncoordinated = True
         set_current_ledger(SingleLedger())
 
@@ -264,6 +267,7 @@ class JobSync(Middleware):
             on_rebalance=lambda event: None, on_release=lambda tokens: None)
         job.prepare_fork()
         self._serve(job)
+        self._wait_for_servers(mail)
         job.__enter__()
         gate = Gate(settings, job)
         self._keeper = Keeper(
@@ -280,6 +284,19 @@ class JobSync(Middleware):
         self._self_drain = SelfDrain(job, lambda: consuming.silence(queue), timeout + worker.worker_timeout / 1000)
         self._self_drain.start()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
+
+    def _wait_for_servers(self, mail: BrokerMail) -> None:
+        """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for the database."""
+        settings = self.settings
+        with StopSignals() as signals:
+            def check() -> None:
+                self._orphans.look(False)
+                signals.check()
+
+            wait_for_server(
+                mail.reach, lambda error: isinstance(error, BrokerAway), math.inf, '', check=check, sleep=time.sleep, log=logger)
+            limit = settings.wait_for_database_sec if settings.required else 0.0
+            wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
 
     def attach(self, gate: Gate, mail: BrokerMail, consuming: Consuming) -> None:
         """Put the gate between the broker and its worker, which is a node by now."""

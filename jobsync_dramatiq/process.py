@@ -7,11 +7,14 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
-__all__ = ['OrphanWatch', 'new_node_name', 'process_number']
+__all__ = ['OrphanWatch', 'StopSignals', 'new_node_name', 'process_number']
 
 #: Seconds after which an orphan is stopped in another way that does not obey its signal.
 _ORPHAN_SEC = 5.0
@@ -67,6 +70,39 @@ class OrphanWatch:
             self._stop()
         finally:
             os._exit(1)
+
+
+class StopSignals:
+    """Ends this process, while it waits for something before it has started, when it is told to stop.
+
+    Dramatiq's own handler only notes that, and is looked at after the start. Handlers belong to the main thread: in another, as in
+    tests, nothing is heard.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._stopped = False
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._stopped = True
+        handler = self._before[number]
+        if callable(handler):
+            handler(number, frame)
+
+    def check(self) -> None:
+        """Raises SystemExit where the process was told to stop."""
+        if self._stopped:
+            sys.exit(0)
 
 
 def _is_gone(pid: int | None) -> bool:

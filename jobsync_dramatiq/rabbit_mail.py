@@ -21,7 +21,13 @@ from dramatiq import Message
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
 from dramatiq.common import q_name, xq_name
 from dramatiq.errors import ConnectionClosed
-from pika.exceptions import ChannelClosedByBroker, UnroutableError
+from pika.exceptions import (
+    AuthenticationError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+    UnroutableError,
+)
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.logs import get_logger, shown
@@ -29,6 +35,7 @@ from jobsync_core.worker.broker import Letter
 from jobsync_core.worker.incoming import Refused
 from jobsync_core.worker.routing import parked_queue, unknown_queue
 
+from .errors import BrokerAway
 from .incoming import priority_of, read_message
 from .mail import Hold, dead_letters, home_of, place_of, wrapped
 from .rabbit_hold import BROKEN, RabbitHold, translated
@@ -93,6 +100,15 @@ class RabbitMail:
     def place(self) -> str:
         """See BrokerMail."""
         return f'amqp://{_places(self.broker.parameters)}'
+
+    def reach(self) -> None:
+        """See BrokerMail."""
+        try:
+            _ = self.broker.connection
+        except (AuthenticationError, ProbableAccessDeniedError, ProbableAuthenticationError) as error:
+            raise ConnectionClosed(RuntimeError(f'RabbitMQ refuses its user at {self.place}: {error!r}')) from error
+        except BROKEN as error:
+            raise BrokerAway(f'RabbitMQ cannot be reached at {self.place}: {error!r}') from error
 
     def identify(self, make: bool) -> str | None:
         """See BrokerMail: RabbitMQ tells its cluster's name with each connection."""

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dramatiq import Message
 from dramatiq.common import current_millis, xq_name
 from dramatiq.errors import ConnectionClosed
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import ConnectionError as RedisAway
+from redis.exceptions import TimeoutError as RedisSilent
 
 from jobsync_core import clock
 from jobsync_core.logs import get_logger, shown
@@ -26,6 +28,7 @@ from jobsync_core.worker.broker import Letter
 from jobsync_core.worker.incoming import Refused
 from jobsync_core.worker.routing import mark_key, node_queue
 
+from .errors import BrokerAway
 from .incoming import read_message
 from .mail import Hold, dead_letters, home_of, place_of, wrapped
 from .redis_hold import RedisHold, redis_id
@@ -170,6 +173,15 @@ class RedisMail:
         known = self.broker.client.connection_pool.connection_kwargs
         address = known.get('path') or f'{known.get("host", "localhost")}:{known.get("port", 6379)}'
         return f'redis://{address}/{known.get("db", 0)} ({self.broker.namespace})'
+
+    def reach(self) -> None:
+        """See BrokerMail."""
+        try:
+            self.broker.client.ping()
+        except (AuthenticationError, AuthorizationError):
+            raise
+        except (RedisAway, RedisSilent, OSError) as error:
+            raise BrokerAway(f'Redis cannot be reached at {self.place}: {error}') from error
 
     def identify(self, make: bool) -> str | None:
         """See BrokerMail."""

@@ -54,6 +54,7 @@ class PluginSettings:
         wait_on_exit: Seconds to stay registered, without tokens, when leaving.
         resume: As for Job.
         lock_provider, clear_existing_locks, on_rebalance, on_release: As for Job.
+        wait_for_database_sec: Seconds for which a worker that starts waits for a database that cannot be reached; 0: it does not wait.
         required: False: a worker that cannot enter runs uncoordinated, and says so.
         coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where it has no key.
         pins: Task name -> ordered patterns of the nodes that may run it.
@@ -76,6 +77,7 @@ class PluginSettings:
     clear_existing_locks: bool = False
     on_rebalance: Callable[..., object] | None = None
     on_release: Callable[[TokenSet], object] | None = None
+    wait_for_database_sec: float = 60.0
     required: bool = True
     coordinate: str = 'keyed'
     pins: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class PluginSettings:
         if self.node_name is not None:
             check_name(self.node_name)
             node_queue(self.config.appname, self.node_name)  # says what is wrong with the name
-        for name, least in (('weight', 1e-6), ('wait_on_enter', 0), ('wait_on_exit', 0), ('park_sec', 0)):
+        for name, least in (('weight', 1e-6), ('wait_on_enter', 0), ('wait_on_exit', 0), ('park_sec', 0), ('wait_for_database_sec', 0)):
             check_number(name, getattr(self, name), least)
         for name, least in (('pin_slots', 1), ('max_hops', 1)):
             value = getattr(self, name)

@@ -8,6 +8,7 @@ import pytest
 
 from jobsync_core.embedded.supervisor import running
 
+from ..server.proxy import Mode, Proxy
 from ..waiting import eventually
 from .harness import Cluster
 from .history import moment
@@ -16,6 +17,8 @@ from .setups import Setup, setups
 on_processes = pytest.mark.parametrize('setup', setups('processes', framework='dramatiq'), ids=str)
 on_threads = pytest.mark.parametrize('setup', setups('threads', framework='dramatiq'), ids=str)
 MakeCluster = Callable[..., Cluster]
+#: The master shows what its processes log when they have started, or after this many milliseconds; by default after 30 s.
+_SOON = ('--worker-fork-timeout', '1000')
 
 
 def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.05) -> None:
@@ -138,3 +141,47 @@ def test_retries_across_a_rebalance_are_attempts_of_one_message(setup: Setup, ma
         by_key.setdefault(note.key, []).append(note.more)
     assert all(attempts == [0, 1, 2, 3] for attempts in by_key.values()), by_key
     assert cluster.ran_on('f') == {'beta'}
+
+
+@on_threads
+def test_a_worker_that_is_up_before_its_broker_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        proxy.switch(Mode.REFUSE)
+        worker = cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON)
+        eventually(lambda: 'cannot be reached' in worker.log() or not worker.is_running(), 30)
+        assert worker.is_running() and 'waiting for it' in worker.log(), worker.log(3000)
+        assert 'Traceback' not in worker.log()
+        proxy.heal()
+        worker.wait_ready()
+        cluster.send('keyed', 1)
+        cluster.finish()
+
+
+@on_threads
+def test_a_worker_that_is_up_before_its_database_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    config = cluster.place.config
+    with Proxy(config.host, int(config.port)) as proxy:
+        proxy.switch(Mode.REFUSE)
+        url = f'postgresql://{config.user}:{config.password}@127.0.0.1:{proxy.port}/{config.dbname}'
+        worker = cluster.launch('alpha', database=url, options=_SOON)
+        eventually(lambda: 'wait_for_database_sec' in worker.log() or not worker.is_running(), 30)
+        assert worker.is_running(), worker.log(3000)
+        proxy.heal()
+        worker.wait_ready()
+        cluster.send('keyed', 1)
+        cluster.finish()
+
+
+@on_threads
+def test_a_worker_that_waits_for_its_broker_can_be_stopped(setup: Setup, make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(setup)
+    server = cluster.place.server
+    with Proxy('127.0.0.1', server.port) as proxy:
+        proxy.switch(Mode.REFUSE)
+        worker = cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON)
+        eventually(lambda: 'waiting for it' in worker.log() or not worker.is_running(), 30)
+        assert worker.stop(timeout=20) == 0, worker.log(3000)
+        assert 'Traceback' not in worker.log()

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -126,8 +125,7 @@ def test_no_message_is_consumed_while_joining(setup: Setup, make_cluster: MakeCl
 @pytest.mark.parametrize('setup', setups('processes', 'single', brokers=('redis',)), ids=str)
 def test_without_a_database_a_worker_says_so_and_exits(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
-    waits: dict[str, Any] = {'wait_for_database_sec': 2} if setup.framework == 'celery' else {}
-    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', **waits)
+    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', wait_for_database_sec=2)
     assert worker.wait(30) not in (0, -signal.SIGKILL)
     log = worker.log()
     assert 'cannot connect to PostgreSQL at 127.0.0.1:9' in log, log

@@ -319,8 +319,11 @@ class TestDrain:
 
     def test_drain_and_undrain_and_saying_it_twice(self, rows: Rows, run: Callable[..., Result]) -> None:
         two_nodes(rows)
-        assert 'gives its tokens away' in good(run('drain', 'alpha'))
+        shown = good(run('drain', 'alpha'))
+        assert 'gives its tokens away' in shown and 'no other node can take' not in shown
         assert 'draining already' in good(run('drain', 'alpha'))
+        assert 'no other node can take' in good(run('drain', 'beta'))
+        assert 'takes part again' in good(run('undrain', 'beta'))
         assert 'takes part again' in good(run('undrain', 'alpha'))
         assert 'was not draining' in good(run('undrain', 'alpha'))
 

@@ -23,7 +23,7 @@ def test_the_defaults_are_those_of_the_documents() -> None:
         'node_name': None, 'weight': 1.0, 'wait_on_enter': 0.0, 'wait_on_exit': 0.0, 'lock_provider': None, 'clear_existing_locks': False,
         'on_rebalance': None, 'on_release': None, 'required': True, 'coordinate': 'keyed', 'pins': {}, 'pin_slots': 64,
         'on_unclaimed': 'forward', 'max_hops': 4, 'park_sec': 2.0, 'route_producers': True, 'application': '',
-        'http': None, 'resume': False}
+        'http': None, 'resume': False, 'wait_for_database_sec': 60.0}
     assert found.config.total_tokens == 1_000_000
 
 
