@@ -147,7 +147,7 @@ def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(work
 
 
 def test_a_start_that_fails_ends_the_worker(workers: Workers, monkeypatch: Any) -> None:
-    workers._environment['TEST_DATABASE'] = 'postgresql://nobody@127.0.0.1:1/none'
+    workers._environment |= {'TEST_DATABASE': 'postgresql://nobody@127.0.0.1:1/none', 'JOBSYNC_WAIT_FOR_DATABASE_SEC': '2'}
     process = workers.start(1)
     assert process.wait(60) == 3
     assert 'cannot start' in workers.output()
