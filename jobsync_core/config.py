@@ -26,7 +26,7 @@ _PREFIX = 'JOBSYNC_'
 #: What the adapters and the test kit read from the environment, besides the fields of CoordinationConfig.
 ADAPTER_VARIABLES = frozenset({
     'application', 'clear_existing_locks', 'coordinate', 'http', 'max_hops', 'node_name', 'on_unclaimed', 'park_sec', 'pin_slots',
-    'required', 'resume', 'route_producers', 'wait_on_enter', 'wait_on_exit', 'weight'})
+    'required', 'resume', 'route_producers', 'wait_for_database_sec', 'wait_on_enter', 'wait_on_exit', 'weight'})
 #: Kubernetes makes such variables for a service that is called jobsync.
 _SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
 #: How alike two names are if one is probably the other misspelt.
