@@ -213,9 +213,11 @@ CONFIGURATIONS = [
     Configuration('threads', options=('-P', 'threads'), without=_NO_LIMITS, modes=('all', 'once')),
     Configuration('solo', options=('-P', 'solo'), without=(*_NO_LIMITS, 'reject_requeue'), soak=True),
     Configuration('late and careful', {
-        'task_acks_late': True, 'task_reject_on_worker_lost': True, 'worker_prefetch_multiplier': 1, 'task_track_started': True}),
+        'task_acks_late': True, 'task_reject_on_worker_lost': True, 'worker_prefetch_multiplier': 1, 'task_track_started': True},
+        soak=True),
     Configuration('failures not acknowledged', {'task_acks_late': True, 'task_acks_on_failure_or_timeout': False}, kinds=_FEW, soak=True),
-    Configuration('protocol 1', {'task_protocol': 1}, kinds=(*_FEW, 'gzip', 'keywords', 'bound', 'eta', 'group', 'other_queue')),
+    Configuration('protocol 1', {'task_protocol': 1}, kinds=(*_FEW, 'gzip', 'keywords', 'bound', 'eta', 'group', 'other_queue'),
+                  soak=True),
     Configuration('pickle', {'task_serializer': 'pickle', 'result_serializer': 'pickle'},
                   kinds=(*_FEW, 'keywords', 'group', 'gzip'), soak=True),
     Configuration('compressed', {'task_compression': 'gzip', 'result_compression': 'zlib'}, kinds=(*_FEW, 'retry', 'autoretry'), soak=True),
@@ -237,7 +239,7 @@ CONFIGURATIONS = [
     Configuration('key prefix', {'broker_transport_options': {'global_keyprefix': 'shop:'}}, brokers=_REDIS,
                   kinds=(*_FEW, 'priority', 'large')),
     Configuration('redis priorities', {'broker_transport_options': {
-        'priority_steps': [0, 3, 6, 9], 'queue_order_strategy': 'priority', 'sep': ':'}}, brokers=_REDIS, kinds=(*_FEW, 'priority')),
+        'priority_steps': [0, 3, 6, 9], 'queue_order_strategy': 'priority', 'sep': ':'}}, brokers=_REDIS, kinds=(*_FEW, 'priority'), soak=True),
     Configuration('no acknowledgements', {'broker_transport_options': {'ack_emulation': False}}, brokers=_REDIS, kinds=_FEW),
     Configuration('priorities', {'task_queue_max_priority': 10, 'task_default_priority': 3}, brokers=_AMQP,
                   kinds=(*_FEW, 'priority', 'other_queue')),
