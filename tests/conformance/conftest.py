@@ -15,7 +15,8 @@ from .harness import Cluster, Place
 from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
 
 #: Files whose scenarios take long, and run on every framework and broker.
-_HALVED = ('test_celery_broker', 'test_celery_kills', 'test_dramatiq_lifecycle', 'test_faults', 'test_lifecycle', 'test_load', 'test_outages')
+_HALVED = (
+    'test_celery_broker', 'test_celery_kills', 'test_dramatiq_lifecycle', 'test_faults', 'test_lifecycle', 'test_load', 'test_outages')
 
 
 def pytest_configure(config: pytest.Config) -> None:

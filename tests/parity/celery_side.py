@@ -239,7 +239,8 @@ CONFIGURATIONS = [
     Configuration('key prefix', {'broker_transport_options': {'global_keyprefix': 'shop:'}}, brokers=_REDIS,
                   kinds=(*_FEW, 'priority', 'large')),
     Configuration('redis priorities', {'broker_transport_options': {
-        'priority_steps': [0, 3, 6, 9], 'queue_order_strategy': 'priority', 'sep': ':'}}, brokers=_REDIS, kinds=(*_FEW, 'priority'), soak=True),
+        'priority_steps': [0, 3, 6, 9], 'queue_order_strategy': 'priority', 'sep': ':'}},
+        brokers=_REDIS, kinds=(*_FEW, 'priority'), soak=True),
     Configuration('no acknowledgements', {'broker_transport_options': {'ack_emulation': False}}, brokers=_REDIS, kinds=_FEW),
     Configuration('priorities', {'task_queue_max_priority': 10, 'task_default_priority': 3}, brokers=_AMQP,
                   kinds=(*_FEW, 'priority', 'other_queue')),
