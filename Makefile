@@ -12,8 +12,9 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 demo: .venv/.ready
 	$(RUN) examples/$(DEMO)_demo.py $(DEMO_ARGS)
 
+# Three for two processors: these tests wait more than they compute.
 test: .venv/.ready-dev
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
+	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
 
 soak: .venv/.ready-dev
 	$(RUN) -m pytest -n 2 --dist loadfile -m soak
