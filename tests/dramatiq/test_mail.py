@@ -51,8 +51,8 @@ class Place:
         return mail
 
     def node_behind(self, proxy: Proxy, name: str) -> Any:
-        """The mail of a node that reaches Redis by a proxy, and waits for 0.3 s for an answer."""
-        broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=0.3')
+        """The mail of a node that reaches Redis by a proxy, and waits for a second for an answer."""
+        broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=1')
         self._stack.callback(broker.client.close)
         mail = mail_of(broker, CoordinationConfig(appname='shop_'))
         mail.join(name, f'jobsync.shop_.{name}')

@@ -185,7 +185,7 @@ def test_no_process_of_a_server_shows_anything_secret(monkeypatch: pytest.Monkey
         secrets = [b's3cret-of-the-environment', str(server.config().password).encode(), redis.url().split('@')[0][-20:].encode()]
         supervisors = [
             int(entry) for entry in os.listdir('/proc')
-            if entry.isdecimal() and b'embedded_supervisor' in read(f'/proc/{entry}/cmdline') and parent(int(entry)) == os.getpid()]
+            if entry.isdecimal() and b'embedded/supervisor.py' in read(f'/proc/{entry}/cmdline') and parent(int(entry)) == os.getpid()]
         assert len(supervisors) >= 2
         ids = processes(server)
         arguments = {pid: read(f'/proc/{pid}/cmdline') for pid in [*supervisors, *ids, redis.pid]}
