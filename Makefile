@@ -4,6 +4,8 @@ DEMO ?= celery
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SCHEDULES ?= 1000000
+# Three test processes for two processors: tests wait more than they compute.
+PROCESSES ?= 3
 RUN = .venv/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 
@@ -12,9 +14,8 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 demo: .venv/.ready
 	$(RUN) examples/$(DEMO)_demo.py $(DEMO_ARGS)
 
-# Three for two processors: these tests wait more than they compute.
 test: .venv/.ready-dev
-	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
+	$(RUN) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
 
 soak: .venv/.ready-dev
 	$(RUN) -m pytest -n 2 --dist loadfile -m soak
