@@ -140,14 +140,14 @@ def who_command(database: Database, task_id: str) -> None:
 def drain_command(database: Database, node: str, dry_run: bool) -> None:
     """Make NODE give all its tokens away; it stays alive."""
     with database.session() as (connection, tables):
-        moves = status.plan_without(connection, tables, node)
         if not dry_run:
             changed = status.set_drain(connection, tables, node, True)
+            known = status.nodes(connection, tables)
             click.echo(f'{printable(node)} {"gives its tokens away now" if changed else "was draining already"}')
-            if any(move.target is None for move in moves):
-                click.echo('some of them no other node can take: their tasks wait; `jobsync status` tells which, and '
-                           '`jobsync undrain` takes it back')
+            if not any(row['alive'] and row['state'] == 'active' and row['name'] != node for row in known):
+                click.echo('no other node can take them: their tasks wait until one does; `jobsync undrain` takes it back')
             return
+        moves = status.plan_without(connection, tables, node)
     if not moves:
         click.echo(f'{printable(node)} owns nothing: nothing would move')
         return
