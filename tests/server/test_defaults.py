@@ -1,6 +1,7 @@
 """Whatever a server, a database or a role has as its defaults: each transaction of JobSync's carries what it needs."""
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -43,3 +44,15 @@ def test_no_key_stays_running_where_the_default_is_serializable(make_config: Mak
                 cursor.execute('SHOW transaction_isolation')
                 assert cursor.fetchone() == ('read committed',)
         assert query(config, 'SELECT state, count(*) FROM "{}execution" GROUP BY 1') == [('done', 20)]
+
+
+@pytest.mark.parametrize('listen', [True, False])
+def test_a_transaction_of_jobsync_s_own_may_pause_for_longer_than_the_default_lets_it(make_config: MakeConfig, listen: bool) -> None:
+    config = make_config(listen=listen)
+    create_schema(config)
+    query(config, f'ALTER DATABASE "{config.dbname}" SET idle_in_transaction_session_timeout = \'60ms\'')
+    with Job('n1', config, wait_on_enter=0) as job, job.session(pinned=True) as connection, connection.cursor() as cursor:
+        cursor.execute('SELECT 1')
+        threading.Event().wait(0.3)  # as on a busy machine; the server would have ended the session by now
+        cursor.execute('SELECT 2')
+        assert cursor.fetchone() == (2,)
