@@ -388,7 +388,7 @@ class Job:
     @property
     def nodes(self) -> list[dict[str, Any]]:
         """The live nodes; see get_active_nodes."""
-        return self.get_active_nodes()
+        return [{'name': self.node_name}] if self._node.is_alone else self.get_active_nodes()
 
     def get_active_nodes(self) -> list[dict[str, Any]]:
         """Nodes that have sent a heartbeat within the timeout, oldest first: dicts with name, created_on, last_heartbeat and more."""

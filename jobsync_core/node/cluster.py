@@ -322,6 +322,11 @@ class ClusterNode:
             'recent_events': list(self.agent.events),
         }
 
+    @property
+    def is_alone(self) -> bool:
+        """See Node."""
+        return False
+
     def list_nodes(self) -> list[dict[str, Any]]:
         """See Node."""
         with self._sessions.session() as connection:

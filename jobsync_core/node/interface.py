@@ -117,6 +117,10 @@ class Node(Protocol):
             state: The Job's: only while that is 'entered' the node has one of its own.
         """
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is the only node there is: nothing tells of others."""
+
     def list_nodes(self) -> list[dict[str, Any]]:
         """All members, and whether each is `alive`."""
 

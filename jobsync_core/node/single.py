@@ -131,9 +131,14 @@ class SingleNode:
         """See Node."""
         return {'coordination_enabled': False}
 
-    def list_nodes(self) -> list[dict[str, Any]]:
+    @property
+    def is_alone(self) -> bool:
         """See Node."""
-        return [{'name': self._name, 'alive': True}]
+        return True
+
+    def list_nodes(self) -> list[dict[str, Any]]:
+        """See Node: there is no table of nodes."""
+        return []
 
     def count_active(self) -> int | None:
         """See Node."""

@@ -247,6 +247,11 @@ class FakeNode:
             'executions_unsettled': 0, 'recent_events': [],
         }
 
+    @property
+    def is_alone(self) -> bool:
+        """See Node."""
+        return True
+
     def list_nodes(self) -> list[dict[str, Any]]:
         """See Node."""
         return [{'name': self._name, 'alive': True}]

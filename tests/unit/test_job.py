@@ -10,6 +10,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
@@ -117,3 +118,12 @@ def test_a_lock_s_texts_can_be_stored() -> None:
 def test_a_drain_waits_for_a_number_of_seconds(timeout: Any) -> None:
     with Job('n') as job, pytest.raises(ConfigurationError, match='timeout='):
         job.drain(timeout)
+
+
+def test_a_single_node_is_the_only_one_and_there_is_no_table_of_nodes() -> None:
+    job = Job('n')
+    assert job.nodes == [{'name': 'n'}]
+    with job:
+        assert (job.nodes, job.get_active_nodes(), job.get_dead_nodes()) == ([{'name': 'n'}], [], [])
+        assert (job.my_tokens, job.owner_of('x'), job.am_i_leader(), job.alive) == (TokenSet(), 'n', False, True)
+        assert job.get_coordination_status() == {'coordination_enabled': False}
