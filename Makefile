@@ -26,6 +26,7 @@ bench: .venv/.ready-dev
 
 lint: .venv/.ready-dev
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 docs: .venv/.ready-dev

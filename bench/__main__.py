@@ -1,4 +1,7 @@
-"""`python -m bench`: measure this library beside the peer and print one table. `python -m bench celery|dramatiq`: see messages.py."""
+"""`python -m bench`: measure this library beside the peer and print one table. `python -m bench
+celery|dramatiq`: see messages.py.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -24,18 +27,32 @@ from .table import Row, as_dict, render
 __all__ = ['MEASUREMENTS', 'main']
 
 MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
-    'claims': local.claims, 'memory': local.memory, 'distribution': spread.distribution, 'movement': spread.movement,
-    'first_distribution': spread.first_distribution, 'locks': spread.locks, 'follower': changes.follower, 'failover': changes.failover,
-    'join': changes.join, 'heartbeats': heartbeats.heartbeats, 'tasks': local.tasks, 'ledger': local.ledger,
+    'claims': local.claims,
+    'memory': local.memory,
+    'distribution': spread.distribution,
+    'movement': spread.movement,
+    'first_distribution': spread.first_distribution,
+    'locks': spread.locks,
+    'follower': changes.follower,
+    'failover': changes.failover,
+    'join': changes.join,
+    'heartbeats': heartbeats.heartbeats,
+    'tasks': local.tasks,
+    'ledger': local.ledger,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the measurements that the command line names; 1 if a figure of ours is missing or misses its target, else 0."""
+    """Run the measurements that the command line names; 1 if a figure of ours is missing or misses
+    its target, else 0.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] in (['celery'], ['dramatiq']):
         # The framework is needed for that alone.
-        side, messages = (importlib.import_module(f'bench.{name}') for name in (f'{arguments[0]}_side', 'messages'))
+        side, messages = (
+            importlib.import_module(f'bench.{name}')
+            for name in (f'{arguments[0]}_side', 'messages')
+        )
         return int(messages.main(side.FRAMEWORK, arguments[1:]))
     options = _parse(arguments)
     sides = [our_side()]
@@ -54,19 +71,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(rows, f'jobsync {PEER_VERSION}'))
     print(', '.join(f'{key}: {value}' for key, value in environment.items()))
     if options.json:
-        document = {'environment': environment, 'rows': [as_dict(row) for row in rows], 'samples': bench.raw}
-        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        document = {
+            'environment': environment,
+            'rows': [as_dict(row) for row in rows],
+            'samples': bench.raw,
+        }
+        options.json.write_text(
+            json.dumps(document, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'
+        )
     return int(any(row.ours is None or row.met is False for row in rows))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser('python -m bench', description=f'Measure JobSync beside the PyPI package jobsync {PEER_VERSION}.')
+    parser = argparse.ArgumentParser(
+        'python -m bench',
+        description=f'Measure JobSync beside the PyPI package jobsync {PEER_VERSION}.',
+    )
     parser.add_argument(
-        '--only', action='append', choices=MEASUREMENTS, metavar='NAME', help=f'one of {", ".join(MEASUREMENTS)}; repeatable')
+        '--only',
+        action='append',
+        choices=MEASUREMENTS,
+        metavar='NAME',
+        help=f'one of {", ".join(MEASUREMENTS)}; repeatable',
+    )
     parser.add_argument('--quick', action='store_true', help='one run of each side, smaller sizes')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows and every single value there')
+    parser.add_argument(
+        '--json', type=Path, metavar='FILE', help='write the rows and every single value there'
+    )
     parser.add_argument('--no-peer', action='store_true', help='measure this library alone')
-    parser.add_argument('--url', help='URL of a PostgreSQL superuser; databases are made and dropped there. Default: an embedded server')
+    parser.add_argument(
+        '--url',
+        help='URL of a PostgreSQL superuser; databases are made and dropped there. Default: an '
+        'embedded server',
+    )
     return parser.parse_args(arguments)
 
 
@@ -82,8 +119,10 @@ def _server(url: str | None) -> Iterator[CoordinationConfig]:
 def _environment(bench: Bench) -> dict[str, str]:
     """What the figures depend on."""
     return {
-        'python': platform.python_version(), 'postgresql': str(bench.databases.query('show server_version')[0][0]),
-        'processors': str(os.cpu_count()), 'load at the start': f'{os.getloadavg()[0]:.1f}',
+        'python': platform.python_version(),
+        'postgresql': str(bench.databases.query('show server_version')[0][0]),
+        'processors': str(os.cpu_count()),
+        'load at the start': f'{os.getloadavg()[0]:.1f}',
         'date': datetime.date.today().isoformat(),
     }
 

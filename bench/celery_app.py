@@ -1,4 +1,7 @@
-"""The app of the Celery measurements: `BENCH_MODE` says what its one task is. Also the producer: `python -m bench.celery_app N`."""
+"""The app of the Celery measurements: `BENCH_MODE` says what its one task is. Also the producer:
+`python -m bench.celery_app N`.
+"""
+
 from __future__ import annotations
 
 import importlib
@@ -16,27 +19,44 @@ __all__ = ['MODES', 'app', 'hold', 'noop']
 
 #: What can be measured: mode -> the module that it needs beside Celery, or ''.
 MODES = {
-    'plain': '', 'plain_late': '', 'uncoordinated': 'jobsync_celery', 'coordinated': 'jobsync_celery', 'routed': 'jobsync_celery',
-    'pinned': 'jobsync_celery', 'once': 'jobsync_celery', 'celery_once': 'celery_once', 'celery_singleton': 'celery_singleton',
+    'plain': '',
+    'plain_late': '',
+    'uncoordinated': 'jobsync_celery',
+    'coordinated': 'jobsync_celery',
+    'routed': 'jobsync_celery',
+    'pinned': 'jobsync_celery',
+    'once': 'jobsync_celery',
+    'celery_once': 'celery_once',
+    'celery_singleton': 'celery_singleton',
 }
 _MODE = os.environ.get('BENCH_MODE', 'plain')
 _BROKER = os.environ.get('BENCH_BROKER', 'redis://127.0.0.1/0')
 
 app = Celery('bench', broker=_BROKER)
 app.conf.update(
-    task_ignore_result=True, broker_connection_retry_on_startup=True,
+    task_ignore_result=True,
+    broker_connection_retry_on_startup=True,
     # The least that celery-once and celery-singleton can do with.
-    ONCE={'backend': 'celery_once.backends.Redis', 'settings': {'url': _BROKER, 'default_timeout': 3600}},
-    singleton_backend_url=_BROKER)
+    ONCE={
+        'backend': 'celery_once.backends.Redis',
+        'settings': {'url': _BROKER, 'default_timeout': 3600},
+    },
+    singleton_backend_url=_BROKER,
+)
 if 'BENCH_VISIBILITY_SEC' in os.environ:
-    app.conf.broker_transport_options = {'visibility_timeout': float(os.environ['BENCH_VISIBILITY_SEC'])}
+    app.conf.broker_transport_options = {
+        'visibility_timeout': float(os.environ['BENCH_VISIBILITY_SEC'])
+    }
 
 _options: dict[str, Any] = {}
 if MODES[_MODE] == 'jobsync_celery':
     from jobsync_celery import JobSync
 
-    # The environment gives the database. Producers know the owners by default; here not, where forwarding is measured.
-    JobSync(app, route_producers=_MODE in ('routed', 'pinned', 'once'), rebalance_check_interval_sec=1)
+    # The environment gives the database. Producers know the owners by default; here not, where
+    # forwarding is measured.
+    JobSync(
+        app, route_producers=_MODE in ('routed', 'pinned', 'once'), rebalance_check_interval_sec=1
+    )
     if _MODE in ('coordinated', 'routed'):
         _options['jobsync_key'] = '{number}'
     elif _MODE == 'pinned':

@@ -1,9 +1,12 @@
-"""One node under measurement: obeys JSON lines on stdin and answers each with a JSON line on stdout.
+"""One node under measurement: obeys JSON lines on stdin and answers each with a JSON line on
+stdout.
 
-The same script runs for both sides, each under its own interpreter, so that both are timed by the same code. It uses
-the standard library alone and the side's public API: `python child.py MODULE`, MODULE being jobsync_core or jobsync.
-Every time it reports is of CLOCK_MONOTONIC, which all processes of a machine share.
+The same script runs for both sides, each under its own interpreter, so that both are timed by the
+same code. It uses the standard library alone and the side's public API: `python child.py MODULE`,
+MODULE being jobsync_core or jobsync. Every time it reports is of CLOCK_MONOTONIC, which all
+processes of a machine share.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,9 +24,11 @@ __all__ = ['Child']
 
 
 class Watch:
-    """Samples which of some tasks this node may claim, in a thread of its own, and keeps the spans in which it may.
+    """Samples which of some tasks this node may claim, in a thread of its own, and keeps the spans
+    in which it may.
 
-    A span runs from the end of the first call that said yes to the beginning of the last one, so it errs on the short side.
+    A span runs from the end of the first call that said yes to the beginning of the last one, so it
+    errs on the short side.
 
     Args:
         can_claim: Asked for each task.
@@ -96,12 +101,18 @@ class Child:
         self._watch: Watch | None = None
         self._registered = 0.0
 
-    def make(self, name: str, settings: dict[str, Any], wait: int, locks: dict[str, Any] | None = None) -> None:
+    def make(
+        self, name: str, settings: dict[str, Any], wait: int, locks: dict[str, Any] | None = None
+    ) -> None:
         """Make the Job. Settings that this side's configuration does not have are left out."""
         known = {item.name for item in dataclasses.fields(self._module.CoordinationConfig)}
-        config = self._module.CoordinationConfig(**{key: value for key, value in settings.items() if key in known})
+        config = self._module.CoordinationConfig(
+            **{key: value for key, value in settings.items() if key in known}
+        )
         provider = (lambda job: self._register(job, **locks)) if locks else None
-        self._job = self._module.Job(name, coordination_config=config, wait_on_enter=wait, lock_provider=provider)
+        self._job = self._module.Job(
+            name, coordination_config=config, wait_on_enter=wait, lock_provider=provider
+        )
 
     def enter(self) -> dict[str, float]:
         """Enter the Job; when that began and ended, and the seconds that lock_provider took."""
@@ -121,12 +132,19 @@ class Child:
 
     def claimable(self, kind: str, count: int) -> int:
         """How many of the tasks this node may claim."""
-        return sum(self._job.can_claim_task(self._module.Task(task_id)) for task_id in make_ids(kind, count))
+        return sum(
+            self._job.can_claim_task(self._module.Task(task_id))
+            for task_id in make_ids(kind, count)
+        )
 
     def claims(self, kind: str, count: int, expected: bool = True) -> float:
-        """Nanoseconds of this thread's CPU time for each `can_claim_task(Task(id))`, over `count` calls that answer `expected`."""
+        """Nanoseconds of this thread's CPU time for each `can_claim_task(Task(id))`, over `count`
+        calls that answer `expected`.
+        """
         can_claim, task = self._job.can_claim_task, self._module.Task
-        pool = [task_id for task_id in make_ids(kind, 4_000) if can_claim(task(task_id)) is expected]
+        pool = [
+            task_id for task_id in make_ids(kind, 4_000) if can_claim(task(task_id)) is expected
+        ]
         if not pool:
             raise RuntimeError(f'no task of which the claim is {expected}')
         ids = (pool * (count // len(pool) + 1))[:count]
@@ -149,7 +167,10 @@ class Child:
 
     def watch(self, count: int) -> None:
         """Begin to sample `count` tasks; see Watch."""
-        self._watch = Watch(self._job.can_claim_task, [self._module.Task(task_id) for task_id in make_ids('text', count)])
+        self._watch = Watch(
+            self._job.can_claim_task,
+            [self._module.Task(task_id) for task_id in make_ids('text', count)],
+        )
 
     def watched(self) -> list[list[list[float]]]:
         """End the sampling; the spans of each task."""
@@ -180,7 +201,9 @@ class Child:
         self._registered = time.monotonic() - began
 
     def ledger(self, count: int, threads: int, prefix: str) -> dict[str, float]:
-        """Begin and finish `count` executions in `threads` threads: executions per second and the median milliseconds of one."""
+        """Begin and finish `count` executions in `threads` threads: executions per second and the
+        median milliseconds of one.
+        """
         times: list[float] = []
 
         def work(thread: int) -> None:
@@ -198,7 +221,10 @@ class Child:
             worker.join()
         if len(times) != count // threads * threads:
             raise RuntimeError('an execution failed')
-        return {'rate': len(times) / (time.monotonic() - began), 'ms': sorted(times)[len(times) // 2] * 1e3}
+        return {
+            'rate': len(times) / (time.monotonic() - began),
+            'ms': sorted(times)[len(times) // 2] * 1e3,
+        }
 
 
 def main() -> None:

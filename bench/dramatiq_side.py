@@ -1,4 +1,5 @@
 """The Dramatiq measurements: variants and workers."""
+
 from __future__ import annotations
 
 from .dramatiq_app import MODES, STAGING
@@ -12,12 +13,24 @@ _THREADS = 8
 def _variants() -> list[Variant]:
     one, two = f'one process, {_THREADS} threads', f'two processes, {_THREADS} threads each'
     return [
-        *(Variant(title, mode, one, concurrency=_THREADS, least=least) for title, mode, least in (
-            ('plain Dramatiq', 'plain', None), ('uncoordinated actors', 'uncoordinated', 0.99),
-            ('coordinated, all owned', 'coordinated', 0.95), ('exactly_once', 'once', 0.5))),
-        *(Variant(title, mode, two, 2, concurrency=_THREADS, least=least) for title, mode, least in (
-            ('plain Dramatiq', 'plain', None), ('coordinated, half forwarded', 'coordinated', 0.7), ('producer-routed', 'routed', 0.95),
-            ('exactly_once', 'once', 0.5))),
+        *(
+            Variant(title, mode, one, concurrency=_THREADS, least=least)
+            for title, mode, least in (
+                ('plain Dramatiq', 'plain', None),
+                ('uncoordinated actors', 'uncoordinated', 0.99),
+                ('coordinated, all owned', 'coordinated', 0.95),
+                ('exactly_once', 'once', 0.5),
+            )
+        ),
+        *(
+            Variant(title, mode, two, 2, concurrency=_THREADS, least=least)
+            for title, mode, least in (
+                ('plain Dramatiq', 'plain', None),
+                ('coordinated, half forwarded', 'coordinated', 0.7),
+                ('producer-routed', 'routed', 0.95),
+                ('exactly_once', 'once', 0.5),
+            )
+        ),
     ]
 
 
@@ -26,9 +39,13 @@ def _command(stage: Stage, name: str, variant: Variant) -> list[str]:
 
 
 def _hold(stage: Stage, variant: Variant) -> None:
-    """Nothing: the messages are published to another part of Redis. But all workers look for them by now."""
+    """Nothing: the messages are published to another part of Redis. But all workers look for them
+    by now.
+    """
     # A worker's signs of life, one for each broker.
-    stage.wait('consuming', lambda: bool(stage.broker.zcard('dramatiq:__heartbeats__') == variant.workers))
+    stage.wait(
+        'consuming', lambda: bool(stage.broker.zcard('dramatiq:__heartbeats__') == variant.workers)
+    )
 
 
 def _go(stage: Stage, variant: Variant) -> None:
@@ -40,5 +57,13 @@ def _go(stage: Stage, variant: Variant) -> None:
 
 
 FRAMEWORK = Framework(
-    'Dramatiq', 'bench.dramatiq_app', MODES, _variants(), 10_000, _command, _hold, _go,
-    note='exactly_once: two durable commits in PostgreSQL for each message.')
+    'Dramatiq',
+    'bench.dramatiq_app',
+    MODES,
+    _variants(),
+    10_000,
+    _command,
+    _hold,
+    _go,
+    note='exactly_once: two durable commits in PostgreSQL for each message.',
+)

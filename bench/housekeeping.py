@@ -1,13 +1,17 @@
-"""What housekeeping, a begin and an end cost beside many live claims and ledger rows: `python -m bench.housekeeping --rows 3000000`.
+"""What housekeeping, a begin and an end cost beside many live claims and ledger rows: `python -m
+bench.housekeeping --rows 3000000`.
 
-Nothing that is live may be read row by row: each figure is to be about the same for a thousand times as many rows.
+Nothing that is live may be read row by row: each figure is to be about the same for a thousand
+times as many rows.
 """
+
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 from jobsync_core import Job
 from jobsync_core.embedded import EmbeddedPostgres
@@ -16,14 +20,18 @@ from jobsync_core.store.connection import Connection
 from jobsync_core.store.tables import Tables
 
 _TRIES = 5
-_FILL = '''
+_FILL = """
     INSERT INTO {claim} (node, task_id, created_on, date, token, incarnation)
-        SELECT n.name, 'live ' || i, now() - interval '1 hour', current_date, i %% 10000, n.incarnation
+        SELECT n.name, 'live ' || i, now() - interval '1 hour', current_date, i %% 10000,
+            n.incarnation
         FROM {node} AS n, generate_series(1, %(rows)s) AS i;
-    INSERT INTO {execution} (key, state, node, incarnation, fence, attempts, started_at, finished_at, expires_at)
-        SELECT 'live ' || i, CASE WHEN i %% 2 = 0 THEN 'running' ELSE 'done' END, n.name, n.incarnation, 1, 1, now(),
-            CASE WHEN i %% 2 = 1 THEN now() END, CASE WHEN i %% 2 = 1 THEN now() + interval '7 days' END
-        FROM {node} AS n, generate_series(1, %(rows)s) AS i'''
+    INSERT INTO {execution} (key, state, node, incarnation, fence, attempts, started_at,
+        finished_at, expires_at)
+        SELECT 'live ' || i, CASE WHEN i %% 2 = 0 THEN 'running' ELSE 'done' END, n.name,
+            n.incarnation, 1, 1, now(),
+            CASE WHEN i %% 2 = 1 THEN now() END, CASE WHEN i %% 2 = 1 THEN now() + interval '7 days'
+                END
+        FROM {node} AS n, generate_series(1, %(rows)s) AS i"""
 
 
 def _milliseconds(action: Callable[[], object]) -> float:
@@ -42,16 +50,23 @@ def _measure(rows: int) -> dict[str, float]:
             tables, connection = Tables.of(config), Connection.open(config, 'bench')
             names = {name: getattr(tables, name) for name in ('claim', 'execution', 'node')}
             connection.execute(
-                'SET synchronous_commit TO off; SET statement_timeout TO 0;' + _FILL.format(**names),
-                {'rows': rows}, timeout=600)
+                'SET synchronous_commit TO off; SET statement_timeout TO 0;'
+                + _FILL.format(**names),
+                {'rows': rows},
+                timeout=600,
+            )
             keys = iter(range(10**9))
 
             def attempt() -> None:
                 with job.once(f'new {next(keys)}'):
                     pass
 
-            found = {chore.name: _milliseconds(lambda chore=chore: housekeeping.run(connection, tables, chore, 1000, None))  # type: ignore[misc]
-                     for chore in housekeeping.CHORES}
+            found = {
+                chore.name: _milliseconds(
+                    partial(housekeeping.run, connection, tables, chore, 1000, None)
+                )
+                for chore in housekeeping.CHORES
+            }
             found['begin and end of an attempt'] = _milliseconds(attempt)
             connection.close()
             return found
@@ -59,7 +74,12 @@ def _measure(rows: int) -> dict[str, float]:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog='python -m bench.housekeeping', description=__doc__)
-    parser.add_argument('--rows', type=int, default=3_000_000, help='live claims, and as many live rows of the ledger')
+    parser.add_argument(
+        '--rows',
+        type=int,
+        default=3_000_000,
+        help='live claims, and as many live rows of the ledger',
+    )
     rows = parser.parse_args().rows
     few, many = _measure(1000), _measure(rows)
     print(f'{"ms, median of " + str(_TRIES):40} {"1,000 rows":>12} {f"{rows:,} rows":>16}')

@@ -1,4 +1,5 @@
 """What one node costs: claims, memory, recording tasks, the ledger."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,24 +14,45 @@ __all__ = ['claims', 'ledger', 'memory', 'tasks']
 
 _HASHES = ('double_sha256', 'sha256', 'md5')
 _SIZES = (10_000, 1_000_000)
-_CPU = 'CPU time of the calling thread, which other work on the machine disturbs less than wall time.'
+_CPU = (
+    'CPU time of the calling thread, which other work on the machine disturbs less than wall time.'
+)
 
-_BARE = ('In a process of its own, for comparison: entering contains it. It includes the import of the driver where the library imports it '
-         'late, and what libpq takes for password authentication.')
+_BARE = (
+    'In a process of its own, for comparison: entering contains it. It includes the import of the '
+    'driver where the library imports it '
+    'late, and what libpq takes for password authentication.'
+)
 
 
 def claims(bench: Bench) -> list[Row]:
-    """`can_claim_task(Task(id))` for each hash function, of tasks that are this node's, and of some that are not."""
+    """`can_claim_task(Task(id))` for each hash function, of tasks that are this node's, and of some
+    that are not.
+    """
     rows = []
     for tokens in _SIZES:
         for name in _HASHES[:1] if bench.quick and tokens > _SIZES[0] else _HASHES:
             samples = _claims(bench, tokens, name, others=False)
             for kind in ('int', 'text'):
-                rows.append(samples.row(
-                    f'True {kind}', f'claim, {name}, {tokens:,} tokens, {kind} id', 'ns', note=_CPU, limit=Limit(0.75, ratio=True)))
+                rows.append(
+                    samples.row(
+                        f'True {kind}',
+                        f'claim, {name}, {tokens:,} tokens, {kind} id',
+                        'ns',
+                        note=_CPU,
+                        limit=Limit(0.75, ratio=True),
+                    )
+                )
     samples = _claims(bench, _SIZES[0], _HASHES[0], others=True)
-    rows.append(samples.row(
-        'False int', f'claim refused, {_HASHES[0]}, {_SIZES[0]:,} tokens', 'ns', note=_CPU, limit=Limit(0.75, ratio=True)))
+    rows.append(
+        samples.row(
+            'False int',
+            f'claim refused, {_HASHES[0]}, {_SIZES[0]:,} tokens',
+            'ns',
+            note=_CPU,
+            limit=Limit(0.75, ratio=True),
+        )
+    )
     return rows
 
 
@@ -65,16 +87,34 @@ def _claims(bench: Bench, tokens: int, name: str, others: bool) -> Samples:
 
 
 def memory(bench: Bench) -> list[Row]:
-    """Resident memory that a single node's process gains between the import of the library and the end of entering a Job."""
+    """Resident memory that a single node's process gains between the import of the library and the
+    end of entering a Job.
+    """
     found = {}
     for tokens in _SIZES:
         found[tokens] = bench.run(f'memory {tokens}', partial(_memory, bench, tokens))
-    small, large = (found[tokens].row('MB', f'memory added by entering, {tokens:,} tokens', 'MB') for tokens in _SIZES)
-    more = [None if one is None or two is None else two - one for one, two in ((small.ours, large.ours), (small.peer, large.peer))]
+    small, large = (
+        found[tokens].row('MB', f'memory added by entering, {tokens:,} tokens', 'MB')
+        for tokens in _SIZES
+    )
+    more = [
+        None if one is None or two is None else two - one
+        for one, two in ((small.ours, large.ours), (small.peer, large.peer))
+    ]
     return [
-        Row(small.label, small.unit, small.ours, small.peer, small.note, Limit(3)), large,
-        Row('memory, what 1,000,000 tokens add to that of 10,000', 'MB', more[0], more[1], large.note, Limit(2)),
-        found[_SIZES[0]].row('bare', 'memory, what one connection of the bare driver adds', 'MB', note=_BARE),
+        Row(small.label, small.unit, small.ours, small.peer, small.note, Limit(3)),
+        large,
+        Row(
+            'memory, what 1,000,000 tokens add to that of 10,000',
+            'MB',
+            more[0],
+            more[1],
+            large.note,
+            Limit(2),
+        ),
+        found[_SIZES[0]].row(
+            'bare', 'memory, what one connection of the bare driver adds', 'MB', note=_BARE
+        ),
     ]
 
 
@@ -103,7 +143,10 @@ def tasks(bench: Bench) -> list[Row]:
             return figures
 
     samples = bench.run('tasks', measure)
-    return [samples.row('add', 'add_task', 'ms'), samples.row('audit', f'write_audit of {count} tasks', 'ms')]
+    return [
+        samples.row('add', 'add_task', 'ms'),
+        samples.row('audit', f'write_audit of {count} tasks', 'ms'),
+    ]
 
 
 def ledger(bench: Bench) -> list[Row]:
@@ -116,8 +159,13 @@ def ledger(bench: Bench) -> list[Row]:
             cluster.enter()
             for number in range(1 if bench.quick else 4):
                 for threads in (1, 8):
-                    figures = node.ask('ledger', count=count, threads=threads, prefix=f'{number}-{threads}')
-                    samples.add(bench.sides[0], {f'{metric} {threads}': value for metric, value in figures.items()})
+                    figures = node.ask(
+                        'ledger', count=count, threads=threads, prefix=f'{number}-{threads}'
+                    )
+                    samples.add(
+                        bench.sides[0],
+                        {f'{metric} {threads}': value for metric, value in figures.items()},
+                    )
         except ChildFailed as failure:
             samples.failures['ours'] = str(failure)
     bench.raw['ledger'] = samples.values

@@ -1,4 +1,7 @@
-"""A relay between a node and PostgreSQL that counts what passes: statements, round trips, rows and bytes."""
+"""A relay between a node and PostgreSQL that counts what passes: statements, round trips, rows and
+bytes.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,7 +14,14 @@ from types import TracebackType
 
 __all__ = ['Counts', 'Meter']
 
-_TRANSACTION_CONTROL = (b'BEGIN', b'START TRANSACTION', b'COMMIT', b'ROLLBACK', b'SAVEPOINT', b'RELEASE')
+_TRANSACTION_CONTROL = (
+    b'BEGIN',
+    b'START TRANSACTION',
+    b'COMMIT',
+    b'ROLLBACK',
+    b'SAVEPOINT',
+    b'RELEASE',
+)
 
 
 @dataclass
@@ -60,7 +70,12 @@ class Meter:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for item in (self._listener, *self._sockets):
             with contextlib.suppress(OSError):
                 item.shutdown(socket.SHUT_RDWR)
@@ -74,8 +89,14 @@ class Meter:
                 return
             far = self._connect()
             self._sockets += [near, far]
-            threading.Thread(target=self._relay, args=(near, far, self._count_sent), daemon=True).start()
-            threading.Thread(target=self._relay, args=(far, near, _Answers(self.counts, self._lock).feed), daemon=True).start()
+            threading.Thread(
+                target=self._relay, args=(near, far, self._count_sent), daemon=True
+            ).start()
+            threading.Thread(
+                target=self._relay,
+                args=(far, near, _Answers(self.counts, self._lock).feed),
+                daemon=True,
+            ).start()
 
     def _connect(self) -> socket.socket:
         host, port = self._target
@@ -90,7 +111,9 @@ class Meter:
             self.counts.sent += len(data)
 
     @staticmethod
-    def _relay(source: socket.socket, target: socket.socket, count: Callable[[bytes], None]) -> None:
+    def _relay(
+        source: socket.socket, target: socket.socket, count: Callable[[bytes], None]
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 count(data)
@@ -119,18 +142,20 @@ class _Answers:
             self._counts.received += len(data)
             buffer, at = self._rest + data, 0
             while len(buffer) - at >= 5:
-                kind = buffer[at:at + 1]
+                kind = buffer[at : at + 1]
                 if not self._started and kind in b'NSG':
                     # Before authentication begins, a lone byte answers a request for encryption.
                     if kind != b'N':
-                        raise ValueError('the server encrypts the connection: measure with a server without TLS')
+                        raise ValueError(
+                            'the server encrypts the connection: measure with a server without TLS'
+                        )
                     at += 1
                     continue
                 self._started = True
                 end = at + 1 + int(struct.unpack_from('!i', buffer, at + 1)[0])
                 if end > len(buffer):
                     break
-                self._count(kind, buffer[at + 5:end])
+                self._count(kind, buffer[at + 5 : end])
                 at = end
             self._rest = buffer[at:]
             if not self._started:

@@ -1,4 +1,7 @@
-"""Nodes under measurement: child processes that obey commands, and clusters of them on a fresh database."""
+"""Nodes under measurement: child processes that obey commands, and clusters of them on a fresh
+database.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -23,10 +26,16 @@ from .peer import Side
 
 __all__ = ['FAST', 'ChildFailed', 'Cluster', 'Databases', 'Node']
 
-#: Intervals that let a cluster change quickly, where the time of the change is not what is measured. Each side takes the ones it knows.
+#: Intervals that let a cluster change quickly, where the time of the change is not what is
+#: measured. Each side takes the ones it knows.
 FAST: Mapping[str, Any] = {
-    'heartbeat_interval_sec': 1, 'heartbeat_timeout_sec': 8, 'rebalance_check_interval_sec': 1, 'dead_node_check_interval_sec': 1,
-    'token_refresh_initial_interval_sec': 1, 'token_refresh_steady_interval_sec': 1, 'token_distribution_timeout_sec': 300,
+    'heartbeat_interval_sec': 1,
+    'heartbeat_timeout_sec': 8,
+    'rebalance_check_interval_sec': 1,
+    'dead_node_check_interval_sec': 1,
+    'token_refresh_initial_interval_sec': 1,
+    'token_refresh_steady_interval_sec': 1,
+    'token_distribution_timeout_sec': 300,
 }
 _CHILD = str(Path(__file__).with_name('child.py'))
 
@@ -47,8 +56,14 @@ class Node:
         self.name = name
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self._process = subprocess.Popen(
-            [side.python, _CHILD, side.module], env=side.environ, cwd='/', text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._stderr)
+            [side.python, _CHILD, side.module],
+            env=side.environ,
+            cwd='/',
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -123,11 +138,18 @@ class Databases:
         self._server = server
         self._numbers = itertools.count(1)
 
-    def query(self, statement: sql.Composable | str, dbname: str | None = None) -> list[tuple[Any, ...]]:
+    def query(
+        self, statement: sql.Composable | str, dbname: str | None = None
+    ) -> list[tuple[Any, ...]]:
         """Run one statement outside of the measured nodes; its rows."""
         server = self._server
         connection = psycopg2.connect(
-            host=server.host, port=server.port, user=server.user, password=server.password, dbname=dbname or server.dbname)
+            host=server.host,
+            port=server.port,
+            user=server.user,
+            password=server.password,
+            dbname=dbname or server.dbname,
+        )
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
@@ -144,13 +166,22 @@ class Databases:
         try:
             server = self._server
             # The peer puts the password into a URL unescaped, where an empty one reads badly.
-            yield {'host': server.host, 'port': server.port, 'user': server.user, 'password': server.password or 'none', 'dbname': name}
+            yield {
+                'host': server.host,
+                'port': server.port,
+                'user': server.user,
+                'password': server.password or 'none',
+                'dbname': name,
+            }
         finally:
-            self.query(sql.SQL('drop database if exists {} with (force)').format(sql.Identifier(name)))
+            self.query(
+                sql.SQL('drop database if exists {} with (force)').format(sql.Identifier(name))
+            )
 
 
 class Cluster:
-    """Nodes of one side on a database of its own: `with Cluster(...) as cluster`, then `start` and `enter`.
+    """Nodes of one side on a database of its own: `with Cluster(...) as cluster`, then `start` and
+    `enter`.
 
     Args:
         databases: Where its database is made.
@@ -180,15 +211,28 @@ class Cluster:
         return node
 
     def start(
-        self, name: str, wait: int = 0, locks: Mapping[str, Any] | None = None, node: Node | None = None, **settings: Any,
+        self,
+        name: str,
+        wait: int = 0,
+        locks: Mapping[str, Any] | None = None,
+        node: Node | None = None,
+        **settings: Any,
     ) -> Node:
         """A process with a Job that is not entered yet. `settings` win over the cluster's."""
         node = node or self.spawn(name)
-        node.ask('make', name=name, wait=wait, locks=locks, settings={**self.database, **self._settings, **settings})
+        node.ask(
+            'make',
+            name=name,
+            wait=wait,
+            locks=locks,
+            settings={**self.database, **self._settings, **settings},
+        )
         self.nodes.append(node)
         return node
 
-    def enter(self, nodes: Sequence[Node] | None = None, timeout: float = 300) -> list[dict[str, float]]:
+    def enter(
+        self, nodes: Sequence[Node] | None = None, timeout: float = 300
+    ) -> list[dict[str, float]]:
         """Let nodes (all, by default) enter at the same time; what each reports."""
         chosen = self.nodes if nodes is None else nodes
         for node in chosen:
@@ -196,7 +240,9 @@ class Cluster:
         return [node.receive(timeout) for node in chosen]
 
     def enter_by_age(self, timeout: float = 300) -> None:
-        """Let all nodes enter, each once the one before it is registered, so that the first is the oldest, hence the leader."""
+        """Let all nodes enter, each once the one before it is registered, so that the first is the
+        oldest, hence the leader.
+        """
         deadline = time.monotonic() + 60
         for number, node in enumerate(self.nodes, 1):
             node.send('enter')

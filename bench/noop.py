@@ -1,4 +1,5 @@
 """What every measured task does: it writes down when it ran."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +17,10 @@ def note(number: int) -> None:
     """Write down that message `number` ran, and when, on the monotonic clock."""
     global _file
     if _file is None or _file[0] != os.getpid():
-        _file = os.getpid(), os.open(os.environ['BENCH_TIMES'], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        _file = (
+            os.getpid(),
+            os.open(os.environ['BENCH_TIMES'], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+        )
     os.write(_file[1], struct.pack('dq', time.monotonic(), number))
 
 

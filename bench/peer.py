@@ -1,4 +1,5 @@
 """The two sides: this library, and the package `jobsync` from PyPI in an environment of its own."""
+
 from __future__ import annotations
 
 import os
@@ -40,13 +41,24 @@ class Side:
 
 
 def _environ(**extra: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(('PYTHON', 'PG', 'JOBSYNC'))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(('PYTHON', 'PG', 'JOBSYNC'))
+    }
     return {**kept, 'PYTHONDONTWRITEBYTECODE': '1', **extra}
 
 
 def our_side() -> Side:
     """This library, as it lies in the source tree."""
-    return Side('ours', 'JobSync', sys.executable, 'jobsync_core', 'psycopg2', _environ(PYTHONPATH=str(ROOT)))
+    return Side(
+        'ours',
+        'JobSync',
+        sys.executable,
+        'jobsync_core',
+        'psycopg2',
+        _environ(PYTHONPATH=str(ROOT)),
+    )
 
 
 def peer_side() -> Side:
@@ -59,9 +71,23 @@ def peer_side() -> Side:
     if not _installed(python):
         if sys.version_info < (3, 11):
             raise PeerUnavailable('it needs Python 3.11')
-        print(f'installing jobsync {PEER_VERSION} into {_ENVIRONMENT.relative_to(ROOT)} ...', file=sys.stderr, flush=True)
+        print(
+            f'installing jobsync {PEER_VERSION} into {_ENVIRONMENT.relative_to(ROOT)} ...',
+            file=sys.stderr,
+            flush=True,
+        )
         _run([sys.executable, '-m', 'venv', '--clear', str(_ENVIRONMENT)])
-        _run([str(python), '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', f'jobsync=={PEER_VERSION}'])
+        _run(
+            [
+                str(python),
+                '-m',
+                'pip',
+                'install',
+                '--quiet',
+                '--disable-pip-version-check',
+                f'jobsync=={PEER_VERSION}',
+            ]
+        )
         if not _installed(python):
             raise PeerUnavailable(f'jobsync {PEER_VERSION} is installed but cannot be imported')
     return Side('peer', f'jobsync {PEER_VERSION}', str(python), 'jobsync', 'psycopg', _environ())
@@ -71,7 +97,14 @@ def _installed(python: Path) -> bool:
     if not python.exists():
         return False
     look = 'import jobsync; print(jobsync.__version__)'
-    found = subprocess.run([str(python), '-c', look], env=_environ(), cwd='/', capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [str(python), '-c', look],
+        env=_environ(),
+        cwd='/',
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return found.stdout.strip() == PEER_VERSION
 
 

@@ -1,4 +1,5 @@
 """Runs both sides in turns, A B B A, so that a drift of the machine weighs on both alike."""
+
 from __future__ import annotations
 
 import statistics
@@ -31,10 +32,27 @@ class Samples:
         values = self.values.get(key, {}).get(metric)
         return statistics.median(values) if values and key not in self.failures else None
 
-    def row(self, metric: str, label: str, unit: str, *, note: str = '', limit: Limit | None = None, more: bool = False) -> Row:
+    def row(
+        self,
+        metric: str,
+        label: str,
+        unit: str,
+        *,
+        note: str = '',
+        limit: Limit | None = None,
+        more: bool = False,
+    ) -> Row:
         """The row of a metric. A failure becomes its footnote."""
         failed = '; '.join(f'{key} failed: {reason}' for key, reason in self.failures.items())
-        return Row(label, unit, self.median('ours', metric), self.median('peer', metric), failed or note, limit, more)
+        return Row(
+            label,
+            unit,
+            self.median('ours', metric),
+            self.median('peer', metric),
+            failed or note,
+            limit,
+            more,
+        )
 
 
 @dataclass
@@ -59,7 +77,9 @@ class Bench:
             return list(self.sides)
         return (self.sides + self.sides[::-1]) * rounds
 
-    def run(self, name: str, measure: Callable[[Side], Mapping[str, float]], rounds: int = 1) -> Samples:
+    def run(
+        self, name: str, measure: Callable[[Side], Mapping[str, float]], rounds: int = 1
+    ) -> Samples:
         """Measure each side in its turns. A side that fails is not tried again.
 
         Args:
@@ -77,7 +97,11 @@ class Bench:
             except ChildFailed as failure:
                 samples.failures[side.key] = str(failure)
             state = samples.failures.get(side.key, 'done')
-            print(f'  {name}: {side.title}, {time.monotonic() - began:.1f} s, {state}', file=sys.stderr, flush=True)
+            print(
+                f'  {name}: {side.title}, {time.monotonic() - began:.1f} s, {state}',
+                file=sys.stderr,
+                flush=True,
+            )
         self.raw[name] = samples.values
         return samples
 

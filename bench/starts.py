@@ -1,7 +1,10 @@
-"""Many nodes that start at once: `python -m bench.starts`. How long until all have registered, and until all tokens are owned.
+"""Many nodes that start at once: `python -m bench.starts`. How long until all have registered, and
+until all tokens are owned.
 
-Each process is started by itself and holds several Jobs, as where an orchestrator starts a whole fleet. The database is fresh.
+Each process is started by itself and holds several Jobs, as where an orchestrator starts a whole
+fleet. The database is fresh.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +29,9 @@ _ROOT = Path(__file__).parents[1]
 
 
 def child(config: CoordinationConfig, number: int, jobs: int, wait: float) -> None:
-    """One process: enters all of its Jobs at once, says what became of each, and leaves when its input ends."""
+    """One process: enters all of its Jobs at once, says what became of each, and leaves when its
+    input ends.
+    """
     done = threading.Event()
     lock = threading.Lock()
 
@@ -42,7 +47,10 @@ def child(config: CoordinationConfig, number: int, jobs: int, wait: float) -> No
         except JobSyncError as error:
             say(event='failed', error=f'{type(error).__name__}: {error}')
 
-    threads = [threading.Thread(target=run, args=(f'node-{number:02}-{place:02}',)) for place in range(jobs)]
+    threads = [
+        threading.Thread(target=run, args=(f'node-{number:02}-{place:02}',))
+        for place in range(jobs)
+    ]
     for thread in threads:
         thread.start()
     sys.stdin.read()
@@ -50,14 +58,36 @@ def child(config: CoordinationConfig, number: int, jobs: int, wait: float) -> No
     os._exit(0)  # the measurement is over: five hundred nodes need not leave one by one
 
 
-def measure(config: CoordinationConfig, processes: int, jobs: int, wait: float) -> dict[str, object]:
+def measure(
+    config: CoordinationConfig, processes: int, jobs: int, wait: float
+) -> dict[str, object]:
     """Start them, and watch from outside; times in seconds."""
-    fields = {name: getattr(config, name) for name in ('host', 'port', 'dbname', 'user', 'password')}
+    fields = {
+        name: getattr(config, name) for name in ('host', 'port', 'dbname', 'user', 'password')
+    }
     began = time.time()
-    started = [subprocess.Popen(
-        [sys.executable, '-m', 'bench.starts', '--child', str(number), '--jobs', str(jobs), '--wait', str(wait)], cwd=_ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, 'BENCH_CONFIG': json.dumps(fields)})
-        for number in range(processes)]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'bench.starts',
+                '--child',
+                str(number),
+                '--jobs',
+                str(jobs),
+                '--wait',
+                str(wait),
+            ],
+            cwd=_ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, 'BENCH_CONFIG': json.dumps(fields)},
+        )
+        for number in range(processes)
+    ]
     events: list[dict[str, object]] = []
 
     def read(process: subprocess.Popen[str]) -> None:
@@ -67,7 +97,13 @@ def measure(config: CoordinationConfig, processes: int, jobs: int, wait: float) 
 
     for process in started:
         threading.Thread(target=read, args=(process,), daemon=True).start()
-    watcher = psycopg2.connect(host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)
+    watcher = psycopg2.connect(
+        host=config.host,
+        port=config.port,
+        dbname=config.dbname,
+        user=config.user,
+        password=config.password,
+    )
     watcher.autocommit = True
 
     def value(sql: str) -> float:
@@ -89,21 +125,35 @@ def measure(config: CoordinationConfig, processes: int, jobs: int, wait: float) 
             most = max(most, count)
             if registered is None and count >= total:
                 registered = time.time() - began
-            if owned is None and value('SELECT sum(upper(tokens) - lower(tokens)) FROM sync_assignment WHERE node IS NOT NULL') >= 10_000:
+            if (
+                owned is None
+                and value(
+                    'SELECT sum(upper(tokens) - lower(tokens)) FROM sync_assignment WHERE node IS '
+                    'NOT NULL'
+                )
+                >= 10_000
+            ):
                 owned = time.time() - began
             time.sleep(0.2)
         first = value('SELECT extract(epoch FROM min(created_on)) FROM sync_node') - began
         deadline = time.time() + wait + 30
         while time.time() < deadline and len(events) < total:
             time.sleep(0.2)
-        entered = [event['at'] for event in events if event['event'] == 'entered']
+        entered = [float(str(event['at'])) for event in events if event['event'] == 'entered']
+        last = max(entered, default=None)
         found.update(
-            registered_most=most, first_registered_after=round(first, 1),
+            registered_most=most,
+            first_registered_after=round(first, 1),
             all_registered_after=round(registered, 1) if registered else None,
-            owned_after_grace=round(owned - first - wait, 1) if owned else None, entered=len(entered),
-            last_entered_after_grace=round(max(map(float, entered)) - began - (registered or 0) - wait, 1) if entered else None,  # type: ignore[arg-type]
+            owned_after_grace=round(owned - first - wait, 1) if owned else None,
+            entered=len(entered),
+            last_entered_after_grace=round(last - began - (registered or 0) - wait, 1)
+            if last
+            else None,
             failed=[event['error'] for event in events if event['event'] == 'failed'][:3],
-            failures=sum(event['event'] == 'failed' for event in events), load=round(os.getloadavg()[0], 1))
+            failures=sum(event['event'] == 'failed' for event in events),
+            load=round(os.getloadavg()[0], 1),
+        )
         return found
     finally:
         watcher.close()
@@ -122,12 +172,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--child', type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
-        child(CoordinationConfig(**json.loads(os.environ['BENCH_CONFIG'])), options.child, options.jobs, options.wait)
+        child(
+            CoordinationConfig(**json.loads(os.environ['BENCH_CONFIG'])),
+            options.child,
+            options.jobs,
+            options.wait,
+        )
         return 0
     nodes = options.processes * options.jobs
     with EmbeddedPostgres(settings={'max_connections': str(2 * nodes + 50)}) as postgres:
         postgres.create_database('starts')
-        print(json.dumps(measure(postgres.config('starts'), options.processes, options.jobs, options.wait)))
+        print(
+            json.dumps(
+                measure(postgres.config('starts'), options.processes, options.jobs, options.wait)
+            )
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
 """The rows that measurements give and the table that is printed of them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -58,8 +59,15 @@ class Row:
 def as_dict(row: Row) -> dict[str, Any]:
     """The row for JSON."""
     return {
-        'label': row.label, 'unit': row.unit, 'ours': row.ours, 'peer': row.peer, 'ratio': row.ratio, 'more_is_better': row.more,
-        'target': str(row.limit) if row.limit else None, 'met': row.met, 'note': row.note or None,
+        'label': row.label,
+        'unit': row.unit,
+        'ours': row.ours,
+        'peer': row.peer,
+        'ratio': row.ratio,
+        'more_is_better': row.more,
+        'target': str(row.limit) if row.limit else None,
+        'met': row.met,
+        'note': row.note or None,
     }
 
 
@@ -74,8 +82,13 @@ def render(rows: Sequence[Row], peer_title: str) -> str:
     cells = [tuple(peer_title if heading == 'peer' else heading for heading in _HEADINGS)]
     cells += [_cells(row, notes) for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADINGS))]
-    lines = ['  '.join(_aligned(cell, width, column) for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-             for line in cells]
+    lines = [
+        '  '.join(
+            _aligned(cell, width, column)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
     lines.insert(1, '  '.join('─' * width for width in widths))
     lines += ['', 'Medians. Ratio: JobSync over the peer; less is better, except in rows marked ↑.']
     lines += [f'[{number}] {note}' for number, note in enumerate(notes, 1)]
@@ -83,8 +96,14 @@ def render(rows: Sequence[Row], peer_title: str) -> str:
 
 
 def _cells(row: Row, notes: Sequence[str]) -> tuple[str, ...]:
-    label = row.label + (' ↑' if row.more else '') + (f' [{notes.index(row.note) + 1}]' if row.note else '')
-    target = f'{row.limit} {({True: "met", False: "MISSED", None: "?"}[row.met])}' if row.limit else ''
+    label = (
+        row.label
+        + (' ↑' if row.more else '')
+        + (f' [{notes.index(row.note) + 1}]' if row.note else '')
+    )
+    target = (
+        f'{row.limit} { ({True: "met", False: "MISSED", None: "?"}[row.met]) }' if row.limit else ''
+    )
     ratio = f'{row.ratio:.2f}' if row.ratio is not None else '—'
     return label, row.unit, _number(row.ours), _number(row.peer), ratio, target
 
@@ -93,7 +112,13 @@ def _number(value: float | None) -> str:
     if value is None:
         return '—'
     size = abs(value)
-    return f'{value:,.0f}' if size >= 1000 or value == int(value) else f'{value:.1f}' if size >= 100 else f'{value:.3g}'
+    return (
+        f'{value:,.0f}'
+        if size >= 1000 or value == int(value)
+        else f'{value:.1f}'
+        if size >= 100
+        else f'{value:.3g}'
+    )
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

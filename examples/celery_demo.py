@@ -1,12 +1,15 @@
-"""The Celery plugin at work: workers share the standard library's source files, each counted once, though one worker is killed.
+"""The Celery plugin at work: workers share the standard library's source files, each counted once,
+though one worker is killed.
 
-Run `python examples/celery_demo.py` (or `make demo`). It starts a PostgreSQL and a Redis of its own and three `celery worker`
-processes, publishes one task per file, a tenth of them twice, kills one worker with SIGKILL midway, lets another join, and
-reads the verdict from the database. Heartbeats are shortened (0.5 s, dead after 2 s; the defaults are 5 s and 15 s) so that
-all of it takes less than a minute.
+Run `python examples/celery_demo.py` (or `make demo`). It starts a PostgreSQL and a Redis of its own
+and three `celery worker` processes, publishes one task per file, a tenth of them twice, kills one
+worker with SIGKILL midway, lets another join, and reads the verdict from the database. Heartbeats
+are shortened (0.5 s, dead after 2 s; the defaults are 5 s and 15 s) so that all of it takes less
+than a minute.
 
 This file is also the app that the workers run: `celery -A examples.celery_demo worker`.
 """
+
 from __future__ import annotations
 
 import sys
@@ -14,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without an installation
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a checkout without an installation
 
 from celery import Celery, signals, states
 
@@ -23,7 +28,8 @@ from examples.demo_queues import SLOTS, QueueDemo, count_once, end_with_the_demo
 from jobsync_celery import JobSync, current_execution, exactly_once
 from jobsync_core.embedded.redis import EmbeddedRedis
 
-# --- the app: broker and database come from CELERY_BROKER_URL, CELERY_RESULT_BACKEND and JOBSYNC_DATABASE_URL ---
+# --- the app: broker and database come from CELERY_BROKER_URL, CELERY_RESULT_BACKEND and
+# JOBSYNC_DATABASE_URL ---
 
 app = Celery('celery_demo')
 JobSync(app, **SETTINGS)
@@ -54,6 +60,7 @@ def _end_with_the_demo(**unused: object) -> None:
 
 # --- the demo ---
 
+
 @dataclass
 class CeleryDemo(QueueDemo):
     """One run with Celery workers."""
@@ -65,7 +72,19 @@ class CeleryDemo(QueueDemo):
         return {'CELERY_BROKER_URL': redis.url(0), 'CELERY_RESULT_BACKEND': redis.url(1)}
 
     def command(self, name: str) -> list[str]:
-        return ['-m', 'celery', '-A', 'examples.celery_demo', 'worker', '-n', f'{name}@demo', '-c', str(SLOTS), '-l', 'INFO']
+        return [
+            '-m',
+            'celery',
+            '-A',
+            'examples.celery_demo',
+            'worker',
+            '-n',
+            f'{name}@demo',
+            '-c',
+            str(SLOTS),
+            '-l',
+            'INFO',
+        ]
 
     def send(self, path: str) -> Any:
         return (count_on_gpu if path.startswith(PINNED) else count_file).delay(path).id

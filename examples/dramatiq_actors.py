@@ -1,7 +1,9 @@
-"""The broker and the actors of dramatiq_demo.py, for its workers too: `dramatiq examples.dramatiq_actors`.
+"""The broker and the actors of dramatiq_demo.py, for its workers too: `dramatiq
+examples.dramatiq_actors`.
 
 Broker and database come from DEMO_BROKER_URL and JOBSYNC_DATABASE_URL.
 """
+
 from __future__ import annotations
 
 import os

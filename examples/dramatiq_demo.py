@@ -1,10 +1,13 @@
-"""The Dramatiq plugin at work: workers share the standard library's source files, each counted once, though one worker is killed.
+"""The Dramatiq plugin at work: workers share the standard library's source files, each counted
+once, though one worker is killed.
 
-Run `python examples/dramatiq_demo.py` (or `make demo DEMO=dramatiq`). It starts a PostgreSQL and a Redis of its own and three
-`dramatiq` masters with one worker process each, sends one message per file, a tenth of them twice, kills one worker with
-SIGKILL midway, lets another join, and reads the verdict from the database. Heartbeats are shortened (0.5 s, dead after 2 s;
-the defaults are 5 s and 15 s) so that all of it takes less than a minute. The actors are in dramatiq_actors.py.
+Run `python examples/dramatiq_demo.py` (or `make demo DEMO=dramatiq`). It starts a PostgreSQL and a
+Redis of its own and three `dramatiq` masters with one worker process each, sends one message per
+file, a tenth of them twice, kills one worker with SIGKILL midway, lets another join, and reads the
+verdict from the database. Heartbeats are shortened (0.5 s, dead after 2 s; the defaults are 5 s and
+15 s) so that all of it takes less than a minute. The actors are in dramatiq_actors.py.
 """
+
 from __future__ import annotations
 
 import re
@@ -13,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without an installation
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a checkout without an installation
 
 from dramatiq.results import ResultFailure, ResultMissing
 

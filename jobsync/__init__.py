@@ -1,4 +1,5 @@
 """JobSync under its short name: everything that `jobsync_core` makes public."""
+
 from __future__ import annotations
 
 from jobsync_core import *  # noqa: F403

@@ -1,4 +1,7 @@
-"""JobSync for Celery: an app's workers become nodes, and its keyed tasks run once, on the node that owns them."""
+"""JobSync for Celery: an app's workers become nodes, and its keyed tasks run once, on the node that
+owns them.
+"""
+
 from jobsync_core.ledger.cluster import current_execution
 
 from .once import exactly_once

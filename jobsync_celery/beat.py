@@ -1,20 +1,26 @@
-"""A scheduler for `celery beat` without a single point of failure: `celery -A proj beat -S jobsync`, on as many machines as you like.
+"""A scheduler for `celery beat` without a single point of failure: `celery -A proj beat -S
+jobsync`, on as many machines as you like.
 
-One of them ticks; the others wait to take its place. What was sent last is a row per entry in PostgreSQL. A slot is the moment at
-which an entry is due, reckoned from the slot before, so that all schedulers know the same slots, and the id of a slot's task
-follows from the entry's name and the slot.
+One of them ticks; the others wait to take its place. What was sent last is a row per entry in
+PostgreSQL. A slot is the moment at which an entry is due, reckoned from the slot before, so that
+all schedulers know the same slots, and the id of a slot's task follows from the entry's name and
+the slot.
 
-- A slot is sent under its row's lock, and recorded before the lock is let go: no other scheduler sends it as well, whoever leads.
-- A scheduler that dies between the sending and the record leaves a slot that is sent again, as a task *of the same id*; so does one that
-  gets no answer from the broker, and one that is stopped in the instant between its last look at the clock and the sending, for longer
-  than the heartbeat timeout. A task that is `@exactly_once` runs once even then.
-- Slots that were missed (no scheduler, no database, no broker) are caught up with one task, for the newest of them; crontab entries only
-  within `beat_cron_starting_deadline`, if that is set.
-- A new entry counts from the moment at which a scheduler first sees it; a changed one from its last slot; one that is in no scheduler's
-  configuration for a day is forgotten. All schedulers of a cluster (appname) must have the same entries.
+- A slot is sent under its row's lock, and recorded before the lock is let go: no other scheduler
+  sends it as well, whoever leads.
+- A scheduler that dies between the sending and the record leaves a slot that is sent again, as a
+  task *of the same id*; so does one that gets no answer from the broker, and one that is stopped in
+  the instant between its last look at the clock and the sending, for longer than the heartbeat
+  timeout. A task that is `@exactly_once` runs once even then.
+- Slots that were missed (no scheduler, no database, no broker) are caught up with one task, for the
+  newest of them; crontab entries only within `beat_cron_starting_deadline`, if that is set.
+- A new entry counts from the moment at which a scheduler first sees it; a changed one from its last
+  slot; one that is in no scheduler's configuration for a day is forgotten. All schedulers of a
+  cluster (appname) must have the same entries.
 
 The task finds its slot in the header `jobsync_slot`, in UTC.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -46,7 +52,8 @@ __all__ = ['JobSyncScheduler']
 
 logger = get_logger(__name__)
 
-#: Seconds between two attempts to become the leader, to reach the database or to reach the broker, at most.
+#: Seconds between two attempts to become the leader, to reach the database or to reach the broker,
+#: at most.
 _RETRY_SEC = 1.0
 #: Seconds until the next look at a row that another scheduler holds.
 _BUSY_SEC = 0.1
@@ -160,14 +167,20 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             return True
         held = self._leadership.hold()
         if held != self._leading:
-            logger.info('beat: %s is the active one', 'this scheduler' if held else 'another scheduler')
+            logger.info(
+                'beat: %s is the active one', 'this scheduler' if held else 'another scheduler'
+            )
             self._slots.clear()
         self._leading, self._proved = held, now
         return held
 
     def _learn(self) -> None:
         """Know the last slot of every entry."""
-        unknown = [(name, _now(entry), _describe(entry)) for name, entry in self.schedule.items() if name not in self._slots]
+        unknown = [
+            (name, _now(entry), _describe(entry))
+            for name, entry in self.schedule.items()
+            if name not in self._slots
+        ]
         if unknown:
             with self._sessions.session() as connection:
                 found = schedules.learn(connection, self._tables, unknown)
@@ -175,16 +188,25 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
                 if name in found:
                     self._adopt(name, found[name])
                     if found[name].slot > now + _AHEAD:
-                        logger.warning('beat: last slot of %r is %s, though it is %s: is a clock wrong?', name, found[name].slot, now)
+                        logger.warning(
+                            'beat: last slot of %r is %s, though it is %s: is a clock wrong?',
+                            name,
+                            found[name].slot,
+                            now,
+                        )
         if clock.now() - self._pruned > _PRUNE_EVERY_SEC:
             with self._sessions.session() as connection:
-                forgotten = schedules.prune(connection, self._tables, list(self.schedule), _UNUSED_SEC)
+                forgotten = schedules.prune(
+                    connection, self._tables, list(self.schedule), _UNUSED_SEC
+                )
             self._pruned = clock.now()
             if forgotten:
                 logger.info('beat: forgot %d entries that are in the schedule no more', forgotten)
 
     def _look(self) -> tuple[list[ScheduleEntry], float]:
-        """The entries that are due, the longest due first; and the seconds until the next look where none is."""
+        """The entries that are due, the longest due first; and the seconds until the next look
+        where none is.
+        """
         due, wait = [], min(float(self.max_interval), self._config.heartbeat_interval_sec)
         for name in self._slots.keys() & self.schedule.keys():
             entry = self.schedule[name]
@@ -205,11 +227,14 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         slot = self._slots[name].slot
         known = self._due.get(name)
         if known is None or known.slot != slot or known.rule is not entry.schedule:
-            known = self._due[name] = _Due(entry.schedule, slot, next(slots_after(entry.schedule, slot), None))
+            known = self._due[name] = _Due(
+                entry.schedule, slot, next(slots_after(entry.schedule, slot), None)
+            )
         return known.at
 
     def _send(self, entry: ScheduleEntry) -> bool:
-        """Send the newest slot that is due, unless the row says that there is none: then another scheduler has sent it.
+        """Send the newest slot that is due, unless the row says that there is none: then another
+        scheduler has sent it.
 
         Returns:
             False where that could not be seen yet.
@@ -220,8 +245,12 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         self._publisher.connect()  # not while holding a row
         with _undisturbed(), self._sessions.session() as connection:
             self._hold_until = clock.now() + self._config.lease_sec / 2
-            state = schedules.lock(connection, self._tables, entry.name, self._config.heartbeat_timeout_sec)
-            if state is None:  # another scheduler is sending it, or an administrator has deleted it: read it again
+            state = schedules.lock(
+                connection, self._tables, entry.name, self._config.heartbeat_timeout_sec
+            )
+            if (
+                state is None
+            ):  # another scheduler is sending it, or an administrator has deleted it: read it again
                 self._slots.pop(entry.name, None)
                 return False
             now = _now(entry)
@@ -235,7 +264,9 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
                 if sent and self._unrecorded.get(entry.name) != slot:
                     self._publish(entry, slot)
                     self._unrecorded[entry.name] = slot
-                schedules.advance(connection, self._tables, entry.name, slot, _describe(entry), sent)
+                schedules.advance(
+                    connection, self._tables, entry.name, slot, _describe(entry), sent
+                )
                 state = State(slot, state.runs + sent)
         self._unrecorded.pop(entry.name, None)
         self._adopt(entry.name, state)
@@ -243,9 +274,17 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
 
     def _is_wanted(self, entry: ScheduleEntry, slot: datetime, now: datetime) -> bool:
         deadline = self.app.conf.beat_cron_starting_deadline
-        wanted = deadline is None or not isinstance(entry.schedule, crontab) or (now - slot).total_seconds() <= deadline
+        wanted = (
+            deadline is None
+            or not isinstance(entry.schedule, crontab)
+            or (now - slot).total_seconds() <= deadline
+        )
         if not wanted:
-            logger.warning('beat: %r is not sent for %s, which is longer ago than beat_cron_starting_deadline', entry.name, slot)
+            logger.warning(
+                'beat: %r is not sent for %s, which is longer ago than beat_cron_starting_deadline',
+                entry.name,
+                slot,
+            )
         return wanted
 
     def _adopt(self, name: str, state: State) -> None:
@@ -256,7 +295,8 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
     # --- the broker ---
 
     def _publish(self, entry: ScheduleEntry, slot: datetime) -> None:
-        """Send the task of a slot. As with Celery's own scheduler, one that cannot be sent for a reason of its own is reported, and over.
+        """Send the task of a slot. As with Celery's own scheduler, one that cannot be sent for a
+        reason of its own is reported, and over.
 
         Raises:
             BrokerAway: The message is not known to be sent.
@@ -264,8 +304,16 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         task_id = slot_id(self._config.appname, entry.name, slot)
         headers = {**(entry.options.get('headers') or {}), 'jobsync_slot': slot.isoformat()}
         options = {**entry.options, 'task_id': task_id, 'headers': headers, 'retry': False}
-        message = type(entry)(**{**dict(entry), 'options': options})  # copy.copy would take the app from the schedule that both share
-        logger.info('Scheduler: Sending due task %s (%s) slot=%s id=%s', entry.name, entry.task, slot.isoformat(), task_id)
+        message = type(entry)(
+            **{**dict(entry), 'options': options}
+        )  # copy.copy would take the app from the schedule that both share
+        logger.info(
+            'Scheduler: Sending due task %s (%s) slot=%s id=%s',
+            entry.name,
+            entry.task,
+            slot.isoformat(),
+            task_id,
+        )
         try:
             self.apply_async(message, producer=self._publisher.connect(), advance=False)
         except SchedulingError as error:
@@ -285,7 +333,9 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             raise _TooLate('it took too long to send a task: another scheduler may be sending it')
 
     def _broker_failed(self, error: BrokerAway) -> float:
-        """Once more at once, over a new connection; if that fails too, another scheduler may reach the broker."""
+        """Once more at once, over a new connection; if that fails too, another scheduler may reach
+        the broker.
+        """
         self._publisher.close()
         if isinstance(error, _TooLate):
             logger.warning('beat: %s', error)
@@ -307,7 +357,12 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         if what in self._trouble:
             return False
         self._trouble[what] = str(error)
-        logger.error('beat: %s: %s (%s)', what, ' '.join(str(error).split()) or type(error).__name__, consequence)
+        logger.error(
+            'beat: %s: %s (%s)',
+            what,
+            ' '.join(str(error).split()) or type(error).__name__,
+            consequence,
+        )
         return True
 
     def _relieve(self, what: str) -> None:
@@ -317,7 +372,9 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
 
 def _now(entry: ScheduleEntry) -> datetime:
     now: datetime = entry.default_now()
-    return (now if now.tzinfo is not None else entry.schedule.maybe_make_aware(now)).astimezone(timezone.utc)
+    return (now if now.tzinfo is not None else entry.schedule.maybe_make_aware(now)).astimezone(
+        timezone.utc
+    )
 
 
 def _describe(entry: ScheduleEntry) -> str:

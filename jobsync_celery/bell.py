@@ -1,8 +1,11 @@
-"""Hears of a change to what a Redis connection has read, so that a worker with empty queues waits without taking anything.
+"""Hears of a change to what a Redis connection has read, so that a worker with empty queues waits
+without taking anything.
 
-A blocking BRPOP takes a message off its list while the worker may be busy or be killed: it is in nobody's record then. Redis'
-client-side caching (CLIENT TRACKING, Redis 6) tells another connection instead that a list has changed, and takes nothing.
+A blocking BRPOP takes a message off its list while the worker may be busy or be killed: it is in
+nobody's record then. Redis' client-side caching (CLIENT TRACKING, Redis 6) tells another connection
+instead that a list has changed, and takes nothing.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,10 +24,12 @@ _CUT = 'Redis has closed the connection that tells of new messages'
 
 
 class Bell:
-    """A connection beside another one, to which Redis tells each change to what the other has read; once for each reading.
+    """A connection beside another one, to which Redis tells each change to what the other has read;
+    once for each reading.
 
-    Whoever waits for the transport's sockets hears it: the event loop, and a step that drains the connection before the loop
-    runs (mingle). So the socket stands in the table of kombu's poller, where this object plays the channel that it belongs to.
+    Whoever waits for the transport's sockets hears it: the event loop, and a step that drains the
+    connection before the loop runs (mingle). So the socket stands in the table of kombu's poller,
+    where this object plays the channel that it belongs to.
 
     Args:
         tracked: The other redis-py connection; nothing may be under way on it.
@@ -38,7 +43,9 @@ class Bell:
         ConnectionError, OSError: It cannot be reached.
     """
 
-    def __init__(self, tracked: Any, connection: Any, poller: Any, hub: Any, ring: Callable[[], object]) -> None:
+    def __init__(
+        self, tracked: Any, connection: Any, poller: Any, hub: Any, ring: Callable[[], object]
+    ) -> None:
         self._connection = connection
         self._poller = poller
         self._hub = hub
@@ -68,14 +75,18 @@ class Bell:
         return self
 
     def can_consume(self) -> bool:
-        """A change is heard whatever the worker has in hand: a socket that stays readable keeps the loop busy."""
+        """A change is heard whatever the worker has in hand: a socket that stays readable keeps the
+        loop busy.
+        """
         return True
 
     def _poll_error(self, kind: str) -> None:
         raise ConnectionError(_CUT)
 
     def belongs_to(self, connection: Any) -> bool:
-        """Whether it hears of this connection: one that redis-py has opened anew is not tracked any more."""
+        """Whether it hears of this connection: one that redis-py has opened anew is not tracked any
+        more.
+        """
         return connection._sock is self._tracked
 
     def _hear(self) -> None:
@@ -94,6 +105,8 @@ class Bell:
         if entry is None or entry[0] is self:
             self._poller._fd_to_chan.pop(self._number, None)
             self._hub.remove_reader(self._number)
-            with contextlib.suppress(KeyError, ValueError, OSError):  # the loop has dropped it with its connection
+            with contextlib.suppress(
+                KeyError, ValueError, OSError
+            ):  # the loop has dropped it with its connection
                 self._poller.poller.unregister(self._number)
         self._connection.disconnect()

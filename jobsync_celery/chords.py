@@ -1,4 +1,7 @@
-"""Counting a member of a chord whose first attempt was killed after its result was stored, and before it was counted."""
+"""Counting a member of a chord whose first attempt was killed after its result was stored, and
+before it was counted.
+"""
+
 from __future__ import annotations
 
 import enum
@@ -16,7 +19,9 @@ _DJANGO = 'django_celery_results.backends.database'
 
 
 class Step(enum.Enum):
-    """What the duplicate of a chord's member does where nobody can tell whether the member was counted."""
+    """What the duplicate of a chord's member does where nobody can tell whether the member was
+    counted.
+    """
 
     DONE = 'done'
     WAIT = 'wait'
@@ -26,8 +31,9 @@ class Step(enum.Enum):
 def next_step(counter_exists: bool, all_ready: bool) -> Step:
     """Whether a chord is done, waits for members, or is to be triggered.
 
-    A count can be lost, a stored result cannot: once all results are there the body may go out, whatever the counter says. Who takes the
-    counter away sends it; a member that counts later finds no counter.
+    A count can be lost, a stored result cannot: once all results are there the body may go out,
+    whatever the counter says. Who takes the counter away sends it; a member that counts later finds
+    no counter.
 
     Args:
         counter_exists: The chord has a counter, which goes when its body is sent.
@@ -41,9 +47,10 @@ def next_step(counter_exists: bool, all_ready: bool) -> Step:
 def count_member(backend: Any, request: Any, result: Any) -> bool:
     """Count a member of a chord once, whether or not it was counted before.
 
-    On Redis what has been counted can be read. On `django-db` it cannot, but the counter and the members' states can: see next_step.
-    Backends without a counter have a task of Celery's that polls results. Those with a bare counter (Memcached, DynamoDB, Google Cloud
-    Storage) cannot tell, so that the member is not counted again.
+    On Redis what has been counted can be read. On `django-db` it cannot, but the counter and the
+    members' states can: see next_step. Backends without a counter have a task of Celery's that
+    polls results. Those with a bare counter (Memcached, DynamoDB, Google Cloud Storage) cannot
+    tell, so that the member is not counted again.
 
     Args:
         backend: The result backend.
@@ -51,7 +58,8 @@ def count_member(backend: Any, request: Any, result: Any) -> bool:
         result: Its stored result.
 
     Returns:
-        False where the body is still to be sent, after other members end or by a worker that may be dead: ask again later.
+        False where the body is still to be sent, after other members end or by a worker that may be
+            dead: ask again later.
 
     Raises:
         Exception: What the result backend raises. Ask again later.
@@ -64,7 +72,9 @@ def count_member(backend: Any, request: Any, result: Any) -> bool:
 
 
 def waits_for_others(backend: Any) -> bool:
-    """Whether count_member may ask to come back until other members have ended, however long that takes."""
+    """Whether count_member may ask to come back until other members have ended, however long that
+    takes.
+    """
     return _is_django(backend)
 
 
@@ -78,10 +88,14 @@ def close_connections(backend: Any) -> None:
 
 def _count_in_redis(backend: RedisBackend, request: Any, result: Any) -> bool:
     client = backend.client
-    members, size, more = (backend.get_key_for_group(request.group, end) for end in ('.j', '.s', '.t'))
+    members, size, more = (
+        backend.get_key_for_group(request.group, end) for end in ('.j', '.s', '.t')
+    )
     if not client.exists(members, size):
         return True  # its body was sent
-    if not hasattr(backend, '_chord_part_return_script'):  # from Celery 5.7 on, counting twice is counting once
+    if not hasattr(
+        backend, '_chord_part_return_script'
+    ):  # from Celery 5.7 on, counting twice is counting once
         _forget_member(backend, members, request.id)
     backend.on_chord_part_return(request, states.SUCCESS, result)
     expected = client.get(size)
@@ -96,14 +110,16 @@ def _trigger_in_django(backend: Any, request: Any) -> bool:
     using = router.db_for_write(database.ChordCounter)
     counters = database.ChordCounter.objects.using(using).filter(group_id=request.group)
     counter = counters.first()
-    # Looked at without a lock, which members that count would wait for: a member that is ready stays so.
+    # Looked at without a lock, which members that count would wait for: a member that is ready
+    # stays so.
     results = counter and counter.group_result(app=backend.app)
     step = next_step(counter is not None, counter is not None and results.ready())
     if step is not Step.TRIGGER:
         return step is Step.DONE
     body = maybe_signature(request.chord, app=backend.app)
-    # Sent before the counter is gone for others: who dies in between leaves the counter, and the body goes out again with the same id.
-    # A body that is no plain task may be a chord, whose own counter must be there before its members run: it goes after the commit.
+    # Sent before the counter is gone for others: who dies in between leaves the counter, and the
+    # body goes out again with the same id. A body that is no plain task may be a chord, whose own
+    # counter must be there before its members run: it goes after the commit.
     plain = not body.get('subtask_type')
     with transaction.atomic(using=using):
         if counters.select_for_update().first() is None or not counters.delete()[0]:
@@ -117,7 +133,9 @@ def _trigger_in_django(backend: Any, request: Any) -> bool:
 
 def _forget_member(backend: RedisBackend, members: Any, message_id: str) -> None:
     client = backend.client
-    for entry in client.zrange(members, 0, -1) if backend._chord_zset else client.lrange(members, 0, -1):
+    for entry in (
+        client.zrange(members, 0, -1) if backend._chord_zset else client.lrange(members, 0, -1)
+    ):
         if backend.decode(entry)[1] == message_id:
             if backend._chord_zset:
                 client.zrem(members, entry)

@@ -1,4 +1,7 @@
-"""A broker that takes no messages is waited for once, not once for each message: the event loop has other work."""
+"""A broker that takes no messages is waited for once, not once for each message: the event loop has
+other work.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -15,15 +18,18 @@ _LOOK_SEC = 1.0
 
 
 class BrokerBusy(Exception):
-    """The broker did not take a message in time, and was not asked again. RabbitMQ does so while it is short of memory or disk
-    space: see its alarms (`rabbitmq-diagnostics alarms`)."""
+    """The broker did not take a message in time, and was not asked again. RabbitMQ does so while it
+    is short of memory or disk space: see its alarms (`rabbitmq-diagnostics alarms`).
+    """
 
 
 class Circuit:
-    """Open from the moment at which the broker did not answer in time until it does; meanwhile nobody waits for it.
+    """Open from the moment at which the broker did not answer in time until it does; meanwhile
+    nobody waits for it.
 
     Args:
-        probe: Sends the broker something that does no harm, and raises what says that it was not taken. On a thread of its own.
+        probe: Sends the broker something that does no harm, and raises what says that it was not
+            taken. On a thread of its own.
         look_sec: Seconds between two probes.
     """
 
@@ -53,11 +59,16 @@ class Circuit:
         if self.is_open or self._end.is_set():
             return
         self._closed.clear()
-        logger.warning('JobSync: the broker did not take a message in time (%r): what belongs to other nodes waits here until it does. '
-                       'RabbitMQ says why in its alarms (rabbitmq-diagnostics alarms)', error)
+        logger.warning(
+            'JobSync: the broker did not take a message in time (%r): what belongs to other nodes '
+            'waits here until it does. '
+            'RabbitMQ says why in its alarms (rabbitmq-diagnostics alarms)',
+            error,
+        )
         try:
             threading.Thread(target=self._watch, name='jobsync-circuit', daemon=True).start()
-        except RuntimeError as trouble:  # this process can start no more threads: nobody would find the broker well again
+        # this process can start no more threads: nobody would find the broker well again
+        except RuntimeError as trouble:
             logger.warning('JobSync: the broker is asked again for each message: %r', trouble)
             self._closed.set()
 

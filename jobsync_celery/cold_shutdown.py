@@ -1,10 +1,12 @@
 """Cold shutdown between two turns of the event loop.
 
-Celery (5.5 and newer) does the whole of a cold shutdown in the signal handler, and waits there for the pool's processes to end. Where the
-signal came while the loop was writing a task into a process's pipe, that process waits for the other half of it, and the worker never ends:
-the messages that it holds stay where they are for as long as it lives, since it is a living node. So the handler's work is put off until
-the loop has done what it was at.
+Celery (5.5 and newer) does the whole of a cold shutdown in the signal handler, and waits there for
+the pool's processes to end. Where the signal came while the loop was writing a task into a
+process's pipe, that process waits for the other half of it, and the worker never ends: the messages
+that it holds stay where they are for as long as it lives, since it is a living node. So the
+handler's work is put off until the loop has done what it was at.
 """
+
 from __future__ import annotations
 
 import signal

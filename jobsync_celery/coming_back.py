@@ -1,4 +1,7 @@
-"""Sending a message once more from the task that it was delivered to: the broker confirms the copy before the original is acknowledged."""
+"""Sending a message once more from the task that it was delivered to: the broker confirms the copy
+before the original is acknowledged.
+"""
+
 from __future__ import annotations
 
 import os
@@ -17,7 +20,9 @@ _LIMIT_SEC = 5.0
 
 
 class ComesBack(Reject):  # type: ignore[misc]  # celery has no types
-    """The message of the task goes back to the broker, after a pause. The worker makes the pause, which no process of a pool waits for."""
+    """The message of the task goes back to the broker, after a pause. The worker makes the pause,
+    which no process of a pool waits for.
+    """
 
 
 class _Sender:
@@ -41,7 +46,9 @@ class _Sender:
                     self._try(signature)
                     return
                 except self._publisher.errors:
-                    pass  # the connection may have been idle for long, and lost long ago: once more, over a new one
+                    # the connection may have been idle for long, and lost long ago: once more, over
+                    # a new one
+                    pass
             self._try(signature)
         finally:
             self._lock.release()
@@ -65,6 +72,8 @@ def send_again(app: Any, signature: Any) -> None:
         signature: The message.
     """
     sender = _senders.get(app)
-    if sender is None or sender.pid != os.getpid():  # a connection of the parent process is not to be used, nor closed
+    if (
+        sender is None or sender.pid != os.getpid()
+    ):  # a connection of the parent process is not to be used, nor closed
         sender = _senders[app] = _Sender(app)
     sender.send(signature)

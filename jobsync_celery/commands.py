@@ -1,4 +1,7 @@
-"""`celery -A proj jobsync …`: the commands of `jobsync`, on the database that the app's plugin uses."""
+"""`celery -A proj jobsync …`: the commands of `jobsync`, on the database that the app's plugin
+uses.
+"""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -28,10 +31,15 @@ except ModuleNotFoundError as error:
     @click.argument('words', nargs=-1, metavar='COMMAND [ARGS]...')
     def jobsync(words: tuple[str, ...]) -> None:
         """Look at the JobSync cluster and steer it (needs the extra `cli`)."""
-        raise click.ClickException("rich is missing; install it with: pip install 'jobsync-workers[cli]'")
+        raise click.ClickException(
+            "rich is missing; install it with: pip install 'jobsync-workers[cli]'"
+        )
 else:
+
     class _AppDatabase(Database):
-        """The database of an app's plugin, unless --url names another. The app is not asked before a command needs it."""
+        """The database of an app's plugin, unless --url names another. The app is not asked before
+        a command needs it.
+        """
 
         def __init__(self, app: Celery) -> None:
             super().__init__()
@@ -40,7 +48,10 @@ else:
         def plugin(self) -> Any:
             plugin = JobSync.of(self._app)
             if plugin is None:
-                raise JobSyncError(f'the app {self._app.main!r} has no plugin: keep JobSync(app) in it until its queues are empty')
+                raise JobSyncError(
+                    f'the app {self._app.main!r} has no plugin: keep JobSync(app) in it until its '
+                    'queues are empty'
+                )
             return plugin
 
         def config(self) -> CoordinationConfig:
@@ -58,8 +69,14 @@ else:
                 # Celery has its own words for these, which it finds in its own context object.
                 if error.option_name in ('-A', '--app'):
                     raise click.UsageError(
-                        f'{error.option_name} goes before the command: celery {error.option_name} proj jobsync …', ctx) from None
+                        f'{error.option_name} goes before the command: celery {error.option_name} '
+                        'proj jobsync …',
+                        ctx,
+                    ) from None
                 raise
 
-    # Without a callback: Celery would wrap it for its preload options, and look for its own context object there.
-    jobsync = _AppGroup('jobsync', commands=core.commands, help='Look at the JobSync cluster and steer it.')
+    # Without a callback: Celery would wrap it for its preload options, and look for its own context
+    # object there.
+    jobsync = _AppGroup(
+        'jobsync', commands=core.commands, help='Look at the JobSync cluster and steer it.'
+    )

@@ -1,4 +1,5 @@
 """`celery -A proj inspect jobsync`: each worker as it sees itself."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,4 +15,8 @@ def jobsync(state: Any) -> dict[str, Any]:
     from .plugin import JobSync
 
     plugin = JobSync.of(state.app)
-    return plugin.local_status() if plugin is not None else {'error': 'this worker has no JobSync: call JobSync(app)'}
+    return (
+        plugin.local_status()
+        if plugin is not None
+        else {'error': 'this worker has no JobSync: call JobSync(app)'}
+    )

@@ -1,4 +1,7 @@
-"""Making the plugin's queues on RabbitMQ, also where they are there with other arguments than the configuration gives now."""
+"""Making the plugin's queues on RabbitMQ, also where they are there with other arguments than the
+configuration gives now.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,20 +22,25 @@ def declare_exchange(connection: Any, exchange: Any) -> None:
     """Make an exchange.
 
     Raises:
-        ConfigurationError: It is there with other arguments. It cannot be used as it is: messages for queues that are gone would be lost.
+        ConfigurationError: It is there with other arguments. It cannot be used as it is: messages
+            for queues that are gone would be lost.
     """
     channel = connection.channel()
     try:
         exchange(channel).declare()
     except PreconditionFailed as error:
         raise ConfigurationError(
-            f'RabbitMQ has the exchange {exchange.name!r} with other arguments: {error.message}. Stop all workers of this cluster, delete '
-            f'the exchange (rabbitmqadmin delete exchange name={exchange.name}; its queues stay), and start them again') from error
+            f'RabbitMQ has the exchange {exchange.name!r} with other arguments: {error.message}. '
+            'Stop all workers of this cluster, delete '
+            f'the exchange (rabbitmqadmin delete exchange name={exchange.name}; its queues stay), '
+            'and start them again'
+        ) from error
     _close(channel)
 
 
 def declare_queue(connection: Any, queue: Any, empty: Callable[[], object] | None = None) -> bool:
-    """Make a queue and bind it. Where it is there with other arguments, it is made anew, if that is possible without losing a message.
+    """Make a queue and bind it. Where it is there with other arguments, it is made anew, if that is
+    possible without losing a message.
 
     Args:
         connection: Each failure closes a channel of it.
@@ -57,13 +65,24 @@ def declare_queue(connection: Any, queue: Any, empty: Callable[[], object] | Non
         except PreconditionFailed as error:
             reason = error.message
         else:
-            logger.warning('JobSync: the queue %s had other arguments than the configuration gives now, and was made anew; '
-                           'what was in it is parked for a moment', queue.name)
+            logger.warning(
+                'JobSync: the queue %s had other arguments than the configuration gives now, and '
+                'was made anew; '
+                'what was in it is parked for a moment',
+                queue.name,
+            )
             return True
-    logger.warning('JobSync: the queue %s has other arguments than the configuration gives now, and is used as it is: %s -- to have it '
-                   'made anew, stop all workers, run `celery -A proj jobsync evacuate`, and delete the queue', queue.name, reason)
+    logger.warning(
+        'JobSync: the queue %s has other arguments than the configuration gives now, and is used '
+        'as it is: %s -- to have it '
+        'made anew, stop all workers, run `celery -A proj jobsync evacuate`, and delete the queue',
+        queue.name,
+        reason,
+    )
     channel = connection.channel()
-    channel.queue_bind(queue=queue.name, exchange=queue.exchange.name, routing_key=queue.routing_key)
+    channel.queue_bind(
+        queue=queue.name, exchange=queue.exchange.name, routing_key=queue.routing_key
+    )
     _close(channel)
     return False
 

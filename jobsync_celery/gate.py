@@ -1,8 +1,10 @@
-"""The gate of a Celery worker: every coordinated message passes it on receipt and once more before it goes to the pool.
+"""The gate of a Celery worker: every coordinated message passes it on receipt and once more before
+it goes to the pool.
 
-Nothing here may raise into the consumer: an exception from a task's strategy ends the worker. What no worker can take is set aside,
-once, in `_refuse`.
+Nothing here may raise into the consumer: an exception from a task's strategy ends the worker. What
+no worker can take is set aside, once, in `_refuse`.
 """
+
 from __future__ import annotations
 
 import threading
@@ -19,7 +21,15 @@ from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
 from jobsync_core.logs import Repeats, shown
 from jobsync_core.worker.incoming import Refused, Stamps, read_id, read_stamps
 from jobsync_core.worker.plugin import Gate
-from jobsync_core.worker.routing import HOME, HOPS, KEY, Decision, Verdict, parked_queue, unknown_queue
+from jobsync_core.worker.routing import (
+    HOME,
+    HOPS,
+    KEY,
+    Decision,
+    Verdict,
+    parked_queue,
+    unknown_queue,
+)
 
 from .circuit import BrokerBusy
 from .handing import Handing, expires
@@ -47,7 +57,9 @@ _NOTE, _INCOMING = 'jobsync_note', 'jobsync_incoming'
 
 
 class Strategies(dict):  # type: ignore[type-arg]  # celery's mapping, task name -> strategy
-    """The consumer's strategies; each that is put in is wrapped, also after a reconnect or a reload."""
+    """The consumer's strategies; each that is put in is wrapped, also after a reconnect or a
+    reload.
+    """
 
     def __init__(self, wrap: Callable[[str, Any], Any]) -> None:
         super().__init__()
@@ -95,11 +107,16 @@ class _Waiting:
 
 
 def _settle_once(message: Any) -> None:
-    """Let a message that was set aside be acknowledged once more without an error: in the event loop that would end the worker."""
+    """Let a message that was set aside be acknowledged once more without an error: in the event
+    loop that would end the worker.
+    """
+
     def quiet(action: Callable[..., object]) -> Callable[..., object]:
         return lambda *args, **kwargs: None if message.acknowledged else action(*args, **kwargs)
 
-    vars(message).update(ack_log_error=quiet(message.ack_log_error), reject_log_error=quiet(message.reject_log_error))
+    vars(message).update(
+        ack_log_error=quiet(message.ack_log_error), reject_log_error=quiet(message.reject_log_error)
+    )
 
 
 class ConsumerGate:
@@ -123,11 +140,16 @@ class ConsumerGate:
         self._looks_at: float | None = None
         self._dispatched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._repeats = Repeats()
-        self._holding = Holding(lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count)
+        self._holding = Holding(
+            lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count
+        )
         self._receive: Callable[[Any], object] = lambda message: None  # nothing has come yet
         self._handing = Handing(
-            consumer, lambda message, reason, reject: self._refuse(message, reason, reject=reject), lambda message: self._receive(message),
-            self._holding)
+            consumer,
+            lambda message, reason, reject: self._refuse(message, reason, reject=reject),
+            lambda message: self._receive(message),
+            self._holding,
+        )
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
         self._make_handler, self._update = consumer.create_task_handler, consumer.update_strategies
@@ -144,7 +166,9 @@ class ConsumerGate:
         handle = self._make_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
-            if isinstance(message.headers, dict) and message.headers.get(REFUSED) is True:  # it has come for its queue's dead letters
+            if (
+                isinstance(message.headers, dict) and message.headers.get(REFUSED) is True
+            ):  # it has come for its queue's dead letters
                 message.reject_log_error(logger, self._consumer.connection_errors)
                 return
             found = self._read(message)
@@ -157,44 +181,82 @@ class ConsumerGate:
             except MemoryError:
                 raise  # as in any worker, which ends
             except Exception as error:
-                if isinstance(error, (*self._consumer.connection_errors, *self._consumer.channel_errors)) and not self._is_connected():
+                if (
+                    isinstance(
+                        error, (*self._consumer.connection_errors, *self._consumer.channel_errors)
+                    )
+                    and not self._is_connected()
+                ):
                     raise  # the consumer connects again, and the broker delivers again
                 self._not_taken(message, error, lambda: receive(message))
+
         self._receive = receive
         return receive
 
     def _is_connected(self) -> bool:
-        """Whether the consumer's connection holds, as far as is known here: a result backend may raise what a broker does."""
+        """Whether the consumer's connection holds, as far as is known here: a result backend may
+        raise what a broker does.
+        """
         connection = self._consumer.connection
         return connection is not None and bool(connection.connected)
 
     def _not_taken(
-        self, message: Any, error: Exception, again: Callable[[], object], refuse: Callable[[], object] | None = None,
+        self,
+        message: Any,
+        error: Exception,
+        again: Callable[[], object],
+        refuse: Callable[[], object] | None = None,
         requeue: Callable[[], object] | None = None,
     ) -> None:
-        """A message that failed on its way: set aside where it is to blame; otherwise tried again after a pause."""
+        """A message that failed on its way: set aside where it is to blame; otherwise tried again
+        after a pause.
+        """
         if message.acknowledged:
-            logger.error('A message that is acknowledged has failed: %s: %s', type(error).__name__, error, exc_info=error)
+            logger.error(
+                'A message that is acknowledged has failed: %s: %s',
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
         elif is_its_fault(error):
-            self._refuse(message, f'this worker cannot take it: {type(error).__name__}: {error}', reject=refuse)
+            self._refuse(
+                message,
+                f'this worker cannot take it: {type(error).__name__}: {error}',
+                reject=refuse,
+            )
         else:
             headers = message.headers if isinstance(message.headers, Mapping) else {}
             self._holding.keep(
-                shown(headers.get('task'), 100), shown(headers.get('id'), 100), error,
-                requeue or (lambda: message.reject_log_error(logger, self._consumer.connection_errors, True)), again, expires(message))
+                shown(headers.get('task'), 100),
+                shown(headers.get('id'), 100),
+                error,
+                requeue
+                or (
+                    lambda: message.reject_log_error(logger, self._consumer.connection_errors, True)
+                ),
+                again,
+                expires(message),
+            )
 
     def update_strategies(self) -> None:
-        """In place of the consumer's: tasks that were made after the worker began are prepared as well."""
+        """In place of the consumer's: tasks that were made after the worker began are prepared as
+        well.
+        """
         self._plugin.prepare_tasks()
         self._update()
         self._plugin.guard_traces()
 
     def _refuser(self, name: str) -> Callable[..., object]:
         def refuse(*args: Any) -> None:
-            # on_decode_error(message, error), on_invalid_task(body, message, error), on_unknown_message(body, message)
+            # on_decode_error(message, error), on_invalid_task(body, message, error),
+            # on_unknown_message(body, message)
             message = args[0] if name == 'on_decode_error' else args[1]
             error = args[-1] if isinstance(args[-1], BaseException) else None
-            self._refuse(message, f'{type(error).__name__}: {error}' if error is not None else 'it is no task')
+            self._refuse(
+                message,
+                f'{type(error).__name__}: {error}' if error is not None else 'it is no task',
+            )
+
         return refuse
 
     def _wrap(self, name: str, strategy: Any) -> Any:
@@ -204,9 +266,12 @@ class ConsumerGate:
             if self._plugin.tasks.find(name) is None:
                 return strategy
         except JobSyncError as error:
-            # It was made after the worker began, which would have refused to start with it. It runs nowhere until that is mended.
+            # It was made after the worker began, which would have refused to start with it. It runs
+            # nowhere until that is mended.
             reason = str(error)
-            return lambda message, body, ack, reject, callbacks: self._refuse(message, reason, Unroutable)
+            return lambda message, body, ack, reject, callbacks: self._refuse(
+                message, reason, Unroutable
+            )
 
         def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
             note = self._note(name, message)
@@ -215,10 +280,18 @@ class ConsumerGate:
                 return
             errors = self._consumer.connection_errors
             waiting = _Waiting(
-                note, message, lambda: strategy(message, body, ack, reject, callbacks), lambda: ack(logger, errors),
-                lambda: reject(logger, errors, True), lambda: reject(logger, errors, False), clock.now() + self._gate.settings.park_sec)
+                note,
+                message,
+                lambda: strategy(message, body, ack, reject, callbacks),
+                lambda: ack(logger, errors),
+                lambda: reject(logger, errors, True),
+                lambda: reject(logger, errors, False),
+                clock.now() + self._gate.settings.park_sec,
+            )
             if self._plugin.pinned_late(name):
-                self._keep(waiting, 'was pinned after this worker began, and its pin is not registered')
+                self._keep(
+                    waiting, 'was pinned after this worker began, and its pin is not registered'
+                )
                 return
             message.__dict__[_NOTE] = note
             self._gate.count('received')
@@ -226,6 +299,7 @@ class ConsumerGate:
                 strategy(message, body, ack, reject, callbacks)
                 return
             self._place(waiting)
+
         return receive
 
     def _read(self, message: Any) -> Incoming | Refused:
@@ -246,32 +320,65 @@ class ConsumerGate:
         route = self._plugin.tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
         if route is None or isinstance(route, Refused):
             return route or Refused('its task is not coordinated any more')
-        return _Note(name, route, stamps.hops, stamps.home or home_of(self._plugin, message), self._gate.job.incarnation)
+        return _Note(
+            name,
+            route,
+            stamps.hops,
+            stamps.home or home_of(self._plugin, message),
+            self._gate.job.incarnation,
+        )
 
     def _stamps(self, found: Incoming, message: Any) -> Stamps:
         stamps = read_stamps(message.headers)
         if stamps.wrong:
             more = self._repeats.say((found.task, 'stamps'), clock.now())
             if more is not None:
-                logger.warning('Task %s[%s]: its %s cannot be right, and is left out%s', found.task, found.id, stamps.wrong, more)
+                logger.warning(
+                    'Task %s[%s]: its %s cannot be right, and is left out%s',
+                    found.task,
+                    found.id,
+                    stamps.wrong,
+                    more,
+                )
         return stamps
 
     def _refuse(
-        self, message: Any, reason: str, cause: type[MessageRefused] = MessageRefused, reject: Callable[[], object] | None = None,
+        self,
+        message: Any,
+        reason: str,
+        cause: type[MessageRefused] = MessageRefused,
+        reject: Callable[[], object] | None = None,
     ) -> None:
-        """Set a message aside, where the dead letters of its queue go; whatever it is, and whatever fails, once."""
+        """Set a message aside, where the dead letters of its queue go; whatever it is, and whatever
+        fails, once.
+        """
         self._gate.count('refused')
-        if self._plugin.driver == 'amqp' and (message.delivery_info or {}).get('exchange') == exchange_of(self._plugin).name:
+        if (
+            self._plugin.driver == 'amqp'
+            and (message.delivery_info or {}).get('exchange') == exchange_of(self._plugin).name
+        ):
             plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
         set_aside(self._plugin.app, self._consumer, message, cause, reason, reject)
 
     def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
-        """Send a message back to its own queue, to be rejected there: a node's queue has no dead letters."""
-        headers = {name: value for name, value in (message.headers or {}).items() if name not in (KEY, HOPS, HOME)}
+        """Send a message back to its own queue, to be rejected there: a node's queue has no dead
+        letters.
+        """
+        headers = {
+            name: value
+            for name, value in (message.headers or {}).items()
+            if name not in (KEY, HOPS, HOME)
+        }
         try:
-            self._publisher.send(read_stamps(message.headers).home or home_of(self._plugin, message), message, {**headers, REFUSED: True})
+            self._publisher.send(
+                read_stamps(message.headers).home or home_of(self._plugin, message),
+                message,
+                {**headers, REFUSED: True},
+            )
             message.ack_log_error(logger, self._consumer.connection_errors)
-        except Exception as error:  # the broker takes nothing just now, or the message cannot be copied
+        except (
+            Exception
+        ) as error:  # the broker takes nothing just now, or the message cannot be copied
             logger.debug('rejected in the queue of its node: %r', error)
         if plainly is not None:
             plainly()
@@ -281,7 +388,9 @@ class ConsumerGate:
     # --- tasks that nobody here knows ---
 
     def keep_unknown(self, body: Any, message: Any, error: Any) -> None:
-        """In place of the consumer's on_unknown_task, which discards: another node may know the task, or this one after an upgrade."""
+        """In place of the consumer's on_unknown_task, which discards: another node may know the
+        task, or this one after an upgrade.
+        """
         if self._plugin.job is None:
             self._discard(body, message, error)
             return
@@ -290,31 +399,54 @@ class ConsumerGate:
             self._refuse(message, found.reason)
             return
         stamps = self._stamps(found, message)
-        note = _Note(found.task, stamps.key or '', 0, stamps.home or home_of(self._plugin, message), self._gate.job.incarnation)
+        note = _Note(
+            found.task,
+            stamps.key or '',
+            0,
+            stamps.home or home_of(self._plugin, message),
+            self._gate.job.incarnation,
+        )
         errors = self._consumer.connection_errors
         self._keep(
-            _Waiting(note, message, lambda: None, lambda: message.ack_log_error(logger, errors),
-                     lambda: message.reject_log_error(logger, errors, True), lambda: message.reject_log_error(logger, errors), 0.0),
-            'is not registered here')
+            _Waiting(
+                note,
+                message,
+                lambda: None,
+                lambda: message.ack_log_error(logger, errors),
+                lambda: message.reject_log_error(logger, errors, True),
+                lambda: message.reject_log_error(logger, errors),
+                0.0,
+            ),
+            'is not registered here',
+        )
 
     def _keep(self, waiting: _Waiting, why: str) -> None:
         name = waiting.note.name
         more = self._repeats.say((name, why), clock.now())
         if more is not None:
-            logger.error('Task %s[%s] %s: set apart until a node comes that knows it. Nodes of one cluster must know the same tasks%s',
-                         name, (waiting.message.headers or {}).get('id'), why, more)
+            logger.error(
+                'Task %s[%s] %s: set apart until a node comes that knows it. Nodes of one cluster '
+                'must know the same tasks%s',
+                name,
+                (waiting.message.headers or {}).get('id'),
+                why,
+                more,
+            )
         waiting.unknown = True
         self._place(waiting)
 
     # --- before the pool ---
 
     def dispatch(self, request: Any) -> None:
-        """In place of the consumer's on_task_request: an ETA, a rate limit or the prefetch may have taken minutes."""
+        """In place of the consumer's on_task_request: an ETA, a rate limit or the prefetch may have
+        taken minutes.
+        """
         try:
             self._dispatch(request)
         except MemoryError:
             raise
-        except Exception as error:  # in a timer's call, nobody would hear of it, and the message would stay in hand
+        # in a timer's call, nobody would hear of it, and the message would stay in hand
+        except Exception as error:
             self._handing.failed(request, error)
 
     def _dispatch(self, request: Any) -> None:
@@ -327,6 +459,7 @@ class ConsumerGate:
             def end() -> None:
                 action()
                 state.task_ready(request)
+
             return end
 
         def run() -> None:
@@ -340,15 +473,24 @@ class ConsumerGate:
             run()
             return
         waiting = _Waiting(
-            note, request.message, run, done(request.acknowledge), done(lambda: request.reject(requeue=True)),
-            done(lambda: request.reject(requeue=False)), clock.now() + self._gate.settings.park_sec, late=True)
+            note,
+            request.message,
+            run,
+            done(request.acknowledge),
+            done(lambda: request.reject(requeue=True)),
+            done(lambda: request.reject(requeue=False)),
+            clock.now() + self._gate.settings.park_sec,
+            late=True,
+        )
         if mine:
             self._wait(waiting)
         else:
             self._place(waiting)
 
     def _admits(self, name: str) -> bool:
-        """Whether a task may go to the pool, as far as the database is concerned, which may refuse to begin anything."""
+        """Whether a task may go to the pool, as far as the database is concerned, which may refuse
+        to begin anything.
+        """
         pausing = self._gate.job.pausing
         if not pausing.length:
             return True
@@ -360,19 +502,26 @@ class ConsumerGate:
         token_of = self._gate.job.task_to_token
         reserved = state.reserved_requests
         return any(
-            request in reserved and token_of(vars(request.message)[_NOTE].route) in tokens for request in list(self._dispatched))
+            request in reserved and token_of(vars(request.message)[_NOTE].route) in tokens
+            for request in list(self._dispatched)
+        )
 
     # --- where to ---
 
     def _place(self, waiting: _Waiting) -> bool:
-        """Send a message on its way; True when that is done, False when it waits. Raises nothing."""
+        """Send a message on its way; True when that is done, False when it waits. Raises
+        nothing.
+        """
         note = waiting.note
         if note.incarnation != self._gate.job.incarnation:
-            # This node was taken for dead meanwhile, and others have put its messages back: this one may be a copy.
+            # This node was taken for dead meanwhile, and others have put its messages back: this
+            # one may be a copy.
             self._end(waiting, waiting.requeue, 'returned')
             return True
         if waiting.unknown:
-            return self._send(waiting, self._unknown_queue, 0, 'unknown', Decision(Verdict.PARK, reason='unknown'))
+            return self._send(
+                waiting, self._unknown_queue, 0, 'unknown', Decision(Verdict.PARK, reason='unknown')
+            )
         try:
             decision = self._gate.decide(note.route, note.hops)
         except Exception:
@@ -400,11 +549,23 @@ class ConsumerGate:
         except MemoryError:
             raise
         except Exception as error:
-            self._not_taken(waiting.message, error, lambda: self._place(waiting), waiting.refuse, waiting.requeue)
+            self._not_taken(
+                waiting.message,
+                error,
+                lambda: self._place(waiting),
+                waiting.refuse,
+                waiting.requeue,
+            )
 
-    def _send(self, waiting: _Waiting, queue: str, hops: int, event: str, decision: Decision) -> bool:
+    def _send(
+        self, waiting: _Waiting, queue: str, hops: int, event: str, decision: Decision
+    ) -> bool:
         note, message = waiting.note, waiting.message
-        headers = {name: value for name, value in (message.headers or {}).items() if name not in (KEY, HOPS, HOME)}
+        headers = {
+            name: value
+            for name, value in (message.headers or {}).items()
+            if name not in (KEY, HOPS, HOME)
+        }
         headers.update({HOPS: hops, HOME: note.home})
         if note.route:
             headers[KEY] = note.route
@@ -413,15 +574,27 @@ class ConsumerGate:
         except BrokerBusy:
             waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
-        except Exception as error:  # kombu, amqp and redis have no common ancestor; the message stays unacknowledged
-            # The first time it may be a connection that broke: what reads from a closed socket raises ValueError, for one.
+        # kombu, amqp and redis have no common ancestor; the message stays unacknowledged
+        except Exception as error:
+            # The first time it may be a connection that broke: what reads from a closed socket
+            # raises ValueError, for one.
             if is_its_fault(error) and waiting.failed:
-                self._refuse(message, f'it cannot be sent to {queue}: {type(error).__name__}: {error}', reject=waiting.refuse)
+                self._refuse(
+                    message,
+                    f'it cannot be sent to {queue}: {type(error).__name__}: {error}',
+                    reject=waiting.refuse,
+                )
                 return True
             waiting.failed = True
             more = self._repeats.say((note.name, 'send'), clock.now())
             if more is not None:
-                logger.warning('Task %s cannot be sent to %s now, and waits: %r%s', note.name, queue, error, more)
+                logger.warning(
+                    'Task %s cannot be sent to %s now, and waits: %r%s',
+                    note.name,
+                    queue,
+                    error,
+                    more,
+                )
             waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
         logger.debug('Task %s: %s to %s: %s', note.name, event, queue, decision.reason)
@@ -487,14 +660,20 @@ class ConsumerGate:
         self._holding.give_back()
 
     def surrender(self) -> None:
-        """Return what is executed here, if its task completes once: others execute it, and this attempt's end does not count."""
+        """Return what is executed here, if its task completes once: others execute it, and this
+        attempt's end does not count.
+        """
         for request in list(self._dispatched):
             if request not in state.active_requests or request.acknowledged:
                 continue
             try:
                 coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
                 if coordination is not None and coordination.once is not None:
-                    logger.warning('Task %s[%s] is executed without a lease: its message goes back', request.name, request.id)
+                    logger.warning(
+                        'Task %s[%s] is executed without a lease: its message goes back',
+                        request.name,
+                        request.id,
+                    )
                     request.reject(requeue=True)
             except Exception as error:  # each on its own
                 logger.warning('Task %s[%s] does not go back: %r', request.name, request.id, error)

@@ -1,4 +1,7 @@
-"""From the gate into the pool, and back: whatever fails there, the worker goes on, and the message comes to the end that is right."""
+"""From the gate into the pool, and back: whatever fails there, the worker goes on, and the message
+comes to the end that is right.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -28,7 +31,9 @@ class _OutOfMemory(Exception):
 
 
 def expires(message: Any) -> bool:
-    """Whether RabbitMQ drops a message, some time, that is given back to it. Whoever waits for it would never hear of it."""
+    """Whether RabbitMQ drops a message, some time, that is given back to it. Whoever waits for it
+    would never hear of it.
+    """
     return message.properties.get('expiration') is not None
 
 
@@ -38,9 +43,11 @@ def _raised(exc_info: Any) -> Any:
 
 
 def _bearable(exc_info: Any) -> Any:
-    """How a task ended, as Celery can bear it: it raises a task's MemoryError in the main process again before it acknowledges.
+    """How a task ended, as Celery can bear it: it raises a task's MemoryError in the main process
+    again before it acknowledges.
 
-    That ends the worker, and as the message of an exactly_once task is acknowledged late, every worker that gets it afterwards.
+    That ends the worker, and as the message of an exactly_once task is acknowledged late, every
+    worker that gets it afterwards.
     """
     error = _raised(exc_info)
     if not isinstance(error, MemoryError):
@@ -53,7 +60,8 @@ def _bearable(exc_info: Any) -> Any:
 class _Acceptance:
     """Whether a thread of the pool has begun a request, or may not any more.
 
-    An executor queues the work before it starts a thread for it: where that fails, another thread may run it all the same.
+    An executor queues the work before it starts a thread for it: where that fails, another thread
+    may run it all the same.
     """
 
     def __init__(self, request: Any) -> None:
@@ -87,7 +95,10 @@ class Handing:
     """
 
     def __init__(
-        self, consumer: Any, refuse: Callable[[Any, str, Callable[[], object]], object], again: Callable[[Any], object],
+        self,
+        consumer: Any,
+        refuse: Callable[[Any, str, Callable[[], object]], object],
+        again: Callable[[Any], object],
         holding: Holding,
     ) -> None:
         self._consumer = consumer
@@ -96,7 +107,8 @@ class Handing:
         self._holding = holding
         self._controller: Any = consumer.controller
         self._process = self._controller._process_task
-        # Looked up at each call, also for a request that has waited for a process: an exception there would end the worker.
+        # Looked up at each call, also for a request that has waited for a process: an exception
+        # there would end the worker.
         self._controller._process_task = self.process
         before = consumer.on_task_request
         self._takes_slot = getattr(before, '__name__', '') == '_process_task_sem'
@@ -118,7 +130,9 @@ class Handing:
                     self._consumer.call_soon(self._controller._quick_release)
 
     def failed(self, request: Any, error: Exception) -> None:
-        """A request did not get into the pool, or a pool that runs it at once has raised. Raises nothing. To be called on the exception."""
+        """A request did not get into the pool, or a pool that runs it at once has raised. Raises
+        nothing. To be called on the exception.
+        """
         state.task_ready(request)
         self._forget(request)
         if isinstance(error, Reject) and not error.requeue:
@@ -127,31 +141,50 @@ class Handing:
             except Exception as trouble:
                 self._hold(request, trouble, None, stays=False)
         elif request.acknowledged:
-            logger.error('Task %s[%s] ended in a way that Celery does not handle: %s: %s',
-                         request.name, request.id, type(error).__name__, error, exc_info=error)
+            logger.error(
+                'Task %s[%s] ended in a way that Celery does not handle: %s: %s',
+                request.name,
+                request.id,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
         elif is_its_fault(error):
-            self._set_aside(request, f'it cannot be handed to the pool: {type(error).__name__}: {error}')
+            self._set_aside(
+                request, f'it cannot be handed to the pool: {type(error).__name__}: {error}'
+            )
         else:
             message = request.message
             self._hold(request, error, lambda: self._again(message), stays=expires(message))
 
     def _forget(self, request: Any) -> None:
-        """A pool of processes remembers a job that it could not write, and would wait for it when the worker ends."""
+        """A pool of processes remembers a job that it could not write, and would wait for it when
+        the worker ends.
+        """
         jobs = getattr(getattr(self._controller.pool, '_pool', None), '_cache', None)
         if not isinstance(jobs, dict):
             return
         for number, job in list(jobs.items()):
-            if getattr(job, '_callback', None) == request.on_success and not getattr(job, '_accepted', True):
+            if getattr(job, '_callback', None) == request.on_success and not getattr(
+                job, '_accepted', True
+            ):
                 jobs.pop(number, None)
 
     def _set_aside(self, request: Any, reason: str) -> None:
         self._refuse(request.message, reason, lambda: request.reject(requeue=False))
 
-    def _hold(self, request: Any, error: BaseException, act: Callable[[], object] | None, stays: bool) -> None:
-        self._holding.keep(request.name, request.id, error, lambda: request.reject(requeue=True), act, stays)
+    def _hold(
+        self, request: Any, error: BaseException, act: Callable[[], object] | None, stays: bool
+    ) -> None:
+        self._holding.keep(
+            request.name, request.id, error, lambda: request.reject(requeue=True), act, stays
+        )
 
     def guard_end(self, request: Any) -> None:
-        """A message whose end cannot be told, to a chord that is none for example, would stay in hand for as long as the worker lives."""
+        """A message whose end cannot be told, to a chord that is none for example, would stay in
+        hand for as long as the worker lives.
+        """
+
         def guarded(end: Callable[..., object]) -> Callable[..., object]:
             def call(*args: Any, **kwargs: Any) -> object:
                 try:
@@ -162,11 +195,15 @@ class Handing:
                     if request.acknowledged:
                         raise
                     if is_its_fault(error):
-                        self._set_aside(request, f'its end cannot be told: {type(error).__name__}: {error}')
+                        self._set_aside(
+                            request, f'its end cannot be told: {type(error).__name__}: {error}'
+                        )
                     else:
-                        # Whoever is to be told is away. The task has run: its end is told again, and it does not run again.
+                        # Whoever is to be told is away. The task has run: its end is told again,
+                        # and it does not run again.
                         self._hold(request, error, lambda: call(*args, **kwargs), stays=True)
                     return None
+
             return call
 
         fail = guarded(request.on_failure)
@@ -175,7 +212,12 @@ class Handing:
             error = _raised(exc_info)
             if isinstance(error, ComesBack):
                 state.task_ready(request)
-                self._hold(request, error, lambda: self._again(request.message), stays=expires(request.message))
+                self._hold(
+                    request,
+                    error,
+                    lambda: self._again(request.message),
+                    stays=expires(request.message),
+                )
                 return None
             if comes_back(request, exc_info):
                 request.reject(requeue=True)  # Celery cannot acknowledge it any more
@@ -185,4 +227,7 @@ class Handing:
             return found
 
         request.on_failure = on_failure
-        request.on_success, request.on_timeout = guarded(request.on_success), guarded(request.on_timeout)
+        request.on_success, request.on_timeout = (
+            guarded(request.on_success),
+            guarded(request.on_timeout),
+        )

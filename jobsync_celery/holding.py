@@ -1,4 +1,7 @@
-"""Messages that cannot be taken now, through no fault of theirs: each is kept for a while, unacknowledged, and then tried again."""
+"""Messages that cannot be taken now, through no fault of theirs: each is kept for a while,
+unacknowledged, and then tried again.
+"""
+
 from __future__ import annotations
 
 import pickle
@@ -24,8 +27,19 @@ logger = get_logger(__name__)
 
 #: What fails like this fails every time, on every worker.
 _ITS_FAULT = (
-    TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError, InvalidTaskError, ContentDisallowed,
-    SerializationError, pickle.PickleError, struct.error, FrameSyntaxError)
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    InvalidTaskError,
+    ContentDisallowed,
+    SerializationError,
+    pickle.PickleError,
+    struct.error,
+    FrameSyntaxError,
+)
 #: Some of these are ValueErrors too: a certificate that cannot be verified is one.
 _NOT_ITS_FAULT = (OSError, MemoryError)
 #: Seconds between two looks at what is held.
@@ -39,7 +53,9 @@ _MOST_KNOWN = 1000
 
 
 def is_its_fault(error: BaseException) -> bool:
-    """Whether a message is to blame for an error. Everything else is the trouble of some server, of this process or of its machine."""
+    """Whether a message is to blame for an error. Everything else is the trouble of some server, of
+    this process or of its machine.
+    """
     return isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
 
 
@@ -61,16 +77,22 @@ class _Held:
 
 
 class Holding:
-    """Keeps messages for a second, and twice as long each time that the same one comes again, up to a minute. Threads may share it.
+    """Keeps messages for a second, and twice as long each time that the same one comes again, up to
+    a minute. Threads may share it.
 
-    A message that is held counts as prefetched. If this process dies, or loses its connection, the broker delivers it again.
+    A message that is held counts as prefetched. If this process dies, or loses its connection, the
+    broker delivers it again.
 
     Args:
         call_after: Calls a function in the event loop after some seconds.
         count: Counts an event.
     """
 
-    def __init__(self, call_after: Callable[[float, Callable[[], None]], object], count: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        call_after: Callable[[float, Callable[[], None]], object],
+        count: Callable[[str], object],
+    ) -> None:
         self._call_after = call_after
         self._count = count
         self._lock = threading.RLock()
@@ -83,8 +105,13 @@ class Holding:
         return len(self._held)
 
     def keep(
-        self, name: object, message_id: object, error: BaseException, give_back: Callable[[], object],
-        act: Callable[[], object] | None = None, stays: bool = False,
+        self,
+        name: object,
+        message_id: object,
+        error: BaseException,
+        give_back: Callable[[], object],
+        act: Callable[[], object] | None = None,
+        stays: bool = False,
     ) -> None:
         """Hold a message.
 
@@ -94,8 +121,9 @@ class Holding:
             error: Why it cannot be taken now.
             give_back: Returns it to the broker.
             act: What is tried when its pause is over; default: `give_back`.
-            stays: It is tried here until that works. Otherwise each tenth time it is given back: another worker may be better off.
-                Not more often, as a quorum queue drops what comes back twenty times.
+            stays: It is tried here until that works. Otherwise each tenth time it is given back:
+                another worker may be better off. Not more often, as a quorum queue drops what comes
+                back twenty times.
         """
         with self._lock:
             times = self._times.pop(str(message_id), 0)
@@ -108,8 +136,15 @@ class Holding:
             more = self._repeats.say((str(name), type(error)), clock.now())
             self._look_later()
         if more is not None:
-            logger.warning('Task %s[%s] cannot be taken now, and is tried again in %g s: %s: %s%s',
-                           name, message_id, pause, type(error).__name__, error, more)
+            logger.warning(
+                'Task %s[%s] cannot be taken now, and is tried again in %g s: %s: %s%s',
+                name,
+                message_id,
+                pause,
+                type(error).__name__,
+                error,
+                more,
+            )
 
     def _look_later(self) -> None:
         # One timer for all of them; should its entry have been lost, another one.

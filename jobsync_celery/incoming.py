@@ -1,8 +1,10 @@
-"""What of a delivery Celery itself would fall over: checked before its consumer, its strategies and its pool read it.
+"""What of a delivery Celery itself would fall over: checked before its consumer, its strategies and
+its pool read it.
 
-An exception in the consumer's callback, in its timers or on the way to the pool ends a worker, and then each worker that the message
-goes to. Nothing here raises.
+An exception in the consumer's callback, in its timers or on the way to the pool ends a worker, and
+then each worker that the message goes to. Nothing here raises.
 """
+
 from __future__ import annotations
 
 import math
@@ -55,7 +57,9 @@ def read_delivery(message: Any) -> Incoming | Refused:
         return Refused(f'its headers are {shown(headers, 60)}: give a mapping')
     try:
         payload = message.payload
-    except Exception as error:  # of a serializer, of what refuses content types, of a broken encoding
+    except (
+        Exception
+    ) as error:  # of a serializer, of what refuses content types, of a broken encoding
         return Refused(f'it cannot be decoded: {type(error).__name__}: {shown(_text(error))}')
     if any(_is_deep(part) for part in (headers, message.properties, payload)):
         return Refused(f'it is nested deeper than {MAX_DEPTH} levels')
@@ -65,14 +69,24 @@ def read_delivery(message: Any) -> Incoming | Refused:
 
 
 def _is_deep(value: object) -> bool:
-    """Whether a value is nested too deeply to be handed on to a pool's process: pickling it would fail in the event loop."""
+    """Whether a value is nested too deeply to be handed on to a pool's process: pickling it would
+    fail in the event loop.
+    """
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         # By identity: a serializer may share one part between many.
         inner: dict[int, object] = {}
         for item in level:
-            parts = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
-            inner.update((id(part), part) for part in parts if isinstance(part, (Mapping, list, tuple)))
+            parts = (
+                item.values()
+                if isinstance(item, Mapping)
+                else item
+                if isinstance(item, (list, tuple))
+                else ()
+            )
+            inner.update(
+                (id(part), part) for part in parts if isinstance(part, (Mapping, list, tuple))
+            )
         if not inner:
             return False
         level = list(inner.values())
@@ -90,7 +104,8 @@ def read_raw(text: str | bytes) -> dict[str, Any] | Refused:
 
 
 def read_record(text: str | bytes) -> tuple[dict[str, Any], str, str] | Refused:
-    """What kombu records of a message that is not acknowledged: the message, its exchange and its routing key.
+    """What kombu records of a message that is not acknowledged: the message, its exchange and its
+    routing key.
 
     Args:
         text: The record.
@@ -98,7 +113,11 @@ def read_record(text: str | bytes) -> tuple[dict[str, Any], str, str] | Refused:
     record = _loaded(text)
     if isinstance(record, Refused):
         return record
-    if not isinstance(record, list) or len(record) != 3 or not all(part is None or isinstance(part, str) for part in record[1:]):
+    if (
+        not isinstance(record, list)
+        or len(record) != 3
+        or not all(part is None or isinstance(part, str) for part in record[1:])
+    ):
         return Refused(f'it is no message, exchange and routing key: {shown(text, 100)}')
     message = _whole(record[0], text)
     return message if isinstance(message, Refused) else (message, record[1] or '', record[2] or '')
@@ -116,7 +135,11 @@ def _whole(message: Any, text: str | bytes) -> dict[str, Any] | Refused:
     if not isinstance(properties, dict) or not isinstance(properties.get('delivery_tag'), str):
         return Refused(f'it has no properties with a delivery_tag: {shown(text, 100)}')
     place = properties.get('delivery_info')
-    if not isinstance(place, dict) or not isinstance(place.get('exchange'), str) or not isinstance(place.get('routing_key'), str):
+    if (
+        not isinstance(place, dict)
+        or not isinstance(place.get('exchange'), str)
+        or not isinstance(place.get('routing_key'), str)
+    ):
         properties['delivery_info'] = {'exchange': '', 'routing_key': ''}
     if properties.get('priority') in (math.inf, -math.inf):
         del properties['priority']  # kombu counts with it
@@ -130,7 +153,10 @@ def _protocol_2(headers: Mapping[str, Any], payload: Any) -> Incoming | Refused:
         return Refused(f'its body is {shown(payload, 60)}: give [args, kwargs, embed]')
     args, kwargs, embed = payload
     if embed is not None and not isinstance(embed, Mapping):
-        return Refused(f'the third part of its body is {shown(embed, 60)}: give a mapping of callbacks, errbacks, chain and chord')
+        return Refused(
+            f'the third part of its body is {shown(embed, 60)}: give a mapping of callbacks, '
+            'errbacks, chain and chord'
+        )
     return _checked(headers, args, kwargs)
 
 
@@ -158,8 +184,14 @@ def _wrong_limits(limits: Any) -> str | None:
     """The pool counts with these in the event loop."""
     if not limits:
         return None
-    if not isinstance(limits, (list, tuple)) or len(limits) != 2 or not all(
-            limit is None or (type(limit) in (int, float) and 0 <= limit <= _MAX_LIMIT_SEC) for limit in limits):
+    if (
+        not isinstance(limits, (list, tuple))
+        or len(limits) != 2
+        or not all(
+            limit is None or (type(limit) in (int, float) and 0 <= limit <= _MAX_LIMIT_SEC)
+            for limit in limits
+        )
+    ):
         return f'its timelimit is {shown(limits, 60)}: give two numbers of seconds, or null'
     return None
 
@@ -167,7 +199,9 @@ def _wrong_limits(limits: Any) -> str | None:
 def _wrong_stamps(head: Mapping[str, Any]) -> str | None:
     """These are looked up among what is revoked, on the way to the pool."""
     names, stamps = head.get('stamped_headers'), head.get('stamps')
-    if names and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+    if names and not (
+        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    ):
         return f'its stamped_headers are {shown(names, 60)}: give a list of names'
     if stamps and not isinstance(stamps, Mapping):
         return f'its stamps are {shown(stamps, 60)}: give a mapping'
@@ -175,8 +209,8 @@ def _wrong_stamps(head: Mapping[str, Any]) -> str | None:
 
 
 def context_of(message: Any) -> Context | None:
-    """What a result backend wants to know of a message that fails: its errbacks, its chord, where its sender waits; None where
-    nothing of it can be read.
+    """What a result backend wants to know of a message that fails: its errbacks, its chord, where
+    its sender waits; None where nothing of it can be read.
     """
     try:
         headers, payload = message.headers or {}, message.payload
@@ -188,8 +222,13 @@ def context_of(message: Any) -> Context | None:
             fields = {**payload, 'group': payload.get('taskset')}
         properties = message.properties or {}
         return Context(
-            fields, reply_to=properties.get('reply_to'), correlation_id=properties.get('correlation_id'), is_eager=False,
-            called_directly=False, delivery_info=dict(message.delivery_info or {}))
+            fields,
+            reply_to=properties.get('reply_to'),
+            correlation_id=properties.get('correlation_id'),
+            is_eager=False,
+            called_directly=False,
+            delivery_info=dict(message.delivery_info or {}),
+        )
     except Exception:  # it is odd all through
         return None
 

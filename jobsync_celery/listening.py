@@ -1,7 +1,9 @@
 """How long a worker has been deaf: its event loop stands still, or the broker does not answer.
 
-Its lease stays valid meanwhile, as the database is another server, and the others would send its keys to a queue that nobody empties.
+Its lease stays valid meanwhile, as the database is another server, and the others would send its
+keys to a queue that nobody empties.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,9 @@ class Listening:
         self._begins_until = 0.0
 
     def connected(self) -> None:
-        """There is a connection, the first one or another; mingle comes before the event loop turns."""
+        """There is a connection, the first one or another; mingle comes before the event loop
+        turns.
+        """
         self._lost = None
         self._frames = -1
         self.turned(None)
@@ -53,7 +57,8 @@ class Listening:
         """The event loop has turned.
 
         Args:
-            connection: RabbitMQ's, whose heartbeats are counted; None on Redis, where questions are answered.
+            connection: RabbitMQ's, whose heartbeats are counted; None on Redis, where questions are
+                answered.
         """
         now = clock.now()
         self._turned, self._begins_until = now, 0.0
@@ -61,7 +66,9 @@ class Listening:
         if frames is None or frames != self._frames:
             self._frames, self._heard = frames if frames is not None else -1, now
         # The broker sends two in each interval that was agreed upon.
-        self._beat = float(getattr(connection, 'heartbeat', 0) or 0) / 2 if frames is not None else 0.0
+        self._beat = (
+            float(getattr(connection, 'heartbeat', 0) or 0) / 2 if frames is not None else 0.0
+        )
 
     def silence(self) -> float:
         """Seconds since the worker could last have taken a message."""

@@ -1,4 +1,5 @@
 """Loggers below Celery's own, whose records stay on one line."""
+
 from __future__ import annotations
 
 import logging

@@ -1,4 +1,7 @@
-"""A chord's member whose process is lost after its result was stored: newer Celerys acknowledge it, and its chord may not know of it."""
+"""A chord's member whose process is lost after its result was stored: newer Celerys acknowledge it,
+and its chord may not know of it.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -20,7 +23,8 @@ _MAX_TRIES = 1440
 
 
 def comes_back(request: Any, exc_info: Any) -> bool:
-    """Whether the message is to be delivered again, as a duplicate that waits for the chord's other members. Raises nothing.
+    """Whether the message is to be delivered again, as a duplicate that waits for the chord's other
+    members. Raises nothing.
 
     That outlives this worker. A task that is not exactly-once would run again: see count_lost.
 
@@ -28,21 +32,34 @@ def comes_back(request: Any, exc_info: Any) -> bool:
         request: The worker's request, which is about to fail.
         exc_info: Why.
     """
-    if not _is_lost_member(request, exc_info) or request.acknowledged or options_of(request.task) is None:
+    if (
+        not _is_lost_member(request, exc_info)
+        or request.acknowledged
+        or options_of(request.task) is None
+    ):
         return False
     try:
         backend = request.task.backend
         try:
-            return waits_for_others(backend) and backend.get_task_meta(request.id)['status'] == states.SUCCESS
+            return (
+                waits_for_others(backend)
+                and backend.get_task_meta(request.id)['status'] == states.SUCCESS
+            )
         finally:
             close_connections(backend)
     except Exception as trouble:  # a result backend is whatever the user configured
-        logger.warning('Task %s[%s]: the result backend does not tell whether it succeeded: %r', request.name, request.id, trouble)
+        logger.warning(
+            'Task %s[%s]: the result backend does not tell whether it succeeded: %r',
+            request.name,
+            request.id,
+            trouble,
+        )
         return False
 
 
 def count_lost(request: Any, exc_info: Any, tries: int = 0) -> None:
-    """Count a member for its chord, if its process is lost and newer Celerys acknowledged it, as its result is stored. Raises nothing.
+    """Count a member for its chord, if its process is lost and newer Celerys acknowledged it, as
+    its result is stored. Raises nothing.
 
     Args:
         request: The worker's request, which has failed.
@@ -56,13 +73,21 @@ def count_lost(request: Any, exc_info: Any, tries: int = 0) -> None:
         backend = request.task.backend
         try:
             found = backend.get_task_meta(request.id)
-            counted = found['status'] != states.SUCCESS or count_member(backend, request._context, found['result'])
+            counted = found['status'] != states.SUCCESS or count_member(
+                backend, request._context, found['result']
+            )
         finally:
             close_connections(backend)
     except Exception as trouble:  # a result backend is whatever the user configured
-        logger.warning('Task %s[%s] may not be counted for its chord yet: %r', request.name, request.id, trouble)
+        logger.warning(
+            'Task %s[%s] may not be counted for its chord yet: %r',
+            request.name,
+            request.id,
+            trouble,
+        )
     if not counted and tries < _MAX_TRIES:
-        # Others are to end first, or a worker that may be dead is about to send the body. The consumer's timer ends with its connection.
+        # Others are to end first, or a worker that may be dead is about to send the body. The
+        # consumer's timer ends with its connection.
         again = threading.Timer(come_back_sec(tries), count_lost, (request, exc_info, tries + 1))
         again.daemon = True
         again.start()
@@ -70,4 +95,6 @@ def count_lost(request: Any, exc_info: Any, tries: int = 0) -> None:
 
 def _is_lost_member(request: Any, exc_info: Any) -> bool:
     error = getattr(exc_info, 'exception', None)
-    return isinstance(getattr(error, 'exc', error), WorkerLostError) and bool(request._context.chord)
+    return isinstance(getattr(error, 'exc', error), WorkerLostError) and bool(
+        request._context.chord
+    )

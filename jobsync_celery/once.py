@@ -1,11 +1,13 @@
 """`@exactly_once` on a task's function: the core's, with answers that Celery understands.
 
-A message that cannot run now comes back: a copy of it, with the same id, is published with a countdown before this one
-is acknowledged; if the broker does not confirm the copy, this one goes back after a pause. A duplicate returns the stored
-result, so that chords, chains and groups go on.
+A message that cannot run now comes back: a copy of it, with the same id, is published with a
+countdown before this one is acknowledged; if the broker does not confirm the copy, this one goes
+back after a pause. A duplicate returns the stored result, so that chords, chains and groups go on.
 
-A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: its key is complete. `Reject` and `Retry` are failed attempts.
+A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: its key is complete.
+`Reject` and `Retry` are failed attempts.
 """
+
 from __future__ import annotations
 
 from typing import Any, NoReturn
@@ -34,12 +36,15 @@ __all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'optio
 
 logger = get_logger(__name__)
 
-#: Seconds until a message comes back that could not run; twice as many each time, up to the most: where its key is running, and where
-#: anything else is in the way (the database, an eviction), which is over for all at once and needs no long pause.
+#: Seconds until a message comes back that could not run; twice as many each time, up to the most:
+#: where its key is running, and where anything else is in the way (the database, an eviction),
+#: which is over for all at once and needs no long pause.
 COME_BACK_SEC, MAX_COME_BACK_SEC, _MOST_TROUBLE_SEC = 1.0, 60.0, 15.0
-#: How often a duplicate waits for the result of a task that replaced the first one, before it goes without: an hour or so.
+#: How often a duplicate waits for the result of a task that replaced the first one, before it goes
+#: without: an hour or so.
 _MAX_WAITS = 60
-#: What the ledger has for a result where the task was replaced: the id under which the replacement stores its own.
+#: What the ledger has for a result where the task was replaced: the id under which the replacement
+#: stores its own.
 _REPLACED = 'jobsync_replaced'
 #: The text of the exception with which Celery ends a replaced task.
 _REPLACED_TEXT = 'Replaced by new task'
@@ -49,7 +54,9 @@ _repeats = Repeats()
 
 
 class _CeleryOnce(MessageOnce):
-    """See MessageOnce. With `task_always_eager` and `apply()` there is no message that could come back; all else is as in a worker."""
+    """See MessageOnce. With `task_always_eager` and `apply()` there is no message that could come
+    back; all else is as in a worker.
+    """
 
     def message_id(self) -> str | None:
         request = _request()
@@ -73,8 +80,10 @@ class _CeleryOnce(MessageOnce):
                 return message_ledger()
             except NotEntered as error:
                 raise NotEntered(
-                    'this process is no worker, so that it cannot tell what was executed before: send the task with .delay(), run it '
-                    'here with .apply(), or in tests let the Job of jobsync_core.testing stand in') from error
+                    'this process is no worker, so that it cannot tell what was executed before: '
+                    'send the task with .delay(), run it '
+                    'here with .apply(), or in tests let the Job of jobsync_core.testing stand in'
+                ) from error
         # In this process there may be no node at all; where there is one, its ledger counts.
         try:
             return current_ledger()
@@ -85,24 +94,40 @@ class _CeleryOnce(MessageOnce):
         task, request = current_task, _request()
         if not request.is_eager:
             task.send_event('task-duplicate', name=task.name, key=error.key)
-            logger.info('Task %s[%s] is a duplicate of the completed key %r', task.name, request.id, error.key)
+            logger.info(
+                'Task %s[%s] is a duplicate of the completed key %r',
+                task.name,
+                request.id,
+                error.key,
+            )
 
     def replay(self, error: DuplicateExecution) -> None:
         task, request = current_task, _request()
         replaced = _replaced_by(error.result)
         if replaced is not None:
             error.result = self._result_of(replaced, error)
-        # The same message again, whose result is stored: its link and its chain went out before that, and once is enough.
-        if request.is_eager or request.id is None or not (request.callbacks or request.chain or request.chord or request.group):
+        # The same message again, whose result is stored: its link and its chain went out before
+        # that, and once is enough.
+        if (
+            request.is_eager
+            or request.id is None
+            or not (request.callbacks or request.chain or request.chord or request.group)
+        ):
             return
         try:
             found = task.backend.get_task_meta(request.id)
             known = found['status'] == states.SUCCESS
         except Exception as trouble:  # a result backend is whatever the user configured
-            logger.warning('Task %s[%s]: the result backend does not tell whether it succeeded before: %r', task.name, request.id, trouble)
+            logger.warning(
+                'Task %s[%s]: the result backend does not tell whether it succeeded before: %r',
+                task.name,
+                request.id,
+                trouble,
+            )
             known = False
         if known:
-            # Celery stores a result first and counts it for its chord then; in between, the first attempt may have been killed.
+            # Celery stores a result first and counts it for its chord then; in between, the first
+            # attempt may have been killed.
             if request.chord:
                 self._count(task, request, found['result'])
             raise Ignore
@@ -113,12 +138,20 @@ class _CeleryOnce(MessageOnce):
         try:
             if count_member(task.backend, request, result):
                 return
-            trouble = f'the chord {request.group} is not complete yet, or about to be completed by another worker'
+            trouble = (
+                f'the chord {request.group} is not complete yet, or about to be completed '
+                'by another worker'
+            )
         except Exception as error:  # a result backend is whatever the user configured
             trouble = f'the result backend does not tell about the chord {request.group}: {error!r}'
         # After its retention the key would be forgotten, and this message would run.
         if waits >= MAX_WAITS or _waited_sec(waits) > options_of(task).retention_sec / 2:
-            logger.warning('Task %s[%s] is counted no more, and its chord may wait for ever: %s', task.name, request.id, trouble)
+            logger.warning(
+                'Task %s[%s] is counted no more, and its chord may wait for ever: %s',
+                task.name,
+                request.id,
+                trouble,
+            )
             return
         waiting = ExecutionRunning(trouble)
         waiting.key = str(request.group)
@@ -135,7 +168,8 @@ class _CeleryOnce(MessageOnce):
         """What the task returned that replaced the first one; it bears the first one's id."""
         task, request = current_task, _request()
         if request.id == message_id:
-            raise Ignore  # the same message again: the replacement has taken over all that hangs on it
+            # the same message again: the replacement has taken over all that hangs on it
+            raise Ignore
         if task.ignore_result or isinstance(task.backend, DisabledBackend):
             return None
         found = task.backend.get_task_meta(message_id)
@@ -144,9 +178,16 @@ class _CeleryOnce(MessageOnce):
         if found['status'] in states.PROPAGATE_STATES:
             raise found['result']
         if _waits(request) >= _MAX_WAITS:
-            logger.warning('Task %s[%s] goes without a result: %s, which replaced the first, has none', task.name, request.id, message_id)
+            logger.warning(
+                'Task %s[%s] goes without a result: %s, which replaced the first, has none',
+                task.name,
+                request.id,
+                message_id,
+            )
             return None
-        waiting = ExecutionRunning(f'the task that replaced the first one, {message_id}, has no result yet')
+        waiting = ExecutionRunning(
+            f'the task that replaced the first one, {message_id}, has no result yet'
+        )
         waiting.key = error.key
         self.come_back(waiting)
 
@@ -160,7 +201,13 @@ class _CeleryOnce(MessageOnce):
 
     def check_result(self, result: Any) -> None:
         task, request = current_task, _request()
-        if request is None or request.called_directly or request.is_eager or request.ignore_result or task.ignore_result:
+        if (
+            request is None
+            or request.called_directly
+            or request.is_eager
+            or request.ignore_result
+            or task.ignore_result
+        ):
             return
         if hasattr(task, 'jobsync_arguments') and hasattr(result, 'model_dump'):
             return  # Celery makes plain values of it
@@ -174,19 +221,31 @@ class _CeleryOnce(MessageOnce):
             raise error
         runs, waits = isinstance(error, ExecutionRunning), _waits(request)
         delay = come_back_sec(waits) if runs else min(come_back_sec(waits), _MOST_TROUBLE_SEC)
-        # What is in the way of all messages is said once for each task; a running key is one message's own.
-        more = _repeats.say((task.name, type(error), getattr(error, 'key', None) if runs else None), clock.now())
+        # What is in the way of all messages is said once for each task; a running key is one
+        # message's own.
+        more = _repeats.say(
+            (task.name, type(error), getattr(error, 'key', None) if runs else None), clock.now()
+        )
         if more is not None:
-            logger.info('Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more)
+            logger.info(
+                'Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more
+            )
         again = task.signature_from_request(
-            request, request.args, request.kwargs, countdown=delay, retries=request.retries,
-            headers={**(request.headers or {}), WAITS: waits + 1})
+            request,
+            request.args,
+            request.kwargs,
+            countdown=delay,
+            retries=request.retries,
+            headers={**(request.headers or {}), WAITS: waits + 1},
+        )
         try:
             send_again(task.app, again)
         except Exception as trouble:  # of the broker, of a signal's receiver, of a serializer
             if not task.acks_late:
                 raise  # the message is acknowledged: its sender has to know
-            raise ComesBack(f'its copy is not known to be sent: {trouble!r}', requeue=True) from trouble
+            raise ComesBack(
+                f'its copy is not known to be sent: {trouble!r}', requeue=True
+            ) from trouble
         raise Ignore
 
 
@@ -216,12 +275,19 @@ def _replaced_by(result: Any) -> str | None:
 
 
 def _request() -> Any:
-    """The request of the message, or of the call to `apply()`, that the current task runs for; None where the user's own code calls it."""
+    """The request of the message, or of the call to `apply()`, that the current task runs for; None
+    where the user's own code calls it.
+    """
     if not current_task:
         return None
     stack = current_task.request_stack.stack
-    # A task that calls itself directly does so under a copy of its own request; one with a __call__ of its own has a copy as well.
-    if len(stack) > 1 and stack[-1].id == stack[-2].id and _call_of(stack[-1]) != _call_of(stack[-2]):
+    # A task that calls itself directly does so under a copy of its own request; one with a __call__
+    # of its own has a copy as well.
+    if (
+        len(stack) > 1
+        and stack[-1].id == stack[-2].id
+        and _call_of(stack[-1]) != _call_of(stack[-2])
+    ):
         return None
     return current_task.request
 

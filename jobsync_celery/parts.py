@@ -1,7 +1,9 @@
-"""What the plugin uses of Celery, kombu and redis-py that is not promised to stay: checked when a worker starts, and by a test.
+"""What the plugin uses of Celery, kombu and redis-py that is not promised to stay: checked when a
+worker starts, and by a test.
 
 docs/CELERY.md has the same table, for people.
 """
+
 from __future__ import annotations
 
 import dis
@@ -9,7 +11,19 @@ import importlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-__all__ = ['CLIENTS', 'COLD', 'GATE', 'HAND_OVER', 'LIFE', 'PARTS', 'RECEIVE', 'RESTORE', 'SENDING', 'Part', 'missing']
+__all__ = [
+    'CLIENTS',
+    'COLD',
+    'GATE',
+    'HAND_OVER',
+    'LIFE',
+    'PARTS',
+    'RECEIVE',
+    'RESTORE',
+    'SENDING',
+    'Part',
+    'missing',
+]
 
 
 class Part(NamedTuple):
@@ -26,42 +40,135 @@ class Part(NamedTuple):
     names: tuple[str, ...]
 
 
-RECEIVE, HAND_OVER, CLIENTS, RESTORE = 'receiving on Redis', 'passing on on Redis', 'keeping clients', 'restoring on Redis'
+RECEIVE, HAND_OVER, CLIENTS, RESTORE = (
+    'receiving on Redis',
+    'passing on on Redis',
+    'keeping clients',
+    'restoring on Redis',
+)
 GATE, LIFE, SENDING, COLD = 'the gate', "a worker's life", 'sending', 'cold shutdown'
 
 _REDIS = 'kombu.transport.redis'
 PARTS: tuple[Part, ...] = (
-    Part(RECEIVE, f'{_REDIS}:Channel', (
-        '_brpop_start', '_brpop_read', '_in_poll', '_queue_cycle', '_q_for_pri', 'active_queues', 'priority_steps', '_get',
-        'conn_or_acquire', 'global_keyprefix', 'ack_emulation', 'unacked_key', 'unacked_index_key', 'pool', 'client', 'handlers',
-        'connection_errors',
-        '_on_connection_disconnect', 'basic_consume', 'basic_get')),
-    Part(RECEIVE, f'{_REDIS}:QoS', ('_remove_from_indices', 'append', 'ack', 'restore_unacked_once', '_delivered')),
+    Part(
+        RECEIVE,
+        f'{_REDIS}:Channel',
+        (
+            '_brpop_start',
+            '_brpop_read',
+            '_in_poll',
+            '_queue_cycle',
+            '_q_for_pri',
+            'active_queues',
+            'priority_steps',
+            '_get',
+            'conn_or_acquire',
+            'global_keyprefix',
+            'ack_emulation',
+            'unacked_key',
+            'unacked_index_key',
+            'pool',
+            'client',
+            'handlers',
+            'connection_errors',
+            '_on_connection_disconnect',
+            'basic_consume',
+            'basic_get',
+        ),
+    ),
+    Part(
+        RECEIVE,
+        f'{_REDIS}:QoS',
+        ('_remove_from_indices', 'append', 'ack', 'restore_unacked_once', '_delivered'),
+    ),
     Part(RECEIVE, 'kombu.transport.virtual:QoS', ('append', 'ack', 'can_consume')),
     Part(RECEIVE, f'{_REDIS}:Transport', ('cycle', '_deliver', 'register_with_event_loop')),
-    Part(RECEIVE, f'{_REDIS}:MultiChannelPoller', ('_fd_to_chan', 'poller', 'eventflags', 'on_readable', 'fds')),
-    Part(RECEIVE, 'redis.connection:Connection', (
-        '_sock', 'connect', 'disconnect', 'send_command', 'read_response')),
+    Part(
+        RECEIVE,
+        f'{_REDIS}:MultiChannelPoller',
+        ('_fd_to_chan', 'poller', 'eventflags', 'on_readable', 'fds'),
+    ),
+    Part(
+        RECEIVE,
+        'redis.connection:Connection',
+        ('_sock', 'connect', 'disconnect', 'send_command', 'read_response'),
+    ),
     Part(RECEIVE, 'redis:Redis', ('parse_response', 'execute_command', 'script_load')),
     Part(RECEIVE, 'kombu.connection:Connection', ('get_transport_cls',)),
-    Part(HAND_OVER, f'{_REDIS}:Channel', ('_q_for_pri', '_get_message_priority', 'conn_or_acquire', 'ack_emulation')),
+    Part(
+        HAND_OVER,
+        f'{_REDIS}:Channel',
+        ('_q_for_pri', '_get_message_priority', 'conn_or_acquire', 'ack_emulation'),
+    ),
     Part(HAND_OVER, f'{_REDIS}:QoS', ('_remove_from_indices',)),
     Part(HAND_OVER, 'kombu.transport.virtual:Message', ('_raw',)),
     Part(CLIENTS, f'{_REDIS}:Channel', ('_create_client', 'pool')),
     Part(CLIENTS, 'kombu.connection:ConnectionPool', ('new',)),
-    Part(RESTORE, f'{_REDIS}:Channel', (
-        'unacked_key', 'global_keyprefix', 'client', '_size', '_q_for_pri', 'priority_steps', '_do_restore_message', '_lookup', 'get_table',
-        '_get_message_priority', 'deadletter_queue', 'conn_or_acquire')),
-    Part(RESTORE, f'{_REDIS}:QoS', ('restore_by_tag', 'restore_visible', '_remove_from_indices', '_on_collect')),
-    Part(GATE, 'celery.worker.consumer.consumer:Consumer', (
-        'on_task_request', 'strategies', 'on_unknown_task', 'timer', 'call_soon', 'connection_errors', 'hub', 'ensure_connected',
-        'connection_for_read', 'create_task_handler', 'update_strategies', 'on_decode_error', 'on_invalid_task', 'on_unknown_message',
-        'channel_errors')),
+    Part(
+        RESTORE,
+        f'{_REDIS}:Channel',
+        (
+            'unacked_key',
+            'global_keyprefix',
+            'client',
+            '_size',
+            '_q_for_pri',
+            'priority_steps',
+            '_do_restore_message',
+            '_lookup',
+            'get_table',
+            '_get_message_priority',
+            'deadletter_queue',
+            'conn_or_acquire',
+        ),
+    ),
+    Part(
+        RESTORE,
+        f'{_REDIS}:QoS',
+        ('restore_by_tag', 'restore_visible', '_remove_from_indices', '_on_collect'),
+    ),
+    Part(
+        GATE,
+        'celery.worker.consumer.consumer:Consumer',
+        (
+            'on_task_request',
+            'strategies',
+            'on_unknown_task',
+            'timer',
+            'call_soon',
+            'connection_errors',
+            'hub',
+            'ensure_connected',
+            'connection_for_read',
+            'create_task_handler',
+            'update_strategies',
+            'on_decode_error',
+            'on_invalid_task',
+            'on_unknown_message',
+            'channel_errors',
+        ),
+    ),
     Part(GATE, 'celery.worker.consumer.connection:Connection', ('connection',)),
     Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat', 'collect')),
-    Part(GATE, 'celery.worker.state', ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown')),
-    Part(GATE, 'celery.worker.request:Request', (
-        'acknowledge', 'reject', 'acknowledged', 'message', 'on_success', 'on_failure', 'on_timeout', 'on_accepted')),
+    Part(
+        GATE,
+        'celery.worker.state',
+        ('reserved_requests', 'active_requests', 'task_ready', 'maybe_shutdown'),
+    ),
+    Part(
+        GATE,
+        'celery.worker.request:Request',
+        (
+            'acknowledge',
+            'reject',
+            'acknowledged',
+            'message',
+            'on_success',
+            'on_failure',
+            'on_timeout',
+            'on_accepted',
+        ),
+    ),
     Part(GATE, 'celery.worker.worker:WorkController', ('_process_task', '_process_task_sem')),
     Part(GATE, 'celery.concurrency.thread:TaskPool', ('executor',)),
     Part(GATE, 'billiard.pool:ApplyResult', ('_callback', '_accepted')),
@@ -73,7 +180,11 @@ PARTS: tuple[Part, ...] = (
     Part(SENDING, 'celery.app.base:Celery', ('_task_from_fun', '_tasks', 'amqp_cls')),
     Part(SENDING, 'celery.app.amqp:AMQP', ('_create_task_sender', 'Connection')),
     Part(SENDING, 'celery.app.task:Task', ('request_stack',)),
-    Part(SENDING, 'celery.backends.redis:RedisBackend', ('_chord_zset', 'get_key_for_group', 'on_chord_part_return')),
+    Part(
+        SENDING,
+        'celery.backends.redis:RedisBackend',
+        ('_chord_zset', 'get_key_for_group', 'on_chord_part_return'),
+    ),
     Part(COLD, 'kombu.asynchronous.hub:Hub', ('create_loop', 'on_tick', 'on_close')),
 )
 
@@ -85,7 +196,12 @@ def missing(uses: Iterable[str] = ()) -> list[str]:
         uses: Only what is used for these; all, by default.
     """
     wanted = set(uses)
-    return [f'{part.owner}.{name}' for part in PARTS if not wanted or part.use in wanted for name in _lacking(part)]
+    return [
+        f'{part.owner}.{name}'
+        for part in PARTS
+        if not wanted or part.use in wanted
+        for name in _lacking(part)
+    ]
 
 
 def _lacking(part: Part) -> list[str]:
@@ -100,6 +216,19 @@ def _lacking(part: Part) -> list[str]:
 
 def _stored(owner: Any) -> set[str]:
     # What an instance gets when a method runs, without making one: the method's code stores it.
-    methods = [method for cls in (owner.__mro__ if isinstance(owner, type) else ()) for method in vars(cls).values()]
-    codes = [code for code in (getattr(method, '__code__', None) for method in methods) if code is not None]
-    return {step.argval for code in codes for step in dis.get_instructions(code) if step.opname == 'STORE_ATTR'}
+    methods = [
+        method
+        for cls in (owner.__mro__ if isinstance(owner, type) else ())
+        for method in vars(cls).values()
+    ]
+    codes = [
+        code
+        for code in (getattr(method, '__code__', None) for method in methods)
+        if code is not None
+    ]
+    return {
+        step.argval
+        for code in codes
+        for step in dis.get_instructions(code)
+        if step.opname == 'STORE_ATTR'
+    }

@@ -1,4 +1,5 @@
 """JobSync(app): the one line that makes an app's workers nodes of a cluster."""
+
 from __future__ import annotations
 
 import math
@@ -45,9 +46,11 @@ __all__ = ['JobSync', 'rebalanced', 'released']
 
 logger = get_logger(__name__)
 
-#: Sent in a worker when its tokens have changed: arguments sender (the app) and event (a RebalanceEvent).
+#: Sent in a worker when its tokens have changed: arguments sender (the app) and event (a
+#: RebalanceEvent).
 rebalanced = Signal(name='jobsync_rebalanced', providing_args={'event'})
-#: Sent in a worker before tokens go to another node: arguments sender (the app) and tokens (a TokenSet).
+#: Sent in a worker before tokens go to another node: arguments sender (the app) and tokens (a
+#: TokenSet).
 released = Signal(name='jobsync_released', providing_args={'tokens'})
 
 #: Seconds between two looks at the lease.
@@ -61,12 +64,14 @@ _DEFAULT_BROKER_HEARTBEAT = 120
 
 
 class JobSync:
-    """The plugin of one app: `JobSync(app, database_url='postgresql://…')`, before its tasks are used.
+    """The plugin of one app: `JobSync(app, database_url='postgresql://…')`, before its tasks are
+    used.
 
     Args:
         app: The Celery app.
-        settings: Any setting of CelerySettings and CoordinationConfig. What is not given comes from `app.conf.jobsync_…`,
-            `app.conf.jobsync`, and the environment (`JOBSYNC_…`). They are read when they are needed first.
+        settings: Any setting of CelerySettings and CoordinationConfig. What is not given comes from
+            `app.conf.jobsync_…`, `app.conf.jobsync`, and the environment (`JOBSYNC_…`). They are
+            read when they are needed first.
 
     Raises:
         ConfigurationError: The app has the plugin already.
@@ -74,7 +79,9 @@ class JobSync:
 
     def __init__(self, app: Celery, **settings: Any) -> None:
         if '_jobsync' in vars(app):
-            raise ConfigurationError(f'JobSync(app) was called before for the app {app.main!r}: once is enough')
+            raise ConfigurationError(
+                f'JobSync(app) was called before for the app {app.main!r}: once is enough'
+            )
         vars(app)['_jobsync'] = self
         self.app = app
         self._job: Job | None = None
@@ -109,7 +116,9 @@ class JobSync:
 
     @property
     def job(self) -> Job | None:
-        """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in."""
+        """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing`
+        that stands in.
+        """
         return stand_in() or self._job
 
     def __repr__(self) -> str:
@@ -118,7 +127,9 @@ class JobSync:
     @staticmethod
     def of(app: Celery) -> JobSync | None:
         """The plugin of an app; None where it has none."""
-        found: JobSync | None = vars(app._get_current_object() if hasattr(app, '_get_current_object') else app).get('_jobsync')
+        found: JobSync | None = vars(
+            app._get_current_object() if hasattr(app, '_get_current_object') else app
+        ).get('_jobsync')
         return found
 
     def _install(self) -> None:
@@ -129,10 +140,16 @@ class JobSync:
         install_router(self.app, self)
         self.app.steps['worker'].add(NodeStep)
         self.app.steps['consumer'].add(GateStep)
-        self.app.user_options['worker'].add(click.Option(
-            ('--jobsync-node',), help="Name of this node (default: the worker's node name)."))
-        self.app.user_options['worker'].add(click.Option(
-            ('--jobsync-weight',), type=float, help='Share of this node relative to the others.'))
+        self.app.user_options['worker'].add(
+            click.Option(
+                ('--jobsync-node',), help="Name of this node (default: the worker's node name)."
+            )
+        )
+        self.app.user_options['worker'].add(
+            click.Option(
+                ('--jobsync-weight',), type=float, help='Share of this node relative to the others.'
+            )
+        )
 
     # --- producers ---
 
@@ -166,8 +183,13 @@ class JobSync:
         try:
             if not self.settings.route_producers:
                 return None
-            # A node without a lease does not ask: its database is most likely away, and each question takes seconds then.
-            place = self._owner_map().find_fresh(route) if self.job is None or self.job.has_lease else None
+            # A node without a lease does not ask: its database is most likely away, and each
+            # question takes seconds then.
+            place = (
+                self._owner_map().find_fresh(route)
+                if self.job is None or self.job.has_lease
+                else None
+            )
         except JobSyncError as error:
             logger.debug('a message goes to its home queue: %s', error)
             return None
@@ -190,34 +212,64 @@ class JobSync:
         given = {**self._given, **({'weight': weight} if weight is not None else {})}
         self._settings, self._tasks = read_settings(self.app, given), None
         settings = self.settings
-        pool = worker.pool_cls if isinstance(worker.pool_cls, str) else f'{worker.pool_cls.__module__}:{worker.pool_cls.__name__}'
+        pool = (
+            worker.pool_cls
+            if isinstance(worker.pool_cls, str)
+            else f'{worker.pool_cls.__module__}:{worker.pool_cls.__name__}'
+        )
         if any(green in pool for green in ('gevent', 'eventlet')):
             raise ConfigurationError(
-                f'pool {pool!r}: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
-                'use --pool prefork, threads or solo')
+                f'pool {pool!r}: JobSync does not work with green threads, whose blocking '
+                'database calls would stop heartbeats; '
+                'use --pool prefork, threads or solo'
+            )
         self._check_parts()
-        self._plain = {name: self.app.conf[name] for name in ('broker_transport_options', 'broker_heartbeat')}
+        self._plain = {
+            name: self.app.conf[name] for name in ('broker_transport_options', 'broker_heartbeat')
+        }
         name = node or settings.node_name or worker.hostname
         appname = settings.config.appname
         queue = node_queue(appname, name)
         if self.driver == 'redis':
-            # kombu waits for an answer for ever, in the event loop; but a router may have forgotten the connection.
+            # kombu waits for an answer for ever, in the event loop; but a router may have forgotten
+            # the connection.
             answer = max(_ANSWER_SEC, settings.config.heartbeat_timeout_sec)
             self.app.conf.broker_transport_options = {
-                'visibility_timeout': VISIBILITY_SEC, 'socket_timeout': answer, **(self.app.conf.broker_transport_options or {}),
-                **redis_options(appname, name)}
-        if self.driver == 'amqp' and self.app.conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT and 'solo' not in pool:
-            # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker sends none while a task runs.
-            self.app.conf.broker_heartbeat = max(2, math.ceil(settings.config.heartbeat_timeout_sec))
+                'visibility_timeout': VISIBILITY_SEC,
+                'socket_timeout': answer,
+                **(self.app.conf.broker_transport_options or {}),
+                **redis_options(appname, name),
+            }
+        if (
+            self.driver == 'amqp'
+            and self.app.conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT
+            and 'solo' not in pool
+        ):
+            # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker
+            # sends none while a task runs.
+            self.app.conf.broker_heartbeat = max(
+                2, math.ceil(settings.config.heartbeat_timeout_sec)
+            )
         self._mail = mail = CeleryMail(self)
         self._pins = self.tasks.pins()
         odd = odd_names(self.app, settings.pins)
         if odd:
             logger.warning('JobSync: %s', '; '.join(odd))
         self._job = job = make_job(
-            settings, name, queue, 'celery', self._pins, known=list(self.app.tasks), identify=mail.identify, place=mail.place,
-            application=self._application(), prepare=lambda: mail.declare(queue), busy=self._busy, on_rebalance=self._rebalanced,
-            on_release=lambda tokens: released.send(sender=self.app, tokens=tokens))
+            settings,
+            name,
+            queue,
+            'celery',
+            self._pins,
+            known=list(self.app.tasks),
+            identify=mail.identify,
+            place=mail.place,
+            application=self._application(),
+            prepare=lambda: mail.declare(queue),
+            busy=self._busy,
+            on_rebalance=self._rebalanced,
+            on_release=lambda tokens: released.send(sender=self.app, tokens=tokens),
+        )
         job.prepare_fork()
         self.app.amqp.queues.select_add(node_queue_of(self, queue))
         self._gate = Gate(settings, job)
@@ -234,18 +286,25 @@ class JobSync:
         lacking = missing((GATE, LIFE, RESTORE) if self.driver == 'redis' else (GATE, LIFE))
         if lacking:
             raise ConfigurationError(
-                f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys would not be safe: install versions that '
-                'JobSync knows, with pip install "jobsync-workers[celery]"')
+                f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys '
+                'would not be safe: install versions that '
+                'JobSync knows, with pip install "jobsync-workers[celery]"'
+            )
         lacking = missing((RECEIVE, HAND_OVER, CLIENTS)) if self.driver == 'redis' else []
         if lacking:
             logger.warning(
-                "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's way, and one can be lost when this "
-                'worker is killed just while it is received; install versions that JobSync knows, with '
-                'pip install "jobsync-workers[celery]"', ', '.join(lacking))
+                "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's "
+                'way, and one can be lost when this '
+                'worker is killed just while it is received; install versions that JobSync knows, '
+                'with '
+                'pip install "jobsync-workers[celery]"',
+                ', '.join(lacking),
+            )
         self._atomic = self.driver == 'redis' and self.settings.redis_atomic and not lacking
 
     def wait_for_servers(self, check: Callable[[], object]) -> None:
-        """Wait for a broker and a database that are not up yet; `check` raises where the worker is to end.
+        """Wait for a broker and a database that are not up yet; `check` raises where the worker is
+        to end.
 
         Raises:
             OperationalError: The broker cannot be reached, and is not to be waited for.
@@ -261,25 +320,45 @@ class JobSync:
         assert self._gate is not None and self._mail is not None and self.job is not None
         appname = self.settings.config.appname
         self._keeper = Keeper(
-            self._gate, self._mail, 'celery', node_queue(appname, self.job.node_name), parked_queue(appname),
-            on_lease=self._lease_changed, on_change=self._look_again, on_tick=self._tick,
-            tasks=lambda: frozenset(self.app.tasks))
+            self._gate,
+            self._mail,
+            'celery',
+            node_queue(appname, self.job.node_name),
+            parked_queue(appname),
+            on_lease=self._lease_changed,
+            on_change=self._look_again,
+            on_tick=self._tick,
+            tasks=lambda: frozenset(self.app.tasks),
+        )
         self._gate.owners.refresh()
         self._keeper.reclaim()
         self._keeper.start()
         assert self._listening is not None
-        self._self_drain = SelfDrain(self.job, self._listening.silence, self.settings.config.heartbeat_timeout_sec + _LOOP_SEC)
+        self._self_drain = SelfDrain(
+            self.job,
+            self._listening.silence,
+            self.settings.config.heartbeat_timeout_sec + _LOOP_SEC,
+        )
         self._self_drain.start()
-        logger.info('JobSync: node %s of %s* with %d tokens', self.job.node_name, self.settings.config.appname, len(self.job.my_tokens))
+        logger.info(
+            'JobSync: node %s of %s* with %d tokens',
+            self.job.node_name,
+            self.settings.config.appname,
+            len(self.job.my_tokens),
+        )
 
     def go_uncoordinated(self, error: Exception) -> None:
         """The worker is no node, and may run all the same."""
         assert self.job is not None
         logger.critical(
-            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is False: keys may run twice', error)
+            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is '
+            'False: keys may run twice',
+            error,
+        )
         self.job.abandon(UNCOORDINATED)
         self._uncoordinated = True
-        # It is as any worker without the plugin: what it takes is where the others of its kind look.
+        # It is as any worker without the plugin: what it takes is where the others of its kind
+        # look.
         queue = node_queue(self.settings.config.appname, self.job.node_name)
         self.app.conf.update(self._plain)
         self.app.amqp.queues.consume_from.pop(queue, None)
@@ -294,13 +373,21 @@ class JobSync:
         if self.driver == 'redis':
             from redis.exceptions import MasterDownError, ReadOnlyError
 
-            # A server that has become a replica is no server any more: as for one that has ended, the consumer connects anew.
-            consumer.connection_errors = (*consumer.connection_errors, ReadOnlyError, MasterDownError)
+            # A server that has become a replica is no server any more: as for one that has ended,
+            # the consumer connects anew.
+            consumer.connection_errors = (
+                *consumer.connection_errors,
+                ReadOnlyError,
+                MasterDownError,
+            )
         consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
-            self.receiving(self.app.connection_for_read(heartbeat=heartbeat), consumer.hub))
+            self.receiving(self.app.connection_for_read(heartbeat=heartbeat), consumer.hub)
+        )
 
     def receiving(self, connection: Connection, hub: Any = None) -> Connection:
-        """A connection that has not been opened yet, on which messages are received; with an event loop, waited for."""
+        """A connection that has not been opened yet, on which messages are received; with an event
+        loop, waited for.
+        """
         if self._atomic and not self._uncoordinated:
             from .receive import receive_atomically  # needs redis
 
@@ -310,11 +397,14 @@ class JobSync:
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
         if self._reconnects and self.job is not None and self._mail is not None:
-            # What the lost connection had taken: nobody can acknowledge it any more, and Redis gives it back to nobody.
+            # What the lost connection had taken: nobody can acknowledge it any more, and Redis
+            # gives it back to nobody.
             try:
                 self._mail.restore(self.job.node_name, self._left)
             except Exception as error:  # the broker went away again; the next connection does it
-                logger.warning('JobSync: what the lost connection held is not given back yet: %r', error)
+                logger.warning(
+                    'JobSync: what the lost connection held is not given back yet: %r', error
+                )
         self._reconnects = True
         self._connected = self._consuming = True  # the consumer begins in a moment
         if self._listening is not None:
@@ -357,8 +447,14 @@ class JobSync:
                 self._mail.restore(job.node_name, self._left)
             except Exception as error:  # whatever the broker's client raises
                 lost = self._left.ids()
-                logger.critical('JobSync: %d messages that a lost connection brought are lost with this worker, as the broker cannot be '
-                                'reached (%r); send them again: %s', len(lost), error, ', '.join(lost))
+                logger.critical(
+                    'JobSync: %d messages that a lost connection brought are lost with this '
+                    'worker, as the broker cannot be '
+                    'reached (%r); send them again: %s',
+                    len(lost),
+                    error,
+                    ', '.join(lost),
+                )
         if self._keeper is not None:
             self._keeper.stop(5.0)
         job.__exit__(None, None, None)
@@ -379,11 +475,15 @@ class JobSync:
                 coordinated = self.tasks.find(name) is not None
             except JobSyncError:
                 continue  # it runs nowhere
-            if (coordinated or self._solo) and task.__trace__ is not None:  # in a solo pool it would raise into the consumer
+            if (
+                coordinated or self._solo
+            ) and task.__trace__ is not None:  # in a solo pool it would raise into the consumer
                 task.__trace__ = guarded_trace(task, self._solo)
 
     def pinned_late(self, name: str) -> bool:
-        """Whether a task has a pin that this node did not register when it entered, so that nothing holds its messages to it."""
+        """Whether a task has a pin that this node did not register when it entered, so that nothing
+        holds its messages to it.
+        """
         found = self.tasks.find(name)
         return found is not None and found.pin is not None and name not in self._pins
 
@@ -400,8 +500,12 @@ class JobSync:
     def _rebalanced(self, event: RebalanceEvent) -> None:
         rebalanced.send(sender=self.app, event=event)
         if self._consumer is not None and self.job is not None:
-            fields = {'node': self.job.node_name, 'version': event.token_version, 'added': event.tokens_added,
-                      'removed': event.tokens_removed}
+            fields = {
+                'node': self.job.node_name,
+                'version': event.token_version,
+                'added': event.tokens_added,
+                'removed': event.tokens_removed,
+            }
             self._consumer.call_soon(self._send_event, 'jobsync-rebalanced', fields)
 
     def _send_event(self, kind: str, fields: Mapping[str, Any]) -> None:
@@ -420,14 +524,25 @@ class JobSync:
         self._restore_shared()
 
     def _restore_shared(self) -> None:
-        """Give back what plain workers of the same queues had taken when they were killed, after as long as they would."""
-        if self._mail is None or self.driver != 'redis' or self.job is None or not self.job.has_lease or clock.now() < self._shared_at:
+        """Give back what plain workers of the same queues had taken when they were killed, after as
+        long as they would.
+        """
+        if (
+            self._mail is None
+            or self.driver != 'redis'
+            or self.job is None
+            or not self.job.has_lease
+            or clock.now() < self._shared_at
+        ):
             return
         options = self._plain.get('broker_transport_options') or {}
         restored = self._mail.restore_shared(options)
         self._shared_at = clock.now() + self._mail.shared_every(options)
         if restored:
-            logger.warning('JobSync: %d messages that workers without the plugin had taken are given back', restored)
+            logger.warning(
+                'JobSync: %d messages that workers without the plugin had taken are given back',
+                restored,
+            )
 
     def _lease_changed(self, leased: bool) -> None:
         if self._consumer is None or self._consumer_gate is None:
@@ -438,8 +553,8 @@ class JobSync:
         self._consumer.call_soon(self._follow_lease)
 
     def _follow_lease(self) -> None:
-        """Consume with a lease and a database that begins work, and not otherwise. By what is so now: the event loop keeps no order
-        among its calls.
+        """Consume with a lease and a database that begins work, and not otherwise. By what is so
+        now: the event loop keeps no order among its calls.
         """
         consumer, gate, job = self._consumer.task_consumer, self._consumer_gate, self.job
         if self._listening is not None:
@@ -449,7 +564,9 @@ class JobSync:
         now, leased = clock.now(), job.am_i_healthy()
         asked = self._left.asked_at
         if asked is not None and now - asked > self.settings.config.heartbeat_timeout_sec:
-            self._left.cut()  # Redis answers within a second: who has forgotten this connection may let another one through
+            # Redis answers within a second: who has forgotten this connection may let another one
+            # through
+            self._left.cut()
         paused = job.pausing.is_paused(now)
         if leased:
             self._leased_at = now
@@ -458,8 +575,13 @@ class JobSync:
             self._tell_stop(leased, job.pausing, now)
             consumer.cancel()
             gate.give_back()
-        elif not leased and self.driver == 'amqp' and now - self._leased_at > self.settings.config.heartbeat_timeout_sec:
-            # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it comes from.
+        elif (
+            not leased
+            and self.driver == 'amqp'
+            and now - self._leased_at > self.settings.config.heartbeat_timeout_sec
+        ):
+            # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
+            # comes from.
             gate.surrender()
         elif leased and not paused and not self._consuming:
             self._consuming = True
@@ -480,8 +602,15 @@ class JobSync:
         error = pausing.error
         more = self._repeats.say('refused', now)
         if more is not None:
-            logger.warning('JobSync: the database refuses to begin anything; consuming stops for %.0f s, and one message tries then: %s; '
-                           '%s%s', pausing.length, error, remedy(error.sqlstate), more)
+            logger.warning(
+                'JobSync: the database refuses to begin anything; consuming stops for %.0f s, and '
+                'one message tries then: %s; '
+                '%s%s',
+                pausing.length,
+                error,
+                remedy(error.sqlstate),
+                more,
+            )
 
     def _amqp_connection(self) -> Any:
         connection = self._consumer.connection if self.driver == 'amqp' else None
@@ -489,14 +618,18 @@ class JobSync:
 
     def _watch_children(self) -> None:
         """Release what a pool child was executing that is gone."""
-        processes = getattr(getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None)
+        processes = getattr(
+            getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None
+        )
         if not isinstance(processes, list) or self.job is None:
             return
         present = {process.pid for process in processes if getattr(process, 'pid', None)}
         for pid in self._children - present:
             count = self.job.release_child(pid)
             if count:
-                logger.warning('JobSync: pool process %d is gone; %d of its keys may run again', pid, count)
+                logger.warning(
+                    'JobSync: pool process %d is gone; %d of its keys may run again', pid, count
+                )
             self._children.discard(pid)
         self._children |= present
 
@@ -507,20 +640,32 @@ class JobSync:
         if self.job is None:
             return {'coordination_enabled': False}
         status = self.job.local_status()
-        status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
-        status['last_heartbeat'] = str(status['last_heartbeat']) if status['last_heartbeat'] else None
+        status['recent_events'] = [
+            {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
+        ]
+        status['last_heartbeat'] = (
+            str(status['last_heartbeat']) if status['last_heartbeat'] else None
+        )
         waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
         return {
-            **status, 'consuming': self._consumes(), 'paused': self._refusal(),
-            'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting}}
+            **status,
+            'consuming': self._consumes(),
+            'paused': self._refusal(),
+            'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting},
+        }
 
     def _refusal(self) -> str:
         """Why consuming pauses; '' where it does not."""
         job = self.job
-        return str(job.pausing.error) if job is not None and job.pausing.is_paused(clock.now()) else ''
+        return (
+            str(job.pausing.error) if job is not None and job.pausing.is_paused(clock.now()) else ''
+        )
 
     def _consumes(self) -> bool:
-        return self._consuming and (self._listening is None or self._listening.silence() <= self.settings.config.heartbeat_timeout_sec)
+        return self._consuming and (
+            self._listening is None
+            or self._listening.silence() <= self.settings.config.heartbeat_timeout_sec
+        )
 
     def evacuable(self) -> CeleryEvacuation:
         """The broker, for `jobsync evacuate`."""
@@ -536,8 +681,13 @@ class JobSync:
 
         job = self.job
         self._http = HealthServer(
-            self.settings.http, live=lambda: job.alive,
+            self.settings.http,
+            live=lambda: job.alive,
             ready=lambda: {
-                'lease': job.am_i_healthy() or self._uncoordinated, 'consuming': self._consumes(), 'node': job.node_name,
-                **({'reason': reason} if (reason := self._refusal()) else {})},
-            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+                'lease': job.am_i_healthy() or self._uncoordinated,
+                'consuming': self._consumes(),
+                'node': job.node_name,
+                **({'reason': reason} if (reason := self._refusal()) else {}),
+            },
+            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})),
+        )

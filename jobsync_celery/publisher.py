@@ -1,4 +1,7 @@
-"""A broker connection of its own for whoever sends messages while it holds something: each step takes a bounded time."""
+"""A broker connection of its own for whoever sends messages while it holds something: each step
+takes a bounded time.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,7 +25,8 @@ class Publisher:
         app: The Celery app.
         factory: Makes a producer, as `app.amqp.Producer` does.
         limit_sec: Seconds that connecting, or sending one message, may take.
-        check: Called right before a message leaves, after routers and signals have run; what it raises stops the message.
+        check: Called right before a message leaves, after routers and signals have run; what it
+            raises stops the message.
     """
 
     def __init__(self, app: Any, factory: Any, limit_sec: float, check: Callable[[], None]) -> None:
@@ -49,7 +53,9 @@ class Publisher:
             connection.transport_options = {**self._bounds(driver), **connection.transport_options}
             others = max(0, len(connection.alt or ()) - 1)
             try:
-                connection.ensure_connection(max_retries=others, interval_start=0, interval_step=0, timeout=self._limit)
+                connection.ensure_connection(
+                    max_retries=others, interval_start=0, interval_step=0, timeout=self._limit
+                )
             except Exception as error:
                 connection.release()
                 raise BrokerAway(str(error)) from error
@@ -59,8 +65,13 @@ class Publisher:
 
     def _bounds(self, driver: str) -> dict[str, Any]:
         if driver == 'amqp':
-            # What is read may be the answer to a declaration, which a broker that takes nothing (a memory alarm) does not give.
-            return {'confirm_publish': True, 'read_timeout': self._limit, 'write_timeout': self._limit}
+            # What is read may be the answer to a declaration, which a broker that takes nothing (a
+            # memory alarm) does not give.
+            return {
+                'confirm_publish': True,
+                'read_timeout': self._limit,
+                'write_timeout': self._limit,
+            }
         if driver == 'redis':
             return {'socket_timeout': self._limit, 'socket_connect_timeout': self._limit}
         return {}
@@ -71,13 +82,25 @@ class Publisher:
                 kwargs.setdefault('confirm_timeout', self._limit)
             self._check()
             return publish(*args, **kwargs)
+
         return checked
 
     @property
     def errors(self) -> tuple[type[BaseException], ...]:
-        """What is raised where the broker, or the result backend, which is told of each task before it is sent, is to blame."""
-        broker = self._producer.connection.recoverable_connection_errors if self._producer is not None else ()
-        return (OperationalError, OSError, *broker, *getattr(self._app.backend, 'connection_errors', ()))
+        """What is raised where the broker, or the result backend, which is told of each task before
+        it is sent, is to blame.
+        """
+        broker = (
+            self._producer.connection.recoverable_connection_errors
+            if self._producer is not None
+            else ()
+        )
+        return (
+            OperationalError,
+            OSError,
+            *broker,
+            *getattr(self._app.backend, 'connection_errors', ()),
+        )
 
     def close(self) -> None:
         """Drop the connection: after an error it may be in the midst of something."""

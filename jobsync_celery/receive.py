@@ -1,14 +1,16 @@
 """Receiving from Redis without a moment in which a message exists in nobody's records.
 
-kombu takes a message off its list first and records it as unacknowledged in a second trip: what is in between when the
-worker, the connection or Redis itself is killed is lost. Here one script does both; one trip less for each message is a
-welcome effect. A script cannot wait, and kombu's blocking BRPOP takes while it waits: so on empty queues a bell (bell.py)
-tells of the next message. Where Redis refuses a part of this, kombu's way is the fallback, and a warning says so; what that
-brings and cannot be recorded any more is kept until there is a connection again.
+kombu takes a message off its list first and records it as unacknowledged in a second trip: what is
+in between when the worker, the connection or Redis itself is killed is lost. Here one script does
+both; one trip less for each message is a welcome effect. A script cannot wait, and kombu's blocking
+BRPOP takes while it waits: so on empty queues a bell (bell.py) tells of the next message. Where
+Redis refuses a part of this, kombu's way is the fallback, and a warning says so; what that brings
+and cannot be recorded any more is kept until there is a connection again.
 
-An acknowledgement goes out on the same connection, ahead of the next look, and is not waited for, as with AMQP; one that was
-not confirmed when the connection broke is made again.
+An acknowledgement goes out on the same connection, ahead of the next look, and is not waited for,
+as with AMQP; one that was not confirmed when the connection broke is made again.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -51,19 +53,22 @@ LOOK_SEC = 1.0
 
 #: What a server says that has become a replica, or has lost its master.
 _ELSEWHERE = ('ReadOnlyError', 'READONLY', 'MasterDownError', 'MASTERDOWN')
-#: What it says that takes no writes for now: no memory, no disk, too few replicas, a script of somebody's.
+#: What it says that takes no writes for now: no memory, no disk, too few replicas, a script of
+#: somebody's.
 _FOR_NOW = ('OutOfMemoryError', 'OOM', 'MISCONF', 'NOREPLICAS', 'BUSY')
 
-# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the time, then for each list its queue and
-# whether its messages are acknowledged: what is not has no record, which nobody would remove.
-# The list is shortened last: a script that Redis stops for lack of memory has lost nothing.
+# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the
+# time, then for each list its queue and whether its messages are acknowledged: what is not has no
+# record, which nobody would remove. The list is shortened last: a script that Redis stops for lack
+# of memory has lost nothing.
 _TAKE = """
 for i = 3, #KEYS do
     local item = redis.call('LINDEX', KEYS[i], -1)
     if item then
         local sound, message = pcall(cjson.decode, item)
         local queue, acknowledged = ARGV[2 * i - 4], ARGV[2 * i - 3] == '1'
-        local tag = acknowledged and sound and type(message) == 'table' and type(message.properties) == 'table'
+        local tag = acknowledged and sound and type(message) == 'table'
+            and type(message.properties) == 'table'
             and message.properties.delivery_tag
         local recorded = false
         if type(tag) == 'string' then
@@ -101,13 +106,17 @@ class _QoS(RestoringQoS):
             super().append(message, delivery_tag)
         except BaseException:
             delivery = message.delivery_info
-            self.channel.left.unrecorded[delivery_tag] = dumps([message._raw, delivery['exchange'], delivery['routing_key']])
+            self.channel.left.unrecorded[delivery_tag] = dumps(
+                [message._raw, delivery['exchange'], delivery['routing_key']]
+            )
             raise
 
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge a message."""
         self.channel.left.acknowledged.add(delivery_tag)
-        plain_qos.ack(self, delivery_tag)  # first: what is not confirmed is made again, and must not be given back
+        plain_qos.ack(
+            self, delivery_tag
+        )  # first: what is not confirmed is made again, and must not be given back
         self.channel.acknowledge(delivery_tag)
 
     def remove(self, delivery_tag: str | bytes) -> None:
@@ -120,7 +129,9 @@ class _QoS(RestoringQoS):
         return any(self.channel.due) or bool(plain_qos.can_consume(self))
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Give back what has been taken for too long; kombu's timer calls this in the event loop, which an error would end."""
+        """Give back what has been taken for too long; kombu's timer calls this in the event loop,
+        which an error would end.
+        """
         try:
             super().restore_visible(*args, **kwargs)
         except ResponseError as error:
@@ -129,10 +140,16 @@ class _QoS(RestoringQoS):
             logger.debug('looking for what was taken long ago: %r', error)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what was delivered and not acknowledged; with the broker out of reach, the next connection does it."""
+        """Give back what was delivered and not acknowledged; with the broker out of reach, the next
+        connection does it.
+        """
         try:
             super().restore_unacked_once(stderr)
-        except (RedisError, OSError, AttributeError) as error:  # AttributeError: kombu, for a channel whose connection has been closed
+        except (
+            RedisError,
+            OSError,
+            AttributeError,
+        ) as error:  # AttributeError: kombu, for a channel whose connection has been closed
             logger.info('JobSync: what the lost connection held is given back later: %r', error)
 
 
@@ -144,8 +161,14 @@ class _Message(plain_message):  # type: ignore[misc]
             super().__init__(payload, channel=channel, **options)
         except Exception:  # whatever a codec raises, or headers that are none
             trouble, headers = sys.exc_info(), payload.get('headers')
-            kept = {name: value for name, value in headers.items() if name != 'compression'} if isinstance(headers, dict) else {}
-            super().__init__({'properties': payload['properties'], 'headers': kept}, channel=channel)
+            kept = (
+                {name: value for name, value in headers.items() if name != 'compression'}
+                if isinstance(headers, dict)
+                else {}
+            )
+            super().__init__(
+                {'properties': payload['properties'], 'headers': kept}, channel=channel
+            )
             self._raw = payload
             self.errors.append(trouble)
 
@@ -155,7 +178,8 @@ class _Channel(RestoringChannel):
     Message = _Message
     #: Outlives the channel.
     left: Leftovers
-    #: What the answers that have not been read yet are for, in their order: a delivery tag, or None for the look at the queues.
+    #: What the answers that have not been read yet are for, in their order: a delivery tag, or None
+    #: for the look at the queues.
     due: deque[str | bytes | None]
     #: Delivery tag of the message that the script has recorded and that is being delivered.
     recorded: str | None = None
@@ -166,7 +190,8 @@ class _Channel(RestoringChannel):
     _thread = 0
     #: kombu's event loop, for the bell; None: this channel does not wait.
     hub: Any = None
-    # The script found nothing the last time; and when it looks again, should the bell have been missed.
+    # The script found nothing the last time; and when it looks again, should the bell have been
+    # missed.
     _empty = False
     _look_at = 0.0
     # Until when Redis is not asked in kombu's way, as it takes no writes for now.
@@ -188,21 +213,31 @@ class _Channel(RestoringChannel):
     def _load(self) -> None:
         try:
             with self.conn_or_acquire() as client:
-                self._script, self._acknowledge = (bytes_to_str(client.script_load(text)) for text in (_TAKE, _ACKNOWLEDGE))
+                self._script, self._acknowledge = (
+                    bytes_to_str(client.script_load(text)) for text in (_TAKE, _ACKNOWLEDGE)
+                )
         except ResponseError as error:
             self._without(error)
 
     def _without(self, error: Exception) -> None:
         self._script = None
-        logger.warning('JobSync: Redis refuses scripts, so a message can be lost when Redis or this worker is killed just '
-                       'while it is received; allow EVALSHA and SCRIPT LOAD: %s', error)
+        logger.warning(
+            'JobSync: Redis refuses scripts, so a message can be lost when Redis or this worker '
+            'is killed just '
+            'while it is received; allow EVALSHA and SCRIPT LOAD: %s',
+            error,
+        )
 
     def _wait(self) -> None:
         """The queues are empty: have the bell rung when that changes."""
         # A ring between the look and its answer was for what came in between.
         self._empty, self._look_at = self._rings == self._heard, monotonic() + LOOK_SEC
         connection = self.client.connection
-        if self.hub is None or not self._can_wait or (self._bell is not None and self._bell.belongs_to(connection)):
+        if (
+            self.hub is None
+            or not self._can_wait
+            or (self._bell is not None and self._bell.belongs_to(connection))
+        ):
             return
         self._drop_bell()
         self._read_due()
@@ -211,9 +246,14 @@ class _Channel(RestoringChannel):
             self._bell = Bell(connection, another, self.connection.cycle, self.hub, self._rung)
         except ResponseError as error:
             self._can_wait = False
-            logger.warning('JobSync: Redis does not tell of changes, so a message can be lost when Redis or this worker is killed just '
-                           'while it is received on empty queues; use Redis 6 or newer, and allow CLIENT TRACKING and SUBSCRIBE to '
-                           '__redis__:invalidate: %s', error)
+            logger.warning(
+                'JobSync: Redis does not tell of changes, so a message can be lost when Redis or '
+                'this worker is killed just '
+                'while it is received on empty queues; use Redis 6 or newer, and allow CLIENT '
+                'TRACKING and SUBSCRIBE to '
+                '__redis__:invalidate: %s',
+                error,
+            )
             return
         self._empty = False  # what came before the bell hung is found by another look
 
@@ -227,10 +267,17 @@ class _Channel(RestoringChannel):
             bell.close()
 
     def _keys(self, *lists: str) -> list[str]:
-        return [f'{self.global_keyprefix}{key}' for key in (self.unacked_key, self.unacked_index_key, *lists)]
+        return [
+            f'{self.global_keyprefix}{key}'
+            for key in (self.unacked_key, self.unacked_index_key, *lists)
+        ]
 
     def _arguments(self, queues: list[str]) -> list[Any]:
-        lists = [(self._q_for_pri(queue, priority), queue) for priority in self.priority_steps for queue in queues]
+        lists = [
+            (self._q_for_pri(queue, priority), queue)
+            for priority in self.priority_steps
+            for queue in queues
+        ]
         keys = self._keys(*(key for key, _ in lists))
         told = [part for _, queue in lists for part in (queue, int(queue not in self._without_ack))]
         return [self._script, len(keys), *keys, time(), *told]
@@ -289,8 +336,14 @@ class _Channel(RestoringChannel):
 
     def acknowledge(self, tag: str | bytes) -> None:
         """Acknowledge; from the thread that polls without waiting for the answer."""
-        connection = getattr(self.__dict__.get('client'), 'connection', None)  # none before the first poll, and after the close
-        polls = self._socket is not None and getattr(connection, '_sock', None) is self._socket and get_ident() == self._thread
+        connection = getattr(
+            self.__dict__.get('client'), 'connection', None
+        )  # none before the first poll, and after the close
+        polls = (
+            self._socket is not None
+            and getattr(connection, '_sock', None) is self._socket
+            and get_ident() == self._thread
+        )
         waits = self._in_poll and None not in self.due
         if self._script is None or waits or not polls:
             try:
@@ -369,7 +422,8 @@ class _Channel(RestoringChannel):
         if unknown:
             self._load()
         if _says(error, _ELSEWHERE):
-            raise error  # a broken connection: another one may lead to the server that takes writes now
+            # a broken connection: another one may lead to the server that takes writes now
+            raise error
         if tag is not None:
             if _says(error, _FOR_NOW):
                 self._acknowledge_later(tag, error)
@@ -385,7 +439,9 @@ class _Channel(RestoringChannel):
     def _acknowledge_later(self, tag: str | bytes, error: ResponseError) -> None:
         """It stays among those that are not confirmed, so that it is not given back meanwhile."""
         if not self._again:
-            logger.warning('JobSync: Redis takes no acknowledgements for now; they are made again: %s', error)
+            logger.warning(
+                'JobSync: Redis takes no acknowledgements for now; they are made again: %s', error
+            )
         self._again.add(tag)
         self._again_at = monotonic() + LOOK_SEC
 
@@ -411,7 +467,11 @@ class _Channel(RestoringChannel):
         if renew is None:
             return
         try:
-            if self.due and not self._in_poll and self._pending_reauth_token(self.client.connection) is not None:
+            if (
+                self.due
+                and not self._in_poll
+                and self._pending_reauth_token(self.client.connection) is not None
+            ):
                 self._read_due()
         except (RedisError, OSError) as error:  # the next poll connects anew
             logger.debug('acknowledgements before the credentials: %r', error)
@@ -435,7 +495,11 @@ class _Channel(RestoringChannel):
     @staticmethod
     def _tell_refused(queue: str, message: Refused) -> None:
         # It is off its list by now, and Redis has no dead letters.
-        logger.error('queue=%s: what is no message was taken off it, and is dropped: %s', queue, message.reason)
+        logger.error(
+            'queue=%s: what is no message was taken off it, and is dropped: %s',
+            queue,
+            message.reason,
+        )
 
     def _get(self, queue: str) -> Any:
         # What the keeper takes.
@@ -444,7 +508,9 @@ class _Channel(RestoringChannel):
         while True:
             with self.conn_or_acquire() as client:
                 try:
-                    reply = _execute(client, 'EVALSHA', *self._arguments([queue]))  # the keys have their prefix already
+                    reply = _execute(
+                        client, 'EVALSHA', *self._arguments([queue])
+                    )  # the keys have their prefix already
                 except NoScriptError:
                     self._load()
                     raise Empty from None
@@ -452,7 +518,9 @@ class _Channel(RestoringChannel):
                 raise Empty
             message, recorded = read_raw(reply[1]), reply[2]
             if not isinstance(message, Refused):
-                self.recorded = message['properties']['delivery_tag'] if recorded is not None else None
+                self.recorded = (
+                    message['properties']['delivery_tag'] if recorded is not None else None
+                )
                 return message
             self._tell_refused(queue, message)
             if recorded is not None:
@@ -474,7 +542,8 @@ class _Channel(RestoringChannel):
 
 
 def receive_atomically(connection: Connection, left: Leftovers, hub: Any = None) -> Connection:
-    """Let a connection that has not been opened yet receive without losing; other brokers than Redis are left as they are.
+    """Let a connection that has not been opened yet receive without losing; other brokers than
+    Redis are left as they are.
 
     Args:
         connection: A Celery app's connection.
@@ -484,7 +553,7 @@ def receive_atomically(connection: Connection, left: Leftovers, hub: Any = None)
     plain = connection.get_transport_cls()
     if is_redis(plain):
         receiving = with_channel(plain, _Channel, left=left, hub=hub)
-        vars(connection).update(get_transport_cls=lambda: receiving)  # transport_cls is what its URL says, and shown
+        vars(connection).update(
+            get_transport_cls=lambda: receiving
+        )  # transport_cls is what its URL says, and shown
     return connection
-
-

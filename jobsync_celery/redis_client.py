@@ -1,4 +1,7 @@
-"""Redis clients that are kept: kombu makes one for each command, which takes longer than the command itself."""
+"""Redis clients that are kept: kombu makes one for each command, which takes longer than the
+command itself.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -35,13 +38,19 @@ class _Pool(ConnectionPool):
 
 
 def is_redis(transport: Any) -> bool:
-    """Whether a transport is kombu's for Redis, or made of it; by name, as redis need not be installed."""
+    """Whether a transport is kombu's for Redis, or made of it; by name, as redis need not be
+    installed.
+    """
     return any(cls.__module__ == _MODULE for cls in getattr(transport, 'Channel', object).__mro__)
 
 
 def with_channel(transport: Any, mixin: type, **attributes: Any) -> Any:
     """A transport whose channels are of `mixin` as well, with more attributes."""
-    return type('Transport', (transport,), {'Channel': type('Channel', (mixin, transport.Channel), attributes)})
+    return type(
+        'Transport',
+        (transport,),
+        {'Channel': type('Channel', (mixin, transport.Channel), attributes)},
+    )
 
 
 @functools.cache
@@ -52,9 +61,13 @@ def _keeping(transport: Any) -> Any:
 
 
 def keep_client(connection: Connection) -> Connection:
-    """Let a connection that has not been opened yet, and those of its pools, keep their clients; other brokers' are left as they are."""
+    """Let a connection that has not been opened yet, and those of its pools, keep their clients;
+    other brokers' are left as they are.
+    """
     plain: Any = connection.get_transport_cls
     pool: Any = _Pool
     vars(connection).update(
-        get_transport_cls=lambda: _keeping(plain()), Pool=lambda limit=None, **options: pool(connection, limit, **options))
+        get_transport_cls=lambda: _keeping(plain()),
+        Pool=lambda limit=None, **options: pool(connection, limit, **options),
+    )
     return connection

@@ -1,4 +1,7 @@
-"""Setting a message aside that no worker can take: where its queue's dead letters go, with a result that says why, and one line."""
+"""Setting a message aside that no worker can take: where its queue's dead letters go, with a result
+that says why, and one line.
+"""
+
 from __future__ import annotations
 
 import queue
@@ -22,18 +25,25 @@ __all__ = ['REFUSED', 'set_aside']
 
 logger = get_logger(__name__)
 
-#: Name of the header of a message that was set aside in a node's queue, and comes back to its own one to be rejected there.
+#: Name of the header of a message that was set aside in a node's queue, and comes back to its own
+#: one to be rejected there.
 REFUSED = 'jobsync_refused'
 _ID_LENGTH = 200
 
 
 def set_aside(
-    app: Celery, consumer: Any, message: Any, cause: type[MessageRefused], reason: str, reject: Callable[[], object] | None = None,
+    app: Celery,
+    consumer: Any,
+    message: Any,
+    cause: type[MessageRefused],
+    reason: str,
+    reject: Callable[[], object] | None = None,
 ) -> None:
     """Set a message aside, once, and raise nothing.
 
-    It is rejected without being requeued: RabbitMQ moves it to the dead-letter exchange of its queue, if there is one. Its sender
-    finds FAILURE with the reason; its errbacks and its chord are told. Redis has no dead letters: there the result is what is left.
+    It is rejected without being requeued: RabbitMQ moves it to the dead-letter exchange of its
+    queue, if there is one. Its sender finds FAILURE with the reason; its errbacks and its chord are
+    told. Redis has no dead letters: there the result is what is left.
 
     Args:
         app: The app.
@@ -48,7 +58,12 @@ def set_aside(
     name, message_id = headers.get('task'), headers.get('id')
     if not headers and context is not None:
         name, message_id = getattr(context, 'task', None), context.id
-    logger.error('Task %s[%s] is set aside: %s', shown(name, 100), shown(message_id, 100), one_line(reason[:1000]))
+    logger.error(
+        'Task %s[%s] is set aside: %s',
+        shown(name, 100),
+        shown(message_id, 100),
+        one_line(reason[:1000]),
+    )
     error = cause(f'{shown(name, 100)}[{shown(message_id, 100)}]: {one_line(reason[:1000])}')
     if isinstance(message_id, str) and 0 < len(message_id) <= _ID_LENGTH:
         _record(app, consumer, message_id, context, error)
@@ -58,17 +73,22 @@ def set_aside(
         elif not message.acknowledged:
             message.reject_log_error(logger, consumer.connection_errors)
     except Exception as trouble:  # the connection is lost: it comes again, and is set aside again
-        logger.warning('Task %s[%s] is not rejected: %r', shown(name, 100), shown(message_id, 100), trouble)
+        logger.warning(
+            'Task %s[%s] is not rejected: %r', shown(name, 100), shown(message_id, 100), trouble
+        )
     signals.task_rejected.send(sender=consumer, message=message, exc=error)
 
 
 class _Teller:
-    """Tells the results' back end, and whoever waits for it, what became of a message: on a thread of its own, in order.
+    """Tells the results' back end, and whoever waits for it, what became of a message: on a thread
+    of its own, in order.
 
-    Errbacks are the user's own code, and a back end that is away is asked for many seconds: the event loop waits for neither.
+    Errbacks are the user's own code, and a back end that is away is asked for many seconds: the
+    event loop waits for neither.
 
     Args:
-        patience_sec: Seconds that one who has something to tell waits until it is told, where nothing else is being told.
+        patience_sec: Seconds that one who has something to tell waits until it is told, where
+            nothing else is being told.
         most: Things to tell at once; of more, nobody hears.
     """
 
@@ -79,7 +99,9 @@ class _Teller:
         self._thread: threading.Thread | None = None
 
     def tell(self, action: Callable[[], object]) -> bool:
-        """Do something on the thread, and wait for it for a moment; False where there is too much to do already."""
+        """Do something on the thread, and wait for it for a moment; False where there is too much
+        to do already.
+        """
         told = threading.Event()
         with self._lock:
             busy = self._to_tell.unfinished_tasks > 0
@@ -88,11 +110,17 @@ class _Teller:
             except queue.Full:
                 return False
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name='jobsync-refusals', daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, name='jobsync-refusals', daemon=True
+                )
                 try:
                     self._thread.start()
-                except RuntimeError as error:  # this process can start no more threads; the next one tries again
-                    logger.warning('JobSync: nobody is told of messages that are set aside: %r', error)
+                except (
+                    RuntimeError
+                ) as error:  # this process can start no more threads; the next one tries again
+                    logger.warning(
+                        'JobSync: nobody is told of messages that are set aside: %r', error
+                    )
                     return False
         if not busy:
             told.wait(self._patience)
@@ -104,7 +132,9 @@ class _Teller:
             try:
                 action()
             except BaseException as trouble:  # of an errback, which may raise anything
-                logger.warning('JobSync: telling of a message that is set aside has failed: %r', trouble)
+                logger.warning(
+                    'JobSync: telling of a message that is set aside has failed: %r', trouble
+                )
             finally:
                 told.set()
                 self._to_tell.task_done()
@@ -113,14 +143,22 @@ class _Teller:
 _teller = _Teller()
 
 
-def _record(app: Celery, consumer: Any, message_id: str, context: Any, error: MessageRefused) -> None:
+def _record(
+    app: Celery, consumer: Any, message_id: str, context: Any, error: MessageRefused
+) -> None:
     ignored = bool(getattr(context, 'ignore_result', False))
 
     def record() -> None:
         try:
             try:
-                app.backend.mark_as_failure(message_id, error, request=context, store_result=not ignored)
-            except (Exception, SystemExit) as trouble:  # what it says of its workflow is odd as well, or the result backend is away
+                app.backend.mark_as_failure(
+                    message_id, error, request=context, store_result=not ignored
+                )
+            except (
+                Exception,
+                SystemExit,
+                # what it says of its workflow is odd as well, or the result backend is away
+            ) as trouble:
                 logger.debug('Task [%s]: nobody was told of its failure: %r', message_id, trouble)
                 try:
                     app.backend.store_result(message_id, error, states.FAILURE)
@@ -130,7 +168,9 @@ def _record(app: Celery, consumer: Any, message_id: str, context: Any, error: Me
             close_connections(app.backend)
 
     if not _teller.tell(record):
-        logger.warning('Task [%s]: its failure is not stored, as too many are waiting for that', message_id)
+        logger.warning(
+            'Task [%s]: its failure is not stored, as too many are waiting for that', message_id
+        )
     dispatcher = consumer.event_dispatcher
     if dispatcher is not None and dispatcher.enabled:
         try:

@@ -1,10 +1,13 @@
 """Giving back on Redis what was taken and not acknowledged, whatever it looks like.
 
-kombu removes the record of a message and stores the message again in one transaction. It stores nothing where the message has
-`headers: null` or `delivery_info: null`, which it had delivered well before, where a priority is beyond all numbers, or where the
-bindings of the message's exchange cannot be read: such a message is lost. Here each of them comes back, marked as redelivered where
-there is room for the mark. A record that nobody can read is set aside once, so that it neither stays for ever nor keeps others waiting.
+kombu removes the record of a message and stores the message again in one transaction. It stores
+nothing where the message has `headers: null` or `delivery_info: null`, which it had delivered well
+before, where a priority is beyond all numbers, or where the bindings of the message's exchange
+cannot be read: such a message is lost. Here each of them comes back, marked as redelivered where
+there is room for the mark. A record that nobody can read is set aside once, so that it neither
+stays for ever nor keeps others waiting.
 """
+
 from __future__ import annotations
 
 import functools
@@ -59,8 +62,13 @@ class RestoringQoS(transport.QoS):  # type: ignore[misc]
             connected.transaction(give_back, self.unacked_key)
         for one in refused:
             # Redis has no dead letters.
-            logger.error('hash=%s: the record %s of a message that was not acknowledged cannot be read, and is dropped: %s',
-                         self.unacked_key, shown(tag, 60), one.reason)
+            logger.error(
+                'hash=%s: the record %s of a message that was not acknowledged cannot be read, '
+                'and is dropped: %s',
+                self.unacked_key,
+                shown(tag, 60),
+                one.reason,
+            )
 
 
 class RestoringChannel(transport.Channel):  # type: ignore[misc]
@@ -68,7 +76,9 @@ class RestoringChannel(transport.Channel):  # type: ignore[misc]
 
     QoS = RestoringQoS
 
-    def _do_restore_message(self, payload: Any, exchange: Any, routing_key: Any, pipe: Any, leftmost: bool = False) -> None:
+    def _do_restore_message(
+        self, payload: Any, exchange: Any, routing_key: Any, pipe: Any, leftmost: bool = False
+    ) -> None:
         if payload.get('headers') is None:
             payload['headers'] = {}  # which is how kombu reads it
         for marked in (payload['headers'], payload['properties']['delivery_info']):
@@ -87,8 +97,12 @@ class RestoringChannel(transport.Channel):  # type: ignore[misc]
                 return list(self._lookup(exchange, routing_key))
         except InconsistencyError:
             pass  # how an older kombu says that there are none
-        logger.warning('exchange=%s: its bindings are not in Redis any more; a message goes back to the queue of its routing key, %s',
-                       shown(exchange, 100), shown(routing_key, 100))
+        logger.warning(
+            'exchange=%s: its bindings are not in Redis any more; a message goes back to the '
+            'queue of its routing key, %s',
+            shown(exchange, 100),
+            shown(routing_key, 100),
+        )
         return [routing_key or self.deadletter_queue]
 
     def _get_message_priority(self, message: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +120,9 @@ def _restoring(plain: Any) -> Any:
 
 
 def restoring(connection: Connection) -> Connection:
-    """Let a connection that has not been opened yet give back without losing; other brokers' are left as they are."""
+    """Let a connection that has not been opened yet give back without losing; other brokers' are
+    left as they are.
+    """
     plain: Any = connection.get_transport_cls
     vars(connection).update(get_transport_cls=lambda: _restoring(plain()))
     return connection

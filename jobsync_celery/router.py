@@ -1,7 +1,9 @@
 """Producers: messages of coordinated tasks go straight to the queue of the node that owns them.
 
-All of it happens in the app's own `amqp`, where each message of this app passes, and no other app's.
+All of it happens in the app's own `amqp`, where each message of this app passes, and no other
+app's.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -34,23 +36,34 @@ _STAMPS = (KEY, HOPS, HOME)
 
 
 def install_router(app: Celery, plugin: JobSync) -> None:
-    """Have the app's messages addressed, whatever `task_routes` is or becomes, and give it connections that do not waste time."""
+    """Have the app's messages addressed, whatever `task_routes` is or becomes, and give it
+    connections that do not waste time.
+    """
     base = symbol_by_name(app.amqp_cls)
     address = _Addresser(plugin)
 
     def create_task_sender(self: Any) -> Any:
         send = base._create_task_sender(self)
 
-        def send_task_message(producer: Any, name: str, message: Any, *args: Any, **options: Any) -> Any:
+        def send_task_message(
+            producer: Any, name: str, message: Any, *args: Any, **options: Any
+        ) -> Any:
             if stand_in() is None and not args:  # Celery itself gives names
                 address(message, options)
             return send(producer, name, message, *args, **options)
 
         return send_task_message
 
-    app.amqp_cls = type('AMQP', (base,), {
-        '_create_task_sender': create_task_sender,
-        'Connection': staticmethod(lambda *args, **options: keep_client(base.Connection(*args, **options)))})
+    app.amqp_cls = type(
+        'AMQP',
+        (base,),
+        {
+            '_create_task_sender': create_task_sender,
+            'Connection': staticmethod(
+                lambda *args, **options: keep_client(base.Connection(*args, **options))
+            ),
+        },
+    )
     vars(app).pop('amqp', None)
 
 
@@ -72,37 +85,51 @@ class _Addresser:
 
         Args:
             message: As `app.amqp.create_task_message` made it; its headers are changed.
-            options: Where it goes, as the app's routes and the caller said; changed where it has an owner with a queue.
+            options: Where it goes, as the app's routes and the caller said; changed where it has an
+                owner with a queue.
         """
         headers, _, body, _ = message
         # A retry brings those of the message that it repeats.
         for stamp in _STAMPS:
             headers.pop(stamp, None)
         if options.get('headers'):
-            options['headers'] = {name: value for name, value in options['headers'].items() if name not in _STAMPS}
+            options['headers'] = {
+                name: value for name, value in options['headers'].items() if name not in _STAMPS
+            }
         name = headers.get('task')
         try:
             if isinstance(name, str) and isinstance(body, tuple) and name in self._plugin.app.tasks:
                 self._address(name, headers, body, options)
-        except Exception as error:  # settings that cannot work, for example; whoever receives the message finds its owner
+        # settings that cannot work, for example; whoever receives the message finds its owner
+        except Exception as error:
             more = self._repeats.say(repr(error), clock.now())
             if more is not None:
-                logger.warning('Task %s[%s] goes to its home queue: %s%s', name, headers.get('id'), error, more)
+                logger.warning(
+                    'Task %s[%s] goes to its home queue: %s%s', name, headers.get('id'), error, more
+                )
 
-    def _address(self, name: str, headers: dict[str, Any], body: Any, options: dict[str, Any]) -> None:
+    def _address(
+        self, name: str, headers: dict[str, Any], body: Any, options: dict[str, Any]
+    ) -> None:
         self._leave_node_queue(options)
         route = self._route_of(name, body, headers.get('id'))
         if route is None:
             return
         headers[KEY] = route
-        home = _name_of(options.get('queue')) or (None if options.get('exchange') else self._plugin.app.conf.task_default_queue)
+        home = _name_of(options.get('queue')) or (
+            None if options.get('exchange') else self._plugin.app.conf.task_default_queue
+        )
         if home is None:
-            return  # with an exchange and no queue: native delayed delivery, or a place that the caller chose
+            # with an exchange and no queue: native delayed delivery, or a place that the caller
+            # chose
+            return
         headers[HOME] = home
         queue = self._plugin.owner_queue(route)
         if queue is None:
             return
-        declared = self._node_queues.get(queue) or self._node_queues.setdefault(queue, node_queue_of(self._plugin, queue, declare=False))
+        declared = self._node_queues.get(queue) or self._node_queues.setdefault(
+            queue, node_queue_of(self._plugin, queue, declare=False)
+        )
         for place in _PLACE:
             options.pop(place, None)
         options.update(queue=declared, routing_key=queue)
@@ -115,18 +142,31 @@ class _Addresser:
         if isinstance(route, Refused):
             more = self._repeats.say((name, 'refused'), clock.now())
             if more is not None:
-                logger.warning('Task %s[%s] goes to its home queue, where it will be refused: %s%s', name, message_id, route.reason, more)
+                logger.warning(
+                    'Task %s[%s] goes to its home queue, where it will be refused: %s%s',
+                    name,
+                    message_id,
+                    route.reason,
+                    more,
+                )
             return None
         return route
 
     def _leave_node_queue(self, options: dict[str, Any]) -> None:
-        """A task that sends itself again gives the place where its message came from: the queue of a node. It goes home instead."""
+        """A task that sends itself again gives the place where its message came from: the queue of
+        a node. It goes home instead.
+        """
         appname, exchange = self._plugin.settings.config.appname, options.get('exchange')
         places = (_name_of(options.get('queue')) or '', _name_of(exchange) or '')
-        if not places[0].startswith(node_queue(appname, '')) and (not places[1] or places[1] != exchange_of(self._plugin).name):
+        if not places[0].startswith(node_queue(appname, '')) and (
+            not places[1] or places[1] != exchange_of(self._plugin).name
+        ):
             return
         request = current_task.request if current_task else None
-        home = read_stamps({HOME: getattr(request, HOME, None)}).home or self._plugin.app.conf.task_default_queue
+        home = (
+            read_stamps({HOME: getattr(request, HOME, None)}).home
+            or self._plugin.app.conf.task_default_queue
+        )
         for place in _PLACE:
             options.pop(place, None)
         options['queue'] = self._plugin.app.amqp.queues[home]

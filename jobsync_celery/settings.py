@@ -1,4 +1,7 @@
-"""Where the plugin's settings come from: `JobSync(app, …)`, then `app.conf.jobsync_…` and `app.conf.jobsync`, then the environment."""
+"""Where the plugin's settings come from: `JobSync(app, …)`, then `app.conf.jobsync_…` and
+`app.conf.jobsync`, then the environment.
+"""
+
 from __future__ import annotations
 
 import difflib
@@ -22,7 +25,8 @@ class CelerySettings(PluginSettings):
     """Settings of Celery's plugin.
 
     Args:
-        redis_atomic: False: messages are received from Redis in kombu's way, which takes a message off its list before it is recorded.
+        redis_atomic: False: messages are received from Redis in kombu's way, which takes a message
+            off its list before it is recorded.
     """
 
     redis_atomic: bool = True
@@ -34,7 +38,10 @@ class CelerySettings(PluginSettings):
 
 
 _PREFIX = 'jobsync_'
-_NAMES = ('database_url', *(item.name for item in (*fields(CelerySettings), *fields(CoordinationConfig))))
+_NAMES = (
+    'database_url',
+    *(item.name for item in (*fields(CelerySettings), *fields(CoordinationConfig))),
+)
 
 
 def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> CelerySettings:
@@ -51,10 +58,16 @@ def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> Celery
     group = conf.get('jobsync') or {}
     if not isinstance(group, Mapping):
         raise ConfigurationError(
-            f"app.conf.jobsync is a {type(group).__name__}: give a dict such as {{'database_url': 'postgresql://…'}}")
+            f"app.conf.jobsync is a {type(group).__name__}: give a dict such as {{'database_url': "
+            "'postgresql://…'}"
+        )
     single = {name: conf.get(f'jobsync_{name}') for name in _NAMES}
     _check_names(app)
-    found = {**group, **{name: value for name, value in single.items() if value is not None}, **(given or {})}
+    found = {
+        **group,
+        **{name: value for name, value in single.items() if value is not None},
+        **(given or {}),
+    }
     if given and ('database_url' in given or 'config' in given):
         # One way of naming the database replaces the other.
         found.pop('config' if 'database_url' in given else 'database_url', None)
@@ -62,7 +75,9 @@ def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> Celery
 
 
 def _check_names(app: Celery) -> None:
-    """Refuse what begins with jobsync_ in the app's configuration and is no setting. The configuration has been loaded."""
+    """Refuse what begins with jobsync_ in the app's configuration and is no setting. The
+    configuration has been loaded.
+    """
     conf = app.conf
     prefix = getattr(conf, 'prefix', None) or ''  # of the namespace, CELERY_
     for written in list(conf):
@@ -75,10 +90,20 @@ def _check_names(app: Celery) -> None:
         near = difflib.get_close_matches(short, _NAMES, 1)
         if isinstance(conf[written], (ModuleType, type)) or (callable(conf[written]) and not near):
             continue  # a module of settings holds what it imports, too
-        meant = written[:len(written) - len(short)] + (near[0].upper() if written.isupper() else near[0]) if near else ''
+        meant = (
+            written[: len(written) - len(short)]
+            + (near[0].upper() if written.isupper() else near[0])
+            if near
+            else ''
+        )
         raise ConfigurationError(
             f'app.conf has {written!r}, which is no setting of JobSync'
-            + (f': did you mean {meant!r}?' if near else f': remove it; the settings are {", ".join(_NAMES)}'))
+            + (
+                f': did you mean {meant!r}?'
+                if near
+                else f': remove it; the settings are {", ".join(_NAMES)}'
+            )
+        )
 
 
 def read_config(app: Celery) -> CoordinationConfig:

@@ -1,4 +1,7 @@
-"""Bootsteps: a worker is a node from before its consumer starts until after its last task has ended."""
+"""Bootsteps: a worker is a node from before its consumer starts until after its last task has
+ended.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -30,7 +33,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
 
     requires = ('celery.worker.components:Pool',)
 
-    def __init__(self, parent: Any, jobsync_node: str | None = None, jobsync_weight: float | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        parent: Any,
+        jobsync_node: str | None = None,
+        jobsync_weight: float | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(parent, **options)
         plugin = JobSync.of(parent.app)
         assert plugin is not None

@@ -1,4 +1,5 @@
 """Which tasks of an app are coordinated, and how their messages get their routes."""
+
 from __future__ import annotations
 
 import functools
@@ -42,12 +43,14 @@ def _run_of(task: Any) -> Any:
     return getattr(task, '_orig_run', None) or getattr(task, 'run', task)
 
 
-#: For each option, classes of which nobody said anything, so that Celery wrote the app's default on them when it bound them.
+#: For each option, classes of which nobody said anything, so that Celery wrote the app's default on
+#: them when it bound them.
 _UNSAID: Mapping[str, weakref.WeakSet[type]] = {option: weakref.WeakSet() for option in _LATE}
 
 
 def prepare_task(task: Any) -> None:
-    """Let an exactly-once task be acknowledged late and given back when its process is lost, unless the user said otherwise.
+    """Let an exactly-once task be acknowledged late and given back when its process is lost, unless
+    the user said otherwise.
 
     Args:
         task: The task, before Celery binds it to its app: then what nobody said is None.
@@ -70,7 +73,10 @@ def _says(task: Any, option: str) -> bool:
     """Whether the user said something, in the task's class or in a base of it."""
     if option in vars(task):
         return True
-    return any(vars(cls).get(option) is not None and cls not in _UNSAID[option] for cls in type(task).__mro__)
+    return any(
+        vars(cls).get(option) is not None and cls not in _UNSAID[option]
+        for cls in type(task).__mro__
+    )
 
 
 def odd_names(app: Celery, pins: Iterable[str]) -> list[str]:
@@ -81,30 +87,42 @@ def odd_names(app: Celery, pins: Iterable[str]) -> list[str]:
         pins: The names of the tasks that have a pin in the settings.
     """
     tasks = {name: task for name, task in app.tasks.items() if not name.startswith('celery.')}
-    return misspelt({name: _options_of(task) for name, task in tasks.items()}, _OPTIONS, pins, app.tasks)
+    return misspelt(
+        {name: _options_of(task) for name, task in tasks.items()}, _OPTIONS, pins, app.tasks
+    )
 
 
 def _options_of(task: Any) -> set[str]:
     """What the user's own classes, the decorator and the annotations say of a task."""
-    own = [cls for cls in type(task).__mro__ if not cls.__module__.startswith('celery.') and cls is not object]
+    own = [
+        cls
+        for cls in type(task).__mro__
+        if not cls.__module__.startswith('celery.') and cls is not object
+    ]
     return {name for each in (task, *own) for name in vars(each) if not name.startswith('_')}
 
 
 class TaskExited(Exception):
-    """A task raised SystemExit, KeyboardInterrupt or the like where that ends no process: its failure, by another name."""
+    """A task raised SystemExit, KeyboardInterrupt or the like where that ends no process: its
+    failure, by another name.
+    """
 
 
 def guarded_trace(task: Any, in_loop: bool = False) -> Callable[..., Any]:
-    """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge the message then.
+    """The task's tracer, which raises nothing out of a thread of the pool: nobody would acknowledge
+    the message then.
 
-    Celery's own does, where the end of a task cannot be told to a chain that is none, or its on_success raises Reject, for example.
+    Celery's own does, where the end of a task cannot be told to a chain that is none, or its
+    on_success raises Reject, for example.
 
-    Where the task has run and its end cannot be told for a reason that will pass (its result backend is away), a message that is
-    acknowledged late comes again after a pause: a duplicate of a completed key then tells the result.
+    Where the task has run and its end cannot be told for a reason that will pass (its result
+    backend is away), a message that is acknowledged late comes again after a pause: a duplicate of
+    a completed key then tells the result.
 
     Args:
         task: The task; Celery has built its tracer.
-        in_loop: The pool runs it in the event loop, where such a reason may be raised: Handing keeps the message.
+        in_loop: The pool runs it in the event loop, where such a reason may be raised: Handing
+            keeps the message.
     """
     trace = task.__trace__
 
@@ -118,13 +136,17 @@ def guarded_trace(task: Any, in_loop: bool = False) -> Callable[..., Any]:
                 return _exited(task, error, *args, **kwargs)
         except (Reject, MemoryError) as error:
             # As a process of the pool would say it: the worker rejects the message, or has it fail.
-            return trace_ok_t(ExceptionInfo(), TraceInfo(_STATES[isinstance(error, Reject)], error), 0.0, None)
+            return trace_ok_t(
+                ExceptionInfo(), TraceInfo(_STATES[isinstance(error, Reject)], error), 0.0, None
+            )
         except Exception as error:
             if task.acks_late and not is_its_fault(error):
                 if in_loop:
                     raise
                 return _later(error)
-            return trace_ok_t(report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None)
+            return trace_ok_t(
+                report_internal_error(task, error), TraceInfo(states.FAILURE, error), 0.0, None
+            )
 
     return guarded
 
@@ -136,8 +158,12 @@ def _later(error: Exception) -> Any:
         return trace_ok_t(ExceptionInfo(), TraceInfo(states.REJECTED, later), 0.0, None)
 
 
-def _exited(task: Any, error: BaseException, message_id: str, args: Any, kwargs: Any, request: Any = None) -> Any:
-    """Let a task fail whose exception Celery's tracer does not catch; what it would make of it the request cannot read."""
+def _exited(
+    task: Any, error: BaseException, message_id: str, args: Any, kwargs: Any, request: Any = None
+) -> Any:
+    """Let a task fail whose exception Celery's tracer does not catch; what it would make of it the
+    request cannot read.
+    """
     try:
         text = str(error)
     except Exception:  # the user's own code
@@ -146,7 +172,9 @@ def _exited(task: Any, error: BaseException, message_id: str, args: Any, kwargs:
         raise TaskExited(f'{type(error).__name__}: {text}') from error
     except TaskExited as failure:
         info = TraceInfo(states.FAILURE, failure)
-        context = Context(request or {}, id=message_id, args=args, kwargs=kwargs, called_directly=False)
+        context = Context(
+            request or {}, id=message_id, args=args, kwargs=kwargs, called_directly=False
+        )
         return trace_ok_t(info.handle_error_state(task, context), info, 0.0, None)
 
 
@@ -156,16 +184,22 @@ def _check(run: Any, name: str) -> None:
         return
     if not made_here(options):
         raise ConfigurationError(
-            f'task {name}: its @exactly_once is not that of jobsync_celery, so that duplicates and come-backs would fail: '
-            'write `from jobsync_celery import exactly_once`')
+            f'task {name}: its @exactly_once is not that of jobsync_celery, so that duplicates '
+            'and come-backs would fail: '
+            'write `from jobsync_celery import exactly_once`'
+        )
     if inspect.iscoroutinefunction(run):
         raise ConfigurationError(
-            f'task {name} is an `async def`, which Celery does not wait for: write a `def` that calls asyncio.run(…), '
-            'with @exactly_once on it')
+            f'task {name} is an `async def`, which Celery does not wait for: write a `def` that '
+            'calls asyncio.run(…), '
+            'with @exactly_once on it'
+        )
 
 
 class _Registry(TaskRegistry):  # type: ignore[misc]  # celery has no types
-    """An app's tasks. Each passes here before it is bound, however it was made: from a function, a class, an object, by any app."""
+    """An app's tasks. Each passes here before it is bound, however it was made: from a function, a
+    class, an object, by any app.
+    """
 
     def __setitem__(self, name: str, task: Any) -> None:
         prepare_task(task)
@@ -203,13 +237,18 @@ def _check_declared(fun: Any) -> None:
     """What is wrong shows where it is written, not when the app is used first."""
     if inspect.isclass(fun) and issubclass(fun, Task):
         if once_of(getattr(fun, 'run', None)) is not None:
-            raise ConfigurationError(f'@app.task on the class {fun.__qualname__}: write app.register_task({fun.__qualname__}()) below it')
+            raise ConfigurationError(
+                f'@app.task on the class {fun.__qualname__}: write '
+                f'app.register_task({fun.__qualname__}()) below it'
+            )
         return
     _check(fun, getattr(fun, '__qualname__', repr(fun)))
 
 
 def _prepare_bound(task: Any) -> None:
-    """A task that was bound before the plugin came: Celery has put the app's default where nobody said anything."""
+    """A task that was bound before the plugin came: Celery has put the app's default where nobody
+    said anything.
+    """
     for option in _LATE:
         if not getattr(type(task), option, None):
             _UNSAID[option].add(type(task))
@@ -217,7 +256,10 @@ def _prepare_bound(task: Any) -> None:
 
 
 def _validator(app: Celery, fun: Any, options: Mapping[str, Any]) -> Any:
-    """Makes of a message's arguments what a task with `pydantic=True` gets: models, where it says so."""
+    """Makes of a message's arguments what a task with `pydantic=True` gets: models, where it says
+    so.
+    """
+
     @functools.wraps(fun)
     def arguments(*args: Any, **kwargs: Any) -> Any:
         return args, kwargs
@@ -225,8 +267,13 @@ def _validator(app: Celery, fun: Any, options: Mapping[str, Any]) -> Any:
     from celery.app.base import pydantic_wrapper  # Celery 5.5
 
     return pydantic_wrapper(
-        app, arguments, getattr(fun, '__name__', ''), options.get('pydantic_strict', False), options.get('pydantic_context'),
-        options.get('pydantic_dump_kwargs'))
+        app,
+        arguments,
+        getattr(fun, '__name__', ''),
+        options.get('pydantic_strict', False),
+        options.get('pydantic_context'),
+        options.get('pydantic_dump_kwargs'),
+    )
 
 
 class Tasks(CoordinatedTasks):
@@ -241,8 +288,16 @@ class Tasks(CoordinatedTasks):
         super().__init__(settings, self._declaration, lambda: app.tasks)
         self._app = app
 
-    def route_of(self, name: str, args: object, kwargs: object, message_id: object, stamps: Stamps = NO_STAMPS) -> str | Refused | None:
-        """The route of a message: None where its task is not coordinated, a reason where it can have none. Raises nothing.
+    def route_of(
+        self,
+        name: str,
+        args: object,
+        kwargs: object,
+        message_id: object,
+        stamps: Stamps = NO_STAMPS,
+    ) -> str | Refused | None:
+        """The route of a message: None where its task is not coordinated, a reason where it can
+        have none. Raises nothing.
 
         Args:
             name: The task's name.
@@ -262,11 +317,18 @@ class Tasks(CoordinatedTasks):
         # A callable that was given as an option of the task has become a method of it.
         key = getattr(task, 'jobsync_key', None)
         return Declared(
-            getattr(run, '__func__', run), once_of(run), getattr(key, '__func__', key), getattr(task, 'jobsync_pin', None),
-            internal=name.startswith('celery.'), prepare=_preparation(task, run))
+            getattr(run, '__func__', run),
+            once_of(run),
+            getattr(key, '__func__', key),
+            getattr(task, 'jobsync_pin', None),
+            internal=name.startswith('celery.'),
+            prepare=_preparation(task, run),
+        )
 
 
-def _preparation(task: Any, run: Any) -> Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None:
+def _preparation(
+    task: Any, run: Any
+) -> Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None:
     """What a key is made of, where that is not what the message brings."""
     bound = hasattr(run, '__self__')  # its function takes the task first
     validate = getattr(task, 'jobsync_arguments', None)

@@ -1,4 +1,5 @@
 """JobSync's core: processes that share work through PostgreSQL, each task on one of them."""
+
 from .assignment.tokens import TokenSet
 from .config import CoordinationConfig
 from .errors import (
@@ -31,9 +32,31 @@ from .task import Task
 __version__ = '0.2.0.dev0'
 
 __all__ = [
-    'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseRefused',
-    'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
-    'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet',
+    'ClaimLost',
+    'ClusterNotFormed',
+    'CompletedAlready',
+    'ConfigMismatch',
+    'ConfigurationError',
+    'CoordinationConfig',
+    'DatabaseRefused',
+    'DatabaseUnavailable',
+    'DuplicateExecution',
+    'DuplicateNodeName',
+    'Execution',
+    'ExecutionRunning',
+    'Fenced',
+    'InvalidTaskId',
+    'Job',
+    'JobSyncError',
+    'MessageRefused',
+    'NotCommitted',
+    'NotEntered',
+    'RebalanceEvent',
+    'SchemaConflict',
+    'StoreTimeout',
+    'Task',
+    'TokenSet',
     'Unroutable',
-    'current_execution', 'exactly_once',
+    'current_execution',
+    'exactly_once',
 ]

@@ -1,4 +1,5 @@
 """The one clock that leases and waits are measured on."""
+
 from __future__ import annotations
 
 import time
@@ -19,6 +20,6 @@ def _boot_clock() -> Callable[[], float]:
     return partial(time.clock_gettime, clock_id)
 
 
-#: Seconds since some fixed moment. It runs on while the machine is suspended, where the system has such a clock, so
-#: that a machine which wakes up does so without its lease.
+#: Seconds since some fixed moment. It runs on while the machine is suspended, where the system has
+#: such a clock, so that a machine which wakes up does so without its lease.
 now: Callable[[], float] = _boot_clock()

@@ -1,4 +1,7 @@
-"""Reading a database URL. An error never repeats a part of it: what cannot be read may be the password."""
+"""Reading a database URL. An error never repeats a part of it: what cannot be read may be the
+password.
+"""
+
 from __future__ import annotations
 
 import re
@@ -10,9 +13,27 @@ from .errors import ConfigurationError
 __all__ = ['parse_database_url']
 
 _FORM = 'use postgresql://user:password@host:port/dbname'
-_ENCODE = 'write special characters of user, password and dbname percent-encoded: @ as %40, / as %2F, : as %3A, # as %23, ? as %3F'
+_ENCODE = (
+    'write special characters of user, password and dbname percent-encoded: @ as %40, / as '
+    '%2F, : as %3A, # as %23, ? as %3F'
+)
 #: Schemes that people mistake for the right one. No other is repeated.
-_OTHERS = frozenset({'mysql', 'mariadb', 'sqlite', 'mssql', 'oracle', 'redis', 'rediss', 'amqp', 'amqps', 'http', 'https', 'jdbc'})
+_OTHERS = frozenset(
+    {
+        'mysql',
+        'mariadb',
+        'sqlite',
+        'mssql',
+        'oracle',
+        'redis',
+        'rediss',
+        'amqp',
+        'amqps',
+        'http',
+        'https',
+        'jdbc',
+    }
+)
 _HOST = re.compile(r'[\w.\-]+|%2[fF][^@:?#]*|\[[0-9a-fA-F:.%]+\]')
 _PERCENT = re.compile(r'%(?![0-9a-fA-F]{2})')
 #: The parts of a URL that its query may give as well.
@@ -23,10 +44,12 @@ def parse_database_url(url: str) -> dict[str, object]:
     """The settings that `postgresql://user:password@host:port/dbname?option=value` names.
 
     Args:
-        url: A libpq URL. Several hosts (`a:5432,b:5433`), IPv6 addresses in brackets and socket directories (`?host=/run/pg`) work.
+        url: A libpq URL. Several hosts (`a:5432,b:5433`), IPv6 addresses in brackets and socket
+            directories (`?host=/run/pg`) work.
 
     Returns:
-        Those of host, port, user, password and dbname that it names (password: None where there is none), and connection_options.
+        Those of host, port, user, password and dbname that it names (password: None where there is
+            none), and connection_options.
 
     Raises:
         ConfigurationError: It cannot be read. No part of the URL is repeated.
@@ -41,7 +64,9 @@ def parse_database_url(url: str) -> dict[str, object]:
         found.update(_hosts(location))
     dbname = parts.path[1:]
     if '/' in dbname or ':' in dbname:
-        raise ConfigurationError(f'the database name in the database URL has a / or : in it: {_ENCODE}')
+        raise ConfigurationError(
+            f'the database name in the database URL has a / or : in it: {_ENCODE}'
+        )
     if dbname:
         found['dbname'] = unquote(dbname)
     options = _options(parts.query)
@@ -53,7 +78,9 @@ def parse_database_url(url: str) -> dict[str, object]:
 
 
 def _split(url: object) -> SplitResult:
-    """The URL's parts, once it is sure that user and password lie between `//` and the last `@` before the host."""
+    """The URL's parts, once it is sure that user and password lie between `//` and the last `@`
+    before the host.
+    """
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
     except ValueError:
@@ -63,17 +90,28 @@ def _split(url: object) -> SplitResult:
     if parts.scheme not in ('postgresql', 'postgres'):
         plain = parts.scheme.partition('+')
         if plain[0] in ('postgresql', 'postgres') and plain[2].isalnum():
-            raise ConfigurationError(f'the database URL names a driver (postgresql+…): leave it out, {_FORM}')
-        named = f' begins with {parts.scheme}://' if parts.scheme in _OTHERS else ' does not begin with postgresql://'
+            raise ConfigurationError(
+                f'the database URL names a driver (postgresql+…): leave it out, {_FORM}'
+            )
+        named = (
+            f' begins with {parts.scheme}://'
+            if parts.scheme in _OTHERS
+            else ' does not begin with postgresql://'
+        )
         raise ConfigurationError(f'the database URL{named}: {_FORM}')
-    if not isinstance(url, str) or not url[len(parts.scheme):].startswith('://'):
+    if not isinstance(url, str) or not url[len(parts.scheme) :].startswith('://'):
         raise ConfigurationError(f'the database URL lacks the // after postgresql: {_FORM}')
     if any(not character.isprintable() or character.isspace() for character in url):
-        raise ConfigurationError(f'the database URL contains white space or control characters: {_ENCODE}')
+        raise ConfigurationError(
+            f'the database URL contains white space or control characters: {_ENCODE}'
+        )
     if parts.fragment or '#' in url or '@' in parts.path or '@' in parts.query:
         raise ConfigurationError(f'the database URL cannot be taken apart: {_ENCODE}')
     if _PERCENT.search(url):
-        raise ConfigurationError(f'the database URL has a % that begins no two hexadecimal digits: write % itself as %25, and {_ENCODE}')
+        raise ConfigurationError(
+            'the database URL has a % that begins no two hexadecimal digits: write % itself as '
+            f'%25, and {_ENCODE}'
+        )
     return parts
 
 
@@ -94,7 +132,9 @@ def _hosts(location: str) -> dict[str, object]:
 def _check_port(port: str) -> None:
     if not (port.isdecimal() and port.isascii() and 1 <= int(port[:6]) <= 65535):
         raise ConfigurationError(
-            f'the port in the database URL is no number from 1 to 65535; if it is a part of the password, {_ENCODE}')
+            'the port in the database URL is no number from 1 to 65535; if it is a part of the '
+            f'password, {_ENCODE}'
+        )
 
 
 def _split_port(item: str) -> tuple[str, str]:
@@ -109,8 +149,12 @@ def _options(query: str) -> dict[str, str]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
-        raise ConfigurationError(f'the part of the database URL after ? is no list of option=value: {_ENCODE}') from None
+        raise ConfigurationError(
+            f'the part of the database URL after ? is no list of option=value: {_ENCODE}'
+        ) from None
     options: Mapping[str, str] = dict(pairs)
     if not all(re.fullmatch('[a-z_]+', name) for name in options):
-        raise ConfigurationError(f'the part of the database URL after ? names an option that libpq has not: {_ENCODE}')
+        raise ConfigurationError(
+            f'the part of the database URL after ? names an option that libpq has not: {_ENCODE}'
+        )
     return dict(options)

@@ -3,14 +3,30 @@
 An error's docstring says what happened and what to do about it; it is the
 default message. Built-in bases stand where callers expect them.
 """
+
 from __future__ import annotations
 
 from typing import Any
 
 __all__ = [
-    'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'DatabaseRefused',
-    'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'ExecutionRunning',
-    'Fenced', 'InvalidTaskId', 'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'SchemaConflict', 'StoreTimeout',
+    'ClaimLost',
+    'ClusterNotFormed',
+    'CompletedAlready',
+    'ConfigMismatch',
+    'ConfigurationError',
+    'DatabaseRefused',
+    'DatabaseUnavailable',
+    'DuplicateExecution',
+    'DuplicateNodeName',
+    'ExecutionRunning',
+    'Fenced',
+    'InvalidTaskId',
+    'JobSyncError',
+    'MessageRefused',
+    'NotCommitted',
+    'NotEntered',
+    'SchemaConflict',
+    'StoreTimeout',
     'Unroutable',
 ]
 
@@ -19,27 +35,35 @@ class JobSyncError(Exception):
     """Something in JobSync failed."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or ' '.join((self.__doc__ or '').partition('Attributes:')[0].split()))
+        super().__init__(
+            message or ' '.join((self.__doc__ or '').partition('Attributes:')[0].split())
+        )
 
 
 # --- wrong input ---
+
 
 class ConfigurationError(JobSyncError, ValueError):
     """A setting has a value that cannot work; the message names both and the remedy."""
 
 
 class InvalidTaskId(JobSyncError, ValueError, TypeError):
-    """This cannot be a task id. Use a hashable value whose text is the same in every process, such as a string, a number
-    or a tuple of those: at most 2000 bytes of UTF-8, no NUL."""
+    """This cannot be a task id. Use a hashable value whose text is the same in every process, such
+    as a string, a number or a tuple of those: at most 2000 bytes of UTF-8, no NUL.
+    """
 
 
 class ConfigMismatch(ConfigurationError):
-    """This node's total_tokens or hash_function differ from those of the live cluster. Start it with the cluster's values,
-    or stop every node first: the first node of an empty cluster sets them."""
+    """This node's total_tokens or hash_function differ from those of the live cluster. Start it
+    with the cluster's values, or stop every node first: the first node of an empty cluster sets
+    them.
+    """
 
 
 class SchemaConflict(JobSyncError):
-    """The tables under this appname were not made by this version. Choose another appname, or follow the upgrade steps."""
+    """The tables under this appname were not made by this version. Choose another appname, or
+    follow the upgrade steps.
+    """
 
 
 class NotEntered(JobSyncError, RuntimeError):
@@ -47,18 +71,24 @@ class NotEntered(JobSyncError, RuntimeError):
 
 
 class MessageRefused(JobSyncError, ValueError):
-    """This message cannot be processed, and was set aside. Mend what its sender writes, and send it again."""
+    """This message cannot be processed, and was set aside. Mend what its sender writes, and send it
+    again.
+    """
 
 
 class Unroutable(MessageRefused):
-    """No key can be made for this message, so that no node may run it. Mend its arguments, or the key of its task, and send it again."""
+    """No key can be made for this message, so that no node may run it. Mend its arguments, or the
+    key of its task, and send it again.
+    """
 
 
 # --- the cluster ---
 
+
 class ClusterNotFormed(JobSyncError, TimeoutError):
-    """Fewer than minimum_nodes had registered when wait_on_enter ended. Start the missing nodes, raise wait_on_enter,
-    or lower minimum_nodes."""
+    """Fewer than minimum_nodes had registered when wait_on_enter ended. Start the missing nodes,
+    raise wait_on_enter, or lower minimum_nodes.
+    """
 
 
 class DuplicateNodeName(JobSyncError):
@@ -71,27 +101,34 @@ class ClaimLost(JobSyncError):
 
 # --- the database ---
 
+
 class DatabaseUnavailable(JobSyncError, ConnectionError):
-    """PostgreSQL could not be reached. Check host, port, network and that the server accepts connections.
+    """PostgreSQL could not be reached. Check host, port, network and that the server accepts
+    connections.
 
     Attributes:
-        sent: Whether a statement may have reached the server, so that nobody knows what became of it.
+        sent: Whether a statement may have reached the server, so that nobody knows what became of
+            it.
     """
 
     sent: bool = True
 
 
 class StoreTimeout(DatabaseUnavailable, TimeoutError):
-    """PostgreSQL did not answer in time. The network or the server is stuck; the statement was abandoned."""
+    """PostgreSQL did not answer in time. The network or the server is stuck; the statement was
+    abandoned.
+    """
 
 
 class DatabaseRefused(DatabaseUnavailable):
-    """PostgreSQL answered a statement of JobSync's with an error, and nothing was changed. Remove the cause that the message names.
+    """PostgreSQL answered a statement of JobSync's with an error, and nothing was changed. Remove
+    the cause that the message names.
 
     Attributes:
         sqlstate: PostgreSQL's code of the error.
-        pause: Whether the next statement will most likely be refused as well (the server is out of resources, or this role
-            lacks a right), so that a worker does well to stop consuming for a while.
+        pause: Whether the next statement will most likely be refused as well (the server is out of
+            resources, or this role lacks a right), so that a worker does well to stop consuming for
+            a while.
     """
 
     def __init__(self, message: str | None = None, sqlstate: str = '', pause: bool = False) -> None:
@@ -102,6 +139,7 @@ class DatabaseRefused(DatabaseUnavailable):
 
 
 # --- the ledger ---
+
 
 class DuplicateExecution(JobSyncError):
     """The key was already completed, and on_duplicate is 'raise'.
@@ -128,12 +166,14 @@ class ExecutionRunning(JobSyncError):
 
 
 class Fenced(JobSyncError):
-    """Another attempt has taken this key over; nothing was recorded. Roll your own writes back: the newer attempt makes them."""
+    """Another attempt has taken this key over; nothing was recorded. Roll your own writes back: the
+    newer attempt makes them.
+    """
 
 
 class CompletedAlready(JobSyncError):
-    """This attempt has completed its key before: the commit whose answer was lost went through. Roll back what you have written since;
-    there is nothing more to do.
+    """This attempt has completed its key before: the commit whose answer was lost went through.
+    Roll back what you have written since; there is nothing more to do.
 
     Attributes:
         key: The key.
@@ -145,4 +185,6 @@ class CompletedAlready(JobSyncError):
 
 
 class NotCommitted(JobSyncError):
-    """The transaction that was to carry the completion is not committed, so the attempt does not count. The key may run again."""
+    """The transaction that was to carry the completion is not committed, so the attempt does not
+    count. The key may run again.
+    """

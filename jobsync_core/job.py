@@ -1,4 +1,5 @@
 """The Job: what a user holds while this process is a node of the cluster."""
+
 from __future__ import annotations
 
 import datetime
@@ -34,18 +35,25 @@ class Job:
 
     Args:
         node_name: This process's name in the cluster, at most 200 characters, without commas.
-        coordination_config: The cluster. None is single-node mode: every task is claimable and no database is needed.
-        date: The date that claims and the audit belong to; today by default. Of a datetime, its date.
-        wait_on_enter: Seconds that entering takes so that other nodes can register; always waited to the end.
+        coordination_config: The cluster. None is single-node mode: every task is claimable and no
+            database is needed.
+        date: The date that claims and the audit belong to; today by default. Of a datetime, its
+            date.
+        wait_on_enter: Seconds that entering takes so that other nodes can register; always waited
+            to the end.
         wait_on_exit: Seconds to stay registered, without tokens, when leaving.
-        lock_provider: Called with this Job while it enters, to register locks before tokens are given out.
-        clear_existing_locks: Delete the locks that a node of this name created, before lock_provider is called.
-        on_rebalance: Called, with a RebalanceEvent if it takes an argument, when the tokens of this node change.
-        on_release: Called with the tokens that are about to go to other nodes; they go when it returns,
-            or after `release_timeout_sec`.
+        lock_provider: Called with this Job while it enters, to register locks before tokens are
+            given out.
+        clear_existing_locks: Delete the locks that a node of this name created, before
+            lock_provider is called.
+        on_rebalance: Called, with a RebalanceEvent if it takes an argument, when the tokens of this
+            node change.
+        on_release: Called with the tokens that are about to go to other nodes; they go when it
+            returns, or after `release_timeout_sec`.
         weight: This node's share relative to the others.
-        resume: If this node is the first one of its cluster: tasks that a cluster before, which has ended, audited for the date do not
-            run again. By default they do; while a cluster lives they do not, whatever this says.
+        resume: If this node is the first one of its cluster: tasks that a cluster before, which has
+            ended, audited for the date do not run again. By default they do; while a cluster lives
+            they do not, whatever this says.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -67,21 +75,38 @@ class Job:
         resume: bool = False,
     ) -> None:
         self.node_name = check_name(node_name)
-        if coordination_config is not None and not isinstance(coordination_config, CoordinationConfig):
-            raise ConfigurationError(f'coordination_config={type(coordination_config).__name__}: give a CoordinationConfig, or None')
+        if coordination_config is not None and not isinstance(
+            coordination_config, CoordinationConfig
+        ):
+            raise ConfigurationError(
+                f'coordination_config={type(coordination_config).__name__}: give a '
+                'CoordinationConfig, or None'
+            )
         self.config = coordination_config
         self.date = check_date(date)
         if not isinstance(resume, bool):
             raise ConfigurationError(f'resume={resume!r}: give True or False')
         if not isinstance(clear_existing_locks, bool):
-            raise ConfigurationError(f'clear_existing_locks={clear_existing_locks!r}: give True or False')
-        for name, function in (('lock_provider', lock_provider), ('on_rebalance', on_rebalance), ('on_release', on_release)):
+            raise ConfigurationError(
+                f'clear_existing_locks={clear_existing_locks!r}: give True or False'
+            )
+        for name, function in (
+            ('lock_provider', lock_provider),
+            ('on_rebalance', on_rebalance),
+            ('on_release', on_release),
+        ):
             if function is not None and not callable(function):
                 raise ConfigurationError(f'{name}={function!r}: give a callable, or None')
         membership = Membership(
-            self.date, check_number('wait_on_enter', wait_on_enter, 0), check_number('wait_on_exit', wait_on_exit, 0),
-            check_number('weight', weight, 1e-6), resume, clear_existing_locks,
-            has_gate=lock_provider is not None or clear_existing_locks, has_release=on_release is not None)
+            self.date,
+            check_number('wait_on_enter', wait_on_enter, 0),
+            check_number('wait_on_exit', wait_on_exit, 0),
+            check_number('weight', weight, 1e-6),
+            resume,
+            clear_existing_locks,
+            has_gate=lock_provider is not None or clear_existing_locks,
+            has_release=on_release is not None,
+        )
         self._lock_provider = lock_provider
         #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
         self.belonging = Belonging()
@@ -102,8 +127,11 @@ class Job:
 
     def __reduce__(self) -> NoReturn:
         raise ConfigurationError(
-            f'Job {self.node_name!r} was about to be pickled: a Job cannot be sent to another process, as multiprocessing with spawn or '
-            "forkserver does. Use multiprocessing.get_context('fork'), or make and enter a Job of its own there")
+            f'Job {self.node_name!r} was about to be pickled: a Job cannot be sent to another '
+            'process, as multiprocessing with spawn or '
+            "forkserver does. Use multiprocessing.get_context('fork'), or make and enter a Job of "
+            'its own there'
+        )
 
     # --- entering and leaving ---
 
@@ -111,7 +139,8 @@ class Job:
         """Join the cluster; returns when this node's first tokens can be claimed.
 
         Raises:
-            ClusterNotFormed: Fewer than `minimum_nodes` after `wait_on_enter`. It is a TimeoutError.
+            ClusterNotFormed: Fewer than `minimum_nodes` after `wait_on_enter`. It is a
+                TimeoutError.
             ConfigMismatch: The live cluster has another total_tokens or hash_function.
             ConfigurationError: The live cluster is that of the workers of Celery or Dramatiq.
             DuplicateNodeName: A live process uses the name.
@@ -119,7 +148,9 @@ class Job:
             NotEntered: This Job was entered before; make another.
         """
         if self._state != 'new':
-            raise NotEntered(f'Job {self.node_name!r} was entered before: make a new Job for each `with` block')
+            raise NotEntered(
+                f'Job {self.node_name!r} was entered before: make a new Job for each `with` block'
+            )
         self._state = 'entering'
         self._pid = os.getpid()
         try:
@@ -136,8 +167,15 @@ class Job:
         if self._lock_provider is not None:
             self._lock_provider(self)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop claiming, write the audit, leave the cluster. Bounded in time; never hides an error of the block."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop claiming, write the audit, leave the cluster. Bounded in time; never hides an error
+        of the block.
+        """
         if self._state != 'entered':
             return
         if os.getpid() != self._pid:  # a forked child that unwinds through the block is no node
@@ -153,7 +191,8 @@ class Job:
     # --- tasks ---
 
     def can_claim_task(self, task: Task | Hashable) -> bool:
-        """Whether this node may process the task now. A memory look-up; after the lease has run out always False.
+        """Whether this node may process the task now. A memory look-up; after the lease has run out
+        always False.
 
         Raises:
             InvalidTaskId: The id is None, unhashable, or cannot be stored.
@@ -162,17 +201,23 @@ class Job:
         return self._can_claim(task) or self._refuse()
 
     def owns(self, task_id: Task | Hashable) -> bool:
-        """Whether this node owns the task and its lease is valid, at this moment; no promise goes with it, unlike can_claim_task."""
+        """Whether this node owns the task and its lease is valid, at this moment; no promise goes
+        with it, unlike can_claim_task.
+        """
         return self._node.owns(task_id)
 
     @property
     def has_lease(self) -> bool:
-        """Whether the node's lease is valid at this moment, in forked children too; without a database always True."""
+        """Whether the node's lease is valid at this moment, in forked children too; without a
+        database always True.
+        """
         return self._node.has_lease
 
     @property
     def pausing(self) -> Pausing:
-        """Whether the database refuses to begin anything, so that workers do well to take no messages for a while."""
+        """Whether the database refuses to begin anything, so that workers do well to take no
+        messages for a while.
+        """
         return self._node.pausing
 
     def _refuse(self) -> bool:
@@ -181,7 +226,8 @@ class Job:
         return False
 
     def add_task(self, task: Task | Hashable) -> None:
-        """Record durably that this node processes the task, and remember it for the audit. Call it before you process.
+        """Record durably that this node processes the task, and remember it for the audit. Call it
+        before you process.
 
         Raises:
             ClaimLost: The task belongs to another node by now; do not process it.
@@ -191,7 +237,8 @@ class Job:
         self._node.add(task)
 
     def set_claim(self, task: Task | Hashable | Iterable[Task | Hashable]) -> None:
-        """Record durably that this node processes the task, or each of several; unlike add_task not for the audit.
+        """Record durably that this node processes the task, or each of several; unlike add_task not
+        for the audit.
 
         A str and a tuple are one task id; other iterables are several tasks.
 
@@ -205,7 +252,8 @@ class Job:
         self._node.record(batch)
 
     def write_audit(self) -> None:
-        """Write all tasks added since the last call to the audit table; for this `date` they are done.
+        """Write all tasks added since the last call to the audit table; for this `date` they are
+        done.
 
         Raises:
             DatabaseUnavailable: Nothing was written; call it again.
@@ -219,9 +267,10 @@ class Job:
         return self._node.get_audit()
 
     def once(
-        self, task: Task | Hashable, *, retention: datetime.timedelta | float = DEFAULT_RETENTION,
+        self, task: Task | Hashable, *, retention: datetime.timedelta | float = DEFAULT_RETENTION
     ) -> AbstractContextManager[Execution]:
-        """Run the block only if the task's key was never completed: `with job.once(task) as execution:`.
+        """Run the block only if the task's key was never completed: `with job.once(task) as
+        execution:`.
 
         Args:
             task: Its id is the key.
@@ -240,7 +289,9 @@ class Job:
 
     @property
     def my_tokens(self) -> TokenSet:
-        """The tokens that this node may claim at this moment: an immutable set of ints; empty in single-node mode."""
+        """The tokens that this node may claim at this moment: an immutable set of ints; empty in
+        single-node mode.
+        """
         return self._node.tokens
 
     @property
@@ -271,7 +322,9 @@ class Job:
         return self._node.ledger
 
     def prepare_fork(self) -> None:
-        """Let children that are forked before this Job is entered know its ledger; they begin nothing before it is."""
+        """Let children that are forked before this Job is entered know its ledger; they begin
+        nothing before it is.
+        """
         enter_ledger(self._node.ledger)
 
     def release_child(self, pid: int) -> int:
@@ -283,27 +336,36 @@ class Job:
         return self._node.ledger.release(pid)
 
     def give_up(self) -> None:
-        """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__` is due."""
+        """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__`
+        is due.
+        """
         self._node.give_up()
 
     def abandon(self, mark: str) -> None:
-        """This Job was not entered and never will be: tell forked children by a mark in place of the incarnation."""
+        """This Job was not entered and never will be: tell forked children by a mark in place of
+        the incarnation.
+        """
         self._node.disown(mark)
 
     def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
         """A connection to the cluster's database for one transaction. Not in single-node mode.
 
         Args:
-            pinned: Whether names are looked up in PostgreSQL's own schema alone, as for JobSync's statements; False: by the role's path.
+            pinned: Whether names are looked up in PostgreSQL's own schema alone, as for JobSync's
+                statements; False: by the role's path.
         """
         return self._node.session(pinned=pinned)
 
     def rest(self) -> None:
-        """Close connections to the database that a burst of work has left idle. Called now and then by this node's keeper."""
+        """Close connections to the database that a burst of work has left idle. Called now and then
+        by this node's keeper.
+        """
         self._node.rest()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Wait until `condition()` holds, looked at whenever this node has done or heard something; whether it does."""
+        """Wait until `condition()` holds, looked at whenever this node has done or heard something;
+        whether it does.
+        """
         return self._node.wait_until(condition, timeout)
 
     def wake(self) -> None:
@@ -313,15 +375,19 @@ class Job:
     # --- drain ---
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Give all tokens away and stay a member; returns whether all were given within `timeout` seconds.
+        """Give all tokens away and stay a member; returns whether all were given within `timeout`
+        seconds.
 
-        The default waits as long as a hand-over may take: release_timeout_sec + heartbeat_timeout_sec.
+        The default waits as long as a hand-over may take: release_timeout_sec +
+        heartbeat_timeout_sec.
 
         Raises:
             ConfigurationError: `timeout` is no number of seconds.
         """
         self._check_entered()
-        return self._node.drain(check_number('timeout', timeout, 0) if timeout is not None else None)
+        return self._node.drain(
+            check_number('timeout', timeout, 0) if timeout is not None else None
+        )
 
     def undrain(self) -> None:
         """Take part again after `drain`."""
@@ -331,7 +397,11 @@ class Job:
     # --- locks ---
 
     def register_lock(
-        self, task_id: Hashable, node_patterns: str | Sequence[str], reason: str | None = None, expires_in_days: float | None = None,
+        self,
+        task_id: Hashable,
+        node_patterns: str | Sequence[str],
+        reason: str | None = None,
+        expires_in_days: float | None = None,
     ) -> None:
         """Pin a task to nodes by SQL LIKE patterns, tried in order; replaces the task's lock.
 
@@ -344,17 +414,21 @@ class Job:
         self.register_locks_bulk([(task_id, node_patterns, reason, expires_in_days)])
 
     def register_locks_bulk(self, locks: Iterable[Sequence[Any]]) -> int:
-        """Pin many tasks in one statement: tuples (task_id, node_patterns, reason[, expires_in_days]); returns how many.
+        """Pin many tasks in one statement: tuples (task_id, node_patterns, reason[,
+        expires_in_days]); returns how many.
 
         Raises:
-            ConfigurationError: A tuple is malformed; the message names it and nothing is registered.
+            ConfigurationError: A tuple is malformed; the message names it and nothing is
+                registered.
         """
         self._check_member()
         rows = check_locks(locks)
         return self._node.register_locks(rows) if rows else 0
 
     def list_locks(self) -> list[dict[str, Any]]:
-        """All locks: dicts with task_id, node_patterns, reason, created_at, created_by, expires_at."""
+        """All locks: dicts with task_id, node_patterns, reason, created_at, created_by,
+        expires_at.
+        """
         self._check_member()
         return self._node.list_locks()
 
@@ -362,7 +436,9 @@ class Job:
         """Delete the locks that the node named `creator` registered; returns how many."""
         self._check_member()
         if not isinstance(creator, str):
-            raise ConfigurationError(f'creator={creator!r:.100}: give the name of the node that registered the locks')
+            raise ConfigurationError(
+                f'creator={creator!r:.100}: give the name of the node that registered the locks'
+            )
         return self._node.clear_locks(creator)
 
     def clear_all_locks(self) -> int:
@@ -373,12 +449,16 @@ class Job:
     # --- the cluster ---
 
     def am_i_healthy(self) -> bool:
-        """Whether this node holds a valid lease, that is: it has reached the database recently enough to claim."""
+        """Whether this node holds a valid lease, that is: it has reached the database recently
+        enough to claim.
+        """
         return self._state == 'entered' and self._node.is_healthy
 
     @property
     def alive(self) -> bool:
-        """Whether the node can still claim, or come to: False once its agent has ended by itself, after which only a restart helps."""
+        """Whether the node can still claim, or come to: False once its agent has ended by itself,
+        after which only a restart helps.
+        """
         return self._state != 'entered' or self._node.is_running
 
     def am_i_leader(self) -> bool:
@@ -391,29 +471,39 @@ class Job:
         return [{'name': self.node_name}] if self._node.is_alone else self.get_active_nodes()
 
     def get_active_nodes(self) -> list[dict[str, Any]]:
-        """Nodes that have sent a heartbeat within the timeout, oldest first: dicts with name, created_on, last_heartbeat and more."""
+        """Nodes that have sent a heartbeat within the timeout, oldest first: dicts with name,
+        created_on, last_heartbeat and more.
+        """
         self._check_entered()
         return [node for node in self._node.list_nodes() if node['alive']]
 
     def get_dead_nodes(self) -> list[str]:
-        """Names of nodes without a heartbeat within the timeout which the leader has not removed yet."""
+        """Names of nodes without a heartbeat within the timeout which the leader has not removed
+        yet.
+        """
         self._check_entered()
         return [node['name'] for node in self._node.list_nodes() if not node['alive']]
 
     def get_coordination_status(self) -> dict[str, Any]:
-        """What this node knows of itself and the cluster, for people and dashboards. Never raises for a lost database."""
+        """What this node knows of itself and the cluster, for people and dashboards. Never raises
+        for a lost database.
+        """
         known = self.local_status()
         if known['coordination_enabled']:
             known['active_nodes'] = self._node.count_active() if self._state == 'entered' else None
         return known
 
     def local_status(self) -> dict[str, Any]:
-        """The part of `get_coordination_status` that needs no database; all of it but `active_nodes`."""
+        """The part of `get_coordination_status` that needs no database; all of it but
+        `active_nodes`.
+        """
         return self._node.status(self._state)
 
     def _check_entered(self) -> None:
         if self._state not in ('entered', 'leaving'):
-            raise NotEntered(f'Job {self.node_name!r} is {self._state}: use it inside its `with` block')
+            raise NotEntered(
+                f'Job {self.node_name!r} is {self._state}: use it inside its `with` block'
+            )
 
     def _check_member(self) -> None:
         if self._state != 'entering':  # lock_provider works while the Job enters

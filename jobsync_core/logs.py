@@ -1,4 +1,7 @@
-"""Loggers whose records stay on one line, whatever is in the names, keys and errors that they tell."""
+"""Loggers whose records stay on one line, whatever is in the names, keys and errors that they
+tell.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -10,11 +13,19 @@ __all__ = ['Repeats', 'escaping', 'get_logger', 'one_line', 'shown']
 
 _AS_THEY_ARE = (int, float, type(None))
 _repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxstring, _repr.maxother = 4, 10, 10, 10, 200, 200
+_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxstring, _repr.maxother = (
+    4,
+    10,
+    10,
+    10,
+    200,
+    200,
+)
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module: what its messages are given is escaped where it would begin a new line or move a terminal's cursor.
+    """The logger of a module: what its messages are given is escaped where it would begin a new
+    line or move a terminal's cursor.
 
     Args:
         name: The module's `__name__`.
@@ -30,10 +41,15 @@ def escaping(logger: logging.Logger) -> logging.Logger:
 
 
 def one_line(text: str) -> str:
-    """The text with backslash escapes in place of line ends, control characters and lone surrogates."""
+    """The text with backslash escapes in place of line ends, control characters and lone
+    surrogates.
+    """
     if text.isprintable():
         return text
-    return ''.join(part if part.isprintable() else part.encode('unicode_escape').decode('ascii') for part in text)
+    return ''.join(
+        part if part.isprintable() else part.encode('unicode_escape').decode('ascii')
+        for part in text
+    )
 
 
 class _OneLine(logging.Filter):
@@ -55,7 +71,9 @@ def _shown(value: object) -> object:
 
 
 class _Shown:
-    """Anything else, an error for example, shown when the message is made, and never at the price of the message."""
+    """Anything else, an error for example, shown when the message is made, and never at the price
+    of the message.
+    """
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -74,7 +92,8 @@ class _Shown:
 
 
 def shown(value: object, limit: int = 300) -> str:
-    """A value on one line: text with its line breaks, control characters and lone surrogates escaped; anything else as its repr.
+    """A value on one line: text with its line breaks, control characters and lone surrogates
+    escaped; anything else as its repr.
 
     Args:
         value: Anything; what cannot be shown is named by its type.
@@ -82,7 +101,7 @@ def shown(value: object, limit: int = 300) -> str:
     """
     try:
         # Not all of a long text is looked at.
-        text = value[:limit + 1] if type(value) is str else _repr.repr(value)[:limit + 1]
+        text = value[: limit + 1] if type(value) is str else _repr.repr(value)[: limit + 1]
     except Exception:  # a repr is code of whoever made the value
         text = f'<{type(value).__name__}>'
     cut = len(text) > limit
@@ -97,7 +116,8 @@ class _Said:
 
 
 class Repeats:
-    """Which of many events that are alike are worth a line: the first, and then one in a while, with the number of those between.
+    """Which of many events that are alike are worth a line: the first, and then one in a while,
+    with the number of those between.
 
     Threads may share it: a line too many harms nobody.
 
@@ -112,7 +132,8 @@ class Repeats:
         self._said: dict[Hashable, _Said] = {}
 
     def say(self, kind: Hashable, now: float) -> str | None:
-        """What to put at the end of the event's line: '' or ' (12 more like it)'; None: write no line.
+        """What to put at the end of the event's line: '' or ' (12 more like it)'; None: write no
+        line.
 
         Args:
             kind: What makes events alike.

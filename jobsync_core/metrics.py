@@ -1,4 +1,7 @@
-"""A node's state for Prometheus. Needs the extra `metrics`; asks no database, so that a scrape works while it is away."""
+"""A node's state for Prometheus. Needs the extra `metrics`; asks no database, so that a scrape
+works while it is away.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +20,29 @@ _GAUGES = (
     ('my_tokens', 'jobsync_tokens', 'Tokens that this node may claim now'),
     ('total_tokens', 'jobsync_total_tokens', 'Tokens of the cluster'),
     ('token_version', 'jobsync_token_version', 'Version of the assignment that this node has seen'),
-    ('lease_remaining_sec', 'jobsync_lease_remaining_seconds', 'Time until the lease runs out unless a heartbeat extends it'),
-    ('executions_unsettled', 'jobsync_executions_unsettled', 'Executions of this process whose end the database has not recorded yet'),
+    (
+        'lease_remaining_sec',
+        'jobsync_lease_remaining_seconds',
+        'Time until the lease runs out unless a heartbeat extends it',
+    ),
+    (
+        'executions_unsettled',
+        'jobsync_executions_unsettled',
+        'Executions of this process whose end the database has not recorded yet',
+    ),
 )
 _COUNTERS = (
     ('evictions', 'jobsync_evictions', 'Times that this node was taken for dead and came back'),
-    ('callback_failures', 'jobsync_callback_failures', 'Calls of on_rebalance and on_release that raised'),
-    ('callbacks_slow', 'jobsync_callbacks_slow', 'Calls of on_rebalance and on_release that took longer than a second'),
+    (
+        'callback_failures',
+        'jobsync_callback_failures',
+        'Calls of on_rebalance and on_release that raised',
+    ),
+    (
+        'callbacks_slow',
+        'jobsync_callbacks_slow',
+        'Calls of on_rebalance and on_release that took longer than a second',
+    ),
 )
 
 
@@ -63,7 +82,9 @@ class MessageCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called at each scrape."""
-        family = CounterMetricFamily('jobsync_messages', 'Messages at the gate of this node', labels=['node', 'event'])
+        family = CounterMetricFamily(
+            'jobsync_messages', 'Messages at the gate of this node', labels=['node', 'event']
+        )
         for event, number in sorted(self._counts().items()):
             family.add_metric([self._node, event], number)
         yield family

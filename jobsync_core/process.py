@@ -1,4 +1,5 @@
 """Who this process is, and whether another one is known to be dead."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +12,9 @@ __all__ = ['Process', 'is_known_alive', 'is_known_dead', 'this_process']
 
 @dataclass(frozen=True)
 class Process:
-    """Identity of an operating-system process: enough to know whether it is dead, on the machine where it ran."""
+    """Identity of an operating-system process: enough to know whether it is dead, on the machine
+    where it ran.
+    """
 
     host: str
     boot_id: str
@@ -35,9 +38,12 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """The start time of a process in clock ticks since boot; None where it cannot be read or only a zombie is left."""
+    """The start time of a process in clock ticks since boot; None where it cannot be read or only a
+    zombie is left.
+    """
     try:
-        # The command name may hold spaces and brackets; the fields after its closing bracket are fixed.
+        # The command name may hold spaces and brackets; the fields after its closing bracket are
+        # fixed.
         fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
         return None
@@ -56,15 +62,24 @@ def _exists(pid: int) -> bool:
 
 
 def this_process() -> Process:
-    """Identity of the calling process. Where the system does not tell (no /proc), nothing is ever known dead."""
+    """Identity of the calling process. Where the system does not tell (no /proc), nothing is ever
+    known dead.
+    """
     pid = os.getpid()
-    return Process(host=socket.gethostname(), boot_id=_boot_id(), pid_namespace=_pid_namespace(), pid=pid, started=_started(pid) or '')
+    return Process(
+        host=socket.gethostname(),
+        boot_id=_boot_id(),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        started=_started(pid) or '',
+    )
 
 
 def is_known_dead(process: Process) -> bool:
     """Whether `process` ran on this machine, since this boot, in this pid namespace, and is gone.
 
-    A host name proves nothing: a rescheduled container has the old one's name while the old one may live on elsewhere.
+    A host name proves nothing: a rescheduled container has the old one's name while the old one may
+    live on elsewhere.
     """
     if not (process.boot_id and process.pid_namespace and process.started):
         return False
@@ -79,7 +94,11 @@ def is_known_dead(process: Process) -> bool:
 
 def is_known_alive(process: Process) -> bool:
     """Whether `process` runs on this machine. Where the system does not tell, nothing is known."""
-    if not process.started or process.boot_id != _boot_id() or process.pid_namespace != _pid_namespace():
+    if (
+        not process.started
+        or process.boot_id != _boot_id()
+        or process.pid_namespace != _pid_namespace()
+    ):
         return False
     return _started(process.pid) == process.started
 

@@ -1,4 +1,5 @@
 """A unit of work, as `can_claim_task`, `add_task` and the ledger take it."""
+
 from __future__ import annotations
 
 from collections.abc import Hashable
@@ -27,7 +28,9 @@ class Task:
         return hash(self.id)
 
     def __repr__(self) -> str:
-        return f'Task({self.id!r})' if self.name is None else f'Task({self.id!r}, name={self.name!r})'
+        return (
+            f'Task({self.id!r})' if self.name is None else f'Task({self.id!r}, name={self.name!r})'
+        )
 
 
 def task_id_of(task: object) -> object:

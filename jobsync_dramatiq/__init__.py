@@ -1,4 +1,7 @@
-"""Dramatiq plugin: every worker process is a node, and keyed messages run on the node that owns their key."""
+"""Dramatiq plugin: every worker process is a node, and keyed messages run on the node that owns
+their key.
+"""
+
 from jobsync_core.ledger.execution import current_execution
 
 from .middleware import JobSync

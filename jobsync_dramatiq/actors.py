@@ -1,4 +1,5 @@
 """Which actors of a broker are coordinated, and how their messages get their routes."""
+
 from __future__ import annotations
 
 import difflib
@@ -23,7 +24,15 @@ from .errors import DeclarationRefused
 from .incoming import Said
 from .once import function_of, is_ours
 
-__all__ = ['OPTIONS', 'ActorOptions', 'Actors', 'check_actor', 'check_message', 'once_of_actor', 'read_settings']
+__all__ = [
+    'OPTIONS',
+    'ActorOptions',
+    'Actors',
+    'check_actor',
+    'check_message',
+    'once_of_actor',
+    'read_settings',
+]
 
 logger = get_logger(__name__)
 
@@ -46,10 +55,18 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
     if 'django' in sys.modules:
         from django.conf import settings
 
-        if settings.configured or 'DJANGO_SETTINGS_MODULE' in os.environ:  # the module is read when something is asked of it
-            group = getattr(settings, 'DRAMATIQ_JOBSYNC', None) or getattr(settings, 'JOBSYNC', None) or {}
+        if (
+            settings.configured or 'DJANGO_SETTINGS_MODULE' in os.environ
+        ):  # the module is read when something is asked of it
+            group = (
+                getattr(settings, 'DRAMATIQ_JOBSYNC', None)
+                or getattr(settings, 'JOBSYNC', None)
+                or {}
+            )
     if not isinstance(group, Mapping):
-        raise ConfigurationError(f"DRAMATIQ_JOBSYNC={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}")
+        raise ConfigurationError(
+            f"DRAMATIQ_JOBSYNC={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}"
+        )
     found = {**group, **given}
     if 'database_url' in given or 'config' in given:
         # One way of naming the database replaces the other.
@@ -60,7 +77,8 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
 class ActorOptions(Set[str]):
     """The options of actors that the plugin has, for a broker, which refuses all others.
 
-    No `set`, so that what a broker keeps of it is made here: Dramatiq says of a misspelt one that a middleware may be missing.
+    No `set`, so that what a broker keeps of it is made here: Dramatiq says of a misspelt one that a
+    middleware may be missing.
 
     Args:
         names: The options.
@@ -105,10 +123,19 @@ def _near(name: str, known: Iterable[str]) -> str:
 def check_message(message: Any) -> None:
     """Warn, once, of options of a message that mean nothing: those of actors, and misspelt ones."""
     for name in message.options:
-        if name.startswith('jobsync_') and name not in _STAMPS and _repeats.say((message.actor_name, name), 0.0) is not None:
+        if (
+            name.startswith('jobsync_')
+            and name not in _STAMPS
+            and _repeats.say((message.actor_name, name), 0.0) is not None
+        ):
             near = (difflib.get_close_matches(name, OPTIONS, 1) or OPTIONS)[0]
-            logger.warning('actor=%s: the message option %s does nothing; key and pin are options of the actor: @dramatiq.actor(%s=…)',
-                           message.actor_name, name, near)
+            logger.warning(
+                'actor=%s: the message option %s does nothing; key and pin are options of the '
+                'actor: @dramatiq.actor(%s=…)',
+                message.actor_name,
+                name,
+                near,
+            )
 
 
 class Actors(CoordinatedTasks):
@@ -134,21 +161,31 @@ class Actors(CoordinatedTasks):
             ConfigurationError, TypeError, InvalidTaskId: The arguments make no key.
         """
         found = self.find(message.actor_name)
-        return found.route_of(message.args, message.kwargs, message.message_id) if found is not None else None
+        return (
+            found.route_of(message.args, message.kwargs, message.message_id)
+            if found is not None
+            else None
+        )
 
     def read_route(self, message: Any, stamps: Stamps) -> str | Refused | None:
-        """The route of a message that was received, or why it has none; None where its actor is not coordinated.
+        """The route of a message that was received, or why it has none; None where its actor is not
+        coordinated.
 
         Args:
             message: The message.
-            stamps: What JobSync wrote on it. Its key counts for an actor that only another process knows.
+            stamps: What JobSync wrote on it. Its key counts for an actor that only another process
+                knows.
         """
         found = self.find(message.actor_name)
         if found is None:
             return None if self.is_known(message) else stamps.key
         route = find_route(found, message.args, message.kwargs, message.message_id, stamps)
         once = found.once if found.once is not None and found.once.has_key else None
-        if isinstance(route, str) and once is not None and (self._keys_differ(message.actor_name) or len(route) > _SURELY_SHORT):
+        if (
+            isinstance(route, str)
+            and once is not None
+            and (self._keys_differ(message.actor_name) or len(route) > _SURELY_SHORT)
+        ):
             return self._ledger_problem(once, message) or route
         return route
 
@@ -161,7 +198,8 @@ class Actors(CoordinatedTasks):
 
         Args:
             message: The message.
-            stamp: What it says itself, which may be forged: its dead letters would be in a queue that nobody looks at.
+            stamp: What it says itself, which may be forged: its dead letters would be in a queue
+                that nobody looks at.
         """
         if stamp is not None and self.has_queue(stamp):
             return stamp
@@ -174,7 +212,8 @@ class Actors(CoordinatedTasks):
         """The queue to which a message was sent that no worker can have; None where nothing tells.
 
         Args:
-            said: What it says itself. Only a queue that is declared here counts, as nobody looks at others.
+            said: What it says itself. Only a queue that is declared here counts, as nobody looks at
+                others.
         """
         if said.stamp is not None and self.has_queue(said.stamp):
             return said.stamp
@@ -189,7 +228,9 @@ class Actors(CoordinatedTasks):
         return 'default' if 'default' in queues else None
 
     def _keys_differ(self, name: str) -> bool:
-        """Whether what completes once is another key than the one that says where a message runs."""
+        """Whether what completes once is another key than the one that says where a message
+        runs.
+        """
         return self._broker.actors[name].options.get('jobsync_key') is not None
 
     def _ledger_problem(self, once: ExactlyOnce, message: Any) -> Refused | None:
@@ -198,7 +239,9 @@ class Actors(CoordinatedTasks):
         try:
             once.ledger_key_of(args, message.kwargs)
         except Exception as error:  # whatever a key function raises
-            return Refused(f'no key of exactly_once can be made for it: {type(error).__name__}: {shown(error)}')
+            return Refused(
+                f'no key of exactly_once can be made for it: {type(error).__name__}: {shown(error)}'
+            )
         return None
 
     def _declaration(self, name: str) -> Declared | None:
@@ -217,18 +260,23 @@ def once_of_actor(actor: Any) -> ExactlyOnce | None:
 
 
 def check_actor(actor: Any) -> None:
-    """Refuse an actor whose `exactly_once` cannot work; its keys begin with the actor's name from now on, also where it is called.
+    """Refuse an actor whose `exactly_once` cannot work; its keys begin with the actor's name from
+    now on, also where it is called.
 
     Raises:
-        DeclarationRefused: It is not the plugin's own, another actor has the same function, or the name can be another one's.
+        DeclarationRefused: It is not the plugin's own, another actor has the same function, or the
+            name can be another one's.
     """
     once = once_of_actor(actor)
     if once is None:
         return
     if not is_ours(once):
         raise DeclarationRefused(
-            f"actor {actor.actor_name!r} has an exactly_once that is not Dramatiq's: a message whose key is running would fail instead of "
-            'coming back. Write `from jobsync_dramatiq import exactly_once`, and put it below @dramatiq.actor')
+            f"actor {actor.actor_name!r} has an exactly_once that is not Dramatiq's: a message "
+            'whose key is running would fail instead of '
+            'coming back. Write `from jobsync_dramatiq import exactly_once`, and put it below '
+            '@dramatiq.actor'
+        )
     try:
         once.adopt(actor.actor_name)
     except ConfigurationError as error:

@@ -1,4 +1,7 @@
-"""What the plugin raises into Dramatiq, whose middleware hooks let only a MiddlewareError through."""
+"""What the plugin raises into Dramatiq, whose middleware hooks let only a MiddlewareError
+through.
+"""
+
 from __future__ import annotations
 
 from dramatiq.errors import ConnectionClosed
@@ -10,7 +13,9 @@ __all__ = ['BootFailed', 'BrokerAway', 'DeclarationRefused', 'Unroutable']
 
 
 class BootFailed(MiddlewareError, ConnectionClosed):
-    """The worker cannot become a node. Of these two classes, so that the command line ends with exit code 3."""
+    """The worker cannot become a node. Of these two classes, so that the command line ends with
+    exit code 3.
+    """
 
     def __init__(self, message: str) -> None:
         Exception.__init__(self, message)
@@ -26,8 +31,12 @@ class BrokerAway(ConnectionClosed):
 
 
 class DeclarationRefused(MiddlewareError, ConfigurationError):
-    """A declaration cannot work; the message names it and the remedy. It is a ConfigurationError."""
+    """A declaration cannot work; the message names it and the remedy. It is a
+    ConfigurationError.
+    """
 
 
 class Unroutable(MiddlewareError, JobSyncError):
-    """No key can be made for a message, so that nobody can tell where it may run. It is among the dead letters; see the actor's key."""
+    """No key can be made for a message, so that nobody can tell where it may run. It is among the
+    dead letters; see the actor's key.
+    """

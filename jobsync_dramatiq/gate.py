@@ -1,4 +1,7 @@
-"""The gate between the broker and a Dramatiq worker: a consumer around the broker's, and the last look before an actor runs."""
+"""The gate between the broker and a Dramatiq worker: a consumer around the broker's, and the last
+look before an actor runs.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -38,7 +41,8 @@ _LOOK_SEC = 0.05
 _AGAIN_SEC = 1.0
 #: Seconds until a consumer whose broker was lost asks for it again.
 _OPEN_AGAIN_SEC = 1.0
-#: What a broker raises that cannot be reached; their base has one name in Dramatiq 1, and another in Dramatiq 2.
+#: What a broker raises that cannot be reached; their base has one name in Dramatiq 1, and another
+#: in Dramatiq 2.
 _LOST = (ConnectionClosed, ConnectionFailed)
 
 
@@ -61,13 +65,18 @@ class WorkerGate:
         consuming: What is told of the consumers.
     """
 
-    def __init__(self, plugin: JobSync, gate: Gate, mail: BrokerMail, actors: Actors, consuming: Consuming) -> None:
+    def __init__(
+        self, plugin: JobSync, gate: Gate, mail: BrokerMail, actors: Actors, consuming: Consuming
+    ) -> None:
         self.plugin = plugin
         self.gate = gate
         self.mail = mail
         self.actors = actors
         self.consuming = consuming
-        self.parked, self.unknown = parked_queue(gate.settings.config.appname), unknown_queue(gate.settings.config.appname)
+        self.parked, self.unknown = (
+            parked_queue(gate.settings.config.appname),
+            unknown_queue(gate.settings.config.appname),
+        )
         self.repeats = Repeats()
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
@@ -94,7 +103,8 @@ class WorkerGate:
             self._in_hand[id(message)] = message
             self._begun.add(id(message))
         job = self.gate.job
-        # Of an earlier life, others have put the message back; without a lease, they may be about to.
+        # Of an earlier life, others have put the message back; without a lease, they may be about
+        # to.
         may_run = job.owns(note.route) if note.route is not None else job.am_i_healthy()
         if note.incarnation != job.incarnation or not may_run or note.sent_on:
             self.end(message)
@@ -105,18 +115,25 @@ class WorkerGate:
             self.gate.count('run')
 
     def refuse(self, message: Any) -> None:
-        """Have a message fail that nobody can tell where it may run; called when all middleware have seen it begin.
+        """Have a message fail that nobody can tell where it may run; called when all middleware
+        have seen it begin.
 
         Raises:
             Unroutable: It does, at once and for good.
         """
         note = note_of(message)
         if note is not None and note.problem:
-            logger.error('actor=%s id=%s cannot be routed, and goes to the dead letters: %s',
-                         message.actor_name, message.message_id, note.problem)
+            logger.error(
+                'actor=%s id=%s cannot be routed, and goes to the dead letters: %s',
+                message.actor_name,
+                message.message_id,
+                note.problem,
+            )
             self.gate.count('unroutable')
             message.fail()
-            message.options['throws'] = Unroutable  # that is an expected end: Dramatiq writes no traceback
+            message.options['throws'] = (
+                Unroutable  # that is an expected end: Dramatiq writes no traceback
+            )
             raise Unroutable(note.problem)
 
     def end(self, message: Any) -> None:
@@ -130,13 +147,16 @@ class WorkerGate:
         with self._lock:
             running = [self._in_hand[number] for number in self._begun]
         routes = [note.route for message in running if (note := note_of(message)) is not None]
-        return any(self.gate.job.task_to_token(route) in tokens for route in routes if route is not None)
+        return any(
+            self.gate.job.task_to_token(route) in tokens for route in routes if route is not None
+        )
 
     def surrender(self, hold: Hold) -> None:
-        """Give back what came from a consumer: what has not begun, and what runs if its actor completes once.
+        """Give back what came from a consumer: what has not begun, and what runs if its actor
+        completes once.
 
-        Others run it then, and the end of the attempt that runs here does not count. It may hang for long, for example in a
-        transaction behind a network that is silent, and all threads may.
+        Others run it then, and the end of the attempt that runs here does not count. It may hang
+        for long, for example in a transaction behind a network that is silent, and all threads may.
         """
         number = self._give_back(hold, self._completes_once)
         if number:
@@ -148,9 +168,14 @@ class WorkerGate:
 
     def _give_back(self, hold: Hold, also: Callable[[Any], bool]) -> int:
         with self._lock:
-            found = [(message, note) for number, message in self._in_hand.items()
-                     if (note := note_of(message)) is not None and note.source is hold and not note.sent_on
-                     and (number not in self._begun or also(message))]
+            found = [
+                (message, note)
+                for number, message in self._in_hand.items()
+                if (note := note_of(message)) is not None
+                and note.source is hold
+                and not note.sent_on
+                and (number not in self._begun or also(message))
+            ]
             for _, note in found:
                 note.sent_on = True
         for message, _ in found:
@@ -162,15 +187,24 @@ class WorkerGate:
     # --- a database that refuses ---
 
     def is_paused(self) -> bool:
-        """Whether the database refuses to begin anything, so that nothing is taken for a while. Says so once, and when it is over."""
+        """Whether the database refuses to begin anything, so that nothing is taken for a while.
+        Says so once, and when it is over.
+        """
         pausing, now = self.gate.job.pausing, clock.now()
         paused = pausing.is_paused(now)
         if paused and not self._refusing:
             self._refusing = True
             error, more = pausing.error, self.repeats.say('refused', now)
             if more is not None:
-                logger.warning('JobSync: the database refuses to begin anything; consuming stops for %.0f s, and one message tries then: '
-                               '%s; %s%s', pausing.length, error, remedy(error.sqlstate), more)
+                logger.warning(
+                    'JobSync: the database refuses to begin anything; consuming stops for %.0f s, '
+                    'and one message tries then: '
+                    '%s; %s%s',
+                    pausing.length,
+                    error,
+                    remedy(error.sqlstate),
+                    more,
+                )
         elif self._refusing and not pausing.length:
             self._refusing = False
             logger.info('JobSync: the database begins work again; consuming goes on')
@@ -196,8 +230,8 @@ class WorkerGate:
     def hides(self, signal: str, message: Any) -> bool:
         """Whether the other middleware must not hear of this.
 
-        A message that came too late has begun for none of them, so that its end would be one too many; and one that goes
-        back is not acknowledged.
+        A message that came too late has begun for none of them, so that its end would be one too
+        many; and one that goes back is not acknowledged.
         """
         note = note_of(message) if signal in ('skip_message', 'ack') else None
         return note is not None and note.give_back and (note.unseen or signal == 'ack')
@@ -206,8 +240,9 @@ class WorkerGate:
 class GatedConsumer(Consumer):
     """A consumer that hands out what this node owns, and sends the rest on.
 
-    A broker that cannot be reached is no error here: Dramatiq would log it every three seconds for each queue. The consumer gives back
-    what it can, and begins to consume anew when the broker is back.
+    A broker that cannot be reached is no error here: Dramatiq would log it every three seconds for
+    each queue. The consumer gives back what it can, and begins to consume anew when the broker is
+    back.
 
     Args:
         worker_gate: Of the worker.
@@ -259,7 +294,9 @@ class GatedConsumer(Consumer):
     def _next(self) -> Any:
         if not self._gate.job.am_i_healthy():
             return self._rest(self._shared.surrender)
-        if not self._delays and self._shared.is_paused():  # what is delayed does not begin: it goes to its queue when it is due
+        if (
+            not self._delays and self._shared.is_paused()
+        ):  # what is delayed does not begin: it goes to its queue when it is due
             return self._rest(self._shared.give_back)
         if self._paused:
             self._hold.resume()
@@ -334,11 +371,13 @@ class GatedConsumer(Consumer):
         self._hold.idle(_LOOK_SEC)
 
     def _check_life(self, message: Any) -> None:
-        """What is delayed waits in the worker's memory, and between two calls the worker sends what is due. That must not be:
-        others may have put the same messages back by now, or wait for them.
+        """What is delayed waits in the worker's memory, and between two calls the worker sends what
+        is due. That must not be: others may have put the same messages back by now, or wait for
+        them.
 
         Raises:
-            ConnectionClosed: The worker forgets what is delayed, and begins anew in a moment; the broker gives all of it back.
+            ConnectionClosed: The worker forgets what is delayed, and begins anew in a moment; the
+                broker gives all of it back.
         """
         job = self._gate.job
         if self._gave and not (job.am_i_healthy() and job.incarnation == self._incarnation):
@@ -365,19 +404,39 @@ class GatedConsumer(Consumer):
     def _receive(self, message: Any) -> None:
         stamps = unstamped(message.options)
         if stamps.wrong:
-            logger.warning('actor=%s id=%s: what cannot be right is left out: %s', message.actor_name, message.message_id, stamps.wrong)
+            logger.warning(
+                'actor=%s id=%s: what cannot be right is left out: %s',
+                message.actor_name,
+                message.message_id,
+                stamps.wrong,
+            )
         if stamps.waits:
             message.options[WAITS] = stamps.waits
         if self._queue.startswith('jobsync.'):
             # To all middleware, and to who asks for the result, it is in its actor's own queue.
-            message._message = message.copy(queue_name=self._shared.actors.home_of(message, stamps.home))
+            message._message = message.copy(
+                queue_name=self._shared.actors.home_of(message, stamps.home)
+            )
         elif not self._shared.actors.has_queue(message.queue_name):
-            message._message = message.copy(queue_name=self._queue)  # a retry would go where nobody looks
+            message._message = message.copy(
+                queue_name=self._queue
+            )  # a retry would go where nobody looks
         try:
-            route = stamps.key if 'eta' in message.options else self._shared.actors.read_route(message, stamps)
-        except Exception as error:  # an actor that was declared after the worker began, with a key that cannot work
+            route = (
+                stamps.key
+                if 'eta' in message.options
+                else self._shared.actors.read_route(message, stamps)
+            )
+        # an actor that was declared after the worker began, with a key that cannot work
+        except Exception as error:
             route = Refused(f'its actor cannot be coordinated: {error}')
-        note = Note(self._hold, None, stamps.hops, self._gate.job.incarnation, clock.now() + self._gate.settings.park_sec)
+        note = Note(
+            self._hold,
+            None,
+            stamps.hops,
+            self._gate.job.incarnation,
+            clock.now() + self._gate.settings.park_sec,
+        )
         if isinstance(route, Refused):
             note.problem = route.reason
         else:
@@ -419,11 +478,20 @@ class GatedConsumer(Consumer):
         return False
 
     def _park_unknown(self, message: Any, note: Note) -> bool:
-        """Dramatiq would put it among the dead letters; but another node may know the actor, or this one after an upgrade."""
+        """Dramatiq would put it among the dead letters; but another node may know the actor, or
+        this one after an upgrade.
+        """
         again = self._shared.repeats.say(message.actor_name, clock.now())
         if again is not None:
-            logger.error('actor=%s id=%s is not known here, and waits in %s until a node comes that knows it: nodes of one cluster must '
-                         'know the same actors%s', message.actor_name, message.message_id, self._shared.unknown, again)
+            logger.error(
+                'actor=%s id=%s is not known here, and waits in %s until a node comes that knows '
+                'it: nodes of one cluster must '
+                'know the same actors%s',
+                message.actor_name,
+                message.message_id,
+                self._shared.unknown,
+                again,
+            )
         return self._send(message, note, self._shared.unknown, 0, 'unknown')
 
     def _send(self, message: Any, note: Note, queue: str, hops: int, event: str) -> bool:
@@ -431,8 +499,11 @@ class GatedConsumer(Consumer):
             return False
         try:
             self._shared.mail.send(message, queue, note.route, hops, self._hold)
-        except Exception as error:  # the brokers' clients have no common ancestor; the message stays unacknowledged
-            logger.warning('id=%s cannot be sent to %s now, and waits: %r', message.message_id, queue, error)
+        # the brokers' clients have no common ancestor; the message stays unacknowledged
+        except Exception as error:
+            logger.warning(
+                'id=%s cannot be sent to %s now, and waits: %r', message.message_id, queue, error
+            )
             note.again = clock.now() + _AGAIN_SEC
             return False
         self._gone(note, event)
@@ -451,7 +522,9 @@ class GatedConsumer(Consumer):
 
 
 class WatchedConsumer(Consumer):
-    """The broker's own consumer, of a worker without coordination, whose probes want to know whether it consumes."""
+    """The broker's own consumer, of a worker without coordination, whose probes want to know
+    whether it consumes.
+    """
 
     def __init__(self, consumer: Any, queue: str, consuming: Consuming) -> None:
         self._consumer = consumer

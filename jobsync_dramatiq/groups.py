@@ -1,9 +1,11 @@
 """Members of a group that are delivered twice are counted once.
 
-Dramatiq counts down for each message of a group that ends well. A worker that dies between counting and acknowledging leaves a
-message that would be counted again: the completion callback would run early, and once more at the end. So each counted
-message of an `@exactly_once` actor leaves a mark where the group is counted. Only a death between these two steps still counts twice.
+Dramatiq counts down for each message of a group that ends well. A worker that dies between counting
+and acknowledging leaves a message that would be counted again: the completion callback would run
+early, and once more at the end. So each counted message of an `@exactly_once` actor leaves a mark
+where the group is counted. Only a death between these two steps still counts twice.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,7 +20,9 @@ _GROUP = 'group_completion_uuid'
 
 
 class _Marks(Middleware):
-    """Right ahead of GroupCallbacks in the list, so that it comes right after it when a message has ended."""
+    """Right ahead of GroupCallbacks in the list, so that it comes right after it when a message has
+    ended.
+    """
 
     def __init__(self, counter: GroupCallbacks, actors: CoordinatedTasks) -> None:
         self._actors = actors
@@ -26,12 +30,23 @@ class _Marks(Middleware):
         # Dramatiq 1 has no such setting.
         self._ttl = int(getattr(counter, 'barrier_ttl', 86_400_000))
 
-    def after_process_message(self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None) -> None:
+    def after_process_message(
+        self,
+        broker: Any,
+        message: Any,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
         """Leave a mark."""
         if exception is not None or _GROUP not in message.options:
             return
         found = self._actors.find(message.actor_name)
-        if found is not None and found.once is not None and not self._backend.add(_mark(message), 1, self._ttl):
+        if (
+            found is not None
+            and found.once is not None
+            and not self._backend.add(_mark(message), 1, self._ttl)
+        ):
             self._backend.incr(_mark(message), 1, 1, self._ttl)
 
     def is_marked(self, message: Any) -> bool:

@@ -1,4 +1,7 @@
-"""Workers of a StubBroker: a test's, in one process and without a database. They coordinate nothing, and each key completes once."""
+"""Workers of a StubBroker: a test's, in one process and without a database. They coordinate
+nothing, and each key completes once.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,11 +21,16 @@ _ledgers: WeakKeyDictionary[Any, SingleLedger] = WeakKeyDictionary()
 def is_in_memory(broker: Any) -> bool:
     """Whether the broker keeps its messages in this process alone."""
     # By name, as with the others.
-    return any(f'{kind.__module__}.{kind.__name__}' == 'dramatiq.brokers.stub.StubBroker' for kind in type(broker).__mro__)
+    return any(
+        f'{kind.__module__}.{kind.__name__}' == 'dramatiq.brokers.stub.StubBroker'
+        for kind in type(broker).__mro__
+    )
 
 
 def ledger_in_memory(broker: Any) -> Ledger | None:
-    """The ledger for a message of this broker: that of a Job which the test has entered, else the worker's. None with another broker."""
+    """The ledger for a message of this broker: that of a Job which the test has entered, else the
+    worker's. None with another broker.
+    """
     found = _ledgers.get(broker)
     return (_entered_ledger() or found) if found is not None else None
 
@@ -35,7 +43,8 @@ def _entered_ledger() -> Ledger | None:
 
 
 class InMemory:
-    """What stands for a node in such a worker, from its start to its end. Functions outside of messages do not see it.
+    """What stands for a node in such a worker, from its start to its end. Functions outside of
+    messages do not see it.
 
     Args:
         broker: The StubBroker.

@@ -1,7 +1,10 @@
-"""The boundary of Dramatiq's messages: what comes off a queue is decoded and checked here, before a worker or the keeper reads it.
+"""The boundary of Dramatiq's messages: what comes off a queue is decoded and checked here, before a
+worker or the keeper reads it.
 
-See jobsync_core.worker.incoming. Dramatiq's consumers stumble over each of these: over one that cannot be decoded again and again.
+See jobsync_core.worker.incoming. Dramatiq's consumers stumble over each of these: over one that
+cannot be decoded again and again.
 """
+
 from __future__ import annotations
 
 import math
@@ -47,14 +50,17 @@ def read_message(data: bytes) -> Message[Any] | Refused:
     try:
         hash(found.message_id)
     except TypeError:
-        return Refused(f'its id {shown(found.message_id, 60)} cannot be right: give a text, a UUID for example')
+        return Refused(
+            f'its id {shown(found.message_id, 60)} cannot be right: give a text, a UUID for example'
+        )
     _clean(found.options)
     return found
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a message that no worker can have says of its home queue; None where it says nothing that can be right.
+    """What a message that no worker can have says of its home queue; None where it says nothing
+    that can be right.
 
     Attributes:
         stamp: What JobSync wrote on it.
@@ -75,15 +81,27 @@ def homes_in(data: bytes) -> Said:
         return Said()
     if not isinstance(found, Mapping):
         return Said()
-    stamp, actor, queue = read_stamps(found.get('options')).home, found.get('actor_name'), found.get('queue_name')
+    stamp, actor, queue = (
+        read_stamps(found.get('options')).home,
+        found.get('actor_name'),
+        found.get('queue_name'),
+    )
     return Said(
-        stamp if stamp is not None and _is_queue(stamp) else None, actor if isinstance(actor, str) else None,
-        q_name(queue) if isinstance(queue, str) and _is_queue(queue) else None)
+        stamp if stamp is not None and _is_queue(stamp) else None,
+        actor if isinstance(actor, str) else None,
+        q_name(queue) if isinstance(queue, str) and _is_queue(queue) else None,
+    )
 
 
 def _is_queue(name: str) -> bool:
-    """Whether this can be a queue of the user's: Dramatiq takes no other names for actors' queues."""
-    return _QUEUE.fullmatch(q_name(name)) is not None and len(name) <= QUEUE_BYTES and not name.startswith('jobsync.')
+    """Whether this can be a queue of the user's: Dramatiq takes no other names for actors'
+    queues.
+    """
+    return (
+        _QUEUE.fullmatch(q_name(name)) is not None
+        and len(name) <= QUEUE_BYTES
+        and not name.startswith('jobsync.')
+    )
 
 
 def _clean(options: dict[str, Any]) -> None:

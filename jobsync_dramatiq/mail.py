@@ -1,4 +1,7 @@
-"""What producers, the gate and the keeper ask of the broker: there is one such class for Redis, and one for RabbitMQ."""
+"""What producers, the gate and the keeper ask of the broker: there is one such class for Redis, and
+one for RabbitMQ.
+"""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,12 +24,15 @@ __all__ = ['BrokerMail', 'Hold', 'dead_letters', 'home_of', 'mail_of', 'place_of
 
 
 class Hold(Protocol):
-    """The broker's own consumer of one queue. Only `ack`, `nack` and `requeue` may be called by other threads."""
+    """The broker's own consumer of one queue. Only `ack`, `nack` and `requeue` may be called by
+    other threads.
+    """
 
     queue: str
 
     def next(self, patient: bool) -> Any:
-        """The next message; None where there is none. What no worker can have is set aside, with one line in the log.
+        """The next message; None where there is none. What no worker can have is set aside, with
+        one line in the log.
 
         Args:
             patient: Wait as long as the worker is configured to; False: a moment only.
@@ -72,7 +78,8 @@ class BrokerMail(Evacuable, Protocol):
         """
 
     def identify(self, make: bool) -> str | None:
-        """The mark of the broker: the same by whatever address it is reached, and another for each part of it ('' where there is none).
+        """The mark of the broker: the same by whatever address it is reached, and another for each
+        part of it ('' where there is none).
 
         Args:
             make: Make one where it has none; else None then.
@@ -91,16 +98,20 @@ class BrokerMail(Evacuable, Protocol):
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """Begin to consume a queue, as the broker's `consume` does."""
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
-        """Publish a copy of a message to a queue; in a worker it returns when the broker has it. No middleware sees it.
+    def send(
+        self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None
+    ) -> None:
+        """Publish a copy of a message to a queue; in a worker it returns when the broker has it. No
+        middleware sees it.
 
         Args:
             message: The message.
             queue: Where the copy goes.
             route: The message's route.
             hops: How often it was handed on.
-            source: Where the message came from and is acknowledged next. On Redis both are one step, which is taken when the next
-                message is asked for, for all that were sent until then.
+            source: Where the message came from and is acknowledged next. On Redis both are one
+                step, which is taken when the next message is asked for, for all that were sent
+                until then.
 
         Raises whatever the broker's client raises: then the copy may be there, or not.
         """
@@ -121,7 +132,8 @@ def place_of(actors: Actors | None, message: Any) -> tuple[str | None, str]:
     """The route of a message that lies in a node's or the parked queue, and its home queue.
 
     Args:
-        actors: What the process knows of actors; None in one that knows none: then what the message says counts, if it can be right.
+        actors: What the process knows of actors; None in one that knows none: then what the message
+            says counts, if it can be right.
         message: The message.
     """
     stamps = read_stamps(message.options)
@@ -132,7 +144,8 @@ def place_of(actors: Actors | None, message: Any) -> tuple[str | None, str]:
 
 
 def dead_letters(queue: str, data: bytes, appname: str, actors: Actors | None) -> str:
-    """Where a message goes that no worker can have: to the dead letters that the user knows, else to those of the parked queue.
+    """Where a message goes that no worker can have: to the dead letters that the user knows, else
+    to those of the parked queue.
 
     Args:
         queue: Where it was found.
@@ -147,8 +160,12 @@ def dead_letters(queue: str, data: bytes, appname: str, actors: Actors | None) -
     return xq_name(home or parked_queue(appname))
 
 
-def wrapped(message: Any, queue: str, route: str | None, hops: int = 0, **options: Any) -> Message[Any]:
-    """A copy of a message for a queue: same id, arguments and time, so that its age counts from the first sending as without the plugin."""
+def wrapped(
+    message: Any, queue: str, route: str | None, hops: int = 0, **options: Any
+) -> Message[Any]:
+    """A copy of a message for a queue: same id, arguments and time, so that its age counts from the
+    first sending as without the plugin.
+    """
     home = home_of(message)
     kept = {name: value for name, value in message.options.items() if name not in (KEY, HOPS, HOME)}
     if route is not None:
@@ -156,8 +173,14 @@ def wrapped(message: Any, queue: str, route: str | None, hops: int = 0, **option
     if queue != home:
         kept.update({HOME: home, HOPS: hops})
     return Message(
-        queue_name=queue, actor_name=message.actor_name, args=message.args, kwargs=message.kwargs, options={**kept, **options},
-        message_id=message.message_id, message_timestamp=message.message_timestamp)
+        queue_name=queue,
+        actor_name=message.actor_name,
+        args=message.args,
+        kwargs=message.kwargs,
+        options={**kept, **options},
+        message_id=message.message_id,
+        message_timestamp=message.message_timestamp,
+    )
 
 
 def mail_of(broker: Any, config: CoordinationConfig) -> BrokerMail:
@@ -176,4 +199,7 @@ def mail_of(broker: Any, config: CoordinationConfig) -> BrokerMail:
         from .rabbit_mail import RabbitMail
 
         return RabbitMail(broker, config)
-    raise ConfigurationError(f'{type(broker).__name__}: JobSync coordinates workers of RedisBroker and RabbitmqBroker only')
+    raise ConfigurationError(
+        f'{type(broker).__name__}: JobSync coordinates workers of RedisBroker and RabbitmqBroker '
+        'only'
+    )

@@ -1,4 +1,5 @@
 """JobSync: the middleware that makes a broker's worker processes nodes of a cluster."""
+
 from __future__ import annotations
 
 import logging
@@ -43,9 +44,9 @@ logger = get_logger(__name__)
 
 
 class _Consumers(dict[str, Any]):
-    """A worker's consumers. Any of them can acknowledge any message: the gate knows where it came from. So one that has not
-    reached the broker yet, and a queue that is not consumed here, are answered by another: a message of theirs may have come by
-    the node's queue.
+    """A worker's consumers. Any of them can acknowledge any message: the gate knows where it came
+    from. So one that has not reached the broker yet, and a queue that is not consumed here, are
+    answered by another: a message of theirs may have come by the node's queue.
     """
 
     def __getitem__(self, queue: str) -> Any:
@@ -56,11 +57,13 @@ class _Consumers(dict[str, Any]):
 
 
 class JobSync(Middleware):
-    """The plugin of one broker: `broker.add_middleware(JobSync(database_url='postgresql://…'))`, before actors are declared.
+    """The plugin of one broker: `broker.add_middleware(JobSync(database_url='postgresql://…'))`,
+    before actors are declared.
 
     Args:
-        settings: Any setting of PluginSettings and CoordinationConfig. What is not given comes from Django's
-            DRAMATIQ_JOBSYNC or JOBSYNC, and the environment (`JOBSYNC_…`). They are read when they are needed first.
+        settings: Any setting of PluginSettings and CoordinationConfig. What is not given comes from
+            Django's DRAMATIQ_JOBSYNC or JOBSYNC, and the environment (`JOBSYNC_…`). They are read
+            when they are needed first.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -87,13 +90,15 @@ class JobSync(Middleware):
 
     @property
     def actor_options(self) -> Any:
-        """Options of actors; Dramatiq asks for them when the middleware is added, right before it can see the broker."""
+        """Options of actors; Dramatiq asks for them when the middleware is added, right before it
+        can see the broker.
+        """
         return ActorOptions(OPTIONS)
 
     @property
     def job(self) -> Job | None:
-        """This process's node; None where there is none. In tests the Job of `jobsync_core.testing` that stands in, and with a
-        StubBroker one in memory.
+        """This process's node; None where there is none. In tests the Job of `jobsync_core.testing`
+        that stands in, and with a StubBroker one in memory.
         """
         return stand_in() or self._job
 
@@ -120,7 +125,9 @@ class JobSync(Middleware):
         check_actor(actor)
 
     def after_declare_actor(self, broker: Any, actor: Any) -> None:
-        """Actors that were declared before the plugin was added count as well; Dramatiq 1 gives their names."""
+        """Actors that were declared before the plugin was added count as well; Dramatiq 1 gives
+        their names.
+        """
         self._install(broker)
         check_actor(broker.actors[actor] if isinstance(actor, str) else actor)
 
@@ -128,14 +135,18 @@ class JobSync(Middleware):
         others = [item for item in broker.middleware if isinstance(item, JobSync)]
         if len(others) > 1:
             raise DeclarationRefused(
-                f'JobSync is {len(others)} times among the middleware of {broker!r}, so that each message would be routed more than once: '
-                'add it once, in the settings (DRAMATIQ_BROKER) or in code')
+                f'JobSync is {len(others)} times among the middleware of {broker!r}, so that each '
+                'message would be routed more than once: '
+                'add it once, in the settings (DRAMATIQ_BROKER) or in code'
+            )
         if self._broker is broker:
             return
         if self._broker is not None:
             raise DeclarationRefused(
-                f'this JobSync belongs to {self._broker!r} already, and would coordinate nothing of {broker!r}: '
-                'make one for each broker, with an appname of its own')
+                f'this JobSync belongs to {self._broker!r} already, and would coordinate nothing '
+                f'of {broker!r}: '
+                'make one for each broker, with an appname of its own'
+            )
         self._broker = broker
         # Ahead of whoever looks at a message's queue, or counts what runs.
         broker.middleware.remove(self)
@@ -149,14 +160,19 @@ class JobSync(Middleware):
         return self._actors
 
     def _route(self, message: Any, *, delay: int | None = None) -> Any:
-        """In place of the broker's `enqueue`: messages of coordinated actors go straight to the owner's queue."""
+        """In place of the broker's `enqueue`: messages of coordinated actors go straight to the
+        owner's queue.
+        """
         for name in (HOPS, HOME):
             message.options.pop(name, None)
         check_message(message)
-        queue = self._owner_queue(message) if delay is None and 'eta' not in message.options else None
+        queue = (
+            self._owner_queue(message) if delay is None and 'eta' not in message.options else None
+        )
         if queue is None:
             return self._enqueue(message, delay=delay)
-        # To all middleware, and to who asks for the result, the message is in its actor's own queue.
+        # To all middleware, and to who asks for the result, the message is in its actor's own
+        # queue.
         self._broker.emit_before('enqueue', message, delay)
         try:
             self._post().send(message, queue, message.options[KEY])
@@ -184,9 +200,15 @@ class JobSync(Middleware):
             if not self.settings.route_producers:
                 return None
             self._post()
-            # A node without a lease does not ask: its database is most likely away, and each question takes seconds then.
-            place = self._owner_map().find_fresh(route) if self._job is None or self._job.has_lease else None
-        except Exception as error:  # whatever a key function raises: the actor will say what is wrong with its arguments
+            # A node without a lease does not ask: its database is most likely away, and each
+            # question takes seconds then.
+            place = (
+                self._owner_map().find_fresh(route)
+                if self._job is None or self._job.has_lease
+                else None
+            )
+        # whatever a key function raises: the actor will say what is wrong with its arguments
+        except Exception as error:
             message.options.pop(KEY, None)
             logger.debug('actor=%s goes to its home queue: %s', message.actor_name, error)
             return None
@@ -202,9 +224,17 @@ class JobSync(Middleware):
 
     def _gated(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Any:
         if self._shared is not None:
-            return GatedConsumer(self._shared, queue_name, lambda: self._post().consume(queue_name, prefetch, timeout))
+            return GatedConsumer(
+                self._shared,
+                queue_name,
+                lambda: self._post().consume(queue_name, prefetch, timeout),
+            )
         consumer = self._consume(queue_name, prefetch, timeout)
-        return WatchedConsumer(consumer, queue_name, self._consuming) if self._consuming is not None else consumer
+        return (
+            WatchedConsumer(consumer, queue_name, self._consuming)
+            if self._consuming is not None
+            else consumer
+        )
 
     # --- the worker's life ---
 
@@ -219,14 +249,19 @@ class JobSync(Middleware):
                 self._job = self._in_memory.job
                 return
             self._boot(broker, worker)
-        except Exception as error:  # whatever the user's own settings and callbacks raise, too: Dramatiq would log it and go on
+        # whatever the user's own settings and callbacks raise, too: Dramatiq would log it and go on
+        except Exception as error:
             self._boot_failed(error)
 
     def _boot_failed(self, error: Exception) -> None:
         expected = isinstance(error, (JobSyncError, BrokerError, OSError))
         text = str(error) if expected else f'{type(error).__name__}: {error}'
         trace = None if expected else error
-        required = self._settings is None or self._settings.required or isinstance(error, DeclarationRefused)
+        required = (
+            self._settings is None
+            or self._settings.required
+            or isinstance(error, DeclarationRefused)
+        )
         job, self._job = self._job, None
         if self._keeper is not None:
             self._keeper.stop(5.0)
@@ -235,13 +270,19 @@ class JobSync(Middleware):
             self._close_http()
         else:
             logger.critical(
-                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: keys may run twice', text, exc_info=trace)
+                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: '
+                'keys may run twice',
+                text,
+                exc_info=trace,
+            )
         if job is not None:
             job.__exit__(None, None, None)
         self._detach()
         self._gate = self._shared = self._keeper = None
         if required:
-            raise BootFailed(text) from None  # what is not expected was logged above with its traceback
+            raise BootFailed(
+                text
+            ) from None  # what is not expected was logged above with its traceback
         self._uncoordinated = True
         set_current_ledger(SingleLedger())
 
@@ -251,8 +292,10 @@ class JobSync(Middleware):
     def _boot(self, broker: Any, worker: Any) -> None:
         if is_gevent_active():
             raise ConfigurationError(
-                'dramatiq-gevent: JobSync does not work with green threads, whose blocking database calls would stop heartbeats; '
-                'use dramatiq')
+                'dramatiq-gevent: JobSync does not work with green threads, whose blocking '
+                'database calls would stop heartbeats; '
+                'use dramatiq'
+            )
         settings, mail = self.settings, self._post()
         self._orphans, self.leaving, self._uncoordinated = OrphanWatch(worker.stop), False, False
         for text in self._known().unknown_pins():
@@ -262,17 +305,36 @@ class JobSync(Middleware):
         # A worker's thread waits for messages for as long as `dramatiq_worker_timeout` says.
         self._consuming = consuming = Consuming(timeout + worker.worker_timeout / 1000)
         self._job = job = make_job(
-            settings, name, queue, 'dramatiq', self._known().pins(), known=list(broker.actors),
-            identify=mail.identify, place=mail.place, prepare=lambda: mail.join(name, queue), busy=self._busy,
-            on_rebalance=lambda event: None, on_release=lambda tokens: None)
+            settings,
+            name,
+            queue,
+            'dramatiq',
+            self._known().pins(),
+            known=list(broker.actors),
+            identify=mail.identify,
+            place=mail.place,
+            prepare=lambda: mail.join(name, queue),
+            busy=self._busy,
+            on_rebalance=lambda event: None,
+            on_release=lambda tokens: None,
+        )
         job.prepare_fork()
         self._serve(job)
         self._wait_for_servers(mail)
         job.__enter__()
         gate = Gate(settings, job)
         self._keeper = Keeper(
-            gate, mail, 'dramatiq', queue, parked_queue(appname), on_lease=self._lease_changed, on_change=lambda: None, on_tick=self._tick,
-            tasks=lambda: frozenset(broker.actors), route=self._route_of)
+            gate,
+            mail,
+            'dramatiq',
+            queue,
+            parked_queue(appname),
+            on_lease=self._lease_changed,
+            on_change=lambda: None,
+            on_tick=self._tick,
+            tasks=lambda: frozenset(broker.actors),
+            route=self._route_of,
+        )
         gate.owners.refresh()
         self._keeper.start()
         self.attach(gate, mail, consuming)
@@ -281,20 +343,32 @@ class JobSync(Middleware):
             worker.consumer_whitelist.add(queue)
         broker.queues.add(queue)  # no delay queue: delays wait on the actor's own
         self._undo.append(lambda: broker.queues.discard(queue))
-        self._self_drain = SelfDrain(job, lambda: consuming.silence(queue), timeout + worker.worker_timeout / 1000)
+        self._self_drain = SelfDrain(
+            job, lambda: consuming.silence(queue), timeout + worker.worker_timeout / 1000
+        )
         self._self_drain.start()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
 
     def _wait_for_servers(self, mail: BrokerMail) -> None:
-        """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for the database."""
+        """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for
+        the database.
+        """
         settings = self.settings
         with StopSignals() as signals:
+
             def check() -> None:
                 self._orphans.look(False)
                 signals.check()
 
             wait_for_server(
-                mail.reach, lambda error: isinstance(error, BrokerAway), math.inf, '', check=check, sleep=time.sleep, log=logger)
+                mail.reach,
+                lambda error: isinstance(error, BrokerAway),
+                math.inf,
+                '',
+                check=check,
+                sleep=time.sleep,
+                log=logger,
+            )
             limit = settings.wait_for_database_sec if settings.required else 0.0
             wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
 
@@ -304,7 +378,10 @@ class JobSync(Middleware):
         self._shared = shared = WorkerGate(self, gate, mail, self._known(), consuming)
         broker = self._broker
         before, after = broker.emit_before, broker.emit_after
-        broker.emit_before, broker.emit_after = _hiding(shared, before), _hiding(shared, _without_retries(shared, broker, after))
+        broker.emit_before, broker.emit_after = (
+            _hiding(shared, before),
+            _hiding(shared, _without_retries(shared, broker, after)),
+        )
         mark_members(broker, self._known())
         last = _Last(shared)
         broker.middleware.append(last)
@@ -382,7 +459,14 @@ class JobSync(Middleware):
             self._shared.begin(message)
         processing.set((broker, message))
 
-    def after_process_message(self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None) -> None:
+    def after_process_message(
+        self,
+        broker: Any,
+        message: Any,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
         """The actor has ended."""
         processing.set(None)
         if self._shared is not None:
@@ -395,13 +479,16 @@ class JobSync(Middleware):
     # --- operating ---
 
     def evacuable(self) -> BrokerMail:
-        """The broker, for `jobsync evacuate --app MODULE:NAME`, where that is this object. Its actors are declared by then.
+        """The broker, for `jobsync evacuate --app MODULE:NAME`, where that is this object. Its
+        actors are declared by then.
 
         Raises:
             ConfigurationError: The broker is neither of Redis nor of RabbitMQ, or there is none.
         """
         if self._broker is None:
-            raise ConfigurationError('this JobSync has no broker with actors: name the module that declares them')
+            raise ConfigurationError(
+                'this JobSync has no broker with actors: name the module that declares them'
+            )
         mail = self._post()
         mail.begin_evacuation()
         return mail
@@ -411,12 +498,17 @@ class JobSync(Middleware):
         if self.job is None:
             return {'coordination_enabled': False}
         status = self.job.local_status()
-        status['recent_events'] = [{**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']]
+        status['recent_events'] = [
+            {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
+        ]
         status['last_heartbeat'] = str(status['last_heartbeat'])
         consuming = self._consuming is not None and bool(self._ready(self.job)['consuming'])
         return {
-            **status, 'consuming': consuming, 'paused': _refusal(self.job),
-            'messages': dict(self._gate.counts) if self._gate is not None else {}}
+            **status,
+            'consuming': consuming,
+            'paused': _refusal(self.job),
+            'messages': dict(self._gate.counts) if self._gate is not None else {},
+        }
 
     def _serve(self, job: Job) -> None:
         """Answer probes, also while the worker joins, and where it goes on without coordination."""
@@ -428,8 +520,11 @@ class JobSync(Middleware):
         # The processes of one `dramatiq -p` listen on this port and those that follow it.
         port += max(0, process_number() - 1) if port else 0
         self._http = HealthServer(
-            f'[{host}]:{port}' if ':' in host else f'{host}:{port}', ready=lambda: self._ready(job), live=lambda: job.alive,
-            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})))
+            f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
+            ready=lambda: self._ready(job),
+            live=lambda: job.alive,
+            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})),
+        )
 
     def _ready(self, job: Job) -> dict[str, object]:
         leased = job.am_i_healthy()
@@ -438,8 +533,12 @@ class JobSync(Middleware):
             problem = 'no lease'
         problem = problem or _refusal(job)
         return {
-            'consuming': not problem, 'lease': leased, 'coordinated': not self._uncoordinated, 'node': job.node_name,
-            **({'reason': problem} if problem else {})}
+            'consuming': not problem,
+            'lease': leased,
+            'coordinated': not self._uncoordinated,
+            'node': job.node_name,
+            **({'reason': problem} if problem else {}),
+        }
 
     def _close_http(self) -> None:
         if self._http is not None:
@@ -453,14 +552,18 @@ def _refusal(job: Job) -> str:
 
 
 class _QuietSkips(logging.Filter):
-    """Leaves out Dramatiq's own line for each message that comes back or goes back: ours says so, once for a key."""
+    """Leaves out Dramatiq's own line for each message that comes back or goes back: ours says so,
+    once for a key.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (isinstance(record.args, tuple) and any(is_quiet(item) for item in record.args))
 
 
 class _Last(Middleware):
-    """At the end of the list: the others have seen a message begin by now, and so may see it end."""
+    """At the end of the list: the others have seen a message begin by now, and so may see it
+    end.
+    """
 
     def __init__(self, shared: WorkerGate) -> None:
         self._shared = shared
@@ -478,8 +581,13 @@ def _hiding(shared: WorkerGate, emit: Callable[..., None]) -> Callable[..., None
     return emit_seen
 
 
-def _without_retries(shared: WorkerGate, broker: Any, emit: Callable[..., None]) -> Callable[..., None]:
-    """In place of a broker's `emit_after`: Retries do not hear of a message that was refused, which would fail for hours."""
+def _without_retries(
+    shared: WorkerGate, broker: Any, emit: Callable[..., None]
+) -> Callable[..., None]:
+    """In place of a broker's `emit_after`: Retries do not hear of a message that was refused, which
+    would fail for hours.
+    """
+
     def emit_after(signal: str, *args: Any, **kwargs: Any) -> None:
         if not args or not shared.is_refused(signal, args[0]):
             emit(signal, *args, **kwargs)
@@ -490,6 +598,8 @@ def _without_retries(shared: WorkerGate, broker: Any, emit: Callable[..., None])
                 try:
                     item.after_process_message(broker, *args, **kwargs)
                 except Exception:
-                    logger.critical('unexpected failure in after_process_message of %r', item, exc_info=True)
+                    logger.critical(
+                        'unexpected failure in after_process_message of %r', item, exc_info=True
+                    )
 
     return emit_after

@@ -1,4 +1,5 @@
 """What the gate knows of a message in hand: a note that goes with it."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -48,13 +49,17 @@ def note_of(message: Any) -> Note | None:
 
 
 def give_back(message: Any, note: Note) -> SkipMessage:
-    """Have the message go back to its queue instead of being acknowledged; raise what this returns."""
+    """Have the message go back to its queue instead of being acknowledged; raise what this
+    returns.
+    """
     note.give_back = True
     return skip(message, 'jobsync: the message goes back')
 
 
 def skip(message: Any, reason: str) -> SkipMessage:
-    """End this delivery of a message, without a result and without Dramatiq's line in the log; raise what this returns."""
+    """End this delivery of a message, without a result and without Dramatiq's line in the log;
+    raise what this returns.
+    """
     # A skipped message would get the result None, for which a group may wait.
     message.options['store_results'] = False
     vars(message)['jobsync_quiet'] = True

@@ -1,8 +1,9 @@
 """`@exactly_once` on an actor's function: the core's, with answers that Dramatiq understands.
 
-A message that cannot run now comes back: a copy with the same id is published with a delay before this one is acknowledged.
-A duplicate returns the stored result, so that groups and pipelines go on.
+A message that cannot run now comes back: a copy with the same id is published with a delay before
+this one is acknowledged. A duplicate returns the stored result, so that groups and pipelines go on.
 """
+
 from __future__ import annotations
 
 import contextvars
@@ -29,13 +30,16 @@ __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
 logger = get_logger(__name__)
 
-#: Milliseconds until a message comes back that could not run; twice as many each time, up to the most: where its key is running, and
-#: where anything else is in the way (the database, an eviction), which is over for all at once and needs no long pause.
+#: Milliseconds until a message comes back that could not run; twice as many each time, up to the
+#: most: where its key is running, and where anything else is in the way (the database, an
+#: eviction), which is over for all at once and needs no long pause.
 _COME_BACK_MS, _MOST_RUNNING_MS, _MOST_TROUBLE_MS = 1000, 60_000, 15_000
 _repeats = Repeats()
 
 #: The broker and the message that this thread, or task, works on.
-processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar('jobsync_processing', default=None)
+processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar(
+    'jobsync_processing', default=None
+)
 
 
 class _DramatiqOnce(MessageOnce):
@@ -56,11 +60,17 @@ class _DramatiqOnce(MessageOnce):
 
     def duplicate(self, error: DuplicateExecution) -> None:
         _, message = _current()
-        logger.info('actor=%s id=%s is a duplicate of the completed key %r', message.actor_name, message.message_id, error.key)
+        logger.info(
+            'actor=%s id=%s is a duplicate of the completed key %r',
+            message.actor_name,
+            message.message_id,
+            error.key,
+        )
 
     def replay(self, error: DuplicateExecution) -> None:
-        # What the end of a message sends on (the next step of a pipeline, on_success) is sent again, as nobody can tell whether
-        # it was; but a group that has counted it counts it no more.
+        # What the end of a message sends on (the next step of a pipeline, on_success) is sent
+        # again, as nobody can tell whether it was; but a group that has counted it counts it no
+        # more.
         broker, message = _current()
         if was_counted(broker, message):
             forget_group(message)
@@ -70,17 +80,32 @@ class _DramatiqOnce(MessageOnce):
         note = note_of(message)
         if note is None or not note.sent_on:  # else it is back already
             runs, waits = isinstance(error, ExecutionRunning), read_stamps(message.options).waits
-            delay = min(_COME_BACK_MS * 2 ** min(waits, 20), _MOST_RUNNING_MS if runs else _MOST_TROUBLE_MS)
-            # What is in the way of all messages is said once for each actor; a running key is one message's own.
-            more = _repeats.say((message.actor_name, type(error), getattr(error, 'key', None) if runs else None), clock.now())
+            delay = min(
+                _COME_BACK_MS * 2 ** min(waits, 20), _MOST_RUNNING_MS if runs else _MOST_TROUBLE_MS
+            )
+            # What is in the way of all messages is said once for each actor; a running key is one
+            # message's own.
+            more = _repeats.say(
+                (message.actor_name, type(error), getattr(error, 'key', None) if runs else None),
+                clock.now(),
+            )
             if more is not None:
-                logger.info('actor=%s id=%s comes back in %d ms: %s%s', message.actor_name, message.message_id, delay, error, more)
+                logger.info(
+                    'actor=%s id=%s comes back in %d ms: %s%s',
+                    message.actor_name,
+                    message.message_id,
+                    delay,
+                    error,
+                    more,
+                )
             try:
                 broker.enqueue(message.copy(options={WAITS: waits + 1}), delay=delay)
             except Exception as trouble:
                 if note is None:
                     raise
-                logger.warning('id=%s cannot be sent now, and goes back: %r', message.message_id, trouble)
+                logger.warning(
+                    'id=%s cannot be sent now, and goes back: %r', message.message_id, trouble
+                )
                 raise give_back(message, note) from error
         raise skip(message, 'jobsync: the message comes back later') from error
 
@@ -93,7 +118,9 @@ def _current() -> tuple[Any, Any]:
 
 def function_of(actor: Any) -> Callable[..., Any]:
     """What an actor runs: of a class, its method."""
-    function: Callable[..., Any] = actor.fn.perform if isinstance(actor.fn, GenericActor) else actor.fn
+    function: Callable[..., Any] = (
+        actor.fn.perform if isinstance(actor.fn, GenericActor) else actor.fn
+    )
     return function
 
 

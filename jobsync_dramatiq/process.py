@@ -1,4 +1,7 @@
-"""This process among those of `dramatiq -p`: its node's name, and what becomes of it when its master is gone."""
+"""This process among those of `dramatiq -p`: its node's name, and what becomes of it when its
+master is gone.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -32,7 +35,8 @@ def process_number() -> int:
 
 
 class OrphanWatch:
-    """Ends a process whose master was killed: it would go on for ever, as nobody is left who stops it.
+    """Ends a process whose master was killed: it would go on for ever, as nobody is left who stops
+    it.
 
     Args:
         stop: Stops the worker in order.
@@ -50,17 +54,28 @@ class OrphanWatch:
         Args:
             leaving: The worker shuts down already.
         """
-        if self._since and not leaving and not self._stops and time.monotonic() - self._since > _ORPHAN_SEC:
-            # Its main thread waits for the master, whom it was about to tell that it has started, and will do so for ever.
+        if (
+            self._since
+            and not leaving
+            and not self._stops
+            and time.monotonic() - self._since > _ORPHAN_SEC
+        ):
+            # Its main thread waits for the master, whom it was about to tell that it has started,
+            # and will do so for ever.
             self._stops = True
             threading.Thread(target=self._end, name='jobsync-orphan', daemon=True).start()
         master = multiprocessing.parent_process()
-        # A forked process gets another parent when the master is gone, but its siblings keep the master's pipe open; one of a fork server,
-        # the default from Python 3.14 on, keeps its parent, but that pipe ends.
-        # Neither shows one that was killed before this process had begun to look: then its number says so.
-        if not self._since and master is not None and (
-                os.getppid() != self._parent or not master.is_alive() or _is_gone(master.pid)):
-            # Nothing is logged: the log goes to the master through a pipe that nobody empties any more, and would block.
+        # A forked process gets another parent when the master is gone, but its siblings keep the
+        # master's pipe open; one of a fork server, the default from Python 3.14 on, keeps its
+        # parent, but that pipe ends. Neither shows one that was killed before this process had
+        # begun to look: then its number says so.
+        if (
+            not self._since
+            and master is not None
+            and (os.getppid() != self._parent or not master.is_alive() or _is_gone(master.pid))
+        ):
+            # Nothing is logged: the log goes to the master through a pipe that nobody empties any
+            # more, and would block.
             logging.disable(logging.CRITICAL)
             self._since = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -73,10 +88,11 @@ class OrphanWatch:
 
 
 class StopSignals:
-    """Ends this process, while it waits for something before it has started, when it is told to stop.
+    """Ends this process, while it waits for something before it has started, when it is told to
+    stop.
 
-    Dramatiq's own handler only notes that, and is looked at after the start. Handlers belong to the main thread: in another, as in
-    tests, nothing is heard.
+    Dramatiq's own handler only notes that, and is looked at after the start. Handlers belong to the
+    main thread: in another, as in tests, nothing is heard.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,7 @@
-"""The consumer of one queue at RabbitMQ: Dramatiq's own, with another way of taking messages and of giving them back."""
+"""The consumer of one queue at RabbitMQ: Dramatiq's own, with another way of taking messages and of
+giving them back.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,8 +28,8 @@ __all__ = ['BROKEN', 'RabbitHold', 'translated']
 
 logger = get_logger(__name__)
 
-#: What pika raises where a connection or a channel is of no use any more. The last comes from a broker that accepts a connection
-#: and then says nothing; it is no AMQPConnectionError.
+#: What pika raises where a connection or a channel is of no use any more. The last comes from a
+#: broker that accepts a connection and then says nothing; it is no AMQPConnectionError.
 BROKEN = (AMQPConnectionError, AMQPChannelError, OSError, AMQPConnectorException)
 _NOT_FOUND = 404
 #: Seconds between two looks while messages wait.
@@ -78,17 +81,24 @@ class RabbitHold:
             try:
                 method, _, body = next(self._raw.iterator)
             except StopIteration:
-                raise AMQPChannelError('RabbitMQ has ended the consumer: its queue was deleted, or its server is stopping') from None
+                raise AMQPChannelError(
+                    'RabbitMQ has ended the consumer: its queue was deleted, or its server is '
+                    'stopping'
+                ) from None
             except ChannelClosedByBroker as error:
                 if error.reply_code == _NOT_FOUND:
-                    self._mail.broker.queues_pending.add(q_name(self.queue))  # the next consumer declares it
+                    self._mail.broker.queues_pending.add(
+                        q_name(self.queue)
+                    )  # the next consumer declares it
                 raise
         if method is None:
             return None
         found = read_message(body)
         if isinstance(found, Refused):
             with translated():
-                self._mail.set_aside(self._raw.channel, self.queue, method.delivery_tag, body, found.reason)
+                self._mail.set_aside(
+                    self._raw.channel, self.queue, method.delivery_tag, body, found.reason
+                )
             return None
         self._raw.known_tags.add(method.delivery_tag)
         return _Delivery(found, method.delivery_tag, method.redelivered)
@@ -125,10 +135,14 @@ class RabbitHold:
     def resume(self) -> None:
         """See Hold."""
         with translated():
-            self._raw.iterator = self._raw.channel.consume(self.queue, inactivity_timeout=self._timeout)
+            self._raw.iterator = self._raw.channel.consume(
+                self.queue, inactivity_timeout=self._timeout
+            )
 
     def close(self, waiting: list[Any]) -> None:
-        """See Hold: closing gives back. A connection that is gone has given back; Dramatiq 1 logs an error with a traceback for it."""
+        """See Hold: closing gives back. A connection that is gone has given back; Dramatiq 1 logs
+        an error with a traceback for it.
+        """
         if self._raw.connection.is_open:
             self._raw.close()
 
@@ -139,11 +153,18 @@ class RabbitHold:
         except KeyError:  # another thread has just acknowledged it
             return
         with translated():
-            self._raw.connection.add_callback_threadsafe(partial(self._raw.channel.basic_nack, tag, requeue=True))
+            self._raw.connection.add_callback_threadsafe(
+                partial(self._raw.channel.basic_nack, tag, requeue=True)
+            )
 
     def _settle(self, how: Any, message: Any) -> None:
         try:
             how(message)
         except ConnectionClosed as error:
-            # Of a connection that is gone: the worker would try for ever. exactly_once tells the next delivery from the first.
-            logger.warning('id=%s: RabbitMQ delivers it again, since the connection that took it is gone: %s', message.message_id, error)
+            # Of a connection that is gone: the worker would try for ever. exactly_once tells the
+            # next delivery from the first.
+            logger.warning(
+                'id=%s: RabbitMQ delivers it again, since the connection that took it is gone: %s',
+                message.message_id,
+                error,
+            )

@@ -1,11 +1,16 @@
-"""RabbitMQ: node queues hang on an exchange of their own, whose alternate exchange leads to the parked queue.
+"""RabbitMQ: node queues hang on an exchange of their own, whose alternate exchange leads to the
+parked queue.
 
-So a message for a node's queue that has just been deleted is parked by RabbitMQ itself. Dramatiq publishes to the default exchange,
-which would lose it, or, with confirms, would declare the dead node's queue again and leave the message there. Workers publish with
-confirms, and acknowledge a message only after its copy is confirmed. What a lost connection had taken RabbitMQ gives back by itself.
+So a message for a node's queue that has just been deleted is parked by RabbitMQ itself. Dramatiq
+publishes to the default exchange, which would lose it, or, with confirms, would declare the dead
+node's queue again and leave the message there. Workers publish with confirms, and acknowledge a
+message only after its copy is confirmed. What a lost connection had taken RabbitMQ gives back by
+itself.
 
-A node's queue has no delay queue: what is delayed waits in the delay queue of its actor's own queue, and goes to whoever owns it then.
+A node's queue has no delay queue: what is delayed waits in the delay queue of its actor's own
+queue, and goes to whoever owns it then.
 """
+
 from __future__ import annotations
 
 import copy
@@ -47,7 +52,8 @@ __all__ = ['RabbitMail']
 
 logger = get_logger(__name__)
 
-#: Attempts to publish: a connection that was idle for long is found to be broken only at its next use.
+#: Attempts to publish: a connection that was idle for long is found to be broken only at its next
+#: use.
 _ATTEMPTS = 3
 #: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
 _BLOCKED_SEC = 30.0
@@ -62,7 +68,9 @@ class _Letter:
         self.route, self.home = place_of(mail.actors, message)
 
     def forward(self, queue: str) -> None:
-        """See Letter. The acknowledgement fails if publishing had to change the connection: then the message comes again."""
+        """See Letter. The acknowledgement fails if publishing had to change the connection: then
+        the message comes again.
+        """
         self._mail.send(self.message, queue, self.route)
         self._channel.basic_ack(self._tag)
 
@@ -105,14 +113,22 @@ class RabbitMail:
         """See BrokerMail."""
         try:
             _ = self.broker.connection
-        except (AuthenticationError, ProbableAccessDeniedError, ProbableAuthenticationError) as error:
-            raise ConnectionClosed(RuntimeError(f'RabbitMQ refuses its user at {self.place}: {error!r}')) from error
+        except (
+            AuthenticationError,
+            ProbableAccessDeniedError,
+            ProbableAuthenticationError,
+        ) as error:
+            raise ConnectionClosed(
+                RuntimeError(f'RabbitMQ refuses its user at {self.place}: {error!r}')
+            ) from error
         except BROKEN as error:
             raise BrokerAway(f'RabbitMQ cannot be reached at {self.place}: {error!r}') from error
 
     def identify(self, make: bool) -> str | None:
         """See BrokerMail: RabbitMQ tells its cluster's name with each connection."""
-        known = getattr(getattr(self.broker.connection, '_impl', None), 'server_properties', None) or {}
+        known = (
+            getattr(getattr(self.broker.connection, '_impl', None), 'server_properties', None) or {}
+        )
         name = known.get('cluster_name')
         parameters = self.broker.parameters
         first = parameters[0] if isinstance(parameters, list) else parameters
@@ -122,16 +138,24 @@ class RabbitMail:
         """See Mail."""
 
     def join(self, node: str, queue: str) -> None:
-        """See BrokerMail. From here on this process publishes with confirms, the worker's own retries and delays included."""
+        """See BrokerMail. From here on this process publishes with confirms, the worker's own
+        retries and delays included.
+        """
         self._node_queue = queue
-        self.broker.parameters = _adjusted(self.broker.parameters, blocked_connection_timeout=_BLOCKED_SEC)
+        self.broker.parameters = _adjusted(
+            self.broker.parameters, blocked_connection_timeout=_BLOCKED_SEC
+        )
         self._consumer_parameters = _adjusted(self.broker.parameters, heartbeat=self._heartbeat)
         self.broker.confirm_delivery = True
         try:
             del self.broker.connection  # a channel that was opened before has no confirms
             self._declare_node()
         except BROKEN as error:
-            raise ConnectionClosed(RuntimeError(f'RabbitMQ at {_places(self.broker.parameters)} cannot be used: {error!r}')) from error
+            raise ConnectionClosed(
+                RuntimeError(
+                    f'RabbitMQ at {_places(self.broker.parameters)} cannot be used: {error!r}'
+                )
+            ) from error
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> Hold:
         """See BrokerMail."""
@@ -142,17 +166,23 @@ class RabbitMail:
                 else:
                     self.broker.declare_queue(queue, ensure=True)
         except ConnectionClosed:
-            self.reset()  # the worker tries again in a moment, and would find the same broken connection
+            # the worker tries again in a moment, and would find the same broken connection
+            self.reset()
             raise
-        # A consumer sends heartbeats while it waits; other connections lie idle, and keep RabbitMQ's slower ones.
+        # A consumer sends heartbeats while it waits; other connections lie idle, and keep
+        # RabbitMQ's slower ones.
         parameters, kind = self._consumer_parameters, self.broker.consumer_class
-        given: Any = SimpleNamespace(parameters=parameters, queues_pending=self.broker.queues_pending)
+        given: Any = SimpleNamespace(
+            parameters=parameters, queues_pending=self.broker.queues_pending
+        )
         if 'parameters' in inspect.signature(kind).parameters:  # Dramatiq 1
             given = parameters
         with translated():
             return RabbitHold(self, queue, kind(given, queue, prefetch, timeout), timeout / 1000)
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
+    def send(
+        self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None
+    ) -> None:
         """See BrokerMail."""
         own = queue.startswith(f'{self._exchange}.')
         self._publish(self._exchange if own else '', queue, wrapped(message, queue, route, hops))
@@ -167,7 +197,9 @@ class RabbitMail:
         self._publish('', xq_name(home), wrapped(message, home, None))
 
     def set_aside(self, channel: Any, queue: str, tag: int, data: bytes, reason: str) -> None:
-        """Put what no worker can have among the dead letters, as it is. From the user's own queue RabbitMQ does so itself."""
+        """Put what no worker can have among the dead letters, as it is. From the user's own queue
+        RabbitMQ does so itself.
+        """
         dead, own = dead_letters(queue, data, self._appname, self.actors), xq_name(self._parked)
         sends = queue.startswith('jobsync.') and dead not in (own, *self._refused)
         if sends:
@@ -178,9 +210,19 @@ class RabbitMail:
                     raise
                 # What lies behind this message must not wait for a right that this user has not.
                 self._refused.add(dead)
-                logger.warning('queue=%s: this user may not write to %s, so that dead letters of it go to %s', queue, dead, own)
+                logger.warning(
+                    'queue=%s: this user may not write to %s, so that dead letters of it go to %s',
+                    queue,
+                    dead,
+                    own,
+                )
                 sends = False
-        logger.error('queue=%s goes to %s: %s', queue, dead if sends or not queue.startswith('jobsync.') else own, reason)
+        logger.error(
+            'queue=%s goes to %s: %s',
+            queue,
+            dead if sends or not queue.startswith('jobsync.') else own,
+            reason,
+        )
         if sends:
             channel.basic_ack(tag)
         else:
@@ -256,21 +298,30 @@ class RabbitMail:
     def _publish(self, exchange: str, queue: str, message: Message[Any]) -> None:
         self._publish_raw(exchange, queue, message.encode(), priority_of(message.options))
 
-    def _publish_raw(self, exchange: str, queue: str, data: bytes, priority: int | None = None) -> None:
+    def _publish_raw(
+        self, exchange: str, queue: str, data: bytes, priority: int | None = None
+    ) -> None:
         broken: Exception | None = None
         for _ in range(_ATTEMPTS):
             try:
                 if exchange:
                     channel = self._declared()
                 else:
-                    self.broker._ensure_queue(q_name(queue))  # asks RabbitMQ only where the queue was missed before
+                    self.broker._ensure_queue(
+                        q_name(queue)
+                    )  # asks RabbitMQ only where the queue was missed before
                     channel = self.broker.channel
                 channel.basic_publish(
-                    exchange, queue, data, mandatory=self.broker.confirm_delivery,
-                    properties=pika.BasicProperties(delivery_mode=2, priority=priority))
+                    exchange,
+                    queue,
+                    data,
+                    mandatory=self.broker.confirm_delivery,
+                    properties=pika.BasicProperties(delivery_mode=2, priority=priority),
+                )
                 return
             except UnroutableError as error:
-                # The queue was deleted, or never made. declare_queue would have this worker consume it.
+                # The queue was deleted, or never made. declare_queue would have this worker consume
+                # it.
                 broken, self._state.channel = error, None
                 if not exchange:
                     self.broker.queues_pending.add(q_name(queue))
@@ -287,7 +338,9 @@ class RabbitMail:
         if getattr(self._state, 'channel', None) is not channel:
             unrouted = f'{self._exchange}.unrouted'
             channel.exchange_declare(unrouted, 'fanout', durable=True)
-            channel.exchange_declare(self._exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted})
+            channel.exchange_declare(
+                self._exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted}
+            )
             self._declare_queue(channel, self._parked)
             self._declare_queue(channel, self._unknown)
             channel.queue_bind(self._parked, unrouted)
@@ -298,15 +351,22 @@ class RabbitMail:
         try:
             self._declare_queue(self._declared(), self._node_queue)
         except BROKEN:
-            self.reset()  # as in _publish: the connection was idle, or broke together with that of the consumer
+            # as in _publish: the connection was idle, or broke together with that of the consumer
+            self.reset()
             self._declare_queue(self._declared(), self._node_queue)
-        self.broker.queues_pending.discard(self._node_queue)  # Dramatiq would declare it in its own way
+        self.broker.queues_pending.discard(
+            self._node_queue
+        )  # Dramatiq would declare it in its own way
 
     def _declare_queue(self, channel: Any, queue: str) -> None:
-        # What cannot be decoded is rejected: it goes to one queue of dead letters, as Dramatiq's own do, for as long.
+        # What cannot be decoded is rejected: it goes to one queue of dead letters, as Dramatiq's
+        # own do, for as long.
         dead = xq_name(self._parked)
         channel.queue_declare(dead, durable=True, arguments={'x-message-ttl': DEAD_MESSAGE_TTL})
-        arguments: dict[str, Any] = {'x-dead-letter-exchange': '', 'x-dead-letter-routing-key': dead}
+        arguments: dict[str, Any] = {
+            'x-dead-letter-exchange': '',
+            'x-dead-letter-routing-key': dead,
+        }
         if self.broker.max_priority and queue not in (self._parked, self._unknown):
             arguments['x-max-priority'] = self.broker.max_priority
         channel.queue_declare(queue, durable=True, arguments=arguments)
@@ -314,7 +374,10 @@ class RabbitMail:
 
 
 def _places(parameters: Any) -> str:
-    return ', '.join(f'{each.host}:{each.port}' for each in (parameters if isinstance(parameters, list) else [parameters]))
+    return ', '.join(
+        f'{each.host}:{each.port}'
+        for each in (parameters if isinstance(parameters, list) else [parameters])
+    )
 
 
 def _adjusted(parameters: Any, **values: Any) -> Any:

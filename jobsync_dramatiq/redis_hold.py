@@ -1,4 +1,7 @@
-"""The consumer of one queue at Redis: it knows each message by the id that Redis has for it, whatever the message itself says."""
+"""The consumer of one queue at Redis: it knows each message by the id that Redis has for it,
+whatever the message itself says.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -23,8 +26,9 @@ __all__ = ['REDIS_ID', 'RedisHold', 'redis_id']
 
 #: Option with the id under which Redis keeps a message; Dramatiq's name for it.
 REDIS_ID = 'redis_message_id'
-#: Seconds between two signs of life from a consumer that takes nothing, at most, and as part of the time after which other workers put
-#: back what it holds: the broker's `heartbeat_timeout`, by default a minute.
+#: Seconds between two signs of life from a consumer that takes nothing, at most, and as part of the
+#: time after which other workers put back what it holds: the broker's `heartbeat_timeout`, by
+#: default a minute.
 _SIGN_SEC, _SIGN_PART = 10.0, 1 / 4
 
 
@@ -59,7 +63,8 @@ class RedisHold:
         self._in_hand = mail.in_hand.setdefault(queue, set())
         self._signed = clock.now()
         self._sign_sec = min(_SIGN_SEC, mail.broker.heartbeat_timeout / 1000 * _SIGN_PART)
-        #: Set by acknowledgements once half of what may be prefetched is done, while the consumer waits for that.
+        #: Set by acknowledgements once half of what may be prefetched is done, while the consumer
+        #: waits for that.
         self._room = threading.Event()
         self._waits = False
 
@@ -84,7 +89,8 @@ class RedisHold:
                 self._in_hand.add(number)
                 return MessageProxy(found)
         except (RedisError, OSError) as error:
-            # The gate closes this consumer, which gives back what is not done, and makes another one.
+            # The gate closes this consumer, which gives back what is not done, and makes another
+            # one.
             raise ConnectionClosed(error) from error
         return None
 
@@ -107,7 +113,8 @@ class RedisHold:
         try:
             return self._mail.fetch(self.queue, number)
         except (RedisError, OSError):
-            # The answer may be lost with the connection, and what it brought: that goes back with the next call.
+            # The answer may be lost with the connection, and what it brought: that goes back with
+            # the next call.
             return self._mail.fetch(self.queue, number)
 
     @property
@@ -117,7 +124,8 @@ class RedisHold:
     def _wait_for_room(self) -> bool:
         """Wait until half of what may be prefetched is done; whether anything is.
 
-        At most for as long as Dramatiq sleeps here: that is 5 to 10 ms at first, in which quick actors run out of messages.
+        At most for as long as Dramatiq sleeps here: that is 5 to 10 ms at first, in which quick
+        actors run out of messages.
         """
         self._misses, milliseconds = compute_backoff(self._misses, max_backoff=self._timeout)
         self._room.clear()
@@ -198,7 +206,9 @@ class RedisHold:
             raise ConnectionClosed(error) from error
 
     def close(self, waiting: list[Any]) -> None:
-        """See Hold. What was fetched, and not handed out yet, would stay in hand until this node is gone."""
+        """See Hold. What was fetched, and not handed out yet, would stay in hand until this node is
+        gone.
+        """
         self._mail.leave([(self.queue, redis_id(message)) for message in waiting] + self._fetched())
 
     def _fetched(self) -> list[tuple[str, str]]:

@@ -1,8 +1,10 @@
 """Redis: a queue is a list, and publishing to it always succeeds.
 
-Redis keeps what a process has taken and not acknowledged under the broker's id, one set for each queue. The id follows from
-the node's name, and the names of the queues stand in a set beside the node's queue: so survivors find all of it.
+Redis keeps what a process has taken and not acknowledged under the broker's id, one set for each
+queue. The id follows from the node's name, and the names of the queues stand in a set beside the
+node's queue: so survivors find all of it.
 """
+
 from __future__ import annotations
 
 import copy
@@ -43,15 +45,16 @@ logger = get_logger(__name__)
 
 #: What `maintenance_chance` counts in.
 _MILLION = 1_000_000
-#: Seconds for which a queue stays doubtful after an answer was lost, and between two looks at it: a request that the network holds
-#: up may reach Redis long after its sender gave it up.
+#: Seconds for which a queue stays doubtful after an answer was lost, and between two looks at it: a
+#: request that the network holds up may reach Redis long after its sender gave it up.
 _DOUBT_SEC, _LOOK_SEC = 60.0, 1.0
 
 #: What stands beside a queue.
 _ENDINGS = re.compile(r'\.(msgs|sources)$')
 
-# KEYS: what this process has taken from the queue, the queue, the signs of life; ARGV: the time, the process, how many.
-# As Dramatiq's own, with the ids: what a message says of itself may be wrong, or unreadable.
+# KEYS: what this process has taken from the queue, the queue, the signs of life; ARGV: the time,
+# the process, how many. As Dramatiq's own, with the ids: what a message says of itself may be
+# wrong, or unreadable.
 _FETCH = """
 redis.call('zadd', KEYS[3], ARGV[1], ARGV[2])
 local found = {}
@@ -104,14 +107,17 @@ if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
 end
 """
 
-# KEYS: names of the queues that a node takes from, what it has taken from this one; ARGV: the queue.
+# KEYS: names of the queues that a node takes from, what it has taken from this one; ARGV: the
+# queue.
 _FORGET_SOURCE = """
 if redis.call('exists', KEYS[2]) == 0 then redis.call('srem', KEYS[1], ARGV[1]) end
 """
 
 
 def broker_id(appname: str, node: str) -> str:
-    """The id under which Redis keeps what a node has taken and not acknowledged; '|' ends it, so that none begins another."""
+    """The id under which Redis keeps what a node has taken and not acknowledged; '|' ends it, so
+    that none begins another.
+    """
     return f'{node_queue(appname, node)}|'
 
 
@@ -128,7 +134,9 @@ class _Letter:
         self._mail.broker.do_ack(self._queue, self._number)
 
     def put_back(self) -> None:
-        """See Letter. What cannot go back now does later: Redis gives nothing back because a connection is lost."""
+        """See Letter. What cannot go back now does later: Redis gives nothing back because a
+        connection is lost.
+        """
         self._mail.leave([(self._queue, self._number)])
 
 
@@ -161,7 +169,8 @@ class RedisMail:
         self.in_hand: dict[str, set[str]] = {}
         #: Queues and Redis ids of what is to go back, and could not yet.
         self._left: list[tuple[str, str]] = []
-        #: Queues of which a lost answer may have brought messages: until when they are looked at, and when next.
+        #: Queues of which a lost answer may have brought messages: until when they are looked at,
+        #: and when next.
         self._doubtful: dict[str, tuple[float, float]] = {}
         #: Those of them that the keeper takes from, and nobody consumes here.
         self._swept: set[str] = set()
@@ -203,7 +212,8 @@ class RedisMail:
         """See BrokerMail."""
         self._sources.discard(queue)  # Redis may have been restarted with nothing in it
         if queue.endswith('.DQ'):
-            # The worker forgets what waited for its time when a consumer breaks; nobody else holds any of it.
+            # The worker forgets what waited for its time when a consumer breaks; nobody else holds
+            # any of it.
             self.in_hand.pop(queue, None)
         try:
             self._note_source(queue)
@@ -216,25 +226,32 @@ class RedisMail:
         """Take messages, and show that this process lives: Redis ids and data.
 
         Raises:
-            RedisError, OSError: Some may have been taken. The queue is doubtful from then on; see `recheck`.
+            RedisError, OSError: Some may have been taken. The queue is doubtful from then on; see
+                `recheck`.
         """
         if random.randrange(_MILLION) < self.broker.maintenance_chance:
             self._maintain(queue)
         keys = [*self._keys(queue), f'{self.broker.namespace}:__heartbeats__']
         try:
-            found = self._line.run(self._fetch, keys, [current_millis(), self.broker.broker_id, number])
+            found = self._line.run(
+                self._fetch, keys, [current_millis(), self.broker.broker_id, number]
+            )
         except BaseException:
             self._doubt(queue)
             raise
         return [(_text(found[place]), found[place + 1]) for place in range(0, len(found), 2)]
 
     def _maintain(self, queue: str) -> None:
-        """What Dramatiq's own fetches do for one in a thousand: look after workers that died, of those without the plugin too."""
+        """What Dramatiq's own fetches do for one in a thousand: look after workers that died, of
+        those without the plugin too.
+        """
         broker = copy.copy(self.broker)
         broker.maintenance_chance = _MILLION
         broker.do_fetch(queue, 0)
 
-    def send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None) -> None:
+    def send(
+        self, message: Any, queue: str, route: str | None, hops: int = 0, source: Hold | None = None
+    ) -> None:
         """See BrokerMail."""
         number = str(uuid.uuid4())
         data = wrapped(message, queue, route, hops, redis_message_id=number).encode()
@@ -245,7 +262,10 @@ class RedisMail:
 
     def _keys(self, queue: str, *targets: str) -> list[str]:
         space = self.broker.namespace
-        return [f'{space}:__acks__.{self.broker.broker_id}.{queue}', *(f'{space}:{name}' for name in (queue, *targets))]
+        return [
+            f'{space}:__acks__.{self.broker.broker_id}.{queue}',
+            *(f'{space}:{name}' for name in (queue, *targets)),
+        ]
 
     def acknowledge(self, queue: str, number: str) -> None:
         """Acknowledge a message by its Redis id.
@@ -266,12 +286,19 @@ class RedisMail:
             RedisError, OSError: Some of it may have been done, in the order given.
         """
         args = [item for old, (_, new, data) in leaving.items() for item in (old, new, data)]
-        self._line.run(self._pass, self._keys(queue, *(target for target, _, _ in leaving.values())), args)
+        self._line.run(
+            self._pass, self._keys(queue, *(target for target, _, _ in leaving.values())), args
+        )
 
     def bury(self, message: Any, queue: str) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue."""
         home, number = home_of(message), redis_id(message)
-        self._move(queue, number, xq_name(home), wrapped(message, home, None, redis_message_id=number).encode())
+        self._move(
+            queue,
+            number,
+            xq_name(home),
+            wrapped(message, home, None, redis_message_id=number).encode(),
+        )
 
     def set_aside(self, queue: str, number: str, data: bytes, reason: str) -> None:
         """Put what no worker can have among the dead letters, as it is."""
@@ -287,9 +314,11 @@ class RedisMail:
         self._doubtful[queue] = now + _DOUBT_SEC, now
 
     def recheck(self, queue: str) -> None:
-        """Look after a doubtful queue, if it is one and it is time: what an answer brought that was lost goes back.
+        """Look after a doubtful queue, if it is one and it is time: what an answer brought that was
+        lost goes back.
 
-        Only the thread that takes from the queue may call this, and only while it holds nothing of it that is not in hand.
+        Only the thread that takes from the queue may call this, and only while it holds nothing of
+        it that is not in hand.
 
         Raises:
             RedisError, OSError: Redis cannot be asked; the queue stays doubtful.
@@ -304,24 +333,32 @@ class RedisMail:
             del self._doubtful[queue]
 
     def reclaim(self, queue: str) -> None:
-        """Put back what Redis counts as taken by this process, while no thread has it: its answer to a fetch was lost.
+        """Put back what Redis counts as taken by this process, while no thread has it: its answer
+        to a fetch was lost.
 
         Only the thread that consumes the queue may call this.
         """
-        found = self.broker.client.smembers(f'{self.broker.namespace}:__acks__.{self.broker.broker_id}.{queue}')
+        found = self.broker.client.smembers(
+            f'{self.broker.namespace}:__acks__.{self.broker.broker_id}.{queue}'
+        )
         lost = {_text(number) for number in found} - self.in_hand.get(queue, set())
         if lost:
-            logger.warning('queue=%s: %d messages that this process had lost go back', queue, len(lost))
+            logger.warning(
+                'queue=%s: %d messages that this process had lost go back', queue, len(lost)
+            )
             self.broker.do_requeue(queue, *lost)
 
     def leave(self, items: list[tuple[str, str]]) -> None:
-        """Give back messages, by their queues and Redis ids; what cannot go back now is tried again by the keeper."""
+        """Give back messages, by their queues and Redis ids; what cannot go back now is tried again
+        by the keeper.
+        """
         with self._lock:
             self._left.extend(items)
         self._give_back()
 
     def tidy(self) -> None:
-        """See BrokerMail: give back what could not go back, and what the keeper took in an answer that was lost.
+        """See BrokerMail: give back what could not go back, and what the keeper took in an answer
+        that was lost.
 
         The keeper has nothing in hand when it calls this.
 
@@ -338,7 +375,9 @@ class RedisMail:
                 queue, number = self._left[-1]
                 try:
                     self.broker.do_requeue(queue, number)
-                except Exception as error:  # Dramatiq would end the consumer's thread for what redis-py raises
+                except (
+                    Exception
+                ) as error:  # Dramatiq would end the consumer's thread for what redis-py raises
                     logger.warning('messages=%d cannot go back now: %r', len(self._left), error)
                     return
                 self._left.pop()
@@ -348,9 +387,13 @@ class RedisMail:
         """See Mail."""
         space, name = self.broker.namespace, broker_id(self._appname, node)
         moved = 0
-        for raw in self.broker.client.smembers(f'{space}:{node_queue(self._appname, node)}.sources'):
+        for raw in self.broker.client.smembers(
+            f'{space}:{node_queue(self._appname, node)}.sources'
+        ):
             queue = _text(raw)
-            moved += int(self._restore(keys=[f'{space}:__acks__.{name}.{queue}', f'{space}:{queue}']))
+            moved += int(
+                self._restore(keys=[f'{space}:__acks__.{name}.{queue}', f'{space}:{queue}'])
+            )
         self.broker.client.zrem(f'{space}:__heartbeats__', name)
         return moved
 
@@ -362,9 +405,14 @@ class RedisMail:
                 pipe.smembers(f'{space}:{queues[node]}.sources')
             sources = pipe.execute()
             for node, found in zip(nodes, sources, strict=True):
-                taken = (f'{space}:__acks__.{broker_id(self._appname, node)}.{_text(raw)}' for raw in found)
+                taken = (
+                    f'{space}:__acks__.{broker_id(self._appname, node)}.{_text(raw)}'
+                    for raw in found
+                )
                 pipe.exists(f'{space}:{queues[node]}', *taken)
-            return frozenset(node for node, count in zip(nodes, pipe.execute(), strict=True) if count)
+            return frozenset(
+                node for node, count in zip(nodes, pipe.execute(), strict=True) if count
+            )
 
     def size(self, queue: str) -> int:
         """See Mail."""
@@ -391,14 +439,19 @@ class RedisMail:
         return None
 
     def _drop_source(self, queue: str) -> None:
-        # What is swept once would be looked at for ever by whoever sweeps this node: nodes times orphans.
+        # What is swept once would be looked at for ever by whoever sweeps this node: nodes times
+        # orphans.
         if queue in self._sources and queue not in self.in_hand:
             space = self.broker.namespace
-            self._forget_source(keys=[f'{space}:{self._queue}.sources', self._keys(queue)[0]], args=[queue])
+            self._forget_source(
+                keys=[f'{space}:{self._queue}.sources', self._keys(queue)[0]], args=[queue]
+            )
             self._sources.discard(queue)
 
     def begin_evacuation(self) -> None:
-        """See BrokerMail. Under a name like a node's: what is in hand when this is interrupted is found by the next one."""
+        """See BrokerMail. Under a name like a node's: what is in hand when this is interrupted is
+        found by the next one.
+        """
         name = f'evacuation-{os.getpid()}'
         self.join(name, node_queue(self._appname, name))
 
@@ -407,10 +460,18 @@ class RedisMail:
         start = f'{self.broker.namespace}:{node_queue(self._appname, "")}'
         pattern = re.sub(r'([*?\[\]\\])', r'\\\1', start) + '*'
         found = (_text(key) for key in self.broker.client.scan_iter(match=pattern, count=1000))
-        return sorted({_ENDINGS.sub('', key[len(self.broker.namespace) + 1:]) for key in found if '.XQ' not in key})
+        return sorted(
+            {
+                _ENDINGS.sub('', key[len(self.broker.namespace) + 1 :])
+                for key in found
+                if '.XQ' not in key
+            }
+        )
 
     def close(self) -> None:
-        """See Evacuable. What a lost answer brought goes back now, or when somebody evacuates again."""
+        """See Evacuable. What a lost answer brought goes back now, or when somebody evacuates
+        again.
+        """
         try:
             self.tidy()
         except (RedisError, OSError) as error:

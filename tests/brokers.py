@@ -1,4 +1,7 @@
-"""Real brokers for tests, each on a loopback port of its own: they end with the process that started them."""
+"""Real brokers for tests, each on a loopback port of its own: they end with the process that
+started them.
+"""
+
 from __future__ import annotations
 
 import atexit
@@ -29,11 +32,17 @@ from jobsync_core.embedded.redis import redis_program
 __all__ = ['BrokerServer', 'BrokerUnavailable', 'RabbitServer', 'RedisServer']
 
 _HOST = '127.0.0.1'
-# Below the range that systems lend to outgoing connections, and away from that of the embedded PostgreSQL's tests.
+# Below the range that systems lend to outgoing connections, and away from that of the embedded
+# PostgreSQL's tests.
 _PORTS = range(10_000, 32_000)
 _START_SEC = 60.0
 _STOP_SEC = 30.0
-_RABBIT_SCRIPTS = (Path('/usr/lib/rabbitmq/bin'), Path('/usr/local/sbin'), Path('/opt/homebrew/sbin'), Path('/usr/local/opt/rabbitmq/sbin'))
+_RABBIT_SCRIPTS = (
+    Path('/usr/lib/rabbitmq/bin'),
+    Path('/usr/local/sbin'),
+    Path('/opt/homebrew/sbin'),
+    Path('/usr/local/opt/rabbitmq/sbin'),
+)
 
 
 class BrokerUnavailable(Exception):
@@ -41,7 +50,8 @@ class BrokerUnavailable(Exception):
 
 
 class BrokerServer(ABC):
-    """A broker's server, as a context manager. It keeps its port and, where it is durable, its data over restarts.
+    """A broker's server, as a context manager. It keeps its port and, where it is durable, its data
+    over restarts.
 
     Attributes:
         kind: 'redis' or 'rabbitmq'.
@@ -65,7 +75,12 @@ class BrokerServer(ABC):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def start(self) -> None:
@@ -123,7 +138,9 @@ class BrokerServer(ABC):
 
     @abstractmethod
     def depths(self, space: str) -> dict[str, int]:
-        """Messages by place (queue, or where what was delivered and not acknowledged is kept); empty places are left out."""
+        """Messages by place (queue, or where what was delivered and not acknowledged is kept);
+        empty places are left out.
+        """
 
     @abstractmethod
     def _launch(self) -> None:
@@ -133,11 +150,20 @@ class BrokerServer(ABC):
     def _answers(self) -> bool:
         """Whether clients can use it."""
 
-    def _spawn(self, command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, command: list[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         with (self.home / 'output').open('ab') as output:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.home, env=environment,
-                start_new_session=True, preexec_fn=die_with_parent())
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.home,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is not None:
@@ -149,7 +175,8 @@ class RedisServer(BrokerServer):
     """A redis-server, or a valkey-server: see redis_program().
 
     Args:
-        durable: Every command is on disk before it is answered, so that a server that was killed comes back with all its data.
+        durable: Every command is on disk before it is answered, so that a server that was killed
+            comes back with all its data.
 
     Raises:
         BrokerUnavailable: There is no redis-server.
@@ -181,7 +208,9 @@ class RedisServer(BrokerServer):
         """A redis-py client."""
         from redis import Redis
 
-        return Redis(host=_HOST, port=self.port, db=int(space), decode_responses=True, socket_timeout=5)
+        return Redis(
+            host=_HOST, port=self.port, db=int(space), decode_responses=True, socket_timeout=5
+        )
 
     def depths(self, space: str) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -191,9 +220,13 @@ class RedisServer(BrokerServer):
                 if 'pidbox' in key or 'celeryev' in key:
                     continue
                 kind = client.type(key)
-                if kind == 'list' and not client.exists(f'{key}.msgs'):  # Dramatiq's messages are in a hash, their order in a list
+                if kind == 'list' and not client.exists(
+                    f'{key}.msgs'
+                ):  # Dramatiq's messages are in a hash, their order in a list
                     found[key] = client.llen(key)
-                elif kind == 'hash' and ('unacked' in key or (key.endswith('.msgs') and not key.endswith('.XQ.msgs'))):
+                elif kind == 'hash' and (
+                    'unacked' in key or (key.endswith('.msgs') and not key.endswith('.XQ.msgs'))
+                ):
                     found[key] = client.hlen(key)
                 elif kind == 'set' and '__acks__' in key:
                     found[f'{key} (unacked)'] = client.scard(key)
@@ -206,10 +239,24 @@ class RedisServer(BrokerServer):
 
     def _launch(self) -> None:
         options = {
-            'port': self.port, 'bind': _HOST, 'dir': self.home, 'databases': 10_000, 'save': '', 'daemonize': 'no', 'protected-mode': 'no',
-            'appendonly': 'yes' if self._durable else 'no', 'appendfsync': 'always', 'loglevel': 'warning', 'logfile': ''}
-        self._process = self._spawn([self._program, *(
-            part for name, value in options.items() for part in (f'--{name}', str(value)))])
+            'port': self.port,
+            'bind': _HOST,
+            'dir': self.home,
+            'databases': 10_000,
+            'save': '',
+            'daemonize': 'no',
+            'protected-mode': 'no',
+            'appendonly': 'yes' if self._durable else 'no',
+            'appendfsync': 'always',
+            'loglevel': 'warning',
+            'logfile': '',
+        }
+        self._process = self._spawn(
+            [
+                self._program,
+                *(part for name, value in options.items() for part in (f'--{name}', str(value))),
+            ]
+        )
 
     def _answers(self) -> bool:
         from redis.exceptions import RedisError
@@ -222,7 +269,8 @@ class RedisServer(BrokerServer):
 
 
 class RabbitServer(BrokerServer):
-    """A RabbitMQ server with its own epmd, of the scripts that the installed rabbitmq-server brings.
+    """A RabbitMQ server with its own epmd, of the scripts that the installed rabbitmq-server
+    brings.
 
     Raises:
         BrokerUnavailable: It is not installed.
@@ -236,9 +284,19 @@ class RabbitServer(BrokerServer):
         self._management, self._epmd_port, self._dist = free_port(), free_port(), free_port()
         self._epmd: subprocess.Popen[bytes] | None = None
         self._count = 0
-        (self.home / 'rabbitmq.conf').write_text('\n'.join([
-            f'listeners.tcp.1 = {_HOST}:{self.port}', f'management.tcp.ip = {_HOST}', f'management.tcp.port = {self._management}',
-            'vm_memory_high_watermark.absolute = 2GB', 'disk_free_limit.absolute = 1MB', 'log.file.level = warning', '']))
+        (self.home / 'rabbitmq.conf').write_text(
+            '\n'.join(
+                [
+                    f'listeners.tcp.1 = {_HOST}:{self.port}',
+                    f'management.tcp.ip = {_HOST}',
+                    f'management.tcp.port = {self._management}',
+                    'vm_memory_high_watermark.absolute = 2GB',
+                    'disk_free_limit.absolute = 1MB',
+                    'log.file.level = warning',
+                    '',
+                ]
+            )
+        )
         (self.home / 'enabled_plugins').write_text('[rabbitmq_management].\n')
         (self.home / 'environment').write_text('')
 
@@ -246,7 +304,9 @@ class RabbitServer(BrokerServer):
         self._count += 1
         space = f'test{self._count}'
         self.api('PUT', f'vhosts/{space}', {})
-        self.api('PUT', f'permissions/{space}/guest', {'configure': '.*', 'write': '.*', 'read': '.*'})
+        self.api(
+            'PUT', f'permissions/{space}/guest', {'configure': '.*', 'write': '.*', 'read': '.*'}
+        )
         return space
 
     def drop_space(self, space: str) -> None:
@@ -259,10 +319,17 @@ class RabbitServer(BrokerServer):
     def depths(self, space: str) -> dict[str, int]:
         queues = self.api('GET', f'queues/{space}?disable_stats=true&enable_queue_totals=true')
         # Nor are dead letters.
-        mine = [item for item in queues if 'pidbox' not in item['name'] and not item['name'].startswith('celeryev')
-                and not item['name'].endswith('.XQ')]
+        mine = [
+            item
+            for item in queues
+            if 'pidbox' not in item['name']
+            and not item['name'].startswith('celeryev')
+            and not item['name'].endswith('.XQ')
+        ]
         found = {item['name']: item.get('messages_ready', 0) for item in mine}
-        found.update({f'{item["name"]} (unacked)': item.get('messages_unacknowledged', 0) for item in mine})
+        found.update(
+            {f'{item["name"]} (unacked)': item.get('messages_unacknowledged', 0) for item in mine}
+        )
         return {name: count for name, count in found.items() if count}
 
     def queues(self, space: str) -> set[str]:
@@ -273,8 +340,11 @@ class RabbitServer(BrokerServer):
         """Call the management API."""
         credentials = base64.b64encode(b'guest:guest').decode()
         request = urllib.request.Request(
-            f'http://{_HOST}:{self._management}/api/{path}', method=method, data=None if body is None else json.dumps(body).encode(),
-            headers={'Authorization': f'Basic {credentials}', 'Content-Type': 'application/json'})
+            f'http://{_HOST}:{self._management}/api/{path}',
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={'Authorization': f'Basic {credentials}', 'Content-Type': 'application/json'},
+        )
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 text = answer.read()
@@ -286,14 +356,23 @@ class RabbitServer(BrokerServer):
     def control(self, *words: str) -> str:
         """Run `rabbitmqctl`; what it printed."""
         done = subprocess.run(
-            [str(Path(self._script).with_name('rabbitmqctl')), *words], env=self.environment(), cwd=self.home, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=90, check=False)
+            [str(Path(self._script).with_name('rabbitmqctl')), *words],
+            env=self.environment(),
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
         assert done.returncode == 0, f'rabbitmqctl {" ".join(words)}: {done.stdout} {done.stderr}'
         return done.stdout
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
-        """The server is short of memory, by its own measure, and takes no messages; what it has, it delivers."""
+        """The server is short of memory, by its own measure, and takes no messages; what it has, it
+        delivers.
+        """
         self.control('set_vm_memory_high_watermark', 'absolute', '1')
         try:
             yield
@@ -310,18 +389,30 @@ class RabbitServer(BrokerServer):
         """What its own command-line tools need."""
         home = self.home
         return {
-            'PATH': os.environ.get('PATH', os.defpath), 'HOME': str(home), 'LC_ALL': 'C.UTF-8',
-            'ERL_EPMD_ADDRESS': _HOST, 'ERL_EPMD_PORT': str(self._epmd_port), 'RABBITMQ_DIST_PORT': str(self._dist),
-            'RABBITMQ_NODENAME': f'jobsync{self.port}@localhost', 'RABBITMQ_MNESIA_BASE': str(home / 'mnesia'),
-            'RABBITMQ_LOG_BASE': str(home / 'log'), 'RABBITMQ_PID_FILE': str(home / 'pid'),
-            'RABBITMQ_CONFIG_FILE': str(home / 'rabbitmq.conf'), 'RABBITMQ_CONF_ENV_FILE': str(home / 'environment'),
-            'RABBITMQ_ENABLED_PLUGINS_FILE': str(home / 'enabled_plugins'), 'RABBITMQ_FEATURE_FLAGS_FILE': str(home / 'feature_flags'),
+            'PATH': os.environ.get('PATH', os.defpath),
+            'HOME': str(home),
+            'LC_ALL': 'C.UTF-8',
+            'ERL_EPMD_ADDRESS': _HOST,
+            'ERL_EPMD_PORT': str(self._epmd_port),
+            'RABBITMQ_DIST_PORT': str(self._dist),
+            'RABBITMQ_NODENAME': f'jobsync{self.port}@localhost',
+            'RABBITMQ_MNESIA_BASE': str(home / 'mnesia'),
+            'RABBITMQ_LOG_BASE': str(home / 'log'),
+            'RABBITMQ_PID_FILE': str(home / 'pid'),
+            'RABBITMQ_CONFIG_FILE': str(home / 'rabbitmq.conf'),
+            'RABBITMQ_CONF_ENV_FILE': str(home / 'environment'),
+            'RABBITMQ_ENABLED_PLUGINS_FILE': str(home / 'enabled_plugins'),
+            'RABBITMQ_FEATURE_FLAGS_FILE': str(home / 'feature_flags'),
             'RABBITMQ_GENERATED_CONFIG_DIR': str(home / 'generated'),
             # Without it the script would stay as the parent of the server.
             'RUNNING_UNDER_SYSTEMD': 'true',
             # One scheduler that does not spin: the tests' processes need the cores.
-            'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS':
-                '+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}'}
+            'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': (
+                '+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio '
+                'none -kernel inet_dist_use_interface '
+                '{127,0,0,1}'
+            ),
+        }
 
     def _launch(self) -> None:
         environment = self.environment()
@@ -329,7 +420,9 @@ class RabbitServer(BrokerServer):
             epmd = shutil.which('epmd')
             if epmd is None:
                 raise BrokerUnavailable('no epmd on PATH, which RabbitMQ needs')
-            self._epmd = self._spawn([epmd, '-port', str(self._epmd_port), '-address', _HOST], environment)
+            self._epmd = self._spawn(
+                [epmd, '-port', str(self._epmd_port), '-address', _HOST], environment
+            )
         self._process = self._spawn([self._script], environment)
 
     def _answers(self) -> bool:
@@ -352,10 +445,13 @@ def free_port() -> int:
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """What subprocess runs before it starts a program, so that Linux kills the program when this process is gone."""
+    """What subprocess runs before it starts a program, so that Linux kills the program when this
+    process is gone.
+    """
     if not sys.platform.startswith('linux'):
         return None
-    # Looked up here: a child of a process with threads must do as little as possible before its program starts.
+    # Looked up here: a child of a process with threads must do as little as possible before its
+    # program starts.
     prctl = ctypes.CDLL(None).prctl
     owner = os.getpid()
 
@@ -380,7 +476,8 @@ def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _rabbit_script() -> str:
-    # Debian's wrapper on PATH wants to be root or its own user; the script behind it runs as anybody.
+    # Debian's wrapper on PATH wants to be root or its own user; the script behind it runs as
+    # anybody.
     beside = shutil.which('rabbitmq-server')
     places = [*_RABBIT_SCRIPTS, *([Path(beside).resolve().parent] if beside else [])]
     for place in places:

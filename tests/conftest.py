@@ -1,4 +1,5 @@
 """Real PostgreSQL for every test that asks for it, and a database of its own for each test."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,11 @@ from .brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
 from .pgbouncer import PgBouncer, PgBouncerUnavailable
 
 #: Times that make a cluster's life quick to watch.
-SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.0, 'rebalance_check_interval_sec': 1.0}
+SHORT = {
+    'heartbeat_interval_sec': 0.2,
+    'heartbeat_timeout_sec': 1.0,
+    'rebalance_check_interval_sec': 1.0,
+}
 #: The tests crash processes, never the machine: what fsync protects against does not happen.
 SETTINGS = {'fsync': 'off', 'full_page_writes': 'off', 'max_connections': '200'}
 
@@ -36,7 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _root_logger() -> Iterator[None]:
-    """A Celery worker in this process makes the root logger its own: the next test finds it as it was."""
+    """A Celery worker in this process makes the root logger its own: the next test finds it as it
+    was.
+    """
     root = logging.getLogger()
     level = root.level
     yield
@@ -82,7 +89,9 @@ def config(make_config: Callable[..., CoordinationConfig]) -> CoordinationConfig
 
 @pytest.fixture
 def make_pgbouncer() -> Iterator[Callable[..., PgBouncer]]:
-    """Starts PgBouncers of this test's own: `make_pgbouncer(config, mode='transaction')`; skips where none is installed."""
+    """Starts PgBouncers of this test's own: `make_pgbouncer(config, mode='transaction')`; skips
+    where none is installed.
+    """
     started: list[PgBouncer] = []
 
     def make(config: CoordinationConfig, **settings: Any) -> PgBouncer:
@@ -100,7 +109,9 @@ def make_pgbouncer() -> Iterator[Callable[..., PgBouncer]]:
 
 
 @pytest.fixture
-def pooled(config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]) -> CoordinationConfig:
+def pooled(
+    config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]
+) -> CoordinationConfig:
     """A CoordinationConfig for a fresh database behind a PgBouncer in transaction mode."""
     pooler = make_pgbouncer(config)
     return dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False)
@@ -123,7 +134,9 @@ def redis_server() -> Iterator[BrokerServer]:
 
 @pytest.fixture(scope='session')
 def rabbitmq_server() -> Iterator[BrokerServer]:
-    """A RabbitMQ that all tests of this process share: take a space of it; to kill or pause it, ask for `own_rabbitmq`."""
+    """A RabbitMQ that all tests of this process share: take a space of it; to kill or pause it, ask
+    for `own_rabbitmq`.
+    """
     yield from _broker(RabbitServer)
 
 
@@ -135,6 +148,8 @@ def own_redis() -> Iterator[BrokerServer]:
 
 @pytest.fixture
 def own_rabbitmq(rabbitmq_server: BrokerServer) -> Iterator[BrokerServer]:
-    """A RabbitMQ that this test may kill and restart: the shared one, as no other test uses it meanwhile and it takes seconds to start."""
+    """A RabbitMQ that this test may kill and restart: the shared one, as no other test uses it
+    meanwhile and it takes seconds to start.
+    """
     yield rabbitmq_server
     rabbitmq_server.start()

@@ -1,4 +1,5 @@
 """Stand-ins for what adapters ask: the clock, the node, the map of owners, the ledger."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""A private PgBouncer in front of a test's server, which can be pointed at another server while clients stay connected."""
+"""A private PgBouncer in front of a test's server, which can be pointed at another server while
+clients stay connected.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,17 +51,27 @@ class PgBouncer:
     host = _HOST
 
     def __init__(
-        self, config: CoordinationConfig, mode: str = 'transaction', users: Mapping[str, str] | None = None,
+        self,
+        config: CoordinationConfig,
+        mode: str = 'transaction',
+        users: Mapping[str, str] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        program = shutil.which('pgbouncer') or shutil.which('pgbouncer', path=os.pathsep.join(_PLACES))
+        program = shutil.which('pgbouncer') or shutil.which(
+            'pgbouncer', path=os.pathsep.join(_PLACES)
+        )
         if program is None:
             raise PgBouncerUnavailable('pgbouncer is not installed: apt install pgbouncer')
         self.port = free_port()
         self._program = program
         self._target = config.host, int(config.port)
         self._users = {config.user: config.password or '', **(users or {})}
-        self._settings = {'pool_mode': mode, 'max_client_conn': '500', 'default_pool_size': '20', **(settings or {})}
+        self._settings = {
+            'pool_mode': mode,
+            'max_client_conn': '500',
+            'default_pool_size': '20',
+            **(settings or {}),
+        }
         self._home = Path(tempfile.mkdtemp(prefix='jobsync-pgbouncer-'))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -70,7 +83,12 @@ class PgBouncer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def start(self) -> None:
@@ -84,12 +102,20 @@ class PgBouncer:
                 os.chown(path, identity['user'], identity['group'])
         with (self._home / 'output').open('ab') as output:
             self._process = subprocess.Popen(
-                [self._program, str(self._home / 'pgbouncer.ini')], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd='/',
-                start_new_session=True, preexec_fn=die_with_parent(), **identity)
+                [self._program, str(self._home / 'pgbouncer.ini')],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd='/',
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+                **identity,
+            )
         eventually(self._answers, timeout=20)
 
     def point_at(self, host: str, port: int) -> None:
-        """Pass what comes from now on to another server; clients stay connected, and no connection to the old server is used again.
+        """Pass what comes from now on to another server; clients stay connected, and no connection
+        to the old server is used again.
 
         A transaction that is open ends on the server on which it began.
         """
@@ -124,8 +150,16 @@ class PgBouncer:
 
     def command(self, text: str) -> list[tuple[Any, ...]]:
         """Give a command to its console, for example `SHOW SERVERS`."""
-        with contextlib.closing(psycopg2.connect(
-                host=self.host, port=self.port, dbname='pgbouncer', user=_ADMIN, password=_ADMIN, connect_timeout=5)) as connection:
+        with contextlib.closing(
+            psycopg2.connect(
+                host=self.host,
+                port=self.port,
+                dbname='pgbouncer',
+                user=_ADMIN,
+                password=_ADMIN,
+                connect_timeout=5,
+            )
+        ) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(text)
@@ -148,14 +182,25 @@ class PgBouncer:
 
     def _write(self) -> None:
         host, port = self._target
-        users = ''.join(f'"{name}" "{password}"\n' for name, password in {**self._users, _ADMIN: _ADMIN}.items())
+        users = ''.join(
+            f'"{name}" "{password}"\n' for name, password in {**self._users, _ADMIN: _ADMIN}.items()
+        )
         settings = {
-            'listen_addr': self.host, 'listen_port': str(self.port), 'unix_socket_dir': '', 'auth_type': 'md5',
-            'auth_file': str(self._home / 'users.txt'), 'admin_users': _ADMIN, 'server_login_retry': '0.1', 'server_round_robin': '1',
-            **self._settings}
+            'listen_addr': self.host,
+            'listen_port': str(self.port),
+            'unix_socket_dir': '',
+            'auth_type': 'md5',
+            'auth_file': str(self._home / 'users.txt'),
+            'admin_users': _ADMIN,
+            'server_login_retry': '0.1',
+            'server_round_robin': '1',
+            **self._settings,
+        }
         lines = ''.join(f'{name} = {value}\n' for name, value in settings.items())
         (self._home / 'users.txt').write_text(users)
-        (self._home / 'pgbouncer.ini').write_text(f'[databases]\n* = host={host} port={port}\n[pgbouncer]\n{lines}')
+        (self._home / 'pgbouncer.ini').write_text(
+            f'[databases]\n* = host={host} port={port}\n[pgbouncer]\n{lines}'
+        )
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

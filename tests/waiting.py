@@ -1,4 +1,5 @@
 """Waiting for a condition, in place of sleeping and hoping."""
+
 from __future__ import annotations
 
 import inspect
@@ -20,7 +21,8 @@ def eventually(condition: Callable[[], T], timeout: float = 10.0, every: float =
         every: Seconds between two calls.
 
     Raises:
-        AssertionError: It did not come true in time; the message shows its source and its last result.
+        AssertionError: It did not come true in time; the message shows its source and its last
+            result.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -28,7 +30,9 @@ def eventually(condition: Callable[[], T], timeout: float = 10.0, every: float =
         if result:
             return result
         if time.monotonic() >= deadline:
-            raise AssertionError(f'not true within {timeout} s, last result {result!r}: {_source(condition)}')
+            raise AssertionError(
+                f'not true within {timeout} s, last result {result!r}: {_source(condition)}'
+            )
         time.sleep(every)
 
 

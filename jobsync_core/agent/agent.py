@@ -1,4 +1,5 @@
 """The agent thread: drives the protocol against PostgreSQL over one connection."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,10 +32,17 @@ logger = get_logger(__name__)
 _LONGEST_WAIT = 60.0
 #: Seconds between two tries after something unforeseen, and between two reports of the same.
 _REST, _SAID_AGAIN = 1.0, 60.0
-#: Errors of the server that pass by themselves: a lock or a statement that took too long, a server that starts or stops.
-_PASSING = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled, psycopg2.errors.SerializationFailure,
-            psycopg2.errors.DeadlockDetected, psycopg2.errors.IdleInTransactionSessionTimeout, psycopg2.errors.AdminShutdown,
-            psycopg2.errors.CannotConnectNow)
+#: Errors of the server that pass by themselves: a lock or a statement that took too long, a server
+#: that starts or stops.
+_PASSING = (
+    psycopg2.errors.LockNotAvailable,
+    psycopg2.errors.QueryCanceled,
+    psycopg2.errors.SerializationFailure,
+    psycopg2.errors.DeadlockDetected,
+    psycopg2.errors.IdleInTransactionSessionTimeout,
+    psycopg2.errors.AdminShutdown,
+    psycopg2.errors.CannotConnectNow,
+)
 
 
 class Agent:
@@ -47,11 +55,16 @@ class Agent:
         control: Answers requests on a connection.
         config: For opening the connection.
         callbacks: Where user callbacks run.
-        on_step: Called after each step, to look whether there is something for others to do: quick, and it never raises.
+        on_step: Called after each step, to look whether there is something for others to do: quick,
+            and it never raises.
     """
 
     def __init__(
-        self, protocol: Protocol, control: Control, config: CoordinationConfig, callbacks: Callbacks,
+        self,
+        protocol: Protocol,
+        control: Control,
+        config: CoordinationConfig,
+        callbacks: Callbacks,
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
         self.protocol = protocol
@@ -72,7 +85,9 @@ class Agent:
         self._abandoned = False
         self._failing_since: float | None = None
         self._said: dict[str, tuple[float, int]] = {}
-        self._thread = threading.Thread(target=self._run, name=f'jobsync-{protocol.name}', daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f'jobsync-{protocol.name}', daemon=True
+        )
 
     # --- for other threads ---
 
@@ -102,14 +117,22 @@ class Agent:
             raise self.failure
 
     def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Wait until `condition()` holds, looking whenever the agent has done something; whether it does."""
+        """Wait until `condition()` holds, looking whenever the agent has done something; whether it
+        does.
+        """
         with self._changed:
             return self._changed.wait_for(condition, timeout)
 
     @property
     def running(self) -> bool:
-        """Whether the node is, or is about to become, a member: nothing failed and the thread has not ended."""
-        return self.failure is None and self._thread.is_alive() and self.protocol.phase not in (Phase.LEFT, Phase.FAILED)
+        """Whether the node is, or is about to become, a member: nothing failed and the thread has
+        not ended.
+        """
+        return (
+            self.failure is None
+            and self._thread.is_alive()
+            and self.protocol.phase not in (Phase.LEFT, Phase.FAILED)
+        )
 
     @property
     def alive(self) -> bool:
@@ -117,7 +140,9 @@ class Agent:
         return self._thread.is_alive()
 
     def stop(self, timeout: float) -> bool:
-        """Leave the cluster and end the thread, within `timeout` seconds; whether it ended in time."""
+        """Leave the cluster and end the thread, within `timeout` seconds; whether it ended in
+        time.
+        """
         self.post(lambda: self.protocol.leave(clock.now()))
         if self._thread.ident is None:
             return True
@@ -176,7 +201,11 @@ class Agent:
                 self.last_beat = _wall_clock()
             self._run_commands()
             if self._said:  # should it fail again, that is news
-                self._said = {text: said for text, said in self._said.items() if not text.startswith(_failed(request))}
+                self._said = {
+                    text: said
+                    for text, said in self._said.items()
+                    if not text.startswith(_failed(request))
+                }
             self.protocol.reply(request, reply, clock.now())
         self._run_effects()
 
@@ -186,18 +215,26 @@ class Agent:
             self._connection = Connection.open(self._config, self.protocol.name)
             if self._config.listen:
                 self._connection.listen(self._control.tables.channel)
-            told = self._connection.history_sql != "''"  # then each answer that matters tells it again
+            told = (
+                self._connection.history_sql != "''"
+            )  # then each answer that matters tells it again
             return Connected('' if told else self._connection.server)
         assert self._connection is not None
         return self._control.handle(self._connection, request)
 
     def _goes_on_without(self, request: Request, error: Exception) -> bool:
-        """Whether nothing else has to suffer from a request that failed: it is none that a node lives by, and the connection is good."""
-        beside = isinstance(request, BESIDE) or (isinstance(request, Join) and isinstance(error, _PASSING))
+        """Whether nothing else has to suffer from a request that failed: it is none that a node
+        lives by, and the connection is good.
+        """
+        beside = isinstance(request, BESIDE) or (
+            isinstance(request, Join) and isinstance(error, _PASSING)
+        )
         return beside and self._connection is not None and self._connection.idle
 
     def _recover(self, error: Exception) -> None:
-        """Something unforeseen: nothing is claimed until all has been read anew over a new connection. Others may find this node dead."""
+        """Something unforeseen: nothing is claimed until all has been read anew over a new
+        connection. Others may find this node dead.
+        """
         self.protocol.claims.suspend()
         if not self.protocol.entered or self.protocol.phase is Phase.LEAVING:
             raise error  # whoever waits for it is told
@@ -213,7 +250,11 @@ class Agent:
 
     def _report(self, error: Exception, consequence: str) -> None:
         """Log with its traceback what nobody foresaw."""
-        self._say(logging.ERROR, f'unforeseen error, {consequence}: {type(error).__name__}: {error}', error)
+        self._say(
+            logging.ERROR,
+            f'unforeseen error, {consequence}: {type(error).__name__}: {error}',
+            error,
+        )
 
     def _say(self, level: int, text: str, error: Exception | None = None) -> None:
         """Log once; the same again only once a minute, with its number."""
@@ -222,7 +263,9 @@ class Agent:
         if now - said_at < _SAID_AGAIN:
             self._said[text] = said_at, count + 1
             return
-        self._said = {other: said for other, said in self._said.items() if now - said[0] < _SAID_AGAIN}
+        self._said = {
+            other: said for other, said in self._said.items() if now - said[0] < _SAID_AGAIN
+        }
         self._said[text] = now, 0
         again = f' ({count} times more in the last minute)' if count else ''
         logger.log(level, 'node=%s %s%s', self.protocol.name, text, again, exc_info=error)
@@ -230,7 +273,9 @@ class Agent:
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
         if self._goes_on_without(request, error):
-            self._say(logging.WARNING, f'{_failed(request)}, heartbeats go on: {str(error).strip()}')
+            self._say(
+                logging.WARNING, f'{_failed(request)}, heartbeats go on: {str(error).strip()}'
+            )
             self.protocol.refused(request, now)
             return
         self._close_connection()
@@ -238,23 +283,33 @@ class Agent:
         if self._failing_since is None:
             self._failing_since = now
         passing = isinstance(error, (DatabaseUnavailable, *_PASSING))
-        self._say(logging.WARNING if passing else logging.ERROR, f'{_failed(request)}: {str(error).strip()}')
+        self._say(
+            logging.WARNING if passing else logging.ERROR,
+            f'{_failed(request)}: {str(error).strip()}',
+        )
         if self.protocol.phase is Phase.LEAVING:
-            # Others will see this node dead after one timeout; waiting for the database helps nobody.
+            # Others will see this node dead after one timeout; waiting for the database helps
+            # nobody.
             self._abandoned = True
         elif not self.protocol.entered and self._hopeless(request, error, passing, now):
-            self.failure = error if isinstance(error, JobSyncError) else DatabaseUnavailable(
-                f'{type(request).__name__} failed: {str(error).strip()}')
+            self.failure = (
+                error
+                if isinstance(error, JobSyncError)
+                else DatabaseUnavailable(f'{type(request).__name__} failed: {str(error).strip()}')
+            )
             self._abandoned = True
 
     def _hopeless(self, request: Request, error: Exception, passing: bool, now: float) -> bool:
         """Whether a node that has not entered yet should give up.
 
-        At once where it never joined, unless the database is only slow, as where hundreds of nodes start; then after `wait_on_enter`.
-        Where it had joined, once the outage lasts longer than entering may take.
+        At once where it never joined, unless the database is only slow, as where hundreds of nodes
+        start; then after `wait_on_enter`. Where it had joined, once the outage lasts longer than
+        entering may take.
         """
         if self.protocol.phase is Phase.JOINING:
-            if not passing or (isinstance(request, Connect) and not isinstance(error, StoreTimeout)):
+            if not passing or (
+                isinstance(request, Connect) and not isinstance(error, StoreTimeout)
+            ):
                 return True
             return now - (self._failing_since or now) >= self.protocol.settings.wait_on_enter
         patience = max(self._config.heartbeat_timeout_sec, self.protocol.settings.wait_on_enter)
@@ -277,11 +332,15 @@ class Agent:
             self._read_notifications(connection)
 
     def _read_notifications(self, connection: Connection) -> bool:
-        """Pass on what has arrived; whether there was anything, the loss of the connection included."""
+        """Pass on what has arrived; whether there was anything, the loss of the connection
+        included.
+        """
         try:
             payloads = connection.notifies()
         except (DatabaseUnavailable, psycopg2.Error) as error:
-            logger.warning('node=%s lost its connection: %s', self.protocol.name, str(error).strip())
+            logger.warning(
+                'node=%s lost its connection: %s', self.protocol.name, str(error).strip()
+            )
             self._close_connection()
             self.protocol.disconnected(clock.now())
             return True
@@ -305,9 +364,15 @@ class Agent:
                 self.failure = effect.error
                 logger.error('node=%s cannot go on: %s', self.protocol.name, effect.error)
             elif isinstance(effect, Note):
-                self.events.append({'type': effect.event, 'timestamp': _wall_clock(), 'data': dict(effect.fields)})
-                logger.log(getattr(logging, effect.level.upper()), '%s %s', effect.event,
-                           ' '.join(f'{name}={value}' for name, value in effect.fields.items()))
+                self.events.append(
+                    {'type': effect.event, 'timestamp': _wall_clock(), 'data': dict(effect.fields)}
+                )
+                logger.log(
+                    getattr(logging, effect.level.upper()),
+                    '%s %s',
+                    effect.event,
+                    ' '.join(f'{name}={value}' for name, value in effect.fields.items()),
+                )
             else:
                 assert isinstance(effect, Left)
         self._callbacks.retry()
@@ -317,6 +382,7 @@ class Agent:
     def _run_release(self, effect: Release) -> None:
         def done() -> None:
             self.post(lambda: self.protocol.released(effect.number, clock.now()))
+
         self._callbacks.release(effect.tokens, done)
 
     def _close_connection(self) -> None:

@@ -1,4 +1,7 @@
-"""Running the user's callbacks: in order, one at a time, never on the agent's thread, never fatal."""
+"""Running the user's callbacks: in order, one at a time, never on the agent's thread, never
+fatal.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -18,13 +21,15 @@ __all__ = ['Callbacks', 'check_release', 'with_event']
 logger = get_logger(__name__)
 
 SLOW_SEC = 1.0
-#: Seconds after which on_rebalance is called although the caller of `__enter__` does not seem to have gone on.
+#: Seconds after which on_rebalance is called although the caller of `__enter__` does not seem to
+#: have gone on.
 _BINDING_SEC = 1.0
 _LOOK_FIRST, _LOOK_LAST = 0.0005, 0.02
 
 
 class Callbacks:
-    """The callback thread. It lives only while there is something to run, so that a steady node has one thread.
+    """The callback thread. It lives only while there is something to run, so that a steady node has
+    one thread.
 
     Args:
         on_rebalance: Called with a RebalanceEvent, or without arguments if it takes none.
@@ -34,7 +39,11 @@ class Callbacks:
         ConfigurationError: One of them cannot be called so.
     """
 
-    def __init__(self, on_rebalance: Callable[..., object] | None, on_release: Callable[[TokenSet], object] | None) -> None:
+    def __init__(
+        self,
+        on_rebalance: Callable[..., object] | None,
+        on_release: Callable[[TokenSet], object] | None,
+    ) -> None:
         self._on_rebalance = with_event(on_rebalance) if on_rebalance is not None else None
         if on_release is not None:
             check_release(on_release)
@@ -58,8 +67,11 @@ class Callbacks:
             last = self._queue[-1] if self._queue else None
             if isinstance(last, RebalanceEvent):
                 self._queue[-1] = RebalanceEvent(
-                    last.is_initial or event.is_initial, event.token_version,
-                    last.tokens_added + event.tokens_added, last.tokens_removed + event.tokens_removed)
+                    last.is_initial or event.is_initial,
+                    event.token_version,
+                    last.tokens_added + event.tokens_added,
+                    last.tokens_removed + event.tokens_removed,
+                )
             else:
                 self._queue.append(event)
             self._ensure_thread()
@@ -69,7 +81,9 @@ class Callbacks:
         self._returned.clear()
 
     def go_on(self, is_bound: Callable[[], bool] | None = None) -> None:
-        """`__enter__` returns: call on_rebalance as soon as `is_bound()`, which tells whether the caller has got what it returns."""
+        """`__enter__` returns: call on_rebalance as soon as `is_bound()`, which tells whether the
+        caller has got what it returns.
+        """
         self._is_bound = is_bound
         self._returned.set()
 
@@ -86,7 +100,9 @@ class Callbacks:
             self._ensure_thread()
 
     def wait_idle(self, timeout: float) -> bool:
-        """Wait until nothing is queued or running, at most `timeout` seconds; whether that is so. True at once on the callback thread."""
+        """Wait until nothing is queued or running, at most `timeout` seconds; whether that is so.
+        True at once on the callback thread.
+        """
         with self._idle:
             return self._idle.wait_for(lambda: not self._running and not self._queue, timeout)
 
@@ -134,7 +150,9 @@ class Callbacks:
                 done()
 
     def _wait_bound(self) -> None:
-        """The callback may use the name that `with Job(...) as job` binds, which happens after `__enter__` has returned."""
+        """The callback may use the name that `with Job(...) as job` binds, which happens after
+        `__enter__` has returned.
+        """
         self._returned.wait()
         is_bound, deadline, pause = self._is_bound, clock.now() + _BINDING_SEC, _LOOK_FIRST
         waiting = threading.Event()
@@ -150,7 +168,8 @@ class Callbacks:
         try:
             function(argument)
         except BaseException as error:
-            # SystemExit and its like, too: they are meant for a whole program, and would end this thread without a word.
+            # SystemExit and its like, too: they are meant for a whole program, and would end this
+            # thread without a word.
             self.failures += 1
             logger.exception('%s raised %s; coordination goes on', name, type(error).__name__)
         took = clock.now() - began
@@ -160,7 +179,8 @@ class Callbacks:
 
 
 def with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:
-    """Accept callbacks with and without a parameter; decided once, not by catching TypeError from inside the callback.
+    """Accept callbacks with and without a parameter; decided once, not by catching TypeError from
+    inside the callback.
 
     Raises:
         ConfigurationError: It cannot be called in either way.
@@ -174,7 +194,9 @@ def with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], ob
     if accepts(signature):
         return lambda event: function()
     raise ConfigurationError(
-        f'on_rebalance={function!r} takes {signature}: give a function that can be called with one argument, the RebalanceEvent, or none')
+        f'on_rebalance={function!r} takes {signature}: give a function that can be called with '
+        'one argument, the RebalanceEvent, or none'
+    )
 
 
 def accepts(signature: inspect.Signature, *arguments: object) -> bool:
@@ -198,4 +220,6 @@ def check_release(function: Callable[..., object]) -> None:
         return
     if not accepts(signature, None):
         raise ConfigurationError(
-            f'on_release={function!r} takes {signature}: give a function that can be called with one argument, a TokenSet')
+            f'on_release={function!r} takes {signature}: give a function that can be called with '
+            'one argument, a TokenSet'
+        )

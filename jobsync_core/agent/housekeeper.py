@@ -1,9 +1,11 @@
-"""The leader's duty to delete what is past its time: in a thread and on a connection of its own, so that nothing waits for it.
+"""The leader's duty to delete what is past its time: in a thread and on a connection of its own, so
+that nothing waits for it.
 
-The thread lives only while this node leads under a valid lease. It goes from chore to chore, one short statement at a time.
-A chore that fails is tried again on its own clock; the others go on. Whether it runs at all matters to no promise: rows past
-their time are only in the way.
+The thread lives only while this node leads under a valid lease. It goes from chore to chore, one
+short statement at a time. A chore that fails is tried again on its own clock; the others go on.
+Whether it runs at all matters to no promise: rows past their time are only in the way.
 """
+
 from __future__ import annotations
 
 import threading
@@ -31,7 +33,8 @@ _REST = 0.25
 _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
 #: A failure that goes on is said again after so many seconds.
 _SAY_AGAIN_SEC = 60.0
-#: Seconds between two looks whether this node still leads, while nothing is due; a connection is kept for no longer.
+#: Seconds between two looks whether this node still leads, while nothing is due; a connection is
+#: kept for no longer.
 _LOOK_SEC = 1.0
 #: Seconds after which a thread that could not be started is tried again.
 _START_AGAIN_SEC = 60.0
@@ -39,7 +42,9 @@ _START_AGAIN_SEC = 60.0
 
 @dataclass
 class Pace:
-    """When a chore is due, how many rows it takes in hand, and what is said of its failures. Times are of one monotonic clock."""
+    """When a chore is due, how many rows it takes in hand, and what is said of its failures. Times
+    are of one monotonic clock.
+    """
 
     chore: Chore
     due: float
@@ -82,12 +87,18 @@ class Housekeeper:
         config: Where the database is.
         tables: Names of the tables.
         node: For logs, and the connection's name.
-        leads: Whether this node is the leader and holds a valid lease, at this moment. Called by the housekeeper's thread too.
+        leads: Whether this node is the leader and holds a valid lease, at this moment. Called by
+            the housekeeper's thread too.
         chores: What to do.
     """
 
     def __init__(
-        self, config: CoordinationConfig, tables: Tables, node: str, leads: Callable[[], bool], chores: Sequence[Chore] = CHORES,
+        self,
+        config: CoordinationConfig,
+        tables: Tables,
+        node: str,
+        leads: Callable[[], bool],
+        chores: Sequence[Chore] = CHORES,
     ) -> None:
         self._config = config
         self._tables = tables
@@ -105,23 +116,34 @@ class Housekeeper:
         return self._thread is not None and self._thread.is_alive()
 
     def look(self) -> None:
-        """Start the thread if this node leads and it does not run. Cheap, never raises; one thread calls it, often."""
+        """Start the thread if this node leads and it does not run. Cheap, never raises; one thread
+        calls it, often.
+        """
         if self.running or self._closing.is_set() or not self._leads():
             return
         now = clock.now()
         if now < self._start_at:
             return
         self._start_at = now + _START_AGAIN_SEC
-        thread = threading.Thread(target=self._run, name=f'jobsync-housekeeping-{self._node}', daemon=True)
+        thread = threading.Thread(
+            target=self._run, name=f'jobsync-housekeeping-{self._node}', daemon=True
+        )
         try:
             thread.start()
         except RuntimeError as error:
-            logger.warning('node=%s housekeeping cannot start: %s; tried again in %.0f s', self._node, error, _START_AGAIN_SEC)
+            logger.warning(
+                'node=%s housekeeping cannot start: %s; tried again in %.0f s',
+                self._node,
+                error,
+                _START_AGAIN_SEC,
+            )
             return
         self._thread, self._start_at = thread, now + _LOOK_SEC
 
     def stop(self, timeout: float) -> bool:
-        """End the thread, after the statement that it is at; whether it ended within `timeout` seconds."""
+        """End the thread, after the statement that it is at; whether it ended within `timeout`
+        seconds.
+        """
         self._closing.set()
         thread = self._thread
         if thread is not None:
@@ -150,8 +172,12 @@ class Housekeeper:
         began = clock.now()
         try:
             if self._connection is None or self._connection.closed:
-                self._connection = Connection.open(self._config, f'jobsync housekeeping {self._node}')
-            found = housekeeping.run(self._connection, self._tables, pace.chore, pace.rows, pace.position)
+                self._connection = Connection.open(
+                    self._config, f'jobsync housekeeping {self._node}'
+                )
+            found = housekeeping.run(
+                self._connection, self._tables, pace.chore, pace.rows, pace.position
+            )
         except Exception as error:  # whatever it is, it concerns this chore alone
             self._failed(pace, error)
         else:
@@ -163,9 +189,13 @@ class Housekeeper:
         count = pace.failed(now)
         if count is not None:
             logger.warning(
-                'node=%s housekeeping=%r failed%s: %s; tried again in %.0f s', self._node,
-                pace.chore.name, f', {count} times since this was last said' if count > 1 else '',
-                ' '.join(str(error).split()) or type(error).__name__, pace.due - now)
+                'node=%s housekeeping=%r failed%s: %s; tried again in %.0f s',
+                self._node,
+                pace.chore.name,
+                f', {count} times since this was last said' if count > 1 else '',
+                ' '.join(str(error).split()) or type(error).__name__,
+                pace.due - now,
+            )
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None

@@ -1,4 +1,5 @@
 """Which tasks this node may take, has taken and has finished: the side of a Job that tasks see."""
+
 from __future__ import annotations
 
 import datetime
@@ -26,8 +27,8 @@ __all__ = ['TaskBook']
 
 logger = get_logger(__name__)
 
-#: Attempts at recording a claim that is refused although the task is this node's: the leader, or another hand-over of this
-#: node, may be rewriting the token's row just then.
+#: Attempts at recording a claim that is refused although the task is this node's: the leader, or
+#: another hand-over of this node, may be rewriting the token's row just then.
 _CLAIM_ATTEMPTS = 5
 #: Integers below this need no check of their text's length.
 _PLAIN = 10**18
@@ -66,8 +67,8 @@ class _Own:
     given: dict[str, _Given] = field(default_factory=dict)
     # text -> who: recorded by add_task, not audited yet; the newest last
     added: dict[str, _Added] = field(default_factory=dict)
-    # text -> when: audited here; later the exclusions know them: of the node's main process the shared ones, which it alone
-    # writes; of a forked child its own
+    # text -> when: audited here; later the exclusions know them: of the node's main process the
+    # shared ones, which it alone writes; of a forked child its own
     done: dict[str, float] = field(default_factory=dict)
     past: Exclusions | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -79,10 +80,11 @@ class _Own:
 class TaskBook:
     """Claims, promises and the audit of one node.
 
-    A True from `can_claim` is a promise until the same thread asks again or records the task: should the token be handed
-    over in between, the promise goes into the claim table with the hand-over, and the new owner leaves the task alone. So
-    `can_claim_task → add_task → process` runs each task once while tokens move. Once the thread asks again without having
-    recorded the task, the promise is taken back, in the background: `can_claim` looks at memory alone.
+    A True from `can_claim` is a promise until the same thread asks again or records the task:
+    should the token be handed over in between, the promise goes into the claim table with the
+    hand-over, and the new owner leaves the task alone. So `can_claim_task → add_task → process`
+    runs each task once while tokens move. Once the thread asks again without having recorded the
+    task, the promise is taken back, in the background: `can_claim` looks at memory alone.
 
     Args:
         local: The local token set and lease.
@@ -95,7 +97,13 @@ class TaskBook:
     """
 
     def __init__(
-        self, local: Claims, sessions: Sessions, config: CoordinationConfig, tables: Tables, node: str, date: datetime.date,
+        self,
+        local: Claims,
+        sessions: Sessions,
+        config: CoordinationConfig,
+        tables: Tables,
+        node: str,
+        date: datetime.date,
         incarnation: Callable[[], str],
     ) -> None:
         self._claims = local
@@ -113,14 +121,19 @@ class TaskBook:
         self._epochs: dict[str, int] = {}
 
     def can_claim(self, task: object) -> bool:
-        """Whether this node may take the task now: one hash, one bit and one comparison, and no I/O.
+        """Whether this node may take the task now: one hash, one bit and one comparison, and no
+        I/O.
 
         Raises:
             InvalidTaskId: The id cannot be used.
         """
         # The hot path: look-ups are bound once, and the bit is read here rather than by a call.
         task_id = task.id if type(task) is Task else task_id_of(task)
-        text = str(task_id) if type(task_id) is int and -_PLAIN < task_id < _PLAIN else check_task_id(task_id)
+        text = (
+            str(task_id)
+            if type(task_id) is int and -_PLAIN < task_id < _PLAIN
+            else check_task_id(task_id)
+        )
         token = self._hash(text.encode()) % self._total_tokens
         own = self._own
         if claims.forked and own.pid != os.getpid():
@@ -129,15 +142,21 @@ class TaskBook:
             self._give_up(own)
         head, bits = self._head, self._bits
         now, generation = clock.now(), head[0]
-        if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (claims.forked and self._claims.is_orphaned()):
+        if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (
+            claims.forked and self._claims.is_orphaned()
+        ):
             return self._holds(own, text, now)
-        if text in own.done or (head[1] and self._claims.exclusions.excludes(token, text)) or (
-                own.past is not None and own.past.excludes(token, text)):
+        if (
+            text in own.done
+            or (head[1] and self._claims.exclusions.excludes(token, text))
+            or (own.past is not None and own.past.excludes(token, text))
+        ):
             own.promises.pop(get_ident(), None)
             return False
         own.promises[get_ident()] = (text, token, now)
-        # The token may have gone between the look and the promise; from here on the hand-over sees the promise. It may even
-        # have gone and come back, where the process was stopped: then other tasks are excluded.
+        # The token may have gone between the look and the promise; from here on the hand-over sees
+        # the promise. It may even have gone and come back, where the process was stopped: then
+        # other tasks are excluded.
         if not bits[token >> 3] >> (token & 7) & 1:
             return False
         return head[0] == generation or self.can_claim(task)
@@ -147,15 +166,19 @@ class TaskBook:
         return self._hash(check_task_id(task_id).encode()) % self._total_tokens
 
     def promises(self, tokens: TokenSet) -> tuple[tuple[str, int], ...]:
-        """What this node may still do for tokens that it is about to hand over: (task_id, token) pairs."""
+        """What this node may still do for tokens that it is about to hand over: (task_id, token)
+        pairs.
+        """
         own = self._own
         now, life = clock.now(), self._incarnation()
         for thread, (text, token, since) in list(own.promises.items()):
             if now - since <= self._promise_sec and token in tokens and text not in own.added:
                 own.given[text] = _Given(token, life, since, thread)
         return tuple(
-            (text, given.token) for text, given in list(own.given.items())
-            if given.token in tokens and given.incarnation == life and not given.void)
+            (text, given.token)
+            for text, given in list(own.given.items())
+            if given.token in tokens and given.incarnation == life and not given.void
+        )
 
     def record(self, batch: Iterable[object], for_audit: bool = False) -> list[str]:
         """Record durably that this node takes the tasks; returns their ids as text.
@@ -175,22 +198,37 @@ class TaskBook:
                 break  # the node is leaving, and has audited what its children took
             life = self._incarnation()
             with self._sessions.session() as connection:
-                accepted = tasks.claim(connection, self._tables, self._node, life, self._date, list(missing.items()), child)
+                accepted = tasks.claim(
+                    connection,
+                    self._tables,
+                    self._node,
+                    life,
+                    self._date,
+                    list(missing.items()),
+                    child,
+                )
                 if for_audit and life not in self._epochs:
                     self._epochs[life] = tasks.read_epoch(connection, self._tables)
             for text in accepted:
                 missing.pop(text, None)
-            # A promise outlives the token in memory: until the hand-over is committed the row still names this node, and from
-            # then on there is a claim row. Only a row that is being rewritten shows neither.
-            if not any(self._claims.may_claim(token, clock.now()) or self._is_promised(own, text) for text, token in missing.items()):
+            # A promise outlives the token in memory: until the hand-over is committed the row still
+            # names this node, and from then on there is a claim row. Only a row that is being
+            # rewritten shows neither.
+            if not any(
+                self._claims.may_claim(token, clock.now()) or self._is_promised(own, text)
+                for text, token in missing.items()
+            ):
                 break
         if missing:
-            raise ClaimLost(f'task {next(iter(missing))!r} belongs to another node by now, or was taken by one: do not process it here')
+            raise ClaimLost(
+                f'task {next(iter(missing))!r} belongs to another node by now, or was taken by '
+                'one: do not process it here'
+            )
         return texts
 
     def add(self, task: object) -> None:
         """Record the task as taken, for the audit too; errors as for `record`."""
-        text, = self.record([task], for_audit=True)
+        (text,) = self.record([task], for_audit=True)
         own = self._own
         thread, life = get_ident(), self._incarnation()
         try:
@@ -223,18 +261,29 @@ class TaskBook:
         added = dict(own.added)  # other threads go on adding
         texts = list(added)
         if but_last_of is not None:
-            last = next((text for text in reversed(texts) if added[text].thread == but_last_of), None)
+            last = next(
+                (text for text in reversed(texts) if added[text].thread == but_last_of), None
+            )
             if last is not None:
                 texts.remove(last)
-                logger.warning('node=%s task=%s was not finished and is not audited', self._node, last)
+                logger.warning(
+                    'node=%s task=%s was not finished and is not audited', self._node, last
+                )
         self._remember(own)
         for start in range(0, len(texts), tasks.BATCH):
             epochs: dict[int, list[str]] = {}
-            for text in texts[start:start + tasks.BATCH]:
+            for text in texts[start : start + tasks.BATCH]:
                 epochs.setdefault(added[text].epoch, []).append(text)
             for epoch, some in epochs.items():
                 with self._sessions.session() as connection:
-                    tasks.audit(connection, self._tables, self._node, self._date, [(text, self.token_of(text)) for text in some], epoch)
+                    tasks.audit(
+                        connection,
+                        self._tables,
+                        self._node,
+                        self._date,
+                        [(text, self.token_of(text)) for text in some],
+                        epoch,
+                    )
                 now = clock.now()
                 own.done.update(dict.fromkeys(some, now))
                 for text in some:
@@ -243,24 +292,32 @@ class TaskBook:
         return len(texts)
 
     def audit_children(self) -> int:
-        """Write what forked children of this node added, and did not audit themselves, to the audit; returns how many tasks.
+        """Write what forked children of this node added, and did not audit themselves, to the
+        audit; returns how many tasks.
 
-        Asks the database only where a child took something: leaving costs nothing more than before, and no outage is
-        an error for a node that has nothing to lose.
+        Asks the database only where a child took something: leaving costs nothing more than before,
+        and no outage is an error for a node that has nothing to lose.
         """
         if not self._claims.children_took:
             return 0
-        return self._in_batches(lambda connection: tasks.audit_children(
-            connection, self._tables, self._node, self._incarnation(), self._date))
+        return self._in_batches(
+            lambda connection: tasks.audit_children(
+                connection, self._tables, self._node, self._incarnation(), self._date
+            )
+        )
 
     def leave_child(self, but_last_of: int | None) -> None:
-        """A forked child comes to the end of the `with` block: write its audit, and free the task that it did not finish."""
+        """A forked child comes to the end of the `with` block: write its audit, and free the task
+        that it did not finish.
+        """
         own = self._mine()
         self.audit(but_last_of)
         unfinished = list(own.added)
         if unfinished:
             with self._sessions.session() as connection:
-                tasks.release_claims(connection, self._tables, self._node, self._incarnation(), unfinished)
+                tasks.release_claims(
+                    connection, self._tables, self._node, self._incarnation(), unfinished
+                )
 
     def close(self) -> None:
         """Answer False from now on, in forked children too."""
@@ -269,7 +326,11 @@ class TaskBook:
 
     def release(self) -> None:
         """Delete this node's claims; what was not audited is free."""
-        self._in_batches(lambda connection: tasks.release_claims(connection, self._tables, self._node, self._incarnation()))
+        self._in_batches(
+            lambda connection: tasks.release_claims(
+                connection, self._tables, self._node, self._incarnation()
+            )
+        )
 
     # --- inside ---
 
@@ -294,22 +355,30 @@ class TaskBook:
     def _remember(self, own: _Own) -> None:
         """Move what was audited a while ago to the exclusions, which take less room.
 
-        Not at once: an answer that was on its way meanwhile does not know of it, and replaces what is excluded.
+        Not at once: an answer that was on its way meanwhile does not know of it, and replaces what
+        is excluded.
         """
         before = clock.now() - self._promise_sec
         old = [text for text, since in own.done.items() if since < before]
         if old:
             tokens, exclusions = self._claims.tokens, self._claims.exclusions
             if own.pid != self._pid:
-                exclusions = own.past = own.past if own.past is not None else Exclusions(self._total_tokens)
-            # Of tokens that are not here nothing is claimed; what was audited of them is read when they come back.
+                exclusions = own.past = (
+                    own.past if own.past is not None else Exclusions(self._total_tokens)
+                )
+            # Of tokens that are not here nothing is claimed; what was audited of them is read when
+            # they come back.
             placed = [(self.token_of(text), text) for text in old]
-            exclusions.add(exclusions.keys_of((token, text) for token, text in placed if token in tokens))
+            exclusions.add(
+                exclusions.keys_of((token, text) for token, text in placed if token in tokens)
+            )
             for text in old:
                 own.done.pop(text, None)
 
     def _holds(self, own: _Own, text: str, now: float) -> bool:
-        """Whether this node recorded the task before its token went away: then it still is this node's, and nobody else's."""
+        """Whether this node recorded the task before its token went away: then it still is this
+        node's, and nobody else's.
+        """
         own.promises.pop(get_ident(), None)
         added = own.added.get(text)
         if added is None or added.incarnation != self._incarnation():
@@ -319,10 +388,16 @@ class TaskBook:
     def _is_promised(self, own: _Own, text: str) -> bool:
         """Whether this thread was told last that it may take the task, and not too long ago."""
         promise = own.promises.get(get_ident())
-        return promise is not None and promise[0] == text and clock.now() - promise[2] <= self._promise_sec
+        return (
+            promise is not None
+            and promise[0] == text
+            and clock.now() - promise[2] <= self._promise_sec
+        )
 
     def _give_up(self, own: _Own) -> None:
-        """This thread asks again: what it was promised, did not record, and whose token went to another node is free."""
+        """This thread asks again: what it was promised, did not record, and whose token went to
+        another node is free.
+        """
         thread, found = get_ident(), False
         for given in list(own.given.values()):
             if given.thread == thread and not given.void:
@@ -331,10 +406,14 @@ class TaskBook:
             with own.lock:
                 if not own.taking_back:
                     own.taking_back = True
-                    threading.Thread(target=self._take_back, args=(own,), name='jobsync promises', daemon=True).start()
+                    threading.Thread(
+                        target=self._take_back, args=(own,), name='jobsync promises', daemon=True
+                    ).start()
 
     def _take_back(self, own: _Own) -> None:
-        """Free what was given up, until nothing is left of it. The hand-over may not be committed yet: then once it is found."""
+        """Free what was given up, until nothing is left of it. The hand-over may not be committed
+        yet: then once it is found.
+        """
         pause = threading.Event()
         while True:
             with own.lock:
@@ -344,11 +423,21 @@ class TaskBook:
                     return
             for text, given in void:
                 try:
-                    over = clock.now() - given.since > self._promise_sec or given.incarnation != self._incarnation()
-                    if over or self._released(text, given):  # where it is over, the leader's housekeeping frees the task
+                    over = (
+                        clock.now() - given.since > self._promise_sec
+                        or given.incarnation != self._incarnation()
+                    )
+                    if over or self._released(
+                        text, given
+                    ):  # where it is over, the leader's housekeeping frees the task
                         own.given.pop(text, None)
                 except JobSyncError as error:
-                    logger.debug('node=%s task=%s: a promise cannot be taken back yet: %s', self._node, text, error)
+                    logger.debug(
+                        'node=%s task=%s: a promise cannot be taken back yet: %s',
+                        self._node,
+                        text,
+                        error,
+                    )
                 except BaseException:
                     with own.lock:
                         own.taking_back = False
@@ -357,4 +446,6 @@ class TaskBook:
 
     def _released(self, text: str, given: _Given) -> bool:
         with self._sessions.session() as connection:
-            return tasks.release_promise(connection, self._tables, self._node, given.incarnation, self._date, text)
+            return tasks.release_promise(
+                connection, self._tables, self._node, given.incarnation, self._date, text
+            )

@@ -1,4 +1,5 @@
 """Checks of what a user passes to a Job: each returns the value or says what is wrong with it."""
+
 from __future__ import annotations
 
 import datetime
@@ -20,9 +21,18 @@ _LOCK_FORM = '(task_id, node_patterns, reason) or (task_id, node_patterns, reaso
 
 def check_name(name: object) -> str:
     """A node name: it stands in notifications, between commas, and in logs."""
-    if isinstance(name, str) and 0 < len(name) <= NAME_LENGTH and name == name.strip() and name.isprintable() and ',' not in name:
+    if (
+        isinstance(name, str)
+        and 0 < len(name) <= NAME_LENGTH
+        and name == name.strip()
+        and name.isprintable()
+        and ',' not in name
+    ):
         return name
-    raise ConfigurationError(f'node_name={name!r:.300}: give 1 to {NAME_LENGTH} printable characters, no comma, no space at either end')
+    raise ConfigurationError(
+        f'node_name={name!r:.300}: give 1 to {NAME_LENGTH} printable characters, no comma, no '
+        'space at either end'
+    )
 
 
 def check_date(date: object) -> datetime.date:
@@ -39,7 +49,12 @@ def check_date(date: object) -> datetime.date:
 def check_number(name: str, value: object, least: float) -> float:
     """A finite number of at least `least`."""
     try:
-        good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value >= least
+        good = (
+            not isinstance(value, bool)
+            and isinstance(value, (int, float))
+            and math.isfinite(value)
+            and value >= least
+        )
     except OverflowError:  # an integer beyond all floats
         good = False
     if not good:
@@ -61,11 +76,20 @@ def check_lock(item: object) -> tuple[str, tuple[str, ...], str | None, float | 
     task_id, patterns, reason = item[:3]
     days = item[3] if len(item) == 4 else None
     if reason is not None and (
-            not isinstance(reason, str) or any(character == '\0' or '\ud800' <= character <= '\udfff' for character in reason)):
+        not isinstance(reason, str)
+        or any(character == '\0' or '\ud800' <= character <= '\udfff' for character in reason)
+    ):
         raise ConfigurationError(f'lock on {task_id!r:.100}: the reason must be text, or None')
     if reason is not None and len(reason) > REASON_LENGTH:
-        raise ConfigurationError(f'lock on {task_id!r:.100}: the reason has {len(reason)} characters, {REASON_LENGTH} at most: shorten it')
-    if days is not None and (isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 < days <= 36_500):
         raise ConfigurationError(
-            f'lock on {task_id!r:.100}: expires_in_days={days!r} must be above 0 and at most 36500 days, or None for never')
+            f'lock on {task_id!r:.100}: the reason has {len(reason)} characters, {REASON_LENGTH} '
+            'at most: shorten it'
+        )
+    if days is not None and (
+        isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 < days <= 36_500
+    ):
+        raise ConfigurationError(
+            f'lock on {task_id!r:.100}: expires_in_days={days!r} must be above 0 and at most '
+            '36500 days, or None for never'
+        )
     return check_task_id(task_id_of(task_id)), check_patterns(patterns), reason, days

@@ -1,4 +1,5 @@
 """From task ids to tokens. The mapping is part of the database's contents: it never changes."""
+
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +22,9 @@ MAX_BYTES = 2000
 
 
 def _fastest(name: str, *modules: str) -> Callable[[bytes], Any]:
-    """Python's own implementation where there is one: for a few bytes it takes half the time of hashlib's, which calls OpenSSL."""
+    """Python's own implementation where there is one: for a few bytes it takes half the time of
+    hashlib's, which calls OpenSSL.
+    """
     for module in modules:
         with suppress(ImportError, AttributeError):
             found: Callable[[bytes], Any] = getattr(import_module(module), name)
@@ -48,12 +51,11 @@ def _double_sha256(data: bytes) -> int:
     return number
 
 
-#: From a task id's encoded text to a non-negative number; the token is this number modulo total_tokens.
-HASH_FUNCTIONS: Mapping[str, Callable[[bytes], int]] = MappingProxyType({
-    'double_sha256': _double_sha256,
-    'md5': _md5,
-    'sha256': _sha256,
-})
+#: From a task id's encoded text to a non-negative number; the token is this number modulo
+#: total_tokens.
+HASH_FUNCTIONS: Mapping[str, Callable[[bytes], int]] = MappingProxyType(
+    {'double_sha256': _double_sha256, 'md5': _md5, 'sha256': _sha256}
+)
 
 
 def check_task_id(task_id: object) -> str:
@@ -63,18 +65,27 @@ def check_task_id(task_id: object) -> str:
         task_id: Any hashable value whose text is the same in every process.
 
     Raises:
-        InvalidTaskId: It is None, unhashable, has no stable text, contains NUL, cannot be encoded, or is longer than 2000 bytes.
+        InvalidTaskId: It is None, unhashable, has no stable text, contains NUL, cannot be encoded,
+            or is longer than 2000 bytes.
     """
     text = task_id if type(task_id) is str else _text(task_id)
     if '\0' in text:
-        raise InvalidTaskId(f'task id {_short(text)} contains a NUL character, which PostgreSQL cannot store: remove it')
+        raise InvalidTaskId(
+            f'task id {_short(text)} contains a NUL character, which PostgreSQL cannot store: '
+            'remove it'
+        )
     if not text.isascii() or len(text) > MAX_BYTES:
         try:
             length = len(text.encode())
         except UnicodeEncodeError:
-            raise InvalidTaskId(f'task id {_short(text)} cannot be encoded as UTF-8: remove lone surrogates') from None
+            raise InvalidTaskId(
+                f'task id {_short(text)} cannot be encoded as UTF-8: remove lone surrogates'
+            ) from None
         if length > MAX_BYTES:
-            raise InvalidTaskId(f'task id {_short(text)} takes {length} bytes, {MAX_BYTES} at most: use a shorter id, or a digest of it')
+            raise InvalidTaskId(
+                f'task id {_short(text)} takes {length} bytes, {MAX_BYTES} at most: use a shorter '
+                'id, or a digest of it'
+            )
     return text
 
 
@@ -86,21 +97,28 @@ def _text(task_id: object) -> str:
     try:
         hash(task_id)
     except TypeError:
-        raise InvalidTaskId(f'a task id of type {type(task_id).__name__} is not hashable: use a string, a number or a tuple') from None
+        raise InvalidTaskId(
+            f'a task id of type {type(task_id).__name__} is not hashable: use a string, a number '
+            'or a tuple'
+        ) from None
     kind = type(task_id)
     if not _unstable(task_id):
         text = _converted(task_id)
         if isinstance(task_id, str) or not (has_address(text) or unstable_part(task_id, text)):
             return text
     raise InvalidTaskId(
-        f'the text of a {kind.__name__} differs between processes, so that it cannot be a task id: use a string, or define __str__')
+        f'the text of a {kind.__name__} differs between processes, so that it cannot be a task '
+        'id: use a string, or define __str__'
+    )
 
 
 def _unstable(task_id: object) -> bool:
     if isinstance(task_id, tuple):
         return any(_unstable(item) for item in task_id)
     kind = type(task_id)
-    return isinstance(task_id, frozenset) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__)
+    return isinstance(task_id, frozenset) or (
+        kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    )
 
 
 def _converted(task_id: object) -> str:
@@ -108,7 +126,10 @@ def _converted(task_id: object) -> str:
         # A subclass of str would keep its type, and its behaviour.
         return ''.join(str(task_id))
     except Exception as error:
-        raise InvalidTaskId(f'a task id of type {type(task_id).__name__} has no text ({type(error).__name__}): use a string') from error
+        raise InvalidTaskId(
+            f'a task id of type {type(task_id).__name__} has no text ({type(error).__name__}): '
+            'use a string'
+        ) from error
 
 
 def _short(text: str) -> str:
@@ -129,7 +150,10 @@ def task_to_token(task_id: object, total_tokens: int, hash_function: str = 'doub
     """
     digest = HASH_FUNCTIONS.get(hash_function)
     if digest is None:
-        raise ConfigurationError(f'hash_function={hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
+        raise ConfigurationError(
+            f'hash_function={hash_function!r} is unknown: use one of '
+            f'{", ".join(sorted(HASH_FUNCTIONS))}'
+        )
     return digest(check_task_id(task_id).encode()) % total_tokens
 
 
@@ -139,6 +163,8 @@ def task_key(text: str) -> int:
 
 
 def task_digest(text: str) -> int:
-    """An unsigned 64-bit digest of a task id's text which PostgreSQL can compute as well: the first 8 bytes of its SHA-256."""
+    """An unsigned 64-bit digest of a task id's text which PostgreSQL can compute as well: the first
+    8 bytes of its SHA-256.
+    """
     number: int = _first_8_bytes(_sha256_of(text.encode()).digest())[0]
     return number

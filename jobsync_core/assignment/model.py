@@ -1,4 +1,5 @@
 """What the tables of nodes and of the assignment hold: plain values, no behaviour."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ Range: TypeAlias = 'tuple[int, int]'
 
 @dataclass(frozen=True)
 class Member:
-    """One row of the node table. `created_on` orders nodes by age; it is compared with others of its kind only."""
+    """One row of the node table. `created_on` orders nodes by age; it is compared with others of
+    its kind only.
+    """
 
     name: str
     incarnation: str
@@ -26,9 +29,9 @@ class Member:
 class Segment:
     """One row of the assignment table: tokens `lo … hi-1`.
 
-    moving: the owner is asked to give the tokens away, to `moving_to`, or to nobody where `blocked`.
-    blocked: no live node is eligible.
-    version: the cluster version at which the row was written.
+    moving: the owner is asked to give the tokens away, to `moving_to`, or to nobody where
+    `blocked`. blocked: no live node is eligible. version: the cluster version at which the row was
+    written.
     """
 
     lo: int

@@ -1,10 +1,14 @@
-r"""Node-name patterns of locks: SQL LIKE (`%` any text, `_` one character, `\` escapes), case-sensitive, tried in order.
+r"""Node-name patterns of locks: SQL LIKE (`%` any text, `_` one character, `\` escapes),
+case-sensitive, tried in order.
 
-A pattern without `@` also matches the part of a node name before its `@`, because worker names often end in `@host`.
+A pattern without `@` also matches the part of a node name before its `@`, because worker names
+often end in `@host`.
 
-A pattern is what stands between its `%`. The earliest place for such a part is as good as any later one, so that one pass over the
-name is enough, whatever the pattern: no pattern can take more than (its length) × (the name's length) steps.
+A pattern is what stands between its `%`. The earliest place for such a part is as good as any later
+one, so that one pass over the name is enough, whatever the pattern: no pattern can take more than
+(its length) × (the name's length) steps.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,8 +20,17 @@ from functools import lru_cache
 from ..errors import ConfigurationError
 
 __all__ = [
-    'PATTERNS', 'PATTERN_BYTES', 'PATTERN_LENGTH', 'NodeNames', 'Pattern', 'check_patterns', 'compile_pattern', 'eligible',
-    'matched_pattern', 'matches', 'read_patterns',
+    'PATTERNS',
+    'PATTERN_BYTES',
+    'PATTERN_LENGTH',
+    'NodeNames',
+    'Pattern',
+    'check_patterns',
+    'compile_pattern',
+    'eligible',
+    'matched_pattern',
+    'matches',
+    'read_patterns',
 ]
 
 #: Characters of a pattern, and patterns of one lock. A node's name has at most 200 characters.
@@ -70,7 +83,9 @@ class Pattern:
 
 
 class _Part:
-    """What stands between two `%`: literal texts, each with its distance from the part's beginning."""
+    """What stands between two `%`: literal texts, each with its distance from the part's
+    beginning.
+    """
 
     __slots__ = ('_runs', 'length')
 
@@ -92,7 +107,9 @@ class _Part:
         return True
 
     def find(self, name: str, at: int, end: int) -> int:
-        """The first place from `at` on at which it stands, and ends no later than `end`; -1 where there is none."""
+        """The first place from `at` on at which it stands, and ends no later than `end`; -1 where
+        there is none.
+        """
         last = end - self.length
         if not self._runs:
             return at if at <= last else -1
@@ -128,7 +145,8 @@ def compile_pattern(pattern: str) -> Pattern:
 
 
 class NodeNames:
-    """The names that patterns are matched with, in an order that spares most comparisons: many patterns meet many names.
+    """The names that patterns are matched with, in an order that spares most comparisons: many
+    patterns meet many names.
 
     Args:
         names: Of nodes.
@@ -140,14 +158,23 @@ class NodeNames:
         for name in whole:
             if '@' in name:
                 cut.setdefault(name.partition('@')[0], []).append(name)
-        #: Each text that a pattern may match, and the names that this finds: for patterns with `@`, and for those without.
+        #: Each text that a pattern may match, and the names that this finds: for patterns with `@`,
+        #: and for those without.
         self._with_at = _Texts({name: (name,) for name in whole})
-        self._without = _Texts({
-            text: tuple(sorted({*cut.get(text, ()), *((text,) if text in self._with_at.names else ())})) for text in {*whole, *cut}})
+        self._without = _Texts(
+            {
+                text: tuple(
+                    sorted({*cut.get(text, ()), *((text,) if text in self._with_at.names else ())})
+                )
+                for text in {*whole, *cut}
+            }
+        )
         self._known: dict[tuple[str, ...], frozenset[str]] = {}
 
     def eligible(self, patterns: Sequence[str]) -> frozenset[str]:
-        """The names that the first pattern with a match matches; empty where no pattern matches. Equal sets are one object."""
+        """The names that the first pattern with a match matches; empty where no pattern matches.
+        Equal sets are one object.
+        """
         for pattern in patterns:
             found = self.matching(pattern)
             if found:
@@ -178,7 +205,9 @@ class _Texts:
 
     def matching(self, pattern: Pattern) -> tuple[str, ...]:
         literal = pattern.literal
-        return self._named([text for text in self._candidates(pattern) if literal in text and pattern.fits(text)])
+        return self._named(
+            [text for text in self._candidates(pattern) if literal in text and pattern.fits(text)]
+        )
 
     def beginning_with(self, prefix: str) -> tuple[str, ...]:
         return self._named(_beginning_with(self._sorted, prefix) if prefix else self._sorted)
@@ -199,13 +228,16 @@ class _Texts:
 
 def _beginning_with(texts: Sequence[str], prefix: str) -> Sequence[str]:
     first = bisect_left(texts, prefix)
-    # The last character plus one ends what begins with the prefix; there is none after the last of all.
+    # The last character plus one ends what begins with the prefix; there is none after the last of
+    # all.
     last = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix[-1] < chr(0x10FFFF) else None
-    return texts[first:bisect_left(texts, last, first) if last is not None else len(texts)]
+    return texts[first : bisect_left(texts, last, first) if last is not None else len(texts)]
 
 
 def matches(pattern: str, node_name: str) -> bool:
-    """Whether the pattern matches the node name, or its part before `@` where the pattern has none."""
+    """Whether the pattern matches the node name, or its part before `@` where the pattern has
+    none.
+    """
     return bool(NodeNames((node_name,)).matching(pattern))
 
 
@@ -224,24 +256,32 @@ def check_patterns(value: object) -> tuple[str, ...]:
     """The patterns of a lock from what a caller gave: one, or several in order.
 
     Raises:
-        ConfigurationError: No pattern, no text, NUL in it, a `\\` that escapes nothing, or more than PATTERNS patterns or PATTERN_LENGTH
-            characters.
+        ConfigurationError: No pattern, no text, NUL in it, a `\\` that escapes nothing, or more
+            than PATTERNS patterns or PATTERN_LENGTH characters.
     """
     if isinstance(value, str):
         patterns: tuple[object, ...] = (value,)
     elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
         patterns = tuple(value)
     else:
-        raise ConfigurationError(f"node_patterns={_short(value)}: give a pattern such as 'gpu-%', or a list of them")
+        raise ConfigurationError(
+            f"node_patterns={_short(value)}: give a pattern such as 'gpu-%', or a list of them"
+        )
     if not patterns:
-        raise ConfigurationError("node_patterns is empty: give at least one pattern; '%' matches every node")
+        raise ConfigurationError(
+            "node_patterns is empty: give at least one pattern; '%' matches every node"
+        )
     if len(patterns) > PATTERNS:
-        raise ConfigurationError(f'node_patterns has {len(patterns)} patterns, {PATTERNS} at most: let a wildcard stand for several')
+        raise ConfigurationError(
+            f'node_patterns has {len(patterns)} patterns, {PATTERNS} at most: let a wildcard '
+            'stand for several'
+        )
     return tuple([_checked(pattern) for pattern in patterns])
 
 
 def read_patterns(encoded: str | None) -> tuple[str, ...]:
-    """The patterns of a row of the lock table, by the same rule by which they were checked when they were registered.
+    """The patterns of a row of the lock table, by the same rule by which they were checked when
+    they were registered.
 
     Args:
         encoded: The row's JSON; None where it was too long to be read.
@@ -260,16 +300,27 @@ def read_patterns(encoded: str | None) -> tuple[str, ...]:
 
 def _checked(pattern: object) -> str:
     if not isinstance(pattern, str) or not pattern:
-        raise ConfigurationError(f"node pattern {_short(pattern)}: give a non-empty string such as 'gpu-%'")
+        raise ConfigurationError(
+            f"node pattern {_short(pattern)}: give a non-empty string such as 'gpu-%'"
+        )
     if len(pattern) > PATTERN_LENGTH:
         raise ConfigurationError(
-            f'node pattern {_short(pattern)} has {len(pattern)} characters, {PATTERN_LENGTH} at most: node names are shorter than that')
+            f'node pattern {_short(pattern)} has {len(pattern)} characters, {PATTERN_LENGTH} at '
+            'most: node names are shorter than that'
+        )
     if '\0' in pattern:
-        raise ConfigurationError(f'node pattern {_short(pattern)} contains a NUL character: remove it')
+        raise ConfigurationError(
+            f'node pattern {_short(pattern)} contains a NUL character: remove it'
+        )
     if any('\ud800' <= character <= '\udfff' for character in pattern):
-        raise ConfigurationError(f'node pattern {_short(pattern)} cannot be encoded as UTF-8: remove lone surrogates')
+        raise ConfigurationError(
+            f'node pattern {_short(pattern)} cannot be encoded as UTF-8: remove lone surrogates'
+        )
     if pattern[-1] == '\\' and (len(pattern) - len(pattern.rstrip('\\'))) % 2:
-        raise ConfigurationError(f'node pattern {_short(pattern)} ends in a backslash that escapes nothing: double it, or remove it')
+        raise ConfigurationError(
+            f'node pattern {_short(pattern)} ends in a backslash that escapes nothing: double it, '
+            'or remove it'
+        )
     return pattern
 
 

@@ -1,10 +1,12 @@
 """Who should own which tokens: balanced by weight, locks respected, nothing moved without need.
 
-Tokens fall into groups: one for each set of nodes that locks allow, and the free ones. A group's share of each node is its
-weighted part rounded down or up, where those who hold the larger number already keep it; given the shares, each node gives
-exactly what it holds beyond its share. Free tokens fill the nodes up to one common level above what locks put on them
-(water-filling). All arithmetic is on whole numbers, so that every leader computes the same plan.
+Tokens fall into groups: one for each set of nodes that locks allow, and the free ones. A group's
+share of each node is its weighted part rounded down or up, where those who hold the larger number
+already keep it; given the shares, each node gives exactly what it holds beyond its share. Free
+tokens fill the nodes up to one common level above what locks put on them (water-filling). All
+arithmetic is on whole numbers, so that every leader computes the same plan.
 """
+
 from __future__ import annotations
 
 import heapq
@@ -23,12 +25,16 @@ Owned: TypeAlias = 'tuple[int, int, str | None]'
 
 
 def plan(
-    owners: Sequence[Owned], nodes: Mapping[str, float], pins: Mapping[int, frozenset[str]], total_tokens: int,
+    owners: Sequence[Owned],
+    nodes: Mapping[str, float],
+    pins: Mapping[int, frozenset[str]],
+    total_tokens: int,
 ) -> list[Owned]:
     """Give every token an owner, moving as few as balance and locks allow.
 
     Args:
-        owners: Present owners as (first, end, node), disjoint; tokens not mentioned, and those of a name not in `nodes`, are unowned.
+        owners: Present owners as (first, end, node), disjoint; tokens not mentioned, and those of a
+            name not in `nodes`, are unowned.
         nodes: Weight by name; a node of weight 0 receives nothing.
         pins: Nodes that may own a locked token.
         total_tokens: Tokens of the cluster.
@@ -40,7 +46,10 @@ def plan(
     pieces, blocked = _grouped(_covered(owners, weights, total_tokens), pins, weights)
     total = total_tokens - sum(hi - lo for lo, hi, _ in blocked)
     free = pieces.pop(frozenset(weights), [])
-    groups = [_Group.of(names, some, weights) for names, some in sorted((sorted(names), some) for names, some in pieces.items())]
+    groups = [
+        _Group.of(names, some, weights)
+        for names, some in sorted((sorted(names), some) for names, some in pieces.items())
+    ]
     held = _held(free)
     _round(groups, held, weights, total)
     _relieve(groups, weights, total)
@@ -66,7 +75,9 @@ def _covered(owners: Iterable[Owned], weights: Mapping[str, int], total_tokens: 
     """The owners sorted and merged, with gaps and unknown names as None."""
     found: list[Owned] = []
     at = 0
-    for lo, hi, node in sorted((owned for owned in owners if owned[0] < owned[1]), key=lambda owned: owned[:2]):
+    for lo, hi, node in sorted(
+        (owned for owned in owners if owned[0] < owned[1]), key=lambda owned: owned[:2]
+    ):
         if lo < at:
             raise ValueError(f'token {lo} has two owners: pass disjoint ranges')
         if lo > at:
@@ -79,7 +90,7 @@ def _covered(owners: Iterable[Owned], weights: Mapping[str, int], total_tokens: 
 
 
 def _grouped(
-    owners: list[Owned], pins: Mapping[int, frozenset[str]], weights: Mapping[str, int],
+    owners: list[Owned], pins: Mapping[int, frozenset[str]], weights: Mapping[str, int]
 ) -> tuple[dict[frozenset[str], list[Owned]], list[Owned]]:
     """Owners by the set of nodes that may own the tokens, and the tokens that none may own."""
     everybody = frozenset(weights)
@@ -97,7 +108,7 @@ def _grouped(
     tokens = [token for token, _ in locked]
     for lo, hi, node in owners:
         at = lo
-        for token, names in locked[bisect_left(tokens, lo):bisect_left(tokens, hi)]:
+        for token, names in locked[bisect_left(tokens, lo) : bisect_left(tokens, hi)]:
             if at < token:
                 pieces[everybody].append((at, token, node))
             pieces[names].append((token, token + 1, node if node in names else None))
@@ -151,8 +162,12 @@ class _Group:
         return [name for name in self.candidates if self.held[name] > self.base.get(name, 0)]
 
 
-def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, int], total: int) -> None:
-    """Choose who is rounded up: those who hold the token, else those with the most room below their part of the whole."""
+def _round(
+    groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, int], total: int
+) -> None:
+    """Choose who is rounded up: those who hold the token, else those with the most room below their
+    part of the whole.
+    """
     whole = sum(weights.values())
     load = Counter(free)
     for group in groups:
@@ -164,8 +179,8 @@ def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, i
 
     for group in groups:
         keepers = sorted(group.keepers(), key=room, reverse=True)
-        group.chosen.update(keepers[:group.spare])
-        load.subtract(keepers[group.spare:])
+        group.chosen.update(keepers[: group.spare])
+        load.subtract(keepers[group.spare :])
     for group in groups:
         if len(group.chosen) == group.spare:
             continue
@@ -176,7 +191,9 @@ def _round(groups: Sequence[_Group], free: Counter[str], weights: Mapping[str, i
 
 
 def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -> None:
-    """Where locked tokens alone exceed a node's part of the whole, let other candidates be rounded up, directly or in a chain."""
+    """Where locked tokens alone exceed a node's part of the whole, let other candidates be rounded
+    up, directly or in a chain.
+    """
     whole = sum(weights.values())
     multiple = lcm(*weights.values())
     inverse = {name: multiple // weight for name, weight in weights.items()}
@@ -190,7 +207,9 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
             chosen_in[name][number] = None
 
     def chain(start: str) -> list[tuple[str, str, int]]:
-        """Steps (to, from, group), last one first, to a node with room, else to one where the token weighs less."""
+        """Steps (to, from, group), last one first, to a node with room, else to one where the token
+        weighs less.
+        """
         came: dict[str, tuple[str, int]] = {start: ('', -1)}
         queue = [start]
         for name in queue:
@@ -202,8 +221,18 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
                         queue.append(other)
                 if len(came) == len(weights):
                     break
-        end = min(queue, key=lambda name: (load[name] >= limit[name], (2 * load[name] + 1) * inverse[name], name))
-        if load[end] >= limit[end] and (2 * load[end] + 1) * inverse[end] >= (2 * load[start] - 1) * inverse[start]:
+        end = min(
+            queue,
+            key=lambda name: (
+                load[name] >= limit[name],
+                (2 * load[name] + 1) * inverse[name],
+                name,
+            ),
+        )
+        if (
+            load[end] >= limit[end]
+            and (2 * load[end] + 1) * inverse[end] >= (2 * load[start] - 1) * inverse[start]
+        ):
             return []
         steps = []
         while end != start:
@@ -230,8 +259,12 @@ def _relieve(groups: Sequence[_Group], weights: Mapping[str, int], total: int) -
                 load[steps[0][0]] += 1
 
 
-def _levelled(held: Counter[str], pinned: Counter[str], weights: Mapping[str, int], total: int) -> dict[str, int]:
-    """Each node's share of the free tokens: what lifts it to the common level, rounded; nothing where locks put it above."""
+def _levelled(
+    held: Counter[str], pinned: Counter[str], weights: Mapping[str, int], total: int
+) -> dict[str, int]:
+    """Each node's share of the free tokens: what lifts it to the common level, rounded; nothing
+    where locks put it above.
+    """
     level, width = total - sum(pinned.values()), 0
     below: list[str] = []
     for name in sorted(weights, key=lambda name: (Fraction(pinned[name], weights[name]), name)):
@@ -250,20 +283,27 @@ def _levelled(held: Counter[str], pinned: Counter[str], weights: Mapping[str, in
     return share
 
 
-def _redistributed(pieces: list[Owned], share: Mapping[str, int], beside: Sequence[Owned] = ()) -> list[Owned]:
-    """Move the pieces' surplus to those below their share, in runs as long as possible; best next to what they own `beside`."""
+def _redistributed(
+    pieces: list[Owned], share: Mapping[str, int], beside: Sequence[Owned] = ()
+) -> list[Owned]:
+    """Move the pieces' surplus to those below their share, in runs as long as possible; best next
+    to what they own `beside`.
+    """
     held = _held(pieces)
     lacking = {name: count - held[name] for name, count in share.items() if count > held[name]}
     if not lacking:
         return pieces
-    kept, loose = _released(pieces, {name: max(0, count - share.get(name, 0)) for name, count in held.items()})
+    kept, loose = _released(
+        pieces, {name: max(0, count - share.get(name, 0)) for name, count in held.items()}
+    )
     kept, loose = _extended(kept, loose, lacking, beside)
     # Largest run to largest need: each step settles one of the two, so that few runs are cut.
     runs = [(lo - hi, lo) for lo, hi in loose]
     needs = [(-count, name) for name, count in lacking.items() if count]
     heapq.heapify(runs)
     heapq.heapify(needs)
-    # Among runs of one size a node gets those that lie one behind the other: what is between them may join them.
+    # Among runs of one size a node gets those that lie one behind the other: what is between them
+    # may join them.
     before, need, name = 0, 0, ''
     while runs:
         size, lo = heapq.heappop(runs)
@@ -280,8 +320,12 @@ def _redistributed(pieces: list[Owned], share: Mapping[str, int], beside: Sequen
     return kept
 
 
-def _released(pieces: list[Owned], surplus: Mapping[str, int]) -> tuple[list[Owned], list[tuple[int, int]]]:
-    """What stays with its owner, and the ranges to be given: unowned ones, and each owner's shortest runs up to its surplus."""
+def _released(
+    pieces: list[Owned], surplus: Mapping[str, int]
+) -> tuple[list[Owned], list[tuple[int, int]]]:
+    """What stays with its owner, and the ranges to be given: unowned ones, and each owner's
+    shortest runs up to its surplus.
+    """
     kept: list[Owned] = []
     loose: list[tuple[int, int]] = []
     left = dict(surplus)
@@ -297,9 +341,14 @@ def _released(pieces: list[Owned], surplus: Mapping[str, int]) -> tuple[list[Own
 
 
 def _extended(
-    kept: list[Owned], loose: list[tuple[int, int]], lacking: dict[str, int], beside: Sequence[Owned],
+    kept: list[Owned],
+    loose: list[tuple[int, int]],
+    lacking: dict[str, int],
+    beside: Sequence[Owned],
 ) -> tuple[list[Owned], list[tuple[int, int]]]:
-    """Give loose ranges to the owner next to them where it lacks tokens; `lacking` is brought up to date."""
+    """Give loose ranges to the owner next to them where it lacks tokens; `lacking` is brought up to
+    date.
+    """
     ends = {hi: node for _, hi, node in chain(beside, kept)}
     starts = {lo: node for lo, _, node in chain(beside, kept)}
     rest: list[tuple[int, int]] = []
@@ -324,7 +373,9 @@ def _extended(
 def _merged(pieces: Iterable[Owned]) -> list[Owned]:
     """Sorted, with neighbours of one owner joined. The pieces are disjoint."""
     merged: list[Owned] = []
-    for lo, hi, node in sorted((piece for piece in pieces if piece[0] < piece[1]), key=lambda piece: piece[0]):
+    for lo, hi, node in sorted(
+        (piece for piece in pieces if piece[0] < piece[1]), key=lambda piece: piece[0]
+    ):
         if merged and merged[-1][1] == lo and merged[-1][2] == node:
             merged[-1] = (merged[-1][0], hi, node)
         else:

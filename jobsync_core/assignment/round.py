@@ -1,4 +1,7 @@
-"""One leader's round as a function of values: from what the tables hold to what they should hold."""
+"""One leader's round as a function of values: from what the tables hold to what they should
+hold.
+"""
+
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -14,7 +17,9 @@ __all__ = ['Decision', 'Pin', 'decide']
 
 @dataclass(frozen=True)
 class Pin:
-    """A lock as the planner sees it. `created_at` orders locks by age; it is compared with others of its kind only."""
+    """A lock as the planner sees it. `created_at` orders locks by age; it is compared with others
+    of its kind only.
+    """
 
     task_id: str
     token: int
@@ -44,11 +49,16 @@ class Decision:
 
 
 def decide(
-    members: Sequence[Member], segments: Sequence[Segment], pins: Sequence[Pin], total_tokens: int, version: int,
+    members: Sequence[Member],
+    segments: Sequence[Segment],
+    pins: Sequence[Pin],
+    total_tokens: int,
+    version: int,
 ) -> Decision:
     """Plan for the live members.
 
-    A live owner keeps a token until it gives it: its row is marked as moving. Tokens without a live owner change hands at once.
+    A live owner keeps a token until it gives it: its row is marked as moving. Tokens without a live
+    owner change hands at once.
 
     Args:
         members: The node table without the dead.
@@ -60,8 +70,10 @@ def decide(
     live = frozenset(member.name for member in members)
     activate = _activated(members, segments)
     weights = {
-        member.name: member.weight for member in members
-        if (member.state == 'active' or member.name in activate) and member.weight > 0}
+        member.name: member.weight
+        for member in members
+        if (member.state == 'active' or member.name in activate) and member.weight > 0
+    }
     allowed, conflicts = _allowed(pins, weights, total_tokens)
     present = _present(segments, live, total_tokens)
     owners = list(_owners(present, live, weights, allowed))
@@ -83,15 +95,19 @@ def decide(
 
 
 def _activated(members: Iterable[Member], segments: Iterable[Segment]) -> tuple[str, ...]:
-    """The first plan of a cluster includes everybody who has registered by then; later joiners wait for their own time."""
+    """The first plan of a cluster includes everybody who has registered by then; later joiners wait
+    for their own time.
+    """
     names = {member.name for member in members if member.state != 'joining'}
-    if any(segment.node in names for segment in segments) or not any(member.state == 'active' for member in members):
+    if any(segment.node in names for segment in segments) or not any(
+        member.state == 'active' for member in members
+    ):
         return ()
     return tuple(sorted(member.name for member in members if member.state == 'joining'))
 
 
 def _allowed(
-    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int,
+    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int
 ) -> tuple[dict[int, frozenset[str]], tuple[str, ...]]:
     """The nodes that may own each locked token, and the conflicts among locks."""
     live = NodeNames(weights)
@@ -112,9 +128,12 @@ def _allowed(
             allowed[pin.token] &= names
         elif allowed[pin.token] or names:
             conflicts.append(
-                f'token {pin.token}: no live node may own both task {older.task_id!r} (lock {", ".join(older.patterns)}) and task '
-                f'{pin.task_id!r} (lock {", ".join(pin.patterns)}), which hash to it; the older lock, of {older.task_id!r}, counts: '
-                f'clear one of the locks, or give both a pattern that matches the same live node')
+                f'token {pin.token}: no live node may own both task {older.task_id!r} (lock '
+                f'{", ".join(older.patterns)}) and task '
+                f'{pin.task_id!r} (lock {", ".join(pin.patterns)}), which hash to it; the older '
+                f'lock, of {older.task_id!r}, counts: '
+                f'clear one of the locks, or give both a pattern that matches the same live node'
+            )
     return allowed, tuple(conflicts)
 
 
@@ -136,9 +155,14 @@ def _present(segments: Iterable[Segment], live: frozenset[str], total_tokens: in
 
 
 def _owners(
-    present: Iterable[Segment], live: frozenset[str], weights: Mapping[str, float], allowed: Mapping[int, frozenset[str]],
+    present: Iterable[Segment],
+    live: frozenset[str],
+    weights: Mapping[str, float],
+    allowed: Mapping[int, frozenset[str]],
 ) -> Iterator[Owned]:
-    """Whom the planner takes for the owner: the receiver of tokens on their way, else the live node that has them."""
+    """Whom the planner takes for the owner: the receiver of tokens on their way, else the live node
+    that has them.
+    """
     locked = sorted(allowed)
     for row in present:
         owner = row.node if row.node in live else None
@@ -157,13 +181,15 @@ def _owners(
 
 
 def _within(locked: Sequence[int], row: Segment) -> Sequence[int]:
-    return locked[bisect_left(locked, row.lo):bisect_left(locked, row.hi)]
+    return locked[bisect_left(locked, row.lo) : bisect_left(locked, row.hi)]
 
 
 def _overlaid(
-    present: Sequence[Segment], owners: Sequence[Owned], planned: Sequence[Owned],
+    present: Sequence[Segment], owners: Sequence[Owned], planned: Sequence[Owned]
 ) -> Iterator[tuple[int, int, Segment, str | None, str | None]]:
-    """Ranges in which row, planner's owner and target are each the same. All three sequences cover all tokens."""
+    """Ranges in which row, planner's owner and target are each the same. All three sequences cover
+    all tokens.
+    """
     i = j = k = lo = 0
     while i < len(present):
         row, (_, owners_end, owner), (_, planned_end, target) = present[i], owners[j], planned[k]
@@ -176,7 +202,9 @@ def _overlaid(
 
 
 def _wanted(owner: str | None, target: str | None) -> tuple[str | None, bool, str | None, bool]:
-    """node, moving, moving_to and blocked of the row that takes tokens from their live owner to the target."""
+    """node, moving, moving_to and blocked of the row that takes tokens from their live owner to the
+    target.
+    """
     if owner is None or owner == target:
         return target, False, None, target is None
     return owner, True, target, target is None

@@ -1,4 +1,7 @@
-"""How evenly a cluster would share its tasks, and how much moves when a node joins or leaves: the real planner, no database."""
+"""How evenly a cluster would share its tasks, and how much moves when a node joins or leaves: the
+real planner, no database.
+"""
+
 from __future__ import annotations
 
 from bisect import bisect_right
@@ -37,7 +40,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Change:
-    """A node joins or leaves: the shares afterwards, and how many tokens and tasks changed their node."""
+    """A node joins or leaves: the shares afterwards, and how many tokens and tasks changed their
+    node.
+    """
 
     node: str
     shares: tuple[Share, ...]
@@ -47,7 +52,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A cluster as planned at first, then with one node more, then with one less. `left` is None for a single node."""
+    """A cluster as planned at first, then with one node more, then with one less. `left` is None
+    for a single node.
+    """
 
     total_tokens: int
     tasks: int
@@ -64,14 +71,23 @@ def holder(segment: Segment) -> str | None:
 
 
 def moves(before: Iterable[Segment], after: Iterable[Segment]) -> list[Move]:
-    """What changes hands between two assignments, summed for each pair of nodes, the largest first."""
-    return _moves([(s.lo, s.hi, holder(s)) for s in before], [(s.lo, s.hi, holder(s)) for s in after])
+    """What changes hands between two assignments, summed for each pair of nodes, the largest
+    first.
+    """
+    return _moves(
+        [(s.lo, s.hi, holder(s)) for s in before], [(s.lo, s.hi, holder(s)) for s in after]
+    )
 
 
 def simulate(
-    nodes: int, tasks: int, total_tokens: int, hash_function: str = 'double_sha256', weights: Mapping[str, float] | None = None,
+    nodes: int,
+    tasks: int,
+    total_tokens: int,
+    hash_function: str = 'double_sha256',
+    weights: Mapping[str, float] | None = None,
 ) -> Simulation:
-    """Plan a cluster of `nodes` nodes over `total_tokens` tokens and hash the task ids 0 … tasks-1 into it.
+    """Plan a cluster of `nodes` nodes over `total_tokens` tokens and hash the task ids 0 … tasks-1
+    into it.
 
     Args:
         nodes: Number of nodes, named node-1, node-2 and so on.
@@ -84,12 +100,19 @@ def simulate(
         ConfigurationError: A number is out of range, or the hash function is unknown.
     """
     for name, value, least, most in (
-        ('nodes', nodes, 1, 10_000), ('tasks', tasks, 0, 10_000_000), ('total_tokens', total_tokens, 1, 1_000_000),
+        ('nodes', nodes, 1, 10_000),
+        ('tasks', tasks, 0, 10_000_000),
+        ('total_tokens', total_tokens, 1, 1_000_000),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ConfigurationError(f'{name}={value!r}: give a whole number from {least:,} to {most:,}')
+            raise ConfigurationError(
+                f'{name}={value!r}: give a whole number from {least:,} to {most:,}'
+            )
     if hash_function not in HASH_FUNCTIONS:
-        raise ConfigurationError(f'hash_function={hash_function!r} is unknown: use one of {", ".join(sorted(HASH_FUNCTIONS))}')
+        raise ConfigurationError(
+            f'hash_function={hash_function!r} is unknown: use one of '
+            f'{", ".join(sorted(HASH_FUNCTIONS))}'
+        )
     digest = HASH_FUNCTIONS[hash_function]
     placed = Counter(digest(str(task).encode()) % total_tokens for task in range(tasks))
     names = [f'node-{number}' for number in range(1, nodes + 2)]
@@ -97,21 +120,50 @@ def simulate(
     present = {name: given.get(name, 1.0) for name in names[:-1]}
     first = plan([(0, total_tokens, None)], present, {}, total_tokens)
     return Simulation(
-        total_tokens, tasks, _shares(first, present, placed),
-        _change(first, names[-1], {**present, names[-1]: given.get(names[-1], 1.0)}, placed, total_tokens),
-        _change(first, names[-2], {name: weight for name, weight in present.items() if name != names[-2]}, placed, total_tokens)
-        if nodes > 1 else None)
+        total_tokens,
+        tasks,
+        _shares(first, present, placed),
+        _change(
+            first,
+            names[-1],
+            {**present, names[-1]: given.get(names[-1], 1.0)},
+            placed,
+            total_tokens,
+        ),
+        _change(
+            first,
+            names[-2],
+            {name: weight for name, weight in present.items() if name != names[-2]},
+            placed,
+            total_tokens,
+        )
+        if nodes > 1
+        else None,
+    )
 
 
-def _change(before: Owners, node: str, present: Mapping[str, float], placed: Mapping[int, int], total_tokens: int) -> Change:
+def _change(
+    before: Owners,
+    node: str,
+    present: Mapping[str, float],
+    placed: Mapping[int, int],
+    total_tokens: int,
+) -> Change:
     owners = [(lo, hi, owner if owner in present else None) for lo, hi, owner in before]
     after = plan(owners, present, {}, total_tokens)
     old, new = _lookup(before), _lookup(after)
     tasks_moved = sum(count for token, count in placed.items() if old(token) != new(token))
-    return Change(node, _shares(after, present, placed), sum(move.tokens for move in _moves(before, after)), tasks_moved)
+    return Change(
+        node,
+        _shares(after, present, placed),
+        sum(move.tokens for move in _moves(before, after)),
+        tasks_moved,
+    )
 
 
-def _shares(owners: Owners, present: Mapping[str, float], placed: Mapping[int, int]) -> tuple[Share, ...]:
+def _shares(
+    owners: Owners, present: Mapping[str, float], placed: Mapping[int, int]
+) -> tuple[Share, ...]:
     tokens: Counter[str | None] = Counter()
     tasks: Counter[str | None] = Counter()
     for lo, hi, owner in owners:
@@ -140,5 +192,9 @@ def _moves(before: Owners, after: Owners) -> list[Move]:
             i += 1
         else:
             j += 1
-    return [Move(source, target, tokens) for (source, target), tokens in sorted(
-        found.items(), key=lambda item: (-item[1], item[0][0] or '', item[0][1] or ''))]
+    return [
+        Move(source, target, tokens)
+        for (source, target), tokens in sorted(
+            found.items(), key=lambda item: (-item[1], item[0][0] or '', item[0][1] or '')
+        )
+    ]

@@ -1,4 +1,5 @@
 """A set of tokens kept as ranges: a million tokens in a few dozen pairs of numbers."""
+
 from __future__ import annotations
 
 from bisect import bisect_right
@@ -14,10 +15,12 @@ __all__ = ['TokenSet']
 
 
 class TokenSet(AbstractSet[int]):
-    """An immutable set of tokens. Length, membership and all operations with another TokenSet cost by the range, not by the token.
+    """An immutable set of tokens. Length, membership and all operations with another TokenSet cost
+    by the range, not by the token.
 
     Args:
-        ranges: Half-open ranges (first, end) in any order; they may overlap, and empty ones are ignored.
+        ranges: Half-open ranges (first, end) in any order; they may overlap, and empty ones are
+            ignored.
     """
 
     __slots__ = ('_length', '_starts', 'ranges')
@@ -121,7 +124,11 @@ class TokenSet(AbstractSet[int]):
         return super().__le__(other)
 
     def __lt__(self, other: AbstractSet[Any]) -> bool:
-        return len(self) < len(other) and self.__le__(other) if isinstance(other, AbstractSet) else NotImplemented
+        return (
+            len(self) < len(other) and self.__le__(other)
+            if isinstance(other, AbstractSet)
+            else NotImplemented
+        )
 
     def __ge__(self, other: AbstractSet[Any]) -> bool:
         if isinstance(other, TokenSet):
@@ -129,7 +136,11 @@ class TokenSet(AbstractSet[int]):
         return super().__ge__(other)
 
     def __gt__(self, other: AbstractSet[Any]) -> bool:
-        return len(self) > len(other) and self.__ge__(other) if isinstance(other, AbstractSet) else NotImplemented
+        return (
+            len(self) > len(other) and self.__ge__(other)
+            if isinstance(other, AbstractSet)
+            else NotImplemented
+        )
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, TokenSet):
@@ -137,7 +148,8 @@ class TokenSet(AbstractSet[int]):
         return super().__eq__(other)
 
     def __hash__(self) -> int:
-        # Not the hash of an equal frozenset: that would cost a step per token. Use one type within one dict.
+        # Not the hash of an equal frozenset: that would cost a step per token. Use one type within
+        # one dict.
         return hash(self.ranges)
 
     def isdisjoint(self, other: Iterable[Any]) -> bool:
@@ -149,7 +161,11 @@ class TokenSet(AbstractSet[int]):
     def __repr__(self) -> str:
         shown = [f'{lo}-{hi - 1}' if hi - lo > 1 else str(lo) for lo, hi in self.ranges[:8]]
         more = f', … {len(self.ranges) - 8} ranges more' if len(self.ranges) > 8 else ''
-        return f'<TokenSet of {self._length}: {", ".join(shown)}{more}>' if shown else '<TokenSet of 0>'
+        return (
+            f'<TokenSet of {self._length}: {", ".join(shown)}{more}>'
+            if shown
+            else '<TokenSet of 0>'
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenSet, (self.ranges,)
@@ -157,8 +173,8 @@ class TokenSet(AbstractSet[int]):
     def write_bitmap(self, buffer: memoryview | bytearray, total_tokens: int) -> None:
         """Make a bitmap show this set: token t is bit t & 7 of byte t >> 3.
 
-        The bitmap is copied whole from a finished one, so that a reader, even in another process, never sees a token that is
-        neither in the old set nor in this one.
+        The bitmap is copied whole from a finished one, so that a reader, even in another process,
+        never sees a token that is neither in the old set nor in this one.
 
         Args:
             buffer: At least (total_tokens + 7) // 8 bytes.
@@ -172,9 +188,9 @@ class TokenSet(AbstractSet[int]):
                 bits[first] |= head & tail
                 continue
             bits[first] |= head
-            bits[first + 1:last] = b'\xff' * (last - first - 1)
+            bits[first + 1 : last] = b'\xff' * (last - first - 1)
             bits[last] |= tail
-        buffer[:len(bits)] = bits
+        buffer[: len(bits)] = bits
 
 
 def _coerced(other: object) -> TokenSet | None:

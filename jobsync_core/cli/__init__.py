@@ -1,4 +1,5 @@
 """The command `jobsync`."""
+
 from __future__ import annotations
 
 import sys
@@ -7,12 +8,18 @@ __all__ = ['main']
 
 
 def main() -> None:
-    """Run the command line; without its packages, say which extra installs them and exit with code 2."""
+    """Run the command line; without its packages, say which extra installs them and exit with code
+    2.
+    """
     try:
         import click  # noqa: F401
         import rich  # noqa: F401
     except ImportError as error:
-        print(f"jobsync: {error.name} is missing; install it with: pip install 'jobsync-workers[cli]'", file=sys.stderr)
+        print(
+            f'jobsync: {error.name} is missing; install it with: pip install '
+            "'jobsync-workers[cli]'",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     from .main import jobsync
 

@@ -1,4 +1,5 @@
 """`python -m jobsync_core.cli`."""
+
 from . import main
 
 main()

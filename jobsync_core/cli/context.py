@@ -1,4 +1,5 @@
 """What the commands share: where the database is, how to say what went wrong, how to print."""
+
 from __future__ import annotations
 
 import os
@@ -42,7 +43,10 @@ class Database:
         Raises:
             JobSyncError: This program knows none.
         """
-        raise JobSyncError('which broker? Use `celery -A proj jobsync evacuate`, or name the JobSync object: --app MODULE:NAME')
+        raise JobSyncError(
+            'which broker? Use `celery -A proj jobsync evacuate`, or name the JobSync object: '
+            '--app MODULE:NAME'
+        )
 
     def config(self) -> CoordinationConfig:
         """The settings from the options and the environment.
@@ -58,7 +62,11 @@ class Database:
     @property
     def named(self) -> dict[str, Any]:
         """What the options say of where the tables are."""
-        return {name: value for name, value in (('appname', self.appname), ('schema', self.schema)) if value}
+        return {
+            name: value
+            for name, value in (('appname', self.appname), ('schema', self.schema))
+            if value
+        }
 
     @contextmanager
     def sessions(self) -> Iterator[tuple[Sessions, Tables]]:
@@ -116,25 +124,44 @@ def database_options(command: _Command) -> _Command:
         def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
             if value is not None:
                 setattr(ctx.ensure_object(Database), name, value)
+
         return callback
 
     command = click.option(
-        '--schema', expose_value=False, callback=remember('schema'), metavar='NAME',
-        help='Schema of the tables [env JOBSYNC_SCHEMA; default: the first of the search_path].')(command)
+        '--schema',
+        expose_value=False,
+        callback=remember('schema'),
+        metavar='NAME',
+        help='Schema of the tables [env JOBSYNC_SCHEMA; default: the first of the search_path].',
+    )(command)
     command = click.option(
-        '--appname', expose_value=False, callback=remember('appname'), metavar='PREFIX',
-        help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].')(command)
+        '--appname',
+        expose_value=False,
+        callback=remember('appname'),
+        metavar='PREFIX',
+        help='Prefix of the tables [env JOBSYNC_APPNAME; default sync_].',
+    )(command)
     return click.option(
-        '--url', expose_value=False, callback=remember('url'), metavar='URL',
-        help='postgresql://user@host:port/dbname [env JOBSYNC_DATABASE_URL]. Keep a password in the environment or ~/.pgpass.')(command)
+        '--url',
+        expose_value=False,
+        callback=remember('url'),
+        metavar='URL',
+        help='postgresql://user@host:port/dbname [env JOBSYNC_DATABASE_URL]. Keep a password in '
+        'the environment or ~/.pgpass.',
+    )(command)
 
 
 def console() -> Console:
     """A console on stdout: coloured on a terminal, plain and wide elsewhere."""
     terminal = sys.stdout.isatty()
-    return Console(markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH)
+    return Console(
+        markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH
+    )
 
 
 def printable(value: object) -> str:
     """Text for a terminal: what would steer it is spelled out."""
-    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in str(value))
+    return ''.join(
+        char if char.isprintable() else char.encode('unicode_escape').decode()
+        for char in str(value)
+    )

@@ -1,4 +1,7 @@
-"""`jobsync doctor`: try what a node needs of the database, one thing at a time, and say what to mend."""
+"""`jobsync doctor`: try what a node needs of the database, one thing at a time, and say what to
+mend.
+"""
+
 from __future__ import annotations
 
 import select
@@ -30,7 +33,8 @@ _OLDEST_SERVER = 140_000
 _NOTIFY_WAIT = 3.0
 #: Locks that cannot be read of which so many are named.
 _NAMED = 5
-#: Beyond this many seconds the dates of audits and the times in logs mislead. JobSync itself compares no clocks.
+#: Beyond this many seconds the dates of audits and the times in logs mislead. JobSync itself
+#: compares no clocks.
 _CLOCK_OFFSET = 5.0
 
 
@@ -53,7 +57,14 @@ def examine(config: CoordinationConfig) -> list[Check]:
         for check in _checks(config, tables, sessions):
             checks.append(check)
     except (JobSyncError, psycopg2.Error) as error:
-        checks.append(Check('connection', 'bad', describe(error), 'mend the URL, the network or the server, then run the doctor again'))
+        checks.append(
+            Check(
+                'connection',
+                'bad',
+                describe(error),
+                'mend the URL, the network or the server, then run the doctor again',
+            )
+        )
     finally:
         sessions.close_all()
     return checks
@@ -64,7 +75,11 @@ def show(checks: list[Check]) -> None:
     out = console()
     for check in checks:
         style = {'ok': 'green', 'warn': 'yellow', 'bad': 'red'}[check.verdict]
-        out.print(Text(f'{check.verdict:<5}', style=style) + Text(f'{check.name}: {printable(check.found)}'), soft_wrap=True)
+        out.print(
+            Text(f'{check.verdict:<5}', style=style)
+            + Text(f'{check.name}: {printable(check.found)}'),
+            soft_wrap=True,
+        )
         if check.remedy:
             out.print(f'     {printable(check.remedy)}', soft_wrap=True)
 
@@ -73,15 +88,33 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
     begun = time.monotonic()
     with sessions.session():
         where = ', '.join(f'{host}:{port}' for host, port in config.hosts)
-        yield Check('connection', 'ok', f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s')
+        yield Check(
+            'connection',
+            'ok',
+            f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s',
+        )
     pooler = probe.pooling(sessions)
-    for examine_one in (_version, _writable, _clock, _schema, _blockers, _writes, _locks, _rights, _neighbours, _durability, _history):
+    for examine_one in (
+        _version,
+        _writable,
+        _clock,
+        _schema,
+        _blockers,
+        _writes,
+        _locks,
+        _rights,
+        _neighbours,
+        _durability,
+        _history,
+    ):
         yield _try(examine_one, sessions, tables)
     yield _pooler_check(config, pooler)
     yield _listen_check(config, sessions)
 
 
-def _try(examine_one: Callable[[PgConnection, Tables], Check], sessions: Sessions, tables: Tables) -> Check:
+def _try(
+    examine_one: Callable[[PgConnection, Tables], Check], sessions: Sessions, tables: Tables
+) -> Check:
     """A check that meets a missing right is bad; the check of the rights tells which it is."""
     try:
         with sessions.session() as connection:
@@ -100,7 +133,12 @@ def _version(connection: PgConnection, tables: Tables) -> Check:
 def _writable(connection: PgConnection, tables: Tables) -> Check:
     reason = probe.read_only(connection)
     if reason:
-        return Check('writable', 'bad', reason, "connect to the primary; host='a,b' with all hosts finds it by itself")
+        return Check(
+            'writable',
+            'bad',
+            reason,
+            "connect to the primary; host='a,b' with all hosts finds it by itself",
+        )
     return Check('writable', 'ok', 'yes')
 
 
@@ -108,7 +146,12 @@ def _clock(connection: PgConnection, tables: Tables) -> Check:
     offset = probe.clock_offset(connection)
     found = f'the server is {abs(offset):.3f} s {"ahead" if offset >= 0 else "behind"}'
     if abs(offset) > _CLOCK_OFFSET:
-        return Check('clock', 'warn', found, 'run NTP on both machines; claims stay safe, but dates and displayed ages mislead')
+        return Check(
+            'clock',
+            'warn',
+            found,
+            'run NTP on both machines; claims stay safe, but dates and displayed ages mislead',
+        )
     return Check('clock', 'ok', found)
 
 
@@ -117,19 +160,37 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
     if not missing:
         version = probe.schema_version(connection, tables)
         if version is None:
-            return Check('schema', 'ok', f'tables {tables.appname}* exist; no node has registered yet')
+            return Check(
+                'schema', 'ok', f'tables {tables.appname}* exist; no node has registered yet'
+            )
         if version == SCHEMA_VERSION:
             return Check('schema', 'ok', f'tables {tables.appname}* of version {version}')
         return Check(
-            'schema', 'bad', f'tables of version {version}, this program has {SCHEMA_VERSION}',
-            'use one version of JobSync everywhere, then `jobsync init-db`')
+            'schema',
+            'bad',
+            f'tables of version {version}, this program has {SCHEMA_VERSION}',
+            'use one version of JobSync everywhere, then `jobsync init-db`',
+        )
     if len(missing) < len(tables.all):
-        return Check('schema', 'bad', f'not there: {", ".join(missing)}', 'run `jobsync init-db` with a role that may create tables')
+        return Check(
+            'schema',
+            'bad',
+            f'not there: {", ".join(missing)}',
+            'run `jobsync init-db` with a role that may create tables',
+        )
     if probe.may_create(connection, tables):
-        return Check('schema', 'ok', f'no tables {tables.appname}* yet; the first node, or `jobsync init-db`, creates them')
+        return Check(
+            'schema',
+            'ok',
+            f'no tables {tables.appname}* yet; the first node, or `jobsync init-db`, creates them',
+        )
     return Check(
-        'schema', 'bad', f'no tables {tables.appname}*, and no right to create them',
-        'let a DBA run `jobsync init-db --role` or the output of `jobsync schema --sql`, or GRANT CREATE ON SCHEMA')
+        'schema',
+        'bad',
+        f'no tables {tables.appname}*, and no right to create them',
+        'let a DBA run `jobsync init-db --role` or the output of `jobsync schema --sql`, or GRANT '
+        'CREATE ON SCHEMA',
+    )
 
 
 def _blockers(connection: PgConnection, tables: Tables) -> Check:
@@ -140,8 +201,12 @@ def _blockers(connection: PgConnection, tables: Tables) -> Check:
     if not found:
         return Check('locked tables', 'ok', 'nobody keeps nodes out')
     return Check(
-        'locked tables', 'bad', blockers.name_all(found),
-        'wait for that transaction, or end it: SELECT pg_terminate_backend(PID); a prepared one: ROLLBACK PREPARED')
+        'locked tables',
+        'bad',
+        blockers.name_all(found),
+        'wait for that transaction, or end it: SELECT pg_terminate_backend(PID); a prepared one: '
+        'ROLLBACK PREPARED',
+    )
 
 
 def _writes(connection: PgConnection, tables: Tables) -> Check:
@@ -153,7 +218,12 @@ def _writes(connection: PgConnection, tables: Tables) -> Check:
         raise
     except psycopg2.Error as error:
         connection.rollback()
-        return Check('writes', 'bad', f'{describe(error)} (SQLSTATE {error.pgcode or "unknown"})', remedy(error.pgcode or ''))
+        return Check(
+            'writes',
+            'bad',
+            f'{describe(error)} (SQLSTATE {error.pgcode or "unknown"})',
+            remedy(error.pgcode or ''),
+        )
     return Check('writes', 'ok', 'a row was written, and taken back')
 
 
@@ -165,8 +235,12 @@ def _locks(connection: PgConnection, tables: Tables) -> Check:
         return Check('locks of tasks', 'ok', 'all can be read')
     more = f' and {len(found) - _NAMED:,} more' if len(found) > _NAMED else ''
     return Check(
-        'locks of tasks', 'warn', f'ignored, as their patterns are none: {", ".join(task[:100] for task in found[:_NAMED])}{more}',
-        'clear them (`jobsync locks clear --task TASK_ID`), or register them again')
+        'locks of tasks',
+        'warn',
+        'ignored, as their patterns are none: '
+        f'{", ".join(task[:100] for task in found[:_NAMED])}{more}',
+        'clear them (`jobsync locks clear --task TASK_ID`), or register them again',
+    )
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:
@@ -176,40 +250,68 @@ def _rights(connection: PgConnection, tables: Tables) -> Check:
     user = connection.info.user
     if left:
         return Check(
-            'rights', 'bad', f'lacking: {rights.describe(left)}',
-            f'run `jobsync init-db --role {user}` as the owner of the tables; with --sql it prints the GRANTs')
+            'rights',
+            'bad',
+            f'lacking: {rights.describe(left)}',
+            f'run `jobsync init-db --role {user}` as the owner of the tables; with --sql it '
+            'prints the GRANTs',
+        )
     hidden = rights.policies(connection, tables)
     if hidden:
         return Check(
-            'rights', 'bad', f'row-level security hides rows of {", ".join(hidden)}',
-            'ALTER TABLE … DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS')
+            'rights',
+            'bad',
+            f'row-level security hides rows of {", ".join(hidden)}',
+            'ALTER TABLE … DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS',
+        )
     if probe.is_superuser(connection):
         return Check(
-            'rights', 'warn', f'all that a node needs, and everything else: {user} is a superuser',
-            'make a role for the nodes: `jobsync init-db --role NAME`')
+            'rights',
+            'warn',
+            f'all that a node needs, and everything else: {user} is a superuser',
+            'make a role for the nodes: `jobsync init-db --role NAME`',
+        )
     return Check('rights', 'ok', 'all that a node needs')
 
 
 def _neighbours(connection: PgConnection, tables: Tables) -> Check:
     if probe.everybody_creates(connection, tables):
         return Check(
-            'schema rights', 'warn', f'every role may create things in schema {tables.schema}',
-            f'REVOKE CREATE ON SCHEMA {tables.schema} FROM PUBLIC, or give the tables a schema of their own (JOBSYNC_SCHEMA)')
-    return Check('schema rights', 'ok', f'not everybody may create things in schema {tables.schema}')
+            'schema rights',
+            'warn',
+            f'every role may create things in schema {tables.schema}',
+            f'REVOKE CREATE ON SCHEMA {tables.schema} FROM PUBLIC, or give the tables a schema of '
+            'their own (JOBSYNC_SCHEMA)',
+        )
+    return Check(
+        'schema rights', 'ok', f'not everybody may create things in schema {tables.schema}'
+    )
 
 
 def _durability(connection: PgConnection, tables: Tables) -> Check:
     found = probe.replication(connection)
     if not found.fsync:
-        return Check('durability', 'warn', 'fsync is off', 'set fsync=on: a crash of the machine may otherwise corrupt the database')
+        return Check(
+            'durability',
+            'warn',
+            'fsync is off',
+            'set fsync=on: a crash of the machine may otherwise corrupt the database',
+        )
     if found.standbys and not found.synchronous:
         return Check(
-            'durability', 'warn', f'{found.standbys} asynchronous standby{"" if found.standbys == 1 else "s"}',
-            'a failover may forget the last claims and completions: set synchronous_standby_names (see GUARANTEES)')
+            'durability',
+            'warn',
+            f'{found.standbys} asynchronous standby{"" if found.standbys == 1 else "s"}',
+            'a failover may forget the last claims and completions: set synchronous_standby_names '
+            '(see GUARANTEES)',
+        )
     if found.synchronous and not found.standbys:
         return Check(
-            'durability', 'warn', f'synchronous_standby_names={found.synchronous!r}, and no standby is connected',
-            'every commit will wait: start the standby')
+            'durability',
+            'warn',
+            f'synchronous_standby_names={found.synchronous!r}, and no standby is connected',
+            'every commit will wait: start the standby',
+        )
     if found.synchronous:
         return Check('durability', 'ok', f'synchronous standbys: {found.synchronous}')
     return Check('durability', 'ok', 'no standby: what is committed is on this server')
@@ -219,15 +321,25 @@ def _history(connection: PgConnection, tables: Tables) -> Check:
     left = probe.unasked_history(connection)
     if left:
         return Check(
-            'history', 'warn', f'{connection.info.user} may not call {", ".join(left)}: behind a pooler a failover is not noticed',
-            f'GRANT EXECUTE ON FUNCTION {", ".join(f"pg_catalog.{name}" for name in left)} TO {connection.info.user}')
+            'history',
+            'warn',
+            f'{connection.info.user} may not call {", ".join(left)}: behind a pooler a failover '
+            'is not noticed',
+            f'GRANT EXECUTE ON FUNCTION {", ".join(f"pg_catalog.{name}" for name in left)} TO '
+            f'{connection.info.user}',
+        )
     return Check('history', 'ok', 'each heartbeat tells it, so that a failover is noticed')
 
 
 def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:
     if pooler == 'transaction':
         if config.listen:
-            return Check('pooler', 'bad', 'transaction pooling', 'set listen=False (JOBSYNC_LISTEN=false), or connect to PostgreSQL itself')
+            return Check(
+                'pooler',
+                'bad',
+                'transaction pooling',
+                'set listen=False (JOBSYNC_LISTEN=false), or connect to PostgreSQL itself',
+            )
         return Check('pooler', 'ok', 'transaction pooling, and listen=False')
     return Check('pooler', 'ok', 'session pooling' if pooler == 'session' else 'none')
 
@@ -241,15 +353,26 @@ def _listen_check(config: CoordinationConfig, sessions: Sessions) -> Check:
         try:
             connection.listen(channel)
             begun = time.monotonic()
-            with sessions.session() as sender:  # another session: a pooler may hand a client's own notifications back by chance
+            with (
+                sessions.session() as sender
+            ):  # another session: a pooler may hand a client's own notifications back by chance
                 probe.notify(sender, channel, 'ping')
-            arrived = _wait(lambda: 'ping' in connection.notifies(), connection.fileno(), begun + _NOTIFY_WAIT)
+            arrived = _wait(
+                lambda: 'ping' in connection.notifies(), connection.fileno(), begun + _NOTIFY_WAIT
+            )
         finally:
             connection.close()
     except (JobSyncError, psycopg2.Error) as error:
-        return Check('notifications', 'bad', describe(error), 'set listen=False where LISTEN cannot work')
+        return Check(
+            'notifications', 'bad', describe(error), 'set listen=False where LISTEN cannot work'
+        )
     if not arrived:
-        return Check('notifications', 'bad', f'none arrived within {_NOTIFY_WAIT:g} s', 'set listen=False, or connect past the pooler')
+        return Check(
+            'notifications',
+            'bad',
+            f'none arrived within {_NOTIFY_WAIT:g} s',
+            'set listen=False, or connect past the pooler',
+        )
     return Check('notifications', 'ok', f'arrived after {(time.monotonic() - begun) * 1000:.0f} ms')
 
 

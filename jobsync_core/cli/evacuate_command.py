@@ -1,4 +1,5 @@
 """`jobsync evacuate`: what the plugin keeps in queues of its own goes home."""
+
 from __future__ import annotations
 
 import importlib
@@ -17,27 +18,51 @@ __all__ = ['evacuate_command']
 
 
 @click.command('evacuate')
-@click.option('--app', 'place', metavar='MODULE:NAME', help='Where the JobSync object of the application is (not with `celery -A proj`).')
+@click.option(
+    '--app',
+    'place',
+    metavar='MODULE:NAME',
+    help='Where the JobSync object of the application is (not with `celery -A proj`).',
+)
 @click.option('--json', 'as_json', is_flag=True, help='Only the counts, as JSON.')
 @database_options
 @click.pass_obj
 def evacuate_command(database: Database, place: str | None, as_json: bool) -> None:
     """Move all messages out of the plugin's queues to the queues that they were sent to.
 
-    Queues of nodes that are gone, what these had taken and not acknowledged, and parked messages. Queues of live nodes are left alone, so
-    stop the workers first to take the plugin out. It can be repeated at any time; the exit code is 2 while something was left behind.
+    Queues of nodes that are gone, what these had taken and not acknowledged, and parked messages.
+    Queues of live nodes are left alone, so stop the workers first to take the plugin out. It can be
+    repeated at any time; the exit code is 2 while something was left behind.
     """
     plugin = database.plugin() if place is None else _plugin_at(place)
     mail = plugin.evacuable()
     try:
-        done = evacuate(mail, plugin.settings.config, tell=lambda line: None if as_json else click.echo(printable(line)))
+        done = evacuate(
+            mail,
+            plugin.settings.config,
+            tell=lambda line: None if as_json else click.echo(printable(line)),
+        )
     finally:
         mail.close()
     if as_json:
-        click.echo(json.dumps({'restored': done.restored, 'moved': done.moved, 'deleted': done.deleted, 'busy': done.busy,
-                               'failed': done.failed, 'complete': done.complete}, sort_keys=True))
+        click.echo(
+            json.dumps(
+                {
+                    'restored': done.restored,
+                    'moved': done.moved,
+                    'deleted': done.deleted,
+                    'busy': done.busy,
+                    'failed': done.failed,
+                    'complete': done.complete,
+                },
+                sort_keys=True,
+            )
+        )
     else:
-        click.echo(f'{sum(done.moved.values())} messages moved home, {done.restored} of them had been taken by workers that are gone')
+        click.echo(
+            f'{sum(done.moved.values())} messages moved home, {done.restored} of them had been '
+            'taken by workers that are gone'
+        )
         for queue, count in sorted(done.moved.items()):
             click.echo(f'  {count} to {printable(queue)}')
     if not done.complete:
@@ -59,5 +84,8 @@ def _plugin_at(place: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise JobSyncError(f'--app {place!r}: {error}') from None
     if not hasattr(found, 'evacuable'):
-        raise JobSyncError(f'--app {place!r} is a {type(found).__name__}: name the JobSync object of the application')
+        raise JobSyncError(
+            f'--app {place!r} is a {type(found).__name__}: name the JobSync object of the '
+            'application'
+        )
     return found

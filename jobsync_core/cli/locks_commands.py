@@ -1,4 +1,5 @@
 """`jobsync locks list | add | clear`."""
+
 from __future__ import annotations
 
 import getpass
@@ -30,7 +31,13 @@ _WIDTHS = (60, 80, 60, 40, 19, 19)
 
 
 @locks_group.command('list')
-@click.option('--limit', default=_LISTED, show_default=True, type=click.IntRange(1), help='How many, the oldest first.')
+@click.option(
+    '--limit',
+    default=_LISTED,
+    show_default=True,
+    type=click.IntRange(1),
+    help='How many, the oldest first.',
+)
 @click.option('--all', 'everything', is_flag=True, help='All of them.')
 @click.option('--json', 'json_wanted', is_flag=True, help='All of them as JSON, with nothing cut.')
 @database_options
@@ -47,11 +54,20 @@ def list_command(database: Database, limit: int, everything: bool, json_wanted: 
         return
     rows = [_cells(lock) for lock in found]
     names = ('task', 'patterns', 'reason', 'created by', 'created', 'expires')
-    widths = [max(len(name), *map(len, column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (names, *rows)]
+    widths = [
+        max(len(name), *map(len, column))
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    ]
+    lines = [
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (names, *rows)
+    ]
     click.echo('\n'.join(lines))
     if number > len(found):
-        click.echo(f'and {number - len(found):,} more of {number:,}: --all lists them, --json with nothing cut')
+        click.echo(
+            f'and {number - len(found):,} more of {number:,}: --all lists them, --json with '
+            'nothing cut'
+        )
 
 
 def _cells(lock: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,32 +75,51 @@ def _cells(lock: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(lock['node_patterns'], list) and lock['size'] > len(shown):
         shown = f'{lock["size"]:,} bytes: {lock["node_patterns"]}'
     cells = (
-        lock['task_id'], shown, lock['reason'] or '', lock['created_by'] or '', f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
-        f'{lock["expires_at"]:%Y-%m-%d %H:%M:%S}' if lock['expires_at'] else 'never')
+        lock['task_id'],
+        shown,
+        lock['reason'] or '',
+        lock['created_by'] or '',
+        f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
+        f'{lock["expires_at"]:%Y-%m-%d %H:%M:%S}' if lock['expires_at'] else 'never',
+    )
     return tuple(_cut(printable(cell), width) for cell, width in zip(cells, _WIDTHS, strict=True))
 
 
 def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f'{text[:width - 1]}…'
+    return text if len(text) <= width else f'{text[: width - 1]}…'
 
 
 @locks_group.command('add')
 @click.argument('task_id')
 @click.argument('patterns_given', metavar='PATTERN...', nargs=-1, required=True)
 @click.option('--reason', help='Why the task is pinned.')
-@click.option('--expires-in-days', type=click.FloatRange(min=0, min_open=True), help='Days until the lock goes; a fraction is fine.')
+@click.option(
+    '--expires-in-days',
+    type=click.FloatRange(min=0, min_open=True),
+    help='Days until the lock goes; a fraction is fine.',
+)
 @database_options
 @click.pass_obj
 def add_command(
-    database: Database, task_id: str, patterns_given: tuple[str, ...], reason: str | None, expires_in_days: float | None,
+    database: Database,
+    task_id: str,
+    patterns_given: tuple[str, ...],
+    reason: str | None,
+    expires_in_days: float | None,
 ) -> None:
-    """Pin TASK_ID to nodes that match the first PATTERN with a live match (% any text, _ any character)."""
+    """Pin TASK_ID to nodes that match the first PATTERN with a live match (% any text, _ any
+    character).
+    """
     row = check_lock((task_id, list(patterns_given), reason, expires_in_days))
     text, checked = row[:2]
     creator = f'{getpass.getuser()}@{socket.gethostname()}'
     with database.session() as (connection, tables):
         locks.register(connection, tables, [row], creator)
-        live = [node['name'] for node in status.nodes(connection, tables) if node['alive'] and node['state'] != 'draining']
+        live = [
+            node['name']
+            for node in status.nodes(connection, tables)
+            if node['alive'] and node['state'] != 'draining'
+        ]
     matching = sorted(eligible(checked, live))
     click.echo(f'locked {printable(text)} to {", ".join(map(printable, checked))}')
     if matching:
@@ -95,24 +130,54 @@ def add_command(
 
 @locks_group.command('clear')
 @click.option('--creator', help='Locks that this node or user registered.')
-@click.option('--all', 'everything', is_flag=True, help='Every lock that somebody registered; pins of tasks stay.')
-@click.option('--pins', is_flag=True, help='The pins that workers made for their tasks; they make them again when they start.')
-@click.option('--task', 'task_ids', multiple=True, metavar='TASK_ID', help='The lock on this task; may be repeated.')
+@click.option(
+    '--all',
+    'everything',
+    is_flag=True,
+    help='Every lock that somebody registered; pins of tasks stay.',
+)
+@click.option(
+    '--pins',
+    is_flag=True,
+    help='The pins that workers made for their tasks; they make them again when they start.',
+)
+@click.option(
+    '--task',
+    'task_ids',
+    multiple=True,
+    metavar='TASK_ID',
+    help='The lock on this task; may be repeated.',
+)
 @click.option('--yes', is_flag=True, help='Do not ask.')
 @database_options
 @click.pass_obj
 def clear_command(
-    database: Database, creator: str | None, everything: bool, pins: bool, task_ids: tuple[str, ...], yes: bool,
+    database: Database,
+    creator: str | None,
+    everything: bool,
+    pins: bool,
+    task_ids: tuple[str, ...],
+    yes: bool,
 ) -> None:
     """Delete locks."""
     if sum((creator is not None, everything or pins, bool(task_ids))) != 1:
-        raise click.UsageError('give one of --creator, --all (with or without --pins), --pins and --task')
+        raise click.UsageError(
+            'give one of --creator, --all (with or without --pins), --pins and --task'
+        )
     if everything:
-        what = 'every lock' + (', the pins of tasks included: their messages go to any node' if pins else ' but the pins of tasks')
+        what = 'every lock' + (
+            ', the pins of tasks included: their messages go to any node'
+            if pins
+            else ' but the pins of tasks'
+        )
     elif pins:
         what = 'the pins of tasks: their messages go to any node'
     else:
-        what = f'the locks of {creator}' if creator is not None else f'the locks on {", ".join(task_ids)}'
+        what = (
+            f'the locks of {creator}'
+            if creator is not None
+            else f'the locks on {", ".join(task_ids)}'
+        )
     if not yes:
         click.confirm(f'Delete {printable(what)}?', abort=True)
     with database.session() as (connection, tables):
@@ -121,5 +186,7 @@ def clear_command(
         elif creator is not None:
             deleted = locks.clear_by_creator(connection, tables, creator)
         else:
-            deleted = locks.clear_tasks(connection, tables, [check_task_id(task_id) for task_id in task_ids])
+            deleted = locks.clear_tasks(
+                connection, tables, [check_task_id(task_id) for task_id in task_ids]
+            )
     click.echo(f'{deleted:,} lock{"" if deleted == 1 else "s"} deleted')

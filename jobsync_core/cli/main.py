@@ -1,4 +1,5 @@
 """The commands of `jobsync`."""
+
 from __future__ import annotations
 
 import shlex
@@ -37,7 +38,13 @@ def jobsync(ctx: click.Context) -> None:
 
 @jobsync.command('status')
 @click.option(
-    '--watch', is_flag=False, flag_value=1.0, type=click.FloatRange(min=0.1), metavar='[SECONDS]', help='Repeat every so many seconds (1).')
+    '--watch',
+    is_flag=False,
+    flag_value=1.0,
+    type=click.FloatRange(min=0.1),
+    metavar='[SECONDS]',
+    help='Repeat every so many seconds (1).',
+)
 @click.option('--json', 'as_json', is_flag=True, help='JSON; with --watch one line each time.')
 @database_options
 @click.pass_obj
@@ -93,10 +100,19 @@ def who_command(database: Database, task_id: str) -> None:
         token = HASH_FUNCTIONS[settings['hash_function']](text.encode()) % settings['total_tokens']
         found = status.explain(connection, tables, text, token)
     lock = found['lock']
-    owner = found['owner'] or ('nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment')
+    owner = found['owner'] or (
+        'nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment'
+    )
     if found['owner_silent_sec'] is not None:
-        owner += f' (no heartbeat for {found["owner_silent_sec"]:.0f} s: it is dead, or cut off; others take over after its timeout)'
-    lines = [('task', text), ('token', f'{token} of {settings["total_tokens"]:,}'), ('owner', owner)]
+        owner += (
+            f' (no heartbeat for {found["owner_silent_sec"]:.0f} s: it is dead, or cut off; '
+            'others take over after its timeout)'
+        )
+    lines = [
+        ('task', text),
+        ('token', f'{token} of {settings["total_tokens"]:,}'),
+        ('owner', owner),
+    ]
     if found['since'] is not None:
         lines.append(('since', f'{found["since"]:%Y-%m-%d %H:%M:%S} (version {found["version"]})'))
     if found['moving_to']:
@@ -104,30 +120,77 @@ def who_command(database: Database, task_id: str) -> None:
     lines.append(('lock', status_view.patterns(lock['node_patterns']) if lock else 'none'))
     if lock:
         lines.append(('matched', found['pattern'] or 'no live node'))
-        lines += [(name, str(lock[column])) for name, column in (
-            ('reason', 'reason'), ('locked by', 'created_by'), ('expires', 'expires_at')) if lock[column] is not None]
+        lines += [
+            (name, str(lock[column]))
+            for name, column in (
+                ('reason', 'reason'),
+                ('locked by', 'created_by'),
+                ('expires', 'expires_at'),
+            )
+            if lock[column] is not None
+        ]
     if found['others']:
-        lines.append(('same token', ', '.join(found['others'][:5]) + (' …' if len(found['others']) > 5 else '') + ' (locked as well)'))
+        lines.append(
+            (
+                'same token',
+                ', '.join(found['others'][:5])
+                + (' …' if len(found['others']) > 5 else '')
+                + ' (locked as well)',
+            )
+        )
     lines.append(('next', found['next'] or 'nobody'))
     claim, audit = found['claim'], found['audit']
     if claim:
         how = 'promised to' if claim['promised'] else 'taken by'
-        lines.append(('claim', f'{how} {claim["node"]} for {claim["date"]} at {claim["created_on"]:%Y-%m-%d %H:%M:%S}'))
+        lines.append(
+            (
+                'claim',
+                (
+                    f'{how} {claim["node"]} for {claim["date"]} at '
+                    f'{claim["created_on"]:%Y-%m-%d %H:%M:%S}'
+                ),
+            )
+        )
     if audit:
         again = 'that cluster has ended: it runs again'
         if audit['counts']:
-            again = ('does not run again for that date while the cluster lives' if audit['lives'] else
-                     'the last node has left: it runs again, unless the next nodes start with resume=True')
-        lines.append(('audited', f'by {audit["node"]} for {audit["date"]} at {audit["created_on"]:%Y-%m-%d %H:%M:%S}; {again}'))
+            again = (
+                'does not run again for that date while the cluster lives'
+                if audit['lives']
+                else 'the last node has left: it runs again, unless the next nodes start with '
+                'resume=True'
+            )
+        lines.append(
+            (
+                'audited',
+                (
+                    f'by {audit["node"]} for {audit["date"]} at '
+                    f'{audit["created_on"]:%Y-%m-%d %H:%M:%S}; {again}'
+                ),
+            )
+        )
     entry = found['ledger']
     if entry:
         when = entry['finished_at'] or entry['started_at']
         tried = f'{entry["attempts"]} attempt' + ('' if entry['attempts'] == 1 else 's')
-        lines.append(('ledger', f'{entry["state"]} on {entry["node"]} at {when:%Y-%m-%d %H:%M:%S}, {tried}'
-                      + (f': {entry["error"]}' if entry['error'] else '')))
+        lines.append(
+            (
+                'ledger',
+                f'{entry["state"]} on {entry["node"]} at {when:%Y-%m-%d %H:%M:%S}, {tried}'
+                + (f': {entry["error"]}' if entry['error'] else ''),
+            )
+        )
         scope, colon, route = text.partition(':')
         if colon and route:
-            lines.append(('its message', f'has the key {route!r}, if {scope!r} is the task: see `jobsync who {shlex.quote(route)}`'))
+            lines.append(
+                (
+                    'its message',
+                    (
+                        f'has the key {route!r}, if {scope!r} is the task: see `jobsync who '
+                        f'{shlex.quote(route)}`'
+                    ),
+                )
+            )
     for name, value in lines:
         click.echo(f'{name:<11}{printable(value)}')
 
@@ -143,9 +206,17 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
         if not dry_run:
             changed = status.set_drain(connection, tables, node, True)
             known = status.nodes(connection, tables)
-            click.echo(f'{printable(node)} {"gives its tokens away now" if changed else "was draining already"}')
-            if not any(row['alive'] and row['state'] == 'active' and row['name'] != node for row in known):
-                click.echo('no other node can take them: their tasks wait until one does; `jobsync undrain` takes it back')
+            click.echo(
+                f'{printable(node)} '
+                f'{"gives its tokens away now" if changed else "was draining already"}'
+            )
+            if not any(
+                row['alive'] and row['state'] == 'active' and row['name'] != node for row in known
+            ):
+                click.echo(
+                    'no other node can take them: their tasks wait until one does; `jobsync '
+                    'undrain` takes it back'
+                )
             return
         moves = status.plan_without(connection, tables, node)
     if not moves:
@@ -153,7 +224,11 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
         return
     result = status_view.table('from', 'to', 'tokens', right=('tokens',))
     for move in moves:
-        result.add_row(printable(move.source or 'nobody'), printable(move.target or 'nobody: blocked'), f'{move.tokens:,}')
+        result.add_row(
+            printable(move.source or 'nobody'),
+            printable(move.target or 'nobody: blocked'),
+            f'{move.tokens:,}',
+        )
     console().print(result)
 
 
@@ -169,7 +244,9 @@ def undrain_command(database: Database, node: str) -> None:
 
 
 @jobsync.command('rebalances')
-@click.option('--limit', default=20, show_default=True, type=click.IntRange(1, 100_000), help='How many.')
+@click.option(
+    '--limit', default=20, show_default=True, type=click.IntRange(1, 100_000), help='How many.'
+)
 @database_options
 @click.pass_obj
 def rebalances_command(database: Database, limit: int) -> None:
@@ -183,7 +260,11 @@ def rebalances_command(database: Database, limit: int) -> None:
 
 
 @jobsync.command('init-db')
-@click.option('--role', metavar='NAME', help='Make this role too, unless it is there, and give it what a node needs and no more.')
+@click.option(
+    '--role',
+    metavar='NAME',
+    help='Make this role too, unless it is there, and give it what a node needs and no more.',
+)
 @click.option('--sql', is_flag=True, help='Only print the statements; no database is needed.')
 @database_options
 @click.pass_obj
@@ -195,7 +276,9 @@ def init_db_command(database: Database, role: str | None, sql: bool) -> None:
     if sql:
         click.echo(render_schema(config.appname, config.schema))
         if role is not None:
-            for statement in rights.grants(Tables(config.appname, config.schema or 'public'), config.dbname, role):
+            for statement in rights.grants(
+                Tables(config.appname, config.schema or 'public'), config.dbname, role
+            ):
                 click.echo(f'{statement};')
         return
     with database.session() as (connection, tables):
@@ -204,11 +287,16 @@ def init_db_command(database: Database, role: str | None, sql: bool) -> None:
             rights.grant(connection, tables, role)
     click.echo(f'tables {tables.schema}.{tables.appname}* are in place')
     if role is not None:
-        click.echo(f'role {printable(role)} has what a node needs; if it has no password yet, give it one with \\password in psql')
+        click.echo(
+            f'role {printable(role)} has what a node needs; if it has no password yet, give it '
+            'one with \\password in psql'
+        )
 
 
 @jobsync.command('schema')
-@click.option('--sql', is_flag=True, required=True, help='Print the statements that create the tables.')
+@click.option(
+    '--sql', is_flag=True, required=True, help='Print the statements that create the tables.'
+)
 @database_options
 @click.pass_obj
 def schema_command(database: Database, sql: bool) -> None:

@@ -1,4 +1,5 @@
 """`jobsync simulate`: balance and movement as bars."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,10 +19,33 @@ _NODES_SHOWN = 40
 
 
 @click.command('simulate')
-@click.option('--nodes', default=5, show_default=True, type=click.IntRange(1, 10_000), help='Nodes of the cluster.')
-@click.option('--tasks', default=1_000, show_default=True, type=click.IntRange(0, 10_000_000), help='Tasks with ids 0, 1, 2 …')
-@click.option('--tokens', default=10_000, show_default=True, type=click.IntRange(1, 1_000_000), help='total_tokens.')
-@click.option('--hash-function', default='double_sha256', show_default=True, type=click.Choice(sorted(HASH_FUNCTIONS)))
+@click.option(
+    '--nodes',
+    default=5,
+    show_default=True,
+    type=click.IntRange(1, 10_000),
+    help='Nodes of the cluster.',
+)
+@click.option(
+    '--tasks',
+    default=1_000,
+    show_default=True,
+    type=click.IntRange(0, 10_000_000),
+    help='Tasks with ids 0, 1, 2 …',
+)
+@click.option(
+    '--tokens',
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(1, 1_000_000),
+    help='total_tokens.',
+)
+@click.option(
+    '--hash-function',
+    default='double_sha256',
+    show_default=True,
+    type=click.Choice(sorted(HASH_FUNCTIONS)),
+)
 def simulate_command(nodes: int, tasks: int, tokens: int, hash_function: str) -> None:
     """Show how evenly tasks would spread and how much would move, without a database."""
     found = simulate(nodes, tasks, tokens, hash_function)
@@ -30,7 +54,13 @@ def simulate_command(nodes: int, tasks: int, tokens: int, hash_function: str) ->
     _print_shares(out, found)
     _print_change(out, found, found.joined, 'joins', tokens // (nodes + 1))
     if found.left is not None:
-        _print_change(out, found, found.left, 'leaves', next(share.tokens for share in found.shares if share.node == found.left.node))
+        _print_change(
+            out,
+            found,
+            found.left,
+            'leaves',
+            next(share.tokens for share in found.shares if share.node == found.left.node),
+        )
 
 
 def _print_shares(out: Console, found: Simulation) -> None:
@@ -38,13 +68,21 @@ def _print_shares(out: Console, found: Simulation) -> None:
     most = max((share.tasks for share in found.shares), default=0) or 1
     result = table('node', 'tokens', 'tasks', '', right=('tokens', 'tasks'))
     for share in found.shares[:_NODES_SHOWN]:
-        result.add_row(share.node, f'{share.tokens:,}', f'{share.tasks:,}', block * round(_BAR * share.tasks / most))
+        result.add_row(
+            share.node,
+            f'{share.tokens:,}',
+            f'{share.tasks:,}',
+            block * round(_BAR * share.tasks / most),
+        )
     out.print(result)
     if len(found.shares) > _NODES_SHOWN:
         out.print(f'and {len(found.shares) - _NODES_SHOWN:,} more nodes')
     out.print(f'tasks per node: {_spread(found.shares)}')
     if found.tasks > found.total_tokens:
-        out.print('More tasks than tokens: tasks share tokens and move together; ten tokens a task is the rule of thumb.')
+        out.print(
+            'More tasks than tokens: tasks share tokens and move together; ten tokens a task is '
+            'the rule of thumb.'
+        )
 
 
 def _print_change(out: Console, found: Simulation, change: Change, verb: str, least: int) -> None:
@@ -52,8 +90,10 @@ def _print_change(out: Console, found: Simulation, change: Change, verb: str, le
     if found.tasks:
         tasks += f' ({change.tasks_moved / found.tasks:.1%})'
     out.print(
-        f'{change.node} {verb}: {change.tokens_moved:,} tokens move ({change.tokens_moved / found.total_tokens:.1%}; '
-        f'the least possible is {least:,}), {tasks}; then tasks per node: {_spread(change.shares)}')
+        f'{change.node} {verb}: {change.tokens_moved:,} tokens move '
+        f'({change.tokens_moved / found.total_tokens:.1%}; '
+        f'the least possible is {least:,}), {tasks}; then tasks per node: {_spread(change.shares)}'
+    )
 
 
 def _spread(shares: Sequence[Share]) -> str:

@@ -1,4 +1,5 @@
 """The picture that `jobsync status` draws of a cluster, and its JSON."""
+
 from __future__ import annotations
 
 import datetime
@@ -36,7 +37,9 @@ def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> d
         'leader': next((node['name'] for node in nodes if node['is_leader']), None),
         'nodes': nodes,
         # Tokens without any row are nobody's, too.
-        'unowned_tokens': max(0, cluster['total_tokens'] - owned) if cluster and (segments or nodes) else 0,
+        'unowned_tokens': max(0, cluster['total_tokens'] - owned)
+        if cluster and (segments or nodes)
+        else 0,
         'moving_tokens': sum(s.hi - s.lo for s in segments if s.moving),
         'blocked_tokens': sum(s.hi - s.lo for s in segments if s.blocked),
         'blocked': status.blocked(connection, tables),
@@ -50,7 +53,9 @@ def as_json(value: object, indent: int | None = 2) -> str:
 
 
 def _plain(value: object) -> object:
-    return value.isoformat() if isinstance(value, (datetime.date, datetime.datetime)) else str(value)
+    return (
+        value.isoformat() if isinstance(value, (datetime.date, datetime.datetime)) else str(value)
+    )
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -66,12 +71,21 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
     cluster = found['cluster']
     if cluster is None:
         return Text(f'cluster {appname}: no node has registered yet')
-    parts: list[RenderableType] = [Text(
-        f'cluster {appname}: {cluster["total_tokens"]:,} tokens, {cluster["hash_function"]}, version {cluster["version"]}, '
-        f'leader {printable(found["leader"] or "none")}')]
-    parts.append(_node_table(found['nodes'], cluster['total_tokens']) if found['nodes'] else Text('no node is registered'))
+    parts: list[RenderableType] = [
+        Text(
+            f'cluster {appname}: {cluster["total_tokens"]:,} tokens, {cluster["hash_function"]}, '
+            f'version {cluster["version"]}, '
+            f'leader {printable(found["leader"] or "none")}'
+        )
+    ]
+    parts.append(
+        _node_table(found['nodes'], cluster['total_tokens'])
+        if found['nodes']
+        else Text('no node is registered')
+    )
     for count, what, style in (
-        (found['moving_tokens'], 'on their way to another node', ''), (found['unowned_tokens'], 'without an owner', 'yellow'),
+        (found['moving_tokens'], 'on their way to another node', ''),
+        (found['unowned_tokens'], 'without an owner', 'yellow'),
         (found['blocked_tokens'], _why_blocked(found), 'red'),
     ):
         if count:
@@ -85,30 +99,57 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
 
 def _node_table(nodes: Sequence[Mapping[str, Any]], total: int) -> Table:
     result = table(
-        'node', 'state', 'tokens', 'share', 'weight', 'heartbeat', 'lease', 'host', 'pid',
-        right=('tokens', 'share', 'weight', 'heartbeat', 'lease', 'pid'))
+        'node',
+        'state',
+        'tokens',
+        'share',
+        'weight',
+        'heartbeat',
+        'lease',
+        'host',
+        'pid',
+        right=('tokens', 'share', 'weight', 'heartbeat', 'lease', 'pid'),
+    )
     for node in nodes:
-        state = ('leader, ' if node['is_leader'] else '') + (node['state'] if node['alive'] else 'silent')
+        state = ('leader, ' if node['is_leader'] else '') + (
+            node['state'] if node['alive'] else 'silent'
+        )
         result.add_row(
-            printable(node['name']), state, f'{node["tokens"]:,}', f'{node["tokens"] / total:.1%}', f'{node["weight"]:g}',
-            f'{node["age_sec"]:.1f} s ago', f'{max(0.0, node["lease_sec"] - node["age_sec"]):.1f} s left',
-            printable(node['host']), str(node['pid']),
-            style='' if node['alive'] else 'red')
+            printable(node['name']),
+            state,
+            f'{node["tokens"]:,}',
+            f'{node["tokens"] / total:.1%}',
+            f'{node["weight"]:g}',
+            f'{node["age_sec"]:.1f} s ago',
+            f'{max(0.0, node["lease_sec"] - node["age_sec"]):.1f} s left',
+            printable(node['host']),
+            str(node['pid']),
+            style='' if node['alive'] else 'red',
+        )
     return result
 
 
 def patterns(value: object) -> str:
     """A lock's patterns, whatever is in its row."""
-    return ', '.join(map(str, value)) if isinstance(value, list) else f'{value} (no list of patterns: this lock is ignored)'
+    return (
+        ', '.join(map(str, value))
+        if isinstance(value, list)
+        else f'{value} (no list of patterns: this lock is ignored)'
+    )
 
 
 def _why_blocked(found: Mapping[str, Any]) -> str:
     live = [node for node in found['nodes'] if node['alive']]
     if not live:
-        return 'blocked by the last plan: no node is alive, and the first that starts makes a new one'
+        return (
+            'blocked by the last plan: no node is alive, and the first that starts makes a new one'
+        )
     # Before the locks: such a plan blocks every token, those with a lock among them.
     if not _locks_block(found):
-        return 'blocked: every live node is draining or still joining, `jobsync undrain NODE` lets one take them'
+        return (
+            'blocked: every live node is draining or still joining, `jobsync undrain NODE` '
+            'lets one take them'
+        )
     return 'blocked: no live node matches their locks'
 
 
@@ -120,8 +161,13 @@ def _locks_block(found: Mapping[str, Any]) -> bool:
 def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     locks = [lock for item in blocked for lock in item['locks']]
     lines: list[RenderableType] = [
-        Text(f'  task {printable(lock["task_id"])} wants {", ".join(map(printable, lock["node_patterns"]))}', style='red')
-        for lock in locks[:_LOCKS_SHOWN]]
+        Text(
+            f'  task {printable(lock["task_id"])} wants '
+            f'{", ".join(map(printable, lock["node_patterns"]))}',
+            style='red',
+        )
+        for lock in locks[:_LOCKS_SHOWN]
+    ]
     if len(locks) > _LOCKS_SHOWN:
         lines.append(Text(f'  and {len(locks) - _LOCKS_SHOWN:,} more', style='red'))
     return lines
@@ -132,6 +178,11 @@ def rebalance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     result = table('when', 'reason', 'leader', 'nodes', 'moved', 'took', right=('moved', 'took'))
     for row in rows:
         result.add_row(
-            f'{row["triggered_at"]:%Y-%m-%d %H:%M:%S}', printable(row['trigger_reason']), printable(row['leader_node']),
-            f'{row["nodes_before"]} → {row["nodes_after"]}', f'{row["tokens_moved"]:,}', f'{row["duration_ms"]} ms')
+            f'{row["triggered_at"]:%Y-%m-%d %H:%M:%S}',
+            printable(row['trigger_reason']),
+            printable(row['leader_node']),
+            f'{row["nodes_before"]} → {row["nodes_after"]}',
+            f'{row["tokens_moved"]:,}',
+            f'{row["duration_ms"]} ms',
+        )
     return result

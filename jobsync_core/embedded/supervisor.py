@@ -1,9 +1,11 @@
 """Parent process of an embedded server: ends the server when its owner is gone.
 
-It runs as a script of its own, with the standard library alone, so that it starts in a few milliseconds and survives
-whatever happens to the owner. The owner holds the other end of its standard input: the first line is the order, and end of
-file means that the owner has gone or wants the server ended. Should this process be killed, Linux ends the server.
+It runs as a script of its own, with the standard library alone, so that it starts in a few
+milliseconds and survives whatever happens to the owner. The owner holds the other end of its
+standard input: the first line is the order, and end of file means that the owner has gone or wants
+the server ended. Should this process be killed, Linux ends the server.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,9 +29,13 @@ _PDEATHSIG = 1
 
 
 def server_processes(postmaster: int) -> list[int]:
-    """Ids of a server's processes, the postmaster first. Backends lead sessions of their own, so no process group names them all."""
+    """Ids of a server's processes, the postmaster first. Backends lead sessions of their own, so no
+    process group names them all.
+    """
     parents = _parents()
-    return [pid for pid in (postmaster,) if pid in parents] + [pid for pid, parent in parents.items() if parent == postmaster]
+    return [pid for pid in (postmaster,) if pid in parents] + [
+        pid for pid, parent in parents.items() if parent == postmaster
+    ]
 
 
 def running(pid: int) -> bool:
@@ -38,11 +44,14 @@ def running(pid: int) -> bool:
 
 
 def signal_server(postmaster: int, number: int) -> list[int]:
-    """Send a signal to all processes of a server, and return their ids; meanwhile it can start no further ones."""
+    """Send a signal to all processes of a server, and return their ids; meanwhile it can start no
+    further ones.
+    """
     if not _send(postmaster, signal.SIGSTOP):
         return []
     pids = server_processes(postmaster)
-    # The postmaster comes last: continued before its children it could restart the cluster on their account.
+    # The postmaster comes last: continued before its children it could restart the cluster on their
+    # account.
     for pid in [*pids[1:], *pids[:1]]:
         _send(pid, number)
     return pids
@@ -59,14 +68,21 @@ def _send(pid: int, number: int) -> bool:
 def _parents() -> dict[int, int]:
     """Parent of each living process."""
     if not Path('/proc/self/stat').exists():
-        listing = subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,stat='], stdout=subprocess.PIPE, text=True, check=True).stdout
+        listing = subprocess.run(
+            ['ps', '-A', '-o', 'pid=,ppid=,stat='], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
         rows = (line.split() for line in listing.splitlines())
         return {int(row[0]): int(row[1]) for row in rows if not row[2].startswith('Z')}
     parents = {}
     for entry in os.listdir('/proc'):
         if entry.isdecimal():
             try:
-                state, parent = Path('/proc', entry, 'stat').read_text(errors='replace').rpartition(')')[2].split()[:2]
+                state, parent = (
+                    Path('/proc', entry, 'stat')
+                    .read_text(errors='replace')
+                    .rpartition(')')[2]
+                    .split()[:2]
+                )
             except (OSError, ValueError):
                 continue
             if state not in 'ZX':
@@ -94,8 +110,16 @@ def _supervise(order: dict[str, Any]) -> int:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     with _open_log(order['log'], order['identity']) as log:
         server = subprocess.Popen(
-            order['command'], stdin=subprocess.PIPE if order['text'] else subprocess.DEVNULL, stdout=log, stderr=log,
-            env=order['environment'], cwd=order['directory'], start_new_session=True, preexec_fn=_prepare(), **order['identity'])
+            order['command'],
+            stdin=subprocess.PIPE if order['text'] else subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=order['environment'],
+            cwd=order['directory'],
+            start_new_session=True,
+            preexec_fn=_prepare(),
+            **order['identity'],
+        )
     if server.stdin is not None:
         with server.stdin as stream:
             stream.write(order['text'].encode())
@@ -105,7 +129,8 @@ def _supervise(order: dict[str, Any]) -> int:
         readable, _, _ = select.select([0, wake_read], [], [], _WATCH_SEC)
         if wake_read in readable:
             os.read(wake_read, 4096)
-        # A forked child of the owner may hold the pipe open after the owner's death: hence the look at the parent.
+        # A forked child of the owner may hold the pipe open after the owner's death: hence the look
+        # at the parent.
         if 0 in readable or os.getppid() != owner:
             _end(server)
             if order['remove']:
@@ -114,13 +139,17 @@ def _supervise(order: dict[str, Any]) -> int:
 
 
 def _open_log(path: str, identity: dict[str, Any]) -> Any:
-    """Open the log with the rights of the server's user, who could have put a link to somebody else's file in its place."""
+    """Open the log with the rights of the server's user, who could have put a link to somebody
+    else's file in its place.
+    """
     before = os.geteuid(), os.getegid()
     if identity:
         os.setegid(identity['group'])
         os.seteuid(identity['user'])
     try:
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), 'ab')
+        return os.fdopen(
+            os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), 'ab'
+        )
     finally:
         os.seteuid(before[0])
         os.setegid(before[1])

@@ -1,9 +1,12 @@
-"""One attempt at a key from before its begin until its end is recorded: the only place that drives this life cycle.
+"""One attempt at a key from before its begin until its end is recorded: the only place that drives
+this life cycle.
 
-Whatever strikes in between, in whatever line (an exception of the user's, a signal, the end of a coroutine that nobody awaits any
-more), the attempt is left in the end: what is not recorded then is handed to the background, so that no key stays taken while
-its process lives. Leaving takes no lock and does no I/O, as it may happen in the middle of anything, in a finalizer for one.
+Whatever strikes in between, in whatever line (an exception of the user's, a signal, the end of a
+coroutine that nobody awaits any more), the attempt is left in the end: what is not recorded then is
+handed to the background, so that no key stays taken while its process lives. Leaving takes no lock
+and does no I/O, as it may happen in the middle of anything, in a finalizer for one.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -21,8 +24,8 @@ __all__ = ['Attempt']
 class Attempt:
     """An attempt at `key`.
 
-    Use: `begin`, work, `succeed` or `fail`, `settle`; and `leave`, in a `finally` within a `finally`, so that an exception that
-    strikes within the inner one meets the outer one.
+    Use: `begin`, work, `succeed` or `fail`, `settle`; and `leave`, in a `finally` within a
+    `finally`, so that an exception that strikes within the inner one meets the outer one.
 
     Args:
         ledger: Where it is recorded.
@@ -36,7 +39,9 @@ class Attempt:
 
     _ledger: Ledger | None = None  # for a finalizer that comes before __init__ is done
 
-    def __init__(self, ledger: Ledger, key: str, retention_sec: float, former: tuple[Former, ...] = ()) -> None:
+    def __init__(
+        self, ledger: Ledger, key: str, retention_sec: float, former: tuple[Former, ...] = ()
+    ) -> None:
         self.unsettled = Unsettled(key, retention_sec, former)
         self._gone = False
         self._ledger = ledger
@@ -71,7 +76,9 @@ class Attempt:
         return self.execution
 
     def succeed(self) -> None:
-        """It has done its work: from now on its completion is recorded, whatever happens. Does no I/O."""
+        """It has done its work: from now on its completion is recorded, whatever happens. Does no
+        I/O.
+        """
         self.unsettled.succeeded = True
 
     def fail(self, error: BaseException) -> None:
@@ -101,7 +108,9 @@ class Attempt:
     # --- in a thread of its own, for coroutines ---
 
     async def begin_async(self) -> Execution:
-        """`begin` in a thread. A caller that is cancelled or closed meanwhile leaves the attempt to that thread."""
+        """`begin` in a thread. A caller that is cancelled or closed meanwhile leaves the attempt to
+        that thread.
+        """
         found: Execution = await asyncio.to_thread(self._in_thread, self.begin)
         return found
 

@@ -1,10 +1,12 @@
-"""Group commit: what several threads ask of the database at about the same time goes in one statement and one commit.
+"""Group commit: what several threads ask of the database at about the same time goes in one
+statement and one commit.
 
-The first caller carries its item to the database (a flight); who comes meanwhile waits for that flight's end, and then one of them takes
-all that wait along in the next. So a lone caller loses nothing, and the more callers, the more share a trip. As
-PostgreSQL's `commit_delay` does it for its log, after DeWitt et al., "Implementation Techniques for Main Memory Database
-Systems" (1984).
+The first caller carries its item to the database (a flight); who comes meanwhile waits for that
+flight's end, and then one of them takes all that wait along in the next. So a lone caller loses
+nothing, and the more callers, the more share a trip. As PostgreSQL's `commit_delay` does it for its
+log, after DeWitt et al., "Implementation Techniques for Main Memory Database Systems" (1984).
 """
+
 from __future__ import annotations
 
 import copy
@@ -17,7 +19,8 @@ from ..errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 
 __all__ = ['GroupCommit']
 
-#: Nobody waits for longer than that for a flight before its own: where a trip takes longer, several are under way at once.
+#: Nobody waits for longer than that for a flight before its own: where a trip takes longer, several
+#: are under way at once.
 _PATIENCE_SEC = 0.005
 _MOST = 64
 
@@ -26,7 +29,9 @@ Outcome = TypeVar('Outcome')
 
 
 class _Seat(Generic[Item, Outcome]):
-    """One caller's place. It waits at a lock of its own, so that a caller that is struck by a time limit locks nobody out."""
+    """One caller's place. It waits at a lock of its own, so that a caller that is struck by a time
+    limit locks nobody out.
+    """
 
     __slots__ = ('error', 'item', 'outcome', 'settled', 'taken', 'woken')
 
@@ -50,14 +55,17 @@ class GroupCommit(Generic[Item, Outcome]):
 
     Args:
         one: Carries an item by itself.
-        many: Carries several in one transaction; returns what became of each, None where it has to be asked for by itself.
-            If it raises DatabaseRefused, nothing was done: then each goes by itself, so that a bad one fails alone; unless
-            the server would refuse all of them.
+        many: Carries several in one transaction; returns what became of each, None where it has to
+            be asked for by itself. If it raises DatabaseRefused, nothing was done: then each goes
+            by itself, so that a bad one fails alone; unless the server would refuse all of them.
         limit: Seconds after which no trip can be under way any more.
     """
 
     def __init__(
-        self, one: Callable[[Item], Outcome], many: Callable[[Sequence[Item]], Sequence[Outcome | None]], limit: float,
+        self,
+        one: Callable[[Item], Outcome],
+        many: Callable[[Sequence[Item]], Sequence[Outcome | None]],
+        limit: float,
     ) -> None:
         self._one = one
         self._many = many
@@ -84,7 +92,9 @@ class GroupCommit(Generic[Item, Outcome]):
                 self._fly(seat, group)
             while not seat.settled:
                 if not seat.woken.acquire(timeout=self._limit):
-                    raise StoreTimeout('the thread that asked the database for this one as well was lost')
+                    raise StoreTimeout(
+                        'the thread that asked the database for this one as well was lost'
+                    )
         except BaseException:
             with self._lock:
                 if seat in self._waiting:
@@ -94,8 +104,12 @@ class GroupCommit(Generic[Item, Outcome]):
             raise seat.error
         return seat.outcome if seat.outcome is not None else self._one(item)
 
-    def _board(self, seat: _Seat[Item, Outcome], impatient: bool = False) -> list[_Seat[Item, Outcome]]:
-        """The group that this caller has to carry; empty while another carries, or may carry, its item."""
+    def _board(
+        self, seat: _Seat[Item, Outcome], impatient: bool = False
+    ) -> list[_Seat[Item, Outcome]]:
+        """The group that this caller has to carry; empty while another carries, or may carry, its
+        item.
+        """
         now = time.monotonic()
         with self._lock:
             if seat.taken:
@@ -112,9 +126,15 @@ class GroupCommit(Generic[Item, Outcome]):
 
     def _fly(self, seat: _Seat[Item, Outcome], group: list[_Seat[Item, Outcome]]) -> None:
         outcomes: Sequence[Outcome | None] = [None] * len(group)
-        error: Exception | None = DatabaseUnavailable('the thread that asked the database for this one as well was interrupted')
+        error: Exception | None = DatabaseUnavailable(
+            'the thread that asked the database for this one as well was interrupted'
+        )
         try:
-            outcomes = [self._one(seat.item)] if len(group) == 1 else self._many([each.item for each in group])
+            outcomes = (
+                [self._one(seat.item)]
+                if len(group) == 1
+                else self._many([each.item for each in group])
+            )
             error = None
         except DatabaseUnavailable as trouble:
             if isinstance(trouble, DatabaseRefused) and not trouble.pause and len(group) > 1:
@@ -126,7 +146,11 @@ class GroupCommit(Generic[Item, Outcome]):
             self._land(seat, group, outcomes, error)
 
     def _land(
-        self, seat: _Seat[Item, Outcome], group: list[_Seat[Item, Outcome]], outcomes: Sequence[Outcome | None], error: Exception | None,
+        self,
+        seat: _Seat[Item, Outcome],
+        group: list[_Seat[Item, Outcome]],
+        outcomes: Sequence[Outcome | None],
+        error: Exception | None,
     ) -> None:
         with self._lock:
             if self._flight is seat:

@@ -1,4 +1,7 @@
-"""What the ledger asks of the database: each call is a transaction of its own, shared with other threads' where there are any."""
+"""What the ledger asks of the database: each call is a transaction of its own, shared with other
+threads' where there are any.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +35,16 @@ _RACES = 10
 #: SQLSTATE of a lock that was waited for too long.
 _LOCKED = '55P03'
 #: What is found where others are at the key at this very moment.
-_BUSY = Row(began=False, registered=True, state='running', free=False, fence=0, attempts=0, result=None, holder=None)
+_BUSY = Row(
+    began=False,
+    registered=True,
+    state='running',
+    free=False,
+    fence=0,
+    attempts=0,
+    result=None,
+    holder=None,
+)
 
 T = TypeVar('T')
 R = TypeVar('R')
@@ -41,8 +53,9 @@ R = TypeVar('R')
 class LedgerCalls:
     """The calls of one node's ledger. Threads and forked children may share it.
 
-    All of them raise DatabaseUnavailable where nobody knows whether they were carried out; and DatabaseRefused, which is one,
-    where the server refused and changed nothing. No error of psycopg2's leaves.
+    All of them raise DatabaseUnavailable where nobody knows whether they were carried out; and
+    DatabaseRefused, which is one, where the server refused and changed nothing. No error of
+    psycopg2's leaves.
 
     Args:
         sessions: Connections to the database.
@@ -63,47 +76,76 @@ class LedgerCalls:
 
     def has_prefix(self, prefix: str) -> bool:
         """See executions.has_prefix."""
-        return self._call(lambda connection: executions.has_prefix(connection, self._tables, prefix))
+        return self._call(
+            lambda connection: executions.has_prefix(connection, self._tables, prefix)
+        )
 
     def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str] | None:
         """See executions.find."""
         return self._call(lambda connection: executions.find(connection, self._tables, keys, old))
 
     def finish(self, completion: Completion) -> bool:
-        """Record a completion; False where another attempt holds the key. A result that the database refuses is left out."""
+        """Record a completion; False where another attempt holds the key. A result that the
+        database refuses is left out.
+        """
         return self._grouped(self._finishes, self._finish_one, self._finish_many).carry(completion)
 
     def add_result(self, key: str, fence: int, result: str) -> None:
         """Store the result of a completion that carried none."""
-        self._call(lambda connection: executions.add_result(connection, self._tables, key, fence, result))
+        self._call(
+            lambda connection: executions.add_result(connection, self._tables, key, fence, result)
+        )
 
     def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
         """See executions.settle. An error text that the database refuses is left out."""
+
         def end(connection: PgConnection) -> str | None:
             try:
                 return executions.settle(connection, self._tables, key, fence, error, retention_sec)
             except psycopg2.DataError:
-                return executions.settle(connection, self._tables, key, fence, _plain(error), retention_sec)
+                return executions.settle(
+                    connection, self._tables, key, fence, _plain(error), retention_sec
+                )
 
         return self._call(end)
 
     def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
         """State and result of an attempt's row; None where another attempt holds the key."""
-        return self._call(lambda connection: executions.stored(connection, self._tables, key, fence))
+        return self._call(
+            lambda connection: executions.stored(connection, self._tables, key, fence)
+        )
 
-    def release(self, node: str, incarnation: str, pid: int, error: str, retention_sec: float, key: str | None = None) -> int:
+    def release(
+        self,
+        node: str,
+        incarnation: str,
+        pid: int,
+        error: str,
+        retention_sec: float,
+        key: str | None = None,
+    ) -> int:
         """See executions.release."""
-        return self._call(lambda connection: executions.release(
-            connection, self._tables, node, incarnation, pid, error, retention_sec, key))
+        return self._call(
+            lambda connection: executions.release(
+                connection, self._tables, node, incarnation, pid, error, retention_sec, key
+            )
+        )
 
     # --- inside ---
 
     def _grouped(
-        self, groups: dict[int, GroupCommit[T, R]], one: Callable[[T], R], many: Callable[[Sequence[T]], Sequence[R | None]],
+        self,
+        groups: dict[int, GroupCommit[T, R]],
+        one: Callable[[T], R],
+        many: Callable[[Sequence[T]], Sequence[R | None]],
     ) -> GroupCommit[T, R]:
         pid = os.getpid()
         found = groups.get(pid)
-        return found if found is not None else groups.setdefault(pid, GroupCommit(one, many, 3 * self._sessions.longest_call_sec))
+        return (
+            found
+            if found is not None
+            else groups.setdefault(pid, GroupCommit(one, many, 3 * self._sessions.longest_call_sec))
+        )
 
     def _begin_one(self, wanted: tuple[str, Holder]) -> Row:
         return self._call(lambda connection: self._claim(connection, *wanted))
@@ -112,13 +154,19 @@ class LedgerCalls:
         keys, holder = [key for key, _ in wanted], wanted[0][1]
         if any(other != holder for _, other in wanted):
             return [None] * len(wanted)  # this node has just got another incarnation
-        rows = self._call_many(lambda connection: executions.begin_many(connection, self._tables, keys, holder))
+        rows = self._call_many(
+            lambda connection: executions.begin_many(connection, self._tables, keys, holder)
+        )
         if rows is None:
             return [None] * len(wanted)
-        return [row if row.began or not row.registered or row.state == 'done' else None for row in rows]
+        return [
+            row if row.began or not row.registered or row.state == 'done' else None for row in rows
+        ]
 
     def _finish_many(self, completions: Sequence[Completion]) -> Sequence[bool | None]:
-        found = self._call_many(lambda connection: executions.finish_many(connection, self._tables, completions))
+        found = self._call_many(
+            lambda connection: executions.finish_many(connection, self._tables, completions)
+        )
         return [None] * len(completions) if found is None else found
 
     def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row:
@@ -130,7 +178,10 @@ class LedgerCalls:
                 if executions.state_of(connection, self._tables, key) == 'running':
                     return _BUSY  # a transaction that completes the key is open
                 raise DatabaseRefused(
-                    f'nothing was begun: somebody has locked the row of {key!r} in the ledger, or had locked its table', _LOCKED) from None
+                    f'nothing was begun: somebody has locked the row of {key!r} in the ledger, or '
+                    'had locked its table',
+                    _LOCKED,
+                ) from None
             if row.began or not row.registered:
                 return row
             if row.free or row.state is None:
@@ -143,18 +194,26 @@ class LedgerCalls:
         return _BUSY
 
     def _check_table(self, connection: PgConnection) -> None:
-        """Whoever waited for a lock: was it the whole table's? Then no key is being executed, and none can be begun.
+        """Whoever waited for a lock: was it the whole table's? Then no key is being executed, and
+        none can be begun.
 
         Raises:
-            DatabaseRefused: Somebody has locked it against changes, or waits to do so, and everybody else behind him.
+            DatabaseRefused: Somebody has locked it against changes, or waits to do so, and
+                everybody else behind him.
         """
         tables = self._tables
         found = blockers.on_tables(connection, [tables.execution]) + [
-            each for each in blockers.on_tables(connection, [tables.node]) if each.mode == 'AccessExclusiveLock']
+            each
+            for each in blockers.on_tables(connection, [tables.node])
+            if each.mode == 'AccessExclusiveLock'
+        ]
         if not found:
             return
-        said = (f'nothing can be begun or recorded, as a whole table of the ledger is locked: {blockers.name_all(found)}; '
-                'it goes on by itself when that transaction ends')
+        said = (
+            'nothing can be begun or recorded, as a whole table of the ledger is locked: '
+            f'{blockers.name_all(found)}; '
+            'it goes on by itself when that transaction ends'
+        )
         more = self._repeats.say('table', clock.now())
         if more is not None:
             logger.warning('%s%s', said, more)
@@ -171,11 +230,21 @@ class LedgerCalls:
                 raise
             more = self._repeats.say('result', clock.now())
             if more is not None:
-                logger.warning('key=%s completed without its result, which the database refuses: %s%s', completion.key, error, more)
-            return executions.finish(connection, self._tables, dataclasses.replace(completion, result=None))
+                logger.warning(
+                    'key=%s completed without its result, which the database refuses: %s%s',
+                    completion.key,
+                    error,
+                    more,
+                )
+            return executions.finish(
+                connection, self._tables, dataclasses.replace(completion, result=None)
+            )
 
     def _call_many(self, action: Callable[[PgConnection], T]) -> T | None:
-        """None where one of the keys would have had to wait for another transaction: nothing was done."""
+        """None where one of the keys would have had to wait for another transaction: nothing was
+        done.
+        """
+
         def without_waiting(connection: PgConnection) -> T | None:
             try:
                 return action(connection)
@@ -185,7 +254,9 @@ class LedgerCalls:
         return self._call(without_waiting)
 
     def _call(self, action: Callable[[PgConnection], T]) -> T:
-        """Run statements that each commit by themselves; a second time on a new connection, if the first connection was lost."""
+        """Run statements that each commit by themselves; a second time on a new connection, if the
+        first connection was lost.
+        """
         try:
             return self._call_once(action)
         except (StoreTimeout, DatabaseRefused):

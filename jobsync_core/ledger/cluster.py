@@ -1,9 +1,11 @@
 """The exactly-once ledger: who executes a key, and that it completes once.
 
-A key is begun by one attempt at a time. Each attempt holds a fence; only the holder of the newest one can record the
-completion. What the user writes in the transaction that records it happens exactly once; everything else that an
-attempt does may happen again in a later attempt, if this one dies before its completion is recorded.
+A key is begun by one attempt at a time. Each attempt holds a fence; only the holder of the newest
+one can record the completion. What the user writes in the transaction that records it happens
+exactly once; everything else that an attempt does may happen again in a later attempt, if this one
+dies before its completion is recorded.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +15,15 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from .. import clock
-from ..errors import ClaimLost, DatabaseRefused, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, NotCommitted
+from ..errors import (
+    ClaimLost,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    NotCommitted,
+)
 from ..logs import Repeats, get_logger
 from ..process import this_process
 from ..protocol.pausing import Pausing
@@ -47,7 +57,13 @@ if TYPE_CHECKING:
     from .keys import Former
 
 __all__ = [
-    'DEFAULT_RETENTION', 'MAX_RESULT_BYTES', 'UNCOORDINATED', 'ClusterLedger', 'Execution', 'check_key', 'current_execution',
+    'DEFAULT_RETENTION',
+    'MAX_RESULT_BYTES',
+    'UNCOORDINATED',
+    'ClusterLedger',
+    'Execution',
+    'check_key',
+    'current_execution',
     'retention_seconds',
 ]
 
@@ -71,9 +87,10 @@ class _Local:
 class ClusterLedger:
     """Executions of one node, recorded in the cluster's database.
 
-    It may be inherited by forked children: each has connections of its own and is recorded as a process of its own.
-    An attempt whose end cannot be recorded (the database is away, or the caller's transaction is still open) is settled by a
-    background thread of its process, so that no key stays taken while its process lives.
+    It may be inherited by forked children: each has connections of its own and is recorded as a
+    process of its own. An attempt whose end cannot be recorded (the database is away, or the
+    caller's transaction is still open) is settled by a background thread of its process, so that no
+    key stays taken while its process lives.
 
     Args:
         sessions: Connections to the database.
@@ -85,7 +102,12 @@ class ClusterLedger:
     """
 
     def __init__(
-        self, sessions: Sessions, tables: Tables, node: str, incarnation: Callable[[], str], has_lease: Callable[[], bool] = lambda: True,
+        self,
+        sessions: Sessions,
+        tables: Tables,
+        node: str,
+        incarnation: Callable[[], str],
+        has_lease: Callable[[], bool] = lambda: True,
         pausing: Pausing | None = None,
     ) -> None:
         self._sessions = sessions
@@ -107,7 +129,9 @@ class ClusterLedger:
 
     @property
     def unsettled(self) -> int:
-        """How many attempts of this process wait in the background for the database to record their end."""
+        """How many attempts of this process wait in the background for the database to record their
+        end.
+        """
         here = self._locals.get(os.getpid())
         return len(here.settling) if here is not None else 0
 
@@ -148,8 +172,10 @@ class ClusterLedger:
         mine.sent = False
         if not row.registered:
             raise ClaimLost(
-                f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} was not begun; '
-                'an evicted node rejoins by itself: try again')
+                f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} '
+                'was not begun; '
+                'an evicted node rejoins by itself: try again'
+            )
         if row.state != 'done':
             raise _running(key)
         duplicate = DuplicateExecution(f'the key {key!r} was already completed')
@@ -180,7 +206,8 @@ class ClusterLedger:
             DuplicateExecution: The key was completed; `.result` is its stored result.
             ExecutionRunning: Another attempt is running.
             ClaimLost: This node was evicted; it rejoins by itself. Nothing was begun.
-            DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the server refused.
+            DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the
+                server refused.
         """
         attempt = Attempt(self, key, retention_sec)
         try:
@@ -195,15 +222,19 @@ class ClusterLedger:
 
         Raises:
             Fenced: Another attempt has taken the key over.
-            DatabaseUnavailable: The completion is not known to be recorded; it is recorded later, and until then the key may run again.
-            NotCommitted: The transaction that `complete` wrote into was rolled back, or is still open.
+            DatabaseUnavailable: The completion is not known to be recorded; it is recorded later,
+                and until then the key may run again.
+            NotCommitted: The transaction that `complete` wrote into was rolled back, or is still
+                open.
         """
         mine = self._unsettled_of(execution)
         mine.succeeded = True
         self._end(mine, self._finish)
 
     def fail(self, execution: Execution, error: BaseException) -> None:
-        """Record that the attempt failed, so that anybody may begin the next one at once. Raises nothing: `error` goes on."""
+        """Record that the attempt failed, so that anybody may begin the next one at once. Raises
+        nothing: `error` goes on.
+        """
         mine = self._unsettled_of(execution)
         mine.error = describe(error)
         self._end(mine, self._fail)
@@ -223,14 +254,22 @@ class ClusterLedger:
         Raises:
             DatabaseUnavailable: Nothing is known to be released; call it again.
         """
-        return self._calls.release(self._node, self._incarnation(), pid, 'its process was lost', DEFAULT_RETENTION.total_seconds())
+        return self._calls.release(
+            self._node,
+            self._incarnation(),
+            pid,
+            'its process was lost',
+            DEFAULT_RETENTION.total_seconds(),
+        )
 
     def for_messages(self) -> Ledger:
         """Itself, where something may begin; see Ledger."""
         if self.incarnation == UNCOORDINATED:
             return SingleLedger()
         if not self.has_lease():
-            raise ClaimLost('the lease of this node ran out, so that nothing may begin here at the moment')
+            raise ClaimLost(
+                'the lease of this node ran out, so that nothing may begin here at the moment'
+            )
         if self.pausing.is_paused(clock.now()):
             raise self.pausing.error
         return self
@@ -261,7 +300,13 @@ class ClusterLedger:
                 known = self._prefixes[each.prefix] = now, self._calls.has_prefix(each.prefix)
             if not each.prefix or (known is not None and known[1]):
                 wanted.append(each)
-        row = self._calls.find([each.key for each in wanted], [each.key for each in wanted if each.ambiguous]) if wanted else None
+        row = (
+            self._calls.find(
+                [each.key for each in wanted], [each.key for each in wanted if each.ambiguous]
+            )
+            if wanted
+            else None
+        )
         if row is None:
             return
         state, result = row
@@ -276,14 +321,22 @@ class ClusterLedger:
         here = self._locals.get(pid)
         if here is not None:
             return here
-        settling = Settling(self._record_end, self._release_unknown, 4 * self._sessions.longest_call_sec)
+        settling = Settling(
+            self._record_end, self._release_unknown, 4 * self._sessions.longest_call_sec
+        )
         return self._locals.setdefault(pid, _Local(this_process(), settling))
 
     def _unsettled_of(self, execution: Execution) -> Unsettled:
         found = self._here().settling.running.get(execution.key)
         if isinstance(found, Unsettled) and found.execution is execution:
             return found
-        return Unsettled(execution.key, execution.retention_sec, pid=execution._pid, sent=True, execution=execution)
+        return Unsettled(
+            execution.key,
+            execution.retention_sec,
+            pid=execution._pid,
+            sent=True,
+            execution=execution,
+        )
 
     def _end(self, mine: Unsettled, action: Callable[[Unsettled], None]) -> None:
         if mine.pid != os.getpid():
@@ -309,25 +362,34 @@ class ClusterLedger:
             finished = self._calls.finish(completion_of(execution))
         except DatabaseUnavailable as error:
             said = (
-                f'{execution.key!r} was executed, but the database could not record its completion ({error}); '
-                'it is tried again in the background, and until it succeeds another attempt may run')
+                f'{execution.key!r} was executed, but the database could not record its '
+                f'completion ({error}); '
+                'it is tried again in the background, and until it succeeds another attempt may run'
+            )
             if isinstance(error, DatabaseRefused):
                 raise DatabaseRefused(said, error.sqlstate, error.pause) from error
             raise type(error)(said) from error
         if not finished:
             mine.settled = True
-            raise Fenced(f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
+            raise Fenced(
+                f'another attempt has taken the key {execution.key!r} over; this one (fence '
+                f'{execution.fence}) is not recorded'
+            )
         execution._completed = True
         execution._recorded = execution._encoded
 
     def _check_committed(self, mine: Unsettled, execution: Execution) -> None:
         mine.error = 'the transaction that complete() wrote into was rolled back'
-        state = self._calls.settle(execution.key, execution.fence, mine.error, execution.retention_sec)
+        state = self._calls.settle(
+            execution.key, execution.fence, mine.error, execution.retention_sec
+        )
         mine.settled = state != 'running'
         if state == 'running':
             raise NotCommitted(
-                f'{execution.key!r}: the transaction that complete() wrote into is still open, and may be rolled back yet: commit it '
-                'before the function returns, or put @exactly_once around what commits')
+                f'{execution.key!r}: the transaction that complete() wrote into is still open, '
+                'and may be rolled back yet: commit it '
+                'before the function returns, or put @exactly_once around what commits'
+            )
         if state == 'failed':
             raise NotCommitted(f'{execution.key!r}: {mine.error}; the key may run again')
         if state is None:
@@ -347,18 +409,29 @@ class ClusterLedger:
         if execution is None:
             return
         try:
-            mine.settled = self._calls.settle(execution.key, execution.fence, mine.error, execution.retention_sec) != 'running'
+            mine.settled = (
+                self._calls.settle(
+                    execution.key, execution.fence, mine.error, execution.retention_sec
+                )
+                != 'running'
+            )
         except DatabaseUnavailable as trouble:
-            self._say('key=%s failed, which could not be recorded yet: %s%s', execution.key, trouble)
+            self._say(
+                'key=%s failed, which could not be recorded yet: %s%s', execution.key, trouble
+            )
 
     def _say(self, line: str, key: str, error: Exception) -> None:
-        """An outage concerns all keys: it is told once, then once a minute with the number of those between."""
+        """An outage concerns all keys: it is told once, then once a minute with the number of those
+        between.
+        """
         more = self._repeats.say(line, clock.now())
         if more is not None:
             logger.warning(line, key, error, more)
 
     def _record_end(self, unsettled: Unsettled) -> bool:
-        """Record the end of an attempt in the background; False while a transaction that may complete it is open."""
+        """Record the end of an attempt in the background; False while a transaction that may
+        complete it is open.
+        """
         execution = unsettled.execution
         if execution is None:
             return True
@@ -366,16 +439,31 @@ class ClusterLedger:
             finished = self._calls.finish(completion_of(execution))
             more = self._repeats.say('recorded', clock.now())
             if more is not None:
-                logger.info('key=%s recorded=%s after the database had been away%s', execution.key, finished, more)
+                logger.info(
+                    'key=%s recorded=%s after the database had been away%s',
+                    execution.key,
+                    finished,
+                    more,
+                )
             return True
-        return self._calls.settle(execution.key, execution.fence, unsettled.error, execution.retention_sec) != 'running'
+        return (
+            self._calls.settle(
+                execution.key, execution.fence, unsettled.error, execution.retention_sec
+            )
+            != 'running'
+        )
 
     def _release_unknown(self, unsettled: Unsettled) -> None:
         holder = unsettled.holder
         if holder is not None:
             self._calls.release(
-                holder.node, holder.incarnation, holder.process.pid, 'begun, but the database did not answer', unsettled.retention_sec,
-                unsettled.key)
+                holder.node,
+                holder.incarnation,
+                holder.process.pid,
+                'begun, but the database did not answer',
+                unsettled.retention_sec,
+                unsettled.key,
+            )
 
     # --- what an execution asks ---
 
@@ -388,7 +476,9 @@ class ClusterLedger:
         return executions.steps(self._tables, completion_of(execution), self._sessions.place)
 
     def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
-        """State and result of the execution as everybody sees them; None where another attempt holds the key."""
+        """State and result of the execution as everybody sees them; None where another attempt
+        holds the key.
+        """
         found = self._calls.stored(execution.key, execution.fence)
         return (found[0], decode_result(found[1])) if found is not None else None
 

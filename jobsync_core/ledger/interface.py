@@ -1,4 +1,7 @@
-"""What a ledger is to those who use it: the cluster's in the database, that of a single process, one in memory for tests."""
+"""What a ledger is to those who use it: the cluster's in the database, that of a single process,
+one in memory for tests.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,7 +25,8 @@ INTERRUPTED = 'interrupted before its end was known'
 
 @dataclasses.dataclass(eq=False)
 class Unsettled:
-    """An attempt whose end is not recorded: what a ledger must know to record it, whenever that is possible.
+    """An attempt whose end is not recorded: what a ledger must know to record it, whenever that is
+    possible.
 
     Args:
         key: The key.
@@ -34,11 +38,13 @@ class Unsettled:
         sent: The database has been asked to begin it.
         holder: As whom.
         execution: What the user sees; None where it is not known to have begun.
-        succeeded: It has done its work, so that its end is a completion; otherwise a failure for the reason `error`.
+        succeeded: It has done its work, so that its end is a completion; otherwise a failure for
+            the reason `error`.
         failure: What its work raised, until it is left.
         busy: A thread is asking the database about it right now.
         settled: Its end is recorded, or nothing has to be.
-        until: For an attempt that is not known to have begun: until when (in seconds of `clock`) it may still begin.
+        until: For an attempt that is not known to have begun: until when (in seconds of `clock`) it
+            may still begin.
     """
 
     key: str
@@ -65,18 +71,23 @@ class Unsettled:
 class Ledger(Protocol):
     """Who executes a key, and that it completes once.
 
-    An attempt is begun, settled and left by what is known of it, so that whatever strikes in between finds that up to date.
-    `begin`, `finish`, `fail` and `abandon` do the same for a caller that holds the execution alone.
+    An attempt is begun, settled and left by what is known of it, so that whatever strikes in
+    between finds that up to date. `begin`, `finish`, `fail` and `abandon` do the same for a caller
+    that holds the execution alone.
     """
 
     def begin_for(self, mine: Unsettled) -> None:
-        """Begin an attempt; see `begin`. What was done before an exception strikes is known from `mine`."""
+        """Begin an attempt; see `begin`. What was done before an exception strikes is known from
+        `mine`.
+        """
 
     def settle(self, mine: Unsettled) -> None:
         """Record the end of an attempt; see `finish` and `fail`."""
 
     def leave(self, mine: Unsettled) -> None:
-        """Nobody settles the attempt here any more. Without a lock or I/O, for finalizers; any number of times."""
+        """Nobody settles the attempt here any more. Without a lock or I/O, for finalizers; any
+        number of times.
+        """
 
     def begin(self, key: str, retention_sec: float) -> Execution:
         """Begin an attempt; the caller ends it by `finish`, `fail` or `abandon`.
@@ -89,7 +100,8 @@ class Ledger(Protocol):
             DuplicateExecution: The key was completed; `.result` is its stored result.
             ExecutionRunning: Another attempt is running.
             ClaimLost: This node was evicted; it rejoins by itself. Nothing was begun.
-            DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the server refused.
+            DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the
+                server refused.
         """
 
     def finish(self, execution: Execution) -> None:
@@ -97,12 +109,16 @@ class Ledger(Protocol):
 
         Raises:
             Fenced: Another attempt has taken the key over.
-            DatabaseUnavailable: The completion is not known to be recorded; it is recorded later, and until then the key may run again.
-            NotCommitted: The transaction that `complete` wrote into was rolled back, or is still open.
+            DatabaseUnavailable: The completion is not known to be recorded; it is recorded later,
+                and until then the key may run again.
+            NotCommitted: The transaction that `complete` wrote into was rolled back, or is still
+                open.
         """
 
     def fail(self, execution: Execution, error: BaseException) -> None:
-        """Record that the attempt failed, so that anybody may begin the next one at once. Raises nothing: `error` goes on."""
+        """Record that the attempt failed, so that anybody may begin the next one at once. Raises
+        nothing: `error` goes on.
+        """
 
     def abandon(self, execution: Execution) -> None:
         """Let go of an attempt that will not run, without waiting for the database."""
@@ -121,9 +137,10 @@ class Ledger(Protocol):
         """The ledger for a message that an adapter's worker is about to process.
 
         Raises:
-            ClaimLost: The node's lease ran out. The database is most likely out of reach, and to ask it would take seconds for
-                each message that had been handed to the pool before.
-            DatabaseRefused: The database refuses to begin anything, and is not asked before the pause is over.
+            ClaimLost: The node's lease ran out. The database is most likely out of reach, and to
+                ask it would take seconds for each message that had been handed to the pool before.
+            DatabaseRefused: The database refuses to begin anything, and is not asked before the
+                pause is over.
         """
 
     def close(self) -> None:
@@ -131,7 +148,9 @@ class Ledger(Protocol):
 
     @property
     def unsettled(self) -> int:
-        """How many attempts of this process wait in the background for the database to record their end."""
+        """How many attempts of this process wait in the background for the database to record their
+        end.
+        """
 
     def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
         """What `Execution.transaction` gives."""
@@ -140,4 +159,6 @@ class Ledger(Protocol):
         """The statements of `Execution.complete`; None where nothing is recorded."""
 
     def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
-        """State and result of the execution as everybody sees them; None where another attempt holds the key, or nothing is recorded."""
+        """State and result of the execution as everybody sees them; None where another attempt
+        holds the key, or nothing is recorded.
+        """

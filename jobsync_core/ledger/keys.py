@@ -1,4 +1,7 @@
-"""Keys of calls: different calls have different keys, and the same call has the same key in every process."""
+"""Keys of calls: different calls have different keys, and the same call has the same key in every
+process.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -48,49 +51,73 @@ KeyMaker = Callable[[Sequence[Any], Mapping[str, Any]], Keys]
 
 
 def key_maker(key: str | Callable[..., str], function: Callable[..., Any], name: str) -> KeyMaker:
-    """What makes the keys of calls: from a format string over the function's arguments, or a callable that takes them.
+    """What makes the keys of calls: from a format string over the function's arguments, or a
+    callable that takes them.
 
     Raises:
-        ConfigurationError: It is neither, names an argument that the function does not have, or cannot tell two calls apart.
+        ConfigurationError: It is neither, names an argument that the function does not have, or
+            cannot tell two calls apart.
     """
     if isinstance(key, str):
         return _Format(key, function, name)
     if not callable(key) or inspect.iscoroutinefunction(key):
-        raise ConfigurationError(f'key={key!r} of {name}: give a format string, or a callable that returns a string')
+        raise ConfigurationError(
+            f'key={key!r} of {name}: give a format string, or a callable that returns a string'
+        )
     if not _takes_self(key, function):
         return lambda args, kwargs: Keys(check_key(_plain(key(*args[1:], **kwargs))))
     return lambda args, kwargs: Keys(check_key(_plain(key(*args, **kwargs))))
 
 
 def is_ambiguous(name: str) -> bool:
-    """Whether functions that are not the same can have this qualified name: those of scripts, lambdas, functions within functions."""
+    """Whether functions that are not the same can have this qualified name: those of scripts,
+    lambdas, functions within functions.
+    """
     return '<' in name or name.partition('.')[0] == '__main__'
 
 
 def escape(text: str, characters: Iterable[str]) -> str:
-    """The text with these characters, and %, as %XX for each byte of their UTF-8. It can be undone, so that no two texts become one."""
+    """The text with these characters, and %, as %XX for each byte of their UTF-8. It can be undone,
+    so that no two texts become one.
+    """
     wanted = {'%', *characters}
     if wanted.isdisjoint(text):
         return text
-    return ''.join(''.join(f'%{byte:02X}' for byte in part.encode()) if part in wanted else part for part in text)
+    return ''.join(
+        ''.join(f'%{byte:02X}' for byte in part.encode()) if part in wanted else part
+        for part in text
+    )
 
 
 def _plain(key: object) -> object:
-    """A subclass of str (an Enum with values of str, say) as the str that it holds: what format() makes of it differs by version."""
+    """A subclass of str (an Enum with values of str, say) as the str that it holds: what format()
+    makes of it differs by version.
+    """
     return str.__str__(key) if isinstance(key, str) else key
 
 
 def _takes_self(key: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """Whether a callable key wants all that a function gets; it need not take the `self` of a method or a bound task."""
+    """Whether a callable key wants all that a function gets; it need not take the `self` of a
+    method or a bound task.
+    """
     try:
-        whole, given = (list(inspect.signature(item).parameters.values()) for item in (function, key))
+        whole, given = (
+            list(inspect.signature(item).parameters.values()) for item in (function, key)
+        )
     except (TypeError, ValueError):
         return True
-    if not whole or whole[0].name != 'self' or not given or given[0].name == 'self' or any(
-            item.kind is item.VAR_POSITIONAL for item in given):
+    if (
+        not whole
+        or whole[0].name != 'self'
+        or not given
+        or given[0].name == 'self'
+        or any(item.kind is item.VAR_POSITIONAL for item in given)
+    ):
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    fewer = sum(item.kind in positional for item in given) < sum(item.kind in positional for item in whole)
+    fewer = sum(item.kind in positional for item in given) < sum(
+        item.kind in positional for item in whole
+    )
     return not fewer and given[0].name not in {item.name for item in whole}
 
 
@@ -107,8 +134,9 @@ class _Part:
 class _Format:
     """Makes keys from a format string over the arguments of a function.
 
-    Where it has several fields, the characters that separate them, and %, are escaped in their values: 'acme:7' and 'x' are not
-    'acme' and '7:x'. The value of a single field stays as it reads.
+    Where it has several fields, the characters that separate them, and %, are escaped in their
+    values: 'acme:7' and 'x' are not 'acme' and '7:x'. The value of a single field stays as it
+    reads.
     """
 
     def __init__(self, text: str, function: Callable[..., Any], name: str) -> None:
@@ -117,12 +145,19 @@ class _Format:
         try:
             self._signature = inspect.signature(function)
         except (TypeError, ValueError):
-            raise ConfigurationError(f'key={text!r} of {name}: its arguments are unknown; give a callable as key') from None
+            raise ConfigurationError(
+                f'key={text!r} of {name}: its arguments are unknown; give a callable as key'
+            ) from None
         parameters = self._signature.parameters
         self._order = list(parameters)
-        self._extra = next((item.name for item in parameters.values() if item.kind is item.VAR_KEYWORD), None)
+        self._extra = next(
+            (item.name for item in parameters.values() if item.kind is item.VAR_KEYWORD), None
+        )
         # For calls with positional arguments alone, which need not be bound in the long way.
-        simple = all(item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD) for item in parameters.values())
+        simple = all(
+            item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)
+            for item in parameters.values()
+        )
         self._defaults = [item.default for item in parameters.values()] if simple else None
         self._required = sum(item.default is item.empty for item in parameters.values())
         self._parts = self._parse(text)
@@ -133,10 +168,14 @@ class _Format:
 
     def _parse(self, text: str) -> tuple[_Part, ...]:
         try:
-            return tuple(_Part(literal, field, conversion, spec or '')
-                         for literal, field, spec, conversion in string.Formatter().parse(text))
+            return tuple(
+                _Part(literal, field, conversion, spec or '')
+                for literal, field, spec, conversion in string.Formatter().parse(text)
+            )
         except ValueError as error:
-            raise ConfigurationError(f'key={self._text!r} of {self._name} is no format string: {error}') from None
+            raise ConfigurationError(
+                f'key={self._text!r} of {self._name} is no format string: {error}'
+            ) from None
 
     def _fields(self, parts: Iterable[_Part]) -> Iterator[str]:
         for part in parts:
@@ -148,7 +187,9 @@ class _Format:
         first = _first(field)
         takes = f'it takes {", ".join(self._order) or "no arguments"}'
         if first == '':
-            raise ConfigurationError(f'key={self._text!r} of {self._name} has an empty {{}}: name the argument; {takes}')
+            raise ConfigurationError(
+                f'key={self._text!r} of {self._name} has an empty {{}}: name the argument; {takes}'
+            )
         if first.isdecimal():
             known = int(first) < len(self._order)
         else:
@@ -157,7 +198,9 @@ class _Format:
             raise ConfigurationError(f'key={self._text!r} of {self._name} names {first!r}: {takes}')
 
     def _separators(self) -> frozenset[str]:
-        """One character of each text between two fields: escaped in values, it tells where a value ends."""
+        """One character of each text between two fields: escaped in values, it tells where a value
+        ends.
+        """
         found = set()
         between, seen = [], False
         literal = ''
@@ -171,14 +214,20 @@ class _Format:
             fit = [character for character in literal if character not in _ESCAPES]
             if not fit:
                 raise ConfigurationError(
-                    f'key={self._text!r} of {self._name} has two fields with {literal!r} between them, so that nobody can tell where the '
-                    "first one ends: put a character such as ':' there")
+                    f'key={self._text!r} of {self._name} has two fields with {literal!r} between '
+                    'them, so that nobody can tell where the '
+                    "first one ends: put a character such as ':' there"
+                )
             found.add(next((character for character in fit if not character.isalnum()), fit[0]))
         return frozenset(found)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Keys:
-        if self._defaults is not None and not kwargs and self._required <= len(args) <= len(self._order):
-            ordered = [*args, *self._defaults[len(args):]]
+        if (
+            self._defaults is not None
+            and not kwargs
+            and self._required <= len(args) <= len(self._order)
+        ):
+            ordered = [*args, *self._defaults[len(args) :]]
             values: dict[str, Any] = dict(zip(self._order, ordered, strict=True))
         else:
             bound = self._signature.bind(*args, **kwargs)
@@ -191,7 +240,9 @@ class _Format:
             raise ConfigurationError(f'key={self._text!r} of {self._name}: {error}') from None
         except (LookupError, AttributeError, ValueError, TypeError) as error:
             raise ConfigurationError(
-                f'key={self._text!r} of {self._name} does not fit the arguments: {type(error).__name__}: {error}') from error
+                f'key={self._text!r} of {self._name} does not fit the arguments: '
+                f'{type(error).__name__}: {error}'
+            ) from error
         former = ''.join(literal + text for literal, text in pieces)
         if self._escaped is None:
             return Keys(check_key(former))
@@ -206,7 +257,9 @@ class _Format:
         if not part.conversion and not part.spec:
             return _read(part.field, value)
         spec = formatter.vformat(part.spec, ordered, values)
-        _check_stable(part.field, value, shaped=not part.conversion and _DIGITS.search(spec) is not None)
+        _check_stable(
+            part.field, value, shaped=not part.conversion and _DIGITS.search(spec) is not None
+        )
         converted = formatter.convert_field(value, part.conversion)
         text = format(converted, spec)
         _check_text(part.field, value, str(converted) if part.conversion else text)
@@ -237,17 +290,24 @@ def _read(field: str, value: Any) -> str:
 
 
 def _check_text(field: str, value: Any, text: str) -> None:
-    """Refuse a text in which something shows that the value holds and that differs between processes."""
+    """Refuse a text in which something shows that the value holds and that differs between
+    processes.
+    """
     if isinstance(value, (str, bytes)):
         return
     if has_address(text):
         raise ConfigurationError(
-            f'{field} is a {type(value).__name__}, whose text has its address in memory: name an attribute that identifies it')
+            f'{field} is a {type(value).__name__}, whose text has its address in memory: name an '
+            'attribute that identifies it'
+        )
     part = unstable_part(value, text)
     if part is not None:
         raise ConfigurationError(
-            f'{field} is a {type(value).__name__} that holds a {type(part).__name__}, whose text differs between processes, or between '
-            f'equal values: name an attribute that identifies the call, as in {{{field}.id}}, or give a callable as key')
+            f'{field} is a {type(value).__name__} that holds a {type(part).__name__}, whose text '
+            'differs between processes, or between '
+            f'equal values: name an attribute that identifies the call, as in {{{field}.id}}, or '
+            'give a callable as key'
+        )
 
 
 def _check_stable(field: str, value: Any, shaped: bool = False) -> None:
@@ -259,21 +319,34 @@ def _check_stable(field: str, value: Any, shaped: bool = False) -> None:
         shaped: The format says how many digits of a number count, as `{price:.2f}` does.
     """
     if value is None or (isinstance(value, str) and not value):
-        raise ConfigurationError(f'{field} is {value!r}: calls that lack it would all share one key')
+        raise ConfigurationError(
+            f'{field} is {value!r}: calls that lack it would all share one key'
+        )
     kind = type(value)
     if isinstance(value, (AbstractSet, Mapping, bytearray, memoryview)):
         raise ConfigurationError(
-            f'{field} is a {kind.__name__}, whose text differs between processes, or between equal values: '
-            'name an item or an attribute that identifies the call, or give a callable as key')
+            f'{field} is a {kind.__name__}, whose text differs between processes, or between '
+            'equal values: '
+            'name an item or an attribute that identifies the call, or give a callable as key'
+        )
     if isinstance(value, (float, complex)) and not shaped:
         raise ConfigurationError(
-            f'{field} is a {kind.__name__}: equal numbers can differ in their last digit; say how many count, as in {{{field}:.2f}}')
+            f'{field} is a {kind.__name__}: equal numbers can differ in their last digit; say how '
+            f'many count, as in {{{field}:.2f}}'
+        )
     if isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             if item is not None and item != '':
                 _check_stable(f'{field}[{number}]', item)
         if has_address(repr(value)):
-            raise ConfigurationError(f'{field} has an item whose text is its address in memory: name what identifies it')
-    if all(getattr(kind, name) is getattr(object, name) for name in ('__format__', '__str__', '__repr__')):
+            raise ConfigurationError(
+                f'{field} has an item whose text is its address in memory: name what identifies it'
+            )
+    if all(
+        getattr(kind, name) is getattr(object, name)
+        for name in ('__format__', '__str__', '__repr__')
+    ):
         raise ConfigurationError(
-            f'{field} is a {kind.__name__}, whose text is its address in memory: name an attribute that identifies it')
+            f'{field} is a {kind.__name__}, whose text is its address in memory: name an '
+            'attribute that identifies it'
+        )

@@ -1,9 +1,12 @@
-"""Results as the ledger stores them: what a duplicate gets equals what the first attempt returned, or is not stored at all.
+"""Results as the ledger stores them: what a duplicate gets equals what the first attempt returned,
+or is not stored at all.
 
-PostgreSQL's jsonb holds most results as they are. It has no NUL character, no lone surrogates and no negative zero, and writes
-1e22 as an integer; JSON itself knows neither tuples nor keys that are no strings. Such values stand in the stored document as
-small objects of one entry, `{"$tuple": [1, 2]}`, below an outer `{"$jobsync": ...}`; everything else reads as before.
+PostgreSQL's jsonb holds most results as they are. It has no NUL character, no lone surrogates and
+no negative zero, and writes 1e22 as an integer; JSON itself knows neither tuples nor keys that are
+no strings. Such values stand in the stored document as small objects of one entry, `{"$tuple": [1,
+2]}`, below an outer `{"$jobsync": ...}`; everything else reads as before.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,7 +21,8 @@ __all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result']
 #: Longest result that is stored, in bytes of JSON.
 MAX_RESULT_BYTES = 1_000_000
 _OUTER = '$jobsync'
-# In the text of a document: what jsonb refuses or changes, and our own words. A match within a harmless string costs time only.
+# In the text of a document: what jsonb refuses or changes, and our own words. A match within a
+# harmless string costs time only.
 _CHANGED = re.compile(r'\\u0000|\\ud[89a-f]|\de\+|-0\.0|"\$')
 
 
@@ -37,10 +41,13 @@ def encode_result(result: object) -> str:
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigurationError(
             f'a result of type {type(result).__name__} is no JSON ({error}): '
-            'return what json.dumps takes, or use store_result=False') from None
+            'return what json.dumps takes, or use store_result=False'
+        ) from None
     if len(text) > MAX_RESULT_BYTES:
         raise ConfigurationError(
-            f'a result has {len(text)} bytes of JSON, {MAX_RESULT_BYTES} are stored at most: store it elsewhere and return where it is')
+            f'a result has {len(text)} bytes of JSON, {MAX_RESULT_BYTES} are stored at most: '
+            'store it elsewhere and return where it is'
+        )
     return text
 
 
@@ -61,7 +68,9 @@ def decode_result(document: Any) -> Any:
 
 
 def _same(back: Any, given: Any) -> bool:
-    """Whether they are equal, types included where a caller can tell: 1, 1.0 and True are three things, a list is no tuple."""
+    """Whether they are equal, types included where a caller can tell: 1, 1.0 and True are three
+    things, a list is no tuple.
+    """
     if isinstance(given, (bool, type(None))) or isinstance(back, (bool, type(None))):
         return back is given
     if isinstance(given, float):
@@ -70,11 +79,16 @@ def _same(back: Any, given: Any) -> bool:
         if isinstance(given, kind):
             return isinstance(back, kind) and bool(back == given)
     if isinstance(given, (list, tuple)):
-        alike = isinstance(back, tuple if isinstance(given, tuple) else list) and len(back) == len(given)
+        alike = isinstance(back, tuple if isinstance(given, tuple) else list) and len(back) == len(
+            given
+        )
         return alike and all(_same(one, other) for one, other in zip(back, given, strict=True))
     if isinstance(given, dict):
-        return isinstance(back, dict) and len(back) == len(given) and all(
-            key in back and _same(back[key], value) for key, value in given.items())
+        return (
+            isinstance(back, dict)
+            and len(back) == len(given)
+            and all(key in back and _same(back[key], value) for key, value in given.items())
+        )
     return False
 
 
@@ -94,7 +108,9 @@ def _tag(value: object) -> object:
     if isinstance(value, list):
         return [_tag(each) for each in value]
     if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith('$') and _storable(key) for key in value):
+        if all(
+            isinstance(key, str) and not key.startswith('$') and _storable(key) for key in value
+        ):
             return {str.__str__(key): _tag(each) for key, each in value.items()}
         return {'$dict': [[_tag(key), _tag(each)] for key, each in value.items()]}
     raise TypeError(f'{type(value).__name__} is not JSON serializable')

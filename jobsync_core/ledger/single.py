@@ -1,4 +1,5 @@
 """The ledger of single-node mode."""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
@@ -17,7 +18,9 @@ __all__ = ['SingleLedger']
 
 
 class SingleLedger:
-    """The ledger of single-node mode: every key runs, nothing is remembered, no database is needed."""
+    """The ledger of single-node mode: every key runs, nothing is remembered, no database is
+    needed.
+    """
 
     def begin_for(self, mine: Unsettled) -> None:
         """Begin an attempt; see `begin`."""
@@ -66,7 +69,10 @@ class SingleLedger:
 
     def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
         """There is none."""
-        raise ConfigurationError('execution.transaction() needs a database: single-node mode has none; give the Job a CoordinationConfig')
+        raise ConfigurationError(
+            'execution.transaction() needs a database: single-node mode has none; give the Job a '
+            'CoordinationConfig'
+        )
 
     def steps_of(self, execution: Execution) -> Steps | None:
         """Nothing is recorded."""

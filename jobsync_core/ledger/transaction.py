@@ -1,4 +1,7 @@
-"""A transaction of the user's whose commit carries the completion: `with execution.transaction() as connection:`."""
+"""A transaction of the user's whose commit carries the completion: `with execution.transaction() as
+connection:`.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -33,7 +36,11 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
     """
 
     def __init__(
-        self, transactions: Transactions, tables: Tables, outcome_of: Callable[[Execution], tuple[str, Any] | None], execution: Execution,
+        self,
+        transactions: Transactions,
+        tables: Tables,
+        outcome_of: Callable[[Execution], tuple[str, Any] | None],
+        execution: Execution,
     ) -> None:
         self._transactions = transactions
         self._tables = tables
@@ -45,7 +52,10 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
     def __enter__(self) -> PgConnection:
         execution = self._execution
         if execution._completed:
-            raise ConfigurationError(f'{execution.key!r} is completed already: use one transaction() for all of its writes')
+            raise ConfigurationError(
+                f'{execution.key!r} is completed already: use one transaction() for all of its '
+                'writes'
+            )
         connection = self._transactions.take()
         try:
             self._began = self._transactions.begin(connection)
@@ -56,7 +66,12 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
         connection.in_block = True
         return connection
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         connection = self._connection
         if connection is None:
             return
@@ -64,8 +79,9 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
         try:
             try:
                 connection.end_block()
-                # A generator or coroutine that is thrown away, perhaps in the middle of a call to the database: nothing is said to
-                # the server but that the connection ends, which rolls back.
+                # A generator or coroutine that is thrown away, perhaps in the middle of a call to
+                # the database: nothing is said to the server but that the connection ends, which
+                # rolls back.
                 if kind is None:
                     self._commit(connection)
                     kept = True
@@ -88,7 +104,11 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
             connection.close()
 
     def _roll_back(self, connection: TransactionConnection, error: BaseException | None) -> None:
-        lost = self._transactions.explain(error, connection) if isinstance(error, psycopg2.Error) else None
+        lost = (
+            self._transactions.explain(error, connection)
+            if isinstance(error, psycopg2.Error)
+            else None
+        )
         try:
             if not connection.closed:
                 connection.rollback()
@@ -100,7 +120,9 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
     def _commit(self, connection: TransactionConnection) -> None:
         execution, encoded = self._execution, self._execution._encoded
         try:
-            if not self._transactions.complete(connection, self._tables, completion_of(execution), self._began):
+            if not self._transactions.complete(
+                connection, self._tables, completion_of(execution), self._began
+            ):
                 raise self._why_not(connection)
             connection.commit()
         except psycopg2.Error as error:
@@ -115,12 +137,19 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
         execution = self._execution
         if self._began is None or not executions.is_same(connection, self._began):
             return JobSyncError(
-                f'{execution.key!r}: the block of execution.transaction() committed or rolled back by itself, so its writes '
-                'are not those of the completion: leave that to the end of the block')
+                f'{execution.key!r}: the block of execution.transaction() committed or rolled '
+                'back by itself, so its writes '
+                'are not those of the completion: leave that to the end of the block'
+            )
         connection.rollback()
         outcome = self._outcome_of(execution)
         if outcome is not None and outcome[0] == 'done':
             return execution.completed_already(outcome[1])
         if outcome is not None and outcome[0] == 'running':
-            return DatabaseUnavailable(f'{execution.key!r}: another transaction was completing it; this one is rolled back')
-        return Fenced(f'another attempt has taken the key {execution.key!r} over; the transaction is rolled back')
+            return DatabaseUnavailable(
+                f'{execution.key!r}: another transaction was completing it; this one is rolled back'
+            )
+        return Fenced(
+            f'another attempt has taken the key {execution.key!r} over; the transaction is rolled '
+            'back'
+        )

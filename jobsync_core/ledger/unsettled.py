@@ -1,8 +1,11 @@
-"""Attempts whose end is not recorded yet, and the thread that records it later: so no key stays taken while its process lives.
+"""Attempts whose end is not recorded yet, and the thread that records it later: so no key stays
+taken while its process lives.
 
-What lets go of an attempt may be a finalizer, in the middle of any line of any thread. So nothing here takes a lock that it could
-find taken by its own thread: each step is one operation of a dictionary, or of a lock that is only ever released.
+What lets go of an attempt may be a finalizer, in the middle of any line of any thread. So nothing
+here takes a lock that it could find taken by its own thread: each step is one operation of a
+dictionary, or of a lock that is only ever released.
 """
+
 from __future__ import annotations
 
 import threading
@@ -18,7 +21,8 @@ __all__ = ['Settling']
 logger = get_logger(__name__)
 
 _FIRST_RETRY_SEC, _LAST_RETRY_SEC = 0.2, 2.0
-#: How many a process remembers, and how many bytes of them; then nothing begins until some are recorded.
+#: How many a process remembers, and how many bytes of them; then nothing begins until some are
+#: recorded.
 MOST_UNSETTLED = 10_000
 MOST_BYTES = 64_000_000
 _SAY_AGAIN_SEC = 60.0
@@ -30,14 +34,20 @@ class Settling:
     Args:
         settle: Records the end of an attempt; False where it has to be tried again later.
         release: Lets go of an attempt that is not known to have begun, if it has.
-        patience: Seconds for which such an attempt may still begin: the server may execute a statement long after its client
-            gave it up.
+        patience: Seconds for which such an attempt may still begin: the server may execute a
+            statement long after its client gave it up.
 
     Attributes:
-        running: By key: who is at it, so that one process begins a key once. Whoever puts itself there takes itself away.
+        running: By key: who is at it, so that one process begins a key once. Whoever puts itself
+            there takes itself away.
     """
 
-    def __init__(self, settle: Callable[[Unsettled], bool], release: Callable[[Unsettled], object], patience: float) -> None:
+    def __init__(
+        self,
+        settle: Callable[[Unsettled], bool],
+        release: Callable[[Unsettled], object],
+        patience: float,
+    ) -> None:
         self.running: dict[str, object] = {}
         self._ended: dict[str, Unsettled] = {}
         self._unknown: dict[str, Unsettled] = {}
@@ -54,28 +64,41 @@ class Settling:
         return len(self._ended) + len(self._unknown)
 
     def start(self) -> None:
-        """Have the thread run: before anything may have to be settled, as a finalizer cannot start one."""
+        """Have the thread run: before anything may have to be settled, as a finalizer cannot start
+        one.
+        """
         if self._closing or (self._thread is not None and self._thread.is_alive()):
             return
         self._thread = threading.Thread(target=self._run, name='jobsync ledger', daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
-            logger.warning('what cannot be recorded at once waits, as no thread can be started for it: %s', error)
+            logger.warning(
+                'what cannot be recorded at once waits, as no thread can be started for it: %s',
+                error,
+            )
 
     def check_room(self) -> None:
-        """Raises DatabaseUnavailable where too many attempts wait for their end to be recorded: memory is bounded that way."""
+        """Raises DatabaseUnavailable where too many attempts wait for their end to be recorded:
+        memory is bounded that way.
+        """
         count = len(self)
-        if count >= MOST_UNSETTLED or (count > 64 and sum(each.size for each in list(self._ended.values())) >= MOST_BYTES):
+        if count >= MOST_UNSETTLED or (
+            count > 64 and sum(each.size for each in list(self._ended.values())) >= MOST_BYTES
+        ):
             raise DatabaseUnavailable(
-                f'{count} attempts of this process wait until the database records their end; nothing begins before that')
+                f'{count} attempts of this process wait until the database records their end; '
+                'nothing begins before that'
+            )
 
     def find(self, key: str) -> Unsettled | None:
         """The attempt at a key whose end is not recorded."""
         return self._ended.get(key)
 
     def leave(self, unsettled: Unsettled) -> None:
-        """Nobody but the thread cares for this attempt any more. For finalizers, too; may be called again."""
+        """Nobody but the thread cares for this attempt any more. For finalizers, too; may be called
+        again.
+        """
         key = unsettled.key
         if unsettled.sent and not unsettled.settled:
             if unsettled.execution is not None:
@@ -98,7 +121,9 @@ class Settling:
         self._closing = True
         self._wake()
         if not self._pass():
-            logger.warning('%d executions end unrecorded; they may run again when this node is gone', len(self))
+            logger.warning(
+                '%d executions end unrecorded; they may run again when this node is gone', len(self)
+            )
 
     # --- inside ---
 
@@ -137,7 +162,9 @@ class Settling:
                 continue
             try:
                 if unsettled.execution is None and unsettled.key in self._ended:
-                    continue  # the key was taken over here, and has ended since: what its row says is that attempt's
+                    # the key was taken over here, and has ended since: what its row says is that
+                    # attempt's
+                    continue
                 self._try(unsettled)
             except DatabaseRefused as error:
                 self._say(unsettled, error)
@@ -159,11 +186,18 @@ class Settling:
         else:
             self._release(unsettled)
         known = unsettled.execution is not None
-        if self._unknown.get(unsettled.key) is unsettled and (known or clock.now() >= unsettled.until):
+        if self._unknown.get(unsettled.key) is unsettled and (
+            known or clock.now() >= unsettled.until
+        ):
             self._unknown.pop(unsettled.key, None)
 
     def _say(self, unsettled: Unsettled, error: Exception) -> None:
         now = clock.now()
         if now - self._said_at >= _SAY_AGAIN_SEC:
             self._said_at = now
-            logger.warning('executions=%d are not recorded yet, key=%s for one: %s', len(self), unsettled.key, error)
+            logger.warning(
+                'executions=%d are not recorded yet, key=%s for one: %s',
+                len(self),
+                unsettled.key,
+                error,
+            )

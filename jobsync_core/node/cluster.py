@@ -1,4 +1,5 @@
 """A node of a cluster: what its agent, its task claims and its ledger do together."""
+
 from __future__ import annotations
 
 import contextlib
@@ -79,7 +80,9 @@ class ClusterNode:
         agent: Drives it.
     """
 
-    def __init__(self, name: str, config: CoordinationConfig, membership: Membership, callbacks: Callbacks) -> None:
+    def __init__(
+        self, name: str, config: CoordinationConfig, membership: Membership, callbacks: Callbacks
+    ) -> None:
         self._name = name
         self._config = config
         self._membership = membership
@@ -87,29 +90,58 @@ class ClusterNode:
         self._tables = Tables.of(config)
         self._sessions = Sessions(config, f'jobsync {name}')
         self._process = this_process()
-        self.claims = Claims(config.total_tokens, lambda: is_known_alive(self._process), threading.Lock())
+        self.claims = Claims(
+            config.total_tokens, lambda: is_known_alive(self._process), threading.Lock()
+        )
         self.tasks = TaskBook(
-            self.claims, self._sessions, config, self._tables, name, membership.date, lambda: self.incarnation)
+            self.claims,
+            self._sessions,
+            config,
+            self._tables,
+            name,
+            membership.date,
+            lambda: self.incarnation,
+        )
         self.protocol = self._make_protocol()
         self._housekeeper = Housekeeper(config, self._tables, name, self._is_oldest)
         self._control = Control(config, self._tables, membership.date, membership.resume)
         self.agent = Agent(self.protocol, self._control, config, callbacks, self._housekeeper.look)
         self.ledger = ClusterLedger(
-            self._sessions, self._tables, name, lambda: self.incarnation, lambda: self.has_lease, self.claims.pausing)
+            self._sessions,
+            self._tables,
+            name,
+            lambda: self.incarnation,
+            lambda: self.has_lease,
+            self.claims.pausing,
+        )
         #: Bound once: nothing stands between the question and the look-up.
         self.can_claim = self.tasks.can_claim
 
     def _make_protocol(self) -> Protocol:
         config, membership = self._config, self._membership
         settings = Settings(
-            interval=config.heartbeat_interval_sec, timeout=config.heartbeat_timeout_sec, lease=config.lease_sec,
-            check_interval=config.rebalance_check_interval_sec, release_timeout=config.release_timeout_sec,
-            wait_on_enter=membership.wait_on_enter, minimum_nodes=config.minimum_nodes, weight=membership.weight,
-            total_tokens=config.total_tokens, hash_function=config.hash_function, has_release=membership.has_release,
-            has_gate=membership.has_gate)
+            interval=config.heartbeat_interval_sec,
+            timeout=config.heartbeat_timeout_sec,
+            lease=config.lease_sec,
+            check_interval=config.rebalance_check_interval_sec,
+            release_timeout=config.release_timeout_sec,
+            wait_on_enter=membership.wait_on_enter,
+            minimum_nodes=config.minimum_nodes,
+            weight=membership.weight,
+            total_tokens=config.total_tokens,
+            hash_function=config.hash_function,
+            has_release=membership.has_release,
+            has_gate=membership.has_gate,
+        )
         return Protocol(
-            self._name, settings, self._process, self.claims, new_incarnation=lambda: str(uuid.uuid4()),
-            is_known_dead=is_known_dead, promises=self.tasks.promises)
+            self._name,
+            settings,
+            self._process,
+            self.claims,
+            new_incarnation=lambda: str(uuid.uuid4()),
+            is_known_dead=is_known_dead,
+            promises=self.tasks.promises,
+        )
 
     # --- entering and leaving ---
 
@@ -137,7 +169,9 @@ class ClusterNode:
 
     def _refuse_workers(self) -> None:
         with self._sessions.session() as connection:
-            others = queues.peers(connection, self._tables, self._name, self._config.heartbeat_timeout_sec)
+            others = queues.peers(
+                connection, self._tables, self._name, self._config.heartbeat_timeout_sec
+            )
         self._sessions.close_all()  # a node that asks nothing more keeps no second connection
         found = stranger(Belonging(), others, self._config.appname)
         if found is not None:
@@ -146,7 +180,9 @@ class ClusterNode:
     def _join(self, provide: Callable[[], object]) -> None:
         self.agent.start()
         if self._membership.has_gate:
-            self.agent.wait_for(lambda: self.protocol.phase is not Phase.JOINING or not self.agent.running, None)
+            self.agent.wait_for(
+                lambda: self.protocol.phase is not Phase.JOINING or not self.agent.running, None
+            )
             if self.agent.running:
                 if self._membership.clears_locks:
                     self.clear_locks(self._name)
@@ -155,18 +191,30 @@ class ClusterNode:
         self.agent.wait_entered()
 
     def _tell_audited(self) -> None:
-        """One line where tasks of the date were audited before: whether they run again must not come as a surprise."""
+        """One line where tasks of the date were audited before: whether they run again must not
+        come as a surprise.
+        """
         date = self._membership.date
         with contextlib.suppress(JobSyncError):
             if self._control.epochs.begun:
                 with self._sessions.session() as connection:
                     number = tasks.count_audits(connection, self._tables, date, _MOST_COUNTED)
                 if number:
-                    logger.info('node=%s date=%s: %d tasks were audited by a cluster that has ended, and run again; resume=True keeps them',
-                                self._name, date, number)
+                    logger.info(
+                        'node=%s date=%s: %d tasks were audited by a cluster that has ended, and '
+                        'run again; resume=True keeps them',
+                        self._name,
+                        date,
+                        number,
+                    )
             elif len(self.claims.exclusions):
-                logger.info('node=%s date=%s: %d tasks of its tokens are audited already or taken by others, and do not run again here',
-                            self._name, date, len(self.claims.exclusions))
+                logger.info(
+                    'node=%s date=%s: %d tasks of its tokens are audited already or taken by '
+                    'others, and do not run again here',
+                    self._name,
+                    date,
+                    len(self.claims.exclusions),
+                )
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
         """See Node."""
@@ -202,13 +250,18 @@ class ClusterNode:
             self.tasks.leave_child(threading.get_ident() if error is not None else None)
         except JobSyncError as failure:
             # The node's own exit audits it.
-            logger.error('node=%s: a child could not write its audit while leaving: %s', self._name, failure)
+            logger.error(
+                'node=%s: a child could not write its audit while leaving: %s', self._name, failure
+            )
 
     def _go(self) -> None:
         self._housekeeper.stop(0)
         if not self.agent.stop(self._longest_hand_over):
-            logger.warning('node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
-                           self._name, self._config.heartbeat_timeout_sec)
+            logger.warning(
+                'node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
+                self._name,
+                self._config.heartbeat_timeout_sec,
+            )
         self._housekeeper.stop(STATEMENT_SEC + 1.0)
         self._sessions.close_all()
 
@@ -312,13 +365,21 @@ class ClusterNode:
         """See Node."""
         entered = state == 'entered'
         return {
-            'coordination_enabled': True, 'node_name': self._name, 'incarnation': self.incarnation,
+            'coordination_enabled': True,
+            'node_name': self._name,
+            'incarnation': self.incarnation,
             'state': self.protocol.state if entered else state,
-            'is_leader': entered and self.leads, 'healthy': entered and self.is_healthy, 'my_tokens': len(self.tokens),
-            'token_version': self.version, 'total_tokens': self._config.total_tokens,
-            'last_heartbeat': self.agent.last_beat, 'lease_remaining_sec': max(0.0, self.claims.deadline - clock.now()),
-            'evictions': self.protocol.evictions, 'callback_failures': self._callbacks.failures,
-            'callbacks_slow': self._callbacks.slow, 'executions_unsettled': self.ledger.unsettled,
+            'is_leader': entered and self.leads,
+            'healthy': entered and self.is_healthy,
+            'my_tokens': len(self.tokens),
+            'token_version': self.version,
+            'total_tokens': self._config.total_tokens,
+            'last_heartbeat': self.agent.last_beat,
+            'lease_remaining_sec': max(0.0, self.claims.deadline - clock.now()),
+            'evictions': self.protocol.evictions,
+            'callback_failures': self._callbacks.failures,
+            'callbacks_slow': self._callbacks.slow,
+            'executions_unsettled': self.ledger.unsettled,
             'recent_events': list(self.agent.events),
         }
 
@@ -370,7 +431,9 @@ class ClusterNode:
         """See Node."""
         self.agent.post(lambda: self.protocol.undrain(clock.now()))
 
-    def register_locks(self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]) -> int:
+    def register_locks(
+        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
+    ) -> int:
         """See Node."""
         with self._sessions.session() as connection:
             return lock_store.register(connection, self._tables, rows, self._name)

@@ -1,4 +1,5 @@
 """What a Job asks of the node behind it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ __all__ = ['Node']
 class Node(Protocol):
     """A member of something that shares tasks: of a cluster, of nothing, of what a test says.
 
-    The Job has checked the arguments, and whether it is entered. Whatever asks the database raises DatabaseUnavailable.
+    The Job has checked the arguments, and whether it is entered. Whatever asks the database raises
+    DatabaseUnavailable.
     """
 
     @property
@@ -25,18 +27,22 @@ class Node(Protocol):
     # --- entering and leaving ---
 
     def enter(self, provide: Callable[[], object], is_worker: bool) -> None:
-        """Become a member; returns when the first tokens can be claimed. Where it raises, nothing is left behind.
+        """Become a member; returns when the first tokens can be claimed. Where it raises, nothing
+        is left behind.
 
         Args:
             provide: Called before tokens are given out: registers locks.
-            is_worker: Whether it is the node of a framework's worker, which no plain Job shares a cluster with.
+            is_worker: Whether it is the node of a framework's worker, which no plain Job shares a
+                cluster with.
         """
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
         """The Job is entered: the user's callbacks may begin as soon as `is_bound()`."""
 
     def leave(self, error: BaseException | None) -> None:
-        """Stop claiming, write the audit, and leave. Bounded in time; never hides `error`, which ends the user's block."""
+        """Stop claiming, write the audit, and leave. Bounded in time; never hides `error`, which
+        ends the user's block.
+        """
 
     def leave_child(self, error: BaseException | None) -> None:
         """The same in a forked child, which is no member: its audit alone."""
@@ -45,7 +51,9 @@ class Node(Protocol):
         """End an `enter` that another thread waits in."""
 
     def disown(self, mark: str) -> None:
-        """It was not entered and never will be: tell forked children by a mark in place of the incarnation."""
+        """It was not entered and never will be: tell forked children by a mark in place of the
+        incarnation.
+        """
 
     # --- tasks ---
 
@@ -136,7 +144,9 @@ class Node(Protocol):
         """Close connections that a burst of work has left idle."""
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Wait until `condition()` holds, looked at whenever the node has done or heard something; whether it does."""
+        """Wait until `condition()` holds, looked at whenever the node has done or heard something;
+        whether it does.
+        """
 
     def wake(self) -> None:
         """Have those who wait look at their conditions."""
@@ -149,7 +159,9 @@ class Node(Protocol):
     def undrain(self) -> None:
         """Take part again."""
 
-    def register_locks(self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]) -> int:
+    def register_locks(
+        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
+    ) -> int:
         """Register locks that were checked; returns how many."""
 
     def list_locks(self) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
 """Single-node mode: one process that owns everything, without a cluster and without a database."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -152,7 +153,9 @@ class SingleNode:
         Raises:
             ConfigurationError: Always.
         """
-        raise ConfigurationError('single-node mode has no database: give the Job a CoordinationConfig')
+        raise ConfigurationError(
+            'single-node mode has no database: give the Job a CoordinationConfig'
+        )
 
     def rest(self) -> None:
         """See Node."""
@@ -173,7 +176,9 @@ class SingleNode:
     def undrain(self) -> None:
         """See Node."""
 
-    def register_locks(self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]) -> int:
+    def register_locks(
+        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
+    ) -> int:
         """See Node."""
         return 0
 

@@ -1,4 +1,5 @@
 """What the protocol asks its driver to do, besides sending requests: plain values."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

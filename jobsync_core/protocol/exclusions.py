@@ -1,4 +1,7 @@
-"""Tasks that may not be claimed although their tokens are here: a sorted set of 64-bit keys in memory that forked children share."""
+"""Tasks that may not be claimed although their tokens are here: a sorted set of 64-bit keys in
+memory that forked children share.
+"""
+
 from __future__ import annotations
 
 import mmap
@@ -24,30 +27,38 @@ _BLOCK = 4096
 _WORD = 8
 #: Blocks that the index can name: 268 million keys.
 _MOST_BLOCKS = 1 << 16
-#: Words of one index: how many blocks there are, then the first key, the place and the length of each.
+#: Words of one index: how many blocks there are, then the first key, the place and the length of
+#: each.
 _INDEX = 1 + 3 * _MOST_BLOCKS
-#: Looks at a set that changes all the time, after which a task counts as excluded: it is asked for again.
+#: Looks at a set that changes all the time, after which a task counts as excluded: it is asked for
+#: again.
 _TRIES = 1000
 
 
 class Exclusions:
-    """A set of tasks, 8 bytes each, written by one process and read by it and by its forked children.
+    """A set of tasks, 8 bytes each, written by one process and read by it and by its forked
+    children.
 
-    A key is the token in its upper bits and the task's digest in the rest, so that all keys of a range of tokens stand
-    together and can be replaced at once. Keys lie in blocks, in a file without a name that grows; an index in memory of fixed
-    size names the blocks. A change writes new blocks into free places, then the other one of two indexes, and then raises
-    the generation, whose lowest bit tells which index counts. A reader that finds another generation after its look than
-    before looks again: so it may even be stopped in the middle, and no lock is needed between processes.
+    A key is the token in its upper bits and the task's digest in the rest, so that all keys of a
+    range of tokens stand together and can be replaced at once. Keys lie in blocks, in a file
+    without a name that grows; an index in memory of fixed size names the blocks. A change writes
+    new blocks into free places, then the other one of two indexes, and then raises the generation,
+    whose lowest bit tells which index counts. A reader that finds another generation after its look
+    than before looks again: so it may even be stopped in the middle, and no lock is needed between
+    processes.
 
     Args:
         total_tokens: Tokens of the cluster.
         lock: Keeps the writer's threads apart, where there are several.
 
     Attributes:
-        head: For readers that cannot afford a call: the generation, another number after each change; how many keys there are.
+        head: For readers that cannot afford a call: the generation, another number after each
+            change; how many keys there are.
     """
 
-    def __init__(self, total_tokens: int, lock: AbstractContextManager[object] | None = None) -> None:
+    def __init__(
+        self, total_tokens: int, lock: AbstractContextManager[object] | None = None
+    ) -> None:
         self._token_bits = (total_tokens - 1).bit_length()
         self._digest_bits = 64 - self._token_bits
         self._pid = os.getpid()
@@ -55,7 +66,7 @@ class Exclusions:
         self._file = _open_file()
         self._identity = _identity(self._file.fileno())
         self.head = memoryview(mmap.mmap(-1, _WORD * (2 + 2 * _INDEX))).cast('Q')
-        self._indexes = self.head[2:2 + _INDEX], self.head[2 + _INDEX:]
+        self._indexes = self.head[2 : 2 + _INDEX], self.head[2 + _INDEX :]
         self._data = memoryview(b'').cast('Q')
         # The writer's own copy of the index, and places of the file that no index names.
         self._firsts: list[int] = []
@@ -73,7 +84,9 @@ class Exclusions:
         raise TypeError('ask `excludes(token, text)`: the token is known to whoever asks')
 
     def excludes(self, token: int, text: str) -> bool:
-        """Whether the task is in the set; it may be wrong for one task in 2 ** 64 / len(self), and says True then."""
+        """Whether the task is in the set; it may be wrong for one task in 2 ** 64 / len(self), and
+        says True then.
+        """
         if not self.head[1]:
             return False
         key = token << self._digest_bits | task_digest(text) >> self._token_bits
@@ -87,14 +100,14 @@ class Exclusions:
 
     def _look(self, index: memoryview, key: int) -> bool:
         count = index[0]
-        at = bisect_right(index[1:1 + count], key)
+        at = bisect_right(index[1 : 1 + count], key)
         if not at:
             return False
         place, length = index[count + at], index[2 * count + at]
         end = (place + 1) * _BLOCK
         if end > len(self._data) and not self._map(end):
             return True
-        block = self._data[place * _BLOCK:place * _BLOCK + length]
+        block = self._data[place * _BLOCK : place * _BLOCK + length]
         where = bisect_left(block, key)
         return where < length and block[where] == key
 
@@ -103,17 +116,29 @@ class Exclusions:
         with suppress(OSError, ValueError):
             descriptor = self._file.fileno()
             if _identity(descriptor) == self._identity:  # else another file got its number
-                self._data = memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size)).cast('Q')
+                self._data = memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size)).cast(
+                    'Q'
+                )
         return end <= len(self._data)
 
     # --- the writer ---
 
     def keys_of(self, tasks: Iterable[tuple[int, str]]) -> array[int]:
         """Sorted keys of tasks, given as token and text."""
-        return array('Q', sorted({token << self._digest_bits | task_digest(text) >> self._token_bits for token, text in tasks}))
+        return array(
+            'Q',
+            sorted(
+                {
+                    token << self._digest_bits | task_digest(text) >> self._token_bits
+                    for token, text in tasks
+                }
+            ),
+        )
 
     def replace(self, ranges: Sequence[Range], keys: array[int]) -> None:
-        """Let exactly `keys` (sorted) be what is excluded of these ranges of tokens (sorted, disjoint); other tokens stay as they are."""
+        """Let exactly `keys` (sorted) be what is excluded of these ranges of tokens (sorted,
+        disjoint); other tokens stay as they are.
+        """
         if not ranges or os.getpid() != self._pid:
             return
         bits = self._digest_bits
@@ -126,7 +151,7 @@ class Exclusions:
                 start = bisect_left(old, lo << bits, done)
                 end = bisect_left(old, hi << bits, start)
                 merged += old[done:start]
-                merged += keys[bisect_left(keys, lo << bits):bisect_left(keys, hi << bits)]
+                merged += keys[bisect_left(keys, lo << bits) : bisect_left(keys, hi << bits)]
                 done = end
             merged += old[done:]
             if merged != old:
@@ -153,31 +178,38 @@ class Exclusions:
         with self._lock:
             if self._firsts:
                 self._write(0, len(self._firsts), array('Q'))
-                with suppress(AttributeError, OSError, ValueError):  # give the memory back, where the system can
+                with suppress(
+                    AttributeError, OSError, ValueError
+                ):  # give the memory back, where the system can
                     view = self._data.obj
                     assert isinstance(view, mmap.mmap)
                     view.madvise(mmap.MADV_REMOVE)
 
     def _blocks_of(self, lo: int, hi: int) -> tuple[int, int]:
-        """The blocks, from the first up to the last, that hold keys from `lo` up to `hi`, or that such keys join."""
+        """The blocks, from the first up to the last, that hold keys from `lo` up to `hi`, or that
+        such keys join.
+        """
         first = max(bisect_right(self._firsts, lo) - 1, 0)
         return first, max(bisect_left(self._firsts, hi), min(first + 1, len(self._firsts)))
 
     def _read(self, first: int, last: int) -> array[int]:
         found: array[int] = array('Q')
         for place, length in zip(self._places[first:last], self._lengths[first:last], strict=True):
-            found.frombytes(self._data[place * _BLOCK:place * _BLOCK + length].tobytes())
+            found.frombytes(self._data[place * _BLOCK : place * _BLOCK + length].tobytes())
         return found
 
     def _write(self, first: int, last: int, keys: array[int]) -> None:
         """Put these keys in the place of those blocks, and publish that."""
         count = -(-len(keys) // _BLOCK)
         if len(self._firsts) - (last - first) + count > _MOST_BLOCKS:
-            raise JobSyncError(f'more than {_MOST_BLOCKS * _BLOCK} tasks are audited for one date: use another date, or more nodes')
+            raise JobSyncError(
+                f'more than {_MOST_BLOCKS * _BLOCK} tasks are audited for one date: use another '
+                'date, or more nodes'
+            )
         cuts = [len(keys) * part // count for part in range(count + 1)] if count else []
         places = [self._take_place() for _ in range(count)]
         for place, (start, end) in zip(places, pairwise(cuts), strict=True):
-            self._data[place * _BLOCK:place * _BLOCK + end - start] = memoryview(keys)[start:end]
+            self._data[place * _BLOCK : place * _BLOCK + end - start] = memoryview(keys)[start:end]
         freed = self._places[first:last]
         self._firsts[first:last] = [keys[start] for start in cuts[:-1]]
         self._places[first:last] = places
@@ -188,10 +220,15 @@ class Exclusions:
     def _publish(self) -> None:
         number = len(self._firsts)
         index = self._indexes[(self.head[0] + 1) & 1]
-        index[:1 + 3 * number] = memoryview(array('Q', [number, *self._firsts, *self._places, *self._lengths]))
+        index[: 1 + 3 * number] = memoryview(
+            array('Q', [number, *self._firsts, *self._places, *self._lengths])
+        )
         total = sum(self._lengths)
         if total:
-            self.head[1] = total  # before: whoever sees the tokens of these tasks must not take the set for empty
+            self.head[1] = (
+                # before: whoever sees the tokens of these tasks must not take the set for empty
+                total
+            )
         self.head[0] += 1
         self.head[1] = total
 
@@ -202,7 +239,10 @@ class Exclusions:
             self._free = list(range(self._room + fresh - 1, self._room - 1, -1))
             self._room += fresh
             if not self._map(self._room * _BLOCK):
-                raise JobSyncError('the memory for tasks that others have taken was closed: leave the descriptors of this process open')
+                raise JobSyncError(
+                    'the memory for tasks that others have taken was closed: leave the '
+                    'descriptors of this process open'
+                )
         return self._free.pop()
 
 

@@ -1,8 +1,11 @@
-"""The duties of the oldest nodes: to watch the node table, to evict the dead, and to ask for a plan when something has changed.
+"""The duties of the oldest nodes: to watch the node table, to evict the dead, and to ask for a plan
+when something has changed.
 
-The leader and its successor look at the whole table. The few that come next know of the nodes before them from their
-heartbeats; all others do nothing. Each duty fails for itself, and is tried again on its own clock.
+The leader and its successor look at the whole table. The few that come next know of the nodes
+before them from their heartbeats; all others do nothing. Each duty fails for itself, and is tried
+again on its own clock.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -45,15 +48,23 @@ class Lookout:
         self._known: frozenset[str] = frozenset()
         self._lead_at = _NEVER
         self._have_died = False  # since the last plan
-        self._must_look = False  # the last round did not go as expected: look again before the next one
+        self._must_look = (
+            False  # the last round did not go as expected: look again before the next one
+        )
         self._must_step_down = False
         self._stuck: frozenset[Sign] = frozenset()  # whom an eviction that failed was meant for
-        self._singly = 0  # evictions failed so often: one node at a time, so that one row that cannot be deleted holds up no other
+        # evictions failed so often: one node at a time, so that one row that cannot be deleted
+        # holds up no other
+        self._singly = 0
         first, most = min(poll, 0.25), timeout / 8
-        self._retries: dict[type[Duty], Backoff] = {kind: Backoff(first, most) for kind in (Observe, Evict, Lead, StepDown)}
+        self._retries: dict[type[Duty], Backoff] = {
+            kind: Backoff(first, most) for kind in (Observe, Evict, Lead, StepDown)
+        }
 
     def rank(self, now: float) -> int | None:
-        """How many live nodes are older: 0 for the leader, 1 for its successor, None while unknown."""
+        """How many live nodes are older: 0 for the leader, 1 for its successor, None while
+        unknown.
+        """
         if self._older is None:
             return None
         living = sum(not self.liveness.is_dead(sign, now) for sign in self._older)
@@ -62,7 +73,9 @@ class Lookout:
         return living
 
     def watches(self, now: float) -> bool:
-        """Whether this node looks at the whole table: as the leader or its successor, or because all that it knows to be older are dead."""
+        """Whether this node looks at the whole table: as the leader or its successor, or because
+        all that it knows to be older are dead.
+        """
         rank = self.rank(now)
         return rank <= 1 if rank is not None else self._older is not None
 
@@ -81,9 +94,13 @@ class Lookout:
             return None
         dead = self.liveness.dead(now)
         if dead and self._may(Evict, now):
-            return Evict(name, incarnation, dead, dead[self._singly % len(dead)] if self._singly else None)
+            return Evict(
+                name, incarnation, dead, dead[self._singly % len(dead)] if self._singly else None
+            )
         if now >= self._lead_at and self._may(Lead, now):
-            return Lead(name, incarnation, dead, DEATHS if self._have_died else 'nodes or locks changed')
+            return Lead(
+                name, incarnation, dead, DEATHS if self._have_died else 'nodes or locks changed'
+            )
         return None
 
     def _may(self, kind: type[Duty], now: float) -> bool:
@@ -123,13 +140,17 @@ class Lookout:
             self.liveness.keep([sign.name for sign in older])
 
     def observed(self, reply: Observed, incarnation: str, now: float, took: float = 0.0) -> bool:
-        """A look at the whole node table, which took so many seconds; whether this node is in it."""
+        """A look at the whole node table, which took so many seconds; whether this node is in
+        it.
+        """
         me = next((m for m in reply.members if m.incarnation == incarnation), None)
         others = [m for m in reply.members if m is not me]
         self.liveness.look(_signs(others), now)
         self.liveness.keep([m.name for m in others])
         if me is not None:
-            self._older = _signs([m for m in others if (m.created_on, m.name) < (me.created_on, me.name)])
+            self._older = _signs(
+                [m for m in others if (m.created_on, m.name) < (me.created_on, me.name)]
+            )
             self._may_be_more = False
         self._must_look = False
         self._retries[Observe].reset()
@@ -153,12 +174,15 @@ class Lookout:
             self._lead_at = now
             self._have_died = True
         missed = frozenset(sign for sign in request.targets if sign.name not in reply.names)
-        # Somebody older is alive, or one of the dead is: without a fresh look the same would be sent over and over.
+        # Somebody older is alive, or one of the dead is: without a fresh look the same would be
+        # sent over and over.
         if missed:
             self._must_look = True
             self.look_at = now
         if reply.led and missed:
-            self._retries[Evict].failed(now)  # alive, or its row is locked by somebody: then it is not the last time
+            self._retries[Evict].failed(
+                now
+            )  # alive, or its row is locked by somebody: then it is not the last time
             self._stuck = missed
         elif reply.led:
             self._free_evictions()
@@ -181,14 +205,21 @@ class Lookout:
         self.look_at = now if self._must_look else now + self._poll
 
     def failed(self, duty: Duty, now: float) -> None:
-        """The database refused this, or took too long over it. The others have nothing to wait for."""
+        """The database refused this, or took too long over it. The others have nothing to wait
+        for.
+        """
         retry = self._retries[type(duty)]
         retry.failed(now)
         if isinstance(duty, Evict):
             self._singly += 1
             self._stuck = frozenset(duty.targets)
-        # Another node may be able to. Alone, or where stepping down is what fails, there is nothing to be had from it.
-        if retry.failing_for >= self._timeout and not isinstance(duty, StepDown) and len(self._known) != 1:
+        # Another node may be able to. Alone, or where stepping down is what fails, there is nothing
+        # to be had from it.
+        if (
+            retry.failing_for >= self._timeout
+            and not isinstance(duty, StepDown)
+            and len(self._known) != 1
+        ):
             self._must_step_down = True
 
 

@@ -1,9 +1,11 @@
 """Telling the dead from the living without comparing anybody's clock with another's.
 
-A node is dead when its sign of life has not changed for one whole timeout of the observer's own clock, during which the
-observer kept looking. Only the rates of clocks matter: a node's lease (LEASE_FRACTION of the timeout, counted from
-before its heartbeat was sent) has run out before any observer has waited that long.
+A node is dead when its sign of life has not changed for one whole timeout of the observer's own
+clock, during which the observer kept looking. Only the rates of clocks matter: a node's lease
+(LEASE_FRACTION of the timeout, counted from before its heartbeat was sent) has run out before any
+observer has waited that long.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -26,8 +28,8 @@ class Liveness:
 
     Args:
         timeout: Seconds without a change after which a node is dead.
-        max_gap: Seconds between two looks beyond which the wait begins anew: an observer that could not look
-            (a database outage, a pause of its own) must not blame the others for it.
+        max_gap: Seconds between two looks beyond which the wait begins anew: an observer that could
+            not look (a database outage, a pause of its own) must not blame the others for it.
     """
 
     def __init__(self, timeout: float, max_gap: float) -> None:
@@ -36,7 +38,9 @@ class Liveness:
         self._watched: dict[str, _Watch] = {}
 
     def look(self, signs: Iterable[Sign], now: float) -> None:
-        """Take in what a look at the database showed. `now` is when the answer arrived, so that the wait starts late rather than early."""
+        """Take in what a look at the database showed. `now` is when the answer arrived, so that the
+        wait starts late rather than early.
+        """
         for sign in signs:
             watch = self._watched.get(sign.name)
             if watch is None or watch.sign != sign or self._missed(watch, now):
@@ -57,18 +61,34 @@ class Liveness:
         self.forget(set(self._watched) - set(names))
 
     def shows_life(self, sign: Sign) -> bool:
-        """Whether somebody has moved this sign on since the last look. One that went back tells of another history of the database."""
+        """Whether somebody has moved this sign on since the last look. One that went back tells of
+        another history of the database.
+        """
         watch = self._watched.get(sign.name)
-        return watch is not None and (watch.sign.incarnation != sign.incarnation or watch.sign.beat < sign.beat)
+        return watch is not None and (
+            watch.sign.incarnation != sign.incarnation or watch.sign.beat < sign.beat
+        )
 
     def is_dead(self, sign: Sign, now: float) -> bool:
-        """Whether this very sign has stood unchanged for the whole timeout, watched all the time."""
+        """Whether this very sign has stood unchanged for the whole timeout, watched all the
+        time.
+        """
         watch = self._watched.get(sign.name)
-        return watch is not None and watch.sign == sign and now - watch.since >= self._timeout and not self._missed(watch, now)
+        return (
+            watch is not None
+            and watch.sign == sign
+            and now - watch.since >= self._timeout
+            and not self._missed(watch, now)
+        )
 
     def dead(self, now: float) -> tuple[Sign, ...]:
         """The signs of all nodes that are dead, by name."""
-        return tuple(sorted((w.sign for w in self._watched.values() if self.is_dead(w.sign, now)), key=lambda sign: sign.name))
+        return tuple(
+            sorted(
+                (w.sign for w in self._watched.values() if self.is_dead(w.sign, now)),
+                key=lambda sign: sign.name,
+            )
+        )
 
     def next_death(self, now: float) -> float:
         """When the next node will be dead if nothing changes; infinity where none can be."""

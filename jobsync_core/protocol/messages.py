@@ -1,10 +1,12 @@
 """What a node says to the store and what it hears: plain values, no behaviour.
 
-The protocol (node.py) produces requests and consumes replies; the PostgreSQL store (store/control.py) and the
-simulated store (tests/sim) both answer them. Each request is atomic: it happens wholly or not at all, at one instant,
-and its reply may be lost after it happened. Every request carries the incarnation that it speaks for, so that a
-statement which arrives late can do no harm.
+The protocol (node.py) produces requests and consumes replies; the PostgreSQL store
+(store/control.py) and the simulated store (tests/sim) both answer them. Each request is atomic: it
+happens wholly or not at all, at one instant, and its reply may be lost after it happened. Every
+request carries the incarnation that it speaks for, so that a statement which arrives late can do no
+harm.
 """
+
 from __future__ import annotations
 
 from array import array
@@ -15,12 +17,43 @@ from ..assignment.model import Member, Range, Segment
 from ..process import Process
 
 __all__ = [
-    'DEATHS', 'ELDERS', 'Activate', 'Activated', 'Beat', 'Beaten', 'Connect', 'Connected', 'Drain', 'Evict', 'Evicted', 'Give', 'Given',
-    'Holdings', 'Join', 'Joined', 'Lead', 'Leave', 'Led', 'Lives', 'LivesGone', 'Mismatch', 'Observe', 'Observed', 'Occupied',
-    'RecordHistory', 'Refresh', 'Reply', 'Request', 'Sign', 'StepDown', 'Take', 'Taken',
+    'DEATHS',
+    'ELDERS',
+    'Activate',
+    'Activated',
+    'Beat',
+    'Beaten',
+    'Connect',
+    'Connected',
+    'Drain',
+    'Evict',
+    'Evicted',
+    'Give',
+    'Given',
+    'Holdings',
+    'Join',
+    'Joined',
+    'Lead',
+    'Leave',
+    'Led',
+    'Lives',
+    'LivesGone',
+    'Mismatch',
+    'Observe',
+    'Observed',
+    'Occupied',
+    'RecordHistory',
+    'Refresh',
+    'Reply',
+    'Request',
+    'Sign',
+    'StepDown',
+    'Take',
+    'Taken',
 ]
 
-#: How many of the older nodes a heartbeat's answer names: so many of the oldest may die at once and are found in time.
+#: How many of the older nodes a heartbeat's answer names: so many of the oldest may die at once and
+#: are found in time.
 ELDERS = 4
 #: Why a leader plans after an eviction.
 DEATHS = 'nodes died'
@@ -28,7 +61,9 @@ DEATHS = 'nodes died'
 
 @dataclass(frozen=True)
 class Sign:
-    """A node's sign of life as one look at the node table showed it. `beat` counts heartbeats; compare it for equality only."""
+    """A node's sign of life as one look at the node table showed it. `beat` counts heartbeats;
+    compare it for equality only.
+    """
 
     name: str
     incarnation: str
@@ -37,6 +72,7 @@ class Sign:
 
 # --- requests, each followed by its reply ---
 
+
 @dataclass(frozen=True)
 class Connect:
     """Open the control connection (and LISTEN)."""
@@ -44,7 +80,9 @@ class Connect:
 
 @dataclass(frozen=True)
 class Connected:
-    """`server` names the server, where the answers cannot name the database's history; else it is ''."""
+    """`server` names the server, where the answers cannot name the database's history; else it is
+    ''.
+    """
 
     server: str
 
@@ -53,10 +91,10 @@ class Connected:
 class Join:
     """Insert the node row; replies Joined, Occupied or Mismatch.
 
-    active: skip the grace period (a node that comes back after an eviction).
-    replace: (incarnation, beat) of a row of this name that is known dead; it is deleted if it still looks so.
-    reap: nodes seen dead; deleted if they still look so, before the settings are compared.
-    A Join whose incarnation is in the table already succeeded earlier: Joined.
+    active: skip the grace period (a node that comes back after an eviction). replace: (incarnation,
+    beat) of a row of this name that is known dead; it is deleted if it still looks so. reap: nodes
+    seen dead; deleted if they still look so, before the settings are compared. A Join whose
+    incarnation is in the table already succeeded earlier: Joined.
     """
 
     name: str
@@ -94,12 +132,14 @@ class Mismatch:
 class Beat:
     """Heartbeat; replies Beaten, or None when the incarnation has been evicted.
 
-    since: no node is older than this (Beaten.since of an earlier answer), so that nothing need be read before it.
-    number: what the row's `beat` becomes: even, and larger than that of any heartbeat which was sent before.
-    seen: what the row's `beat` was at the last answer; 0 before the first one.
+    since: no node is older than this (Beaten.since of an earlier answer), so that nothing need be
+    read before it. number: what the row's `beat` becomes: even, and larger than that of any
+    heartbeat which was sent before. seen: what the row's `beat` was at the last answer; 0 before
+    the first one.
 
-    Where the row holds neither `seen` nor a later number that this node has sent, the database has forgotten the last answered
-    heartbeat: it is in another history. Then `beat` becomes `number + 1`. An odd number stays a break until the node has heard of it.
+    Where the row holds neither `seen` nor a later number that this node has sent, the database has
+    forgotten the last answered heartbeat: it is in another history. Then `beat` becomes `number +
+    1`. An odd number stays a break until the node has heard of it.
     """
 
     name: str
@@ -112,11 +152,13 @@ class Beat:
 @dataclass(frozen=True)
 class Beaten:
     """
-    older: the oldest of the nodes that are older than this one, at most ELDERS, oldest first.
-    ages: seconds since the last heartbeat of each, by the server's clock; a hint for timing, never a proof of life or death.
-    since: when the oldest node that was seen was created, in microseconds of the server's clock.
-    history: names the database's history (system identifier and timeline); '' where this role may not ask for it.
-    settled: the cluster's row names this history: since it began, somebody has waited until no lease of another one can be valid.
+
+    older: the oldest of the nodes that are older than this one, at most ELDERS, oldest first. ages:
+    seconds since the last heartbeat of each, by the server's clock; a hint for timing, never a
+    proof of life or death. since: when the oldest node that was seen was created, in microseconds
+    of the server's clock. history: names the database's history (system identifier and timeline);
+    '' where this role may not ask for it. settled: the cluster's row names this history: since it
+    began, somebody has waited until no lease of another one can be valid.
         So it is where the row names none and the server was never promoted.
     same: this is the history of the last answer. If not, it is another one, whatever its name.
     """
@@ -133,7 +175,9 @@ class Beaten:
 
 @dataclass(frozen=True)
 class Refresh:
-    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted. seen: as in Beat."""
+    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted.
+    seen: as in Beat.
+    """
 
     name: str
     incarnation: str
@@ -143,8 +187,9 @@ class Refresh:
 @dataclass(frozen=True)
 class Holdings:
     """
-    planned: the latest plan took the present nodes and locks into account. incoming: tokens on their way to this node.
-    history, same: as in Beaten.
+
+    planned: the latest plan took the present nodes and locks into account. incoming: tokens on
+    their way to this node. history, same: as in Beaten.
     """
 
     version: int
@@ -158,7 +203,8 @@ class Holdings:
 
 @dataclass(frozen=True)
 class Take:
-    """Ask which tasks of tokens are audited for this node's date, or claimed by another live node; replies Taken.
+    """Ask which tasks of tokens are audited for this node's date, or claimed by another live node;
+    replies Taken.
 
     ranges: sorted and disjoint; the answer may be about the first of these tokens alone.
     limit: how many rows it should be made of.
@@ -175,11 +221,11 @@ class Take:
 class Taken:
     """What is known now, and of which tokens.
 
-    ranges: the tokens whose tasks are all known with this answer.
-    keys: the tasks, as sorted keys of exclusions.Exclusions.
-    after: not None: only a part of the first token is known, up to this task; `ranges` is empty.
-    holders: the lives of nodes that hold claims on some of these tasks.
-    promised: tokens with tasks that were promised and not taken: they may become free again at any time.
+    ranges: the tokens whose tasks are all known with this answer. keys: the tasks, as sorted keys
+    of exclusions.Exclusions. after: not None: only a part of the first token is known, up to this
+    task; `ranges` is empty. holders: the lives of nodes that hold claims on some of these tasks.
+    promised: tokens with tasks that were promised and not taken: they may become free again at any
+    time.
     """
 
     ranges: tuple[Range, ...] = ()
@@ -203,9 +249,11 @@ class LivesGone:
 
 @dataclass(frozen=True)
 class Give:
-    """Give away the rows of mine that are moving, lie within `ranges` and are not newer than `version`; replies Given.
+    """Give away the rows of mine that are moving, lie within `ranges` and are not newer than
+    `version`; replies Given.
 
-    promised: (task_id, token) pairs that this node has just said it may claim; recorded as its claims in the same transaction.
+    promised: (task_id, token) pairs that this node has just said it may claim; recorded as its
+    claims in the same transaction.
     """
 
     name: str
@@ -222,7 +270,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Activate:
-    """The grace period is over: become active if enough nodes are there (not counting `dead`); replies Activated, or None when evicted."""
+    """The grace period is over: become active if enough nodes are there (not counting `dead`);
+    replies Activated, or None when evicted.
+    """
 
     name: str
     incarnation: str
@@ -260,7 +310,9 @@ class Observe:
 
 @dataclass(frozen=True)
 class Observed:
-    """stale: nodes or locks differ from those of the latest plan. next_expiry: seconds until the next lock expires."""
+    """stale: nodes or locks differ from those of the latest plan. next_expiry: seconds until the
+    next lock expires.
+    """
 
     members: tuple[Member, ...]
     version: int
@@ -270,7 +322,8 @@ class Observed:
 
 @dataclass(frozen=True)
 class Evict:
-    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it stands, whatever the plan does.
+    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it
+    stands, whatever the plan does.
 
     only: delete this one of them alone; the others still do not count as older than this node.
     """
@@ -296,7 +349,9 @@ class Evicted:
 
 @dataclass(frozen=True)
 class Lead:
-    """One leader's round: plan if anything changed; replies Led. dead: nodes seen dead that could not be evicted yet."""
+    """One leader's round: plan if anything changed; replies Led. dead: nodes seen dead that could
+    not be evicted yet.
+    """
 
     name: str
     incarnation: str
@@ -321,7 +376,9 @@ class Led:
 
 @dataclass(frozen=True)
 class StepDown:
-    """Become the youngest node: this one cannot lead, the next oldest may try; replies True, or None when evicted."""
+    """Become the youngest node: this one cannot lead, the next oldest may try; replies True, or
+    None when evicted.
+    """
 
     name: str
     incarnation: str
@@ -331,7 +388,8 @@ class StepDown:
 class RecordHistory:
     """All leases of earlier histories are over: let `history` be the cluster's; replies True.
 
-    Nothing is done where the server's history has another name, or does not hold this node's last answered heartbeat (`seen`).
+    Nothing is done where the server's history has another name, or does not hold this node's last
+    answered heartbeat (`seen`).
     """
 
     name: str
@@ -341,8 +399,12 @@ class RecordHistory:
 
 
 Request: TypeAlias = (
-    'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | Evict | Lead | StepDown | '
-    'RecordHistory')
+    'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | '
+    'Evict | Lead | StepDown | '
+    'RecordHistory'
+)
 Reply: TypeAlias = (
-    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | Activated | Observed | Evicted | Led | '
-    'bool | None')
+    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | '
+    'Activated | Observed | Evicted | Led | '
+    'bool | None'
+)

@@ -1,24 +1,30 @@
 """A node's life as a state machine without I/O and without a clock.
 
-Whoever drives it asks `next(now)` for the one request to send, hands the answer to `reply` (or calls `failed`), passes
-on notifications, and runs the effects. The agent drives it against PostgreSQL, the simulator against a simulated store
-in virtual time: it is the same code. The form is that of sans-I/O protocols (httpcore's connection pool, psycopg 3's
-generators); that a range is granted only after its old owner has let go of it is Kafka's incremental rebalance protocol.
+Whoever drives it asks `next(now)` for the one request to send, hands the answer to `reply` (or
+calls `failed`), passes on notifications, and runs the effects. The agent drives it against
+PostgreSQL, the simulator against a simulated store in virtual time: it is the same code. The form
+is that of sans-I/O protocols (httpcore's connection pool, psycopg 3's generators); that a range is
+granted only after its old owner has let go of it is Kafka's incremental rebalance protocol.
 
 Why at most one node claims a token at any instant:
 1. Only the owner named in the database has a token in its set, and the database names one.
-2. A live owner loses a token in one way: it takes it out of its set first and gives the row away afterwards (`Give`).
-3. A dead owner loses all in one way: its row is deleted by somebody who has seen no heartbeat for a whole timeout, while
-   its lease, counted from the sending of its last answered heartbeat, lasts less than that.
+2. A live owner loses a token in one way: it takes it out of its set first and gives the row away
+   afterwards (`Give`).
+3. A dead owner loses all in one way: its row is deleted by somebody who has seen no heartbeat for a
+   whole timeout, while its lease, counted from the sending of its last answered heartbeat, lasts
+   less than that.
 4. Statements that arrive late carry an incarnation and a version, and find nothing to change.
-5. All this holds within one history of the database. A promoted standby, which may lack the last writes, begins another one.
-   Each heartbeat asks whether the database still holds the last one that was answered, and by which name its history goes. A
-   node whose last heartbeat is missing, or that hears another name, claims nothing for a timeout, by when all leases of the
-   history before are over. A node that knows nothing of the one before waits as well, unless the cluster's row has the present
-   name: it is written by a node that has waited, and only where that node's last heartbeat is; or by the first node of all, and
-   only where the server was never promoted. A standby has in its rows no name of a timeline that it did not follow, so that a
-   name which two promotions share misleads nobody.
+5. All this holds within one history of the database. A promoted standby, which may lack the last
+   writes, begins another one. Each heartbeat asks whether the database still holds the last one
+   that was answered, and by which name its history goes. A node whose last heartbeat is missing, or
+   that hears another name, claims nothing for a timeout, by when all leases of the history before
+   are over. A node that knows nothing of the one before waits as well, unless the cluster's row has
+   the present name: it is written by a node that has waited, and only where that node's last
+   heartbeat is; or by the first node of all, and only where the server was never promoted. A
+   standby has in its rows no name of a timeline that it did not follow, so that a name which two
+   promotions share misleads nobody.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -73,11 +79,14 @@ _NEVER = float('inf')
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 1.0
 #: Seconds after which a connection counts as one that works: what ends it then is a first failure.
 _STEADY_SEC = 0.5
-#: While a node enters, it looks for its first tokens again after so many seconds, then less and less often: notifications may be lost.
+#: While a node enters, it looks for its first tokens again after so many seconds, then less and
+#: less often: notifications may be lost.
 _ENTRY_POLL = 0.25
-#: Where many join at once, the cluster's row is busy: a join is tried again after about so many seconds, twice as many each time.
+#: Where many join at once, the cluster's row is busy: a join is tried again after about so many
+#: seconds, twice as many each time.
 _JOIN_FIRST, _JOIN_MOST = 0.1, 2.0
-#: What the oldest nodes do beside their heartbeats: where it fails and the connection is good, all the rest goes on.
+#: What the oldest nodes do beside their heartbeats: where it fails and the connection is good, all
+#: the rest goes on.
 BESIDE = (Observe, Evict, Lead, StepDown, RecordHistory)
 #: Heartbeats that prove a rival alive: one alone may be a dead process's last, which arrived late.
 _RIVAL_BEATS = 2
@@ -87,8 +96,9 @@ _RIVAL_BEATS = 2
 class Settings:
     """What the protocol must know of a CoordinationConfig and a Job.
 
-    All times in seconds; `lease` counts from the sending of a heartbeat. has_release: somebody wants to be told before
-    tokens are handed over. has_gate: the grace period does not end before `open_gate` is called (locks are registered first).
+    All times in seconds; `lease` counts from the sending of a heartbeat. has_release: somebody
+    wants to be told before tokens are handed over. has_gate: the grace period does not end before
+    `open_gate` is called (locks are registered first).
     """
 
     interval: float = 5.0
@@ -147,13 +157,19 @@ class Protocol:
         claims: What `can_claim_task` reads; this object alone writes it.
         new_incarnation: Makes a fresh id for each life of the name.
         is_known_dead: Whether a process is certainly gone.
-        promises: Takes a set of tokens that have just left the local set and names the (task_id, token) pairs of them that
-            this node has answered True for and not yet recorded.
+        promises: Takes a set of tokens that have just left the local set and names the (task_id,
+            token) pairs of them that this node has answered True for and not yet recorded.
     """
 
     def __init__(
-        self, name: str, settings: Settings, process: Process, claims: Claims, *,
-        new_incarnation: Callable[[], str], is_known_dead: Callable[[Process], bool],
+        self,
+        name: str,
+        settings: Settings,
+        process: Process,
+        claims: Claims,
+        *,
+        new_incarnation: Callable[[], str],
+        is_known_dead: Callable[[Process], bool],
         promises: Callable[[TokenSet], tuple[tuple[str, int], ...]] = lambda tokens: (),
     ) -> None:
         self.name = name
@@ -181,8 +197,12 @@ class Protocol:
         self._history = ''
         self._waits = False  # in this history old leases have been waited out, or are
         self._must_record = False
-        self._number = self._seen = 0  # of the last heartbeat that was sent; what its row held at the last answer
-        self._granted = 0.0  # the lease that the last answered heartbeat gives, as soon as its tokens are known
+        self._number = self._seen = (
+            0  # of the last heartbeat that was sent; what its row held at the last answer
+        )
+        self._granted = (
+            0.0  # the lease that the last answered heartbeat gives, as soon as its tokens are known
+        )
         self._retry_at = 0.0
         self._backoff = _BACKOFF_FIRST
         self._connected_at = 0.0
@@ -210,14 +230,18 @@ class Protocol:
         self._announced: TokenSet = TokenSet()
         self._initial_announced = False
         self._wants_drain: bool | None = None
-        self._emptied = False  # the last Refresh showed nothing here or on its way here, and a plan that knows of the drain
+        # the last Refresh showed nothing here or on its way here, and a plan that knows of the
+        # drain
+        self._emptied = False
         # leadership
         self._lookout = Lookout(settings.timeout, settings.max_gap, settings.poll)
 
     # --- questions ---
 
     def rank(self, now: float) -> int | None:
-        """How many live nodes are older: 0 for the leader, 1 for its successor, None while unknown."""
+        """How many live nodes are older: 0 for the leader, 1 for its successor, None while
+        unknown.
+        """
         return self._lookout.rank(now)
 
     def has_lease(self, now: float) -> bool:
@@ -231,7 +255,9 @@ class Protocol:
 
     @property
     def quarantined(self) -> bool:
-        """Whether the database has another history than before, so that old leases must run out first."""
+        """Whether the database has another history than before, so that old leases must run out
+        first.
+        """
         return self._quarantine_until is not None
 
     # --- commands ---
@@ -243,11 +269,16 @@ class Protocol:
         tokens = self.claims.tokens
         self._stop_claiming()
         self._announce(now)
-        if self.phase is Phase.JOINING and not self._rejoins and not isinstance(self._pending, Join):
+        if (
+            self.phase is Phase.JOINING
+            and not self._rejoins
+            and not isinstance(self._pending, Join)
+        ):
             self._finish(Left())
             return
         self.phase = Phase.LEAVING
-        # A release that runs already goes on; callbacks run in order, so that a further one ends after it.
+        # A release that runs already goes on; callbacks run in order, so that a further one ends
+        # after it.
         if tokens:
             self._batch = self._start_batch(tokens, now)
 
@@ -290,12 +321,16 @@ class Protocol:
         self._backoff = min(2 * self._backoff, _BACKOFF_MOST)
 
     def failed(self, request: Request, now: float) -> None:
-        """The request failed, and the connection with it; it may have been carried out, or may be later."""
+        """The request failed, and the connection with it; it may have been carried out, or may be
+        later.
+        """
         self.disconnected(now)
         self._blame(request, now)
 
     def refused(self, request: Request, now: float) -> None:
-        """The server refused one of BESIDE or a Join, or took too long over it; the connection is good, and the next heartbeat goes on."""
+        """The server refused one of BESIDE or a Join, or took too long over it; the connection is
+        good, and the next heartbeat goes on.
+        """
         self._pending = None
         if isinstance(request, Join):
             self._join_failures += 1
@@ -308,7 +343,9 @@ class Protocol:
             self._lookout.failed(request, now)
 
     def recover(self, now: float) -> None:
-        """Something unforeseen went wrong on the way: nothing is claimed until all has been read anew over a new connection."""
+        """Something unforeseen went wrong on the way: nothing is claimed until all has been read
+        anew over a new connection.
+        """
         self.disconnected(now)
         self._stop_claiming()
         self._announce(now)
@@ -357,7 +394,10 @@ class Protocol:
         if batch is not None and not batch.ready and now >= batch.deadline:
             batch.ready = True
             self._note(
-                'warning', 'handing over, though on_release or work on these tokens has not ended', limit_sec=self.settings.release_timeout)
+                'warning',
+                'handing over, though on_release or work on these tokens has not ended',
+                limit_sec=self.settings.release_timeout,
+            )
         if self._quarantine_until is not None and now >= self._quarantine_until:
             self._quarantine_until = None
             self._must_refresh = True
@@ -377,7 +417,8 @@ class Protocol:
             return self._join() if now >= self._join_at else None
         if self.phase is Phase.LEAVING and (self._batch is None or self._batch.ready):
             return Leave(self.name, self.incarnation)
-        # A heartbeat goes first: it writes, and so it alone can tell whether all that follows is of one history.
+        # A heartbeat goes first: it writes, and so it alone can tell whether all that follows is of
+        # one history.
         if now >= self._beat_at:
             self._number += 2
             return Beat(self.name, self.incarnation, self._since, self._number, self._seen)
@@ -389,7 +430,12 @@ class Protocol:
             self._must_record = False  # the next heartbeat tells whether it is still to be done
             return RecordHistory(self.name, self.incarnation, self._seen, self._history)
         if self.phase is Phase.WAITING and self._gate_open and now >= self._wait_until:
-            return Activate(self.name, self.incarnation, self.settings.minimum_nodes, self._lookout.liveness.dead(now))
+            return Activate(
+                self.name,
+                self.incarnation,
+                self.settings.minimum_nodes,
+                self._lookout.liveness.dead(now),
+            )
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
             # The database has forgotten the activation: a promoted standby, or a backup.
             return Activate(self.name, self.incarnation, 0)
@@ -402,7 +448,13 @@ class Protocol:
                 return self._takings.next(now)
             if self._batch is not None and self._batch.ready:
                 batch = self._batch
-                return Give(self.name, self.incarnation, batch.tokens.ranges, batch.version, self._promises(batch.tokens))
+                return Give(
+                    self.name,
+                    self.incarnation,
+                    batch.tokens.ranges,
+                    batch.version,
+                    self._promises(batch.tokens),
+                )
             if now >= self._refresh_at:
                 return Refresh(self.name, self.incarnation, self._seen)
             if now >= self._takings.wake_at:
@@ -411,7 +463,15 @@ class Protocol:
 
     def _join(self) -> Join:
         active = self._rejoins and self._wait_until == _NEVER
-        return Join(self.name, self.incarnation, self._process, self.settings.weight, active, self._replace, self._reap)
+        return Join(
+            self.name,
+            self.incarnation,
+            self._process,
+            self.settings.weight,
+            active,
+            self._replace,
+            self._reap,
+        )
 
     # --- answers ---
 
@@ -466,7 +526,9 @@ class Protocol:
         self._server = reply.server
 
     def _on_history(self, reply: Beaten, now: float) -> bool:
-        """What a heartbeat's answer tells of the database's history; whether that is the history which this node knows."""
+        """What a heartbeat's answer tells of the database's history; whether that is the history
+        which this node knows.
+        """
         self._seen = self._number if reply.same else self._number + 1
         changed = not reply.same or bool(reply.history) and self._history not in ('', reply.history)
         self._history = reply.history or self._history
@@ -480,15 +542,21 @@ class Protocol:
         return not reply.same or reply.history not in ('', self._history)
 
     def _wait_for_old_leases(self, now: float) -> None:
-        """A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease from before the promotion
+        """A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease
+        from before the promotion
 
-        will have lost it after one timeout; until then nothing is claimed, taken, given away or planned.
+        will have lost it after one timeout; until then nothing is claimed, taken, given away or
+        planned.
         """
         self._quarantine_until = now + self.settings.timeout
         self._must_refresh = True
         self._stop_claiming()
         self._announce(now)
-        self._note('warning', 'another history of the database; waiting until old leases have run out', wait_sec=self.settings.timeout)
+        self._note(
+            'warning',
+            'another history of the database; waiting until old leases have run out',
+            wait_sec=self.settings.timeout,
+        )
 
     def _on_join(self, request: Join, reply: Reply, now: float) -> None:
         if isinstance(reply, Joined):
@@ -520,15 +588,28 @@ class Protocol:
             self._join_at = now
             return
         if self._seen_alive([sign]) and not self.entered:
-            self._finish(Failed(DuplicateNodeName(
-                f'node name {self.name!r} is used by a live process (pid {reply.process.pid} on {reply.process.host}): '
-                f'give every process its own name')))
+            self._finish(
+                Failed(
+                    DuplicateNodeName(
+                        f'node name {self.name!r} is used by a live process (pid '
+                        f'{reply.process.pid} on {reply.process.host}): '
+                        f'give every process its own name'
+                    )
+                )
+            )
             return
         if self._rival_beats >= _RIVAL_BEATS:
             self._rival_beats = 0
-            self._note('error', 'another live process took this node name; not claiming', host=reply.process.host, pid=reply.process.pid)
+            self._note(
+                'error',
+                'another live process took this node name; not claiming',
+                host=reply.process.host,
+                pid=reply.process.pid,
+            )
         self._lookout.liveness.look([sign], now)
-        self._replace = (sign.incarnation, sign.beat) if self._lookout.liveness.is_dead(sign, now) else None
+        self._replace = (
+            (sign.incarnation, sign.beat) if self._lookout.liveness.is_dead(sign, now) else None
+        )
         self._join_at = now if self._replace else now + self.settings.poll
 
     def _seen_alive(self, signs: Iterable[Sign]) -> bool:
@@ -537,10 +618,19 @@ class Protocol:
 
     def _on_mismatch(self, reply: Mismatch, now: float) -> None:
         if self._seen_alive(reply.nodes):
-            mine, theirs = (self.settings.total_tokens, self.settings.hash_function), (reply.total_tokens, reply.hash_function)
-            self._finish(Failed(ConfigMismatch(
-                f'this node has total_tokens, hash_function = {mine}, the live cluster has {theirs}: '
-                f'use the same, or stop all nodes first')))
+            mine, theirs = (
+                (self.settings.total_tokens, self.settings.hash_function),
+                (reply.total_tokens, reply.hash_function),
+            )
+            self._finish(
+                Failed(
+                    ConfigMismatch(
+                        f'this node has total_tokens, hash_function = {mine}, the live cluster '
+                        f'has {theirs}: '
+                        f'use the same, or stop all nodes first'
+                    )
+                )
+            )
             return
         self._lookout.liveness.look(reply.nodes, now)
         dead = all(self._lookout.liveness.is_dead(sign, now) for sign in reply.nodes)
@@ -580,9 +670,16 @@ class Protocol:
 
     def _on_activated(self, reply: Activated, now: float) -> None:
         if not reply.ok:
-            self._finish(Failed(ClusterNotFormed(
-                f'{reply.nodes} of minimum_nodes={self.settings.minimum_nodes} nodes had registered after wait_on_enter='
-                f'{self.settings.wait_on_enter:g} s: start the missing nodes, wait longer, or lower minimum_nodes')))
+            self._finish(
+                Failed(
+                    ClusterNotFormed(
+                        f'{reply.nodes} of minimum_nodes={self.settings.minimum_nodes} nodes had '
+                        'registered after wait_on_enter='
+                        f'{self.settings.wait_on_enter:g} s: start the missing nodes, wait '
+                        'longer, or lower minimum_nodes'
+                    )
+                )
+            )
             return
         self.phase = Phase.ACTIVE
         self.state = 'active'
@@ -591,7 +688,9 @@ class Protocol:
         self._refresh_at = self._lookout.look_at = now
 
     def _on_evicted(self, now: float) -> None:
-        """The row is gone: somebody saw this node dead. Clear first, then come back as somebody new."""
+        """The row is gone: somebody saw this node dead. Clear first, then come back as somebody
+        new.
+        """
         if self.phase is Phase.LEAVING:
             self._finish(Left())
             return
@@ -623,12 +722,24 @@ class Protocol:
         self.version = reply.version
         self.state = reply.state
         self._must_refresh = False
-        self._refresh_at = now + (self.settings.check_interval if self.entered else self._entry_poll())
-        # A row whose receiver has gone stays here, out of the set, until the next plan says where to.
-        moving = TokenSet((s.lo, s.hi) for s in reply.segments if s.moving and (s.moving_to is not None or s.blocked))
+        self._refresh_at = now + (
+            self.settings.check_interval if self.entered else self._entry_poll()
+        )
+        # A row whose receiver has gone stays here, out of the set, until the next plan says where
+        # to.
+        moving = TokenSet(
+            (s.lo, s.hi)
+            for s in reply.segments
+            if s.moving and (s.moving_to is not None or s.blocked)
+        )
         kept = TokenSet((s.lo, s.hi) for s in reply.segments if not s.moving)
         self.owned = TokenSet((s.lo, s.hi) for s in reply.segments)
-        self._emptied = reply.state == 'draining' and reply.planned and not reply.segments and not reply.incoming
+        self._emptied = (
+            reply.state == 'draining'
+            and reply.planned
+            and not reply.segments
+            and not reply.incoming
+        )
         self._shrink(kept)
         self._follow_moves(moving, now)
         self._takings.owns(kept)
@@ -636,12 +747,20 @@ class Protocol:
         self._consider_entered(reply.planned and not reply.incoming, now)
 
     def _entry_poll(self) -> float:
-        """Seconds until a node that has not entered looks for its tokens again. A heartbeat tells of a plan as well."""
+        """Seconds until a node that has not entered looks for its tokens again. A heartbeat tells
+        of a plan as well.
+        """
         if self.phase is not Phase.ACTIVE:
-            return self.settings.check_interval  # there is nothing for it before its grace period is over
+            return (
+                self.settings.check_interval
+            )  # there is nothing for it before its grace period is over
         self._entry_looks += 1
         longest = max(self.settings.interval, _ENTRY_POLL)
-        return spread(min(longest, _ENTRY_POLL * 2 ** min(self._entry_looks - 1, 10)), self.incarnation, self._entry_looks)
+        return spread(
+            min(longest, _ENTRY_POLL * 2 ** min(self._entry_looks - 1, 10)),
+            self.incarnation,
+            self._entry_looks,
+        )
 
     def _shrink(self, kept: TokenSet) -> None:
         """Take out of the local set what is leaving, before anybody else can be told."""
@@ -662,10 +781,18 @@ class Protocol:
         self._batches += 1
         if self.settings.has_release:
             self._effects.append(Release(self._batches, tokens))
-        return _Batch(self._batches, tokens, self.version, not self.settings.has_release, now + self.settings.release_timeout)
+        return _Batch(
+            self._batches,
+            tokens,
+            self.version,
+            not self.settings.has_release,
+            now + self.settings.release_timeout,
+        )
 
     def _on_taken(self, request: Take, reply: Taken, now: float) -> None:
-        known = self._takings.taken(request, reply, now, now - self._sent_at, self.settings.interval / 4)
+        known = self._takings.taken(
+            request, reply, now, now - self._sent_at, self.settings.interval / 4
+        )
         if known:
             self.claims.replace(self.claims.tokens | known)
         if not self._takings.gain:
@@ -691,12 +818,21 @@ class Protocol:
         for conflict in reply.conflicts:
             self._note('warning', 'locks in conflict', conflict=conflict)
         if reply.moved:
-            self._note('info', 'led a rebalance', version=reply.version, moved=reply.moved, blocked=reply.blocked)
+            self._note(
+                'info',
+                'led a rebalance',
+                version=reply.version,
+                moved=reply.moved,
+                blocked=reply.blocked,
+            )
 
     def _on_stepped_down(self, now: float) -> None:
         self._lookout.start_anew()
         self._beat_at = now
-        self._note('error', 'stepped down: its rounds failed for a heartbeat timeout; the next oldest node leads')
+        self._note(
+            'error',
+            'stepped down: its rounds failed for a heartbeat timeout; the next oldest node leads',
+        )
 
     # --- consequences ---
 
@@ -732,7 +868,8 @@ class Protocol:
     def _finish(self, effect: Left | Failed) -> None:
         self._stop_claiming()
         self._batch = None
-        # A node that fails after it joined must not stay in the table: the others would wait for it.
+        # A node that fails after it joined must not stay in the table: the others would wait for
+        # it.
         if isinstance(effect, Failed) and self.phase in (Phase.WAITING, Phase.ACTIVE):
             self.phase = Phase.LEAVING
             self._effects.append(effect)

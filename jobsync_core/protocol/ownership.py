@@ -1,4 +1,7 @@
-"""What this node may claim, right now: a token bitmap and a lease deadline in memory that forked children share."""
+"""What this node may claim, right now: a token bitmap and a lease deadline in memory that forked
+children share.
+"""
+
 from __future__ import annotations
 
 import mmap
@@ -29,7 +32,8 @@ os.register_at_fork(after_in_child=_note_fork)
 
 _LEASE = 8  # one double: the deadline
 _LIFE = 64  # the incarnation, as text that ends with NULs
-_CLOSED = 8  # first byte not 0: the node is leaving; second byte not 0: forked children took tasks for the audit
+# first byte not 0: the node is leaving; second byte not 0: forked children took tasks for the audit
+_CLOSED = 8
 _PAUSE = _LEASE + _LIFE + _CLOSED  # see Pausing
 _HEADER = _PAUSE + pausing.SIZE
 
@@ -37,18 +41,23 @@ _HEADER = _PAUSE + pausing.SIZE
 class Claims:
     """The local token set and the lease, written by the agent and read by everybody.
 
-    A claim reads one bit and one double, both of which change atomically, so that no lock is needed: not between
-    threads, and not between the process that entered a Job and the children that it forks (the map is anonymous and
-    shared). Times are seconds of the clock that the owner passes in; forked children use the same one.
+    A claim reads one bit and one double, both of which change atomically, so that no lock is
+    needed: not between threads, and not between the process that entered a Job and the children
+    that it forks (the map is anonymous and shared). Times are seconds of the clock that the owner
+    passes in; forked children use the same one.
 
     Args:
         total_tokens: Tokens of the cluster.
-        owner_lives: Whether the process that makes this object is known to live; asked by the children of its children.
+        owner_lives: Whether the process that makes this object is known to live; asked by the
+            children of its children.
         lock: Keeps the threads apart that exclude tasks.
     """
 
     def __init__(
-        self, total_tokens: int, owner_lives: Callable[[], bool] = lambda: False, lock: AbstractContextManager[object] | None = None,
+        self,
+        total_tokens: int,
+        owner_lives: Callable[[], bool] = lambda: False,
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self.total_tokens = total_tokens
         self._pid = os.getpid()
@@ -56,8 +65,8 @@ class Claims:
         self._map = mmap.mmap(-1, _HEADER + (total_tokens + 7) // 8)
         view = memoryview(self._map)
         self.lease = view[:_LEASE].cast('d')
-        self._life = view[_LEASE:_LEASE + _LIFE]
-        self._closed = view[_LEASE + _LIFE:_PAUSE]
+        self._life = view[_LEASE : _LEASE + _LIFE]
+        self._closed = view[_LEASE + _LIFE : _PAUSE]
         #: Whether workers pause, as the database refuses to begin anything.
         self.pausing = pausing.Pausing(view[_PAUSE:_HEADER])
         self.bits = view[_HEADER:]
@@ -71,7 +80,9 @@ class Claims:
 
     @property
     def incarnation(self) -> str:
-        """The node's present life: forked children speak for the one that is alive now, not at the fork."""
+        """The node's present life: forked children speak for the one that is alive now, not at the
+        fork.
+        """
         return bytes(self._life).rstrip(b'\0').decode()
 
     @incarnation.setter
@@ -84,14 +95,22 @@ class Claims:
         if os.getpid() == self._pid:
             return self._tokens
         bits = self.bits
-        return TokenSet.of(token for token in range(self.total_tokens) if bits[token >> 3] >> (token & 7) & 1)
+        return TokenSet.of(
+            token for token in range(self.total_tokens) if bits[token >> 3] >> (token & 7) & 1
+        )
 
     def may_claim(self, token: int, now: float) -> bool:
         """Whether the set holds the token and the lease has not run out."""
-        return now < self.lease[0] and bool(self.bits[token >> 3] >> (token & 7) & 1) and not (forked and self.is_orphaned())
+        return (
+            now < self.lease[0]
+            and bool(self.bits[token >> 3] >> (token & 7) & 1)
+            and not (forked and self.is_orphaned())
+        )
 
     def is_orphaned(self) -> bool:
-        """Whether this is a forked process whose node's main process is gone, or leaves: others may take its tokens at once then."""
+        """Whether this is a forked process whose node's main process is gone, or leaves: others may
+        take its tokens at once then.
+        """
         if os.getpid() == self._pid:
             return False
         if self._closed[0]:
@@ -101,7 +120,9 @@ class Claims:
         return not self._owner_lives()  # a child of a child
 
     def exclude(self, ranges: Sequence[Range], keys: array[int]) -> None:
-        """Let `keys` be the tasks of these tokens that others have taken, or that are done; before the tokens can be claimed."""
+        """Let `keys` be the tasks of these tokens that others have taken, or that are done; before
+        the tokens can be claimed.
+        """
         self.exclusions.replace(ranges, keys)
 
     def exclude_more(self, keys: array[int]) -> None:
@@ -109,7 +130,9 @@ class Claims:
         self.exclusions.add(keys)
 
     def replace(self, tokens: TokenSet) -> None:
-        """Put another set in place of this one. When this returns, no later answer comes from the old set."""
+        """Put another set in place of this one. When this returns, no later answer comes from the
+        old set.
+        """
         lost, self._tokens = self._tokens - tokens, tokens
         tokens.write_bitmap(self.bits, self.total_tokens)
         if lost and not tokens:

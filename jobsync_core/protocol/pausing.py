@@ -1,9 +1,12 @@
-"""Whether a node's workers pause, because the database server refuses to begin anything: in memory that forked children share.
+"""Whether a node's workers pause, because the database server refuses to begin anything: in memory
+that forked children share.
 
-A server that is out of disk space, or that lacks a right of this role, refuses the next message as it refused the last one. Workers that
-went on would take every message, fail to begin it and send it back. They stop taking messages instead, and after the pause one message
-tries. Each failed try doubles the pause; the first begin that is answered ends it.
+A server that is out of disk space, or that lacks a right of this role, refuses the next message as
+it refused the last one. Workers that went on would take every message, fail to begin it and send it
+back. They stop taking messages instead, and after the pause one message tries. Each failed try
+doubles the pause; the first begin that is answered ends it.
 """
+
 from __future__ import annotations
 
 import mmap
@@ -14,7 +17,8 @@ __all__ = ['FIRST_SEC', 'MOST_SEC', 'PROBE_SEC', 'SIZE', 'Pausing', 'remedy']
 
 #: Seconds of the first pause, and of the longest one.
 FIRST_SEC, MOST_SEC = 5.0, 60.0
-#: Seconds after which another message may try, should the one before have come to no end at the database.
+#: Seconds after which another message may try, should the one before have come to no end at the
+#: database.
 PROBE_SEC = 5.0
 _TIMES = 16  # two doubles: when the pause ends; how long it is, 0 where the server refuses nothing
 _CODE = 8  # the SQLSTATE, as text that ends with NULs
@@ -36,11 +40,14 @@ _REMEDIES = {
 
 def remedy(sqlstate: str) -> str:
     """What people do about a refusal that meets every statement."""
-    return _REMEDIES.get(sqlstate[:2], "look into the log of the database server, and run 'jobsync doctor'")
+    return _REMEDIES.get(
+        sqlstate[:2], "look into the log of the database server, and run 'jobsync doctor'"
+    )
 
 
 class Pausing:
-    """A node's pause. Any thread and any forked child writes and reads it without a lock: a write that is lost costs one more try.
+    """A node's pause. Any thread and any forked child writes and reads it without a lock: a write
+    that is lost costs one more try.
 
     Times are seconds of the clock that the caller reads; forked children read the same one.
 
@@ -51,8 +58,8 @@ class Pausing:
     def __init__(self, memory: memoryview | None = None) -> None:
         view = memory if memory is not None else memoryview(mmap.mmap(-1, SIZE))
         self._times = view[:_TIMES].cast('d')
-        self._code = view[_TIMES:_TIMES + _CODE]
-        self._text = view[_TIMES + _CODE:SIZE]
+        self._code = view[_TIMES : _TIMES + _CODE]
+        self._text = view[_TIMES + _CODE : SIZE]
         self._probe_at: float | None = None
 
     @property
@@ -75,7 +82,9 @@ class Pausing:
         return now < self._times[0]
 
     def refused(self, error: DatabaseRefused, now: float) -> None:
-        """The server has refused a begin: pause, for twice as long as before where it refused the try after the last pause too."""
+        """The server has refused a begin: pause, for twice as long as before where it refused the
+        try after the last pause too.
+        """
         until, length = self._times
         if now < until:
             return  # it was asked before the pause began
@@ -93,8 +102,9 @@ class Pausing:
             self._times[0] = self._times[1] = 0.0
 
     def admits(self, now: float) -> bool:
-        """Whether one more message that asks the database may begin: all of them in quiet times, none in a pause, and after it one, which
-        tries. Threads exclude each other, or several may try.
+        """Whether one more message that asks the database may begin: all of them in quiet times,
+        none in a pause, and after it one, which tries. Threads exclude each other, or several may
+        try.
         """
         if not self._times[1]:
             self._probe_at = None
@@ -108,9 +118,8 @@ class Pausing:
         return True
 
 
-
 def _write(memory: memoryview, text: str) -> None:
-    found = text.encode(errors='replace')[:len(memory)]
+    found = text.encode(errors='replace')[: len(memory)]
     memory[:] = found.ljust(len(memory), b'\0')
 
 

@@ -1,4 +1,7 @@
-"""What a node has to learn of the tasks that others have taken, before it may claim tokens and while it has them."""
+"""What a node has to learn of the tasks that others have taken, before it may claim tokens and
+while it has them.
+"""
+
 from __future__ import annotations
 
 from ..assignment.tokens import TokenSet
@@ -16,9 +19,10 @@ _PROMISE_SEC = 0.5
 class Takings:
     """Decides what to ask, and puts what is heard into the claims. No I/O and no clock.
 
-    Gained tokens are asked about piece by piece, so that no answer is large and heartbeats go in between; each piece may be
-    claimed as soon as it is known. What others have *claimed* becomes free when they go without having audited it, and what
-    they were *promised* when they do not take it: such tokens are asked about again.
+    Gained tokens are asked about piece by piece, so that no answer is large and heartbeats go in
+    between; each piece may be claimed as soon as it is known. What others have *claimed* becomes
+    free when they go without having audited it, and what they were *promised* when they do not take
+    it: such tokens are asked about again.
 
     Args:
         name: The node's name.
@@ -45,7 +49,9 @@ class Takings:
         return self._promised_at if self._promised else float('inf')
 
     def owns(self, kept: TokenSet) -> None:
-        """These tokens are the node's; those of them that it cannot claim yet are asked about, and what it lost is forgotten."""
+        """These tokens are the node's; those of them that it cannot claim yet are asked about, and
+        what it lost is forgotten.
+        """
         self.gain = kept - self._claims.tokens
         self._again &= kept
         self._promised &= kept
@@ -80,10 +86,16 @@ class Takings:
         tokens = self.gain or self._again
         if not tokens:
             return None
-        after = self._part[1] if self._part is not None and self._part[0] == tokens.ranges[0][0] else None
+        after = (
+            self._part[1]
+            if self._part is not None and self._part[0] == tokens.ranges[0][0]
+            else None
+        )
         return Take(self._name, tokens.ranges, self._limit, after)
 
-    def taken(self, request: Take, reply: Taken, now: float, took: float, patience: float) -> TokenSet:
+    def taken(
+        self, request: Take, reply: Taken, now: float, took: float, patience: float
+    ) -> TokenSet:
         """What to activate after an answer.
 
         Args:
@@ -94,12 +106,16 @@ class Takings:
             patience: Seconds that an answer should take at most.
         """
         slow = took > patience
-        self._limit = max(self._limit // 2, _ROWS_LEAST) if slow else min(self._limit * 2, _ROWS_MOST)
+        self._limit = (
+            max(self._limit // 2, _ROWS_LEAST) if slow else min(self._limit * 2, _ROWS_MOST)
+        )
         first = request.ranges[0][0]
         self._part = (first, reply.after) if reply.after is not None else None
         about = TokenSet(reply.ranges if reply.after is None else [(first, first + 1)])
         if request.after is not None or (reply.after is not None and first in self._claims.tokens):
-            self._claims.exclude_more(reply.keys)  # a part of a token: the rest of what is known of it stays
+            self._claims.exclude_more(
+                reply.keys
+            )  # a part of a token: the rest of what is known of it stays
         else:
             self._claims.exclude(about.ranges, reply.keys)
         for life in reply.holders:

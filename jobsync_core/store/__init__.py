@@ -1,1 +1,3 @@
-"""All SQL of JobSync: the schema, the connections, and what each part of the system reads and writes."""
+"""All SQL of JobSync: the schema, the connections, and what each part of the system reads and
+writes.
+"""

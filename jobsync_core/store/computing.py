@@ -1,4 +1,7 @@
-"""A plan that is computed beside the agent: a quarter of a million locks take longer than a heartbeat may wait."""
+"""A plan that is computed beside the agent: a quarter of a million locks take longer than a
+heartbeat may wait.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -21,7 +24,9 @@ class Computation:
         self.seen = seen
         self._draft: Draft | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(make,), name='jobsync plan', daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(make,), name='jobsync plan', daemon=True
+        )
         self._thread.start()
 
     def _run(self, make: Callable[[], Draft]) -> None:

@@ -1,4 +1,7 @@
-"""Connections to PostgreSQL that cannot hang: the agent's own one, and a small pool for calls of the API."""
+"""Connections to PostgreSQL that cannot hang: the agent's own one, and a small pool for calls of
+the API.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -22,29 +25,46 @@ from ..errors import DatabaseUnavailable, StoreTimeout
 from .deadline import BEGIN_TRIES, QUICK_SEC, Deadlines, GuardedConnection
 from .inherited import leave_to_parent
 from .location import locate, location_of
-from .options import Limits, agent_limits, call_limits, check_options, explain, keepalive, libpq_parameters, resolve, text_of
+from .options import (
+    Limits,
+    agent_limits,
+    call_limits,
+    check_options,
+    explain,
+    keepalive,
+    libpq_parameters,
+    resolve,
+    text_of,
+)
 
 __all__ = ['FIRST_TIMELINE', 'Connection', 'Sessions']
 
-#: Idle connections that a process keeps; and for as long as others are in use all the time, as by the threads of a worker.
+#: Idle connections that a process keeps; and for as long as others are in use all the time, as by
+#: the threads of a worker.
 _FEW_IDLE, _MOST_IDLE = 4, 16
 _IDLE_SEC = 10.0
 #: Seconds after which `trim` closes what a burst has left.
 _REST_SEC = 30.0
 
-# pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of the present WAL file
-# does not. Neither changes when the server restarts, nor when it recovers from a crash.
+# pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of
+# the present WAL file does not. Neither changes when the server restarts, nor when it recovers from
+# a crash.
 _HISTORY = """(
     (SELECT h.system_identifier::text FROM pg_control_system() AS h) || ' ' ||
-    CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END)"""
+    CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8)
+        END)"""
 #: How a history's name ends where the server was never promoted, so that no history came before it.
 FIRST_TIMELINE = ' 00000001'
 #: Where the role may not ask that: behind a pooler it tells nothing.
-_SERVER_FALLBACK = "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' || coalesce(inet_server_port(), 0)::text"
+_SERVER_FALLBACK = (
+    "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' || "
+    'coalesce(inet_server_port(), 0)::text'
+)
 
 #: SQLSTATEs after which another connection, perhaps to another server, may do better.
 _LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'})
-#: What a standby answers to a transaction that asks to write; nothing else that JobSync does gives this one.
+#: What a standby answers to a transaction that asks to write; nothing else that JobSync does gives
+#: this one.
 _STANDBY = '0A000'
 _CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
 _TIMED_OUT = frozenset({'57014', '55P03'})
@@ -53,17 +73,22 @@ Guarded = TypeVar('Guarded', bound=GuardedConnection)
 
 
 class Connection:
-    """The agent's connection: asynchronous underneath, so that every wait has a deadline. One thread uses it.
+    """The agent's connection: asynchronous underneath, so that every wait has a deadline. One
+    thread uses it.
 
-    Driving libpq by `poll()` and the descriptor is psycopg2's documented asynchronous mode. After a missed deadline the
-    connection is closed, since nobody can tell any more what its next answer answers.
+    Driving libpq by `poll()` and the descriptor is psycopg2's documented asynchronous mode. After a
+    missed deadline the connection is closed, since nobody can tell any more what its next answer
+    answers.
 
     Attributes:
         server: The database's history, or where the role may not ask for it, the server's address.
-        history_sql: SQL for the database's history (system identifier and timeline), for use in statements; '' where the role may not ask.
+        history_sql: SQL for the database's history (system identifier and timeline), for use in
+            statements; '' where the role may not ask.
     """
 
-    def __init__(self, raw: psycopg2.extensions.connection, limits: Limits, where: str, pooled: bool = False) -> None:
+    def __init__(
+        self, raw: psycopg2.extensions.connection, limits: Limits, where: str, pooled: bool = False
+    ) -> None:
         self.server = ''
         self.history_sql = "''"
         self._raw = raw
@@ -74,8 +99,11 @@ class Connection:
         leave_to_parent(raw)
 
     @classmethod
-    def open(cls, config: CoordinationConfig, name: str, timeout: float | None = None) -> Connection:
-        """Connect to the first host that answers; of several hosts, to the first that accepts writes.
+    def open(
+        cls, config: CoordinationConfig, name: str, timeout: float | None = None
+    ) -> Connection:
+        """Connect to the first host that answers; of several hosts, to the first that accepts
+        writes.
 
         Args:
             config: Where the database is.
@@ -83,7 +111,8 @@ class Connection:
             timeout: Seconds that each host may take; default connect_timeout_sec.
 
         Raises:
-            DatabaseUnavailable: No host will do; the message tells why, for each. StoreTimeout, if none answered in time.
+            DatabaseUnavailable: No host will do; the message tells why, for each. StoreTimeout, if
+                none answered in time.
         """
         limit = config.connect_timeout_sec if timeout is None else timeout
         problems = []
@@ -99,9 +128,13 @@ class Connection:
         raise DatabaseUnavailable('; '.join(problems))
 
     @classmethod
-    def _open_host(cls, config: CoordinationConfig, name: str, host: str, port: int, deadline: float) -> Connection:
+    def _open_host(
+        cls, config: CoordinationConfig, name: str, host: str, port: int, deadline: float
+    ) -> Connection:
         # An address that was given is used; libpq finds it among its parameters.
-        addresses = [None] if 'hostaddr' in config.connection_options else resolve(host, port, deadline)
+        addresses = (
+            [None] if 'hostaddr' in config.connection_options else resolve(host, port, deadline)
+        )
         failure: Exception = DatabaseUnavailable('it has no address')
         for place, address in enumerate(addresses):
             # An address that does not answer must leave time for the next one.
@@ -113,12 +146,25 @@ class Connection:
         raise failure
 
     @classmethod
-    def _open_address(cls, config: CoordinationConfig, name: str, host: str, port: int, address: str | None, deadline: float) -> Connection:
+    def _open_address(
+        cls,
+        config: CoordinationConfig,
+        name: str,
+        host: str,
+        port: int,
+        address: str | None,
+        deadline: float,
+    ) -> Connection:
         parameters = libpq_parameters(config, name)
         parameters.update(host=host, port=port, client_encoding='utf8')
         if address is not None:
             parameters['hostaddr'] = address
-        connection = cls(psycopg2.connect(async_=1, **parameters), agent_limits(config), f'{host}:{port}', not config.listen)
+        connection = cls(
+            psycopg2.connect(async_=1, **parameters),
+            agent_limits(config),
+            f'{host}:{port}',
+            not config.listen,
+        )
         try:
             connection._drive(deadline)
             connection._begin_session(config, deadline)
@@ -131,10 +177,16 @@ class Connection:
         if not self._pooled:
             settings = keepalive(config)
             try:
-                self._send_first(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
-            except psycopg2.errors.InvalidParameterValue:  # a system that cannot look whether a client is still there
+                self._send_first(
+                    self._limits.begin_session(self._raw.server_version, settings), (), deadline
+                )
+            except (
+                psycopg2.errors.InvalidParameterValue
+            ):  # a system that cannot look whether a client is still there
                 settings = dataclasses.replace(settings, checks=False)
-                self._send_first(self._limits.begin_session(self._raw.server_version, settings), (), deadline)
+                self._send_first(
+                    self._limits.begin_session(self._raw.server_version, settings), (), deadline
+                )
         try:
             rows = self._read(f'SELECT {_HISTORY}', deadline)
             self.history_sql = _HISTORY
@@ -147,27 +199,40 @@ class Connection:
         if not location.found:
             locate(location, config, lambda sql, params: self._read(sql, deadline, params))
 
-    def _read(self, sql: str, deadline: float, params: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+    def _read(
+        self, sql: str, deadline: float, params: Sequence[object] = ()
+    ) -> list[tuple[Any, ...]]:
         """Run what a standby can run too."""
-        begin = self._limits.begin_transaction(self._raw.server_version, writing=False) + '; ' if self._pooled else ''
+        begin = (
+            self._limits.begin_transaction(self._raw.server_version, writing=False) + '; '
+            if self._pooled
+            else ''
+        )
         return self._send_first(begin + sql, params, deadline)
 
     def execute(
-        self, sql: str, params: Sequence[object] | Mapping[str, object] = (), timeout: float | None = None,
+        self,
+        sql: str,
+        params: Sequence[object] | Mapping[str, object] = (),
+        timeout: float | None = None,
     ) -> list[tuple[Any, ...]]:
         """Run one statement, or several that are separated by `;`; the rows of the last one.
 
         Args:
             sql: Several statements are one transaction, unless they begin one of their own.
             params: Values for the placeholders.
-            timeout: Seconds until StoreTimeout; default: a part of the heartbeat timeout, a little after the server has given up.
+            timeout: Seconds until StoreTimeout; default: a part of the heartbeat timeout, a little
+                after the server has given up.
 
         Raises:
-            StoreTimeout: No answer in time. The connection is closed; the statement may have been carried out.
+            StoreTimeout: No answer in time. The connection is closed; the statement may have been
+                carried out.
             DatabaseUnavailable: The connection is lost.
             psycopg2.Error: The server refused the statement.
         """
-        return self._run(sql, params, time.monotonic() + (self._limits.answer if timeout is None else timeout))
+        return self._run(
+            sql, params, time.monotonic() + (self._limits.answer if timeout is None else timeout)
+        )
 
     @property
     def local_limits(self) -> str:
@@ -199,7 +264,8 @@ class Connection:
         return payloads
 
     def fileno(self) -> int:
-        """Descriptor that becomes readable when a notification, or the end of the connection, has arrived.
+        """Descriptor that becomes readable when a notification, or the end of the connection, has
+        arrived.
 
         Raises:
             DatabaseUnavailable: The connection is closed.
@@ -214,7 +280,9 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        """Whether it is open and in no transaction, so that the next statement finds it as after opening."""
+        """Whether it is open and in no transaction, so that the next statement finds it as after
+        opening.
+        """
         return not self._raw.closed and self._raw.info.transaction_status == TRANSACTION_STATUS_IDLE
 
     def close(self) -> None:
@@ -222,15 +290,25 @@ class Connection:
         if os.getpid() == self._pid and not self._raw.closed:
             self._raw.close()
 
-    def _run(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
+    def _run(
+        self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float
+    ) -> list[tuple[Any, ...]]:
         self._check()
-        if not self._pooled or self._raw.info.transaction_status != TRANSACTION_STATUS_IDLE or sql.startswith('BEGIN'):
+        if (
+            not self._pooled
+            or self._raw.info.transaction_status != TRANSACTION_STATUS_IDLE
+            or sql.startswith('BEGIN')
+        ):
             return self._send(sql, params, deadline)
         # A transaction by itself, which begins with what a session would have had from its start.
         return self._send_first(f'{self.local_limits}; {sql}', params, deadline)
 
-    def _send_first(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
-        """Run the beginning of a session or transaction: again, where a limit of the role's that it lifts was quicker."""
+    def _send_first(
+        self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float
+    ) -> list[tuple[Any, ...]]:
+        """Run the beginning of a session or transaction: again, where a limit of the role's that it
+        lifts was quicker.
+        """
         for tries in itertools.count(1):
             began = time.monotonic()
             try:
@@ -240,7 +318,9 @@ class Connection:
                     raise
         raise AssertionError
 
-    def _send(self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float) -> list[tuple[Any, ...]]:
+    def _send(
+        self, sql: str, params: Sequence[object] | Mapping[str, object], deadline: float
+    ) -> list[tuple[Any, ...]]:
         self._check()
         try:
             cursor = self._raw.cursor()
@@ -248,7 +328,11 @@ class Connection:
             self._drive(deadline)
             return cursor.fetchall() if cursor.description else []
         except psycopg2.Error as error:
-            if self._raw.closed or error.pgcode in (*_LOST, _STANDBY) or (error.pgcode is None and isinstance(error, _CONNECTION_ERRORS)):
+            if (
+                self._raw.closed
+                or error.pgcode in (*_LOST, _STANDBY)
+                or (error.pgcode is None and isinstance(error, _CONNECTION_ERRORS))
+            ):
                 raise self._lost(error) from error
             raise
 
@@ -257,29 +341,40 @@ class Connection:
             left = deadline - time.monotonic()
             if left > 0:
                 waiting = select.poll()
-                waiting.register(self._raw.fileno(), {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}[state])
+                waiting.register(
+                    self._raw.fileno(),
+                    {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}[state],
+                )
                 waiting.poll(math.ceil(left * 1000))
             else:
                 self.close()
-                raise StoreTimeout(f'PostgreSQL at {self._where} did not answer in time: the network or the server is stuck')
+                raise StoreTimeout(
+                    f'PostgreSQL at {self._where} did not answer in time: the network or the '
+                    'server is stuck'
+                )
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
-            raise DatabaseUnavailable('this connection belongs to the parent process: a forked child needs its own')
+            raise DatabaseUnavailable(
+                'this connection belongs to the parent process: a forked child needs its own'
+            )
         if self._raw.closed:
             raise DatabaseUnavailable(f'the connection to PostgreSQL at {self._where} is closed')
 
     def _lost(self, error: psycopg2.Error) -> DatabaseUnavailable:
         self.close()
-        return DatabaseUnavailable(f'lost the connection to PostgreSQL at {self._where}: {text_of(error)}')
+        return DatabaseUnavailable(
+            f'lost the connection to PostgreSQL at {self._where}: {text_of(error)}'
+        )
 
 
 class Sessions:
-    """Blocking connections for calls of the API, kept for the next call. Threads and forked children may share the object.
+    """Blocking connections for calls of the API, kept for the next call. Threads and forked
+    children may share the object.
 
-    A statement ends in time even if the network swallows everything: a watchdog then cuts the connection. With
-    `listen=False` the server is not asked to end anything by itself: behind a transaction pooler such settings would
-    reach other clients.
+    A statement ends in time even if the network swallows everything: a watchdog then cuts the
+    connection. With `listen=False` the server is not asked to end anything by itself: behind a
+    transaction pooler such settings would reach other clients.
 
     Args:
         config: Where the database is.
@@ -299,16 +394,20 @@ class Sessions:
         self._pools: dict[int, _Pool] = {}
 
     @contextlib.contextmanager
-    def session(self, limited: bool = True, users: bool = False) -> Iterator[psycopg2.extensions.connection]:
+    def session(
+        self, limited: bool = True, users: bool = False
+    ) -> Iterator[psycopg2.extensions.connection]:
         """Lend a connection for one transaction: committed at the end, rolled back on an error.
 
         Args:
-            limited: Whether each statement must end within the heartbeat timeout; False for statements of the user's own.
-            users: Whether it is for statements of the user's own, which find his tables by the role's search_path.
+            limited: Whether each statement must end within the heartbeat timeout; False for
+                statements of the user's own.
+            users: Whether it is for statements of the user's own, which find his tables by the
+                role's search_path.
 
         Raises:
-            DatabaseUnavailable: There is no connection, or it was lost. If that happened while committing, the transaction
-                may have been committed.
+            DatabaseUnavailable: There is no connection, or it was lost. If that happened while
+                committing, the transaction may have been committed.
             StoreTimeout: A statement took too long.
         """
         pool = self._pool()
@@ -321,7 +420,9 @@ class Sessions:
             yield connection
             connection.commit()
         except BaseException as error:
-            ours = isinstance(error, psycopg2.Error) and self._translate(error, connection, limited, users)
+            ours = isinstance(error, psycopg2.Error) and self._translate(
+                error, connection, limited, users
+            )
             self._roll_back(connection)
             if ours:
                 raise ours from error
@@ -333,7 +434,9 @@ class Sessions:
         """What goes before the first statement of each transaction."""
         if users:
             return self._limits.begin_users(connection.server_version, session=self._config.listen)
-        return '' if self._config.listen else self._limits.begin_transaction(connection.server_version)
+        return (
+            '' if self._config.listen else self._limits.begin_transaction(connection.server_version)
+        )
 
     def _locate(self, connection: GuardedConnection) -> None:
         def run(sql: str, params: Sequence[object]) -> Sequence[Sequence[Any]]:
@@ -341,7 +444,11 @@ class Sessions:
                 cursor.execute(sql, params)
                 return list(cursor.fetchall())
 
-        connection.prologue = '' if self._config.listen else self._limits.begin_transaction(connection.server_version, writing=False)
+        connection.prologue = (
+            ''
+            if self._config.listen
+            else self._limits.begin_transaction(connection.server_version, writing=False)
+        )
         connection.autocommit = True
         locate(self._location, self._config, run)
         connection.autocommit = False
@@ -363,27 +470,38 @@ class Sessions:
 
     @property
     def keeps_sessions(self) -> bool:
-        """Whether what is set on a connection stays on it; behind a transaction pooler it does not."""
+        """Whether what is set on a connection stays on it; behind a transaction pooler it does
+        not.
+        """
         return self._config.listen
 
     def open_unlimited(self, factory: type[Guarded]) -> Guarded:
-        """A connection of its own kind, for the caller alone, on which the server ends nothing by itself.
+        """A connection of its own kind, for the caller alone, on which the server ends nothing by
+        itself.
 
         Raises:
             DatabaseUnavailable: There is none.
         """
         return self._connect(self._pool(), factory, limited=False)
 
-    def explain_unlimited(self, error: psycopg2.Error, connection: GuardedConnection) -> DatabaseUnavailable | None:
-        """What an error on such a connection means: that it was lost; None where the server refused a statement."""
+    def explain_unlimited(
+        self, error: psycopg2.Error, connection: GuardedConnection
+    ) -> DatabaseUnavailable | None:
+        """What an error on such a connection means: that it was lost; None where the server refused
+        a statement.
+        """
         return self._translate(error, connection, limited=False, users=True)
 
     def users_prologue(self, connection: GuardedConnection) -> str:
-        """What goes before the first statement of a transaction of the user's on such a connection."""
+        """What goes before the first statement of a transaction of the user's on such a
+        connection.
+        """
         return self._limits.begin_exclusive(self._keepalive)
 
     def forgo_checks(self) -> None:
-        """Ask no more for what only some systems can: to look whether a client is still there while its statement runs."""
+        """Ask no more for what only some systems can: to look whether a client is still there while
+        its statement runs.
+        """
         self._keepalive = dataclasses.replace(self._keepalive, checks=False)
 
     @staticmethod
@@ -392,7 +510,9 @@ class Sessions:
         return _is_quiet(connection)
 
     def trim(self) -> None:
-        """Close connections of this process that nobody has used for half a minute, but one. Called now and then."""
+        """Close connections of this process that nobody has used for half a minute, but one. Called
+        now and then.
+        """
         self._pool().trim(time.monotonic() - _REST_SEC)
 
     def close_all(self) -> None:
@@ -402,7 +522,8 @@ class Sessions:
     def _pool(self) -> _Pool:
         pid = os.getpid()
         found = self._pools.get(pid)
-        # A forked child starts with an empty pool: the parent's connections, and locks, are not its own.
+        # A forked child starts with an empty pool: the parent's connections, and locks, are not its
+        # own.
         return found if found is not None else self._pools.setdefault(pid, _Pool())
 
     def _open(self, pool: _Pool) -> GuardedConnection:
@@ -426,23 +547,33 @@ class Sessions:
         except psycopg2.Error as error:
             if connection is not None:
                 connection.close()
-            raise DatabaseUnavailable(explain(config, f'{config.host}:{config.port}', error)) from error
+            raise DatabaseUnavailable(
+                explain(config, f'{config.host}:{config.port}', error)
+            ) from error
         return connection
 
     def _begin_session(self, connection: GuardedConnection) -> None:
         connection.autocommit = True
         with connection.cursor() as cursor:
             try:
-                cursor.execute_first(self._limits.begin_session(connection.server_version, self._keepalive))
+                cursor.execute_first(
+                    self._limits.begin_session(connection.server_version, self._keepalive)
+                )
             except psycopg2.errors.InvalidParameterValue:
                 self.forgo_checks()
-                cursor.execute_first(self._limits.begin_session(connection.server_version, self._keepalive))
+                cursor.execute_first(
+                    self._limits.begin_session(connection.server_version, self._keepalive)
+                )
         connection.autocommit = False
 
-    def _translate(self, error: psycopg2.Error, connection: GuardedConnection, limited: bool, users: bool) -> DatabaseUnavailable | None:
+    def _translate(
+        self, error: psycopg2.Error, connection: GuardedConnection, limited: bool, users: bool
+    ) -> DatabaseUnavailable | None:
         where = f'PostgreSQL at {self._config.host}:{self._config.port}'
         if connection.cut:
-            return StoreTimeout(f'{where} did not answer in time: the network or the server is stuck')
+            return StoreTimeout(
+                f'{where} did not answer in time: the network or the server is stuck'
+            )
         if error.cursor is not None and error.cursor.connection is not connection:
             return None
         if limited and error.pgcode in _TIMED_OUT:
@@ -467,7 +598,8 @@ class _Pool:
         self.deadlines = Deadlines()
         self._idle: list[tuple[float, GuardedConnection]] = []
         self._lock = threading.Lock()
-        # Weak: a connection whose borrower was struck between the lines is closed when nobody has it any more.
+        # Weak: a connection whose borrower was struck between the lines is closed when nobody has
+        # it any more.
         self._lent: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
 
     def take(self) -> GuardedConnection | None:
@@ -489,7 +621,9 @@ class _Pool:
 
     def give_back(self, connection: GuardedConnection) -> None:
         """Keep it for the next call, if it is good for one."""
-        good = not connection.closed and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+        good = (
+            not connection.closed and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+        )
         if good:
             connection.autocommit = False
         now, surplus = time.monotonic(), list[GuardedConnection]()

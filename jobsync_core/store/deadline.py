@@ -1,4 +1,7 @@
-"""Deadlines for blocking connections: libpq waits for ever on a network that swallows everything."""
+"""Deadlines for blocking connections: libpq waits for ever on a network that swallows
+everything.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +20,8 @@ from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_IDLE
 
 __all__ = ['BEGIN_TRIES', 'QUICK_SEC', 'Deadlines', 'GuardedConnection']
 
-#: A statement_timeout of the role's that strikes within this time is not one of ours; how often a transaction is begun in spite of it.
+#: A statement_timeout of the role's that strikes within this time is not one of ours; how often a
+#: transaction is begun in spite of it.
 QUICK_SEC, BEGIN_TRIES = 0.2, 20
 
 
@@ -27,7 +31,8 @@ class Deadlines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        # Weak: an exception that strikes between the lines, such as a signal's, must leave no call behind that is watched for ever.
+        # Weak: an exception that strikes between the lines, such as a signal's, must leave no call
+        # behind that is watched for ever.
         self._watched: weakref.WeakSet[_Watch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._next = 0.0
@@ -66,7 +71,10 @@ class Deadlines:
             while self._watched:
                 now = time.monotonic()
                 self._cut_overdue(now)
-                self._next = min((watch.due for watch in self._watched if not watch.connection.cut), default=now + 1.0)
+                self._next = min(
+                    (watch.due for watch in self._watched if not watch.connection.cut),
+                    default=now + 1.0,
+                )
                 self._changed.wait(max(0.0, self._next - now))
             self._thread = None
 
@@ -101,7 +109,8 @@ class GuardedConnection(psycopg2.extensions.connection):
         deadlines: Who watches.
         limit: Seconds that each call may take; None: no limit.
         cut: Whether a call took longer, so that the connection was cut.
-        prologue: Statements that go before the first one of each transaction, in one string with it where that can be.
+        prologue: Statements that go before the first one of each transaction, in one string with it
+            where that can be.
     """
 
     prologue: str = ''
@@ -112,7 +121,10 @@ class GuardedConnection(psycopg2.extensions.connection):
     def cut_off(self) -> None:
         """Make the call that waits on the socket fail at once. Called from another thread."""
         self.cut = True
-        with contextlib.suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(self.fileno())) as duplicate:
+        with (
+            contextlib.suppress(OSError, psycopg2.Error),
+            socket.socket(fileno=os.dup(self.fileno())) as duplicate,
+        ):
             duplicate.shutdown(socket.SHUT_RDWR)
 
     def guarded(self) -> contextlib.AbstractContextManager[None]:
@@ -150,7 +162,9 @@ class GuardedCursor(psycopg2.extensions.cursor):
             super().execute(query, vars)
 
     def execute_first(self, query: str, vars: Any = None) -> None:
-        """Run the beginning of a transaction: again, where a limit of the role's that it lifts was quicker."""
+        """Run the beginning of a transaction: again, where a limit of the role's that it lifts was
+        quicker.
+        """
         for tries in itertools.count(1):
             began = time.monotonic()
             try:
@@ -174,16 +188,24 @@ class GuardedCursor(psycopg2.extensions.cursor):
 
     def _prologue(self) -> str:
         connection = self.connection
-        if not isinstance(connection, GuardedConnection) or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+        if (
+            not isinstance(connection, GuardedConnection)
+            or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
+        ):
             return ''
         return connection.prologue
 
     def _begin(self, prologue: str) -> None:
-        # In autocommit mode each statement is a transaction, and settings of one of its own would be lost.
+        # In autocommit mode each statement is a transaction, and settings of one of its own would
+        # be lost.
         if prologue and not self.connection.autocommit:
             with psycopg2.extensions.connection.cursor(self.connection) as cursor:
                 cursor.execute(prologue)
 
     def _guarded(self) -> contextlib.AbstractContextManager[None]:
         connection = self.connection
-        return connection.guarded() if isinstance(connection, GuardedConnection) else contextlib.nullcontext()
+        return (
+            connection.guarded()
+            if isinstance(connection, GuardedConnection)
+            else contextlib.nullcontext()
+        )

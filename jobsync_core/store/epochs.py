@@ -1,4 +1,7 @@
-"""When a cluster ends and another begins: audits count within one epoch, that is while there is always a node that lives."""
+"""When a cluster ends and another begins: audits count within one epoch, that is while there is
+always a node that lives.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
@@ -13,8 +16,8 @@ __all__ = ['Epochs']
 class Epochs:
     """Begins a new epoch where this node finds that no other one lived when it joined.
 
-    That is so where it found no other row, or where all that it found are dead and have not sent a heartbeat since: nobody
-    compares clocks. In both cases this node has owned nothing before.
+    That is so where it found no other row, or where all that it found are dead and have not sent a
+    heartbeat since: nobody compares clocks. In both cases this node has owned nothing before.
 
     Args:
         tables: Names of the tables.
@@ -34,19 +37,36 @@ class Epochs:
         return self._resume
 
     def joined(self, others: Iterable[Sign], again: bool, version: int) -> None:
-        """The node has joined, for the first time or `again` after an eviction, and found these others, at this version of the plan."""
+        """The node has joined, for the first time or `again` after an eviction, and found these
+        others, at this version of the plan.
+        """
         self._version = version
-        self._found = frozenset() if again or self._resume else frozenset((sign.incarnation, sign.beat) for sign in others)
+        self._found = (
+            frozenset()
+            if again or self._resume
+            else frozenset((sign.incarnation, sign.beat) for sign in others)
+        )
 
     def evicting(self, steps: Round, dead: Iterable[Sign], names: Iterable[str]) -> None:
-        """In the leader's transaction: those of `dead` that have these names are evicted, and nothing is planned yet."""
+        """In the leader's transaction: those of `dead` that have these names are evicted, and
+        nothing is planned yet.
+        """
         gone = set(names)
-        if self._found and self._found <= {(sign.incarnation, sign.beat) for sign in dead if sign.name in gone}:
-            # A plan or a hand-over since this node joined may have given it tokens, and it may have audited: then nothing has ended.
-            begun = steps.run(f'UPDATE {self._tables.cluster} SET epoch = epoch + 1 WHERE version = %s RETURNING epoch', (self._version,))
+        if self._found and self._found <= {
+            (sign.incarnation, sign.beat) for sign in dead if sign.name in gone
+        }:
+            # A plan or a hand-over since this node joined may have given it tokens, and it may have
+            # audited: then nothing has ended.
+            begun = steps.run(
+                f'UPDATE {self._tables.cluster} SET epoch = epoch + 1 WHERE version = %s '
+                'RETURNING epoch',
+                (self._version,),
+            )
             self.begun = self.begun or bool(begun)
 
     def evicted(self, names: Collection[str]) -> None:
-        """That was committed: from now on this node may own tokens, and its own audits must go on to count."""
+        """That was committed: from now on this node may own tokens, and its own audits must go on
+        to count.
+        """
         if names:
             self._found = frozenset()

@@ -1,8 +1,11 @@
-"""What a forked child does with its parent's connections: it lets go of their sockets at once, and says nothing on them.
+"""What a forked child does with its parent's connections: it lets go of their sockets at once, and
+says nothing on them.
 
-A child that kept them would keep them open when its parent is killed: the server would go on waiting for a client that is gone,
-with its transaction and all its locks. To close them properly would say good-bye in the parent's name.
+A child that kept them would keep them open when its parent is killed: the server would go on
+waiting for a client that is gone, with its transaction and all its locks. To close them properly
+would say good-bye in the parent's name.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -34,8 +37,9 @@ def _let_go() -> None:
         connection = reference()
         if connection is None:
             continue
-        # psycopg2 never closes a connection of another process by itself, and an explicit close() closes this number, whatever it is
-        # by then. So the number stays taken: whatever libpq does with it ends nowhere.
+        # psycopg2 never closes a connection of another process by itself, and an explicit close()
+        # closes this number, whatever it is by then. So the number stays taken: whatever libpq does
+        # with it ends nowhere.
         with contextlib.suppress(OSError, psycopg2.Error, ValueError):
             number = connection.fileno()
             if nothing >= 0:

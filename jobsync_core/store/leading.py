@@ -1,4 +1,7 @@
-"""A leader's round against PostgreSQL: evict the dead; plan if anything changed, and write the difference only, in pieces (plans.py)."""
+"""A leader's round against PostgreSQL: evict the dead; plan if anything changed, and write the
+difference only, in pieces (plans.py).
+"""
+
 from __future__ import annotations
 
 import time
@@ -25,13 +28,15 @@ __all__ = ['Leading']
 
 logger = get_logger(__name__)
 
-#: The part of the heartbeat timeout that a transaction may take: what is left of the lease covers the next heartbeat.
+#: The part of the heartbeat timeout that a transaction may take: what is left of the lease covers
+#: the next heartbeat.
 _ROUND = 0.4
 #: Locks that one statement reads, and expired ones that one round deletes.
 _PAGE = 20_000
 #: Rows of a plan that one transaction writes: to begin with, and the bounds.
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
-#: Locks and rows with which a plan is computed at once: it takes a few tenths of a second. With more it takes a thread.
+#: Locks and rows with which a plan is computed at once: it takes a few tenths of a second. With
+#: more it takes a thread.
 _AT_ONCE = 20_000
 #: Complaints about locks that one round hands on.
 _COMPLAINTS = 20
@@ -76,16 +81,23 @@ class _Reading:
             self.after = text
             if self.number > LOCKS:
                 self.broken.append(
-                    f'there are more than {LOCKS:,} locks: those on task {text[:200]!r} and what comes after it in order are ignored; '
-                    'clear some (`jobsync locks clear`), or pin with fewer keys')
+                    f'there are more than {LOCKS:,} locks: those on task {text[:200]!r} and what '
+                    'comes after it in order are ignored; '
+                    'clear some (`jobsync locks clear`), or pin with fewer keys'
+                )
                 return
             try:
                 known = self._patterns.get(encoded)
                 if known is None:
                     known = self._patterns[encoded] = read_patterns(encoded)
-                self.pins.append(Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at))
+                self.pins.append(
+                    Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at)
+                )
             except Exception as error:  # whatever is in the row, it concerns this lock alone
-                self.broken.append(f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register it again')
+                self.broken.append(
+                    f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register '
+                    'it again'
+                )
 
 
 class Leading:
@@ -114,11 +126,14 @@ class Leading:
         self._timeout = config.heartbeat_timeout_sec
         self._check_every = config.rebalance_check_interval_sec
         self._check_at = 0.0
-        # Since when all nodes have been told to look at their rows again, as some are gone: the cluster's version then, and the time.
+        # Since when all nodes have been told to look at their rows again, as some are gone: the
+        # cluster's version then, and the time.
         self._gap: tuple[int, float] | None = None
 
     def gap_sql(self) -> str:
-        """SQL for whether tokens of the cluster `c` have no row though a plan has been made. Now and then only: it reads all rows."""
+        """SQL for whether tokens of the cluster `c` have no row though a plan has been made. Now
+        and then only: it reads all rows.
+        """
         return _gap_sql(self._tables) if time.monotonic() >= self._check_at else 'false'
 
     def checked_gap(self, gap: bool) -> None:
@@ -130,7 +145,9 @@ class Leading:
             self._check_at = now + self._check_every
 
     def lead(self, connection: Connection, request: Lead) -> Led | None:
-        """One round, or as much of it as one request may take; None where this incarnation is not in the node table."""
+        """One round, or as much of it as one request may take; None where this incarnation is not
+        in the node table.
+        """
         began = time.monotonic()
         try:
             while True:
@@ -138,12 +155,15 @@ class Leading:
                 if led is None or not led.more or time.monotonic() - began > self._patience / 2:
                     return led
         except BaseException:
-            # What is written is written. The next try begins with smaller pieces: this one may have been too much.
+            # What is written is written. The next try begins with smaller pieces: this one may have
+            # been too much.
             self._draft, self._rows = None, max(_FEWEST_ROWS, self._rows // 4)
             raise
 
     def evict(self, connection: Connection, request: Evict) -> Evicted | None:
-        """Delete the dead, in a transaction of its own, so that it stands whatever comes of the plan; None as for `lead`."""
+        """Delete the dead, in a transaction of its own, so that it stands whatever comes of the
+        plan; None as for `lead`.
+        """
         with Round(connection, self._tables, exclusive=False, seconds=self._most) as steps:
             _, members = self._begin(steps)
             if not any(member.incarnation == request.incarnation for member in members):
@@ -158,14 +178,17 @@ class Leading:
     def _begin(self, steps: Round) -> tuple[int, tuple[Member, ...]]:
         """Take the cluster's row; its version, and the nodes, the oldest first."""
         found = steps.run(
-            f'''
+            f"""
             SELECT FROM {self._tables.cluster} FOR UPDATE;
             SELECT version, {members_json(self._tables)} FROM {self._tables.cluster}
-            ''')
+            """
+        )
         return (found[0][0], read_members(found[0][1])) if found else (0, ())
 
     def _step(self, connection: Connection, request: Lead, began: float) -> Led | None:
-        """One transaction, which writes a piece of the plan; where there is none yet, it is made afterwards, without any lock."""
+        """One transaction, which writes a piece of the plan; where there is none yet, it is made
+        afterwards, without any lock.
+        """
         version = 0
         waiting = False
         try:
@@ -198,10 +221,14 @@ class Leading:
     def _may_fill(self, state: _State) -> bool:
         """Whether nobody can hold tokens any more whose rows somebody has deleted.
 
-        Their owner has not been asked to give them up. So all nodes are told to look at their rows, and who has not done so within a
-        timeout has lost its lease.
+        Their owner has not been asked to give them up. So all nodes are told to look at their rows,
+        and who has not done so within a timeout has lost its lease.
         """
-        return self._gap is not None and self._gap[0] == state.version and time.monotonic() - self._gap[1] >= self._timeout
+        return (
+            self._gap is not None
+            and self._gap[0] == state.version
+            and time.monotonic() - self._gap[1] >= self._timeout
+        )
 
     def _open_gap(self, steps: Round, state: _State) -> int:
         """Tell all nodes, once; the version that they look for."""
@@ -210,36 +237,48 @@ class Leading:
         version = state.version + 1
         steps.run(
             f'UPDATE {self._tables.cluster} SET version = %s; SELECT pg_notify(%s, %s)',
-            (version, self._tables.channel, f'plan {version}'))
-        logger.warning('tokens have no row in %s, as somebody has deleted some: they get an owner in %g s, when nobody can hold them '
-                       'any more', self._tables.assignment, self._timeout)
+            (version, self._tables.channel, f'plan {version}'),
+        )
+        logger.warning(
+            'tokens have no row in %s, as somebody has deleted some: they get an owner in %g s, '
+            'when nobody can hold them '
+            'any more',
+            self._tables.assignment,
+            self._timeout,
+        )
         return version
 
     def _prepare(self, steps: Round) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
         tables = self._tables
-        # SKIP LOCKED: whoever is writing locks waits for the cluster's row, which this transaction holds.
+        # SKIP LOCKED: whoever is writing locks waits for the cluster's row, which this transaction
+        # holds.
         rows = steps.run(
-            f'''
+            f"""
             WITH expired AS (
                 DELETE FROM {tables.lock} WHERE task_id IN (
-                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() LIMIT {_PAGE} FOR UPDATE SKIP LOCKED)
+                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() LIMIT
+                        {_PAGE} FOR UPDATE SKIP LOCKED)
                 RETURNING task_id
             )
-            UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM expired);
+            UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM
+                expired);
             SELECT {self._state_sql()}
-            ''')
+            """
+        )
         return _State(*rows[0])
 
     def _state_sql(self) -> str:
         seen = fingerprint(self._tables)
-        return f'''
-            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen}, c.planned IS NOT DISTINCT FROM {seen},
+        return f"""
+            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen},
+            c.planned IS NOT DISTINCT FROM {seen},
             {_gap_sql(self._tables)}
-            FROM {self._tables.cluster} AS c'''
+            FROM {self._tables.cluster} AS c"""
 
     def _plan(self, connection: Connection, until: float) -> Draft | None:
-        """The plan; None where it is not made yet: heartbeats go between, and the next request goes on with it.
+        """The plan; None where it is not made yet: heartbeats go between, and the next request goes
+        on with it.
 
         Args:
             until: When this request has to end.
@@ -252,9 +291,11 @@ class Leading:
             draft = computing.result()
             # What it was made from is compared by whoever writes it.
             return draft
-        # The fingerprint is of the very moment at which the nodes are read. What is read after it may have changed meanwhile: then
-        # no piece is written.
-        (text, *values), = connection.execute(f'SELECT {members_json(self._tables)}, {self._state_sql()}')
+        # The fingerprint is of the very moment at which the nodes are read. What is read after it
+        # may have changed meanwhile: then no piece is written.
+        ((text, *values),) = connection.execute(
+            f'SELECT {members_json(self._tables)}, {self._state_sql()}'
+        )
         state, members = _State(*values), read_members(text)
         before = read_assignment(connection, self._tables)
         if not self._read_pins(connection, state, until):
@@ -262,7 +303,13 @@ class Leading:
         version, pins = state.version + 1, self._pins
 
         def make() -> Draft:
-            return Draft(state.seen, version, before, decide(members, before, pins, state.total_tokens, version), len(members))
+            return Draft(
+                state.seen,
+                version,
+                before,
+                decide(members, before, pins, state.total_tokens, version),
+                len(members),
+            )
 
         if len(pins) + len(before) <= _AT_ONCE:
             return make()
@@ -284,25 +331,42 @@ class Leading:
         if not last:
             return Led(True, state.version + 1, more=True)
         return Led(
-            True, state.version + 1, decision.moved + decision.assigned, decision.blocked, self._complaints(decision.conflicts))
+            True,
+            state.version + 1,
+            decision.moved + decision.assigned,
+            decision.blocked,
+            self._complaints(decision.conflicts),
+        )
 
-    def _record(self, steps: Round, request: Lead, draft: Draft, version: int, began: float) -> None:
+    def _record(
+        self, steps: Round, request: Lead, draft: Draft, version: int, began: float
+    ) -> None:
         tables, decision = self._tables, draft.decision
         steps.run(
-            f'''
-            WITH last AS (SELECT coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id DESC LIMIT 1), 0) AS nodes)
-            INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms)
+            f"""
+            WITH last AS (SELECT coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id
+                DESC LIMIT 1), 0) AS nodes)
+            INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after,
+                tokens_moved, duration_ms)
                 SELECT %(reason)s, %(leader)s, last.nodes, %(nodes)s, %(moved)s, %(duration)s
                 FROM last WHERE last.nodes <> %(nodes)s OR %(moved)s > 0 OR %(evicted)s;
             SELECT pg_notify(%(channel)s, %(payload)s)
-            ''', {
-                'reason': request.reason, 'leader': request.name, 'nodes': draft.nodes, 'moved': decision.moved + decision.assigned,
-                'evicted': request.reason == DEATHS, 'duration': round((time.monotonic() - began) * 1000), 'channel': tables.channel,
-                'payload': f'plan {version}'})
+            """,
+            {
+                'reason': request.reason,
+                'leader': request.name,
+                'nodes': draft.nodes,
+                'moved': decision.moved + decision.assigned,
+                'evicted': request.reason == DEATHS,
+                'duration': round((time.monotonic() - began) * 1000),
+                'channel': tables.channel,
+                'payload': f'plan {version}',
+            },
+        )
 
     def _read_pins(self, connection: Connection, state: _State, until: float) -> bool:
-        """Bring the locks up to date, as many as can be read until then; whether all are. A row that is none is set aside, with a
-        complaint; the others count.
+        """Bring the locks up to date, as many as can be read until then; whether all are. A row
+        that is none is set aside, with a complaint; the others count.
         """
         wanted = (state.lock_version, state.total_tokens, state.hash_function)
         if self._pins_of == wanted:
@@ -312,34 +376,56 @@ class Leading:
             reading = self._reading = _Reading(wanted)
         while True:
             rows = connection.execute(
-                f'''
-                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN node_patterns::text END,
+                f"""
+                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN
+                    node_patterns::text END,
                        extract(epoch FROM created_at)::float8
                 FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT %s
-                ''', (reading.after, min(_PAGE, LOCKS + 1 - reading.number)))
+                """,
+                (reading.after, min(_PAGE, LOCKS + 1 - reading.number)),
+            )
             reading.take(rows)
             if len(rows) < _PAGE or reading.number > LOCKS:
                 break
             if time.monotonic() > until:
                 return False
         reading.pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
-        self._pins, self._broken, self._pins_of, self._reading = tuple(reading.pins), reading.broken, wanted, None
+        self._pins, self._broken, self._pins_of, self._reading = (
+            tuple(reading.pins),
+            reading.broken,
+            wanted,
+            None,
+        )
         return True
 
     def _complaints(self, conflicts: tuple[str, ...]) -> tuple[str, ...]:
-        """What is wrong with the locks and has not been said since it began: each once, and not too many at a time."""
+        """What is wrong with the locks and has not been said since it began: each once, and not too
+        many at a time.
+        """
         found = (*self._broken, *conflicts)
         fresh = [text for text in found if text not in self._told]
         self._told = frozenset(found)
         more = len(fresh) - _COMPLAINTS
-        return (*fresh[:_COMPLAINTS], f'{more} more locks like these; `jobsync locks list` shows all locks') if more > 0 else tuple(fresh)
+        return (
+            (
+                *fresh[:_COMPLAINTS],
+                f'{more} more locks like these; `jobsync locks list` shows all locks',
+            )
+            if more > 0
+            else tuple(fresh)
+        )
 
 
 def _gap_sql(tables: Tables) -> str:
-    return f'''CASE WHEN c.planned IS NULL THEN false ELSE c.total_tokens > (
-        SELECT coalesce(sum(upper(g.tokens) - lower(g.tokens)), 0) FROM {tables.assignment} AS g) END'''
+    return f"""CASE WHEN c.planned IS NULL THEN false ELSE c.total_tokens > (
+        SELECT coalesce(sum(upper(g.tokens) - lower(g.tokens)), 0) FROM {tables.assignment} AS g)
+            END"""
 
 
 def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:
-    living = [member for member in members if Sign(member.name, member.incarnation, member.beat) not in request.dead]
+    living = [
+        member
+        for member in members
+        if Sign(member.name, member.incarnation, member.beat) not in request.dead
+    ]
     return bool(living) and living[0].incarnation == request.incarnation

@@ -1,10 +1,14 @@
-"""A plan's way into the assignment table: in pieces, each a short transaction of the leader's round.
+"""A plan's way into the assignment table: in pieces, each a short transaction of the leader's
+round.
 
-A plan of many locks is many rows. So it is computed from what was read without any lock, and written a piece at a time, from the first
-token to the last. Each piece holds the cluster's row, and checks that nodes and locks are those of the plan and that every row
-that it replaces is still as it was read: whoever has given a row away meanwhile, or died, makes the leader plan again. Each piece
-by itself is a step that the protocol allows, and while only some are written the plan counts as not made.
+A plan of many locks is many rows. So it is computed from what was read without any lock, and
+written a piece at a time, from the first token to the last. Each piece holds the cluster's row, and
+checks that nodes and locks are those of the plan and that every row that it replaces is still as it
+was read: whoever has given a row away meanwhile, or died, makes the leader plan again. Each piece
+by itself is a step that the protocol allows, and while only some are written the plan counts as not
+made.
 """
+
 from __future__ import annotations
 
 import random
@@ -22,9 +26,12 @@ from .tables import Tables
 __all__ = ['Draft', 'Outdated', 'Piece', 'cut', 'read_assignment']
 
 
-#: Whether a row is still as it was read. Deleting a node changes `node` and `moving_to` without a new version.
-_SAME = '''lower(a.tokens) = o.lo AND upper(a.tokens) = o.hi AND a.version = o.version AND a.node IS NOT DISTINCT FROM o.node
-    AND a.moving = o.moving AND a.moving_to IS NOT DISTINCT FROM o.moving_to AND a.blocked = o.blocked'''
+#: Whether a row is still as it was read. Deleting a node changes `node` and `moving_to` without a
+#: new version.
+_SAME = """lower(a.tokens) = o.lo AND upper(a.tokens) = o.hi AND a.version = o.version
+    AND a.node IS NOT DISTINCT FROM o.node
+    AND a.moving = o.moving AND a.moving_to IS NOT DISTINCT FROM o.moving_to
+    AND a.blocked = o.blocked"""
 
 
 class Outdated(Exception):
@@ -33,7 +40,9 @@ class Outdated(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that go, and those that come in their place; both cover the same tokens, but for tokens that had no row."""
+    """Rows that go, and those that come in their place; both cover the same tokens, but for tokens
+    that had no row.
+    """
 
     gone: tuple[Segment, ...]
     fresh: tuple[Segment, ...]
@@ -42,12 +51,16 @@ class Piece:
 def read_assignment(connection: Connection, tables: Tables) -> list[Segment]:
     """All rows, in order."""
     rows = connection.execute(
-        f'SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version FROM {tables.assignment} ORDER BY tokens')
+        'SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version FROM '
+        f'{tables.assignment} ORDER BY tokens'
+    )
     return [Segment(*row) for row in rows]
 
 
 def cut(gone: deque[Segment], fresh: deque[Segment], most: int) -> Piece:
-    """Take the next piece off both: at most so many fresh rows. Of a row that is replaced in part, the rest comes back as it was."""
+    """Take the next piece off both: at most so many fresh rows. Of a row that is replaced in part,
+    the rest comes back as it was.
+    """
     taken = [fresh.popleft() for _ in range(min(most, len(fresh)))]
     end = taken[-1].hi if fresh else None
     replaced = []
@@ -73,7 +86,9 @@ class Draft:
         nodes: How many nodes it knew.
     """
 
-    def __init__(self, seen: str, version: int, before: Sequence[Segment], decision: Decision, nodes: int) -> None:
+    def __init__(
+        self, seen: str, version: int, before: Sequence[Segment], decision: Decision, nodes: int
+    ) -> None:
         self.seen = seen
         self.decision = decision
         self.nodes = nodes
@@ -84,7 +99,8 @@ class Draft:
         self._begun = False
 
     def write(self, steps: Round, tables: Tables, version: int, most: int) -> bool:
-        """Write the next piece in a transaction that holds the cluster's row; whether it was the last one.
+        """Write the next piece in a transaction that holds the cluster's row; whether it was the
+        last one.
 
         Args:
             steps: The transaction.
@@ -104,37 +120,56 @@ class Draft:
         return last
 
     def _replace(self, steps: Round, tables: Tables, piece: Piece, version: int) -> dict[int, str]:
-        """Delete what goes, change in place what keeps its tokens: that costs no index. Since when the deleted rows had their owners."""
+        """Delete what goes, change in place what keeps its tokens: that costs no index. Since when
+        the deleted rows had their owners.
+        """
         fresh = {(row.lo, row.hi): row for row in piece.fresh}
         pairs = [(row, fresh.get((row.lo, row.hi))) for row in piece.gone]
-        rows = steps.run(
-            f'''
+        rows = (
+            steps.run(
+                f"""
             WITH o AS MATERIALIZED (
                 SELECT * FROM unnest(
-                        %(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[], %(blocked)s::bool[],
-                        %(versions)s::bigint[], %(keeps)s::bool[], %(new_node)s::text[], %(new_moving)s::bool[], %(new_to)s::text[],
+                        %(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[],
+                            %(to)s::text[], %(blocked)s::bool[],
+                        %(versions)s::bigint[], %(keeps)s::bool[], %(new_node)s::text[],
+                            %(new_moving)s::bool[], %(new_to)s::text[],
                         %(new_blocked)s::bool[])
-                    AS o (lo, hi, node, moving, moving_to, blocked, version, keeps, new_node, new_moving, new_to, new_blocked)
+                    AS o (lo, hi, node, moving, moving_to, blocked, version, keeps, new_node,
+                        new_moving, new_to, new_blocked)
             ), changed AS (
                 UPDATE {tables.assignment} AS a
-                SET node = o.new_node, moving = o.new_moving, moving_to = o.new_to, blocked = o.new_blocked, version = %(version)s,
-                    assigned_at = CASE WHEN o.new_node IS NOT DISTINCT FROM a.node THEN a.assigned_at ELSE now() END
+                SET node = o.new_node, moving = o.new_moving, moving_to = o.new_to, blocked =
+                    o.new_blocked, version = %(version)s,
+                    assigned_at = CASE WHEN o.new_node IS NOT DISTINCT FROM a.node THEN
+                        a.assigned_at ELSE now() END
                 FROM o WHERE o.keeps AND {_SAME} RETURNING NULL::int, NULL::text
             ), deleted AS (
-                DELETE FROM {tables.assignment} AS a USING o WHERE NOT o.keeps AND {_SAME} RETURNING lower(a.tokens), a.assigned_at::text
+                DELETE FROM {tables.assignment} AS a USING o WHERE NOT o.keeps AND {_SAME} RETURNING
+                    lower(a.tokens), a.assigned_at::text
             )
             SELECT * FROM changed UNION ALL SELECT * FROM deleted
-            ''', {
-                **_columns(piece.gone, version, self._placeholder), 'keeps': [new is not None for _, new in pairs], 'version': version,
-                'new_node': [new.node if new else None for _, new in pairs],
-                'new_moving': [new.moving if new else None for _, new in pairs],
-                'new_to': [new.moving_to if new else None for _, new in pairs],
-                'new_blocked': [new.blocked if new else None for _, new in pairs]}) if piece.gone else []
+            """,
+                {
+                    **_columns(piece.gone, version, self._placeholder),
+                    'keeps': [new is not None for _, new in pairs],
+                    'version': version,
+                    'new_node': [new.node if new else None for _, new in pairs],
+                    'new_moving': [new.moving if new else None for _, new in pairs],
+                    'new_to': [new.moving_to if new else None for _, new in pairs],
+                    'new_blocked': [new.blocked if new else None for _, new in pairs],
+                },
+            )
+            if piece.gone
+            else []
+        )
         if len(rows) != len(piece.gone):
             raise Outdated
         return {lo: since for lo, since in rows if lo is not None}
 
-    def _insert(self, steps: Round, tables: Tables, piece: Piece, since: dict[int, str], version: int) -> None:
+    def _insert(
+        self, steps: Round, tables: Tables, piece: Piece, since: dict[int, str], version: int
+    ) -> None:
         kept = {(row.lo, row.hi) for row in piece.gone}
         fresh = [row for row in piece.fresh if (row.lo, row.hi) not in kept]
         if not fresh:
@@ -143,38 +178,65 @@ class Draft:
         # The index takes ranges several times faster if they do not come in order.
         order = random.Random(version).sample(range(len(fresh)), len(fresh))
         steps.run(
-            f'''
-            INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
-                SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since, now())
-                FROM unnest(%(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[], %(blocked)s::bool[],
+            f"""
+            INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version,
+                assigned_at)
+                SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since,
+                    now())
+                FROM unnest(%(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[],
+                    %(to)s::text[], %(blocked)s::bool[],
                             %(versions)s::bigint[], %(since)s::timestamptz[])
                     AS t (lo, hi, node, moving, moving_to, blocked, version, since)
-            ''', {**_columns([fresh[place] for place in order], version, self._placeholder), 'since': [origins[place] for place in order]})
+            """,
+            {
+                **_columns([fresh[place] for place in order], version, self._placeholder),
+                'since': [origins[place] for place in order],
+            },
+        )
 
     def _conclude(self, steps: Round, tables: Tables, version: int, last: bool) -> None:
-        """Let the first piece's nodes take part, raise the cluster's version, and after the last piece say that the plan is made."""
+        """Let the first piece's nodes take part, raise the cluster's version, and after the last
+        piece say that the plan is made.
+        """
         activate = () if self._begun else self.decision.activate
-        as_seen = fingerprint(tables, "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' ELSE f.state END")
-        (now, matches), = steps.run(
-            f'''
-            UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND state = 'joining';
+        as_seen = fingerprint(
+            tables,
+            "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' "
+            'ELSE f.state END',
+        )
+        ((now, matches),) = steps.run(
+            f"""
+            UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND
+                state = 'joining';
             UPDATE {tables.cluster} AS c SET version = %(version)s,
-                planned = CASE WHEN %(last)s AND {as_seen} = %(seen)s THEN {fingerprint(tables)} END;
+                planned = CASE WHEN %(last)s AND {as_seen} = %(seen)s THEN {fingerprint(tables)}
+                    END;
             SELECT {fingerprint(tables)}, {as_seen} = %(seen)s FROM {tables.cluster} AS c
-            ''', {'activate': list(activate), 'version': version, 'seen': self.seen, 'last': last})
+            """,
+            {'activate': list(activate), 'version': version, 'seen': self.seen, 'last': last},
+        )
         # Whoever has changed its state meanwhile is planned for again.
         self.seen = now if matches else ''
 
 
 def _columns(rows: Sequence[Segment], version: int, placeholder: int) -> dict[str, Any]:
     return {
-        'lo': [row.lo for row in rows], 'hi': [row.hi for row in rows], 'node': [row.node for row in rows],
-        'moving': [row.moving for row in rows], 'to': [row.moving_to for row in rows], 'blocked': [row.blocked for row in rows],
-        'versions': [version if row.version == placeholder else row.version for row in rows]}
+        'lo': [row.lo for row in rows],
+        'hi': [row.hi for row in rows],
+        'node': [row.node for row in rows],
+        'moving': [row.moving for row in rows],
+        'to': [row.moving_to for row in rows],
+        'blocked': [row.blocked for row in rows],
+        'versions': [version if row.version == placeholder else row.version for row in rows],
+    }
 
 
-def _origins(gone: Sequence[Segment], fresh: Sequence[Segment], since: dict[int, str]) -> list[str | None]:
-    """For each new row, since when its node has owned the first of its tokens; None where it did not. Both are in order."""
+def _origins(
+    gone: Sequence[Segment], fresh: Sequence[Segment], since: dict[int, str]
+) -> list[str | None]:
+    """For each new row, since when its node has owned the first of its tokens; None where it did
+    not. Both are in order.
+    """
     found: list[str | None] = []
     place = 0
     for row in fresh:

@@ -1,8 +1,9 @@
 """Who owns what, for routers; and the queues that belong to nodes.
 
-AMQP cannot list queues, so the table `queue` remembers which there are. A row whose node is not in the node table is an
-orphan: its messages are for whoever owns them now.
+AMQP cannot list queues, so the table `queue` remembers which there are. A row whose node is not in
+the node table is an orphan: its messages are for whoever owns them now.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from .tables import Tables
 
 __all__ = [
-    'Orphan', 'draining', 'forget', 'heartbeats', 'hold', 'is_gone', 'known', 'old_orphans', 'orphans', 'owners', 'peers', 'record',
+    'Orphan',
+    'draining',
+    'forget',
+    'heartbeats',
+    'hold',
+    'is_gone',
+    'known',
+    'old_orphans',
+    'orphans',
+    'owners',
+    'peers',
+    'record',
     'withdraw',
 ]
 
@@ -24,16 +36,24 @@ __all__ = [
 _HOLD_SEC = 600
 
 
-def record(connection: PgConnection, tables: Tables, name: str, node: str, belonging: Belonging) -> bool:
-    """Note that `node` has a queue of that name, and what it belongs to; True where the queue was not known before."""
+def record(
+    connection: PgConnection, tables: Tables, name: str, node: str, belonging: Belonging
+) -> bool:
+    """Note that `node` has a queue of that name, and what it belongs to; True where the queue was
+    not known before.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            INSERT INTO {tables.queue} (name, node, kind, broker, place, application) VALUES (%s, %s, %s, %s, %s, %s)
-            ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at = NULL, broker = excluded.broker,
+            f"""
+            INSERT INTO {tables.queue} (name, node, kind, broker, place, application) VALUES (%s,
+                %s, %s, %s, %s, %s)
+            ON CONFLICT (name) DO UPDATE SET node = excluded.node, kind = excluded.kind, gone_at =
+                NULL, broker = excluded.broker,
                 place = excluded.place, application = excluded.application
             RETURNING xmax = 0
-            ''', (name, node, belonging.kind, belonging.broker, belonging.place, belonging.application))
+            """,
+            (name, node, belonging.kind, belonging.broker, belonging.place, belonging.application),
+        )
         row = cursor.fetchone()
         return row is not None and bool(row[0])
 
@@ -47,7 +67,8 @@ def withdraw(connection: PgConnection, tables: Tables, name: str, node: str) -> 
 def peers(connection: PgConnection, tables: Tables, node: str, timeout: float) -> list[Peer]:
     """The other nodes that seem to live, oldest first, and what they belong to.
 
-    By the server's clock, as nothing depends on it but whether a node that was just started is told of a mistake.
+    By the server's clock, as nothing depends on it but whether a node that was just started is told
+    of a mistake.
 
     Args:
         connection: A connection.
@@ -57,13 +78,17 @@ def peers(connection: PgConnection, tables: Tables, node: str, timeout: float) -
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            SELECT n.name, coalesce(q.kind, ''), coalesce(q.broker, ''), coalesce(q.place, ''), coalesce(q.application, '')
+            f"""
+            SELECT n.name, coalesce(q.kind, ''), coalesce(q.broker, ''), coalesce(q.place, ''),
+                coalesce(q.application, '')
             FROM {tables.node} AS n LEFT JOIN {tables.queue} AS q ON q.node = n.name
             WHERE n.name <> %s AND n.last_heartbeat > clock_timestamp() - make_interval(secs => %s)
-                AND (n.state <> 'joining' OR q.node IS NOT NULL)  -- a worker records its queue before it becomes active
+                -- a worker records its queue before it becomes active
+                AND (n.state <> 'joining' OR q.node IS NOT NULL)
             ORDER BY n.created_on, n.name
-            ''', (node, timeout))
+            """,
+            (node, timeout),
+        )
         return [Peer(row[0], Belonging(*row[1:])) for row in cursor.fetchall()]
 
 
@@ -77,26 +102,34 @@ class Orphan:
 
 
 def orphans(connection: PgConnection, tables: Tables, kind: str, young: float) -> list[Orphan]:
-    """Queues of nodes that are gone, the newest first: those of which it has been known for less than `young` seconds.
+    """Queues of nodes that are gone, the newest first: those of which it has been known for less
+    than `young` seconds.
 
     Which these are is written down here.
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM {tables.queue} AS q
-            WHERE q.kind = %s AND (q.gone_at IS NULL OR q.gone_at > clock_timestamp() - make_interval(secs => %s))
+            f"""
+            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM
+                {tables.queue} AS q
+            WHERE q.kind = %s AND (q.gone_at IS NULL OR q.gone_at > clock_timestamp() -
+                make_interval(secs => %s))
                 AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
             ORDER BY q.gone_at DESC NULLS FIRST, q.name
-            ''', (kind, young))
+            """,
+            (kind, young),
+        )
         found = cursor.fetchall()
         fresh = [row[0] for row in found if row[2] is None]
         if fresh:
             cursor.execute(
-                f'''
-                UPDATE {tables.queue} AS q SET gone_at = clock_timestamp() WHERE q.name = ANY(%s) AND q.gone_at IS NULL
+                f"""
+                UPDATE {tables.queue} AS q SET gone_at = clock_timestamp() WHERE q.name = ANY(%s)
+                    AND q.gone_at IS NULL
                 AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
-                ''', (fresh,))
+                """,
+                (fresh,),
+            )
         return [Orphan(queue, node, age or 0.0) for queue, node, age in found]
 
 
@@ -104,19 +137,24 @@ def old_orphans(connection: PgConnection, tables: Tables, kind: str, young: floa
     """Queues of nodes that have been gone for longer, the newest first."""
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM {tables.queue} AS q
+            f"""
+            SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8 FROM
+                {tables.queue} AS q
             WHERE q.kind = %s AND q.gone_at <= clock_timestamp() - make_interval(secs => %s)
                 AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)
             ORDER BY q.gone_at DESC, q.name
-            ''', (kind, young))
+            """,
+            (kind, young),
+        )
         return [Orphan(*row) for row in cursor.fetchall()]
 
 
 def known(connection: PgConnection, tables: Tables, kind: str) -> list[tuple[str, str]]:
     """All queues that a plugin's nodes have, or had when they were seen last: (queue, node)."""
     with connection.cursor() as cursor:
-        cursor.execute(f'SELECT name, node FROM {tables.queue} WHERE kind = %s ORDER BY name', (kind,))
+        cursor.execute(
+            f'SELECT name, node FROM {tables.queue} WHERE kind = %s ORDER BY name', (kind,)
+        )
         return [(row[0], row[1]) for row in cursor.fetchall()]
 
 
@@ -128,26 +166,33 @@ def heartbeats(connection: PgConnection, tables: Tables) -> dict[str, tuple[Any,
 
 
 def draining(connection: PgConnection, tables: Tables, kind: str, me: str) -> list[Orphan]:
-    """Queues of other nodes that live, drain, and have given all of their tokens away: what is in there is for others by now."""
+    """Queues of other nodes that live, drain, and have given all of their tokens away: what is in
+    there is for others by now.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            SELECT q.name, q.node FROM {tables.queue} AS q JOIN {tables.node} AS n ON n.name = q.node
+            f"""
+            SELECT q.name, q.node FROM {tables.queue} AS q JOIN {tables.node} AS n ON n.name =
+                q.node
             WHERE q.kind = %s AND n.name <> %s AND n.state = 'draining'
             AND NOT EXISTS (SELECT FROM {tables.assignment} AS a WHERE a.node = n.name)
             ORDER BY q.name
-            ''', (kind, me))
+            """,
+            (kind, me),
+        )
         return [Orphan(row[0], row[1], 0.0) for row in cursor.fetchall()]
 
 
 def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
-    """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node does not begin to consume.
+    """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node
+    does not begin to consume.
 
-    The transaction holds it, so that it goes with its end, with the process, and with no other client of a pooler. A process that is
-    stopped loses it after ten minutes.
+    The transaction holds it, so that it goes with its end, with the process, and with no other
+    client of a pooler. A process that is stopped loses it after ten minutes.
 
     Args:
-        connection: Its transaction stays idle while the broker works; it holds back no VACUUM, having no snapshot then.
+        connection: Its transaction stays idle while the broker works; it holds back no VACUUM,
+            having no snapshot then.
         tables: Names of the tables.
         node: The node's name; '' for the parked messages.
 
@@ -156,8 +201,10 @@ def hold(connection: PgConnection, tables: Tables, node: str) -> bool:
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT set_config('idle_in_transaction_session_timeout', %s, true), pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
-            (f'{_HOLD_SEC}s', f'jobsync {tables.label} {node}'))
+            "SELECT set_config('idle_in_transaction_session_timeout', %s, true), "
+            'pg_try_advisory_xact_lock(hashtextextended(%s, 0))',
+            (f'{_HOLD_SEC}s', f'jobsync {tables.label} {node}'),
+        )
         return bool(cursor.fetchall()[0][1])
 
 
@@ -172,31 +219,46 @@ def forget(connection: PgConnection, tables: Tables, name: str) -> None:
     """The queue is gone, and so is its node."""
     with connection.cursor() as cursor:
         cursor.execute(
-            f'DELETE FROM {tables.queue} AS q WHERE name = %s AND NOT EXISTS (SELECT FROM {tables.node} AS n WHERE n.name = q.node)',
-            (name,))
+            f'DELETE FROM {tables.queue} AS q WHERE name = %s AND NOT EXISTS (SELECT FROM '
+            f'{tables.node} AS n WHERE n.name = q.node)',
+            (name,),
+        )
 
 
-def owners(connection: PgConnection, tables: Tables, known: int) -> tuple[int, int, str, list[tuple[int, int, str, str | None]]] | None:
+def owners(
+    connection: PgConnection, tables: Tables, known: int
+) -> tuple[int, int, str, list[tuple[int, int, str, str | None]]] | None:
     """Who owns which tokens, or is about to; None where the version is still `known`.
 
     Returns:
-        Version, total_tokens, hash_function, and rows (first token, end, node, the node's queue or None) by token.
+        Version, total_tokens, hash_function, and rows (first token, end, node, the node's queue or
+            None) by token.
     """
     with connection.cursor() as cursor:
         cursor.execute(
-            f'''
-            WITH now AS (SELECT version, total_tokens, hash_function FROM {tables.cluster} WHERE version <> %s)
-            SELECT now.version, now.total_tokens, now.hash_function, lower(a.tokens), upper(a.tokens), a.owner, q.name
+            f"""
+            WITH now AS (SELECT version, total_tokens, hash_function FROM {tables.cluster} WHERE
+                version <> %s)
+            SELECT now.version, now.total_tokens, now.hash_function, lower(a.tokens),
+                upper(a.tokens), a.owner, q.name
             FROM now
             LEFT JOIN (
-                SELECT tokens, CASE WHEN moving THEN coalesce(moving_to, CASE WHEN NOT blocked THEN node END) ELSE node END AS owner
+                SELECT tokens, CASE WHEN moving THEN coalesce(moving_to, CASE WHEN NOT blocked THEN
+                    node END) ELSE node END AS owner
                 FROM {tables.assignment}
             ) AS a ON a.owner IS NOT NULL
             LEFT JOIN {tables.queue} AS q ON q.node = a.owner
             ORDER BY 4
-            ''', (known,))
+            """,
+            (known,),
+        )
         rows: list[tuple[Any, ...]] = cursor.fetchall()
     if not rows:
         return None
     version, total, function = rows[0][:3]
-    return version, total, function, [(row[3], row[4], row[5], row[6]) for row in rows if row[3] is not None]
+    return (
+        version,
+        total,
+        function,
+        [(row[3], row[4], row[5], row[6]) for row in rows if row[3] is not None],
+    )

@@ -1,4 +1,5 @@
 """What an error of the server means for who asked: a pure function of its SQLSTATE."""
+
 from __future__ import annotations
 
 import psycopg2
@@ -8,22 +9,29 @@ from .options import text_of
 
 __all__ = ['is_passing', 'refusal', 'role_or_resources']
 
-#: Another transaction was in the way: the same statement may succeed at once. Serialization failure, dead-lock.
+#: Another transaction was in the way: the same statement may succeed at once. Serialization
+#: failure, dead-lock.
 _PASSING = frozenset({'40001', '40P01'})
-#: Classes of errors that meet every statement until somebody does something: insufficient resources, system errors (I/O), corrupted
-#: data and indexes, invalid authorization, no such database or schema.
+#: Classes of errors that meet every statement until somebody does something: insufficient
+#: resources, system errors (I/O), corrupted data and indexes, invalid authorization, no such
+#: database or schema.
 _LASTING_CLASSES = ('53', '58', '28', '3D', '3F')
-#: Data corrupted, index corrupted; insufficient privilege, undefined table, undefined function, undefined column.
+#: Data corrupted, index corrupted; insufficient privilege, undefined table, undefined function,
+#: undefined column.
 _LASTING = frozenset({'XX001', 'XX002', '42501', '42P01', '42883', '42703'})
 
 
 def is_passing(error: psycopg2.Error) -> bool:
-    """Whether the server rolled the statement back because of another transaction, so that it is worth to ask again at once."""
+    """Whether the server rolled the statement back because of another transaction, so that it is
+    worth to ask again at once.
+    """
     return error.pgcode in _PASSING
 
 
 def role_or_resources(sqlstate: str) -> bool:
-    """Whether the cause lies in the server's resources or in what this role may do, and not in one statement's values."""
+    """Whether the cause lies in the server's resources or in what this role may do, and not in one
+    statement's values.
+    """
     return sqlstate in _LASTING or sqlstate.startswith(_LASTING_CLASSES)
 
 
@@ -35,5 +43,8 @@ def refusal(error: psycopg2.Error, doing: str) -> DatabaseRefused:
         doing: What was asked for, in words.
     """
     sqlstate = error.pgcode or ''
-    said = f'PostgreSQL refused {doing} (SQLSTATE {sqlstate or "unknown"}): {error.diag.message_primary or text_of(error)}'
+    said = (
+        f'PostgreSQL refused {doing} (SQLSTATE {sqlstate or "unknown"}): '
+        f'{error.diag.message_primary or text_of(error)}'
+    )
     return DatabaseRefused(said, sqlstate, role_or_resources(sqlstate))

@@ -1,4 +1,5 @@
 """The relations and functions of a cluster: their names, and what they consist of."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,27 +14,47 @@ __all__ = ['FUNCTIONS', 'INDEXES', 'RELATIONS', 'Tables', 'quote_name']
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
-    'cluster': 'total_tokens hash_function version lock_version schema_version planned scope epoch history former_until',
-    'node': 'name created_on last_heartbeat beat incarnation state weight lease_sec host pid boot_id pid_namespace started',
+    'cluster': (
+        'total_tokens hash_function version lock_version schema_version planned scope '
+        'epoch history former_until'
+    ),
+    'node': (
+        'name created_on last_heartbeat beat incarnation state weight lease_sec host pid '
+        'boot_id pid_namespace started'
+    ),
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'token': 'token_id node assigned_at version',
     'lock': 'task_id node_patterns reason created_at created_by expires_at pin',
-    'rebalance': 'id triggered_at trigger_reason leader_node nodes_before nodes_after tokens_moved duration_ms',
+    'rebalance': (
+        'id triggered_at trigger_reason leader_node nodes_before nodes_after '
+        'tokens_moved duration_ms'
+    ),
     'claim': 'node task_id created_on date token incarnation child',
     'audit': 'created_on node task_id date token epoch',
-    'execution':
-        'key state node incarnation host boot_id pid_namespace pid started fence attempts started_at finished_at result error expires_at',
+    'execution': (
+        'key state node incarnation host boot_id pid_namespace pid started fence '
+        'attempts started_at finished_at result error expires_at'
+    ),
     'queue': 'name node created_at kind gone_at broker place application',
     'schedule': 'name slot total_run_count entry updated_at',
 }
-#: Functions, with the types of their arguments. Each pins its search_path, and names tables with their schema.
+#: Functions, with the types of their arguments. Each pins its search_path, and names tables with
+#: their schema.
 FUNCTIONS: Mapping[str, str] = {
     'begin_execution': 'text, text, text, text, text, text, integer, text',
     'finish_execution': 'jsonb, double precision, text, bigint',
 }
 #: Not qualified, as in CREATE INDEX; elsewhere write {schema}.{name of the index}.
 INDEXES = (
-    'node_age', 'lock_expiry', 'claim_token', 'claim_life', 'claim_promised', 'audit_token', 'execution_running', 'execution_expiry')
+    'node_age',
+    'lock_expiry',
+    'claim_token',
+    'claim_life',
+    'claim_promised',
+    'audit_token',
+    'execution_running',
+    'execution_expiry',
+)
 
 
 class Tables:
@@ -64,7 +85,9 @@ class Tables:
 
     @classmethod
     def of(cls, config: CoordinationConfig) -> Tables:
-        """Those of a config's cluster. Where no setting names their schema, they have no names before a first connection is opened."""
+        """Those of a config's cluster. Where no setting names their schema, they have no names
+        before a first connection is opened.
+        """
         tables = cls.__new__(cls)
         tables._location = location_of(config)
         tables.appname = config.appname
@@ -89,7 +112,10 @@ class Tables:
             JobSyncError: There is none.
         """
         if self._location.schema is None:
-            raise JobSyncError("the role's search_path names no schema that it may use, so the tables have no place: set schema=…")
+            raise JobSyncError(
+                "the role's search_path names no schema that it may use, so the tables have no "
+                'place: set schema=…'
+            )
         return self._location.schema
 
     @property
@@ -106,13 +132,17 @@ class Tables:
     def channel(self) -> str:
         """Name of the NOTIFY channel, not quoted."""
         scope = self._location.scope
-        return f'{self.appname}events' + (f'_{blake2b(scope.encode(), digest_size=6).hexdigest()}' if scope else '')
+        return f'{self.appname}events' + (
+            f'_{blake2b(scope.encode(), digest_size=6).hexdigest()}' if scope else ''
+        )
 
     @property
     def advisory(self) -> tuple[int, int]:
         """Key of the cluster's advisory lock."""
         digest = blake2b(f'jobsync {self.label}'.encode(), digest_size=8).digest()
-        return int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(digest[4:], 'big', signed=True)
+        return int.from_bytes(digest[:4], 'big', signed=True), int.from_bytes(
+            digest[4:], 'big', signed=True
+        )
 
     @property
     def all(self) -> Mapping[str, str]:
@@ -126,6 +156,7 @@ class Tables:
 
     def refresh(self, config: CoordinationConfig, cursor: Any) -> None:
         """Look again where the tables are, after they have been created."""
+
         def run(sql: str, params: Sequence[object]) -> Sequence[Sequence[Any]]:
             cursor.execute(sql, params)
             return list(cursor.fetchall())

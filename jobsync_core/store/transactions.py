@@ -1,6 +1,8 @@
-"""Connections for transactions of the user's that carry a completion: what the user sets on one reaches neither the completion nor
-the next user, and nothing but the end of the block ends the transaction.
+"""Connections for transactions of the user's that carry a completion: what the user sets on one
+reaches neither the completion nor the next user, and nothing but the end of the block ends the
+transaction.
 """
+
 from __future__ import annotations
 
 import os
@@ -13,7 +15,13 @@ import psycopg2.errors
 import psycopg2.extensions
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from ..errors import ConfigurationError, DatabaseUnavailable, JobSyncError, NotCommitted, StoreTimeout
+from ..errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    JobSyncError,
+    NotCommitted,
+    StoreTimeout,
+)
 from . import executions
 from .connection import Sessions
 from .deadline import GuardedConnection, GuardedCursor
@@ -27,15 +35,18 @@ if TYPE_CHECKING:
 __all__ = ['TransactionConnection', 'Transactions']
 
 _MOST_IDLE = 8
-# What ends a transaction, at the beginning of a statement; ROLLBACK TO goes back to a savepoint only.
+# What ends a transaction, at the beginning of a statement; ROLLBACK TO goes back to a savepoint
+# only.
 _ENDING = re.compile(
     r'(?:\s|;|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b',
-    re.IGNORECASE | re.DOTALL)
+    re.IGNORECASE | re.DOTALL,
+)
 _BASE = psycopg2.extensions.connection
 
 
 class TransactionConnection(GuardedConnection):
-    """What the block of a transaction gets: a connection of psycopg2's whose transaction ends with the block.
+    """What the block of a transaction gets: a connection of psycopg2's whose transaction ends with
+    the block.
 
     Attributes:
         in_block: Whether the block is running.
@@ -106,7 +117,12 @@ class TransactionConnection(GuardedConnection):
     @property
     def is_pristine(self) -> bool:
         """Whether nothing was changed on psycopg2's side of it."""
-        return self.cursor_factory is None and not self.string_types and not self.binary_types and not self.closed
+        return (
+            self.cursor_factory is None
+            and not self.string_types
+            and not self.binary_types
+            and not self.closed
+        )
 
 
 class TransactionCursor(GuardedCursor):
@@ -116,9 +132,14 @@ class TransactionCursor(GuardedCursor):
 
     def execute(self, query: Any, vars: Any = None) -> None:
         connection = self.connection
-        if isinstance(connection, TransactionConnection) and (connection.in_block or self.block != connection.block):
+        if isinstance(connection, TransactionConnection) and (
+            connection.in_block or self.block != connection.block
+        ):
             if self.block != connection.block:
-                raise ConfigurationError('this cursor belongs to a transaction() that is over: use it inside of its block')
+                raise ConfigurationError(
+                    'this cursor belongs to a transaction() that is over: use it inside of its '
+                    'block'
+                )
             text = query.decode('utf8', 'replace') if isinstance(query, bytes) else query
             if isinstance(text, str) and (found := _ENDING.match(text)):
                 refuse_ending(' '.join(found.group().split())[-40:])
@@ -128,12 +149,15 @@ class TransactionCursor(GuardedCursor):
 def refuse_ending(what: str) -> NoReturn:
     """Tell that the end of the block is the end of the transaction."""
     raise ConfigurationError(
-        f'{what} inside of execution.transaction(): its transaction is committed, together with the completion, at the end of the block, '
-        'and rolled back where an exception leaves it; for less than that use savepoints')
+        f'{what} inside of execution.transaction(): its transaction is committed, together with '
+        'the completion, at the end of the block, '
+        'and rolled back where an exception leaves it; for less than that use savepoints'
+    )
 
 
 class Transactions:
-    """Connections of one node for transactions of its users. Threads and forked children may share the object.
+    """Connections of one node for transactions of its users. Threads and forked children may share
+    the object.
 
     Args:
         sessions: Opens them.
@@ -179,13 +203,25 @@ class Transactions:
                 began = executions.begin_transaction(connection)
         except psycopg2.Error as error:
             if error.pgcode in ('57014', '55P03'):
-                raise StoreTimeout(f'a transaction could not be begun in time: {text_of(error)}') from error
-            raise self._sessions.explain_unlimited(error, connection) or refusal(error, 'to begin a transaction') from error
+                raise StoreTimeout(
+                    f'a transaction could not be begun in time: {text_of(error)}'
+                ) from error
+            raise self._sessions.explain_unlimited(error, connection) or refusal(
+                error, 'to begin a transaction'
+            ) from error
         connection.limit = None  # what the block runs takes as long as it takes
         return began
 
-    def complete(self, connection: TransactionConnection, tables: Tables, completion: Completion, began: Began | None) -> bool:
-        """Complete a key at the end of a block; False: the transaction is another by now, or another attempt holds the key."""
+    def complete(
+        self,
+        connection: TransactionConnection,
+        tables: Tables,
+        completion: Completion,
+        began: Began | None,
+    ) -> bool:
+        """Complete a key at the end of a block; False: the transaction is another by now, or
+        another attempt holds the key.
+        """
         if began is None:
             return False
         limit = self._sessions.statement_limit
@@ -195,8 +231,12 @@ class Transactions:
         """Make it fresh again for the next one, or close it."""
         idle = self._idle.setdefault(os.getpid(), deque())
         try:
-            usable = not self._closed and len(idle) < _MOST_IDLE and connection.is_pristine and \
-                connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+            usable = (
+                not self._closed
+                and len(idle) < _MOST_IDLE
+                and connection.is_pristine
+                and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+            )
             if usable and self._sessions.keeps_sessions:
                 connection.limit, connection.prologue = self._sessions.statement_limit, ''
                 connection.autocommit = True
@@ -217,24 +257,37 @@ class Transactions:
         while idle:
             idle.pop().close()
 
-    def explain(self, error: psycopg2.Error, connection: TransactionConnection) -> DatabaseUnavailable | None:
-        """What an error out of the block means, where it is not the user's own: that the connection was lost."""
+    def explain(
+        self, error: psycopg2.Error, connection: TransactionConnection
+    ) -> DatabaseUnavailable | None:
+        """What an error out of the block means, where it is not the user's own: that the connection
+        was lost.
+        """
         if error.pgcode == '25006':
             return None
         return self._sessions.explain_unlimited(error, connection)
 
-    def explain_end(self, error: psycopg2.Error, connection: TransactionConnection, key: str) -> JobSyncError | None:
-        """What an error of the statement that completes, or of the commit, means; None where it is the user's own."""
+    def explain_end(
+        self, error: psycopg2.Error, connection: TransactionConnection, key: str
+    ) -> JobSyncError | None:
+        """What an error of the statement that completes, or of the commit, means; None where it is
+        the user's own.
+        """
         code = error.pgcode or ''
         if code == '25P02':
             return NotCommitted(
-                f'{key!r}: a statement in the block of execution.transaction() failed and the block went on, so that everything is rolled '
-                'back: put what may fail into a savepoint')
+                f'{key!r}: a statement in the block of execution.transaction() failed and the '
+                'block went on, so that everything is rolled '
+                'back: put what may fail into a savepoint'
+            )
         if code == '25006':
             return ConfigurationError(
-                f'{key!r}: the block of execution.transaction() made its transaction read only, so that nothing can be completed in it: '
-                'leave SET TRANSACTION READ ONLY away')
+                f'{key!r}: the block of execution.transaction() made its transaction read only, '
+                'so that nothing can be completed in it: '
+                'leave SET TRANSACTION READ ONLY away'
+            )
         if code.startswith(('23', 'P0')):
             return None  # of a constraint or trigger of the user's that was deferred to the end
-        return self._sessions.explain_unlimited(error, connection) or refusal(error, f'the completion of {key!r}')
-
+        return self._sessions.explain_unlimited(error, connection) or refusal(
+            error, f'the completion of {key!r}'
+        )

@@ -1,7 +1,10 @@
-"""For tests of code that uses JobSync: a Job without a cluster, and fixtures for a real one. PYTEST_DONT_REWRITE
+"""For tests of code that uses JobSync: a Job without a cluster, and fixtures for a real one.
+PYTEST_DONT_REWRITE
 
-In a `conftest.py`: `pytest_plugins = ['jobsync_core.testing']`. Without pytest there are the classes alone.
+In a `conftest.py`: `pytest_plugins = ['jobsync_core.testing']`. Without pytest there are the
+classes alone.
 """
+
 from .cluster import Cluster
 from .fake import FakeJob, standing_in
 from .memory import MemoryLedger
@@ -13,6 +16,20 @@ try:
 except ModuleNotFoundError:
     pass  # unittest will do
 else:
-    from .fixtures import jobsync_cluster, jobsync_config, jobsync_database_url, jobsync_job, jobsync_node, jobsync_postgres
+    from .fixtures import (
+        jobsync_cluster,
+        jobsync_config,
+        jobsync_database_url,
+        jobsync_job,
+        jobsync_node,
+        jobsync_postgres,
+    )
 
-    __all__ += ['jobsync_cluster', 'jobsync_config', 'jobsync_database_url', 'jobsync_job', 'jobsync_node', 'jobsync_postgres']
+    __all__ += [
+        'jobsync_cluster',
+        'jobsync_config',
+        'jobsync_database_url',
+        'jobsync_job',
+        'jobsync_node',
+        'jobsync_postgres',
+    ]

@@ -1,4 +1,5 @@
 """Several nodes in one process, on a real database."""
+
 from __future__ import annotations
 
 import threading
@@ -30,7 +31,8 @@ class Cluster:
 
         Args:
             names: The nodes.
-            settle: Wait until all nodes share all tokens. Not for locks that match no node: their tokens stay without an owner.
+            settle: Wait until all nodes share all tokens. Not for locks that match no node: their
+                tokens stay without an owner.
             options: Arguments of Job for each of them.
         """
         jobs = [Job(name, self.config, **{'wait_on_enter': 0, **options}) for name in names]
@@ -71,7 +73,10 @@ class Cluster:
             if sum(shares.values()) == self.config.total_tokens and all(shares.values()):
                 return
             if time.monotonic() > deadline:
-                raise AssertionError(f'the nodes do not share all {self.config.total_tokens} tokens within {timeout} s: {shares}')
+                raise AssertionError(
+                    f'the nodes do not share all {self.config.total_tokens} tokens within '
+                    f'{timeout} s: {shares}'
+                )
             time.sleep(_LOOK_SEC)
 
     def close(self) -> None:

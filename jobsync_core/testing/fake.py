@@ -1,4 +1,5 @@
 """A Job without a cluster and without a database, whose ownership the test sets."""
+
 from __future__ import annotations
 
 import datetime
@@ -28,7 +29,8 @@ _TOTAL_TOKENS = 1_000_000
 
 @contextmanager
 def standing_in(job: Job) -> Iterator[Job]:
-    """Let the workers of this process, and its exactly-once functions, use this Job, which was entered, in place of a node of their own.
+    """Let the workers of this process, and its exactly-once functions, use this Job, which was
+    entered, in place of a node of their own.
 
     A FakeJob does that by itself. Workers, of whatever broker, then run all that they receive.
 
@@ -37,7 +39,9 @@ def standing_in(job: Job) -> Iterator[Job]:
     """
     other = stand_in()
     if other is not None and other is not job:
-        raise ConfigurationError(f'{other!r} stands in already, beside it {job!r} cannot: leave the first one before')
+        raise ConfigurationError(
+            f'{other!r} stands in already, beside it {job!r} cannot: leave the first one before'
+        )
     set_stand_in(job)
     enter_ledger(job.ledger)
     try:
@@ -48,18 +52,21 @@ def standing_in(job: Job) -> Iterator[Job]:
 
 
 class FakeJob(Job):
-    """A Job for tests: it owns what the test says, keeps its ledger in memory, and remembers what was claimed.
+    """A Job for tests: it owns what the test says, keeps its ledger in memory, and remembers what
+    was claimed.
 
-    Enter it as a Job. While it is entered, it stands in for the node of workers in this process. Takes the arguments of Job too, so that
-    it can be put in the place of the class; those that only a cluster needs are ignored.
+    Enter it as a Job. While it is entered, it stands in for the node of workers in this process.
+    Takes the arguments of Job too, so that it can be put in the place of the class; those that only
+    a cluster needs are ignored.
 
     Args:
         node_name: The node's name.
         coordination_config: Gives the number of tokens and the hash function; never connected to.
         owned: Ids of the tasks that it owns at first; None: all tasks.
-        on_rebalance, on_release: As for Job; called by `own` and `lose`, in the same thread, and what they raise is raised. The first
-            call of on_rebalance comes as with a Job, in another thread, as soon as the block has begun; whatever is done with this
-            object then waits for it, and raises what it raised.
+        on_rebalance, on_release: As for Job; called by `own` and `lose`, in the same thread, and
+            what they raise is raised. The first call of on_rebalance comes as with a Job, in
+            another thread, as soon as the block has begun; whatever is done with this object then
+            waits for it, and raises what it raised.
     """
 
     def __init__(
@@ -79,12 +86,27 @@ class FakeJob(Job):
         owned: Iterable[Task | Hashable] | None = None,
     ) -> None:
         self._fake = FakeNode(
-            node_name, coordination_config.total_tokens if coordination_config is not None else _TOTAL_TOKENS,
-            coordination_config.hash_function if coordination_config is not None else 'double_sha256',
-            with_event(on_rebalance) if callable(on_rebalance) else None, on_release)
+            node_name,
+            coordination_config.total_tokens if coordination_config is not None else _TOTAL_TOKENS,
+            coordination_config.hash_function
+            if coordination_config is not None
+            else 'double_sha256',
+            with_event(on_rebalance) if callable(on_rebalance) else None,
+            on_release,
+        )
         super().__init__(
-            node_name, None, date, wait_on_enter, wait_on_exit, lock_provider, clear_existing_locks, on_rebalance,
-            on_release=on_release, weight=weight, resume=resume)
+            node_name,
+            None,
+            date,
+            wait_on_enter,
+            wait_on_exit,
+            lock_provider,
+            clear_existing_locks,
+            on_rebalance,
+            on_release=on_release,
+            weight=weight,
+            resume=resume,
+        )
         if owned is not None:
             self._fake.owned = self._fake.tokens_of(owned)
 
@@ -99,13 +121,17 @@ class FakeJob(Job):
         fake.own(fake.owned | fake.tokens_of(task_ids) if task_ids else fake.all)
 
     def lose(self, *task_ids: Task | Hashable) -> None:
-        """Lose these tasks, or all when none is given: `on_release` is called first, then they are gone."""
+        """Lose these tasks, or all when none is given: `on_release` is called first, then they are
+        gone.
+        """
         fake = self._fake
         fake.own(fake.owned - fake.tokens_of(task_ids) if task_ids else TokenSet())
 
     @property
     def healthy(self) -> bool:
-        """Whether there is a lease; set it to False, and nothing can be claimed until it is True again."""
+        """Whether there is a lease; set it to False, and nothing can be claimed until it is True
+        again.
+        """
         return self._fake.leased
 
     @healthy.setter
@@ -163,7 +189,10 @@ class FakeJob(Job):
     def __enter__(self) -> FakeJob:
         """Enter, and stand in for the node of workers in this process; see Job."""
         if stand_in() is not None:
-            raise ConfigurationError(f'{stand_in()!r} stands in already, beside it {self!r} cannot: leave the first one before')
+            raise ConfigurationError(
+                f'{stand_in()!r} stands in already, beside it {self!r} cannot: leave the first '
+                'one before'
+            )
         set_stand_in(self)
         try:
             super().__enter__()
@@ -174,7 +203,12 @@ class FakeJob(Job):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Leave; see Job. What was added is audited; after an error, all but the last."""
         if self._state == 'entered' and stand_in() is self:
             set_stand_in(None)

@@ -1,4 +1,5 @@
 """The node behind a FakeJob: its ownership is what the test says."""
+
 from __future__ import annotations
 
 import datetime
@@ -23,16 +24,22 @@ _BINDING_SEC = 1.0
 
 
 class FakeNode:
-    """A node without a cluster and without a database; see Node, and FakeJob for what a test sets and reads.
+    """A node without a cluster and without a database; see Node, and FakeJob for what a test sets
+    and reads.
 
     Args:
         name: Its name.
         total_tokens, hash_function: Which token a task has.
-        on_rebalance, on_release: Called where tokens change, in the same thread; what they raise is raised.
+        on_rebalance, on_release: Called where tokens change, in the same thread; what they raise is
+            raised.
     """
 
     def __init__(
-        self, name: str, total_tokens: int, hash_function: str, on_rebalance: Callable[[RebalanceEvent], object] | None,
+        self,
+        name: str,
+        total_tokens: int,
+        hash_function: str,
+        on_rebalance: Callable[[RebalanceEvent], object] | None,
         on_release: Callable[[TokenSet], object] | None,
     ) -> None:
         self._name = name
@@ -89,10 +96,15 @@ class FakeNode:
         self._is_entered = True
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
-        """See Node: the first call comes in another thread, when `with … as job` has bound the name."""
+        """See Node: the first call comes in another thread, when `with … as job` has bound the
+        name.
+        """
         if self._on_rebalance is None:
             return
-        tell_user, event = self._on_rebalance, RebalanceEvent(True, self.version, len(self.owned), 0)
+        tell_user, event = (
+            self._on_rebalance,
+            RebalanceEvent(True, self.version, len(self.owned), 0),
+        )
 
         def tell() -> None:
             deadline, pause = time.monotonic() + _BINDING_SEC, threading.Event()
@@ -107,7 +119,9 @@ class FakeNode:
         self._initial.start()
 
     def await_initial(self) -> None:
-        """Whatever a test does with the Job comes after the first call; what that raised is raised here."""
+        """Whatever a test does with the Job comes after the first call; what that raised is raised
+        here.
+        """
         initial = self._initial
         if initial is None or initial is threading.current_thread():
             return
@@ -178,7 +192,10 @@ class FakeNode:
 
     def _claim(self, task: object) -> None:
         if not self.owns(task):
-            raise ClaimLost(f'node {self._name!r} does not own {task_id_of(task)!r}: the test said so, by `owned`, `lose` or `healthy`')
+            raise ClaimLost(
+                f'node {self._name!r} does not own {task_id_of(task)!r}: the test said so, by '
+                '`owned`, `lose` or `healthy`'
+            )
         self.claimed.append(task_id_of(task))
 
     def audit(self) -> None:
@@ -200,7 +217,11 @@ class FakeNode:
 
     def explain(self, task_id: object) -> dict[str, Any]:
         """See Node: task_id, token and owner."""
-        return {'task_id': check_task_id(task_id_of(task_id)), 'token': self.token_of(task_id), 'owner': self.owner_of(task_id)}
+        return {
+            'task_id': check_task_id(task_id_of(task_id)),
+            'token': self.token_of(task_id),
+            'owner': self.owner_of(task_id),
+        }
 
     # --- what it knows ---
 
@@ -239,12 +260,22 @@ class FakeNode:
         """See Node."""
         entered = state == 'entered'
         return {
-            'coordination_enabled': True, 'node_name': self._name, 'incarnation': self.incarnation,
+            'coordination_enabled': True,
+            'node_name': self._name,
+            'incarnation': self.incarnation,
             'state': ('draining' if self._drained is not None else 'active') if entered else state,
-            'is_leader': entered and self.leads, 'healthy': entered and self.leased, 'my_tokens': len(self.tokens),
-            'token_version': self.version, 'total_tokens': self._total_tokens, 'last_heartbeat': None,
-            'lease_remaining_sec': 60.0 if self.leased else 0.0, 'evictions': 0, 'callback_failures': 0, 'callbacks_slow': 0,
-            'executions_unsettled': 0, 'recent_events': [],
+            'is_leader': entered and self.leads,
+            'healthy': entered and self.leased,
+            'my_tokens': len(self.tokens),
+            'token_version': self.version,
+            'total_tokens': self._total_tokens,
+            'last_heartbeat': None,
+            'lease_remaining_sec': 60.0 if self.leased else 0.0,
+            'evictions': 0,
+            'callback_failures': 0,
+            'callbacks_slow': 0,
+            'executions_unsettled': 0,
+            'recent_events': [],
         }
 
     @property
@@ -268,7 +299,9 @@ class FakeNode:
         Raises:
             ConfigurationError: Always.
         """
-        raise ConfigurationError('a FakeJob has no database: test this with the fixture jobsync_node')
+        raise ConfigurationError(
+            'a FakeJob has no database: test this with the fixture jobsync_node'
+        )
 
     def rest(self) -> None:
         """See Node."""
@@ -298,13 +331,20 @@ class FakeNode:
             before, self._drained = self._drained, None
             self.own(before)
 
-    def register_locks(self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]) -> int:
+    def register_locks(
+        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
+    ) -> int:
         """See Node. The fake's ownership does not follow them."""
         now = datetime.datetime.now(datetime.timezone.utc)
         for task_id, patterns, reason, days in rows:
             self.locks[task_id] = {
-                'task_id': task_id, 'node_patterns': list(patterns), 'reason': reason, 'created_at': now, 'created_by': self._name,
-                'expires_at': now + datetime.timedelta(days=days) if days is not None else None}
+                'task_id': task_id,
+                'node_patterns': list(patterns),
+                'reason': reason,
+                'created_at': now,
+                'created_by': self._name,
+                'expires_at': now + datetime.timedelta(days=days) if days is not None else None,
+            }
         return len(rows)
 
     def list_locks(self) -> list[dict[str, Any]]:

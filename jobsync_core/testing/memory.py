@@ -1,4 +1,5 @@
 """A ledger in memory: keys complete once, as in the database, for as long as the test lasts."""
+
 from __future__ import annotations
 
 import json
@@ -28,10 +29,14 @@ class _Row:
 
 
 class MemoryLedger(SingleLedger):
-    """The exactly-once ledger of one process; threads share it, forked children do not. Retention never ends here: see `forget`."""
+    """The exactly-once ledger of one process; threads share it, forked children do not. Retention
+    never ends here: see `forget`.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a coroutine may be collected while its own thread is in here
+        self._lock = (
+            threading.RLock()
+        )  # a coroutine may be collected while its own thread is in here
         self._rows: dict[str, _Row] = {}
 
     def begin(self, key: str, retention_sec: float) -> Execution:
@@ -48,10 +53,16 @@ class MemoryLedger(SingleLedger):
                 duplicate.key, duplicate.result = key, row.result
                 raise duplicate
             if row is not None and row.state == 'running':
-                running = ExecutionRunning(f'the key {key!r} is being executed right now; try again later')
+                running = ExecutionRunning(
+                    f'the key {key!r} is being executed right now; try again later'
+                )
                 running.key = key
                 raise running
-            row = self._rows[key] = _Row('running', row.fence + 1, row.attempts + 1) if row is not None else _Row('running')
+            row = self._rows[key] = (
+                _Row('running', row.fence + 1, row.attempts + 1)
+                if row is not None
+                else _Row('running')
+            )
         return Execution(self, key, row.fence, row.attempts, retention_sec)
 
     def finish(self, execution: Execution) -> None:
@@ -64,9 +75,15 @@ class MemoryLedger(SingleLedger):
             row = self._rows.get(execution.key)
             if row is None or row.fence != execution.fence:
                 raise Fenced(
-                    f'another attempt has taken the key {execution.key!r} over; this one (fence {execution.fence}) is not recorded')
+                    f'another attempt has taken the key {execution.key!r} over; this one (fence '
+                    f'{execution.fence}) is not recorded'
+                )
             row.state = 'done'
-            row.result = decode_result(json.loads(execution._encoded)) if execution._encoded is not None else None
+            row.result = (
+                decode_result(json.loads(execution._encoded))
+                if execution._encoded is not None
+                else None
+            )
             execution._completed = True
 
     def fail(self, execution: Execution, error: BaseException) -> None:
@@ -86,7 +103,9 @@ class MemoryLedger(SingleLedger):
     def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
         """There is none."""
         raise ConfigurationError(
-            'execution.transaction() needs a database, and this ledger is in memory: test this function with the fixture jobsync_node')
+            'execution.transaction() needs a database, and this ledger is in memory: test this '
+            'function with the fixture jobsync_node'
+        )
 
     # --- for tests ---
 
@@ -107,7 +126,9 @@ class MemoryLedger(SingleLedger):
 
     def _in_state(self, state: str, field: str) -> dict[str, Any]:
         with self._lock:
-            return {key: getattr(row, field) for key, row in self._rows.items() if row.state == state}
+            return {
+                key: getattr(row, field) for key, row in self._rows.items() if row.state == state
+            }
 
     def attempts(self, key: str) -> int:
         """How often a key was begun."""
@@ -129,7 +150,9 @@ class MemoryLedger(SingleLedger):
     def _put(self, key: str, state: str, result: Any) -> None:
         with self._lock:
             fence = self._rows[key].fence + 1 if key in self._rows else 1
-            self._rows[check_key(key)] = _Row(state, fence, self._rows[key].attempts if key in self._rows else 1, result)
+            self._rows[check_key(key)] = _Row(
+                state, fence, self._rows[key].attempts if key in self._rows else 1, result
+            )
 
     def forget(self, key: str | None = None) -> None:
         """Forget one key, or all, as the end of their retention does."""

@@ -1,4 +1,7 @@
-"""Health and metrics of one node over HTTP, for probes and Prometheus; on the standard library's server."""
+"""Health and metrics of one node over HTTP, for probes and Prometheus; on the standard library's
+server.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +28,9 @@ logger = get_logger(__name__)
 _PATIENCE = 5.0
 #: Connections at one time; one more ends the oldest, so that slow clients do not keep probes out.
 _MOST = 64
-_ADDRESS = re.compile(r'(?:(?P<name>[^:\[\]\s/]*)|\[(?P<six>[\w:.%]+)\]):(?P<port>[0-9]{1,5})\Z', re.ASCII)
+_ADDRESS = re.compile(
+    r'(?:(?P<name>[^:\[\]\s/]*)|\[(?P<six>[\w:.%]+)\]):(?P<port>[0-9]{1,5})\Z', re.ASCII
+)
 _JSON = 'application/json'
 _TEXT = 'text/plain; version=0.0.4; charset=utf-8'
 
@@ -39,7 +44,9 @@ def split_address(address: object) -> tuple[str, int]:
     text = str(address) if isinstance(address, (int, str)) and not isinstance(address, bool) else ''
     found = _ADDRESS.match(f':{text}' if text.isdecimal() else text)
     if found is None or int(found['port']) > 65535:
-        raise ConfigurationError(f"http={address!r}: give ':8080', '127.0.0.1:8080', '[::1]:8080' or a port number")
+        raise ConfigurationError(
+            f"http={address!r}: give ':8080', '127.0.0.1:8080', '[::1]:8080' or a port number"
+        )
     return found['name'] or found['six'] or '', int(found['port'])
 
 
@@ -63,20 +70,27 @@ def node_metrics(job: Job, counts: Callable[[], Mapping[str, int]]) -> Callable[
 
 
 class HealthServer:
-    """Serves `/health/live`, `/health/ready` and `/metrics` from a thread of its own, until `close()`. Forked children do not serve.
+    """Serves `/health/live`, `/health/ready` and `/metrics` from a thread of its own, until
+    `close()`. Forked children do not serve.
 
     Args:
         address: Where to listen; port 0 picks a free one.
-        ready: Gives what the answer of `/health/ready` shows; ready is a worker whose 'consuming' is true.
+        ready: Gives what the answer of `/health/ready` shows; ready is a worker whose 'consuming'
+            is true.
         metrics: Renders the metrics; None: the extra is not installed.
-        live: Whether the node can still come back by itself; where it cannot, `/health/live` answers 503: restart the process.
+        live: Whether the node can still come back by itself; where it cannot, `/health/live`
+            answers 503: restart the process.
 
     Raises:
         ConfigurationError: The address is none, or cannot be listened on.
     """
 
     def __init__(
-        self, address: str | int, *, ready: Callable[[], Mapping[str, object]], metrics: Callable[[], bytes] | None,
+        self,
+        address: str | int,
+        *,
+        ready: Callable[[], Mapping[str, object]],
+        metrics: Callable[[], bytes] | None,
         live: Callable[[], bool] = lambda: True,
     ) -> None:
         host, port = split_address(address)
@@ -93,10 +107,14 @@ class HealthServer:
             self._server = Server((host, port), Handler)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             reason = getattr(error, 'strerror', None) or error
-            raise ConfigurationError(f'http={address!r}: {reason}: choose an address of this machine and a free port') from None
+            raise ConfigurationError(
+                f'http={address!r}: {reason}: choose an address of this machine and a free port'
+            ) from None
         self.port = int(self._server.server_address[1])
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._server.serve_forever, name='jobsync-http', daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name='jobsync-http', daemon=True
+        )
         self._thread.start()
         _servers.add(self)
 
@@ -105,7 +123,8 @@ class HealthServer:
         if os.getpid() != self._pid:
             return
         with contextlib.suppress(OSError):
-            # Wakes the thread at once, and ends listening even if a child should have the socket too.
+            # Wakes the thread at once, and ends listening even if a child should have the socket
+            # too.
             self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._thread.join(_PATIENCE)
@@ -131,7 +150,8 @@ os.register_at_fork(after_in_child=_after_fork)
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    #: Connections that the system holds until they are accepted: beyond them a client waits for a second and tries again.
+    #: Connections that the system holds until they are accepted: beyond them a client waits for a
+    #: second and tries again.
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
@@ -144,7 +164,10 @@ class _Server(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._open) >= _MOST:
@@ -196,7 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             code, kind, body = self._look(path)
         except Exception as error:
             logger.exception('%s cannot be answered', path)
-            code, kind, body = _json(500, {'error': f'{type(error).__name__}; the log of the process tells more'})
+            code, kind, body = _json(
+                500, {'error': f'{type(error).__name__}; the log of the process tells more'}
+            )
         self._answer(code, kind, body)
 
     do_HEAD = do_GET
@@ -208,11 +233,15 @@ class _Handler(BaseHTTPRequestHandler):
         if path == '/health/ready':
             found = self.status()
             ready = bool(found.get('consuming'))
-            return _json(200 if ready else 503, {'status': 'ready' if ready else 'not_ready', **found})
+            return _json(
+                200 if ready else 503, {'status': 'ready' if ready else 'not_ready', **found}
+            )
         if path != '/metrics':
             return _json(404, {'error': 'there are /health/live, /health/ready and /metrics'})
         if self.render is None:
-            return _json(501, {'error': "metrics need the extra: pip install 'jobsync-workers[metrics]'"})
+            return _json(
+                501, {'error': "metrics need the extra: pip install 'jobsync-workers[metrics]'"}
+            )
         return 200, _TEXT, self.render()
 
     def __getattr__(self, name: str) -> Any:

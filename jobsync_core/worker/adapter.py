@@ -1,4 +1,7 @@
-"""What an adapter says of its tasks and messages: which are coordinated, and what becomes of a message whose attempt is refused."""
+"""What an adapter says of its tasks and messages: which are coordinated, and what becomes of a
+message whose attempt is refused.
+"""
+
 from __future__ import annotations
 
 import datetime
@@ -46,7 +49,9 @@ class Declared:
     key: str | Callable[..., str] | None
     pin: Sequence[str] | str | None
     internal: bool = False
-    prepare: Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None = None
+    prepare: (
+        Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None
+    ) = None
 
 
 class CoordinatedTasks:
@@ -59,7 +64,10 @@ class CoordinatedTasks:
     """
 
     def __init__(
-        self, settings: PluginSettings, declared: Callable[[str], Declared | None], names: Callable[[], Iterable[str]],
+        self,
+        settings: PluginSettings,
+        declared: Callable[[str], Declared | None],
+        names: Callable[[], Iterable[str]],
     ) -> None:
         self._settings = settings
         self._declared = declared
@@ -81,7 +89,9 @@ class CoordinatedTasks:
 
     def pins(self) -> dict[str, tuple[str, ...]]:
         """Pinned tasks and their patterns."""
-        pins: dict[str, tuple[str, ...]] = {name: tuple(patterns) for name, patterns in self._settings.pins.items()}
+        pins: dict[str, tuple[str, ...]] = {
+            name: tuple(patterns) for name, patterns in self._settings.pins.items()
+        }
         for name in list(self._names()):
             found = self.find(name)
             if found is not None and found.pin is not None:
@@ -89,13 +99,18 @@ class CoordinatedTasks:
         return pins
 
     def unknown_pins(self) -> list[str]:
-        """What is to be said at the start of pins in the settings whose tasks are not known here: most likely they are misspelt."""
+        """What is to be said at the start of pins in the settings whose tasks are not known here:
+        most likely they are misspelt.
+        """
         names = list(self._names())
         found: list[str] = []
         for name in self._settings.pins:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                found.append(f'pins: {name!r} is not known here' + (f'; did you mean {near[0]!r}?' if near else ''))
+                found.append(
+                    f'pins: {name!r} is not known here'
+                    + (f'; did you mean {near[0]!r}?' if near else '')
+                )
         return found
 
     def _build(self, name: str, task: Declared) -> Coordination | None:
@@ -105,28 +120,35 @@ class CoordinatedTasks:
             return None
         if task.once is not None:
             task.once.adopt(name)
-        return Coordination(name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare)
+        return Coordination(
+            name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare
+        )
 
 
 class MessageOnce(ABC):
     """`@exactly_once` for the messages of a framework."""
 
     def exactly_once(
-        self, *bare: object, key: str | Callable[..., str] | None = None,
-        retention: datetime.timedelta | float = DEFAULT_RETENTION, on_duplicate: str = 'result', on_running: str = 'requeue',
-        store_result: bool = True, scope: str | None = None,
+        self,
+        *bare: object,
+        key: str | Callable[..., str] | None = None,
+        retention: datetime.timedelta | float = DEFAULT_RETENTION,
+        on_duplicate: str = 'result',
+        on_running: str = 'requeue',
+        store_result: bool = True,
+        scope: str | None = None,
     ) -> Callable[[F], F]:
         """Make a task (an actor) complete once per key: put it below the framework's own decorator.
 
         Args:
             bare: Nothing: it is here to refuse `@exactly_once` without parentheses.
-            key: A format string over the arguments, or a callable that takes them. Default: the message's id, which suppresses
-                redeliveries.
+            key: A format string over the arguments, or a callable that takes them. Default: the
+                message's id, which suppresses redeliveries.
             retention: For how long a completion is remembered: a timedelta, or seconds.
-            on_duplicate: What a message with a completed key returns: 'result' the stored result, 'skip' None; 'raise' raises
-                DuplicateExecution.
-            on_running: What becomes of a message whose key is running: 'requeue' brings it back, 'skip' returns None, 'raise'
-                raises ExecutionRunning.
+            on_duplicate: What a message with a completed key returns: 'result' the stored result,
+                'skip' None; 'raise' raises DuplicateExecution.
+            on_running: What becomes of a message whose key is running: 'requeue' brings it back,
+                'skip' returns None, 'raise' raises ExecutionRunning.
             store_result: Store what the function returns, as JSON.
             scope: What keys begin with; default: the task's (the actor's) name.
 
@@ -140,16 +162,28 @@ class MessageOnce(ABC):
             # Of its own for each function: one decorator may be put on several.
             made: list[ExactlyOnce] = []
             wrapper = core.exactly_once(
-                key=key, retention=retention, on_duplicate=on_duplicate, on_running=on_running, store_result=store_result, scope=scope,
-                default_key=lambda: self.message_id() if self._is_own(made[0]) else None, refuse=self._refuse, ledger=self.ledger,
-                completes=self.completes, check_result=self.check_result, named_later=True)(function)
+                key=key,
+                retention=retention,
+                on_duplicate=on_duplicate,
+                on_running=on_running,
+                store_result=store_result,
+                scope=scope,
+                default_key=lambda: self.message_id() if self._is_own(made[0]) else None,
+                refuse=self._refuse,
+                ledger=self.ledger,
+                completes=self.completes,
+                check_result=self.check_result,
+                named_later=True,
+            )(function)
             made.append(vars(wrapper)['exactly_once'])
             return wrapper
 
         return decorate
 
     def made(self, options: ExactlyOnce) -> bool:
-        """Whether this framework's `exactly_once` made the options, and not the core's or another framework's."""
+        """Whether this framework's `exactly_once` made the options, and not the core's or another
+        framework's.
+        """
         return getattr(options.refuse, '__self__', None) is self
 
     @abstractmethod
@@ -162,8 +196,8 @@ class MessageOnce(ABC):
 
     @abstractmethod
     def replay(self, error: DuplicateExecution) -> None:
-        """The duplicate is about to end with the stored result. Where the same message did so before, keep from happening again
-        what happened then; what this raises ends it instead.
+        """The duplicate is about to end with the stored result. Where the same message did so
+        before, keep from happening again what happened then; what this raises ends it instead.
         """
 
     @abstractmethod
@@ -187,19 +221,26 @@ class MessageOnce(ABC):
         return message_ledger()
 
     def completes(self, execution: Execution, error: BaseException) -> bool:
-        """Whether a function that ended with an exception has completed its key by it. The framework's own ways of ending, perhaps."""
+        """Whether a function that ended with an exception has completed its key by it. The
+        framework's own ways of ending, perhaps.
+        """
         return False
 
     def stored_result(self, result: Any) -> Any:
-        """What the ledger's result of a completed key stands for, to be given to a call of the user's own code."""
+        """What the ledger's result of a completed key stands for, to be given to a call of the
+        user's own code.
+        """
         return result
 
     def check_result(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to check
-        """Called with a result that the ledger does not store, before the key is complete. What this raises fails the attempt."""
+        """Called with a result that the ledger does not store, before the key is complete. What
+        this raises fails the attempt.
+        """
 
     def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         if not self.is_processing() or not self._is_own(options):
-            # Called by the user's own code, inside of another task too: the message that is being processed must not come back for it.
+            # Called by the user's own code, inside of another task too: the message that is being
+            # processed must not come back for it.
             if ran:
                 raise error
             if isinstance(error, DuplicateExecution):
@@ -215,5 +256,6 @@ class MessageOnce(ABC):
             if options.on_running == 'skip':
                 return None
             raise error
-        # Running elsewhere, the ledger out of reach, this node evicted, or the completion unknown: the next delivery finds out.
+        # Running elsewhere, the ledger out of reach, this node evicted, or the completion unknown:
+        # the next delivery finds out.
         self.come_back(error)

@@ -1,4 +1,7 @@
-"""The broker, as rescue and parking need it: two interfaces that each adapter implements for each of its brokers."""
+"""The broker, as rescue and parking need it: two interfaces that each adapter implements for each
+of its brokers.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -30,29 +33,41 @@ class Letter(Protocol):
 
 
 class Mail(Protocol):
-    """A connection to the broker for one thread. Any error of its client may come out; the work is tried again then."""
+    """A connection to the broker for one thread. Any error of its client may come out; the work is
+    tried again then.
+    """
 
-    #: A message that is sent to a deleted queue is kept (in the parked queue), not lost and not stranded.
+    #: A message that is sent to a deleted queue is kept (in the parked queue), not lost and not
+    #: stranded.
     catches_strays: bool
 
     def mark(self, mark: str) -> None:
-        """Write the cluster's mark, by which its nodes know that they are at one broker, where the broker has lost it."""
+        """Write the cluster's mark, by which its nodes know that they are at one broker, where the
+        broker has lost it.
+        """
 
     def restore(self, node: str) -> int:
-        """Put back what a node that is gone had taken and not acknowledged; returns how many messages."""
+        """Put back what a node that is gone had taken and not acknowledged; returns how many
+        messages.
+        """
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Nodes that may have left something, of those that are gone: in few trips, however many they are.
+        """Nodes that may have left something, of those that are gone: in few trips, however many
+        they are.
 
         Args:
             queues: Each node, and its queue.
         """
 
     def size(self, queue: str) -> int:
-        """How many messages wait in a queue, those that somebody has taken not counted; 0 where there is no such queue."""
+        """How many messages wait in a queue, those that somebody has taken not counted; 0 where
+        there is no such queue.
+        """
 
     def take(self, queue: str) -> Letter | None:
-        """The next message of a queue; None where it is empty or there is no such queue. What it holds makes this raise nothing."""
+        """The next message of a queue; None where it is empty or there is no such queue. What it
+        holds makes this raise nothing.
+        """
 
     def delete(self, queue: str) -> bool:
         """Delete a queue if it is empty and nobody consumes it; whether it is gone."""

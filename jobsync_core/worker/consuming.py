@@ -1,7 +1,10 @@
-"""Whether a worker takes messages: what probes ask, and by what a node gives its keys away that is cut off from its broker.
+"""Whether a worker takes messages: what probes ask, and by what a node gives its keys away that is
+cut off from its broker.
 
-Such a node still reaches the database, so that its lease stays valid, and the others would send its keys to a queue that nobody empties.
+Such a node still reaches the database, so that its lease stays valid, and the others would send its
+keys to a queue that nobody empties.
 """
+
 from __future__ import annotations
 
 import threading
@@ -20,7 +23,8 @@ _SAY_AGAIN_SEC = 60.0
 
 
 class Consuming:
-    """When each of a worker's queues was looked at last. Those who consume tell; probes and `SelfDrain` ask. Any thread may.
+    """When each of a worker's queues was looked at last. Those who consume tell; probes and
+    `SelfDrain` ask. Any thread may.
 
     Args:
         patience: Seconds without a look after which a queue does not count as consumed.
@@ -33,7 +37,8 @@ class Consuming:
         self._lost_at = self._said = 0.0
         self._lock = threading.Lock()
         self._since = clock.now()
-        #: The worker shuts down, or gives everything back: it takes nothing, whatever its threads do.
+        #: The worker shuts down, or gives everything back: it takes nothing, whatever its threads
+        #: do.
         self.stopped = False
 
     def looked(self, queue: str) -> None:
@@ -44,14 +49,18 @@ class Consuming:
                 self._lost.pop(queue, None)
                 over, self._said = not self._lost, 0.0 if not self._lost else self._said
             if over:
-                logger.info('JobSync: the broker answers again, after %.0f s', clock.now() - self._lost_at)
+                logger.info(
+                    'JobSync: the broker answers again, after %.0f s', clock.now() - self._lost_at
+                )
 
     def rests(self, queue: str) -> None:
         """Nothing is asked for by intention: the time does not count as silence."""
         self._looked[queue] = clock.now()
 
     def lost(self, queue: str, reason: object) -> None:
-        """The broker cannot be asked for this queue's messages. For all queues together that is said once, then once a minute."""
+        """The broker cannot be asked for this queue's messages. For all queues together that is
+        said once, then once a minute.
+        """
         now = clock.now()
         with self._lock:
             if not self._lost:
@@ -61,8 +70,13 @@ class Consuming:
             if say:
                 self._said = now
         if say:
-            logger.warning('JobSync: no messages of %d queues for %.0f s, as the broker cannot be asked: %s -- it is tried again and again',
-                           len(self._lost), now - self._lost_at, ' '.join(str(reason).split()))
+            logger.warning(
+                'JobSync: no messages of %d queues for %.0f s, as the broker cannot be asked: %s '
+                '-- it is tried again and again',
+                len(self._lost),
+                now - self._lost_at,
+                ' '.join(str(reason).split()),
+            )
 
     def problem(self) -> str:
         """Why the worker does not consume; '' where it does."""
@@ -79,14 +93,21 @@ class Consuming:
         return ''
 
     def silence(self, queue: str | None = None) -> float:
-        """Seconds since a look at this queue, or at any; counted from the start where there was none."""
+        """Seconds since a look at this queue, or at any; counted from the start where there was
+        none.
+        """
         looked = dict(self._looked)
-        last = looked.get(queue, self._since) if queue is not None else max(looked.values(), default=self._since)
+        last = (
+            looked.get(queue, self._since)
+            if queue is not None
+            else max(looked.values(), default=self._since)
+        )
         return max(0.0, clock.now() - last)
 
 
 class SelfDrain:
-    """A thread that drains a node which has not consumed for a heartbeat timeout, until it does again.
+    """A thread that drains a node which has not consumed for a heartbeat timeout, until it does
+    again.
 
     Args:
         job: The node.
@@ -122,12 +143,21 @@ class SelfDrain:
             if self._job.am_i_healthy() and self._job.local_status()['state'] == 'active':
                 if not self._others():
                     if not self._alone:
-                        logger.warning('node=%s has taken no messages from the broker for %.0f s; it keeps its keys, as no other node '
-                                       'could take them', self._job.node_name, silence)
+                        logger.warning(
+                            'node=%s has taken no messages from the broker for %.0f s; it keeps '
+                            'its keys, as no other node '
+                            'could take them',
+                            self._job.node_name,
+                            silence,
+                        )
                     self._alone = True
                     return
-                logger.warning('node=%s has taken no messages from the broker for %.0f s: it gives its keys away until it does',
-                               self._job.node_name, silence)
+                logger.warning(
+                    'node=%s has taken no messages from the broker for %.0f s: it gives its keys '
+                    'away until it does',
+                    self._job.node_name,
+                    silence,
+                )
                 self._job.drain(0)
                 self.drained = True
         elif self.drained and silence <= self._timeout:
@@ -139,13 +169,23 @@ class SelfDrain:
 
     def _others(self) -> bool:
         # Where the broker itself is away, all are silent: somebody has to keep the keys.
-        return any(node['name'] != self._job.node_name and node['state'] == 'active' for node in self._job.get_active_nodes())
+        return any(
+            node['name'] != self._job.node_name and node['state'] == 'active'
+            for node in self._job.get_active_nodes()
+        )
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self._timeout / 5)):
             try:
                 self.look()
-            except Exception as error:  # without this thread a node that is cut off would keep its keys for ever
+            except (
+                Exception
+            ) as error:  # without this thread a node that is cut off would keep its keys for ever
                 more = self._repeats.say(type(error).__name__, clock.now())
                 if more is not None:
-                    logger.warning('node=%s cannot look whether it is cut off from the broker: %s%s', self._job.node_name, error, more)
+                    logger.warning(
+                        'node=%s cannot look whether it is cut off from the broker: %s%s',
+                        self._job.node_name,
+                        error,
+                        more,
+                    )

@@ -1,13 +1,16 @@
 """Taking the plugin out: what it keeps in queues of its own goes back to where it was sent to.
 
-A message is published to its home queue, confirmed, and only then taken out of the plugin's queue, so that what breaks off in between
-makes a second copy and never none. What belongs to live nodes is left alone: they are emptied by their own consumers.
+A message is published to its home queue, confirmed, and only then taken out of the plugin's queue,
+so that what breaks off in between makes a second copy and never none. What belongs to live nodes is
+left alone: they are emptied by their own consumers.
 """
+
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from .. import clock
@@ -34,7 +37,9 @@ class Evacuable(Mail, Protocol):
     kind: str
 
     def places(self) -> Iterable[str]:
-        """Names of queues of this plugin that the broker itself knows of, with messages or records of taken ones; it may know of none."""
+        """Names of queues of this plugin that the broker itself knows of, with messages or records
+        of taken ones; it may know of none.
+        """
 
     def close(self) -> None:
         """Close all connections."""
@@ -48,7 +53,8 @@ class Evacuated:
         restored: Messages that dead nodes had taken and not acknowledged, and that were put back.
         moved: Messages that went home, by home queue.
         deleted: Queues that were empty and are gone.
-        busy: Nodes that are alive, or that somebody else was sweeping: their queues were left alone.
+        busy: Nodes that are alive, or that somebody else was sweeping: their queues were left
+            alone.
         failed: What went wrong, by queue; the others went on.
     """
 
@@ -64,11 +70,14 @@ class Evacuated:
         return not self.busy and not self.failed
 
 
-def evacuate(mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], object] = lambda line: None) -> Evacuated:
+def evacuate(
+    mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], object] = lambda line: None
+) -> Evacuated:
     """Move home what is in queues of nodes that are gone, what they had taken, and what is parked.
 
-    It may run while workers do, with the plugin or without, and as often as one likes. Each queue is emptied of what was in it when its
-    turn came, and no more: a gate that is still alive may put messages back.
+    It may run while workers do, with the plugin or without, and as often as one likes. Each queue
+    is emptied of what was in it when its turn came, and no more: a gate that is still alive may put
+    messages back.
 
     Args:
         mail: The broker.
@@ -89,17 +98,30 @@ def evacuate(mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], 
         shared = parked_queue(config.appname), unknown_queue(config.appname)
         for name in mail.places():
             if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
-                known.setdefault(name, name[len(prefix):])
+                known.setdefault(name, name[len(prefix) :])
         for queue, node in sorted(known.items()):
-            _guarded(mail, done, queue, tell, lambda: _leave_node(mail, sessions, tables, queue, node, dead, done))  # noqa: B023
+            _guarded(
+                mail,
+                done,
+                queue,
+                tell,
+                partial(_leave_node, mail, sessions, tables, queue, node, dead, done),
+            )
         for queue in shared:
-            _guarded(mail, done, queue, tell, lambda: _leave_shared(mail, sessions, tables, queue, done))  # noqa: B023
+            leave = partial(_leave_shared, mail, sessions, tables, queue, done)
+            _guarded(mail, done, queue, tell, leave)
         return done
     finally:
         sessions.close_all()
 
 
-def _guarded(mail: Evacuable, done: Evacuated, queue: str, tell: Callable[[str], object], action: Callable[[], str]) -> None:
+def _guarded(
+    mail: Evacuable,
+    done: Evacuated,
+    queue: str,
+    tell: Callable[[str], object],
+    action: Callable[[], str],
+) -> None:
     # One queue that cannot be emptied holds up no other.
     try:
         tell(f'{queue}: {action()}')
@@ -109,9 +131,11 @@ def _guarded(mail: Evacuable, done: Evacuated, queue: str, tell: Callable[[str],
         tell(f'{queue}: failed: {done.failed[queue]}')
 
 
-def _dead(sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable[[str], object]) -> dict[str, tuple[Any, ...]]:
-    """Nodes in the table that are dead, and their last signs of life. Where all were killed, nobody has removed their rows: one that
-    sends nothing for a whole timeout is dead.
+def _dead(
+    sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable[[str], object]
+) -> dict[str, tuple[Any, ...]]:
+    """Nodes in the table that are dead, and their last signs of life. Where all were killed, nobody
+    has removed their rows: one that sends nothing for a whole timeout is dead.
     """
     with sessions.session() as connection:
         silent = queues.heartbeats(connection, tables)
@@ -126,7 +150,9 @@ def _dead(sessions: Sessions, tables: Tables, timeout_sec: float, tell: Callable
     return silent
 
 
-def _is_alive(sessions: Sessions, tables: Tables, node: str, dead: dict[str, tuple[Any, ...]]) -> bool:
+def _is_alive(
+    sessions: Sessions, tables: Tables, node: str, dead: dict[str, tuple[Any, ...]]
+) -> bool:
     """Whether a node lives now: it may have come, or come back, since they were counted."""
     with sessions.session() as connection:
         sign = queues.heartbeats(connection, tables).get(node)
@@ -134,7 +160,13 @@ def _is_alive(sessions: Sessions, tables: Tables, node: str, dead: dict[str, tup
 
 
 def _leave_node(
-    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, node: str, dead: dict[str, tuple[Any, ...]], done: Evacuated,
+    mail: Evacuable,
+    sessions: Sessions,
+    tables: Tables,
+    queue: str,
+    node: str,
+    dead: dict[str, tuple[Any, ...]],
+    done: Evacuated,
 ) -> str:
     with sessions.session() as connection:
         if not queues.hold(connection, tables, node):
@@ -153,7 +185,9 @@ def _leave_node(
         return f'{restored} restored, {moved} moved home' + (', deleted' if deleted else '')
 
 
-def _leave_shared(mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated) -> str:
+def _leave_shared(
+    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated
+) -> str:
     with sessions.session() as connection:
         if not queues.hold(connection, tables, ''):
             done.busy.append('')
@@ -172,12 +206,15 @@ def _move(mail: Evacuable, queue: str, done: Evacuated) -> int:
             home = letter.home
             try:
                 letter.forward(home)
-            except Exception as error:  # it stays, and those behind it go on; several in a row are the broker's fault
+            # it stays, and those behind it go on; several in a row are the broker's fault
+            except Exception as error:
                 kept.append(letter)
                 in_a_row += 1
                 if in_a_row == _IN_A_ROW:
                     raise
-                logger.warning('queue=%s id=%s cannot go to %s, and stays: %r', queue, letter.id, home, error)
+                logger.warning(
+                    'queue=%s id=%s cannot go to %s, and stays: %r', queue, letter.id, home, error
+                )
                 continue
             in_a_row = 0
             done.moved[home] = done.moved.get(home, 0) + 1

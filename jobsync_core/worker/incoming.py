@@ -1,8 +1,11 @@
-"""The boundary: what comes from a message is checked, typed and bounded here, before anything else reads it.
+"""The boundary: what comes from a message is checked, typed and bounded here, before anything else
+reads it.
 
-Messages are written by others: by another version, another program, or somebody who does not wish us well. Nothing in here raises,
-whatever they hold. What has a type and a bound goes on as a value; what cannot be right becomes a reason, which is shown to people.
+Messages are written by others: by another version, another program, or somebody who does not wish
+us well. Nothing in here raises, whatever they hold. What has a type and a bound goes on as a value;
+what cannot be right becomes a reason, which is shown to people.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,7 +18,17 @@ from ..ledger.execution import check_key
 from ..logs import shown
 from .routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS, Coordination
 
-__all__ = ['MAX_COUNT', 'MAX_NAME', 'MAX_WAITS', 'Refused', 'Stamps', 'find_route', 'read_id', 'read_name', 'read_stamps']
+__all__ = [
+    'MAX_COUNT',
+    'MAX_NAME',
+    'MAX_WAITS',
+    'Refused',
+    'Stamps',
+    'find_route',
+    'read_id',
+    'read_name',
+    'read_stamps',
+]
 
 #: The most that a counter in a message says: whatever is more is as good as this.
 MAX_COUNT = 1_000
@@ -54,8 +67,9 @@ class Refused:
 def read_stamps(values: object) -> Stamps:
     """The stamps of a message.
 
-    A stamp that cannot be right is as good as none: all of them can be made anew from the message itself. So it is named in `wrong`
-    and left out, and the message goes the way that it would have gone without it.
+    A stamp that cannot be right is as good as none: all of them can be made anew from the message
+    itself. So it is named in `wrong` and left out, and the message goes the way that it would have
+    gone without it.
 
     Args:
         values: The message's headers, or options, as they came.
@@ -82,7 +96,13 @@ def read_stamps(values: object) -> Stamps:
         wrong.append(f'{name}={shown(value, 60)}')
         return 0
 
-    return Stamps(text(KEY, _is_key), count(HOPS, MAX_COUNT), text(HOME, _is_queue), count(WAITS, MAX_WAITS), ', '.join(wrong))
+    return Stamps(
+        text(KEY, _is_key),
+        count(HOPS, MAX_COUNT),
+        text(HOME, _is_queue),
+        count(WAITS, MAX_WAITS),
+        ', '.join(wrong),
+    )
 
 
 def read_name(value: object, what: str) -> str | Refused:
@@ -94,7 +114,10 @@ def read_name(value: object, what: str) -> str | Refused:
     """
     if type(value) is str and _is_name(value):
         return value
-    return Refused(f'{what} {shown(value, 60)} is no name: a message says what it is for with a text of 1 to {MAX_NAME} characters')
+    return Refused(
+        f'{what} {shown(value, 60)} is no name: a message says what it is for with a text of 1 to '
+        f'{MAX_NAME} characters'
+    )
 
 
 def read_id(value: object) -> str | Refused:
@@ -111,11 +134,15 @@ def read_id(value: object) -> str | Refused:
     return Refused(f'its id {shown(value, 60)} cannot be right: give a text, a UUID for example')
 
 
-def find_route(found: Coordination, args: object, kwargs: object, message_id: object, stamps: Stamps) -> str | Refused:
-    """The route of a message, made from its arguments, as what the message itself says of it may be forged or old.
+def find_route(
+    found: Coordination, args: object, kwargs: object, message_id: object, stamps: Stamps
+) -> str | Refused:
+    """The route of a message, made from its arguments, as what the message itself says of it may be
+    forged or old.
 
-    Its stamp counts only where its arguments make no key here: where the key needs what only the sender had. For a pinned task it
-    has to be one of the task's own virtual keys, so that no message goes around a pin.
+    Its stamp counts only where its arguments make no key here: where the key needs what only the
+    sender had. For a pinned task it has to be one of the task's own virtual keys, so that no
+    message goes around a pin.
 
     Args:
         found: How the message's task is coordinated.
@@ -129,7 +156,9 @@ def find_route(found: Coordination, args: object, kwargs: object, message_id: ob
         return Refused(f'its keyword arguments are {shown(kwargs, 60)}: give a mapping of names')
     try:
         return found.route_of(args, kwargs, message_id)
-    except Exception as error:  # whatever a key function raises, or the attributes and texts of the arguments do
+    except (
+        Exception
+    ) as error:  # whatever a key function raises, or the attributes and texts of the arguments do
         if stamps.key is not None and found.is_route(stamps.key):
             return stamps.key
         return Refused(f'no key can be made for it: {type(error).__name__}: {shown(_text(error))}')

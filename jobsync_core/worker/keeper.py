@@ -1,4 +1,7 @@
-"""The keeper: a node's thread that follows lease and plans, and does what is to be done at the broker: rescue and parking."""
+"""The keeper: a node's thread that follows lease and plans, and does what is to be done at the
+broker: rescue and parking.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -22,7 +25,8 @@ __all__ = ['Keeper']
 
 logger = get_logger(__name__)
 
-#: Seconds for which a new life of a node waits until its former one is swept, and between two looks.
+#: Seconds for which a new life of a node waits until its former one is swept, and between two
+#: looks.
 _RECLAIM_SEC, _TRY_AGAIN_SEC = 60.0, 0.1
 #: Seconds after which work that failed is tried again.
 _FAILED_SEC = 1.0
@@ -39,7 +43,8 @@ class Keeper:
         kind: The plugin's name.
         queue: Name of the node's own queue.
         parked: Name of the parked queue.
-        on_lease: Called with True when there is a lease again, and with False when it has run out; again, if it raises.
+        on_lease: Called with True when there is a lease again, and with False when it has run out;
+            again, if it raises.
         on_change: Called after each change of plan, when the owner map is up to date.
         on_tick: Called at least once a second.
         tasks: The names of the tasks, or actors, that this node's consumers know at this moment.
@@ -47,9 +52,18 @@ class Keeper:
     """
 
     def __init__(
-        self, gate: Gate, mail: Mail, kind: str, queue: str, parked: str, *, on_lease: Callable[[bool], object],
-        on_change: Callable[[], object], on_tick: Callable[[], object] = lambda: None,
-        tasks: Callable[[], frozenset[str]] = frozenset, route: Callable[[Letter], str | None] = lambda letter: letter.route,
+        self,
+        gate: Gate,
+        mail: Mail,
+        kind: str,
+        queue: str,
+        parked: str,
+        *,
+        on_lease: Callable[[bool], object],
+        on_change: Callable[[], object],
+        on_tick: Callable[[], object] = lambda: None,
+        tasks: Callable[[], frozenset[str]] = frozenset,
+        route: Callable[[Letter], str | None] = lambda letter: letter.route,
     ) -> None:
         self._gate = gate
         self._job = gate.job
@@ -67,12 +81,33 @@ class Keeper:
         self._repeats = Repeats()
         passage = Passage(mail, gate.job.node_name)
         self._parking = Parking(
-            mail, passage, self._sessions, self._tables, gate.owners, parked, unknown_queue(config.appname), tasks=tasks, route=route,
-            count=gate.count, stop=self._has_work)
+            mail,
+            passage,
+            self._sessions,
+            self._tables,
+            gate.owners,
+            parked,
+            unknown_queue(config.appname),
+            tasks=tasks,
+            route=route,
+            count=gate.count,
+            stop=self._has_work,
+        )
         self._rescue = Rescue(
-            mail, passage, self._sessions, self._tables, gate.owners, kind=kind, node=gate.job.node_name, parked=parked,
-            interval=config.rebalance_check_interval_sec, leads=gate.job.am_i_leader, count=gate.count, stray=self._parking.note,
-            stop=lambda: self._closing or not gate.job.am_i_healthy())
+            mail,
+            passage,
+            self._sessions,
+            self._tables,
+            gate.owners,
+            kind=kind,
+            node=gate.job.node_name,
+            parked=parked,
+            interval=config.rebalance_check_interval_sec,
+            leads=gate.job.am_i_leader,
+            count=gate.count,
+            stray=self._parking.note,
+            stop=lambda: self._closing or not gate.job.am_i_healthy(),
+        )
         self._thread = threading.Thread(target=self._run, name='jobsync-keeper', daemon=True)
 
     def start(self) -> None:
@@ -92,7 +127,8 @@ class Keeper:
         self._parking.note()
 
     def reclaim(self) -> int:
-        """Put back what an earlier life of this node left; before it consumes. Waits for others who are at it.
+        """Put back what an earlier life of this node left; before it consumes. Waits for others who
+        are at it.
 
         Raises:
             JobSyncError: The database cannot be reached, or somebody else was at it for a minute.
@@ -106,8 +142,10 @@ class Keeper:
                 return 0
             if clock.now() >= give_up:
                 raise JobSyncError(
-                    f'another node has been putting back what an earlier life of {node!r} left for more than {_RECLAIM_SEC:.0f} s: '
-                    'see whether its connection to the broker is stuck, and end it')
+                    f'another node has been putting back what an earlier life of {node!r} left '
+                    f'for more than {_RECLAIM_SEC:.0f} s: '
+                    'see whether its connection to the broker is stuck, and end it'
+                )
             self._job.wait_until(lambda: self._closing, _TRY_AGAIN_SEC)
 
     def _run(self) -> None:
@@ -140,9 +178,12 @@ class Keeper:
 
     def _tell_lease(self) -> None:
         if self._leased:
-            # While this node was taken for dead, its empty queue may have been deleted and forgotten.
+            # While this node was taken for dead, its empty queue may have been deleted and
+            # forgotten.
             with self._sessions.session() as connection:
-                queues.record(connection, self._tables, self._queue, self._job.node_name, self._job.belonging)
+                queues.record(
+                    connection, self._tables, self._queue, self._job.node_name, self._job.belonging
+                )
         self._on_lease(self._leased)
         self._told = True
 
@@ -159,7 +200,13 @@ class Keeper:
     def _tell(self, error: Exception) -> None:
         again = self._repeats.say(type(error).__name__, clock.now())
         if again is not None:
-            logger.warning('node=%s keeper failed; it tries again: %s: %s%s', self._job.node_name, type(error).__name__, error, again)
+            logger.warning(
+                'node=%s keeper failed; it tries again: %s: %s%s',
+                self._job.node_name,
+                type(error).__name__,
+                error,
+                again,
+            )
 
     def _sweep(self) -> None:
         """Rescue first: it never waits behind what is parked."""

@@ -1,4 +1,7 @@
-"""Names that mean nothing where somebody meant something: options of tasks, and tasks that have a pin and are not there."""
+"""Names that mean nothing where somebody meant something: options of tasks, and tasks that have a
+pin and are not there.
+"""
+
 from __future__ import annotations
 
 import difflib
@@ -13,12 +16,17 @@ _ALIKE = 0.8
 
 
 def misspelt(
-    options: Mapping[str, Iterable[str]], known: Iterable[str], pins: Iterable[str] = (), tasks: Iterable[str] = (), what: str = 'task',
+    options: Mapping[str, Iterable[str]],
+    known: Iterable[str],
+    pins: Iterable[str] = (),
+    tasks: Iterable[str] = (),
+    what: str = 'task',
 ) -> list[str]:
     """What looks misspelt, a sentence each, with the nearest name that is right.
 
     Args:
-        options: The names of the options of each task. One is reported that begins with `jobsync`, or is much like a known one.
+        options: The names of the options of each task. One is reported that begins with `jobsync`,
+            or is much like a known one.
         known: The options that there are.
         pins: Names of tasks that have a pin in the settings.
         tasks: The tasks that are known.
@@ -30,10 +38,14 @@ def misspelt(
             near = _nearest(name, right, _ALIKE)
             if near or name.startswith('jobsync'):
                 hint = _hint(near or _nearest(name, right))
-                found.append(f'{what} {shown(task, 100)}: its option {shown(name, 100)} means nothing{hint}')
+                found.append(
+                    f'{what} {shown(task, 100)}: its option {shown(name, 100)} means nothing{hint}'
+                )
     there = sorted(tasks)
     for name in sorted(set(pins) - set(there)):
-        found.append(f'pins: there is no {what} {shown(name, 100)} here{_hint(_nearest(name, there))}')
+        found.append(
+            f'pins: there is no {what} {shown(name, 100)} here{_hint(_nearest(name, there))}'
+        )
     return found
 
 

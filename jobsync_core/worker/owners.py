@@ -1,4 +1,5 @@
 """A read-only copy of who owns what, for gates and for producers that are no nodes."""
+
 from __future__ import annotations
 
 import threading
@@ -42,14 +43,16 @@ class _Copy:
     starts: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     places: tuple[Place, ...] = ()
-    #: Every owner has a queue. One that has none may be about to get it, which makes no other version.
+    #: Every owner has a queue. One that has none may be about to get it, which makes no other
+    #: version.
     whole: bool = True
 
 
 class OwnerMap:
     """Finds the owner of a route. One statement at most once a second, and none while nobody asks.
 
-    A copy that is older than the cluster is harmless: the gate of the node that gets the message sends it on.
+    A copy that is older than the cluster is harmless: the gate of the node that gets the message
+    sends it on.
 
     Args:
         sessions: Connections to the database.
@@ -86,7 +89,9 @@ class OwnerMap:
         return self.find(route)
 
     def refresh(self) -> bool:
-        """Read the map again if it has changed; whether the database answered. Of several threads one asks."""
+        """Read the map again if it has changed; whether the database answered. Of several threads
+        one asks.
+        """
         if not self._reading.acquire(blocking=self._copy.version < 0):
             return True
         try:
@@ -95,12 +100,19 @@ class OwnerMap:
                 return False
             try:
                 with self._sessions.session() as connection:
-                    found = queues.owners(connection, self._tables, self._copy.version if self._copy.whole else -1)
+                    found = queues.owners(
+                        connection, self._tables, self._copy.version if self._copy.whole else -1
+                    )
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._pause_until = clock.now() + PAUSE_SEC
                 again = self._repeats.say(type(error).__name__, now)
                 if again is not None:
-                    logger.warning('owners are unknown, %s: %s%s', _why(error), ' '.join(str(error).split()), again)
+                    logger.warning(
+                        'owners are unknown, %s: %s%s',
+                        _why(error),
+                        ' '.join(str(error).split()),
+                        again,
+                    )
                 return False
             self._read_at = now
             if found is not None:
@@ -115,19 +127,39 @@ class OwnerMap:
         return self.refresh()
 
 
-def _rest(copy: _Copy) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tuple[int, ...], tuple[Place, ...]]:
+def _rest(
+    copy: _Copy,
+) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tuple[int, ...], tuple[Place, ...]]:
     return copy.total_tokens, copy.hash_of, copy.starts, copy.ends, copy.places
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn, psycopg2.errors.InvalidSchemaName)):
+    if isinstance(
+        error,
+        (
+            psycopg2.errors.UndefinedTable,
+            psycopg2.errors.UndefinedColumn,
+            psycopg2.errors.InvalidSchemaName,
+        ),
+    ):
         return 'as no worker of this version has started yet; messages go to their home queues'
     if isinstance(error, psycopg2.errors.InsufficientPrivilege):
-        return 'as this role may not read them (`jobsync doctor` tells what it lacks); messages go to their home queues'
+        return (
+            'as this role may not read them (`jobsync doctor` tells what it lacks); messages '
+            'go to their home queues'
+        )
     return 'while the database is away; messages go to their home queues'
 
 
-def _copy(version: int, total: int, function: str, rows: list[tuple[int, int, str, str | None]]) -> _Copy:
+def _copy(
+    version: int, total: int, function: str, rows: list[tuple[int, int, str, str | None]]
+) -> _Copy:
     return _Copy(
-        version, total, HASH_FUNCTIONS[function], tuple(row[0] for row in rows), tuple(row[1] for row in rows),
-        tuple(Place(row[2], row[3]) for row in rows), all(row[3] is not None for row in rows))
+        version,
+        total,
+        HASH_FUNCTIONS[function],
+        tuple(row[0] for row in rows),
+        tuple(row[1] for row in rows),
+        tuple(Place(row[2], row[3]) for row in rows),
+        all(row[3] is not None for row in rows),
+    )

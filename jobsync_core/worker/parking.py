@@ -1,4 +1,7 @@
-"""What waits at the broker because nobody took it: parked messages, handed out when they have an owner; and those of unknown tasks."""
+"""What waits at the broker because nobody took it: parked messages, handed out when they have an
+owner; and those of unknown tasks.
+"""
+
 from __future__ import annotations
 
 import math
@@ -19,17 +22,20 @@ logger = get_logger(__name__)
 
 #: Seconds between two looks at messages of unknown tasks while nothing comes of it: more each time.
 _LOOK_FIRST, _LOOK_MOST = 2.0, 60.0
-#: Seconds until parked messages are looked at again, for each second that a look took; and at least.
+#: Seconds until parked messages are looked at again, for each second that a look took; and at
+#: least.
 _REST, _REST_LEAST = 10.0, 5.0
 
 
 class Parking:
     """One node's part in it. One node at a time does it; used by one thread.
 
-    Parked messages are looked at once for each plan, and when their number is not what the last pass left. Messages of tasks that the
-    node which got them does not know wait apart, so that they are in nobody's way: a deploy removed the task, or a producer was
-    updated first. A node that knows other tasks than before, a new one for example, looks at them, and any node after a plan, or
-    when there are others than it left; with time less and less often, as it may be that they come back at once.
+    Parked messages are looked at once for each plan, and when their number is not what the last
+    pass left. Messages of tasks that the node which got them does not know wait apart, so that they
+    are in nobody's way: a deploy removed the task, or a producer was updated first. A node that
+    knows other tasks than before, a new one for example, looks at them, and any node after a plan,
+    or when there are others than it left; with time less and less often, as it may be that they
+    come back at once.
 
     Args:
         mail: The broker.
@@ -40,14 +46,25 @@ class Parking:
         parked: Name of the parked queue.
         unknown: Name of the queue of messages whose task nobody knew.
         tasks: The names that this node's consumers know, at this moment.
-        route: Makes the route of a message that does not tell it, from its arguments; None where it needs none, or none can be made.
+        route: Makes the route of a message that does not tell it, from its arguments; None where it
+            needs none, or none can be made.
         count: Counts events.
         stop: Whether something more urgent is to be done.
     """
 
     def __init__(
-        self, mail: Mail, passage: Passage, sessions: Sessions, tables: Tables, owners: OwnerMap, parked: str, unknown: str, *,
-        tasks: Callable[[], frozenset[str]], route: Callable[[Letter], str | None], count: Callable[[str, int], object],
+        self,
+        mail: Mail,
+        passage: Passage,
+        sessions: Sessions,
+        tables: Tables,
+        owners: OwnerMap,
+        parked: str,
+        unknown: str,
+        *,
+        tasks: Callable[[], frozenset[str]],
+        route: Callable[[Letter], str | None],
+        count: Callable[[str, int], object],
         stop: Callable[[], bool],
     ) -> None:
         self._mail = mail
@@ -81,12 +98,17 @@ class Parking:
         """Look at both queues, if there is a reason to.
 
         Raises:
-            DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the next call tries again.
+            DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the
+                next call tries again.
         """
         size = self._mail.size(self._parked)
-        # A new plan is followed at once. Whatever else happens comes again and again, and rescue calls this twice a second meanwhile.
+        # A new plan is followed at once. Whatever else happens comes again and again, and rescue
+        # calls this twice a second meanwhile.
         rested = clock.now() >= self._not_before
-        if size and (self._released != self._owners.version or (rested and (self._stray or size != self._left))):
+        if size and (
+            self._released != self._owners.version
+            or (rested and (self._stray or size != self._left))
+        ):
             self._hand_out()
         elif not size:
             self._stray, self._released, self._left = False, self._owners.version, 0
@@ -116,7 +138,12 @@ class Parking:
                 self._not_before = clock.now() + max(_REST_LEAST, (clock.now() - began) * _REST)
             if passed.moved:
                 self._count('released', passed.moved)
-                logger.info('queue=%s released=%d still_parked=%d', self._parked, passed.moved, passed.stayed)
+                logger.info(
+                    'queue=%s released=%d still_parked=%d',
+                    self._parked,
+                    passed.moved,
+                    passed.stayed,
+                )
             if passed.whole:
                 self._released, self._left = version, passed.stayed
             else:
@@ -131,13 +158,16 @@ class Parking:
         return found.queue
 
     def _known_place(self, letter: Letter, tasks: frozenset[str]) -> str | None:
-        """Where a message goes whose task is known here: past its own queue, where a node that does not know it may take it again."""
+        """Where a message goes whose task is known here: past its own queue, where a node that does
+        not know it may take it again.
+        """
         if letter.task not in tasks:
             return None
         if letter.route is None:
             try:
                 letter.route = self._route(letter)
-            except Exception as error:  # arguments that make no key: the consumer of its queue sets it aside, and says so
+            # arguments that make no key: the consumer of its queue sets it aside, and says so
+            except Exception as error:
                 logger.debug('id=%s task=%s has no key: %r', letter.id, letter.task, error)
         return destination_of(self._owners, letter).queue or self._parked
 
@@ -146,7 +176,9 @@ class Parking:
         with self._sessions.session() as connection:
             if not queues.hold(connection, self._tables, ''):
                 return
-            passed = self._passage.go(self._unknown, lambda letter: self._known_place(letter, tasks), self._stop)
+            passed = self._passage.go(
+                self._unknown, lambda letter: self._known_place(letter, tasks), self._stop
+            )
         if passed.whole:
             self._known, self._looked, self._unknown_left = tasks, version, passed.stayed
         # They may come back at once: a node that does not know their task may own their keys.
@@ -154,4 +186,9 @@ class Parking:
         self._look_at = clock.now() + self._pause
         if passed.moved:
             self._count('known_again', passed.moved)
-            logger.info('queue=%s brought_home=%d still_unknown=%d', self._unknown, passed.moved, passed.stayed)
+            logger.info(
+                'queue=%s brought_home=%d still_unknown=%d',
+                self._unknown,
+                passed.moved,
+                passed.stayed,
+            )

@@ -1,4 +1,7 @@
-"""One pass over a queue: each message goes where it belongs now, and one that cannot harms none behind it."""
+"""One pass over a queue: each message goes where it belongs now, and one that cannot harms none
+behind it.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +17,8 @@ __all__ = ['Destination', 'Passage', 'Passed', 'destination_of']
 
 logger = get_logger(__name__)
 
-#: Messages that stay and are kept in hand until the end of a pass; what more there is goes to the end of the queue at once.
+#: Messages that stay and are kept in hand until the end of a pass; what more there is goes to the
+#: end of the queue at once.
 IN_HAND = 1000
 #: Messages that fail one after another: then it is the broker that fails.
 _IN_A_ROW = 3
@@ -72,7 +76,9 @@ class Passage:
         self._node = node
         self._repeats = Repeats()
 
-    def go(self, queue: str, where: Callable[[Letter], str | None], stop: Callable[[], bool]) -> Passed:
+    def go(
+        self, queue: str, where: Callable[[Letter], str | None], stop: Callable[[], bool]
+    ) -> Passed:
         """Pass each message on that was in the queue when this began.
 
         Args:
@@ -81,8 +87,8 @@ class Passage:
             stop: Asked before each message: whether to leave it at that.
 
         Raises:
-            Exception: Whatever the broker's client raises when it is the broker that fails. What was in hand goes back to the queue,
-                at once or with the connection.
+            Exception: Whatever the broker's client raises when it is the broker that fails. What
+                was in hand goes back to the queue, at once or with the connection.
         """
         passed, kept, in_a_row = Passed(), list[Letter](), 0
         try:
@@ -117,8 +123,15 @@ class Passage:
     def _tell(self, queue: str, letter: Letter, error: Exception) -> None:
         again = self._repeats.say((queue, letter.id), clock.now())
         if again is not None:
-            logger.warning('node=%s queue=%s id=%s task=%s cannot go on now, and stays: %r%s',
-                           self._node, queue, letter.id, letter.task, error, again)
+            logger.warning(
+                'node=%s queue=%s id=%s task=%s cannot go on now, and stays: %r%s',
+                self._node,
+                queue,
+                letter.id,
+                letter.task,
+                error,
+                again,
+            )
 
     def _put_back(self, queue: str, kept: list[Letter]) -> None:
         """Put letters back, the last one first, so that they keep their order."""
@@ -126,7 +139,13 @@ class Passage:
             try:
                 letter.put_back()
             except Exception as error:
-                logger.warning('node=%s queue=%s: %d messages go back with the connection, since they cannot be put back: %r',
-                               self._node, queue, len(kept) - number, error)
+                logger.warning(
+                    'node=%s queue=%s: %d messages go back with the connection, since they cannot '
+                    'be put back: %r',
+                    self._node,
+                    queue,
+                    len(kept) - number,
+                    error,
+                )
                 self._mail.reset()
                 return

@@ -1,4 +1,7 @@
-"""What both queue adapters do alike: their settings, the node's Job with its pins, the gate, and the counters."""
+"""What both queue adapters do alike: their settings, the node's Job with its pins, the gate, and
+the counters.
+"""
+
 from __future__ import annotations
 
 import difflib
@@ -32,11 +35,13 @@ logger = get_logger(__name__)
 S = TypeVar('S', bound='PluginSettings')
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
 _PREFIX = 'JOBSYNC_'
-#: A lock moves its whole token, so that another key on a pinned token goes where the pin goes. With as many tokens as there
-#: can be, that befalls one key in 15,000 for each pinned task; tokens cost next to nothing.
+#: A lock moves its whole token, so that another key on a pinned token goes where the pin goes. With
+#: as many tokens as there can be, that befalls one key in 15,000 for each pinned task; tokens cost
+#: next to nothing.
 _TOTAL_TOKENS = 1_000_000
 _NAME_LENGTH = 200
-#: Seconds for which a worker waits for the mark of its broker, and between two looks: nodes write it again where it was lost.
+#: Seconds for which a worker waits for the mark of its broker, and between two looks: nodes write
+#: it again where it was lost.
 _MARK_SEC, _MARK_LOOK_SEC = 15.0, 0.25
 #: In place of the mark of a broker that has none, though the others know one: it is another broker.
 _NO_MARK = '(none)'
@@ -54,16 +59,21 @@ class PluginSettings:
         wait_on_exit: Seconds to stay registered, without tokens, when leaving.
         resume: As for Job.
         lock_provider, clear_existing_locks, on_rebalance, on_release: As for Job.
-        wait_for_database_sec: Seconds for which a worker that starts waits for a database that cannot be reached; 0: it does not wait.
+        wait_for_database_sec: Seconds for which a worker that starts waits for a database that
+            cannot be reached; 0: it does not wait.
         required: False: a worker that cannot enter runs uncoordinated, and says so.
-        coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where it has no key.
+        coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where
+            it has no key.
         pins: Task name -> ordered patterns of the nodes that may run it.
         pin_slots: Virtual keys of a pinned task.
-        on_unclaimed: 'forward' what belongs to another node, or 'drop' it (broadcast queues, where every node gets every message).
+        on_unclaimed: 'forward' what belongs to another node, or 'drop' it (broadcast queues, where
+            every node gets every message).
         max_hops: How often a message is handed on before it is parked.
-        park_sec: Seconds for which a message waits in memory for an owner before it goes to the parked queue.
+        park_sec: Seconds for which a message waits in memory for an owner before it goes to the
+            parked queue.
         route_producers: Send straight to the owner's queue.
-        application: Name of the application; workers of two are not one cluster. Empty: the framework's own name of it, if it has one.
+        application: Name of the application; workers of two are not one cluster. Empty: the
+            framework's own name of it, if it has one.
         http: Address of a health and metrics server, ':8080'; None: no server.
     """
 
@@ -93,17 +103,37 @@ class PluginSettings:
         if self.node_name is not None:
             check_name(self.node_name)
             node_queue(self.config.appname, self.node_name)  # says what is wrong with the name
-        for name, least in (('weight', 1e-6), ('wait_on_enter', 0), ('wait_on_exit', 0), ('park_sec', 0), ('wait_for_database_sec', 0)):
+        for name, least in (
+            ('weight', 1e-6),
+            ('wait_on_enter', 0),
+            ('wait_on_exit', 0),
+            ('park_sec', 0),
+            ('wait_for_database_sec', 0),
+        ):
             check_number(name, getattr(self, name), least)
         for name, least in (('pin_slots', 1), ('max_hops', 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigurationError(f'{name}={value!r}: give a whole number of at least {least}')
-        for name, allowed in (('coordinate', ('keyed', 'all')), ('on_unclaimed', ('forward', 'drop'))):
+                raise ConfigurationError(
+                    f'{name}={value!r}: give a whole number of at least {least}'
+                )
+        for name, allowed in (
+            ('coordinate', ('keyed', 'all')),
+            ('on_unclaimed', ('forward', 'drop')),
+        ):
             if getattr(self, name) not in allowed:
-                raise ConfigurationError(f'{name}={getattr(self, name)!r}: use one of {", ".join(map(repr, allowed))}')
-        if not isinstance(self.application, str) or not self.application.isprintable() or len(self.application) > _NAME_LENGTH:
-            raise ConfigurationError(f'application={self.application!r}: give a name of at most {_NAME_LENGTH} printable characters')
+                raise ConfigurationError(
+                    f'{name}={getattr(self, name)!r}: use one of {", ".join(map(repr, allowed))}'
+                )
+        if (
+            not isinstance(self.application, str)
+            or not self.application.isprintable()
+            or len(self.application) > _NAME_LENGTH
+        ):
+            raise ConfigurationError(
+                f'application={self.application!r}: give a name of at most {_NAME_LENGTH} '
+                'printable characters'
+            )
         for name in ('required', 'route_producers', 'clear_existing_locks', 'resume'):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: give True or False')
@@ -111,21 +141,29 @@ class PluginSettings:
 
     @classmethod
     def read(cls: type[S], values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S:
-        """Settings from a flat mapping; what it lacks comes from `JOBSYNC_DATABASE_URL` and `JOBSYNC_<NAME>`.
+        """Settings from a flat mapping; what it lacks comes from `JOBSYNC_DATABASE_URL` and
+        `JOBSYNC_<NAME>`.
 
         Raises:
-            ConfigurationError: A name is unknown, a value cannot work, or nothing says where the database is.
+            ConfigurationError: A name is unknown, a value cannot work, or nothing says where the
+                database is.
         """
         own = {item.name: item for item in fields(cls) if item.name != 'config'}
         known = {*own, *_JOB_FIELDS, 'config', 'database_url'}
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise ConfigurationError(f'unknown setting {name!r}' + (f': did you mean {near[0]!r}?' if near else ''))
+                raise ConfigurationError(
+                    f'unknown setting {name!r}' + (f': did you mean {near[0]!r}?' if near else '')
+                )
         found = {name: value for name, value in values.items() if name in own}
         for name, item in own.items():
             raw = environ.get(_PREFIX + name.upper())
-            if raw is not None and name not in found and isinstance(item.default, (bool, int, float, str)):
+            if (
+                raw is not None
+                and name not in found
+                and isinstance(item.default, (bool, int, float, str))
+            ):
                 found[name] = _from_text(name, raw, item.default)
         for name in ('node_name', 'http'):
             if environ.get(_PREFIX + name.upper()) and name not in found:
@@ -138,13 +176,26 @@ def _config(values: Mapping[str, Any], environ: Mapping[str, str]) -> Coordinati
     given = values.get('config')
     if given is not None:
         if not isinstance(given, CoordinationConfig) or settings or values.get('database_url'):
-            raise ConfigurationError('config: give a CoordinationConfig, and neither database_url nor its fields beside it')
+            raise ConfigurationError(
+                'config: give a CoordinationConfig, and neither database_url nor its fields '
+                'beside it'
+            )
         return given
     url = values.get('database_url')
-    if url is None and 'host' not in settings and not any(environ.get(_PREFIX + name) for name in ('DATABASE_URL', 'HOST', 'DBNAME')):
+    if (
+        url is None
+        and 'host' not in settings
+        and not any(environ.get(_PREFIX + name) for name in ('DATABASE_URL', 'HOST', 'DBNAME'))
+    ):
         raise ConfigurationError(
-            'JobSync does not know its database: give database_url=postgresql://user:password@host/dbname, or set JOBSYNC_DATABASE_URL')
-    without_url = {name: value for name, value in environ.items() if url is None or name != _PREFIX + 'DATABASE_URL'}
+            'JobSync does not know its database: give '
+            'database_url=postgresql://user:password@host/dbname, or set JOBSYNC_DATABASE_URL'
+        )
+    without_url = {
+        name: value
+        for name, value in environ.items()
+        if url is None or name != _PREFIX + 'DATABASE_URL'
+    }
     if url is not None:
         without_url[_PREFIX + 'DATABASE_URL'] = url
     if _PREFIX + 'TOTAL_TOKENS' not in environ:
@@ -166,10 +217,20 @@ def _from_text(name: str, raw: str, default: object) -> object:
 
 
 def make_job(
-    settings: PluginSettings, name: str, queue: str, kind: str, pins: Mapping[str, Sequence[str]], *,
-    identify: Callable[[bool], str | None], place: str = '', application: str = '', known: Iterable[str] = (),
-    prepare: Callable[[], object], busy: Callable[[TokenSet], bool],
-    on_rebalance: Callable[[RebalanceEvent], object], on_release: Callable[[TokenSet], object],
+    settings: PluginSettings,
+    name: str,
+    queue: str,
+    kind: str,
+    pins: Mapping[str, Sequence[str]],
+    *,
+    identify: Callable[[bool], str | None],
+    place: str = '',
+    application: str = '',
+    known: Iterable[str] = (),
+    prepare: Callable[[], object],
+    busy: Callable[[TokenSet], bool],
+    on_rebalance: Callable[[RebalanceEvent], object],
+    on_release: Callable[[TokenSet], object],
 ) -> Job:
     """The Job of a worker process, not entered yet.
 
@@ -179,9 +240,11 @@ def make_job(
         queue: The node's queue; recorded before the node owns anything.
         kind: The plugin's name; one cluster has one plugin.
         pins: Pinned tasks.
-        identify: Gives the mark of the broker, '' where it has none; makes one where it is asked to, else None where there is none yet.
+        identify: Gives the mark of the broker, '' where it has none; makes one where it is asked
+            to, else None where there is none yet.
         place: The broker's address, without a password.
-        application: What the framework takes for the application's name, unless the settings name it.
+        application: What the framework takes for the application's name, unless the settings name
+            it.
         known: All tasks of the worker: those that are pinned no longer lose their locks.
         prepare: Makes the node's queue at the broker; called while entering.
         busy: Whether work on one of these tokens is running.
@@ -189,7 +252,9 @@ def make_job(
     """
     config = settings.config
     tables = Tables.of(config)
-    users_rebalance = with_event(settings.on_rebalance) if settings.on_rebalance is not None else None
+    users_rebalance = (
+        with_event(settings.on_rebalance) if settings.on_rebalance is not None else None
+    )
     if settings.on_release is not None:
         check_release(settings.on_release)
 
@@ -213,8 +278,9 @@ def make_job(
                 raise ConfigurationError(found)
             note(belonging)
 
-        # The row comes first: whatever happens next, what is left at the broker is known. And it is what others wait for below:
-        # the first plan of a cluster makes workers active that have not recorded yet what they are.
+        # The row comes first: whatever happens next, what is left at the broker is known. And it is
+        # what others wait for below: the first plan of a cluster makes workers active that have not
+        # recorded yet what they are.
         is_new = note(Belonging(kind))
         others = peers()
         limit = time.monotonic() + _MARK_SEC
@@ -233,7 +299,9 @@ def make_job(
             with job.session(pinned=True) as connection:
                 old = lock_store.clear_old_pins(connection, tables, unpinned)
             if old:
-                logger.info('node=%s removed %d locks of tasks that are pinned no longer', name, old)
+                logger.info(
+                    'node=%s removed %d locks of tasks that are pinned no longer', name, old
+                )
         if settings.lock_provider is not None:
             settings.lock_provider(job)
 
@@ -246,21 +314,34 @@ def make_job(
         if settings.on_release is not None:
             settings.on_release(tokens)
         on_release(tokens)
-        # Work that is running on these tokens ends before another node starts on them; the agent bounds the wait.
+        # Work that is running on these tokens ends before another node starts on them; the agent
+        # bounds the wait.
         limit = time.monotonic() + config.release_timeout_sec
         while busy(tokens) and time.monotonic() < limit:
             time.sleep(0.02)
 
     job = Job(
-        name, config, wait_on_enter=settings.wait_on_enter, wait_on_exit=settings.wait_on_exit, lock_provider=provide,
-        clear_existing_locks=settings.clear_existing_locks, on_rebalance=rebalanced, on_release=released, weight=settings.weight,
-        resume=settings.resume)
+        name,
+        config,
+        wait_on_enter=settings.wait_on_enter,
+        wait_on_exit=settings.wait_on_exit,
+        lock_provider=provide,
+        clear_existing_locks=settings.clear_existing_locks,
+        on_rebalance=rebalanced,
+        on_release=released,
+        weight=settings.weight,
+        resume=settings.resume,
+    )
     job.belonging = Belonging(kind)
     return job
 
 
-def _mark_of_broker(job: Job, identify: Callable[[bool], str | None], others: Sequence[Peer]) -> str:
-    """The broker's mark. Where it has none, though others of the cluster know one, they write it again soon, if it is the same broker."""
+def _mark_of_broker(
+    job: Job, identify: Callable[[bool], str | None], others: Sequence[Peer]
+) -> str:
+    """The broker's mark. Where it has none, though others of the cluster know one, they write it
+    again soon, if it is the same broker.
+    """
     if not any(peer.belonging.broker for peer in others):
         return identify(True) or ''
     limit = time.monotonic() + _MARK_SEC
@@ -291,7 +372,9 @@ class Gate:
         """What to do with a message; no I/O while the owner map is as new as the node."""
         mine = self.job.owns(route)
         if mine:
-            return decide(mine=True, leased=True, node='', owner=None, queue=None, hops=0, max_hops=0)
+            return decide(
+                mine=True, leased=True, node='', owner=None, queue=None, hops=0, max_hops=0
+            )
         leased = self.job.am_i_healthy()
         place = None
         if leased:
@@ -301,8 +384,15 @@ class Gate:
             if place is not None and place.queue is None:
                 place = self.owners.find_fresh(route) or place  # it may have one by now
         return decide(
-            mine=False, leased=leased, node=self.job.node_name, owner=place.node if place else None, queue=place.queue if place else None,
-            hops=hops, max_hops=self.settings.max_hops, drop=self.settings.on_unclaimed == 'drop')
+            mine=False,
+            leased=leased,
+            node=self.job.node_name,
+            owner=place.node if place else None,
+            queue=place.queue if place else None,
+            hops=hops,
+            max_hops=self.settings.max_hops,
+            drop=self.settings.on_unclaimed == 'drop',
+        )
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event, for metrics and `local_status`."""
@@ -319,11 +409,15 @@ _stand_in: Job | None = None
 
 
 def set_stand_in(job: Job | None) -> None:
-    """Let a Job, which the caller has entered, stand in for the nodes of this process's workers; for `jobsync_core.testing`."""
+    """Let a Job, which the caller has entered, stand in for the nodes of this process's workers;
+    for `jobsync_core.testing`.
+    """
     global _stand_in
     _stand_in = job
 
 
 def stand_in() -> Job | None:
-    """The Job that stands in: a worker then makes no node, routes nothing, and runs all that it receives."""
+    """The Job that stands in: a worker then makes no node, routes nothing, and runs all that it
+    receives.
+    """
     return _stand_in

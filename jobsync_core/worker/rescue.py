@@ -1,4 +1,7 @@
-"""What nodes that are gone left at the broker: put back, passed on to the present owners, over and over until nothing comes any more."""
+"""What nodes that are gone left at the broker: put back, passed on to the present owners, over and
+over until nothing comes any more.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -18,12 +21,15 @@ __all__ = ['CLOSE_SEC', 'Rescue']
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks at an orphan that is looked after closely, and for how long one is: a message may be on its way to it.
+#: Seconds between two looks at an orphan that is looked after closely, and for how long one is: a
+#: message may be on its way to it.
 _BUSY_SEC = 0.5
 CLOSE_SEC = 15.0
-#: The same for a live node that has given all of its tokens away: who has an older map still sends to it.
+#: The same for a live node that has given all of its tokens away: who has an older map still sends
+#: to it.
 _DRAINED_SEC = 2.0
-#: Seconds after which an empty queue of a node that is gone is forgotten, where publishing to it would make it anew.
+#: Seconds after which an empty queue of a node that is gone is forgotten, where publishing to it
+#: would make it anew.
 _KEEP_SEC = 3600.0
 #: Empty queues that one pass deletes: a pass is to be short.
 _DELETIONS = 50
@@ -42,8 +48,9 @@ class _Aside:
 class Rescue:
     """One node's part in it; used by one thread.
 
-    Every node looks closely at what has been left in the last seconds, the newest first, so that it comes back soon whoever lives.
-    What is older is looked at by the leader alone, in few trips: most of it is empty.
+    Every node looks closely at what has been left in the last seconds, the newest first, so that it
+    comes back soon whoever lives. What is older is looked at by the leader alone, in few trips:
+    most of it is empty.
 
     Args:
         mail: The broker.
@@ -62,8 +69,20 @@ class Rescue:
     """
 
     def __init__(
-        self, mail: Mail, passage: Passage, sessions: Sessions, tables: Tables, owners: OwnerMap, *, kind: str, node: str, parked: str,
-        interval: float, leads: Callable[[], bool], count: Callable[[str, int], object], stray: Callable[[], object],
+        self,
+        mail: Mail,
+        passage: Passage,
+        sessions: Sessions,
+        tables: Tables,
+        owners: OwnerMap,
+        *,
+        kind: str,
+        node: str,
+        parked: str,
+        interval: float,
+        leads: Callable[[], bool],
+        count: Callable[[str, int], object],
+        stray: Callable[[], object],
         stop: Callable[[], bool],
     ) -> None:
         self._mail = mail
@@ -86,7 +105,8 @@ class Rescue:
         """Sweep once; seconds until the next sweep.
 
         Raises:
-            DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the next call tries again.
+            DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the
+                next call tries again.
         """
         with self._sessions.session() as connection:
             fresh = queues.orphans(connection, self._tables, self._kind, CLOSE_SEC)
@@ -100,24 +120,43 @@ class Rescue:
                 old = queues.old_orphans(connection, self._tables, self._kind, CLOSE_SEC)
             self._sweep(old)
             self._delete(old)
-        here = [orphan for orphan in drained if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until]
+        here = [
+            orphan
+            for orphan in drained
+            if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until
+        ]
         for orphan in here:
             if not self._stop():
                 self._guarded(orphan, self.pass_on)
         return _BUSY_SEC if fresh else min(_DRAINED_SEC, self._interval) if here else self._interval
 
     def pass_on(self, orphan: Orphan) -> None:
-        """What waits for a node that lives and owns nothing any more: cut off from the broker, it cannot pass it on itself."""
+        """What waits for a node that lives and owns nothing any more: cut off from the broker, it
+        cannot pass it on itself.
+        """
         moved = self._drain(orphan.queue)
         if moved:
             self._count('rescued', moved)
-            logger.info('node=%s passed on %d messages of node=%s, which owns nothing now', self._node, moved, orphan.node)
+            logger.info(
+                'node=%s passed on %d messages of node=%s, which owns nothing now',
+                self._node,
+                moved,
+                orphan.node,
+            )
 
     def _sweep(self, orphans: Sequence[Orphan]) -> None:
         now = clock.now()
-        self._aside = {queue: aside for queue, aside in self._aside.items() if now < aside.until + _ASIDE_MOST}
-        here = [orphan for orphan in orphans if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until]
-        left = self._mail.left({orphan.node: orphan.queue for orphan in here}) if here else frozenset()
+        self._aside = {
+            queue: aside for queue, aside in self._aside.items() if now < aside.until + _ASIDE_MOST
+        }
+        here = [
+            orphan
+            for orphan in orphans
+            if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until
+        ]
+        left = (
+            self._mail.left({orphan.node: orphan.queue for orphan in here}) if here else frozenset()
+        )
         for orphan in here:
             if self._stop():
                 return
@@ -125,15 +164,21 @@ class Rescue:
                 self._guarded(orphan, self.sweep_one)
 
     def sweep_one(self, orphan: Orphan) -> None:
-        """Bring back what one node left, unless somebody else is at it or the node has come back."""
+        """Bring back what one node left, unless somebody else is at it or the node has come
+        back.
+        """
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(orphan.node):
+            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(
+                orphan.node
+            ):
                 return
             restored = self._mail.restore(orphan.node)
             moved = self._drain(orphan.queue)
         if restored or moved:
             self._count('rescued', restored + moved)
-            logger.info('node=%s gone=%s restored=%d moved=%d', self._node, orphan.node, restored, moved)
+            logger.info(
+                'node=%s gone=%s restored=%d moved=%d', self._node, orphan.node, restored, moved
+            )
 
     def _drain(self, queue: str) -> int:
         stale = False
@@ -142,7 +187,8 @@ class Rescue:
             nonlocal stale
             found = destination_of(self._owners, letter)
             if found.queue == queue:
-                # The owner map is older than the end of this queue's node. Forwarded, the letter would come again for ever.
+                # The owner map is older than the end of this queue's node. Forwarded, the letter
+                # would come again for ever.
                 stale = True
                 return None
             if found.queue is None:
@@ -155,16 +201,26 @@ class Rescue:
         return passed.moved
 
     def _is_gone(self, node: str) -> bool:
-        # On another connection: read in the holding transaction, the table would be locked against a migration while the broker works.
+        # On another connection: read in the holding transaction, the table would be locked against
+        # a migration while the broker works.
         with self._sessions.session() as connection:
             return queues.is_gone(connection, self._tables, node)
 
     def _delete(self, orphans: Sequence[Orphan]) -> None:
         """Delete queues that have been empty for long, and forget them."""
-        due = [orphan for orphan in orphans if (self._mail.catches_strays or orphan.age >= _KEEP_SEC) and orphan.queue not in self._aside]
+        due = [
+            orphan
+            for orphan in orphans
+            if (self._mail.catches_strays or orphan.age >= _KEEP_SEC)
+            and orphan.queue not in self._aside
+        ]
         if not due:
             return
-        left = self._mail.left({orphan.node: orphan.queue for orphan in due}) if not self._mail.catches_strays else frozenset()
+        left = (
+            self._mail.left({orphan.node: orphan.queue for orphan in due})
+            if not self._mail.catches_strays
+            else frozenset()
+        )
         for orphan in [orphan for orphan in due if orphan.node not in left][:_DELETIONS]:
             if self._stop():
                 return
@@ -173,7 +229,9 @@ class Rescue:
     def delete_one(self, orphan: Orphan) -> None:
         """Delete one node's queue if nothing is in it, and forget it."""
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(orphan.node):
+            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(
+                orphan.node
+            ):
                 return
             if self._mail.delete(orphan.queue):
                 queues.forget(connection, self._tables, orphan.queue)
@@ -189,8 +247,16 @@ class Rescue:
             self._aside[orphan.queue] = _Aside(now + seconds, seconds)
             again = self._repeats.say(orphan.queue, now)
             if again is not None:
-                logger.warning('node=%s gone=%s queue=%s cannot be swept now, and is left aside for %.0f s: %r%s',
-                               self._node, orphan.node, orphan.queue, seconds, error, again)
+                logger.warning(
+                    'node=%s gone=%s queue=%s cannot be swept now, and is left aside for %.0f s: '
+                    '%r%s',
+                    self._node,
+                    orphan.node,
+                    orphan.queue,
+                    seconds,
+                    error,
+                    again,
+                )
             self._mail.reset()
             self._in_a_row += 1
             if self._in_a_row == _IN_A_ROW:

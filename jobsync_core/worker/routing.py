@@ -1,8 +1,10 @@
 """Where a message belongs: the pure part of what the queue adapters share.
 
-A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. The gate of the node that
-receives it decides by the route whether to run it, hand it on, or put it aside.
+A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. The
+gate of the node that receives it decides by the route whether to run it, hand it on, or put it
+aside.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +20,44 @@ from ..ledger.keys import key_maker
 from ..ledger.once import ExactlyOnce
 
 __all__ = [
-    'HOME', 'HOPS', 'KEY', 'QUEUE_BYTES', 'WAITS', 'Coordination', 'Decision', 'Verdict', 'check_pins', 'decide', 'mark_key',
-    'node_queue', 'parked_queue', 'pin_locks', 'pin_route', 'unknown_queue',
+    'HOME',
+    'HOPS',
+    'KEY',
+    'QUEUE_BYTES',
+    'WAITS',
+    'Coordination',
+    'Decision',
+    'Verdict',
+    'check_pins',
+    'decide',
+    'mark_key',
+    'node_queue',
+    'parked_queue',
+    'pin_locks',
+    'pin_route',
+    'unknown_queue',
 ]
 
-#: Names of the header, or option, that carries a message's route, and of the one that counts how often it was handed on.
+#: Names of the header, or option, that carries a message's route, and of the one that counts how
+#: often it was handed on.
 KEY, HOPS = 'jobsync_key', 'jobsync_hops'
-#: Of the one that carries the queue which the message was sent to, and of the one that counts how often it waited for its running key.
+#: Of the one that carries the queue which the message was sent to, and of the one that counts how
+#: often it waited for its running key.
 HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 
 
-#: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept beside each queue.
+#: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept
+#: beside each queue.
 _RESERVED = frozenset({'broker', 'parked', 'unknown', 'unrouted'})
-_RESERVED_ENDINGS = ('.unacked', '.unacked_index', '.unacked_mutex', '.sources', '.DQ', '.XQ', '.msgs')
+_RESERVED_ENDINGS = (
+    '.unacked',
+    '.unacked_index',
+    '.unacked_mutex',
+    '.sources',
+    '.DQ',
+    '.XQ',
+    '.msgs',
+)
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
 QUEUE_BYTES = 240
 
@@ -57,7 +84,15 @@ _RUN = Decision(Verdict.RUN)
 
 
 def decide(
-    *, mine: bool, leased: bool, node: str, owner: str | None, queue: str | None, hops: int, max_hops: int, drop: bool = False,
+    *,
+    mine: bool,
+    leased: bool,
+    node: str,
+    owner: str | None,
+    queue: str | None,
+    hops: int,
+    max_hops: int,
+    drop: bool = False,
 ) -> Decision:
     """What to do with a message.
 
@@ -68,7 +103,8 @@ def decide(
         owner: Who owns the route, or is about to; None where nobody does.
         queue: The owner's queue; None where it has none.
         hops: How often the message was handed on.
-        max_hops: How often it may be; more is a sign of nodes that disagree, and time lets them agree.
+        max_hops: How often it may be; more is a sign of nodes that disagree, and time lets them
+            agree.
         drop: Other nodes got the message too: what is another's is dropped.
     """
     if mine:
@@ -76,7 +112,8 @@ def decide(
     if not leased:
         return Decision(Verdict.PARK, reason='no lease')
     if owner is None or owner == node:
-        # Never to oneself: the owner map is older, or younger, than the local set, and will agree with it in a moment.
+        # Never to oneself: the owner map is older, or younger, than the local set, and will agree
+        # with it in a moment.
         return Decision(Verdict.PARK, reason='no owner yet' if owner is None else 'not here yet')
     if drop:
         return Decision(Verdict.DROP, reason=f'belongs to {owner}')
@@ -91,14 +128,20 @@ def node_queue(appname: str, node: str) -> str:
     """Name of a node's own queue.
 
     Raises:
-        ConfigurationError: A queue of that name has another meaning, or the name is too long for a broker.
+        ConfigurationError: A queue of that name has another meaning, or the name is too long for a
+            broker.
     """
     queue = f'jobsync.{appname}.{node}'
     if node in _RESERVED or node.endswith(_RESERVED_ENDINGS):
-        raise ConfigurationError(f'node_name={node!r}: {queue!r} is the name of something else at the broker; give the node another name')
+        raise ConfigurationError(
+            f'node_name={node!r}: {queue!r} is the name of something else at the broker; give the '
+            'node another name'
+        )
     if len(queue.encode()) > QUEUE_BYTES:
         raise ConfigurationError(
-            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and brokers take {QUEUE_BYTES}; shorten it')
+            f'node_name={node!r}: the name of its queue has {len(queue.encode())} bytes, and '
+            f'brokers take {QUEUE_BYTES}; shorten it'
+        )
     return queue
 
 
@@ -122,9 +165,15 @@ def pin_route(name: str, key: str, slots: int) -> str:
     return f'{name}#{task_key(key) % slots}'
 
 
-def pin_locks(pins: Mapping[str, Sequence[str]], slots: int) -> list[tuple[str, tuple[str, ...], str]]:
+def pin_locks(
+    pins: Mapping[str, Sequence[str]], slots: int
+) -> list[tuple[str, tuple[str, ...], str]]:
     """Locks on the virtual keys of pinned tasks, for `register_locks_bulk`."""
-    return [(f'{name}#{slot}', tuple(patterns), 'pin') for name, patterns in sorted(pins.items()) for slot in range(slots)]
+    return [
+        (f'{name}#{slot}', tuple(patterns), 'pin')
+        for name, patterns in sorted(pins.items())
+        for slot in range(slots)
+    ]
 
 
 class Coordination:
@@ -134,7 +183,8 @@ class Coordination:
         name: The task's name.
         function: What the task runs, for a key over its arguments.
         once: Its `exactly_once` options, if it has them.
-        key: A format string over the arguments or a callable; None: that of `once`, else the message's id.
+        key: A format string over the arguments or a callable; None: that of `once`, else the
+            message's id.
         pin: Ordered patterns of the nodes that may run the task.
         slots: Virtual keys of a pinned task.
         prepare: Makes of a message's arguments those that the key is made of, where they differ.
@@ -144,9 +194,17 @@ class Coordination:
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], once: ExactlyOnce | None, key: str | Callable[..., str] | None,
-        pin: Sequence[str] | str | None, slots: int,
-        prepare: Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+        self,
+        name: str,
+        function: Callable[..., Any],
+        once: ExactlyOnce | None,
+        key: str | Callable[..., str] | None,
+        pin: Sequence[str] | str | None,
+        slots: int,
+        prepare: Callable[
+            [Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]
+        ]
+        | None = None,
     ) -> None:
         self.name = name
         self._prepare = prepare
@@ -155,7 +213,9 @@ class Coordination:
         self._slots = slots
         if key is not None:
             make = key_maker(key, function, name)
-            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = lambda args, kwargs: make(args, kwargs).key
+            self._make: Callable[[Sequence[Any], Mapping[str, Any]], object] | None = (
+                lambda args, kwargs: make(args, kwargs).key
+            )
         else:
             self._make = once.key_of if once is not None and once.has_key else None
 
@@ -164,7 +224,13 @@ class Coordination:
         if self.pin is None:
             return True
         name, _, slot = text.rpartition('#')
-        return name == self.name and slot.isascii() and slot.isdecimal() and slot == str(int(slot[:9])) and int(slot) < self._slots
+        return (
+            name == self.name
+            and slot.isascii()
+            and slot.isdecimal()
+            and slot == str(int(slot[:9]))
+            and int(slot) < self._slots
+        )
 
     def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object) -> str:
         """The route of a message.
@@ -177,12 +243,18 @@ class Coordination:
         if self._make is None:
             key = check_task_id(message_id)
         else:
-            key = check_key(self._make(*(self._prepare(args, kwargs) if self._prepare is not None else (args, kwargs))))
+            key = check_key(
+                self._make(
+                    *(self._prepare(args, kwargs) if self._prepare is not None else (args, kwargs))
+                )
+            )
         return pin_route(self.name, key, self._slots) if self.pin is not None else key
 
 
 def check_pins(pins: object) -> dict[str, tuple[str, ...]]:
     """The setting `pins`: task name -> ordered patterns."""
     if not isinstance(pins, Mapping):
-        raise ConfigurationError(f"pins={pins!r}: give a mapping such as {{'proj.render': ['gpu-primary-01', '%-gpu']}}")
+        raise ConfigurationError(
+            f"pins={pins!r}: give a mapping such as {{'proj.render': ['gpu-primary-01', '%-gpu']}}"
+        )
     return {str(name): check_patterns(patterns) for name, patterns in pins.items()}

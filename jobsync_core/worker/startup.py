@@ -1,4 +1,5 @@
 """Servers that are not up yet when a worker starts: it waits for them."""
+
 from __future__ import annotations
 
 import logging
@@ -17,14 +18,21 @@ _TRY_AGAIN_SEC, _SAY_AGAIN_SEC = 1.0, 10.0
 
 
 def wait_for_server(
-    reach: Callable[[], object], is_away: Callable[[Exception], bool], limit_sec: float, remark: str, *,
-    check: Callable[[], object], sleep: Callable[[float], Any], log: logging.Logger,
+    reach: Callable[[], object],
+    is_away: Callable[[Exception], bool],
+    limit_sec: float,
+    remark: str,
+    *,
+    check: Callable[[], object],
+    sleep: Callable[[float], Any],
+    log: logging.Logger,
 ) -> None:
     """Wait until a server can be reached, with one line in a while.
 
     Args:
         reach: Tries it.
-        is_away: Whether what that raised means that the server may be there later; anything else is raised at once.
+        is_away: Whether what that raised means that the server may be there later; anything else is
+            raised at once.
         limit_sec: Seconds to wait at most.
         remark: What the line says of the limit.
         check: Called before each try; raises to give up.
@@ -52,7 +60,12 @@ def wait_for_server(
 
 
 def wait_for_database(
-    config: CoordinationConfig, limit_sec: float, *, check: Callable[[], object], sleep: Callable[[float], Any], log: logging.Logger,
+    config: CoordinationConfig,
+    limit_sec: float,
+    *,
+    check: Callable[[], object],
+    sleep: Callable[[float], Any],
+    log: logging.Logger,
 ) -> None:
     """Wait until the database answers; what it says else is left for entering.
 
@@ -72,7 +85,13 @@ def wait_for_database(
 
     try:
         wait_for_server(
-            reach, lambda error: isinstance(error, DatabaseUnavailable), limit_sec,
-            f', for {limit_sec:.0f} s at most (wait_for_database_sec)', check=check, sleep=sleep, log=log)
+            reach,
+            lambda error: isinstance(error, DatabaseUnavailable),
+            limit_sec,
+            f', for {limit_sec:.0f} s at most (wait_for_database_sec)',
+            check=check,
+            sleep=sleep,
+            log=log,
+        )
     finally:
         sessions.close_all()

@@ -1,4 +1,7 @@
-"""The app whose beats the tests run as processes: schedule, broker and faults come from the environment."""
+"""The app whose beats the tests run as processes: schedule, broker and faults come from the
+environment.
+"""
+
 from __future__ import annotations
 
 import json
@@ -15,7 +18,10 @@ app = Celery('beats', broker=os.environ['BEAT_BROKER'])
 app.conf.update(
     timezone='Europe/Berlin',
     task_ignore_result=True,
-    beat_schedule={name: {'task': f'beats.{name}', 'schedule': seconds} for name, seconds in _schedule.items()})
+    beat_schedule={
+        name: {'task': f'beats.{name}', 'schedule': seconds} for name, seconds in _schedule.items()
+    },
+)
 
 
 def _nothing() -> None:

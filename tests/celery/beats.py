@@ -1,4 +1,5 @@
 """`celery beat` as processes, and the messages that they sent."""
+
 from __future__ import annotations
 
 import contextlib
@@ -58,7 +59,12 @@ class Beat:
 
     def wait_idle(self) -> None:
         """Until it has found another scheduler active."""
-        eventually(lambda: 'another scheduler is the active one' in self.log or self.process.poll() is not None, _START_SEC)
+        eventually(
+            lambda: (
+                'another scheduler is the active one' in self.log or self.process.poll() is not None
+            ),
+            _START_SEC,
+        )
         assert self.process.poll() is None, self.log
 
     def kill(self, number: int) -> None:
@@ -72,11 +78,18 @@ class Stage:
     """Beats of one cluster and one broker.
 
     Args:
-        config: Where the database is; what the beats are told of it can be changed by the arguments of `beat`.
+        config: Where the database is; what the beats are told of it can be changed by the arguments
+            of `beat`.
         schedule: Seconds between the slots of each entry.
     """
 
-    def __init__(self, config: CoordinationConfig, broker_url: str, directory: Path, schedule: dict[str, float]) -> None:
+    def __init__(
+        self,
+        config: CoordinationConfig,
+        broker_url: str,
+        directory: Path,
+        schedule: dict[str, float],
+    ) -> None:
         self.config = config
         self.broker_url = broker_url
         self.schedule = schedule
@@ -93,18 +106,48 @@ class Stage:
         """
         config = self.config
         fields = {
-            name: getattr(config, name) for name in (
-                'host', 'port', 'dbname', 'user', 'password', 'appname', 'heartbeat_interval_sec', 'heartbeat_timeout_sec',
-                'connect_timeout_sec')}
-        environ = {name: value for name, value in os.environ.items() if not name.startswith('JOBSYNC_')}
-        environ.update({f'JOBSYNC_{name.upper()}': str(value) for name, value in {**fields, **settings}.items()})
-        environ.update(BEAT_BROKER=self.broker_url, BEAT_SCHEDULE=json.dumps(self.schedule), BEAT_FAULT=fault)
+            name: getattr(config, name)
+            for name in (
+                'host',
+                'port',
+                'dbname',
+                'user',
+                'password',
+                'appname',
+                'heartbeat_interval_sec',
+                'heartbeat_timeout_sec',
+                'connect_timeout_sec',
+            )
+        }
+        environ = {
+            name: value for name, value in os.environ.items() if not name.startswith('JOBSYNC_')
+        }
+        environ.update(
+            {
+                f'JOBSYNC_{name.upper()}': str(value)
+                for name, value in {**fields, **settings}.items()
+            }
+        )
+        environ.update(
+            BEAT_BROKER=self.broker_url, BEAT_SCHEDULE=json.dumps(self.schedule), BEAT_FAULT=fault
+        )
         log = self._directory / f'beat{len(self._beats)}.log'
         command = [
-            sys.executable, '-m', 'celery', '-A', 'tests.celery.beat_app',
-            'beat', '-S', 'jobsync', '-l', 'INFO']
+            sys.executable,
+            '-m',
+            'celery',
+            '-A',
+            'tests.celery.beat_app',
+            'beat',
+            '-S',
+            'jobsync',
+            '-l',
+            'INFO',
+        ]
         with log.open('wb') as output:
-            process = subprocess.Popen(command, cwd=_ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=_ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT
+            )
         self._beats.append(Beat(process, log))
         return self._beats[-1]
 
@@ -129,7 +172,9 @@ class Stage:
 
     def wait_from(self, beat: Beat, count: int = 1, timeout: float = _START_SEC) -> list[Message]:
         """The messages of one process, when there are at least `count`."""
-        eventually(lambda: len(self._from(beat)) >= count or beat.process.poll() is not None, timeout)
+        eventually(
+            lambda: len(self._from(beat)) >= count or beat.process.poll() is not None, timeout
+        )
         assert len(self._from(beat)) >= count, beat.log
         return self._from(beat)
 
@@ -142,25 +187,38 @@ class Stage:
         return rows[0][0] if rows else None
 
     def wait_calm(self) -> None:
-        """Until all that was sent is recorded and the next slots are not near: then nobody holds anything."""
+        """Until all that was sent is recorded and the next slots are not near: then nobody holds
+        anything.
+        """
         eventually(self._is_calm, every=0.005)
 
     def _is_calm(self) -> bool:
         now = datetime.now(timezone.utc)
         for name, seconds in self.schedule.items():
             messages = self.messages(name)
-            if not messages or self.recorded(name) != messages[-1].slot or now > messages[-1].slot + timedelta(seconds=seconds - 0.4):
+            if (
+                not messages
+                or self.recorded(name) != messages[-1].slot
+                or now > messages[-1].slot + timedelta(seconds=seconds - 0.4)
+            ):
                 return False
         return True
 
 
 def _message(headers: dict[str, Any]) -> Message:
     sender = headers['origin'].partition('@')[0].removeprefix('gen')
-    return Message(headers['task'].removeprefix('beats.'), headers['id'], datetime.fromisoformat(headers['jobsync_slot']), int(sender))
+    return Message(
+        headers['task'].removeprefix('beats.'),
+        headers['id'],
+        datetime.fromisoformat(headers['jobsync_slot']),
+        int(sender),
+    )
 
 
 def gaps(messages: list[Message], seconds: float) -> list[float]:
-    """Distances of neighbouring slots that are not those of the schedule; a slot that was sent twice is a distance of zero."""
+    """Distances of neighbouring slots that are not those of the schedule; a slot that was sent
+    twice is a distance of zero.
+    """
     slots = sorted(message.slot for message in messages)
     steps = [(after - before) / timedelta(seconds=seconds) for before, after in pairwise(slots)]
     return [step for step in steps if step != 1]
@@ -168,4 +226,8 @@ def gaps(messages: list[Message], seconds: float) -> list[float]:
 
 def repeated(messages: list[Message]) -> dict[str, int]:
     """Ids that were sent more than once."""
-    return {task_id: count for task_id, count in Counter(message.id for message in messages).items() if count > 1}
+    return {
+        task_id: count
+        for task_id, count in Counter(message.id for message in messages).items()
+        if count > 1
+    }

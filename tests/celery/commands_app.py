@@ -1,4 +1,7 @@
-"""An app with JobSync for the tests of commands: where things are comes from the environment, under names that are not JobSync's own."""
+"""An app with JobSync for the tests of commands: where things are comes from the environment, under
+names that are not JobSync's own.
+"""
+
 from __future__ import annotations
 
 import json

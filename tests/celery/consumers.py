@@ -1,4 +1,5 @@
 """A gate between a consumer, a pool and a broker that are none: what happened, in order."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -43,7 +44,6 @@ class Message:
         self.properties: dict[str, Any] = {}
         self.delivery_info: dict[str, Any] = {}
 
-
     @property
     def acknowledged(self) -> bool:
         return bool(self.state)
@@ -59,7 +59,13 @@ class Request:
     """What the strategy makes of a message."""
 
     def __init__(self, stage: Bench, message: Message) -> None:
-        self._stage, self.message, self.id, self.name, self.acknowledged = stage, message, 'm1', message.headers['task'], False
+        self._stage, self.message, self.id, self.name, self.acknowledged = (
+            stage,
+            message,
+            'm1',
+            message.headers['task'],
+            False,
+        )
 
     def on_success(self, *_: Any) -> None:
         """It has run."""
@@ -73,7 +79,10 @@ class Request:
     def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
         """It has failed. Celery raises a MemoryError again, before it acknowledges."""
         error = getattr(exc_info, 'exception', None)
-        if isinstance(getattr(error, 'exc', error) if isinstance(error, ExceptionWithTraceback) else error, MemoryError):
+        if isinstance(
+            getattr(error, 'exc', error) if isinstance(error, ExceptionWithTraceback) else error,
+            MemoryError,
+        ):
             raise MemoryError
         self._stage.log.append(f'failed {error!r}')
 
@@ -89,7 +98,8 @@ class Bench:
     """The gate and what is around it.
 
     Attributes:
-        log: What happened: 'ack', 'requeue', 'run' (the strategy), 'pool', 'send QUEUE hops=N', 'stray'.
+        log: What happened: 'ack', 'requeue', 'run' (the strategy), 'pool', 'send QUEUE hops=N',
+            'stray'.
     """
 
     def __init__(self, clock: Clock, settings: dict[str, Any], slots: bool = False) -> None:
@@ -101,7 +111,9 @@ class Bench:
         self.timers: list[Callable[[], object]] = []
         self.pool: Any = SimpleNamespace()
         self.pool_error: Exception | None = None
-        self.app = Celery('bench', broker='memory://', backend='cache+memory://', set_as_current=False)
+        self.app = Celery(
+            'bench', broker='memory://', backend='cache+memory://', set_as_current=False
+        )
         self.app.task(name='keyed', shared=False, jobsync_key='{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
         self.app.task(name='once', shared=False)(exactly_once(key='{n}')(_task))
@@ -113,14 +125,22 @@ class Bench:
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(
-            on_task_request=self._process_task_sem if slots else self._process_task, controller=self,
-            call_soon=lambda call, *args: self.log.append('slot freed'), connection=SimpleNamespace(connected=True),
+            on_task_request=self._process_task_sem if slots else self._process_task,
+            controller=self,
+            call_soon=lambda call, *args: self.log.append('slot freed'),
+            connection=SimpleNamespace(connected=True),
             on_unknown_task=lambda *args: self.log.append('discarded'),
-            strategies={}, connection_errors=(OSError,), channel_errors=(), update_strategies=lambda: None,
-            create_task_handler=lambda: lambda message: self.handle(message), on_decode_error=None, on_invalid_task=None,
+            strategies={},
+            connection_errors=(OSError,),
+            channel_errors=(),
+            update_strategies=lambda: None,
+            create_task_handler=lambda: lambda message: self.handle(message),
+            on_decode_error=None,
+            on_invalid_task=None,
             on_unknown_message=None,
             timer=SimpleNamespace(call_after=lambda seconds, call: self.timers.append(call)),
-            event_dispatcher=SimpleNamespace(enabled=False))
+            event_dispatcher=SimpleNamespace(enabled=False),
+        )
         self.handle: Callable[[Message], object] = lambda message: None
         self.strategy_error: Exception | None = None
         self.gate = ConsumerGate(self.plugin, core, self.consumer)
@@ -145,6 +165,7 @@ class Bench:
 
     def receive(self, message: Message) -> list[str]:
         """A message comes from the broker; what happened then."""
+
         def strategy(*_: Any) -> None:
             if self.strategy_error is not None:
                 raise self.strategy_error
@@ -157,7 +178,12 @@ class Bench:
 
         self.consumer.strategies[message.headers['task']] = strategy
         self.consumer.strategies[message.headers['task']](
-            message, None, ack, lambda log, errors, requeue: self.log.append('requeue' if requeue else 'reject'), [])
+            message,
+            None,
+            ack,
+            lambda log, errors, requeue: self.log.append('requeue' if requeue else 'reject'),
+            [],
+        )
         if message.state:
             self.log.append(message.state)
         return self.log
@@ -184,7 +210,9 @@ def _task(n: int) -> None:
 
 @contextmanager
 def bench(monkeypatch: Any, slots: bool = False, **settings: Any) -> Iterator[Bench]:
-    """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'. With slots the pool has processes."""
+    """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'. With slots
+    the pool has processes.
+    """
     clock = Clock()
     monkeypatch.setattr(gate_module, 'clock', clock)
     monkeypatch.setattr(holding_module, 'clock', clock)
@@ -192,5 +220,7 @@ def bench(monkeypatch: Any, slots: bool = False, **settings: Any) -> Iterator[Be
     made = Bench(clock, settings, slots)
     made.app.backend.forget('m1')  # the memory is all apps'
     made.job.mine.add('mine')
-    made.owners.places.update(other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1'))
+    made.owners.places.update(
+        other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1')
+    )
     yield made

@@ -1,4 +1,7 @@
-"""Programs of a project that uses Celery, as processes: the commands of the documents and of the examples."""
+"""Programs of a project that uses Celery, as processes: the commands of the documents and of the
+examples.
+"""
+
 from __future__ import annotations
 
 import os
@@ -53,17 +56,30 @@ class Programs:
         logs: Where the output of processes goes.
     """
 
-    def __init__(self, config: CoordinationConfig, broker: BrokerServer, place: Path, logs: Path) -> None:
+    def __init__(
+        self, config: CoordinationConfig, broker: BrokerServer, place: Path, logs: Path
+    ) -> None:
         self.place = place
         self.broker = broker
         self.space = broker.new_space()
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'DJANGO_'))}
-        self.environment.update({f'JOBSYNC_{name.upper()}': str(value) for name, value in SHORT.items()})
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(('JOBSYNC_', 'CELERY_', 'DJANGO_'))
+        }
+        self.environment.update(
+            {f'JOBSYNC_{name.upper()}': str(value) for name, value in SHORT.items()}
+        )
         self.environment.update(
             JOBSYNC_DATABASE_URL=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
-            CELERY_BROKER_URL=broker.url(self.space), CELERY_RESULT_BACKEND=broker.url(self.space), PYTHONDONTWRITEBYTECODE='1',
-            PYTHONPATH=os.pathsep.join(filter(None, [str(_ROOT), str(place), os.environ.get('PYTHONPATH')])),
-            PATH=os.pathsep.join([str(_commands(logs)), os.environ.get('PATH', '')]))
+            CELERY_BROKER_URL=broker.url(self.space),
+            CELERY_RESULT_BACKEND=broker.url(self.space),
+            PYTHONDONTWRITEBYTECODE='1',
+            PYTHONPATH=os.pathsep.join(
+                filter(None, [str(_ROOT), str(place), os.environ.get('PYTHONPATH')])
+            ),
+            PATH=os.pathsep.join([str(_commands(logs)), os.environ.get('PATH', '')]),
+        )
         self._logs = logs
         self._programs: list[Program] = []
 
@@ -72,14 +88,23 @@ class Programs:
         log = self._logs / 'script.log'
         with log.open('wb') as output:
             done = subprocess.run(
-                ['sh', '-eux', '-c', script], cwd=self.place, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, check=False, timeout=timeout)
+                ['sh', '-eux', '-c', script],
+                cwd=self.place,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=timeout,
+            )
         text = log.read_text(errors='replace')
         assert done.returncode == 0, f'{script} ended with {done.returncode}:\n{text}'
         return text
 
     def start(self, command: str, ready: str) -> Program:
-        """Start a command, with what the shell's `NAME=value` puts in front of it, and wait until it prints `ready`."""
+        """Start a command, with what the shell's `NAME=value` puts in front of it, and wait until
+        it prints `ready`.
+        """
         words = shlex.split(command)
         environment = dict(self.environment)
         while '=' in words[0]:
@@ -88,8 +113,14 @@ class Programs:
         log = self._logs / f'program{len(self._programs)}.log'
         with log.open('wb') as output:
             process = subprocess.Popen(
-                words, cwd=self.place, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                executable=str(Path(self.environment['PATH'].split(os.pathsep)[0]) / words[0]))
+                words,
+                cwd=self.place,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                executable=str(Path(self.environment['PATH'].split(os.pathsep)[0]) / words[0]),
+            )
         self._programs.append(Program(process, log))
         self._programs[-1].wait_for(ready)
         return self._programs[-1]
@@ -117,8 +148,11 @@ def _commands(directory: Path) -> Path:
     place = directory / 'bin'
     place.mkdir()
     for name, code in (
-            ('python', '"$@"'), ('celery', '-m celery "$@"'), ('dramatiq', '-m dramatiq "$@"'),
-            ('jobsync', '-c "import sys; from jobsync_core.cli import main; sys.exit(main())" "$@"')):
+        ('python', '"$@"'),
+        ('celery', '-m celery "$@"'),
+        ('dramatiq', '-m dramatiq "$@"'),
+        ('jobsync', '-c "import sys; from jobsync_core.cli import main; sys.exit(main())" "$@"'),
+    ):
         command = place / name
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {code}\n')
         command.chmod(0o755)

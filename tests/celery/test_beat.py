@@ -1,4 +1,7 @@
-"""Many `celery beat` processes: each slot is sent once, under one id, whoever dies, stops, or cannot be reached."""
+"""Many `celery beat` processes: each slot is sent once, under one id, whoever dies, stops, or
+cannot be reached.
+"""
+
 from __future__ import annotations
 
 import signal
@@ -24,13 +27,21 @@ MakeStage = Callable[..., Stage]
 
 
 @pytest.fixture
-def make_stage(request: pytest.FixtureRequest, config: CoordinationConfig, tmp_path: Path) -> Iterator[MakeStage]:
+def make_stage(
+    request: pytest.FixtureRequest, config: CoordinationConfig, tmp_path: Path
+) -> Iterator[MakeStage]:
     stages = []
 
     def make(schedule: dict[str, float] | None = None, broker: str = 'redis_server') -> Stage:
         server: BrokerServer = request.getfixturevalue(broker)
         space = server.new_space()
-        stages.append((Stage(config, server.url(space), tmp_path, schedule or {'tick': SECONDS}), server, space))
+        stages.append(
+            (
+                Stage(config, server.url(space), tmp_path, schedule or {'tick': SECONDS}),
+                server,
+                space,
+            )
+        )
         return stages[-1][0]
 
     yield make
@@ -58,11 +69,15 @@ def check(stage: Stage) -> None:
     for name, seconds in stage.schedule.items():
         messages = stage.messages(name)
         assert gaps(messages, seconds) == [], messages
-        assert [message.id for message in messages] == [slot_id(stage.config.appname, name, message.slot) for message in messages]
+        assert [message.id for message in messages] == [
+            slot_id(stage.config.appname, name, message.slot) for message in messages
+        ]
 
 
 @pytest.mark.parametrize('broker', ['redis_server', 'rabbitmq_server'])
-def test_killed_leaders_are_replaced_and_each_slot_is_sent_once(make_stage: MakeStage, broker: str) -> None:
+def test_killed_leaders_are_replaced_and_each_slot_is_sent_once(
+    make_stage: MakeStage, broker: str
+) -> None:
     stage = make_stage({'tick': SECONDS, 'tock': SECONDS + 1}, broker)
     leader, follower = leader_and_follower(stage)
     for _ in range(2):
@@ -98,10 +113,14 @@ def test_a_stopped_leader_is_replaced_and_sends_nothing_twice_when_it_goes_on(st
     check(stage)
 
 
-def test_a_leader_that_stops_while_it_holds_a_slot_does_not_send_it_when_it_goes_on(stage: Stage) -> None:
+def test_a_leader_that_stops_while_it_holds_a_slot_does_not_send_it_when_it_goes_on(
+    stage: Stage,
+) -> None:
     leader = stage.beat('before:SIGSTOP:2')
     stage.wait_from(leader)
-    follower = stage.beat()  # the database ends the sessions of the stopped one, and with them its hold
+    follower = (
+        stage.beat()
+    )  # the database ends the sessions of the stopped one, and with them its hold
     messages = stage.wait_from(follower, 2)
     leader.kill(signal.SIGCONT)
     eventually(lambda: 'took too long to send' in leader.log)
@@ -110,7 +129,9 @@ def test_a_leader_that_stops_while_it_holds_a_slot_does_not_send_it_when_it_goes
     assert repeated(stage.messages()) == {}
 
 
-def test_a_slot_whose_sender_dies_before_it_is_recorded_is_sent_again_under_the_same_id(stage: Stage) -> None:
+def test_a_slot_whose_sender_dies_before_it_is_recorded_is_sent_again_under_the_same_id(
+    stage: Stage,
+) -> None:
     leader = stage.beat('after:SIGKILL:4')
     stage.wait_from(leader)
     follower = stage.beat()
@@ -130,7 +151,9 @@ def test_a_beat_that_is_told_to_end_records_what_it_has_just_sent(stage: Stage) 
     assert stage.recorded('tick') == messages[1].slot
 
 
-def test_where_all_beats_tick_the_rows_alone_keep_slots_from_being_sent_twice(make_stage: MakeStage) -> None:
+def test_where_all_beats_tick_the_rows_alone_keep_slots_from_being_sent_twice(
+    make_stage: MakeStage,
+) -> None:
     # As behind a transaction pooler. Three fast entries: the beats meet at the rows all the time.
     stage = make_stage({'a': 0.5, 'b': 0.5, 'c': 0.7})
     beats = [stage.beat(listen='false') for _ in range(3)]
@@ -157,7 +180,11 @@ def test_a_database_outage_is_told_once_and_slots_go_on_after_it(stage: Stage) -
         assert stage.messages() == before
         proxy.heal()
         after = stage.wait_messages(len(before) + 2)
-        assert beat.log.count('nothing is sent until the database is back') == beat.log.count('database: all is well again') == 1
+        assert (
+            beat.log.count('nothing is sent until the database is back')
+            == beat.log.count('database: all is well again')
+            == 1
+        )
         # What was missed is caught up with one task, for the newest slot.
         assert after[len(before)].slot >= due
         assert repeated(after) == {}
@@ -166,7 +193,7 @@ def test_a_database_outage_is_told_once_and_slots_go_on_after_it(stage: Stage) -
 
 @pytest.mark.parametrize('broker', ['own_redis', 'own_rabbitmq'])
 def test_a_broker_outage_is_told_once_and_slots_go_on_after_it(
-    make_stage: MakeStage, request: pytest.FixtureRequest, broker: str,
+    make_stage: MakeStage, request: pytest.FixtureRequest, broker: str
 ) -> None:
     stage, server = make_stage(broker=broker), request.getfixturevalue(broker)
     beat = stage.beat()
@@ -182,12 +209,23 @@ def test_a_broker_outage_is_told_once_and_slots_go_on_after_it(
     assert repeated(stage.messages()) == {}
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-    ({'port': 1}, 'celery beat -S jobsync: cannot connect to PostgreSQL at'),
-    ({'heartbeat_timeout_sec': 'soon'}, 'celery beat -S jobsync: JOBSYNC_HEARTBEAT_TIMEOUT_SEC='),
-    ({'appname': 'no-prefix'}, "celery beat -S jobsync: appname='no-prefix' is no table prefix"),
-])
-def test_a_beat_that_cannot_start_says_why_in_one_line(stage: Stage, settings: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'port': 1}, 'celery beat -S jobsync: cannot connect to PostgreSQL at'),
+        (
+            {'heartbeat_timeout_sec': 'soon'},
+            'celery beat -S jobsync: JOBSYNC_HEARTBEAT_TIMEOUT_SEC=',
+        ),
+        (
+            {'appname': 'no-prefix'},
+            "celery beat -S jobsync: appname='no-prefix' is no table prefix",
+        ),
+    ],
+)
+def test_a_beat_that_cannot_start_says_why_in_one_line(
+    stage: Stage, settings: dict[str, Any], message: str
+) -> None:
     beat = stage.beat(**settings)
     assert beat.wait(60) == 1
     assert message in beat.log

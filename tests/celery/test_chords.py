@@ -1,4 +1,7 @@
-"""A member of a chord whose first attempt was killed after its result was stored: counted once, on a real Redis."""
+"""A member of a chord whose first attempt was killed after its result was stored: counted once, on
+a real Redis.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -36,7 +39,14 @@ class Chord:
         self.backend.set_chord_size('g', size)
 
     def request(self, number: int) -> dict[str, Any]:
-        return {'id': f'm{number}', 'group': 'g', 'group_index': number, 'chord': self.body, 'callbacks': None, 'chain': None}
+        return {
+            'id': f'm{number}',
+            'group': 'g',
+            'group_index': number,
+            'chord': self.body,
+            'callbacks': None,
+            'chain': None,
+        }
 
     def store(self, number: int) -> None:
         """The member's first attempt stores its result."""
@@ -44,7 +54,9 @@ class Chord:
 
     def count(self, number: int) -> None:
         """And is counted."""
-        self.backend.on_chord_part_return(Context(self.request(number), args=[], kwargs={}), states.SUCCESS, 6)
+        self.backend.on_chord_part_return(
+            Context(self.request(number), args=[], kwargs={}), states.SUCCESS, 6
+        )
 
     def again(self, number: int) -> None:
         """Its message comes again, and is a duplicate."""
@@ -59,7 +71,9 @@ def _seal(values: list[int]) -> int:
 @pytest.fixture
 def app(redis_server: RedisServer) -> Iterator[Celery]:
     space = redis_server.new_space()
-    made = Celery('chords', broker='memory://', backend=redis_server.url(space), set_as_current=False)
+    made = Celery(
+        'chords', broker='memory://', backend=redis_server.url(space), set_as_current=False
+    )
     JobSync(made, config=CoordinationConfig(), route_producers=False)
     ledger = FakeLedger()
     ledger.begin_error = duplicate()
@@ -104,7 +118,9 @@ def test_each_member_is_counted_once(app: Celery, bodies: list[Any], ordered: bo
     check_counted_once(app, bodies, ordered)
 
 
-def test_without_the_count_the_chord_hangs(app: Celery, bodies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_count_the_chord_hangs(
+    app: Celery, bodies: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(once_module, 'count_member', lambda *args: True)
     with pytest.raises(AssertionError):
         check_counted_once(app, bodies, True)
@@ -118,7 +134,9 @@ def test_a_chord_of_one_is_completed_once(app: Celery, bodies: list[Any]) -> Non
     assert bodies == [('seal', ([6],))]
 
 
-def test_where_somebody_is_about_to_send_the_body_the_member_asks_again(app: Celery, bodies: list[Any]) -> None:
+def test_where_somebody_is_about_to_send_the_body_the_member_asks_again(
+    app: Celery, bodies: list[Any]
+) -> None:
     """From Celery 5.7 on. Whoever holds the claim may be dead, and it runs out."""
     if not hasattr(type(app.backend), '_chord_part_return_script'):
         pytest.skip('this Celery has no claims')
@@ -137,7 +155,9 @@ def test_where_somebody_is_about_to_send_the_body_the_member_asks_again(app: Cel
 
 
 @pytest.mark.parametrize('ordered', [True, False])
-def test_an_older_celery_s_count_is_taken_back_before_it_is_made_again(app: Celery, ordered: bool) -> None:
+def test_an_older_celery_s_count_is_taken_back_before_it_is_made_again(
+    app: Celery, ordered: bool
+) -> None:
     chord = Chord(app, ordered)
     chord.count(0)
     chord.count(1)

@@ -1,4 +1,7 @@
-"""A member of a chord whose first attempt was killed before it was counted, with the results in Django's database (`django-db`)."""
+"""A member of a chord whose first attempt was killed before it was counted, with the results in
+Django's database (`django-db`).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,8 +30,16 @@ _SIZE = 3
 
 @pytest.mark.parametrize(
     ('counter_exists', 'all_ready', 'step'),
-    [(False, False, Step.DONE), (False, True, Step.DONE), (True, False, Step.WAIT), (True, True, Step.TRIGGER)])
-def test_a_chord_is_done_without_its_counter_and_triggered_when_all_is_there(counter_exists: bool, all_ready: bool, step: Step) -> None:
+    [
+        (False, False, Step.DONE),
+        (False, True, Step.DONE),
+        (True, False, Step.WAIT),
+        (True, True, Step.TRIGGER),
+    ],
+)
+def test_a_chord_is_done_without_its_counter_and_triggered_when_all_is_there(
+    counter_exists: bool, all_ready: bool, step: Step
+) -> None:
     assert next_step(counter_exists, all_ready) is step
 
 
@@ -41,17 +52,28 @@ class Chord:
         self.register('g')
 
     def register(self, group: str) -> None:
-        self.backend.apply_chord((group, [self.app.AsyncResult(f'm{number}') for number in range(_SIZE)]), self.body)
+        self.backend.apply_chord(
+            (group, [self.app.AsyncResult(f'm{number}') for number in range(_SIZE)]), self.body
+        )
 
     def request(self, number: int) -> dict[str, Any]:
-        return {'id': f'm{number}', 'group': 'g', 'group_index': number, 'chord': self.body, 'callbacks': None, 'chain': None}
+        return {
+            'id': f'm{number}',
+            'group': 'g',
+            'group_index': number,
+            'chord': self.body,
+            'callbacks': None,
+            'chain': None,
+        }
 
     def store(self, *numbers: int) -> None:
         for number in numbers:
             self.backend.store_result(f'm{number}', 6, states.SUCCESS)
 
     def count(self, number: int) -> None:
-        self.backend.on_chord_part_return(Context(self.request(number), args=[], kwargs={}), states.SUCCESS, 6)
+        self.backend.on_chord_part_return(
+            Context(self.request(number), args=[], kwargs={}), states.SUCCESS, 6
+        )
 
     def again(self, number: int, **more: Any) -> None:
         """Its message comes again, and is a duplicate."""
@@ -79,7 +101,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     file = tmp_path_factory.mktemp('django') / 'results.sqlite3'
     former = connections.settings
     connections.settings = connections.configure_settings(
-        {**former, 'default': {'ENGINE': 'django.db.backends.sqlite3', 'NAME': str(file)}})
+        {**former, 'default': {'ENGINE': 'django.db.backends.sqlite3', 'NAME': str(file)}}
+    )
     del connections['default']
     call_command('migrate', verbosity=0)
     yield
@@ -140,11 +163,15 @@ def check_completes(app: Celery, sent: list[Any]) -> None:
     assert len(sent) == 2
 
 
-def test_a_member_that_was_not_counted_completes_the_chord_once(app: Celery, sent: list[Any]) -> None:
+def test_a_member_that_was_not_counted_completes_the_chord_once(
+    app: Celery, sent: list[Any]
+) -> None:
     check_completes(app, sent)
 
 
-def test_without_the_count_the_chord_hangs(app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_count_the_chord_hangs(
+    app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(once_module, 'count_member', lambda *args: True)
     with pytest.raises(AssertionError):
         check_completes(app, sent)
@@ -173,7 +200,8 @@ def test_a_chord_with_a_failed_member_fails_once(app: Celery, sent: list[Any]) -
 
 
 def test_who_dies_between_the_body_and_the_commit_leaves_the_chord_to_the_next(
-        app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from django_celery_results.backends import database
 
     members = Chord(app)
@@ -191,21 +219,30 @@ def test_who_dies_between_the_body_and_the_commit_leaves_the_chord_to_the_next(
     assert sent == [('seal', [6, 6, 6])] and counters() == 0
 
 
-def test_a_body_that_is_a_chord_goes_out_when_the_lock_is_gone(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_is_a_chord_goes_out_when_the_lock_is_gone(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from django.db import connection
     from django_celery_results.backends import database
 
     members = Chord(app)
     members.store(0, 1, 2)
     locked: list[bool] = []
-    monkeypatch.setattr(database, 'trigger_callback', lambda **_: locked.append(connection.in_atomic_block))
-    for body in members.body, chord([members.body.clone(), members.body.clone()], members.body.clone()):
+    monkeypatch.setattr(
+        database, 'trigger_callback', lambda **_: locked.append(connection.in_atomic_block)
+    )
+    for body in (
+        members.body,
+        chord([members.body.clone(), members.body.clone()], members.body.clone()),
+    ):
         assert count_member(app.backend, Context({**members.request(0), 'chord': body}), 6)
         members.register('g')
     assert locked == [True, False]
 
 
-def test_trouble_with_the_back_end_brings_the_message_back(app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_with_the_back_end_brings_the_message_back(
+    app: Celery, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> bool:
         raise OSError('no connection')
 
@@ -216,7 +253,9 @@ def test_trouble_with_the_back_end_brings_the_message_back(app: Celery, sent: li
     assert sent == [('double', 3)]
 
 
-def test_a_message_gives_up_before_its_key_is_forgotten(app: Celery, sent: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_gives_up_before_its_key_is_forgotten(
+    app: Celery, sent: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     members = Chord(app)
     members.store(0)
     day = 24 * 60  # minutes
@@ -228,7 +267,13 @@ def test_a_message_gives_up_before_its_key_is_forgotten(app: Celery, sent: list[
 
 def lost(members: Chord, number: int, task: Any, **more: Any) -> Any:
     """The worker's request of a member whose process was killed."""
-    return SimpleNamespace(id=f'm{number}', name=task.name, task=task, _context=Context(members.request(number)), **more)
+    return SimpleNamespace(
+        id=f'm{number}',
+        name=task.name,
+        task=task,
+        _context=Context(members.request(number)),
+        **more,
+    )
 
 
 _KILLED = SimpleNamespace(exception=WorkerLostError('killed'))
@@ -237,15 +282,23 @@ _KILLED = SimpleNamespace(exception=WorkerLostError('killed'))
 def test_celery_does_not_acknowledge_a_member_whose_process_is_lost(app: Celery) -> None:
     """Newer Celerys do, if its result is stored."""
     members = Chord(app)
-    assert not comes_back(lost(members, 0, members.task, acknowledged=False), _KILLED)  # it runs again
+    assert not comes_back(
+        lost(members, 0, members.task, acknowledged=False), _KILLED
+    )  # it runs again
     members.store(0)
     assert comes_back(lost(members, 0, members.task, acknowledged=False), _KILLED)
     plain = app.task(name='plain', shared=False)(_seal)
-    assert not comes_back(lost(members, 0, plain, acknowledged=False), _KILLED)  # it would run again
-    assert not comes_back(lost(members, 0, members.task, acknowledged=False), SimpleNamespace(exception=ValueError()))
+    assert not comes_back(
+        lost(members, 0, plain, acknowledged=False), _KILLED
+    )  # it would run again
+    assert not comes_back(
+        lost(members, 0, members.task, acknowledged=False), SimpleNamespace(exception=ValueError())
+    )
 
 
-def test_a_plain_member_that_is_acknowledged_is_counted_when_the_others_are_ready(app: Celery, sent: list[Any]) -> None:
+def test_a_plain_member_that_is_acknowledged_is_counted_when_the_others_are_ready(
+    app: Celery, sent: list[Any]
+) -> None:
     members = Chord(app)
     members.store(0)
     plain = app.task(name='plain', shared=False)(_seal)

@@ -1,4 +1,7 @@
-"""A broker that takes no messages is waited for once: when the circuit opens, who waits, and when it closes."""
+"""A broker that takes no messages is waited for once: when the circuit opens, who waits, and when
+it closes.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -62,7 +65,9 @@ def test_once_open_everybody_is_refused_at_once(circuit: Circuit, broker: Broker
             circuit.check()
 
 
-def test_it_looks_on_a_thread_of_its_own_until_the_broker_takes_messages(circuit: Circuit, broker: Broker) -> None:
+def test_it_looks_on_a_thread_of_its_own_until_the_broker_takes_messages(
+    circuit: Circuit, broker: Broker
+) -> None:
     circuit.open(TimeoutError())
     eventually(lambda: broker.probes >= 3)
     assert circuit.is_open
@@ -76,7 +81,7 @@ def test_it_looks_on_a_thread_of_its_own_until_the_broker_takes_messages(circuit
 
 
 def test_one_thread_looks_and_one_line_says_so_however_many_failed(
-    circuit: Circuit, broker: Broker, caplog: pytest.LogCaptureFixture,
+    circuit: Circuit, broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(20):
         circuit.open(TimeoutError())
@@ -97,9 +102,10 @@ def test_closed_for_good_it_neither_looks_nor_opens(broker: Broker) -> None:
 
 
 def test_without_a_thread_to_look_it_does_not_stay_open(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch,
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would close it: messages for others would wait here for ever."""
+
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -126,7 +132,9 @@ def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Publisher, '_publish', publish)
     monkeypatch.setattr(Publisher, '_probe', publish_nothing)
     app = Celery('busy', broker='memory://', set_as_current=False)
-    publisher = Publisher(JobSync(app, config=CoordinationConfig(), route_producers=False), patient=False)
+    publisher = Publisher(
+        JobSync(app, config=CoordinationConfig(), route_producers=False), patient=False
+    )
     try:
         for _ in range(100):
             with pytest.raises((TimeoutError, BrokerBusy)):

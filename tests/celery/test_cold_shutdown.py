@@ -1,4 +1,5 @@
 """When the cold shutdown of a worker is done: between two turns of its event loop."""
+
 from __future__ import annotations
 
 import os
@@ -28,7 +29,9 @@ class Stage:
         self.readable, self.writable = os.pipe()
         self.install(signal.SIGQUIT, 'worker_Cold')
         self.install(signal.SIGINT, 'worker_Warm')
-        worker = SimpleNamespace(pool=SimpleNamespace(_pool=SimpleNamespace(_active_writes=self.writes)))
+        worker = SimpleNamespace(
+            pool=SimpleNamespace(_pool=SimpleNamespace(_active_writes=self.writes))
+        )
         self.cold = ColdShutdown(worker)
         self.cold.follow(self.hub)
         self.loop = self.hub.create_loop()
@@ -63,7 +66,10 @@ class Stage:
 
 @pytest.fixture
 def stage() -> Iterator[Stage]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGQUIT, signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGQUIT, signal.SIGINT, signal.SIGTERM)
+    }
     found = Stage()
     try:
         yield found
@@ -92,15 +98,24 @@ def test_a_signal_outside_of_the_loop_is_answered_at_once(stage: Stage) -> None:
     assert stage.log == ['worker_Cold SIGQUIT']
 
 
-def test_a_signal_while_the_loop_waits_is_answered_at_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_the_loop_waits_is_answered_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def poll(timeout: float | None) -> list[tuple[int, int]]:
         signal.raise_signal(signal.SIGQUIT)
         stage.log.append('polled')
         return []
 
     # As if it stood where kombu's polling does.
-    monkeypatch.setattr(stage.hub.poller, 'poll', FunctionType(
-        poll.__code__, {'signal': signal, '__name__': type(stage.hub.poller).__module__}, closure=poll.__closure__))
+    monkeypatch.setattr(
+        stage.hub.poller,
+        'poll',
+        FunctionType(
+            poll.__code__,
+            {'signal': signal, '__name__': type(stage.hub.poller).__module__},
+            closure=poll.__closure__,
+        ),
+    )
     stage.turn()
     assert stage.log == ['worker_Cold SIGQUIT', 'polled', 'turned']
 

@@ -1,4 +1,7 @@
-"""`celery -A proj jobsync …`, `inspect jobsync` and the worker's own HTTP server, with a real worker."""
+"""`celery -A proj jobsync …`, `inspect jobsync` and the worker's own HTTP server, with a real
+worker.
+"""
+
 from __future__ import annotations
 
 import json
@@ -26,12 +29,17 @@ def port() -> int:
 
 
 @pytest.fixture
-def programs(config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path, port: int) -> Iterator[Programs]:
+def programs(
+    config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path, port: int
+) -> Iterator[Programs]:
     """A project whose worker `red` runs."""
     made = Programs(config, redis_server, _PROJECT, tmp_path)
     try:
         made.start(
-            f'JOBSYNC_HTTP=127.0.0.1:{port} {CELERY} worker -l INFO -c 1 -P threads -n red@%h --jobsync-node red', 'ready.')
+            f'JOBSYNC_HTTP=127.0.0.1:{port} {CELERY} worker -l INFO -c 1 -P threads -n red@%h '
+            '--jobsync-node red',
+            'ready.',
+        )
         yield made
     finally:
         made.close()
@@ -58,11 +66,16 @@ def test_the_cluster_can_be_looked_at_and_steered(programs: Programs) -> None:
 
 def test_a_worker_tells_of_itself(programs: Programs, port: int) -> None:
     text = programs.run(f'{CELERY} inspect jobsync --json')
-    (status,) = json.loads(text[text.index('\n{') if '\n{' in text else text.index('{'):]).values()
+    (status,) = json.loads(text[text.index('\n{') if '\n{' in text else text.index('{') :]).values()
     assert status['node_name'] == 'red' and status['consuming'] is True
     assert ask(port, '/health/live')[0] == 200
     eventually(lambda: ask(port, '/health/ready')[0] == 200)
-    assert json.loads(ask(port, '/health/ready')[1]) == {'status': 'ready', 'lease': True, 'consuming': True, 'node': 'red'}
+    assert json.loads(ask(port, '/health/ready')[1]) == {
+        'status': 'ready',
+        'lease': True,
+        'consuming': True,
+        'node': 'red',
+    }
     code, metrics = ask(port, '/metrics')
     assert code == 200 and 'jobsync_healthy{' in metrics and 'node="red"' in metrics
     programs.close()

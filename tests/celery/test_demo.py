@@ -1,4 +1,7 @@
-"""The Celery demo runs to a good verdict, and ends all that it started when it is interrupted or killed."""
+"""The Celery demo runs to a good verdict, and ends all that it started when it is interrupted or
+killed.
+"""
+
 from __future__ import annotations
 
 import os
@@ -18,8 +21,13 @@ _DEMO = Path(__file__).parents[2] / 'examples' / 'celery_demo.py'
 
 def _start(place: Path, files: int, output: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(_DEMO), '--files', str(files)], env={**os.environ, 'TMPDIR': str(place)}, stdin=subprocess.DEVNULL,
-        stdout=output, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, str(_DEMO), '--files', str(files)],
+        env={**os.environ, 'TMPDIR': str(place)},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.timeout(240)
@@ -29,14 +37,20 @@ def test_the_verdict_is_good(place: Path) -> None:
     assert demo.returncode == 0, output
     verdict = {tuple(line.split()) for line in output.splitlines()}
     assert {
-        ('ok', 'published,', 'with', 'repeats', '110'), ('ok', 'rows', '100'), ('ok', 'keys', 'completed', '100'), ('ok', 'lost', '0'),
-        ('ok', 'tasks', 'with', 'the', 'right', 'result', '110', 'of', '110')} <= verdict, output
+        ('ok', 'published,', 'with', 'repeats', '110'),
+        ('ok', 'rows', '100'),
+        ('ok', 'keys', 'completed', '100'),
+        ('ok', 'lost', '0'),
+        ('ok', 'tasks', 'with', 'the', 'right', 'result', '110', 'of', '110'),
+    } <= verdict, output
     assert 'is killed (SIGKILL)' in output
     assert 'FAIL' not in output
     eventually(lambda: not core._left(place), timeout=20)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ('number', 'code'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_nothing_outlives_it(place: Path, number: signal.Signals, code: int) -> None:
     demo = _start(place, 300, subprocess.PIPE)
     assert demo.stdout is not None

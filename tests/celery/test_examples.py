@@ -1,4 +1,7 @@
-"""The examples are what users copy: they run here as their README says, and they keep their promise when a worker is killed."""
+"""The examples are what users copy: they run here as their README says, and they keep their promise
+when a worker is killed.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,10 +22,15 @@ EXAMPLES = Path(__file__).parents[2] / 'examples'
 
 
 @pytest.fixture
-def start(config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path) -> Iterator[Callable[[str], Programs]]:
+def start(
+    config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path
+) -> Iterator[Callable[[str], Programs]]:
     with contextlib.ExitStack() as stack:
+
         def make(example: str) -> Programs:
-            return stack.enter_context(contextlib.closing(Programs(config, redis_server, EXAMPLES / example, tmp_path)))
+            return stack.enter_context(
+                contextlib.closing(Programs(config, redis_server, EXAMPLES / example, tmp_path))
+            )
 
         yield make
 
@@ -31,14 +39,18 @@ def worker(programs: Programs, app: str, name: str) -> Program:
     return programs.start(f'celery -A {app} worker -n {name}@%h -c 2 -l INFO', ' ready.')
 
 
-def test_the_plain_example_charges_each_order_once(start: Callable[[str], Programs], config: CoordinationConfig) -> None:
+def test_the_plain_example_charges_each_order_once(
+    start: Callable[[str], Programs], config: CoordinationConfig
+) -> None:
     programs = start('celery_plain')
     worker(programs, 'shop.app', 'one')
     worker(programs, 'shop.app', 'gpu-primary')
 
     printed = programs.run('python -m shop.send 20')
 
-    assert query(config, 'SELECT order_id, count(*), min(cents) FROM charge GROUP BY 1 ORDER BY 1') == [(n, 1, 100 + n) for n in range(20)]
+    assert query(
+        config, 'SELECT order_id, count(*), min(cents) FROM charge GROUP BY 1 ORDER BY 1'
+    ) == [(n, 1, 100 + n) for n in range(20)]
     assert f'charged {sum(100 + n for n in range(20))}\n' in printed
     drawn = next(line for line in printed.splitlines() if line.startswith('drawn on'))
     assert [name.partition('@')[0] for name in drawn.split()[2:]] == ['gpu-primary']
@@ -46,7 +58,9 @@ def test_the_plain_example_charges_each_order_once(start: Callable[[str], Progra
     assert 'one@' in status and 'gpu-primary@' in status
 
 
-def test_the_django_example_books_each_payment_once(start: Callable[[str], Programs], config: CoordinationConfig) -> None:
+def test_the_django_example_books_each_payment_once(
+    start: Callable[[str], Programs], config: CoordinationConfig
+) -> None:
     programs = start('celery_django')
     programs.run('python manage.py migrate')
     worker(programs, 'billing', 'one')
@@ -54,12 +68,16 @@ def test_the_django_example_books_each_payment_once(start: Callable[[str], Progr
 
     assert '20 bookings, balance 20\n' in programs.run('python manage.py pay 20')
 
-    assert query(config, 'SELECT payment_id, count(*) FROM payments_booking GROUP BY 1 ORDER BY 1') == [(n, 1) for n in range(20)]
-    assert programs.run('python manage.py makemigrations --check --dry-run').endswith('No changes detected\n')
+    assert query(
+        config, 'SELECT payment_id, count(*) FROM payments_booking GROUP BY 1 ORDER BY 1'
+    ) == [(n, 1) for n in range(20)]
+    assert programs.run('python manage.py makemigrations --check --dry-run').endswith(
+        'No changes detected\n'
+    )
 
 
 def test_a_payment_is_booked_once_though_its_worker_is_killed_in_the_middle_of_the_transaction(
-    start: Callable[[str], Programs], config: CoordinationConfig,
+    start: Callable[[str], Programs], config: CoordinationConfig
 ) -> None:
     programs = start('celery_django')
     programs.run('python manage.py migrate')
@@ -67,16 +85,31 @@ def test_a_payment_is_booked_once_though_its_worker_is_killed_in_the_middle_of_t
     doomed = worker(programs, 'billing', 'doomed')
 
     def waiting_for_the_account() -> int:
-        return int(query(config, '''
-            SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'UPDATE%%payments_account%%'
-            ''')[0][0])
+        return int(
+            query(
+                config,
+                """
+            SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE
+                'UPDATE%%payments_account%%'
+            """,
+            )[0][0]
+        )
 
-    with contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:
+    with contextlib.closing(
+        psycopg2.connect(
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+        )
+    ) as connection:
         with connection.cursor() as cursor:
             # Given: the booking is inserted, and its transaction waits for the account's row.
             cursor.execute('SELECT FROM payments_account WHERE id = 7 FOR UPDATE')
-            programs.run("python manage.py shell -c 'from payments.tasks import book; book.delay(1, 7, 25)'")
+            programs.run(
+                "python manage.py shell -c 'from payments.tasks import book; book.delay(1, 7, 25)'"
+            )
             eventually(lambda: waiting_for_the_account() == 1, 20)
             # When: its worker is killed, and another one begins the same payment.
             doomed.kill()

@@ -1,4 +1,5 @@
 """Fences of the plugin, each taken away in turn: the check that rests on it fails then."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -85,17 +86,25 @@ def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConsumerGate, 'dispatch', lambda self, request: self._handing.to_pool(request))
+    monkeypatch.setattr(
+        ConsumerGate, 'dispatch', lambda self, request: self._handing.to_pool(request)
+    )
 
 
 FENCES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
-    (acknowledge_first, check_published_before_acknowledged), (acknowledge_first, check_failure_leaves_it_unacknowledged),
-    (without_hop_limit, check_hop_limit), (also_to_self, check_never_to_self), (without_late_check, check_late)]
+    (acknowledge_first, check_published_before_acknowledged),
+    (acknowledge_first, check_failure_leaves_it_unacknowledged),
+    (without_hop_limit, check_hop_limit),
+    (also_to_self, check_never_to_self),
+    (without_late_check, check_late),
+]
 
 
 @pytest.mark.parametrize(('remove', 'check'), FENCES, ids=lambda item: item.__name__)
 def test_without_the_fence_the_check_fails(
-    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+    monkeypatch: pytest.MonkeyPatch,
+    remove: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Bench], None],
 ) -> None:
     with bench(monkeypatch) as stage:
         check(stage)
@@ -135,7 +144,9 @@ def never_withdraw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hold_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Handing, '_hold', lambda self, request, error, act, stays: request.reject(requeue=True))
+    monkeypatch.setattr(
+        Handing, '_hold', lambda self, request, error, act, stays: request.reject(requeue=True)
+    )
 
 
 def one_failure_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +168,22 @@ def check_not_begun_twice(stage: Bench) -> None:
 
 
 TROUBLES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
-    (blame_the_message, check_away), (without_a_pause, check_away), (give_back_at_once, check_away),
-    (keep_the_slot, check_slot), (the_worker_s_own, check_slot),
-    (never_withdraw, check_not_begun_twice), (hold_no_end, check_end_told_later), (one_failure_is_enough, check_odd_connection)]
+    (blame_the_message, check_away),
+    (without_a_pause, check_away),
+    (give_back_at_once, check_away),
+    (keep_the_slot, check_slot),
+    (the_worker_s_own, check_slot),
+    (never_withdraw, check_not_begun_twice),
+    (hold_no_end, check_end_told_later),
+    (one_failure_is_enough, check_odd_connection),
+]
 
 
 @pytest.mark.parametrize(('remove', 'check'), TROUBLES, ids=lambda item: item.__name__)
 def test_without_the_fence_trouble_costs_a_message(
-    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+    monkeypatch: pytest.MonkeyPatch,
+    remove: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Bench], None],
 ) -> None:
     slots = check is check_slot
     with bench(monkeypatch, slots=slots) as stage:
@@ -174,14 +193,18 @@ def test_without_the_fence_trouble_costs_a_message(
         check(stage)
 
 
-def test_without_a_thread_for_it_errbacks_hold_up_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusal_module, '_teller', SimpleNamespace(tell=lambda action: (action(), True)))
+def test_without_a_thread_for_it_errbacks_hold_up_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        refusal_module, '_teller', SimpleNamespace(tell=lambda action: (action(), True))
+    )
     with bench(monkeypatch) as stage, pytest.raises(AssertionError):
         check_not_held_up(stage, monkeypatch, 0.01)
 
 
 def test_without_the_return_a_copy_that_is_not_sent_is_the_task_s_failure(
-    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_message_stays(app, ledger, monkeypatch, ConnectionError('away'))
     app.tasks.pop('double')
@@ -191,7 +214,7 @@ def test_without_the_return_a_copy_that_is_not_sent_is_the_task_s_failure(
 
 
 def test_without_the_duplicate_rule_a_link_goes_out_twice(
-    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_duplicate_rule(app, ledger)
     app.tasks.pop('double')
@@ -202,7 +225,9 @@ def test_without_the_duplicate_rule_a_link_goes_out_twice(
 
 def hold(app: Celery, node: str) -> Any:
     """Take a message off 'celery' as a node, and keep it unacknowledged."""
-    connection = app.connection_for_write(transport_options=mail_module.redis_options('shop_', node))
+    connection = app.connection_for_write(
+        transport_options=mail_module.redis_options('shop_', node)
+    )
     with connection.SimpleQueue('celery') as source:
         source.get(timeout=20)
     return connection
@@ -224,7 +249,7 @@ def check_rescue_spares_the_living(broker: BrokerServer) -> None:
 
 
 def test_without_unacked_keys_of_its_own_a_live_node_s_messages_are_taken(
-    redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch,
+    redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_rescue_spares_the_living(redis_server)
     monkeypatch.setattr(mail_module, 'redis_options', lambda appname, node: {})
@@ -242,7 +267,9 @@ def trust_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse = ConsumerGate._refuse
 
-    def let_through(self: ConsumerGate, message: Any, reason: str, cause: Any = None, reject: Any = None) -> None:
+    def let_through(
+        self: ConsumerGate, message: Any, reason: str, cause: Any = None, reject: Any = None
+    ) -> None:
         if cause is not Unroutable:
             refuse(self, message, reason)
 
@@ -250,7 +277,11 @@ def run_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def raise_into_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConsumerGate, 'create_task_handler', lambda self: lambda message: self._make_handler()(message))
+    monkeypatch.setattr(
+        ConsumerGate,
+        'create_task_handler',
+        lambda self: lambda message: self._make_handler()(message),
+    )
 
 
 def one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,13 +289,18 @@ def one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BOUNDARY: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
-    (trust_the_header, check_forged_key), (run_without_a_key, lambda stage: check_set_aside(stage, ([], {}, {}))),
-    (raise_into_the_consumer, check_celery_falls), (one_for_all, check_each_on_its_own)]
+    (trust_the_header, check_forged_key),
+    (run_without_a_key, lambda stage: check_set_aside(stage, ([], {}, {}))),
+    (raise_into_the_consumer, check_celery_falls),
+    (one_for_all, check_each_on_its_own),
+]
 
 
 @pytest.mark.parametrize(('remove', 'check'), BOUNDARY, ids=lambda item: item.__name__)
 def test_without_the_boundary_a_message_does_harm(
-    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Bench], None],
+    monkeypatch: pytest.MonkeyPatch,
+    remove: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Bench], None],
 ) -> None:
     with bench(monkeypatch) as stage:
         check(stage)
@@ -274,7 +310,7 @@ def test_without_the_boundary_a_message_does_harm(
 
 
 def test_without_a_back_off_a_running_key_is_asked_for_every_second(
-    app: Celery, ledger: Any, published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+    app: Celery, ledger: Any, published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_back_off(app, ledger, published)
     app.tasks.pop('double')
@@ -285,7 +321,7 @@ def test_without_a_back_off_a_running_key_is_asked_for_every_second(
 
 
 def test_without_the_check_a_result_that_cannot_be_sent_completes_its_key(
-    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch,
+    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_result_that_cannot_be_sent(app, ledger)
     app.tasks.pop('odd')
@@ -296,7 +332,7 @@ def test_without_the_check_a_result_that_cannot_be_sent_completes_its_key(
 
 
 def test_without_its_own_copy_told_apart_a_direct_call_is_taken_for_the_message(
-    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch,
+    app: Celery, ledger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_direct_call(app, ledger)
     app.tasks.pop('outer')

@@ -1,4 +1,5 @@
 """The gate of a worker: what becomes of each message, in which order, whatever fails."""
+
 from __future__ import annotations
 
 import itertools
@@ -11,7 +12,14 @@ from typing import Any
 
 import pytest
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import BackendStoreError, InvalidTaskError, Reject, Retry, TaskRevokedError, WorkerShutdown
+from celery.exceptions import (
+    BackendStoreError,
+    InvalidTaskError,
+    Reject,
+    Retry,
+    TaskRevokedError,
+    WorkerShutdown,
+)
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
@@ -36,11 +44,25 @@ class BackendAway(Exception):
 
 #: What befalls a message through no fault of its own: of a result backend, of a pool, of a machine.
 TROUBLE = [
-    BackendAway('away'), ConnectionError('the result backend'), RuntimeError("can't start new thread"), OSError(24, 'Too many open files'),
-    OperationalError('away'), ssl.SSLCertVerificationError('self-signed'), BackendStoreError('away'), BlockingIOError()]
+    BackendAway('away'),
+    ConnectionError('the result backend'),
+    RuntimeError("can't start new thread"),
+    OSError(24, 'Too many open files'),
+    OperationalError('away'),
+    ssl.SSLCertVerificationError('self-signed'),
+    BackendStoreError('away'),
+    BlockingIOError(),
+]
 #: What is so each time, wherever it goes.
-FAULTS = [KeyError('root_id'), pickle.PicklingError('a lock'), InvalidTaskError('odd'), DecodeError('odd'), ContentDisallowed('pickle'),
-          UnicodeDecodeError('utf-8', b'', 0, 1, 'odd'), RecursionError()]
+FAULTS = [
+    KeyError('root_id'),
+    pickle.PicklingError('a lock'),
+    InvalidTaskError('odd'),
+    DecodeError('odd'),
+    ContentDisallowed('pickle'),
+    UnicodeDecodeError('utf-8', b'', 0, 1, 'odd'),
+    RecursionError(),
+]
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -65,7 +87,17 @@ def check_goes_back(stage: Bench, error: Exception) -> None:
         assert message.state == ''
         stage.look(0.5)
     assert message.state == 'requeue'
-    assert [round(later - former) for former, later in itertools.pairwise(tries)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert [round(later - former) for former, later in itertools.pairwise(tries)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        60,
+        60,
+        60,
+    ]
     assert stage.counts == {'retried': 9, 'returned': 1}
 
 
@@ -151,28 +183,46 @@ class TestReceipt:
         assert stage.receive(Message(None, task='plain')) == ['run']
         assert stage.counts == {}
 
-    def test_another_s_is_dropped_where_every_node_gets_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_s_is_dropped_where_every_node_gets_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with bench(monkeypatch, on_unclaimed='drop') as stage:
             assert stage.receive(Message('other')) == ['ack']
             assert stage.counts['dropped'] == 1
 
     @pytest.mark.parametrize('error', [ConnectionError('lost'), ValueError('odd')])
-    def test_an_acknowledgement_that_fails_raises_nothing(self, stage: Bench, error: Exception) -> None:
+    def test_an_acknowledgement_that_fails_raises_nothing(
+        self, stage: Bench, error: Exception
+    ) -> None:
         stage.ack_error = error
         assert stage.receive(Message('other')) == ['send q2 hops=1']
         assert stage.gate.waiting == 0
 
     @pytest.mark.parametrize('error', [RuntimeError('map'), ConnectionError('db')])
-    def test_a_gate_that_fails_raises_nothing_and_the_message_waits(self, stage: Bench, error: Exception) -> None:
+    def test_a_gate_that_fails_raises_nothing_and_the_message_waits(
+        self, stage: Bench, error: Exception
+    ) -> None:
         stage.owners.error = error
         assert stage.receive(Message('other')) == []
         stage.owners.error = None
         assert stage.look() == ['send q2 hops=1', 'ack']
 
-    @pytest.mark.parametrize('payload', [
-        ([], {}, {}), ([7, 8], {}, {}), ([''], {}, {}), ([None], {}, {}), (['x' * 2001], {}, {}), (5, {}, {}), ([7], [], {}),
-        ([], {'m': 1}, None)])
-    def test_arguments_without_a_key_run_nowhere(self, stage: Bench, payload: Any, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize(
+        'payload',
+        [
+            ([], {}, {}),
+            ([7, 8], {}, {}),
+            ([''], {}, {}),
+            ([None], {}, {}),
+            (['x' * 2001], {}, {}),
+            (5, {}, {}),
+            ([7], [], {}),
+            ([], {'m': 1}, None),
+        ],
+    )
+    def test_arguments_without_a_key_run_nowhere(
+        self, stage: Bench, payload: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
         check_set_aside(stage, payload)
         eventually(lambda: stage.app.backend.get_task_meta('m1')['status'] == 'FAILURE')
         assert type(stage.app.backend.get_task_meta('m1')['result']) is Unroutable
@@ -211,7 +261,11 @@ class TestWaiting:
         stage.receive(Message('nobody'))
         stage.receive(Message('nowhere'))
         stage.gate.give_back()
-        assert (stage.log, stage.gate.waiting, stage.counts['returned']) == (['requeue', 'requeue'], 0, 2)
+        assert (stage.log, stage.gate.waiting, stage.counts['returned']) == (
+            ['requeue', 'requeue'],
+            0,
+            2,
+        )
         assert stage.look(60.0) == ['requeue', 'requeue']
 
     def test_after_a_reconnect_the_broker_delivers_it_again(self, stage: Bench) -> None:
@@ -273,11 +327,15 @@ class TestUnknownTasks:
         stage.consumer.on_unknown_task(None, message, KeyError(name))
         return message
 
-    def test_a_message_of_an_unknown_task_is_set_apart_and_then_acknowledged(self, stage: Bench) -> None:
+    def test_a_message_of_an_unknown_task_is_set_apart_and_then_acknowledged(
+        self, stage: Bench
+    ) -> None:
         message = self._receive(stage)
         assert (stage.log, message.state) == ([UNKNOWN], 'ack')
 
-    def test_it_stays_unacknowledged_where_it_cannot_be_sent_and_is_tried_again(self, stage: Bench) -> None:
+    def test_it_stays_unacknowledged_where_it_cannot_be_sent_and_is_tried_again(
+        self, stage: Bench
+    ) -> None:
         stage.publish_error = OSError('the broker is away')
         message = self._receive(stage)
         assert (stage.log, message.state) == ([], '')
@@ -285,7 +343,9 @@ class TestUnknownTasks:
         stage.look(2.0)
         assert (stage.log, message.state) == ([UNKNOWN], 'ack')
 
-    def test_many_of_one_task_are_one_line(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def test_many_of_one_task_are_one_line(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture
+    ) -> None:
         for _ in range(100):
             self._receive(stage)
         assert len(caplog.records) == 1
@@ -303,28 +363,69 @@ def nested(depth: int) -> list[Any]:
 
 
 class TestOddMessages:
-    """Whatever comes, nothing is raised into the consumer, and what no worker can take is rejected once with one line."""
+    """Whatever comes, nothing is raised into the consumer, and what no worker can take is rejected
+    once with one line.
+    """
 
     def _receive(self, stage: Bench, message: Any) -> str:
         stage.consumer.create_task_handler()(message)
         return str(message.state)
 
-    @pytest.mark.parametrize(('part', 'value'), [
-        ('headers', []), ('headers', 'text'), ('headers', 5), ('payload', None), ('payload', 5), ('payload', [1, 2]), ('payload', []),
-        ('payload', [1, 2, 3, 4]), ('payload', {}), ('payload', 'abc'), ('payload', ([7], {}, 5)),
-        ('errors', [(None, OSError('bz2'), None)]), ('payload', ([nested(300)], {}, {})), ('headers', {'task': 't', 'deep': nested(300)})])
-    def test_what_has_no_shape(self, stage: Bench, caplog: pytest.LogCaptureFixture, part: str, value: Any) -> None:
+    @pytest.mark.parametrize(
+        ('part', 'value'),
+        [
+            ('headers', []),
+            ('headers', 'text'),
+            ('headers', 5),
+            ('payload', None),
+            ('payload', 5),
+            ('payload', [1, 2]),
+            ('payload', []),
+            ('payload', [1, 2, 3, 4]),
+            ('payload', {}),
+            ('payload', 'abc'),
+            ('payload', ([7], {}, 5)),
+            ('errors', [(None, OSError('bz2'), None)]),
+            ('payload', ([nested(300)], {}, {})),
+            ('headers', {'task': 't', 'deep': nested(300)}),
+        ],
+    )
+    def test_what_has_no_shape(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture, part: str, value: Any
+    ) -> None:
         message = Message(None)
         setattr(message, part, value)
         assert self._receive(stage, message) == 'reject'
         assert len(caplog.records) == 1 and stage.counts == {'refused': 1}
 
-    @pytest.mark.parametrize(('name', 'value'), [
-        ('task', []), ('task', ''), ('task', {}), ('task', 'x' * 1001), ('task', None), ('id', None), ('id', []), ('id', {}),
-        ('timelimit', 5), ('timelimit', ['x', 'y']), ('timelimit', [1]), ('timelimit', [[], {}]), ('timelimit', [float('nan'), None]),
-        ('timelimit', [-1, None]), ('timelimit', [10**30, None]), ('stamped_headers', [[1]]), ('stamped_headers', 'abc'),
-        ('stamped_headers', {'a': 1}), ('stamps', [1]), ('stamps', 'abc')])
-    def test_headers_that_would_end_a_worker(self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
+    @pytest.mark.parametrize(
+        ('name', 'value'),
+        [
+            ('task', []),
+            ('task', ''),
+            ('task', {}),
+            ('task', 'x' * 1001),
+            ('task', None),
+            ('id', None),
+            ('id', []),
+            ('id', {}),
+            ('timelimit', 5),
+            ('timelimit', ['x', 'y']),
+            ('timelimit', [1]),
+            ('timelimit', [[], {}]),
+            ('timelimit', [float('nan'), None]),
+            ('timelimit', [-1, None]),
+            ('timelimit', [10**30, None]),
+            ('stamped_headers', [[1]]),
+            ('stamped_headers', 'abc'),
+            ('stamped_headers', {'a': 1}),
+            ('stamps', [1]),
+            ('stamps', 'abc'),
+        ],
+    )
+    def test_headers_that_would_end_a_worker(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str, value: Any
+    ) -> None:
         message = Message(None)
         message.headers[name] = value
         assert self._receive(stage, message) == 'reject'
@@ -341,7 +442,9 @@ class TestOddMessages:
                 self._receive(stage, Message(None))
 
     @pytest.mark.parametrize('error', TROUBLE, ids=repr)
-    def test_what_is_no_message_s_fault_is_tried_again(self, stage: Bench, error: Exception) -> None:
+    def test_what_is_no_message_s_fault_is_tried_again(
+        self, stage: Bench, error: Exception
+    ) -> None:
         check_goes_back(stage, error)
 
     def test_what_rabbitmq_would_drop_is_not_given_back(self, stage: Bench) -> None:
@@ -359,14 +462,22 @@ class TestOddMessages:
         assert self._receive(stage, Message(None)) == 'reject'
 
     @pytest.mark.parametrize('name', ['on_decode_error', 'on_invalid_task', 'on_unknown_message'])
-    def test_what_celery_would_acknowledge_or_reject_is_rejected(self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    def test_what_celery_would_acknowledge_or_reject_is_rejected(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture, name: str
+    ) -> None:
         message, error = Message(None), ValueError('odd')
-        given = {'on_decode_error': (message, error), 'on_invalid_task': (None, message, error), 'on_unknown_message': (None, message)}
+        given = {
+            'on_decode_error': (message, error),
+            'on_invalid_task': (None, message, error),
+            'on_unknown_message': (None, message),
+        }
         getattr(stage.consumer, name)(*given[name])
         assert message.state == 'reject'
         assert len(caplog.records) == 1
 
-    def test_a_result_backend_that_fails_hinders_nothing(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_result_backend_that_fails_hinders_nothing(
+        self, stage: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def broken(*_: Any, **__: Any) -> None:
             raise ConnectionError('backend away')
 
@@ -376,7 +487,9 @@ class TestOddMessages:
         message.headers['task'] = []
         assert self._receive(stage, message) == 'reject'
 
-    def test_an_errback_that_takes_long_or_raises_holds_up_nobody(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_errback_that_takes_long_or_raises_holds_up_nobody(
+        self, stage: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         check_not_held_up(stage, monkeypatch)
 
     def test_its_errbacks_are_told(self, stage: Bench) -> None:
@@ -387,11 +500,22 @@ class TestOddMessages:
 
         stage.app.task(name='tell', shared=False)(tell)
         message = Message(None)
-        message.payload = ([], {}, {'errbacks': [stage.app.tasks['tell'].s()], 'callbacks': None, 'chain': None, 'chord': None})
+        message.payload = (
+            [],
+            {},
+            {
+                'errbacks': [stage.app.tasks['tell'].s()],
+                'callbacks': None,
+                'chain': None,
+                'chord': None,
+            },
+        )
         assert stage.receive(message) == ['reject']
         eventually(lambda: told == [('m1', 'Unroutable')])
 
-    def test_a_task_that_cannot_be_coordinated_runs_nowhere(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_task_that_cannot_be_coordinated_runs_nowhere(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture
+    ) -> None:
         stage.app.task(name='wrong', shared=False, jobsync_key='{m}')(_n)
         assert stage.receive(Message(None, task='wrong')) == ['reject']
         assert "names 'm'" in caplog.text
@@ -455,11 +579,17 @@ def check_each_on_its_own(stage: Bench) -> None:
 
 class TestWhatTheTaskRaised:
     @pytest.mark.parametrize('wrapped', [True, False])
-    def test_a_memory_error_ends_the_task_and_not_the_worker(self, stage: Bench, wrapped: bool) -> None:
-        assert end_with(stage, MemoryError('no memory'), wrapped) == "failed MemoryError('no memory')"
+    def test_a_memory_error_ends_the_task_and_not_the_worker(
+        self, stage: Bench, wrapped: bool
+    ) -> None:
+        assert (
+            end_with(stage, MemoryError('no memory'), wrapped) == "failed MemoryError('no memory')"
+        )
 
     def test_a_retry_for_one_stays_a_retry(self, stage: Bench) -> None:
-        assert end_with(stage, Retry('again', MemoryError()), wrapped=False).startswith('failed Retry(')
+        assert end_with(stage, Retry('again', MemoryError()), wrapped=False).startswith(
+            'failed Retry('
+        )
 
 
 def end_with(stage: Bench, error: Exception, wrapped: bool) -> str:
@@ -483,7 +613,9 @@ class TestEachOnItsOwn:
     def test_a_strategy_that_raises_drops_nothing_behind_it(self, stage: Bench) -> None:
         check_each_on_its_own(stage)
 
-    def test_a_gate_that_raises_drops_nothing_either(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_gate_that_raises_drops_nothing_either(
+        self, stage: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for _ in range(3):
             stage.receive(Message('nobody'))
         place, calls = ConsumerGate._place, []
@@ -527,7 +659,9 @@ class TestEachOnItsOwn:
 
 
 class TestIntoThePool:
-    """Whatever fails on the way into the pool, and in it: the worker goes on, and each message comes to its right end."""
+    """Whatever fails on the way into the pool, and in it: the worker goes on, and each message
+    comes to its right end.
+    """
 
     def _hand_over(self, stage: Bench, error: Exception | None, task: str = 'plain') -> list[str]:
         message = Message('mine', task=task)
@@ -561,7 +695,9 @@ class TestIntoThePool:
         assert self._hand_over(stage, Reject('later', requeue=True)) == []
         assert stage.look(1.1) == ['received']
 
-    def test_what_is_acknowledged_stays_so(self, stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def test_what_is_acknowledged_stays_so(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture
+    ) -> None:
         message = Message(None, task='plain')
         request = Request(stage, message)
         request.acknowledged = True
@@ -577,17 +713,24 @@ class TestIntoThePool:
     def test_a_job_that_could_not_be_written_is_forgotten(self, stage: Bench) -> None:
         message = Message(None, task='plain')
         request = Request(stage, message)
-        jobs = {1: SimpleNamespace(_callback=request.on_success, _accepted=False), 2: SimpleNamespace(_callback=None, _accepted=False)}
+        jobs = {
+            1: SimpleNamespace(_callback=request.on_success, _accepted=False),
+            2: SimpleNamespace(_callback=None, _accepted=False),
+        }
         stage.pool = SimpleNamespace(_pool=SimpleNamespace(_cache=jobs))
         stage.pool_error = pickle.PicklingError('a lock')
         stage.consumer.on_task_request(request)
         assert list(jobs) == [2]
 
     @pytest.mark.parametrize('begun', [False, True])
-    def test_what_a_thread_has_begun_does_not_go_back_and_what_goes_back_is_not_begun(self, stage: Bench, begun: bool) -> None:
+    def test_what_a_thread_has_begun_does_not_go_back_and_what_goes_back_is_not_begun(
+        self, stage: Bench, begun: bool
+    ) -> None:
         check_begun_once(stage, begun)
 
-    def test_an_end_that_cannot_be_told_is_told_later_and_the_task_does_not_run_again(self, stage: Bench) -> None:
+    def test_an_end_that_cannot_be_told_is_told_later_and_the_task_does_not_run_again(
+        self, stage: Bench
+    ) -> None:
         check_end_told_later(stage)
 
     def test_what_comes_back_by_itself_and_cannot_is_tried_again(self, stage: Bench) -> None:
@@ -660,7 +803,9 @@ class TestSurrender:
     """A worker that lost its lease on RabbitMQ."""
 
     @pytest.mark.parametrize(('task', 'expected'), [('once', ['requeue']), ('keyed', [])])
-    def test_what_is_executed_goes_back_if_it_completes_once(self, stage: Bench, task: str, expected: list[str]) -> None:
+    def test_what_is_executed_goes_back_if_it_completes_once(
+        self, stage: Bench, task: str, expected: list[str]
+    ) -> None:
         message = Message('mine', task=task)
         stage.receive(message)
         assert stage.dispatch(message) == ['pool']
@@ -673,12 +818,19 @@ class TestSurrender:
         assert stage.log == expected
 
 
-def test_green_threads_are_refused_before_the_worker_starts(stage: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    worker = SimpleNamespace(app=stage.app, pool_cls='celery.concurrency.gevent:TaskPool', hostname='w@x')
+def test_green_threads_are_refused_before_the_worker_starts(
+    stage: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = SimpleNamespace(
+        app=stage.app, pool_cls='celery.concurrency.gevent:TaskPool', hostname='w@x'
+    )
     with pytest.raises(WorkerShutdown) as ended:
         NodeStep(worker)
     assert ended.value.code == 1
-    assert "pool 'celery.concurrency.gevent:TaskPool'" in caplog.text and '--pool prefork' in caplog.text
+    assert (
+        "pool 'celery.concurrency.gevent:TaskPool'" in caplog.text
+        and '--pool prefork' in caplog.text
+    )
 
 
 class TestWhatWasNotRecorded:
@@ -705,7 +857,9 @@ class TestWhatWasNotRecorded:
         self._leave(leaving, restore)
         assert given == [('n1', {'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})]
 
-    def test_with_the_broker_away_it_is_named(self, leaving: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def test_with_the_broker_away_it_is_named(
+        self, leaving: Bench, caplog: pytest.LogCaptureFixture
+    ) -> None:
         def restore(node: str, left: Leftovers) -> int:
             raise ConnectionError('away')
 
@@ -741,9 +895,12 @@ class TestRefusals:
         """The consumer of the stage, which follows lease and database."""
         monkeypatch.setattr(plugin_module, 'clock', stage.clock)
         stage.consumer.task_consumer = SimpleNamespace(
-            cancel=lambda: stage.log.append('cancel'), consume=lambda: stage.log.append('consume'))
+            cancel=lambda: stage.log.append('cancel'), consume=lambda: stage.log.append('consume')
+        )
         stage.consumer.timer.call_repeatedly = lambda seconds, call: None
-        vars(stage.plugin).update(_consumer=stage.consumer, _consumer_gate=stage.gate, _connected=True, _consuming=True)
+        vars(stage.plugin).update(
+            _consumer=stage.consumer, _consumer_gate=stage.gate, _connected=True, _consuming=True
+        )
         return stage
 
     def _hand_over(self, stage: Bench, count: int = 3, task: str = 'once') -> list[str]:
@@ -756,7 +913,7 @@ class TestRefusals:
         return log
 
     def test_consuming_stops_with_one_line_and_goes_on_once_the_database_answers(
-        self, consuming: Bench, caplog: pytest.LogCaptureFixture,
+        self, consuming: Bench, caplog: pytest.LogCaptureFixture
     ) -> None:
         stage, pausing = consuming, consuming.job.pausing
         stage.receive(Message('nobody'))
@@ -775,10 +932,14 @@ class TestRefusals:
         pausing.answered()
         stage.plugin._follow_lease()
         assert stage.log[3:] == ['cancel', 'consume']
-        assert [record.levelname for record in caplog.records] == ['WARNING']  # once, though it was refused twice
+        assert [record.levelname for record in caplog.records] == [
+            'WARNING'
+        ]  # once, though it was refused twice
         assert 'no space left' in caplog.text and 'free disk space' in caplog.text
 
-    def test_in_the_pause_nothing_that_asks_the_database_goes_to_the_pool_and_after_it_one(self, stage: Bench) -> None:
+    def test_in_the_pause_nothing_that_asks_the_database_goes_to_the_pool_and_after_it_one(
+        self, stage: Bench
+    ) -> None:
         check_one_tries(stage)
 
     def test_what_does_not_ask_the_database_runs(self, stage: Bench) -> None:
@@ -793,7 +954,9 @@ class TestRefusals:
         stage.plugin._follow_lease()
         assert stage.log == ['requeue'] * 3
 
-    def test_a_lease_that_runs_out_in_a_pause_surrenders_only_a_timeout_later(self, consuming: Bench) -> None:
+    def test_a_lease_that_runs_out_in_a_pause_surrenders_only_a_timeout_later(
+        self, consuming: Bench
+    ) -> None:
         stage = consuming
         vars(stage.plugin)['_driver'] = 'amqp'
         surrendered: list[str] = []
@@ -821,7 +984,9 @@ def check_one_tries(stage: Bench) -> None:
     assert stage.look() == ['pool'] * 3
 
 
-def test_without_that_every_message_would_try(stage: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_that_every_message_would_try(
+    stage: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ConsumerGate, '_admits', lambda *args: True)
     with pytest.raises(AssertionError):
         check_one_tries(stage)

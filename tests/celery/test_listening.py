@@ -1,4 +1,5 @@
 """How long a Celery worker counts as deaf."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,7 @@
-"""Node queues on RabbitMQ: what is declared, and where a message goes whose queue has gone. On Redis, what is given back."""
+"""Node queues on RabbitMQ: what is declared, and where a message goes whose queue has gone. On
+Redis, what is given back.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -32,7 +35,7 @@ def space(rabbitmq_server: RabbitServer) -> Iterator[str]:
 
 @pytest.mark.parametrize('priorities', [None, 10])
 def test_queues_are_declared_alike_each_time_and_strays_are_parked(
-    rabbitmq_server: RabbitServer, space: str, priorities: int | None,
+    rabbitmq_server: RabbitServer, space: str, priorities: int | None
 ) -> None:
     app = Celery('declaring', broker=rabbitmq_server.url(space), set_as_current=False)
     app.conf.task_queue_max_priority = priorities
@@ -43,25 +46,34 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         mail.declare(_QUEUE)
         mail.declare(_QUEUE)
         arguments = {} if priorities is None else {'x-max-priority': priorities}
-        found = {item['name']: item['arguments'] for item in rabbitmq_server.api('GET', f'queues/{space}?disable_stats=true')}
+        found = {
+            item['name']: item['arguments']
+            for item in rabbitmq_server.api('GET', f'queues/{space}?disable_stats=true')
+        }
         for given in found.values():
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
         assert found == {_QUEUE: arguments, _PARKED: arguments, _UNKNOWN: arguments}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
             for queue in (_QUEUE, 'jobsync.shop_.gone'):
-                producer.publish({}, exchange=exchange_of(plugin).name, routing_key=queue, retry=False)
+                producer.publish(
+                    {}, exchange=exchange_of(plugin).name, routing_key=queue, retry=False
+                )
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
 
 
 @pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
-def test_a_broker_is_known_again_by_whatever_address(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_broker_is_known_again_by_whatever_address(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     server: BrokerServer = request.getfixturevalue(f'{kind}_server')
     spaces = [server.new_space(), server.new_space()]
 
     def mail_at(url: str, **options: object) -> CeleryMail:
         app = Celery('marked', broker=url, set_as_current=False, broker_transport_options=options)
-        return CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+        return CeleryMail(
+            JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+        )
 
     with contextlib.ExitStack() as stack:
         for space in spaces:
@@ -75,7 +87,10 @@ def test_a_broker_is_known_again_by_whatever_address(kind: str, request: pytest.
         assert other.identify(True) not in (mark, None)
         assert 'guest:guest' not in first.place and str(server.port) in first.place
         if kind == 'redis':
-            assert mail_at(server.url(spaces[0]), global_keyprefix='{crm}').identify(True) not in (mark, None)
+            assert mail_at(server.url(spaces[0]), global_keyprefix='{crm}').identify(True) not in (
+                mark,
+                None,
+            )
             server.drop_space(spaces[0])
             assert mine.identify(False) is None
             first.mark(str(mark))
@@ -89,7 +104,9 @@ def test_nodes_that_are_gone_are_asked_about_together(redis_server: RedisServer)
     space = redis_server.new_space()
     app = Celery('asking', broker=redis_server.url(space), set_as_current=False)
     app.conf.broker_transport_options = {'global_keyprefix': 'p:'}
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    mail = CeleryMail(
+        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    )
     queues = {f'n{number}': f'jobsync.shop_.n{number}' for number in range(250)}
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, space)
@@ -105,13 +122,19 @@ def test_nodes_that_are_gone_are_asked_about_together(redis_server: RedisServer)
         assert mail.size('jobsync.shop_.n7') == 1 and mail.size('jobsync.shop_.n8') == 0
 
 
-def test_what_a_lost_connection_had_acknowledged_is_not_given_back(redis_server: RedisServer) -> None:
+def test_what_a_lost_connection_had_acknowledged_is_not_given_back(
+    redis_server: RedisServer,
+) -> None:
     space = redis_server.new_space()
     app = Celery('restoring', broker=redis_server.url(space), set_as_current=False)
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    mail = CeleryMail(
+        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, space)
-        holder = stack.enter_context(app.connection_for_write(transport_options=redis_options('shop_', 'n1')))
+        holder = stack.enter_context(
+            app.connection_for_write(transport_options=redis_options('shop_', 'n1'))
+        )
         source = stack.enter_context(holder.SimpleQueue('celery'))
         for number in range(3):
             source.put(number)
@@ -122,19 +145,33 @@ def test_what_a_lost_connection_had_acknowledged_is_not_given_back(redis_server:
         assert sorted(source.get(timeout=20).payload for _ in range(2)) == [0, 2]
 
 
-@pytest.mark.parametrize(('home', 'arrives'), [('celery', 'celery'), ('own', 'own'), ('gone', 'celery'), (_QUEUE, _QUEUE)])
-def test_what_goes_home_arrives_there(rabbitmq_server: RabbitServer, space: str, home: str, arrives: str) -> None:
-    """Not through the exchange of the node queues, and not to a queue that is gone: that would lose it."""
+@pytest.mark.parametrize(
+    ('home', 'arrives'),
+    [('celery', 'celery'), ('own', 'own'), ('gone', 'celery'), (_QUEUE, _QUEUE)],
+)
+def test_what_goes_home_arrives_there(
+    rabbitmq_server: RabbitServer, space: str, home: str, arrives: str
+) -> None:
+    """Not through the exchange of the node queues, and not to a queue that is gone: that would lose
+    it.
+    """
     app = Celery('homing', broker=rabbitmq_server.url(space), set_as_current=False)
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    mail = CeleryMail(
+        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(mail.close)
         mail.declare(_QUEUE)
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('own', durable=True)(connection.default_channel).declare()
             Queue('source', durable=True)(connection.default_channel).declare()
-            connection.Producer().publish([[1], {}, {}], exchange='', routing_key='source', headers={
-                'task': 'nobody', 'id': 'm1', HOME: home}, retry=False)
+            connection.Producer().publish(
+                [[1], {}, {}],
+                exchange='',
+                routing_key='source',
+                headers={'task': 'nobody', 'id': 'm1', HOME: home},
+                retry=False,
+            )
         letter = mail.take('source')
         assert letter is not None
         assert (letter.home, letter.task, letter.route) == (home, 'nobody', None)
@@ -146,12 +183,22 @@ def _task(n: int) -> int:
     return n
 
 
-@pytest.mark.parametrize(('headers', 'expected'), [
-    ({'task': 'keyed', KEY: 'forged'}, ('k:1', 'celery')), ({'task': 'keyed', HOME: 'gpu'}, ('k:1', 'gpu')),
-    ({'task': 'plain', KEY: 'forged'}, (None, 'celery')), ({'task': 'nobody', KEY: 'k:9'}, ('k:9', 'celery')),
-    ({'task': 'nobody', KEY: ['k'], HOME: 5}, (None, 'celery')), ({'task': []}, (None, 'celery')), ({'task': 'keyless'}, (None, 'celery')),
-    ([], (None, 'celery'))])
-def test_a_route_is_made_from_the_arguments_where_the_task_is_known(headers: Any, expected: tuple[str | None, str]) -> None:
+@pytest.mark.parametrize(
+    ('headers', 'expected'),
+    [
+        ({'task': 'keyed', KEY: 'forged'}, ('k:1', 'celery')),
+        ({'task': 'keyed', HOME: 'gpu'}, ('k:1', 'gpu')),
+        ({'task': 'plain', KEY: 'forged'}, (None, 'celery')),
+        ({'task': 'nobody', KEY: 'k:9'}, ('k:9', 'celery')),
+        ({'task': 'nobody', KEY: ['k'], HOME: 5}, (None, 'celery')),
+        ({'task': []}, (None, 'celery')),
+        ({'task': 'keyless'}, (None, 'celery')),
+        ([], (None, 'celery')),
+    ],
+)
+def test_a_route_is_made_from_the_arguments_where_the_task_is_known(
+    headers: Any, expected: tuple[str | None, str]
+) -> None:
     def fails(n: int) -> str:
         raise LookupError
 
@@ -159,7 +206,9 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(headers: Any
     for name, key in (('keyed', 'k:{n}'), ('plain', None), ('keyless', fails)):
         app.task(name=name, shared=False, jobsync_key=key)(_task)
     mail = CeleryMail(JobSync(app, config=CoordinationConfig(), route_producers=False))
-    message = Message(body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8')
+    message = Message(
+        body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8'
+    )
     message.headers = {**headers, 'id': 'm1'} if headers else headers
     assert mail.address_of(message) == expected
 
@@ -178,17 +227,25 @@ def known(name: str) -> Iterator[None]:
 @pytest.mark.parametrize('serializer', ['json', 'pickle'])
 @pytest.mark.parametrize('method', ['zlib', 'bzip2', 'application/x-odd'])
 @pytest.mark.parametrize('way', ['redis', 'redis by publishing', 'rabbitmq'])
-def test_a_compressed_message_arrives_as_it_was(request: pytest.FixtureRequest, way: str, method: str, serializer: str) -> None:
+def test_a_compressed_message_arrives_as_it_was(
+    request: pytest.FixtureRequest, way: str, method: str, serializer: str
+) -> None:
     server: BrokerServer = request.getfixturevalue(f'{way.split()[0]}_server')
     check_compressed(server, way == 'redis by publishing', method, serializer)
 
 
-def check_compressed(server: BrokerServer, by_publishing: bool, method: str, serializer: str) -> None:
-    """A message is passed on twice, the second time by one who cannot decompress it, where nobody has to know how."""
+def check_compressed(
+    server: BrokerServer, by_publishing: bool, method: str, serializer: str
+) -> None:
+    """A message is passed on twice, the second time by one who cannot decompress it, where nobody
+    has to know how.
+    """
     space, odd = server.new_space(), method.startswith('application')
     app = Celery('compressed', broker=server.url(space), set_as_current=False)
     app.conf.accept_content = ['json', 'pickle']
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+    mail = CeleryMail(
+        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    )
     if by_publishing:
         vars(mail.publisher)['_hands_over'] = False
     body = [['x' * 2000, 7], {}, {}]
@@ -200,8 +257,14 @@ def check_compressed(server: BrokerServer, by_publishing: bool, method: str, ser
             Queue('celery', durable=True)(connection.default_channel).declare()
             with known(method) if odd else contextlib.nullcontext():
                 connection.Producer().publish(
-                    body, exchange='', routing_key='celery', compression=method, serializer=serializer, retry=False,
-                    headers={'task': 'nobody', 'id': 'm1'})
+                    body,
+                    exchange='',
+                    routing_key='celery',
+                    compression=method,
+                    serializer=serializer,
+                    retry=False,
+                    headers={'task': 'nobody', 'id': 'm1'},
+                )
         for source, target in (('celery', _PARKED), (_PARKED, _QUEUE)):
             letter = eventually(lambda source=source: mail.take(source))  # type: ignore[misc]
             assert letter is not None
@@ -214,7 +277,7 @@ def check_compressed(server: BrokerServer, by_publishing: bool, method: str, ser
 
 
 def test_without_its_header_a_compressed_message_is_lost(
-    rabbitmq_server: RabbitServer, monkeypatch: pytest.MonkeyPatch,
+    rabbitmq_server: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = Publisher._publish
 

@@ -1,4 +1,7 @@
-"""`exactly_once` in a worker's place: what Celery is told of duplicates, of running keys, and where there is no worker."""
+"""`exactly_once` in a worker's place: what Celery is told of duplicates, of running keys, and where
+there is no worker.
+"""
+
 from __future__ import annotations
 
 import datetime
@@ -18,7 +21,15 @@ from jobsync_celery import once as once_module
 from jobsync_celery.coming_back import ComesBack
 from jobsync_celery.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.errors import ClaimLost, DatabaseUnavailable, DuplicateExecution, ExecutionRunning, Fenced, JobSyncError, NotEntered
+from jobsync_core.errors import (
+    ClaimLost,
+    DatabaseUnavailable,
+    DuplicateExecution,
+    ExecutionRunning,
+    Fenced,
+    JobSyncError,
+    NotEntered,
+)
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import MAX_WAITS
@@ -26,7 +37,14 @@ from jobsync_core.worker.routing import WAITS
 
 from ..fakes import FakeLedger, duplicate
 
-OPTIONS = {'args': [3], 'kwargs': {}, 'called_directly': False, 'is_eager': False, 'delivery_info': {}, 'retries': 2}
+OPTIONS = {
+    'args': [3],
+    'kwargs': {},
+    'called_directly': False,
+    'is_eager': False,
+    'delivery_info': {},
+    'retries': 2,
+}
 
 
 class Recording(FakeLedger):
@@ -78,7 +96,9 @@ def double(n: int) -> int:
 
 
 def task_of(app: Celery, **options: Any) -> Any:
-    return app.task(name='double', shared=False)(exactly_once(key='d:{n}', scope='', **options)(double))
+    return app.task(name='double', shared=False)(
+        exactly_once(key='d:{n}', scope='', **options)(double)
+    )
 
 
 def in_worker(task: Any, **request: Any) -> Any:
@@ -99,7 +119,9 @@ def broken(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def check_message_stays(app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def check_message_stays(
+    app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     ledger.begin_error = ExecutionRunning()
     task = task_of(app)
     monkeypatch.setattr(Task, 'apply_async', broken(error))
@@ -120,7 +142,9 @@ def check_duplicate_rule(app: Celery, ledger: FakeLedger) -> None:
 
 class TestDuplicates:
     @pytest.mark.parametrize('follows', ['callbacks', 'chain', 'chord', 'group'])
-    def test_the_same_message_again_whose_link_went_out_is_ignored(self, app: Celery, ledger: FakeLedger, follows: str) -> None:
+    def test_the_same_message_again_whose_link_went_out_is_ignored(
+        self, app: Celery, ledger: FakeLedger, follows: str
+    ) -> None:
         ledger.begin_error = duplicate()
         task = task_of(app)
         app.backend.store_result('m1', 6, states.SUCCESS)
@@ -130,18 +154,24 @@ class TestDuplicates:
     def test_the_check_of_the_fences_holds(self, app: Celery, ledger: FakeLedger) -> None:
         check_duplicate_rule(app, ledger)
 
-    @pytest.mark.parametrize('state', [states.PENDING, states.STARTED, states.RETRY, states.FAILURE])
+    @pytest.mark.parametrize(
+        'state', [states.PENDING, states.STARTED, states.RETRY, states.FAILURE]
+    )
     def test_the_same_message_whose_success_is_not_known_replays_its_result(
-        self, app: Celery, ledger: FakeLedger, state: str,
+        self, app: Celery, ledger: FakeLedger, state: str
     ) -> None:
         ledger.begin_error = duplicate()
         task = task_of(app)
         if state != states.PENDING:
-            app.backend.store_result(state, ValueError() if state in (states.FAILURE, states.RETRY) else None, state)
+            app.backend.store_result(
+                state, ValueError() if state in (states.FAILURE, states.RETRY) else None, state
+            )
         # An id of its own: the backend in memory is shared.
         assert in_worker(task, id=state, callbacks=[task.s(3)]) == 6
 
-    def test_another_message_with_the_key_replays_the_result(self, app: Celery, ledger: FakeLedger) -> None:
+    def test_another_message_with_the_key_replays_the_result(
+        self, app: Celery, ledger: FakeLedger
+    ) -> None:
         ledger.begin_error = duplicate()
         task = task_of(app)
         app.backend.store_result('m1', 6, states.SUCCESS)
@@ -153,7 +183,7 @@ class TestDuplicates:
         assert in_worker(task_of(app)) == 6
 
     def test_a_backend_that_fails_does_not_hinder_the_replay(
-        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def broken(task_id: str) -> str:
             raise ConnectionError('backend away')
@@ -174,18 +204,31 @@ class TestDuplicates:
 class TestComeBack:
     @pytest.mark.parametrize('error', [ExecutionRunning, ClaimLost, DatabaseUnavailable])
     def test_a_copy_is_published_before_the_message_is_ignored(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], error: type[JobSyncError],
+        self,
+        app: Celery,
+        ledger: FakeLedger,
+        published: list[dict[str, Any]],
+        error: type[JobSyncError],
     ) -> None:
         ledger.begin_error = error()
         with pytest.raises(Ignore):
             in_worker(task_of(app))
         (headers,) = published
-        assert (headers['id'], headers['task'], headers['retries'], headers['eta'] is not None) == ('m1', 'double', 2, True)
+        assert (headers['id'], headers['task'], headers['retries'], headers['eta'] is not None) == (
+            'm1',
+            'double',
+            2,
+            True,
+        )
         assert COME_BACK_SEC == 1.0
 
     @pytest.mark.parametrize('error', [DatabaseUnavailable, Fenced])
     def test_a_completion_that_is_not_known_to_be_recorded_comes_back(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], error: type[JobSyncError],
+        self,
+        app: Celery,
+        ledger: FakeLedger,
+        published: list[dict[str, Any]],
+        error: type[JobSyncError],
     ) -> None:
         ledger.finish_error = error()
         with pytest.raises(Ignore):
@@ -194,7 +237,11 @@ class TestComeBack:
 
     @pytest.mark.parametrize('error', [DatabaseUnavailable, Fenced])
     def test_a_transaction_of_the_ledger_that_fails_in_the_body_is_no_failure_of_the_task(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], error: type[JobSyncError],
+        self,
+        app: Celery,
+        ledger: FakeLedger,
+        published: list[dict[str, Any]],
+        error: type[JobSyncError],
     ) -> None:
         def body(n: int) -> int:
             raise error()
@@ -204,23 +251,32 @@ class TestComeBack:
             in_worker(task)
         assert [headers['id'] for headers in published] == ['m1']
 
-    @pytest.mark.parametrize('error', [ConnectionError('broker away'), OperationalError('no confirm'), EncodeError('only pickle can')])
+    @pytest.mark.parametrize(
+        'error',
+        [
+            ConnectionError('broker away'),
+            OperationalError('no confirm'),
+            EncodeError('only pickle can'),
+        ],
+    )
     def test_where_the_copy_cannot_be_published_the_message_stays(
-        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception,
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
         check_message_stays(app, ledger, monkeypatch, error)
 
     def test_where_it_is_acknowledged_already_its_sender_is_told(
-        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ledger.begin_error = ExecutionRunning()
-        task = app.task(name='double', shared=False, acks_late=False)(exactly_once(key='d:{n}', scope='')(double))
+        task = app.task(name='double', shared=False, acks_late=False)(
+            exactly_once(key='d:{n}', scope='')(double)
+        )
         monkeypatch.setattr(Task, 'apply_async', broken(ConnectionError('broker away')))
         with pytest.raises(ConnectionError):
             in_worker(task)
 
     def test_the_copy_is_sent_over_a_connection_that_is_kept_and_made_anew_once(
-        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch,
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ledger.begin_error = ExecutionRunning()
         task, given, errors = task_of(app), [], [None, OSError('it was idle for long'), None]
@@ -240,7 +296,7 @@ class TestComeBack:
         assert given[0] is given[1] is not given[2]
 
     def test_a_running_key_may_be_skipped_or_raised(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]],
+        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]]
     ) -> None:
         ledger.begin_error = ExecutionRunning()
         assert in_worker(task_of(app, on_running='skip')) is None
@@ -268,12 +324,24 @@ class TestWithoutWorker:
         with pytest.raises(NotEntered):
             task_of(app)(3)
 
-    @pytest.mark.parametrize(('options', 'error', 'expected'), [
-        ({}, duplicate, 6), ({'on_duplicate': 'skip'}, duplicate, None), ({'on_running': 'skip'}, ExecutionRunning, None),
-        ({'on_duplicate': 'raise'}, duplicate, DuplicateExecution), ({}, ExecutionRunning, ExecutionRunning)])
+    @pytest.mark.parametrize(
+        ('options', 'error', 'expected'),
+        [
+            ({}, duplicate, 6),
+            ({'on_duplicate': 'skip'}, duplicate, None),
+            ({'on_running': 'skip'}, ExecutionRunning, None),
+            ({'on_duplicate': 'raise'}, duplicate, DuplicateExecution),
+            ({}, ExecutionRunning, ExecutionRunning),
+        ],
+    )
     def test_a_direct_call_gets_what_the_options_say(
-        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], options: dict[str, Any],
-        error: Callable[[], JobSyncError], expected: Any,
+        self,
+        app: Celery,
+        ledger: FakeLedger,
+        published: list[dict[str, Any]],
+        options: dict[str, Any],
+        error: Callable[[], JobSyncError],
+        expected: Any,
     ) -> None:
         ledger.begin_error = error()
         if isinstance(expected, type):
@@ -289,7 +357,9 @@ class TestKinds:
         def bound(self: Any, n: int) -> tuple[str, int]:
             return self.request.id, n
 
-        task = app.task(name='bound', shared=False, bind=True)(exactly_once(key='b:{n}', scope='')(bound))
+        task = app.task(name='bound', shared=False, bind=True)(
+            exactly_once(key='b:{n}', scope='')(bound)
+        )
         assert in_worker(task) == ('m1', 3)
         assert ledger.keys == ['b:3']
         plugin = JobSync.of(app)
@@ -318,8 +388,13 @@ class TestKinds:
                 raise OSError
             return n
 
-        task = app.task(name='flaky', shared=False, autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0)(
-            exactly_once(key='f:{n}', scope='')(flaky))
+        task = app.task(
+            name='flaky',
+            shared=False,
+            autoretry_for=(OSError,),
+            retry_backoff=False,
+            default_retry_delay=0,
+        )(exactly_once(key='f:{n}', scope='')(flaky))
         assert task.apply((3,)).get() == 3
         assert len(calls) == 3
         plugin = JobSync.of(app)
@@ -335,7 +410,10 @@ class TestOptions:
     def test_unless_the_user_says_otherwise(self, app: Celery, given: dict[str, bool]) -> None:
         task = app.task(name='double', shared=False, **given)(exactly_once(key='d:{n}')(double))
         assert {name: getattr(task, name) for name in ('acks_late', 'reject_on_worker_lost')} == {
-            'acks_late': True, 'reject_on_worker_lost': True, **given}
+            'acks_late': True,
+            'reject_on_worker_lost': True,
+            **given,
+        }
 
     def test_in_a_base_class_too(self, app: Celery) -> None:
         class Early(Task):  # type: ignore[misc]  # celery has no types
@@ -363,9 +441,18 @@ class TestEnds:
             in_worker(self._task(app, Ignore))
         assert ledger.ends == ['done None']
 
-    @pytest.mark.parametrize('error', [
-        lambda: Reject('no', requeue=True), lambda: Reject('no', requeue=False), lambda: Retry(), lambda: ValueError('v')])
-    def test_what_fails_or_is_tried_again_does_not(self, app: Celery, ledger: Recording, error: Callable[[], BaseException]) -> None:
+    @pytest.mark.parametrize(
+        'error',
+        [
+            lambda: Reject('no', requeue=True),
+            lambda: Reject('no', requeue=False),
+            lambda: Retry(),
+            lambda: ValueError('v'),
+        ],
+    )
+    def test_what_fails_or_is_tried_again_does_not(
+        self, app: Celery, ledger: Recording, error: Callable[[], BaseException]
+    ) -> None:
         with pytest.raises(type(error())):
             in_worker(self._task(app, error))
         assert [end.partition(' ')[0] for end in ledger.ends] == ['failed']
@@ -375,19 +462,23 @@ class TestEnds:
             raise task.replace(app.tasks['other'].s(n))
 
         app.task(name='other', shared=False)(double)
-        task = app.task(name='replaced', shared=False, bind=True)(exactly_once(key='d:{n}', scope='')(run))
+        task = app.task(name='replaced', shared=False, bind=True)(
+            exactly_once(key='d:{n}', scope='')(run)
+        )
         with pytest.raises(Ignore):
             in_worker(task, id='first')
         assert [(headers['task'], headers['id']) for headers in published] == [('other', 'first')]
         return task
 
     def test_a_replacement_completes_the_key_when_it_is_sent(
-        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
     ) -> None:
         self._replace(app, ledger, published)
         assert ledger.ends == ["done {'jobsync_replaced': 'first'}"]
 
-    def test_the_same_message_again_sends_nothing(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+    def test_the_same_message_again_sends_nothing(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
+    ) -> None:
         task = self._replace(app, ledger, published)
         ledger.begin_error = duplicate({'jobsync_replaced': 'first'})
         with pytest.raises(Ignore):
@@ -395,7 +486,7 @@ class TestEnds:
         assert len(published) == 1
 
     def test_another_message_gets_the_replacement_s_result(
-        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
     ) -> None:
         task = self._replace(app, ledger, published)
         app.backend.forget('first')
@@ -423,17 +514,23 @@ class TestEnds:
 
 class TestResultsThatCannotBeSent:
     @pytest.mark.parametrize('stored', [True, False])
-    def test_the_attempt_fails_with_its_sender(self, app: Celery, ledger: Recording, stored: bool) -> None:
+    def test_the_attempt_fails_with_its_sender(
+        self, app: Celery, ledger: Recording, stored: bool
+    ) -> None:
         check_result_that_cannot_be_sent(app, ledger, stored)
 
-    @pytest.mark.parametrize('url', ['redis://localhost:1', 'db+sqlite://', 'rpc://', 'file:///tmp'])
+    @pytest.mark.parametrize(
+        'url', ['redis://localhost:1', 'db+sqlite://', 'rpc://', 'file:///tmp']
+    )
     def test_whatever_the_backend_is(self, ledger: Recording, url: str) -> None:
         other = Celery('other', broker='memory://', backend=url, set_as_current=False)
         JobSync(other, config=CoordinationConfig(), route_producers=False)
         check_result_that_cannot_be_sent(other, ledger)
 
     def test_unless_nobody_waits_for_it(self, app: Celery, ledger: Recording) -> None:
-        task = app.task(name='odd', shared=False, ignore_result=True)(exactly_once(key='d:{n}', scope='')(odd))
+        task = app.task(name='odd', shared=False, ignore_result=True)(
+            exactly_once(key='d:{n}', scope='')(odd)
+        )
         in_worker(task)
         assert ledger.ends == ['done None']
 
@@ -462,19 +559,25 @@ def check_result_that_cannot_be_sent(app: Celery, ledger: Recording, stored: boo
 
 class TestBackOff:
     def test_a_running_key_is_asked_for_less_and_less_often(
-        self, app: Celery, ledger: Recording, published: list[dict[str, Any]],
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
     ) -> None:
         check_back_off(app, ledger, published)
 
     @pytest.mark.parametrize('waits', [10**9, -1, 'x', [], None])
-    def test_whatever_the_message_says(self, app: Celery, ledger: Recording, published: list[dict[str, Any]], waits: Any) -> None:
+    def test_whatever_the_message_says(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]], waits: Any
+    ) -> None:
         ledger.begin_error = ExecutionRunning()
         with pytest.raises(Ignore):
             in_worker(task_of(app), jobsync_waits=waits)
         assert published[0][WAITS] in (1, MAX_WAITS + 1)
 
     def test_many_that_wait_for_one_key_are_one_line(
-        self, app: Celery, ledger: Recording, published: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
+        self,
+        app: Celery,
+        ledger: Recording,
+        published: list[dict[str, Any]],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         caplog.set_level('INFO')
         task = task_of(app)
@@ -484,12 +587,17 @@ class TestBackOff:
             with pytest.raises(Ignore):
                 in_worker(task, id=str(number))
         assert len(published) == 100
-        assert [record.getMessage().partition(' comes')[0] for record in caplog.records] == ['Task double[0]']
+        assert [record.getMessage().partition(' comes')[0] for record in caplog.records] == [
+            'Task double[0]'
+        ]
 
 
 def delays(published: list[dict[str, Any]]) -> list[float]:
     now = datetime.datetime.now(datetime.timezone.utc)
-    return [round((datetime.datetime.fromisoformat(headers['eta']) - now).total_seconds()) for headers in published]
+    return [
+        round((datetime.datetime.fromisoformat(headers['eta']) - now).total_seconds())
+        for headers in published
+    ]
 
 
 def check_back_off(app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
@@ -504,7 +612,10 @@ def check_back_off(app: Celery, ledger: Recording, published: list[dict[str, Any
 
 @pytest.mark.parametrize('error', [ClaimLost, DatabaseUnavailable])
 def test_whatever_else_is_in_the_way_is_asked_for_less_and_less_often_and_said_once(
-    app: Celery, ledger: Recording, published: list[dict[str, Any]], caplog: pytest.LogCaptureFixture,
+    app: Celery,
+    ledger: Recording,
+    published: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
     error: type[JobSyncError],
 ) -> None:
     task = task_of(app)
@@ -520,10 +631,14 @@ def test_whatever_else_is_in_the_way_is_asked_for_less_and_less_often_and_said_o
 class TestDirectCalls:
     """A task that is called by another one's code."""
 
-    def test_the_stored_result_is_returned_within_a_message_of_the_same_task(self, app: Celery, ledger: Recording) -> None:
+    def test_the_stored_result_is_returned_within_a_message_of_the_same_task(
+        self, app: Celery, ledger: Recording
+    ) -> None:
         check_direct_call(app, ledger)
 
-    def test_map_gets_stored_results(self, app: Celery, ledger: Recording, published: list[dict[str, Any]]) -> None:
+    def test_map_gets_stored_results(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
+    ) -> None:
         task = task_of(app)
         ledger.begin_error = duplicate()
         xmap = app.tasks['celery.map']
@@ -540,7 +655,9 @@ class TestDirectCalls:
         with pytest.raises(NotEntered, match=r'\.delay\(\).*\.apply\(\).*jobsync_core\.testing'):
             task_of(app)(3)
 
-    def test_a_task_with_a_call_of_its_own_is_still_a_message_s(self, app: Celery, ledger: Recording) -> None:
+    def test_a_task_with_a_call_of_its_own_is_still_a_message_s(
+        self, app: Celery, ledger: Recording
+    ) -> None:
         class Loud(Task):  # type: ignore[misc]  # celery has no types
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return super().__call__(*args, **kwargs)
@@ -560,7 +677,9 @@ def check_direct_call(app: Celery, ledger: Recording) -> None:
             ledger.begin_error = None
         return n
 
-    task = app.task(name='outer', shared=False, bind=True)(exactly_once(key='d:{n}', scope='')(outer))
+    task = app.task(name='outer', shared=False, bind=True)(
+        exactly_once(key='d:{n}', scope='')(outer)
+    )
     app.backend.store_result('m1', 6, states.SUCCESS)
     assert in_worker(task, callbacks=[task.s(3)]) == 3
     assert seen == [6]

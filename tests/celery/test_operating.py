@@ -1,4 +1,7 @@
-"""Operating the plugin, as processes: `celery jobsync …`, `celery inspect jobsync`, and a worker's health and metrics."""
+"""Operating the plugin, as processes: `celery jobsync …`, `celery inspect jobsync`, and a worker's
+health and metrics.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,8 +36,17 @@ from ..waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (
-    'host', 'port', 'dbname', 'user', 'password', 'appname', 'total_tokens', 'heartbeat_interval_sec', 'heartbeat_timeout_sec',
-    'rebalance_check_interval_sec')
+    'host',
+    'port',
+    'dbname',
+    'user',
+    'password',
+    'appname',
+    'total_tokens',
+    'heartbeat_interval_sec',
+    'heartbeat_timeout_sec',
+    'rebalance_check_interval_sec',
+)
 #: It must not be seen anywhere.
 PASSWORD = 's3cret@word'
 
@@ -59,18 +71,42 @@ class Stage:
     def url(self) -> str:
         """The database's, with the password."""
         config = self.config
-        return f'postgresql://{config.user}:{quote(PASSWORD, safe="")}@{config.host}:{config.port}/{config.dbname}'
+        login = f'{config.user}:{quote(PASSWORD, safe="")}'
+        return f'postgresql://{login}@{config.host}:{config.port}/{config.dbname}'
 
     def environment(self, settings: dict[str, Any] | None, **more: str) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
-        return {**kept, 'TEST_BROKER': self.broker, 'TEST_SETTINGS': json.dumps(settings) if settings else '', 'COLUMNS': '200', **more}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))
+        }
+        return {
+            **kept,
+            'TEST_BROKER': self.broker,
+            'TEST_SETTINGS': json.dumps(settings) if settings else '',
+            'COLUMNS': '200',
+            **more,
+        }
 
-    def celery(self, *words: str, app: str | None = 'tests.celery.commands_app', plugin: bool = True, **environ: str) -> Result:
+    def celery(
+        self,
+        *words: str,
+        app: str | None = 'tests.celery.commands_app',
+        plugin: bool = True,
+        **environ: str,
+    ) -> Result:
         """Run `celery -A app …` to its end."""
         command = [sys.executable, '-m', 'celery', *(('-A', app) if app else ()), *words]
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment(self.settings if plugin else None, **environ), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=60, check=False)
+            command,
+            cwd=ROOT,
+            env=self.environment(self.settings if plugin else None, **environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert PASSWORD not in done.stdout + done.stderr
         assert 'Traceback' not in done.stdout + done.stderr, done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
@@ -81,17 +117,39 @@ class Stage:
         return found.out
 
     @contextlib.contextmanager
-    def worker(self, name: str, plugin: bool = True, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+    def worker(
+        self, name: str, plugin: bool = True, **settings: Any
+    ) -> Iterator[subprocess.Popen[bytes]]:
         """A worker that consumes."""
         log = self.directory / f'{name}.log'
         command = [
-            sys.executable, '-m', 'celery', '-A', 'tests.celery.commands_app', 'worker', '-n', f'{name}@test', '-P', 'solo', '-l', 'INFO']
+            sys.executable,
+            '-m',
+            'celery',
+            '-A',
+            'tests.celery.commands_app',
+            'worker',
+            '-n',
+            f'{name}@test',
+            '-P',
+            'solo',
+            '-l',
+            'INFO',
+        ]
         with log.open('wb') as output:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment({**self.settings, **settings} if plugin else None), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, preexec_fn=die_with_parent())
+                command,
+                cwd=ROOT,
+                env=self.environment({**self.settings, **settings} if plugin else None),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=die_with_parent(),
+            )
         try:
-            eventually(lambda: f'{name}@test ready.' in log.read_text() or process.poll() is not None, 40)
+            eventually(
+                lambda: f'{name}@test ready.' in log.read_text() or process.poll() is not None, 40
+            )
             assert process.poll() is None, log.read_text()
             yield process
         finally:
@@ -105,7 +163,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage(config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path) -> Iterator[Stage]:
+def stage(
+    config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path
+) -> Iterator[Stage]:
     space = redis_server.new_space()
     role = f'operator_{uuid.uuid4().hex[:12]}'
     query(config, f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD '{PASSWORD}'")
@@ -139,14 +199,19 @@ def counted(port: int) -> dict[str, float]:
     """The counters of messages by event, from the metrics."""
     return {
         sample.labels['event']: sample.value
-        for family in text_string_to_metric_families(fetch(port, '/metrics')[1]) if family.name == 'jobsync_messages'
-        for sample in family.samples}
+        for family in text_string_to_metric_families(fetch(port, '/metrics')[1])
+        if family.name == 'jobsync_messages'
+        for sample in family.samples
+    }
 
 
 class TestCommands:
     def test_they_look_at_the_apps_cluster_and_steer_it(self, stage: Stage, rows: Rows) -> None:
         found = json.loads(stage.good('jobsync', 'status', '--json'))
-        assert [(node['name'], node['tokens']) for node in found['nodes']] == [('alpha', 6_000), ('beta', 4_000)]
+        assert [(node['name'], node['tokens']) for node in found['nodes']] == [
+            ('alpha', 6_000),
+            ('beta', 4_000),
+        ]
         shown = stage.good('jobsync', 'who', 'order:7')
         token = task_to_token('order:7', 10_000, 'double_sha256')
         assert f'{token} of 10,000' in shown
@@ -154,15 +219,21 @@ class TestCommands:
         assert 'gives its tokens away' in stage.good('jobsync', 'drain', 'beta')
         assert rows.value(f"SELECT state FROM {rows.tables.node} WHERE name = 'beta'") == 'draining'
         assert 'takes part again' in stage.good('jobsync', 'undrain', 'beta')
-        assert 'locked order:7 to alpha' in stage.good('jobsync', 'locks', 'add', 'order:7', 'alpha')
+        assert 'locked order:7 to alpha' in stage.good(
+            'jobsync', 'locks', 'add', 'order:7', 'alpha'
+        )
         assert 'order:7' in stage.good('jobsync', 'locks', 'list')
         assert stage.good('jobsync', 'locks', 'clear', '--all', '--yes') == '1 lock deleted\n'
         rows.rebalance('nodes died', 'alpha', 1234)
         assert '1,234' in stage.good('jobsync', 'rebalances')
         assert 'ok   notifications' in stage.good('jobsync', 'doctor')
 
-    def test_the_environment_and_the_options_can_name_another_cluster(self, stage: Stage, rows: Rows) -> None:
-        assert 'alpha' in stage.good('jobsync', 'status', plugin=False, JOBSYNC_DATABASE_URL=stage.url)
+    def test_the_environment_and_the_options_can_name_another_cluster(
+        self, stage: Stage, rows: Rows
+    ) -> None:
+        assert 'alpha' in stage.good(
+            'jobsync', 'status', plugin=False, JOBSYNC_DATABASE_URL=stage.url
+        )
         stage.settings['port'] = free_port()
         assert 'alpha' in stage.good('jobsync', 'status', '--url', stage.url)
         stage.settings['port'] = stage.config.port
@@ -177,7 +248,14 @@ class TestCommands:
 
     def test_a_database_that_is_away_is_one_line(self, stage: Stage) -> None:
         stage.settings.update(host='127.0.0.1', port=free_port())
-        for words in (('status',), ('who', 'a'), ('drain', 'a'), ('undrain', 'a'), ('locks', 'list'), ('rebalances',)):
+        for words in (
+            ('status',),
+            ('who', 'a'),
+            ('drain', 'a'),
+            ('undrain', 'a'),
+            ('locks', 'list'),
+            ('rebalances',),
+        ):
             found = stage.celery('jobsync', *words)
             assert (found.code, found.out) == (1, '')
             assert len(found.errors.strip().splitlines()) == 1
@@ -185,8 +263,11 @@ class TestCommands:
 
     def test_wrong_words_are_refused_with_help(self, stage: Stage) -> None:
         for words, said in (
-            (('who',), "Missing argument 'TASK_ID'"), (('nonsense',), 'No such command'), (('status', '--nonsense'), '--nonsense'),
-            (('status', '-A', 'proj'), 'celery -A proj jobsync'), (('locks', 'list', '--app', 'proj'), 'celery --app proj jobsync'),
+            (('who',), "Missing argument 'TASK_ID'"),
+            (('nonsense',), 'No such command'),
+            (('status', '--nonsense'), '--nonsense'),
+            (('status', '-A', 'proj'), 'celery -A proj jobsync'),
+            (('locks', 'list', '--app', 'proj'), 'celery --app proj jobsync'),
         ):
             found = stage.celery('jobsync', *words)
             assert found.code == 2
@@ -194,12 +275,23 @@ class TestCommands:
 
     def test_help_needs_no_app_and_no_database(self, stage: Stage) -> None:
         shown = stage.good('jobsync', '--help', app=None, plugin=False)
-        assert all(name in shown for name in ('status', 'who', 'drain', 'undrain', 'locks', 'rebalances', 'doctor'))
+        assert all(
+            name in shown
+            for name in ('status', 'who', 'drain', 'undrain', 'locks', 'rebalances', 'doctor')
+        )
         assert 'dry-run' in stage.good('jobsync', 'drain', '--help', app=None, plugin=False)
 
-    def test_without_rich_the_extra_is_named_and_celery_is_unharmed(self, stage: Stage, tmp_path: Path) -> None:
-        (tmp_path / 'rich.py').write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n")
-        for words in (('jobsync', 'status', '--json'), ('jobsync', 'locks', 'add', 'a', 'b'), ('jobsync',)):
+    def test_without_rich_the_extra_is_named_and_celery_is_unharmed(
+        self, stage: Stage, tmp_path: Path
+    ) -> None:
+        (tmp_path / 'rich.py').write_text(
+            "raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n"
+        )
+        for words in (
+            ('jobsync', 'status', '--json'),
+            ('jobsync', 'locks', 'add', 'a', 'b'),
+            ('jobsync',),
+        ):
             found = stage.celery(*words, PYTHONPATH=str(tmp_path))
             assert found.code == 1
             assert 'jobsync-workers[cli]' in found.errors
@@ -209,9 +301,17 @@ class TestCommands:
 class TestInspect:
     def test_each_worker_tells_of_its_node(self, stage: Stage) -> None:
         with stage.worker('one'), stage.worker('two'), stage.worker('plain', plugin=False):
+
             def told() -> dict[str, Any]:
-                found: dict[str, Any] = json.loads(stage.good('inspect', 'jobsync', '--json', '-t', '3'))
-                return found if [found.get(node, {}).get('my_tokens') for node in ('one@test', 'two@test')] == [5_000, 5_000] else {}
+                found: dict[str, Any] = json.loads(
+                    stage.good('inspect', 'jobsync', '--json', '-t', '3')
+                )
+                return (
+                    found
+                    if [found.get(node, {}).get('my_tokens') for node in ('one@test', 'two@test')]
+                    == [5_000, 5_000]
+                    else {}
+                )
 
             found = eventually(told, 40)
             # To a worker without JobSync the command is not known: this is Celery's answer.
@@ -243,7 +343,12 @@ class TestHttp:
         with stage.worker('one', http=f'127.0.0.1:{port}') as worker:
             assert fetch(port, '/health/live') == (200, '{"status": "live"}')
             eventually(lambda: fetch(port, '/health/ready')[0] == 200)
-            assert json.loads(fetch(port, '/health/ready')[1]) == {'status': 'ready', 'lease': True, 'consuming': True, 'node': 'one@test'}
+            assert json.loads(fetch(port, '/health/ready')[1]) == {
+                'status': 'ready',
+                'lease': True,
+                'consuming': True,
+                'node': 'one@test',
+            }
             app = Celery('sender', broker=stage.broker, backend=stage.broker)
             try:
                 for number in range(3):
@@ -257,7 +362,9 @@ class TestHttp:
             with pytest.raises(OSError):
                 fetch(port, '/health/live')
 
-    def test_a_worker_that_loses_its_database_is_alive_and_not_ready_until_it_is_back(self, stage: Stage) -> None:
+    def test_a_worker_that_loses_its_database_is_alive_and_not_ready_until_it_is_back(
+        self, stage: Stage
+    ) -> None:
         port = free_port()
         with (
             Proxy(stage.config.host, int(stage.config.port)) as proxy,
@@ -276,8 +383,26 @@ class TestHttp:
         port = free_port()
         with stage.worker('one', http=f'127.0.0.1:{port}'):
             done = subprocess.run(
-                [sys.executable, '-m', 'celery', '-A', 'tests.celery.commands_app', 'worker', '-n', 'two@test', '-P', 'solo', '-l', 'INFO'],
-                cwd=ROOT, env=stage.environment({**stage.settings, 'http': f'127.0.0.1:{port}'}), capture_output=True, text=True,
-                timeout=60, check=False)
+                [
+                    sys.executable,
+                    '-m',
+                    'celery',
+                    '-A',
+                    'tests.celery.commands_app',
+                    'worker',
+                    '-n',
+                    'two@test',
+                    '-P',
+                    'solo',
+                    '-l',
+                    'INFO',
+                ],
+                cwd=ROOT,
+                env=stage.environment({**stage.settings, 'http': f'127.0.0.1:{port}'}),
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
             assert done.returncode != 0
             assert f"http='127.0.0.1:{port}'" in done.stderr

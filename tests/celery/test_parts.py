@@ -1,4 +1,5 @@
 """What the plugin uses of Celery, kombu and redis-py that is not promised to stay."""
+
 from __future__ import annotations
 
 import logging
@@ -29,8 +30,14 @@ def test_the_installed_versions_have_it(part: parts.Part) -> None:
 
 
 def test_the_page_has_the_same_table() -> None:
-    rows = re.findall(r'^\| ([^|]+) \| `([\w.:]+)` \| ((?:`\w+`(?:, )?)+) \|$', _PAGE.read_text(encoding='utf-8'), re.MULTILINE)
-    assert [(use, owner, tuple(re.findall(r'`(\w+)`', names))) for use, owner, names in rows] == list(map(tuple, parts.PARTS))
+    rows = re.findall(
+        r'^\| ([^|]+) \| `([\w.:]+)` \| ((?:`\w+`(?:, )?)+) \|$',
+        _PAGE.read_text(encoding='utf-8'),
+        re.MULTILINE,
+    )
+    assert [
+        (use, owner, tuple(re.findall(r'`(\w+)`', names))) for use, owner, names in rows
+    ] == list(map(tuple, parts.PARTS))
 
 
 @pytest.mark.parametrize('name', ['_brpop_start', 'ack_emulation'])
@@ -41,13 +48,18 @@ def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
 def test_what_an_instance_gets_is_found_and_missed() -> None:
     assert parts.missing((parts.RECEIVE,)) == []
-    wrong = parts.Part('x', 'kombu.transport.redis:MultiChannelPoller', ('_fd_to_chan', '_fd_to_channel'))
+    wrong = parts.Part(
+        'x', 'kombu.transport.redis:MultiChannelPoller', ('_fd_to_chan', '_fd_to_channel')
+    )
     assert parts._lacking(wrong) == ['_fd_to_channel']
-    assert parts._lacking(parts.Part('x', 'kombu.transport.nothing:Channel', ('a', 'b'))) == ['a', 'b']
+    assert parts._lacking(parts.Part('x', 'kombu.transport.nothing:Channel', ('a', 'b'))) == [
+        'a',
+        'b',
+    ]
 
 
 def test_without_a_part_for_receiving_it_is_kombus_way_and_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(transport.Channel, '_brpop_start')
     plugin = _plugin()
@@ -58,7 +70,9 @@ def test_without_a_part_for_receiving_it_is_kombus_way_and_one_warning(
     assert not _is_ours(plugin)
 
 
-def test_an_operator_can_have_kombus_way(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_operator_can_have_kombus_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plugin = _plugin(redis_atomic=False)
     plugin._check_parts()
     assert not _is_ours(plugin) and not caplog.records
@@ -72,12 +86,20 @@ def test_an_operator_can_have_kombus_way(monkeypatch: pytest.MonkeyPatch, caplog
     assert _is_ours(plugin)
 
 
-def test_without_a_part_for_the_gate_the_worker_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, 'PARTS', (parts.Part(parts.GATE, 'celery.worker.consumer.consumer:Consumer', ('on_nothing',)),))
+def test_without_a_part_for_the_gate_the_worker_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        parts,
+        'PARTS',
+        (parts.Part(parts.GATE, 'celery.worker.consumer.consumer:Consumer', ('on_nothing',)),),
+    )
     with pytest.raises(ConfigurationError, match=r'Consumer\.on_nothing'):
         _plugin()._check_parts()
 
 
 def _is_ours(plugin: Any) -> bool:
     connection = plugin.receiving(plugin.app.connection_for_read())
-    return 'jobsync_celery.receive' in {cls.__module__ for cls in connection.get_transport_cls().Channel.__mro__}
+    return 'jobsync_celery.receive' in {
+        cls.__module__ for cls in connection.get_transport_cls().Channel.__mro__
+    }

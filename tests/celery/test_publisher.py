@@ -1,4 +1,7 @@
-"""Passing a message on over Redis: its copy is stored and the original is forgotten in one transaction, or neither."""
+"""Passing a message on over Redis: its copy is stored and the original is forgotten in one
+transaction, or neither.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,13 +27,19 @@ _TARGET = 'jobsync.shop_.n2'
 class _Desk:
     """A publisher, and a message that the node n1 has taken off a queue and not acknowledged."""
 
-    def __init__(self, server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = '') -> None:
+    def __init__(
+        self, server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
+    ) -> None:
         self.app = Celery('passing', broker=server.url(space), set_as_current=False)
         self.app.conf.broker_transport_options = {'global_keyprefix': prefix}
-        plugin = JobSync(self.app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+        plugin = JobSync(
+            self.app, config=CoordinationConfig(appname='shop_'), route_producers=False
+        )
         self.publisher = Publisher(plugin)
         stack.callback(self.publisher.close)
-        self.connection = self.app.connection_for_write(transport_options=redis_options('shop_', 'n1'))
+        self.connection = self.app.connection_for_write(
+            transport_options=redis_options('shop_', 'n1')
+        )
         stack.callback(self.connection.release)
         self.client = server.client(space)
         stack.callback(self.client.close)
@@ -38,7 +47,9 @@ class _Desk:
 
     def take(self, body: Any = 7, **options: Any) -> Any:
         with self.app.connection_for_write() as connection:
-            connection.Producer().publish(body, routing_key='celery', exchange='', retry=False, **options)
+            connection.Producer().publish(
+                body, routing_key='celery', exchange='', retry=False, **options
+            )
         message = Queue('celery')(self.connection.default_channel).get()
         assert message is not None and self.unacked() == 1
         return message
@@ -62,7 +73,9 @@ def space(redis_server: RedisServer) -> Iterator[str]:
 
 
 @pytest.mark.parametrize('prefix', ['', 'shop:'])
-def test_the_copy_is_stored_and_acknowledging_costs_nothing(redis_server: RedisServer, space: str, prefix: str) -> None:
+def test_the_copy_is_stored_and_acknowledging_costs_nothing(
+    redis_server: RedisServer, space: str, prefix: str
+) -> None:
     with contextlib.ExitStack() as stack:
         desk = _Desk(redis_server, space, stack, prefix)
         message = desk.take()
@@ -82,16 +95,30 @@ def test_the_copy_is_the_message(redis_server: RedisServer, space: str) -> None:
     with contextlib.ExitStack() as stack:
         desk = _Desk(redis_server, space, stack)
         message = desk.take(
-            {'text': 'ä' * 2000}, headers={'mine': ['x']}, compression='gzip', serializer='json', priority=6, expiration=60,
-            correlation_id='c', reply_to='r', message_id='m', type='t')
+            {'text': 'ä' * 2000},
+            headers={'mine': ['x']},
+            compression='gzip',
+            serializer='json',
+            priority=6,
+            expiration=60,
+            correlation_id='c',
+            reply_to='r',
+            message_id='m',
+            type='t',
+        )
         desk.send(message)
-        assert [key for key in desk.client.keys(f'{_TARGET}*') if 'binding' not in key] == [f'{_TARGET}\x06\x166']
+        assert [key for key in desk.client.keys(f'{_TARGET}*') if 'binding' not in key] == [
+            f'{_TARGET}\x06\x166'
+        ]
         copy = desk.stored()
         assert copy.payload == {'text': 'ä' * 2000}
-        assert copy.headers == {**message.headers, KEY: 'k', HOPS: 1} and copy.headers['mine'] == ['x']
+        assert copy.headers == {**message.headers, KEY: 'k', HOPS: 1} and copy.headers['mine'] == [
+            'x'
+        ]
         apart = ('delivery_tag', 'delivery_info')
         assert {name: value for name, value in copy.properties.items() if name not in apart} == {
-            name: value for name, value in message.properties.items() if name not in apart}
+            name: value for name, value in message.properties.items() if name not in apart
+        }
         assert copy.delivery_tag != message.delivery_tag
         assert (copy.delivery_info['exchange'], copy.delivery_info['routing_key']) == ('', _TARGET)
 
@@ -125,14 +152,18 @@ def test_a_copy_that_is_refused_leaves_the_original(redis_server: RedisServer, s
     check_a_copy_that_is_refused_leaves_the_original(redis_server, space)
 
 
-def test_without_the_transaction_the_original_is_lost(redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_transaction_the_original_is_lost(
+    redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Redis.pipeline
     monkeypatch.setattr(Redis, 'pipeline', lambda self, *args: pipeline(self, False))
     with pytest.raises(AssertionError):
         check_a_copy_that_is_refused_leaves_the_original(redis_server, space)
 
 
-def test_where_the_original_is_elsewhere_it_is_acknowledged_there(redis_server: RedisServer, space: str) -> None:
+def test_where_the_original_is_elsewhere_it_is_acknowledged_there(
+    redis_server: RedisServer, space: str
+) -> None:
     other = redis_server.new_space()
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, other)
@@ -146,7 +177,9 @@ def test_where_the_original_is_elsewhere_it_is_acknowledged_there(redis_server: 
         assert desk.stored().payload == 7
 
 
-def test_after_a_lost_connection_the_next_one_is_used(redis_server: RedisServer, space: str) -> None:
+def test_after_a_lost_connection_the_next_one_is_used(
+    redis_server: RedisServer, space: str
+) -> None:
     with contextlib.ExitStack() as stack:
         desk = _Desk(redis_server, space, stack)
         for number in range(2):

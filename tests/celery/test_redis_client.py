@@ -1,4 +1,5 @@
 """A channel keeps its Redis client, for as long as that is the client of its present pool."""
+
 from __future__ import annotations
 
 import contextlib

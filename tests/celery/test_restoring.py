@@ -1,4 +1,7 @@
-"""Giving back on Redis: what kombu would lose comes back, readable as before; what nobody can read is set aside once."""
+"""Giving back on Redis: what kombu would lose comes back, readable as before; what nobody can read
+is set aside once.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,22 +32,41 @@ _INFO = {'exchange': '', 'routing_key': _QUEUE}
 
 
 def _message(**fields: Any) -> dict[str, Any]:
-    properties = {'delivery_tag': 'tag', 'delivery_info': _INFO, 'body_encoding': 'base64', **fields.pop('properties', {})}
+    properties = {
+        'delivery_tag': 'tag',
+        'delivery_info': _INFO,
+        'body_encoding': 'base64',
+        **fields.pop('properties', {}),
+    }
     return {
-        'body': _BODY, 'content-type': 'application/json', 'content-encoding': 'utf-8', 'headers': {'task': 'plain', 'id': 'm1'},
-        'properties': {name: value for name, value in properties.items() if value != 'none'}, **fields}
+        'body': _BODY,
+        'content-type': 'application/json',
+        'content-encoding': 'utf-8',
+        'headers': {'task': 'plain', 'id': 'm1'},
+        'properties': {name: value for name, value in properties.items() if value != 'none'},
+        **fields,
+    }
 
 
 _ODD = {
-    'as kombu writes it': _message(), 'headers: null': _message(headers=None),
+    'as kombu writes it': _message(),
+    'headers: null': _message(headers=None),
     'delivery_info: null': _message(properties={'delivery_info': None}),
-    'headers is a list': _message(headers=[1]), 'headers is a text': _message(headers='x'),
-    'no delivery_info': _message(properties={'delivery_info': 'none'}), 'delivery_info: 5': _message(properties={'delivery_info': 5}),
-    'endless priority': _message(properties={'priority': float('inf')}), 'priority: text': _message(properties={'priority': 'x'})}
+    'headers is a list': _message(headers=[1]),
+    'headers is a text': _message(headers='x'),
+    'no delivery_info': _message(properties={'delivery_info': 'none'}),
+    'delivery_info: 5': _message(properties={'delivery_info': 5}),
+    'endless priority': _message(properties={'priority': float('inf')}),
+    'priority: text': _message(properties={'priority': 'x'}),
+}
 #: What a Lua script reads, and Python does not.
 _UNREADABLE = (
     b'{"properties": {"delivery_tag": "bad"}, "headers": {"x": 1%s}}' % (b'0' * 5_000),
-    b'{"properties": {"delivery_tag": "bad"}, "headers": {"at": {"__type__": "datetime", "__value__": "x"}}}')
+    (
+        b'{"properties": {"delivery_tag": "bad"}, "headers": {"at": {"__type__": "datetime", '
+        b'"__value__": "x"}}}'
+    ),
+)
 
 
 @pytest.fixture
@@ -60,23 +82,44 @@ def stack() -> Iterator[contextlib.ExitStack]:
         yield found
 
 
-def _mail(server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = '') -> CeleryMail:
-    app = Celery('restoring', broker=server.url(space), set_as_current=False, broker_transport_options={'global_keyprefix': prefix})
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False))
+def _mail(
+    server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
+) -> CeleryMail:
+    app = Celery(
+        'restoring',
+        broker=server.url(space),
+        set_as_current=False,
+        broker_transport_options={'global_keyprefix': prefix},
+    )
+    mail = CeleryMail(
+        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    )
     stack.callback(mail.close)
     return mail
 
 
 def _taken(
-    server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = '', until: Callable[[], bool] = lambda: True,
+    server: RedisServer,
+    space: str,
+    stack: contextlib.ExitStack,
+    prefix: str = '',
+    until: Callable[[], bool] = lambda: True,
 ) -> list[Any]:
     """What a node has taken and not acknowledged."""
     connection = receive_atomically(
-        Connection(server.url(space), transport_options={**redis_options('shop_', _NODE), 'global_keyprefix': prefix}), Leftovers())
+        Connection(
+            server.url(space),
+            transport_options={**redis_options('shop_', _NODE), 'global_keyprefix': prefix},
+        ),
+        Leftovers(),
+    )
     stack.callback(connection.release)
     received: list[Any] = []
     consumer = connection.Consumer(
-        [Queue(_QUEUE)], on_message=received.append, on_decode_error=lambda message, error: received.append(message))
+        [Queue(_QUEUE)],
+        on_message=received.append,
+        on_decode_error=lambda message, error: received.append(message),
+    )
     consumer.consume()
 
     def drain() -> bool:
@@ -104,7 +147,11 @@ def _by_closing(mail: CeleryMail, message: Any) -> None:
 @pytest.mark.parametrize('give_back', [_by_node_that_died, _by_rejecting, _by_closing])
 @pytest.mark.parametrize('name', _ODD)
 def test_what_is_given_back_is_read_as_before(
-    redis_server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str, give_back: Callable[[CeleryMail, Any], None],
+    redis_server: RedisServer,
+    space: str,
+    stack: contextlib.ExitStack,
+    prefix: str,
+    give_back: Callable[[CeleryMail, Any], None],
     name: str,
 ) -> None:
     mail = _mail(redis_server, space, stack, prefix)
@@ -116,9 +163,13 @@ def test_what_is_given_back_is_read_as_before(
     assert not client.exists(f'{prefix}{_UNACKED}', f'{prefix}{_UNACKED}_index')
     expected = _ODD[name]['headers'] or {}
     if not isinstance(expected, dict):
-        assert json.loads(client.rpop(f'{prefix}{_QUEUE}'))['headers'] == expected  # of which kombu cannot make a message
+        assert (
+            json.loads(client.rpop(f'{prefix}{_QUEUE}'))['headers'] == expected
+        )  # of which kombu cannot make a message
         return
-    connection = stack.enter_context(Connection(redis_server.url(space), transport_options={'global_keyprefix': prefix}))
+    connection = stack.enter_context(
+        Connection(redis_server.url(space), transport_options={'global_keyprefix': prefix})
+    )
     again = Queue(_QUEUE)(connection.default_channel).get(no_ack=True)
     assert again is not None
     assert (again.body, again.delivery_tag) == (message.body, message.delivery_tag)
@@ -128,16 +179,24 @@ def test_what_is_given_back_is_read_as_before(
 
 @pytest.mark.parametrize('entry', _UNREADABLE, ids=['a number', 'a time'])
 def test_what_cannot_be_read_is_set_aside_once(
-    redis_server: RedisServer, space: str, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture, entry: bytes,
+    redis_server: RedisServer,
+    space: str,
+    stack: contextlib.ExitStack,
+    caplog: pytest.LogCaptureFixture,
+    entry: bytes,
 ) -> None:
     mail = _mail(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.lpush(_QUEUE, entry)
     client.lpush(_QUEUE, json.dumps(_message()))
-    (message,) = _taken(redis_server, space, stack, until=lambda: bool(client.hkeys(_UNACKED) == ['tag']))
+    (message,) = _taken(
+        redis_server, space, stack, until=lambda: bool(client.hkeys(_UNACKED) == ['tag'])
+    )
     assert client.zrange(f'{_UNACKED}_index', 0, -1) == ['tag']
     message.ack()
-    assert [record.levelname for record in caplog.records] == ['ERROR'] and 'what is no message' in caplog.text
+    assert [record.levelname for record in caplog.records] == [
+        'ERROR'
+    ] and 'what is no message' in caplog.text
     # The same by the keeper's way of taking.
     caplog.clear()
     mail._plugin._check_parts()
@@ -149,11 +208,24 @@ def test_what_cannot_be_read_is_set_aside_once(
     assert [record.levelname for record in caplog.records] == ['ERROR']
 
 
-@pytest.mark.parametrize('record', [
-    b'[' + _UNREADABLE[0] + b', "", "celery"]', b'not json', b'5', b'[]', b'[5, "", "celery"]', b'[{}, "", "celery"]',
-    json.dumps([_message(), 5, 'celery']).encode()])
+@pytest.mark.parametrize(
+    'record',
+    [
+        b'[' + _UNREADABLE[0] + b', "", "celery"]',
+        b'not json',
+        b'5',
+        b'[]',
+        b'[5, "", "celery"]',
+        b'[{}, "", "celery"]',
+        json.dumps([_message(), 5, 'celery']).encode(),
+    ],
+)
 def test_a_record_that_cannot_be_read_goes_and_keeps_nobody_waiting(
-    redis_server: RedisServer, space: str, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture, record: bytes,
+    redis_server: RedisServer,
+    space: str,
+    stack: contextlib.ExitStack,
+    caplog: pytest.LogCaptureFixture,
+    record: bytes,
 ) -> None:
     mail = _mail(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
@@ -173,9 +245,14 @@ def test_a_record_that_cannot_be_read_goes_and_keeps_nobody_waiting(
 
 
 def test_where_bindings_are_gone_the_routing_key_names_the_queue(
-    redis_server: RedisServer, space: str, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture,
+    redis_server: RedisServer,
+    space: str,
+    stack: contextlib.ExitStack,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Somebody's eviction policy took them; kombu loses the message, or puts it where nobody looks."""
+    """Somebody's eviction policy took them; kombu loses the message, or puts it where nobody
+    looks.
+    """
     mail = _mail(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.hset(_UNACKED, 'tag', json.dumps([_message(), 'celery', _QUEUE]))
@@ -183,14 +260,18 @@ def test_where_bindings_are_gone_the_routing_key_names_the_queue(
     assert client.llen(_QUEUE) == 1
     assert 'its bindings are not in Redis any more' in caplog.text
     with Connection(redis_server.url(space)) as connection:
-        Queue('large', Exchange('celery', type='direct'), routing_key=_QUEUE)(connection.default_channel).declare()
+        Queue('large', Exchange('celery', type='direct'), routing_key=_QUEUE)(
+            connection.default_channel
+        ).declare()
     client.hset(_UNACKED, 'tag', json.dumps([_message(), 'celery', _QUEUE]))
     mail.restore(_NODE)
     assert client.llen('large') == 1
 
 
 def test_who_lost_messages_names_them() -> None:
-    records = [json.dumps([_message(headers=headers), '', _QUEUE]) for headers in ({'id': 'm1'}, None, [1])]
+    records = [
+        json.dumps([_message(headers=headers), '', _QUEUE]) for headers in ({'id': 'm1'}, None, [1])
+    ]
     assert Leftovers(dict(zip('abc', records, strict=True))).ids() == ['m1', 'None', 'None']
 
 

@@ -1,4 +1,7 @@
-"""One scheduler in this process, under a clock of the test's: entries that are new, changed, removed, late or wrong."""
+"""One scheduler in this process, under a clock of the test's: entries that are new, changed,
+removed, late or wrong.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -43,17 +46,34 @@ class World:
         for other in self.schedulers:
             other.close()
         app = Celery('world', broker='memory://', set_as_current=False)
-        names = ('host', 'port', 'dbname', 'user', 'password', 'appname', 'heartbeat_interval_sec', 'heartbeat_timeout_sec')
+        names = (
+            'host',
+            'port',
+            'dbname',
+            'user',
+            'password',
+            'appname',
+            'heartbeat_interval_sec',
+            'heartbeat_timeout_sec',
+        )
         app.conf.jobsync = {name: getattr(self.config, name) for name in names}
         app.conf.update(result_expires=None, **conf)
         app.conf.beat_schedule = {
-            name: {'task': name, 'schedule': entry, **({} if not isinstance(entry, dict) else entry)} for name, entry in schedule.items()}
+            name: {
+                'task': name,
+                'schedule': entry,
+                **({} if not isinstance(entry, dict) else entry),
+            }
+            for name, entry in schedule.items()
+        }
         app.now = lambda: self.now
         self.schedulers.append(JobSyncScheduler(app))
         return self.schedulers[-1]
 
     def run(self, scheduler: JobSyncScheduler, seconds: float = 0.0) -> list[tuple[str, float]]:
-        """Let time pass, tick until nothing is due; what was sent, with the seconds from START to its slot."""
+        """Let time pass, tick until nothing is due; what was sent, with the seconds from START to
+        its slot.
+        """
         self.now += timedelta(seconds=seconds)
         before = len(self.sent)
         while scheduler.tick() == 0:
@@ -61,7 +81,9 @@ class World:
         return [(name, (slot - START).total_seconds()) for name, slot in self.sent[before:]]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        return query(self.config, 'SELECT name, slot, total_run_count, entry FROM {}schedule ORDER BY name')
+        return query(
+            self.config, 'SELECT name, slot, total_run_count, entry FROM {}schedule ORDER BY name'
+        )
 
 
 @pytest.fixture
@@ -89,7 +111,10 @@ def test_a_successor_goes_on_where_the_last_one_was(world: World) -> None:
     assert world.run(world.scheduler({'a': 10}), 7) == []
     successor = world.scheduler({'a': 10})
     assert world.run(successor, 1) == [('a', 20)]
-    assert (successor.schedule['a'].last_run_at, successor.schedule['a'].total_run_count) == (START + timedelta(seconds=20), 2)
+    assert (successor.schedule['a'].last_run_at, successor.schedule['a'].total_run_count) == (
+        START + timedelta(seconds=20),
+        2,
+    )
 
 
 def test_after_an_outage_the_newest_slot_is_sent_and_no_other(world: World) -> None:
@@ -109,7 +134,9 @@ def test_a_crontab_that_is_too_late_is_passed_over(world: World) -> None:
 
 def test_celery_s_own_entry_is_there(world: World) -> None:
     app = Celery('default', broker='memory://', set_as_current=False)
-    app.conf.jobsync = {name: getattr(world.config, name) for name in ('host', 'port', 'dbname', 'password')}
+    app.conf.jobsync = {
+        name: getattr(world.config, name) for name in ('host', 'port', 'dbname', 'password')
+    }
     scheduler = JobSyncScheduler(app)
     assert set(scheduler.schedule) == {'celery.backend_cleanup'}
     scheduler.close()
@@ -165,7 +192,11 @@ def test_an_entry_whose_row_is_deleted_begins_anew(world: World) -> None:
 def test_a_slot_that_another_has_sent_is_adopted(world: World) -> None:
     scheduler = world.scheduler({'a': 10})
     world.run(scheduler)
-    query(world.config, 'UPDATE {}schedule SET slot = slot + %s, total_run_count = 7', (timedelta(seconds=10),))
+    query(
+        world.config,
+        'UPDATE {}schedule SET slot = slot + %s, total_run_count = 7',
+        (timedelta(seconds=10),),
+    )
     assert world.run(scheduler, 12) == []
     assert world.run(scheduler, 8) == [('a', 20)]
     assert world.rows()[0][2] == 8
@@ -180,21 +211,32 @@ def test_a_clock_that_is_behind_sends_nothing_again(world: World) -> None:
     assert world.run(world.scheduler({'a': 10}), 1) == [('a', 40)]
 
 
-def test_a_slot_in_the_far_future_is_pointed_out(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slot_in_the_far_future_is_pointed_out(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     world.run(world.scheduler({'a': 10}))
     world.run(world.scheduler({'a': 10}), -600)
     assert 'is a clock wrong?' in caplog.text
 
 
-def test_an_entry_that_cannot_be_reckoned_does_not_stop_the_others(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_that_cannot_be_reckoned_does_not_stop_the_others(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     scheduler = world.scheduler({'a': 0, 'b': 10})
     world.run(scheduler)
     assert world.run(scheduler, 10) == [('b', 10)]
     assert world.run(scheduler, 10) == [('b', 20)]
-    assert caplog.text.count("entry 'a': <freq: now>: the interval of a periodic task must be more than zero") == 1
+    assert (
+        caplog.text.count(
+            "entry 'a': <freq: now>: the interval of a periodic task must be more than zero"
+        )
+        == 1
+    )
 
 
-def test_an_entry_that_cannot_be_sent_is_reported_and_over(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_that_cannot_be_sent_is_reported_and_over(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     scheduler = world.scheduler({'a': {'schedule': 10, 'args': (object(),)}, 'b': 10})
     world.run(scheduler)
     world.run(scheduler, 10)
@@ -219,7 +261,9 @@ def test_a_message_keeps_the_options_of_its_entry_but_for_the_id(world: World) -
     assert options['headers'] == {'mine': 1}
 
 
-def test_a_slot_that_was_sent_but_perhaps_not_recorded_is_not_sent_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_was_sent_but_perhaps_not_recorded_is_not_sent_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler = world.scheduler({'a': 10})
     world.run(scheduler)
     advance = schedules.advance
@@ -237,7 +281,9 @@ def test_a_slot_that_was_sent_but_perhaps_not_recorded_is_not_sent_again(world: 
     assert world.rows()[0][1:3] == (START + timedelta(seconds=10), 1)
 
 
-def test_a_sender_that_was_held_up_sends_nothing(world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sender_that_was_held_up_sends_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     scheduler = world.scheduler({'a': 10})
     world.run(scheduler)
 

@@ -1,4 +1,7 @@
-"""Tasks of every make, what is refused where it is written, and how the messages of an app are addressed."""
+"""Tasks of every make, what is refused where it is written, and how the messages of an app are
+addressed.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -74,6 +77,7 @@ def options_of(app: Celery, name: str) -> tuple[Any, Any]:
 
 def a_class(name: str = 'doubles', base: type = Task, **attributes: Any) -> Any:
     """A task that is a class; a new one each time, as Celery writes on those that it binds."""
+
     @exactly_once(key='d:{n}', scope='doubles')
     def run(self: Any, n: int) -> int:
         return 2 * n
@@ -116,11 +120,19 @@ def _bound(app: Celery) -> str:
 
 
 def _base(app: Celery) -> str:
-    return str(app.task(name='based', shared=False, base=a_class('', abstract=True))(exactly_once(key='d:{n}')(double)).name)
+    return str(
+        app.task(name='based', shared=False, base=a_class('', abstract=True))(
+            exactly_once(key='d:{n}')(double)
+        ).name
+    )
 
 
 def _retrying(app: Celery) -> str:
-    return str(app.task(name='retrying', shared=False, autoretry_for=(OSError,))(exactly_once(key='d:{n}')(double)).name)
+    return str(
+        app.task(name='retrying', shared=False, autoretry_for=(OSError,))(
+            exactly_once(key='d:{n}')(double)
+        ).name
+    )
 
 
 def _shared(app: Celery) -> str:
@@ -129,7 +141,17 @@ def _shared(app: Celery) -> str:
     return name
 
 
-WAYS = [_register_object, _register_class, _subclass_of_a_task, _in_the_registry, _function, _bound, _base, _retrying, _shared]
+WAYS = [
+    _register_object,
+    _register_class,
+    _subclass_of_a_task,
+    _in_the_registry,
+    _function,
+    _bound,
+    _base,
+    _retrying,
+    _shared,
+]
 
 
 class TestLateAcknowledgement:
@@ -181,7 +203,10 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r'write it below @app\.task'):
             exactly_once(key='d:{n}')(app.task(shared=False)(double))
 
-    @pytest.mark.parametrize('foreign', [core_once(key='d:{n}', scope='core'), dramatiq_once(key='d:{n}', scope='dramatiq')])
+    @pytest.mark.parametrize(
+        'foreign',
+        [core_once(key='d:{n}', scope='core'), dramatiq_once(key='d:{n}', scope='dramatiq')],
+    )
     def test_another_s_exactly_once(self, app: Celery, foreign: Any) -> None:
         for decorator in (app.task, app.task(name='x')):
             with pytest.raises(ConfigurationError, match='from jobsync_celery import exactly_once'):
@@ -218,7 +243,9 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r'app\.register_task\(.*Doubles\(\)\)'):
             app.task(a_class())
 
-    def test_arguments_that_the_task_does_not_take_are_the_sender_s_error(self, app: Celery, published: list[Any]) -> None:
+    def test_arguments_that_the_task_does_not_take_are_the_sender_s_error(
+        self, app: Celery, published: list[Any]
+    ) -> None:
         task = app.task(name='typed', shared=False)(exactly_once(key='d:{n}')(double))
         for args, kwargs in (((), {}), ((1, 2), {}), ((), {'m': 1})):
             with pytest.raises(TypeError):
@@ -234,7 +261,9 @@ class TestAddressing:
         monkeypatch.setattr(JobSync, 'owner_queue', lambda self, route: f'jobsync.sync_.{route}')
         return app
 
-    def test_a_key_is_made_once_for_each_message(self, routed: Celery, published: list[dict[str, Any]]) -> None:
+    def test_a_key_is_made_once_for_each_message(
+        self, routed: Celery, published: list[dict[str, Any]]
+    ) -> None:
         made = []
 
         def key(n: int) -> str:
@@ -244,41 +273,71 @@ class TestAddressing:
         routed.task(name='keyed', shared=False, jobsync_key=key)(double).delay(7)
         assert made == [7]
         (headers,) = published
-        assert (headers[KEY], headers[HOME], headers['routing_key']) == ('d:7', 'celery', 'jobsync.sync_.d:7')
+        assert (headers[KEY], headers[HOME], headers['routing_key']) == (
+            'd:7',
+            'celery',
+            'jobsync.sync_.d:7',
+        )
 
-    def test_without_a_key_it_goes_to_its_id_s_owner(self, routed: Celery, published: list[dict[str, Any]]) -> None:
-        routed.task(name='by_id', shared=False)(exactly_once()(double)).apply_async((1,), task_id='id-5')
+    def test_without_a_key_it_goes_to_its_id_s_owner(
+        self, routed: Celery, published: list[dict[str, Any]]
+    ) -> None:
+        routed.task(name='by_id', shared=False)(exactly_once()(double)).apply_async(
+            (1,), task_id='id-5'
+        )
         assert published[0]['routing_key'] == 'jobsync.sync_.id-5'
 
     @pytest.mark.parametrize('options', [{'queue': 'gpu'}, {'routing_key': 'gpu', 'queue': 'gpu'}])
-    def test_its_own_queue_is_remembered(self, routed: Celery, published: list[dict[str, Any]], options: dict[str, Any]) -> None:
-        routed.task(name='keyed', shared=False, jobsync_key='d:{n}')(double).apply_async((1,), **options)
+    def test_its_own_queue_is_remembered(
+        self, routed: Celery, published: list[dict[str, Any]], options: dict[str, Any]
+    ) -> None:
+        routed.task(name='keyed', shared=False, jobsync_key='d:{n}')(double).apply_async(
+            (1,), **options
+        )
         assert published[0][HOME] == 'gpu' and published[0]['routing_key'] == 'jobsync.sync_.d:1'
 
-    def test_stamps_of_the_sender_s_are_replaced(self, app: Celery, published: list[dict[str, Any]]) -> None:
+    def test_stamps_of_the_sender_s_are_replaced(
+        self, app: Celery, published: list[dict[str, Any]]
+    ) -> None:
         app.task(name='keyed', shared=False, jobsync_key='d:{n}')(double).apply_async(
-            (1,), headers={KEY: 'other', HOPS: 9, HOME: 'elsewhere', 'own': 1})
+            (1,), headers={KEY: 'other', HOPS: 9, HOME: 'elsewhere', 'own': 1}
+        )
         (headers,) = published
-        assert (headers[KEY], headers.get(HOPS), headers[HOME], headers['own']) == ('d:1', None, 'celery', 1)
+        assert (headers[KEY], headers.get(HOPS), headers[HOME], headers['own']) == (
+            'd:1',
+            None,
+            'celery',
+            1,
+        )
 
-    def test_a_key_that_cannot_be_made_goes_home(self, routed: Celery, published: list[dict[str, Any]], caplog: Any) -> None:
+    def test_a_key_that_cannot_be_made_goes_home(
+        self, routed: Celery, published: list[dict[str, Any]], caplog: Any
+    ) -> None:
         def key(n: int) -> str:
             raise LookupError('no tenant')
 
         task = routed.task(name='keyless', shared=False, jobsync_key=key)(double)
         for _ in range(20):
             task.delay(1)
-        assert {(headers.get(KEY), headers['routing_key']) for headers in published} == {(None, 'celery')}
+        assert {(headers.get(KEY), headers['routing_key']) for headers in published} == {
+            (None, 'celery')
+        }
         assert len([record for record in caplog.records if 'no tenant' in record.getMessage()]) == 1
 
     @pytest.mark.parametrize('home', ['gpu', None, 5])
     def test_what_a_task_sends_again_goes_home_and_not_to_the_node(
-        self, app: Celery, published: list[dict[str, Any]], home: Any,
+        self, app: Celery, published: list[dict[str, Any]], home: Any
     ) -> None:
         """`self.retry` gives the queue that the message came from."""
         task = app.task(name='keyed', shared=False, jobsync_key='d:{n}')(double)
-        task.push_request(id='a', called_directly=False, args=[1], kwargs={}, delivery_info={
-            'exchange': '', 'routing_key': 'jobsync.sync_.n1'}, **{HOME: home})
+        task.push_request(
+            id='a',
+            called_directly=False,
+            args=[1],
+            kwargs={},
+            delivery_info={'exchange': '', 'routing_key': 'jobsync.sync_.n1'},
+            **{HOME: home},
+        )
         _state._task_stack.push(task)
         try:
             task.signature_from_request(task.request, (1,), {}).apply_async()
@@ -287,7 +346,9 @@ class TestAddressing:
             task.pop_request()
         assert published[0]['routing_key'] == ('gpu' if home == 'gpu' else 'celery')
 
-    def test_two_apps_leave_each_other_s_messages_alone(self, published: list[dict[str, Any]]) -> None:
+    def test_two_apps_leave_each_other_s_messages_alone(
+        self, published: list[dict[str, Any]]
+    ) -> None:
         check_two_apps(published)
 
 
@@ -319,10 +380,14 @@ class TestPydantic:
 
         function = bound if bind else book
         function.__annotations__['order'] = order
-        return app.task(name='book', shared=False, pydantic=True, bind=bind)(exactly_once(key='order:{order.id}', scope='')(function))
+        return app.task(name='book', shared=False, pydantic=True, bind=bind)(
+            exactly_once(key='order:{order.id}', scope='')(function)
+        )
 
     @pytest.mark.parametrize('bind', [False, True])
-    def test_attributes_of_models_make_keys(self, app: Celery, published: list[dict[str, Any]], bind: bool) -> None:
+    def test_attributes_of_models_make_keys(
+        self, app: Celery, published: list[dict[str, Any]], bind: bool
+    ) -> None:
         self._task(app, bind).delay({'id': 5})
         assert published[0][KEY] == 'order:5'
         assert plugin_of(app).tasks.route_of('book', [], {'order': {'id': 6}}, 'm') == 'order:6'
@@ -343,8 +408,12 @@ def test_a_bound_task_s_callable_key_need_not_take_the_task(app: Celery, key: An
         assert plugin_of(app).tasks.route_of(name, [3], {}, 'm') == 'd:3'
 
 
-@pytest.mark.parametrize('embed', [{'chain': [5]}, {'chain': [{}]}, {'callbacks': [5]}, {'errbacks': 5}, {'chord': 5}])
-def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(app: Celery, embed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    'embed', [{'chain': [5]}, {'chain': [{}]}, {'callbacks': [5]}, {'errbacks': 5}, {'chord': 5}]
+)
+def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(
+    app: Celery, embed: dict[str, Any]
+) -> None:
     task = app.task(name='keyed', shared=False, jobsync_key='d:{n}')(double)
     task.__trace__ = build_tracer('keyed', task, app=app)
     plugin_of(app).guard_traces()
@@ -355,9 +424,16 @@ def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(app: Cel
     assert found.info is None or found.info.state == 'FAILURE'
 
 
-@pytest.mark.parametrize('error', [Reject('no'), Reject('later', requeue=True), MemoryError('none'), KeyError('odd')], ids=repr)
+@pytest.mark.parametrize(
+    'error',
+    [Reject('no'), Reject('later', requeue=True), MemoryError('none'), KeyError('odd')],
+    ids=repr,
+)
 def test_nothing_comes_out_of_a_tracer(error: Exception) -> None:
-    """What an on_success or an after_return raises, in a pool without processes: it is told to the request, as a process's is."""
+    """What an on_success or an after_return raises, in a pool without processes: it is told to the
+    request, as a process's is.
+    """
+
     def trace(*args: Any) -> None:
         raise error
 
@@ -393,7 +469,9 @@ def test_a_task_that_exits_has_failed_where_that_ends_no_process(error: BaseExce
     app.backend.forget('m1')  # the memory is all apps'
     task = app.task(name='exits', shared=False)(exits)
     task.__trace__ = build_tracer('exits', task, app=app)
-    result, info, _, _ = guarded_trace(task)('m1', (), {}, {'id': 'm1', 'delivery_info': {}, 'is_eager': False})
+    result, info, _, _ = guarded_trace(task)(
+        'm1', (), {}, {'id': 'm1', 'delivery_info': {}, 'is_eager': False}
+    )
     assert info.state == states.FAILURE
     assert isinstance(getattr(result.exception, 'exc', result.exception), TaskExited)
     found = app.backend.get_task_meta('m1')
@@ -429,7 +507,9 @@ def test_an_end_that_cannot_be_told_now_brings_the_message_again(late: bool, in_
             return
         result, info, _, _ = guarded_trace(task)('m1', (), {}, {})
     error = result.exception
-    assert (type(getattr(error, 'exc', error)) is ComesBack, info.state) == ((True, 'REJECTED') if late else (False, 'FAILURE'))
+    assert (type(getattr(error, 'exc', error)) is ComesBack, info.state) == (
+        (True, 'REJECTED') if late else (False, 'FAILURE')
+    )
 
 
 def _nothing() -> None:
@@ -448,11 +528,14 @@ class TestMisspelt:
         app = self._app()
         app.task(name='pay', shared=False, jobsync_keys='{n}')(_nothing)
         app.task(name='bill', shared=False, jobsync_key='b', jobsync_pin=['a'])(_nothing)
-        app.register_task(type('Ship', (Task,), {'name': 'ship', 'run': _nothing, 'jobsync_pins': ['a']})())
+        app.register_task(
+            type('Ship', (Task,), {'name': 'ship', 'run': _nothing, 'jobsync_pins': ['a']})()
+        )
         assert odd_names(app, {'bill': ['a'], 'bil': ['a']}) == [
             'task pay: its option jobsync_keys means nothing: did you mean jobsync_key?',
             'task ship: its option jobsync_pins means nothing: did you mean jobsync_pin?',
-            'pins: there is no task bil here: did you mean bill?']
+            'pins: there is no task bil here: did you mean bill?',
+        ]
 
     def test_what_is_right_is_not_mentioned(self) -> None:
         app = self._app()
@@ -461,7 +544,9 @@ class TestMisspelt:
         app.task(name='once', shared=False)(exactly_once(key='k')(_nothing))
         assert odd_names(app, {'keyed': ['a']}) == []
 
-    def test_a_worker_says_so_once_when_it_starts(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_worker_says_so_once_when_it_starts(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         app = self._app(bil=['a'])
         app.task(name='pay', shared=False, jobsync_keys='{n}')(_nothing)
 

@@ -1,4 +1,7 @@
-"""Real workers in trouble that is no message's fault: nothing is set aside, nothing is lost, and they go on."""
+"""Real workers in trouble that is no message's fault: nothing is set aside, nothing is lost, and
+they go on.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,17 +29,25 @@ _ROOT = Path(__file__).parents[2]
 _APP = 'tests.celery.trouble_app'
 _ON_BOTH = pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
 #: Long enough that a busy machine costs no lease.
-_TIMES = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 8.0, 'rebalance_check_interval_sec': 1.0, 'total_tokens': 1000}
+_TIMES = {
+    'heartbeat_interval_sec': 0.5,
+    'heartbeat_timeout_sec': 8.0,
+    'rebalance_check_interval_sec': 1.0,
+    'total_tokens': 1000,
+}
 
 
 class Stage:
     """A broker, a result backend behind a proxy, a worker, and an app that sends.
 
     Attributes:
-        results, writing: Proxies in front of the worker's result backend, and of the broker where the worker publishes.
+        results, writing: Proxies in front of the worker's result backend, and of the broker where
+            the worker publishes.
     """
 
-    def __init__(self, config: CoordinationConfig, broker: BrokerServer, results: RedisServer, place: Path) -> None:
+    def __init__(
+        self, config: CoordinationConfig, broker: BrokerServer, results: RedisServer, place: Path
+    ) -> None:
         self.broker, self.place = broker, place
         self.space, own = broker.new_space(), results.new_space()
         self.notes_path = place / 'notes'
@@ -49,11 +60,16 @@ class Stage:
         url = f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}'
         self.settings = {'database_url': url, 'route_producers': False, **_TIMES}
         self._sender = {
-            'TEST_BROKER': broker.url(self.space), 'TEST_RESULTS': results.url(own), 'TEST_NOTES': str(self.notes_path),
-            'TEST_SETTINGS': json.dumps(self.settings)}
+            'TEST_BROKER': broker.url(self.space),
+            'TEST_RESULTS': results.url(own),
+            'TEST_NOTES': str(self.notes_path),
+            'TEST_SETTINGS': json.dumps(self.settings),
+        }
         self._worker = {
-            **self._sender, 'TEST_RESULTS': results.url(own, self.results.port),
-            'TEST_BROKER_WRITE': broker.url(self.space, self.writing.port)}
+            **self._sender,
+            'TEST_RESULTS': results.url(own, self.results.port),
+            'TEST_BROKER_WRITE': broker.url(self.space, self.writing.port),
+        }
         self.process: Any = None
         self.module = self._load()
 
@@ -64,17 +80,41 @@ class Stage:
             sys.modules.pop(_APP, None)
             module = importlib.import_module(_APP)
         self._stack.callback(module.app.close)
-        module.app.backend.result_consumer.consume_from = lambda task_id: None  # outcomes are asked for
+        module.app.backend.result_consumer.consume_from = lambda task_id: (
+            None
+        )  # outcomes are asked for
         return module
 
     def start(self, *options: str, **more: str) -> None:
         """A worker that consumes."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))
+        }
         with (self.place / 'log').open('wb') as output:
             self.process = subprocess.Popen(
-                [sys.executable, '-m', 'celery', '-A', _APP, 'worker', '-n', 'one@test', '-l', 'INFO', *options], cwd=_ROOT,
-                env={**kept, **self._worker, 'PYTHONUNBUFFERED': '1', **more}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=die_with_parent())
+                [
+                    sys.executable,
+                    '-m',
+                    'celery',
+                    '-A',
+                    _APP,
+                    'worker',
+                    '-n',
+                    'one@test',
+                    '-l',
+                    'INFO',
+                    *options,
+                ],
+                cwd=_ROOT,
+                env={**kept, **self._worker, 'PYTHONUNBUFFERED': '1', **more},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
         eventually(lambda: 'one@test ready.' in self.log or self.process.poll() is not None, 40)
         self.check_alive()
 
@@ -95,7 +135,9 @@ class Stage:
         assert condition(), f'{self.notes()} {self.broker.depths(self.space)}\n{self.log[-6000:]}'
 
     def check_alive(self) -> None:
-        assert self.process.poll() is None, f'the worker has ended with {self.process.returncode}:\n{self.log[-6000:]}'
+        assert self.process.poll() is None, (
+            f'the worker has ended with {self.process.returncode}:\n{self.log[-6000:]}'
+        )
 
     def state(self, message_id: str) -> str:
         return str(self.module.app.backend.get_task_meta(message_id)['status'])
@@ -122,8 +164,11 @@ class Stage:
 
 
 @pytest.fixture
-def make_stage(config: CoordinationConfig, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+def make_stage(
+    config: CoordinationConfig, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
+
         def make(kind: str) -> Stage:
             broker = cast(BrokerServer, request.getfixturevalue(f'{kind}_server'))
             made = Stage(config, broker, request.getfixturevalue('redis_server'), tmp_path)
@@ -134,7 +179,9 @@ def make_stage(config: CoordinationConfig, request: pytest.FixtureRequest, tmp_p
 
 
 @_ON_BOTH
-def test_a_result_backend_that_is_away_costs_no_expired_member_of_a_chord(make_stage: Any, kind: str) -> None:
+def test_a_result_backend_that_is_away_costs_no_expired_member_of_a_chord(
+    make_stage: Any, kind: str
+) -> None:
     stage: Stage = make_stage(kind)
     tasks = stage.module
     stage.start('-c', '2')
@@ -150,21 +197,32 @@ def test_a_result_backend_that_is_away_costs_no_expired_member_of_a_chord(make_s
     assert stage.notes()['ran 1'] == stage.notes()['ran 2'] == 0
 
 
-def test_a_pool_that_can_start_no_thread_loses_nothing_and_runs_nothing_twice(make_stage: Any) -> None:
+def test_a_pool_that_can_start_no_thread_loses_nothing_and_runs_nothing_twice(
+    make_stage: Any,
+) -> None:
     stage: Stage = make_stage('rabbitmq')
     stage.start('-P', 'threads', '-c', '2', TEST_NO_THREADS='3')
     for n in range(8):
         (stage.module.late if n % 2 else stage.module.keyed).delay(n)
     stage.wait_notes([f'ran {n}' for n in range(8)])
     stage.check_nothing_lost()
-    assert {key: count for key, count in stage.notes().items() if key.startswith('ran')} == {f'ran {n}': 1 for n in range(8)}
+    assert {key: count for key, count in stage.notes().items() if key.startswith('ran')} == {
+        f'ran {n}': 1 for n in range(8)
+    }
     assert stage.notes()['no thread'] == 3
 
 
-@pytest.mark.parametrize(('kind', 'pool', 'task'), [
-    ('redis', 'solo', 'late'), ('rabbitmq', 'solo', 'late'), ('rabbitmq', 'solo', 'keyed'), ('redis', 'threads', 'once')])
-def test_a_worker_without_processes_keeps_what_is_acknowledged_late_while_its_result_backend_is_away(
-    make_stage: Any, kind: str, pool: str, task: str,
+@pytest.mark.parametrize(
+    ('kind', 'pool', 'task'),
+    [
+        ('redis', 'solo', 'late'),
+        ('rabbitmq', 'solo', 'late'),
+        ('rabbitmq', 'solo', 'keyed'),
+        ('redis', 'threads', 'once'),
+    ],
+)
+def test_a_worker_without_processes_keeps_its_messages_while_its_result_backend_is_away(
+    make_stage: Any, kind: str, pool: str, task: str
 ) -> None:
     stage: Stage = make_stage(kind)
     stage.start('-P', pool)
@@ -179,7 +237,9 @@ def test_a_worker_without_processes_keeps_what_is_acknowledged_late_while_its_re
 
 @_ON_BOTH
 @pytest.mark.parametrize('how', [Mode.REFUSE, Mode.HOLD], ids=['refused', 'held'])
-def test_a_duplicate_that_cannot_come_back_by_itself_stays(make_stage: Any, kind: str, how: Mode) -> None:
+def test_a_duplicate_that_cannot_come_back_by_itself_stays(
+    make_stage: Any, kind: str, how: Mode
+) -> None:
     stage: Stage = make_stage(kind)
     stage.start('-c', '2', '--without-gossip', '--without-heartbeat')
     first = stage.module.once.delay(7, 'go').id
@@ -221,7 +281,9 @@ def test_an_errback_that_takes_long_and_raises_holds_up_nobody(make_stage: Any) 
     stage: Stage = make_stage('rabbitmq')
     tasks = stage.module
     stage.start('-c', '2')
-    bad = [tasks.app.send_task(f'{_APP}.keyed', (), link_error=[tasks.tell.s()]).id for _ in range(3)]
+    bad = [
+        tasks.app.send_task(f'{_APP}.keyed', (), link_error=[tasks.tell.s()]).id for _ in range(3)
+    ]
     stage.wait_notes(['telling'])
     for n in range(5):
         tasks.keyed.delay(n)

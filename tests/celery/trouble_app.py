@@ -1,4 +1,7 @@
-"""An app whose worker has troubles, as its environment says: `celery -A tests.celery.trouble_app worker`."""
+"""An app whose worker has troubles, as its environment says: `celery -A tests.celery.trouble_app
+worker`.
+"""
+
 from __future__ import annotations
 
 import json
@@ -21,10 +24,13 @@ _READ = os.environ['TEST_BROKER']
 
 app = Celery('trouble', broker=_READ, backend=os.environ['TEST_RESULTS'], set_as_current=False)
 app.conf.update(
-    broker_write_url=os.environ.get('TEST_BROKER_WRITE') or _READ, broker_connection_retry_on_startup=True,
+    broker_write_url=os.environ.get('TEST_BROKER_WRITE') or _READ,
+    broker_connection_retry_on_startup=True,
     # So that an outage shows soon. Celery's default asks for 20 s, in the event loop, too.
-    result_backend_transport_options={'retry_policy': {'max_retries': 0}}, redis_retry_on_timeout=False,
-    task_publish_retry_policy={'max_retries': 1})
+    result_backend_transport_options={'retry_policy': {'max_retries': 0}},
+    redis_retry_on_timeout=False,
+    task_publish_retry_policy={'max_retries': 1},
+)
 JobSync(app, **json.loads(os.environ['TEST_SETTINGS']))
 
 

@@ -1,1 +1,3 @@
-"""One suite for every framework and broker: real worker processes, real servers, real faults, and the history checked afterwards."""
+"""One suite for every framework and broker: real worker processes, real servers, real faults, and
+the history checked afterwards.
+"""

@@ -1,4 +1,5 @@
 """Celery behind the suite's interface."""
+
 from __future__ import annotations
 
 import sys
@@ -21,10 +22,16 @@ class CeleryAdapter(Adapter):
     """Runs `celery worker`."""
 
     framework = 'celery'
-    pools: ClassVar[Mapping[str, str]] = {'processes': 'prefork', 'threads': 'threads', 'single': 'solo'}
+    pools: ClassVar[Mapping[str, str]] = {
+        'processes': 'prefork',
+        'threads': 'threads',
+        'single': 'solo',
+    }
     replaces_processes = True
 
-    def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()
+    ) -> None:
         super().__init__(place, jobsync, settings, pins)
         #: A sender without JobSync, and one whose JobSync routes.
         self.app = _sender(replace(self.order, jobsync=False))
@@ -48,13 +55,29 @@ class CeleryAdapter(Adapter):
 
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
         return [
-            sys.executable, '-m', 'celery', '-A', 'tests.conformance.celery_worker', 'worker', '-n', self.node_of(name), '-P', pool,
-            '-c', str(1 if pool == 'solo' else concurrency), '-l', 'INFO', *options]
+            sys.executable,
+            '-m',
+            'celery',
+            '-A',
+            'tests.conformance.celery_worker',
+            'worker',
+            '-n',
+            self.node_of(name),
+            '-P',
+            pool,
+            '-c',
+            str(1 if pool == 'solo' else concurrency),
+            '-l',
+            'INFO',
+            *options,
+        ]
 
     def ready(self, name: str) -> str:
         return f'{self.node_of(name)} ready.'
 
-    def send(self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any) -> str:
+    def send(
+        self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any
+    ) -> str:
         app = self.routing if routed and self.jobsync else self.app
         if 'delay' in options:
             options['countdown'] = options.pop('delay')
@@ -65,11 +88,18 @@ class CeleryAdapter(Adapter):
     def send_steps(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> str:
         add = (self.routing if routed and self.jobsync else self.app).tasks['add']
         first, *others = numbers
-        return str(chain(add.s(0, first, tag=tag), *(add.s(number, tag=tag) for number in others)).apply_async().id)
+        return str(
+            chain(add.s(0, first, tag=tag), *(add.s(number, tag=tag) for number in others))
+            .apply_async()
+            .id
+        )
 
     def send_group(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> None:
         tasks = (self.routing if routed and self.jobsync else self.app).tasks
-        chord([tasks['add'].s(number, number, tag=tag) for number in numbers], tasks['seal'].s(tag=tag)).apply_async()
+        chord(
+            [tasks['add'].s(number, number, tag=tag) for number in numbers],
+            tasks['seal'].s(tag=tag),
+        ).apply_async()
 
     def outcome(self, message: str) -> Outcome:
         meta = self.app.backend.get_task_meta(message)
@@ -84,6 +114,7 @@ class CeleryAdapter(Adapter):
 
 def _sender(order: Order) -> Celery:
     app = make_app(order)
-    # Outcomes are asked for. A subscription to each would be ended when its result object is collected, long after the server.
+    # Outcomes are asked for. A subscription to each would be ended when its result object is
+    # collected, long after the server.
     app.backend.result_consumer.consume_from = lambda task_id: None
     return app

@@ -1,4 +1,7 @@
-"""The Celery app of the suite: the same one in workers and in the test process, made from an order."""
+"""The Celery app of the suite: the same one in workers and in the test process, made from an
+order.
+"""
+
 from __future__ import annotations
 
 import os
@@ -15,13 +18,19 @@ from .work import Flaky, Order
 
 __all__ = ['make_app', 'set_up_django']
 
-#: Celery sends the next attempt and then stores RETRY as the result: an attempt that is faster than that ends as RETRY for whoever asks.
+#: Celery sends the next attempt and then stores RETRY as the result: an attempt that is faster than
+#: that ends as RETRY for whoever asks.
 _RETRY_SEC = 0.5
 
 _CONF: dict[str, Any] = {
     'broker_connection_retry_on_startup': True,
     'broker_connection_timeout': 2,
-    'task_publish_retry_policy': {'max_retries': 100, 'interval_start': 0, 'interval_step': 0.1, 'interval_max': 0.5},
+    'task_publish_retry_policy': {
+        'max_retries': 100,
+        'interval_start': 0,
+        'interval_step': 0.1,
+        'interval_max': 0.5,
+    },
     'worker_hijack_root_logger': True,
     'worker_send_task_events': False,
     'result_expires': 3600,
@@ -43,7 +52,9 @@ def make_app(order: Order) -> Celery:
 
         JobSync(app, database_url=order.database, **order.settings)
         decorate = exactly_once
-    _add_tasks(app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))})
+    _add_tasks(
+        app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))}
+    )
     return app
 
 
@@ -73,17 +84,46 @@ def _retrying(n: int, times: int = 1) -> Any:
 def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """All that a message brings to its task."""
     request = current_task.request
-    names = ('args', 'kwargs', 'reply_to', 'correlation_id', 'root_id', 'parent_id', 'expires', 'eta', 'shadow', 'retries', 'timelimit',
-             'ignore_result', 'argsrepr', 'kwargsrepr', 'group', 'stamps', 'stamped_headers', 'origin', 'replaced_task_nesting')
+    names = (
+        'args',
+        'kwargs',
+        'reply_to',
+        'correlation_id',
+        'root_id',
+        'parent_id',
+        'expires',
+        'eta',
+        'shadow',
+        'retries',
+        'timelimit',
+        'ignore_result',
+        'argsrepr',
+        'kwargsrepr',
+        'group',
+        'stamps',
+        'stamped_headers',
+        'origin',
+        'replaced_task_nesting',
+    )
     found = {name: getattr(request, name, None) for name in names}
     headers = dict(request.headers or {})
     return {
-        **found, 'priority': (request.delivery_info or {}).get('priority'), 'headers': headers, 'node': work.order().node,
-        'links': [dict(link).get('task') for link in request.callbacks or ()], 'hops': getattr(request, 'jobsync_hops', None)}
+        **found,
+        'priority': (request.delivery_info or {}).get('priority'),
+        'headers': headers,
+        'node': work.order().node,
+        'links': [dict(link).get('task') for link in request.callbacks or ()],
+        'hops': getattr(request, 'jobsync_hops', None),
+    }
 
 
 def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None:
-    retry = {'autoretry_for': (Flaky,), 'max_retries': 5, 'retry_backoff': False, 'default_retry_delay': _RETRY_SEC}
+    retry = {
+        'autoretry_for': (Flaky,),
+        'max_retries': 5,
+        'retry_backoff': False,
+        'default_retry_delay': _RETRY_SEC,
+    }
 
     def task(name: str, function: Callable[..., Any], **options: Any) -> None:
         if name not in without:
@@ -111,13 +151,17 @@ def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None
     task('seal_error', _seal_error)
     app.task(_add_up, name='add_up', shared=False)
     if 'classy' not in without:
-        app.register_task(type('Classy', (_Based,), {'name': 'classy', 'run': once(key='b:{n}')(_classy)})())
+        app.register_task(
+            type('Classy', (_Based,), {'name': 'classy', 'run': once(key='b:{n}')(_classy)})()
+        )
 
 
 def _add_up(tag: str, size: int) -> None:
     """Sends a chord from a worker, for result backends that the test process has not got."""
     tasks = current_task.app.tasks
-    chord([tasks['add'].s(1, number, tag=tag) for number in range(size)], tasks['total'].s(tag=tag)).apply_async()
+    chord(
+        [tasks['add'].s(1, number, tag=tag) for number in range(size)], tasks['total'].s(tag=tag)
+    ).apply_async()
 
 
 def set_up_django(database: str) -> None:
@@ -127,10 +171,20 @@ def set_up_django(database: str) -> None:
 
     url = urlsplit(database)
     settings.configure(
-        INSTALLED_APPS=['django_celery_results'], USE_TZ=True, DEFAULT_AUTO_FIELD='django.db.models.AutoField',
-        DATABASES={'default': {
-            'ENGINE': 'django.db.backends.postgresql', 'NAME': url.path[1:], 'USER': url.username, 'PASSWORD': url.password,
-            'HOST': url.hostname, 'PORT': url.port}})
+        INSTALLED_APPS=['django_celery_results'],
+        USE_TZ=True,
+        DEFAULT_AUTO_FIELD='django.db.models.AutoField',
+        DATABASES={
+            'default': {
+                'ENGINE': 'django.db.backends.postgresql',
+                'NAME': url.path[1:],
+                'USER': url.username,
+                'PASSWORD': url.password,
+                'HOST': url.hostname,
+                'PORT': url.port,
+            }
+        },
+    )
     django.setup()
     # Celery does this itself where DJANGO_SETTINGS_MODULE is set.
     signals.worker_process_init.connect(_forget_connections, weak=False)
@@ -153,9 +207,15 @@ def _classy(self: Any, n: int, sleep: float = 0.0) -> dict[str, Any]:
 
 
 def _die_before_counting(order: Order) -> None:
-    """The first process that counts a member of a chord dies, after the member's result is stored; with the tag 'all' its worker, too."""
+    """The first process that counts a member of a chord dies, after the member's result is stored;
+    with the tag 'all' its worker, too.
+    """
     django = order.results == 'django-db'
-    backend: Any = symbol_by_name('django_celery_results.backends:DatabaseBackend' if django else 'celery.backends.redis:RedisBackend')
+    backend: Any = symbol_by_name(
+        'django_celery_results.backends:DatabaseBackend'
+        if django
+        else 'celery.backends.redis:RedisBackend'
+    )
     count = backend.on_chord_part_return
 
     def dying(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
 """`celery -A tests.conformance.celery_worker worker`: the app of a worker process."""
+
 from __future__ import annotations
 
 import faulthandler
@@ -20,7 +21,9 @@ use_in_worker(order)
 
 
 def tear(number: int) -> None:
-    """SIGQUIT after the first half, the length, of a task that is written to a process of the pool."""
+    """SIGQUIT after the first half, the length, of a task that is written to a process of the
+    pool.
+    """
     write, count, pid = connection.send_offset, itertools.count(1), os.getpid()
 
     def torn(*given: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Clusters on the servers of the test session, each with its own part of the broker, its own database and directory."""
+"""Clusters on the servers of the test session, each with its own part of the broker, its own
+database and directory.
+"""
+
 from __future__ import annotations
 
 import uuid
@@ -16,30 +19,58 @@ from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
 
 #: Files whose scenarios take long, and run on every framework and broker.
 _HALVED = (
-    'test_celery_broker', 'test_celery_kills', 'test_dramatiq_lifecycle', 'test_faults', 'test_lifecycle', 'test_load', 'test_outages')
+    'test_celery_broker',
+    'test_celery_kills',
+    'test_dramatiq_lifecycle',
+    'test_faults',
+    'test_lifecycle',
+    'test_load',
+    'test_outages',
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line('markers', 'plain: a scenario of the conformance suite that the bare framework passes too')
+    config.addinivalue_line(
+        'markers', 'plain: a scenario of the conformance suite that the bare framework passes too'
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _halve([item for item in items if item.path.stem in _HALVED and item.path.parent.name == 'conformance'])
+    _halve(
+        [
+            item
+            for item in items
+            if item.path.stem in _HALVED and item.path.parent.name == 'conformance'
+        ]
+    )
     if not JOBSYNC:
         for item in items:
-            if 'make_cluster' in getattr(item, 'fixturenames', ()) and item.get_closest_marker('plain') is None:
+            if (
+                'make_cluster' in getattr(item, 'fixturenames', ())
+                and item.get_closest_marker('plain') is None
+            ):
                 item.add_marker(pytest.mark.skip(reason='needs JobSync'))
 
 
 def _halve(items: list[pytest.Item]) -> None:
-    """Leave every other setup of a scenario to `soak`, as on a chessboard: each framework and each broker stays in each file."""
+    """Leave every other setup of a scenario to `soak`, as on a chessboard: each framework and each
+    broker stays in each file.
+    """
     scenarios: dict[str, int] = {}
     for item in items:
-        setup = item.callspec.params.get('setup') if isinstance(item, pytest.Function) and hasattr(item, 'callspec') else None
+        setup = (
+            item.callspec.params.get('setup')
+            if isinstance(item, pytest.Function) and hasattr(item, 'callspec')
+            else None
+        )
         if isinstance(setup, Setup):
             row = scenarios.setdefault(item.nodeid.partition('[')[0], len(scenarios))
-            column = [*ADAPTERS].index(setup.framework) + BROKERS.index(setup.broker) + [*ADAPTERS[setup.framework].pools].index(setup.kind)
+            column = (
+                [*ADAPTERS].index(setup.framework)
+                + BROKERS.index(setup.broker)
+                + [*ADAPTERS[setup.framework].pools].index(setup.kind)
+            )
             if (row + column) % 2:
                 item.add_marker(pytest.mark.soak)
 
@@ -54,13 +85,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _factory(
-    stack: ExitStack, request: pytest.FixtureRequest, directories: pytest.TempPathFactory,
+    stack: ExitStack, request: pytest.FixtureRequest, directories: pytest.TempPathFactory
 ) -> Callable[..., Cluster]:
     def make(
-        setup: Setup, settings: dict[str, Any] | None = None, *, own: bool = False, postgres: EmbeddedPostgres | None = None,
+        setup: Setup,
+        settings: dict[str, Any] | None = None,
+        *,
+        own: bool = False,
+        postgres: EmbeddedPostgres | None = None,
         pins: Sequence[str] = (),
     ) -> Cluster:
-        server: BrokerServer = request.getfixturevalue(f'own_{setup.broker}' if own else f'{setup.broker}_server')
+        server: BrokerServer = request.getfixturevalue(
+            f'own_{setup.broker}' if own else f'{setup.broker}_server'
+        )
         results: BrokerServer = request.getfixturevalue('redis_server')
         database: EmbeddedPostgres = postgres or request.getfixturevalue('postgres')
         name = f'conformance_{uuid.uuid4().hex[:12]}'
@@ -69,9 +106,16 @@ def _factory(
         space = server.new_space()
         stack.callback(server.drop_space, space)
         chosen = {**QUICK, **(settings or {})}
-        place = Place(server, space, results.url(results.new_space()),
-                      database.config(name, total_tokens=chosen['total_tokens']), directories.mktemp(setup.name))
-        return stack.enter_context(Cluster(ADAPTERS[setup.framework](place, JOBSYNC, chosen, pins), setup.pool))
+        place = Place(
+            server,
+            space,
+            results.url(results.new_space()),
+            database.config(name, total_tokens=chosen['total_tokens']),
+            directories.mktemp(setup.name),
+        )
+        return stack.enter_context(
+            Cluster(ADAPTERS[setup.framework](place, JOBSYNC, chosen, pins), setup.pool)
+        )
 
     return make
 
@@ -82,14 +126,20 @@ def _drop(postgres: EmbeddedPostgres, name: str) -> None:
 
 
 @pytest.fixture
-def make_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
-    """Makes clusters that end with the test: `make_cluster(setup, settings, own=..., postgres=..., pins=...)`."""
+def make_cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters that end with the test: `make_cluster(setup, settings, own=..., postgres=...,
+    pins=...)`.
+    """
     with ExitStack() as stack:
         yield _factory(stack, request, tmp_path_factory)
 
 
 @pytest.fixture(scope='module')
-def make_lasting_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
+def make_lasting_cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Cluster]]:
     """As `make_cluster`; the clusters end with the module."""
     with ExitStack() as stack:
         yield _factory(stack, request, tmp_path_factory)

@@ -1,4 +1,5 @@
 """Dramatiq behind the suite's interface."""
+
 from __future__ import annotations
 
 import re
@@ -27,7 +28,9 @@ class DramatiqAdapter(Adapter):
     pools: ClassVar[Mapping[str, str]] = {'processes': 'processes', 'threads': 'threads'}
     replaces_processes = False
 
-    def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()
+    ) -> None:
         super().__init__(place, jobsync, settings, pins)
         #: A sender without JobSync, and one whose JobSync routes.
         self.app = make_app(replace(self.order, jobsync=False))
@@ -57,16 +60,27 @@ class DramatiqAdapter(Adapter):
     def command(self, name: str, pool: str, concurrency: int, options: Sequence[str]) -> list[str]:
         processes = self.nodes(pool)
         # The script: `python -m dramatiq` would reload itself with the first Python on PATH.
-        return [str(Path(sys.executable).with_name('dramatiq')), '-p', str(processes), '-t', str(max(1, concurrency // processes)),
-                'tests.conformance.dramatiq_worker', *options]
+        return [
+            str(Path(sys.executable).with_name('dramatiq')),
+            '-p',
+            str(processes),
+            '-t',
+            str(max(1, concurrency // processes)),
+            'tests.conformance.dramatiq_worker',
+            *options,
+        ]
 
     def ready(self, name: str) -> str:
         return 'Worker process is ready for action.'
 
-    def send(self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any) -> str:
+    def send(
+        self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any
+    ) -> str:
         if 'delay' in options:
             options['delay'] = int(options['delay'] * 1000)
-        return self.remember(self.sender(routed).actors[task].send_with_options(args=tuple(args), **options))
+        return self.remember(
+            self.sender(routed).actors[task].send_with_options(args=tuple(args), **options)
+        )
 
     def remember(self, message: Any) -> str:
         """The id of a message whose outcome may be asked for."""
@@ -78,14 +92,19 @@ class DramatiqAdapter(Adapter):
         app = self.sender(routed)
         first, *others = numbers
         add = app.actors['add'].message_with_options
-        messages = [add(args=(first, 0), kwargs={'tag': tag}), *(add(args=(number,), kwargs={'tag': tag}) for number in others)]
+        messages = [
+            add(args=(first, 0), kwargs={'tag': tag}),
+            *(add(args=(number,), kwargs={'tag': tag}) for number in others),
+        ]
         return dramatiq.pipeline(messages, broker=app.broker)
 
     def group(self, tag: str, numbers: Sequence[int], routed: bool = False) -> Any:
         """A group of additions, and `seal` for when all are done."""
         app = self.sender(routed)
         add = app.actors['add'].message_with_options
-        group = dramatiq.group([add(args=(n, n), kwargs={'tag': tag}) for n in numbers], broker=app.broker)
+        group = dramatiq.group(
+            [add(args=(n, n), kwargs={'tag': tag}) for n in numbers], broker=app.broker
+        )
         group.add_completion_callback(app.actors['seal'].message(None, tag=tag))
         return group
 

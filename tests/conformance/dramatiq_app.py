@@ -1,4 +1,7 @@
-"""The Dramatiq broker of the suite with its actors: the same in workers and in the test process, made from an order."""
+"""The Dramatiq broker of the suite with its actors: the same in workers and in the test process,
+made from an order.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -48,10 +51,14 @@ class App:
 
 def make_app(order: Order) -> App:
     """An app with all actors, with JobSync or without."""
-    # Dramatiq 1 would have each worker serve metrics on one and the same port, by a process of its own.
+    # Dramatiq 1 would have each worker serve metrics on one and the same port, by a process of its
+    # own.
     usual: Any = [kind() for kind in default_middleware if kind.__name__ != 'Prometheus']
-    broker: Any = (RabbitmqBroker(url=order.broker, confirm_delivery=True, middleware=usual) if order.broker.startswith('amqp')
-                   else RedisBroker(url=order.broker, middleware=usual))
+    broker: Any = (
+        RabbitmqBroker(url=order.broker, confirm_delivery=True, middleware=usual)
+        if order.broker.startswith('amqp')
+        else RedisBroker(url=order.broker, middleware=usual)
+    )
     app = App(broker, RedisBackend(url=order.results))
     decorate: Callable[..., Any] = _undecorated
     if order.jobsync:
@@ -61,10 +68,16 @@ def make_app(order: Order) -> App:
         broker.add_middleware(app.plugin)
         decorate = exactly_once
     loop = [AsyncIO()] if order.conf.get('asyncio', True) else []
-    for middleware in (*loop, CurrentMessage(), Results(backend=app.results, store_results=True),
-                       GroupCallbacks(Barriers(url=order.results))):
+    for middleware in (
+        *loop,
+        CurrentMessage(),
+        Results(backend=app.results, store_results=True),
+        GroupCallbacks(Barriers(url=order.results)),
+    ):
         broker.add_middleware(middleware)
-    _add_actors(app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))})
+    _add_actors(
+        app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))}
+    )
     return app
 
 
@@ -74,7 +87,9 @@ def use_in_worker(order: Order, app: App) -> None:
     work.now.order = order
     work.now.message_id = lambda: str(_message().message_id)
     work.now.attempt = lambda: int(_message().options.get('retries', 0))
-    work.now.node = lambda: str(plugin.job.node_name) if plugin is not None and plugin.job is not None else order.node
+    work.now.node = lambda: (
+        str(plugin.job.node_name) if plugin is not None and plugin.job is not None else order.node
+    )
     if plugin is not None:
         from jobsync_dramatiq import current_execution
 
@@ -114,8 +129,17 @@ def _told(message: dict[str, Any], outcome: dict[str, Any] | Any) -> None:
 def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """All that a message brings to its actor."""
     message = _message()
-    found = {name: getattr(message, name) for name in ('queue_name', 'actor_name', 'message_timestamp')}
-    return {**found, 'args': [n, *args], 'kwargs': kwargs, 'options': dict(message.options), 'node': work.node(), 'pid': os.getpid()}
+    found = {
+        name: getattr(message, name) for name in ('queue_name', 'actor_name', 'message_timestamp')
+    }
+    return {
+        **found,
+        'args': [n, *args],
+        'kwargs': kwargs,
+        'options': dict(message.options),
+        'node': work.node(),
+        'pid': os.getpid(),
+    }
 
 
 def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
@@ -125,10 +149,16 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
         if name in without:
             return
         if app.plugin is None:
-            options = {option: value for option, value in options.items() if not option.startswith('jobsync_')}
+            options = {
+                option: value
+                for option, value in options.items()
+                if not option.startswith('jobsync_')
+            }
         # An error that Dramatiq retried would hide what the plugin should have seen to.
         declare: Any = dramatiq.actor  # its types do not know options
-        app.actors[name] = declare(function, actor_name=name, broker=app.broker, **{'max_retries': 0, **options})
+        app.actors[name] = declare(
+            function, actor_name=name, broker=app.broker, **{'max_retries': 0, **options}
+        )
 
     actor('keyed', once(key='k:{n}')(work.keyed))
     actor('body', once(key='b:{n}')(work.body), queue_name='second')

@@ -1,4 +1,5 @@
 """`dramatiq tests.conformance.dramatiq_worker`: the broker of a worker process."""
+
 from __future__ import annotations
 
 import dramatiq

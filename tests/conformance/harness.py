@@ -1,8 +1,10 @@
-"""A cluster of real worker processes of some framework, on some broker: what the scenarios are written against.
+"""A cluster of real worker processes of some framework, on some broker: what the scenarios are
+written against.
 
-A scenario knows the `Cluster` alone. What differs between frameworks stands behind `Adapter`; what differs between brokers behind
-`BrokerServer`.
+A scenario knows the `Cluster` alone. What differs between frameworks stands behind `Adapter`; what
+differs between brokers behind `BrokerServer`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,13 +33,23 @@ __all__ = ['QUICK', 'STEADY', 'Adapter', 'Cluster', 'Outcome', 'Place', 'Worker'
 
 _ROOT = Path(__file__).parents[2]
 _START_SEC = 40.0
-# A pool process of Celery's that ends waits up to 30 s for the parent to count its last result, which a warm shutdown may have dropped.
+# A pool process of Celery's that ends waits up to 30 s for the parent to count its last result,
+# which a warm shutdown may have dropped.
 _STOP_SEC = 60.0
-#: JobSync's settings where a death is to be noticed soon, and where a busy machine must not look like one.
-QUICK = {'heartbeat_interval_sec': 0.3, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
+#: JobSync's settings where a death is to be noticed soon, and where a busy machine must not look
+#: like one.
+QUICK = {
+    'heartbeat_interval_sec': 0.3,
+    'heartbeat_timeout_sec': 1.5,
+    'rebalance_check_interval_sec': 1,
+    'total_tokens': 1000,
+}
 STEADY = {**QUICK, 'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5}
 #: Lines of a worker's log that tell nothing.
-_DULL = re.compile(r'\] received$|succeeded in \d|^ *-- |^---|^- \*\*|^  \. |^$|superuser|not recommended|--uid|User information|_warn_or')
+_DULL = re.compile(
+    r'\] received$|succeeded in \d|^ *-- |^---|^- \*\*|^  \. |^$|superuser|not '
+    r'recommended|--uid|User information|_warn_or'
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,14 @@ class Place:
         """What a process of this place is told."""
         config = self.config
         return Order(
-            broker=self.server.url(self.space), results=self.results, notes=str(self.directory / 'notes'), jobsync=jobsync,
+            broker=self.server.url(self.space),
+            results=self.results,
+            notes=str(self.directory / 'notes'),
+            jobsync=jobsync,
             database=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
-            settings=settings, pins=list(pins))
+            settings=settings,
+            pins=list(pins),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,16 +109,29 @@ class Worker:
         ready: What each of its nodes prints when it is ready.
     """
 
-    def __init__(self, name: str, nodes: int, command: Sequence[str], order: Order, log: Path, ready: str) -> None:
+    def __init__(
+        self, name: str, nodes: int, command: Sequence[str], order: Order, log: Path, ready: str
+    ) -> None:
         self.name = name
         self.nodes = nodes
         self._log = log
         self._ready = ready
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))
+        }
         with log.open('w') as output:
             self.process = subprocess.Popen(
-                list(command), cwd=_ROOT, env={**environment, **order.environment(), 'PYTHONUNBUFFERED': '1'}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent())
+                list(command),
+                cwd=_ROOT,
+                env={**environment, **order.environment(), 'PYTHONUNBUFFERED': '1'},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
 
     @property
     def pid(self) -> int:
@@ -109,7 +139,9 @@ class Worker:
 
     @property
     def children(self) -> list[int]:
-        """Processes of the worker's pool; from Python 3.14 on, Dramatiq's are children of a fork server, which has a tracker beside it."""
+        """Processes of the worker's pool; from Python 3.14 on, Dramatiq's are children of a fork
+        server, which has a tracker beside it.
+        """
         found = (server_processes(child)[1:] or [child] for child in server_processes(self.pid)[1:])
         return [pid for pids in found for pid in pids if 'resource_tracker' not in _command_of(pid)]
 
@@ -123,7 +155,9 @@ class Worker:
     def wait_ready(self, timeout: float = _START_SEC) -> Worker:
         """Wait until it consumes."""
         eventually(lambda: self._is_ready() or not self.is_running(), timeout)
-        assert self._is_ready(), f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
+        assert self._is_ready(), (
+            f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
+        )
         return self
 
     def _is_ready(self) -> bool:
@@ -171,7 +205,9 @@ class Worker:
             self.send_signal(signal.SIGUSR2)
             with contextlib.suppress(AssertionError):
                 eventually(lambda: len(self.log()) > size, 5)
-            raise AssertionError(f'{self.name} did not end within {timeout} s:\n{self.log(6000)}') from None
+            raise AssertionError(
+                f'{self.name} did not end within {timeout} s:\n{self.log(6000)}'
+            ) from None
 
     def close(self) -> None:
         """End it and all of its processes, whatever their state."""
@@ -200,19 +236,25 @@ class Adapter(ABC):
     """
 
     framework: str
-    #: Pools that workers can have, by kind: 'processes', 'threads' and 'single' (one task at a time).
+    #: Pools that workers can have, by kind: 'processes', 'threads' and 'single' (one task at a
+    #: time).
     pools: ClassVar[Mapping[str, str]]
-    #: A process of the pool that dies is replaced, and the worker goes on; otherwise the worker ends.
+    #: A process of the pool that dies is replaced, and the worker goes on; otherwise the worker
+    #: ends.
     replaces_processes: ClassVar[bool]
 
-    def __init__(self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()
+    ) -> None:
         self.place = place
         self.jobsync = jobsync
         self.order = place.order(jobsync, settings, pins)
 
     @abstractmethod
     def node_of(self, name: str) -> str:
-        """The name that a worker is told to give its node, or to begin the names of its nodes with."""
+        """The name that a worker is told to give its node, or to begin the names of its nodes
+        with.
+        """
 
     @abstractmethod
     def worker_of(self, node: str) -> str:
@@ -231,19 +273,24 @@ class Adapter(ABC):
         """What each node of a worker prints when it is ready."""
 
     @abstractmethod
-    def send(self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any) -> str:
+    def send(
+        self, task: str, args: Sequence[Any] = (), *, routed: bool = False, **options: Any
+    ) -> str:
         """Send a message, and return its id.
 
         Args:
             task: The task's name.
             args: Its arguments.
-            routed: The sender's JobSync routes it; otherwise it goes to its home queue, as from a sender that has none.
+            routed: The sender's JobSync routes it; otherwise it goes to its home queue, as from a
+                sender that has none.
             options: The framework's; `delay` in seconds is common to all.
         """
 
     @abstractmethod
     def send_steps(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> str:
-        """Send `add` as steps of which each adds a number to the one before, from 0; the id of the message that has the sum."""
+        """Send `add` as steps of which each adds a number to the one before, from 0; the id of the
+        message that has the sum.
+        """
 
     @abstractmethod
     def send_group(self, tag: str, numbers: Sequence[int], *, routed: bool = False) -> None:
@@ -284,7 +331,12 @@ class Cluster:
         self.alive.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __getitem__(self, name: str) -> Worker:
@@ -301,20 +353,38 @@ class Cluster:
     def report(self) -> str:
         """What helps to understand a failure."""
         parts = []
-        for title, find in (('left at the broker', self.left), ('tokens', self.ledger.owned), ('running', self.unfinished)):
+        for title, find in (
+            ('left at the broker', self.left),
+            ('tokens', self.ledger.owned),
+            ('running', self.unfinished),
+        ):
             with contextlib.suppress(Exception):
                 parts.append(f'{title}: {find()}')
         for worker in self._started:
             log = '\n'.join(line for line in worker.log().splitlines() if not _DULL.search(line))
-            parts.append(f'=== {worker.name} (pid {worker.pid}, exit code {worker.process.returncode})\n{log[-12_000:]}')
+            parts.append(
+                f'=== {worker.name} (pid {worker.pid}, exit code '
+                f'{worker.process.returncode})\n{log[-12_000:]}'
+            )
         return '\n'.join(parts)
 
     # --- workers ---
 
     def launch(
-        self, name: str, *, pool: str | None = None, concurrency: int = 2, options: Sequence[str] = (), broker: str | None = None,
-        database: str | None = None, results: str | None = None, conf: dict[str, Any] | None = None, without: Iterable[str] = (),
-        pause: float = 0.0, torn: int = 0, **settings: Any,
+        self,
+        name: str,
+        *,
+        pool: str | None = None,
+        concurrency: int = 2,
+        options: Sequence[str] = (),
+        broker: str | None = None,
+        database: str | None = None,
+        results: str | None = None,
+        conf: dict[str, Any] | None = None,
+        without: Iterable[str] = (),
+        pause: float = 0.0,
+        torn: int = 0,
+        **settings: Any,
     ) -> Worker:
         """Start a worker; it is not waited for.
 
@@ -332,8 +402,14 @@ class Cluster:
             settings: JobSync's settings.
         """
         order = replace(
-            self.adapter.order, node=self.adapter.node_of(name), without=list(without), conf=conf or {}, pause=pause, torn=torn,
-            settings={**self.adapter.order.settings, **settings})
+            self.adapter.order,
+            node=self.adapter.node_of(name),
+            without=list(without),
+            conf=conf or {},
+            pause=pause,
+            torn=torn,
+            settings={**self.adapter.order.settings, **settings},
+        )
         if broker is not None:
             order = replace(order, broker=broker)
         if database is not None:
@@ -342,7 +418,14 @@ class Cluster:
             order = replace(order, results=results)
         log = self.place.directory / f'{name}-{len(self._started)}.log'
         command = self.adapter.command(name, pool or self.pool, concurrency, options)
-        worker = Worker(name, self.adapter.nodes(pool or self.pool), command, order, log, self.adapter.ready(name))
+        worker = Worker(
+            name,
+            self.adapter.nodes(pool or self.pool),
+            command,
+            order,
+            log,
+            self.adapter.ready(name),
+        )
         self._started.append(worker)
         self.workers[name] = worker
         return worker
@@ -359,12 +442,17 @@ class Cluster:
         """Wait until exactly the workers that run own all tokens, but those that a pin blocks."""
         if not self.adapter.jobsync:
             return
-        nodes = {worker.name: worker.nodes for worker in self.workers.values() if worker.is_running()}
+        nodes = {
+            worker.name: worker.nodes for worker in self.workers.values() if worker.is_running()
+        }
         total = self.place.config.total_tokens
 
         def settled() -> bool:
             owned = self.ledger.owned()
-            return Counter(map(self.worker_of, owned)) == nodes and sum(owned.values()) + self.ledger.blocked() == total
+            return (
+                Counter(map(self.worker_of, owned)) == nodes
+                and sum(owned.values()) + self.ledger.blocked() == total
+            )
 
         eventually(settled, timeout)
 
@@ -378,12 +466,21 @@ class Cluster:
 
     def lives(self, name: str) -> set[str]:
         """Incarnations of a worker's nodes: others mean that they were evicted, or started anew."""
-        return {life for node, life in self.ledger.incarnations().items() if self.worker_of(node) == name}
+        return {
+            life
+            for node, life in self.ledger.incarnations().items()
+            if self.worker_of(node) == name
+        }
 
     def ran_on(self, *letters: str, least: int = 0) -> set[str | None]:
-        """Names of the workers on which tasks ended whose keys have certain letters, if any are given, and a number of at least `least`."""
-        return {self.worker_of(note.node) for note in self.notes.of('end')
-                if (not letters or note.key[0] in letters) and int(note.key.partition(':')[2]) >= least}
+        """Names of the workers on which tasks ended whose keys have certain letters, if any are
+        given, and a number of at least `least`.
+        """
+        return {
+            self.worker_of(note.node)
+            for note in self.notes.of('end')
+            if (not letters or note.key[0] in letters) and int(note.key.partition(':')[2]) >= least
+        }
 
     # --- messages ---
 
@@ -397,7 +494,9 @@ class Cluster:
         """Numbers from `start` whose keys a worker owns now."""
         letter = _LETTERS[task]
         owners = self.ledger.owners(f'{letter}:{n}' for n in range(start, start + 100 * count))
-        found = [int(key[2:]) for key, owner in owners.items() if self.worker_of(owner) == name][:count]
+        found = [int(key[2:]) for key, owner in owners.items() if self.worker_of(owner) == name][
+            :count
+        ]
         assert len(found) == count, f'{name} owns too little: {self.ledger.owned()}'
         return found
 
@@ -407,6 +506,7 @@ class Cluster:
 
     def outcome(self, message: str, timeout: float = 30.0) -> Outcome:
         """What becomes of a message; waits until that is known."""
+
         def find() -> Outcome | None:
             found = self.adapter.outcome(message)
             return None if found.state == 'pending' else found
@@ -416,7 +516,9 @@ class Cluster:
         except AssertionError:
             sent = next((item for item in self.sent if item.id == message), None)
             last = self.adapter.outcome(message)
-            raise AssertionError(f'message {message} has no outcome after {timeout} s, but {last}: {sent}') from None
+            raise AssertionError(
+                f'message {message} has no outcome after {timeout} s, but {last}: {sent}'
+            ) from None
         assert found is not None
         return found
 
@@ -441,7 +543,10 @@ class Cluster:
             eventually(lambda: not missing() or not self._alive(), timeout)
         lost = missing()
         messages = [(item.key, item.id) for item in self.sent if item.key in lost]
-        assert not lost, f'{len(lost)} of {len(wanted)} did not run to their end within {timeout} s: {messages[:10]}'
+        assert not lost, (
+            f'{len(lost)} of {len(wanted)} did not run to their end within {timeout} s: '
+            f'{messages[:10]}'
+        )
         return self.notes.of('end', wanted)
 
     def wait_started(self, keys: Iterable[str], timeout: float = 30.0) -> None:
@@ -465,7 +570,9 @@ class Cluster:
         return {key: state for key, state in self.ledger.states().items() if state == 'running'}
 
     def finish(self, timeout: float = 40.0) -> None:
-        """Wait until all that was sent has happened and nothing is left anywhere; then check the history."""
+        """Wait until all that was sent has happened and nothing is left anywhere; then check the
+        history.
+        """
         self.wait_ended({item.key for item in self.sent if item.fate == 'done'}, timeout)
         if self._alive():
             eventually(lambda: not self.left(), timeout)
@@ -497,13 +604,36 @@ class _Stable:
         assert len(ends) >= least
         routes = {note: (note.message if note.key.startswith('i:') else note.key) for note in ends}
         owners = ledger.owners(set(routes.values()))
-        wrong = {note.key: (note.node, owners[route]) for note, route in routes.items() if owners[route] != note.node}
-        assert not wrong, f'{len(wrong)} of {len(ends)} ran elsewhere than on their owner: {dict(list(wrong.items())[:10])}'
+        wrong = {
+            note.key: (note.node, owners[route])
+            for note, route in routes.items()
+            if owners[route] != note.node
+        }
+        assert not wrong, (
+            f'{len(wrong)} of {len(ends)} ran elsewhere than on their owner: '
+            f'{dict(list(wrong.items())[:10])}'
+        )
 
 
 _LETTERS = {
-    'keyed': 'k', 'body': 'b', 'limited': 'b', 'by_id': 'i', 'plain': 'p', 'routed': 'r', 'pinned': 'g', 'preferred': 'g', 'homeless': 'g',
-    'flaky': 'f', 'retrying': 'f', 'sour': 's', 'overdue': 'o', 'overdue_softly': 'o', 'patient': 'b', 'awaited': 'w', 'classy': 'b'}
+    'keyed': 'k',
+    'body': 'b',
+    'limited': 'b',
+    'by_id': 'i',
+    'plain': 'p',
+    'routed': 'r',
+    'pinned': 'g',
+    'preferred': 'g',
+    'homeless': 'g',
+    'flaky': 'f',
+    'retrying': 'f',
+    'sour': 's',
+    'overdue': 'o',
+    'overdue_softly': 'o',
+    'patient': 'b',
+    'awaited': 'w',
+    'classy': 'b',
+}
 
 
 def within(seconds: float, condition: Callable[[], object], every: float = 0.005) -> None:

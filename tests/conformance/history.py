@@ -1,9 +1,11 @@
 """What was sent, what ran, and whether the two agree.
 
-Workers append one line per event to a file with a single write each: what was written survives SIGKILL, needs no server that
-a test may have taken away, and can be read meanwhile. Effects are rows that the tasks write in the transaction that carries
-their completion: the proof that a key completed once and no more.
+Workers append one line per event to a file with a single write each: what was written survives
+SIGKILL, needs no server that a test may have taken away, and can be read meanwhile. Effects are
+rows that the tasks write in the transaction that carries their completion: the proof that a key
+completed once and no more.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,8 +25,12 @@ from ..server.cluster import query
 
 __all__ = ['EFFECTS', 'Ledger', 'Note', 'Notes', 'Sent', 'check', 'moment']
 
-#: Table of what the tasks do in their completion's transaction. It has no unique constraint: a second effect must be seen.
-EFFECTS = 'CREATE TABLE effect (key text NOT NULL, message text NOT NULL, node text NOT NULL, pid integer NOT NULL)'
+#: Table of what the tasks do in their completion's transaction. It has no unique constraint: a
+#: second effect must be seen.
+EFFECTS = (
+    'CREATE TABLE effect (key text NOT NULL, message text NOT NULL, node text NOT NULL, pid '
+    'integer NOT NULL)'
+)
 #: Keys of tasks that are not exactly-once.
 _WITHOUT_LEDGER = ('p:', 'r:', 'g:')
 
@@ -76,12 +82,20 @@ class Notes:
         """All notes so far, in order."""
         if not self.path.exists():
             return []
-        return [Note(*json.loads(line)) for line in self.path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        return [
+            Note(*json.loads(line))
+            for line in self.path.read_text().splitlines(keepends=True)
+            if line.endswith('\n')
+        ]
 
     def of(self, event: str, keys: Iterable[str] | None = None) -> list[Note]:
         """Notes of one event, about certain keys if given."""
         wanted = None if keys is None else set(keys)
-        return [note for note in self.read() if note.event == event and (wanted is None or note.key in wanted)]
+        return [
+            note
+            for note in self.read()
+            if note.event == event and (wanted is None or note.key in wanted)
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class Sent:
     Attributes:
         id: Its id.
         key: What its task works on.
-        fate: What is to become of it: 'done', 'failed' (its task raises), or 'dropped' (revoked, or expired on the way).
+        fate: What is to become of it: 'done', 'failed' (its task raises), or 'dropped' (revoked, or
+            expired on the way).
     """
 
     id: str
@@ -106,7 +121,9 @@ class Ledger:
     config: CoordinationConfig
 
     def states(self) -> dict[str, str]:
-        """State of each key, without its scope: a scope has no colon, and the ids of messages, which have no scope, have none either."""
+        """State of each key, without its scope: a scope has no colon, and the ids of messages,
+        which have no scope, have none either.
+        """
         found: dict[str, str] = {}
         for key, state in query(self.config, 'SELECT key, state FROM "{}execution"'):
             inner = key.partition(':')[2] or key
@@ -117,7 +134,10 @@ class Ledger:
 
     def effects(self) -> list[tuple[str, str, str]]:
         """Key, message and node of each effect."""
-        return [(key, message, node) for key, message, node in query(self.config, 'SELECT key, message, node FROM effect')]
+        return [
+            (key, message, node)
+            for key, message, node in query(self.config, 'SELECT key, message, node FROM effect')
+        ]
 
     def owners(self, keys: Iterable[str]) -> dict[str, str | None]:
         """Who owns each key now."""
@@ -131,14 +151,20 @@ class Ledger:
     def owned(self) -> dict[str, int]:
         """Number of tokens by owner, for the nodes that own any."""
         owned: Counter[str] = Counter()
-        for low, high, node in query(self.config, 'SELECT lower(tokens), upper(tokens), node FROM "{}assignment" WHERE node IS NOT NULL'):
+        for low, high, node in query(
+            self.config,
+            'SELECT lower(tokens), upper(tokens), node FROM "{}assignment" WHERE node IS NOT NULL',
+        ):
             owned[node] += high - low
         return dict(owned)
 
     def blocked(self) -> int:
         """Number of tokens that nobody may own at present."""
         found = query(
-            self.config, 'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0) FROM "{}assignment" WHERE node IS NULL AND blocked')
+            self.config,
+            'SELECT coalesce(sum(upper(tokens) - lower(tokens)), 0) FROM "{}assignment" WHERE '
+            'node IS NULL AND blocked',
+        )
         return int(found[0][0])
 
     def incarnations(self) -> dict[str, str]:
@@ -176,24 +202,36 @@ def check(sent: Sequence[Sent], notes: Notes, ledger: Ledger, coordinated: bool 
     dropped = {key for key, found in fates.items() if found == {'dropped'}}
     everything = notes.read()
     ended = {note.key for note in everything if note.event == 'end'}
-    assert not done - ended, f'{len(done - ended)} of {len(done)} keys never ran to their end: {sorted(done - ended)[:10]}'
+    assert not done - ended, (
+        f'{len(done - ended)} of {len(done)} keys never ran to their end: '
+        f'{sorted(done - ended)[:10]}'
+    )
     ran = {note.key for note in everything if note.event == 'start' and note.key in dropped}
     assert not ran, f'revoked or expired, and ran all the same: {sorted(ran)[:10]}'
     effects = Counter(key for key, _, _ in ledger.effects())
     twice = {key: count for key, count in effects.items() if count > 1}
     assert not twice, f'completed more than once: {twice}'
     transactional = {key for key in done if key.startswith('k:')}
-    assert not transactional - set(effects), f'without an effect: {sorted(transactional - set(effects))[:10]}'
+    assert not transactional - set(effects), (
+        f'without an effect: {sorted(transactional - set(effects))[:10]}'
+    )
     if coordinated:
         states = ledger.states()
         for item in sent:
             if item.key.startswith('i:'):
                 states[item.key] = states.get(item.id, '')
-        wrong = {key: states.get(key) for key in done if not key.startswith(_WITHOUT_LEDGER) and states.get(key) != 'done'}
+        wrong = {
+            key: states.get(key)
+            for key in done
+            if not key.startswith(_WITHOUT_LEDGER) and states.get(key) != 'done'
+        }
         assert not wrong, f'not completed in the ledger: {dict(list(wrong.items())[:10])}'
         recorded = {key: states[key] for key in (failed | dropped) if states.get(key) == 'done'}
         assert not recorded, f'completed though they should not: {recorded}'
     starts = Counter(note.key for note in everything if note.event == 'start')
     again = sum(count - 1 for key, count in starts.items() if key in done)
-    return (f'{len(fates)} keys: {len(done)} completed once, {len(failed)} failed, {len(dropped)} expired or revoked; '
-            f'{again} attempts were repeated')
+    return (
+        f'{len(fates)} keys: {len(done)} completed once, {len(failed)} failed, {len(dropped)} '
+        'expired or revoked; '
+        f'{again} attempts were repeated'
+    )

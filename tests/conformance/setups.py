@@ -1,4 +1,5 @@
 """Frameworks × brokers × pools: what the scenarios are run on."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +12,8 @@ from .harness import QUICK, STEADY, Adapter
 
 __all__ = ['ADAPTERS', 'BROKERS', 'JOBSYNC', 'QUICK', 'SOAK', 'STEADY', 'Setup', 'setups']
 
-#: CONFORMANCE_JOBSYNC=0 runs what the bare framework passes too, without JobSync: so the harness itself is proved.
+#: CONFORMANCE_JOBSYNC=0 runs what the bare framework passes too, without JobSync: so the harness
+#: itself is proved.
 JOBSYNC = os.environ.get('CONFORMANCE_JOBSYNC', '1') != '0'
 #: CONFORMANCE_SOAK=20 makes loads and numbers of faults twenty times as large.
 SOAK = int(os.environ.get('CONFORMANCE_SOAK', '1'))
@@ -46,8 +48,14 @@ class Setup:
         return self.name
 
 
-def setups(*kinds: str, framework: str | None = None, brokers: tuple[str, ...] = BROKERS) -> list[Setup]:
+def setups(
+    *kinds: str, framework: str | None = None, brokers: tuple[str, ...] = BROKERS
+) -> list[Setup]:
     """Every combination, of certain kinds of pool, one framework or certain brokers if given."""
     return [
-        Setup(name, broker, kind) for name, adapter in ADAPTERS.items() for broker in brokers for kind in adapter.pools
-        if (not kinds or kind in kinds) and framework in (None, name)]
+        Setup(name, broker, kind)
+        for name, adapter in ADAPTERS.items()
+        for broker in brokers
+        for kind in adapter.pools
+        if (not kinds or kind in kinds) and framework in (None, name)
+    ]

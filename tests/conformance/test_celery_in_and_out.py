@@ -1,4 +1,7 @@
-"""Taking the plugin in and out of a fleet: what workers of one kind held is found by those of the other."""
+"""Taking the plugin in and out of a fleet: what workers of one kind held is found by those of the
+other.
+"""
+
 from __future__ import annotations
 
 import json
@@ -22,10 +25,18 @@ _COUNT = 20
 _LATE: dict[str, Any] = {'task_acks_late': True, 'task_reject_on_worker_lost': True}
 #: kombu's own record is looked at soon.
 _CONF: dict[str, Any] = {
-    **_LATE, 'broker_transport_options': {'visibility_timeout': 2, 'unacked_restore_interval': 1, 'unacked_restore_throttle': 1}}
+    **_LATE,
+    'broker_transport_options': {
+        'visibility_timeout': 2,
+        'unacked_restore_interval': 1,
+        'unacked_restore_throttle': 1,
+    },
+}
 _DEAD = 'postgresql://postgres:secret@127.0.0.1:9/nothing'
 _SETUPS = setups('processes', framework='celery')
-_ON_REDIS = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('redis',)), ids=str)
+_ON_REDIS = pytest.mark.parametrize(
+    'setup', setups('processes', framework='celery', brokers=('redis',)), ids=str
+)
 
 
 def _with_plugin(cluster: Cluster, plugin: bool) -> None:
@@ -39,13 +50,29 @@ def _send(cluster: Cluster, task: str = 'plain') -> list[str]:
 def _unacked(cluster: Cluster) -> int:
     server = cluster.place.server
     assert isinstance(server, RedisServer)
-    return sum(count for name, count in server.depths(cluster.place.space).items() if 'unacked' in name)
+    return sum(
+        count for name, count in server.depths(cluster.place.space).items() if 'unacked' in name
+    )
 
 
 def _evacuate(cluster: Cluster) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, '-m', 'celery', '-A', 'tests.conformance.celery_worker', 'jobsync', 'evacuate', '--json'],
-        env={**os.environ, **cluster.adapter.order.environment()}, capture_output=True, text=True, timeout=60, check=False)
+        [
+            sys.executable,
+            '-m',
+            'celery',
+            '-A',
+            'tests.conformance.celery_worker',
+            'jobsync',
+            'evacuate',
+            '--json',
+        ],
+        env={**os.environ, **cluster.adapter.order.environment()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode in (0, 2), done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found['complete'] is (done.returncode == 0)
@@ -55,7 +82,7 @@ def _evacuate(cluster: Cluster) -> dict[str, Any]:
 @_ON_REDIS
 @pytest.mark.parametrize('task', ['plain', 'routed'])
 def test_what_plain_workers_held_when_they_were_killed_is_run_by_those_with_the_plugin(
-    setup: Setup, make_cluster: MakeCluster, task: str,
+    setup: Setup, make_cluster: MakeCluster, task: str
 ) -> None:
     cluster = make_cluster(setup)
     _with_plugin(cluster, False)
@@ -71,12 +98,20 @@ def test_what_plain_workers_held_when_they_were_killed_is_run_by_those_with_the_
 
 
 @_ON_REDIS
-def test_what_an_uncoordinated_worker_held_is_where_plain_workers_look(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_what_an_uncoordinated_worker_held_is_where_plain_workers_look(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
-    worker = cluster.launch('lone', conf=_CONF, pause=60, database=_DEAD, required=False).wait_ready()
+    worker = cluster.launch(
+        'lone', conf=_CONF, pause=60, database=_DEAD, required=False
+    ).wait_ready()
     _send(cluster)
     eventually(lambda: _unacked(cluster) >= 4)
-    assert not [name for name in cluster.place.server.depths(cluster.place.space) if name.startswith('jobsync.')]
+    assert not [
+        name
+        for name in cluster.place.server.depths(cluster.place.space)
+        if name.startswith('jobsync.')
+    ]
     worker.crash()
     _with_plugin(cluster, False)
     cluster.launch('plain', conf=_CONF).wait_ready()
@@ -85,7 +120,9 @@ def test_what_an_uncoordinated_worker_held_is_where_plain_workers_look(setup: Se
 
 
 @pytest.mark.parametrize('setup', _SETUPS, ids=str)
-def test_after_an_evacuation_plain_workers_run_everything(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_after_an_evacuation_plain_workers_run_everything(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup, pins=['homeless'])
     cluster.launch('alpha', conf=_LATE, pause=60)
     cluster.launch('beta', conf=_LATE, pause=60)
@@ -93,13 +130,19 @@ def test_after_an_evacuation_plain_workers_run_everything(setup: Setup, make_clu
         cluster[name].wait_ready()
     for n in range(4):
         cluster.send('homeless', n)
-    eventually(lambda: cluster.place.server.depths(cluster.place.space) == {'jobsync.sync_.parked': 4}, 20)
+    eventually(
+        lambda: cluster.place.server.depths(cluster.place.space) == {'jobsync.sync_.parked': 4}, 20
+    )
     _send(cluster, 'routed')
-    eventually(lambda: sum(cluster.place.server.depths(cluster.place.space).values()) >= _COUNT + 4, 20)
+    eventually(
+        lambda: sum(cluster.place.server.depths(cluster.place.space).values()) >= _COUNT + 4, 20
+    )
     # Those that live are left alone, and lose nothing.
     found = _evacuate(cluster)
     assert sorted(found['busy']) == ['alpha@test', 'beta@test'] and not found['failed']
-    eventually(lambda: sum(cluster.place.server.depths(cluster.place.space).values()) >= _COUNT + 4, 20)
+    eventually(
+        lambda: sum(cluster.place.server.depths(cluster.place.space).values()) >= _COUNT + 4, 20
+    )
     for name in ('alpha', 'beta'):
         cluster[name].crash()
     found = _evacuate(cluster)  # nobody is left who could have noticed that all nodes are dead
@@ -112,4 +155,3 @@ def test_after_an_evacuation_plain_workers_run_everything(setup: Setup, make_clu
     cluster.launch('plain', conf=_LATE).wait_ready()
     cluster.wait_ended([*(f'r:{n}' for n in range(_COUNT)), *(f'g:{n}' for n in range(4))])
     eventually(lambda: not cluster.place.server.depths(cluster.place.space))
-

@@ -1,8 +1,10 @@
-"""Redis as fleets have it, and what is reported of Celery's workers on it: a server that refuses writes for a while, connections that
-break in mingle or are never answered again, lost bindings, key prefixes, few rights, priorities, Sentinel.
+"""Redis as fleets have it, and what is reported of Celery's workers on it: a server that refuses
+writes for a while, connections that break in mingle or are never answered again, lost bindings, key
+prefixes, few rights, priorities, Sentinel.
 
 Nothing is lost or doubled, and workers go on.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,8 +24,12 @@ from .setups import Setup, setups
 
 MakeCluster = Callable[..., Cluster]
 _SOAK = pytest.mark.soak
-_ON_PROCESSES = pytest.mark.parametrize('setup', setups('processes', framework='celery', brokers=('redis',)), ids=str)
-_ON_THREADS = pytest.mark.parametrize('setup', setups('threads', framework='celery', brokers=('redis',)), ids=str)
+_ON_PROCESSES = pytest.mark.parametrize(
+    'setup', setups('processes', framework='celery', brokers=('redis',)), ids=str
+)
+_ON_THREADS = pytest.mark.parametrize(
+    'setup', setups('threads', framework='celery', brokers=('redis',)), ids=str
+)
 
 
 def _server(cluster: Cluster) -> RedisServer:
@@ -54,13 +60,34 @@ def _check_atomic(cluster: Cluster) -> None:
 
 
 @_ON_PROCESSES
-@pytest.mark.parametrize(('refuse', 'accept', 'seconds'), [
-    pytest.param(('CONFIG', 'SET', 'maxmemory', '1'), ('CONFIG', 'SET', 'maxmemory', '0'), 3, id='memory', marks=_SOAK),
-    # As long as it takes kombu to look for what was taken long ago.
-    pytest.param(('CONFIG', 'SET', 'min-replicas-to-write', '1'), ('CONFIG', 'SET', 'min-replicas-to-write', '0'), 12, id='replicas'),
-    pytest.param(('REPLICAOF', '127.0.0.1', '1'), ('REPLICAOF', 'NO', 'ONE'), 3, id='a replica itself')])
+@pytest.mark.parametrize(
+    ('refuse', 'accept', 'seconds'),
+    [
+        pytest.param(
+            ('CONFIG', 'SET', 'maxmemory', '1'),
+            ('CONFIG', 'SET', 'maxmemory', '0'),
+            3,
+            id='memory',
+            marks=_SOAK,
+        ),
+        # As long as it takes kombu to look for what was taken long ago.
+        pytest.param(
+            ('CONFIG', 'SET', 'min-replicas-to-write', '1'),
+            ('CONFIG', 'SET', 'min-replicas-to-write', '0'),
+            12,
+            id='replicas',
+        ),
+        pytest.param(
+            ('REPLICAOF', '127.0.0.1', '1'), ('REPLICAOF', 'NO', 'ONE'), 3, id='a replica itself'
+        ),
+    ],
+)
 def test_a_server_that_takes_no_writes_for_a_while_costs_nothing(
-    setup: Setup, make_cluster: MakeCluster, refuse: tuple[str, ...], accept: tuple[str, ...], seconds: int,
+    setup: Setup,
+    make_cluster: MakeCluster,
+    refuse: tuple[str, ...],
+    accept: tuple[str, ...],
+    seconds: int,
 ) -> None:
     cluster = make_cluster(setup, own=True)
     cluster.start('alpha', 'beta', concurrency=2)
@@ -76,7 +103,9 @@ def test_a_server_that_takes_no_writes_for_a_while_costs_nothing(
 
 
 @_ON_PROCESSES
-def test_connections_that_break_again_and_again_while_a_worker_connects_do_not_stop_it(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_connections_that_break_again_and_again_while_a_worker_connects_do_not_stop_it(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     """Mingle, and the first looks at the queues, included."""
     cluster = make_cluster(setup)
     server = cluster.place.server
@@ -92,7 +121,9 @@ def test_connections_that_break_again_and_again_while_a_worker_connects_do_not_s
 
 
 @_ON_PROCESSES
-def test_a_worker_whose_connections_are_never_answered_again_makes_others(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_whose_connections_are_never_answered_again_makes_others(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     """A router has forgotten them; the server can be reached. Plain Celery waits for ever."""
     cluster = make_cluster(setup)
     server = cluster.place.server
@@ -109,22 +140,38 @@ def test_a_worker_whose_connections_are_never_answered_again_makes_others(setup:
 
 @_SOAK
 @_ON_THREADS
-def test_delayed_messages_run_once_over_a_restart_of_the_server(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_delayed_messages_run_once_over_a_restart_of_the_server(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup, own=True)
     cluster.start('alpha', concurrency=2)
-    # Longer than the visibility timeout that the user has set, for which Celery would deliver them again.
-    cluster.launch('beta', conf={'broker_transport_options': {
-        'visibility_timeout': 1, 'unacked_restore_interval': 1, 'unacked_restore_throttle': 1}}).wait_ready()
+    # Longer than the visibility timeout that the user has set, for which Celery would deliver them
+    # again.
+    cluster.launch(
+        'beta',
+        conf={
+            'broker_transport_options': {
+                'visibility_timeout': 1,
+                'unacked_restore_interval': 1,
+                'unacked_restore_throttle': 1,
+            }
+        },
+    ).wait_ready()
     cluster.settle()
     _send(cluster, 20, sleep=0.0, delay=8)
-    eventually(lambda: sum(worker.log().count(' received') for worker in cluster.workers.values()) >= 20, 20)
+    eventually(
+        lambda: sum(worker.log().count(' received') for worker in cluster.workers.values()) >= 20,
+        20,
+    )
     _server(cluster).restart(signal.SIGKILL)
     cluster.finish(60)
     assert len(cluster.ended()) == 20
 
 
 @_ON_PROCESSES
-def test_bindings_that_the_server_has_evicted_are_not_missed(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_bindings_that_the_server_has_evicted_are_not_missed(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta', concurrency=2)
     _send(cluster, 30)
@@ -138,11 +185,24 @@ def test_bindings_that_the_server_has_evicted_are_not_missed(setup: Setup, make_
 
 
 @_ON_PROCESSES
-@pytest.mark.parametrize('options', [
-    pytest.param({'priority_steps': [*range(10)], 'sep': ':', 'queue_order_strategy': 'priority'}, id='priorities'),
-    pytest.param({'global_keyprefix': '{shop}:'}, id='prefix'),
-    pytest.param({'fanout_prefix': False, 'fanout_patterns': False, 'queue_order_strategy': 'sorted'}, id='fanout', marks=_SOAK)])
-def test_transport_options_of_the_users_hold(setup: Setup, make_cluster: MakeCluster, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    'options',
+    [
+        pytest.param(
+            {'priority_steps': [*range(10)], 'sep': ':', 'queue_order_strategy': 'priority'},
+            id='priorities',
+        ),
+        pytest.param({'global_keyprefix': '{shop}:'}, id='prefix'),
+        pytest.param(
+            {'fanout_prefix': False, 'fanout_patterns': False, 'queue_order_strategy': 'sorted'},
+            id='fanout',
+            marks=_SOAK,
+        ),
+    ],
+)
+def test_transport_options_of_the_users_hold(
+    setup: Setup, make_cluster: MakeCluster, options: dict[str, Any]
+) -> None:
     cluster = make_cluster(setup)
     adapter: Any = cluster.adapter
     for app in (adapter.app, adapter.routing):
@@ -159,7 +219,9 @@ def test_transport_options_of_the_users_hold(setup: Setup, make_cluster: MakeClu
     cluster.finish(60)
     if 'global_keyprefix' in options:
         with _client(cluster) as client:
-            assert {key for key in client.scan_iter() if not key.startswith(options['global_keyprefix'])} == set()
+            assert {
+                key for key in client.scan_iter() if not key.startswith(options['global_keyprefix'])
+            } == set()
 
 
 @_ON_PROCESSES
@@ -168,7 +230,18 @@ def test_rights_to_the_users_own_prefix_are_enough(setup: Setup, make_cluster: M
     server, options = _server(cluster), {'global_keyprefix': 'shop:'}
     with _client(cluster) as client:
         client.execute_command(
-            'ACL', 'SETUSER', 'shop', 'reset', 'on', '>secret', '~shop:*', '&*', '+@all', '-@admin', '-@dangerous')
+            'ACL',
+            'SETUSER',
+            'shop',
+            'reset',
+            'on',
+            '>secret',
+            '~shop:*',
+            '&*',
+            '+@all',
+            '-@admin',
+            '-@dangerous',
+        )
     url = server.url(cluster.place.space).replace('redis://', 'redis://shop:secret@')
     adapter: Any = cluster.adapter
     for app in (adapter.app, adapter.routing):
@@ -193,7 +266,9 @@ def _check_atomic_of(cluster: Cluster, name: str) -> None:
 
 @_SOAK
 @_ON_PROCESSES
-def test_a_server_that_ends_idle_connections_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_server_that_ends_idle_connections_costs_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     """And pool processes that end after one task, each of which closes what it has inherited."""
     cluster = make_cluster(setup, own=True)
     with _client(cluster) as client:
@@ -204,7 +279,9 @@ def test_a_server_that_ends_idle_connections_costs_nothing(setup: Setup, make_cl
         cluster.wait_progress(8 * turn + 8)
         _pass(5)
     cluster.finish()
-    assert all('Connection to broker lost' not in worker.log() for worker in cluster.workers.values())
+    assert all(
+        'Connection to broker lost' not in worker.log() for worker in cluster.workers.values()
+    )
     _check_atomic(cluster)
 
 
@@ -219,7 +296,10 @@ def test_a_failover_by_sentinel_is_followed(setup: Setup, make_cluster: MakeClus
             client.execute_command('REPLICAOF', '127.0.0.1', first.port)
             eventually(lambda: client.info('replication')['master_link_status'] == 'up', 20)
         sentinel = stack.enter_context(_Sentinel(first.port))
-        url, options = f'sentinel://127.0.0.1:{sentinel.port}/{cluster.place.space}', {'master_name': 'shop'}
+        url, options = (
+            f'sentinel://127.0.0.1:{sentinel.port}/{cluster.place.space}',
+            {'master_name': 'shop'},
+        )
         conf = {'broker_transport_options': options}
         for name in ('alpha', 'beta'):
             cluster.launch(name, conf=conf, broker=url)
@@ -235,7 +315,16 @@ def test_a_failover_by_sentinel_is_followed(setup: Setup, make_cluster: MakeClus
             eventually(lambda: client.info('replication')['role'] == 'master', 30)
         cluster.wait_ended({item.key for item in cluster.sent}, 60)
         with contextlib.closing(second.client(cluster.place.space)) as client:
-            eventually(lambda: not any(client.llen(key) for key in client.keys('celery*') if client.type(key) == 'list'), 20)
+            eventually(
+                lambda: (
+                    not any(
+                        client.llen(key)
+                        for key in client.keys('celery*')
+                        if client.type(key) == 'list'
+                    )
+                ),
+                20,
+            )
             eventually(lambda: not client.keys('*unacked'), 20)
         _check_atomic(cluster)
 
@@ -253,11 +342,17 @@ class _Sentinel:
         path = self._server.home / 'sentinel.conf'
         path.write_text(
             f'port {self.port}\nbind 127.0.0.1\nsentinel monitor shop 127.0.0.1 {master} 1\n'
-            'sentinel down-after-milliseconds shop 1000\nsentinel failover-timeout shop 5000\n')
+            'sentinel down-after-milliseconds shop 1000\nsentinel failover-timeout shop 5000\n'
+        )
         with (self._server.home / 'output').open('ab') as output:
             self._process = subprocess.Popen(
-                [self._server._program, str(path), '--sentinel'], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=die_with_parent())
+                [self._server._program, str(path), '--sentinel'],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
 
     def __enter__(self) -> _Sentinel:
         eventually(lambda: self._ask('PING') is not None, 20)

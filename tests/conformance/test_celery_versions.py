@@ -1,4 +1,7 @@
-"""What has to work on every Celery with every kombu: a start with the default flags, work, a death, an end. Short, as CI runs it often."""
+"""What has to work on every Celery with every kombu: a start with the default flags, work, a death,
+an end. Short, as CI runs it often.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,11 +12,16 @@ from .celery_adapter import CeleryAdapter
 from .harness import Cluster
 from .setups import Setup, setups
 
-_SETUPS = [*setups('processes', framework='celery'), *setups('threads', 'single', framework='celery', brokers=('redis',))]
+_SETUPS = [
+    *setups('processes', framework='celery'),
+    *setups('threads', 'single', framework='celery', brokers=('redis',)),
+]
 
 
 @pytest.mark.parametrize('setup', _SETUPS, ids=str)
-def test_workers_start_with_the_default_flags_work_and_replace_each_other(setup: Setup, make_cluster: Callable[..., Cluster]) -> None:
+def test_workers_start_with_the_default_flags_work_and_replace_each_other(
+    setup: Setup, make_cluster: Callable[..., Cluster]
+) -> None:
     cluster = make_cluster(setup)
     adapter = cluster.adapter
     assert isinstance(adapter, CeleryAdapter)

@@ -1,4 +1,7 @@
-"""What is Dramatiq's own in the life of a worker: a master with processes, reloading, orphans, and a death while messages wait."""
+"""What is Dramatiq's own in the life of a worker: a master with processes, reloading, orphans, and
+a death while messages wait.
+"""
+
 from __future__ import annotations
 
 import signal
@@ -17,7 +20,8 @@ from .setups import Setup, setups
 on_processes = pytest.mark.parametrize('setup', setups('processes', framework='dramatiq'), ids=str)
 on_threads = pytest.mark.parametrize('setup', setups('threads', framework='dramatiq'), ids=str)
 MakeCluster = Callable[..., Cluster]
-#: The master shows what its processes log when they have started, or after this many milliseconds; by default after 30 s.
+#: The master shows what its processes log when they have started, or after this many milliseconds;
+#: by default after 30 s.
 _SOON = ('--worker-fork-timeout', '1000')
 
 
@@ -27,7 +31,9 @@ def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.05)
 
 
 @on_processes
-def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta')
     before, pool = cluster.lives('alpha'), cluster['alpha'].children
@@ -46,7 +52,9 @@ def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(setup: Setup, mak
 
 
 @on_processes
-def test_orphans_whose_master_was_killed_finish_their_work_and_leave(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_orphans_whose_master_was_killed_finish_their_work_and_leave(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta')
     send_some(cluster, 40, sleep=0.3)
@@ -65,9 +73,12 @@ def test_orphans_whose_master_was_killed_finish_their_work_and_leave(setup: Setu
 
 
 @on_processes
-def test_a_worker_that_is_killed_by_a_second_signal_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_is_killed_by_a_second_signal_loses_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
-    # Dramatiq's AsyncIO middleware has a thread that outlives the second signal, with JobSync or without.
+    # Dramatiq's AsyncIO middleware has a thread that outlives the second signal, with JobSync or
+    # without.
     cluster.start('alpha', 'beta', conf={'asyncio': False})
     send_some(cluster, 30, sleep=0.4)
     cluster.wait_progress(4)
@@ -96,7 +107,9 @@ def test_two_workers_of_one_name_are_two_nodes(setup: Setup, make_cluster: MakeC
 
 
 @on_threads
-def test_a_worker_that_is_stopped_while_it_joins_obeys_when_it_has_joined(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_is_stopped_while_it_joins_obeys_when_it_has_joined(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.send('keyed', 1)
     # Dramatiq's master holds signals back until its processes have started.
@@ -109,14 +122,18 @@ def test_a_worker_that_is_stopped_while_it_joins_obeys_when_it_has_joined(setup:
 
 
 @on_threads
-def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('victim')
     due = moment() + 4
     for n in range(20):
         cluster.send('keyed', n, delay=4, routed=n % 2 == 0)
     # A worker takes what is delayed at once, and holds it until it is due.
-    eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) == 20)
+    eventually(
+        lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) == 20
+    )
     cluster['victim'].crash()
     cluster.start('alpha')
     cluster.finish()
@@ -127,7 +144,9 @@ def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(setup
 
 
 @on_processes
-def test_retries_across_a_rebalance_are_attempts_of_one_message(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_retries_across_a_rebalance_are_attempts_of_one_message(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha')
     for n in range(40):
@@ -144,12 +163,16 @@ def test_retries_across_a_rebalance_are_attempts_of_one_message(setup: Setup, ma
 
 
 @on_threads
-def test_a_worker_that_is_up_before_its_broker_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_is_up_before_its_broker_waits_for_it(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
         proxy.switch(Mode.REFUSE)
-        worker = cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON)
+        worker = cluster.launch(
+            'alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON
+        )
         eventually(lambda: 'cannot be reached' in worker.log() or not worker.is_running(), 30)
         assert worker.is_running() and 'waiting for it' in worker.log(), worker.log(3000)
         assert 'Traceback' not in worker.log()
@@ -160,7 +183,9 @@ def test_a_worker_that_is_up_before_its_broker_waits_for_it(setup: Setup, make_c
 
 
 @on_threads
-def test_a_worker_that_is_up_before_its_database_waits_for_it(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_is_up_before_its_database_waits_for_it(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     config = cluster.place.config
     with Proxy(config.host, int(config.port)) as proxy:
@@ -176,12 +201,16 @@ def test_a_worker_that_is_up_before_its_database_waits_for_it(setup: Setup, make
 
 
 @on_threads
-def test_a_worker_that_waits_for_its_broker_can_be_stopped(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_waits_for_its_broker_can_be_stopped(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
         proxy.switch(Mode.REFUSE)
-        worker = cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON)
+        worker = cluster.launch(
+            'alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON
+        )
         eventually(lambda: 'waiting for it' in worker.log() or not worker.is_running(), 30)
         assert worker.stop(timeout=20) == 0, worker.log(3000)
         assert 'Traceback' not in worker.log()

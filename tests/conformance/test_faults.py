@@ -1,4 +1,7 @@
-"""Processes die or stop at random moments: what they held comes back in seconds, and is completed once."""
+"""Processes die or stop at random moments: what they held comes back in seconds, and is completed
+once.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -35,7 +38,9 @@ def _chance() -> random.Random:
 
 
 @on_processes
-def test_workers_killed_at_random_moments_lose_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_workers_killed_at_random_moments_lose_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     chance = _chance()
     cluster = make_cluster(setup)
     names = ['worker-1', 'worker-2', 'worker-3']
@@ -43,7 +48,12 @@ def test_workers_killed_at_random_moments_lose_nothing(setup: Setup, make_cluste
     for number in range(_KILLS):
         before = len(cluster.ended())
         for n in range(number * 40, number * 40 + 40):
-            cluster.send(chance.choice(['keyed', 'body']), n, chance.uniform(0, 0.2), routed=chance.random() < 0.5)
+            cluster.send(
+                chance.choice(['keyed', 'body']),
+                n,
+                chance.uniform(0, 0.2),
+                routed=chance.random() < 0.5,
+            )
         cluster.wait_progress(before + chance.randrange(1, 25))
         victim = cluster[names.pop(chance.randrange(len(names)))]
         pool = victim.children
@@ -55,7 +65,9 @@ def test_workers_killed_at_random_moments_lose_nothing(setup: Setup, make_cluste
 
 
 @on_processes
-def test_pool_processes_killed_at_random_moments_lose_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_pool_processes_killed_at_random_moments_lose_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     chance = _chance()
     cluster = make_cluster(setup)
     names = ['worker-1', 'worker-2']
@@ -63,7 +75,12 @@ def test_pool_processes_killed_at_random_moments_lose_nothing(setup: Setup, make
     for number in range(_KILLS):
         before = len(cluster.ended())
         for n in range(number * 40, number * 40 + 40):
-            cluster.send(chance.choice(['keyed', 'body']), n, chance.uniform(0, 0.1), routed=chance.random() < 0.5)
+            cluster.send(
+                chance.choice(['keyed', 'body']),
+                n,
+                chance.uniform(0, 0.1),
+                routed=chance.random() < 0.5,
+            )
         cluster.wait_progress(before + chance.randrange(1, 25))
         victim = cluster[chance.choice(names)]
         pool = victim.children
@@ -79,7 +96,9 @@ def test_pool_processes_killed_at_random_moments_lose_nothing(setup: Setup, make
 
 
 @on_processes
-def test_a_task_whose_process_is_killed_runs_again_at_once(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_task_whose_process_is_killed_runs_again_at_once(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     # One worker is enough where the process is replaced.
     cluster.start('alpha', *([] if cluster.adapter.replaces_processes else ['beta']))
@@ -93,7 +112,9 @@ def test_a_task_whose_process_is_killed_runs_again_at_once(setup: Setup, make_cl
 
 
 @pytest.mark.parametrize('setup', setups(), ids=str)
-def test_what_a_killed_worker_held_runs_again_within_seconds(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_what_a_killed_worker_held_runs_again_within_seconds(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.launch('victim', pause=60, concurrency=2)
     cluster.start('alpha', 'beta', concurrency=2)
@@ -103,8 +124,12 @@ def test_what_a_killed_worker_held_runs_again_within_seconds(setup: Setup, make_
         cluster.send('keyed', n, routed=n % 2 == 0)
     eventually(lambda: len(cluster.notes.of('start')) >= (1 if setup.kind == 'single' else 2))
     if setup.broker == 'redis':
-        eventually(lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) >= (
-            1 if setup.kind == 'single' else 4))  # a solo worker reads nothing while it works
+        eventually(
+            lambda: (
+                sum(count for name, count in cluster.left().items() if 'unacked' in name)
+                >= (1 if setup.kind == 'single' else 4)
+            )
+        )  # a solo worker reads nothing while it works
     since = moment()
     cluster['victim'].crash()
     keys = [f'k:{n}' for n in numbers]
@@ -116,7 +141,9 @@ def test_what_a_killed_worker_held_runs_again_within_seconds(setup: Setup, make_
 
 
 @on_threads
-def test_messages_sent_to_a_dead_nodes_queue_are_found(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_messages_sent_to_a_dead_nodes_queue_are_found(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('victim', 'alpha')
     numbers = cluster.numbers('victim', 10)
@@ -130,7 +157,9 @@ def test_messages_sent_to_a_dead_nodes_queue_are_found(setup: Setup, make_cluste
 
 
 @on_threads
-def test_a_cluster_that_died_as_a_whole_leaves_nothing_behind_for_its_successors(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_cluster_that_died_as_a_whole_leaves_nothing_behind_for_its_successors(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('old-1', 'old-2', pause=60)
     for n in range(20):
@@ -146,18 +175,29 @@ def test_a_cluster_that_died_as_a_whole_leaves_nothing_behind_for_its_successors
 
 
 @pytest.mark.parametrize('setup', setups('threads', brokers=('rabbitmq',)), ids=str)
-def test_the_queue_of_a_node_that_never_comes_back_is_deleted_and_forgotten(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_the_queue_of_a_node_that_never_comes_back_is_deleted_and_forgotten(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('victim', 'alpha')
     cluster['victim'].crash()
     # It is kept for a while: a message may be on its way to it.
-    eventually(lambda: {cluster.worker_of(node) for node in cluster.ledger.node_queues().values()} == {'alpha'}, 40)
+    eventually(
+        lambda: (
+            {cluster.worker_of(node) for node in cluster.ledger.node_queues().values()} == {'alpha'}
+        ),
+        40,
+    )
     assert isinstance(cluster.place.server, RabbitServer)
-    assert not [name for name in cluster.place.server.queues(cluster.place.space) if 'victim' in name]
+    assert not [
+        name for name in cluster.place.server.queues(cluster.place.space) if 'victim' in name
+    ]
 
 
 @on_processes
-def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta', concurrency=2)
     for n in range(80):
@@ -176,7 +216,9 @@ def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(se
     numbers = itertools.count(100)
 
     def alpha_works() -> bool:
-        """It takes keys again when it consumes again, which takes a reconnect where the broker has dropped it."""
+        """It takes keys again when it consumes again, which takes a reconnect where the broker has
+        dropped it.
+        """
         sent = [next(numbers) for _ in range(20)]
         for n in sent:
             cluster.send('keyed', n)
@@ -186,11 +228,17 @@ def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(se
     eventually(alpha_works, 60, every=1.0)
     cluster.finish()
     # It may not begin anything of what it had read before.
-    assert not [note for note in cluster.notes.of('start', keys) if note.at > woken and cluster.worker_of(note.node) == 'alpha']
+    assert not [
+        note
+        for note in cluster.notes.of('start', keys)
+        if note.at > woken and cluster.worker_of(note.node) == 'alpha'
+    ]
 
 
 @on_threads
-def test_a_task_that_one_node_does_not_know_is_not_lost(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_task_that_one_node_does_not_know_is_not_lost(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.launch('old', without=['keyed', 'plain'])
     cluster.start('new')

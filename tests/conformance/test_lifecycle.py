@@ -1,4 +1,7 @@
-"""Workers that come and go, in order: nothing is lost, nothing runs twice, and every end is an end."""
+"""Workers that come and go, in order: nothing is lost, nothing runs twice, and every end is an
+end.
+"""
+
 from __future__ import annotations
 
 import signal
@@ -13,7 +16,9 @@ from .setups import Setup, setups
 
 on_processes = pytest.mark.parametrize('setup', setups('processes'), ids=str)
 on_threads = pytest.mark.parametrize('setup', setups('threads'), ids=str)
-on_celery_processes = pytest.mark.parametrize('setup', setups('processes', framework='celery'), ids=str)
+on_celery_processes = pytest.mark.parametrize(
+    'setup', setups('processes', framework='celery'), ids=str
+)
 on_all = pytest.mark.parametrize('setup', setups(), ids=str)
 MakeCluster = Callable[..., Cluster]
 
@@ -24,7 +29,9 @@ def send_keyed(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.02
 
 
 @on_threads
-def test_a_worker_that_joins_under_load_gets_its_share(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_joins_under_load_gets_its_share(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta')
     send_keyed(cluster, 100)
@@ -36,7 +43,9 @@ def test_a_worker_that_joins_under_load_gets_its_share(setup: Setup, make_cluste
 
 
 @on_all
-def test_a_worker_that_leaves_under_load_finishes_its_work_and_returns_the_rest(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_leaves_under_load_finishes_its_work_and_returns_the_rest(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta')
     send_keyed(cluster, 120, sleep=0.05)
@@ -63,8 +72,12 @@ def test_a_cold_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: Ma
 
 
 @on_celery_processes
-def test_a_cold_shutdown_amid_the_writing_of_a_task_is_one(setup: Setup, make_cluster: MakeCluster) -> None:
-    """Plain Celery does not end: the process waits for the other half of the task, the worker for the process."""
+def test_a_cold_shutdown_amid_the_writing_of_a_task_is_one(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
+    """Plain Celery does not end: the process waits for the other half of the task, the worker for
+    the process.
+    """
     cluster = make_cluster(setup)
     cluster.launch('alpha', torn=10)
     cluster.start('beta')
@@ -77,7 +90,11 @@ def test_a_cold_shutdown_amid_the_writing_of_a_task_is_one(setup: Setup, make_cl
 @on_celery_processes
 def test_a_soft_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
-    cluster.start('alpha', 'beta', conf={'worker_soft_shutdown_timeout': 1.0, 'worker_enable_soft_shutdown_on_idle': True})
+    cluster.start(
+        'alpha',
+        'beta',
+        conf={'worker_soft_shutdown_timeout': 1.0, 'worker_enable_soft_shutdown_on_idle': True},
+    )
     send_keyed(cluster, 80, sleep=0.3)
     cluster.wait_progress(10)
     cluster['alpha'].stop(signal.SIGQUIT)
@@ -86,7 +103,9 @@ def test_a_soft_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: Ma
 
 
 @on_threads
-def test_all_workers_are_replaced_one_by_one_under_load(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_all_workers_are_replaced_one_by_one_under_load(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha-1', 'beta-1')
     for number, name in enumerate(('alpha', 'beta')):
@@ -100,7 +119,9 @@ def test_all_workers_are_replaced_one_by_one_under_load(setup: Setup, make_clust
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGQUIT], ids=['SIGTERM', 'SIGQUIT'])
 @on_celery_processes
-def test_a_worker_can_be_ended_while_it_joins(setup: Setup, make_cluster: MakeCluster, number: signal.Signals) -> None:
+def test_a_worker_can_be_ended_while_it_joins(
+    setup: Setup, make_cluster: MakeCluster, number: signal.Signals
+) -> None:
     cluster = make_cluster(setup)
     worker = cluster.launch('alpha', wait_on_enter=60)
     eventually(lambda: cluster.lives('alpha'), 30)
@@ -123,9 +144,15 @@ def test_no_message_is_consumed_while_joining(setup: Setup, make_cluster: MakeCl
 
 
 @pytest.mark.parametrize('setup', setups('processes', 'single', brokers=('redis',)), ids=str)
-def test_without_a_database_a_worker_says_so_and_exits(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_without_a_database_a_worker_says_so_and_exits(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
-    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', wait_for_database_sec=2)
+    worker = cluster.launch(
+        'alpha',
+        database='postgresql://postgres:secret-word@127.0.0.1:9/nothing',
+        wait_for_database_sec=2,
+    )
     assert worker.wait(30) not in (0, -signal.SIGKILL)
     log = worker.log()
     assert 'cannot connect to PostgreSQL at 127.0.0.1:9' in log, log
@@ -135,9 +162,13 @@ def test_without_a_database_a_worker_says_so_and_exits(setup: Setup, make_cluste
 
 
 @pytest.mark.parametrize('setup', setups('processes', 'threads', brokers=('redis',)), ids=str)
-def test_a_worker_that_does_not_require_jobsync_runs_without_a_database_and_says_so(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_that_does_not_require_jobsync_runs_without_a_database_and_says_so(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
-    worker = cluster.launch('alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', required=False).wait_ready()
+    worker = cluster.launch(
+        'alpha', database='postgresql://postgres:secret-word@127.0.0.1:9/nothing', required=False
+    ).wait_ready()
     messages = [cluster.send(task, 1) for task in ('plain', 'routed', 'body', 'flaky')]
     cluster.wait_ended(['p:1', 'r:1', 'b:1', 'f:1'])
     assert cluster.result(messages[0]) == 1
@@ -146,7 +177,9 @@ def test_a_worker_that_does_not_require_jobsync_runs_without_a_database_and_says
 
 
 @pytest.mark.parametrize('setup', setups('threads', framework='celery'), ids=str)
-def test_a_second_worker_of_one_name_is_refused_and_the_first_goes_on(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_second_worker_of_one_name_is_refused_and_the_first_goes_on(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     cluster.start('alpha', 'beta')
     first = cluster['alpha']
@@ -154,7 +187,9 @@ def test_a_second_worker_of_one_name_is_refused_and_the_first_goes_on(setup: Set
     send_keyed(cluster, 60)
     second = cluster.launch('alpha')
     assert second.wait(30) != 0
-    assert f'node name {cluster.adapter.node_of("alpha")!r} is used' in second.log(), second.log(3000)
+    assert f'node name {cluster.adapter.node_of("alpha")!r} is used' in second.log(), second.log(
+        3000
+    )
     assert first.is_running()
     assert cluster.ledger.incarnations() == incarnations
     cluster.workers['alpha'] = first
@@ -173,30 +208,42 @@ def test_a_worker_may_come_back_under_its_name(setup: Setup, make_cluster: MakeC
 
 
 @on_threads
-def test_a_pin_follows_its_preferred_node_when_that_joins(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_pin_follows_its_preferred_node_when_that_joins(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup, pins=['preferred'])
     cluster.start('gpu-1', 'other')
-    assert {cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(8)} == {'gpu-1'}
+    assert {cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(8)} == {
+        'gpu-1'
+    }
     cluster.start('best')
-    assert {cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(100, 108)} == {'best'}
+    assert {
+        cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(100, 108)
+    } == {'best'}
     cluster['best'].crash()
     # Sent to the dead node's queue, they come back.
     messages = [cluster.send('preferred', n, routed=True) for n in range(200, 208)]
     assert {cluster.worker_of(cluster.result(message)) for message in messages} == {'gpu-1'}
     cluster['gpu-1'].stop()
     cluster.settle()
-    assert {cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(300, 308)} == {'other'}
+    assert {
+        cluster.worker_of(cluster.result(cluster.send('preferred', n))) for n in range(300, 308)
+    } == {'other'}
     cluster.finish()
 
 
 @on_threads
-def test_messages_whose_pin_matches_no_node_wait_for_one(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_messages_whose_pin_matches_no_node_wait_for_one(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup, pins=['homeless'])
     cluster.start('alpha')
     for n in range(6):
         cluster.send('homeless', n, routed=n % 2 == 0)
     # Parked, not held: the worker could be killed now.
-    eventually(lambda: sum(count for name, count in cluster.left().items() if 'parked' in name) == 6)
+    eventually(
+        lambda: sum(count for name, count in cluster.left().items() if 'parked' in name) == 6
+    )
     assert not cluster.notes.of('start')
     cluster.start('missing-1')
     cluster.finish()

@@ -1,4 +1,7 @@
-"""A mixed load: every key is completed once, on its owner; nothing is missing, and the results are right."""
+"""A mixed load: every key is completed once, on its owner; nothing is missing, and the results are
+right.
+"""
+
 from __future__ import annotations
 
 import random
@@ -16,12 +19,17 @@ _LARGEST = {setup.broker: setup for setup in setups('processes', framework='dram
 
 
 def send_mixed(cluster: Cluster, seed: int, count: int) -> dict[str, object]:
-    """Send about `count` messages of all sorts; the results that are known beforehand, by message id."""
+    """Send about `count` messages of all sorts; the results that are known beforehand, by message
+    id.
+    """
     chance = random.Random(seed)
     expected: dict[str, object] = {}
     for n in range(count):
         routed, delay = chance.random() < 0.5, {'delay': 0.5} if chance.random() < 0.1 else {}
-        kind = chance.choices(['keyed', 'body', 'by_id', 'flaky', 'plain', 'routed', 'sour'], [40, 15, 10, 8, 15, 10, 2])[0]
+        kind = chance.choices(
+            ['keyed', 'body', 'by_id', 'flaky', 'plain', 'routed', 'sour'],
+            [40, 15, 10, 8, 15, 10, 2],
+        )[0]
         fate = 'failed' if kind == 'sour' else 'done'
         message = cluster.send(kind, n, fate=fate, routed=routed, **delay)
         if kind in ('by_id', 'plain', 'routed'):
@@ -35,7 +43,9 @@ def send_workflows(cluster: Cluster, count: int) -> dict[str, object]:
     """Send pipelines and groups; the results of the pipelines, by the id of their last message."""
     expected: dict[str, object] = {}
     for n in range(count):
-        expected[cluster.adapter.send_steps(f'steps {n}', [n, 20, 300], routed=n % 2 == 0)] = n + 320
+        expected[cluster.adapter.send_steps(f'steps {n}', [n, 20, 300], routed=n % 2 == 0)] = (
+            n + 320
+        )
         cluster.adapter.send_group(f'group {n}', [1, 2, 3, 4], routed=n % 2 == 1)
         for key in (*(f'a:group {n}:{member}:{member}' for member in (1, 2, 3, 4)), f'c:group {n}'):
             cluster.expect(key)
@@ -44,11 +54,17 @@ def send_workflows(cluster: Cluster, count: int) -> dict[str, object]:
 
 @pytest.mark.plain
 @pytest.mark.parametrize('setup', setups(), ids=str)
-def test_a_mixed_load_completes_once_on_its_owners(setup: Setup, make_cluster: Callable[..., Cluster]) -> None:
+def test_a_mixed_load_completes_once_on_its_owners(
+    setup: Setup, make_cluster: Callable[..., Cluster]
+) -> None:
     cluster = make_cluster(setup, STEADY)
     cluster.start('alpha', 'beta', 'gamma', concurrency=3)
     stable = cluster.stable()
-    expected = send_mixed(cluster, seed=len(setup.name), count=(_LARGE if setup == _LARGEST.get(setup.broker) else _SMALL) * SOAK)
+    expected = send_mixed(
+        cluster,
+        seed=len(setup.name),
+        count=(_LARGE if setup == _LARGEST.get(setup.broker) else _SMALL) * SOAK,
+    )
     sums = send_workflows(cluster, 12 * SOAK)
     if cluster.adapter.jobsync:
         cluster.finish(60 * SOAK)
@@ -71,7 +87,13 @@ def test_a_mixed_load_completes_once_on_its_owners(setup: Setup, make_cluster: C
             assert outcome.value['n'] == int(item.key[2:])
             # Of several messages with one key, one ran; the others have its result.
             if cluster.adapter.jobsync:
-                assert outcome.value['message'] in {other.id for other in cluster.sent if other.key == item.key}
-    values = [str(cluster.outcome(item.id).value) for item in cluster.sent if item.key.startswith('k:')]
+                assert outcome.value['message'] in {
+                    other.id for other in cluster.sent if other.key == item.key
+                }
+    values = [
+        str(cluster.outcome(item.id).value) for item in cluster.sent if item.key.startswith('k:')
+    ]
     if cluster.adapter.jobsync:
-        assert len(set(values)) == len({item.key for item in cluster.sent if item.key.startswith('k:')})
+        assert len(set(values)) == len(
+            {item.key for item in cluster.sent if item.key.startswith('k:')}
+        )

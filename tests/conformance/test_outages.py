@@ -1,4 +1,7 @@
-"""The broker, the database, or the network between them and a worker goes away: nothing is lost, nothing is completed twice."""
+"""The broker, the database, or the network between them and a worker goes away: nothing is lost,
+nothing is completed twice.
+"""
+
 from __future__ import annotations
 
 import signal
@@ -26,7 +29,9 @@ def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.1) 
 
 
 @on_processes
-def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
@@ -44,7 +49,9 @@ def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(setup: Se
 
 
 @on_threads
-def test_a_broker_that_one_worker_cannot_reach_for_a_while_costs_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_broker_that_one_worker_cannot_reach_for_a_while_costs_nothing(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
@@ -62,7 +69,9 @@ def test_a_broker_that_one_worker_cannot_reach_for_a_while_costs_nothing(setup: 
 
 @pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGKILL], ids=['SIGTERM', 'SIGKILL'])
 @on_processes
-def test_a_broker_that_restarts_loses_and_doubles_nothing(setup: Setup, make_cluster: MakeCluster, how: signal.Signals) -> None:
+def test_a_broker_that_restarts_loses_and_doubles_nothing(
+    setup: Setup, make_cluster: MakeCluster, how: signal.Signals
+) -> None:
     cluster = make_cluster(setup, own=True)
     cluster.start('alpha', 'beta', concurrency=2)
     send_some(cluster, 60)
@@ -74,7 +83,9 @@ def test_a_broker_that_restarts_loses_and_doubles_nothing(setup: Setup, make_clu
 
 
 @on_processes
-def test_a_database_that_restarts_costs_nothing(setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres) -> None:
+def test_a_database_that_restarts_costs_nothing(
+    setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres
+) -> None:
     cluster = make_cluster(setup, postgres=own_server)
     cluster.start('alpha', 'beta', concurrency=2)
     send_some(cluster, 60)
@@ -86,7 +97,7 @@ def test_a_database_that_restarts_costs_nothing(setup: Setup, make_cluster: Make
 
 @on_threads
 def test_without_a_database_nothing_runs_and_nothing_is_lost(
-    setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres,
+    setup: Setup, make_cluster: MakeCluster, own_server: EmbeddedPostgres
 ) -> None:
     cluster = make_cluster(setup, postgres=own_server)
     cluster.start('alpha', 'beta', concurrency=2)
@@ -108,7 +119,9 @@ def test_without_a_database_nothing_runs_and_nothing_is_lost(
 
 
 @on_threads
-def test_a_worker_cut_off_from_the_database_stops_and_comes_back(setup: Setup, make_cluster: MakeCluster) -> None:
+def test_a_worker_cut_off_from_the_database_stops_and_comes_back(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
     cluster = make_cluster(setup)
     config = cluster.place.config
     with Proxy(config.host, int(config.port)) as proxy:
@@ -122,12 +135,20 @@ def test_a_worker_cut_off_from_the_database_stops_and_comes_back(setup: Setup, m
         eventually(lambda: cluster.owning() == {'beta'}, 20)
         send_some(cluster, 20, start=100)
         cluster.wait_ended({item.key for item in cluster.sent})
-        assert not [note for note in cluster.notes.of('start') if cluster.worker_of(note.node) == 'alpha' and note.at > cut + 2]
+        assert not [
+            note
+            for note in cluster.notes.of('start')
+            if cluster.worker_of(note.node) == 'alpha' and note.at > cut + 2
+        ]
         proxy.heal()
         cluster.settle()
         send_some(cluster, 20, start=200, sleep=0)
         cluster.finish()
-        assert [note for note in cluster.notes.of('end') if cluster.worker_of(note.node) == 'alpha' and int(note.key[2:]) >= 200]
+        assert [
+            note
+            for note in cluster.notes.of('end')
+            if cluster.worker_of(note.node) == 'alpha' and int(note.key[2:]) >= 200
+        ]
 
 
 # Raises in the begin of an execution, as a server does that is out of disk space.
@@ -138,17 +159,21 @@ CREATE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path
 DECLARE wanted text;
 BEGIN
     SELECT code INTO wanted FROM trouble;
-    IF wanted IS NOT NULL AND TG_OP = 'INSERT' THEN PERFORM nextval('refused_begins'); END IF;  -- which no rollback takes back
+    -- no rollback takes back what a sequence gave
+    IF wanted IS NOT NULL AND TG_OP = 'INSERT' THEN PERFORM nextval('refused_begins'); END IF;
     IF wanted IS NOT NULL THEN RAISE EXCEPTION 'no space left' USING ERRCODE = wanted; END IF;
     RETURN NEW;
 END $$;
-CREATE TRIGGER raise_trouble BEFORE INSERT OR UPDATE ON "{}execution" FOR EACH ROW EXECUTE FUNCTION raise_trouble();
+CREATE TRIGGER raise_trouble BEFORE INSERT OR UPDATE ON "{}execution"
+    FOR EACH ROW EXECUTE FUNCTION raise_trouble();
 """
 
 
 @pytest.mark.parametrize('code', ['53100', '22P05'])
 @on_threads
-def test_a_server_that_refuses_for_a_while_loses_and_doubles_nothing(setup: Setup, make_cluster: MakeCluster, code: str) -> None:
+def test_a_server_that_refuses_for_a_while_loses_and_doubles_nothing(
+    setup: Setup, make_cluster: MakeCluster, code: str
+) -> None:
     """No message is acknowledged that has not run, and what ran meanwhile is recorded later."""
     cluster = make_cluster(setup)
     cluster.start('alpha', concurrency=2)
@@ -165,7 +190,9 @@ def test_a_server_that_refuses_for_a_while_loses_and_doubles_nothing(setup: Setu
 
 @pytest.mark.parametrize('setup', setups('processes', brokers=('redis',)), ids=str)
 def test_workers_pause_while_a_server_refuses(setup: Setup, make_cluster: MakeCluster) -> None:
-    """They do not take every message, fail to begin it, and send it back: what a child of the pool hears counts for its worker."""
+    """They do not take every message, fail to begin it, and send it back: what a child of the pool
+    hears counts for its worker.
+    """
     cluster = make_cluster(setup)
     cluster.start('alpha', concurrency=2)
     cluster.send('body', 0)

@@ -1,4 +1,7 @@
-"""What the tasks do, whatever framework runs them. Every function notes when it starts and when it ends."""
+"""What the tasks do, whatever framework runs them. Every function notes when it starts and when it
+ends.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +18,21 @@ import psycopg2
 from .history import Notes
 
 __all__ = [
-    'Flaky', 'Order', 'add', 'body', 'by_id', 'flaky', 'keyed', 'node', 'order', 'overdue', 'pinned', 'plain', 'seal', 'sour', 'total',
+    'Flaky',
+    'Order',
+    'add',
+    'body',
+    'by_id',
+    'flaky',
+    'keyed',
+    'node',
+    'order',
+    'overdue',
+    'pinned',
+    'plain',
+    'seal',
+    'sour',
+    'total',
 ]
 
 _VARIABLE = 'CONFORMANCE_ORDER'
@@ -38,7 +55,8 @@ class Order:
         settings: JobSync's.
         conf: The framework's.
         without: Names of tasks that this worker does not know.
-        pins: Names of pinned tasks that the cluster has: where no node matches a pin, it blocks tokens that other keys have too.
+        pins: Names of pinned tasks that the cluster has: where no node matches a pin, it blocks
+            tokens that other keys have too.
         pause: Seconds that every task takes longer on this worker.
         torn: The worker gets SIGQUIT while it writes this task into a process's pipe; 0 for none.
     """
@@ -122,7 +140,8 @@ def keyed(n: int, sleep: float = 0.0) -> dict[str, Any]:
             execution.result = result
             with execution.transaction() as connection:
                 _insert(connection, row)
-                # Before the commit: a worker that is killed right after it has completed the key, and nobody runs it again.
+                # Before the commit: a worker that is killed right after it has completed the key,
+                # and nobody runs it again.
                 note('end', key)
         else:
             with contextlib.closing(psycopg2.connect(order().database)) as connection:
@@ -184,7 +203,9 @@ def sour(n: int) -> None:
 
 
 def overdue(n: int, sleep: float = 0.0) -> int:
-    """May take longer than it is allowed to. Threads can be interrupted between two calls of the system only."""
+    """May take longer than it is allowed to. Threads can be interrupted between two calls of the
+    system only.
+    """
     with _noted(f'o:{n}'):
         until = time.monotonic() + sleep
         while time.monotonic() < until:

@@ -1,4 +1,5 @@
 """Finds the code blocks of Markdown files and the statements of SQL files."""
+
 from __future__ import annotations
 
 import re
@@ -34,7 +35,10 @@ class Block:
 def blocks_of(path: Path) -> list[Block]:
     """The fenced blocks of a Markdown file, in order."""
     text = path.read_text(encoding='utf-8')
-    return [Block(path, text.count('\n', 0, match.start()) + 2, match[1], match[2]) for match in _FENCE.finditer(text)]
+    return [
+        Block(path, text.count('\n', 0, match.start()) + 2, match[1], match[2])
+        for match in _FENCE.finditer(text)
+    ]
 
 
 def statements_of(path: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""A project on disk, for a document whose blocks are files, scripts that use them, and commands that run them."""
+"""A project on disk, for a document whose blocks are files, scripts that use them, and commands
+that run them.
+"""
+
 from __future__ import annotations
 
 import re
@@ -14,14 +17,20 @@ __all__ = ['Project']
 
 _FILE = re.compile(r'# ([\w/]+\.py)(?:, continued)?\n')
 #: What a command prints when it is at work; all other commands end by themselves.
-_READY = {' worker ': ' ready.', ' beat ': ' is starting', 'dramatiq proj': 'ready for action.', 'dramatiq rabbit': 'ready for action.'}
+_READY = {
+    ' worker ': ' ready.',
+    ' beat ': ' is starting',
+    'dramatiq proj': 'ready for action.',
+    'dramatiq rabbit': 'ready for action.',
+}
 
 
 class Project:
     """Runs the blocks of one document.
 
-    A block that begins with a file's name is a part of that file, and the whole file is there from the start. Where the file is one of
-    the repository's, the block must be a part of it, word for word. Any other Python block is a script of its own.
+    A block that begins with a file's name is a part of that file, and the whole file is there from
+    the start. Where the file is one of the repository's, the block must be a part of it, word for
+    word. Any other Python block is a script of its own.
 
     Args:
         path: The document.
@@ -30,7 +39,9 @@ class Project:
         directory: Where the project is made.
     """
 
-    def __init__(self, path: Path, config: CoordinationConfig, broker: BrokerServer, directory: Path) -> None:
+    def __init__(
+        self, path: Path, config: CoordinationConfig, broker: BrokerServer, directory: Path
+    ) -> None:
         self.printed: list[str] = []
         place = directory / 'project'
         place.mkdir()
@@ -56,7 +67,9 @@ class Project:
             (self.programs.place / 'script.py').write_text(block.text, encoding='utf-8')
             self.printed.append(self.programs.run('python script.py'))
         elif (ROOT / name).exists():
-            assert block.text.partition('\n')[2] in (ROOT / name).read_text(encoding='utf-8'), f'{block} is not in {name} any more'
+            assert block.text.partition('\n')[2] in (ROOT / name).read_text(encoding='utf-8'), (
+                f'{block} is not in {name} any more'
+            )
         else:
             self.programs.run(f"python -c 'import {name.removesuffix('.py')}'")
 

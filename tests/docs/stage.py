@@ -1,4 +1,7 @@
-"""The surroundings in which the blocks of one document run: a database, short waits, and what the document takes for granted."""
+"""The surroundings in which the blocks of one document run: a database, short waits, and what the
+document takes for granted.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,10 +30,18 @@ _GRACE_SEC = 0.5
 
 
 @contextlib.contextmanager
-def connected(config: CoordinationConfig, **replace: object) -> Iterator[psycopg2.extensions.connection]:
+def connected(
+    config: CoordinationConfig, **replace: object
+) -> Iterator[psycopg2.extensions.connection]:
     """A connection on which every statement is its own transaction."""
     where: dict[str, Any] = {
-        'host': config.host, 'port': config.port, 'dbname': config.dbname, 'user': config.user, 'password': config.password, **replace}
+        'host': config.host,
+        'port': config.port,
+        'dbname': config.dbname,
+        'user': config.user,
+        'password': config.password,
+        **replace,
+    }
     with contextlib.closing(psycopg2.connect(**where)) as connection:
         connection.autocommit = True
         yield connection
@@ -54,9 +65,10 @@ def entered(config: CoordinationConfig, *names: str) -> Iterator[list[Job]]:
 class Stage:
     """Runs blocks against a database of its own.
 
-    The documents name a database at localhost:5432 and wait for up to two minutes. Here, `CoordinationConfig` points to the test's
-    server whatever it is given, and `Job` waits for half a second at most; where a document asks for several nodes, others really join.
-    The statements themselves, imports included, run unchanged.
+    The documents name a database at localhost:5432 and wait for up to two minutes. Here,
+    `CoordinationConfig` points to the test's server whatever it is given, and `Job` waits for half
+    a second at most; where a document asks for several nodes, others really join. The statements
+    themselves, imports included, run unchanged.
 
     Args:
         config: The test's database, with the default prefix.
@@ -65,13 +77,21 @@ class Stage:
         monkeypatch: Puts these classes where the documents import them from.
     """
 
-    def __init__(self, config: CoordinationConfig, postgres: EmbeddedPostgres, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        config: CoordinationConfig,
+        postgres: EmbeddedPostgres,
+        directory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         self.config = config
         self.names: dict[str, Any] = {'__name__': 'document'}
         self.printed: list[str] = []
         self._directory = directory
         url = f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}'
-        here = {name: getattr(config, name) for name in ('host', 'port', 'dbname', 'user', 'password')}
+        here = {
+            name: getattr(config, name) for name in ('host', 'port', 'dbname', 'user', 'password')
+        }
 
         class HereConfig(CoordinationConfig):
             def __init__(self, **settings: Any) -> None:
@@ -79,14 +99,22 @@ class Stage:
 
         class ShortJob(Job):
             def __init__(self, *args: Any, **settings: Any) -> None:
-                super().__init__(*args, **{**settings, 'wait_on_enter': min(settings.get('wait_on_enter', 120), _GRACE_SEC)})
+                super().__init__(
+                    *args,
+                    **{
+                        **settings,
+                        'wait_on_enter': min(settings.get('wait_on_enter', 120), _GRACE_SEC),
+                    },
+                )
                 self._others = contextlib.ExitStack()
 
             def __enter__(self) -> Job:
                 if self.config is not None and self.config.minimum_nodes > 1:
                     # The others stay as long as this node does, and begin to register when it does.
                     names = [f'other-{number}' for number in range(1, self.config.minimum_nodes)]
-                    enter = threading.Thread(target=lambda: self._others.enter_context(entered(self._plain(), *names)))
+                    enter = threading.Thread(
+                        target=lambda: self._others.enter_context(entered(self._plain(), *names))
+                    )
                     enter.start()
                     try:
                         return super().__enter__()
@@ -108,11 +136,18 @@ class Stage:
         monkeypatch.setenv('JOBSYNC_DATABASE_URL', url)
         monkeypatch.delenv('JOBSYNC_APPNAME', raising=False)
         monkeypatch.setitem(sys.modules, 'flask', _flask())
-        self._path = os.pathsep.join([str(_commands(directory)), str(postgres.bin_dir), os.environ.get('PATH', '')])
+        self._path = os.pathsep.join(
+            [str(_commands(directory)), str(postgres.bin_dir), os.environ.get('PATH', '')]
+        )
 
     def run(self, block: Block) -> None:
         """Run one block; what it raises, this raises, with the document's own line."""
-        runners = {'python': self._python, 'sql': self._sql, 'sh': self._shell, 'ini': self._settings}
+        runners = {
+            'python': self._python,
+            'sql': self._sql,
+            'sh': self._shell,
+            'ini': self._settings,
+        }
         runners[block.language](block)
 
     def _python(self, block: Block) -> None:
@@ -121,8 +156,15 @@ class Stage:
             program = self._directory / 'proj.py'
             program.write_text(block.text, encoding='utf-8')
             done = subprocess.run(
-                [sys.executable, '-W', 'error', str(program)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, check=False, timeout=60, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                [sys.executable, '-W', 'error', str(program)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=60,
+                env={**os.environ, 'PYTHONPATH': str(ROOT)},
+            )
             assert done.returncode == 0, f'{block} ended with {done.returncode}:\n{done.stdout}'
             return
         # Empty lines in front, so that a traceback shows the line of the document.
@@ -134,8 +176,16 @@ class Stage:
 
     def _shell(self, block: Block) -> None:
         done = subprocess.run(
-            ['sh', '-eux', '-c', block.text], cwd=self._directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=60, env={**os.environ, 'PATH': self._path, 'PYTHONPATH': str(ROOT)})
+            ['sh', '-eux', '-c', block.text],
+            cwd=self._directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=60,
+            env={**os.environ, 'PATH': self._path, 'PYTHONPATH': str(ROOT)},
+        )
         assert done.returncode == 0, f'{block} ended with {done.returncode}:\n{done.stdout}'
         self.printed.append(done.stdout)
 
@@ -152,7 +202,10 @@ def _commands(directory: Path) -> Path:
     place = directory / 'commands'
     place.mkdir()
     command = place / 'jobsync'
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; from jobsync_core.cli import main; sys.exit(main())" "$@"\n')
+    command.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; from jobsync_core.cli import main; '
+        'sys.exit(main())" "$@"\n'
+    )
     command.chmod(0o755)
     return place
 

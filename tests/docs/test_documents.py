@@ -1,4 +1,5 @@
 """Every block of the documents runs as printed, and so does every snippet of the specification."""
+
 from __future__ import annotations
 
 import logging
@@ -35,7 +36,13 @@ from .stage import Stage, connected, entered
 pytestmark = pytest.mark.timeout(300)
 
 SPECIFICATION = Path(__file__).with_name('usage_guide_spec.md')
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')), SPECIFICATION]
+DOCUMENTS = [
+    ROOT / 'README.md',
+    ROOT / 'CHANGELOG.md',
+    ROOT / 'CONTRIBUTING.md',
+    *sorted((ROOT / 'docs').glob('*.md')),
+    SPECIFICATION,
+]
 
 #: Blocks that are not run, and why.
 NOT_RUN = {
@@ -48,7 +55,10 @@ NOT_RUN = {
 
 @pytest.fixture
 def stage(
-    make_config: Callable[..., CoordinationConfig], postgres: EmbeddedPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_config: Callable[..., CoordinationConfig],
+    postgres: EmbeddedPostgres,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Stage]:
     # A signal handler that a block installs goes with the test.
     before = signal.getsignal(signal.SIGTERM)
@@ -69,7 +79,9 @@ def charges(stage: Stage) -> Counter[int]:
 
 
 class Until:
-    """The end of a document's endless loop: true once the condition is, and an error after so many rounds."""
+    """The end of a document's endless loop: true once the condition is, and an error after so many
+    rounds.
+    """
 
     def __init__(self, condition: Callable[[], bool], rounds: int) -> None:
         self._condition = condition
@@ -82,10 +94,14 @@ class Until:
 
 
 def run_blocks(
-    stage: Stage | Project, path: Path, before: dict[str, Callable[[], object]] | None = None,
+    stage: Stage | Project,
+    path: Path,
+    before: dict[str, Callable[[], object]] | None = None,
     after: dict[str, Callable[[], object]] | None = None,
 ) -> list[Block]:
-    """Run a document; a hook runs before or after the block that contains its text. Each hook must find its block."""
+    """Run a document; a hook runs before or after the block that contains its text. Each hook must
+    find its block.
+    """
     hooks = [(dict(before or {}), True), (dict(after or {}), False)]
     blocks = [block for block in blocks_of(path) if block.text not in NOT_RUN]
     for block in blocks:
@@ -94,7 +110,9 @@ def run_blocks(
                 stage.run(block)
             for text in [text for text in found if text in block.text]:
                 found.pop(text)()
-    assert not [text for found, _ in hooks for text in found], f'{path.name} has no such block any more'
+    assert not [text for found, _ in hooks for text in found], (
+        f'{path.name} has no such block any more'
+    )
     return blocks
 
 
@@ -105,10 +123,11 @@ def test_readme(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         assert sorted(lines) == sorted(f'shipping {order_id}' for order_id in range(100))
 
-    run_blocks(stage, ROOT / 'README.md', after={
-        'def ship(': shipped_all,
-        'def charge(': lambda: same(charges(stage), {17: 1}),
-    })
+    run_blocks(
+        stage,
+        ROOT / 'README.md',
+        after={'def ship(': shipped_all, 'def charge(': lambda: same(charges(stage), {17: 1})},
+    )
 
 
 def check(condition: bool) -> None:
@@ -133,20 +152,39 @@ def test_usage_guide(stage: Stage) -> None:
         return 100 + order_id
 
     stage.names.update(
-        open_tasks=lambda: range(50), process=lambda task_id: processed.update([task_id]), all_symbols=lambda: {'AAA', 'BBB'},
-        subscribe=subscribe, stopping=Until(lambda: len(opened) == 2, 200).__bool__, wait=lambda: time.sleep(0.05),
-        make_invoice=make_invoice, an_order=SimpleNamespace(id=7),
+        open_tasks=lambda: range(50),
+        process=lambda task_id: processed.update([task_id]),
+        all_symbols=lambda: {'AAA', 'BBB'},
+        subscribe=subscribe,
+        stopping=Until(lambda: len(opened) == 2, 200).__bool__,
+        wait=lambda: time.sleep(0.05),
+        make_invoice=make_invoice,
+        an_order=SimpleNamespace(id=7),
         database_connection=lambda: psycopg2.connect(
-            host=stage.config.host, port=stage.config.port, dbname=stage.config.dbname, user='postgres', password=stage.config.password))
-    run_blocks(stage, ROOT / 'docs' / 'USAGE_GUIDE.md', after={
-        'wait_on_enter=10) as job': lambda: same(processed, dict.fromkeys(range(50), 1)),
-        'get_audit()': lambda: same(set(stage.names['done']), {str(number) for number in range(50)}),
-        'def follow(': lambda: check(sorted(opened) == ['AAA', 'BBB'] == sorted(closed)),
-        'def invoice(': lambda: same(made, [7]),
-        'execution.complete(cursor)': lambda: same(charges(stage), {1: 1, 2: 1}),
-        'job.undrain()': lambda: same(stage.names['job'].node_name, 'worker-01'),
-        'signal.SIGTERM': lambda: check(signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)),
-    })
+            host=stage.config.host,
+            port=stage.config.port,
+            dbname=stage.config.dbname,
+            user='postgres',
+            password=stage.config.password,
+        ),
+    )
+    run_blocks(
+        stage,
+        ROOT / 'docs' / 'USAGE_GUIDE.md',
+        after={
+            'wait_on_enter=10) as job': lambda: same(processed, dict.fromkeys(range(50), 1)),
+            'get_audit()': lambda: same(
+                set(stage.names['done']), {str(number) for number in range(50)}
+            ),
+            'def follow(': lambda: check(sorted(opened) == ['AAA', 'BBB'] == sorted(closed)),
+            'def invoice(': lambda: same(made, [7]),
+            'execution.complete(cursor)': lambda: same(charges(stage), {1: 1, 2: 1}),
+            'job.undrain()': lambda: same(stage.names['job'].node_name, 'worker-01'),
+            'signal.SIGTERM': lambda: check(
+                signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+            ),
+        },
+    )
 
 
 def test_operator_guide(stage: Stage) -> None:
@@ -173,60 +211,112 @@ def test_operator_guide(stage: Stage) -> None:
 
     def drop_roles() -> None:
         with connected(stage.config) as connection, connection.cursor() as cursor:
-            cursor.execute('DROP OWNED BY jobsync_worker, jobsync_reader; DROP ROLE jobsync_worker, jobsync_reader')
+            cursor.execute(
+                'DROP OWNED BY jobsync_worker, jobsync_reader; DROP ROLE jobsync_worker, '
+                'jobsync_reader'
+            )
 
     def nothing_is_left() -> None:
         with connected(stage.config) as connection, connection.cursor() as cursor:
             cursor.execute("""
                 SELECT relname::text FROM pg_class WHERE relname LIKE 'sync!_%' ESCAPE '!'
-                UNION ALL SELECT proname::text FROM pg_proc WHERE proname LIKE 'sync!_%' ESCAPE '!'""")
+                UNION ALL SELECT proname::text FROM pg_proc WHERE proname LIKE 'sync!_%' ESCAPE
+                    '!'""")
             same(cursor.fetchall(), [])
 
     nodes.callback(drop_roles)
     with nodes, ExitStack() as running:
-        run_blocks(stage, ROOT / 'docs' / 'OPERATOR_GUIDE.md', before={'jobsync status\n': enter_nodes, 'DROP VIEW': running.close}, after={
-            'DROP VIEW': nothing_is_left,
-            'jobsync init-db --role jobsync_worker\n': least_rights_are_enough,
-            'jobsync who order-17': lambda: check('worker-0' in stage.printed[-1] and 'render-1' in stage.printed[-1]),
-            'jobsync undrain worker-01': lambda: check('takes part again' in stage.printed[-1]),
-        })
+        run_blocks(
+            stage,
+            ROOT / 'docs' / 'OPERATOR_GUIDE.md',
+            before={'jobsync status\n': enter_nodes, 'DROP VIEW': running.close},
+            after={
+                'DROP VIEW': nothing_is_left,
+                'jobsync init-db --role jobsync_worker\n': least_rights_are_enough,
+                'jobsync who order-17': lambda: check(
+                    'worker-0' in stage.printed[-1] and 'render-1' in stage.printed[-1]
+                ),
+                'jobsync undrain worker-01': lambda: check('takes part again' in stage.printed[-1]),
+            },
+        )
 
 
 def test_celery_guide(stage: Stage, redis_server: BrokerServer, tmp_path: Path) -> None:
     make_tables(stage)
     path = ROOT / 'docs' / 'CELERY.md'
     with closing(Project(path, stage.config, redis_server, tmp_path)) as project:
+
         def all_share() -> None:
-            rows = 'SELECT count(DISTINCT node), count(*) FILTER (WHERE moving OR node IS NULL) FROM {}assignment'
+            rows = (
+                'SELECT count(DISTINCT node), count(*) FILTER (WHERE moving OR node IS NULL) '
+                'FROM {}assignment'
+            )
             eventually(lambda: query(stage.config, rows) == [(2, 0)], 20)
 
         def printed(*texts: str) -> Callable[[], None]:
             return lambda: same([text for text in texts if text not in project.printed[-1]], [])
 
         def drained() -> None:
-            same([text for text in ('one@', 'gpu-primary-01@', "'consuming': True", '2 nodes online', 'takes part again')
-                  if text not in project.printed[-1]], [])
+            same(
+                [
+                    text
+                    for text in (
+                        'one@',
+                        'gpu-primary-01@',
+                        "'consuming': True",
+                        '2 nodes online',
+                        'takes part again',
+                    )
+                    if text not in project.printed[-1]
+                ],
+                [],
+            )
 
-        run_blocks(project, path, before={
-            'import render': all_share,
-        }, after={
-            'import charge\n': printed('250 250'),
-            'import render': printed('gpu-primary-01@'),
-            'import refund, transfer': lambda: same((project.printed[-1][-16:], charges(stage)), ('-250\n-250\n40\n40\n', {17: 1, 18: 1})),
-            'inspect jobsync': printed('one@', 'gpu-primary-01@', 'consuming', '2 nodes online', 'takes part again'),
-            '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
-            'beat -S jobsync': lambda: eventually(lambda: query(stage.config, 'SELECT name FROM {}schedule') == [('every-minute',)], 20),
-        })
+        run_blocks(
+            project,
+            path,
+            before={'import render': all_share},
+            after={
+                'import charge\n': printed('250 250'),
+                'import render': printed('gpu-primary-01@'),
+                'import refund, transfer': lambda: same(
+                    (project.printed[-1][-16:], charges(stage)),
+                    ('-250\n-250\n40\n40\n', {17: 1, 18: 1}),
+                ),
+                'inspect jobsync': printed(
+                    'one@', 'gpu-primary-01@', 'consuming', '2 nodes online', 'takes part again'
+                ),
+                '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
+                'beat -S jobsync': lambda: eventually(
+                    lambda: (
+                        query(stage.config, 'SELECT name FROM {}schedule') == [('every-minute',)]
+                    ),
+                    20,
+                ),
+            },
+        )
         # Taking it out: the project of this guide, once its workers have ended.
         project.programs.end()
-        run_blocks(project, ROOT / 'docs' / 'IN_AND_OUT.md', after={'evacuate': printed('0 messages moved home')})
+        run_blocks(
+            project,
+            ROOT / 'docs' / 'IN_AND_OUT.md',
+            after={'evacuate': printed('0 messages moved home')},
+        )
 
 
 def test_the_celery_guide_gives_every_setting_and_option_with_its_true_default() -> None:
-    rows = dict(re.findall(r'^\| `(\w+)` \| (.+?) \|', (ROOT / 'docs' / 'CELERY.md').read_text(encoding='utf-8'), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r'^\| `(\w+)` \| (.+?) \|',
+            (ROOT / 'docs' / 'CELERY.md').read_text(encoding='utf-8'),
+            re.MULTILINE,
+        )
+    )
     for field in fields(CelerySettings):
         default = '{}' if field.default is MISSING else repr(field.default)
-        assert rows[field.name] == ('made from the rest' if field.name == 'config' else f'`{default}`')
+        assert rows[field.name] == (
+            'made from the rest' if field.name == 'config' else f'`{default}`'
+        )
     for name, option in signature(exactly_once).parameters.items():
         if isinstance(option.default, (bool, str)):
             assert rows[name] == f'`{option.default!r}`'
@@ -250,7 +340,9 @@ def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptu
 
     def locks() -> dict[str, list[str]]:
         with connected(stage.config) as connection, connection.cursor() as cursor:
-            cursor.execute(f'SELECT task_id, node_patterns FROM {stage.names["coord_config"].appname}lock')
+            cursor.execute(
+                f'SELECT task_id, node_patterns FROM {stage.names["coord_config"].appname}lock'
+            )
             return dict(cursor.fetchall())
 
     def first_block_ran_its_share() -> None:
@@ -286,36 +378,65 @@ def test_the_snippets_of_the_specification(stage: Stage, caplog: pytest.LogCaptu
         return re.search(r'now own (499\d|5000) tokens', caplog.text) is not None
 
     stage.names.update(
-        get_pending_tasks=lambda: range(600), get_all_tasks=lambda: range(30), process_task=lambda task_id: processed.update([task_id]),
-        get_gpu_task_ids=lambda: [1000, 1001], get_todays_heavy_tasks=lambda: [7, 8], process_tasks=process_tasks,
-        logger=logging.getLogger('document'), time=time, shutdown=Until(another_node_has_joined, 20),
-        app=SimpleNamespace(route=lambda path: lambda function: function))
+        get_pending_tasks=lambda: range(600),
+        get_all_tasks=lambda: range(30),
+        process_task=lambda task_id: processed.update([task_id]),
+        get_gpu_task_ids=lambda: [1000, 1001],
+        get_todays_heavy_tasks=lambda: [7, 8],
+        process_tasks=process_tasks,
+        logger=logging.getLogger('document'),
+        time=time,
+        shutdown=Until(another_node_has_joined, 20),
+        app=SimpleNamespace(route=lambda path: lambda function: function),
+    )
     with ExitStack() as nodes, caplog.at_level(logging.INFO, 'document'):
-        blocks = run_blocks(stage, SPECIFICATION, after={
-            'minimum_nodes=3': first_block_ran_its_share,
-            'coordination_config=None': lambda: same(len(processed), 30),
-            'register_gpu_locks': lambda: same(locks(), {'1000': ['%-gpu'], '1001': ['%-gpu']}),
-            'register_locks_with_fallback': fallback_patterns_are_registered,
-            'clear_existing_locks=True': lambda: same((locks(), claims), (
-                {'7': ['high-mem-%'], '8': ['high-mem-%']}, [number for number in range(20) if number not in (7, 8)])),
-            'clear_existing_locks=False': lambda: check(locks()['customer-X'] == ['east-%'] and '7' in locks()),
-            'def on_rebalance():': nodes.close,
-            'def health():': health_follows_the_lease,
-        })
+        blocks = run_blocks(
+            stage,
+            SPECIFICATION,
+            after={
+                'minimum_nodes=3': first_block_ran_its_share,
+                'coordination_config=None': lambda: same(len(processed), 30),
+                'register_gpu_locks': lambda: same(locks(), {'1000': ['%-gpu'], '1001': ['%-gpu']}),
+                'register_locks_with_fallback': fallback_patterns_are_registered,
+                'clear_existing_locks=True': lambda: same(
+                    (locks(), claims),
+                    (
+                        {'7': ['high-mem-%'], '8': ['high-mem-%']},
+                        [number for number in range(20) if number not in (7, 8)],
+                    ),
+                ),
+                'clear_existing_locks=False': lambda: check(
+                    locks()['customer-X'] == ['east-%'] and '7' in locks()
+                ),
+                'def on_rebalance():': nodes.close,
+                'def health():': health_follows_the_lease,
+            },
+        )
     assert len(blocks) == 14
 
 
 def test_every_document_is_tested_and_every_block_has_a_known_language() -> None:
     tested = {
-        'README.md', 'USAGE_GUIDE.md', 'OPERATOR_GUIDE.md', 'CELERY.md', 'GUARANTEES.md', 'ARCHITECTURE.md', SPECIFICATION.name,
-        'IN_AND_OUT.md', 'DRAMATIQ.md', 'TESTING.md'}  # in tests/dramatiq and tests/testing
+        'README.md',
+        'USAGE_GUIDE.md',
+        'OPERATOR_GUIDE.md',
+        'CELERY.md',
+        'GUARANTEES.md',
+        'ARCHITECTURE.md',
+        SPECIFICATION.name,
+        'IN_AND_OUT.md',
+        'DRAMATIQ.md',
+        'TESTING.md',
+    }  # in tests/dramatiq and tests/testing
     blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
     for block in blocks:
         assert block.language in ('python', 'sql', 'sh', 'ini'), block
         assert block.path.name in tested or block.text in NOT_RUN, block
     for path in DOCUMENTS:
         assert path.read_text(encoding='utf-8').count('\n```') == 2 * len(blocks_of(path)), path
-    assert not [text for text in NOT_RUN if text not in {block.text for block in blocks}], 'an entry of NOT_RUN is stale'
+    assert not [text for text in NOT_RUN if text not in {block.text for block in blocks}], (
+        'an entry of NOT_RUN is stale'
+    )
 
 
 def test_nothing_of_a_document_is_left_running(stage: Stage) -> None:
@@ -324,5 +445,6 @@ def test_nothing_of_a_document_is_left_running(stage: Stage) -> None:
     stage.run(blocks_of(SPECIFICATION)[0])
     stage.names.update(get_pending_tasks=lambda: range(3), process_task=print)
     stage.run(blocks_of(SPECIFICATION)[1])
-    # The thread that watches over blocking calls goes with the last deadline, one heartbeat timeout after the last call.
+    # The thread that watches over blocking calls goes with the last deadline, one heartbeat timeout
+    # after the last call.
     eventually(lambda: set(threading.enumerate()) <= before, timeout=30)

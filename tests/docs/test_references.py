@@ -1,4 +1,7 @@
-"""The documents name everything that is public, give the true defaults, and their links lead somewhere."""
+"""The documents name everything that is public, give the true defaults, and their links lead
+somewhere.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +16,9 @@ from jobsync_core import CoordinationConfig, Job, exactly_once
 
 from .blocks import ROOT
 
-DOCUMENTS = [ROOT / name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md')] + sorted((ROOT / 'docs').glob('*.md'))
+DOCUMENTS = [ROOT / name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md')] + sorted(
+    (ROOT / 'docs').glob('*.md')
+)
 GUIDE = (ROOT / 'docs' / 'USAGE_GUIDE.md').read_text(encoding='utf-8')
 
 
@@ -45,21 +50,41 @@ def test_the_usage_guide_names_every_parameter_of_the_job_and_its_default() -> N
     assert printed is not None
     words = [f'{p.name}={p.default!r}' if p.default is not p.empty else p.name for p in parameters]
     assert [word for word in printed[1].split(', ') if word != '*'] == words
-    assert [p.name for p in parameters if not re.search(rf'^\| `{p.name}` ', GUIDE, re.MULTILINE)] == []
+    assert [
+        p.name for p in parameters if not re.search(rf'^\| `{p.name}` ', GUIDE, re.MULTILINE)
+    ] == []
 
 
 def test_the_usage_guide_gives_every_setting_with_its_true_default() -> None:
     rows = {
-        name: default for names, default in re.findall(r'^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \| [^|]+ \|$', GUIDE, re.MULTILINE)
-        for name, default in zip(re.findall(r'`(\w+)`', names), re.findall(r'`([^`]+)`', default), strict=False)}
+        name: default
+        for names, default in re.findall(
+            r'^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \| [^|]+ \|$', GUIDE, re.MULTILINE
+        )
+        for name, default in zip(
+            re.findall(r'`(\w+)`', names), re.findall(r'`([^`]+)`', default), strict=False
+        )
+    }
     for field in dataclasses.fields(CoordinationConfig):
         default = field.default if field.default is not dataclasses.MISSING else {}
         assert eval(rows[field.name]) == default, field.name
 
 
 def test_the_usage_guide_names_every_option_of_exactly_once() -> None:
-    options = [name for name in inspect.signature(exactly_once).parameters if name not in (
-        'bare', 'default_key', 'refuse', 'ledger', 'completes', 'check_result', 'named_later')]
+    options = [
+        name
+        for name in inspect.signature(exactly_once).parameters
+        if name
+        not in (
+            'bare',
+            'default_key',
+            'refuse',
+            'ledger',
+            'completes',
+            'check_result',
+            'named_later',
+        )
+    ]
     assert [name for name in options if not re.search(rf'^\| `{name}` ', GUIDE, re.MULTILINE)] == []
 
 
@@ -69,4 +94,6 @@ def test_the_command_table_names_every_command() -> None:
 
     text = (ROOT / 'docs' / 'OPERATOR_GUIDE.md').read_text(encoding='utf-8')
     assert isinstance(jobsync, click.Group)
-    assert [name for name in jobsync.commands if not re.search(rf'`(jobsync )?{name}\b', text)] == []
+    assert [
+        name for name in jobsync.commands if not re.search(rf'`(jobsync )?{name}\b', text)
+    ] == []

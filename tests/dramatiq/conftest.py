@@ -1,4 +1,5 @@
 """A cluster of real `dramatiq` processes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,21 +25,42 @@ ROOT = Path(__file__).parents[2]
 class Workers:
     """Worker processes of one broker and one database, and their log."""
 
-    def __init__(self, app: Any, server: BrokerServer, space: str, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, app: Any, server: BrokerServer, space: str, folder: Path, environment: dict[str, str]
+    ) -> None:
         self.app, self.server, self.space = app, server, space
         self._folder, self._environment = folder, environment
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, processes: int = 1, *options: str, method: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a master, whose processes are started by that method of multiprocessing; default: Dramatiq's own choice."""
+    def start(
+        self, processes: int = 1, *options: str, method: str | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a master, whose processes are started by that method of multiprocessing; default:
+        Dramatiq's own choice.
+        """
         program = ['-m', 'dramatiq']
         if method is not None:
             choice = f'import multiprocessing; multiprocessing.set_start_method({method!r})'
-            program = ['-c', f'{choice}\nimport sys\nfrom dramatiq.cli import main\nsys.exit(main())']
+            program = [
+                '-c',
+                f'{choice}\nimport sys\nfrom dramatiq.cli import main\nsys.exit(main())',
+            ]
         with (self._folder / f'worker{len(self.started)}').open('wb') as output:
             process = subprocess.Popen(
-                [sys.executable, *program, '-p', str(processes), 'tests.dramatiq.worker_app', *options], cwd=ROOT,
-                env=self._environment, stdout=output, stderr=output, start_new_session=True)
+                [
+                    sys.executable,
+                    *program,
+                    '-p',
+                    str(processes),
+                    'tests.dramatiq.worker_app',
+                    *options,
+                ],
+                cwd=ROOT,
+                env=self._environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
 
@@ -50,6 +72,7 @@ class Workers:
             owners = self.app.plugin._owner_map()
             owners.reread()
             return len({place.node for place in owners._copy.places if place.queue}) == number
+
         eventually(known, 30)
 
     def depth(self, queue: str) -> int:
@@ -94,15 +117,23 @@ def options() -> dict[str, Any]:
 
 
 @pytest.fixture
-def workers(server: BrokerServer, redis_server: Any, postgres: Any, make_config: Callable[..., Any], options: dict[str, Any],
-            tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
+def workers(
+    server: BrokerServer,
+    redis_server: Any,
+    postgres: Any,
+    make_config: Callable[..., Any],
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Workers]:
     config = make_config()
     space, store = server.new_space(), redis_server.new_space()
     monkeypatch.setenv('TEST_BROKER', server.url(space))
     monkeypatch.setenv('TEST_REDIS', redis_server.url(store))
     monkeypatch.setenv('TEST_DATABASE', postgres.url(config.dbname))
     monkeypatch.setenv('TEST_OPTIONS', json.dumps(options))
-    # Dramatiq 1 serves Prometheus at a fixed port, at which there is one worker at a time; this one is free.
+    # Dramatiq 1 serves Prometheus at a fixed port, at which there is one worker at a time; this one
+    # is free.
     monkeypatch.setenv('dramatiq_prom_port', '0')
     monkeypatch.delitem(sys.modules, 'tests.dramatiq.worker_app', raising=False)
     app = importlib.import_module('tests.dramatiq.worker_app')

@@ -1,4 +1,5 @@
 """A gate between a worker and a broker that are none: what happened, in order."""
+
 from __future__ import annotations
 
 from collections import deque
@@ -67,7 +68,8 @@ class Stage:
     """The gate and what is around it.
 
     Attributes:
-        log: What happened: 'ack', 'nack QUEUE', 'requeue', 'run' (the actor), 'send QUEUE hops=N', 'stray', 'pause', 'resume'.
+        log: What happened: 'ack', 'nack QUEUE', 'requeue', 'run' (the actor), 'send QUEUE hops=N',
+            'stray', 'pause', 'resume'.
         middleware: Names of the signals that another middleware has heard of messages, in order.
     """
 
@@ -83,7 +85,10 @@ class Stage:
         self.broker.add_middleware(self.plugin)
         self.broker.add_middleware(_Ears(self.middleware))
         actors: dict[str, dict[str, Any]] = {
-            'keyed': {'jobsync_key': '{n}'}, 'plain': {}, 'pinned': {'jobsync_pin': ['gpu-%'], 'jobsync_key': '{n}'}}
+            'keyed': {'jobsync_key': '{n}'},
+            'plain': {},
+            'pinned': {'jobsync_pin': ['gpu-%'], 'jobsync_key': '{n}'},
+        }
         for name, options in actors.items():
             dramatiq.actor(actor_name=name, broker=self.broker, **options)(self._run)
         dramatiq.actor(actor_name='once', broker=self.broker)(exactly_once(key='{n}')(self._run))
@@ -102,7 +107,9 @@ class Stage:
     def _run(self, n: int) -> None:
         self.log.append('run')
 
-    def _send(self, message: Any, queue: str, route: str | None, hops: int = 0, source: object = None) -> None:
+    def _send(
+        self, message: Any, queue: str, route: str | None, hops: int = 0, source: object = None
+    ) -> None:
         if self.send_error is not None:
             raise self.send_error
         self.log.append(f'send {queue} hops={hops}')
@@ -122,7 +129,9 @@ class Stage:
         self.log.clear()
         consumers: Any = {found.queue_name: SimpleNamespace(post_process_message=self._settle)}
         work: Any = SimpleNamespace(task_done=lambda: None)
-        thread = _WorkerThread(broker=self.broker, consumers=consumers, work_queue=work, worker_timeout=1)
+        thread = _WorkerThread(
+            broker=self.broker, consumers=consumers, work_queue=work, worker_timeout=1
+        )
         thread.process_message(found)
         return self.log
 
@@ -140,7 +149,14 @@ class _Ears(dramatiq.Middleware):
     def before_process_message(self, broker: Any, message: Any) -> None:
         self._heard.append('begin')
 
-    def after_process_message(self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None) -> None:
+    def after_process_message(
+        self,
+        broker: Any,
+        message: Any,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
         self._heard.append('end')
 
     def after_skip_message(self, broker: Any, message: Any) -> None:
@@ -151,14 +167,21 @@ class _Ears(dramatiq.Middleware):
 
 
 def message(key: str | None, hops: Any = None, actor: str = 'keyed', **options: Any) -> Any:
-    """A message of this key as it comes from the queue of node n1, or without hops from its actor's own."""
+    """A message of this key as it comes from the queue of node n1, or without hops from its actor's
+    own.
+    """
     if key is not None:
         options = {KEY: key, **options}
     if hops is not None:
         options = {HOPS: hops, HOME: 'default', **options}
     args = options.pop('args', (7 if key is None else key,))
     return dramatiq.Message(
-        queue_name='default' if hops is None else 'jobsync.shop_.n1', actor_name=actor, args=args, kwargs={}, options=options)
+        queue_name='default' if hops is None else 'jobsync.shop_.n1',
+        actor_name=actor,
+        args=args,
+        kwargs={},
+        options=options,
+    )
 
 
 @contextmanager
@@ -168,5 +191,7 @@ def stage(monkeypatch: Any, queue: str = 'jobsync.shop_.n1', **settings: Any) ->
     monkeypatch.setattr(gate_module, 'clock', clock)
     made = Stage(clock, settings, queue)
     made.job.mine.add('mine')
-    made.owners.places.update(other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1'))
+    made.owners.places.update(
+        other=Place('n2', 'q2'), mine=Place('n1', 'q1'), self=Place('n1', 'q1')
+    )
     yield made

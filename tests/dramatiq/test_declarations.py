@@ -1,4 +1,7 @@
-"""What cannot work is refused where it is written: the plugin added twice, an exactly_once in the wrong place or of another kind."""
+"""What cannot work is refused where it is written: the plugin added twice, an exactly_once in the
+wrong place or of another kind.
+"""
+
 from __future__ import annotations
 
 import re
@@ -35,7 +38,9 @@ def work(n: int) -> int:
 class TestAdded:
     def test_a_second_one_is_refused_at_the_first_actor(self) -> None:
         broker = new_broker(JobSync(config=CONFIG))
-        with pytest.raises(ConfigurationError, match=r'JobSync is 2 times among the middleware .*: add it once'):
+        with pytest.raises(
+            ConfigurationError, match=r'JobSync is 2 times among the middleware .*: add it once'
+        ):
             dramatiq.actor(broker=broker)(work)
 
     def test_one_that_comes_after_the_actors_is_refused_at_once(self) -> None:
@@ -64,7 +69,9 @@ class TestAdded:
         first.add_middleware(plugin)
         second.add_middleware(plugin)
         dramatiq.actor(broker=first)(work)
-        with pytest.raises(ConfigurationError, match=r'belongs to .* already, .* make one for each broker'):
+        with pytest.raises(
+            ConfigurationError, match=r'belongs to .* already, .* make one for each broker'
+        ):
             dramatiq.actor(broker=second)(work)
 
     def test_an_actor_that_is_declared_after_a_refusal_is_refused_too(self) -> None:
@@ -76,23 +83,36 @@ class TestAdded:
 
 class TestOptions:
     @pytest.mark.parametrize('kind', ['function', 'class'])
-    @pytest.mark.parametrize(('given', 'told'), [
-        ('jobsync_keys', "unknown actor option 'jobsync_keys': did you mean 'jobsync_key'?"),
-        ('jobsync_pins', "unknown actor option 'jobsync_pins': did you mean 'jobsync_pin'?"),
-        ('jobsync', "unknown actor option 'jobsync': "), ('jobsync_zzz', ': there are jobsync_key, jobsync_pin')])
-    def test_a_misspelt_one_is_refused_and_the_right_one_named(self, given: str, told: str, kind: str) -> None:
+    @pytest.mark.parametrize(
+        ('given', 'told'),
+        [
+            ('jobsync_keys', "unknown actor option 'jobsync_keys': did you mean 'jobsync_key'?"),
+            ('jobsync_pins', "unknown actor option 'jobsync_pins': did you mean 'jobsync_pin'?"),
+            ('jobsync', "unknown actor option 'jobsync': "),
+            ('jobsync_zzz', ': there are jobsync_key, jobsync_pin'),
+        ],
+    )
+    def test_a_misspelt_one_is_refused_and_the_right_one_named(
+        self, given: str, told: str, kind: str
+    ) -> None:
         found, options = new_broker(), {given: '{n}'}
 
         def declare() -> None:
             if kind == 'function':
                 dramatiq.actor(work, broker=found, **options)  # type: ignore[call-overload]  # whatever a user writes
             else:
-                type('Work', (dramatiq.GenericActor,), {'Meta': type('Meta', (), {'broker': found, **options}), 'perform': work})
+                type(
+                    'Work',
+                    (dramatiq.GenericActor,),
+                    {'Meta': type('Meta', (), {'broker': found, **options}), 'perform': work},
+                )
 
         with pytest.raises(ConfigurationError, match=re.escape(told)):
             declare()
 
-    def test_what_is_not_ours_dramatiq_refuses_and_what_other_middleware_adds_it_takes(self) -> None:
+    def test_what_is_not_ours_dramatiq_refuses_and_what_other_middleware_adds_it_takes(
+        self,
+    ) -> None:
         class Other(dramatiq.Middleware):
             actor_options: Any = {'color'}  # noqa: RUF012
 
@@ -103,13 +123,22 @@ class TestOptions:
                 dramatiq.actor(broker=found, actor_name='other', colour='red')(work)
         assert JobSync(config=CONFIG).actor_options == {'jobsync_key', 'jobsync_pin'}
 
-    def test_a_message_that_says_them_is_told_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_message_that_says_them_is_told_of_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         actor: Any = dramatiq.actor(broker=new_broker(), actor_name='told_once')(work)
         for _ in range(3):
             actor.send_with_options(args=(1,), jobsync_keys='x')
             actor.send_with_options(args=(1,), jobsync_key='x', jobsync_waits=1, debounce='y')
-        lines = [record.getMessage() for record in caplog.records if 'does nothing' in record.getMessage()]
-        told = 'the message option jobsync_keys does nothing; key and pin are options of the actor: @dramatiq.actor(jobsync_key=…)'
+        lines = [
+            record.getMessage()
+            for record in caplog.records
+            if 'does nothing' in record.getMessage()
+        ]
+        told = (
+            'the message option jobsync_keys does nothing; key and pin are options of the '
+            'actor: @dramatiq.actor(jobsync_key=…)'
+        )
         assert lines == [f'actor=told_once: {told}']
 
 
@@ -127,14 +156,18 @@ class TestScope:
 
     def test_so_it_is_for_one_that_was_declared_before_the_plugin_was_added(self) -> None:
         broker = StubBroker()
-        actor: Any = dramatiq.actor(broker=broker, actor_name='billing')(exactly_once(key='{n}')(lambda n: n))
+        actor: Any = dramatiq.actor(broker=broker, actor_name='billing')(
+            exactly_once(key='{n}')(lambda n: n)
+        )
         broker.add_middleware(JobSync(config=CONFIG))
         assert actor.fn.exactly_once.ledger_key_of((3,), {}) == 'billing:3'
 
     def test_two_actors_of_one_function_are_refused_at_the_second(self) -> None:
         broker, once = new_broker(), exactly_once(key='{n}')(work)
         dramatiq.actor(broker=broker, actor_name='first')(once)
-        with pytest.raises(ConfigurationError, match="'first' and 'second' run the same @exactly_once function"):
+        with pytest.raises(
+            ConfigurationError, match="'first' and 'second' run the same @exactly_once function"
+        ):
             dramatiq.actor(broker=broker, actor_name='second')(once)
 
 
@@ -142,7 +175,9 @@ class TestDecorators:
     @pytest.mark.parametrize('kind', [core_once, celery_once], ids=['core', 'celery'])
     def test_another_s_exactly_once_is_refused_and_the_right_line_is_named(self, kind: Any) -> None:
         function = kind(key='{n}')(work)
-        with pytest.raises(ConfigurationError, match=r"actor 'work' .*from jobsync_dramatiq import exactly_once"):
+        with pytest.raises(
+            ConfigurationError, match=r"actor 'work' .*from jobsync_dramatiq import exactly_once"
+        ):
             dramatiq.actor(broker=new_broker())(function)
         broker = StubBroker()
         dramatiq.actor(broker=broker)(function)
@@ -152,7 +187,10 @@ class TestDecorators:
     @pytest.mark.parametrize('kind', [core_once, exactly_once], ids=['core', 'dramatiq'])
     def test_above_the_actor_it_is_refused_and_the_order_is_shown(self, kind: Any) -> None:
         made: Any = dramatiq.actor(broker=new_broker())(work)
-        with pytest.raises(ConfigurationError, match=r'stands above @dramatiq\.actor, .*: write it below @dramatiq\.actor'):
+        with pytest.raises(
+            ConfigurationError,
+            match=r'stands above @dramatiq\.actor, .*: write it below @dramatiq\.actor',
+        ):
             kind(key='{n}')(made)
 
     def test_on_coroutines_too(self) -> None:
@@ -198,7 +236,11 @@ class TestClasses:
         actor: Any = Update
         assert plugin._known().route_of(actor.message('EUR')) == 'eur'
 
-    @pytest.mark.parametrize('key', ['order:{order_id}', lambda self, order_id: f'order:{order_id}'], ids=['format', 'callable'])
+    @pytest.mark.parametrize(
+        'key',
+        ['order:{order_id}', lambda self, order_id: f'order:{order_id}'],
+        ids=['format', 'callable'],
+    )
     def test_exactly_once_on_perform_is_routed_and_remembered(self, key: Any) -> None:
         plugin = JobSync(config=CONFIG)
         found = StubBroker(middleware=[plugin])
@@ -219,7 +261,11 @@ class TestClasses:
         assert coordination is not None and coordination.once is not None
         route = plugin._known().route_of(actor.message(17))
         assert route is not None and route.startswith('Charge#')
-        assert route == plugin._known().route_of(actor.message(order_id=17)) != plugin._known().route_of(actor.message(18))
+        assert (
+            route
+            == plugin._known().route_of(actor.message(order_id=17))
+            != plugin._known().route_of(actor.message(18))
+        )
         worker = dramatiq.Worker(found, worker_timeout=50, worker_threads=2)
         worker.start()
         try:
@@ -234,6 +280,7 @@ class TestClasses:
     def test_another_s_exactly_once_on_perform_is_refused(self) -> None:
         found = new_broker()
         with pytest.raises(ConfigurationError, match='from jobsync_dramatiq import exactly_once'):
+
             class Charge(dramatiq.GenericActor):
                 class Meta:
                     broker = found

@@ -1,4 +1,5 @@
 """The blocks of the Dramatiq chapter run as printed, and its tables tell the truth."""
+
 from __future__ import annotations
 
 import re
@@ -28,7 +29,11 @@ CHARGES = 'CREATE TABLE charges (order_id int, amount int)'
 
 def is_rabbit(block: Block) -> bool:
     """Whether a block belongs to the project on RabbitMQ."""
-    return block.text.startswith('# rabbit.py') or 'from rabbit import' in block.text or 'dramatiq rabbit' in block.text
+    return (
+        block.text.startswith('# rabbit.py')
+        or 'from rabbit import' in block.text
+        or 'dramatiq rabbit' in block.text
+    )
 
 
 def run(project: Project, blocks: list[Block], after: dict[str, Callable[[], object]]) -> None:
@@ -42,7 +47,10 @@ def run(project: Project, blocks: list[Block], after: dict[str, Callable[[], obj
 
 def nodes(config: CoordinationConfig, number: int, appname: str = 'sync_') -> None:
     """Wait until so many nodes share all tokens."""
-    rows = f'SELECT count(DISTINCT node), count(*) FILTER (WHERE moving OR node IS NULL) FROM {appname}assignment'
+    rows = (
+        'SELECT count(DISTINCT node), count(*) FILTER (WHERE moving OR node IS NULL) FROM '
+        f'{appname}assignment'
+    )
     eventually(lambda: query(config, rows) == [(number, 0)], 30)
 
 
@@ -55,7 +63,10 @@ def test_the_guide(config: CoordinationConfig, redis_server: BrokerServer, tmp_p
 
         def printed(*texts: str) -> Callable[[], None]:
             def look() -> None:
-                assert [text for text in texts if text not in project.printed[-1]] == [], project.printed[-1]
+                assert [text for text in texts if text not in project.printed[-1]] == [], (
+                    project.printed[-1]
+                )
+
             return look
 
         def charges() -> None:
@@ -64,24 +75,37 @@ def test_the_guide(config: CoordinationConfig, redis_server: BrokerServer, tmp_p
 
         def sums() -> None:
             assert project.printed[-1].endswith('[3, 3, 7]\n113\n')
-            eventually(lambda: query(config, 'SELECT count(*) FROM charges WHERE order_id = 0') == [(1,)], 20)
+            eventually(
+                lambda: query(config, 'SELECT count(*) FROM charges WHERE order_id = 0') == [(1,)],
+                20,
+            )
 
-        blocks = [block for block in blocks_of(DOCUMENT) if block.text != NOT_RUN and not is_rabbit(block)]
-        run(project, blocks, after={
-            'dramatiq proj -p 2': lambda: nodes(config, 3),
-            'import charge\n': printed('250 250\n'),
-            'import render': printed('\ngpu-primary-'),
-            'import refund, transfer': charges,
-            'import add, report': sums,
-            'import fetch': printed('feed of 2024-05-01\n'),
-            'jobsync undrain': printed('gpu-primary-', 'order:17', 'gives its tokens away now', 'takes part again'),
-            '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
-        })
-        assert query(config, "SELECT attempts FROM sync_execution WHERE key LIKE '%%feed:2024-05-01'") == [(2,)]
+        blocks = [
+            block for block in blocks_of(DOCUMENT) if block.text != NOT_RUN and not is_rabbit(block)
+        ]
+        run(
+            project,
+            blocks,
+            after={
+                'dramatiq proj -p 2': lambda: nodes(config, 3),
+                'import charge\n': printed('250 250\n'),
+                'import render': printed('\ngpu-primary-'),
+                'import refund, transfer': charges,
+                'import add, report': sums,
+                'import fetch': printed('feed of 2024-05-01\n'),
+                'jobsync undrain': printed(
+                    'gpu-primary-', 'order:17', 'gives its tokens away now', 'takes part again'
+                ),
+                '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
+            },
+        )
+        assert query(
+            config, "SELECT attempts FROM sync_execution WHERE key LIKE '%%feed:2024-05-01'"
+        ) == [(2,)]
 
 
 def test_the_part_on_rabbitmq(
-    config: CoordinationConfig, rabbitmq_server: BrokerServer, tmp_path: Path,
+    config: CoordinationConfig, rabbitmq_server: BrokerServer, tmp_path: Path
 ) -> None:
     query(config, CHARGES)
     with closing(Project(DOCUMENT, config, rabbitmq_server, tmp_path)) as project:
@@ -90,16 +114,24 @@ def test_the_part_on_rabbitmq(
         blocks = [block for block in blocks_of(DOCUMENT) if is_rabbit(block)]
         assert len(blocks) == 3
         run(project, blocks, after={'dramatiq rabbit': lambda: nodes(config, 2, 'rabbit_')})
-        eventually(lambda: query(config, 'SELECT count(DISTINCT order_id) FROM charges') == [(20,)], 30)
-        eventually(lambda: not rabbitmq_server.depths(project.programs.space), 30)  # the repetitions are done as well
+        eventually(
+            lambda: query(config, 'SELECT count(DISTINCT order_id) FROM charges') == [(20,)], 30
+        )
+        eventually(
+            lambda: not rabbitmq_server.depths(project.programs.space), 30
+        )  # the repetitions are done as well
         assert query(config, 'SELECT count(*) FROM charges') == [(20,)]
 
 
 def test_every_setting_and_option_has_its_true_default() -> None:
-    rows = dict(re.findall(r'^\| `(\w+)` \| (.+?) \|', DOCUMENT.read_text(encoding='utf-8'), re.MULTILINE))
+    rows = dict(
+        re.findall(r'^\| `(\w+)` \| (.+?) \|', DOCUMENT.read_text(encoding='utf-8'), re.MULTILINE)
+    )
     for field in fields(PluginSettings):
         default = '{}' if field.default is MISSING else repr(field.default)
-        assert rows[field.name] == ('made from the rest' if field.name == 'config' else f'`{default}`')
+        assert rows[field.name] == (
+            'made from the rest' if field.name == 'config' else f'`{default}`'
+        )
     for name, option in signature(exactly_once).parameters.items():
         if isinstance(option.default, (bool, str)):
             assert rows[name] == f'`{option.default!r}`'

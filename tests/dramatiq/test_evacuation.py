@@ -1,4 +1,7 @@
-"""`jobsync evacuate` on Dramatiq's brokers: what was in the plugin's queues is where plain Dramatiq finds it."""
+"""`jobsync evacuate` on Dramatiq's brokers: what was in the plugin's queues is where plain Dramatiq
+finds it.
+"""
+
 from __future__ import annotations
 
 import json
@@ -16,8 +19,22 @@ __all__ = ['options', 'server', 'workers']
 
 def evacuate(workers: Workers) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, '-m', 'jobsync_core.cli', 'evacuate', '--app', 'tests.dramatiq.worker_app:plugin', '--json'], cwd=ROOT,
-        env=workers._environment, capture_output=True, text=True, timeout=120, check=False)
+        [
+            sys.executable,
+            '-m',
+            'jobsync_core.cli',
+            'evacuate',
+            '--app',
+            'tests.dramatiq.worker_app:plugin',
+            '--json',
+        ],
+        cwd=ROOT,
+        env=workers._environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode in (0, 2), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found['complete'] is (done.returncode == 0)
@@ -41,10 +58,20 @@ def test_all_messages_go_home_and_none_is_lost(workers: Workers) -> None:
     # What had ended may not have been acknowledged: it is a duplicate then.
     home = workers.depth('default')
     assert 43 - ended <= home <= 43
-    left = {name for name in workers.server.depths(workers.space) if 'jobsync.' in name and '.XQ' not in name}
+    left = {
+        name
+        for name in workers.server.depths(workers.space)
+        if 'jobsync.' in name and '.XQ' not in name
+    }
     assert left == set()
     assert evacuate(workers) | {'deleted': []} == {
-        'restored': 0, 'moved': {}, 'deleted': [], 'busy': [], 'failed': {}, 'complete': True}
+        'restored': 0,
+        'moved': {},
+        'deleted': [],
+        'busy': [],
+        'failed': {},
+        'complete': True,
+    }
     assert workers.depth('default') == home
     # A worker finds them there.
     workers.start(1)

@@ -1,4 +1,5 @@
 """Fences of the plugin, each taken away in turn: the check that rests on it fails then."""
+
 from __future__ import annotations
 
 import contextlib
@@ -90,14 +91,21 @@ def check_earlier_life(made: Stage) -> None:
 
 
 FENCES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Stage], None]]] = [
-    (acknowledge_first, check_published_before_acknowledged), (acknowledge_first, check_failure_leaves_it_unacknowledged),
-    (without_hop_limit, check_hop_limit), (also_to_self, check_never_to_self), (without_late_check, check_late),
-    (with_all_ears, check_late_is_unheard), (without_incarnations, check_earlier_life)]
+    (acknowledge_first, check_published_before_acknowledged),
+    (acknowledge_first, check_failure_leaves_it_unacknowledged),
+    (without_hop_limit, check_hop_limit),
+    (also_to_self, check_never_to_self),
+    (without_late_check, check_late),
+    (with_all_ears, check_late_is_unheard),
+    (without_incarnations, check_earlier_life),
+]
 
 
 @pytest.mark.parametrize(('remove', 'check'), FENCES, ids=lambda item: item.__name__)
 def test_without_the_fence_the_check_fails(
-    monkeypatch: pytest.MonkeyPatch, remove: Callable[[pytest.MonkeyPatch], None], check: Callable[[Stage], None],
+    monkeypatch: pytest.MonkeyPatch,
+    remove: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Stage], None],
 ) -> None:
     with stage(monkeypatch) as made:
         check(made)
@@ -106,7 +114,9 @@ def test_without_the_fence_the_check_fails(
         check(made)
 
 
-def test_without_the_duplicate_rule_a_group_s_callback_runs_early(ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_duplicate_rule_a_group_s_callback_runs_early(
+    ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_group_counts_once(Bench(), ledger)
     ledger.begin_error = None
     monkeypatch.setattr(once_module, 'was_counted', lambda broker, message: False)
@@ -133,7 +143,7 @@ def check_rescue_spares_the_living(server: BrokerServer) -> None:
 
 
 def test_without_an_id_of_its_own_a_live_node_s_messages_are_taken(
-    redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch,
+    redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_rescue_spares_the_living(redis_server)
     monkeypatch.setattr(redis_mail, 'broker_id', lambda appname, node: 'all')
@@ -143,7 +153,11 @@ def test_without_an_id_of_its_own_a_live_node_s_messages_are_taken(
 
 def trust_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
     read = Actors.read_route
-    monkeypatch.setattr(Actors, 'read_route', lambda self, message, stamps: stamps.key or read(self, message, stamps))
+    monkeypatch.setattr(
+        Actors,
+        'read_route',
+        lambda self, message, stamps: stamps.key or read(self, message, stamps),
+    )
 
 
 def trust_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +167,14 @@ def trust_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming, 'read_message', read)
 
 
-def test_without_the_route_from_the_arguments_a_message_goes_around_a_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_route_from_the_arguments_a_message_goes_around_a_pin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trust_the_stamp(monkeypatch)
     with stage(monkeypatch) as made:
-        assert made.receive(message('7', None, 'pinned', **{KEY: 'mine'})) is not None, 'the node would run what its pin excludes'
+        assert made.receive(message('7', None, 'pinned', **{KEY: 'mine'})) is not None, (
+            'the node would run what its pin excludes'
+        )
 
 
 def test_without_the_boundary_odd_fields_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +186,15 @@ def test_without_the_boundary_odd_fields_reach_the_worker(monkeypatch: pytest.Mo
     assert len(passed) > 10
 
 
-def test_without_the_last_place_a_message_that_has_no_key_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_last_place_a_message_that_has_no_key_is_retried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(WorkerGate, 'is_refused', lambda self, signal, message: False)
     with stage(monkeypatch) as made:
         retried: list[Any] = []
-        dramatiq.actor(actor_name='stubborn', broker=made.broker, jobsync_key='{n}', retry_when=lambda *_: True)(made._run)
+        dramatiq.actor(
+            actor_name='stubborn', broker=made.broker, jobsync_key='{n}', retry_when=lambda *_: True
+        )(made._run)
         vars(made.broker)['enqueue'] = lambda found, delay=None: retried.append(found)
         found = made.receive(message(None, None, 'stubborn', args=()))
         monkeypatch.setattr(WorkerGate, 'refuse', without_throws(WorkerGate.refuse))

@@ -1,4 +1,5 @@
 """The gate of a worker: what becomes of each message, in which order, whatever fails."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -115,13 +116,17 @@ class TestReceipt:
         assert stage.receive(message('other', eta=1)) is not None
         assert stage.log == []
 
-    def test_another_s_is_dropped_where_every_node_gets_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_s_is_dropped_where_every_node_gets_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with make_stage(monkeypatch, on_unclaimed='drop') as stage:
             assert stage.receive(message('other')) is None
             assert (stage.log, stage.counts['dropped']) == (['ack'], 1)
 
     @pytest.mark.parametrize('error', [ConnectionError('lost'), ValueError('odd')])
-    def test_an_acknowledgement_that_fails_raises_nothing(self, stage: Stage, error: Exception) -> None:
+    def test_an_acknowledgement_that_fails_raises_nothing(
+        self, stage: Stage, error: Exception
+    ) -> None:
         stage.hold.ack_error = error
         assert stage.receive(message('other')) is None
         assert stage.log == ['send q2 hops=1']
@@ -136,44 +141,69 @@ class TestReceipt:
         stage.look()
         assert stage.log == ['send q2 hops=1', 'ack']
 
+
 class TestWithoutAKey:
     """Nobody can tell where such a message may run: it runs nowhere, and fails for good."""
 
-    @pytest.mark.parametrize('args', [(), (1, 2), ('',), (None,), ('\0',), ('x' * 2001,), ('\ud800',)])
+    @pytest.mark.parametrize(
+        'args', [(), (1, 2), ('',), (None,), ('\0',), ('x' * 2001,), ('\ud800',)]
+    )
     @pytest.mark.parametrize('actor', ['keyed', 'pinned', 'once'])
     def test_it_fails_at_once_and_goes_to_the_dead_letters(
-        self, stage: Stage, actor: str, args: tuple[Any, ...], caplog: pytest.LogCaptureFixture,
+        self, stage: Stage, actor: str, args: tuple[Any, ...], caplog: pytest.LogCaptureFixture
     ) -> None:
         found = stage.receive(message(None, actor=actor, args=args))
         with caplog.at_level('WARNING'):
             assert stage.process(found) == ['nack default']
-        said, = (record.getMessage() for record in caplog.records if 'cannot be routed' in record.getMessage())
-        assert f'actor={actor} id={found.message_id} cannot be routed, and goes to the dead letters: no key can be made for it' in said
+        (said,) = (
+            record.getMessage()
+            for record in caplog.records
+            if 'cannot be routed' in record.getMessage()
+        )
+        assert (
+            f'actor={actor} id={found.message_id} cannot be routed, and goes to the dead letters: '
+            'no key can be made for it' in said
+        )
         assert (stage.counts['unroutable'], stage.middleware) == (1, ['begin', 'end'])
         assert 'throws' not in found.options and 'retries' not in found.options
 
     def test_whatever_retry_when_says(self, stage: Stage) -> None:
-        actor: Any = dramatiq.actor(actor_name='stubborn', broker=stage.broker, jobsync_key='{n}', retry_when=lambda *_: True)(stage._run)
-        assert stage.process(stage.receive(message(None, actor=actor.actor_name, args=()))) == ['nack default']
+        actor: Any = dramatiq.actor(
+            actor_name='stubborn',
+            broker=stage.broker,
+            jobsync_key='{n}',
+            retry_when=lambda *_: True,
+        )(stage._run)
+        assert stage.process(stage.receive(message(None, actor=actor.actor_name, args=()))) == [
+            'nack default'
+        ]
 
     def test_without_a_lease_it_goes_back_like_any_other(self, stage: Stage) -> None:
         found = stage.receive(message(None, args=()))
         stage.job.leased = False
         assert stage.process(found) == ['requeue']
 
-    def test_a_key_of_exactly_once_that_cannot_be_made_beside_a_route_that_can(self, stage: Stage) -> None:
+    def test_a_key_of_exactly_once_that_cannot_be_made_beside_a_route_that_can(
+        self, stage: Stage
+    ) -> None:
         def run(n: str, m: object = None) -> None:
             stage.log.append('run')
 
-        dramatiq.actor(actor_name='both', broker=stage.broker, jobsync_key='{n}')(exactly_once(key='{m}')(run))
-        dramatiq.actor(actor_name='scoped', broker=stage.broker)(exactly_once(key='{n}', scope='s' * 100)(run))
+        dramatiq.actor(actor_name='both', broker=stage.broker, jobsync_key='{n}')(
+            exactly_once(key='{m}')(run)
+        )
+        dramatiq.actor(actor_name='scoped', broker=stage.broker)(
+            exactly_once(key='{n}', scope='s' * 100)(run)
+        )
         stage.job.mine.update(('mine', 'x' * 1950))
         for actor, key in (('both', 'mine'), ('scoped', 'x' * 1950)):
             assert stage.process(stage.receive(message(key, actor=actor))) == ['nack default']
 
 
 class TestForgedMessages:
-    @pytest.mark.parametrize('key', ['other', 'nobody', 'pinned#0', ['other'], 7, 'x' * 2001, '\0', '\ud800', ''])
+    @pytest.mark.parametrize(
+        'key', ['other', 'nobody', 'pinned#0', ['other'], 7, 'x' * 2001, '\0', '\ud800', '']
+    )
     def test_the_key_is_made_from_the_arguments(self, stage: Stage, key: Any) -> None:
         found = stage.receive(message('mine', **{KEY: key}))
         assert stage.process(found) == ['run', 'ack']
@@ -183,19 +213,29 @@ class TestForgedMessages:
     def test_no_message_goes_around_a_pin(self, stage: Stage, key: str) -> None:
         stage.job.mine.add(key)
         assert stage.receive(message('7', None, 'pinned', **{KEY: key})) is None
-        assert stage.process(stage.receive(message(None, None, 'pinned', args=(), **{KEY: key}))) == ['nack default']
+        assert stage.process(
+            stage.receive(message(None, None, 'pinned', args=(), **{KEY: key}))
+        ) == ['nack default']
 
-    @pytest.mark.parametrize('hops', ['x', '3', [], {}, 1.5, -1, -10**30, True, float('nan'), float('inf'), None])
+    @pytest.mark.parametrize(
+        'hops', ['x', '3', [], {}, 1.5, -1, -(10**30), True, float('nan'), float('inf'), None]
+    )
     def test_hops_that_are_no_count_are_none(self, stage: Stage, hops: Any) -> None:
         assert stage.receive(message('other', hops=0, **{HOPS: hops})) is None
         assert stage.log == ['send q2 hops=1', 'ack']
 
-    @pytest.mark.parametrize('home', ['elsewhere', 'jobsync.shop_.n2', ['default'], 7, '', '\0', 'x' * 2000])
-    def test_dead_letters_of_a_home_that_is_none_go_to_the_actor_s(self, stage: Stage, home: Any) -> None:
+    @pytest.mark.parametrize(
+        'home', ['elsewhere', 'jobsync.shop_.n2', ['default'], 7, '', '\0', 'x' * 2000]
+    )
+    def test_dead_letters_of_a_home_that_is_none_go_to_the_actor_s(
+        self, stage: Stage, home: Any
+    ) -> None:
         found = stage.receive(message('mine', hops=1, **{HOME: home}))
         assert found.queue_name == 'default'
 
-    def test_a_queue_name_that_is_none_is_that_of_the_queue(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_queue_name_that_is_none_is_that_of_the_queue(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with make_stage(monkeypatch, queue='default') as stage:
             for name in ('elsewhere', 'jobsync.shop_.n2'):
                 odd = message('mine').copy(queue_name=name)
@@ -206,7 +246,11 @@ class TestForgedMessages:
 class TestHome:
     def test_a_message_is_in_its_actor_s_queue_again_when_it_runs(self, stage: Stage) -> None:
         found = stage.receive(message('mine', hops=1))
-        assert (found.queue_name, HOME in found.options, HOPS in found.options) == ('default', False, False)
+        assert (found.queue_name, HOME in found.options, HOPS in found.options) == (
+            'default',
+            False,
+            False,
+        )
 
     def test_a_copy_keeps_id_time_arguments_and_options(self) -> None:
         first = message('other', retries=2)
@@ -217,13 +261,21 @@ class TestHome:
         back = wrapped(again, 'default', None)
         assert back.options == {'retries': 2}
         for each in (copy, again, back):
-            assert (each.message_id, each.message_timestamp, each.args) == (first.message_id, first.message_timestamp, first.args)
+            assert (each.message_id, each.message_timestamp, each.args) == (
+                first.message_id,
+                first.message_timestamp,
+                first.args,
+            )
 
     def test_age_counts_from_the_first_sending_as_without_the_plugin(self, stage: Stage) -> None:
         stage.broker.add_middleware(AgeLimit(max_age=60_000))
         sent = message('mine', hops=1)
-        old: Any = dramatiq.Message(**{**sent.asdict(), 'message_timestamp': sent.message_timestamp - 61_000})
-        assert stage.process(stage.receive(wrapped(old, old.queue_name, 'mine', 1))) == ['nack default']
+        old: Any = dramatiq.Message(
+            **{**sent.asdict(), 'message_timestamp': sent.message_timestamp - 61_000}
+        )
+        assert stage.process(stage.receive(wrapped(old, old.queue_name, 'mine', 1))) == [
+            'nack default'
+        ]
 
 
 class TestWaiting:
@@ -257,9 +309,14 @@ class TestWaiting:
         assert stage.log == ['close waiting=1']
 
     @pytest.mark.parametrize('key', ['mine', None])
-    def test_a_message_of_an_actor_that_is_not_known_here_waits_apart(self, stage: Stage, key: str | None) -> None:
+    def test_a_message_of_an_actor_that_is_not_known_here_waits_apart(
+        self, stage: Stage, key: str | None
+    ) -> None:
         assert stage.receive(message(key, actor='newer')) is None
-        assert (stage.log, stage.counts['unknown']) == (['send jobsync.shop_.unknown hops=0', 'ack'], 1)
+        assert (stage.log, stage.counts['unknown']) == (
+            ['send jobsync.shop_.unknown hops=0', 'ack'],
+            1,
+        )
 
 
 class TestLease:
@@ -274,8 +331,12 @@ class TestLease:
         assert stage.look() is not None
         assert stage.log == ['requeue', 'pause', 'resume']
 
-    @pytest.mark.parametrize(('actor', 'log'), [('once', ['requeue', 'pause']), ('keyed', ['pause', 'ack'])])
-    def test_what_runs_goes_back_once_if_it_completes_once(self, stage: Stage, actor: str, log: list[str]) -> None:
+    @pytest.mark.parametrize(
+        ('actor', 'log'), [('once', ['requeue', 'pause']), ('keyed', ['pause', 'ack'])]
+    )
+    def test_what_runs_goes_back_once_if_it_completes_once(
+        self, stage: Stage, actor: str, log: list[str]
+    ) -> None:
         found = stage.receive(message('mine', actor=actor))
         stage.gate.begin(found)
         stage.job.leased = False
@@ -305,11 +366,15 @@ class TestLease:
         assert stage.log == ['requeue', 'requeue', 'pause']
         stage.job.leased = True
         for each in (found, other):
-            assert stage.process(each) == []  # a thread takes it up all the same: it neither runs nor goes back a second time
+            assert (
+                stage.process(each) == []
+            )  # a thread takes it up all the same: it neither runs nor goes back a second time
         assert stage.middleware == []
 
     @pytest.mark.parametrize('change', ['lease', 'life'])
-    def test_what_is_delayed_in_memory_is_forgotten(self, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    def test_what_is_delayed_in_memory_is_forgotten(
+        self, monkeypatch: pytest.MonkeyPatch, change: str
+    ) -> None:
         with make_stage(monkeypatch, queue='default.DQ') as stage:
             assert stage.receive(message('other', eta=1)) is not None
             take = stage.hold.next
@@ -324,11 +389,15 @@ class TestLease:
             vars(stage.hold)['next'] = stopped
             with pytest.raises(ConnectionClosed):
                 stage.receive(message('other', eta=1))
-            assert stage.log == ['requeue']  # the one just taken; closing the consumer gives back the rest
+            assert stage.log == [
+                'requeue'
+            ]  # the one just taken; closing the consumer gives back the rest
             with pytest.raises(ConnectionClosed):
                 stage.look()
 
-    def test_a_consumer_of_delayed_messages_that_has_given_none_waits_for_the_lease(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_consumer_of_delayed_messages_that_has_given_none_waits_for_the_lease(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with make_stage(monkeypatch, queue='default.DQ') as stage:
             stage.job.leased = False
             assert stage.look() is None
@@ -344,10 +413,13 @@ class TestRefusals:
     FULL = DatabaseRefused('no space left', '53100', True)
 
     def test_nothing_is_taken_and_what_has_not_begun_goes_back_with_one_line(
-        self, stage: Stage, caplog: pytest.LogCaptureFixture,
+        self, stage: Stage, caplog: pytest.LogCaptureFixture
     ) -> None:
         pausing = stage.job.pausing
-        begun, waits = stage.receive(message('mine', actor='once')), stage.receive(message('mine', actor='once'))
+        begun, waits = (
+            stage.receive(message('mine', actor='once')),
+            stage.receive(message('mine', actor='once')),
+        )
         stage.gate.begin(begun)
         stage.receive(message('nobody'))
         pausing.refused(self.FULL, stage.clock.time)
@@ -360,7 +432,11 @@ class TestRefusals:
         assert stage.log == ['resume']
         pausing.refused(self.FULL, stage.clock.time)
         stage.look()
-        assert len(caplog.records) == 1 and 'no space left' in caplog.text and 'free disk space' in caplog.text
+        assert (
+            len(caplog.records) == 1
+            and 'no space left' in caplog.text
+            and 'free disk space' in caplog.text
+        )
 
     def test_after_the_pause_one_tries(self, stage: Stage) -> None:
         check_one_tries(stage)
@@ -370,12 +446,16 @@ class TestRefusals:
         stage.clock.time = stage.job.pausing.until
         assert all(stage.receive(message('mine')) is not None for _ in range(3))
 
-    def test_what_is_delayed_goes_to_its_queue_in_the_pause_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_is_delayed_goes_to_its_queue_in_the_pause_too(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with make_stage(monkeypatch, queue='default.DQ') as stage:
             stage.job.pausing.refused(self.FULL, stage.clock.time)
             assert stage.receive(message('other', eta=1)) is not None
 
-    def test_what_runs_goes_back_too_where_the_lease_runs_out_in_the_pause(self, stage: Stage) -> None:
+    def test_what_runs_goes_back_too_where_the_lease_runs_out_in_the_pause(
+        self, stage: Stage
+    ) -> None:
         found = stage.receive(message('mine', actor='once'))
         stage.gate.begin(found)
         stage.job.pausing.refused(self.FULL, stage.clock.time)
@@ -398,7 +478,9 @@ def check_one_tries(stage: Stage) -> None:
     assert stage.look() is not None and stage.look() is not None
 
 
-def test_without_that_every_message_would_try(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_that_every_message_would_try(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(WorkerGate, 'admits', lambda *args: True)
     with pytest.raises(AssertionError):
         check_one_tries(stage)
@@ -414,7 +496,7 @@ class TestBeforeTheActor:
         assert stage.middleware == []
 
     def test_prometheus_counts_it_neither_as_begun_nor_as_ended(
-        self, stage: Stage, monkeypatch: pytest.MonkeyPatch,
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ('PROMETHEUS_MULTIPROC_DIR', 'prometheus_multiproc_dir'):
             monkeypatch.setenv(name, '')  # what the middleware sets goes again
@@ -450,7 +532,10 @@ class TestBoot:
 
     def test_other_brokers_are_refused(self) -> None:
         broker = OtherBroker(middleware=[JobSync(host='nowhere', dbname='none')])
-        with pytest.raises(MiddlewareError, match='OtherBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only'):
+        with pytest.raises(
+            MiddlewareError,
+            match='OtherBroker: JobSync coordinates workers of RedisBroker and RabbitmqBroker only',
+        ):
             dramatiq.Worker(broker).start()
 
 

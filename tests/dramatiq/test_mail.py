@@ -1,4 +1,7 @@
-"""Redis and RabbitMQ as the plugin uses them: what is published, taken, given back, buried and rescued, on real servers."""
+"""Redis and RabbitMQ as the plugin uses them: what is published, taken, given back, buried and
+rescued, on real servers.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -51,7 +54,9 @@ class Place:
         return mail
 
     def node_behind(self, proxy: Proxy, name: str) -> Any:
-        """The mail of a node that reaches Redis by a proxy, and waits for a second for an answer."""
+        """The mail of a node that reaches Redis by a proxy, and waits for a second for an
+        answer.
+        """
         broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=1')
         self._stack.callback(broker.client.close)
         mail = mail_of(broker, CoordinationConfig(appname='shop_'))
@@ -60,8 +65,14 @@ class Place:
 
     def producer(self, **options: Any) -> Any:
         url = self.server.url(self.space)
-        broker: Any = RedisBroker(url=url) if self.server.kind == 'redis' else RabbitmqBroker(url=url, **options)
-        self._stack.callback(broker.close if self.server.kind == 'rabbitmq' else broker.client.close)
+        broker: Any = (
+            RedisBroker(url=url)
+            if self.server.kind == 'redis'
+            else RabbitmqBroker(url=url, **options)
+        )
+        self._stack.callback(
+            broker.close if self.server.kind == 'rabbitmq' else broker.client.close
+        )
         return mail_of(broker, CoordinationConfig(appname='shop_'))
 
     def put(self, mail: BrokerMail, queue: str, number: int = 1) -> None:
@@ -76,7 +87,9 @@ class Place:
             mail.broker.client.rpush(f'dramatiq:{queue}', number)
         else:
             mail.broker._ensure_queue('default')
-            mail.broker.channel.basic_publish('jobsync.shop_' if queue.startswith('jobsync.') else '', queue, data)
+            mail.broker.channel.basic_publish(
+                'jobsync.shop_' if queue.startswith('jobsync.') else '', queue, data
+            )
 
     def dead(self, mail: Any, queue: str) -> list[bytes]:
         """What is among the dead letters of a queue."""
@@ -117,7 +130,9 @@ def redis(redis_server: BrokerServer) -> Iterator[Place]:
 
 
 def message(n: int, **options: Any) -> Any:
-    return dramatiq.Message(queue_name='default', actor_name='keyed', args=(n,), kwargs={}, options=options)
+    return dramatiq.Message(
+        queue_name='default', actor_name='keyed', args=(n,), kwargs={}, options=options
+    )
 
 
 def next_of(hold: Any) -> Any:
@@ -140,13 +155,18 @@ def in_thread(action: Callable[[], Any]) -> None:
 
 
 class TestBothBrokers:
-    def test_a_broker_is_known_again_and_another_part_of_it_is_another(self, place: Place, server: BrokerServer) -> None:
+    def test_a_broker_is_known_again_and_another_part_of_it_is_another(
+        self, place: Place, server: BrokerServer
+    ) -> None:
         with ExitStack() as stack:
             other = Place(server, stack)
             mark = place.producer().identify(True)
             assert mark and place.producer().identify(False) == mark
             assert other.producer().identify(True) not in (mark, None)
-            assert 'guest:guest' not in place.producer().place and str(server.port) in place.producer().place
+            assert (
+                'guest:guest' not in place.producer().place
+                and str(server.port) in place.producer().place
+            )
             if server.kind == 'redis':
                 server.drop_space(place.space)
                 assert place.producer().identify(False) is None
@@ -163,7 +183,11 @@ class TestBothBrokers:
         eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
         assert mail.size('jobsync.shop_.never') == 0
         letter = mail.take('jobsync.shop_.gone')
-        assert (letter.route, letter.task, letter.home) == ('k:0', 'keyed', 'default') and mail.size('jobsync.shop_.gone') == 1
+        assert (letter.route, letter.task, letter.home) == (
+            'k:0',
+            'keyed',
+            'default',
+        ) and mail.size('jobsync.shop_.gone') == 1
         letter.put_back()
         eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
         assert mail.left(queues) == (set(queues) if rabbit else {'gone'})
@@ -173,9 +197,21 @@ class TestBothBrokers:
         sent = message(7, broker_priority=3, retries=1)
         node.send(sent, N1, 'k:7', 2)
         [found] = place.take_all(node, N1)
-        assert (found.message_id, found.message_timestamp, found.args) == (sent.message_id, sent.message_timestamp, (7,))
-        options = {name: value for name, value in found.options.items() if name != 'redis_message_id'}
-        assert options == {'broker_priority': 3, 'retries': 1, 'jobsync_key': 'k:7', 'jobsync_home': 'default', 'jobsync_hops': 2}
+        assert (found.message_id, found.message_timestamp, found.args) == (
+            sent.message_id,
+            sent.message_timestamp,
+            (7,),
+        )
+        options = {
+            name: value for name, value in found.options.items() if name != 'redis_message_id'
+        }
+        assert options == {
+            'broker_priority': 3,
+            'retries': 1,
+            'jobsync_key': 'k:7',
+            'jobsync_home': 'default',
+            'jobsync_hops': 2,
+        }
 
     def test_what_a_queue_holds_goes_to_its_new_owner_and_home(self, place: Place) -> None:
         one, two = place.node('n1'), place.node('n2')
@@ -187,7 +223,11 @@ class TestBothBrokers:
         assert one.take(N2) is None
         assert [found.args for found in place.take_all(two, N1)] == [(0,)]
         [back] = place.take_all(two, 'default')
-        assert (back.args, back.queue_name, 'jobsync_home' in back.options) == ((1,), 'default', False)
+        assert (back.args, back.queue_name, 'jobsync_home' in back.options) == (
+            (1,),
+            'default',
+            False,
+        )
 
     def test_a_letter_that_is_put_back_stays(self, place: Place) -> None:
         node = place.node('n1')
@@ -215,11 +255,17 @@ class TestBothBrokers:
             [raw] = client.hvals('dramatiq:default.XQ.msgs')
             assert client.zcard('dramatiq:default.XQ') == 1
         else:
+
             def dead() -> Any:
                 return node.broker.channel.basic_get('default.XQ', auto_ack=True)[2]
+
             raw = eventually(dead, 10)
         buried = dramatiq.Message.decode(raw)
-        assert (buried.queue_name, buried.args, 'jobsync_home' in buried.options) == ('default', (0,), False)
+        assert (buried.queue_name, buried.args, 'jobsync_home' in buried.options) == (
+            'default',
+            (0,),
+            False,
+        )
         assert node.take(N1) is None
 
     def test_a_pause_gives_back_what_was_fetched_and_not_handed_out(self, place: Place) -> None:
@@ -263,11 +309,14 @@ class TestBothBrokers:
         def take_more() -> bool:
             taken.extend(place.take_all(two, N1))
             return len(taken) == 5
+
         eventually(take_more, 10)
 
 
 def dead_by_queue(queue: str | None) -> dict[str, list[bytes]]:
-    """Where each message goes that no worker can have: all to one, or, found in a queue of the plugin's, as far as they tell it."""
+    """Where each message goes that no worker can have: all to one, or, found in a queue of the
+    plugin's, as far as they tell it.
+    """
     found: dict[str, list[bytes]] = {'default': [], PARKED: []}
     for name, data in UNREADABLE.items():
         found[queue or ('default' if name in TELLING else PARKED)].append(data)
@@ -278,7 +327,9 @@ class TestUnreadable:
     """What no worker can have is set aside once, as it is, and what lies beside it goes its way."""
 
     @pytest.mark.parametrize('queue', ['default', N1])
-    def test_a_consumer_sets_it_aside(self, place: Place, queue: str, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_consumer_sets_it_aside(
+        self, place: Place, queue: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         node = place.node('n1')
         hold = node.consume(queue, 100, 50)
         for n, data in enumerate(UNREADABLE.values()):
@@ -293,50 +344,90 @@ class TestUnreadable:
         hold.idle(0.05)
         hold.close([])
         lines = [record.getMessage() for record in caplog.records if '.XQ: ' in record.getMessage()]
-        assert sorted(line.split('.XQ: ')[0].rpartition(' ')[2] for line in lines) == sorted(name for name in dead for _ in dead[name])
+        assert sorted(line.split('.XQ: ')[0].rpartition(' ')[2] for line in lines) == sorted(
+            name for name in dead for _ in dead[name]
+        )
         assert all(len(line) < 600 and '\n' not in line for line in lines)
-        eventually(lambda: not [name for name in place.server.depths(place.space) if not name.endswith('.XQ')], 10)
+        eventually(
+            lambda: (
+                not [name for name in place.server.depths(place.space) if not name.endswith('.XQ')]
+            ),
+            10,
+        )
 
     def test_who_sweeps_a_queue_sets_it_aside(self, place: Place) -> None:
         node = place.node('n1')
         for n, data in enumerate(UNREADABLE.values()):
             place.put_raw(node, PARKED, data)
             node.send(message(n), PARKED, f'k:{n}')
-        assert [each.args[0] for each in place.take_all(node, PARKED)] == list(range(len(UNREADABLE)))
+        assert [each.args[0] for each in place.take_all(node, PARKED)] == list(
+            range(len(UNREADABLE))
+        )
         dead = dead_by_queue(None)
-        assert eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
+        assert eventually(
+            lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10
+        )
 
-    def test_a_worker_that_knows_the_actors_knows_where_their_dead_letters_are(self, place: Place) -> None:
+    def test_a_worker_that_knows_the_actors_knows_where_their_dead_letters_are(
+        self, place: Place
+    ) -> None:
         node = place.node('n1')
         node.broker.add_middleware(JobSync(config=CoordinationConfig(appname='shop_')))
         for queue in ('default', 'mail'):
             dramatiq.actor(actor_name=f'to_{queue}', queue_name=queue, broker=node.broker)(print)
-        node.actors = Actors(node.broker, PluginSettings(config=CoordinationConfig(appname='shop_')))
+        node.actors = Actors(
+            node.broker, PluginSettings(config=CoordinationConfig(appname='shop_'))
+        )
         stamped = {'jobsync_home': 'mail'}
         expected = {
-            'mail': [body(options=stamped, args=3), body(actor_name='to_mail', args=3), body(queue_name='mail', actor_name='?', args=3)],
-            # Nobody looks at queues that are not declared: what only a forger can have written counts for nothing.
-            'default': [body(options={'jobsync_home': 'nowhere'}, args=3), body(queue_name=PARKED, args=3), b'no message']}
+            'mail': [
+                body(options=stamped, args=3),
+                body(actor_name='to_mail', args=3),
+                body(queue_name='mail', actor_name='?', args=3),
+            ],
+            # Nobody looks at queues that are not declared: what only a forger can have written
+            # counts for nothing.
+            'default': [
+                body(options={'jobsync_home': 'nowhere'}, args=3),
+                body(queue_name=PARKED, args=3),
+                b'no message',
+            ],
+        }
         for data in (*expected['mail'], *expected['default']):
             place.put_raw(node, N1, data)
         assert node.take(N1) is None
-        assert eventually(lambda: {name: sorted(place.dead(node, name)) for name in expected} == {
-            name: sorted(data) for name, data in expected.items()}, 10)
+        assert eventually(
+            lambda: (
+                {name: sorted(place.dead(node, name)) for name in expected}
+                == {name: sorted(data) for name, data in expected.items()}
+            ),
+            10,
+        )
 
-    def test_without_a_right_to_write_there_it_goes_to_the_plugin_s_own(self, rabbit: Place, caplog: pytest.LogCaptureFixture) -> None:
+    def test_without_a_right_to_write_there_it_goes_to_the_plugin_s_own(
+        self, rabbit: Place, caplog: pytest.LogCaptureFixture
+    ) -> None:
         node = rabbit.node('n1')
         bad = UNREADABLE['no args']
         for _ in range(2):
             rabbit.put_raw(node, N1, bad)
         assert isinstance(rabbit.server, RabbitServer)
-        rabbit.server.api('PUT', f'permissions/{rabbit.space}/guest', {'configure': '.*', 'write': '^jobsync.*', 'read': '.*'})
+        rabbit.server.api(
+            'PUT',
+            f'permissions/{rabbit.space}/guest',
+            {'configure': '.*', 'write': '^jobsync.*', 'read': '.*'},
+        )
         node.reset()
         hold = node.consume(N1, 5, 50)
-        eventually(lambda: hold.next(patient=True) is None and len(rabbit.dead(node, PARKED)) == 2, 10)
+        eventually(
+            lambda: hold.next(patient=True) is None and len(rabbit.dead(node, PARKED)) == 2, 10
+        )
         hold.close([])
         assert caplog.text.count('may not write to default.XQ') == 1
 
-    def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(self, place: Place) -> None:
+    def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(
+        self, place: Place
+    ) -> None:
         node = place.node('n1')
         hold = node.consume(N1, 50, 50)
         node.send(message(0), N1, None)
@@ -348,7 +439,13 @@ class TestUnreadable:
         hold.close([first])
         hold = node.consume(N1, 50, 50)
         dead = dead_by_queue(None)
-        eventually(lambda: hold.next(patient=True) is None and {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
+        eventually(
+            lambda: (
+                hold.next(patient=True) is None
+                and {name: sorted(place.dead(node, name)) for name in dead} == dead
+            ),
+            10,
+        )
         hold.close([])
 
 
@@ -363,8 +460,10 @@ class TestRedis:
         assert one.take(PARKED) is not None
         assert two.restore('n1') == 4
         assert two.restore('n1') == 0
-        assert {queue: len(redis.take_all(two, queue)) for queue in ('default', 'default.DQ', N1, PARKED)} == {
-            'default': 2, 'default.DQ': 2, N1: 2, PARKED: 2}
+        assert {
+            queue: len(redis.take_all(two, queue))
+            for queue in ('default', 'default.DQ', N1, PARKED)
+        } == {'default': 2, 'default.DQ': 2, N1: 2, PARKED: 2}
 
     def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
         node = redis.node('n1')
@@ -375,7 +474,9 @@ class TestRedis:
         for each, target in zip(found[:3], (N2, 'jobsync.shop_.n3', N2), strict=True):
             node.send(each, target, f'k:{each.args[0]}', 1, hold)
             hold.ack(each)
-        assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 4  # nothing is gone before its copy is there
+        assert (
+            client.hlen('dramatiq:default.msgs') == client.scard(acks) == 4
+        )  # nothing is gone before its copy is there
         assert hold.next(patient=False) is None
         assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 1
         hold.ack(found[3])
@@ -383,10 +484,13 @@ class TestRedis:
         assert hold.outstanding == 0 and not hold.leaving and not hold._in_hand
         copies = redis.take_all(node, N2)
         assert [(copy.message_id, copy.args, copy.options['jobsync_hops']) for copy in copies] == [
-            (each.message_id, each.args, 1) for each in (found[0], found[2])]
+            (each.message_id, each.args, 1) for each in (found[0], found[2])
+        ]
         assert [copy.args for copy in redis.take_all(node, 'jobsync.shop_.n3')] == [found[1].args]
 
-    def test_a_full_consumer_goes_on_once_half_of_it_is_done_and_takes_nothing_before(self, redis: Place) -> None:
+    def test_a_full_consumer_goes_on_once_half_of_it_is_done_and_takes_nothing_before(
+        self, redis: Place
+    ) -> None:
         node = redis.node('n1')
         hold = node.consume('default', 4, 600_000)
         redis.put(node, 'default', 8)
@@ -397,7 +501,9 @@ class TestRedis:
         for _ in range(2):
             hold._misses = 30  # now Dramatiq would sleep for five minutes
             found: list[Any] = []
-            thread = threading.Thread(target=lambda found=found: found.append(hold.next(patient=True)), daemon=True)
+            thread = threading.Thread(
+                target=lambda found=found: found.append(hold.next(patient=True)), daemon=True
+            )
             thread.start()
             eventually(lambda: hold._waits, 10)
             in_thread(lambda: hold.ack(held.pop()))
@@ -411,7 +517,9 @@ class TestRedis:
 
     @pytest.mark.parametrize('queue', ['default', N1])
     @pytest.mark.parametrize('way', ['ack', 'nack', 'requeue'])
-    def test_whatever_becomes_of_messages_makes_room_for_others(self, redis: Place, queue: str, way: str) -> None:
+    def test_whatever_becomes_of_messages_makes_room_for_others(
+        self, redis: Place, queue: str, way: str
+    ) -> None:
         node = redis.node('n1')
         hold = node.consume(queue, 2, 600_000)
         redis.put(node, queue, 3)
@@ -441,7 +549,9 @@ class TestRedis:
         hold.close([])
         assert not client.exists(f'dramatiq:__acks__.{node.broker.broker_id}.default')
         assert [copy.args for copy in redis.take_all(node, N2)] == [found[0].args]
-        assert sorted(copy.args for copy in redis.take_all(node, 'default')) == sorted(each.args for each in found[1:])
+        assert sorted(copy.args for copy in redis.take_all(node, 'default')) == sorted(
+            each.args for each in found[1:]
+        )
 
     def test_what_is_to_be_passed_on_goes_back_when_the_lease_is_away(self, redis: Place) -> None:
         node = redis.node('n1')
@@ -455,7 +565,9 @@ class TestRedis:
         assert hold.next(patient=False).message_id == found.message_id
 
     @pytest.mark.parametrize('lost', ['connection', 'script'])
-    def test_an_acknowledgement_outlives_what_its_connection_loses(self, redis: Place, lost: str) -> None:
+    def test_an_acknowledgement_outlives_what_its_connection_loses(
+        self, redis: Place, lost: str
+    ) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 2)
         hold, client = node.consume('default', 2, 50), node.broker.client
@@ -465,7 +577,9 @@ class TestRedis:
         else:
             client.script_flush()
         hold.ack(next_of(hold))
-        assert not client.exists('dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default')
+        assert not client.exists(
+            'dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default'
+        )
         assert hold.outstanding == 0
 
     def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
@@ -479,10 +593,12 @@ class TestRedis:
         assert running.message_id not in {each.message_id for each in found}
         assert hold.next(patient=False) is None
 
-    @pytest.mark.parametrize('mode', [Mode.SWALLOW_TO_CLIENT, Mode.HOLD_TO_SERVER], ids=['answer lost', 'request late'])
+    @pytest.mark.parametrize(
+        'mode', [Mode.SWALLOW_TO_CLIENT, Mode.HOLD_TO_SERVER], ids=['answer lost', 'request late']
+    )
     @pytest.mark.parametrize('who', ['keeper', 'consumer'])
     def test_what_an_answer_brought_that_never_came_goes_back_soon(
-        self, redis: Place, monkeypatch: pytest.MonkeyPatch, mode: Mode, who: str,
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch, mode: Mode, who: str
     ) -> None:
         monkeypatch.setattr('jobsync_dramatiq.redis_mail._LOOK_SEC', 0.0)
         other = redis.node('n2')
@@ -500,7 +616,9 @@ class TestRedis:
                 try:
                     return fetch(queue, number)
                 finally:
-                    proxy.switch(Mode.REFUSE)  # what is asked next fails as well; and what was held up goes on
+                    proxy.switch(
+                        Mode.REFUSE
+                    )  # what is asked next fails as well; and what was held up goes on
                     eventually(lambda: client.scard(taken) == 1)
                     proxy.reset()
 
@@ -520,7 +638,9 @@ class TestRedis:
                 hold.close([found])
             assert client.llen(f'dramatiq:{queue}') == 3 and not client.exists(taken)
 
-    def test_a_queue_stays_doubtful_for_a_minute_as_a_request_may_come_late(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_queue_stays_doubtful_for_a_minute_as_a_request_may_come_late(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         clock = Clock()
         monkeypatch.setattr('jobsync_dramatiq.redis_mail.clock', clock)
         node = redis.node('n1')
@@ -542,7 +662,9 @@ class TestRedis:
         node.tidy()
         assert not node._doubtful
 
-    def test_what_cannot_be_set_aside_goes_back(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_cannot_be_set_aside_goes_back(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         node = redis.node('n1')
         redis.put_raw(node, PARKED, b'no message')
         with monkeypatch.context() as patch:
@@ -553,22 +675,34 @@ class TestRedis:
         node.tidy()
         assert node.size(PARKED) == 1
 
-    def test_whoever_evacuates_leaves_nothing_in_hand(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_whoever_evacuates_leaves_nothing_in_hand(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         mail = redis.producer()
         mail.begin_evacuation()
         redis.put(mail, PARKED)
         fetch = mail._line.run
         with monkeypatch.context() as patch:
-            patch.setattr(mail._line, 'run', lambda *args: (fetch(*args), raising(RedisTimeout('no answer'))()))
+            patch.setattr(
+                mail._line,
+                'run',
+                lambda *args: (fetch(*args), raising(RedisTimeout('no answer'))()),
+            )
             with pytest.raises(RedisTimeout):
                 mail.take(PARKED)
         mail.close()
         assert redis.node('n1').size(PARKED) == 1
 
-    def test_no_thread_waits_for_ever_for_an_answer(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_thread_waits_for_ever_for_an_answer(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr('jobsync_dramatiq.redis_line._ANSWER_SEC', 0.2)
         with Proxy('127.0.0.1', redis.server.port) as proxy:
-            broker = RedisBroker(client=Redis.from_url(redis.server.url(redis.space, proxy.port), socket_timeout=None))
+            broker = RedisBroker(
+                client=Redis.from_url(
+                    redis.server.url(redis.space, proxy.port), socket_timeout=None
+                )
+            )
             mail: Any = mail_of(broker, CoordinationConfig(appname='shop_'))
             mail.join('n1', N1)
             assert mail.fetch('default', 1) == []
@@ -578,7 +712,9 @@ class TestRedis:
             proxy.heal()
             broker.client.close()
 
-    def test_what_waited_for_its_time_comes_back_when_its_consumer_begins_anew(self, redis: Place) -> None:
+    def test_what_waited_for_its_time_comes_back_when_its_consumer_begins_anew(
+        self, redis: Place
+    ) -> None:
         node = redis.node('n1')
         redis.put(node, 'default.DQ')
         hold = node.consume('default.DQ', 5, 50)
@@ -588,7 +724,7 @@ class TestRedis:
 
     @pytest.mark.parametrize(('timeout', 'pause'), [(60_000, 10.0), (2_000, 0.5)])
     def test_a_consumer_that_takes_nothing_shows_that_it_lives_before_others_put_back_what_it_holds(
-        self, redis: Place, monkeypatch: pytest.MonkeyPatch, timeout: int, pause: float,
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch, timeout: int, pause: float
     ) -> None:
         clock = Clock()
         monkeypatch.setattr('jobsync_dramatiq.redis_hold.clock', clock)
@@ -604,12 +740,15 @@ class TestRedis:
         hold.idle(0.001)
         assert client.zrange('dramatiq:__heartbeats__', 0, -1) == [b'jobsync.shop_.n1|']
 
-    def test_what_cannot_go_back_now_goes_back_later(self, redis: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_cannot_go_back_now_goes_back_later(
+        self, redis: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         node = redis.node('n1')
         redis.put(node, N1)
         hold = node.consume(N1, 1, 50)
         found = next_of(hold)
         with monkeypatch.context() as patch:
+
             def fail(*_: Any) -> None:
                 raise ConnectionError('away')
 
@@ -619,8 +758,9 @@ class TestRedis:
         node.tidy()
         assert len(redis.take_all(redis.node('n2'), N1)) == 1
 
-
-    def test_the_names_of_its_queues_come_back_where_redis_has_forgotten_them(self, redis: Place) -> None:
+    def test_the_names_of_its_queues_come_back_where_redis_has_forgotten_them(
+        self, redis: Place
+    ) -> None:
         node = redis.node('n1')
         node.consume('default', 1, 50)
         redis.put(node, PARKED)
@@ -630,11 +770,16 @@ class TestRedis:
         node.consume('default', 1, 50)
         redis.put(node, PARKED)
         node.take(PARKED)
-        assert node.broker.client.smembers(f'dramatiq:{N1}.sources') == {b'default', PARKED.encode()}
+        assert node.broker.client.smembers(f'dramatiq:{N1}.sources') == {
+            b'default',
+            PARKED.encode(),
+        }
 
 
 class TestRabbit:
-    def test_a_message_for_a_deleted_queue_is_parked_by_whomever_it_is_sent(self, rabbit: Place) -> None:
+    def test_a_message_for_a_deleted_queue_is_parked_by_whomever_it_is_sent(
+        self, rabbit: Place
+    ) -> None:
         node, producer = rabbit.node('n1'), rabbit.producer()
         rabbit.node('n2')
         assert node.delete(N2)
@@ -646,6 +791,7 @@ class TestRabbit:
         def parked() -> bool:
             found.extend(rabbit.take_all(node, PARKED))
             return len(found) == 2
+
         eventually(parked, 10)
         assert node.take(N2) is None
 
@@ -671,7 +817,9 @@ class TestRabbit:
         assert len(rabbit.take_all(node, N1)) == 2
 
     @pytest.mark.parametrize('what', ['connection', 'channel'])
-    def test_a_consumer_begins_anew_after_its_thread_s_connection_broke(self, rabbit: Place, what: str) -> None:
+    def test_a_consumer_begins_anew_after_its_thread_s_connection_broke(
+        self, rabbit: Place, what: str
+    ) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, N1)
         getattr(node.broker, what).close()
@@ -685,7 +833,9 @@ class TestRabbit:
         eventually(lambda: rabbit.server.depths(rabbit.space).get('default') == 1, 10)
         assert 'default' not in node.broker.queues  # and it is not consumed here
 
-    def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(self, rabbit: Place) -> None:
+    def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(
+        self, rabbit: Place
+    ) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, N1, 2)
         hold = node.consume(N1, 5, 50)
@@ -699,14 +849,18 @@ class TestRabbit:
         assert {next_of(again).args, next_of(again).args} == {(0,), (1,)}
         again.close([])
 
-    def test_closing_a_consumer_whose_connection_is_gone_says_nothing(self, rabbit: Place, caplog: pytest.LogCaptureFixture) -> None:
+    def test_closing_a_consumer_whose_connection_is_gone_says_nothing(
+        self, rabbit: Place, caplog: pytest.LogCaptureFixture
+    ) -> None:
         hold = rabbit.node('n1').consume(N1, 1, 50)
         hold._raw.connection.close()
         hold.close([])
         assert [record for record in caplog.records if record.name.startswith('dramatiq')] == []
 
     @pytest.mark.parametrize('place', ['broker', 'consumer'])
-    def test_a_broker_that_accepts_and_says_nothing_is_one_that_cannot_be_reached(self, rabbit: Place, place: str) -> None:
+    def test_a_broker_that_accepts_and_says_nothing_is_one_that_cannot_be_reached(
+        self, rabbit: Place, place: str
+    ) -> None:
         node = rabbit.node('n1')
         with Proxy('127.0.0.1', rabbit.server.port) as proxy:
             proxy.switch(Mode.SWALLOW)
@@ -720,10 +874,15 @@ class TestRabbit:
             with pytest.raises(ConnectionClosed, match='Timeout during AMQP handshake'):
                 node.consume('default', 1, 50)
 
-    def test_consumers_notice_a_stopped_worker_s_broker_soon_and_the_user_s_heartbeat_stays(self, rabbit: Place) -> None:
+    def test_consumers_notice_a_stopped_worker_s_broker_soon_and_the_user_s_heartbeat_stays(
+        self, rabbit: Place
+    ) -> None:
         assert rabbit.node('n1')._consumer_parameters.heartbeat == 15
         assert rabbit.node('n1').broker.parameters.heartbeat is None
-        given = mail_of(RabbitmqBroker(host='127.0.0.1', port=1, heartbeat=33), CoordinationConfig(appname='shop_'))
+        given = mail_of(
+            RabbitmqBroker(host='127.0.0.1', port=1, heartbeat=33),
+            CoordinationConfig(appname='shop_'),
+        )
         with pytest.raises(ConnectionClosed, match=r'RabbitMQ at 127\.0\.0\.1:1 cannot be used: '):
             given.join('n1', N1)
         assert given._consumer_parameters.heartbeat == 33  # type: ignore[attr-defined]  # of RabbitMQ's

@@ -1,4 +1,7 @@
-"""`exactly_once` in a worker's place: what Dramatiq is told of duplicates, of running keys, and of a ledger out of reach."""
+"""`exactly_once` in a worker's place: what Dramatiq is told of duplicates, of running keys, and of
+a ledger out of reach.
+"""
+
 from __future__ import annotations
 
 import uuid
@@ -62,7 +65,9 @@ class Bench:
         self.send_error: Exception | None = None
 
     def actor(self, **options: Any) -> Any:
-        made = dramatiq.actor(actor_name='double', broker=self.broker)(exactly_once(key='d:{n}', scope='', **options)(double))
+        made = dramatiq.actor(actor_name='double', broker=self.broker)(
+            exactly_once(key='d:{n}', scope='', **options)(double)
+        )
         mark_members(self.broker, self.plugin._known())
         vars(self.broker)['enqueue'] = self._enqueue
         return made
@@ -129,7 +134,9 @@ class TestDuplicates:
         ledger.begin_error = duplicate()
         assert bench.run(actor, delivered(actor.message(3))) == 6
 
-    def test_one_that_skips_returns_none_and_one_that_raises_raises(self, ledger: FakeLedger) -> None:
+    def test_one_that_skips_returns_none_and_one_that_raises_raises(
+        self, ledger: FakeLedger
+    ) -> None:
         ledger.begin_error = duplicate()
         for option, outcome in (('skip', None), ('raise', DuplicateExecution)):
             bench = Bench()
@@ -140,7 +147,9 @@ class TestDuplicates:
                 with pytest.raises(outcome):
                     bench.run(actor, delivered(actor.message(3)))
 
-    def test_a_member_of_a_group_that_is_delivered_again_counts_once(self, ledger: FakeLedger) -> None:
+    def test_a_member_of_a_group_that_is_delivered_again_counts_once(
+        self, ledger: FakeLedger
+    ) -> None:
         check_group_counts_once(Bench(), ledger)
 
     def test_a_member_that_was_complete_and_not_counted_counts(self, ledger: FakeLedger) -> None:
@@ -163,7 +172,9 @@ class TestDuplicates:
 
 class TestComingBack:
     @pytest.mark.parametrize('error', [ExecutionRunning(), ClaimLost(), DatabaseUnavailable()])
-    def test_what_cannot_begin_comes_back_with_its_id_and_stores_no_result(self, ledger: FakeLedger, error: Any) -> None:
+    def test_what_cannot_begin_comes_back_with_its_id_and_stores_no_result(
+        self, ledger: FakeLedger, error: Any
+    ) -> None:
         bench = Bench()
         actor = bench.actor()
         message = delivered(actor.message(3))
@@ -171,11 +182,15 @@ class TestComingBack:
         with pytest.raises(SkipMessage):
             bench.run(actor, message)
         [(again, delay)] = bench.sent
-        assert (again.message_id, delay, message.options['store_results']) == (message.message_id, 1000, False)
+        assert (again.message_id, delay, message.options['store_results']) == (
+            message.message_id,
+            1000,
+            False,
+        )
         assert 'store_results' not in again.options
 
     def test_it_waits_longer_each_time_that_its_key_is_still_running_and_one_line_says_so(
-        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture,
+        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture
     ) -> None:
         bench = Bench()
         actor = bench.actor()
@@ -187,18 +202,34 @@ class TestComingBack:
             for _ in range(9):
                 with pytest.raises(SkipMessage):
                     bench.run(actor, message)
-                (again, delay), = bench.sent
+                ((again, delay),) = bench.sent
                 bench.sent.clear()
                 delays.append(delay)
                 message = delivered(again)
         assert delays == [1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000, 60000]
-        assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) == 1
+        assert (
+            len([record for record in caplog.records if 'comes back in' in record.getMessage()])
+            == 1
+        )
 
-    @pytest.mark.parametrize(('when', 'error'), [
-        ('begin', ClaimLost()), ('begin', DatabaseUnavailable()), ('begin', DatabaseRefused('disk full')), ('begin', StoreTimeout()),
-        ('finish', DatabaseUnavailable()), ('finish', Fenced())])
-    def test_so_it_does_whatever_else_is_in_the_way_but_less_long_and_one_line_speaks_for_all_messages(
-        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture, when: str, error: Any, monkeypatch: pytest.MonkeyPatch,
+    @pytest.mark.parametrize(
+        ('when', 'error'),
+        [
+            ('begin', ClaimLost()),
+            ('begin', DatabaseUnavailable()),
+            ('begin', DatabaseRefused('disk full')),
+            ('begin', StoreTimeout()),
+            ('finish', DatabaseUnavailable()),
+            ('finish', Fenced()),
+        ],
+    )
+    def test_so_it_does_whatever_else_is_in_the_way_and_one_line_speaks_for_all(
+        self,
+        ledger: FakeLedger,
+        caplog: pytest.LogCaptureFixture,
+        when: str,
+        error: Any,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr('jobsync_dramatiq.once._repeats', Repeats())
         bench = Bench()
@@ -210,12 +241,15 @@ class TestComingBack:
                 for _ in range(6):
                     with pytest.raises(SkipMessage):
                         bench.run(actor, message)
-                    (again, delay), = bench.sent
+                    ((again, delay),) = bench.sent
                     bench.sent.clear()
                     delays.append(delay)
                     message = delivered(again)
             assert delays == [1000, 2000, 4000, 8000, 15000, 15000]
-        assert len([record for record in caplog.records if 'comes back in' in record.getMessage()]) == 1
+        assert (
+            len([record for record in caplog.records if 'comes back in' in record.getMessage()])
+            == 1
+        )
 
     @pytest.mark.parametrize('waits', ['x', -3, [], 10**9, 10**40, True, None, float('nan')])
     def test_whatever_the_message_says_of_its_waits(self, ledger: FakeLedger, waits: Any) -> None:
@@ -247,7 +281,9 @@ class TestComingBack:
             bench.run(actor, message)
         assert (note.give_back, note.unseen) == (True, False)
 
-    def test_what_went_back_while_it_ran_is_not_sent_a_second_time(self, ledger: FakeLedger) -> None:
+    def test_what_went_back_while_it_ran_is_not_sent_a_second_time(
+        self, ledger: FakeLedger
+    ) -> None:
         bench = Bench()
         actor = bench.actor()
         message = delivered(actor.message(3))
@@ -271,17 +307,26 @@ class TestComingBack:
 class TestKeys:
     def test_without_a_key_it_is_the_message_s_id(self, ledger: FakeLedger) -> None:
         bench = Bench()
-        actor = dramatiq.actor(actor_name='double', broker=bench.broker)(exactly_once(scope='')(double))
+        actor = dramatiq.actor(actor_name='double', broker=bench.broker)(
+            exactly_once(scope='')(double)
+        )
         message = delivered(actor.message(3))
         bench.run(actor, message)
         assert ledger.keys == [message.message_id]
 
     def test_one_decorator_may_be_put_on_several_functions(self, ledger: FakeLedger) -> None:
         bench, once = Bench(), exactly_once()
-        actors = [dramatiq.actor(actor_name=f'a{n}', broker=bench.broker)(once(lambda n: n)) for n in range(3)]
+        actors = [
+            dramatiq.actor(actor_name=f'a{n}', broker=bench.broker)(once(lambda n: n))
+            for n in range(3)
+        ]
         messages = [delivered(actor.message(3)) for actor in actors]
-        assert [bench.run(actor, message) for actor, message in zip(actors, messages, strict=True)] == [3, 3, 3]
-        assert [key.rpartition(':')[2] for key in ledger.keys] == [message.message_id for message in messages]
+        assert [
+            bench.run(actor, message) for actor, message in zip(actors, messages, strict=True)
+        ] == [3, 3, 3]
+        assert [key.rpartition(':')[2] for key in ledger.keys] == [
+            message.message_id for message in messages
+        ]
 
     def test_outside_of_a_message_there_is_none(self, ledger: FakeLedger) -> None:
         with pytest.raises(ConfigurationError, match='called outside of a message'):
@@ -294,7 +339,9 @@ class TestKeys:
 
 
 class TestCallsInsideOfAMessage:
-    """An actor's function that another one calls is no message: the one that is being processed never comes back for it."""
+    """An actor's function that another one calls is no message: the one that is being processed
+    never comes back for it.
+    """
 
     def inner(self, **options: Any) -> Any:
         ran: list[int] = []
@@ -320,10 +367,16 @@ class TestCallsInsideOfAMessage:
         return actor
 
     @pytest.mark.parametrize('once', [True, False], ids=['once', 'plain'])
-    @pytest.mark.parametrize(('options', 'answer'), [
-        ({}, '30 30'), ({'on_duplicate': 'skip'}, '30 None'), ({'on_duplicate': 'raise'}, 'DuplicateExecution')])
+    @pytest.mark.parametrize(
+        ('options', 'answer'),
+        [
+            ({}, '30 30'),
+            ({'on_duplicate': 'skip'}, '30 None'),
+            ({'on_duplicate': 'raise'}, 'DuplicateExecution'),
+        ],
+    )
     def test_a_duplicate_is_answered_as_its_options_say(
-        self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str,
+        self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str
     ) -> None:
         bench = Bench()
         inner = self.inner(**options)
@@ -332,8 +385,12 @@ class TestCallsInsideOfAMessage:
         assert (inner.ran, bench.sent) == ([3], [])
 
     @pytest.mark.parametrize('once', [True, False], ids=['once', 'plain'])
-    @pytest.mark.parametrize(('options', 'answer'), [({}, 'ExecutionRunning'), ({'on_running': 'skip'}, 'None None')])
-    def test_a_running_key_sends_nothing(self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str) -> None:
+    @pytest.mark.parametrize(
+        ('options', 'answer'), [({}, 'ExecutionRunning'), ({'on_running': 'skip'}, 'None None')]
+    )
+    def test_a_running_key_sends_nothing(
+        self, memory: MemoryLedger, once: bool, options: dict[str, Any], answer: str
+    ) -> None:
         bench = Bench()
         memory.hold('i:3')
         actor = self.outer(bench, self.inner(**options), once)

@@ -1,4 +1,7 @@
-"""Workers whose broker is away, or which are cut off from it alone: what probes see, what the log says, who gets the work."""
+"""Workers whose broker is away, or which are cut off from it alone: what probes see, what the log
+says, who gets the work.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -24,14 +27,18 @@ def proxy(workers: Workers) -> Iterator[Proxy]:
     """Between a worker that is started with `through` and its broker."""
     with Proxy('127.0.0.1', workers.server.port) as made:
         yield made
-        workers.stop()  # while their broker can be reached: a thread of Dramatiq's waits for ever with an acknowledgement
+        # while their broker can be reached: a thread of Dramatiq's waits for ever with an
+        # acknowledgement
+        workers.stop()
 
 
 def through(workers: Workers, proxy: Proxy, **more: Any) -> int:
     """Start a worker whose way to the broker is the proxy; the port of its probes."""
     port, before = free_port(), dict(workers._environment)
     workers._environment.update(
-        TEST_BROKER=workers.server.url(workers.space, proxy.port), TEST_OPTIONS=json.dumps({'http': f'127.0.0.1:{port}', **more}))
+        TEST_BROKER=workers.server.url(workers.space, proxy.port),
+        TEST_OPTIONS=json.dumps({'http': f'127.0.0.1:{port}', **more}),
+    )
     workers.start(1)
     workers._environment.clear()
     workers._environment.update(before)
@@ -50,7 +57,9 @@ def probe(port: int) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize('mode', [Mode.REFUSE, Mode.SWALLOW], ids=['refused', 'silent'])
-def test_a_worker_cut_off_from_the_broker_is_not_ready_and_gives_its_keys_to_others(workers: Workers, proxy: Proxy, mode: Mode) -> None:
+def test_a_worker_cut_off_from_the_broker_is_not_ready_and_gives_its_keys_to_others(
+    workers: Workers, proxy: Proxy, mode: Mode
+) -> None:
     port = through(workers, proxy)
     workers.wait_for_nodes(1)
     eventually(lambda: probe(port)[0] == 200, 20)
@@ -99,13 +108,23 @@ def test_a_worker_that_shuts_down_is_not_ready(workers: Workers, proxy: Proxy) -
     assert workers.started[0].wait(30) == 0
 
 
-def test_a_worker_without_coordination_is_ready_when_it_consumes(workers: Workers, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_coordination_is_ready_when_it_consumes(
+    workers: Workers, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workers._environment['TEST_LOCK_PROVIDER'] = 'gpu'  # fails
     port = through(workers, proxy, required=False)
     eventually(lambda: probe(port)[0] == 200, 40)
-    assert probe(port)[1] | {'node': ''} == {'status': 'ready', 'consuming': True, 'lease': False, 'coordinated': False, 'node': ''}
+    assert probe(port)[1] | {'node': ''} == {
+        'status': 'ready',
+        'consuming': True,
+        'lease': False,
+        'coordinated': False,
+        'node': '',
+    }
     # Older versions of Dramatiq pass their processes' lines on in a thread of the master.
-    eventually(lambda: "KeyError: 'gpu' -- THIS WORKER RUNS WITHOUT COORDINATION" in workers.output(), 20)
+    eventually(
+        lambda: "KeyError: 'gpu' -- THIS WORKER RUNS WITHOUT COORDINATION" in workers.output(), 20
+    )
     workers.app.keyed.send(1)
     eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 20)
     proxy.switch(Mode.REFUSE)

@@ -1,4 +1,5 @@
 """Pins of actors come and go with the code."""
+
 from __future__ import annotations
 
 from contextlib import closing
@@ -19,7 +20,8 @@ from dramatiq.brokers.redis import RedisBroker
 from jobsync_dramatiq import JobSync
 
 broker = RedisBroker(url=os.environ['CELERY_BROKER_URL'])
-broker.add_middleware(JobSync(pin_slots=4, pins={'rendr': ['gpu-%'], 'draw': ['%'], 'of-another-module': ['%']}))
+pins = {'rendr': ['gpu-%'], 'draw': ['%'], 'of-another-module': ['%']}
+broker.add_middleware(JobSync(pin_slots=4, pins=pins))
 dramatiq.set_broker(broker)
 
 
@@ -35,10 +37,15 @@ def draw():
 
 
 def test_a_pin_that_is_taken_out_of_the_code_goes_with_the_next_worker(
-    config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path,
+    config: CoordinationConfig, redis_server: BrokerServer, tmp_path: Path
 ) -> None:
     def pinned() -> list[str]:
-        return [name for name, in query(config, "SELECT DISTINCT split_part(task_id, '#', 1) FROM {}lock ORDER BY 1")]
+        return [
+            name
+            for (name,) in query(
+                config, "SELECT DISTINCT split_part(task_id, '#', 1) FROM {}lock ORDER BY 1"
+            )
+        ]
 
     place = tmp_path / 'project'
     place.mkdir()

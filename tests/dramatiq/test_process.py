@@ -1,4 +1,5 @@
 """A worker process sees that its master is gone."""
+
 from __future__ import annotations
 
 import logging
@@ -19,14 +20,20 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Signals that this process sends to itself."""
     found: list[int] = []
     kill = os.kill
-    monkeypatch.setattr(os, 'kill', lambda pid, number: kill(pid, number) if number == 0 else found.append(number))
+    monkeypatch.setattr(
+        os, 'kill', lambda pid, number: kill(pid, number) if number == 0 else found.append(number)
+    )
     monkeypatch.setattr(logging, 'disable', lambda level: None)
     return found
 
 
 @pytest.mark.parametrize('gone', [True, False])
-def test_a_master_that_was_killed_before_anybody_looked_is_missed(sent: list[int], monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
-    """The process has another parent from the beginning, and siblings that keep the master's pipe open."""
+def test_a_master_that_was_killed_before_anybody_looked_is_missed(
+    sent: list[int], monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """The process has another parent from the beginning, and siblings that keep the master's pipe
+    open.
+    """
     ended = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()
     master = SimpleNamespace(pid=ended.pid if gone else os.getppid(), is_alive=lambda: True)

@@ -1,4 +1,5 @@
 """Real `dramatiq` processes, on Redis and on RabbitMQ."""
+
 from __future__ import annotations
 
 import json
@@ -33,7 +34,9 @@ def test_each_message_runs_once_on_its_owner(workers: Workers) -> None:
     assert set(workers.counts('keyed:').values()) == {1}
     owners = workers.app.plugin._owner_map()
     late = [line for line in workers.lines('keyed:') if int(line.split()[0].split(':')[1]) >= 100]
-    assert all(owners.find('k:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in late)
+    assert all(
+        owners.find('k:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in late
+    )
     assert len({line.split()[1] for line in late}) == 2
 
 
@@ -42,14 +45,18 @@ def test_results_groups_pipelines_retries_and_delays(workers: Workers) -> None:
     workers.wait_for_nodes(2)
     app = workers.app
     assert app.keyed.send(7).get_result(block=True, timeout=10_000) == 14
-    assert app.keyed.send(7).get_result(block=True, timeout=10_000) == 14  # a duplicate has the stored result
+    assert (
+        app.keyed.send(7).get_result(block=True, timeout=10_000) == 14
+    )  # a duplicate has the stored result
     assert workers.counts('keyed:') == {'keyed:7': 1}
     group = dramatiq.group([app.add.message(1, n) for n in range(30)])
     group.add_completion_callback(app.seal.message('g'))
     group.run()
     assert list(group.get_results(block=True, timeout=20_000)) == [1 + n for n in range(30)]
     eventually(lambda: workers.counts('seal:') == {'seal:g': 1}, 10)
-    pipe = dramatiq.pipeline([app.add.message(1, 100), app.add.message(1000), app.add.message(10_000)]).run()
+    pipe = dramatiq.pipeline(
+        [app.add.message(1, 100), app.add.message(1000), app.add.message(10_000)]
+    ).run()
     assert pipe.get_result(block=True, timeout=10_000) == 11_101
     assert app.flaky.send(1).get_result(block=True, timeout=20_000) == 1
     assert workers.counts('flaky:') == {'flaky:1': 2}
@@ -79,7 +86,10 @@ def test_workers_hand_on_what_is_not_theirs(workers: Workers) -> None:
     eventually(lambda: len(workers.lines('routed:')) >= 300, 40)
     assert set(workers.counts('routed:').values()) == {1}
     owners = workers.app.plugin._owner_map()
-    assert all(owners.find('r:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in workers.lines('routed:'))
+    assert all(
+        owners.find('r:' + line.split()[0].split(':')[1]).node == line.split()[1]
+        for line in workers.lines('routed:')
+    )
 
 
 def test_a_rebalance_runs_nothing_twice(workers: Workers) -> None:
@@ -112,11 +122,15 @@ def test_orphans_of_a_killed_master_leave(workers: Workers, method: str) -> None
 
 
 @pytest.mark.parametrize('method', ['fork', 'forkserver'])
-def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work_and_leave(workers: Workers, method: str) -> None:
+def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work_and_leave(
+    workers: Workers, method: str
+) -> None:
     workers._environment['TEST_SLOW_START'] = '3'
     first = workers.start(2, method=method)
     workers.wait_for_nodes(2)
-    os.kill(first.pid, signal.SIGKILL)  # it waits to be told; now they wait for it, and would for ever
+    os.kill(
+        first.pid, signal.SIGKILL
+    )  # it waits to be told; now they wait for it, and would for ever
     first.wait()
     # This one begins, and does not end before the first orphan is told to stop.
     workers.app.lasting.send(1)
@@ -131,11 +145,15 @@ def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work
     assert len(workers.lines('lasting:')) == 1
 
 
-def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(workers: Workers) -> None:
+def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(
+    workers: Workers,
+) -> None:
     workers.start(1, '--queues', 'other')
     workers.wait_for_nodes(1)
     workers.app.keyed.send(1)
-    eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 10)  # by the node's own queue, which the producer chose
+    eventually(
+        lambda: workers.counts('keyed:') == {'keyed:1': 1}, 10
+    )  # by the node's own queue, which the producer chose
     workers.app.homeless.send(1)
     workers.start(1)
     eventually(lambda: workers.depth('jobsync.sync_.parked') == 1, 20)
@@ -147,7 +165,10 @@ def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(work
 
 
 def test_a_start_that_fails_ends_the_worker(workers: Workers, monkeypatch: Any) -> None:
-    workers._environment |= {'TEST_DATABASE': 'postgresql://nobody@127.0.0.1:1/none', 'JOBSYNC_WAIT_FOR_DATABASE_SEC': '2'}
+    workers._environment |= {
+        'TEST_DATABASE': 'postgresql://nobody@127.0.0.1:1/none',
+        'JOBSYNC_WAIT_FOR_DATABASE_SEC': '2',
+    }
     process = workers.start(1)
     assert process.wait(60) == 3
     assert 'cannot start' in workers.output()
@@ -169,7 +190,9 @@ def test_each_process_answers_probes_on_a_port_of_its_own(workers: Workers) -> N
 
     def node_at(number: int) -> str:
         try:
-            with urllib.request.urlopen(f'http://127.0.0.1:{number}/health/ready', timeout=5) as answer:
+            with urllib.request.urlopen(
+                f'http://127.0.0.1:{number}/health/ready', timeout=5
+            ) as answer:
                 return str(json.load(answer)['node'])
         except urllib.error.HTTPError as error:
             error.close()
@@ -184,7 +207,7 @@ def test_each_process_answers_probes_on_a_port_of_its_own(workers: Workers) -> N
 
 
 def test_a_producer_that_rabbitmq_refuses_the_exchange_sends_to_the_home_queue(
-    rabbitmq_server: Any, make_config: Any,
+    rabbitmq_server: Any, make_config: Any
 ) -> None:
     config = make_config()
     space = rabbitmq_server.new_space()
@@ -192,11 +215,17 @@ def test_a_producer_that_rabbitmq_refuses_the_exchange_sends_to_the_home_queue(
     plugin = JobSync(config=config)
     broker.add_middleware(plugin)
     actor: Any = dramatiq.actor(actor_name='keyed', broker=broker, jobsync_key='k')(lambda: None)
-    vars(plugin)['_owner_map'] = lambda: SimpleNamespace(find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1'))
-    rabbitmq_server.api('PUT', f'permissions/{space}/guest', {'configure': '^default', 'write': '.*', 'read': '.*'})
+    vars(plugin)['_owner_map'] = lambda: SimpleNamespace(
+        find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1')
+    )
+    rabbitmq_server.api(
+        'PUT', f'permissions/{space}/guest', {'configure': '^default', 'write': '.*', 'read': '.*'}
+    )
     try:
         actor.send()
-        eventually(lambda: rabbitmq_server.depths(space) == {'default': 1}, 10)  # sent without confirms
+        eventually(
+            lambda: rabbitmq_server.depths(space) == {'default': 1}, 10
+        )  # sent without confirms
     finally:
         broker.close()
         rabbitmq_server.drop_space(space)

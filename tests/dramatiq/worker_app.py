@@ -1,4 +1,5 @@
 """The broker and the actors of the tests: the same in workers and in the test process."""
+
 from __future__ import annotations
 
 import json
@@ -17,12 +18,22 @@ from redis import Redis
 from jobsync_dramatiq import JobSync, exactly_once
 
 URL = os.environ['TEST_REDIS']
-SHORT = {'heartbeat_interval_sec': 0.2, 'heartbeat_timeout_sec': 1.5, 'rebalance_check_interval_sec': 0.5}
+SHORT = {
+    'heartbeat_interval_sec': 0.2,
+    'heartbeat_timeout_sec': 1.5,
+    'rebalance_check_interval_sec': 0.5,
+}
 options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
 ADDRESS = os.environ['TEST_BROKER']
 more: dict[str, Any] = json.loads(os.environ.get('TEST_BROKER_OPTIONS', '{}'))
-broker: Any = RedisBroker(url=ADDRESS, **more) if ADDRESS.startswith('redis') else RabbitmqBroker(url=ADDRESS, **more)
-if 'TEST_LOCK_PROVIDER' in os.environ:  # as users write them: it fails where its machine is not known
+broker: Any = (
+    RedisBroker(url=ADDRESS, **more)
+    if ADDRESS.startswith('redis')
+    else RabbitmqBroker(url=ADDRESS, **more)
+)
+if (
+    'TEST_LOCK_PROVIDER' in os.environ
+):  # as users write them: it fails where its machine is not known
     options['lock_provider'] = lambda job: {'cpu': 1}[os.environ['TEST_LOCK_PROVIDER']]
 plugin = JobSync(database_url=os.environ['TEST_DATABASE'], **{**SHORT, **options})
 broker.add_middleware(plugin)
@@ -42,7 +53,9 @@ if 'TEST_SLOW_START' in os.environ:
 if 'TEST_PROMETHEUS' in os.environ:
     from dramatiq.middleware.prometheus import Prometheus
 
-    if not any(isinstance(item, Prometheus) for item in broker.middleware):  # in Dramatiq 1 it is there
+    if not any(
+        isinstance(item, Prometheus) for item in broker.middleware
+    ):  # in Dramatiq 1 it is there
         broker.add_middleware(Prometheus())
 dramatiq.set_broker(broker)
 log = Redis.from_url(URL, decode_responses=True)

@@ -1,4 +1,7 @@
-"""The app of the suite, plain or with JobSync; `celery -A tests.hostile.celery_worker worker` runs it."""
+"""The app of the suite, plain or with JobSync; `celery -A tests.hostile.celery_worker worker` runs
+it.
+"""
+
 from __future__ import annotations
 
 from typing import Any, cast
@@ -18,9 +21,19 @@ def make_app(order: Order) -> Celery:
     dead = Exchange('dead', type='fanout', durable=True)
     arguments = {'x-dead-letter-exchange': 'dead'} if order.broker.startswith('amqp') else None
     app.conf.update(
-        broker_connection_retry_on_startup=True, result_expires=3600, task_publish_retry=True,
-        task_queues=[Queue('celery', Exchange('celery', type='direct'), routing_key='celery', queue_arguments=arguments)],
-        task_default_queue='celery')
+        broker_connection_retry_on_startup=True,
+        result_expires=3600,
+        task_publish_retry=True,
+        task_queues=[
+            Queue(
+                'celery',
+                Exchange('celery', type='direct'),
+                routing_key='celery',
+                queue_arguments=arguments,
+            )
+        ],
+        task_default_queue='celery',
+    )
     app.extra = (dead, Queue('dead', dead, routing_key=''))
     once: Any = lambda **options: lambda function: function  # noqa: E731
     if order.mode == 'plain':
@@ -42,7 +55,9 @@ def make_app(order: Order) -> Celery:
         return note(n)
 
     def task(name: str, key: Any = None, **options: Any) -> None:
-        app.task(name=name, shared=False, **(options if order.mode != 'plain' else {}))(once(key=key)(keyed) if key else keyed)
+        app.task(name=name, shared=False, **(options if order.mode != 'plain' else {}))(
+            once(key=key)(keyed) if key else keyed
+        )
 
     task('keyed', 'k:{n}')
     task('good', 'g:{n}')
@@ -56,6 +71,7 @@ def make_app(order: Order) -> Celery:
 
 def _catcher(order: Order) -> type:
     """A plain worker that says which message would have ended it, and goes on."""
+
     class Catcher(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
         requires = ('celery.worker.consumer.connection:Connection',)
 
@@ -63,8 +79,11 @@ def _catcher(order: Order) -> type:
             super().__init__(parent, **options)
             make, kind = parent.create_task_handler, cast(Any, Message)
             ack = kind.ack
-            # In a solo pool the task has run in the callback, and its acknowledgement is under way when that raises.
-            kind.ack = lambda message, multiple=False: None if message.acknowledged else ack(message, multiple)
+            # In a solo pool the task has run in the callback, and its acknowledgement is under way
+            # when that raises.
+            kind.ack = lambda message, multiple=False: (
+                None if message.acknowledged else ack(message, multiple)
+            )
 
             def create_task_handler() -> Any:
                 handle = make()
@@ -75,6 +94,7 @@ def _catcher(order: Order) -> type:
                     except Exception:
                         order.note(f'ended {message.headers.get("hostile")}')
                         message.reject()
+
                 return receive
 
             parent.create_task_handler = create_task_handler

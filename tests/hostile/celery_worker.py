@@ -1,4 +1,5 @@
 """`celery -A tests.hostile.celery_worker worker`."""
+
 from __future__ import annotations
 
 from ..parity.harness import Order

@@ -1,8 +1,10 @@
 """Messages that nobody should send: generated and hand-made, for any framework.
 
-A framework's suite turns each `Hostile` into its own wire format. What is in here says what is wrong with a message and what a receiver
-with a boundary owes it; nothing in here knows a framework or a broker.
+A framework's suite turns each `Hostile` into its own wire format. What is in here says what is
+wrong with a message and what a receiver with a boundary owes it; nothing in here knows a framework
+or a broker.
 """
+
 from __future__ import annotations
 
 import random
@@ -13,18 +15,31 @@ from typing import Any
 
 from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
 
-__all__ = ['COUNTS', 'FORGED', 'STAMPS', 'TEXTS', 'Hostile', 'as_json', 'bad_arguments', 'bad_stamps', 'forged_keys', 'random_stamps']
+__all__ = [
+    'COUNTS',
+    'FORGED',
+    'STAMPS',
+    'TEXTS',
+    'Hostile',
+    'as_json',
+    'bad_arguments',
+    'bad_stamps',
+    'forged_keys',
+    'random_stamps',
+]
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """A message of the task `keyed`, whose key is made of its argument `n`, with something odd about it.
+    """A message of the task `keyed`, whose key is made of its argument `n`, with something odd
+    about it.
 
     Attributes:
         name: What is odd; unique within a suite, for the report.
         stamps: Headers, or options, that it carries besides what the framework needs.
         args, kwargs: Its arguments; `[n]` is put in where they are None.
-        runs: Whether a plain worker runs it to its end, so that ours must. Otherwise it is set aside, once, with one line.
+        runs: Whether a plain worker runs it to its end, so that ours must. Otherwise it is set
+            aside, once, with one line.
     """
 
     name: str
@@ -36,34 +51,102 @@ class Hostile:
 
 #: Values that are no text which could be a key or a name. JSON can carry all of them.
 TEXTS: tuple[Any, ...] = (
-    [], ['k'], [['k']], {}, {'k': 1}, 0, 1, -1, 1.5, True, False, '', 'x' * 2_001, '\0', 'a\0b', '\ud800', 'a\udfffb', 'ü' * 1_001,
-    ['k'] * 1_000, {'a': {'b': {'c': [None]}}}, 10**40)
+    [],
+    ['k'],
+    [['k']],
+    {},
+    {'k': 1},
+    0,
+    1,
+    -1,
+    1.5,
+    True,
+    False,
+    '',
+    'x' * 2_001,
+    '\0',
+    'a\0b',
+    '\ud800',
+    'a\udfffb',
+    'ü' * 1_001,
+    ['k'] * 1_000,
+    {'a': {'b': {'c': [None]}}},
+    10**40,
+)
 #: Values that are no count.
 COUNTS: tuple[Any, ...] = (
-    'x', '', '3', '-1', '1e9', [], [1], {}, {'n': 1}, 1.5, -1, -10**30, True, 10**40, float('inf'), float('nan'), '\0', '\ud800')
+    'x',
+    '',
+    '3',
+    '-1',
+    '1e9',
+    [],
+    [1],
+    {},
+    {'n': 1},
+    1.5,
+    -1,
+    -(10**30),
+    True,
+    10**40,
+    float('inf'),
+    float('nan'),
+    '\0',
+    '\ud800',
+)
 #: Names of all that JobSync writes on a message, and what cannot be right there.
 STAMPS: Mapping[str, tuple[Any, ...]] = {KEY: TEXTS, HOME: TEXTS, HOPS: COUNTS, WAITS: COUNTS}
 #: Keys that look right and belong to something else.
-FORGED = ('another', 'k:0', 'pinned#0', 'keyed#1', '#', 'a' * 2_000, 'line\nbreak', '%', "'; DROP TABLE node; --", '\u202egnol', '日本語')
+FORGED = (
+    'another',
+    'k:0',
+    'pinned#0',
+    'keyed#1',
+    '#',
+    'a' * 2_000,
+    'line\nbreak',
+    '%',
+    "'; DROP TABLE node; --",
+    '\u202egnol',
+    '日本語',
+)
 
 
 def bad_stamps() -> list[Hostile]:
-    """Each stamp with each value that cannot be right. A plain worker does not read them, and so runs all of these."""
-    return [Hostile(f'{name}[{number}]', {name: value})
-            for name, values in STAMPS.items() for number, value in enumerate(values)]
+    """Each stamp with each value that cannot be right. A plain worker does not read them, and so
+    runs all of these.
+    """
+    return [
+        Hostile(f'{name}[{number}]', {name: value})
+        for name, values in STAMPS.items()
+        for number, value in enumerate(values)
+    ]
 
 
 def forged_keys() -> list[Hostile]:
     """Keys of other messages: the route is made from the arguments all the same."""
-    return [Hostile(f'forged[{number}]', {KEY: key, HOPS: number % 3}) for number, key in enumerate(FORGED)]
+    return [
+        Hostile(f'forged[{number}]', {KEY: key, HOPS: number % 3})
+        for number, key in enumerate(FORGED)
+    ]
 
 
 def bad_arguments() -> list[Hostile]:
     """Arguments that make no key: no node may run them."""
     odd: tuple[tuple[str, Any, Any], ...] = (
-        ('none', [], {}), ('too many', [1, 2, 3, 4, 5], {}), ('unknown name', [], {'m': 1}), ('twice', [1], {'n': 1}),
-        ('None', [None], {}), ('empty', [''], {}), ('NUL', ['\0'], {}), ('surrogate', ['\ud800'], {}), ('long', ['x' * 2_001], {}))
-    return [Hostile(f'arguments: {name}', {}, args, kwargs, runs=False) for name, args, kwargs in odd]
+        ('none', [], {}),
+        ('too many', [1, 2, 3, 4, 5], {}),
+        ('unknown name', [], {'m': 1}),
+        ('twice', [1], {'n': 1}),
+        ('None', [None], {}),
+        ('empty', [''], {}),
+        ('NUL', ['\0'], {}),
+        ('surrogate', ['\ud800'], {}),
+        ('long', ['x' * 2_001], {}),
+    )
+    return [
+        Hostile(f'arguments: {name}', {}, args, kwargs, runs=False) for name, args, kwargs in odd
+    ]
 
 
 def random_stamps(seed: int, count: int) -> Iterator[Hostile]:
@@ -75,13 +158,15 @@ def random_stamps(seed: int, count: int) -> Iterator[Hostile]:
 
 
 def as_json(value: Any) -> bool:
-    """Whether a value survives a broker that carries UTF-8 JSON or AMQP tables: no lone surrogates, no numbers beyond 64 bits."""
+    """Whether a value survives a broker that carries UTF-8 JSON or AMQP tables: no lone surrogates,
+    no numbers beyond 64 bits.
+    """
     if isinstance(value, str):
         return not any(0xD800 <= ord(mark) < 0xE000 for mark in value)
     if isinstance(value, bool) or value is None:
         return True
     if isinstance(value, int):
-        return -2**63 <= value < 2**63
+        return -(2**63) <= value < 2**63
     if isinstance(value, float):
         return value == value and abs(value) != float('inf')
     if isinstance(value, Mapping):
@@ -96,7 +181,7 @@ def _anything(source: random.Random, depth: int) -> Any:
     if kind == 1:
         return source.choice((True, False))
     if kind == 2:
-        return source.choice((0, 1, -1, 4, 5, 10**6, -10**6, 2**31, 2**62))
+        return source.choice((0, 1, -1, 4, 5, 10**6, -(10**6), 2**31, 2**62))
     if kind == 3:
         return source.choice((0.5, -1.0, 1e300))
     if kind in (4, 5):

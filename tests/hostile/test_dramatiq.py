@@ -1,8 +1,11 @@
-"""Messages that nobody should send, among good ones, to real `dramatiq` processes with the default flags, on Redis and on RabbitMQ.
+"""Messages that nobody should send, among good ones, to real `dramatiq` processes with the default
+flags, on Redis and on RabbitMQ.
 
-Each good message, and each that a plain worker would run, runs once. Each that no worker can have, or that has no key, is among the
-dead letters once. Nothing is left anywhere, no worker ends, and no log has a traceback.
+Each good message, and each that a plain worker would run, runs once. Each that no worker can have,
+or that has no key, is among the dead letters once. Nothing is left anywhere, no worker ends, and no
+log has a traceback.
 """
+
 from __future__ import annotations
 
 import os
@@ -61,7 +64,13 @@ class Wire:
 
     def nodes(self) -> list[str]:
         """The queues of the nodes."""
-        return sorted({place.queue for place in self._workers.app.plugin._owner_map()._copy.places if place.queue})
+        return sorted(
+            {
+                place.queue
+                for place in self._workers.app.plugin._owner_map()._copy.places
+                if place.queue
+            }
+        )
 
 
 def hostile() -> Iterator[Hostile]:
@@ -74,7 +83,9 @@ def hostile() -> Iterator[Hostile]:
 
 
 def mixed(wire: Wire, targets: list[str]) -> tuple[list[str], int, int]:
-    """Send all of it, each beside a good message. Which keys run, and how many messages are unroutable, and unreadable."""
+    """Send all of it, each beside a good message. Which keys run, and how many messages are
+    unroutable, and unreadable.
+    """
     run, unroutable, unreadable = [], 0, 0
     for number, (each, good) in enumerate(zip(hostile(), _good(), strict=False)):
         queue = targets[number % len(targets)]
@@ -103,15 +114,21 @@ def check(workers: Workers, wire: Wire, run: list[str], unroutable: int, unreada
         return len(counts) >= len(run) and len(wire.dead('default')) >= unroutable + unreadable
 
     eventually(lambda: runs() or any(process.poll() is not None for process in workers.started), 90)
-    assert not [process.returncode for process in workers.started if process.poll() is not None], workers.output()[-5000:]
+    assert not [process.returncode for process in workers.started if process.poll() is not None], (
+        workers.output()[-5000:]
+    )
     counts = workers.counts('keyed:')
     assert {name: count for name, count in counts.items() if count != 1} == {}
     assert set(counts) == {f'keyed:{name}' for name in run}
     eventually(lambda: not _left(workers), 20)
-    dead = eventually(lambda: found if len(found := wire.dead('default')) >= unroutable + unreadable else [], 10)
+    dead = eventually(
+        lambda: found if len(found := wire.dead('default')) >= unroutable + unreadable else [], 10
+    )
     assert wire.dead(PARKED) == []  # the users of `default` look at its own dead letters
     assert len(dead) == unroutable + unreadable
-    assert sorted(data for data in dead if data in UNREADABLE.values()) == sorted(UNREADABLE.values())
+    assert sorted(data for data in dead if data in UNREADABLE.values()) == sorted(
+        UNREADABLE.values()
+    )
     log = workers.output()
     assert 'Traceback' not in log and 'encountered an unexpected' not in log, log[-5000:]
     assert len(re.findall(r'cannot be routed, and goes to the dead letters', log)) == unroutable
@@ -119,7 +136,11 @@ def check(workers: Workers, wire: Wire, run: list[str], unroutable: int, unreada
 
 
 def _left(workers: Workers) -> dict[str, int]:
-    return {name: count for name, count in workers.server.depths(workers.space).items() if not name.endswith('.XQ')}
+    return {
+        name: count
+        for name, count in workers.server.depths(workers.space).items()
+        if not name.endswith('.XQ')
+    }
 
 
 @pytest.mark.timeout(240)
@@ -136,7 +157,7 @@ def test_what_lies_in_parked_and_orphaned_queues_harms_nobody_either(workers: Wo
     first = workers.start(1)
     workers.wait_for_nodes(1)
     wire = Wire(workers)
-    orphan, = wire.nodes()
+    (orphan,) = wire.nodes()
     os.killpg(first.pid, signal.SIGKILL)  # its processes, too
     first.wait()
     expected = mixed(wire, [orphan, PARKED])

@@ -1,4 +1,7 @@
-"""The Celery app of the parity suite: `celery -A tests.parity.celery_app:worker_app worker`, and the sender's."""
+"""The Celery app of the parity suite: `celery -A tests.parity.celery_app:worker_app worker`, and
+the sender's.
+"""
+
 from __future__ import annotations
 
 import importlib
@@ -52,7 +55,12 @@ def make_app(order: Order, conf: dict[str, Any], plugin: bool) -> Celery:
     if plugin:
         from jobsync_celery import JobSync, exactly_once
 
-        JobSync(app, database_url=order.database, coordinate='keyed' if order.mode == 'idle' else 'all', **order.settings)
+        JobSync(
+            app,
+            database_url=order.database,
+            coordinate='keyed' if order.mode == 'idle' else 'all',
+            **order.settings,
+        )
         if order.mode == 'once':
             once = exactly_once()
     _add_tasks(app, order, once)
@@ -67,6 +75,7 @@ def _add_tasks(app: Celery, order: Order, once: Callable[[Any], Any]) -> None:
     def task(name: str, **options: Any) -> Callable[[Any], Any]:
         def add(function: Any) -> Any:
             return app.task(name=name, shared=False, **options)(once(function))
+
         return add
 
     @task('last')
@@ -105,8 +114,16 @@ def _add_tasks(app: Celery, order: Order, once: Callable[[Any], Any]) -> None:
         order.note(label)
         request = self.request
         info = request.delivery_info or {}
-        return [request.shadow, request.timelimit, request.ignore_result, (request.headers or {}).get('colour'), info.get('priority'),
-                request.correlation_id == request.id, request.expires is not None, request.eta is not None]
+        return [
+            request.shadow,
+            request.timelimit,
+            request.ignore_result,
+            (request.headers or {}).get('colour'),
+            info.get('priority'),
+            request.correlation_id == request.id,
+            request.expires is not None,
+            request.eta is not None,
+        ]
 
     @task('limited', rate_limit='20/s')
     def limited(label: str) -> None:
@@ -151,7 +168,14 @@ def _add_tasks(app: Celery, order: Order, once: Callable[[Any], Any]) -> None:
             raise self.retry(exc=Odd(f'attempt {self.request.retries}'), countdown=0.3)
         return int(self.request.retries)
 
-    @task('autoretry', bind=True, autoretry_for=(Odd,), default_retry_delay=0.3, max_retries=2, retry_backoff=False)
+    @task(
+        'autoretry',
+        bind=True,
+        autoretry_for=(Odd,),
+        default_retry_delay=0.3,
+        max_retries=2,
+        retry_backoff=False,
+    )
     def autoretry(self: Any, label: str, times: int) -> int:
         order.note(f'{label}.{self.request.retries}')
         if self.request.retries < times:

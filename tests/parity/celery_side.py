@@ -1,4 +1,7 @@
-"""Celery's side of the parity suite: kinds of messages, configurations, and a cluster of two workers."""
+"""Celery's side of the parity suite: kinds of messages, configurations, and a cluster of two
+workers.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,28 +34,44 @@ class Sender:
         """A signature."""
         return self.app.tasks[name].s(*args, **kwargs)
 
-    def send(self, name: str, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    def send(
+        self, name: str, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> Any:
         """Send a message; its result."""
         return self.app.tasks[name].apply_async(args, dict(kwargs or {}), **options)
 
 
 Send = Callable[[Sender], Mapping[str, Any]]
-#: Not with a key that is the message's id: two messages of one id are one key, and a direct call of a task (map, chunks) has no message.
+#: Not with a key that is the message's id: two messages of one id are one key, and a direct call of
+#: a task (map, chunks) has no message.
 _ALL_BUT_ONCE = ('idle', 'all')
 
 
 def _one(task: str, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Send:
     """One message; its label is the name of its kind, which is put in by `_kind`."""
+
     def send(sender: Sender, name: str = '') -> Mapping[str, Any]:
-        return {'': sender.send(task, name, *args, kwargs=kwargs, **{
-            key: value() if callable(value) else value for key, value in options.items()})}
+        return {
+            '': sender.send(
+                task,
+                name,
+                *args,
+                kwargs=kwargs,
+                **{key: value() if callable(value) else value for key, value in options.items()},
+            )
+        }
+
     return send
 
 
-def _kind(name: str, send: Any, runs: int = 1, outcome: str | Mapping[str, str] = 'SUCCESS', **more: Any) -> Kind:
+def _kind(
+    name: str, send: Any, runs: int = 1, outcome: str | Mapping[str, str] = 'SUCCESS', **more: Any
+) -> Kind:
     outcomes = {'': outcome} if isinstance(outcome, str) else outcome
     takes_name = 'name' in send.__code__.co_varnames
-    return Kind(name, (lambda sender: send(sender, name)) if takes_name else send, runs, outcomes, **more)
+    return Kind(
+        name, (lambda sender: send(sender, name)) if takes_name else send, runs, outcomes, **more
+    )
 
 
 def _revoked(sender: Sender) -> Mapping[str, Any]:
@@ -62,8 +81,13 @@ def _revoked(sender: Sender) -> Mapping[str, Any]:
 
 
 def _chain(sender: Sender) -> Mapping[str, Any]:
-    return {'': chain(sender.s('add', 1, 2, label='chain.1'), sender.s('add', 3, label='chain.2'),
-                      sender.s('add', 4, label='chain.3')).apply_async()}
+    return {
+        '': chain(
+            sender.s('add', 1, 2, label='chain.1'),
+            sender.s('add', 3, label='chain.2'),
+            sender.s('add', 4, label='chain.3'),
+        ).apply_async()
+    }
 
 
 def _group(sender: Sender) -> Mapping[str, Any]:
@@ -71,29 +95,50 @@ def _group(sender: Sender) -> Mapping[str, Any]:
 
 
 def _chord(sender: Sender) -> Mapping[str, Any]:
-    return {'': chord([sender.s('add', n, n, label=f'chord.{n}') for n in range(6)], sender.s('total', label='chord.end')).apply_async()}
+    return {
+        '': chord(
+            [sender.s('add', n, n, label=f'chord.{n}') for n in range(6)],
+            sender.s('total', label='chord.end'),
+        ).apply_async()
+    }
 
 
 def _chord_error(sender: Sender) -> Mapping[str, Any]:
     end = sender.s('total', label='chord_error.end').on_error(sender.app.tasks['failed_chord'].s())
-    return {'': chord([sender.s('add', 1, 1, label='chord_error.1'), sender.s('sour', 'chord_error.2')], end).apply_async()}
+    return {
+        '': chord(
+            [sender.s('add', 1, 1, label='chord_error.1'), sender.s('sour', 'chord_error.2')], end
+        ).apply_async()
+    }
 
 
 def _chord_of_chains(sender: Sender) -> Mapping[str, Any]:
-    steps = [chain(sender.s('add', n, 1, label='chord_of_chains.1'), sender.s('add', 1, label='chord_of_chains.2')) for n in range(3)]
+    steps = [
+        chain(
+            sender.s('add', n, 1, label='chord_of_chains.1'),
+            sender.s('add', 1, label='chord_of_chains.2'),
+        )
+        for n in range(3)
+    ]
     return {'': chord(steps, sender.s('total', label='chord_of_chains.end')).apply_async()}
 
 
 def _group_in_chain(sender: Sender) -> Mapping[str, Any]:
-    steps = sender.s('add', 1, 1, label='group_in_chain.1') | group(
-        sender.s('add', n, label='group_in_chain.2') for n in range(3)) | sender.s('total', label='group_in_chain.3')
+    steps = (
+        sender.s('add', 1, 1, label='group_in_chain.1')
+        | group(sender.s('add', n, label='group_in_chain.2') for n in range(3))
+        | sender.s('total', label='group_in_chain.3')
+    )
     return {'': steps.apply_async()}
 
 
 def _link(sender: Sender) -> Mapping[str, Any]:
     after = sender.s('add', 10, label='link.after')
     task_id = after.options.setdefault('task_id', uuid())
-    return {'': sender.send('add', 1, 2, kwargs={'label': 'link.first'}, link=after), 'after': sender.app.AsyncResult(task_id)}
+    return {
+        '': sender.send('add', 1, 2, kwargs={'label': 'link.first'}, link=after),
+        'after': sender.app.AsyncResult(task_id),
+    }
 
 
 def _link_error(sender: Sender) -> Mapping[str, Any]:
@@ -101,12 +146,16 @@ def _link_error(sender: Sender) -> Mapping[str, Any]:
 
 
 def _chunks(sender: Sender) -> Mapping[str, Any]:
-    return {'': sender.app.tasks['add'].chunks([(n, n, 'chunks') for n in range(6)], 2).apply_async()}
+    return {
+        '': sender.app.tasks['add'].chunks([(n, n, 'chunks') for n in range(6)], 2).apply_async()
+    }
 
 
 def _map(sender: Sender) -> Mapping[str, Any]:
-    return {'': sender.app.tasks['echo'].map(['map', 'map', 'map']).apply_async(),
-            'star': sender.app.tasks['add'].starmap([(1, 1, 'map'), (2, 2, 'map')]).apply_async()}
+    return {
+        '': sender.app.tasks['echo'].map(['map', 'map', 'map']).apply_async(),
+        'star': sender.app.tasks['add'].starmap([(1, 1, 'map'), (2, 2, 'map')]).apply_async(),
+    }
 
 
 def _many(name: str, task: str, count: int, *args: Any, **options: Any) -> Send:
@@ -161,21 +210,32 @@ KINDS = [
     _kind('pickle', _one('echo', {'a': (1, 2)}, serializer='pickle')),
     _kind('pickle_gzip', _one('echo', {'a': (1, 2)}, serializer='pickle', compression='gzip')),
     *([_kind('yaml', _one('echo', {'a': [1, 2]}, serializer='yaml'))] if _has('yaml') else []),
-    *([_kind('msgpack', _one('echo', {'a': [1, 2]}, serializer='msgpack'))] if _has('msgpack') else []),
+    *(
+        [_kind('msgpack', _one('echo', {'a': [1, 2]}, serializer='msgpack'))]
+        if _has('msgpack')
+        else []
+    ),
     _kind('early', _one('early')),
     _kind('late', _one('late')),
     _kind('late_failure', _one('late', True), 1, 'FAILURE'),
     _kind('failure', _one('sour'), 1, 'FAILURE Odd sour'),
     _kind('unpicklable', _one('unpicklable'), 1, 'FAILURE'),
     _kind('unencodable', _one('unencodable'), 1, 'FAILURE'),
-    _kind('wrong_arguments', lambda sender: {'': sender.app.send_task('add', (1,))}, 0, 'FAILURE TypeError'),
+    _kind(
+        'wrong_arguments',
+        lambda sender: {'': sender.app.send_task('add', (1,))},
+        0,
+        'FAILURE TypeError',
+    ),
     _kind('retry', _one('retrying', 2), 3, 'SUCCESS 2'),
     _kind('retries_over', _one('retrying', 9), 4, 'FAILURE Odd'),
     _kind('autoretry', _one('autoretry', 1), 2, 'SUCCESS 1'),
     _kind('autoretry_over', _one('autoretry', 9), 3, 'FAILURE Odd'),
     _kind('soft_limit', _one('softly'), 1, 'FAILURE SoftTimeLimitExceeded'),
     _kind('hard_limit', _one('hard'), 1, 'FAILURE TimeLimitExceeded'),
-    _kind('soft_limit_call', _one('sleepy', 20, soft_time_limit=1), 1, 'FAILURE SoftTimeLimitExceeded'),
+    _kind(
+        'soft_limit_call', _one('sleepy', 20, soft_time_limit=1), 1, 'FAILURE SoftTimeLimitExceeded'
+    ),
     _kind('bound', _one('bound')),
     _kind('class_based', _one('classy')),
     *([_kind('pydantic', _one('priced', {'number': 1}))] if _has('pydantic') else []),
@@ -201,7 +261,21 @@ KINDS = [
     _kind('map', _map, 5, {'': 'SUCCESS [', 'star': 'SUCCESS [2, 4]'}, modes=_ALL_BUT_ONCE),
 ]
 
-_FEW = ('plain', 'many', 'countdown', 'expires', 'revoked', 'failure', 'retry', 'chain', 'chord', 'link', 'early', 'late', 'ignored')
+_FEW = (
+    'plain',
+    'many',
+    'countdown',
+    'expires',
+    'revoked',
+    'failure',
+    'retry',
+    'chain',
+    'chord',
+    'link',
+    'early',
+    'late',
+    'ignored',
+)
 _LIMITS = ('hard_limit',)  # a hard limit needs processes
 _NO_LIMITS = (*_LIMITS, 'soft_limit', 'soft_limit_call')
 _DEAD = Exchange('dead', type='fanout')
@@ -211,44 +285,167 @@ _AMQP, _REDIS = ('rabbitmq',), ('redis',)
 CONFIGURATIONS = [
     Configuration('default', modes=('idle', 'all', 'once')),
     Configuration('threads', options=('-P', 'threads'), without=_NO_LIMITS, modes=('all', 'once')),
-    Configuration('solo', options=('-P', 'solo'), without=(*_NO_LIMITS, 'reject_requeue'), soak=True),
-    Configuration('late and careful', {
-        'task_acks_late': True, 'task_reject_on_worker_lost': True, 'worker_prefetch_multiplier': 1, 'task_track_started': True},
-        soak=True),
-    Configuration('failures not acknowledged', {'task_acks_late': True, 'task_acks_on_failure_or_timeout': False}, kinds=_FEW, soak=True),
-    Configuration('protocol 1', {'task_protocol': 1}, kinds=(*_FEW, 'gzip', 'keywords', 'bound', 'eta', 'group', 'other_queue'),
-                  soak=True),
-    Configuration('pickle', {'task_serializer': 'pickle', 'result_serializer': 'pickle'},
-                  kinds=(*_FEW, 'keywords', 'group', 'gzip'), soak=True),
-    Configuration('compressed', {'task_compression': 'gzip', 'result_compression': 'zlib'}, kinds=(*_FEW, 'retry', 'autoretry'), soak=True),
-    Configuration('extended results', {'result_extended': True, 'task_store_errors_even_if_ignored': True, 'task_send_sent_event': True},
-                  options=('-E',), kinds=(*_FEW, 'replace', 'stateful'), soak=True),
-    Configuration('no results', {'task_ignore_result': True}, kinds=(
-        'plain', 'many', 'countdown', 'failure', 'retry', 'autoretry', 'chain', 'link', 'link_error', 'early', 'late', 'class_based'),
-        results=False, soak=True),
-    Configuration('other names', {'task_default_queue': 'jobs', 'task_default_exchange': 'work', 'task_default_routing_key': 'go'},
-                  options=('-Q', f'jobs,{OTHER_QUEUE}'), kinds=(*_FEW, 'other_queue', 'route', 'autoretry'), soak=True),
-    Configuration('topic exchange', {
-        'task_queues': [Queue('celery', Exchange('tasks', type='topic'), routing_key='task.#'),
-                        Queue(OTHER_QUEUE, Exchange('tasks', type='topic'), routing_key='other')],
-        'task_default_exchange': 'tasks', 'task_default_exchange_type': 'topic', 'task_default_routing_key': 'task.default'},
-        kinds=(*_FEW, 'other_queue', 'route')),
-    Configuration('fair and recycled', options=('-O', 'fair', '--max-tasks-per-child', '3'), kinds=(*_FEW, 'many', 'group'), soak=True),
+    Configuration(
+        'solo', options=('-P', 'solo'), without=(*_NO_LIMITS, 'reject_requeue'), soak=True
+    ),
+    Configuration(
+        'late and careful',
+        {
+            'task_acks_late': True,
+            'task_reject_on_worker_lost': True,
+            'worker_prefetch_multiplier': 1,
+            'task_track_started': True,
+        },
+        soak=True,
+    ),
+    Configuration(
+        'failures not acknowledged',
+        {'task_acks_late': True, 'task_acks_on_failure_or_timeout': False},
+        kinds=_FEW,
+        soak=True,
+    ),
+    Configuration(
+        'protocol 1',
+        {'task_protocol': 1},
+        kinds=(*_FEW, 'gzip', 'keywords', 'bound', 'eta', 'group', 'other_queue'),
+        soak=True,
+    ),
+    Configuration(
+        'pickle',
+        {'task_serializer': 'pickle', 'result_serializer': 'pickle'},
+        kinds=(*_FEW, 'keywords', 'group', 'gzip'),
+        soak=True,
+    ),
+    Configuration(
+        'compressed',
+        {'task_compression': 'gzip', 'result_compression': 'zlib'},
+        kinds=(*_FEW, 'retry', 'autoretry'),
+        soak=True,
+    ),
+    Configuration(
+        'extended results',
+        {
+            'result_extended': True,
+            'task_store_errors_even_if_ignored': True,
+            'task_send_sent_event': True,
+        },
+        options=('-E',),
+        kinds=(*_FEW, 'replace', 'stateful'),
+        soak=True,
+    ),
+    Configuration(
+        'no results',
+        {'task_ignore_result': True},
+        kinds=(
+            'plain',
+            'many',
+            'countdown',
+            'failure',
+            'retry',
+            'autoretry',
+            'chain',
+            'link',
+            'link_error',
+            'early',
+            'late',
+            'class_based',
+        ),
+        results=False,
+        soak=True,
+    ),
+    Configuration(
+        'other names',
+        {
+            'task_default_queue': 'jobs',
+            'task_default_exchange': 'work',
+            'task_default_routing_key': 'go',
+        },
+        options=('-Q', f'jobs,{OTHER_QUEUE}'),
+        kinds=(*_FEW, 'other_queue', 'route', 'autoretry'),
+        soak=True,
+    ),
+    Configuration(
+        'topic exchange',
+        {
+            'task_queues': [
+                Queue('celery', Exchange('tasks', type='topic'), routing_key='task.#'),
+                Queue(OTHER_QUEUE, Exchange('tasks', type='topic'), routing_key='other'),
+            ],
+            'task_default_exchange': 'tasks',
+            'task_default_exchange_type': 'topic',
+            'task_default_routing_key': 'task.default',
+        },
+        kinds=(*_FEW, 'other_queue', 'route'),
+    ),
+    Configuration(
+        'fair and recycled',
+        options=('-O', 'fair', '--max-tasks-per-child', '3'),
+        kinds=(*_FEW, 'many', 'group'),
+        soak=True,
+    ),
     Configuration('autoscale', options=('--autoscale', '3,1'), kinds=(*_FEW, 'many'), soak=True),
-    Configuration('no gossip, no mingle', options=('--without-gossip', '--without-mingle', '--without-heartbeat'), kinds=_FEW, soak=True),
-    Configuration('key prefix', {'broker_transport_options': {'global_keyprefix': 'shop:'}}, brokers=_REDIS,
-                  kinds=(*_FEW, 'priority', 'large')),
-    Configuration('redis priorities', {'broker_transport_options': {
-        'priority_steps': [0, 3, 6, 9], 'queue_order_strategy': 'priority', 'sep': ':'}},
-        brokers=_REDIS, kinds=(*_FEW, 'priority'), soak=True),
-    Configuration('no acknowledgements', {'broker_transport_options': {'ack_emulation': False}}, brokers=_REDIS, kinds=_FEW),
-    Configuration('priorities', {'task_queue_max_priority': 10, 'task_default_priority': 3}, brokers=_AMQP,
-                  kinds=(*_FEW, 'priority', 'other_queue')),
-    Configuration('confirmed', {'broker_transport_options': {'confirm_publish': True}}, brokers=_AMQP, kinds=_FEW, soak=True),
-    Configuration('dead letters', {
-        'task_queues': [Queue('celery', Exchange('celery'), routing_key='celery', queue_arguments=_DEAD_ARGUMENTS),
-                        Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS), Queue('dead.XQ', _DEAD)]},
-        options=('-Q', f'celery,{OTHER_QUEUE}'), brokers=_AMQP, kinds=(*_FEW, 'other_queue')),
+    Configuration(
+        'no gossip, no mingle',
+        options=('--without-gossip', '--without-mingle', '--without-heartbeat'),
+        kinds=_FEW,
+        soak=True,
+    ),
+    Configuration(
+        'key prefix',
+        {'broker_transport_options': {'global_keyprefix': 'shop:'}},
+        brokers=_REDIS,
+        kinds=(*_FEW, 'priority', 'large'),
+    ),
+    Configuration(
+        'redis priorities',
+        {
+            'broker_transport_options': {
+                'priority_steps': [0, 3, 6, 9],
+                'queue_order_strategy': 'priority',
+                'sep': ':',
+            }
+        },
+        brokers=_REDIS,
+        kinds=(*_FEW, 'priority'),
+        soak=True,
+    ),
+    Configuration(
+        'no acknowledgements',
+        {'broker_transport_options': {'ack_emulation': False}},
+        brokers=_REDIS,
+        kinds=_FEW,
+    ),
+    Configuration(
+        'priorities',
+        {'task_queue_max_priority': 10, 'task_default_priority': 3},
+        brokers=_AMQP,
+        kinds=(*_FEW, 'priority', 'other_queue'),
+    ),
+    Configuration(
+        'confirmed',
+        {'broker_transport_options': {'confirm_publish': True}},
+        brokers=_AMQP,
+        kinds=_FEW,
+        soak=True,
+    ),
+    Configuration(
+        'dead letters',
+        {
+            'task_queues': [
+                Queue(
+                    'celery',
+                    Exchange('celery'),
+                    routing_key='celery',
+                    queue_arguments=_DEAD_ARGUMENTS,
+                ),
+                Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
+                Queue('dead.XQ', _DEAD),
+            ]
+        },
+        options=('-Q', f'celery,{OTHER_QUEUE}'),
+        brokers=_AMQP,
+        kinds=(*_FEW, 'other_queue'),
+    ),
 ]
 
 
@@ -263,12 +460,26 @@ class CelerySide(Side):
         if 'task_queues' in self.configuration.settings:
             queues = ()
         size = () if {'solo', '--autoscale'} & set(self.configuration.options) else ('-c', '2')
-        return [sys.executable, '-m', 'celery', '-A', 'tests.parity.celery_worker', 'worker', '-n', f'{name}@parity', '-l', 'INFO',
-                *size, *queues, *self.configuration.options]
+        return [
+            sys.executable,
+            '-m',
+            'celery',
+            '-A',
+            'tests.parity.celery_worker',
+            'worker',
+            '-n',
+            f'{name}@parity',
+            '-l',
+            'INFO',
+            *size,
+            *queues,
+            *self.configuration.options,
+        ]
 
     def sender(self) -> Sender:
         app = make_app(self.order, dict(self.configuration.settings), plugin=False)
-        # Outcomes are asked for. A subscription to each would be ended when its result object is collected, long after the server.
+        # Outcomes are asked for. A subscription to each would be ended when its result object is
+        # collected, long after the server.
         with contextlib.suppress(AttributeError):
             app.backend.result_consumer.consume_from = lambda task_id: None
         self._sender = Sender(app)
@@ -291,7 +502,11 @@ class CelerySide(Side):
             if any(state.split()[0] in _UNFINISHED for state in states):
                 return 'PENDING'
             values = [child.result for child in children]
-            return f'SUCCESS {values!r}' if all(state.startswith('SUCCESS') for state in states) else f'FAILURE {states}'
+            return (
+                f'SUCCESS {values!r}'
+                if all(state.startswith('SUCCESS') for state in states)
+                else f'FAILURE {states}'
+            )
         meta = self._sender.app.backend.get_task_meta(asked.id)
         status, result = meta['status'], meta['result']
         if status in _UNFINISHED:

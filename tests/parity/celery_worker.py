@@ -1,4 +1,5 @@
 """`celery -A tests.parity.celery_worker worker`: the app of a worker process."""
+
 from __future__ import annotations
 
 from .celery_app import make_app

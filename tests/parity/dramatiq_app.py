@@ -1,4 +1,5 @@
 """The broker and actors of the parity suite, of a worker process and of the sender."""
+
 from __future__ import annotations
 
 import asyncio
@@ -39,8 +40,13 @@ def make_broker(order: Order, conf: dict[str, Any], plugin: bool) -> Any:
     if plugin:
         from jobsync_dramatiq import JobSync, exactly_once
 
-        broker.add_middleware(JobSync(
-            database_url=order.database, coordinate='keyed' if order.mode == 'idle' else 'all', **order.settings))
+        broker.add_middleware(
+            JobSync(
+                database_url=order.database,
+                coordinate='keyed' if order.mode == 'idle' else 'all',
+                **order.settings,
+            )
+        )
         if order.mode == 'once':
             once = exactly_once()
     broker.add_middleware(Results(backend=RedisBackend(url=order.results), store_results=True))
@@ -57,7 +63,10 @@ def _same(function: Any) -> Any:
 def _add_actors(found: Any, order: Order, once: Callable[[Any], Any]) -> None:
     def actor(name: str, **options: Any) -> Callable[[Any], Any]:
         def add(function: Any) -> Any:
-            return dramatiq.actor(actor_name=name, broker=found, **{'max_retries': 0, **options})(once(function))
+            return dramatiq.actor(actor_name=name, broker=found, **{'max_retries': 0, **options})(
+                once(function)
+            )
+
         return add
 
     @actor('last')
@@ -118,7 +127,9 @@ def _add_actors(found: Any, order: Order, once: Callable[[Any], Any]) -> None:
             raise dramatiq.errors.Retry('later', delay=300)
         return 'asked'
 
-    @actor('exhausted', max_retries=1, min_backoff=100, max_backoff=300, on_retry_exhausted='handler')
+    @actor(
+        'exhausted', max_retries=1, min_backoff=100, max_backoff=300, on_retry_exhausted='handler'
+    )
     def exhausted(label: str) -> None:
         order.note(label)
         raise Odd('never')

@@ -1,4 +1,5 @@
 """What is sent to Dramatiq's workers, how they are configured, and how they are started."""
+
 from __future__ import annotations
 
 import sys
@@ -43,13 +44,24 @@ def _one(name: str, *args: Any, **options: Any) -> Callable[[Sender], Mapping[st
 def _many(name: str, number: int, **options: Any) -> Callable[[Sender], Mapping[str, Any]]:
     def send(sender: Sender) -> Mapping[str, Any]:
         kind = options.get('kind', name)
-        return {str(each): sender.send(name, f'{kind}.{each}', **{key: value for key, value in options.items() if key != 'kind'})
-                for each in range(number)}
+        return {
+            str(each): sender.send(
+                name,
+                f'{kind}.{each}',
+                **{key: value for key, value in options.items() if key != 'kind'},
+            )
+            for each in range(number)
+        }
+
     return send
 
 
 def _pipeline(sender: Sender) -> Mapping[str, Any]:
-    steps = [sender.message('add', 'pipeline.first', 1, 2), sender.message('step', 1), sender.message('step', 10)]
+    steps = [
+        sender.message('add', 'pipeline.first', 1, 2),
+        sender.message('step', 1),
+        sender.message('step', 10),
+    ]
     dramatiq.pipeline(steps, broker=sender.broker).run()
     return {'first': steps[0], 'last': steps[-1]}
 
@@ -64,12 +76,21 @@ def _group(sender: Sender) -> Mapping[str, Any]:
 
 #: Options that nobody asked for and that a plain worker lives with.
 _ODD: tuple[dict[str, Any], ...] = (
-    {'eta': None}, {'retries': 0}, {'unknown': {'a': [None]}}, {'jobsync_key': 'another'}, {'jobsync_hops': 'x'}, {'jobsync_home': []},
-    {'jobsync_waits': -1})
+    {'eta': None},
+    {'retries': 0},
+    {'unknown': {'a': [None]}},
+    {'jobsync_key': 'another'},
+    {'jobsync_hops': 'x'},
+    {'jobsync_home': []},
+    {'jobsync_waits': -1},
+)
 
 
 def _odd(sender: Sender) -> Mapping[str, Any]:
-    return {str(number): sender.send('echo', f'odd.{number}', number, **options) for number, options in enumerate(_ODD)}
+    return {
+        str(number): sender.send('echo', f'odd.{number}', number, **options)
+        for number, options in enumerate(_ODD)
+    }
 
 
 KINDS = [
@@ -100,18 +121,24 @@ KINDS = [
     Kind('pipeline', _pipeline, 3, {'first': 'SUCCESS 3'}),
     Kind('group', _group, 7),
     Kind('odd', _odd, len(_ODD)),
-    Kind('priority', _many('echo', 10, kind='priority', broker_priority=3), 10, brokers=('rabbitmq',)),
+    Kind(
+        'priority', _many('echo', 10, kind='priority', broker_priority=3), 10, brokers=('rabbitmq',)
+    ),
 ]
 _FEW = ('plain', 'many', 'delay', 'other', 'sour', 'retrying', 'pipeline', 'group')
 _REDIS, _AMQP = ('redis',), ('rabbitmq',)
 CONFIGURATIONS = [
     Configuration('default', modes=('idle', 'all', 'once'), without=('priority',)),
-    Configuration('one thread', options=('-t', '1'), kinds=(*_FEW, 'exhausted', 'coroutine'), soak=True),
+    Configuration(
+        'one thread', options=('-t', '1'), kinds=(*_FEW, 'exhausted', 'coroutine'), soak=True
+    ),
     Configuration('two processes', options=('-p', '2'), kinds=_FEW, soak=True),
     Configuration('spawn', options=('--use-spawn',), kinds=_FEW, soak=True),
     Configuration('named queues', options=('-Q', 'default', OTHER_QUEUE), kinds=_FEW),
     Configuration('namespace', {'namespace': 'shop'}, brokers=_REDIS, kinds=_FEW),
-    Configuration('maintenance', {'maintenance_chance': 1_000_000}, brokers=_REDIS, kinds=_FEW, soak=True),
+    Configuration(
+        'maintenance', {'maintenance_chance': 1_000_000}, brokers=_REDIS, kinds=_FEW, soak=True
+    ),
     Configuration('priorities', {'max_priority': 10}, brokers=_AMQP, kinds=(*_FEW, 'priority')),
     Configuration('confirmed', {'confirm_delivery': True}, brokers=_AMQP, kinds=_FEW, soak=True),
 ]
@@ -124,10 +151,19 @@ class DramatiqSide(Side):
 
     def command(self, name: str) -> list[str]:
         processes = () if '-p' in self.configuration.options else ('-p', '1')
-        return [sys.executable, '-m', 'dramatiq', 'tests.parity.dramatiq_worker', *processes, *self.configuration.options]
+        return [
+            sys.executable,
+            '-m',
+            'dramatiq',
+            'tests.parity.dramatiq_worker',
+            *processes,
+            *self.configuration.options,
+        ]
 
     def sender(self) -> Sender:
-        self._sender = Sender(make_broker(self.order, dict(self.configuration.settings), plugin=False))
+        self._sender = Sender(
+            make_broker(self.order, dict(self.configuration.settings), plugin=False)
+        )
         return self._sender
 
     def send_last(self) -> None:
@@ -138,8 +174,13 @@ class DramatiqSide(Side):
             return
         broker = self._sender.broker
         broker.close()
-        for holder in (broker, *(getattr(item, 'backend', None) or getattr(item, 'rate_limiter_backend', None)
-                                 for item in broker.middleware)):
+        for holder in (
+            broker,
+            *(
+                getattr(item, 'backend', None) or getattr(item, 'rate_limiter_backend', None)
+                for item in broker.middleware
+            ),
+        ):
             client = getattr(holder, 'client', None)
             if client is not None:
                 client.close()

@@ -1,17 +1,24 @@
-"""Plain framework and plugin side by side: the same configuration, the same messages, the same end state.
+"""Plain framework and plugin side by side: the same configuration, the same messages, the same end
+state.
 
-The plain side runs first, until its end state is the one that each kind of message promises. Its end state is then what every
-side with the plugin must reach: the outcome that each sender sees, what ran how often, and what is left in which queue.
+The plain side runs first, until its end state is the one that each kind of message promises. Its
+end state is then what every side with the plugin must reach: the outcome that each sender sees,
+what ran how often, and what is left in which queue.
 
 **To add a framework**, write a module like `celery_side.py`:
 
-1. An app made from an `Order` (`Order.from_environment()` in a worker process, the side's own `order` in the test process). Its
-   tasks call `order.note(label)` each time that they do something; labels are compared as a multiset.
-2. A table of `Kind`s: `send(sender)` sends the messages of one kind and returns what they are asked for later by `outcome`.
-   `runs` is how many notes the plain framework leaves in the end, `outcomes` what its senders see.
-3. A table of `Configuration`s: settings for the app, options for the command line, and which kinds are sent.
-4. A subclass of `Side` with `command`, `sender`, `outcome`; then a test module like `test_celery.py`, which calls `compare`.
+1. An app made from an `Order` (`Order.from_environment()` in a worker process, the side's own
+   `order` in the test process). Its tasks call `order.note(label)` each time that they do
+   something; labels are compared as a multiset.
+2. A table of `Kind`s: `send(sender)` sends the messages of one kind and returns what they are asked
+   for later by `outcome`. `runs` is how many notes the plain framework leaves in the end,
+   `outcomes` what its senders see.
+3. A table of `Configuration`s: settings for the app, options for the command line, and which kinds
+   are sent.
+4. A subclass of `Side` with `command`, `sender`, `outcome`; then a test module like
+   `test_celery.py`, which calls `compare`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,12 +42,24 @@ from jobsync_core import CoordinationConfig
 from ..brokers import BrokerServer, die_with_parent
 from ..waiting import eventually
 
-__all__ = ['LAST', 'MODES', 'Configuration', 'EndState', 'Kind', 'Order', 'Side', 'cases', 'compare', 'order_of']
+__all__ = [
+    'LAST',
+    'MODES',
+    'Configuration',
+    'EndState',
+    'Kind',
+    'Order',
+    'Side',
+    'cases',
+    'compare',
+    'order_of',
+]
 
 _ROOT = Path(__file__).parents[2]
 _VARIABLE = 'PARITY_ORDER'
 _START_SEC, _STOP_SEC, _SETTLE_SEC = 40.0, 60.0, 40.0
-#: How the plugin takes part. 'idle': no task is coordinated; 'all': each is, by its message's id; 'once': each completes once, too.
+#: How the plugin takes part. 'idle': no task is coordinated; 'all': each is, by its message's id;
+#: 'once': each completes once, too.
 MODES = ('idle', 'all', 'once')
 #: The note of a message that is sent at the end, which is not compared.
 LAST = 'last'
@@ -89,7 +108,8 @@ class Kind:
 
     Args:
         name: Its name; labels of notes begin with it.
-        send: Sends it through the side's sender; returns what `Side.outcome` is asked for, by label.
+        send: Sends it through the side's sender; returns what `Side.outcome` is asked for, by
+            label.
         runs: Notes that there are in the end.
         outcomes: What the plain framework's senders see, by label; compared as far as it is given.
         modes: The modes in which the plugin promises the same.
@@ -138,8 +158,14 @@ class Configuration:
 
     def chosen(self, kinds: Iterable[Kind], broker: str, mode: str) -> list[Kind]:
         """The kinds that are sent and compared."""
-        return [kind for kind in kinds if (self.kinds is None or kind.name in self.kinds) and kind.name not in self.without
-                and broker in kind.brokers and (mode == 'plain' or mode in kind.modes)]
+        return [
+            kind
+            for kind in kinds
+            if (self.kinds is None or kind.name in self.kinds)
+            and kind.name not in self.without
+            and broker in kind.brokers
+            and (mode == 'plain' or mode in kind.modes)
+        ]
 
 
 @dataclass(frozen=True)
@@ -161,8 +187,11 @@ class EndState:
         found = []
         for name in ('outcomes', 'runs', 'left'):
             mine, others = getattr(self, name), getattr(other, name)
-            found += [f'{name} {key}: {mine.get(key)!r} against {others.get(key)!r}'
-                      for key in sorted({*mine, *others}) if mine.get(key) != others.get(key)]
+            found += [
+                f'{name} {key}: {mine.get(key)!r} against {others.get(key)!r}'
+                for key in sorted({*mine, *others})
+                if mine.get(key) != others.get(key)
+            ]
         return found
 
 
@@ -179,8 +208,21 @@ class Side(ABC):
     #: What a worker prints when it consumes.
     ready: ClassVar[str]
 
-    def __init__(self, order: Order, configuration: Configuration, server: BrokerServer, space: str, directory: Path) -> None:
-        self.order, self.configuration, self.server, self.space, self.directory = order, configuration, server, space, directory
+    def __init__(
+        self,
+        order: Order,
+        configuration: Configuration,
+        server: BrokerServer,
+        space: str,
+        directory: Path,
+    ) -> None:
+        self.order, self.configuration, self.server, self.space, self.directory = (
+            order,
+            configuration,
+            server,
+            space,
+            directory,
+        )
         Path(order.notes).touch()
         self._asked: dict[str, Any] = {}
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -191,7 +233,9 @@ class Side(ABC):
 
     @abstractmethod
     def sender(self) -> Any:
-        """What kinds send through. It has no plugin, so that the workers' gates see every message."""
+        """What kinds send through. It has no plugin, so that the workers' gates see every
+        message.
+        """
 
     @abstractmethod
     def outcome(self, asked: Any) -> str:
@@ -209,14 +253,22 @@ class Side(ABC):
         try:
             for name in ('one', 'two'):
                 self._start(name)
-            eventually(lambda: all(self._is_ready(name) for name in ('one', 'two')) or self._ended(), _START_SEC)
+            eventually(
+                lambda: all(self._is_ready(name) for name in ('one', 'two')) or self._ended(),
+                _START_SEC,
+            )
             assert not self._ended(), self.report()
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close_sender()
         for worker in self._workers:
             if worker.poll() is None:
@@ -229,12 +281,29 @@ class Side(ABC):
             worker.wait()
 
     def _start(self, name: str) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))
+        }
         with (self.directory / f'{self.order.mode}-{name}.log').open('wb') as output:
-            self._workers.append(subprocess.Popen(
-                self.command(name), cwd=_ROOT, env={**kept, **self.order.environment(), 'PYTHONUNBUFFERED': '1', 'C_FORCE_ROOT': '1'},
-                stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent()))
+            self._workers.append(
+                subprocess.Popen(
+                    self.command(name),
+                    cwd=_ROOT,
+                    env={
+                        **kept,
+                        **self.order.environment(),
+                        'PYTHONUNBUFFERED': '1',
+                        'C_FORCE_ROOT': '1',
+                    },
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(),
+                )
+            )
 
     def _log(self, name: str) -> str:
         return (self.directory / f'{self.order.mode}-{name}.log').read_text(errors='replace')
@@ -254,27 +323,43 @@ class Side(ABC):
 
     def state(self) -> EndState:
         """The state by now."""
-        outcomes = {label: self.outcome(asked) for label, asked in self._asked.items()} if self.configuration.results else {}
+        outcomes = (
+            {label: self.outcome(asked) for label, asked in self._asked.items()}
+            if self.configuration.results
+            else {}
+        )
         runs = Counter(Path(self.order.notes).read_text().splitlines())
         del runs[LAST]
         return EndState(outcomes, dict(runs), self.server.depths(self.space))
 
     def finish(self) -> None:
-        """Send a few messages more, and wait for them: what would have come twice has come by then."""
+        """Send a few messages more, and wait for them: what would have come twice has come by
+        then.
+        """
         for _ in range(_LAST_COUNT):
             self.send_last()
-        eventually(lambda: Path(self.order.notes).read_text().splitlines().count(LAST) >= _LAST_COUNT or self._ended(), _SETTLE_SEC)
+        eventually(
+            lambda: (
+                Path(self.order.notes).read_text().splitlines().count(LAST) >= _LAST_COUNT
+                or self._ended()
+            ),
+            _SETTLE_SEC,
+        )
 
     def report(self) -> str:
         """The ends of its workers' logs."""
-        return '\n'.join(f'--- {self.order.mode}-{name}\n{self._log(name)[-3000:]}' for name in ('one', 'two'))
+        return '\n'.join(
+            f'--- {self.order.mode}-{name}\n{self._log(name)[-3000:]}' for name in ('one', 'two')
+        )
 
 
 def _promised(state: EndState, kinds: Sequence[Kind], configuration: Configuration) -> list[str]:
     """What the plain side has not done yet of what the kinds promise."""
     missing = []
     for kind in kinds:
-        runs = sum(count for label, count in state.runs.items() if label.partition('.')[0] == kind.name)
+        runs = sum(
+            count for label, count in state.runs.items() if label.partition('.')[0] == kind.name
+        )
         if runs != kind.runs:
             missing.append(f'{kind.name}: {runs} runs, {kind.runs} promised')
         for label, outcome in kind.outcomes.items() if configuration.results else ():
@@ -286,7 +371,9 @@ def _promised(state: EndState, kinds: Sequence[Kind], configuration: Configurati
     return missing
 
 
-def _wait(side: Side, differences: Callable[[], list[str]], timeout: float = _SETTLE_SEC) -> list[str]:
+def _wait(
+    side: Side, differences: Callable[[], list[str]], timeout: float = _SETTLE_SEC
+) -> list[str]:
     """What still differs when it has settled, or when the time is over."""
     deadline = time.monotonic() + timeout
     while True:
@@ -298,12 +385,21 @@ def _wait(side: Side, differences: Callable[[], list[str]], timeout: float = _SE
 
 def cases(configurations: Iterable[Configuration]) -> list[Any]:
     """Parameters of a test: each configuration with each of its brokers."""
-    return [pytest.param(configuration, broker, id=f'{broker}-{configuration.name.replace(" ", "_")}',
-                         marks=[pytest.mark.soak] if configuration.soak else [])
-            for configuration in configurations for broker in configuration.brokers]
+    return [
+        pytest.param(
+            configuration,
+            broker,
+            id=f'{broker}-{configuration.name.replace(" ", "_")}',
+            marks=[pytest.mark.soak] if configuration.soak else [],
+        )
+        for configuration in configurations
+        for broker in configuration.brokers
+    ]
 
 
-def compare(make: Callable[[str], Side], kinds: Sequence[Kind], configuration: Configuration, broker: str) -> None:
+def compare(
+    make: Callable[[str], Side], kinds: Sequence[Kind], configuration: Configuration, broker: str
+) -> None:
     """Run the plain side, then each side with the plugin, and compare their ends.
 
     Args:
@@ -320,28 +416,48 @@ def compare(make: Callable[[str], Side], kinds: Sequence[Kind], configuration: C
         assert chosen, 'nothing to send'
         plain.send(chosen)
         missing = _wait(plain, lambda: _promised(plain.state(), chosen, configuration))
-        assert not missing, 'the plain framework does not do what the table says:\n' + '\n'.join(missing) + plain.report()
+        assert not missing, (
+            'the plain framework does not do what the table says:\n'
+            + '\n'.join(missing)
+            + plain.report()
+        )
         right = plain.state()
     for mode in configuration.modes:
         chosen = configuration.chosen(kinds, broker, mode)
         names = {kind.name for kind in chosen}
-        expected = EndState({key: value for key, value in right.outcomes.items() if key.partition('.')[0] in names},
-                            {key: value for key, value in right.runs.items() if key.partition('.')[0] in names}, right.left)
+        expected = EndState(
+            {key: value for key, value in right.outcomes.items() if key.partition('.')[0] in names},
+            {key: value for key, value in right.runs.items() if key.partition('.')[0] in names},
+            right.left,
+        )
         with make(mode) as side:
             side.send(chosen)
             different = _wait(side, lambda: expected.differences(side.state()))  # noqa: B023
             if not different:
                 side.finish()
                 different = _wait(side, lambda: expected.differences(side.state()), 5.0)  # noqa: B023
-            assert not different, f'plain against {mode}:\n' + '\n'.join(different) + '\n' + side.report()
+            assert not different, (
+                f'plain against {mode}:\n' + '\n'.join(different) + '\n' + side.report()
+            )
 
 
 def order_of(
-    mode: str, configuration: Configuration, server: BrokerServer, space: str, results: str, config: CoordinationConfig, directory: Path,
+    mode: str,
+    configuration: Configuration,
+    server: BrokerServer,
+    space: str,
+    results: str,
+    config: CoordinationConfig,
+    directory: Path,
     settings: dict[str, Any],
 ) -> Order:
     """What the processes of a side are told."""
     return Order(
-        broker=server.url(space), results=results, notes=str(directory / f'notes-{mode}'), mode=mode,
+        broker=server.url(space),
+        results=results,
+        notes=str(directory / f'notes-{mode}'),
+        mode=mode,
         database=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
-        configuration=configuration.name, settings={**settings, 'appname': f'{mode}_'})
+        configuration=configuration.name,
+        settings={**settings, 'appname': f'{mode}_'},
+    )

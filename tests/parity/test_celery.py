@@ -1,4 +1,5 @@
 """Celery with JobSync does what plain Celery does, whatever is configured and sent."""
+
 from __future__ import annotations
 
 import uuid
@@ -14,13 +15,22 @@ from .celery_side import CONFIGURATIONS, KINDS, CelerySide
 from .harness import Configuration, Side, cases, compare, order_of
 
 #: A busy machine must not look like a death.
-_SETTINGS = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': 5, 'rebalance_check_interval_sec': 1, 'total_tokens': 1000}
+_SETTINGS = {
+    'heartbeat_interval_sec': 0.5,
+    'heartbeat_timeout_sec': 5,
+    'rebalance_check_interval_sec': 1,
+    'total_tokens': 1000,
+}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(('configuration', 'broker'), cases(CONFIGURATIONS))
 def test_celery_does_the_same_with_and_without(
-    configuration: Configuration, broker: str, request: pytest.FixtureRequest, postgres: EmbeddedPostgres, tmp_path: Path,
+    configuration: Configuration,
+    broker: str,
+    request: pytest.FixtureRequest,
+    postgres: EmbeddedPostgres,
+    tmp_path: Path,
 ) -> None:
     server = cast(BrokerServer, request.getfixturevalue(f'{broker}_server'))
     results = cast(BrokerServer, request.getfixturevalue('redis_server'))
@@ -31,8 +41,16 @@ def test_celery_does_the_same_with_and_without(
     def make(mode: str) -> Side:
         space, own = server.new_space(), results.new_space()
         spaces.extend([(server, space), (results, own)])
-        order = order_of(mode, configuration, server, space, results.url(own) if configuration.results else '', postgres.config(name),
-                         tmp_path, _SETTINGS)
+        order = order_of(
+            mode,
+            configuration,
+            server,
+            space,
+            results.url(own) if configuration.results else '',
+            postgres.config(name),
+            tmp_path,
+            _SETTINGS,
+        )
         return CelerySide(order, configuration, server, space, tmp_path)
 
     try:

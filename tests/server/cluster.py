@@ -1,4 +1,5 @@
 """Starts nodes as processes of their own, each behind its own proxy, and breaks them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -34,14 +35,25 @@ _START_SEC = 60.0
 _SETTLE_SEC = 60.0
 
 
-def query(config: CoordinationConfig, sql: str, params: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
-    """Run a statement on a connection that no proxy disturbs. `{}` in it stands for the table prefix."""
-    # Kept, because conditions are polled: to connect takes the server and us several milliseconds each.
+def query(
+    config: CoordinationConfig, sql: str, params: tuple[object, ...] = ()
+) -> list[tuple[Any, ...]]:
+    """Run a statement on a connection that no proxy disturbs. `{}` in it stands for the table
+    prefix.
+    """
+    # Kept, because conditions are polled: to connect takes the server and us several milliseconds
+    # each.
     where = os.getpid(), threading.get_ident(), config.host, config.port, config.dbname, config.user
     connection = _kept.pop(where, None)
     if connection is None or not _is_good(connection):
         connection = psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password, connect_timeout=5)
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+            connect_timeout=5,
+        )
         connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute(sql.replace('{}', config.appname), params)
@@ -65,7 +77,9 @@ _MOST_KEPT = 3
 
 
 def _is_good(connection: psycopg2.extensions.connection) -> bool:
-    """Whether the server has not ended an idle connection: then there would be something to read."""
+    """Whether the server has not ended an idle connection: then there would be something to
+    read.
+    """
     if connection.closed:
         return False
     waiting = select.poll()
@@ -77,14 +91,17 @@ class Node:
     """One process.
 
     Args:
-        label: Name of the process in histories; differs from `name` where two processes share a node name.
+        label: Name of the process in histories; differs from `name` where two processes share a
+            node name.
         name: The node's name.
         config: How to reach the server; the proxy comes in between.
         directory: Where record and log go.
         options: Further settings of node_process.
     """
 
-    def __init__(self, label: str, name: str, config: CoordinationConfig, directory: Path, **options: Any) -> None:
+    def __init__(
+        self, label: str, name: str, config: CoordinationConfig, directory: Path, **options: Any
+    ) -> None:
         self.label = label
         self.name = name
         self.record = directory / f'{label}.record'
@@ -92,14 +109,31 @@ class Node:
         self.proxy = Proxy(config.host, int(config.port))
         self.events: list[dict[str, Any]] = []
         fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-        fields.update(host=self.proxy.host, port=self.proxy.port, connection_options=dict(config.connection_options))
+        fields.update(
+            host=self.proxy.host,
+            port=self.proxy.port,
+            connection_options=dict(config.connection_options),
+        )
         job = {'wait_on_enter': 0, **options.pop('job', {})}
         settings = {
-            'name': name, 'config': fields, 'record': str(self.record), 'log': str(self.log), 'tasks': SAMPLE, 'job': job, **options}
+            'name': name,
+            'config': fields,
+            'record': str(self.record),
+            'log': str(self.log),
+            'tasks': SAMPLE,
+            'job': job,
+            **options,
+        }
         with self.log.with_suffix('.stderr').open('w') as errors:
             self.process = subprocess.Popen(
-                [sys.executable, '-m', 'tests.server.node_process'], cwd=_ROOT, text=True, bufsize=1,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+                [sys.executable, '-m', 'tests.server.node_process'],
+                cwd=_ROOT,
+                text=True,
+                bufsize=1,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -113,15 +147,29 @@ class Node:
         """Give the process a command."""
         self._write(command)
 
-    def wait_event(self, kind: str, timeout: float = _START_SEC, after: float = 0.0) -> dict[str, Any]:
+    def wait_event(
+        self, kind: str, timeout: float = _START_SEC, after: float = 0.0
+    ) -> dict[str, Any]:
         """The first event of a kind that happened after a moment; waits for it."""
+
         def find() -> dict[str, Any] | None:
-            return next((event for event in self.events if event['event'] == kind and event['at'] > after), None)
+            return next(
+                (event for event in self.events if event['event'] == kind and event['at'] > after),
+                None,
+            )
 
         with self._changed:
-            self._changed.wait_for(lambda: find() is not None or (self.process.poll() is not None and not self._reader.is_alive()), timeout)
+            self._changed.wait_for(
+                lambda: (
+                    find() is not None
+                    or (self.process.poll() is not None and not self._reader.is_alive())
+                ),
+                timeout,
+            )
             found = find()
-        assert found is not None, f'node {self.label}: no event {kind!r}; had {self.events}\n{self.report()}'
+        assert found is not None, (
+            f'node {self.label}: no event {kind!r}; had {self.events}\n{self.report()}'
+        )
         return found
 
     def command(self, command: str, answer: str) -> dict[str, Any]:
@@ -192,7 +240,8 @@ class Node:
 
 
 class Cluster:
-    """Nodes that share one database. Leaving the `with` block kills what still runs and checks that nothing overlapped.
+    """Nodes that share one database. Leaving the `with` block kills what still runs and checks that
+    nothing overlapped.
 
     Args:
         config: How to reach the server itself.
@@ -210,7 +259,12 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for node in self._started:
             node.close()
         overlaps = self.history().overlaps()
@@ -218,12 +272,20 @@ class Cluster:
             for node in self._started:
                 print(f'=== {node.label}: {node.events}\n{node.report()}')
         assert not (overlaps and self._checked), (
-            f'{len(overlaps)} overlaps, the longest {max(item.seconds for item in overlaps):.3f} s: {overlaps[:5]}')
+            f'{len(overlaps)} overlaps, the longest {max(item.seconds for item in overlaps):.3f} '
+            f's: {overlaps[:5]}'
+        )
 
     def __getitem__(self, label: str) -> Node:
         return self.nodes[label]
 
-    def launch(self, label: str, name: str | None = None, config: CoordinationConfig | None = None, **options: Any) -> Node:
+    def launch(
+        self,
+        label: str,
+        name: str | None = None,
+        config: CoordinationConfig | None = None,
+        **options: Any,
+    ) -> Node:
         """Start a process; it is not waited for."""
         unique = f'{label}-{sum(node.label.split("-")[0] == label for node in self._started)}'
         node = Node(unique, name or label, config or self.config, self.directory, **options)
@@ -232,7 +294,9 @@ class Cluster:
         return node
 
     def start(self, *labels: str, settle: bool = True, **options: Any) -> float:
-        """Start processes at once and wait until all have entered and each owns its share; the moment before."""
+        """Start processes at once and wait until all have entered and each owns its share; the
+        moment before.
+        """
         since = moment()
         for node in [self.launch(label, **options) for label in labels]:
             node.wait_event('entered')
@@ -246,20 +310,26 @@ class Cluster:
         return History({node.label: node.record for node in self._started}, SAMPLE)
 
     def wait_claimed(self, since: float | None = None, timeout: float = _SETTLE_SEC) -> float:
-        """Wait until each task of the sample has been claimed by an answer later than `since` (default now); the longest gap in seconds."""
+        """Wait until each task of the sample has been claimed by an answer later than `since`
+        (default now); the longest gap in seconds.
+        """
         start = moment() if since is None else since
         eventually(lambda: not self.history().unclaimed_since(start), timeout=timeout)
         return self.history().longest_gap(start)
 
     def wait_claims_of(self, label: str, since: float, timeout: float = _SETTLE_SEC) -> float:
-        """Wait until a node claims something by an answer later than `since`; the moment when that was seen."""
+        """Wait until a node claims something by an answer later than `since`; the moment when that
+        was seen.
+        """
         node = self.nodes[label]
         eventually(lambda: self.history().claimed_by(node.label, since), timeout=timeout)
         return moment()
 
     def assignment(self) -> list[tuple[Any, ...]]:
         """Who owns which tokens, as the database has it."""
-        return query(self.config, 'SELECT lower(tokens), upper(tokens), node FROM "{}assignment" ORDER BY 1')
+        return query(
+            self.config, 'SELECT lower(tokens), upper(tokens), node FROM "{}assignment" ORDER BY 1'
+        )
 
     def owned(self) -> dict[str, int]:
         """Number of tokens by node; tokens that are owned by nobody count under ''."""
@@ -270,20 +340,34 @@ class Cluster:
 
     def members(self) -> list[str]:
         """Names in the node table, the eldest first."""
-        return [name for name, in query(self.config, 'SELECT name FROM "{}node" ORDER BY created_on, name')]
+        return [
+            name
+            for (name,) in query(self.config, 'SELECT name FROM "{}node" ORDER BY created_on, name')
+        ]
 
     def evictions(self) -> list[tuple[Any, ...]]:
         """The incarnation of each member: it changes when a node has been evicted."""
         return query(self.config, 'SELECT name, incarnation FROM "{}node" ORDER BY name')
 
-    def wait_balanced(self, names: Iterable[str] | None = None, timeout: float = _SETTLE_SEC) -> None:
-        """Wait until exactly these nodes (default: all whose processes run) own all tokens, each its share."""
-        expected = set(names) if names is not None else {node.name for node in self.nodes.values() if node.process.poll() is None}
+    def wait_balanced(
+        self, names: Iterable[str] | None = None, timeout: float = _SETTLE_SEC
+    ) -> None:
+        """Wait until exactly these nodes (default: all whose processes run) own all tokens, each
+        its share.
+        """
+        expected = (
+            set(names)
+            if names is not None
+            else {node.name for node in self.nodes.values() if node.process.poll() is None}
+        )
         low = self.config.total_tokens // len(expected)
 
         def balanced() -> bool:
             owned = self.owned()
-            return set(owned) == expected and sum(owned.values()) == self.config.total_tokens and all(
-                low <= count <= low + 1 for count in owned.values())
+            return (
+                set(owned) == expected
+                and sum(owned.values()) == self.config.total_tokens
+                and all(low <= count <= low + 1 for count in owned.values())
+            )
 
         eventually(balanced, timeout=timeout)

@@ -1,13 +1,16 @@
 """What every node answered to `can_claim_task`, and whether two of them were ever right at once.
 
-A node asks itself about each task of a fixed sample again and again and takes the time before and after each call, on
-the machine's one monotonic clock. Answers in a row that are True make a run. A run says for certain: the task was
-claimed at some moment between the first call's begin and end, at some moment between the last call's begin and end, and
-(as no answer in between was False) at all moments between the two. All ends are taken on the safe side, so that an
-overlap reported is an overlap that was.
+A node asks itself about each task of a fixed sample again and again and takes the time before and
+after each call, on the machine's one monotonic clock. Answers in a row that are True make a run. A
+run says for certain: the task was claimed at some moment between the first call's begin and end, at
+some moment between the last call's begin and end, and (as no answer in between was False) at all
+moments between the two. All ends are taken on the safe side, so that an overlap reported is an
+overlap that was.
 
-Runs live in a memory-mapped file that is updated in place: what was written survives SIGKILL, and can be read meanwhile.
+Runs live in a memory-mapped file that is updated in place: what was written survives SIGKILL, and
+can be read meanwhile.
 """
+
 from __future__ import annotations
 
 import mmap
@@ -43,14 +46,25 @@ class Run:
     last_end: float
 
     def surely_overlaps(self, other: Run) -> bool:
-        """Whether both were in force at one instant, whenever within its call each answer was made."""
+        """Whether both were in force at one instant, whenever within its call each answer was
+        made.
+        """
         both_from = max(self.first_end, other.first_end)
         both_until = min(self.last_begin, other.last_begin)
-        return both_from < both_until or self._encloses_an_answer_of(other) or other._encloses_an_answer_of(self)
+        return (
+            both_from < both_until
+            or self._encloses_an_answer_of(other)
+            or other._encloses_an_answer_of(self)
+        )
 
     def _encloses_an_answer_of(self, other: Run) -> bool:
-        return any(self.first_end < begin and end < self.last_begin
-                   for begin, end in ((other.first_begin, other.first_end), (other.last_begin, other.last_end)))
+        return any(
+            self.first_end < begin and end < self.last_begin
+            for begin, end in (
+                (other.first_begin, other.first_end),
+                (other.last_begin, other.last_end),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,11 @@ class Overlap:
     @property
     def seconds(self) -> float:
         """For how long, at least."""
-        return max(0.0, min(self.one.last_begin, self.other.last_begin) - max(self.one.first_end, self.other.first_end))
+        return max(
+            0.0,
+            min(self.one.last_begin, self.other.last_begin)
+            - max(self.one.first_end, self.other.first_end),
+        )
 
 
 class Recorder:
@@ -114,8 +132,10 @@ def read_runs(path: Path, node: str) -> list[Run]:
         count, _ = _COUNT.unpack(header)
         slots = file.read(count * _SLOT.size)
     # A kill between the two stores of an update leaves a new begin with an old end.
-    return [Run(node, task, first_begin, first_end, last_begin, max(last_begin, last_end))
-            for task, first_begin, first_end, last_begin, last_end in _SLOT.iter_unpack(slots)]
+    return [
+        Run(node, task, first_begin, first_end, last_begin, max(last_begin, last_end))
+        for task, first_begin, first_end, last_begin, last_end in _SLOT.iter_unpack(slots)
+    ]
 
 
 class History:
@@ -128,18 +148,25 @@ class History:
 
     def __init__(self, records: Mapping[str, Path], tasks: Iterable[int]) -> None:
         self.tasks = tuple(tasks)
-        self.runs = [run for label, path in records.items() if path.exists() for run in read_runs(path, label)]
+        self.runs = [
+            run
+            for label, path in records.items()
+            if path.exists()
+            for run in read_runs(path, label)
+        ]
 
     def overlaps(self) -> list[Overlap]:
         """All pairs of runs of different processes that were in force at once."""
         by_task: dict[int, list[Run]] = {}
         for run in sorted(self.runs, key=lambda run: run.first_begin):
             by_task.setdefault(run.task, []).append(run)
-        return [Overlap(task, one, other)
-                for task, runs in by_task.items()
-                for position, one in enumerate(runs)
-                for other in runs[position + 1:]
-                if one.node != other.node and one.surely_overlaps(other)]
+        return [
+            Overlap(task, one, other)
+            for task, runs in by_task.items()
+            for position, one in enumerate(runs)
+            for other in runs[position + 1 :]
+            if one.node != other.node and one.surely_overlaps(other)
+        ]
 
     def unclaimed_since(self, since: float) -> list[int]:
         """Tasks that nobody has claimed by an answer begun after `since`."""
@@ -147,8 +174,14 @@ class History:
         return [task for task in self.tasks if task not in claimed]
 
     def gap(self, task: int, since: float) -> float:
-        """Seconds from `since` until somebody claimed the task by an answer that began later; infinity where nobody did."""
-        answers = [max(run.first_end, since) for run in self.runs if run.task == task and run.last_begin > since]
+        """Seconds from `since` until somebody claimed the task by an answer that began later;
+        infinity where nobody did.
+        """
+        answers = [
+            max(run.first_end, since)
+            for run in self.runs
+            if run.task == task and run.last_begin > since
+        ]
         return min(answers, default=float('inf')) - since
 
     def longest_gap(self, since: float) -> float:

@@ -1,7 +1,10 @@
-"""A worker that executes keys for test_ledger_kill, and the dispatcher that gives keys to workers and kills them.
+"""A worker that executes keys for test_ledger_kill, and the dispatcher that gives keys to workers
+and kills them.
 
-Workers are forked from a clean server process, so that a new one costs milliseconds. Each is a node of its own.
+Workers are forked from a clean server process, so that a new one costs milliseconds. Each is a node
+of its own.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -30,10 +33,11 @@ from .rows import Rows
 
 __all__ = ['EFFECTS', 'FORMS', 'Dispatcher', 'connect', 'form_of']
 
-#: How a key's effect is written, by what its name begins with: in a transaction of the ledger's, in one of the worker's
-#: own, or beside the ledger.
+#: How a key's effect is written, by what its name begins with: in a transaction of the ledger's, in
+#: one of the worker's own, or beside the ledger.
 FORMS = ('transaction', 'cursor', 'plain')
-#: Every effect is a row, and so is every time that a row of the ledger becomes 'done': PostgreSQL itself counts them.
+#: Every effect is a row, and so is every time that a row of the ledger becomes 'done': PostgreSQL
+#: itself counts them.
 EFFECTS = """
 CREATE TABLE effect (key text NOT NULL, fence bigint NOT NULL);
 CREATE TABLE completion (key text NOT NULL, fence bigint NOT NULL);
@@ -53,7 +57,13 @@ _EFFECT = 'INSERT INTO effect VALUES (%s, %s)'
 
 def connect(config: CoordinationConfig) -> Any:
     """A connection of the test's own, in autocommit mode."""
-    connection = psycopg2.connect(host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)
+    connection = psycopg2.connect(
+        host=config.host,
+        port=config.port,
+        dbname=config.dbname,
+        user=config.user,
+        password=config.password,
+    )
     connection.autocommit = True
     return connection
 
@@ -67,7 +77,9 @@ class _Worker:
     """Runs in the process: executes keys, and dies where it is told to."""
 
     def __init__(self, config: CoordinationConfig, node: str, incarnation: str) -> None:
-        self.ledger = ClusterLedger(Sessions(config, node), Tables(config.appname), node, lambda: incarnation)
+        self.ledger = ClusterLedger(
+            Sessions(config, node), Tables(config.appname), node, lambda: incarnation
+        )
         self.own = connect(config)
 
     def pass_point(self, point: str, fate: str) -> None:
@@ -116,7 +128,9 @@ class _Worker:
         self.pass_point('after effect', fate)
 
 
-def run_worker(fields: dict[str, Any], node: str, incarnation: str, pipe: Connection, fenceless: bool) -> None:
+def run_worker(
+    fields: dict[str, Any], node: str, incarnation: str, pipe: Connection, fenceless: bool
+) -> None:
     """The process: executes what comes through the pipe, in order, and answers each."""
     if fenceless:
         executions._COMPLETE = executions._COMPLETE.replace(_FENCE, 'AND %s IS NOT NULL')
@@ -141,23 +155,33 @@ class _Slot:
 
 
 class Dispatcher:
-    """Delivers each key at least `deliveries` times, until each delivery is answered, while it kills and pauses workers.
+    """Delivers each key at least `deliveries` times, until each delivery is answered, while it
+    kills and pauses workers.
 
     Args:
         rows: The cluster, in whose database `EFFECTS` exist.
         seed: Of every choice.
         workers: How many live at a time.
         death: Chance that a delivery is a worker's death, at a point drawn at random.
-        pause: Chance that a worker stops within a delivery, is evicted, and goes on after others finished its key.
+        pause: Chance that a worker stops within a delivery, is evicted, and goes on after others
+            finished its key.
         fenceless: Take the fence out of the statement that records completions.
     """
 
     def __init__(
-        self, rows: Rows, seed: int, workers: int = 3, death: float = 0.02, pause: float = 0.004, fenceless: bool = False,
+        self,
+        rows: Rows,
+        seed: int,
+        workers: int = 3,
+        death: float = 0.02,
+        pause: float = 0.004,
+        fenceless: bool = False,
     ) -> None:
         self._random = random.Random(seed)
         self._rows = rows
-        self._fields = {item.name: getattr(rows.config, item.name) for item in dataclasses.fields(rows.config)}
+        self._fields = {
+            item.name: getattr(rows.config, item.name) for item in dataclasses.fields(rows.config)
+        }
         self._context = multiprocessing.get_context('forkserver')
         self._context.set_forkserver_preload([__name__])
         self._count = workers
@@ -173,7 +197,9 @@ class Dispatcher:
         apart = [key for key in keys for _ in range(deliveries)]
         self._random.shuffle(apart)
         # Every tenth key comes once more right away.
-        queue = deque(copy for key in apart for copy in [key] * (2 if self._random.random() < 0.1 else 1))
+        queue = deque(
+            copy for key in apart for copy in [key] * (2 if self._random.random() < 0.1 else 1)
+        )
         try:
             while len(self._slots) < self._count:
                 self._start()
@@ -186,7 +212,8 @@ class Dispatcher:
                 slot.pipe.close()
 
     def _step(self, queue: deque[str]) -> None:
-        # One message at a time to each, so that the deliveries of a key that stand side by side meet.
+        # One message at a time to each, so that the deliveries of a key that stand side by side
+        # meet.
         hungry = [slot for slot in self._slots if slot.ready and len(slot.sent) < _BATCH // 2]
         for _ in range(_BATCH - _BATCH // 2):
             for slot in hungry:
@@ -239,7 +266,9 @@ class Dispatcher:
             self._resume()
 
     def _bury(self, slot: _Slot, queue: deque[str]) -> None:
-        """A worker died. Its messages come back; its node row goes, or is left to those who can tell that its process is gone."""
+        """A worker died. Its messages come back; its node row goes, or is left to those who can
+        tell that its process is gone.
+        """
         slot.process.join()
         slot.pipe.close()
         self._slots.remove(slot)
@@ -250,7 +279,9 @@ class Dispatcher:
         self._start()
 
     def _evict(self, slot: _Slot, queue: deque[str]) -> None:
-        """A worker stands still within an execution. The cluster goes on without it, and it wakes when others did its work."""
+        """A worker stands still within an execution. The cluster goes on without it, and it wakes
+        when others did its work.
+        """
         self.outcomes['paused'] += 1
         self._slots.remove(slot)
         self._delete_node(slot.node)
@@ -266,7 +297,8 @@ class Dispatcher:
                 continue
             self._stopped.remove((slot, awaited))
             os.kill(slot.process.pid or 0, signal.SIGCONT)
-            # What it answers is the late end of its attempt; what was sent to it after that was delivered to others.
+            # What it answers is the late end of its attempt; what was sent to it after that was
+            # delivered to others.
             with contextlib.suppress(EOFError, ConnectionResetError):
                 for _ in range(len(slot.sent)):
                     assert slot.pipe.poll(30), 'a worker that was resumed did not answer'
@@ -277,10 +309,17 @@ class Dispatcher:
             slot.pipe.close()
 
     def _start(self) -> None:
-        node, incarnation = f'worker-{uuid.UUID(int=self._random.getrandbits(128))}', str(uuid.UUID(int=self._random.getrandbits(128)))
+        node, incarnation = (
+            f'worker-{uuid.UUID(int=self._random.getrandbits(128))}',
+            str(uuid.UUID(int=self._random.getrandbits(128))),
+        )
         self._rows.node(node, incarnation=incarnation)
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=run_worker, args=(self._fields, node, incarnation, theirs, self._fenceless), daemon=True)
+        process = self._context.Process(
+            target=run_worker,
+            args=(self._fields, node, incarnation, theirs, self._fenceless),
+            daemon=True,
+        )
         process.start()
         theirs.close()
         self._slots.append(_Slot(node, process, ours))

@@ -1,4 +1,5 @@
 """Ledgers of nodes that are rows only, and what tests look at in the database."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,13 +1,15 @@
 """One node of a test cluster, in a process of its own: `python -m tests.server.node_process`.
 
-The first line on standard input is a JSON object with the node's settings; each later line is a command. Events go to
-standard output, one JSON object per line, with the time at which they happened.
+The first line on standard input is a JSON object with the node's settings; each later line is a
+command. Events go to standard output, one JSON object per line, with the time at which they
+happened.
 
-Settings: name, config (fields of CoordinationConfig), record (a file), tasks (the sample to ask about), job (further
-arguments of Job), clock_offset (seconds by which every wall clock that Python code can read is wrong), log (a file),
-without (a fence that is taken away: lease or shrink).
+Settings: name, config (fields of CoordinationConfig), record (a file), tasks (the sample to ask
+about), job (further arguments of Job), clock_offset (seconds by which every wall clock that Python
+code can read is wrong), log (a file), without (a fence that is taken away: lease or shrink).
 Commands: drain, undrain, leave, explain TASK, health.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -37,7 +39,11 @@ def main() -> int:
     """Enter, answer until told to leave, leave."""
     _die_with_parent()
     settings = json.loads(sys.stdin.readline())
-    logging.basicConfig(filename=settings['log'], level=logging.INFO, format='%(asctime)s %(levelname)s %(name)s %(message)s')
+    logging.basicConfig(
+        filename=settings['log'],
+        level=logging.INFO,
+        format='%(asctime)s %(levelname)s %(name)s %(message)s',
+    )
     crash_file = Path(settings['log'] + '.crash').open('w')  # noqa: SIM115  # to the end of the process
     faulthandler.enable(crash_file)
     faulthandler.register(10, crash_file)  # SIGUSR1 tells where every thread is
@@ -52,14 +58,25 @@ def main() -> int:
     recorder = Recorder(Path(settings['record']))
 
     def rebalanced(event: Any) -> None:
-        _say('rebalanced', initial=event.is_initial, version=event.token_version, added=event.tokens_added, removed=event.tokens_removed)
+        _say(
+            'rebalanced',
+            initial=event.is_initial,
+            version=event.token_version,
+            added=event.tokens_added,
+            removed=event.tokens_removed,
+        )
 
     def released(tokens: Any) -> None:
         _say('released', tokens=len(tokens))
 
     try:
-        job = Job(settings['name'], CoordinationConfig(**settings['config']), on_rebalance=rebalanced,
-                  on_release=released if settings.get('on_release') else None, **settings['job'])
+        job = Job(
+            settings['name'],
+            CoordinationConfig(**settings['config']),
+            on_rebalance=rebalanced,
+            on_release=released if settings.get('on_release') else None,
+            **settings['job'],
+        )
         _say('constructed', pid=os.getpid())
         with job:
             _say('entered')
@@ -72,7 +89,9 @@ def main() -> int:
     return 0
 
 
-def _answer(job: Job, recorder: Recorder, tasks: list[int], commands: queue.SimpleQueue[str]) -> None:
+def _answer(
+    job: Job, recorder: Recorder, tasks: list[int], commands: queue.SimpleQueue[str]
+) -> None:
     from jobsync_core import DatabaseUnavailable, Task
 
     def claims(task: int) -> bool:
@@ -97,7 +116,12 @@ def _answer(job: Job, recorder: Recorder, tasks: list[int], commands: queue.Simp
             elif command == 'explain':
                 _say('explained', explanation=repr(job.explain(int(detail))))
             elif command == 'health':
-                _say('health', healthy=job.am_i_healthy(), leader=job.am_i_leader(), tokens=len(job.my_tokens))
+                _say(
+                    'health',
+                    healthy=job.am_i_healthy(),
+                    leader=job.am_i_leader(),
+                    tokens=len(job.my_tokens),
+                )
             else:
                 raise ValueError(f'unknown command {command!r}')
 
@@ -137,7 +161,9 @@ def _die_with_parent() -> None:
 
 
 def _shift_wall_clocks(offset: float) -> None:
-    """Put every wall clock of this process wrong. Clocks that measure durations stay as they are."""
+    """Put every wall clock of this process wrong. Clocks that measure durations stay as they
+    are.
+    """
     true_time, true_time_ns, true_gettime = time.time, time.time_ns, time.clock_gettime
     true_datetime = datetime.datetime
 

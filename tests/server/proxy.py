@@ -1,4 +1,5 @@
 """A TCP proxy between one node and PostgreSQL that misbehaves on demand."""
+
 from __future__ import annotations
 
 import enum
@@ -23,9 +24,10 @@ _MOST_BUFFERED = 1 << 20
 class Mode(enum.Enum):
     """What the network does.
 
-    While packets are held, connections stay open, new ones hang, and nothing arrives; what was sent arrives when the
-    network heals, as TCP's retransmissions do: so a statement can reach the server long after its sender gave it up.
-    Swallowed packets never arrive: at the heal such connections are reset.
+    While packets are held, connections stay open, new ones hang, and nothing arrives; what was sent
+    arrives when the network heals, as TCP's retransmissions do: so a statement can reach the server
+    long after its sender gave it up. Swallowed packets never arrive: at the heal such connections
+    are reset.
     """
 
     PASS = 'pass'
@@ -72,10 +74,13 @@ class Proxy:
 
     Args:
         host, port: The PostgreSQL server.
-        tap: Told of all that passes: a number for the connection, whether it goes to the server, and the bytes.
+        tap: Told of all that passes: a number for the connection, whether it goes to the server,
+            and the bytes.
     """
 
-    def __init__(self, host: str, port: int, tap: Callable[[int, bool, bytes], None] | None = None) -> None:
+    def __init__(
+        self, host: str, port: int, tap: Callable[[int, bool, bytes], None] | None = None
+    ) -> None:
         self.target = (host, port)
         self._tap = tap
         self._delay = 0.0
@@ -95,7 +100,12 @@ class Proxy:
     def __enter__(self) -> Proxy:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @property
@@ -110,6 +120,7 @@ class Proxy:
             mode: What to do.
             delay: Seconds by which DELAY delivers late, each way.
         """
+
         def change() -> None:
             self._mode, self._delay = mode, delay
             if mode is Mode.REFUSE and self._listener is not None:
@@ -128,6 +139,7 @@ class Proxy:
 
     def reset(self) -> None:
         """Reset every open connection, once."""
+
         def change() -> None:
             for link in list(self._links):
                 self._drop(link, reset=True)
@@ -135,7 +147,10 @@ class Proxy:
         self._do(change)
 
     def strand(self) -> None:
-        """Never answer on the connections that are open now, and never end them, as a router does that has forgotten them."""
+        """Never answer on the connections that are open now, and never end them, as a router does
+        that has forgotten them.
+        """
+
         def change() -> None:
             for link in self._links:
                 link.server.close()
@@ -151,6 +166,7 @@ class Proxy:
 
     def close(self) -> None:
         """End the thread and close everything."""
+
         def change() -> None:
             self._closing = True
 
@@ -169,7 +185,9 @@ class Proxy:
         self._wake_sender.close()
 
     def _do(self, change: Callable[[], None]) -> None:
-        """Have the thread, which alone touches the sockets, make a change, and wait until it has."""
+        """Have the thread, which alone touches the sockets, make a change, and wait until it
+        has.
+        """
         done = threading.Event()
 
         def run() -> None:
@@ -229,7 +247,9 @@ class Proxy:
     def _swallows_way(self, way: _Way) -> bool:
         return self._mode in (_SWALLOWS_TO_SERVER if way.to_server else _SWALLOWS_TO_CLIENT)
 
-    def _serve(self, readable: frozenset[socket.socket], writable: frozenset[socket.socket]) -> None:
+    def _serve(
+        self, readable: frozenset[socket.socket], writable: frozenset[socket.socket]
+    ) -> None:
         if self._wake_receiver in readable:
             self._wake_receiver.recv(_CHUNK)
         if self._listener in readable:
@@ -270,7 +290,9 @@ class Proxy:
             return
         server.setblocking(False)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._links.append(_Link(client, server, (_Way(client, server, True), _Way(server, client, False))))
+        self._links.append(
+            _Link(client, server, (_Way(client, server, True), _Way(server, client, False)))
+        )
 
     def _read(self, link: _Link, way: _Way) -> None:
         try:
@@ -283,7 +305,9 @@ class Proxy:
         elif data:
             if self._tap is not None:
                 self._tap(link.number, way.to_server, data)
-            way.chunks.append((time.monotonic() + (self._delay if self._mode is Mode.DELAY else 0.0), data))
+            way.chunks.append(
+                (time.monotonic() + (self._delay if self._mode is Mode.DELAY else 0.0), data)
+            )
             way.size += len(data)
         else:
             way.ended = True

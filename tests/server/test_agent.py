@@ -1,4 +1,7 @@
-"""Whatever goes wrong in a node's own thread, it comes back by itself; and where it cannot, it says so."""
+"""Whatever goes wrong in a node's own thread, it comes back by itself; and where it cannot, it says
+so.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -19,10 +22,17 @@ from jobsync_core.web.health import HealthServer
 from ..waiting import eventually
 from .cluster import node_of
 
-UNFORESEEN = [RuntimeError("can't start new thread"), MemoryError(), RecursionError('too deep'), KeyError('a bug')]
+UNFORESEEN = [
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    RecursionError('too deep'),
+    KeyError('a bug'),
+]
 
 
-def sabotage(job: Job, error: BaseException, broken: Callable[[Request], bool] = lambda request: True) -> threading.Event:
+def sabotage(
+    job: Job, error: BaseException, broken: Callable[[Request], bool] = lambda request: True
+) -> threading.Event:
     """Have the agent's requests raise until the event is set; the event."""
     perform, mended = node_of(job).agent._perform, threading.Event()
 
@@ -37,19 +47,26 @@ def sabotage(job: Job, error: BaseException, broken: Callable[[Request], bool] =
 
 @pytest.mark.parametrize('error', UNFORESEEN, ids=lambda error: type(error).__name__)
 def test_an_unforeseen_error_suspends_claims_until_all_has_been_read_anew_and_is_said_once(
-        config: CoordinationConfig, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+    config: CoordinationConfig, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         eventually(lambda: job.can_claim_task(1))
         with caplog.at_level(logging.ERROR, logger='jobsync_core.agent.agent'):
             mended = sabotage(job, error)
             eventually(lambda: not job.am_i_healthy() and not job.can_claim_task(1))
-            eventually(lambda: any(count for _, count in node_of(job).agent._said.values()), timeout=20)
+            eventually(
+                lambda: any(count for _, count in node_of(job).agent._said.values()), timeout=20
+            )
             assert job.alive
             mended.set()
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1), timeout=20)
-        said = [record.getMessage() for record in caplog.records if 'unforeseen' in record.getMessage()]
+        said = [
+            record.getMessage() for record in caplog.records if 'unforeseen' in record.getMessage()
+        ]
         assert len([text for text in said if 'claiming stops' in text]) == 1
-        assert len(said) == len(set(said)), 'a request beside the heartbeats may have failed first, which is another line'
+        assert len(said) == len(set(said)), (
+            'a request beside the heartbeats may have failed first, which is another line'
+        )
 
 
 def test_no_thread_to_be_had_while_connecting_anew_ends_nothing(config: CoordinationConfig) -> None:
@@ -62,7 +79,9 @@ def test_no_thread_to_be_had_while_connecting_anew_ends_nothing(config: Coordina
         eventually(lambda: job.can_claim_task(1), timeout=20)
 
 
-def test_an_error_in_what_is_told_to_the_user_is_survived(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_what_is_told_to_the_user_is_survived(
+    config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         eventually(lambda: job.can_claim_task(1))
         run_effects, failures = Agent._run_effects, [ValueError('a bug in a callback path')]
@@ -77,7 +96,9 @@ def test_an_error_in_what_is_told_to_the_user_is_survived(config: CoordinationCo
         eventually(lambda: job.can_claim_task(1), timeout=20)
 
 
-def test_a_node_that_cannot_enter_tells_whoever_waits(config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_cannot_enter_tells_whoever_waits(
+    config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(agent: Agent, request: Request) -> Any:
         raise RuntimeError("can't start new thread")
 
@@ -111,7 +132,8 @@ def test_where_the_agent_has_truly_ended_probes_say_so(config: CoordinationConfi
 
 
 def test_a_callback_thread_that_could_not_be_started_is_started_later(
-        config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     start = threading.Thread.start
     refused: list[threading.Thread] = []
@@ -123,7 +145,9 @@ def test_a_callback_thread_that_could_not_be_started_is_started_later(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, 'start', start_or_not)
-    with Job('n1', config, wait_on_enter=0, on_rebalance=lambda event: calls.append(event.tokens_added)) as job:
+    with Job(
+        'n1', config, wait_on_enter=0, on_rebalance=lambda event: calls.append(event.tokens_added)
+    ) as job:
         eventually(lambda: calls == [config.total_tokens])
         assert job.can_claim_task(1) and len(refused) == 3
 
@@ -149,7 +173,8 @@ def test_a_round_that_the_server_refuses_costs_no_connection(config: Coordinatio
 
 @pytest.mark.parametrize('request_type', [Beat, Refresh])
 def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_once(
-        config: CoordinationConfig, caplog: pytest.LogCaptureFixture, request_type: type[Request]) -> None:
+    config: CoordinationConfig, caplog: pytest.LogCaptureFixture, request_type: type[Request]
+) -> None:
     tries = list[float]()
 
     def broken(request: Request) -> bool:
@@ -164,11 +189,18 @@ def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_on
             tries.clear()
             caplog.clear()
             with caplog.at_level(logging.WARNING, logger='jobsync_core.agent.agent'):
-                mended = sabotage(job, psycopg2.errors.DiskFull('could not extend file: No space left on device'), broken)
+                mended = sabotage(
+                    job,
+                    psycopg2.errors.DiskFull('could not extend file: No space left on device'),
+                    broken,
+                )
                 node_of(job).agent.post(lambda: node_of(job).agent._connection.close())  # type: ignore[union-attr]
                 eventually(lambda: len(tries) >= 7, timeout=30)
                 mended.set()
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1), timeout=20)
-            assert len([record for record in caplog.records if 'No space left' in record.getMessage()]) == 1  # also the second time
+            assert (
+                len([record for record in caplog.records if 'No space left' in record.getMessage()])
+                == 1
+            )  # also the second time
             assert tries[6] - tries[5] > 0.9
             time.sleep(0.2)

@@ -1,8 +1,11 @@
-"""Whatever strikes, in whatever line between the begin and the end of an attempt: its key does not stay taken while its process lives.
+"""Whatever strikes, in whatever line between the begin and the end of an attempt: its key does not
+stay taken while its process lives.
 
-An exception is raised in each line in turn of the modules that carry an attempt, in a block, a function and a coroutine, with and
-without a transaction, and where the work fails. So it is with signals (a time limit, Ctrl-C), which strike in any line.
+An exception is raised in each line in turn of the modules that carry an attempt, in a block, a
+function and a coroutine, with and without a transaction, and where the work fails. So it is with
+signals (a time limit, Ctrl-C), which strike in any line.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -23,25 +26,11 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError
-from jobsync_core.ledger import (
-    attempt,
-    execution,
-    once,
-    transaction,
-    unsettled,
-)
-from jobsync_core.ledger import (
-    batch as group_commit,
-)
-from jobsync_core.ledger import (
-    calls as ledger_calls,
-)
-from jobsync_core.ledger import (
-    cluster as ledger,
-)
-from jobsync_core.ledger import (
-    current as current_ledger,
-)
+from jobsync_core.ledger import attempt, execution, once, transaction, unsettled
+from jobsync_core.ledger import batch as group_commit
+from jobsync_core.ledger import calls as ledger_calls
+from jobsync_core.ledger import cluster as ledger
+from jobsync_core.ledger import current as current_ledger
 from jobsync_core.ledger.cluster import ClusterLedger, current_execution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once
@@ -54,7 +43,19 @@ from .cluster import query
 from .ledgers import insert, ledgers_of
 from .rows import Rows, rows_of
 
-MODULES = (attempt, current_ledger, execution, group_commit, ledger, ledger_calls, once, transaction, unsettled, executions, transactions)
+MODULES = (
+    attempt,
+    current_ledger,
+    execution,
+    group_commit,
+    ledger,
+    ledger_calls,
+    once,
+    transaction,
+    unsettled,
+    executions,
+    transactions,
+)
 FILES = {str(Path(module.__file__ or '').resolve()) for module in MODULES}
 
 
@@ -70,13 +71,20 @@ class Work(Exception):
 
 
 class Strike:
-    """Raises in the line number `place` of those that this thread, and the threads that it starts, pass; counts them.
+    """Raises in the line number `place` of those that this thread, and the threads that it starts,
+    pass; counts them.
 
-    A line at which a `with` statement lets go of a lock is no place: there CPython delivers no signal between the block and the
-    release, and so no program can be struck there.
+    A line at which a `with` statement lets go of a lock is no place: there CPython delivers no
+    signal between the block and the release, and so no program can be struck there.
     """
 
-    def __init__(self, place: int, action: Callable[[], object], raises: bool = True, files: Collection[str] = FILES) -> None:
+    def __init__(
+        self,
+        place: int,
+        action: Callable[[], object],
+        raises: bool = True,
+        files: Collection[str] = FILES,
+    ) -> None:
         self.place = place
         self._files = files
         self.passed = 0
@@ -96,15 +104,26 @@ class Strike:
         threading.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in self._files or threading.current_thread().name in ('jobsync ledger', 'jobsync-deadlines'):
+        if frame.f_code.co_filename not in self._files or threading.current_thread().name in (
+            'jobsync ledger',
+            'jobsync-deadlines',
+        ):
             return None
         return self._line
 
     def _line(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == 'line' and not self._busy and not _lets_go(frame.f_code, frame.f_lasti) and not (self._raises and _in_finalizer(frame)):
+        if (
+            event == 'line'
+            and not self._busy
+            and not _lets_go(frame.f_code, frame.f_lasti)
+            and not (self._raises and _in_finalizer(frame))
+        ):
             self.passed += 1
             if self.passed == self.place:
-                self.where = f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}'
+                self.where = (
+                    f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in '
+                    f'{frame.f_code.co_name}'
+                )
                 self._busy = True
                 try:
                     self._action()
@@ -125,9 +144,15 @@ def _in_finalizer(frame: FrameType | None) -> bool:
 def _lets_go(code: CodeType, offset: int) -> bool:
     key = code, offset
     if key not in _known:
-        rest = (each for each in dis.get_instructions(code) if each.offset >= offset and each.opname not in ('SWAP', 'ROT_TWO', 'NOP'))
+        rest = (
+            each
+            for each in dis.get_instructions(code)
+            if each.offset >= offset and each.opname not in ('SWAP', 'ROT_TWO', 'NOP')
+        )
         found = list(itertools.islice(rest, 3))
-        _known[key] = len(found) == 3 and all(each.opname == 'LOAD_CONST' and each.argval is None for each in found)
+        _known[key] = len(found) == 3 and all(
+            each.opname == 'LOAD_CONST' and each.argval is None for each in found
+        )
     return _known[key]
 
 
@@ -157,8 +182,9 @@ def struck_ledger(rows: Rows) -> Iterator[ClusterLedger]:
 def strike_apart(place: int, action: Callable[[], object], files: Collection[str] = FILES) -> str:
     """Strike there in a thread of its own; which line that was.
 
-    After an exception out of a trace function, CPython may take one that was being handled for one that still is, and hang it on to
-    the end of the chain of each later exception of that thread, in other tests, too. With the thread it goes.
+    After an exception out of a trace function, CPython may take one that was being handled for one
+    that still is, and hang it on to the end of the chain of each later exception of that thread, in
+    other tests, too. With the thread it goes.
     """
     found: list[str] = []
 
@@ -182,7 +208,9 @@ def _leaves_no_exception() -> Iterator[None]:
     yield
     with pytest.raises(ZeroDivisionError) as caught:
         _ = 1 / 0
-    assert caught.value.__context__ is None, f'in the chain of all that this thread raises from now on: {type(caught.value.__context__)}'
+    assert caught.value.__context__ is None, (
+        f'in the chain of all that this thread raises from now on: {type(caught.value.__context__)}'
+    )
 
 
 def block(made: ClusterLedger, key: str, work: Callable[[], object]) -> None:
@@ -230,7 +258,10 @@ WORKS = (nothing, fail, transact)
 @pytest.mark.parametrize('work', WORKS, ids=lambda work: work.__name__)
 @pytest.mark.parametrize('form', FORMS, ids=lambda form: form.__name__)
 def test_an_exception_in_any_line_keeps_no_key(
-    struck_ledger: ClusterLedger, rows: Rows, form: Callable[..., None], work: Callable[[], object],
+    struck_ledger: ClusterLedger,
+    rows: Rows,
+    form: Callable[..., None],
+    work: Callable[[], object],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     struck: dict[str, str] = {}
@@ -249,28 +280,44 @@ def test_an_exception_in_any_line_keeps_no_key(
     eventually(lambda: {key: struck[key] for key in [*here.running]} == {})
     if work is transact:
         # An effect is there exactly where its key is complete.
-        done = {key for key, in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'done'")}
+        done = {
+            key
+            for (key,) in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'done'")
+        }
         assert rows.value('SELECT count(*) FROM effect') == len(done)
-        assert rows.run("SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%%' AND datname = current_database()") == []
+        assert (
+            rows.run(
+                "SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in%%' AND datname = "
+                'current_database()'
+            )
+            == []
+        )
 
 
 def running(rows: Rows) -> list[str]:
-    return [key for key, in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'running'")]
+    return [
+        key
+        for (key,) in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'running'")
+    ]
 
 
 def await_end(rows: Rows, struck: dict[str, str]) -> None:
     try:
         eventually(lambda: running(rows) == [], timeout=20)
     except AssertionError:
-        raise AssertionError({key: struck.get(key, 'not struck') for key in running(rows)}) from None
+        raise AssertionError(
+            {key: struck.get(key, 'not struck') for key in running(rows)}
+        ) from None
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize('kind', ['coroutine', 'generator', 'transaction'])
 def test_what_is_collected_in_any_line_blocks_nobody_and_keeps_no_key(
-    struck_ledger: ClusterLedger, rows: Rows, kind: str, capsys: pytest.CaptureFixture[str],
+    struck_ledger: ClusterLedger, rows: Rows, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A finalizer runs wherever the collector strikes: also while its own thread holds a lock that it would want."""
+    """A finalizer runs wherever the collector strikes: also while its own thread holds a lock that
+    it would want.
+    """
     loop = asyncio.new_event_loop()
 
     @exactly_once(key='{key}', scope='')
@@ -323,7 +370,10 @@ def test_what_is_collected_in_any_line_blocks_nobody_and_keeps_no_key(
             print(f'\n{kind}: collected in {place - 1} lines', end='')
         assert place > 60
         await_end(rows, {})
-        assert rows.value(f"SELECT count(*) FROM {rows.tables.execution} WHERE state = 'failed'") == place
+        assert (
+            rows.value(f"SELECT count(*) FROM {rows.tables.execution} WHERE state = 'failed'")
+            == place
+        )
         assert rows.value('SELECT count(*) FROM effect') == place
     finally:
         gc.unfreeze()
@@ -337,7 +387,8 @@ def use(sessions: Sessions) -> None:
 
 @pytest.mark.timeout(60)
 def test_an_exception_in_any_line_of_a_session_leaves_no_connection_and_no_deadline(
-        config: CoordinationConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config: CoordinationConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = {str(Path(module.__file__ or '').resolve()) for module in (connections, deadline)}
     struck = 0
     for kept in (False, True):  # where a connection is opened, and where one is kept from before
@@ -353,7 +404,10 @@ def test_an_exception_in_any_line_of_a_session_leaves_no_connection_and_no_deadl
             pool = sessions._pools.get(os.getpid())
             if pool is not None:
                 idle = [each for _, each in pool._idle]
-                assert ([each for each in pool._lent if each not in idle], list(pool.deadlines._watched)) == ([], []), where
+                assert (
+                    [each for each in pool._lent if each not in idle],
+                    list(pool.deadlines._watched),
+                ) == ([], []), where
                 assert not any(each.closed for each in idle), where
             use(sessions)
             sessions.close_all()
@@ -371,5 +425,9 @@ def await_closed(config: CoordinationConfig, where: str) -> None:
 
 
 def open_sessions(config: CoordinationConfig) -> int:
-    (count,), = query(config, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'jobsync any line'", ())
+    ((count,),) = query(
+        config,
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'jobsync any line'",
+        (),
+    )
     return int(count)

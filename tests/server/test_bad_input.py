@@ -1,4 +1,7 @@
-"""What a user may get wrong is told at the earliest moment, by value and remedy; nothing hangs, and no password is shown."""
+"""What a user may get wrong is told at the earliest moment, by value and remedy; nothing hangs, and
+no password is shown.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,17 +41,39 @@ def node(config: CoordinationConfig, name: str = 'n1', **arguments: Any) -> Job:
 
 
 class TestSettings:
-    @pytest.mark.parametrize(('setting', 'value'), [
-        (name, value)
-        for name in ('total_tokens', 'minimum_nodes', 'heartbeat_interval_sec', 'heartbeat_timeout_sec', 'rebalance_check_interval_sec',
-                     'connect_timeout_sec')
-        for value in (0, -1, 'many', None, True, float('nan'))
-    ] + [
-        ('total_tokens', 1_000_001), ('total_tokens', 2.5), ('release_timeout_sec', -1),
-        ('hash_function', 'sha1'), ('hash_function', None), ('hash_function', ''),
-        ('port', 0), ('port', 65_536), ('port', 'x'), ('port', None), ('port', '1,2'),
-        ('host', ''), ('host', None), ('dbname', ''), ('user', ''), ('host', 'a\0b'),
-    ])
+    @pytest.mark.parametrize(
+        ('setting', 'value'),
+        [
+            (name, value)
+            for name in (
+                'total_tokens',
+                'minimum_nodes',
+                'heartbeat_interval_sec',
+                'heartbeat_timeout_sec',
+                'rebalance_check_interval_sec',
+                'connect_timeout_sec',
+            )
+            for value in (0, -1, 'many', None, True, float('nan'))
+        ]
+        + [
+            ('total_tokens', 1_000_001),
+            ('total_tokens', 2.5),
+            ('release_timeout_sec', -1),
+            ('hash_function', 'sha1'),
+            ('hash_function', None),
+            ('hash_function', ''),
+            ('port', 0),
+            ('port', 65_536),
+            ('port', 'x'),
+            ('port', None),
+            ('port', '1,2'),
+            ('host', ''),
+            ('host', None),
+            ('dbname', ''),
+            ('user', ''),
+            ('host', 'a\0b'),
+        ],
+    )
     def test_a_wrong_value_is_named(self, setting: str, value: object) -> None:
         with pytest.raises(ConfigurationError) as caught:
             CoordinationConfig(**{setting: value})  # type: ignore[arg-type]
@@ -58,11 +83,28 @@ class TestSettings:
 
     @pytest.mark.parametrize('interval', [15, 16, 14])
     def test_a_timeout_that_leaves_no_room_for_the_interval(self, interval: float) -> None:
-        with pytest.raises(ConfigurationError, match=f'heartbeat_timeout_sec=15.*heartbeat_interval_sec={interval}'):
+        with pytest.raises(
+            ConfigurationError, match=f'heartbeat_timeout_sec=15.*heartbeat_interval_sec={interval}'
+        ):
             CoordinationConfig(heartbeat_interval_sec=interval, heartbeat_timeout_sec=15)
 
-    @pytest.mark.parametrize('appname', [
-        'my-app_', 'a"b', "a'b", 'x' * 70, 'x" CASCADE; DROP TABLE users; --', '1st_', '', 'sp ace', 'ünï_', 'a\0', 'a.b', 'a\n'])
+    @pytest.mark.parametrize(
+        'appname',
+        [
+            'my-app_',
+            'a"b',
+            "a'b",
+            'x' * 70,
+            'x" CASCADE; DROP TABLE users; --',
+            '1st_',
+            '',
+            'sp ace',
+            'ünï_',
+            'a\0',
+            'a.b',
+            'a\n',
+        ],
+    )
     def test_an_appname_that_is_no_identifier(self, appname: str) -> None:
         with pytest.raises(ConfigurationError, match='appname'):
             CoordinationConfig(appname=appname)
@@ -81,28 +123,75 @@ class TestSettings:
             job.write_audit()
             assert len(job.get_audit()) == 1
 
-    @pytest.mark.parametrize(('argument', 'value'), [
-        ('node_name', ''), ('node_name', None), ('node_name', 'a,b'), ('node_name', ' a'), ('node_name', 'a\0'), ('node_name', 'a\nb'),
-        ('node_name', 'x' * 201), ('node_name', 7),
-        ('coordination_config', 'postgresql://localhost/x'), ('date', 'today'), ('date', 5),
-        ('wait_on_enter', -1), ('wait_on_enter', 'long'), ('wait_on_enter', float('inf')), ('wait_on_exit', -1), ('wait_on_exit', None),
-        ('lock_provider', 'locks'), ('on_rebalance', 1), ('on_release', []), ('weight', 0), ('weight', -1), ('weight', 'heavy'),
-    ])
+    @pytest.mark.parametrize(
+        ('argument', 'value'),
+        [
+            ('node_name', ''),
+            ('node_name', None),
+            ('node_name', 'a,b'),
+            ('node_name', ' a'),
+            ('node_name', 'a\0'),
+            ('node_name', 'a\nb'),
+            ('node_name', 'x' * 201),
+            ('node_name', 7),
+            ('coordination_config', 'postgresql://localhost/x'),
+            ('date', 'today'),
+            ('date', 5),
+            ('wait_on_enter', -1),
+            ('wait_on_enter', 'long'),
+            ('wait_on_enter', float('inf')),
+            ('wait_on_exit', -1),
+            ('wait_on_exit', None),
+            ('lock_provider', 'locks'),
+            ('on_rebalance', 1),
+            ('on_release', []),
+            ('weight', 0),
+            ('weight', -1),
+            ('weight', 'heavy'),
+        ],
+    )
     def test_a_wrong_argument_of_job_is_named(self, argument: str, value: object) -> None:
         with pytest.raises(ConfigurationError, match=argument):
             Job(**{'node_name': 'n1', 'coordination_config': CoordinationConfig(), argument: value})  # type: ignore[arg-type]
 
 
 class TestLocks:
-    @pytest.mark.parametrize('lock', [
-        (), (1,), (1, '%'), (1, '%', 'why', 1, 2), 'text', 5, None, {'task_id': 1},
-        (1, '', 'why'), (1, [], 'why'), (1, [''], 'why'), (1, 5, 'why'), (1, ['%', 5], 'why'), (1, None, 'why'), (1, b'%', 'why'),
-        (1, 'a\0', 'why'), (1, 'a\\', 'why'),
-        (None, '%', 'why'), ([], '%', 'why'), ('a\0b', '%', 'why'),
-        (1, '%', 5), (1, '%', 'a\0'),
-        (1, '%', 'why', 0), (1, '%', 'why', -1), (1, '%', 'why', 'soon'), (1, '%', 'why', float('nan')), (1, '%', 'why', float('inf')),
-    ], ids=repr)
-    def test_a_malformed_lock_registers_nothing(self, config: CoordinationConfig, lock: object) -> None:
+    @pytest.mark.parametrize(
+        'lock',
+        [
+            (),
+            (1,),
+            (1, '%'),
+            (1, '%', 'why', 1, 2),
+            'text',
+            5,
+            None,
+            {'task_id': 1},
+            (1, '', 'why'),
+            (1, [], 'why'),
+            (1, [''], 'why'),
+            (1, 5, 'why'),
+            (1, ['%', 5], 'why'),
+            (1, None, 'why'),
+            (1, b'%', 'why'),
+            (1, 'a\0', 'why'),
+            (1, 'a\\', 'why'),
+            (None, '%', 'why'),
+            ([], '%', 'why'),
+            ('a\0b', '%', 'why'),
+            (1, '%', 5),
+            (1, '%', 'a\0'),
+            (1, '%', 'why', 0),
+            (1, '%', 'why', -1),
+            (1, '%', 'why', 'soon'),
+            (1, '%', 'why', float('nan')),
+            (1, '%', 'why', float('inf')),
+        ],
+        ids=repr,
+    )
+    def test_a_malformed_lock_registers_nothing(
+        self, config: CoordinationConfig, lock: object
+    ) -> None:
         with node(config) as job:
             with pytest.raises((ConfigurationError, InvalidTaskId)):
                 job.register_locks_bulk([('good', '%', 'why'), lock])  # type: ignore[list-item]
@@ -113,7 +202,9 @@ class TestLocks:
         with node(config) as job, pytest.raises(ConfigurationError):
             job.register_locks_bulk(locks)
 
-    def test_an_error_in_a_lock_provider_comes_out_of_enter(self, config: CoordinationConfig) -> None:
+    def test_an_error_in_a_lock_provider_comes_out_of_enter(
+        self, config: CoordinationConfig
+    ) -> None:
         def provider(job: Job) -> None:
             job.register_locks_bulk([(1, 2, 3)])
 
@@ -122,10 +213,20 @@ class TestLocks:
 
 
 class TestTaskIds:
-    @pytest.mark.parametrize('task_id', [None, [], {}, set(), 'a\0b', 'x' * 2001, '\ud800', Task(None), Task('\0')], ids=repr)
+    @pytest.mark.parametrize(
+        'task_id',
+        [None, [], {}, set(), 'a\0b', 'x' * 2001, '\ud800', Task(None), Task('\0')],
+        ids=repr,
+    )
     def test_an_id_that_cannot_be_stored(self, config: CoordinationConfig, task_id: Any) -> None:
         with node(config) as job:
-            for use in (job.can_claim_task, job.add_task, job.set_claim, job.owner_of, job.task_to_token):
+            for use in (
+                job.can_claim_task,
+                job.add_task,
+                job.set_claim,
+                job.owner_of,
+                job.task_to_token,
+            ):
                 if use == job.set_claim and isinstance(task_id, (list, dict, set)):
                     continue  # several tasks: none
                 with pytest.raises(InvalidTaskId):
@@ -133,8 +234,25 @@ class TestTaskIds:
             assert job.get_audit() == []
             job.write_audit()
 
-    @pytest.mark.parametrize('task_id', [
-        '', "'; DROP TABLE x; --", '%s %(a)s', '日本', '\U0001f600', 0, -1, 1.5, True, ('a', 1), b'bytes', '\\', '{}'], ids=repr)
+    @pytest.mark.parametrize(
+        'task_id',
+        [
+            '',
+            "'; DROP TABLE x; --",
+            '%s %(a)s',
+            '日本',
+            '\U0001f600',
+            0,
+            -1,
+            1.5,
+            True,
+            ('a', 1),
+            b'bytes',
+            '\\',
+            '{}',
+        ],
+        ids=repr,
+    )
     def test_any_other_id_works(self, config: CoordinationConfig, task_id: Any) -> None:
         with node(config) as job:
             assert job.can_claim_task(task_id)
@@ -144,8 +262,14 @@ class TestTaskIds:
 
 
 class TestCluster:
-    @pytest.mark.parametrize('setting', [{'total_tokens': 500}, {'hash_function': 'md5'}], ids=lambda setting: next(iter(setting)))
-    def test_settings_that_differ_from_the_live_clusters(self, config: CoordinationConfig, setting: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        'setting',
+        [{'total_tokens': 500}, {'hash_function': 'md5'}],
+        ids=lambda setting: next(iter(setting)),
+    )
+    def test_settings_that_differ_from_the_live_clusters(
+        self, config: CoordinationConfig, setting: dict[str, Any]
+    ) -> None:
         with node(config) as first:
             other = dataclasses.replace(config, **setting)
             with pytest.raises(ConfigMismatch) as caught, node(other, 'n2'):
@@ -186,7 +310,7 @@ def enter_fails(config: CoordinationConfig, limit: float, **arguments: Any) -> D
     thread.start()
     thread.join(limit)
     assert not thread.is_alive(), f'still entering after {limit} s'
-    error, = caught
+    (error,) = caught
     assert isinstance(error, DatabaseUnavailable), error
     return error
 
@@ -200,22 +324,38 @@ class TestDatabase:
         assert str(port) in str(error)
 
     @pytest.mark.parametrize(
-        'mode', [Mode.HOLD, Mode.SWALLOW, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT], ids=lambda mode: str(mode.name).lower())
-    def test_a_black_hole_fails_within_connect_timeout(self, config: CoordinationConfig, mode: Mode) -> None:
+        'mode',
+        [Mode.HOLD, Mode.SWALLOW, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT],
+        ids=lambda mode: str(mode.name).lower(),
+    )
+    def test_a_black_hole_fails_within_connect_timeout(
+        self, config: CoordinationConfig, mode: Mode
+    ) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
             proxy.switch(mode)
-            through = dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=2)
+            through = dataclasses.replace(
+                config, host=proxy.host, port=proxy.port, connect_timeout_sec=2
+            )
             began = time.monotonic()
             enter_fails(through, 30)
             assert time.monotonic() - began < 10, 'far more than connect_timeout_sec'
 
     @pytest.mark.parametrize('heals', [True, False], ids=['heals', 'stays broken'])
-    def test_a_network_that_fails_during_the_grace_period(self, make_config: MakeConfig, heals: bool) -> None:
-        """A short failure is got over; after the longer of heartbeat timeout and wait_on_enter entering gives up."""
+    def test_a_network_that_fails_during_the_grace_period(
+        self, make_config: MakeConfig, heals: bool
+    ) -> None:
+        """A short failure is got over; after the longer of heartbeat timeout and wait_on_enter
+        entering gives up.
+        """
         config = make_config(heartbeat_timeout_sec=3)
         failures: list[Exception] = []
         with Proxy(config.host, int(config.port)) as proxy:
-            job = node(dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1), wait_on_enter=1.0)
+            job = node(
+                dataclasses.replace(
+                    config, host=proxy.host, port=proxy.port, connect_timeout_sec=1
+                ),
+                wait_on_enter=1.0,
+            )
 
             def enter() -> None:
                 try:
@@ -225,7 +365,11 @@ class TestDatabase:
 
             entering = threading.Thread(target=enter, daemon=True)
             entering.start()
-            eventually(lambda: query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)])
+            eventually(
+                lambda: (
+                    query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)]
+                )
+            )
             eventually(lambda: query(config, 'SELECT count(*) FROM "{}node"') == [(1,)])
             proxy.switch(Mode.HOLD)
             if heals:
@@ -242,13 +386,23 @@ class TestDatabase:
             else:
                 assert len(failures) == 1
 
-    def test_api_calls_fail_in_time_while_the_network_is_a_black_hole(self, config: CoordinationConfig) -> None:
+    def test_api_calls_fail_in_time_while_the_network_is_a_black_hole(
+        self, config: CoordinationConfig
+    ) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
-            through = dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1)
+            through = dataclasses.replace(
+                config, host=proxy.host, port=proxy.port, connect_timeout_sec=1
+            )
             with node(through) as job:
                 job.add_task('before')
                 proxy.switch(Mode.HOLD)
-                for use in (lambda: job.add_task('x'), job.list_locks, job.get_active_nodes, lambda: job.owner_of('x'), job.get_audit):
+                for use in (
+                    lambda: job.add_task('x'),
+                    job.list_locks,
+                    job.get_active_nodes,
+                    lambda: job.owner_of('x'),
+                    job.get_audit,
+                ):
                     began = time.monotonic()
                     with pytest.raises(DatabaseUnavailable):
                         use()
@@ -262,7 +416,13 @@ class TestDatabase:
 
     def test_leaving_in_a_black_hole_is_bounded(self, config: CoordinationConfig) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
-            through = dataclasses.replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1, release_timeout_sec=1)
+            through = dataclasses.replace(
+                config,
+                host=proxy.host,
+                port=proxy.port,
+                connect_timeout_sec=1,
+                release_timeout_sec=1,
+            )
             job = node(through)
             job.__enter__()
             proxy.switch(Mode.HOLD)
@@ -275,9 +435,16 @@ class TestDatabase:
         assert 'no_such_database' in str(error)
 
     def test_a_role_without_rights_is_told_which_right(self, config: CoordinationConfig) -> None:
-        query(config, "DO $$ BEGIN CREATE ROLE poor LOGIN PASSWORD 'poor'; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        query(
+            config,
+            "DO $$ BEGIN CREATE ROLE poor LOGIN PASSWORD 'poor'; EXCEPTION WHEN duplicate_object "
+            'THEN NULL; END $$',
+        )
         query(config, 'REVOKE CREATE ON SCHEMA public FROM PUBLIC')
-        with pytest.raises(JobSyncError, match='permission denied'), node(dataclasses.replace(config, user='poor', password='poor')):
+        with (
+            pytest.raises(JobSyncError, match='permission denied'),
+            node(dataclasses.replace(config, user='poor', password='poor')),
+        ):
             pytest.fail('entered')
 
 
@@ -298,7 +465,12 @@ class TestPasswords:
             assert job.list_locks() == []
 
     def test_is_never_shown(
-            self, secret: CoordinationConfig, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        self,
+        secret: CoordinationConfig,
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+        tmp_path: Path,
+    ) -> None:
         caplog.set_level(logging.DEBUG)
         shown = [repr(secret), str(secret)]
         for broken in (
@@ -312,7 +484,9 @@ class TestPasswords:
                 pytest.fail('entered')
             error: BaseException | None = caught.value
             while error is not None:
-                if not type(error).__module__.startswith('tests.'):  # another test's error may hang on to the end of the chain
+                if not type(error).__module__.startswith(
+                    'tests.'
+                ):  # another test's error may hang on to the end of the chain
                     shown += [str(error), repr(error)]
                 error = error.__cause__ or error.__context__
         with node(secret) as job:
@@ -325,8 +499,14 @@ class TestPasswords:
 
     def test_a_url_with_quoted_characters(self, secret: CoordinationConfig) -> None:
         from urllib.parse import quote
-        url = f'postgresql://{quote(secret.user)}:{quote(self.PASSWORD, safe="")}@{secret.host}:{secret.port}/{quote(secret.dbname)}'
+
+        login = f'{quote(secret.user)}:{quote(self.PASSWORD, safe="")}'
+        url = f'postgresql://{login}@{secret.host}:{secret.port}/{quote(secret.dbname)}'
         read = CoordinationConfig.from_url(url)
-        assert (read.user, read.password, read.dbname) == (secret.user, self.PASSWORD, secret.dbname)
+        assert (read.user, read.password, read.dbname) == (
+            secret.user,
+            self.PASSWORD,
+            secret.dbname,
+        )
         with node(read) as job:
             assert job.can_claim_task(1)

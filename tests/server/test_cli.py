@@ -1,4 +1,5 @@
 """The command line against a real server: what it prints, what it refuses, and how it fails."""
+
 from __future__ import annotations
 
 import contextlib
@@ -36,7 +37,8 @@ ROOT = Path(__file__).parents[2]
 def url_of(config: CoordinationConfig, **replace: object) -> str:
     user, password = replace.get('user', config.user), replace.get('password', config.password)
     login = quote(str(user), safe='') + (f':{quote(str(password), safe="")}' if password else '')
-    return f'postgresql://{login}@{quote(config.host, safe="")}:{replace.get("port", config.port)}/{replace.get("dbname", config.dbname)}'
+    place = f'{quote(config.host, safe="")}:{replace.get("port", config.port)}'
+    return f'postgresql://{login}@{place}/{replace.get("dbname", config.dbname)}'
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ def two_nodes(rows: Rows) -> None:
 
 
 class TestStatus:
-    def test_it_shows_nodes_leader_tokens_shares_leases_and_what_is_blocked(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_it_shows_nodes_leader_tokens_shares_leases_and_what_is_blocked(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         two_nodes(rows)
         rows.rebalance('nodes died', 'alpha', 1234)
         shown = good(run('status'))
@@ -94,37 +98,80 @@ class TestStatus:
         two_nodes(rows)
         found = json.loads(good(run('status', '--json')))
         assert found['leader'] == 'alpha'
-        assert [(node['name'], node['tokens']) for node in found['nodes']] == [('alpha', 6_000), ('beta', 3_990)]
-        assert (found['blocked_tokens'], found['unowned_tokens'], found['moving_tokens']) == (10, 10, 0)
+        assert [(node['name'], node['tokens']) for node in found['nodes']] == [
+            ('alpha', 6_000),
+            ('beta', 3_990),
+        ]
+        assert (found['blocked_tokens'], found['unowned_tokens'], found['moving_tokens']) == (
+            10,
+            10,
+            0,
+        )
         assert found['cluster']['total_tokens'] == 10_000
 
     def test_the_doctor_tells_who_is_in_the_way_what_cannot_be_written_and_which_locks_are_none(
-            self, rows: Rows, run: Callable[..., Result]) -> None:
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('a')
         shown = run('doctor').output
-        assert 'nobody keeps nodes out' in shown and 'a row was written' in shown and 'all can be read' in shown
+        assert (
+            'nobody keeps nodes out' in shown
+            and 'a row was written' in shown
+            and 'all can be read' in shown
+        )
         assert rows.run(f'SELECT key FROM {rows.tables.execution}') == []
-        for task, patterns in (('good', '["a"]'), ('bad', '{"a": 1}'), ('huge', f'["{"%" * 300_000}"]')):
-            rows.run(f'INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES (%s, %s::jsonb)', task, patterns)
-        rows.run('''CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
-            $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$''')
-        rows.run(f'CREATE TRIGGER full_disk BEFORE INSERT ON {rows.tables.execution} FOR EACH ROW EXECUTE FUNCTION full_disk()')
+        for task, patterns in (
+            ('good', '["a"]'),
+            ('bad', '{"a": 1}'),
+            ('huge', f'["{"%" * 300_000}"]'),
+        ):
+            rows.run(
+                f'INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES (%s, %s::jsonb)',
+                task,
+                patterns,
+            )
+        rows.run("""CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$""")
+        rows.run(
+            f'CREATE TRIGGER full_disk BEFORE INSERT ON {rows.tables.execution} FOR EACH ROW '
+            'EXECUTE FUNCTION full_disk()'
+        )
         config = rows.config
-        with contextlib.closing(psycopg2.connect(
-                host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password,
-                application_name='nightly index')) as connection, connection.cursor() as cursor:
+        with (
+            contextlib.closing(
+                psycopg2.connect(
+                    host=config.host,
+                    port=config.port,
+                    dbname=config.dbname,
+                    user=config.user,
+                    password=config.password,
+                    application_name='nightly index',
+                )
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute(f'LOCK TABLE {rows.tables.node} IN SHARE MODE')
             result = run('doctor')
         assert result.exit_code == 1
-        assert "application 'nightly index'" in result.output and 'has locked sync_node (ShareLock)' in result.output
-        assert 'could not extend file (SQLSTATE 53100)' in result.output and 'free disk space' in result.output
+        assert (
+            "application 'nightly index'" in result.output
+            and 'has locked sync_node (ShareLock)' in result.output
+        )
+        assert (
+            'could not extend file (SQLSTATE 53100)' in result.output
+            and 'free disk space' in result.output
+        )
         assert 'ignored, as their patterns are none: bad, huge' in result.output
 
-    def test_many_locks_and_long_patterns_are_listed_in_bounds(self, rows: Rows, run: Callable[..., Result]) -> None:
-        rows.run(f'''INSERT INTO {rows.tables.lock} (task_id, node_patterns, reason, created_at)
-                     SELECT 'task ' || n, '["a"]', repeat('r', 900), now() + n * interval '1 ms' FROM generate_series(1, 20000) AS n''')
-        rows.run(f'''INSERT INTO {rows.tables.lock} (task_id, node_patterns, created_at)
-                     VALUES ('long', jsonb_build_array(repeat('x', 1000000)), now() - interval '1 day')''')
+    def test_many_locks_and_long_patterns_are_listed_in_bounds(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
+        rows.run(f"""INSERT INTO {rows.tables.lock} (task_id, node_patterns, reason, created_at)
+                     SELECT 'task ' || n, '["a"]', repeat('r', 900), now() + n * interval '1 ms'
+                         FROM generate_series(1, 20000) AS n""")
+        rows.run(f"""INSERT INTO {rows.tables.lock} (task_id, node_patterns, created_at)
+                     VALUES ('long', jsonb_build_array(repeat('x', 1000000)), now() - interval
+                         '1 day')""")
         began = time.monotonic()
         shown = good(run('locks', 'list'))
         assert time.monotonic() - began < 5
@@ -140,7 +187,9 @@ class TestStatus:
         found = json.loads(good(run('locks', 'list', '--json')))
         assert len(found) == 20_001 and len(found[0]['node_patterns'][0]) == 1_000_000
 
-    def test_tokens_whose_rows_somebody_has_deleted_have_no_owner(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_tokens_whose_rows_somebody_has_deleted_have_no_owner(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         two_nodes(rows)
         rows.run(f'DELETE FROM {rows.tables.assignment} WHERE node = %s', 'beta')
         assert json.loads(good(run('status', '--json')))['unowned_tokens'] == 4_000
@@ -151,10 +200,17 @@ class TestStatus:
     def test_an_empty_cluster_is_no_error(self, rows: Rows, run: Callable[..., Result]) -> None:
         assert 'leader none' in good(run('status'))
 
-    def test_control_characters_in_the_database_do_not_reach_the_terminal(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_control_characters_in_the_database_do_not_reach_the_terminal(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('a')
         with rows.sessions.session() as connection:
-            locks.register(connection, rows.tables, [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)], 'x')
+            locks.register(
+                connection,
+                rows.tables,
+                [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)],
+                'x',
+            )
         shown = good(run('locks', 'list'))
         assert '\x1b' not in shown
         assert '[red]a[/red]' in shown
@@ -165,7 +221,11 @@ class TestStatus:
         rows.run(f"UPDATE {rows.tables.node} SET last_heartbeat = now() + interval '1 hour'")
         with subprocess.Popen(
             [sys.executable, '-m', 'jobsync_core.cli', 'status', '--json', '--watch', '0.1'],
-            cwd=ROOT, env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             try:
                 assert process.stdout is not None
@@ -179,16 +239,21 @@ class TestStatus:
         assert errors == ''
 
 
-def test_tokens_that_nobody_may_have_are_not_blamed_on_locks_where_there_are_none(rows: Rows, run: Callable[..., Result]) -> None:
+def test_tokens_that_nobody_may_have_are_not_blamed_on_locks_where_there_are_none(
+    rows: Rows, run: Callable[..., Result]
+) -> None:
     rows.node('a', state='draining')
     rows.own(0, 10_000, None, blocked=True)
     shown = good(run('status'))
     assert 'every live node is draining' in shown and 'locks' not in shown
 
 
-@pytest.mark.parametrize(('states', 'reason'), [(['draining', 'draining'], 'every live node is draining'), ([], 'no node is alive')])
+@pytest.mark.parametrize(
+    ('states', 'reason'),
+    [(['draining', 'draining'], 'every live node is draining'), ([], 'no node is alive')],
+)
 def test_a_lock_is_not_blamed_for_tokens_that_no_node_could_take(
-    states: list[str], reason: str, rows: Rows, run: Callable[..., Result],
+    states: list[str], reason: str, rows: Rows, run: Callable[..., Result]
 ) -> None:
     for number, state in enumerate(states):
         rows.node(f'a{number}', state=state)
@@ -199,22 +264,34 @@ def test_a_lock_is_not_blamed_for_tokens_that_no_node_could_take(
 
 
 class TestWho:
-    def test_it_tells_owner_token_lock_pattern_and_successor(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_it_tells_owner_token_lock_pattern_and_successor(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('gpu-1')
         rows.node('gpu-2')
         rows.own(0, 10_000, 'gpu-1')
         good(run('locks', 'add', 'job-7', 'gold-%', 'gpu-%', '--reason', 'needs one'))
         shown = good(run('who', 'job-7'))
         for name, value in (
-            ('task', 'job-7'), ('token', f'{task_to_token("job-7", 10_000, "double_sha256")} of 10,000'), ('owner', 'gpu-1'),
-            ('lock', 'gold-%, gpu-%'), ('matched', 'gpu-%'), ('reason', 'needs one'), ('next', 'gpu-2'),
+            ('task', 'job-7'),
+            ('token', f'{task_to_token("job-7", 10_000, "double_sha256")} of 10,000'),
+            ('owner', 'gpu-1'),
+            ('lock', 'gold-%, gpu-%'),
+            ('matched', 'gpu-%'),
+            ('reason', 'needs one'),
+            ('next', 'gpu-2'),
         ):
             assert f'{name:<11}{value}\n' in shown
 
-    def test_it_says_whether_an_audited_task_runs_again(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_it_says_whether_an_audited_task_runs_again(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('a')
         rows.own(0, 10_000, 'a')
-        rows.run(f"INSERT INTO {rows.tables.audit} (node, task_id, date, token) VALUES ('b', 't', '2026-01-02', 1)")
+        rows.run(
+            f"INSERT INTO {rows.tables.audit} (node, task_id, date, token) VALUES ('b', 't', "
+            "'2026-01-02', 1)"
+        )
         assert 'audited    by b for 2026-01-02' in (shown := good(run('who', 't')))
         assert 'does not run again for that date' in shown
         rows.run(f'DELETE FROM {rows.tables.node}')
@@ -222,10 +299,14 @@ class TestWho:
         rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
         assert 'that cluster has ended: it runs again' in good(run('who', 't'))
 
-    def test_the_clusters_settings_count_and_not_those_of_this_shell(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_the_clusters_settings_count_and_not_those_of_this_shell(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         config = make_config(total_tokens=77, hash_function='md5')
         with rows_of(config):
-            result = CliRunner(env={'JOBSYNC_DATABASE_URL': url_of(config), 'JOBSYNC_TOTAL_TOKENS': '500'}).invoke(jobsync, ['who', '42'])
+            result = CliRunner(
+                env={'JOBSYNC_DATABASE_URL': url_of(config), 'JOBSYNC_TOTAL_TOKENS': '500'}
+            ).invoke(jobsync, ['who', '42'])
         assert f'{task_to_token(42, 77, "md5")} of 77' in good(result)
 
     def test_a_blocked_task_says_so(self, rows: Rows, run: Callable[..., Result]) -> None:
@@ -234,23 +315,31 @@ class TestWho:
         rows.own(token, token + 1, None, blocked=True)
         assert 'nobody: blocked' in good(run('who', 't'))
 
-    def test_an_owner_that_is_silent_is_said_to_be(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_an_owner_that_is_silent_is_said_to_be(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('a', age=60)
         rows.own(0, 10_000, 'a')
         assert 'owner      a (no heartbeat for 6' in good(run('who', 't'))
 
     def test_a_key_of_the_ledger_is_known(self, rows: Rows, run: Callable[..., Result]) -> None:
-        rows.run(f"""INSERT INTO {rows.tables.execution} (key, state, node, fence, attempts, finished_at, error)
+        rows.run(f"""INSERT INTO {rows.tables.execution} (key, state, node, fence, attempts,
+            finished_at, error)
                      VALUES ('shop.ship:order 17', 'failed', 'b', 1, 3, now(), 'no stock')""")
         shown = good(run('who', 'shop.ship:order 17'))
         assert 'ledger     failed on b at ' in shown and ', 3 attempts: no stock' in shown
         assert "`jobsync who 'order 17'`" in shown
 
     @pytest.mark.parametrize('patterns', ['5', '{}', '[]', '[1]', 'null'])
-    def test_a_lock_that_the_leader_ignores_hides_nothing_else(self, rows: Rows, run: Callable[..., Result], patterns: str) -> None:
+    def test_a_lock_that_the_leader_ignores_hides_nothing_else(
+        self, rows: Rows, run: Callable[..., Result], patterns: str
+    ) -> None:
         rows.node('a')
         rows.own(0, 10_000, 'a')
-        rows.run(f"INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES ('bad', '{patterns}'), ('good', '[\"a\"]')")
+        rows.run(
+            f"INSERT INTO {rows.tables.lock} (task_id, node_patterns) VALUES ('bad', "
+            f"'{patterns}'), ('good', '[\"a\"]')"
+        )
         assert 'owner      a' in good(run('who', 't'))
         assert 'matched    a' in good(run('who', 'good'))
         assert 'matched    no live node' in good(run('who', 'bad'))
@@ -261,9 +350,12 @@ class TestWho:
 
 
 class TestLocks:
-    def test_pins_of_workers_stay_unless_they_are_asked_for(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_pins_of_workers_stay_unless_they_are_asked_for(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.run(f"""INSERT INTO {rows.tables.lock} (task_id, node_patterns, reason, pin)
-                     VALUES ('a', '["x"]', 'pin', false), ('render#1', '["x"]', 'pin', true), ('render#2', '["x"]', 'pin', true)""")
+                     VALUES ('a', '["x"]', 'pin', false), ('render#1', '["x"]', 'pin', true),
+                         ('render#2', '["x"]', 'pin', true)""")
         assert good(run('locks', 'clear', '--all', '--yes')) == '1 lock deleted\n'
         assert 'render#1' in good(run('locks', 'list'))
         asked = run('locks', 'clear', '--pins', input='n\n')
@@ -274,7 +366,9 @@ class TestLocks:
 
     def test_add_list_and_clear(self, rows: Rows, run: Callable[..., Result]) -> None:
         rows.node('gpu-1')
-        assert 'matching now: gpu-1' in good(run('locks', 'add', 'a', '%-1', '--expires-in-days', '1.5'))
+        assert 'matching now: gpu-1' in good(
+            run('locks', 'add', 'a', '%-1', '--expires-in-days', '1.5')
+        )
         added = run('locks', 'add', 'b', 'nowhere')
         assert good(added)
         assert 'no live node matches' in added.stderr
@@ -298,12 +392,24 @@ class TestLocks:
         assert '1 lock deleted' in good(run('locks', 'clear', '--all', input='y\n'))
 
     @pytest.mark.parametrize('words', [(), ('--all', '--task', 'a'), ('--creator', 'a', '--all')])
-    def test_clear_wants_one_selection(self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]) -> None:
+    def test_clear_wants_one_selection(
+        self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]
+    ) -> None:
         assert 'give one of' in bad(run('locks', 'clear', '--yes', *words), code=2)
 
     @pytest.mark.parametrize(
-        'words', [('t', ''), ('t', 'a\\'), ('t', 'a', '--expires-in-days', '0'), ('t', 'a', '--expires-in-days', '-1'), ('t',)])
-    def test_what_makes_no_lock_is_refused(self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]) -> None:
+        'words',
+        [
+            ('t', ''),
+            ('t', 'a\\'),
+            ('t', 'a', '--expires-in-days', '0'),
+            ('t', 'a', '--expires-in-days', '-1'),
+            ('t',),
+        ],
+    )
+    def test_what_makes_no_lock_is_refused(
+        self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]
+    ) -> None:
         result = run('locks', 'add', *words)
         assert result.exit_code in (1, 2)
         assert result.stderr
@@ -311,13 +417,19 @@ class TestLocks:
 
 
 class TestDrain:
-    def test_a_dry_run_shows_what_would_move_and_changes_nothing(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_a_dry_run_shows_what_would_move_and_changes_nothing(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         two_nodes(rows)
         shown = good(run('drain', 'alpha', '--dry-run'))
         assert any(line.split() == ['alpha', 'beta', '6,000'] for line in shown.splitlines()), shown
-        assert rows.run(f"SELECT state FROM {rows.tables.node} WHERE name = 'alpha'") == [('active',)]
+        assert rows.run(f"SELECT state FROM {rows.tables.node} WHERE name = 'alpha'") == [
+            ('active',)
+        ]
 
-    def test_drain_and_undrain_and_saying_it_twice(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_drain_and_undrain_and_saying_it_twice(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         two_nodes(rows)
         shown = good(run('drain', 'alpha'))
         assert 'gives its tokens away' in shown and 'no other node can take' not in shown
@@ -327,7 +439,9 @@ class TestDrain:
         assert 'takes part again' in good(run('undrain', 'alpha'))
         assert 'was not draining' in good(run('undrain', 'alpha'))
 
-    def test_unknown_and_joining_nodes_are_refused(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_unknown_and_joining_nodes_are_refused(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         two_nodes(rows)
         rows.node('newcomer', state='joining')
         assert 'alpha, beta, newcomer' in bad(run('drain', 'gamma'))
@@ -335,7 +449,7 @@ class TestDrain:
         assert 'still joining' in bad(run('drain', 'newcomer'))
 
     def test_a_running_node_gives_everything_away_and_takes_part_again(
-        self, config: CoordinationConfig, run: Callable[..., Result],
+        self, config: CoordinationConfig, run: Callable[..., Result]
     ) -> None:
         with (
             Job('first', coordination_config=config, wait_on_enter=0) as first,
@@ -351,7 +465,7 @@ class TestDrain:
             assert 'first' in good(run('rebalances', '--limit', '1'))
 
     def test_an_operator_may_drain_a_node_that_drained_itself_before(
-        self, config: CoordinationConfig, run: Callable[..., Result],
+        self, config: CoordinationConfig, run: Callable[..., Result]
     ) -> None:
         with (
             Job('first', coordination_config=config, wait_on_enter=0) as first,
@@ -369,15 +483,22 @@ class TestDrain:
 
 
 class TestSchema:
-    def test_init_db_creates_the_tables_once_and_again(self, config: CoordinationConfig, run: Callable[..., Result]) -> None:
+    def test_init_db_creates_the_tables_once_and_again(
+        self, config: CoordinationConfig, run: Callable[..., Result]
+    ) -> None:
         assert 'sync_' in good(run('init-db'))
         good(run('init-db'))
         assert 'no node is registered' in good(run('status'))
 
     def test_schema_prints_what_a_dba_can_run(self, run: Callable[..., Result]) -> None:
-        assert good(run('schema', '--sql', '--appname', 'other_')).strip() == render_schema('other_').strip()
+        assert (
+            good(run('schema', '--sql', '--appname', 'other_')).strip()
+            == render_schema('other_').strip()
+        )
 
-    def test_another_appname_is_another_cluster(self, rows: Rows, run: Callable[..., Result]) -> None:
+    def test_another_appname_is_another_cluster(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
         rows.node('a')
         good(run('--appname', 'other_', 'init-db'))
         assert ' a ' not in good(run('status', '--appname', 'other_'))
@@ -386,15 +507,18 @@ class TestSchema:
 
 class TestSimulate:
     def test_it_needs_no_database(self) -> None:
-        result = CliRunner(env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@192.0.2.1/none'}).invoke(
-            jobsync, ['simulate', '--nodes', '7', '--tasks', '600', '--tokens', '10000'])
+        result = CliRunner(
+            env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@192.0.2.1/none'}
+        ).invoke(jobsync, ['simulate', '--nodes', '7', '--tasks', '600', '--tokens', '10000'])
         shown = good(result)
         assert len(re.findall(r'^ *node-\d +1,42[89] ', shown, re.MULTILINE)) == 7
         assert 'node-8 joins: 1,250 tokens move' in shown
         assert 'node-7 leaves: 1,428 tokens move' in shown
 
     def test_more_tasks_than_tokens_is_remarked(self) -> None:
-        assert 'share tokens' in good(CliRunner().invoke(jobsync, ['simulate', '--tasks', '100', '--tokens', '10']))
+        assert 'share tokens' in good(
+            CliRunner().invoke(jobsync, ['simulate', '--tasks', '100', '--tokens', '10'])
+        )
 
     def test_numbers_out_of_range_are_refused(self) -> None:
         bad(CliRunner().invoke(jobsync, ['simulate', '--nodes', '0']), code=2)
@@ -403,11 +527,23 @@ class TestSimulate:
 class TestDoctor:
     def test_a_good_server_passes(self, rows: Rows, run: Callable[..., Result]) -> None:
         shown = good(run('doctor'))
-        for name in ('connection', 'server version', 'writable', 'clock', 'schema', 'rights', 'durability', 'pooler', 'notifications'):
+        for name in (
+            'connection',
+            'server version',
+            'writable',
+            'clock',
+            'schema',
+            'rights',
+            'durability',
+            'pooler',
+            'notifications',
+        ):
             assert name in shown
         assert ' bad ' not in shown
 
-    def test_missing_tables_are_fine_as_long_as_a_node_may_create_them(self, run: Callable[..., Result]) -> None:
+    def test_missing_tables_are_fine_as_long_as_a_node_may_create_them(
+        self, run: Callable[..., Result]
+    ) -> None:
         assert 'init-db' in good(run('doctor'))
 
     def test_missing_rights_are_named(self, rows: Rows) -> None:
@@ -430,7 +566,9 @@ class TestDoctor:
         bad(result)
         assert 'not there: rebalance' in result.stdout
 
-    def test_a_server_that_is_not_there_is_bad_and_the_password_stays_hidden(self, config: CoordinationConfig) -> None:
+    def test_a_server_that_is_not_there_is_bad_and_the_password_stays_hidden(
+        self, config: CoordinationConfig
+    ) -> None:
         with socket.socket() as unused:
             unused.bind(('127.0.0.1', 0))
             url = url_of(config, port=unused.getsockname()[1], password='s3cret@:/')
@@ -439,19 +577,40 @@ class TestDoctor:
         assert 'connection' in result.output
         assert 's3cret' not in result.output
 
-    def test_a_transaction_pooler_is_bad_unless_nobody_listens(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_a_transaction_pooler_is_bad_unless_nobody_listens(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         config = make_config()
         assert doctor._pooler_check(config, 'transaction').verdict == 'bad'
         assert 'listen=False' in doctor._pooler_check(config, 'transaction').remedy
         assert doctor._pooler_check(make_config(listen=False), 'transaction').verdict == 'ok'
-        assert doctor._pooler_check(config, 'session').verdict == doctor._pooler_check(config, 'none').verdict == 'ok'
+        assert (
+            doctor._pooler_check(config, 'session').verdict
+            == doctor._pooler_check(config, 'none').verdict
+            == 'ok'
+        )
 
 
 class TestFailures:
-    @pytest.mark.parametrize('words', [
-        ('status',), ('who', 'x'), ('locks', 'list'), ('locks', 'add', 'a', 'b'), ('locks', 'clear', '--all', '--yes'), ('drain', 'a'),
-        ('drain', 'a', '--dry-run'), ('undrain', 'a'), ('rebalances',), ('init-db',), ('status', '--watch', '--json')])
-    def test_without_a_server_each_command_says_so_in_one_line(self, config: CoordinationConfig, words: tuple[str, ...]) -> None:
+    @pytest.mark.parametrize(
+        'words',
+        [
+            ('status',),
+            ('who', 'x'),
+            ('locks', 'list'),
+            ('locks', 'add', 'a', 'b'),
+            ('locks', 'clear', '--all', '--yes'),
+            ('drain', 'a'),
+            ('drain', 'a', '--dry-run'),
+            ('undrain', 'a'),
+            ('rebalances',),
+            ('init-db',),
+            ('status', '--watch', '--json'),
+        ],
+    )
+    def test_without_a_server_each_command_says_so_in_one_line(
+        self, config: CoordinationConfig, words: tuple[str, ...]
+    ) -> None:
         with socket.socket() as unused:
             unused.bind(('127.0.0.1', 0))
             url = url_of(config, port=unused.getsockname()[1], password='s3cret@:/')
@@ -462,9 +621,14 @@ class TestFailures:
     def test_without_tables_the_remedy_is_named(self, run: Callable[..., Result]) -> None:
         assert 'init-db' in bad(run('status'))
 
-    @pytest.mark.parametrize(('words', 'named'), [
-        (('--url', 'mysql://u:s3cret@h/d', 'status'), 'mysql'), (('--appname', 'no-such"name', 'status'), 'appname'),
-        (('status', '--url', 'postgresql://u:s3cret@h:99999/d'), 'port')])
+    @pytest.mark.parametrize(
+        ('words', 'named'),
+        [
+            (('--url', 'mysql://u:s3cret@h/d', 'status'), 'mysql'),
+            (('--appname', 'no-such"name', 'status'), 'appname'),
+            (('status', '--url', 'postgresql://u:s3cret@h:99999/d'), 'port'),
+        ],
+    )
     def test_settings_that_cannot_work_are_named(self, words: tuple[str, ...], named: str) -> None:
         message = bad(CliRunner().invoke(jobsync, list(words)))
         assert named in message
@@ -472,7 +636,9 @@ class TestFailures:
 
     def test_an_option_wins_over_the_environment(self, rows: Rows) -> None:
         rows.node('alpha')
-        runner = CliRunner(env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@127.0.0.1:1/none', 'COLUMNS': '200'})
+        runner = CliRunner(
+            env={'JOBSYNC_DATABASE_URL': 'postgresql://nobody@127.0.0.1:1/none', 'COLUMNS': '200'}
+        )
         assert 'alpha' in good(runner.invoke(jobsync, ['status', '--url', url_of(rows.config)]))
         assert 'alpha' in good(runner.invoke(jobsync, ['--url', url_of(rows.config), 'status']))
 
@@ -483,28 +649,54 @@ class TestFailures:
                 yield from walk(child, (*path, name))
 
         paths = list(walk(jobsync, ()))
-        wanted = {'status', 'who', 'drain', 'undrain', 'rebalances', 'simulate', 'init-db', 'schema', 'doctor', 'locks'}
+        wanted = {
+            'status',
+            'who',
+            'drain',
+            'undrain',
+            'rebalances',
+            'simulate',
+            'init-db',
+            'schema',
+            'doctor',
+            'locks',
+        }
         assert wanted <= {path[0] for path in paths if path}
         for path in paths:
             assert 'Usage:' in good(CliRunner().invoke(jobsync, [*path, '--help']))
 
 
 class TestProcess:
-    def test_it_runs_as_a_module_without_a_terminal(self, rows: Rows, config: CoordinationConfig) -> None:
+    def test_it_runs_as_a_module_without_a_terminal(
+        self, rows: Rows, config: CoordinationConfig
+    ) -> None:
         two_nodes(rows)
         done = subprocess.run(
-            [sys.executable, '-m', 'jobsync_core.cli', 'status'], cwd=ROOT,
+            [sys.executable, '-m', 'jobsync_core.cli', 'status'],
+            cwd=ROOT,
             env={**os.environ, 'JOBSYNC_DATABASE_URL': url_of(config), 'LC_ALL': 'C'},
-            capture_output=True, text=True, timeout=60, check=False)
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, '')
         assert 'alpha' in done.stdout
         assert '\x1b' not in done.stdout
 
     def test_without_its_packages_it_names_the_extra(self, tmp_path: Path) -> None:
-        (tmp_path / 'rich.py').write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n")
+        (tmp_path / 'rich.py').write_text(
+            "raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n"
+        )
         done = subprocess.run(
-            [sys.executable, '-m', 'jobsync_core.cli', 'status'], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
-            capture_output=True, text=True, timeout=60, check=False)
+            [sys.executable, '-m', 'jobsync_core.cli', 'status'],
+            cwd=ROOT,
+            env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == 2
         assert 'jobsync-workers[cli]' in done.stderr
         assert 'Traceback' not in done.stderr

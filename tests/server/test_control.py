@@ -1,4 +1,7 @@
-"""PostgreSQL's answers to a node's requests: each carried out wholly or not at all, and harmless when it comes late."""
+"""PostgreSQL's answers to a node's requests: each carried out wholly or not at all, and harmless
+when it comes late.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -63,7 +66,9 @@ PROCESS = Process('here', 'boot', 'ns', 7, '99')
 
 
 def plain(reply: Any) -> Any:
-    """A reply without what it tells of the database's history and of times, which TestHistory looks at."""
+    """A reply without what it tells of the database's history and of times, which TestHistory looks
+    at.
+    """
     if isinstance(reply, Beaten):
         return dataclasses.replace(reply, history='', settled=True, ages=(), since=0)
     return dataclasses.replace(reply, history='') if isinstance(reply, Holdings) else reply
@@ -81,8 +86,18 @@ class Store:
     def ask(self, request: Any) -> Any:
         return self.control.handle(self.connection, request)
 
-    def join(self, name: str, *, active: bool = True, life: str | None = None, weight: float = 1.0, **more: Any) -> Any:
-        return plain(self.ask(Join(name, life or f'life of {name}', PROCESS, weight, active, **more)))
+    def join(
+        self,
+        name: str,
+        *,
+        active: bool = True,
+        life: str | None = None,
+        weight: float = 1.0,
+        **more: Any,
+    ) -> Any:
+        return plain(
+            self.ask(Join(name, life or f'life of {name}', PROCESS, weight, active, **more))
+        )
 
     def beat(self, name: str, life: str | None = None) -> Any:
         self.numbers[name] += 2
@@ -98,13 +113,32 @@ class Store:
         return self.ask(Evict(name, f'life of {name}', dead))
 
     def sign(self, name: str) -> Sign:
-        return next(Sign(m.name, m.incarnation, m.beat) for m in self.ask(Observe()).members if m.name == name)
+        return next(
+            Sign(m.name, m.incarnation, m.beat)
+            for m in self.ask(Observe()).members
+            if m.name == name
+        )
 
-    def give(self, name: str, *, life: str | None = None, version: int | None = None, ranges: Any = None, promised: Any = ()) -> Any:
+    def give(
+        self,
+        name: str,
+        *,
+        life: str | None = None,
+        version: int | None = None,
+        ranges: Any = None,
+        promised: Any = (),
+    ) -> Any:
         seen = self.refresh(name)
         moving = tuple((s.lo, s.hi) for s in seen.segments if s.moving)
-        return self.ask(Give(
-            name, life or f'life of {name}', moving if ranges is None else ranges, seen.version if version is None else version, promised))
+        return self.ask(
+            Give(
+                name,
+                life or f'life of {name}',
+                moving if ranges is None else ranges,
+                seen.version if version is None else version,
+                promised,
+            )
+        )
 
     def settle(self) -> None:
         """Plan and hand over until nothing is moving."""
@@ -114,8 +148,13 @@ class Store:
             self.give(member.name)
 
     def owned(self) -> dict[str | None, int]:
-        return {node: int(count) for node, count in self.rows.run(
-            f'SELECT node, sum(upper(tokens) - lower(tokens)) FROM {self.tables.assignment} GROUP BY node')}
+        return {
+            node: int(count)
+            for node, count in self.rows.run(
+                f'SELECT node, sum(upper(tokens) - lower(tokens)) FROM {self.tables.assignment} '
+                'GROUP BY node'
+            )
+        }
 
     def assignment(self) -> list[Segment]:
         with self.rows.sessions.session() as connection:
@@ -131,7 +170,14 @@ def make_store(make_config: Callable[..., CoordinationConfig]) -> Iterator[Calla
     contexts = []
 
     def make(**settings: Any) -> Store:
-        config = make_config(**{'heartbeat_interval_sec': 5, 'heartbeat_timeout_sec': 15, 'total_tokens': 1000, **settings})
+        config = make_config(
+            **{
+                'heartbeat_interval_sec': 5,
+                'heartbeat_timeout_sec': 15,
+                'total_tokens': 1000,
+                **settings,
+            }
+        )
         contexts.append(rows_of(config))
         opened.append(Store(config, contexts[-1].__enter__()))
         return opened[-1]
@@ -150,28 +196,43 @@ def store(make_store: Callable[..., Store]) -> Store:
 
 class TestJoin:
     @pytest.mark.parametrize('name', NAMES)
-    def test_any_name_joins_once_and_again_after_a_lost_reply(self, store: Store, name: str) -> None:
+    def test_any_name_joins_once_and_again_after_a_lost_reply(
+        self, store: Store, name: str
+    ) -> None:
         assert store.join(name, active=False) == Joined(store.version())
         assert store.join(name, active=False) == Joined(store.version())
-        member, = store.ask(Observe()).members
-        assert (member.name, member.incarnation, member.state, member.beat) == (name, f'life of {name}', 'joining', 0)
+        (member,) = store.ask(Observe()).members
+        assert (member.name, member.incarnation, member.state, member.beat) == (
+            name,
+            f'life of {name}',
+            'joining',
+            0,
+        )
         assert store.beat(name) == Beaten(store.version(), 'joining', ())
         assert store.lead(name).led
         assert store.ask(Leave(name, f'life of {name}'))
         assert store.ask(Observe()).members == ()
 
-    def test_a_name_in_use_is_told_with_its_process_and_replaced_only_if_it_looks_as_it_was_seen(self, store: Store) -> None:
+    def test_a_name_in_use_is_told_with_its_process_and_replaced_only_if_it_looks_as_it_was_seen(
+        self, store: Store
+    ) -> None:
         store.join('a')
         assert store.join('a', life='second') == Occupied(Sign('a', 'life of a', 0), PROCESS)
         store.beat('a')
-        assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(Sign('a', 'life of a', 2), PROCESS)
+        assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(
+            Sign('a', 'life of a', 2), PROCESS
+        )
         assert isinstance(store.join('a', life='second', replace=('life of a', 2)), Joined)
         assert store.beat('a') is None
         assert store.beat('a', 'second') is not None
 
-    def test_nodes_are_ordered_by_joining_even_if_the_clock_was_set_back(self, store: Store) -> None:
+    def test_nodes_are_ordered_by_joining_even_if_the_clock_was_set_back(
+        self, store: Store
+    ) -> None:
         store.join('z')
-        store.rows.run(f"UPDATE {store.tables.node} SET created_on = created_on + interval '1 hour'")
+        store.rows.run(
+            f"UPDATE {store.tables.node} SET created_on = created_on + interval '1 hour'"
+        )
         store.join('m')
         store.join('a')
         assert [member.name for member in store.ask(Observe()).members] == ['z', 'm', 'a']
@@ -186,26 +247,39 @@ class TestJoin:
         members = store.ask(Observe()).members
         assert [member.name for member in members] == sorted(names)
         assert len({member.created_on for member in members}) == 1
-        assert [sign.name for sign in store.beat('b').older] == sorted(names)[:sorted(names).index('b')]
+        assert [sign.name for sign in store.beat('b').older] == sorted(names)[
+            : sorted(names).index('b')
+        ]
 
     def test_other_settings_than_the_live_clusters_are_refused(self, store: Store) -> None:
         store.join('a')
         other = Control(dataclasses.replace(store.config, total_tokens=500), store.tables, TODAY)
         request = Join('b', 'life of b', PROCESS, 1.0, True)
-        assert other.handle(store.connection, request) == Mismatch(1000, 'double_sha256', (Sign('a', 'life of a', 0),))
+        assert other.handle(store.connection, request) == Mismatch(
+            1000, 'double_sha256', (Sign('a', 'life of a', 0),)
+        )
         assert [member.name for member in store.ask(Observe()).members] == ['a']
 
     def test_dead_nodes_are_reaped_first_unless_they_changed(self, store: Store) -> None:
         store.join('a')
         store.settle()
-        other = Control(dataclasses.replace(store.config, total_tokens=500, hash_function='md5'), store.tables, TODAY)
+        other = Control(
+            dataclasses.replace(store.config, total_tokens=500, hash_function='md5'),
+            store.tables,
+            TODAY,
+        )
         dead = store.sign('a')
         store.beat('a')
         request = Join('b', 'life of b', PROCESS, 1.0, True, reap=(dead,))
         assert isinstance(other.handle(store.connection, request), Mismatch)
         before = store.version()
-        assert isinstance(other.handle(store.connection, dataclasses.replace(request, reap=(store.sign('a'),))), Joined)
-        assert store.rows.run(f'SELECT total_tokens, hash_function FROM {store.tables.cluster}') == [(500, 'md5')]
+        assert isinstance(
+            other.handle(store.connection, dataclasses.replace(request, reap=(store.sign('a'),))),
+            Joined,
+        )
+        assert store.rows.run(
+            f'SELECT total_tokens, hash_function FROM {store.tables.cluster}'
+        ) == [(500, 'md5')]
         assert store.assignment() == []
         assert store.version() > before
         assert isinstance(other.handle(store.connection, Lead('b', 'life of b', (), 'test')), Led)
@@ -222,14 +296,20 @@ class TestJoin:
         assert store.lead('a').led
         assert store.owned() == {'a': 1000}
 
-    def test_first_nodes_with_different_settings_at_once_form_one_cluster(self, store: Store) -> None:
+    def test_first_nodes_with_different_settings_at_once_form_one_cluster(
+        self, store: Store
+    ) -> None:
         barrier, replies = threading.Barrier(6), []
 
         def join(number: int) -> None:
             config = dataclasses.replace(store.config, total_tokens=100 + number % 2)
             connection = Connection.open(config, f'n{number}')
             barrier.wait()
-            replies.append(Control(config, store.tables, TODAY).handle(connection, Join(f'n{number}', str(number), PROCESS, 1.0, True)))
+            replies.append(
+                Control(config, store.tables, TODAY).handle(
+                    connection, Join(f'n{number}', str(number), PROCESS, 1.0, True)
+                )
+            )
             connection.close()
 
         threads = [threading.Thread(target=join, args=(number,)) for number in range(6)]
@@ -237,7 +317,9 @@ class TestJoin:
             thread.start()
         for thread in threads:
             thread.join(30)
-        assert sorted(type(reply).__name__ for reply in replies) == ['Joined'] * 3 + ['Mismatch'] * 3
+        assert (
+            sorted(type(reply).__name__ for reply in replies) == ['Joined'] * 3 + ['Mismatch'] * 3
+        )
         members = store.ask(Observe()).members
         assert len({member.created_on for member in members}) == 3
 
@@ -247,37 +329,51 @@ class TestHeartbeat:
         for name in 'abc':
             store.join(name)
         store.beat('a')
-        assert store.beat('c') == Beaten(store.version(), 'active', (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0)))
+        assert store.beat('c') == Beaten(
+            store.version(), 'active', (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0))
+        )
         assert store.beat('c', 'a former life') is None
         assert store.beat('nobody') is None
 
-    def test_what_it_reads_grows_neither_with_the_nodes_nor_with_row_versions_that_an_open_transaction_keeps(self, store: Store) -> None:
+    def test_what_it_reads_grows_neither_with_the_nodes_nor_with_kept_row_versions(
+        self, store: Store
+    ) -> None:
         for name in 'abcdef':
             store.join(name)
         store.rows.run(
-            f'''INSERT INTO {store.tables.node} (name, created_on, incarnation, state, lease_sec)
-                SELECT 'n' || n, clock_timestamp() + n * interval '1 microsecond', n::text, 'active', 1
-                FROM generate_series(1, 300) AS n''')
+            f"""INSERT INTO {store.tables.node} (name, created_on, incarnation, state, lease_sec)
+                SELECT 'n' || n, clock_timestamp() + n * interval '1 microsecond', n::text,
+                    'active', 1
+                FROM generate_series(1, 300) AS n"""
+        )
         store.join('youngest')
         store.beat('youngest')
         with store.rows.sessions.session() as reader, reader.cursor() as cursor:
             cursor.execute(f'SELECT count(*) FROM {store.tables.node}')
             for _ in range(30):
                 store.connection.execute(f'UPDATE {store.tables.node} SET beat = beat + 1')
-            looks = 'SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = %s::regclass'
+            looks = (
+                'SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid '
+                '= %s::regclass'
+            )
             store.connection.execute('BEGIN')
-            before, = store.connection.execute(looks, (store.tables.node,))
+            (before,) = store.connection.execute(looks, (store.tables.node,))
             beaten = store.ask(Beat('youngest', 'life of youngest'))
-            after, = store.connection.execute(looks, (store.tables.node,))
+            (after,) = store.connection.execute(looks, (store.tables.node,))
             store.connection.execute('ROLLBACK')
         assert [sign.name for sign in beaten.older] == list('abcd'), 'four of 306'
         assert after[0] == before[0], 'the table was read as a whole'
         assert after[1] - before[1] <= 5 * 31
 
-    def test_it_tells_how_long_ago_the_older_ones_beat_and_where_to_begin_the_next_time(self, store: Store) -> None:
+    def test_it_tells_how_long_ago_the_older_ones_beat_and_where_to_begin_the_next_time(
+        self, store: Store
+    ) -> None:
         for name in 'abc':
             store.join(name)
-        store.rows.run(f"UPDATE {store.tables.node} SET last_heartbeat = clock_timestamp() - interval '3 seconds' WHERE name = 'a'")
+        store.rows.run(
+            f"UPDATE {store.tables.node} SET last_heartbeat = clock_timestamp() - interval '3 "
+            "seconds' WHERE name = 'a'"
+        )
         first = store.ask(Beat('c', 'life of c'))
         assert 3 <= first.ages[0] < 13 and 0 <= first.ages[1] < 10
         assert store.ask(Beat('c', 'life of c', first.since)).older == first.older
@@ -285,7 +381,9 @@ class TestHeartbeat:
         second = store.ask(Beat('c', 'life of c', first.since))
         assert [sign.name for sign in second.older] == ['b'] and second.since > first.since
         assert store.ask(Beat('c', 'life of c', second.since)).older == second.older
-        assert store.ask(Beat('b', 'life of b')).since == second.since, 'the oldest begins with itself'
+        assert store.ask(Beat('b', 'life of b')).since == second.since, (
+            'the oldest begins with itself'
+        )
 
     def test_a_node_that_steps_down_is_the_youngest_from_then_on(self, store: Store) -> None:
         for name in 'abc':
@@ -313,13 +411,24 @@ class TestRefresh:
         store.rows.own(0, 10, 'a', moving_to='b')
         store.rows.own(10, 20, 'a', moving=True, blocked=True)
         store.rows.own(20, 30, 'b')
-        assert store.refresh('a') == Holdings(store.version(), 'active', (
-            Segment(0, 10, 'a', True, 'b', False, 1), Segment(10, 20, 'a', True, None, True, 1)), False, 0)
-        assert store.refresh('b') == Holdings(store.version(), 'active', (Segment(20, 30, 'b', version=1),), False, 10)
+        assert store.refresh('a') == Holdings(
+            store.version(),
+            'active',
+            (Segment(0, 10, 'a', True, 'b', False, 1), Segment(10, 20, 'a', True, None, True, 1)),
+            False,
+            0,
+        )
+        assert store.refresh('b') == Holdings(
+            store.version(), 'active', (Segment(20, 30, 'b', version=1),), False, 10
+        )
         assert store.refresh('a', 'a former life') is None
 
-    @pytest.mark.parametrize('change', ['join', 'leave', 'lock', 'clear', 'drain', 'activate', 'weight', 'rejoin'])
-    def test_every_change_that_matters_to_a_plan_shows_until_the_next_plan(self, store: Store, change: str) -> None:
+    @pytest.mark.parametrize(
+        'change', ['join', 'leave', 'lock', 'clear', 'drain', 'activate', 'weight', 'rejoin']
+    )
+    def test_every_change_that_matters_to_a_plan_shows_until_the_next_plan(
+        self, store: Store, change: str
+    ) -> None:
         store.join('a')
         store.join('b')
         store.join('c', active=False)
@@ -369,34 +478,68 @@ class TestTake:
         for name in 'ab':
             store.join(name)
         store.rows.own(0, 1000, 'b')
-        texts = ('audited', 'audited without token', 'claimed by b', 'of nobody alive', 'of another day')
+        texts = (
+            'audited',
+            'audited without token',
+            'claimed by b',
+            'of nobody alive',
+            'of another day',
+        )
         with store.rows.sessions.session() as connection:
-            tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, [('claimed by b', token('claimed by b'))])
+            tasks.claim(
+                connection,
+                store.tables,
+                'b',
+                'life of b',
+                TODAY,
+                [('claimed by b', token('claimed by b'))],
+            )
             tasks.audit(connection, store.tables, 'gone', TODAY, [('audited', token('audited'))])
-            tasks.audit(connection, store.tables, 'a', TODAY + datetime.timedelta(1), [('of another day', token('of another day'))])
-        store.rows.run(f"INSERT INTO {store.tables.audit} (node, task_id, date) VALUES ('a', 'audited without token', %s)", TODAY)
+            tasks.audit(
+                connection,
+                store.tables,
+                'a',
+                TODAY + datetime.timedelta(1),
+                [('of another day', token('of another day'))],
+            )
         store.rows.run(
-            f"INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES ('b', 'of nobody alive', %s, %s, 'old')",
-            TODAY, token('of nobody alive'))
+            f"INSERT INTO {store.tables.audit} (node, task_id, date) VALUES ('a', 'audited "
+            "without token', %s)",
+            TODAY,
+        )
+        store.rows.run(
+            f'INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation) VALUES '
+            "('b', 'of nobody alive', %s, %s, 'old')",
+            TODAY,
+            token('of nobody alive'),
+        )
         ranges = tuple((token(text), token(text) + 1) for text in texts)
+
         def keys(*found: str) -> array[int]:
             return Exclusions(1000).keys_of((token(text), text) for text in found)
 
         assert store.ask(Take('a', ranges)) == Taken(), 'first the missing token is written'
         ranges = TokenSet(ranges).ranges
         assert store.ask(Take('a', ranges)) == Taken(
-            ranges, keys('audited', 'audited without token', 'claimed by b'), holders=('life of b',))
-        assert store.ask(Take('b', ranges)) == Taken(ranges, keys('audited', 'audited without token'))
+            ranges, keys('audited', 'audited without token', 'claimed by b'), holders=('life of b',)
+        )
+        assert store.ask(Take('b', ranges)) == Taken(
+            ranges, keys('audited', 'audited without token')
+        )
         alone = ((token('audited'), token('audited') + 1),)
         assert store.ask(Take('a', alone)) == Taken(alone, keys('audited'))
         assert store.ask(Take('a', ())) == Taken(())
-        assert Control(store.config, store.tables, None).handle(store.connection, Take('a', ranges)) == Taken(ranges)
+        assert Control(store.config, store.tables, None).handle(
+            store.connection, Take('a', ranges)
+        ) == Taken(ranges)
 
     def test_it_comes_in_pieces_of_about_as_many_rows_as_asked_for(self, store: Store) -> None:
         for name in 'ab':
             store.join(name)
         store.rows.own(0, 1000, 'b')
-        placed = [(text, task_to_token(text, 1000, 'double_sha256')) for text in map(str, range(400))]
+        placed = [
+            (text, task_to_token(text, 1000, 'double_sha256')) for text in map(str, range(400))
+        ]
         with store.rows.sessions.session() as connection:
             tasks.audit(connection, store.tables, 'gone', TODAY, placed[:300])
             tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, placed[300:])
@@ -404,20 +547,38 @@ class TestTake:
         exclusions, ranges, pieces = Exclusions(1000), TokenSet(mine), 0
         while ranges:
             reply = store.ask(Take('a', ranges.ranges, limit=20))
-            assert reply.ranges[0][0] == ranges.ranges[0][0] and len(reply.keys) <= 60, 'the piece begins with the first token'
+            assert reply.ranges[0][0] == ranges.ranges[0][0] and len(reply.keys) <= 60, (
+                'the piece begins with the first token'
+            )
             exclusions.replace(reply.ranges, reply.keys)
             ranges -= TokenSet(reply.ranges)
             pieces += 1
         assert pieces > 10
-        assert [text for text, token in placed if exclusions.excludes(token, text) != (token in TokenSet(mine))] == []
+        assert [
+            text
+            for text, token in placed
+            if exclusions.excludes(token, text) != (token in TokenSet(mine))
+        ] == []
 
-    def test_a_token_with_more_tasks_than_that_comes_in_parts(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_a_token_with_more_tasks_than_that_comes_in_parts(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         config = make_config(total_tokens=1)
         with rows_of(config) as rows:
             rows.node('a')
             with rows.sessions.session() as connection:
-                tasks.audit(connection, rows.tables, 'gone', TODAY, [(str(number), 0) for number in range(95)])
-            control, exclusions, line = Control(config, rows.tables, TODAY), Exclusions(1), Connection.open(config, 'a')
+                tasks.audit(
+                    connection,
+                    rows.tables,
+                    'gone',
+                    TODAY,
+                    [(str(number), 0) for number in range(95)],
+                )
+            control, exclusions, line = (
+                Control(config, rows.tables, TODAY),
+                Exclusions(1),
+                Connection.open(config, 'a'),
+            )
             after, answers = None, list[Any]()
             try:
                 while not answers or answers[-1].ranges == ():
@@ -428,14 +589,18 @@ class TestTake:
             finally:
                 line.close()
         assert len(answers) == 10 and answers[-1].ranges == ((0, 1),)
-        assert all(exclusions.excludes(0, str(number)) for number in range(95)) and not exclusions.excludes(0, '95')
+        assert all(
+            exclusions.excludes(0, str(number)) for number in range(95)
+        ) and not exclusions.excludes(0, '95')
 
     def test_what_was_promised_is_told_apart(self, store: Store) -> None:
         for name in 'ab':
             store.join(name)
         store.rows.run(
             f'INSERT INTO {store.tables.claim} (node, task_id, date, token, incarnation, promised) '
-            "VALUES ('b', 'x', %s, 7, 'life of b', true)", TODAY)
+            "VALUES ('b', 'x', %s, 7, 'life of b', true)",
+            TODAY,
+        )
         reply = store.ask(Take('a', ((0, 10),)))
         assert (reply.promised, reply.holders) == ((7,), ('life of b',))
 
@@ -462,13 +627,25 @@ class TestGive:
         assert moving.give('a', ranges=((0, 1000),)) == Given(20)
         assert moving.version() == before + 1
         assert moving.assignment() == [
-            Segment(0, 10, 'b', version=before + 1), Segment(10, 20, 'a', version=1),
-            Segment(20, 30, None, blocked=True, version=before + 1), Segment(30, 40, 'a', True, version=1),
-            Segment(40, 50, 'c', True, 'b', version=1)]
+            Segment(0, 10, 'b', version=before + 1),
+            Segment(10, 20, 'a', version=1),
+            Segment(20, 30, None, blocked=True, version=before + 1),
+            Segment(30, 40, 'a', True, version=1),
+            Segment(40, 50, 'c', True, 'b', version=1),
+        ]
 
-    @pytest.mark.parametrize('late', [
-        {'life': 'a former life'}, {'version': 0}, {'ranges': ((0, 9), (11, 30)), 'version': 0}, {'ranges': ()}, {'ranges': ((1, 10),)},
-        {'ranges': ((10, 20),)}, {'ranges': ((30, 1000),)}])
+    @pytest.mark.parametrize(
+        'late',
+        [
+            {'life': 'a former life'},
+            {'version': 0},
+            {'ranges': ((0, 9), (11, 30)), 'version': 0},
+            {'ranges': ()},
+            {'ranges': ((1, 10),)},
+            {'ranges': ((10, 20),)},
+            {'ranges': ((30, 1000),)},
+        ],
+    )
     def test_what_does_not_fit_changes_nothing(self, moving: Store, late: dict[str, Any]) -> None:
         before, version = moving.assignment(), moving.version()
         assert moving.give('a', **late) in (Given(0), None)
@@ -501,14 +678,35 @@ class TestGive:
         eventually(lambda: moving.connection.notifies()[-1:] == ['give'])
 
     def test_promises_become_claims_of_mine_in_the_same_transaction(self, moving: Store) -> None:
-        moving.rows.run(f"INSERT INTO {moving.tables.audit} (node, task_id, date) VALUES ('c', 'done', %s)", TODAY)
+        moving.rows.run(
+            f"INSERT INTO {moving.tables.audit} (node, task_id, date) VALUES ('c', 'done', %s)",
+            TODAY,
+        )
         for task, node, life in (('of the dead', 'b', 'old'), ('of the living', 'c', 'life of c')):
-            moving.rows.run(f'INSERT INTO {moving.tables.claim} (node, task_id, date, token, incarnation) VALUES (%s, %s, %s, 2, %s)',
-                            node, task, TODAY, life)
-        promised = (('mine', 1), ('mine', 1), ('done', 2), ('of the dead', 2), ('of the living', 2), ('not my token', 45))
+            moving.rows.run(
+                f'INSERT INTO {moving.tables.claim} (node, task_id, date, token, incarnation) '
+                'VALUES (%s, %s, %s, 2, %s)',
+                node,
+                task,
+                TODAY,
+                life,
+            )
+        promised = (
+            ('mine', 1),
+            ('mine', 1),
+            ('done', 2),
+            ('of the dead', 2),
+            ('of the living', 2),
+            ('not my token', 45),
+        )
         assert moving.give('a', ranges=((0, 10),), promised=promised) == Given(10)
-        assert sorted(moving.rows.run(f'SELECT task_id, node, incarnation, token FROM {moving.tables.claim}')) == [
-            ('mine', 'a', 'life of a', 1), ('of the dead', 'a', 'life of a', 2), ('of the living', 'c', 'life of c', 2)]
+        assert sorted(
+            moving.rows.run(f'SELECT task_id, node, incarnation, token FROM {moving.tables.claim}')
+        ) == [
+            ('mine', 'a', 'life of a', 1),
+            ('of the dead', 'a', 'life of a', 2),
+            ('of the living', 'c', 'life of c', 2),
+        ]
 
     def test_promises_of_an_evicted_life_are_no_claims(self, moving: Store) -> None:
         assert moving.give('a', life='a former life', promised=(('mine', 1),)) is None
@@ -528,7 +726,9 @@ class TestLife:
         assert store.refresh('a').state == 'active'
         assert store.ask(Activate('a', 'a former life', 1)) is None
 
-    def test_a_cluster_that_has_formed_is_formed_when_a_fast_node_is_done_and_has_left(self, store: Store) -> None:
+    def test_a_cluster_that_has_formed_is_formed_when_a_fast_node_is_done_and_has_left(
+        self, store: Store
+    ) -> None:
         store.join('a', active=False)
         store.join('b', active=False)
         assert store.ask(Activate('a', 'life of a', 2)) == Activated(True, 2)
@@ -558,18 +758,26 @@ class TestLife:
         assert store.owned() == {None: 1000}
         eventually(lambda: store.connection.notifies() == ['leave a'])
 
-    def test_many_nodes_leave_at_once_with_tokens_on_their_way_between_them(self, store: Store) -> None:
+    def test_many_nodes_leave_at_once_with_tokens_on_their_way_between_them(
+        self, store: Store
+    ) -> None:
         names = [f'n{number}' for number in range(8)]
         for name in names:
             store.join(name)
         for lo in range(0, 1000, 10):
-            store.rows.own(lo, lo + 10, names[lo // 10 % 8], moving_to=names[(lo // 10 + lo // 80 + 1) % 8])
+            store.rows.own(
+                lo, lo + 10, names[lo // 10 % 8], moving_to=names[(lo // 10 + lo // 80 + 1) % 8]
+            )
         barrier, replies = threading.Barrier(8), []
 
         def leave(name: str) -> None:
             connection = Connection.open(store.config, name)
             barrier.wait()
-            replies.append(Control(store.config, store.tables, TODAY).handle(connection, Leave(name, f'life of {name}')))
+            replies.append(
+                Control(store.config, store.tables, TODAY).handle(
+                    connection, Leave(name, f'life of {name}')
+                )
+            )
             connection.close()
 
         threads = [threading.Thread(target=leave, args=(name,)) for name in names]
@@ -590,14 +798,23 @@ class TestLead:
         assert led == Led(True, store.version(), 1000)
         assert {member.state for member in store.ask(Observe()).members} == {'active'}
         assert sorted(store.owned().values()) == [333, 333, 334]
-        row, = store.rows.run(
-            f'SELECT trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, duration_ms >= 0 FROM {store.tables.rebalance}')
+        (row,) = store.rows.run(
+            'SELECT trigger_reason, leader_node, nodes_before, nodes_after, tokens_moved, '
+            f'duration_ms >= 0 FROM {store.tables.rebalance}'
+        )
         assert row == ('because', 'a', 0, 3, 1000, True)
 
     def test_nothing_is_written_when_nothing_changed(self, store: Store) -> None:
         def tables() -> list[Any]:
-            return [store.rows.run(f'SELECT xmin::text, * FROM {table} ORDER BY 2')
-                    for table in (store.tables.cluster, store.tables.assignment, store.tables.rebalance, store.tables.lock)]
+            return [
+                store.rows.run(f'SELECT xmin::text, * FROM {table} ORDER BY 2')
+                for table in (
+                    store.tables.cluster,
+                    store.tables.assignment,
+                    store.tables.rebalance,
+                    store.tables.lock,
+                )
+            ]
 
         store.join('a')
         store.join('b')
@@ -611,7 +828,10 @@ class TestLead:
 
     def test_only_the_difference_is_written(self, store: Store) -> None:
         def written() -> dict[int, Any]:
-            rows = store.rows.run(f'SELECT xmin::text, lower(tokens), upper(tokens), node FROM {store.tables.assignment}')
+            rows = store.rows.run(
+                'SELECT xmin::text, lower(tokens), upper(tokens), node FROM '
+                f'{store.tables.assignment}'
+            )
             return {row[1]: row for row in rows}
 
         for name in 'abcdefgh':
@@ -624,16 +844,25 @@ class TestLead:
         after = written()
         assert sum(before.get(lo) == row for lo, row in after.items()) >= len(before) - 2
 
-    def test_a_row_that_is_split_keeps_the_time_since_when_its_node_owns_it(self, store: Store) -> None:
+    def test_a_row_that_is_split_keeps_the_time_since_when_its_node_owns_it(
+        self, store: Store
+    ) -> None:
         store.join('a')
         store.lead('a')
         since = store.rows.value(f'SELECT assigned_at FROM {store.tables.assignment}')
         store.join('b')
         store.lead('a')
-        assert store.rows.run(f'SELECT DISTINCT assigned_at FROM {store.tables.assignment} WHERE node = %s', 'a') == [(since,)]
+        assert store.rows.run(
+            f'SELECT DISTINCT assigned_at FROM {store.tables.assignment} WHERE node = %s', 'a'
+        ) == [(since,)]
         assert len(store.assignment()) > 1
         store.give('a')
-        assert store.rows.value(f"SELECT min(assigned_at) FROM {store.tables.assignment} WHERE node = 'b'") > since
+        assert (
+            store.rows.value(
+                f"SELECT min(assigned_at) FROM {store.tables.assignment} WHERE node = 'b'"
+            )
+            > since
+        )
 
     def test_tokens_of_a_live_node_only_move_when_it_gives_them(self, store: Store) -> None:
         store.join('a')
@@ -653,7 +882,9 @@ class TestLead:
         assert store.lead('c', store.sign('a')) == Led(False, version)
         assert store.assignment() == []
         assert store.ask(Lead('a', 'a former life', (), 'test')) is None
-        assert store.evict('c', store.sign('a')) == store.evict('b', store.sign('c')) == Evicted(False)
+        assert (
+            store.evict('c', store.sign('a')) == store.evict('b', store.sign('c')) == Evicted(False)
+        )
         assert store.ask(Evict('b', 'a former life', (store.sign('a'),))) is None
         assert store.evict('b', store.sign('a')) == Evicted(True, ('a',))
         assert store.lead('b').led
@@ -680,7 +911,10 @@ class TestLead:
         assert set(store.owned()) == {'a', 'c', None}
         assert store.lead('a', reason=DEATHS).moved == 500
         assert store.owned() == {'a': 500, 'c': 500}
-        row, = store.rows.run(f'SELECT nodes_before, nodes_after, tokens_moved FROM {store.tables.rebalance} ORDER BY id DESC LIMIT 1')
+        (row,) = store.rows.run(
+            f'SELECT nodes_before, nodes_after, tokens_moved FROM {store.tables.rebalance} ORDER '
+            'BY id DESC LIMIT 1'
+        )
         assert row == (4, 2, 500)
 
     def test_locks_move_tokens_and_an_expired_one_no_longer(self, store: Store) -> None:
@@ -691,12 +925,20 @@ class TestLead:
         owner = next(s.node for s in store.assignment() if s.lo <= token < s.hi)
         other = 'b' if owner == 'a' else 'a'
         with store.rows.sessions.session() as connection:
-            locks.register(connection, store.tables, [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)], 'x')
+            locks.register(
+                connection,
+                store.tables,
+                [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)],
+                'x',
+            )
         assert 0 < store.ask(Observe()).next_expiry <= 86400
         assert store.lead('a').blocked == 1
         store.give(str(owner))
         assert next(s.node for s in store.assignment() if s.lo <= token < s.hi) == other
-        store.rows.run(f"UPDATE {store.tables.lock} SET expires_at = now() - interval '1 second' WHERE task_id = 't'")
+        store.rows.run(
+            f"UPDATE {store.tables.lock} SET expires_at = now() - interval '1 second' WHERE "
+            "task_id = 't'"
+        )
         assert store.ask(Observe()).next_expiry < 0
         version = store.version()
         assert store.lead('a').version == version + 1
@@ -704,21 +946,39 @@ class TestLead:
         assert store.ask(Observe()).next_expiry is None
 
     @pytest.mark.parametrize('moment', ['infinity', '-infinity'])
-    def test_a_lock_that_somebody_made_endless_stops_no_look(self, store: Store, moment: str) -> None:
+    def test_a_lock_that_somebody_made_endless_stops_no_look(
+        self, store: Store, moment: str
+    ) -> None:
         store.join('a')
-        store.rows.run(f"""INSERT INTO {store.tables.lock} (task_id, node_patterns, expires_at) VALUES ('t', '["a"]', '{moment}')""")
+        store.rows.run(
+            f"""INSERT INTO {store.tables.lock} (task_id, node_patterns, expires_at) VALUES ('t',
+                '["a"]', '{moment}')"""
+        )
         assert store.ask(Observe()).next_expiry is None
 
-    def test_locks_that_somebody_wrote_by_hand_and_that_make_no_sense_are_reported_and_ignored(self, store: Store) -> None:
+    def test_locks_that_somebody_wrote_by_hand_and_that_make_no_sense_are_reported_and_ignored(
+        self, store: Store
+    ) -> None:
         store.join('a')
-        for task, patterns in (('empty', '[]'), ('number', '[5]'), ('object', '{"a": 1}'), ('x' * 2001, '["a"]'), ('good', '"nobody"')):
-            store.rows.run(f'INSERT INTO {store.tables.lock} (task_id, node_patterns) VALUES (%s, %s)', task, patterns)
+        for task, patterns in (
+            ('empty', '[]'),
+            ('number', '[5]'),
+            ('object', '{"a": 1}'),
+            ('x' * 2001, '["a"]'),
+            ('good', '"nobody"'),
+        ):
+            store.rows.run(
+                f'INSERT INTO {store.tables.lock} (task_id, node_patterns) VALUES (%s, %s)',
+                task,
+                patterns,
+            )
         led = store.lead('a')
         assert led.led and led.blocked == 1
         assert len(led.conflicts) == 4
 
     def test_a_node_that_changes_its_state_while_the_plan_is_made_is_planned_again(
-            self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for name in 'ab':
             store.join(name)
         store.lead('a')
@@ -744,7 +1004,9 @@ class TestLead:
         assert store.owned() == dict.fromkeys('abcd', 250)
         assert not store.ask(Observe()).stale
 
-    def test_an_error_in_the_middle_leaves_nothing_behind(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_error_in_the_middle_leaves_nothing_behind(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for name in 'ab':
             store.join(name)
         monkeypatch.setattr(leading, 'decide', lambda *args: 1 / 0)
@@ -759,7 +1021,10 @@ class TestLead:
         for name in 'abcd':
             store.join(name)
         barrier, replies = threading.Barrier(2), []
-        requests = [Lead('a', 'life of a', (), 'one'), Lead('b', 'life of b', (store.sign('a'),), 'two')]
+        requests = [
+            Lead('a', 'life of a', (), 'one'),
+            Lead('b', 'life of b', (store.sign('a'),), 'two'),
+        ]
 
         def lead(request: Lead) -> None:
             connection = Connection.open(store.config, request.name)
@@ -780,7 +1045,9 @@ class TestLead:
 
 
 class TestStuck:
-    def test_a_stuck_session_holds_nobody_up_for_longer_than_the_lock_timeout(self, make_store: Callable[..., Store]) -> None:
+    def test_a_stuck_session_holds_nobody_up_for_longer_than_the_lock_timeout(
+        self, make_store: Callable[..., Store]
+    ) -> None:
         store = make_store(heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0)
         store.join('a')
         store.lead('a')
@@ -789,8 +1056,11 @@ class TestStuck:
             cursor.execute('SET LOCAL idle_in_transaction_session_timeout = 0')
             cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', store.tables.advisory)
             for request in (
-                    Lead('a', 'life of a', (), 'test'), Evict('a', 'life of a', (Sign('x', 'y', 1),)),
-                    Leave('a', 'life of a'), Give('a', 'life of a', ((0, 1),), 1)):
+                Lead('a', 'life of a', (), 'test'),
+                Evict('a', 'life of a', (Sign('x', 'y', 1),)),
+                Leave('a', 'life of a'),
+                Give('a', 'life of a', ((0, 1),), 1),
+            ):
                 began = time.monotonic()
                 with pytest.raises(psycopg2.errors.LockNotAvailable):
                     store.ask(request)
@@ -800,11 +1070,16 @@ class TestStuck:
         sessions.close_all()
         assert store.lead('a').led
 
-    def test_a_leader_that_stops_in_the_middle_is_thrown_out_by_the_server(self, make_store: Callable[..., Store]) -> None:
+    def test_a_leader_that_stops_in_the_middle_is_thrown_out_by_the_server(
+        self, make_store: Callable[..., Store]
+    ) -> None:
         store = make_store(heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0)
         store.join('a')
         stopped = Connection.open(store.config, 'stopped')
-        stopped.execute(f'BEGIN; {stopped.local_limits}; SELECT pg_advisory_xact_lock(%s, %s)', store.tables.advisory)
+        stopped.execute(
+            f'BEGIN; {stopped.local_limits}; SELECT pg_advisory_xact_lock(%s, %s)',
+            store.tables.advisory,
+        )
 
         def leads() -> bool:
             try:
@@ -816,7 +1091,9 @@ class TestStuck:
         with pytest.raises(DatabaseUnavailable):
             stopped.execute('COMMIT')
 
-    def test_a_server_that_restarts_is_database_unavailable(self, own_server: EmbeddedPostgres) -> None:
+    def test_a_server_that_restarts_is_database_unavailable(
+        self, own_server: EmbeddedPostgres
+    ) -> None:
         with rows_of(own_server.config('postgres')) as rows:
             store = Store(own_server.config('postgres'), rows)
             store.join('a')
@@ -829,7 +1106,9 @@ class TestStuck:
 
 
 class TestCost:
-    def test_each_look_is_one_statement_and_each_change_one_round_trip(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_each_look_is_one_statement_and_each_change_one_round_trip(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         store.join('a')
         store.lead('a')
         sent: list[str] = []
@@ -840,24 +1119,40 @@ class TestCost:
             return execute(self, sql, *args, **kwargs)
 
         monkeypatch.setattr(Connection, 'execute', counted)
-        for look in (Beat('a', 'life of a'), Refresh('a', 'life of a'), Observe(), Take('a', ((0, 1000),)), Activate('a', 'life of a', 1),
-                     Drain('a', 'life of a', True)):
+        for look in (
+            Beat('a', 'life of a'),
+            Refresh('a', 'life of a'),
+            Observe(),
+            Take('a', ((0, 1000),)),
+            Activate('a', 'life of a', 1),
+            Drain('a', 'life of a', True),
+        ):
             sent.clear()
             store.ask(look)
             assert len(sent) == 1
             assert ';' not in sent[0] and 'BEGIN' not in sent[0]
-        for change in (Give('a', 'life of a', ((0, 1000),), 9, (('t', 1),)), Leave('a', 'life of a')):
+        for change in (
+            Give('a', 'life of a', ((0, 1000),), 9, (('t', 1),)),
+            Leave('a', 'life of a'),
+        ):
             sent.clear()
             store.ask(change)
             assert len(sent) == 1
 
-    def test_a_plan_of_many_locks_and_ranges_is_quick(self, make_store: Callable[..., Store]) -> None:
+    def test_a_plan_of_many_locks_and_ranges_is_quick(
+        self, make_store: Callable[..., Store]
+    ) -> None:
         store = make_store(total_tokens=1_000_000)
         names = [f'n{number:02}' for number in range(50)]
         for name in names:
             store.join(name)
         with store.rows.sessions.session() as connection:
-            locks.register(connection, store.tables, [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)], 'x')
+            locks.register(
+                connection,
+                store.tables,
+                [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)],
+                'x',
+            )
         began = time.monotonic()
         led = store.lead('n00')
         first = time.monotonic() - began
@@ -866,7 +1161,10 @@ class TestCost:
         store.evict('n00', store.sign('n07'))
         store.lead('n00')
         second = time.monotonic() - began
-        print(f'10,000 locks: {first:.3f} s at first, {second:.3f} s for an eviction, {len(store.assignment())} rows')
+        print(
+            f'10,000 locks: {first:.3f} s at first, {second:.3f} s for an eviction, '
+            f'{len(store.assignment())} rows'
+        )
         assert first < 5 and second < 5
 
 
@@ -874,4 +1172,3 @@ class TestUnknown:
     def test_what_is_no_request_is_refused(self, store: Store) -> None:
         with pytest.raises(TypeError, match='Observed'):
             store.ask(Observed((), 0, False, None))
-

@@ -1,4 +1,5 @@
 """What a node costs while nothing happens: counted on the wire and in the process, never timed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,7 +49,7 @@ class Tap:
             header = 5 if typed else 4
             if len(data) < header:
                 return data
-            length = int.from_bytes(data[header - 4:header], 'big') + header - 4
+            length = int.from_bytes(data[header - 4 : header], 'big') + header - 4
             if len(data) < length:
                 return data
             message, data = data[:length], data[length:]
@@ -58,7 +59,9 @@ class Tap:
             elif message[:1] == b'Q':
                 self.statements.append(message[5:-1].decode())
             else:
-                assert message[:1] in b'pX', f'the extended protocol is not counted here: {message[:1]!r}'
+                assert message[:1] in b'pX', (
+                    f'the extended protocol is not counted here: {message[:1]!r}'
+                )
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def watched_follower(config: CoordinationConfig) -> Iterator[tuple[Tap, Proxy]]:
         for name in ('n1', 'n2', 'n3'):
             stack.enter_context(Job(name, config, wait_on_enter=0))
         proxy = stack.enter_context(Proxy(config.host, int(config.port), tap))
-        job = stack.enter_context(Job('n4', replace(config, host=proxy.host, port=proxy.port), wait_on_enter=0))
+        job = stack.enter_context(
+            Job('n4', replace(config, host=proxy.host, port=proxy.port), wait_on_enter=0)
+        )
         eventually(lambda: len(job.my_tokens) == config.total_tokens // 4)
         quiet = _beat(config)
         eventually(lambda: _beat(config) >= quiet + 3)
@@ -87,7 +92,7 @@ def watched_follower(config: CoordinationConfig) -> Iterator[tuple[Tap, Proxy]]:
 
 
 def _beat(config: CoordinationConfig) -> int:
-    (beat,), = query(config, """SELECT beat FROM "{}node" WHERE name = 'n4'""")
+    ((beat,),) = query(config, """SELECT beat FROM "{}node" WHERE name = 'n4'""")
     return int(beat)
 
 
@@ -97,16 +102,22 @@ def measure(config: CoordinationConfig, tap: Tap) -> Cost:
     eventually(lambda: _beat(config) > first)
     first, statements, sent, received = _beat(config), len(tap.statements), tap.sent, tap.received
     eventually(lambda: _beat(config) >= first + _BEATS, timeout=30)
-    return Cost(_beat(config) - first, tap.statements[statements:], tap.sent - sent, tap.received - received)
+    return Cost(
+        _beat(config) - first, tap.statements[statements:], tap.sent - sent, tap.received - received
+    )
 
 
 @pytest.fixture
 def slow(make_config: MakeConfig) -> CoordinationConfig:
     """The default settings, 15 times faster."""
-    return make_config(heartbeat_interval_sec=1 / 3, heartbeat_timeout_sec=1, rebalance_check_interval_sec=2)
+    return make_config(
+        heartbeat_interval_sec=1 / 3, heartbeat_timeout_sec=1, rebalance_check_interval_sec=2
+    )
 
 
-def test_a_steady_follower_sends_one_statement_per_heartbeat_and_no_transaction_around_it(slow: CoordinationConfig) -> None:
+def test_a_steady_follower_sends_one_statement_per_heartbeat_and_no_transaction_around_it(
+    slow: CoordinationConfig,
+) -> None:
     with watched_follower(slow) as (tap, _):
         cost = measure(slow, tap)
     assert len(cost.statements) <= cost.beats + 1, cost.statements
@@ -117,16 +128,26 @@ def test_a_steady_follower_sends_one_statement_per_heartbeat_and_no_transaction_
 def test_a_steady_follower_has_one_connection_and_one_thread(slow: CoordinationConfig) -> None:
     with watched_follower(slow) as (_, proxy):
         assert proxy.connections == 1
-        assert [thread.name for thread in threading.enumerate() if thread.name.endswith('n4')] == ['jobsync-n4']
-        assert not [thread for thread in threading.enumerate() if thread.name == 'jobsync-callbacks']
+        assert [thread.name for thread in threading.enumerate() if thread.name.endswith('n4')] == [
+            'jobsync-n4'
+        ]
+        assert not [
+            thread for thread in threading.enumerate() if thread.name == 'jobsync-callbacks'
+        ]
 
 
-def test_bytes_of_a_steady_follower_do_not_depend_on_the_number_of_tokens(make_config: MakeConfig) -> None:
+def test_bytes_of_a_steady_follower_do_not_depend_on_the_number_of_tokens(
+    make_config: MakeConfig,
+) -> None:
     per_beat = []
     for tokens in (1_000, 1_000_000):
         config = make_config(
-            appname=f'cost{tokens}_', total_tokens=tokens, heartbeat_interval_sec=1 / 3, heartbeat_timeout_sec=1,
-            rebalance_check_interval_sec=2)
+            appname=f'cost{tokens}_',
+            total_tokens=tokens,
+            heartbeat_interval_sec=1 / 3,
+            heartbeat_timeout_sec=1,
+            rebalance_check_interval_sec=2,
+        )
         with watched_follower(config) as (tap, _):
             cost = measure(config, tap)
         per_beat.append((cost.sent + cost.received) / cost.beats)
@@ -135,7 +156,9 @@ def test_bytes_of_a_steady_follower_do_not_depend_on_the_number_of_tokens(make_c
     assert many < 4_000
 
 
-def test_nothing_is_written_to_the_assignment_while_nothing_changes(slow: CoordinationConfig) -> None:
+def test_nothing_is_written_to_the_assignment_while_nothing_changes(
+    slow: CoordinationConfig,
+) -> None:
     rows = 'SELECT xmin::text, tokens::text, node, version FROM "{}assignment" ORDER BY tokens'
     with watched_follower(slow) as (tap, _):
         before = query(slow, rows), query(slow, 'SELECT count(*) FROM "{}rebalance"')
@@ -144,7 +167,12 @@ def test_nothing_is_written_to_the_assignment_while_nothing_changes(slow: Coordi
 
 
 def test_importing_the_core_loads_psycopg2_and_the_standard_library_alone() -> None:
-    program = ('import sys; before = set(sys.modules); import jobsync_core; '
-               'print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))')
-    output = subprocess.run([sys.executable, '-c', program], check=True, capture_output=True, text=True).stdout.split()
+    program = (
+        'import sys; before = set(sys.modules); import jobsync_core; '
+        'print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - '
+        'set(sys.stdlib_module_names)))'
+    )
+    output = subprocess.run(
+        [sys.executable, '-c', program], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert [name for name in output if name not in ('jobsync_core', 'psycopg2')] == []

@@ -1,4 +1,5 @@
 """The demo runs to a good verdict, and ends all that it started when it is interrupted."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,13 +31,18 @@ def place() -> Iterator[Path]:
 
 
 def _left(place: Path) -> list[str]:
-    """Processes that the demo started: they have its environment, or (PostgreSQL, which overwrites that) work in its directory."""
+    """Processes that the demo started: they have its environment, or (PostgreSQL, which overwrites
+    that) work in its directory.
+    """
     found = []
     for directory in Path('/proc').iterdir():
         if not directory.name.isdecimal() or directory.name == str(os.getpid()):
             continue
         try:
-            environment, working = (directory / 'environ').read_bytes(), Path(os.readlink(directory / 'cwd'))
+            environment, working = (
+                (directory / 'environ').read_bytes(),
+                Path(os.readlink(directory / 'cwd')),
+            )
             if f'TMPDIR={place}'.encode() in environment or working.is_relative_to(place):
                 found.append(f'{directory.name} {(directory / "cmdline").read_bytes()!r}')
         except OSError:
@@ -47,7 +53,13 @@ def _left(place: Path) -> list[str]:
 def _start(place: Path, output: int) -> subprocess.Popen[str]:
     environment = {**os.environ, 'TMPDIR': str(place), 'TERM': 'xterm', 'COLUMNS': '120'}
     return subprocess.Popen(
-        [*_DEMO, '--files', '300'], env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True)
+        [*_DEMO, '--files', '300'],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_the_verdict_is_good(place: Path) -> None:
@@ -55,7 +67,9 @@ def test_the_verdict_is_good(place: Path) -> None:
     output, _ = demo.communicate(timeout=240)
     assert demo.returncode == 0, output
     verdict = {tuple(line.split()) for line in output.splitlines()}
-    assert {('ok', 'rows', '300'), ('ok', 'duplicates', '0'), ('ok', 'lost', '0')} <= verdict, output
+    assert {('ok', 'rows', '300'), ('ok', 'duplicates', '0'), ('ok', 'lost', '0')} <= verdict, (
+        output
+    )
     assert 'is killed (SIGKILL)' in output
     assert 'FAIL' not in output
     eventually(lambda: not _left(place))

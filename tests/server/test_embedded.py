@@ -1,4 +1,5 @@
 """The embedded server: crash, pause, recovery, and nothing left behind."""
+
 from __future__ import annotations
 
 import contextlib
@@ -93,7 +94,9 @@ def test_a_kill_ends_paused_backends_too(own_server: EmbeddedPostgres) -> None:
     assert ask(own_server, 'SELECT 1') == 1
 
 
-def test_a_paused_server_answers_nobody_and_keeps_its_connections(own_server: EmbeddedPostgres) -> None:
+def test_a_paused_server_answers_nobody_and_keeps_its_connections(
+    own_server: EmbeddedPostgres,
+) -> None:
     with connected(own_server) as connection:
         own_server.pause()
         with pytest.raises(psycopg2.OperationalError, match='timeout'):
@@ -104,7 +107,9 @@ def test_a_paused_server_answers_nobody_and_keeps_its_connections(own_server: Em
             assert cursor.fetchone() == (1,)
 
 
-def test_stop_removes_a_temporary_directory_and_keeps_a_given_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_stop_removes_a_temporary_directory_and_keeps_a_given_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     with EmbeddedPostgres(settings=SETTINGS) as server:
         temporary = server.log.parent
         assert temporary.is_dir()
@@ -158,17 +163,29 @@ def test_under_root_the_server_runs_as_an_unprivileged_user(postgres: EmbeddedPo
 
 def test_the_password_is_random_and_the_only_way_in(postgres: EmbeddedPostgres) -> None:
     config = postgres.config()
-    assert config.password and len(config.password) > 20 and quote(config.password, safe='') in postgres.url()
+    assert (
+        config.password
+        and len(config.password) > 20
+        and quote(config.password, safe='') in postgres.url()
+    )
     for guess in ('postgres', '', 'x'):
         with pytest.raises(psycopg2.OperationalError, match='password'):
-            psycopg2.connect(host=config.host, port=config.port, user='postgres', dbname='postgres', password=guess)
+            psycopg2.connect(
+                host=config.host,
+                port=config.port,
+                user='postgres',
+                dbname='postgres',
+                password=guess,
+            )
     file = postgres.log.parent / 'password'
     assert file.stat().st_mode & 0o077 == 0 and file.read_text() == config.password
     with EmbeddedPostgres(settings=SETTINGS) as other:
         assert other.config().password != config.password
 
 
-def test_data_of_a_server_with_the_former_password_get_a_new_one(own_server: EmbeddedPostgres) -> None:
+def test_data_of_a_server_with_the_former_password_get_a_new_one(
+    own_server: EmbeddedPostgres,
+) -> None:
     ask(own_server, "ALTER ROLE postgres PASSWORD 'postgres'")
     own_server.kill()
     (own_server.log.parent / 'password').unlink()
@@ -182,22 +199,37 @@ def test_data_of_a_server_with_the_former_password_get_a_new_one(own_server: Emb
 def test_no_process_of_a_server_shows_anything_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('SOME_API_KEY', 's3cret-of-the-environment')
     with EmbeddedPostgres(settings=SETTINGS) as server, EmbeddedRedis() as redis:
-        secrets = [b's3cret-of-the-environment', str(server.config().password).encode(), redis.url().split('@')[0][-20:].encode()]
+        secrets = [
+            b's3cret-of-the-environment',
+            str(server.config().password).encode(),
+            redis.url().split('@')[0][-20:].encode(),
+        ]
         supervisors = [
-            int(entry) for entry in os.listdir('/proc')
-            if entry.isdecimal() and b'embedded/supervisor.py' in read(f'/proc/{entry}/cmdline') and parent(int(entry)) == os.getpid()]
+            int(entry)
+            for entry in os.listdir('/proc')
+            if entry.isdecimal()
+            and b'embedded/supervisor.py' in read(f'/proc/{entry}/cmdline')
+            and parent(int(entry)) == os.getpid()
+        ]
         assert len(supervisors) >= 2
         ids = processes(server)
         arguments = {pid: read(f'/proc/{pid}/cmdline') for pid in [*supervisors, *ids, redis.pid]}
         assert all(arguments[pid] for pid in [*supervisors, ids[0], redis.pid])
-        # The server's process for the question of a moment ago, or for a vacuum, may be ending: then it shows nothing.
-        eventually(lambda: not [pid for pid, shown in arguments.items() if not shown and running(pid)])
-        assert not [pid for pid, shown in arguments.items() for secret in secrets if secret in shown]
+        # The server's process for the question of a moment ago, or for a vacuum, may be ending:
+        # then it shows nothing.
+        eventually(
+            lambda: not [pid for pid, shown in arguments.items() if not shown and running(pid)]
+        )
+        assert not [
+            pid for pid, shown in arguments.items() for secret in secrets if secret in shown
+        ]
         for pid in [*processes(server), redis.pid]:
             assert not [secret for secret in secrets if secret in read(f'/proc/{pid}/environ')]
 
 
-def test_a_link_in_place_of_the_log_is_followed_neither_for_writing_nor_for_reading(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_log_is_followed_neither_for_writing_nor_for_reading(
+    tmp_path: Path,
+) -> None:
     target = tmp_path / 'somebody-elses'
     target.write_text('s3cret\n')
     with EmbeddedPostgres(settings=SETTINGS) as server:
@@ -209,7 +241,10 @@ def test_a_link_in_place_of_the_log_is_followed_neither_for_writing_nor_for_read
         assert 's3cret' not in str(caught.value) and target.read_text() == 's3cret\n'
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells a process that its parent is gone')
+@pytest.mark.skipif(
+    not sys.platform.startswith('linux'),
+    reason='only Linux tells a process that its parent is gone',
+)
 def test_a_server_whose_supervisor_is_killed_ends_before_its_data_are_removed() -> None:
     server = EmbeddedPostgres(settings=SETTINGS)
     server.start()
@@ -234,7 +269,12 @@ def test_a_redis_server_takes_its_password_alone() -> None:
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_no_redis_server_outlives_its_owner(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, '-c', _REDIS_OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, '-c', _REDIS_OWNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
         owner.send_signal(number)
@@ -243,7 +283,9 @@ def test_no_redis_server_outlives_its_owner(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_no_server_outlives_its_owner(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, '-c', _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, '-c', _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
         assert owner.stdout is not None
         pid, home = owner.stdout.readline().split()
         pids = server_processes(int(pid))

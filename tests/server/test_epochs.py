@@ -1,4 +1,7 @@
-"""What a cluster has audited counts while it lives; a cluster that forms anew runs its tasks again, unless it is told to resume."""
+"""What a cluster has audited counts while it lives; a cluster that forms anew runs its tasks again,
+unless it is told to resume.
+"""
+
 from __future__ import annotations
 
 import datetime
@@ -43,18 +46,28 @@ def epoch(config: CoordinationConfig) -> int:
     return int(query(config, 'SELECT epoch FROM "{}cluster"')[0][0])
 
 
-def test_a_second_run_on_the_same_day_runs_again_and_says_so(config: CoordinationConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_run_on_the_same_day_runs_again_and_says_so(
+    config: CoordinationConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, 'jobsync_core')
     assert run(config) == set(TASKS)
     assert 'audited by a cluster' not in caplog.text
     caplog.clear()
     assert run(config, 'b') == set(TASKS)
-    line, = [record.getMessage() for record in caplog.records if 'audited by a cluster' in record.getMessage()]
+    (line,) = [
+        record.getMessage()
+        for record in caplog.records
+        if 'audited by a cluster' in record.getMessage()
+    ]
     assert line.startswith(f'node=b date={datetime.date.today()}: {len(TASKS)} tasks were audited')
-    assert query(config, 'SELECT DISTINCT node FROM "{}audit"') == [('b',)], 'the latest run is on record'
+    assert query(config, 'SELECT DISTINCT node FROM "{}audit"') == [('b',)], (
+        'the latest run is on record'
+    )
 
 
-def test_who_resumes_runs_nothing_again_and_says_so(config: CoordinationConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_resumes_runs_nothing_again_and_says_so(
+    config: CoordinationConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     run(config)
     caplog.set_level(logging.INFO, 'jobsync_core')
     assert run(config, 'b', resume=True) == set()
@@ -83,7 +96,9 @@ def test_a_node_that_comes_back_after_an_eviction_goes_on(config: CoordinationCo
         job.write_audit()
         before = epoch(config), job.incarnation
         query(config, 'DELETE FROM "{}node" RETURNING 1')
-        eventually(lambda: job.incarnation != before[1] and len(job.my_tokens) == config.total_tokens)
+        eventually(
+            lambda: job.incarnation != before[1] and len(job.my_tokens) == config.total_tokens
+        )
         assert not any(job.can_claim_task(task) for task in TASKS)
         assert epoch(config) == before[0]
 
@@ -144,7 +159,10 @@ class TestCrashes:
         def live() -> None:
             """It sends heartbeats until the next node has seen one, and is then killed."""
             eventually(lambda: query(rows.config, """SELECT 1 FROM "{}node" WHERE name = 'next'"""))
-            query(rows.config, """UPDATE "{}node" SET beat = beat + 1 WHERE name = 'dead' RETURNING 1""")
+            query(
+                rows.config,
+                """UPDATE "{}node" SET beat = beat + 1 WHERE name = 'dead' RETURNING 1""",
+            )
             ended.set()
 
         thread = threading.Thread(target=live)
@@ -158,29 +176,41 @@ class TestCrashes:
 
 def test_other_tokens_are_another_cluster(make_config: Callable[..., CoordinationConfig]) -> None:
     assert run(make_config(total_tokens=100)) == set(TASKS)
-    assert run(make_config(total_tokens=200), resume=True) == set(TASKS), 'what was audited has other tokens now'
+    assert run(make_config(total_tokens=200), resume=True) == set(TASKS), (
+        'what was audited has other tokens now'
+    )
 
 
 def test_an_audit_of_an_epoch_that_is_over_counts_for_that_one(config: CoordinationConfig) -> None:
-    """A process slept through the end of its cluster, and writes its audit when another one lives."""
+    """A process slept through the end of its cluster, and writes its audit when another one
+    lives.
+    """
     late = node(config, 'late')
     with late:
         late.add_task(1)
         query(config, 'DELETE FROM "{}node" RETURNING 1')
         query(config, 'UPDATE "{}cluster" SET epoch = epoch + 1 RETURNING 1')
         late.write_audit()
-        (written,), = query(config, 'SELECT epoch FROM "{}audit"')
+        ((written,),) = query(config, 'SELECT epoch FROM "{}audit"')
         assert written == epoch(config) - 1
 
 
-def test_its_migration_holds_nobody_up_behind_a_long_transaction(config: CoordinationConfig) -> None:
-    """A table that somebody reads cannot be changed; whoever waits for its lock makes all others wait, heartbeats too."""
+def test_its_migration_holds_nobody_up_behind_a_long_transaction(
+    config: CoordinationConfig,
+) -> None:
+    """A table that somebody reads cannot be changed; whoever waits for its lock makes all others
+    wait, heartbeats too.
+    """
     create_schema(config)
     rows = Rows(config, Sessions(config, 'rows'))
     rows.run(f'ALTER TABLE {rows.tables.audit} DROP COLUMN epoch')
     rows.run(f'ALTER TABLE {rows.tables.cluster} DROP COLUMN epoch')
     migration = schema._render(rows.tables, 'migration_7.sql')
-    with rows.sessions.session(limited=False) as reader, reader.cursor() as cursor, ThreadPoolExecutor(1) as pool:
+    with (
+        rows.sessions.session(limited=False) as reader,
+        reader.cursor() as cursor,
+        ThreadPoolExecutor(1) as pool,
+    ):
         cursor.execute(f'SELECT count(*) FROM {rows.tables.audit}')
         migrating = pool.submit(rows.run, migration)
         eventually(lambda: rows.waiting() == 1)

@@ -1,4 +1,5 @@
 """Evacuation beside nodes that come and go, on a real database and with a broker in memory."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ def world(config: CoordinationConfig) -> Iterator[World]:
 
 
 @pytest.mark.parametrize('known', [False, True], ids=['new', 'back'])
-def test_a_node_that_comes_while_others_are_evacuated_keeps_its_messages(world: World, known: bool) -> None:
+def test_a_node_that_comes_while_others_are_evacuated_keeps_its_messages(
+    world: World, known: bool
+) -> None:
     world.queue('n1')
     world.queue('n2')
     if known:
@@ -61,5 +64,9 @@ def test_a_killed_node_is_evacuated_although_its_row_is_there(world: World) -> N
 
 def kill(world: World, node: str) -> None:
     """Leave the row of a node that was killed, and whose cluster has nobody left who removes it."""
-    query(world.config, """INSERT INTO "{}node" (name, incarnation, state, lease_sec) VALUES (%s, gen_random_uuid()::text, 'active', 1)""",
-          (node,))
+    query(
+        world.config,
+        """INSERT INTO "{}node" (name, incarnation, state, lease_sec) VALUES (%s,
+            gen_random_uuid()::text, 'active', 1)""",
+        (node,),
+    )

@@ -1,4 +1,7 @@
-"""Another history of the database, as after the promotion of a standby: noticed wherever a claim depends on it, and waited out."""
+"""Another history of the database, as after the promotion of a standby: noticed wherever a claim
+depends on it, and waited out.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,7 +30,7 @@ FAST = {'heartbeat_interval_sec': 0.5, 'heartbeat_timeout_sec': TIMEOUT, 'connec
 
 def promote(server: EmbeddedPostgres) -> None:
     """Restart it as a standby and promote it: the same data under another timeline."""
-    (directory,), = query(server.config('postgres'), "SELECT current_setting('data_directory')")
+    ((directory,),) = query(server.config('postgres'), "SELECT current_setting('data_directory')")
     server.kill()
     signal_file = Path(directory, 'standby.signal')
     signal_file.touch()
@@ -43,14 +46,18 @@ def config(own_server: EmbeddedPostgres) -> CoordinationConfig:
 
 
 def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is_settled(
-        config: CoordinationConfig, own_server: EmbeddedPostgres) -> None:
+    config: CoordinationConfig, own_server: EmbeddedPostgres
+) -> None:
     create_schema(config)
     control = Control(config, Tables.of(config), None)
 
     def ask(name: str = 'n1') -> tuple[str, str, bool]:
         connection = Connection.open(config, name)
         control.handle(connection, Join(name, 'life', Process('', '', '', 1, ''), 1.0, True))
-        beaten, holdings = (control.handle(connection, request) for request in (Beat(name, 'life'), Refresh(name, 'life')))
+        beaten, holdings = (
+            control.handle(connection, request)
+            for request in (Beat(name, 'life'), Refresh(name, 'life'))
+        )
         connection.close()
         assert isinstance(beaten, Beaten) and isinstance(holdings, Holdings)
         return beaten.history, holdings.history, beaten.settled
@@ -64,7 +71,9 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     for name, life, seen in ((before[0], 'life', 0), (after[0], 'life', 4), (after[0], 'x', 0)):
         late = RecordHistory('n1', life, seen, name)
         assert control.handle(connection, late) is True
-        assert ask() == after, f'a statement that belongs to another history changes nothing: {late}'
+        assert ask() == after, (
+            f'a statement that belongs to another history changes nothing: {late}'
+        )
     assert control.handle(connection, RecordHistory('n1', 'life', 2, after[0])) is True
     connection.close()
     assert ask() == (after[0], after[0], True)
@@ -73,7 +82,9 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     assert ask('n2') == after, 'nor does the one that is there already settle anything'
 
 
-def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_one(config: CoordinationConfig) -> None:
+def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_one(
+    config: CoordinationConfig,
+) -> None:
     create_schema(config)
     control = Control(config, Tables.of(config), None)
     connection = Connection.open(config, 'n1')
@@ -89,7 +100,7 @@ def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_on
         return reply.same
 
     def held() -> int:
-        (number,), = query(config, 'SELECT beat FROM "{}node"')
+        ((number,),) = query(config, 'SELECT beat FROM "{}node"')
         return int(number)
 
     control.handle(connection, Join('n1', 'life', Process('', '', '', 1, ''), 1.0, True))
@@ -107,26 +118,39 @@ def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_on
 
 
 def test_a_failover_behind_a_pooler_is_noticed_by_the_next_heartbeat_and_a_new_node_waits_too(
-        config: CoordinationConfig, own_server: EmbeddedPostgres, make_pgbouncer: Callable[..., PgBouncer]) -> None:
+    config: CoordinationConfig,
+    own_server: EmbeddedPostgres,
+    make_pgbouncer: Callable[..., PgBouncer],
+) -> None:
     pooler = make_pgbouncer(config)
     pooled = dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False)
     with Job('n1', pooled, wait_on_enter=0) as first, Job('n2', pooled, wait_on_enter=0) as second:
-        eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == config.total_tokens // 2)
+        eventually(
+            lambda: len(first.my_tokens) == len(second.my_tokens) == config.total_tokens // 2
+        )
         promoted = moment()
         promote(own_server)
         pooler.point_at(config.host, int(config.port))
-        eventually(lambda: node_of(first).protocol.quarantined and node_of(second).protocol.quarantined, timeout=20)
+        eventually(
+            lambda: node_of(first).protocol.quarantined and node_of(second).protocol.quarantined,
+            timeout=20,
+        )
         assert not first.can_claim_task(1) and not second.can_claim_task(1)
         with Job('n3', pooled, wait_on_enter=0) as third:
             assert moment() - promoted >= TIMEOUT, 'it has entered, so that its wait is over'
             jobs = first, second, third
-            eventually(lambda: sorted(len(job.my_tokens) for job in jobs) == [3333, 3333, 3334], timeout=30)
-        assert query(config, 'SELECT history FROM "{}cluster"') == [(node_of(first).protocol._history,)]
+            eventually(
+                lambda: sorted(len(job.my_tokens) for job in jobs) == [3333, 3333, 3334], timeout=30
+            )
+        assert query(config, 'SELECT history FROM "{}cluster"') == [
+            (node_of(first).protocol._history,)
+        ]
         assert node_of(first).protocol._history.endswith(' 00000002')
 
 
 def test_a_new_node_waits_for_one_timeout_where_nobody_has_waited_for_this_history_yet(
-        config: CoordinationConfig, own_server: EmbeddedPostgres) -> None:
+    config: CoordinationConfig, own_server: EmbeddedPostgres
+) -> None:
     with Job('n1', config, wait_on_enter=0):
         pass
     promote(own_server)
@@ -140,7 +164,9 @@ def test_a_new_node_waits_for_one_timeout_where_nobody_has_waited_for_this_histo
         eventually(lambda: len(job.my_tokens) == config.total_tokens)
 
 
-def test_a_role_that_may_not_ask_for_the_history_goes_on_without_it(config: CoordinationConfig) -> None:
+def test_a_role_that_may_not_ask_for_the_history_goes_on_without_it(
+    config: CoordinationConfig,
+) -> None:
     create_schema(config)
     query(config, "CREATE ROLE plain LOGIN PASSWORD 'x'")
     query(config, 'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO plain')

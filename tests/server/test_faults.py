@@ -1,8 +1,11 @@
-"""Five nodes in five processes against a real PostgreSQL, with faults: no task is ever claimed by two nodes at once.
+"""Five nodes in five processes against a real PostgreSQL, with faults: no task is ever claimed by
+two nodes at once.
 
-Every test ends by leaving the `cluster` block, which reads what all processes answered and fails if two answers of
-different processes overlap. That each task finds an owner again is awaited; how fast is measured by bench/, not here.
+Every test ends by leaving the `cluster` block, which reads what all processes answered and fails if
+two answers of different processes overlap. That each task finds an owner again is awaited; how fast
+is measured by bench/, not here.
 """
+
 from __future__ import annotations
 
 import os
@@ -27,8 +30,11 @@ MakeConfig = Callable[..., CoordinationConfig]
 FIVE = ('n1', 'n2', 'n3', 'n4', 'n5')
 TIMEOUT = 2.0
 FAST = {
-    'heartbeat_interval_sec': 0.4, 'heartbeat_timeout_sec': TIMEOUT, 'rebalance_check_interval_sec': 3,
-    'connect_timeout_sec': 2, 'release_timeout_sec': 2,
+    'heartbeat_interval_sec': 0.4,
+    'heartbeat_timeout_sec': TIMEOUT,
+    'rebalance_check_interval_sec': 3,
+    'connect_timeout_sec': 2,
+    'release_timeout_sec': 2,
 }
 
 
@@ -49,6 +55,7 @@ def own_cluster(own_server: EmbeddedPostgres, tmp_path: Path) -> Iterator[Cluste
 
 def wait_silent(cluster: Cluster) -> None:
     """Wait until no node claims anything."""
+
     def silent() -> bool:
         return cluster.history().unclaimed_since(moment() - 0.2) == list(SAMPLE)
 
@@ -93,7 +100,12 @@ class TestDeath:
         cluster.wait_balanced()
 
     def test_on_default_settings(self, make_config: MakeConfig, tmp_path: Path) -> None:
-        with Cluster(make_config(heartbeat_interval_sec=5, heartbeat_timeout_sec=15, rebalance_check_interval_sec=30), tmp_path) as cluster:
+        with Cluster(
+            make_config(
+                heartbeat_interval_sec=5, heartbeat_timeout_sec=15, rebalance_check_interval_sec=30
+            ),
+            tmp_path,
+        ) as cluster:
             cluster.start(*FIVE)
             since = cluster[cluster.members()[0]].kill()
             cluster.wait_claimed(since)
@@ -102,7 +114,9 @@ class TestDeath:
 
 class TestPause:
     @pytest.mark.parametrize('rank', [0, 3], ids=['leader', 'follower'])
-    def test_a_node_paused_beyond_its_lease_comes_back_by_itself(self, cluster: Cluster, rank: int) -> None:
+    def test_a_node_paused_beyond_its_lease_comes_back_by_itself(
+        self, cluster: Cluster, rank: int
+    ) -> None:
         cluster.start(*FIVE)
         victim = cluster.members()[rank]
 
@@ -140,9 +154,14 @@ class TestPause:
 
 class TestPartition:
     @pytest.mark.parametrize('rank', [0, 3], ids=['leader', 'follower'])
-    @pytest.mark.parametrize('mode', [
-        Mode.HOLD, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT, Mode.SWALLOW, Mode.REFUSE], ids=lambda mode: str(mode.name).lower())
-    def test_a_node_cut_off_stops_and_comes_back_after_the_heal(self, cluster: Cluster, rank: int, mode: Mode) -> None:
+    @pytest.mark.parametrize(
+        'mode',
+        [Mode.HOLD, Mode.HOLD_TO_SERVER, Mode.HOLD_TO_CLIENT, Mode.SWALLOW, Mode.REFUSE],
+        ids=lambda mode: str(mode.name).lower(),
+    )
+    def test_a_node_cut_off_stops_and_comes_back_after_the_heal(
+        self, cluster: Cluster, rank: int, mode: Mode
+    ) -> None:
         cluster.start(*FIVE)
         victim = cluster.members()[rank]
         proxy = cluster[victim].proxy
@@ -191,14 +210,18 @@ class TestPartition:
 
 
 class TestDatabase:
-    def test_a_crash_and_restart_moves_no_token(self, own_cluster: Cluster, own_server: EmbeddedPostgres) -> None:
+    def test_a_crash_and_restart_moves_no_token(
+        self, own_cluster: Cluster, own_server: EmbeddedPostgres
+    ) -> None:
         before = own_cluster.evictions(), own_cluster.assignment()
         own_server.kill()
         own_server.start()
         wait_all_claim(own_cluster, moment())
         assert (own_cluster.evictions(), own_cluster.assignment()) == before
 
-    def test_a_pause_longer_than_the_timeout_moves_no_token(self, own_cluster: Cluster, own_server: EmbeddedPostgres) -> None:
+    def test_a_pause_longer_than_the_timeout_moves_no_token(
+        self, own_cluster: Cluster, own_server: EmbeddedPostgres
+    ) -> None:
         before = own_cluster.evictions(), own_cluster.assignment()
         own_server.pause()
         try:
@@ -210,7 +233,9 @@ class TestDatabase:
         wait_all_claim(own_cluster, moment())
         assert (own_cluster.evictions(), own_cluster.assignment()) == before
 
-    def test_an_outage_longer_than_the_timeout_moves_no_token(self, own_cluster: Cluster, own_server: EmbeddedPostgres) -> None:
+    def test_an_outage_longer_than_the_timeout_moves_no_token(
+        self, own_cluster: Cluster, own_server: EmbeddedPostgres
+    ) -> None:
         before = own_cluster.evictions(), own_cluster.assignment()
         own_server.kill()
         crashed = moment()
@@ -220,7 +245,9 @@ class TestDatabase:
         wait_all_claim(own_cluster, moment())
         assert (own_cluster.evictions(), own_cluster.assignment()) == before
 
-    def test_a_node_that_dies_during_an_outage_is_replaced_after_it(self, own_cluster: Cluster, own_server: EmbeddedPostgres) -> None:
+    def test_a_node_that_dies_during_an_outage_is_replaced_after_it(
+        self, own_cluster: Cluster, own_server: EmbeddedPostgres
+    ) -> None:
         leader = own_cluster.members()[0]
         own_server.kill()
         wait_silent(own_cluster)
@@ -240,7 +267,9 @@ class TestWallClocks:
         cluster.wait_claimed(since)
         cluster.wait_balanced()
 
-    def test_the_servers_clock_jumps_a_minute_each_way(self, tmp_path: Path, wrong_clock: tuple[Path, Path]) -> None:
+    def test_the_servers_clock_jumps_a_minute_each_way(
+        self, tmp_path: Path, wrong_clock: tuple[Path, Path]
+    ) -> None:
         bin_dir, offset = wrong_clock
         with EmbeddedPostgres(bin_dir=bin_dir, settings={'fsync': 'off'}) as server:
             server.create_database('clock')
@@ -248,9 +277,13 @@ class TestWallClocks:
                 cluster.start(*FIVE)
                 before = cluster.evictions(), cluster.assignment()
                 for seconds in (60, -60, 0):
-                    true_time = query(cluster.config, 'SELECT extract(epoch FROM clock_timestamp())')[0][0]
+                    true_time = query(
+                        cluster.config, 'SELECT extract(epoch FROM clock_timestamp())'
+                    )[0][0]
                     offset.write_text(str(seconds))
-                    jumped = query(cluster.config, 'SELECT extract(epoch FROM clock_timestamp())')[0][0]
+                    jumped = query(cluster.config, 'SELECT extract(epoch FROM clock_timestamp())')[
+                        0
+                    ][0]
                     assert abs(jumped - true_time) > 50, 'the clock did not jump'
                     since = moment()
                     eventually(lambda since=since: moment() > since + 1.5 * TIMEOUT)  # type: ignore[misc]
@@ -287,7 +320,9 @@ class TestOrdinaryLife:
             assert cluster[label].process.wait(30) == 0, cluster[label].report()
         cluster.start(*FIVE)
 
-    def test_a_second_process_of_one_name_is_refused_and_the_first_goes_on(self, cluster: Cluster) -> None:
+    def test_a_second_process_of_one_name_is_refused_and_the_first_goes_on(
+        self, cluster: Cluster
+    ) -> None:
         cluster.start(*FIVE)
         before = cluster.evictions(), cluster.assignment()
         first = cluster['n2']
@@ -319,7 +354,9 @@ class TestOrdinaryLife:
             assert cluster[label].wait_event('released', after=joined)['tokens'] > 0
 
     def test_a_storm_of_faults(self, cluster: Cluster) -> None:
-        """Several at once: a kill, a pause, a partition, a join and a drain, all healed in the end."""
+        """Several at once: a kill, a pause, a partition, a join and a drain, all healed in the
+        end.
+        """
         cluster.start(*FIVE)
         members = cluster.members()
         cluster[members[0]].proxy.switch(Mode.HOLD)
@@ -383,7 +420,9 @@ time_t time(time_t *at) {
 
 @pytest.fixture
 def wrong_clock() -> Iterator[tuple[Path, Path]]:
-    """A directory of server binaries whose wall clocks are wrong by the seconds written in a file, and that file."""
+    """A directory of server binaries whose wall clocks are wrong by the seconds written in a file,
+    and that file.
+    """
     compiler = shutil.which('cc') or shutil.which('gcc')
     if compiler is None:
         pytest.skip('the server cannot be given a wrong clock: no C compiler here')
@@ -393,10 +432,14 @@ def wrong_clock() -> Iterator[tuple[Path, Path]]:
     source, library, offset = directory / 'clock.c', directory / 'clock.so', directory / 'offset'
     source.write_text(CLOCK_SOURCE)
     offset.write_text('0')
-    subprocess.run([compiler, '-shared', '-fPIC', '-O1', '-o', str(library), str(source), '-ldl'], check=True)
+    subprocess.run(
+        [compiler, '-shared', '-fPIC', '-O1', '-o', str(library), str(source), '-ldl'], check=True
+    )
     for program in ('postgres', 'initdb'):
         script = directory / program
-        clock = f'JOBSYNC_TEST_CLOCK={offset} LD_PRELOAD={library} ' if program == 'postgres' else ''
+        clock = (
+            f'JOBSYNC_TEST_CLOCK={offset} LD_PRELOAD={library} ' if program == 'postgres' else ''
+        )
         script.write_text(f'#!/bin/sh\n{clock}exec {real / program} "$@"\n')
         script.chmod(0o755)
     yield directory, offset

@@ -1,8 +1,10 @@
 """Fences, each taken away in turn: what it forbids then happens, and the suite sees it.
 
-The simulator's tests do the same for all fences of the protocol. Here are those that the database holds, and two of the
-protocol that show that the history checker of the real servers' tests has teeth.
+The simulator's tests do the same for all fences of the protocol. Here are those that the database
+holds, and two of the protocol that show that the history checker of the real servers' tests has
+teeth.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -22,8 +24,11 @@ SECOND_OWNER = """INSERT INTO "{}assignment" (tokens, node, moving, blocked, ver
 
 
 def _constraint(config: CoordinationConfig, kind: str, table: str) -> str:
-    (name,), = query(config, 'SELECT conname FROM pg_constraint WHERE contype = %s AND conrelid = %s::regclass',
-                     (kind, f'"{config.appname}{table}"'))
+    ((name,),) = query(
+        config,
+        'SELECT conname FROM pg_constraint WHERE contype = %s AND conrelid = %s::regclass',
+        (kind, f'"{config.appname}{table}"'),
+    )
     return str(name)
 
 
@@ -36,21 +41,38 @@ def test_the_database_refuses_a_second_owner_of_a_token(config: CoordinationConf
 def test_without_the_exclusion_constraint_it_does_not(config: CoordinationConfig) -> None:
     with Job('n1', config, wait_on_enter=0) as first, Job('n2', config, wait_on_enter=0) as second:
         eventually(lambda: len(first.my_tokens) + len(second.my_tokens) == config.total_tokens)
-        query(config, f'ALTER TABLE "{{}}assignment" DROP CONSTRAINT "{_constraint(config, "x", "assignment")}"')
+        query(
+            config,
+            'ALTER TABLE "{}assignment" DROP CONSTRAINT '
+            f'"{_constraint(config, "x", "assignment")}"',
+        )
         query(config, SECOND_OWNER)
-        (owners,), = query(config, 'SELECT count(*) FROM "{}assignment" WHERE tokens @> 5')
+        ((owners,),) = query(config, 'SELECT count(*) FROM "{}assignment" WHERE tokens @> 5')
         assert owners == 2
 
 
-def test_tokens_of_a_deleted_node_become_unowned_in_the_same_statement(config: CoordinationConfig) -> None:
+def test_tokens_of_a_deleted_node_become_unowned_in_the_same_statement(
+    config: CoordinationConfig,
+) -> None:
     with Job('n1', config, wait_on_enter=0):
-        (owned,), = query(config, """
-            WITH gone AS (DELETE FROM "{}node" WHERE name = 'n1' RETURNING name) SELECT count(*) FROM gone""")
+        ((owned,),) = query(
+            config,
+            """
+            WITH gone AS (DELETE FROM "{}node" WHERE name = 'n1' RETURNING name) SELECT count(*)
+                FROM gone""",
+        )
         assert owned == 1
         # Nothing names a node that is not in the table, at any moment.
-        assert query(config, """
+        assert (
+            query(
+                config,
+                """
             SELECT node FROM "{}assignment" AS a
-            WHERE node IS NOT NULL AND NOT EXISTS (SELECT FROM "{}node" AS n WHERE n.name = a.node)""") == []
+            WHERE node IS NOT NULL AND NOT EXISTS (SELECT FROM "{}node" AS n WHERE n.name =
+                a.node)""",
+            )
+            == []
+        )
 
 
 def test_a_token_outside_the_node_table_is_refused(config: CoordinationConfig) -> None:
@@ -60,19 +82,28 @@ def test_a_token_outside_the_node_table_is_refused(config: CoordinationConfig) -
 
 
 def test_a_heartbeat_of_an_earlier_life_changes_nothing(config: CoordinationConfig) -> None:
-    """The incarnation in every statement: a row that was replaced is not kept alive by its former holder."""
+    """The incarnation in every statement: a row that was replaced is not kept alive by its former
+    holder.
+    """
     with Job('n1', config, wait_on_enter=0) as job:
         life = job.incarnation
-        query(config, """UPDATE "{}node" SET incarnation = 'somebody-else', beat = 0 WHERE name = 'n1'""")
+        query(
+            config,
+            """UPDATE "{}node" SET incarnation = 'somebody-else', beat = 0 WHERE name = 'n1'""",
+        )
         eventually(lambda: job.incarnation != life)
-        assert query(config, """SELECT beat FROM "{}node" WHERE incarnation = 'somebody-else'""") in ([(0,)], [])
+        assert query(
+            config, """SELECT beat FROM "{}node" WHERE incarnation = 'somebody-else'"""
+        ) in ([(0,)], [])
         eventually(lambda: job.can_claim_task(1), timeout=20)
 
 
 @pytest.fixture
 def unsafe(make_config: Callable[..., CoordinationConfig], tmp_path: Path) -> Iterator[Cluster]:
     """Nodes that may claim what is another's."""
-    config = make_config(heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0, connect_timeout_sec=2)
+    config = make_config(
+        heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0, connect_timeout_sec=2
+    )
     with Cluster(config, tmp_path, checked=False) as cluster:
         yield cluster
 

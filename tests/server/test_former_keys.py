@@ -1,4 +1,5 @@
 """Keys that an earlier version completed stay complete under the names that they have now."""
+
 from __future__ import annotations
 
 import pytest
@@ -39,10 +40,15 @@ def wide(a: str) -> str:
 
 def complete(config: CoordinationConfig, key: str, state: str = 'done') -> None:
     """What an earlier version left in the ledger."""
-    query(config, """
+    query(
+        config,
+        """
         INSERT INTO "{}execution" (key, state, node, incarnation, fence, result, expires_at)
-        SELECT %s, %s, name, incarnation, 1, '"earlier"', now() + interval '1 day' FROM "{}node" RETURNING 1
-        """, (key, state))
+        SELECT %s, %s, name, incarnation, 1, '"earlier"', now() + interval '1 day' FROM "{}node"
+            RETURNING 1
+        """,
+        (key, state),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +64,9 @@ def test_two_calls_whose_keys_read_alike_run_both(config: CoordinationConfig) ->
     assert calls == [('acme:7', 'x'), ('acme', '7:x')]
 
 
-def test_what_was_complete_before_its_key_was_escaped_is_complete(config: CoordinationConfig) -> None:
+def test_what_was_complete_before_its_key_was_escaped_is_complete(
+    config: CoordinationConfig,
+) -> None:
     with Job('a', config, wait_on_enter=0):
         complete(config, f'{OWN}pair:acme:7:x')
         assert pair('acme:7', 'x') == 'earlier'
@@ -66,7 +74,9 @@ def test_what_was_complete_before_its_key_was_escaped_is_complete(config: Coordi
     assert calls == [('acme', 'x')]
 
 
-def test_what_was_complete_under_the_functions_name_is_complete_under_the_tasks(config: CoordinationConfig) -> None:
+def test_what_was_complete_under_the_functions_name_is_complete_under_the_tasks(
+    config: CoordinationConfig,
+) -> None:
     options = vars(charge)['exactly_once']
     assert isinstance(options, ExactlyOnce)
     options.adopt('billing')
@@ -79,23 +89,31 @@ def test_what_was_complete_under_the_functions_name_is_complete_under_the_tasks(
         with pytest.raises(ExecutionRunning):
             charge('2')
         assert charge('3') == 'charged'
-        assert query(config, """SELECT state FROM "{}execution" WHERE key = 'billing:3'""") == [('done',)]
+        assert query(config, """SELECT state FROM "{}execution" WHERE key = 'billing:3'""") == [
+            ('done',)
+        ]
         with pytest.raises(DuplicateExecution):
             charge('3')
     assert calls == [('3', '')]
 
 
-def test_a_former_key_is_not_taken_for_the_present_key_of_another_function(config: CoordinationConfig) -> None:
+def test_a_former_key_is_not_taken_for_the_present_key_of_another_function(
+    config: CoordinationConfig,
+) -> None:
     with Job('a', config, wait_on_enter=0):
         assert wide('eu:1') == 'wide eu:1'
-        assert narrow('1') == 'narrow 1', "which an earlier version would have written as 'shop:eu:1'"
+        assert narrow('1') == 'narrow 1', (
+            "which an earlier version would have written as 'shop:eu:1'"
+        )
         assert (wide('eu:1'), narrow('1')) == ('wide eu:1', 'narrow 1')
         complete(config, 'shop:eu:2')
         assert narrow('2') == 'earlier'
     assert calls == [('wide', 'eu:1'), ('narrow', '1')]
 
 
-def test_a_former_key_is_not_taken_for_the_present_key_of_another_call(config: CoordinationConfig) -> None:
+def test_a_former_key_is_not_taken_for_the_present_key_of_another_call(
+    config: CoordinationConfig,
+) -> None:
     with Job('a', config, wait_on_enter=0):
         assert pair('x:', 'y') == 'x: and y'
         assert pair('x%3A', 'y') == 'x%3A and y'

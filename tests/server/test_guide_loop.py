@@ -1,4 +1,7 @@
-"""The guide's own loop, as it stands there, with a node that joins and one that leaves midway: each task runs once."""
+"""The guide's own loop, as it stands there, with a node that joins and one that leaves midway: each
+task runs once.
+"""
+
 from __future__ import annotations
 
 import collections
@@ -19,13 +22,14 @@ from .cluster import query
 _ROOT = Path(__file__).parents[2]
 TASKS = 2_000
 
-# The user's program. What is under the line is the guide's loop, word for word; above it stand the functions that the
-# guide takes for granted: where tasks come from, and what processing one means.
+# The user's program. What is under the line is the guide's loop, word for word; above it stand the
+# functions that the guide takes for granted: where tasks come from, and what processing one means.
 PROGRAM = """
 import json, pathlib, sys, time
 from jobsync import Job, Task, CoordinationConfig
 
-name, directory, settings, total = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+name, directory = sys.argv[1], pathlib.Path(sys.argv[2])
+settings, total = json.loads(sys.argv[3]), int(sys.argv[4])
 coord_config = CoordinationConfig(**settings)
 done_here = (directory / (name + '.done')).open('a', buffering=1)
 
@@ -66,23 +70,48 @@ class Workers:
     def __init__(self, config: CoordinationConfig, directory: Path) -> None:
         self.config = config
         self.directory = directory
-        self._settings = json.dumps({item.name: getattr(config, item.name) for item in dataclasses.fields(config)}, default=dict)
+        self._settings = json.dumps(
+            {item.name: getattr(config, item.name) for item in dataclasses.fields(config)},
+            default=dict,
+        )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
         """Start a worker; it is not waited for."""
         with (self.directory / f'{name}.stderr').open('w') as errors:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, '-W', 'error', '-c', PROGRAM, name, str(self.directory), self._settings, str(TASKS)],
-                cwd=_ROOT, stderr=errors)
+                [
+                    sys.executable,
+                    '-W',
+                    'error',
+                    '-c',
+                    PROGRAM,
+                    name,
+                    str(self.directory),
+                    self._settings,
+                    str(TASKS),
+                ],
+                cwd=_ROOT,
+                stderr=errors,
+            )
 
     def done(self) -> list[tuple[str, int]]:
         """Worker and task of each time that a task was processed."""
-        return [(path.stem, int(line)) for path in self.directory.glob('*.done') for line in path.read_text().split()]
+        return [
+            (path.stem, int(line))
+            for path in self.directory.glob('*.done')
+            for line in path.read_text().split()
+        ]
 
     def wait_done(self, count: int) -> None:
         """Wait until this many tasks have been processed."""
-        eventually(lambda: len(self.done()) >= count or any(process.poll() for process in self.processes.values()), timeout=60)
+        eventually(
+            lambda: (
+                len(self.done()) >= count
+                or any(process.poll() for process in self.processes.values())
+            ),
+            timeout=60,
+        )
         self.check()
 
     def check(self) -> None:
@@ -93,7 +122,9 @@ class Workers:
 
 @pytest.fixture
 def workers(make_config: Callable[..., CoordinationConfig], tmp_path: Path) -> Iterator[Workers]:
-    config = make_config(heartbeat_interval_sec=0.5, heartbeat_timeout_sec=3, rebalance_check_interval_sec=3)
+    config = make_config(
+        heartbeat_interval_sec=0.5, heartbeat_timeout_sec=3, rebalance_check_interval_sec=3
+    )
     workers = Workers(config, tmp_path)
     yield workers
     for process in workers.processes.values():
@@ -108,7 +139,13 @@ def test_each_task_runs_once_while_a_node_joins_and_one_leaves(workers: Workers)
 
     workers.wait_done(300)
     workers.start('worker-4')
-    eventually(lambda: (workers.directory / 'worker-4.done').exists() and (workers.directory / 'worker-4.done').read_text(), timeout=30)
+    eventually(
+        lambda: (
+            (workers.directory / 'worker-4.done').exists()
+            and (workers.directory / 'worker-4.done').read_text()
+        ),
+        timeout=30,
+    )
     workers.check()
     assert len(workers.done()) < TASKS, 'all was done before the node had joined'
     (workers.directory / 'worker-1.leave').touch()

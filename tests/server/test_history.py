@@ -1,4 +1,7 @@
-"""The checker itself: it sees overlaps that were, and no others; and what a killed process wrote is still there."""
+"""The checker itself: it sees overlaps that were, and no others; and what a killed process wrote is
+still there.
+"""
+
 from __future__ import annotations
 
 import os
@@ -22,18 +25,34 @@ def run(node: str, first: tuple[float, float], last: tuple[float, float]) -> Run
     return Run(node, 1, *first, *last)
 
 
-@pytest.mark.parametrize(('one', 'other', 'overlap'), [
-    (((0, 1), (9, 10)), ((4, 5), (14, 15)), True),  # one goes on after the other has begun
-    (((0, 1), (9, 10)), ((4, 5), (6, 7)), True),  # the other lies within
-    (((0, 1), (9, 10)), ((4, 5), (4, 5)), True),  # a single answer within
-    (((0, 1), (9, 10)), ((11, 12), (14, 15)), False),  # one after the other
-    (((0, 1), (9, 10)), ((9.5, 11), (14, 15)), False),  # the calls overlap, the answers need not
-    (((0, 10), (0, 10)), ((4, 5), (4, 5)), False),  # a call that took long may have been answered before or after
-    (((0, 1), (2, 20)), ((4, 5), (14, 15)), False),  # so may the last one, of a process that was stopped during it
-    (((0, 8), (9, 10)), ((1, 2), (4, 5)), False),
-])
+@pytest.mark.parametrize(
+    ('one', 'other', 'overlap'),
+    [
+        (((0, 1), (9, 10)), ((4, 5), (14, 15)), True),  # one goes on after the other has begun
+        (((0, 1), (9, 10)), ((4, 5), (6, 7)), True),  # the other lies within
+        (((0, 1), (9, 10)), ((4, 5), (4, 5)), True),  # a single answer within
+        (((0, 1), (9, 10)), ((11, 12), (14, 15)), False),  # one after the other
+        (
+            ((0, 1), (9, 10)),
+            ((9.5, 11), (14, 15)),
+            False,
+        ),  # the calls overlap, the answers need not
+        (
+            ((0, 10), (0, 10)),
+            ((4, 5), (4, 5)),
+            False,
+        ),  # a call that took long may have been answered before or after
+        (
+            ((0, 1), (2, 20)),
+            ((4, 5), (14, 15)),
+            False,
+        ),  # so may the last one, of a process that was stopped during it
+        (((0, 8), (9, 10)), ((1, 2), (4, 5)), False),
+    ],
+)
 def test_an_overlap_is_reported_when_it_is_certain(
-        one: tuple[Call, Call], other: tuple[Call, Call], overlap: bool) -> None:
+    one: tuple[Call, Call], other: tuple[Call, Call], overlap: bool
+) -> None:
     assert run('a', *one).surely_overlaps(run('b', *other)) is overlap
     assert run('b', *other).surely_overlaps(run('a', *one)) is overlap
 
@@ -44,8 +63,13 @@ def test_answers_are_joined_to_runs_and_overlaps_found(tmp_path: Path) -> None:
         a.ask([1, 2], lambda task, holder=holder: holder in 'aX' and task == 1)  # type: ignore[misc]
         b.ask([1, 2], lambda task, holder=holder: holder in 'bX' and task == 1)  # type: ignore[misc]
     history = History({'a': tmp_path / 'a', 'b': tmp_path / 'b'}, [1, 2])
-    assert [run.node for run in sorted(history.runs, key=lambda run: run.first_begin)] == ['a', 'b', 'a', 'b']
-    overlap, = history.overlaps()
+    assert [run.node for run in sorted(history.runs, key=lambda run: run.first_begin)] == [
+        'a',
+        'b',
+        'a',
+        'b',
+    ]
+    (overlap,) = history.overlaps()
     assert (overlap.task, {overlap.one.node, overlap.other.node}) == (1, {'a', 'b'})
 
 
@@ -62,9 +86,11 @@ def test_gaps_and_unclaimed_tasks(tmp_path: Path) -> None:
 
 
 def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
-    program = ('import itertools, pathlib, sys; from tests.server.history import Recorder\n'
-               'recorder = Recorder(pathlib.Path(sys.argv[1]))\n'
-               'for number in itertools.count(): recorder.ask([number % 2], lambda task: True)')
+    program = (
+        'import itertools, pathlib, sys; from tests.server.history import Recorder\n'
+        'recorder = Recorder(pathlib.Path(sys.argv[1]))\n'
+        'for number in itertools.count(): recorder.ask([number % 2], lambda task: True)'
+    )
     path = tmp_path / 'record'
     process = subprocess.Popen([sys.executable, '-c', program, str(path)], cwd=_ROOT)
     try:

@@ -1,4 +1,7 @@
-"""The database is used by others too: what they create there never takes the place of what JobSync's statements mean."""
+"""The database is used by others too: what they create there never takes the place of what
+JobSync's statements mean.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,35 +30,45 @@ from tests.waiting import eventually
 MakeConfig = Callable[..., CoordinationConfig]
 
 _OPERATORS = ('=', '<>', '<', '>', '<=', '>=', '+', '-', '*', '/', '||', '@>', '<@', '&&', '~', '^')
-#: A copy of each function and operator of PostgreSQL that JobSync's statements could mean, which raises; ahead of PostgreSQL's own on
-#: the path of everybody who does not pin his.
+#: A copy of each function and operator of PostgreSQL that JobSync's statements could mean, which
+#: raises; ahead of PostgreSQL's own on the path of everybody who does not pin his.
 _TRAPS = """
 CREATE SCHEMA trap;
 GRANT USAGE ON SCHEMA trap TO PUBLIC;
 DO $do$
 DECLARE one record;
 BEGIN
-    FOR one IN SELECT DISTINCT p.proname AS name, oidvectortypes(p.proargtypes) AS arguments FROM pg_proc AS p
+    FOR one IN SELECT DISTINCT p.proname AS name, oidvectortypes(p.proargtypes) AS arguments FROM
+        pg_proc AS p
                WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname = ANY(%s) LOOP
         BEGIN
-            EXECUTE format('CREATE FUNCTION trap.%%I(%%s) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE ''trapped''; END $$',
+            EXECUTE format('CREATE FUNCTION trap.%%I(%%s) RETURNS text LANGUAGE plpgsql'
+                ' AS $$ BEGIN RAISE ''trapped''; END $$',
                            one.name, one.arguments);
         EXCEPTION WHEN OTHERS THEN NULL; END;
     END LOOP;
-    FOR one IN SELECT o.oprname AS name, format_type(o.oprleft, NULL) AS l, format_type(o.oprright, NULL) AS r FROM pg_operator AS o
-               WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND o.oprname = ANY(%s) AND o.oprleft <> 0 LOOP
+    FOR one IN SELECT o.oprname AS name, format_type(o.oprleft, NULL) AS l, format_type(o.oprright,
+        NULL) AS r FROM pg_operator AS o
+               WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND o.oprname = ANY(%s) AND
+                   o.oprleft <> 0 LOOP
         BEGIN
-            EXECUTE format('CREATE OR REPLACE FUNCTION trap.operator_trap(%%s, %%s) RETURNS boolean LANGUAGE plpgsql'
+            EXECUTE format('CREATE OR REPLACE FUNCTION trap.operator_trap(%%s, %%s) RETURNS boolean'
+                ' LANGUAGE plpgsql'
                            ' AS $$ BEGIN RAISE ''trapped''; END $$', one.l, one.r);
-            EXECUTE format('CREATE OPERATOR trap.%%s (LEFTARG = %%s, RIGHTARG = %%s, FUNCTION = trap.operator_trap)',
+            EXECUTE format('CREATE OPERATOR trap.%%s (LEFTARG = %%s, RIGHTARG = %%s,'
+                ' FUNCTION = trap.operator_trap)',
                            one.name, one.l, one.r);
         EXCEPTION WHEN OTHERS THEN NULL; END;
     END LOOP;
 END $do$;
-CREATE FUNCTION trap.concat(text, bigint) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$;
-CREATE FUNCTION trap.make_interval(secs numeric) RETURNS interval LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$;
-CREATE FUNCTION trap.lower(int4range) RETURNS int LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$;
-CREATE FUNCTION trap.unnest(text[]) RETURNS SETOF text LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$;
+CREATE FUNCTION trap.concat(text, bigint) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped';
+    END $$;
+CREATE FUNCTION trap.make_interval(secs numeric) RETURNS interval LANGUAGE plpgsql AS $$ BEGIN RAISE
+    'trapped'; END $$;
+CREATE FUNCTION trap.lower(int4range) RETURNS int LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END
+    $$;
+CREATE FUNCTION trap.unnest(text[]) RETURNS SETOF text LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped';
+    END $$;
 """
 
 
@@ -63,6 +76,7 @@ CREATE FUNCTION trap.unnest(text[]) RETURNS SETOF text LANGUAGE plpgsql AS $$ BE
 def trapped(make_config: MakeConfig) -> Iterator[Callable[..., tuple[CoordinationConfig, Admin]]]:
     """A database in which every statement whose path is not pinned fails."""
     with contextlib.ExitStack() as stack:
+
         def make(**settings: Any) -> tuple[CoordinationConfig, Admin]:
             config = make_config(**settings)
             sources = Path(jobsync_core.store.__file__).parent.iterdir()
@@ -78,19 +92,28 @@ def trapped(make_config: MakeConfig) -> Iterator[Callable[..., tuple[Coordinatio
 
 @pytest.mark.parametrize('listen', [True, False])
 def test_nothing_on_the_path_of_the_role_is_ever_called(
-        trapped: Callable[..., tuple[CoordinationConfig, Admin]], listen: bool) -> None:
+    trapped: Callable[..., tuple[CoordinationConfig, Admin]], listen: bool
+) -> None:
     config, admin = trapped(listen=listen, appname='shop_', schema='public')
-    for statement in ("SELECT concat('a'::text, 1::bigint)", 'SELECT 1 = 1', "SELECT set_config('a.b', 'c', true)", 'SELECT now()'):
+    for statement in (
+        "SELECT concat('a'::text, 1::bigint)",
+        'SELECT 1 = 1',
+        "SELECT set_config('a.b', 'c', true)",
+        'SELECT now()',
+    ):
         with pytest.raises(psycopg2.Error, match='trapped'):
             query(config, statement)
     use_everything(config, admin)
-    assert admin("SELECT count(*) > 0 FROM pg_proc WHERE pronamespace = 'trap'::regnamespace") == [(True,)]
+    assert admin("SELECT count(*) > 0 FROM pg_proc WHERE pronamespace = 'trap'::regnamespace") == [
+        (True,)
+    ]
 
 
 @pytest.mark.parametrize('listen', [True, False])
 @pytest.mark.parametrize('schema', [None, 'shop'])
 def test_every_statement_names_its_tables_with_their_schema_and_every_transaction_pins_its_path(
-        make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, listen: bool, schema: str | None) -> None:
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, listen: bool, schema: str | None
+) -> None:
     config = make_config(listen=listen, appname='shop_', schema=schema)
     sent: list[str] = []
     original_send = Connection._send
@@ -117,27 +140,52 @@ def test_every_statement_names_its_tables_with_their_schema_and_every_transactio
     with admin_of(config) as admin:
         use_everything(config, admin)
         place = schema or 'public'
-        named = [re.findall(r'[^\s(]*\bshop_[a-z_]+"?', re.sub(r'INDEX IF NOT EXISTS "\w+"', '', statement)) for statement in sent]
-        loose = {name for names in named for name in names if not name.startswith(f'"{place}"."shop_')}
-        assert {name for name in loose if not name.startswith('"shop_events')} == set()  # a channel has no schema
+        named = [
+            re.findall(
+                r'[^\s(]*\bshop_[a-z_]+"?', re.sub(r'INDEX IF NOT EXISTS "\w+"', '', statement)
+            )
+            for statement in sent
+        ]
+        loose = {
+            name for names in named for name in names if not name.startswith(f'"{place}"."shop_')
+        }
+        assert {
+            name for name in loose if not name.startswith('"shop_events')
+        } == set()  # a channel has no schema
         assert sum(map(len, named)) > 300
         pinned = f"pg_catalog.set_config('search_path', '{PINNED_PATH}'"
         if not listen:
-            firsts = [statement for statement in sent if not statement.startswith('in a transaction: ')]
-            users = 'SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; SELECT pg_catalog.set_config'
-            bad = [one for one in firsts if pinned not in one and not one.startswith((users, 'BEGIN', 'INSERT INTO public.effect'))]
+            firsts = [
+                statement for statement in sent if not statement.startswith('in a transaction: ')
+            ]
+            users = (
+                'SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; SELECT '
+                'pg_catalog.set_config'
+            )
+            bad = [
+                one
+                for one in firsts
+                if pinned not in one
+                and not one.startswith((users, 'BEGIN', 'INSERT INTO public.effect'))
+            ]
             assert bad == []
         functions = admin(
-            'SELECT proname::text, proconfig, prosrc FROM pg_proc WHERE pronamespace = %s::regnamespace AND starts_with(proname, %s)',
-            place, 'shop_')
+            'SELECT proname::text, proconfig, prosrc FROM pg_proc WHERE pronamespace = '
+            '%s::regnamespace AND starts_with(proname, %s)',
+            place,
+            'shop_',
+        )
         assert {name for name, _, _ in functions} == {f'shop_{name}' for name in FUNCTIONS}
         for name, settings, source in functions:
             assert f'search_path={PINNED_PATH}' in settings, name
-            assert set(re.findall(r'[^\s(]*\bshop_[a-z_]+', source)) <= {f'"{place}"."shop_{table}' for table in Tables('shop_').all}
+            assert set(re.findall(r'[^\s(]*\bshop_[a-z_]+', source)) <= {
+                f'"{place}"."shop_{table}' for table in Tables('shop_').all
+            }
 
 
 def test_the_fixture_would_notice_a_path_that_is_not_pinned(
-        trapped: Callable[..., tuple[CoordinationConfig, Admin]], monkeypatch: pytest.MonkeyPatch) -> None:
+    trapped: Callable[..., tuple[CoordinationConfig, Admin]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, _ = trapped()
     monkeypatch.setattr(options.Limits, 'begin_session', lambda *args: 'SELECT')
     with pytest.raises(psycopg2.Error, match=r'trapped|operator does not exist'):
@@ -146,30 +194,50 @@ def test_the_fixture_would_notice_a_path_that_is_not_pinned(
 
 class TestARoleThatMayCreateInPublic:
     @pytest.mark.parametrize('listen', [True, False])
-    def test_does_not_become_superuser_by_a_function_of_a_name_that_statements_use(self, make_config: MakeConfig, listen: bool) -> None:
+    def test_does_not_become_superuser_by_a_function_of_a_name_that_statements_use(
+        self, make_config: MakeConfig, listen: bool
+    ) -> None:
         config = make_config(listen=listen)
         hostile = f'hostile_{config.dbname}'
         query(config, f'CREATE ROLE "{hostile}" LOGIN PASSWORD %s', ('x',))
         query(config, 'GRANT CREATE ON SCHEMA public TO PUBLIC')
         theirs = dataclasses.replace(config, user=hostile, password='x')
-        for name, types, kind in (('concat', 'text, bigint', 'text'), ('lower', 'int4range', 'int'), ('unnest', 'text[]', 'SETOF text'),
-                                  ('make_interval', 'secs numeric', 'interval'), ('json_build_array', 'text, text, text', 'json')):
-            query(theirs, f'''
+        for name, types, kind in (
+            ('concat', 'text, bigint', 'text'),
+            ('lower', 'int4range', 'int'),
+            ('unnest', 'text[]', 'SETOF text'),
+            ('make_interval', 'secs numeric', 'interval'),
+            ('json_build_array', 'text, text, text', 'json'),
+        ):
+            query(
+                theirs,
+                f'''
                 CREATE FUNCTION public.{name}({types}) RETURNS {kind} LANGUAGE plpgsql AS $$
                 BEGIN
                     IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
                         ALTER ROLE "{hostile}" SUPERUSER;
                     END IF;
                     RETURN{' QUERY SELECT NULL::text' if kind.startswith('SETOF') else ' NULL'};
-                END $$''')
-        query(theirs, 'CREATE FUNCTION public.sync_finish_execution(text, int, text, text) RETURNS bool LANGUAGE sql AS $$ SELECT true $$')
+                END $$''',
+            )
+        query(
+            theirs,
+            'CREATE FUNCTION public.sync_finish_execution(text, int, text, text) RETURNS bool '
+            'LANGUAGE sql AS $$ SELECT true $$',
+        )
         with admin_of(config) as admin:
             use_everything(config, admin)
             assert admin('SELECT rolsuper FROM pg_roles WHERE rolname = %s', hostile) == [(False,)]
-        query(config, "SELECT concat('a'::text, 1::bigint)")  # who has not pinned his path does what they want
-        assert query(config, 'SELECT rolsuper FROM pg_roles WHERE rolname = %s', (hostile,)) == [(True,)]
+        query(
+            config, "SELECT concat('a'::text, 1::bigint)"
+        )  # who has not pinned his path does what they want
+        assert query(config, 'SELECT rolsuper FROM pg_roles WHERE rolname = %s', (hostile,)) == [
+            (True,)
+        ]
 
-    def test_does_not_put_tables_of_the_same_names_in_the_place_of_those_that_are_there(self, make_config: MakeConfig) -> None:
+    def test_does_not_put_tables_of_the_same_names_in_the_place_of_those_that_are_there(
+        self, make_config: MakeConfig
+    ) -> None:
         config = make_config()
         hostile = f'hostile_{config.dbname}'
         query(config, f'CREATE ROLE "{hostile}" LOGIN PASSWORD %s', ('x',))
@@ -185,31 +253,48 @@ class TestARoleThatMayCreateInPublic:
 
 
 def test_temporary_tables_that_a_client_of_the_pooler_left_are_not_taken_for_ours(
-        config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]) -> None:
+    config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]
+) -> None:
     pooler = make_pgbouncer(config, settings={'default_pool_size': '3'})
     pooled = dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False)
     create_schema(config)
-    others = [psycopg2.connect(host=pooler.host, port=pooler.port, dbname=config.dbname, user=config.user, password=config.password)
-              for _ in range(3)]
+    others = [
+        psycopg2.connect(
+            host=pooler.host,
+            port=pooler.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+        )
+        for _ in range(3)
+    ]
     with contextlib.ExitStack() as stack:
         for other in others:
             stack.enter_context(contextlib.closing(other))
             with other.cursor() as cursor:
                 for name in ('node', 'cluster', 'assignment', 'execution', 'lock'):
                     cursor.execute(f'CREATE TEMP TABLE sync_{name} (LIKE public.sync_{name})')
-                cursor.execute("SET statement_timeout = '7s'; SET default_transaction_isolation = serializable")
+                cursor.execute(
+                    "SET statement_timeout = '7s'; SET default_transaction_isolation = serializable"
+                )
         for other in others:
             other.commit()
     with Job('n1', pooled, wait_on_enter=0) as job:
         eventually(lambda: len(job.my_tokens) == config.total_tokens)
-        with job.once('key') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+        with (
+            job.once('key') as execution,
+            execution.transaction() as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute('SHOW transaction_isolation')
             assert cursor.fetchone() == ('read committed',)
         assert query(config, 'SELECT name FROM public.sync_node') == [('n1',)]
         assert query(config, 'SELECT key, state FROM public.sync_execution') == [('key', 'done')]
 
 
-def test_a_session_of_the_users_finds_his_tables_by_his_path_and_a_pinned_one_does_not(make_config: MakeConfig) -> None:
+def test_a_session_of_the_users_finds_his_tables_by_his_path_and_a_pinned_one_does_not(
+    make_config: MakeConfig,
+) -> None:
     for listen in (True, False):
         config = make_config(listen=listen)
         query(config, 'CREATE TABLE IF NOT EXISTS mine (i int)')

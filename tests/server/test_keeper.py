@@ -1,4 +1,5 @@
 """The keeper on a real server, with real nodes and a broker in memory."""
+
 from __future__ import annotations
 
 import itertools
@@ -65,7 +66,12 @@ class Broker:
 class FakeLetter:
     def __init__(self, broker: Broker, source: str, item: Item) -> None:
         self._broker, self._source, self._item = broker, source, item
-        self.id, self.task, self.route, self.home = f'id of {item.route}', item.task, item.route, item.home
+        self.id, self.task, self.route, self.home = (
+            f'id of {item.route}',
+            item.task,
+            item.route,
+            item.home,
+        )
 
     def forward(self, queue: str) -> None:
         with self._broker.lock:
@@ -114,8 +120,12 @@ class FakeMail:
         self.asked.append(len(queues))
         with self.broker.lock:
             return frozenset(
-                node for node, queue in queues.items()
-                if self.catches_strays or self.broker.queues.get(queue) or self.broker.held.get(node))
+                node
+                for node, queue in queues.items()
+                if self.catches_strays
+                or self.broker.queues.get(queue)
+                or self.broker.held.get(node)
+            )
 
     def size(self, queue: str) -> int:
         with self.broker.lock:
@@ -168,7 +178,12 @@ class World:
         self._stack = stack
 
     def node(
-        self, name: str, catches_strays: bool = False, start: bool = True, kind: str = 'celery', config: CoordinationConfig | None = None,
+        self,
+        name: str,
+        catches_strays: bool = False,
+        start: bool = True,
+        kind: str = 'celery',
+        config: CoordinationConfig | None = None,
     ) -> Node:
         """A node that has entered; its queue is recorded."""
         config = config or self.config
@@ -182,8 +197,15 @@ class World:
         leases: list[bool] = []
         changes: list[int] = []
         keeper = Keeper(
-            gate, mail, kind, f'q.{name}', PARKED, on_lease=leases.append, on_change=lambda: changes.append(gate.owners.version),
-            tasks=lambda: frozenset(self.tasks.get(name, {'known'})))
+            gate,
+            mail,
+            kind,
+            f'q.{name}',
+            PARKED,
+            on_lease=leases.append,
+            on_change=lambda: changes.append(gate.owners.version),
+            tasks=lambda: frozenset(self.tasks.get(name, {'known'})),
+        )
         if start:
             keeper.start()
         self._stack.callback(gate.owners._sessions.close_all)
@@ -192,16 +214,25 @@ class World:
 
     def queue(self, node: str, kind: str = 'celery', age: float | None = None) -> None:
         """Record a node's queue; of a node that is gone for so many seconds."""
-        query(self.config, """INSERT INTO "{}queue" (name, node, kind, gone_at)
+        query(
+            self.config,
+            """INSERT INTO "{}queue" (name, node, kind, gone_at)
                               VALUES ('q.' || %s, %s, %s, now() - make_interval(secs => %s))
-                              ON CONFLICT (name) DO UPDATE SET gone_at = excluded.gone_at""", (node, node, kind, age))
+                              ON CONFLICT (name) DO UPDATE SET gone_at = excluded.gone_at""",
+            (node, node, kind, age),
+        )
 
     def recorded(self) -> list[str]:
         return [row[0] for row in query(self.config, 'SELECT name FROM "{}queue" ORDER BY 1')]
 
     def settle(self, *nodes: Node) -> None:
-        eventually(lambda: sum(len(node.job.my_tokens) for node in nodes) == self.config.total_tokens
-                   and all(node.job.my_tokens for node in nodes), 30)
+        eventually(
+            lambda: (
+                sum(len(node.job.my_tokens) for node in nodes) == self.config.total_tokens
+                and all(node.job.my_tokens for node in nodes)
+            ),
+            30,
+        )
 
 
 @pytest.fixture
@@ -242,9 +273,13 @@ def test_letters_of_a_node_that_is_gone_go_to_their_present_owners(world: World)
     world.broker.held['gone'] = [Item('held-1'), Item('held-2')]
     world.queue('gone')
     eventually(lambda: not world.broker.queues['q.gone'] and not world.broker.held)
-    eventually(lambda: len(world.broker.routes('q.n1') + world.broker.routes('q.n2')) == len(ROUTES))
+    eventually(
+        lambda: len(world.broker.routes('q.n1') + world.broker.routes('q.n2')) == len(ROUTES)
+    )
     for name, node in zip(('q.n1', 'q.n2'), nodes, strict=True):
-        assert world.broker.routes(name) == sorted(route for route in ROUTES if node.job.owns(route))
+        assert world.broker.routes(name) == sorted(
+            route for route in ROUTES if node.job.owns(route)
+        )
     assert world.broker.routes('home') == ['held-1', 'held-2'], 'they pass the gates again'
     eventually(lambda: sum(node.gate.counts.get('rescued', 0) for node in nodes) == len(ROUTES) + 2)
 
@@ -285,7 +320,9 @@ class TestParked:
         eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES))
         assert first.gate.counts['released'] == len(ROUTES)
 
-    def test_it_is_released_when_something_was_parked_meanwhile_and_not_before(self, world: World) -> None:
+    def test_it_is_released_when_something_was_parked_meanwhile_and_not_before(
+        self, world: World
+    ) -> None:
         first = world.node('n1')
         world.settle(first)
         eventually(lambda: first.gate.owners.version == first.job.token_version)
@@ -296,19 +333,29 @@ class TestParked:
         first.job.wake()  # nobody tells of it: the next sweep sees that the queue has grown
         eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'], 40)
 
-    def test_as_long_as_nothing_changes_nothing_is_touched(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_as_long_as_nothing_changes_nothing_is_touched(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         find = first.gate.owners.find
-        monkeypatch.setattr(first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route))
+        monkeypatch.setattr(
+            first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
+        )
         world.broker.put(PARKED, 'x1', 'x2')
         first.sweep()
-        monkeypatch.setattr(first.mail, 'take', lambda queue: pytest.fail('a message is taken for nothing'))
+        monkeypatch.setattr(
+            first.mail, 'take', lambda queue: pytest.fail('a message is taken for nothing')
+        )
         first.sweep()
         assert world.broker.routes(PARKED) == ['x1', 'x2']
 
-    def test_one_pass_follows_another_after_a_rest_and_a_new_plan_at_once(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """While a node that is gone is swept, sweeps follow each other closely, and each may park something."""
+    def test_one_pass_follows_another_after_a_rest_and_a_new_plan_at_once(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While a node that is gone is swept, sweeps follow each other closely, and each may park
+        something.
+        """
         first = world.node('n1', start=False)
         world.settle(first)
         monkeypatch.setattr(first.gate.owners, 'find', lambda route: None)
@@ -333,19 +380,25 @@ class TestParked:
         first.sweep()
         assert len(taken) == 21
 
-    def test_many_of_one_blocked_pin_are_in_nobody_s_way(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_many_of_one_blocked_pin_are_in_nobody_s_way(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         find = first.gate.owners.find
-        monkeypatch.setattr(first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route))
+        monkeypatch.setattr(
+            first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
+        )
         blocked = [f'x{number}' for number in range(2500)]
         world.broker.put(PARKED, *blocked, 'a')
         first.sweep()
         assert world.broker.routes('q.n1') == ['a']
-        assert [item.route for item in world.broker.queues[PARKED]] == blocked, 'they keep their order'
+        assert [item.route for item in world.broker.queues[PARKED]] == blocked, (
+            'they keep their order'
+        )
 
     def test_one_that_fails_harms_none_behind_it(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
@@ -361,10 +414,14 @@ class TestParked:
         for _ in range(3):
             first.keeper.parked_something()
             first.sweep()
-        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == ['poison']
+        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == [
+            'poison'
+        ]
         assert caplog.text.count('poison') == 1, 'it is named once'
 
-    def test_after_an_error_of_the_broker_the_pass_is_made_again(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_after_an_error_of_the_broker_the_pass_is_made_again(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         world.broker.put(PARKED, *ROUTES)
@@ -382,7 +439,9 @@ class TestParked:
         first.sweep()
         assert world.broker.routes('q.n1') == sorted(ROUTES)
 
-    def test_a_pass_ends_with_what_was_there_when_it_began(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_pass_ends_with_what_was_there_when_it_began(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         forward = FakeLetter.forward
@@ -394,9 +453,14 @@ class TestParked:
         monkeypatch.setattr(FakeLetter, 'forward', breeds)
         world.broker.put(PARKED, 'a', 'b')
         first.sweep()
-        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == ['a+', 'b+']
+        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == [
+            'a+',
+            'b+',
+        ]
 
-    def test_a_plan_that_comes_meanwhile_comes_first(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_plan_that_comes_meanwhile_comes_first(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Somebody has died, perhaps: his messages do not wait behind those that are parked."""
         first = world.node('n1', start=False)
         world.settle(first)
@@ -422,7 +486,9 @@ class TestUnknown:
         world.broker.put(queue)
         world.broker.queues[queue].extend(Item(None, f'home of {task}', task) for task in tasks)
 
-    def test_they_wait_until_a_node_comes_that_knows_them_and_then_go_to_their_own_queue(self, world: World) -> None:
+    def test_they_wait_until_a_node_comes_that_knows_them_and_then_go_to_their_own_queue(
+        self, world: World
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         self.put(world, world.unknown, 'new', 'gone', 'new')
@@ -436,7 +502,9 @@ class TestUnknown:
         assert [item.task for item in world.broker.queues[world.unknown]] == ['gone']
         assert second.gate.counts['known_again'] == 2
 
-    def test_one_that_has_a_key_goes_past_its_queue_to_the_owner_of_its_key(self, world: World) -> None:
+    def test_one_that_has_a_key_goes_past_its_queue_to_the_owner_of_its_key(
+        self, world: World
+    ) -> None:
         """In its own queue a node that does not know its task might take it again."""
         first = world.node('n1', start=False)
         world.settle(first)
@@ -455,7 +523,9 @@ class TestUnknown:
         first.sweep()
         assert world.broker.size_of('home of new') == 1
 
-    def test_a_node_that_knows_none_of_them_looks_once(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_node_that_knows_none_of_them_looks_once(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         self.put(world, world.unknown, *['gone'] * 1500)
@@ -483,7 +553,9 @@ class TestUnknown:
             if world.broker.size_of('home of new'):
                 came += 1
                 world.broker.queues[world.unknown].append(world.broker.queues['home of new'].pop())
-        assert came and first.keeper._parking._pause == 2.0 * 2 ** came, 'the time between two looks doubles with each of them'
+        assert came and first.keeper._parking._pause == 2.0 * 2**came, (
+            'the time between two looks doubles with each of them'
+        )
 
     def test_one_that_was_parked_leaves_those_that_have_an_owner_alone(self, world: World) -> None:
         """An earlier version parked them; brought home they would come back at once."""
@@ -492,22 +564,32 @@ class TestUnknown:
         self.put(world, PARKED, 'gone', 'known', 'gone')
         world.broker.put(PARKED, 'a')
         first.sweep()
-        assert world.broker.size_of(world.unknown) == 2 and world.broker.size_of('home of known') == 1
+        assert (
+            world.broker.size_of(world.unknown) == 2 and world.broker.size_of('home of known') == 1
+        )
         assert world.broker.routes('q.n1') == ['a']
 
-    def test_what_nobody_owns_stays_in_its_order(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_nobody_owns_stays_in_its_order(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         find = first.gate.owners.find
-        monkeypatch.setattr(first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route))
+        monkeypatch.setattr(
+            first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
+        )
         world.broker.put(PARKED, 'x2', 'a', 'x1', 'b', 'x3')
         first.keeper.start()
         eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'])
-        eventually(lambda: [item.route for item in world.broker.queues[PARKED]] == ['x2', 'x1', 'x3'])
+        eventually(
+            lambda: [item.route for item in world.broker.queues[PARKED]] == ['x2', 'x1', 'x3']
+        )
 
 
 class TestDeletion:
-    def test_an_old_orphan_is_deleted_and_forgotten_where_the_broker_keeps_strays(self, world: World) -> None:
+    def test_an_old_orphan_is_deleted_and_forgotten_where_the_broker_keeps_strays(
+        self, world: World
+    ) -> None:
         first = world.node('n1', catches_strays=True)
         world.queue('gone', age=60)
         eventually(lambda: world.recorded() == ['q.n1'])
@@ -530,7 +612,7 @@ class TestDeletion:
         assert first.mail.deleted == ['q.older']
 
     def test_one_that_cannot_be_deleted_keeps_nobody_from_the_others(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = world.node('n1', catches_strays=True, start=False)
         world.settle(first)
@@ -553,7 +635,9 @@ class TestDeletion:
         assert world.recorded() == ['q.bad', 'q.n1']
         assert caplog.text.count('cannot be swept now') == 1
 
-    def test_one_that_the_broker_does_not_delete_is_not_forgotten(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_that_the_broker_does_not_delete_is_not_forgotten(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', catches_strays=True, start=False)
         asked = threading.Event()
         monkeypatch.setattr(first.mail, 'delete', lambda queue: asked.set())
@@ -566,10 +650,15 @@ class TestDeletion:
 
 class TestLease:
     def test_a_lost_lease_is_told_and_its_return_too(
-        self, config: CoordinationConfig, make_config: Callable[..., CoordinationConfig], world: World,
+        self,
+        config: CoordinationConfig,
+        make_config: Callable[..., CoordinationConfig],
+        world: World,
     ) -> None:
         with Proxy(config.host, int(config.port)) as proxy, ExitStack() as stack:
-            behind = World(config, stack).node('n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1))
+            behind = World(config, stack).node(
+                'n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1)
+            )
             eventually(lambda: behind.changes)
             assert behind.leases == []
             answers = [ConnectionError('broker away')]
@@ -590,11 +679,19 @@ class TestLease:
 
     @pytest.mark.parametrize('during', ['restore', 'release'])
     def test_a_sweep_that_the_network_strands_does_not_keep_it_back(
-        self, config: CoordinationConfig, make_config: Callable[..., CoordinationConfig], during: str, monkeypatch: pytest.MonkeyPatch,
+        self,
+        config: CoordinationConfig,
+        make_config: Callable[..., CoordinationConfig],
+        during: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         with Proxy(config.host, int(config.port)) as proxy, ExitStack() as stack:
             world = World(config, stack)
-            behind = world.node('n1', config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1), start=False)
+            behind = world.node(
+                'n1',
+                config=make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1),
+                start=False,
+            )
             world.settle(behind)
             if during == 'restore':
                 world.queue('gone')
@@ -652,7 +749,9 @@ def test_the_mark_of_the_broker_is_written_again(world: World) -> None:
 
 
 class TestTrouble:
-    def test_an_error_of_the_broker_is_tried_again_on_another_connection(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_error_of_the_broker_is_tried_again_on_another_connection(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
         first = world.node('n1', start=False)
         first.mail.errors = [ConnectionError('broker away'), OSError('still away')]
         world.broker.put('q.gone', 'a')
@@ -660,7 +759,9 @@ class TestTrouble:
         first.keeper.start()
         eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
         assert first.mail.resets == 2
-        assert caplog.text.count('cannot be swept now') == 1, 'a failure that is repeated is said once'
+        assert caplog.text.count('cannot be swept now') == 1, (
+            'a failure that is repeated is said once'
+        )
 
     def test_a_callback_that_raises_ends_nothing(self, world: World) -> None:
         first = world.node('n1', start=False)
@@ -674,7 +775,9 @@ class TestTrouble:
         first.keeper.start()
         eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
 
-    def test_a_crash_while_letters_move_loses_none(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_crash_while_letters_move_loses_none(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         forward, failed = FakeLetter.forward, threading.Event()
 
@@ -696,7 +799,7 @@ class TestMany:
     """What many nodes that are gone cost."""
 
     def test_of_those_that_left_nothing_the_broker_is_asked_once_and_only_by_the_leader(
-        self, world: World, monkeypatch: pytest.MonkeyPatch,
+        self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second = world.node('n1', start=False), world.node('n2', start=False)
         world.settle(first, second)
@@ -756,7 +859,9 @@ class TestHold:
             go.set()
         eventually(lambda: world.broker.routes('home') == ['a', 'b'], 20)
 
-    def test_a_new_life_waits_until_its_former_one_is_swept(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_new_life_waits_until_its_former_one_is_swept(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         inside, go = threading.Event(), threading.Event()
 
@@ -795,14 +900,22 @@ class TestHold:
     def test_a_sweep_locks_no_table_while_the_broker_works(self, world: World) -> None:
         first = world.node('n1', start=False)
         locked: list[tuple[Any, ...]] = []
-        first.mail.on_restore = lambda node: locked.extend(query(world.config, """
+        first.mail.on_restore = lambda node: locked.extend(
+            query(
+                world.config,
+                """
             SELECT locktype, count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
-            WHERE application_name LIKE 'jobsync keeper%%' AND locktype IN ('advisory', 'relation') GROUP BY 1"""))
+            WHERE application_name LIKE 'jobsync keeper%%' AND locktype IN ('advisory', 'relation')
+                GROUP BY 1""",
+            )
+        )
         world.queue('gone')
         first.keeper._rescue.sweep_one(Orphan('q.gone', 'gone', 0.0))
         assert locked == [('advisory', 1)]
 
-    def test_a_new_life_does_not_wait_for_ever(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_new_life_does_not_wait_for_ever(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = world.node('n1', start=False)
         monkeypatch.setattr(keeper, '_RECLAIM_SEC', 0.3)
         with first.keeper._sessions.session() as connection:
@@ -813,11 +926,17 @@ class TestHold:
             assert first.keeper.reclaim() == 0, 'a worker that is told to stop does'
         assert first.mail.restored == []
 
-    def test_a_node_that_has_come_back_is_not_swept(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_node_that_has_come_back_is_not_swept(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """It came back between the look at the table and the lock."""
         first, second = world.node('n1', start=False), world.node('n2', start=False)
         world.settle(first, second)
         world.broker.put('q.n2', 'a')
         for action in (first.keeper._rescue.sweep_one, first.keeper._rescue.delete_one):
             action(Orphan('q.n2', 'n2', 60.0))
-        assert (first.mail.restored, first.mail.deleted, world.broker.routes('q.n2')) == ([], [], ['a'])
+        assert (first.mail.restored, first.mail.deleted, world.broker.routes('q.n2')) == (
+            [],
+            [],
+            ['a'],
+        )

@@ -1,4 +1,5 @@
 """The ledger on PostgreSQL: one attempt at a time, one completion, and nothing that stays taken."""
+
 from __future__ import annotations
 
 import asyncio
@@ -76,9 +77,10 @@ def forget_node(rows: Rows, node: str) -> None:
     rows.run(f'DELETE FROM {rows.tables.node} WHERE name = %s', node)
 
 
-
 class TestCompletion:
-    def test_a_completed_key_is_a_duplicate_everywhere_and_has_its_result(self, make_ledger: MakeLedger) -> None:
+    def test_a_completed_key_is_a_duplicate_everywhere_and_has_its_result(
+        self, make_ledger: MakeLedger
+    ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         value = {'text': 'é"\\u0000 日本', 'numbers': [1, 2.5, None, True]}
         with once(first, 'k') as execution:
@@ -90,9 +92,25 @@ class TestCompletion:
 
     def test_results_come_back_as_they_were(self, make_ledger: MakeLedger) -> None:
         ledger = make_ledger()
-        for number, value in enumerate((
-                1e22, -0.0, [0.0, -0.0, 5e-324], (1, (2, [3, (4,)])), {1: 'x', '1': 'y'}, {'deep': ({'$tuple': [None]},)}, '\ud800', 'a\0b',
-                {'\0': 1}, 10 ** 4000, 2 ** 64, -1.7976931348623157e308, '\\u0000', {'é"\\': '日本'}, [True, 1, 1.0])):
+        for number, value in enumerate(
+            (
+                1e22,
+                -0.0,
+                [0.0, -0.0, 5e-324],
+                (1, (2, [3, (4,)])),
+                {1: 'x', '1': 'y'},
+                {'deep': ({'$tuple': [None]},)},
+                '\ud800',
+                'a\0b',
+                {'\0': 1},
+                10**4000,
+                2**64,
+                -1.7976931348623157e308,
+                '\\u0000',
+                {'é"\\': '日本'},
+                [True, 1, 1.0],
+            )
+        ):
             with once(ledger, f'k{number}') as execution:
                 execution.result = value
             with pytest.raises(DuplicateExecution) as caught:
@@ -122,7 +140,9 @@ class TestCompletion:
         assert sorted(ran) == sorted(f'k{number}' for number in range(40))
         assert len(refused) == 40 * 5
 
-    def test_a_failed_key_may_run_again_at_once_by_anybody(self, make_ledger: MakeLedger, rows: Rows) -> None:
+    def test_a_failed_key_may_run_again_at_once_by_anybody(
+        self, make_ledger: MakeLedger, rows: Rows
+    ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         with pytest.raises(ValueError, match='nul'), once(first, 'k') as execution:
             raise ValueError('nul \0 and \ud800 are no text')
@@ -131,18 +151,24 @@ class TestCompletion:
             assert (again.attempts, again.fence > execution.fence) == (2, True)
         assert state_of(rows, 'k') == 'done'
 
-    def test_after_its_retention_a_key_runs_again_with_a_greater_fence(self, ledger: ClusterLedger, rows: Rows) -> None:
+    def test_after_its_retention_a_key_runs_again_with_a_greater_fence(
+        self, ledger: ClusterLedger, rows: Rows
+    ) -> None:
         with once(ledger, 'k', retention=3600) as first:
             pass
         with pytest.raises(DuplicateExecution):
             ledger.begin('k', 60)
-        seconds = rows.value(f'SELECT extract(epoch FROM expires_at - finished_at) FROM {rows.tables.execution}')
+        seconds = rows.value(
+            f'SELECT extract(epoch FROM expires_at - finished_at) FROM {rows.tables.execution}'
+        )
         assert float(seconds) == pytest.approx(3600, abs=1)
         rows.run(f"UPDATE {rows.tables.execution} SET expires_at = now() - interval '1 second'")
         with once(ledger, 'k') as second:
             assert (second.fence > first.fence, second.attempts) == (True, 1)
 
-    def test_fences_rise_even_across_the_deletion_of_the_row(self, ledger: ClusterLedger, rows: Rows) -> None:
+    def test_fences_rise_even_across_the_deletion_of_the_row(
+        self, ledger: ClusterLedger, rows: Rows
+    ) -> None:
         with once(ledger, 'k') as first:
             pass
         rows.run(f'DELETE FROM {rows.tables.execution}')
@@ -151,17 +177,29 @@ class TestCompletion:
         assert second.fence > first.fence
 
     def test_a_result_that_the_database_cannot_store_does_not_prevent_the_completion(
-        self, postgres: EmbeddedPostgres, config: CoordinationConfig, caplog: pytest.LogCaptureFixture,
+        self,
+        postgres: EmbeddedPostgres,
+        config: CoordinationConfig,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         name = f'{config.dbname}_latin'
         admin = connect(config)
         with admin.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'")
+            cursor.execute(
+                f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' "
+                "LC_CTYPE 'C'"
+            )
         try:
-            with rows_of(dataclasses.replace(config, dbname=name)) as rows, ledgers_of(rows) as make, caplog.at_level(logging.WARNING):
+            with (
+                rows_of(dataclasses.replace(config, dbname=name)) as rows,
+                ledgers_of(rows) as make,
+                caplog.at_level(logging.WARNING),
+            ):
                 with once(make(), 'k') as execution:
                     execution.result = '日本'
-                assert rows.run(f'SELECT state, result FROM {rows.tables.execution}') == [('done', None)]
+                assert rows.run(f'SELECT state, result FROM {rows.tables.execution}') == [
+                    ('done', None)
+                ]
             assert 'completed without its result' in caplog.text
         finally:
             with admin.cursor() as cursor:
@@ -177,8 +215,12 @@ class TestTakingOver:
             with pytest.raises(ExecutionRunning):
                 ledger.begin('k', 60)
 
-    @pytest.mark.parametrize('how', ['node row deleted', 'new incarnation', 'process known dead', 'released'])
-    def test_a_key_of_a_dead_holder_is_taken_over_and_its_fence_raised(self, make_ledger: MakeLedger, rows: Rows, how: str) -> None:
+    @pytest.mark.parametrize(
+        'how', ['node row deleted', 'new incarnation', 'process known dead', 'released']
+    )
+    def test_a_key_of_a_dead_holder_is_taken_over_and_its_fence_raised(
+        self, make_ledger: MakeLedger, rows: Rows, how: str
+    ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         lost = first.begin('k', 60)
         if how == 'node row deleted':
@@ -198,7 +240,9 @@ class TestTakingOver:
             first.finish(lost)
         second.finish(taken)
         assert taken.completed and not lost.completed
-        assert rows.run(f'SELECT state, fence, node FROM {rows.tables.execution}') == [('done', taken.fence, 'b')]
+        assert rows.run(f'SELECT state, fence, node FROM {rows.tables.execution}') == [
+            ('done', taken.fence, 'b')
+        ]
 
     def test_an_evicted_node_begins_nothing(self, make_ledger: MakeLedger, rows: Rows) -> None:
         ledger = make_ledger('a')
@@ -213,7 +257,9 @@ class TestTakingOver:
         rows.node('a')
         assert ledger.begin('k', 60).attempts == 1
 
-    def test_a_released_attempt_can_no_longer_complete(self, make_ledger: MakeLedger, rows: Rows) -> None:
+    def test_a_released_attempt_can_no_longer_complete(
+        self, make_ledger: MakeLedger, rows: Rows
+    ) -> None:
         ledger = make_ledger('a')
         lost = ledger.begin('k', 60)
         ledger.release(os.getpid())
@@ -222,7 +268,7 @@ class TestTakingOver:
         assert state_of(rows, 'k') == 'failed'
 
     def test_of_two_that_see_the_same_dead_process_one_takes_over(
-        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second, third = make_ledger('a'), make_ledger('b'), make_ledger('c')
         first.begin('k', 60)
@@ -243,7 +289,7 @@ class TestTakingOver:
 
     @pytest.mark.parametrize('state', [None, 'failed', 'done'])
     def test_a_race_that_was_lost_is_looked_at_again(
-        self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch, state: str | None,
+        self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch, state: str | None
     ) -> None:
         begin = executions.begin
 
@@ -255,7 +301,9 @@ class TestTakingOver:
         monkeypatch.setattr(executions, 'begin', lose)
         assert ledger.begin('k', 60).attempts == 1
 
-    def test_an_end_that_is_late_changes_nothing(self, make_ledger: MakeLedger, rows: Rows, own: Any) -> None:
+    def test_an_end_that_is_late_changes_nothing(
+        self, make_ledger: MakeLedger, rows: Rows, own: Any
+    ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         lost = first.begin('k', 60)
         forget_node(rows, 'a')
@@ -274,20 +322,34 @@ class TestTakingOver:
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
     def test_a_forked_child_is_recorded_as_itself_and_leaves_the_parents_connection_alone(
-        self, make_ledger: MakeLedger, rows: Rows,
+        self, make_ledger: MakeLedger, rows: Rows
     ) -> None:
         rows.node('parent')
         other = make_ledger('b')
-        fields = {item.name: getattr(rows.config, item.name) for item in dataclasses.fields(rows.config)}
+        fields = {
+            item.name: getattr(rows.config, item.name) for item in dataclasses.fields(rows.config)
+        }
         done = subprocess.run(
-            [sys.executable, '-c', _FORKING], input=json.dumps(fields, default=dict), capture_output=True, text=True, timeout=60,
-            check=False, cwd=Path(__file__).parents[2])
+            [sys.executable, '-c', _FORKING],
+            input=json.dumps(fields, default=dict),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=Path(__file__).parents[2],
+        )
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
-        found = {key: (pid, state) for key, pid, state in rows.run(f'SELECT key, pid, state FROM {rows.tables.execution}')}
+        found = {
+            key: (pid, state)
+            for key, pid, state in rows.run(f'SELECT key, pid, state FROM {rows.tables.execution}')
+        }
         assert found == {
-            'parent': (told['parent'], 'done'), 'child': (told['child'], 'done'), 'after': (told['parent'], 'done'),
-            'lost': (told['child'], 'failed')}
+            'parent': (told['parent'], 'done'),
+            'child': (told['child'], 'done'),
+            'after': (told['parent'], 'done'),
+            'lost': (told['child'], 'failed'),
+        }
         assert told['running'] == 'ExecutionRunning' and told['released'] == 1
         assert other.begin('lost', 60).attempts == 2
 
@@ -303,7 +365,8 @@ from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import Tables
 
 config = CoordinationConfig(**json.load(sys.stdin))
-ledger = ClusterLedger(Sessions(config, 'parent'), Tables(config.appname), 'parent', lambda: 'life of parent')
+sessions, tables = Sessions(config, 'parent'), Tables(config.appname)
+ledger = ClusterLedger(sessions, tables, 'parent', lambda: 'life of parent')
 set_current_ledger(ledger)
 with once(ledger, 'parent'):
     pass
@@ -343,7 +406,9 @@ class TestTransaction:
             ledger.begin('k', 60)
         assert vars(caught.value)['result'] == 'stored'
 
-    def test_an_exception_undoes_both_and_frees_the_key(self, ledger: ClusterLedger, rows: Rows) -> None:
+    def test_an_exception_undoes_both_and_frees_the_key(
+        self, ledger: ClusterLedger, rows: Rows
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
                 insert(connection)
@@ -353,7 +418,9 @@ class TestTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_an_exception_after_the_commit_leaves_the_key_done(self, ledger: ClusterLedger, rows: Rows) -> None:
+    def test_an_exception_after_the_commit_leaves_the_key_done(
+        self, ledger: ClusterLedger, rows: Rows
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 with execution.transaction() as connection:
@@ -365,7 +432,7 @@ class TestTransaction:
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
     def test_a_transaction_that_a_stuck_server_does_not_begin_in_time_is_the_database_s_fault(
-        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def stuck(connection: Any) -> Any:
             with connection.cursor() as cursor:
@@ -396,14 +463,19 @@ class TestTransaction:
         with once(ledger, 'k') as execution:
             with execution.transaction():
                 pass
-            with pytest.raises(ConfigurationError, match='completed already'), execution.transaction():
+            with (
+                pytest.raises(ConfigurationError, match='completed already'),
+                execution.transaction(),
+            ):
                 pytest.fail('a second transaction began')
 
     def test_the_connection_comes_back_as_it_was(self, ledger: ClusterLedger) -> None:
         def limits() -> list[tuple[Any, ...]]:
             with ledger._sessions.session() as connection, connection.cursor() as cursor:
                 assert connection.autocommit is False
-                cursor.execute("SELECT name, setting FROM pg_settings WHERE name ~ 'timeout' ORDER BY name")
+                cursor.execute(
+                    "SELECT name, setting FROM pg_settings WHERE name ~ 'timeout' ORDER BY name"
+                )
                 return list(cursor.fetchall())
 
         before = limits()
@@ -411,18 +483,28 @@ class TestTransaction:
             pass
         assert limits() == before
 
-    def test_work_may_take_longer_than_the_limits_of_short_calls(self, make_config: Callable[..., CoordinationConfig], rows: Rows) -> None:
+    def test_work_may_take_longer_than_the_limits_of_short_calls(
+        self, make_config: Callable[..., CoordinationConfig], rows: Rows
+    ) -> None:
         config = make_config(heartbeat_interval_sec=0.05, heartbeat_timeout_sec=0.2)
         rows.node('slow')
-        ledger = ClusterLedger(Sessions(config, 'slow'), rows.tables, 'slow', lambda: 'life of slow')
-        with once(ledger, 'k') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+        ledger = ClusterLedger(
+            Sessions(config, 'slow'), rows.tables, 'slow', lambda: 'life of slow'
+        )
+        with (
+            once(ledger, 'k') as execution,
+            execution.transaction() as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute('SELECT pg_sleep(1.5)')
         assert state_of(rows, 'k') == 'done'
         ledger._sessions.close_all()
 
 
 class TestCompleteInTheUsersTransaction:
-    def test_effect_and_completion_come_together(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
+    def test_effect_and_completion_come_together(
+        self, ledger: ClusterLedger, rows: Rows, own: Any
+    ) -> None:
         with once(ledger, 'k') as execution:
             insert(own)
             with own.cursor() as cursor:
@@ -434,7 +516,9 @@ class TestCompleteInTheUsersTransaction:
             ledger.begin('k', 60)
         assert vars(caught.value)['result'] == [1]
 
-    def test_a_connection_without_execute_will_do(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
+    def test_a_connection_without_execute_will_do(
+        self, ledger: ClusterLedger, rows: Rows, own: Any
+    ) -> None:
         with once(ledger, 'k') as execution:
             execution.complete(own)
             own.commit()
@@ -447,7 +531,9 @@ class TestCompleteInTheUsersTransaction:
         with pytest.raises(ConfigurationError, match='is no JSON'):
             execution.complete(5, result=object())
 
-    def test_an_exception_after_a_rollback_frees_the_key(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
+    def test_an_exception_after_a_rollback_frees_the_key(
+        self, ledger: ClusterLedger, rows: Rows, own: Any
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 execution.complete(own)
@@ -458,7 +544,9 @@ class TestCompleteInTheUsersTransaction:
             attempt()
         assert state_of(rows, 'k') == 'failed'
 
-    def test_a_rollback_that_the_function_hides_is_no_completion(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
+    def test_a_rollback_that_the_function_hides_is_no_completion(
+        self, ledger: ClusterLedger, rows: Rows, own: Any
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 insert(own)
@@ -469,7 +557,9 @@ class TestCompleteInTheUsersTransaction:
             attempt()
         assert (effects(rows), state_of(rows, 'k')) == (0, 'failed')
 
-    def test_a_repeated_transaction_can_complete_again(self, ledger: ClusterLedger, rows: Rows, own: Any) -> None:
+    def test_a_repeated_transaction_can_complete_again(
+        self, ledger: ClusterLedger, rows: Rows, own: Any
+    ) -> None:
         with once(ledger, 'k') as execution:
             for end in (own.rollback, own.commit):
                 insert(own)
@@ -479,7 +569,7 @@ class TestCompleteInTheUsersTransaction:
 
     @pytest.mark.parametrize(('end', 'state'), [('commit', 'done'), ('rollback', 'failed')])
     def test_a_transaction_that_is_open_when_the_block_ends_is_no_success_and_decides_when_it_ends(
-        self, make_ledger: MakeLedger, rows: Rows, own: Any, end: str, state: str,
+        self, make_ledger: MakeLedger, rows: Rows, own: Any, end: str, state: str
     ) -> None:
         ledger, other = make_ledger('a'), make_ledger('b')
         with pytest.raises(NotCommitted, match='still open'), once(ledger, 'k') as execution:
@@ -491,7 +581,7 @@ class TestCompleteInTheUsersTransaction:
         eventually(lambda: state_of(rows, 'k') == state)
 
     def test_an_exception_out_of_a_transaction_around_the_function_frees_the_key(
-        self, ledger: ClusterLedger, rows: Rows, own: Any,
+        self, ledger: ClusterLedger, rows: Rows, own: Any
     ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
@@ -503,7 +593,9 @@ class TestCompleteInTheUsersTransaction:
         own.rollback()
         eventually(lambda: state_of(rows, 'k') == 'failed')
 
-    def test_a_result_that_is_known_after_the_commit_is_added(self, ledger: ClusterLedger, own: Any) -> None:
+    def test_a_result_that_is_known_after_the_commit_is_added(
+        self, ledger: ClusterLedger, own: Any
+    ) -> None:
         @exactly_once(key='{number}', scope='test', on_duplicate='result')
         def function(number: int) -> str:
             current_execution().complete(own)
@@ -523,7 +615,9 @@ class TestDecorator:
 
         skip = exactly_once(key='{number}', scope='')(body)
         result = exactly_once(key='{number}', scope='', on_duplicate='result')(body)
-        refuse = exactly_once(key='{number}', scope='', on_duplicate='raise', on_running='raise')(body)
+        refuse = exactly_once(key='{number}', scope='', on_duplicate='raise', on_running='raise')(
+            body
+        )
         skip_running = exactly_once(key='{number}', scope='', on_running='skip')(body)
         assert skip(1) == (1, 1)
         assert (skip(1), result(1), calls) == (None, (1, 1), [1])
@@ -543,10 +637,18 @@ class TestDecorator:
 
         async def main() -> list[Any]:
             shop = Shop()
-            return [*await asyncio.gather(*(shop.sell(number) for number in range(8))), await shop.sell(3)]
+            return [
+                *await asyncio.gather(*(shop.sell(number) for number in range(8))),
+                await shop.sell(3),
+            ]
 
-        assert asyncio.run(main()) == [*(f'order:{number} sold' for number in range(8)), 'order:3 sold']
-        assert rows.run(f'SELECT state, count(*) FROM {rows.tables.execution} GROUP BY 1') == [('done', 8)]
+        assert asyncio.run(main()) == [
+            *(f'order:{number} sold' for number in range(8)),
+            'order:3 sold',
+        ]
+        assert rows.run(f'SELECT state, count(*) FROM {rows.tables.execution} GROUP BY 1') == [
+            ('done', 8)
+        ]
 
     def test_a_cancelled_async_call_frees_its_key(self, ledger: ClusterLedger, rows: Rows) -> None:
         @exactly_once(key='k', scope='')
@@ -576,7 +678,9 @@ class TestDecorator:
 class TestTogether:
     """What threads ask for at the same time goes in one transaction."""
 
-    def test_each_gets_what_it_would_have_got_alone(self, make_ledger: MakeLedger, rows: Rows) -> None:
+    def test_each_gets_what_it_would_have_got_alone(
+        self, make_ledger: MakeLedger, rows: Rows
+    ) -> None:
         me, other = make_ledger('a'), make_ledger('b')
         with once(other, 'done') as execution:
             execution.result = 'kept'
@@ -587,36 +691,63 @@ class TestTogether:
         dead = other.begin('dead', 60)
         child = subprocess.Popen([sys.executable, '-c', ''])
         child.wait()
-        rows.run(f"UPDATE {rows.tables.execution} SET pid = %s, started = '1' WHERE key = 'dead'", child.pid)
-        found = begin_together(me, ['new', 'done', 'failed', 'elsewhere', 'orphan', 'dead', 'also new'])
-        assert {key: type(outcome) for key, outcome in found.items() if isinstance(outcome, Exception)} == {
-            'done': DuplicateExecution, 'elsewhere': ExecutionRunning}
+        rows.run(
+            f"UPDATE {rows.tables.execution} SET pid = %s, started = '1' WHERE key = 'dead'",
+            child.pid,
+        )
+        found = begin_together(
+            me, ['new', 'done', 'failed', 'elsewhere', 'orphan', 'dead', 'also new']
+        )
+        assert {
+            key: type(outcome) for key, outcome in found.items() if isinstance(outcome, Exception)
+        } == {'done': DuplicateExecution, 'elsewhere': ExecutionRunning}
         assert vars(found['done'])['result'] == 'kept'
         began = {key: outcome for key, outcome in found.items() if isinstance(outcome, Execution)}
         assert {key: execution.attempts for key, execution in began.items()} == {
-            'new': 1, 'failed': 2, 'orphan': 2, 'dead': 2, 'also new': 1}
+            'new': 1,
+            'failed': 2,
+            'orphan': 2,
+            'dead': 2,
+            'also new': 1,
+        }
         assert began['orphan'].fence > lost.fence and began['dead'].fence > dead.fence
-        owned = rows.run(f"SELECT key, fence FROM {rows.tables.execution} WHERE state = 'running' AND node = 'a' AND key <> 'gate'")
+        owned = rows.run(
+            f"SELECT key, fence FROM {rows.tables.execution} WHERE state = 'running' AND node = "
+            "'a' AND key <> 'gate'"
+        )
         assert dict(owned) == {key: execution.fence for key, execution in began.items()}
 
     def test_completions_have_their_own_results_and_only_the_one_without_its_key_is_fenced(
-        self, make_ledger: MakeLedger, rows: Rows,
+        self, make_ledger: MakeLedger, rows: Rows
     ) -> None:
         me, other = make_ledger('a'), make_ledger('b')
-        attempts = {key: me.begin(key, 60 if key == 'short' else 3600) for key in ('one', 'short', 'taken', 'none')}
+        attempts = {
+            key: me.begin(key, 60 if key == 'short' else 3600)
+            for key in ('one', 'short', 'taken', 'none')
+        }
         for key, result in (('one', [1, 'é']), ('short', '"2"'), ('taken', 3)):
             attempts[key].result = result
         rows.run(f"UPDATE {rows.tables.execution} SET started = '1' WHERE key = 'taken'")
         taken = other.begin('taken', 60)
         found = call_together(me, list(attempts), 'finish', lambda key: me.finish(attempts[key]))
-        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {'taken': Fenced}
+        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {
+            'taken': Fenced
+        }
         stored = rows.run(
-            f'SELECT key, state, result, round(extract(epoch FROM expires_at - finished_at)) FROM {rows.tables.execution} ORDER BY key')
+            'SELECT key, state, result, round(extract(epoch FROM expires_at - finished_at)) FROM '
+            f'{rows.tables.execution} ORDER BY key'
+        )
         assert [row for row in stored if row[0] in attempts] == [
-            ('none', 'done', None, 3600), ('one', 'done', [1, 'é'], 3600), ('short', 'done', '"2"', 60), ('taken', 'running', None, None)]
+            ('none', 'done', None, 3600),
+            ('one', 'done', [1, 'é'], 3600),
+            ('short', 'done', '"2"', 60),
+            ('taken', 'running', None, None),
+        ]
         other.finish(taken)
 
-    def test_a_key_that_another_transaction_holds_does_not_hold_up_the_others(self, config: CoordinationConfig, own: Any) -> None:
+    def test_a_key_that_another_transaction_holds_does_not_hold_up_the_others(
+        self, config: CoordinationConfig, own: Any
+    ) -> None:
         # A call of its own may wait for a lock for longer than this test does.
         patient = dataclasses.replace(config, heartbeat_timeout_sec=120)
         began: list[str] = []
@@ -624,7 +755,9 @@ class TestTogether:
             me, attempt = make('a'), make('b').begin('held', 60)
             with own.cursor() as cursor:
                 attempt.complete(cursor)
-            forget_node(rows, 'b')  # so that the key may be taken, were it not for the open transaction
+            forget_node(
+                rows, 'b'
+            )  # so that the key may be taken, were it not for the open transaction
 
             def begin(key: str) -> None:
                 me.begin(key, 60)
@@ -634,9 +767,13 @@ class TestTogether:
 
             found = call_together(me, ['held', 'x', 'y', 'z'], 'begin', begin)
         assert sorted(began) == ['x', 'y', 'z']
-        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {'held': DuplicateExecution}
+        assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {
+            'held': DuplicateExecution
+        }
 
-    def test_groups_of_several_nodes_with_the_same_keys_run_each_once(self, make_ledger: MakeLedger, rows: Rows) -> None:
+    def test_groups_of_several_nodes_with_the_same_keys_run_each_once(
+        self, make_ledger: MakeLedger, rows: Rows
+    ) -> None:
         ledgers = [make_ledger(name) for name in 'abc']
         ran: list[str] = []
         refused: list[type[Exception]] = []
@@ -651,17 +788,26 @@ class TestTogether:
                     refused.append(type(error))
 
         with ThreadPoolExecutor(18) as pool:
-            # In different orders, so that the groups of two nodes meet at the same keys from both ends.
-            orders = [range(offset, 240, 6) if ledger is not ledgers[1] else range(239 - offset, -1, -6)
-                      for ledger in ledgers for offset in range(6)]
-            for future in [pool.submit(deliver, ledgers[place // 6], order) for place, order in enumerate(orders)]:
+            # In different orders, so that the groups of two nodes meet at the same keys from both
+            # ends.
+            orders = [
+                range(offset, 240, 6) if ledger is not ledgers[1] else range(239 - offset, -1, -6)
+                for ledger in ledgers
+                for offset in range(6)
+            ]
+            for future in [
+                pool.submit(deliver, ledgers[place // 6], order)
+                for place, order in enumerate(orders)
+            ]:
                 future.result(60)
         assert sorted(ran) == sorted(f'k{number}' for number in range(240))
         assert len(refused) == 2 * 240
         stored = rows.run(f"SELECT key, result FROM {rows.tables.execution} WHERE state = 'done'")
         assert dict(stored) == {f'k{number}': number for number in range(240)}
 
-    def test_lost_replies_keep_no_key(self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lost_replies_keep_no_key(
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         lose_replies(monkeypatch, 2, 'begin_many')
         found = begin_together(first, ['x', 'y', 'z'])
@@ -670,7 +816,7 @@ class TestTogether:
         assert second.begin('x', 60).attempts == 2
 
     def test_a_time_limit_that_strikes_the_one_who_asks_for_all_loses_no_completion(
-        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ledger = make_ledger('a')
         attempts = {key: ledger.begin(key, 60) for key in 'xyz'}
@@ -679,8 +825,12 @@ class TestTogether:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(executions, 'finish_many', strike)
-        found = call_together(ledger, list(attempts), 'finish', lambda key: ledger.finish(attempts[key]))
-        assert sorted(type(outcome).__name__ for outcome in found.values()) == ['DatabaseUnavailable'] * 2 + ['KeyboardInterrupt']
+        found = call_together(
+            ledger, list(attempts), 'finish', lambda key: ledger.finish(attempts[key])
+        )
+        assert sorted(type(outcome).__name__ for outcome in found.values()) == [
+            'DatabaseUnavailable'
+        ] * 2 + ['KeyboardInterrupt']
         eventually(lambda: [state_of(rows, key) for key in 'xyz'] == ['done'] * 3)
 
 
@@ -688,8 +838,12 @@ def begin_together(ledger: ClusterLedger, keys: Sequence[str]) -> dict[str, Any]
     return call_together(ledger, keys, 'begin', lambda key: ledger.begin(key, 60))
 
 
-def call_together(ledger: ClusterLedger, keys: Sequence[str], what: str, call: Callable[[str], Any]) -> dict[str, Any]:
-    """Let threads call at the same time, so that they go in one transaction; what each returned or raised."""
+def call_together(
+    ledger: ClusterLedger, keys: Sequence[str], what: str, call: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Let threads call at the same time, so that they go in one transaction; what each returned or
+    raised.
+    """
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(keys) + 1) as pool:
         original, many = getattr(executions, what), getattr(executions, f'{what}_many')
         gate, departed = threading.Event(), threading.Event()
@@ -709,10 +863,16 @@ def call_together(ledger: ClusterLedger, keys: Sequence[str], what: str, call: C
         patch.setattr(executions, what, held)
         patch.setattr(executions, f'{what}_many', counted)
         patch.setattr(group_commit, '_PATIENCE_SEC', 30.0)
-        first = pool.submit(ledger.begin, 'gate', 60) if before is None else pool.submit(ledger.finish, before)
+        first = (
+            pool.submit(ledger.begin, 'gate', 60)
+            if before is None
+            else pool.submit(ledger.finish, before)
+        )
         assert departed.wait(30)
         waiting = {key: pool.submit(call, key) for key in keys}
-        group = getattr(ledger._calls, {'begin': '_begins', 'finish': '_finishes'}[what])[os.getpid()]
+        group = getattr(ledger._calls, {'begin': '_begins', 'finish': '_finishes'}[what])[
+            os.getpid()
+        ]
         eventually(lambda: len(group._waiting) == len(keys))
         gate.set()
         first.result(30)
@@ -723,10 +883,12 @@ def call_together(ledger: ClusterLedger, keys: Sequence[str], what: str, call: C
 
 class TestTrouble:
     def test_a_completion_that_the_database_missed_is_recorded_when_it_is_back(
-        self, own_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture,
+        self, own_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture
     ) -> None:
         own_server.create_database('ledger')
-        config = own_server.config('ledger', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1, connect_timeout_sec=1)
+        config = own_server.config(
+            'ledger', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1, connect_timeout_sec=1
+        )
         with rows_of(config) as rows, ledgers_of(rows) as make:
             ledger, other = make('a'), make('b')
             ran = []
@@ -751,7 +913,9 @@ class TestTrouble:
                 make('c').begin('k', 60)
             assert (vars(caught.value)['result'], ran) == ('kept', [1])
 
-    def test_connections_that_a_restart_broke_are_replaced_without_an_error(self, own_server: EmbeddedPostgres) -> None:
+    def test_connections_that_a_restart_broke_are_replaced_without_an_error(
+        self, own_server: EmbeddedPostgres
+    ) -> None:
         own_server.create_database('ledger')
         config = own_server.config('ledger', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5)
         with rows_of(config) as rows, ledgers_of(rows) as make:
@@ -763,14 +927,16 @@ class TestTrouble:
                 pass
             assert eventually(lambda: ledger.begin('k3', 60)).attempts == 1
 
-    def test_a_lost_reply_to_begin_is_found_again(self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_lost_reply_to_begin_is_found_again(
+        self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         ledger = make_ledger('a')
         lose_replies(monkeypatch, 1)
         assert ledger.begin('k', 60).attempts == 2
         ledger.close()
 
     def test_a_begin_whose_replies_are_all_lost_does_not_keep_the_key(
-        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
         lose_replies(monkeypatch, 2)
@@ -780,7 +946,7 @@ class TestTrouble:
         assert second.begin('k', 60).fence > 0
 
     def test_a_time_limit_that_strikes_within_finish_loses_nothing(
-        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+        self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         finish = executions.finish
         strikes = [KeyboardInterrupt()]

@@ -1,4 +1,7 @@
-"""Fences of the ledger whose loss no other test would notice: each has a test that fails without it."""
+"""Fences of the ledger whose loss no other test would notice: each has a test that fails without
+it.
+"""
+
 from __future__ import annotations
 
 import os
@@ -26,12 +29,14 @@ from .rows import Rows, rows_of
 # Notes in which order a transaction comes to its keys.
 ORDER = """
 CREATE TABLE seen (number serial, transaction bigint, key text);
-CREATE FUNCTION note_order() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_catalog AS $$
+CREATE FUNCTION note_order() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_catalog
+    AS $$
 BEGIN
     INSERT INTO seen (transaction, key) VALUES (pg_current_xact_id()::text::bigint, NEW.key);
     RETURN NEW;
 END $$;
-CREATE TRIGGER note_order BEFORE INSERT OR UPDATE ON {execution} FOR EACH ROW EXECUTE FUNCTION note_order();
+CREATE TRIGGER note_order BEFORE INSERT OR UPDATE ON {execution} FOR EACH ROW EXECUTE FUNCTION
+    note_order();
 """
 
 
@@ -61,7 +66,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize('raises', [False, True], ids=['to its end', 'by an exception'])
 def test_a_child_that_is_forked_within_an_attempt_and_leaves_it_does_not_end_it(
-    ledger: ClusterLedger, rows: Rows, raises: bool,
+    ledger: ClusterLedger, rows: Rows, raises: bool
 ) -> None:
     block = once(ledger, 'k')
     execution = block.__enter__()
@@ -81,7 +86,7 @@ def test_a_child_that_is_forked_within_an_attempt_and_leaves_it_does_not_end_it(
 
 
 def test_without_looking_at_the_process_the_child_would_end_it(
-    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     execution = ledger.begin('k', 60)
 
@@ -95,7 +100,7 @@ def test_without_looking_at_the_process_the_child_would_end_it(
 
 @pytest.mark.parametrize('end', ['completion', 'failure', 'abandoned'])
 def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
-    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     execution = ledger.begin('k', 60)
     away = [True]
@@ -122,7 +127,7 @@ def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
 
 
 def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
-    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch,
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server executes a statement long after its client has given it up."""
     begin = executions.begin
@@ -144,7 +149,9 @@ def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
 
 
 def test_groups_come_to_their_keys_in_one_order(ledger: ClusterLedger, rows: Rows) -> None:
-    """Or two transactions that meet at the same keys from both ends would wait for each other for ever."""
+    """Or two transactions that meet at the same keys from both ends would wait for each other for
+    ever.
+    """
     rows.run(ORDER.format(execution=rows.tables.execution))
     keys = [f'k{number:02}' for number in range(20)]
     random.Random(7).shuffle(keys)
@@ -157,12 +164,19 @@ def test_groups_come_to_their_keys_in_one_order(ledger: ClusterLedger, rows: Row
     with rows.sessions.session() as connection:
         completions = [Completion(key, fences[key], None, 60) for key in keys]
         assert executions.finish_many(connection, rows.tables, completions) == [True] * len(keys)
-    for transaction, in rows.run('SELECT DISTINCT transaction FROM seen'):
-        seen = [key for key, in rows.run('SELECT key FROM seen WHERE transaction = %s ORDER BY number', transaction)]
+    for (transaction,) in rows.run('SELECT DISTINCT transaction FROM seen'):
+        seen = [
+            key
+            for (key,) in rows.run(
+                'SELECT key FROM seen WHERE transaction = %s ORDER BY number', transaction
+            )
+        ]
         assert seen == sorted(keys)
 
 
-def test_groups_that_meet_at_the_same_keys_from_both_ends_do_not_wait_for_each_other_in_a_ring(rows: Rows) -> None:
+def test_groups_that_meet_at_the_same_keys_from_both_ends_do_not_wait_for_each_other_in_a_ring(
+    rows: Rows,
+) -> None:
     holders = [Holder(name, f'life of {name}', this_process()) for name in 'ab']
     for name in 'ab':
         rows.node(name)
@@ -177,6 +191,8 @@ def test_groups_that_meet_at_the_same_keys_from_both_ends_do_not_wait_for_each_o
         for round_ in range(15):
             for future in [pool.submit(begin, place, round_) for place in range(2)]:
                 future.result(30)
-    assert rows.value(f"SELECT count(*) FROM {rows.tables.execution} WHERE state = 'running'") == 15 * len(keys)
+    assert rows.value(
+        f"SELECT count(*) FROM {rows.tables.execution} WHERE state = 'running'"
+    ) == 15 * len(keys)
     for connection in connections:
         connection.close()

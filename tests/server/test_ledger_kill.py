@@ -1,4 +1,7 @@
-"""I5 under SIGKILL: keys complete once and transactional effects happen once, wherever workers die."""
+"""I5 under SIGKILL: keys complete once and transactional effects happen once, wherever workers
+die.
+"""
+
 from __future__ import annotations
 
 import os
@@ -44,19 +47,26 @@ def check(rows: Rows, keys: list[str]) -> Verdict:
     """Compare what happened to each key with what is promised."""
     completions = Counter(dict(rows.run('SELECT key, count(*) FROM completion GROUP BY key')))
     effects = Counter(dict(rows.run('SELECT key, count(*) FROM effect GROUP BY key')))
-    done = {key for key, in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'done'")}
+    done = {
+        key for (key,) in rows.run(f"SELECT key FROM {rows.tables.execution} WHERE state = 'done'")
+    }
     plain = [key for key in keys if form_of(key) == 'plain']
     return Verdict(
-        completions={key: completions[key] for key in keys if completions[key] != 1 or key not in done},
-        transactional={key: effects[key] for key in keys if form_of(key) != 'plain' and effects[key] != 1},
+        completions={
+            key: completions[key] for key in keys if completions[key] != 1 or key not in done
+        },
+        transactional={
+            key: effects[key] for key in keys if form_of(key) != 'plain' and effects[key] != 1
+        },
         plain_missing=[key for key in plain if effects[key] < 1],
         plain_effects=sum(effects[key] for key in plain),
         plain_keys=len(plain),
-        attempts=rows.value(f'SELECT sum(attempts) FROM {rows.tables.execution}'))
+        attempts=rows.value(f'SELECT sum(attempts) FROM {rows.tables.execution}'),
+    )
 
 
 def test_keys_complete_once_and_transactional_effects_happen_once_wherever_workers_die(
-    rows: Rows, capsys: pytest.CaptureFixture[str],
+    rows: Rows, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [f'{FORMS[number % 3]}-{number}' for number in range(5_000)]
     dispatcher = Dispatcher(rows, SEED)
@@ -65,12 +75,17 @@ def test_keys_complete_once_and_transactional_effects_happen_once_wherever_worke
     took = time.monotonic() - began
     verdict = check(rows, keys)
     with capsys.disabled():
-        print(f'\nledger under kill: seed={SEED} keys={len(keys)} attempts={verdict.attempts} in {took:.1f} s, '
-              f'{dict(dispatcher.outcomes)}; plain effects: {verdict.plain_effects} of {verdict.plain_keys} keys')
+        print(
+            f'\nledger under kill: seed={SEED} keys={len(keys)} attempts={verdict.attempts} in '
+            f'{took:.1f} s, '
+            f'{dict(dispatcher.outcomes)}; plain effects: {verdict.plain_effects} of '
+            f'{verdict.plain_keys} keys'
+        )
     assert verdict.completions == {}
     assert verdict.transactional == {}
     assert verdict.plain_missing == []
-    # Deaths, and late ends of attempts that were taken over, must have been among what was survived.
+    # Deaths, and late ends of attempts that were taken over, must have been among what was
+    # survived.
     assert dispatcher.outcomes['killed'] > 50
     assert dispatcher.outcomes['late fenced'] > 5
     # A plain effect repeats only in another attempt.

@@ -1,4 +1,7 @@
-"""A Job's life in one process, against a real PostgreSQL: entering, what changes meanwhile, leaving."""
+"""A Job's life in one process, against a real PostgreSQL: entering, what changes meanwhile,
+leaving.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jobsync_core import ClaimLost, ClusterNotFormed, CoordinationConfig, Job, NotEntered, RebalanceEvent, Task, TokenSet
+from jobsync_core import (
+    ClaimLost,
+    ClusterNotFormed,
+    CoordinationConfig,
+    Job,
+    NotEntered,
+    RebalanceEvent,
+    Task,
+    TokenSet,
+)
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 
 from ..waiting import eventually
@@ -37,49 +49,71 @@ def tokens_of(*jobs: Job) -> int:
 
 
 def owns(job: Job, task: str | int) -> bool:
-    """Whether the task's token is this node's. Unlike can_claim_task it promises the task to nobody."""
+    """Whether the task's token is this node's. Unlike can_claim_task it promises the task to
+    nobody.
+    """
     return job.task_to_token(task) in job.my_tokens
 
 
 class TestEntering:
-    def test_the_first_node_owns_everything_when_enter_returns(self, config: CoordinationConfig) -> None:
+    def test_the_first_node_owns_everything_when_enter_returns(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as job:
             assert len(job.my_tokens) == config.total_tokens
             assert all(job.can_claim_task(Task(number)) for number in range(100))
             assert job.am_i_healthy()
             assert job.am_i_leader()
 
-    def test_the_whole_grace_period_is_waited_even_if_enough_nodes_are_there(self, config: CoordinationConfig) -> None:
+    def test_the_whole_grace_period_is_waited_even_if_enough_nodes_are_there(
+        self, config: CoordinationConfig
+    ) -> None:
         began = time.monotonic()
         with node(config, wait_on_enter=1.5):
             assert time.monotonic() - began >= 1.5
 
-    def test_an_outage_within_the_grace_period_is_got_over(self, own_server: EmbeddedPostgres) -> None:
+    def test_an_outage_within_the_grace_period_is_got_over(
+        self, own_server: EmbeddedPostgres
+    ) -> None:
         own_server.create_database('grace')
-        config = own_server.config('grace', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0, connect_timeout_sec=1)
+        config = own_server.config(
+            'grace', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0, connect_timeout_sec=1
+        )
         job = Job('n1', config, wait_on_enter=6)
         with ThreadPoolExecutor(1) as pool:
             entering = pool.submit(job.__enter__)
-            eventually(lambda: query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)])
+            eventually(
+                lambda: (
+                    query(config, """SELECT to_regclass('"{}cluster"') IS NOT NULL""") == [(True,)]
+                )
+            )
             eventually(lambda: query(config, 'SELECT count(*) FROM "{}node"') == [(1,)])
             own_server.kill()
             down = time.monotonic()
-            eventually(lambda: time.monotonic() > down + 2.5)  # longer than the timeout, shorter than the grace period
+            eventually(
+                lambda: time.monotonic() > down + 2.5
+            )  # longer than the timeout, shorter than the grace period
             own_server.restart()
             assert entering.result(60) is job
         assert len(job.my_tokens) == config.total_tokens
         job.__exit__(None, None, None)
 
-    def test_a_joiner_owns_nothing_during_its_grace_period(self, config: CoordinationConfig) -> None:
+    def test_a_joiner_owns_nothing_during_its_grace_period(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as first:
             second = node(config, 'n2', wait_on_enter=1.2)
             entering = threading.Thread(target=second.__enter__)
             entering.start()
             seen: list[tuple[str, bool]] = []
             while entering.is_alive():
-                seen += query(config, """
-                    SELECT state, EXISTS (SELECT FROM "{}assignment" WHERE node = 'n2' OR moving_to = 'n2')
-                    FROM "{}node" WHERE name = 'n2'""")
+                seen += query(
+                    config,
+                    """
+                    SELECT state, EXISTS (SELECT FROM "{}assignment" WHERE node = 'n2' OR moving_to
+                        = 'n2')
+                    FROM "{}node" WHERE name = 'n2'""",
+                )
             assert ('joining', False) in seen
             assert ('joining', True) not in seen
             entering.join(30)
@@ -88,14 +122,21 @@ class TestEntering:
                 assert len(second.my_tokens) == config.total_tokens // 2
                 assert tokens_of(first, second) == config.total_tokens
 
-    def test_too_few_nodes_is_a_timeout_that_says_how_many_were_there(self, make_config: MakeConfig) -> None:
+    def test_too_few_nodes_is_a_timeout_that_says_how_many_were_there(
+        self, make_config: MakeConfig
+    ) -> None:
         config = make_config(minimum_nodes=3)
-        with pytest.raises(ClusterNotFormed, match='1 of minimum_nodes=3') as caught, node(config, wait_on_enter=0.3):
+        with (
+            pytest.raises(ClusterNotFormed, match='1 of minimum_nodes=3') as caught,
+            node(config, wait_on_enter=0.3),
+        ):
             pytest.fail('entered')
         assert isinstance(caught.value, TimeoutError)
         assert query(config, 'SELECT count(*) FROM "{}node"') == [(0,)]
 
-    def test_nodes_that_enter_together_share_evenly_from_the_start(self, make_config: MakeConfig) -> None:
+    def test_nodes_that_enter_together_share_evenly_from_the_start(
+        self, make_config: MakeConfig
+    ) -> None:
         config = make_config(minimum_nodes=3)
         jobs = [node(config, f'n{number}', wait_on_enter=1.0) for number in range(3)]
         counts: dict[str, int] = {}
@@ -139,7 +180,9 @@ class TestEntering:
         for thread in threads:
             thread.join(60)
         try:
-            eventually(lambda: [len(job.my_tokens) for job in jobs] == [config.total_tokens // 5] * 5)
+            eventually(
+                lambda: [len(job.my_tokens) for job in jobs] == [config.total_tokens // 5] * 5
+            )
         finally:
             for job in jobs:
                 job.__exit__(None, None, None)
@@ -166,8 +209,17 @@ class TestLeaving:
             pass
         assert not job.am_i_healthy()
         assert len(job.my_tokens) == 0
-        for use in (lambda: job.can_claim_task(1), lambda: job.add_task(1), job.write_audit, job.get_audit, job.get_active_nodes,
-                    lambda: job.register_lock(1, '%'), job.list_locks, lambda: job.owner_of(1), job.drain):
+        for use in (
+            lambda: job.can_claim_task(1),
+            lambda: job.add_task(1),
+            job.write_audit,
+            job.get_audit,
+            job.get_active_nodes,
+            lambda: job.register_lock(1, '%'),
+            job.list_locks,
+            lambda: job.owner_of(1),
+            job.drain,
+        ):
             with pytest.raises(NotEntered, match="'n1'"):
                 use()
 
@@ -195,17 +247,27 @@ class TestLeaving:
 
 
 class TestCallbacks:
-    def test_on_rebalance_tells_of_the_first_tokens_and_of_each_change(self, config: CoordinationConfig) -> None:
+    def test_on_rebalance_tells_of_the_first_tokens_and_of_each_change(
+        self, config: CoordinationConfig
+    ) -> None:
         events: list[RebalanceEvent] = []
         with node(config, on_rebalance=events.append):
             eventually(lambda: events)
             assert events[0].is_initial
             assert (events[0].tokens_added, events[0].tokens_removed) == (config.total_tokens, 0)
             with node(config, 'n2'):
-                eventually(lambda: sum(event.tokens_removed for event in events) == config.total_tokens // 2)
-            eventually(lambda: sum(event.tokens_added for event in events) == config.total_tokens * 3 // 2)
+                eventually(
+                    lambda: (
+                        sum(event.tokens_removed for event in events) == config.total_tokens // 2
+                    )
+                )
+            eventually(
+                lambda: sum(event.tokens_added for event in events) == config.total_tokens * 3 // 2
+            )
             assert not any(event.is_initial for event in events[1:])
-            assert [event.token_version for event in events] == sorted(event.token_version for event in events)
+            assert [event.token_version for event in events] == sorted(
+                event.token_version for event in events
+            )
 
     def test_a_callback_without_arguments_works(self, config: CoordinationConfig) -> None:
         called = threading.Event()
@@ -216,7 +278,9 @@ class TestCallbacks:
         with node(config, on_rebalance=on_rebalance):
             assert called.wait(10)
 
-    def test_an_exception_in_a_callback_is_counted_and_harms_nothing(self, config: CoordinationConfig) -> None:
+    def test_an_exception_in_a_callback_is_counted_and_harms_nothing(
+        self, config: CoordinationConfig
+    ) -> None:
         def on_rebalance(event: RebalanceEvent) -> None:
             raise RuntimeError('mine')
 
@@ -246,7 +310,9 @@ class TestCallbacks:
                 time.sleep(0.02)
             held.set()
 
-    def test_nothing_is_handed_over_before_on_release_returns(self, make_config: MakeConfig) -> None:
+    def test_nothing_is_handed_over_before_on_release_returns(
+        self, make_config: MakeConfig
+    ) -> None:
         config = make_config(release_timeout_sec=30)
         releasing, go = threading.Event(), threading.Event()
         released: list[TokenSet] = []
@@ -272,10 +338,15 @@ class TestCallbacks:
             eventually(lambda: released[0] <= second.my_tokens)
             second.__exit__(None, None, None)
 
-    def test_on_release_that_never_returns_holds_the_hand_over_up_for_a_bounded_time(self, make_config: MakeConfig) -> None:
+    def test_on_release_that_never_returns_holds_the_hand_over_up_for_a_bounded_time(
+        self, make_config: MakeConfig
+    ) -> None:
         config = make_config(release_timeout_sec=0.5)
         go = threading.Event()
-        with node(config, on_release=lambda tokens: go.wait(30)) as first, node(config, 'n2') as second:
+        with (
+            node(config, on_release=lambda tokens: go.wait(30)) as first,
+            node(config, 'n2') as second,
+        ):
             eventually(lambda: len(second.my_tokens) == config.total_tokens // 2, timeout=20)
             assert tokens_of(first, second) == config.total_tokens
             go.set()
@@ -317,7 +388,9 @@ class TestDrain:
 
 
 class TestLocks:
-    def test_lock_provider_registers_before_tokens_are_given_out(self, config: CoordinationConfig) -> None:
+    def test_lock_provider_registers_before_tokens_are_given_out(
+        self, config: CoordinationConfig
+    ) -> None:
         tokens_while_registering: list[int] = []
 
         def provider(job: Job) -> None:
@@ -332,7 +405,9 @@ class TestLocks:
                 eventually(lambda: second.can_claim_task('pinned'))
                 assert not first.can_claim_task('pinned')
 
-    def test_an_error_in_lock_provider_ends_entering_and_leaves_no_row(self, config: CoordinationConfig) -> None:
+    def test_an_error_in_lock_provider_ends_entering_and_leaves_no_row(
+        self, config: CoordinationConfig
+    ) -> None:
         def provider(job: Job) -> None:
             raise RuntimeError('mine')
 
@@ -340,22 +415,33 @@ class TestLocks:
             pytest.fail('entered')
         assert query(config, 'SELECT count(*) FROM "{}node"') == [(0,)]
 
-    def test_clear_existing_locks_deletes_those_of_this_name_only(self, config: CoordinationConfig) -> None:
+    def test_clear_existing_locks_deletes_those_of_this_name_only(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as first, node(config, 'n2') as second:
             first.register_lock('a', '%')
             second.register_lock('b', '%')
-        with node(config, clear_existing_locks=True, lock_provider=lambda job: job.register_lock('c', '%')) as job:
+        with node(
+            config, clear_existing_locks=True, lock_provider=lambda job: job.register_lock('c', '%')
+        ) as job:
             assert sorted(lock['task_id'] for lock in job.list_locks()) == ['b', 'c']
 
     def test_locks_outlive_their_creator(self, config: CoordinationConfig) -> None:
         with node(config) as job:
             job.register_lock('a', ['%-gpu', '%'], reason='why')
         with node(config, 'n2') as job:
-            lock, = job.list_locks()
-            assert (lock['task_id'], lock['node_patterns'], lock['reason'], lock['created_by']) == ('a', ['%-gpu', '%'], 'why', 'n1')
+            (lock,) = job.list_locks()
+            assert (lock['task_id'], lock['node_patterns'], lock['reason'], lock['created_by']) == (
+                'a',
+                ['%-gpu', '%'],
+                'why',
+                'n1',
+            )
             assert job.clear_locks_by_creator('n1') == 1
 
-    def test_a_new_lock_and_its_clearing_move_the_task_at_once(self, config: CoordinationConfig) -> None:
+    def test_a_new_lock_and_its_clearing_move_the_task_at_once(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as first, node(config, 'n2') as second:
             eventually(lambda: tokens_of(first, second) == config.total_tokens)
             mine = next(number for number in range(1000) if owns(first, number))
@@ -390,7 +476,11 @@ class TestTasks:
                 job.add_task(Task(number))
             assert job.get_audit() == []
             job.write_audit()
-            assert sorted((row['node'], row['task_id']) for row in job.get_audit()) == [('n1', '0'), ('n1', '1'), ('n1', '2')]
+            assert sorted((row['node'], row['task_id']) for row in job.get_audit()) == [
+                ('n1', '0'),
+                ('n1', '1'),
+                ('n1', '2'),
+            ]
 
     def test_leaving_writes_the_audit(self, config: CoordinationConfig) -> None:
         with node(config) as job:
@@ -411,16 +501,25 @@ class TestTasks:
         with node(config) as job:
             job.set_claim('one')
             job.set_claim([Task(1), 2, '3'])
-            assert {task for task, in query(config, 'SELECT task_id FROM "{}claim"')} == {'one', '1', '2', '3'}
+            assert {task for (task,) in query(config, 'SELECT task_id FROM "{}claim"')} == {
+                'one',
+                '1',
+                '2',
+                '3',
+            }
 
-    def test_a_forked_child_answers_for_its_node_and_leaves_it_alone(self, config: CoordinationConfig) -> None:
+    def test_a_forked_child_answers_for_its_node_and_leaves_it_alone(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as first, node(config, 'n2') as second:
             eventually(lambda: tokens_of(first, second) == config.total_tokens)
             sample = list(range(200))
             expected = [number for number in sample if first.can_claim_task(number)]
             reader, writer = os.pipe()
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of forks beside threads; pools do it all the same
+                warnings.simplefilter(
+                    'ignore', DeprecationWarning
+                )  # Python 3.12 warns of forks beside threads; pools do it all the same
                 child = os.fork()
             if child == 0:
                 status = 1
@@ -460,14 +559,24 @@ class TestEviction:
             eventually(lambda: len(second.my_tokens) == config.total_tokens // 2)
             eventually(lambda: tokens_of(first, second) == config.total_tokens)
             assert second.get_coordination_status()['evictions'] == 1
-            eventually(lambda: sum(e.tokens_added - e.tokens_removed for e in events) == config.total_tokens // 2)
+            eventually(
+                lambda: (
+                    sum(e.tokens_added - e.tokens_removed for e in events)
+                    == config.total_tokens // 2
+                )
+            )
 
-    def test_a_connection_killed_by_the_server_is_made_again(self, config: CoordinationConfig) -> None:
+    def test_a_connection_killed_by_the_server_is_made_again(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config) as job:
             life = job.incarnation
-            query(config, """
+            query(
+                config,
+                """
                 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                WHERE datname = current_database() AND pid <> pg_backend_pid()""")
+                WHERE datname = current_database() AND pid <> pg_backend_pid()""",
+            )
             eventually(lambda: job.am_i_healthy() and job.can_claim_task(1))
             began = time.monotonic()
             eventually(lambda: time.monotonic() > began + 2 * config.heartbeat_timeout_sec)
@@ -478,7 +587,9 @@ class TestEviction:
 class TestSingleNode:
     def test_everything_is_claimable_without_a_database(self) -> None:
         called: list[str] = []
-        with Job('alone', coordination_config=None, lock_provider=lambda job: called.append('locks')) as job:
+        with Job(
+            'alone', coordination_config=None, lock_provider=lambda job: called.append('locks')
+        ) as job:
             assert all(job.can_claim_task(Task(number)) for number in range(10))
             job.add_task(1)
             job.set_claim([1, 2])

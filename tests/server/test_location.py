@@ -1,4 +1,5 @@
 """Where a cluster's tables are: in the schema that a setting names, or where they always were."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,11 +39,17 @@ def names_of(config: CoordinationConfig) -> tuple[str, str, tuple[int, int]]:
 seen: list[CoordinationConfig] = []
 
 
-def test_an_installation_from_before_goes_on_where_it_is_with_its_channel_and_its_lock(make_config: MakeConfig) -> None:
+def test_an_installation_from_before_goes_on_where_it_is_with_its_channel_and_its_lock(
+    make_config: MakeConfig,
+) -> None:
     config = make_config()
     query(config, 'CREATE SCHEMA app')
     query(config, f'ALTER DATABASE "{config.dbname}" SET search_path = app, public')
-    old = [schema_module._render(Tables('sync_', 'app'), name).replace('"app".', '') for number, name in MIGRATIONS if number < 6]
+    old = [
+        schema_module._render(Tables('sync_', 'app'), name).replace('"app".', '')
+        for number, name in MIGRATIONS
+        if number < 6
+    ]
     query(config, 'SET search_path TO app, public;' + ''.join(old) + 'RESET search_path')
     plain = Tables('sync_')
     before = '"app"."sync_node"', plain.channel, plain.advisory
@@ -52,11 +59,15 @@ def test_an_installation_from_before_goes_on_where_it_is_with_its_channel_and_it
         assert names_of(named) == before
         with Job('n1', named, wait_on_enter=0) as job, job.once(f'key {number}'):
             assert len(job.my_tokens) == config.total_tokens
-    assert query(config, 'SELECT schema_version, scope FROM app.sync_cluster') == [(SCHEMA_VERSION, '')]
+    assert query(config, 'SELECT schema_version, scope FROM app.sync_cluster') == [
+        (SCHEMA_VERSION, '')
+    ]
     assert query(config, "SELECT to_regclass('public.sync_cluster') IS NULL") == [(True,)]
 
 
-def test_a_new_cluster_has_the_same_names_however_its_schema_is_found(make_config: MakeConfig) -> None:
+def test_a_new_cluster_has_the_same_names_however_its_schema_is_found(
+    make_config: MakeConfig,
+) -> None:
     config = make_config()
     query(config, f'ALTER DATABASE "{config.dbname}" SET search_path = app, public')
     named = dataclasses.replace(config, schema='APP')
@@ -69,14 +80,23 @@ def test_a_new_cluster_has_the_same_names_however_its_schema_is_found(make_confi
 
 def test_two_schemas_of_one_database_are_two_clusters(make_config: MakeConfig) -> None:
     configs = [dataclasses.replace(make_config(), schema=name) for name in ('public', 'one', 'two')]
-    with Job('n', configs[0], wait_on_enter=0) as a, Job('n', configs[1], wait_on_enter=0) as b, Job('n', configs[2], wait_on_enter=0) as c:
+    with (
+        Job('n', configs[0], wait_on_enter=0) as a,
+        Job('n', configs[1], wait_on_enter=0) as b,
+        Job('n', configs[2], wait_on_enter=0) as c,
+    ):
         assert [len(job.my_tokens) for job in (a, b, c)] == [configs[0].total_tokens] * 3
         a.register_lock('task', 'n', 'here alone')
         assert (len(a.list_locks()), len(b.list_locks()), len(c.list_locks())) == (1, 0, 0)
         with a.once('key'), b.once('key'), c.once('key'):
             pass
     tables = [names_of(config) for config in configs]
-    assert len({name for name, _, _ in tables}) == len({channel for _, channel, _ in tables}) == len({key for _, _, key in tables}) == 3
+    assert (
+        len({name for name, _, _ in tables})
+        == len({channel for _, channel, _ in tables})
+        == len({key for _, _, key in tables})
+        == 3
+    )
     assert tables[0][1:] == (Tables('sync_').channel, Tables('sync_').advisory)
 
 
@@ -93,7 +113,9 @@ def test_a_path_without_a_schema_is_told_with_the_remedy(make_config: MakeConfig
         create_schema(config)
 
 
-@pytest.mark.parametrize('name', ['', 'a b', 'a"b', 'pg_catalog', 'information_schema', 'ä', 'x' * 64, '1a', 7])
+@pytest.mark.parametrize(
+    'name', ['', 'a b', 'a"b', 'pg_catalog', 'information_schema', 'ä', 'x' * 64, '1a', 7]
+)
 def test_what_cannot_be_a_schema_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match='schema='):
         CoordinationConfig(schema=name)
@@ -105,24 +127,42 @@ def test_the_schema_comes_from_the_environment_too() -> None:
 
 
 def test_a_server_that_cannot_look_for_closed_connections_is_not_asked_to(
-        config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Keepalive.settings
 
     def settings(self: Keepalive) -> dict[str, str]:
-        return {**original(self), **({'client_connection_check_interval': '-5'} if self.checks else {})}
+        return {
+            **original(self),
+            **({'client_connection_check_interval': '-5'} if self.checks else {}),
+        }
 
     monkeypatch.setattr(Keepalive, 'settings', settings)
     Connection.open(config, 'test').close()
     with Job('n1', config, wait_on_enter=0) as job:
-        with job.once('key') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+        with (
+            job.once('key') as execution,
+            execution.transaction() as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute('SHOW tcp_keepalives_count')
             assert cursor.fetchone() == ('3',)
 
 
 def test_no_part_of_the_package_forgets_the_schema() -> None:
     root = Path(jobsync_core.__file__).parents[1]
-    sources = [path for package in ('jobsync_core', 'jobsync_celery', 'jobsync_dramatiq') for path in (root / package).rglob('*.py')]
+    sources = [
+        path
+        for package in ('jobsync_core', 'jobsync_celery', 'jobsync_dramatiq')
+        for path in (root / package).rglob('*.py')
+    ]
     made = {
-        f'{path.relative_to(root)}: {found}' for path in sources
-        for found in re.findall(r'\bTables\((?!self|appname)[^)]*\)', path.read_text(encoding='utf-8'))}
-    assert made == {"jobsync_core/cli/main.py: Tables(config.appname, config.schema or 'public')"}  # printing needs no database
+        f'{path.relative_to(root)}: {found}'
+        for path in sources
+        for found in re.findall(
+            r'\bTables\((?!self|appname)[^)]*\)', path.read_text(encoding='utf-8')
+        )
+    }
+    assert made == {
+        "jobsync_core/cli/main.py: Tables(config.appname, config.schema or 'public')"
+    }  # printing needs no database

@@ -1,4 +1,5 @@
 """The lock table: what counts as a change, who may clear what, and what a burst of locks costs."""
+
 from __future__ import annotations
 
 import threading
@@ -21,7 +22,9 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
         yield found
 
 
-def register(rows: Rows, *locked: tuple[str, tuple[str, ...], str | None, float | None], by: str = 'a') -> int:
+def register(
+    rows: Rows, *locked: tuple[str, tuple[str, ...], str | None, float | None], by: str = 'a'
+) -> int:
     with rows.sessions.session() as connection:
         return locks.register(connection, rows.tables, locked, by)
 
@@ -49,11 +52,24 @@ class TestRegister:
         first = listed(rows)['t']
         register(rows, ('t', ('b',), None, None), by='b')
         second = listed(rows)['t']
-        assert (second['node_patterns'], second['reason'], second['created_by'], second['expires_at']) == (['b'], None, 'b', None)
+        assert (
+            second['node_patterns'],
+            second['reason'],
+            second['created_by'],
+            second['expires_at'],
+        ) == (['b'], None, 'b', None)
         assert second['created_at'] == first['created_at']
 
     def test_the_last_of_several_rows_for_one_task_counts(self, rows: Rows) -> None:
-        assert register(rows, ('t', ('a',), None, None), ('u', ('x',), None, None), ('t', ('b',), None, None)) == 2
+        assert (
+            register(
+                rows,
+                ('t', ('a',), None, None),
+                ('u', ('x',), None, None),
+                ('t', ('b',), None, None),
+            )
+            == 2
+        )
         assert listed(rows)['t']['node_patterns'] == ['b']
 
     def test_a_new_lock_and_changed_patterns_ask_for_a_plan(self, rows: Rows) -> None:
@@ -69,13 +85,21 @@ class TestRegister:
         register(rows, ('t', ('a',), 'another reason', 5.0), by='b')
         assert rows.lock_version == version
 
-    def test_a_lock_that_has_expired_is_not_listed_and_comes_back_as_a_new_one(self, rows: Rows) -> None:
+    def test_a_lock_that_has_expired_is_not_listed_and_comes_back_as_a_new_one(
+        self, rows: Rows
+    ) -> None:
         register(rows, ('t', ('a',), None, 1.0))
-        rows.run(f"UPDATE {rows.tables.lock} SET expires_at = now() - interval '1 second', created_at = now() - interval '1 day'")
+        rows.run(
+            f"UPDATE {rows.tables.lock} SET expires_at = now() - interval '1 second', created_at "
+            "= now() - interval '1 day'"
+        )
         assert listed(rows) == {}
         register(rows, ('t', ('a',), None, 1.0))
         assert rows.lock_version == 2
-        assert rows.value(f"SELECT created_at > now() - interval '1 hour' FROM {rows.tables.lock}") is True
+        assert (
+            rows.value(f"SELECT created_at > now() - interval '1 hour' FROM {rows.tables.lock}")
+            is True
+        )
 
     def test_nothing_is_written_for_no_locks(self, rows: Rows) -> None:
         assert register(rows) == 0
@@ -100,7 +124,9 @@ class TestRegister:
             listener.close()
         assert heard == ['locks', 'end']
 
-    def test_ten_thousand_locks_from_five_nodes_at_once_do_not_deadlock(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_ten_thousand_locks_from_five_nodes_at_once_do_not_deadlock(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         with rows_of(make_config(heartbeat_interval_sec=5, heartbeat_timeout_sec=60)) as rows:
             self._burst(rows)
 
@@ -112,7 +138,9 @@ class TestRegister:
             try:
                 with rows.sessions.session() as connection:
                     locks.clear_by_creator(connection, rows.tables, name)
-                    locks.register(connection, rows.tables, many if name < 'n3' else many[::-1], name)
+                    locks.register(
+                        connection, rows.tables, many if name < 'n3' else many[::-1], name
+                    )
             except BaseException as error:
                 failures.append(error)
 
@@ -129,7 +157,9 @@ class TestRegister:
 
 
 class TestLeadersRound:
-    def test_a_change_waits_for_a_round_under_way_and_is_not_mistaken_for_planned(self, rows: Rows) -> None:
+    def test_a_change_waits_for_a_round_under_way_and_is_not_mistaken_for_planned(
+        self, rows: Rows
+    ) -> None:
         with rows.sessions.session() as leader:
             with leader.cursor() as cursor:
                 cursor.execute('SELECT pg_advisory_xact_lock(%s, %s)', rows.tables.advisory)
@@ -168,14 +198,22 @@ class TestClear:
     def test_locks_of_tasks_that_are_pinned_no_longer_go(self, rows: Rows) -> None:
         tasks = 'shop.pay', 'shop.pay#1', 'shop.render'
         with rows.sessions.session() as connection:
-            pins = [(f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)]
+            pins = [
+                (f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)
+            ]
             locks.register(connection, rows.tables, pins, 'worker', pin=True)
         # A user's own, whatever its reason says.
         register(rows, ('shop.pay#5', ('%gpu',), 'pin', None), ('shop.pay', ('%gpu',), 'pin', None))
         with rows.sessions.session() as connection:
             assert locks.clear_old_pins(connection, rows.tables, ['shop.pay', 'shop.other']) == 2
         assert set(listed(rows)) == {
-            'shop.pay#1#3', 'shop.pay#1#12', 'shop.render#3', 'shop.render#12', 'shop.pay#5', 'shop.pay'}
+            'shop.pay#1#3',
+            'shop.pay#1#12',
+            'shop.render#3',
+            'shop.render#12',
+            'shop.pay#5',
+            'shop.pay',
+        }
 
     def test_all_go(self, rows: Rows) -> None:
         register(rows, *((name, ('a',), None, None) for name in 'tuv'))
@@ -191,11 +229,18 @@ class TestClear:
         assert rows.lock_version == 0
 
 
-def test_more_locks_than_a_plan_can_bear_are_refused_and_none_of_them_is_registered(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_locks_than_a_plan_can_bear_are_refused_and_none_of_them_is_registered(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(locks, 'LOCKS', 5)
     with rows.sessions.session() as connection:
-        locks.register(connection, rows.tables, [(f't{n}', ('a',), None, None) for n in range(5)], 'x')
-    with pytest.raises(ConfigurationError, match='would be 6 locks, 5 at most'), rows.sessions.session() as connection:
+        locks.register(
+            connection, rows.tables, [(f't{n}', ('a',), None, None) for n in range(5)], 'x'
+        )
+    with (
+        pytest.raises(ConfigurationError, match='would be 6 locks, 5 at most'),
+        rows.sessions.session() as connection,
+    ):
         locks.register(connection, rows.tables, [('more', ('a',), None, None)], 'x')
     with rows.sessions.session() as connection:
         locks.register(connection, rows.tables, [('t1', ('b',), None, None)], 'x')

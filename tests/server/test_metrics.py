@@ -1,4 +1,5 @@
 """A node's state as Prometheus scrapes it."""
+
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,7 +14,13 @@ def test_a_scrape_shows_the_node(config: CoordinationConfig) -> None:
     registry = CollectorRegistry()
     with Job('n1', config, wait_on_enter=0) as job:
         registry.register(JobCollector(job))
-        for name, value in (('healthy', 1.0), ('leader', 1.0), ('tokens', 10_000.0), ('total_tokens', 10_000.0), ('evictions_total', 0.0)):
+        for name, value in (
+            ('healthy', 1.0),
+            ('leader', 1.0),
+            ('tokens', 10_000.0),
+            ('total_tokens', 10_000.0),
+            ('evictions_total', 0.0),
+        ):
             assert registry.get_sample_value(f'jobsync_{name}', {'node': 'n1'}) == value, name
     assert registry.get_sample_value('jobsync_healthy', {'node': 'n1'}) == 0.0
     assert registry.get_sample_value('jobsync_tokens', {'node': 'n1'}) == 0.0
@@ -21,7 +28,9 @@ def test_a_scrape_shows_the_node(config: CoordinationConfig) -> None:
 
 def test_a_scrape_works_while_the_database_is_away(own_server: EmbeddedPostgres) -> None:
     own_server.create_database('metrics')
-    config = own_server.config('metrics', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0, connect_timeout_sec=1)
+    config = own_server.config(
+        'metrics', heartbeat_interval_sec=0.2, heartbeat_timeout_sec=1.0, connect_timeout_sec=1
+    )
     registry = CollectorRegistry()
     with Job('n1', config, wait_on_enter=0) as job:
         registry.register(JobCollector(job))

@@ -1,4 +1,5 @@
 """The owner map: what producers and gates know of who owns what."""
+
 from __future__ import annotations
 
 import threading
@@ -69,24 +70,40 @@ def make_map(config: CoordinationConfig) -> Iterator[Callable[..., OwnerMap]]:
 
 
 def settle(config: CoordinationConfig, *jobs: Job) -> None:
-    eventually(lambda: sum(len(job.my_tokens) for job in jobs) == config.total_tokens and all(job.my_tokens for job in jobs), 30)
+    eventually(
+        lambda: (
+            sum(len(job.my_tokens) for job in jobs) == config.total_tokens
+            and all(job.my_tokens for job in jobs)
+        ),
+        30,
+    )
 
 
 def add_queue(config: CoordinationConfig, name: str, node: str) -> None:
-    query(config, """INSERT INTO "{}queue" (name, node, kind) VALUES (%s, %s, 'celery')""", (name, node))
+    query(
+        config,
+        """INSERT INTO "{}queue" (name, node, kind) VALUES (%s, %s, 'celery')""",
+        (name, node),
+    )
 
 
-def test_it_finds_the_node_that_may_claim(config: CoordinationConfig, make_map: Callable[..., OwnerMap]) -> None:
+def test_it_finds_the_node_that_may_claim(
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap]
+) -> None:
     with Job('n1', config, wait_on_enter=0) as first, Job('n2', config, wait_on_enter=0) as second:
         settle(config, first, second)
         add_queue(config, 'q2', 'n2')
         found = make_map()
         assert found.refresh()
         for route in ROUTES:
-            assert found.find(route) == (Place('n1', None) if first.owns(route) else Place('n2', 'q2'))
+            assert found.find(route) == (
+                Place('n1', None) if first.owns(route) else Place('n2', 'q2')
+            )
 
 
-def test_before_the_first_look_it_knows_nothing(make_map: Callable[..., OwnerMap], statements: list[int]) -> None:
+def test_before_the_first_look_it_knows_nothing(
+    make_map: Callable[..., OwnerMap], statements: list[int]
+) -> None:
     found = make_map()
     assert (found.version, found.find('a'), statements) == (-1, None, [])
 
@@ -97,7 +114,9 @@ def test_nobody_owns_anything_in_a_cluster_without_nodes(make_map: Callable[...,
     assert found.find_fresh('a') is None
 
 
-def test_a_new_plan_is_seen_with_the_next_look(config: CoordinationConfig, make_map: Callable[..., OwnerMap]) -> None:
+def test_a_new_plan_is_seen_with_the_next_look(
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap]
+) -> None:
     with Job('n1', config, wait_on_enter=0) as first:
         settle(config, first)
         found = make_map()
@@ -111,13 +130,19 @@ def test_a_new_plan_is_seen_with_the_next_look(config: CoordinationConfig, make_
             assert {place.node for route in ROUTES if (place := found.find(route))} == {'n1', 'n2'}
 
 
-def test_while_tokens_move_the_map_shows_where_they_go(config: CoordinationConfig, make_map: Callable[..., OwnerMap]) -> None:
+def test_while_tokens_move_the_map_shows_where_they_go(
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap]
+) -> None:
     seen: list[str | None] = []
     found = make_map()
 
     def look(tokens: TokenSet) -> None:
         found.refresh()
-        seen.extend(place.node if (place := found.find(route)) else None for route in ROUTES if first.task_to_token(route) in tokens)
+        seen.extend(
+            place.node if (place := found.find(route)) else None
+            for route in ROUTES
+            if first.task_to_token(route) in tokens
+        )
 
     with Job('n1', config, wait_on_enter=0, on_release=look) as first:
         settle(config, first)
@@ -127,7 +152,10 @@ def test_while_tokens_move_the_map_shows_where_they_go(config: CoordinationConfi
 
 
 def test_one_statement_a_second_at_most_and_none_while_nobody_asks(
-    config: CoordinationConfig, make_map: Callable[..., OwnerMap], clock: Clock, statements: list[int],
+    config: CoordinationConfig,
+    make_map: Callable[..., OwnerMap],
+    clock: Clock,
+    statements: list[int],
 ) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         settle(config, job)
@@ -148,7 +176,10 @@ def test_one_statement_a_second_at_most_and_none_while_nobody_asks(
 
 
 def test_threads_share_one_statement(
-    config: CoordinationConfig, make_map: Callable[..., OwnerMap], clock: Clock, statements: list[int],
+    config: CoordinationConfig,
+    make_map: Callable[..., OwnerMap],
+    clock: Clock,
+    statements: list[int],
 ) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         settle(config, job)
@@ -171,7 +202,9 @@ def test_threads_share_one_statement(
         assert len(statements) == 2
 
 
-def test_a_new_queue_is_seen_although_the_version_is_the_same(config: CoordinationConfig, make_map: Callable[..., OwnerMap]) -> None:
+def test_a_new_queue_is_seen_although_the_version_is_the_same(
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap]
+) -> None:
     with Job('n1', config, wait_on_enter=0) as job:
         settle(config, job)
         found = make_map()
@@ -188,8 +221,12 @@ def test_a_new_queue_is_seen_although_the_version_is_the_same(config: Coordinati
 
 
 def test_while_the_database_is_away_nobody_waits_for_it_again_and_again(
-    config: CoordinationConfig, make_config: Callable[..., CoordinationConfig], make_map: Callable[..., OwnerMap], clock: Clock,
-    statements: list[int], caplog: pytest.LogCaptureFixture,
+    config: CoordinationConfig,
+    make_config: Callable[..., CoordinationConfig],
+    make_map: Callable[..., OwnerMap],
+    clock: Clock,
+    statements: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Proxy(config.host, int(config.port)) as proxy, Job('n1', config, wait_on_enter=0) as job:
         settle(config, job)
@@ -214,15 +251,18 @@ def warnings(caplog: pytest.LogCaptureFixture) -> int:
 
 
 def test_where_no_worker_has_started_yet_the_database_is_not_blamed(
-    config: CoordinationConfig, make_map: Callable[..., OwnerMap], caplog: pytest.LogCaptureFixture,
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap], caplog: pytest.LogCaptureFixture
 ) -> None:
     query(config, 'DROP TABLE "{}queue"')
     assert make_map().find_fresh('a') is None
-    assert 'no worker of this version has started yet' in caplog.text and 'database is away' not in caplog.text
+    assert (
+        'no worker of this version has started yet' in caplog.text
+        and 'database is away' not in caplog.text
+    )
 
 
 def test_a_node_asks_at_once_after_a_pause_is_over_for_it(
-    config: CoordinationConfig, make_map: Callable[..., OwnerMap], clock: Clock,
+    config: CoordinationConfig, make_map: Callable[..., OwnerMap], clock: Clock
 ) -> None:
     """A new plan has come: the database must be there again."""
     with Job('n1', config, wait_on_enter=0) as job:

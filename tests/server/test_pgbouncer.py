@@ -1,4 +1,5 @@
 """Behind PgBouncer in transaction mode, where a session is nobody's."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,8 +32,18 @@ from tests.waiting import eventually
 MakePgBouncer = Callable[..., PgBouncer]
 
 _SETTINGS = (
-    'search_path', 'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'synchronous_commit', 'row_security',
-    'extra_float_digits', 'default_transaction_isolation', 'default_transaction_read_only', 'jobsync.execution', 'role')
+    'search_path',
+    'statement_timeout',
+    'lock_timeout',
+    'idle_in_transaction_session_timeout',
+    'synchronous_commit',
+    'row_security',
+    'extra_float_digits',
+    'default_transaction_isolation',
+    'default_transaction_read_only',
+    'jobsync.execution',
+    'role',
+)
 
 
 def through(pooler: PgBouncer, config: CoordinationConfig, **settings: Any) -> CoordinationConfig:
@@ -43,8 +54,15 @@ def through(pooler: PgBouncer, config: CoordinationConfig, **settings: Any) -> C
 @contextlib.contextmanager
 def stranger(config: CoordinationConfig) -> Iterator[psycopg2.extensions.cursor]:
     """Another client of the same pooler and role, in autocommit mode."""
-    with contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:
+    with contextlib.closing(
+        psycopg2.connect(
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+        )
+    ) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
             yield cursor
@@ -52,13 +70,23 @@ def stranger(config: CoordinationConfig) -> Iterator[psycopg2.extensions.cursor]
 
 class TestTheFixture:
     def test_clients_share_server_connections_and_stay_connected_when_it_points_elsewhere(
-            self, make_config: Callable[..., CoordinationConfig], make_pgbouncer: Callable[..., PgBouncer]) -> None:
+        self,
+        make_config: Callable[..., CoordinationConfig],
+        make_pgbouncer: Callable[..., PgBouncer],
+    ) -> None:
         config = make_config()
         pooler = make_pgbouncer(config, settings={'default_pool_size': '1'})
 
         def connect() -> contextlib.closing[psycopg2.extensions.connection]:
-            return contextlib.closing(psycopg2.connect(
-                host=pooler.host, port=pooler.port, dbname=config.dbname, user=config.user, password=config.password))
+            return contextlib.closing(
+                psycopg2.connect(
+                    host=pooler.host,
+                    port=pooler.port,
+                    dbname=config.dbname,
+                    user=config.user,
+                    password=config.password,
+                )
+            )
 
         def backend(connection: psycopg2.extensions.connection) -> int:
             with connection, connection.cursor() as cursor:
@@ -70,20 +98,28 @@ class TestTheFixture:
             assert backend(two) == first
             pooler.point_at(config.host, int(config.port))
             assert backend(one) != first
-            eventually(lambda: query(config, 'SELECT 1 FROM pg_stat_activity WHERE pid = %s', (first,)) == [])
+            eventually(
+                lambda: (
+                    query(config, 'SELECT 1 FROM pg_stat_activity WHERE pid = %s', (first,)) == []
+                )
+            )
 
 
 class TestACluster:
     def test_does_all_that_it_does_and_leaves_nothing_on_the_servers_connections(
-            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
         pooler = make_pgbouncer(config, settings={'default_pool_size': '4'})
         pooled = through(pooler, config)
 
         def shown(cursor: psycopg2.extensions.cursor) -> tuple[Any, ...]:
             cursor.execute(
-                "SELECT pg_backend_pid(), (SELECT count(*) FROM pg_prepared_statements), (SELECT count(*) FROM pg_listening_channels()), "
-                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()), "
-                + ', '.join(f"coalesce(current_setting('{name}', true), '')" for name in _SETTINGS))
+                'SELECT pg_backend_pid(), (SELECT count(*) FROM pg_prepared_statements), (SELECT '
+                'count(*) FROM pg_listening_channels()), '
+                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = "
+                'pg_backend_pid()), '
+                + ', '.join(f"coalesce(current_setting('{name}', true), '')" for name in _SETTINGS)
+            )
             return cursor.fetchall()[0]
 
         with stranger(pooled) as cursor:
@@ -95,7 +131,9 @@ class TestACluster:
         assert len(seen) > 1
         assert [rest for rest in seen.values() if tuple(rest) != ordinary] == []
 
-    def test_takes_no_harm_from_what_other_clients_leave_there(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+    def test_takes_no_harm_from_what_other_clients_leave_there(
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
         pooler = make_pgbouncer(config, settings={'default_pool_size': '3'})
         pooled = through(pooler, config)
         with contextlib.ExitStack() as stack:
@@ -105,16 +143,20 @@ class TestACluster:
             for cursor in cursors:
                 cursor.execute(
                     "SET lock_timeout = '1ms'; SET search_path = nowhere; SET row_security = off;"
-                    "SET default_transaction_isolation = serializable; SET default_transaction_read_only = on;"
-                    "SET extra_float_digits = -15; SET synchronous_commit = off; SET TimeZone = 'Asia/Kathmandu'; PREPARE p AS SELECT 1;"
-                    "SET statement_timeout = '50ms'")
+                    'SET default_transaction_isolation = serializable; SET '
+                    'default_transaction_read_only = on;'
+                    'SET extra_float_digits = -15; SET synchronous_commit = off; SET TimeZone = '
+                    "'Asia/Kathmandu'; PREPARE p AS SELECT 1;"
+                    "SET statement_timeout = '50ms'"
+                )
             for cursor in cursors:
                 cursor.execute('COMMIT')
         with admin_of(config) as admin:
             use_everything(dataclasses.replace(pooled, schema='public'), admin)
 
     def test_goes_on_without_a_node_that_is_killed_and_with_one_that_joins(
-            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path
+    ) -> None:
         pooler = make_pgbouncer(config)
         with Cluster(through(pooler, config), tmp_path) as cluster:
             cluster.start('n1', 'n2', 'n3')
@@ -126,14 +168,26 @@ class TestACluster:
             cluster.wait_balanced(['n3', 'n4'])
 
     def test_keeps_its_tokens_when_the_pooler_is_killed_and_comes_back(
-            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer, tmp_path: Path
+    ) -> None:
         pooler = make_pgbouncer(config)
         with Cluster(through(pooler, config), tmp_path) as cluster:
             cluster.start('n1', 'n2')
             before = cluster.assignment(), cluster.evictions()
             pooler.kill()
-            eventually(lambda: not any(
-                query(config, "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'jobsync n%%'", ())), timeout=10)
+            eventually(
+                lambda: (
+                    not any(
+                        query(
+                            config,
+                            "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'jobsync "
+                            "n%%'",
+                            (),
+                        )
+                    )
+                ),
+                timeout=10,
+            )
             pooler.start()
             cluster.wait_claimed()
             assert (cluster.assignment(), cluster.evictions()) == before
@@ -141,7 +195,9 @@ class TestACluster:
 
 @contextlib.contextmanager
 def promoted_copy(server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
-    """Another server with another history: it has all that the first has at this moment, and was promoted since."""
+    """Another server with another history: it has all that the first has at this moment, and was
+    promoted since.
+    """
     home = Path(tempfile.mkdtemp(prefix='jobsync-copy-'))
     server.pause()  # so that the copy is of one moment
     try:
@@ -161,10 +217,14 @@ def promoted_copy(server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
 
 
 def test_no_task_is_claimable_twice_when_the_pooler_goes_over_to_a_server_that_lost_the_last_plans(
-        own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+    own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path
+) -> None:
     own_server.create_database('shop')
-    # A lease is longer than it takes to see what the other server has: only who knows the histories apart waits for its end.
-    config = own_server.config('shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1)
+    # A lease is longer than it takes to see what the other server has: only who knows the histories
+    # apart waits for its end.
+    config = own_server.config(
+        'shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1
+    )
     pooler = make_pgbouncer(config)
     with Cluster(through(pooler, config), tmp_path) as cluster:
         cluster.start('n1')
@@ -172,34 +232,57 @@ def test_no_task_is_claimable_twice_when_the_pooler_goes_over_to_a_server_that_l
             cluster.start('n2')  # of which the other server knows nothing
             assert query(other.config('shop'), 'SELECT name FROM sync_node') == [('n1',)]
             since = moment()
-            cluster['n2'].proxy.switch(Mode.HOLD)  # it hears nothing of all this, and claims until its lease is over
+            cluster['n2'].proxy.switch(
+                Mode.HOLD
+            )  # it hears nothing of all this, and claims until its lease is over
             pooler.point_at(other.host, other.port)
             cluster.launch('n3')  # a fresh node has no history to compare with
             cluster['n3'].wait_event('entered')
             cluster['n2'].proxy.heal()
             cluster.wait_balanced(['n1', 'n2', 'n3'])
             cluster.wait_claimed(since)
-            assert query(other.config('shop'), 'SELECT name FROM sync_node ORDER BY name') == [('n1',), ('n2',), ('n3',)]
+            assert query(other.config('shop'), 'SELECT name FROM sync_node ORDER BY name') == [
+                ('n1',),
+                ('n2',),
+                ('n3',),
+            ]
             for name in ('n1', 'n2', 'n3'):
                 cluster[name].kill()
 
 
-def test_no_task_is_claimable_twice_when_a_second_standby_that_never_followed_the_first_one_takes_over(
-        own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path) -> None:
+def test_no_task_is_claimable_twice_when_a_standby_that_never_followed_the_first_takes_over(
+    own_server: EmbeddedPostgres, make_pgbouncer: MakePgBouncer, tmp_path: Path
+) -> None:
     own_server.create_database('shop')
-    config = own_server.config('shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1)
+    config = own_server.config(
+        'shop', heartbeat_interval_sec=0.5, heartbeat_timeout_sec=5, rebalance_check_interval_sec=1
+    )
     pooler = make_pgbouncer(config)
     with Cluster(through(pooler, config), tmp_path) as cluster:
         cluster.start('n1', 'n2')
         with promoted_copy(own_server) as first, promoted_copy(own_server) as second:
-            timelines = {query(each.config('shop'), 'SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)')[0] for each in (first, second)}
+            timelines = {
+                query(each.config('shop'), 'SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)')[
+                    0
+                ]
+                for each in (first, second)
+            }
             assert timelines == {('00000002',)}, 'their histories have one name'
             pooler.point_at(first.host, first.port)
-            eventually(lambda: query(first.config('shop'), "SELECT 1 FROM sync_cluster WHERE history LIKE '%% 00000002'", ()), timeout=20)
+            eventually(
+                lambda: query(
+                    first.config('shop'),
+                    "SELECT 1 FROM sync_cluster WHERE history LIKE '%% 00000002'",
+                    (),
+                ),
+                timeout=20,
+            )
             cluster.start('n3')  # of which the second one knows nothing
             cluster.wait_claimed()
             since = moment()
-            cluster['n3'].proxy.switch(Mode.HOLD)  # it hears nothing of all this, and claims until its lease is over
+            cluster['n3'].proxy.switch(
+                Mode.HOLD
+            )  # it hears nothing of all this, and claims until its lease is over
             pooler.point_at(second.host, second.port)
             cluster.launch('n4')
             cluster['n4'].wait_event('entered')
@@ -211,7 +294,9 @@ def test_no_task_is_claimable_twice_when_a_second_standby_that_never_followed_th
 
 
 class TestWhatIsPooled:
-    def test_the_doctor_tells_the_mode(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+    def test_the_doctor_tells_the_mode(
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
         found = []
         for mode in ('transaction', 'session'):
             sessions = Sessions(through(make_pgbouncer(config, mode=mode), config), 'test')
@@ -219,29 +304,49 @@ class TestWhatIsPooled:
             sessions.close_all()
         assert found == ['transaction', 'session']
 
-    def test_settings_of_a_session_are_not_refused_in_session_mode(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
-        pooled = dataclasses.replace(through(make_pgbouncer(config, mode='session'), config), listen=True)
+    def test_settings_of_a_session_are_not_refused_in_session_mode(
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
+        pooled = dataclasses.replace(
+            through(make_pgbouncer(config, mode='session'), config), listen=True
+        )
         with Job('n1', pooled, wait_on_enter=0) as job:
             eventually(lambda: len(job.my_tokens) == config.total_tokens)
 
     def test_two_statements_of_a_transaction_of_the_users_are_on_one_connection_of_the_server(
-            self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
         pooled = through(make_pgbouncer(config, settings={'default_pool_size': '3'}), config)
         query(config, 'CREATE TABLE effect (key text)')
         with Job('n1', pooled, wait_on_enter=0) as job:
             for number in range(10):
-                with job.once(f'key {number}') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+                with (
+                    job.once(f'key {number}') as execution,
+                    execution.transaction() as connection,
+                    connection.cursor() as cursor,
+                ):
                     cursor.execute('INSERT INTO effect VALUES (%s)', (execution.key,))
-                with pytest.raises(ZeroDivisionError), job.once(f'broken {number}') as execution, execution.transaction() as connection:
+                with (
+                    pytest.raises(ZeroDivisionError),
+                    job.once(f'broken {number}') as execution,
+                    execution.transaction() as connection,
+                ):
                     _insert_and_fail(connection)
         assert query(config, 'SELECT count(*), count(DISTINCT key) FROM effect') == [(10, 10)]
-        assert query(config, 'SELECT state, count(*) FROM "{}execution" GROUP BY 1 ORDER BY 1') == [('done', 10), ('failed', 10)]
+        assert query(config, 'SELECT state, count(*) FROM "{}execution" GROUP BY 1 ORDER BY 1') == [
+            ('done', 10),
+            ('failed', 10),
+        ]
 
-    def test_a_standby_behind_it_is_no_place_for_a_node(self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer) -> None:
+    def test_a_standby_behind_it_is_no_place_for_a_node(
+        self, config: CoordinationConfig, make_pgbouncer: MakePgBouncer
+    ) -> None:
         create_schema(config)
         connection = Connection.open(through(make_pgbouncer(config), config), 'n1')
         connection.execute('SELECT 1')
-        with pytest.raises(DatabaseUnavailable):  # as a standby answers to READ WRITE, which this server cannot be made to
+        with pytest.raises(
+            DatabaseUnavailable
+        ):  # as a standby answers to READ WRITE, which this server cannot be made to
             connection.execute("DO $$ BEGIN RAISE SQLSTATE '0A000'; END $$")
         assert connection.closed
 

@@ -1,4 +1,7 @@
-"""Plans of many rows: written in pieces, each of which finds what the plan was made from, or is not written."""
+"""Plans of many rows: written in pieces, each of which finds what the plan was made from, or is not
+written.
+"""
+
 from __future__ import annotations
 
 import datetime
@@ -29,7 +32,9 @@ PROCESS = Process('here', 'boot', 'ns', 7, '99')
 
 
 class Leader:
-    """A cluster of three nodes, asked through one connection, with 3,000 locks and pieces of 500 rows."""
+    """A cluster of three nodes, asked through one connection, with 3,000 locks and pieces of 500
+    rows.
+    """
 
     def __init__(self, config: CoordinationConfig, rows: Rows) -> None:
         self.config, self.rows, self.tables = config, rows, rows.tables
@@ -44,7 +49,12 @@ class Leader:
 
     def lock(self, count: int) -> None:
         with self.rows.sessions.session() as connection:
-            locks.register(connection, self.tables, [(f't{n}', ('abc'[n % 3],), None, None) for n in range(count)], 'x')
+            locks.register(
+                connection,
+                self.tables,
+                [(f't{n}', ('abc'[n % 3],), None, None) for n in range(count)],
+                'x',
+            )
 
     def lead(self) -> Led:
         led = self.ask(Lead('a', 'life of a', (), 'test'))
@@ -63,7 +73,14 @@ class Leader:
 
     def give_all(self, name: str) -> None:
         seen = self.ask(Refresh(name, f'life of {name}'))
-        self.ask(Give(name, f'life of {name}', tuple((s.lo, s.hi) for s in seen.segments if s.moving), seen.version))
+        self.ask(
+            Give(
+                name,
+                f'life of {name}',
+                tuple((s.lo, s.hi) for s in seen.segments if s.moving),
+                seen.version,
+            )
+        )
 
     @property
     def stale(self) -> bool:
@@ -79,7 +96,9 @@ class Leader:
 
 
 @pytest.fixture
-def leader(make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch) -> Iterator[Leader]:
+def leader(
+    make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Leader]:
     # One piece of the plan for each request, so that a test can come in between.
     monkeypatch.setattr(leading, '_FIRST_ROWS', 500)
     monkeypatch.setattr(leading, '_MOST_ROWS', 500)
@@ -93,7 +112,9 @@ def leader(make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.M
         leader.connection.close()
 
 
-def test_a_plan_of_many_rows_is_written_in_pieces_and_counts_as_made_after_the_last(leader: Leader) -> None:
+def test_a_plan_of_many_rows_is_written_in_pieces_and_counts_as_made_after_the_last(
+    leader: Leader,
+) -> None:
     assert leader.lead().more  # read and computed
     count = 0
     while (led := leader.lead()).more:
@@ -133,7 +154,9 @@ def test_locks_that_come_amid_the_pieces_count(leader: Leader) -> None:
     leader.check()
 
 
-def test_states_that_change_back_amid_the_pieces_do_not_make_half_a_plan_whole(leader: Leader) -> None:
+def test_states_that_change_back_amid_the_pieces_do_not_make_half_a_plan_whole(
+    leader: Leader,
+) -> None:
     leader.finish()
     leader.rows.run(f"UPDATE {leader.tables.node} SET state = 'draining' WHERE name = 'b'")
     leader.lead()
@@ -143,7 +166,13 @@ def test_states_that_change_back_amid_the_pieces_do_not_make_half_a_plan_whole(l
     leader.finish()
     for name in 'abc':
         leader.give_all(name)
-    assert leader.rows.value(f"SELECT sum(upper(tokens) - lower(tokens)) FROM {leader.tables.assignment} WHERE node = 'b'") > TOKENS // 4
+    assert (
+        leader.rows.value(
+            f'SELECT sum(upper(tokens) - lower(tokens)) FROM {leader.tables.assignment} WHERE '
+            "node = 'b'"
+        )
+        > TOKENS // 4
+    )
 
 
 def test_rows_that_were_given_away_amid_the_pieces_are_not_given_back(leader: Leader) -> None:
@@ -174,19 +203,30 @@ def test_a_piece_stamps_its_rows_with_a_version_that_nobody_has_seen(leader: Lea
     assert leader.ask(Observe()).version == before + 1
 
 
-def test_since_when_a_node_has_owned_a_token_survives_the_cutting_of_its_row(leader: Leader) -> None:
+def test_since_when_a_node_has_owned_a_token_survives_the_cutting_of_its_row(
+    leader: Leader,
+) -> None:
     with leader.rows.sessions.session() as connection:
         locks.clear_all(connection, leader.tables)
     leader.finish()
     leader.rows.run(f"UPDATE {leader.tables.assignment} SET assigned_at = '2020-01-01'")
     leader.lock(3000)
     leader.finish()
-    assert leader.rows.value(f'SELECT count(*) FROM {leader.tables.assignment} WHERE NOT moving') > 100
+    assert (
+        leader.rows.value(f'SELECT count(*) FROM {leader.tables.assignment} WHERE NOT moving') > 100
+    )
     # Nothing has changed hands yet.
-    assert leader.rows.value(f"SELECT count(*) FROM {leader.tables.assignment} WHERE assigned_at > '2020-01-02'") == 0
+    assert (
+        leader.rows.value(
+            f"SELECT count(*) FROM {leader.tables.assignment} WHERE assigned_at > '2020-01-02'"
+        )
+        == 0
+    )
 
 
-def test_an_error_amid_the_pieces_is_tried_again_with_smaller_ones(leader: Leader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_amid_the_pieces_is_tried_again_with_smaller_ones(
+    leader: Leader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leading, '_FEWEST_ROWS', 10)
     leader.lead()
     with monkeypatch.context() as patch:
@@ -202,10 +242,26 @@ def test_an_error_amid_the_pieces_is_tried_again_with_smaller_ones(leader: Leade
 
 
 def test_bad_rows_of_the_lock_table_are_set_aside_and_named_once(leader: Leader) -> None:
-    bad = ['{"a": 1}', '[null]', '[1]', '[]', '"x\\\\"', '[[["a"]]]', '["' + 'x' * 2000 + '"]', '["' + '%' * 2_000_000 + '"]']
+    bad = [
+        '{"a": 1}',
+        '[null]',
+        '[1]',
+        '[]',
+        '"x\\\\"',
+        '[[["a"]]]',
+        '["' + 'x' * 2000 + '"]',
+        '["' + '%' * 2_000_000 + '"]',
+    ]
     for number, text in enumerate(bad):
-        leader.rows.run(f'INSERT INTO {leader.tables.lock} (task_id, node_patterns) VALUES (%s, %s::jsonb)', f'bad {number}', text)
-    leader.rows.run(f"INSERT INTO {leader.tables.lock} (task_id, node_patterns) VALUES (repeat('x', 2001), '[\"a\"]')")
+        leader.rows.run(
+            f'INSERT INTO {leader.tables.lock} (task_id, node_patterns) VALUES (%s, %s::jsonb)',
+            f'bad {number}',
+            text,
+        )
+    leader.rows.run(
+        f"INSERT INTO {leader.tables.lock} (task_id, node_patterns) VALUES (repeat('x', 2001), "
+        '\'["a"]\')'
+    )
     leader.rows.run(f'UPDATE {leader.tables.cluster} SET lock_version = lock_version + 1')
     said = leader.finish().conflicts
     assert sum('is ignored' in text for text in said) == 9
@@ -217,31 +273,47 @@ def test_bad_rows_of_the_lock_table_are_set_aside_and_named_once(leader: Leader)
 
 @pytest.mark.parametrize('at_once', [0, 20_000])
 def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
-        leader: Leader, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    leader: Leader, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     monkeypatch.setattr(leading, '_AT_ONCE', at_once)
     monkeypatch.setattr(leading, 'LOCKS', 2500)
     monkeypatch.setattr(leading, '_PAGE', 1000)
     led = leader.finish()
-    assert any('more than 2,500 locks' in text and 'locks clear' in text for text in led.conflicts), led.conflicts
+    assert any(
+        'more than 2,500 locks' in text and 'locks clear' in text for text in led.conflicts
+    ), led.conflicts
     leader.check()
     counted = sorted(f't{n}' for n in range(3000))[:2500]
-    assert [pin.task_id for pin in sorted(leader.control._leading._pins, key=lambda pin: pin.task_id)] == counted
+    assert [
+        pin.task_id for pin in sorted(leader.control._leading._pins, key=lambda pin: pin.task_id)
+    ] == counted
 
 
-def test_locks_are_read_on_from_where_a_request_had_to_end(leader: Leader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_are_read_on_from_where_a_request_had_to_end(
+    leader: Leader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leading, '_PAGE', 1000)
     lead, tables = leader.control._leading, leader.tables
     (values,) = leader.connection.execute(f'SELECT {lead._state_sql()}')
     state = leading._State(*values)
-    assert [lead._read_pins(leader.connection, state, 0.0) for _ in range(4)] == [False, False, False, True]
+    assert [lead._read_pins(leader.connection, state, 0.0) for _ in range(4)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert len(lead._pins) == 3000
-    leader.rows.run(f"DELETE FROM {tables.lock} WHERE task_id = 't7'; UPDATE {tables.cluster} SET lock_version = lock_version + 1")
+    leader.rows.run(
+        f"DELETE FROM {tables.lock} WHERE task_id = 't7'; UPDATE {tables.cluster} SET "
+        'lock_version = lock_version + 1'
+    )
     leader.finish()
     assert len(lead._pins) == 2999
 
 
 def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
-        make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0)
     monkeypatch.setattr(leading, '_AT_ONCE', 0)
     begun, go_on = threading.Event(), threading.Event()
@@ -264,7 +336,10 @@ def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
         assert not lost.is_set()
         go_on.set()
         with Job('n2', config, wait_on_enter=0) as second:
-            eventually(lambda: len(first.my_tokens) == len(second.my_tokens) == config.total_tokens // 2, timeout=20)
+            eventually(
+                lambda: len(first.my_tokens) == len(second.my_tokens) == config.total_tokens // 2,
+                timeout=20,
+            )
         assert first.get_coordination_status()['evictions'] == 0
 
 
@@ -273,7 +348,10 @@ def test_any_cutting_covers_what_the_whole_does() -> None:
     for _ in range(500):
         before, after = (_rows(rng, name) for name in 'ab')
         old, new = set(before), set(after)
-        gone, fresh = deque(row for row in before if row not in new), deque(row for row in after if row not in old)
+        gone, fresh = (
+            deque(row for row in before if row not in new),
+            deque(row for row in after if row not in old),
+        )
         table = set(before)
         while fresh:
             piece = cut(gone, fresh, rng.randint(1, 4))
@@ -287,4 +365,7 @@ def test_any_cutting_covers_what_the_whole_does() -> None:
 
 def _rows(rng: random.Random, name: str) -> list[Segment]:
     bounds = [0, *sorted(rng.sample(range(1, 40), rng.randint(0, 12))), 40]
-    return [Segment(lo, hi, rng.choice((name, 'same')), version=1) for lo, hi in itertools.pairwise(bounds)]
+    return [
+        Segment(lo, hi, rng.choice((name, 'same')), version=1)
+        for lo, hi in itertools.pairwise(bounds)
+    ]

@@ -1,4 +1,5 @@
 """The proxy itself: what each kind of broken network does to a connection."""
+
 from __future__ import annotations
 
 import socket
@@ -85,7 +86,9 @@ def test_what_is_held_arrives_at_the_heal(proxy: Proxy, client: socket.socket, e
     assert client.recv(10) == b'b'
 
 
-def test_what_is_held_arrives_even_if_its_sender_has_gone(proxy: Proxy, client: socket.socket, echo: Echo) -> None:
+def test_what_is_held_arrives_even_if_its_sender_has_gone(
+    proxy: Proxy, client: socket.socket, echo: Echo
+) -> None:
     proxy.switch(Mode.HOLD_TO_SERVER)
     client.sendall(b'late')
     client.close()
@@ -103,7 +106,9 @@ def test_one_way_only(proxy: Proxy, client: socket.socket, echo: Echo) -> None:
     assert client.recv(10) == b'b'
 
 
-def test_what_is_swallowed_is_lost_and_the_connection_with_it(proxy: Proxy, client: socket.socket, echo: Echo) -> None:
+def test_what_is_swallowed_is_lost_and_the_connection_with_it(
+    proxy: Proxy, client: socket.socket, echo: Echo
+) -> None:
     proxy.switch(Mode.SWALLOW)
     client.sendall(b'b')
     assert silent(client)

@@ -1,4 +1,7 @@
-"""Whatever the server answers: at begin nothing is begun and nothing is held; what has run is recorded as soon as that is possible."""
+"""Whatever the server answers: at begin nothing is begun and nothing is held; what has run is
+recorded as soon as that is possible.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,7 +11,13 @@ import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.errors import DatabaseRefused, DatabaseUnavailable, ExecutionRunning, Fenced, StoreTimeout
+from jobsync_core.errors import (
+    DatabaseRefused,
+    DatabaseUnavailable,
+    ExecutionRunning,
+    Fenced,
+    StoreTimeout,
+)
 from jobsync_core.ledger import unsettled
 from jobsync_core.ledger.cluster import ClusterLedger, Execution
 from jobsync_core.ledger.current import set_current_ledger
@@ -19,10 +28,37 @@ from ..waiting import eventually
 from .ledgers import effects, insert, ledgers_of, state_of
 from .rows import Rows, rows_of
 
-#: Codes that pause consuming, as they will meet the next statement too: out of resources, I/O, rights, objects that are missing.
-LASTING = ('53000', '53100', '53200', '53400', '58030', '58P01', 'XX001', 'XX002', '42501', '42P01', '42883', '3F000', '28000')
+#: Codes that pause consuming, as they will meet the next statement too: out of resources, I/O,
+#: rights, objects that are missing.
+LASTING = (
+    '53000',
+    '53100',
+    '53200',
+    '53400',
+    '58030',
+    '58P01',
+    'XX001',
+    'XX002',
+    '42501',
+    '42P01',
+    '42883',
+    '3F000',
+    '28000',
+)
 #: Others, of all kinds.
-OTHERS = ('40001', '40P01', '22P05', '22021', '23514', 'XX000', '54000', '54001', '55000', 'P0001', '42601')
+OTHERS = (
+    '40001',
+    '40P01',
+    '22P05',
+    '22021',
+    '23514',
+    'XX000',
+    '54000',
+    '54001',
+    '55000',
+    'P0001',
+    '42601',
+)
 #: Answers after which the server is asked again elsewhere, or which are its time limits.
 UNAVAILABLE = ('57014', '55P03', '25006', '0A000', '53300', '57P01', '57P03')
 # Triggers raise what a test wants, wherever a row of the ledger is written.
@@ -33,10 +69,12 @@ CREATE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path
 DECLARE wanted text;
 BEGIN
     SELECT code INTO wanted FROM trouble;
-    IF wanted IS NOT NULL AND NEW.key LIKE 'k%%' THEN RAISE EXCEPTION 'trouble' USING ERRCODE = wanted; END IF;
+    IF wanted IS NOT NULL AND NEW.key LIKE 'k%%' THEN RAISE EXCEPTION 'trouble' USING ERRCODE =
+        wanted; END IF;
     RETURN NEW;
 END $$;
-CREATE TRIGGER raise_trouble BEFORE INSERT OR UPDATE ON {execution} FOR EACH ROW EXECUTE FUNCTION raise_trouble();
+CREATE TRIGGER raise_trouble BEFORE INSERT OR UPDATE ON {execution} FOR EACH ROW EXECUTE FUNCTION
+    raise_trouble();
 """
 
 
@@ -73,7 +111,9 @@ def begin(ledger: ClusterLedger, key: str) -> Execution | None:
 
 @pytest.mark.parametrize('code', LASTING + OTHERS + UNAVAILABLE)
 class TestEveryAnswer:
-    def test_at_begin_nothing_is_begun_and_the_key_is_free_at_once(self, ledger: ClusterLedger, rows: Rows, code: str) -> None:
+    def test_at_begin_nothing_is_begun_and_the_key_is_free_at_once(
+        self, ledger: ClusterLedger, rows: Rows, code: str
+    ) -> None:
         make_trouble(rows, code)
         with pytest.raises(DatabaseUnavailable) as caught:
             ledger.begin('k', 60)
@@ -91,11 +131,14 @@ class TestEveryAnswer:
             assert ledger.unsettled == 0  # nothing has to be looked for
         assert state_of(rows, 'k') is None
         end_trouble(rows)
-        # Where nobody knows what became of it, the background may be looking after it at this moment.
+        # Where nobody knows what became of it, the background may be looking after it at this
+        # moment.
         assert eventually(lambda: begin(ledger, 'k'), timeout=1 if code in UNAVAILABLE else 0)
 
     @pytest.mark.parametrize('fails', [False, True], ids=['completion', 'failure'])
-    def test_at_the_end_it_is_recorded_when_that_is_possible(self, ledger: ClusterLedger, rows: Rows, code: str, fails: bool) -> None:
+    def test_at_the_end_it_is_recorded_when_that_is_possible(
+        self, ledger: ClusterLedger, rows: Rows, code: str, fails: bool
+    ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution:
                 execution.result = 'kept'
@@ -108,11 +151,13 @@ class TestEveryAnswer:
         assert (state_of(rows, 'k'), ledger.unsettled) == ('running', 1)
         end_trouble(rows)
         eventually(lambda: state_of(rows, 'k') == ('failed' if fails else 'done'))
-        assert rows.value(f'SELECT result FROM {rows.tables.execution}') == (None if fails else 'kept')
+        assert rows.value(f'SELECT result FROM {rows.tables.execution}') == (
+            None if fails else 'kept'
+        )
         eventually(lambda: ledger.unsettled == 0)
 
     def test_in_a_transaction_of_the_user_s_it_is_rolled_back_and_the_key_is_settled(
-        self, ledger: ClusterLedger, rows: Rows, code: str,
+        self, ledger: ClusterLedger, rows: Rows, code: str
     ) -> None:
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
@@ -130,7 +175,12 @@ class TestEveryAnswer:
 
 @pytest.mark.parametrize('ends', ['failure', 'result'])
 def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_its_count(
-        ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    ledger: ClusterLedger,
+    rows: Rows,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: str,
+) -> None:
     now = [1000.0]
     monkeypatch.setattr('jobsync_core.ledger.cluster.clock.now', lambda: now[0])
     executions = [ledger.begin(f'k{number}', 60) for number in range(5)]
@@ -145,7 +195,11 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
         now[0] += 61.0 if number == 4 else 0.1
         ledger.finish(execution) if ends == 'result' else ledger.fail(execution, ValueError('x'))
     end_trouble(rows)
-    said = 'failed, which could not be recorded yet' if ends == 'failure' else 'completed without its result'
+    said = (
+        'failed, which could not be recorded yet'
+        if ends == 'failure'
+        else 'completed without its result'
+    )
     lines = [record.getMessage() for record in caplog.records if said in record.getMessage()]
     assert len(lines) == 2, lines
     assert 'key=k0' in lines[0] and 'key=k4' in lines[1] and lines[1].endswith('(3 more like it)')
@@ -153,17 +207,18 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
 
 def test_an_answer_that_passes_is_asked_for_again(ledger: ClusterLedger, rows: Rows) -> None:
     rows.run('CREATE SEQUENCE times')
-    rows.run('''
-        CREATE OR REPLACE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
+    rows.run("""
+        CREATE OR REPLACE FUNCTION raise_trouble() RETURNS trigger LANGUAGE plpgsql SET search_path
+            = public AS $$
         BEGIN
             IF nextval('times') < 4 THEN RAISE EXCEPTION 'trouble' USING ERRCODE = '40001'; END IF;
             RETURN NEW;
-        END $$''')
+        END $$""")
     assert ledger.begin('k', 60).attempts == 1
 
 
 def test_one_that_cannot_be_recorded_does_not_hold_up_the_others(
-    ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture,
+    ledger: ClusterLedger, rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_trouble(rows, 'XX000')  # of keys that begin with k only
     attempts = {}
@@ -173,13 +228,21 @@ def test_one_that_cannot_be_recorded_does_not_hold_up_the_others(
     make_trouble(rows, 'XX000')
     for execution in attempts.values():
         ledger.abandon(execution)
-    eventually(lambda: [state_of(rows, key) for key in attempts] == ['running', 'failed', 'running', 'failed'])
-    assert len([record for record in caplog.records if 'not recorded yet' in record.message]) == 1  # and not once for each try
+    eventually(
+        lambda: (
+            [state_of(rows, key) for key in attempts] == ['running', 'failed', 'running', 'failed']
+        )
+    )
+    assert (
+        len([record for record in caplog.records if 'not recorded yet' in record.message]) == 1
+    )  # and not once for each try
     end_trouble(rows)
     eventually(lambda: {state_of(rows, key) for key in attempts} == {'failed'})
 
 
-def test_a_role_that_lacks_a_right_is_told_without_an_error_of_psycopg2_s(rows: Rows, config: CoordinationConfig) -> None:
+def test_a_role_that_lacks_a_right_is_told_without_an_error_of_psycopg2_s(
+    rows: Rows, config: CoordinationConfig
+) -> None:
     role = f'poor_{config.dbname}'
     rows.run(f"CREATE ROLE {role} LOGIN PASSWORD 'poor'")
     try:
@@ -204,7 +267,9 @@ def test_a_role_that_lacks_a_right_is_told_without_an_error_of_psycopg2_s(rows: 
         rows.run(f'DROP ROLE {role}')
 
 
-def test_memory_is_bounded_by_beginning_nothing_more(ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_beginning_nothing_more(
+    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(unsettled, 'MOST_UNSETTLED', 3)
     attempts = [ledger.begin(f'k{number}', 60) for number in range(3)]
     make_trouble(rows, '53100')
@@ -218,7 +283,9 @@ def test_memory_is_bounded_by_beginning_nothing_more(ledger: ClusterLedger, rows
     assert ledger.begin('x', 60).attempts == 1
 
 
-def test_a_completion_that_waits_is_fenced_where_another_has_taken_its_key(ledger: ClusterLedger, rows: Rows) -> None:
+def test_a_completion_that_waits_is_fenced_where_another_has_taken_its_key(
+    ledger: ClusterLedger, rows: Rows
+) -> None:
     attempt = ledger.begin('k', 60)
     make_trouble(rows, '53100')
     with pytest.raises(DatabaseRefused):

@@ -1,4 +1,5 @@
 """The tables come into being once, whoever starts, and nobody else's are touched."""
+
 from __future__ import annotations
 
 import contextlib
@@ -32,7 +33,11 @@ def create(config: CoordinationConfig) -> None:
 
 def oids(config: CoordinationConfig) -> list[tuple[object, ...]]:
     """All relations of the database's public schema."""
-    return query(config, "SELECT oid::int, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1")
+    return query(
+        config,
+        "SELECT oid::int, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER "
+        'BY 1',
+    )
 
 
 @pytest.fixture
@@ -51,15 +56,20 @@ def poor(config: CoordinationConfig) -> CoordinationConfig:
 
 
 class TestCreate:
-    def test_all_relations_are_there_and_a_second_start_changes_nothing(self, config: CoordinationConfig) -> None:
+    def test_all_relations_are_there_and_a_second_start_changes_nothing(
+        self, config: CoordinationConfig
+    ) -> None:
         create(config)
         before = oids(config)
         names = {name for _, name in before}
-        assert {quoted.rpartition('.')[2].strip('"') for quoted in Tables(config.appname).all.values()} <= names
+        assert {
+            quoted.rpartition('.')[2].strip('"') for quoted in Tables(config.appname).all.values()
+        } <= names
         create(config)
         assert oids(config) == before
-        assert query(config, 'SELECT total_tokens, hash_function, version, schema_version FROM "{}cluster"') == [
-            (config.total_tokens, config.hash_function, 0, SCHEMA_VERSION)]
+        assert query(
+            config, 'SELECT total_tokens, hash_function, version, schema_version FROM "{}cluster"'
+        ) == [(config.total_tokens, config.hash_function, 0, SCHEMA_VERSION)]
 
     def test_many_nodes_may_start_at_once(self, config: CoordinationConfig) -> None:
         barrier, errors = threading.Barrier(8), list[BaseException]()
@@ -79,7 +89,9 @@ class TestCreate:
         assert errors == []
         assert query(config, 'SELECT count(*) FROM "{}cluster"') == [(1,)]
 
-    def test_the_rendered_statements_make_the_same_tables(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_the_rendered_statements_make_the_same_tables(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         by_hand, by_node = make_config(appname='hand_'), make_config(appname='node_')
         query(by_hand, render_schema('hand_'))
         create(by_node)
@@ -88,9 +100,15 @@ class TestCreate:
         assert oids(by_hand) == before
 
         def columns(config: CoordinationConfig) -> list[tuple[object, ...]]:
-            return query(config, '''
-                SELECT substr(table_name, 6), column_name, data_type, is_nullable, column_default FROM information_schema.columns
-                WHERE starts_with(table_name, %s) AND column_name <> 'id' ORDER BY 1, ordinal_position''', (config.appname,))
+            return query(
+                config,
+                """
+                SELECT substr(table_name, 6), column_name, data_type, is_nullable, column_default
+                    FROM information_schema.columns
+                WHERE starts_with(table_name, %s) AND column_name <> 'id' ORDER BY 1,
+                    ordinal_position""",
+                (config.appname,),
+            )
 
         assert columns(by_hand) == columns(by_node)
 
@@ -99,7 +117,9 @@ class TestCreate:
         create(config)
         create(config)
 
-    def test_clusters_of_two_appnames_share_nothing(self, make_config: Callable[..., CoordinationConfig]) -> None:
+    def test_clusters_of_two_appnames_share_nothing(
+        self, make_config: Callable[..., CoordinationConfig]
+    ) -> None:
         one, two = Tables('one_'), Tables('two_')
         assert one.advisory != two.advisory and one.channel != two.channel
         for appname in ('one_', 'two_'):
@@ -115,49 +135,74 @@ class TestCreate:
         create(config)
         query(config, 'DROP FUNCTION "{}finish_execution"')
         create(config)
-        assert query(config, "SELECT to_regproc('\"{}finish_execution\"') IS NOT NULL") == [(True,)]
+        assert query(config, 'SELECT to_regproc(\'"{}finish_execution"\') IS NOT NULL') == [(True,)]
 
 
 class TestRights:
-    def test_no_right_to_create_is_needed_where_the_tables_are_in_place(self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
+    def test_no_right_to_create_is_needed_where_the_tables_are_in_place(
+        self, config: CoordinationConfig, poor: CoordinationConfig
+    ) -> None:
         create(config)
-        query(config, f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{poor.user}"')
+        query(
+            config,
+            f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{poor.user}"',
+        )
         create(poor)
 
-    def test_a_role_that_may_not_create_is_told_what_it_needs(self, poor: CoordinationConfig) -> None:
+    def test_a_role_that_may_not_create_is_told_what_it_needs(
+        self, poor: CoordinationConfig
+    ) -> None:
         with pytest.raises(JobSyncError, match=r'permission denied.*CREATE'):
             create(poor)
 
     def test_a_role_that_may_not_call_the_functions_is_told_what_it_needs(
-            self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
+        self, config: CoordinationConfig, poor: CoordinationConfig
+    ) -> None:
         create(config)
-        query(config, f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{poor.user}"')
+        query(
+            config,
+            f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{poor.user}"',
+        )
         query(config, 'REVOKE EXECUTE ON FUNCTION "{}begin_execution" FROM PUBLIC')
         with pytest.raises(JobSyncError, match=r'permission denied.*EXECUTE'):
             create(poor)
 
-    def test_a_role_that_may_not_read_is_told_what_it_needs(self, config: CoordinationConfig, poor: CoordinationConfig) -> None:
+    def test_a_role_that_may_not_read_is_told_what_it_needs(
+        self, config: CoordinationConfig, poor: CoordinationConfig
+    ) -> None:
         create(config)
         with pytest.raises(JobSyncError, match=r'permission denied.*SELECT'):
             create(poor)
 
 
 class TestConflicts:
-    @pytest.mark.parametrize(('statement', 'relation'), [
-        ('CREATE TABLE "{}token" (token_id int PRIMARY KEY, node text, assigned_at timestamptz, version int)', 'sync_token'),
-        ('CREATE TABLE "{}node" (name text, something int)', 'sync_node'),
-        ('CREATE VIEW "{}audit" AS SELECT 1 AS one', 'sync_audit'),
-        ('CREATE TABLE "{}cluster" (name text)', 'sync_cluster'),
-    ])
+    @pytest.mark.parametrize(
+        ('statement', 'relation'),
+        [
+            (
+                (
+                    'CREATE TABLE "{}token" (token_id int PRIMARY KEY, node text, assigned_at '
+                    'timestamptz, version int)'
+                ),
+                'sync_token',
+            ),
+            ('CREATE TABLE "{}node" (name text, something int)', 'sync_node'),
+            ('CREATE VIEW "{}audit" AS SELECT 1 AS one', 'sync_audit'),
+            ('CREATE TABLE "{}cluster" (name text)', 'sync_cluster'),
+        ],
+    )
     def test_relations_of_another_program_are_refused_by_name_and_stay_as_they_are(
-            self, config: CoordinationConfig, statement: str, relation: str) -> None:
+        self, config: CoordinationConfig, statement: str, relation: str
+    ) -> None:
         query(config, statement)
         before = oids(config)
         with pytest.raises(SchemaConflict, match=f'"{relation}".*another appname'):
             create(config)
         assert oids(config) == before
 
-    def test_a_table_that_lost_a_column_is_refused_by_name(self, config: CoordinationConfig) -> None:
+    def test_a_table_that_lost_a_column_is_refused_by_name(
+        self, config: CoordinationConfig
+    ) -> None:
         create(config)
         query(config, 'ALTER TABLE "{}execution" DROP COLUMN fence')
         with pytest.raises(SchemaConflict, match='"sync_execution"'):
@@ -178,10 +223,15 @@ class TestConflicts:
 
 class TestMigrations:
     def test_an_older_schema_is_brought_forward_once_and_keeps_its_rows(
-            self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         create(config)
-        query(config, """INSERT INTO "{}lock" (task_id, node_patterns) VALUES ('t', '["%%"]')""", ())
-        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN size int;\nALTER TABLE {lock} ADD COLUMN colour text;')
+        query(
+            config, """INSERT INTO "{}lock" (task_id, node_patterns) VALUES ('t', '["%%"]')""", ()
+        )
+        (tmp_path / 'next.sql').write_text(
+            'ALTER TABLE {queue} ADD COLUMN size int;\nALTER TABLE {lock} ADD COLUMN colour text;'
+        )
         monkeypatch.setattr(schema, 'files', lambda package: tmp_path)
         monkeypatch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
         monkeypatch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
@@ -191,9 +241,12 @@ class TestMigrations:
         assert query(config, 'SELECT task_id, colour FROM "{}lock"') == [('t', None)]
 
     def test_a_migration_that_fails_leaves_the_old_schema(
-            self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         create(config)
-        (tmp_path / 'next.sql').write_text('ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();')
+        (tmp_path / 'next.sql').write_text(
+            'ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();'
+        )
         with monkeypatch.context() as patch:
             patch.setattr(schema, 'files', lambda package: tmp_path)
             patch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
@@ -201,7 +254,14 @@ class TestMigrations:
             with pytest.raises(psycopg2.errors.UndefinedFunction):
                 create(config)
         create(config)
-        assert query(config, "SELECT 1 FROM information_schema.columns WHERE table_name = 'sync_queue' AND column_name = 'size'") == []
+        assert (
+            query(
+                config,
+                "SELECT 1 FROM information_schema.columns WHERE table_name = 'sync_queue' AND "
+                "column_name = 'size'",
+            )
+            == []
+        )
 
 
 class TestTables:
@@ -216,7 +276,9 @@ class TestTables:
     @pytest.mark.parametrize('tokens', ['[3,3)', '[5,)', '[-2,4)'])
     def test_a_row_that_is_no_range_of_tokens_is_refused(self, rows: Rows, tokens: str) -> None:
         with pytest.raises(psycopg2.errors.CheckViolation):
-            rows.run(f'INSERT INTO {rows.tables.assignment} (tokens, version) VALUES (%s, 1)', tokens)
+            rows.run(
+                f'INSERT INTO {rows.tables.assignment} (tokens, version) VALUES (%s, 1)', tokens
+            )
 
     def test_the_tokens_of_a_deleted_node_belong_to_nobody(self, rows: Rows) -> None:
         rows.node('a')
@@ -224,7 +286,9 @@ class TestTables:
         rows.own(0, 10, 'a')
         rows.own(10, 20, 'b', moving_to='a')
         rows.run(f'DELETE FROM {rows.tables.node} WHERE name = %s', 'a')
-        left = rows.run(f'SELECT lower(tokens), node, moving_to FROM {rows.tables.assignment} ORDER BY tokens')
+        left = rows.run(
+            f'SELECT lower(tokens), node, moving_to FROM {rows.tables.assignment} ORDER BY tokens'
+        )
         assert left == [(0, None, None), (10, 'b', None)]
 
     def test_the_guides_queries_work_as_printed(self, rows: Rows) -> None:
@@ -233,24 +297,48 @@ class TestTables:
         rows.own(0, 4, 'a')
         rows.own(4, 6, 'dead')
         rows.own(6, 9, None)
-        assert rows.run("SELECT COUNT(*) FROM sync_node WHERE last_heartbeat > NOW() - INTERVAL '15 seconds'") == [(1,)]
-        assert sorted(rows.run('SELECT node, COUNT(*) as tokens FROM sync_token GROUP BY node')) == [('a', 4), ('dead', 2)]
         assert rows.run(
-            "SELECT name FROM sync_node WHERE last_heartbeat > NOW() - INTERVAL '15 seconds' ORDER BY created_on LIMIT 1") == [('a',)]
-        assert [row[0] for row in rows.run('SELECT token_id FROM sync_token ORDER BY token_id')] == list(range(6))
+            "SELECT COUNT(*) FROM sync_node WHERE last_heartbeat > NOW() - INTERVAL '15 seconds'"
+        ) == [(1,)]
+        assert sorted(
+            rows.run('SELECT node, COUNT(*) as tokens FROM sync_token GROUP BY node')
+        ) == [('a', 4), ('dead', 2)]
+        assert rows.run(
+            "SELECT name FROM sync_node WHERE last_heartbeat > NOW() - INTERVAL '15 seconds' "
+            'ORDER BY created_on LIMIT 1'
+        ) == [('a',)]
+        assert [
+            row[0] for row in rows.run('SELECT token_id FROM sync_token ORDER BY token_id')
+        ] == list(range(6))
 
     def test_heartbeats_leave_the_index_alone(self, rows: Rows) -> None:
         for number in range(20):
             rows.node(f'n{number}')
-        with contextlib.closing(psycopg2.connect(
-                host=rows.config.host, port=rows.config.port, dbname=rows.config.dbname, user=rows.config.user,
-                password=rows.config.password)) as connection, connection, connection.cursor() as cursor:
+        with (
+            contextlib.closing(
+                psycopg2.connect(
+                    host=rows.config.host,
+                    port=rows.config.port,
+                    dbname=rows.config.dbname,
+                    user=rows.config.user,
+                    password=rows.config.password,
+                )
+            ) as connection,
+            connection,
+            connection.cursor() as cursor,
+        ):
             for _ in range(10):
-                cursor.execute(f'UPDATE {rows.tables.node} SET beat = beat + 1, last_heartbeat = clock_timestamp()')
+                cursor.execute(
+                    f'UPDATE {rows.tables.node} SET beat = beat + 1, last_heartbeat = '
+                    'clock_timestamp()'
+                )
             cursor.execute(
-                'SELECT pg_stat_get_xact_tuples_hot_updated(oid), pg_stat_get_xact_tuples_updated(oid) '
-                "FROM pg_class WHERE relname = 'sync_node'")
+                'SELECT pg_stat_get_xact_tuples_hot_updated(oid), '
+                'pg_stat_get_xact_tuples_updated(oid) '
+                "FROM pg_class WHERE relname = 'sync_node'"
+            )
             hot, updated = cursor.fetchone() or (0, 0)
-        # In one transaction no old version can be cleared away, so a page's reserve lasts for a few rounds only.
+        # In one transaction no old version can be cleared away, so a page's reserve lasts for a few
+        # rounds only.
         assert updated == 200
         assert hot > 0.5 * updated

@@ -1,4 +1,7 @@
-"""Many nodes that start at once: each holds the cluster's row for one message, waits quietly, and nobody gives up because others join."""
+"""Many nodes that start at once: each holds the cluster's row for one message, waits quietly, and
+nobody gives up because others join.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -25,8 +28,11 @@ MakeConfig = Callable[..., CoordinationConfig]
 
 
 def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wait(
-        make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(heartbeat_interval_sec=5, heartbeat_timeout_sec=15, rebalance_check_interval_sec=30)
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        heartbeat_interval_sec=5, heartbeat_timeout_sec=15, rebalance_check_interval_sec=30
+    )
     asked: Counter[str] = Counter()
     looks = 0
     handle, look = Control.handle, schema._look
@@ -57,12 +63,23 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
         thread.start()
     try:
         eventually(lambda: query(config, "SELECT to_regclass('sync_node')::text")[0][0], timeout=60)
-        eventually(lambda: len(query(config, 'SELECT name FROM "{}node"')) == NODES or failures, timeout=60)
+        eventually(
+            lambda: len(query(config, 'SELECT name FROM "{}node"')) == NODES or failures, timeout=60
+        )
         waiting = asked['Refresh']
         eventually(lambda: len(entered) == NODES or failures, timeout=60)
         assert not failures
-        eventually(lambda: query(config, 'SELECT sum(upper(tokens) - lower(tokens)) FROM "{}assignment" WHERE node IS NOT NULL')[0][0]
-                   == config.total_tokens, timeout=30)
+        eventually(
+            lambda: (
+                query(
+                    config,
+                    'SELECT sum(upper(tokens) - lower(tokens)) FROM "{}assignment" WHERE node IS '
+                    'NOT NULL',
+                )[0][0]
+                == config.total_tokens
+            ),
+            timeout=30,
+        )
         # Four looks a second for four seconds would be sixteen each.
         assert waiting <= 3 * NODES, asked
         assert asked['Refresh'] <= 9 * NODES, asked
@@ -74,7 +91,9 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
             thread.join(60)
 
 
-def test_a_join_into_a_formed_cluster_is_one_message(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_into_a_formed_cluster_is_one_message(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cluster's row is held for no round trip of a client that may be slow to answer."""
     config = make_config()
     sent: list[str] = []
@@ -88,23 +107,36 @@ def test_a_join_into_a_formed_cluster_is_one_message(make_config: MakeConfig, mo
         control, connection = Control(config, rows.tables, None), Connection.open(config, 'test')
         try:
             process = Process('here', 'boot', 'ns', 7, '99')
-            assert isinstance(control.handle(connection, Join('a', 'life of a', process, 1.0, False)), Joined)
+            assert isinstance(
+                control.handle(connection, Join('a', 'life of a', process, 1.0, False)), Joined
+            )
             monkeypatch.setattr(Connection, 'execute', counted)
             for name in 'bc':
                 sent.clear()
-                assert isinstance(control.handle(connection, Join(name, f'life of {name}', process, 1.0, False)), Joined)
+                assert isinstance(
+                    control.handle(connection, Join(name, f'life of {name}', process, 1.0, False)),
+                    Joined,
+                )
                 assert len(sent) == 1
             # The same again has happened already; another life of the name is refused.
-            assert isinstance(control.handle(connection, Join('b', 'life of b', process, 1.0, False)), Joined)
-            assert not isinstance(control.handle(connection, Join('b', 'another life', process, 1.0, False)), Joined)
-            assert [row[0] for row in rows.run(f'SELECT name FROM {rows.tables.node} ORDER BY created_on')] == ['a', 'b', 'c']
+            assert isinstance(
+                control.handle(connection, Join('b', 'life of b', process, 1.0, False)), Joined
+            )
+            assert not isinstance(
+                control.handle(connection, Join('b', 'another life', process, 1.0, False)), Joined
+            )
+            assert [
+                row[0]
+                for row in rows.run(f'SELECT name FROM {rows.tables.node} ORDER BY created_on')
+            ] == ['a', 'b', 'c']
             assert control.handle(connection, Refresh('b', 'life of b')) is not None
         finally:
             connection.close()
 
 
 def test_a_node_that_meets_a_busy_cluster_keeps_its_connection_and_enters_when_it_can(
-        make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config()
     create_schema(config)
     opened = []
@@ -126,7 +158,12 @@ def test_a_node_that_meets_a_busy_cluster_keeps_its_connection_and_enters_when_i
 
         patch.setattr(Connection, 'open', classmethod(counted))
         holder = psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+        )
         entered = threading.Event()
 
         def run() -> None:

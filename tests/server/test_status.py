@@ -1,4 +1,5 @@
 """What an operator is shown agrees with the tables; a drain is a request that nodes hear."""
+
 from __future__ import annotations
 
 import datetime
@@ -33,7 +34,9 @@ def lock(rows: Rows, task_id: str, *patterns: str) -> None:
     ask(rows, locks.register, [(task_id, patterns, 'why', None)], 'tester')
 
 
-def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads(rows: Rows) -> None:
+def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads(
+    rows: Rows,
+) -> None:
     rows.node('silent', age=30)
     rows.node('second')
     rows.node('third', state='draining', weight=2)
@@ -41,8 +44,14 @@ def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads
     rows.own(6_000, 7_000, 'third', moving_to='second')
     rows.own(7_000, 10_000, None)
     found = ask(rows, status.nodes)
-    assert [(node['name'], node['alive'], node['is_leader'], node['tokens'], node['leaving']) for node in found] == [
-        ('silent', False, False, 0, 0), ('second', True, True, 6_000, 0), ('third', True, False, 1_000, 1_000)]
+    assert [
+        (node['name'], node['alive'], node['is_leader'], node['tokens'], node['leaving'])
+        for node in found
+    ] == [
+        ('silent', False, False, 0, 0),
+        ('second', True, True, 6_000, 0),
+        ('third', True, False, 1_000, 1_000),
+    ]
     assert (found[2]['state'], found[2]['weight']) == ('draining', 2)
     assert 30 <= found[0]['age_sec'] < 60
 
@@ -58,7 +67,10 @@ def test_the_assignment_comes_back_as_segments(rows: Rows) -> None:
     rows.node('b')
     rows.own(5, 10_000, 'b')
     rows.own(0, 5, 'a', moving_to='b')
-    assert ask(rows, status.assignment) == [Segment(0, 5, 'a', True, 'b', False, 1), Segment(5, 10_000, 'b', version=1)]
+    assert ask(rows, status.assignment) == [
+        Segment(0, 5, 'a', True, 'b', False, 1),
+        Segment(5, 10_000, 'b', version=1),
+    ]
     assert ask(rows, status.owner, 4) == 'a'
     assert ask(rows, status.owner, 10_000) is None
 
@@ -71,7 +83,10 @@ def test_rebalances_come_newest_first_up_to_the_limit(rows: Rows) -> None:
 
 def test_the_cluster_tells_its_settings(rows: Rows) -> None:
     found = ask(rows, status.cluster)
-    assert (found['total_tokens'], found['hash_function']) == (rows.config.total_tokens, rows.config.hash_function)
+    assert (found['total_tokens'], found['hash_function']) == (
+        rows.config.total_tokens,
+        rows.config.hash_function,
+    )
 
 
 def listen(listener: Connection, heard: list[str]) -> bool:
@@ -88,7 +103,12 @@ class TestExplain:
         lock(rows, 't', 'gold-%', 'gpu-%')
         token = task_to_token('t', 10_000, 'double_sha256')
         found = ask(rows, status.explain, 't', token)
-        assert (found['owner'], found['token'], found['pattern'], found['next']) == ('gpu-1', token, 'gpu-%', 'gpu-2')
+        assert (found['owner'], found['token'], found['pattern'], found['next']) == (
+            'gpu-1',
+            token,
+            'gpu-%',
+            'gpu-2',
+        )
         assert found['lock']['reason'] == 'why'
         assert found['since'] is not None
         assert not found['blocked']
@@ -98,13 +118,20 @@ class TestExplain:
         rows.node('b')
         rows.own(0, 10_000, 'a')
         found = ask(rows, status.explain, 't', 7)
-        assert (found['lock'], found['pattern'], found['owner'], found['next']) == (None, None, 'a', 'b')
+        assert (found['lock'], found['pattern'], found['owner'], found['next']) == (
+            None,
+            None,
+            'a',
+            'b',
+        )
 
     def test_another_locked_task_on_the_token_is_named(self, rows: Rows) -> None:
         rows.node('a')
         rows.own(0, 10_000, 'a')
         lock(rows, 'pinned', 'a')
-        assert ask(rows, status.explain, 'free', task_to_token('pinned', 10_000, 'double_sha256'))['others'] == ['pinned']
+        assert ask(rows, status.explain, 'free', task_to_token('pinned', 10_000, 'double_sha256'))[
+            'others'
+        ] == ['pinned']
 
     def test_a_blocked_task_has_no_owner_and_nobody_next(self, rows: Rows) -> None:
         rows.node('a')
@@ -112,9 +139,21 @@ class TestExplain:
         token = task_to_token('t', 10_000, 'double_sha256')
         rows.own(token, token + 1, None, blocked=True)
         found = ask(rows, status.explain, 't', token)
-        assert (found['owner'], found['blocked'], found['pattern'], found['next'], found['since']) == (None, True, None, None, None)
+        assert (
+            found['owner'],
+            found['blocked'],
+            found['pattern'],
+            found['next'],
+            found['since'],
+        ) == (None, True, None, None, None)
         assert ask(rows, status.blocked) == [
-            {'lo': token, 'hi': token + 1, 'node': None, 'locks': [{'task_id': 't', 'node_patterns': ['nowhere']}]}]
+            {
+                'lo': token,
+                'hi': token + 1,
+                'node': None,
+                'locks': [{'task_id': 't', 'node_patterns': ['nowhere']}],
+            }
+        ]
 
     def test_before_the_first_plan(self, rows: Rows) -> None:
         assert ask(rows, status.explain, 't', 1)['owner'] is None
@@ -173,9 +212,14 @@ class TestPlanWithout:
         rows.node('cpu')
         rows.own(0, 5_000, 'gpu')
         rows.own(5_000, 10_000, 'cpu')
-        task_id = next(str(n) for n in range(1_000) if task_to_token(n, 10_000, 'double_sha256') < 5_000)
+        task_id = next(
+            str(n) for n in range(1_000) if task_to_token(n, 10_000, 'double_sha256') < 5_000
+        )
         lock(rows, task_id, 'gpu')
-        assert ask(rows, status.plan_without, 'gpu') == [Move('gpu', 'cpu', 4_999), Move('gpu', None, 1)]
+        assert ask(rows, status.plan_without, 'gpu') == [
+            Move('gpu', 'cpu', 4_999),
+            Move('gpu', None, 1),
+        ]
 
     def test_a_silent_node_receives_nothing(self, rows: Rows) -> None:
         rows.node('a')
@@ -191,10 +235,18 @@ def test_what_was_done_with_a_task_is_told(rows: Rows) -> None:
     with rows.sessions.session() as connection:
         tasks.claim(connection, rows.tables, 'a', 'life of a', today, [('t', 1)])
     found = ask(rows, status.explain, 't', 1)
-    assert (found['claim']['node'], found['claim']['promised'], found['audit']) == ('a', False, None)
+    assert (found['claim']['node'], found['claim']['promised'], found['audit']) == (
+        'a',
+        False,
+        None,
+    )
     with rows.sessions.session() as connection:
         tasks.audit(connection, rows.tables, 'a', today, [('t', 1)])
     found = ask(rows, status.explain, 't', 1)
-    assert found['claim'] is None and (found['audit']['node'], found['audit']['date'], found['audit']['counts']) == ('a', today, True)
+    assert found['claim'] is None and (
+        found['audit']['node'],
+        found['audit']['date'],
+        found['audit']['counts'],
+    ) == ('a', today, True)
     rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
     assert not ask(rows, status.explain, 't', 1)['audit']['counts']

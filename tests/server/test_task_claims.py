@@ -1,4 +1,7 @@
-"""Claims say what is true, everywhere: in forked children, on tokens that come and go, and without waiting for the database."""
+"""Claims say what is true, everywhere: in forked children, on tokens that come and go, and without
+waiting for the database.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -82,7 +85,9 @@ def owned(job: Job) -> set[int]:
 
 
 class TestChildren:
-    def test_a_child_from_before_a_gain_knows_what_others_have_taken(self, config: CoordinationConfig) -> None:
+    def test_a_child_from_before_a_gain_knows_what_others_have_taken(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config, 'a') as a, node(config, 'b') as b:
             eventually(lambda: len(owned(b)) > 50 and len(owned(a)) + len(owned(b)) == len(TASKS))
             with child_of(a) as says:
@@ -98,7 +103,9 @@ class TestChildren:
                 b.write_audit()
                 assert says() == set(TASKS) - taken
 
-    def test_what_a_node_had_taken_is_free_for_all_when_it_is_gone(self, config: CoordinationConfig) -> None:
+    def test_what_a_node_had_taken_is_free_for_all_when_it_is_gone(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config, 'a') as a, node(config, 'b') as b:
             eventually(lambda: len(owned(b)) > 50 and len(owned(a)) + len(owned(b)) == len(TASKS))
             with child_of(a) as says:
@@ -108,10 +115,14 @@ class TestChildren:
                 b.drain()
                 eventually(lambda: len(a.my_tokens) == config.total_tokens)
                 assert says() == set(TASKS) - taken
-                query(config, """DELETE FROM "{}node" WHERE name = 'b' RETURNING 1""")  # it comes back, as another life, and drains
+                query(
+                    config, """DELETE FROM "{}node" WHERE name = 'b' RETURNING 1"""
+                )  # it comes back, as another life, and drains
                 eventually(lambda: says() == set(TASKS))
 
-    def test_what_children_take_is_audited_when_the_node_leaves(self, config: CoordinationConfig) -> None:
+    def test_what_children_take_is_audited_when_the_node_leaves(
+        self, config: CoordinationConfig
+    ) -> None:
         with node(config, 'other') as other:
             with node(config, 'a') as a:
                 eventually(lambda: len(owned(a)) > 50)
@@ -123,12 +134,27 @@ class TestChildren:
             assert audited == [(task, 'a') for task in mine[:8]]
             assert query(config, 'SELECT count(*) FROM "{}claim"') == [(0,)]
             eventually(lambda: len(other.my_tokens) == config.total_tokens)
-            assert {task for task in TASKS if other.can_claim_task(task)} == set(TASKS) - set(mine[:8])
+            assert {task for task in TASKS if other.can_claim_task(task)} == set(TASKS) - set(
+                mine[:8]
+            )
 
-    @pytest.mark.parametrize('took', [False, True], ids=['no child took a task', 'a child took a task'])
-    def test_leaving_without_the_database_fails_where_an_audit_of_children_is_lost(self, config: CoordinationConfig, took: bool) -> None:
+    @pytest.mark.parametrize(
+        'took', [False, True], ids=['no child took a task', 'a child took a task']
+    )
+    def test_leaving_without_the_database_fails_where_an_audit_of_children_is_lost(
+        self, config: CoordinationConfig, took: bool
+    ) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
-            a = node(replace(config, host=proxy.host, port=proxy.port, connect_timeout_sec=1, release_timeout_sec=1), 'a')
+            a = node(
+                replace(
+                    config,
+                    host=proxy.host,
+                    port=proxy.port,
+                    connect_timeout_sec=1,
+                    release_timeout_sec=1,
+                ),
+                'a',
+            )
             with a:
                 eventually(lambda: a.owns(min(TASKS)))
                 assert in_child(lambda: a.owns(min(TASKS)))
@@ -139,7 +165,9 @@ class TestChildren:
                 with pytest.raises(DatabaseUnavailable) if took else contextlib.nullcontext():
                     a.__exit__(None, None, None)
 
-    def test_a_child_that_unwinds_through_the_block_audits_what_it_finished(self, config: CoordinationConfig) -> None:
+    def test_a_child_that_unwinds_through_the_block_audits_what_it_finished(
+        self, config: CoordinationConfig
+    ) -> None:
         def work(job: Job, tasks: list[int]) -> bool:
             try:
                 for task in tasks:
@@ -154,7 +182,9 @@ class TestChildren:
             a.add_task(TASKS[0])
             assert in_child(lambda: work(a, list(TASKS[1:4])))
             assert query(config, 'SELECT task_id::int FROM "{}audit" ORDER BY 1') == [(1,), (2,)]
-            assert query(config, 'SELECT task_id::int FROM "{}claim" ORDER BY 1') == [(0,)], 'of the parent; the unfinished one is free'
+            assert query(config, 'SELECT task_id::int FROM "{}claim" ORDER BY 1') == [(0,)], (
+                'of the parent; the unfinished one is free'
+            )
             assert a.am_i_healthy()
 
     def test_children_take_nothing_while_the_node_leaves(self, config: CoordinationConfig) -> None:
@@ -176,14 +206,20 @@ class TestWithoutTheDatabase:
                 promised = min(owned(a))
                 assert a.can_claim_task(promised)
                 a.drain()
-                eventually(lambda: query(config, 'SELECT task_id::int FROM "{}claim" WHERE promised') == [(promised,)])
+                eventually(
+                    lambda: (
+                        query(config, 'SELECT task_id::int FROM "{}claim" WHERE promised')
+                        == [(promised,)]
+                    )
+                )
                 proxy.switch(Mode.SWALLOW)
                 began = time.monotonic()
                 for task in TASKS:
                     a.can_claim_task(task)
                 assert time.monotonic() - began < 0.5
                 proxy.heal()
-                # Taken back in the background once the network is there again, and free for its new owner then.
+                # Taken back in the background once the network is there again, and free for its new
+                # owner then.
                 eventually(lambda: b.can_claim_task(promised), timeout=20)
 
     def test_nobody_waits_to_hear_who_took_a_task(self, make_config: MakeConfig) -> None:
@@ -201,21 +237,30 @@ class TestWithoutTheDatabase:
 
 
 class TestVolume:
-    def test_many_audited_tasks_are_taken_in_pieces_while_heartbeats_go_on(self, make_config: MakeConfig) -> None:
+    def test_many_audited_tasks_are_taken_in_pieces_while_heartbeats_go_on(
+        self, make_config: MakeConfig
+    ) -> None:
         """A node with short limits: one statement for all of them would take longer than it may."""
         config = make_config(heartbeat_interval_sec=0.5, heartbeat_timeout_sec=2, total_tokens=1000)
         create_schema(config)
         count = 200_000
-        query(config, f"""
+        query(
+            config,
+            f"""
             INSERT INTO "{{}}audit" (node, task_id, date, token, epoch)
             SELECT 'old', i::text, current_date,
-                   ('x' || left(encode(sha256(sha256(convert_to(i::text, 'UTF8'))), 'hex'), 15))::bit(60)::bigint %% 1000, 1
-            FROM generate_series(1, {count}) AS i RETURNING 1""")
-        # The first 8 bytes modulo the tokens, computed with 60 bits: wrong tokens would only make the test say too little.
+                   ('x' || left(encode(sha256(sha256(convert_to(i::text, 'UTF8'))), 'hex'),
+                       15))::bit(60)::bigint %% 1000, 1
+            FROM generate_series(1, {count}) AS i RETURNING 1""",
+        )
+        # The first 8 bytes modulo the tokens, computed with 60 bits: wrong tokens would only make
+        # the test say too little.
         query(config, 'UPDATE "{}audit" SET token = NULL WHERE token %% 100 = 0 RETURNING 1')
         query(config, 'UPDATE "{}cluster" SET epoch = 1, total_tokens = 1000 RETURNING 1')
         with node(config, 'a', date=datetime.date.today(), resume=True) as a:
             eventually(lambda: len(a.my_tokens) == config.total_tokens, timeout=60)
             assert node_of(a).protocol.evictions == 0 and a.am_i_healthy()
             assert len(node_of(a).claims.exclusions) == count
-            assert os.fstat(node_of(a).claims.exclusions._file.fileno()).st_blocks * 512 < 12 * count
+            assert (
+                os.fstat(node_of(a).claims.exclusions._file.fileno()).st_blocks * 512 < 12 * count
+            )

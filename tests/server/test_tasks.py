@@ -1,4 +1,7 @@
-"""Claims and audits: one node takes a task for a date, whoever else tries, at whatever moment the token moves."""
+"""Claims and audits: one node takes a task for a date, whoever else tries, at whatever moment the
+token moves.
+"""
+
 from __future__ import annotations
 
 import datetime
@@ -32,7 +35,13 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
         yield found
 
 
-def claim(rows: Rows, node: str, *wanted: tuple[str, int], life: str | None = None, date: datetime.date = TODAY) -> list[str]:
+def claim(
+    rows: Rows,
+    node: str,
+    *wanted: tuple[str, int],
+    life: str | None = None,
+    date: datetime.date = TODAY,
+) -> list[str]:
     with rows.sessions.session() as connection:
         return tasks.claim(connection, rows.tables, node, life or f'life of {node}', date, wanted)
 
@@ -48,7 +57,12 @@ def taken(rows: Rows, node: str, text: str, date: datetime.date = TODAY) -> bool
 
 
 def move(rows: Rows, lo: int, hi: int, node: str) -> None:
-    rows.run(f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens = int4range(%s, %s)', node, lo, hi)
+    rows.run(
+        f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens = int4range(%s, %s)',
+        node,
+        lo,
+        hi,
+    )
 
 
 class TestClaim:
@@ -73,7 +87,9 @@ class TestClaim:
         move(rows, 0, 5_000, 'b')
         rows.run(f'DELETE FROM {rows.tables.node} WHERE name = %s', 'a')
         assert claim(rows, 'b', ('t', 1)) == ['t']
-        assert rows.run(f'SELECT node, incarnation, token FROM {rows.tables.claim}') == [('b', 'life of b', 1)]
+        assert rows.run(f'SELECT node, incarnation, token FROM {rows.tables.claim}') == [
+            ('b', 'life of b', 1)
+        ]
 
     def test_the_claim_of_a_former_life_is_replaced(self, rows: Rows) -> None:
         claim(rows, 'a', ('t', 1))
@@ -103,7 +119,9 @@ class TestClaim:
         with rows.sessions.session() as connection:
             with connection.cursor() as cursor:
                 cursor.execute('SELECT 1')
-            assert tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1)]) == ['t']
+            assert tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1)]) == [
+                't'
+            ]
             connection.rollback()
         assert not taken(rows, 'b', 't')
 
@@ -112,7 +130,9 @@ class TestClaim:
 
 
 class TestMovingTokens:
-    """I1 for tasks: the hand-over and the claim meet in the database, and one of them comes first."""
+    """I1 for tasks: the hand-over and the claim meet in the database, and one of them comes
+    first.
+    """
 
     def test_a_claim_that_waits_for_a_hand_over_is_refused(self, rows: Rows) -> None:
         self._race(rows, commit=True)
@@ -126,8 +146,12 @@ class TestMovingTokens:
         self.accepted: list[list[str]] = []
         with rows.sessions.session() as giver:
             with giver.cursor() as cursor:
-                cursor.execute(f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',))
-            thread = threading.Thread(target=lambda: self.accepted.append(claim(rows, 'a', ('t', 1))))
+                cursor.execute(
+                    f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',)
+                )
+            thread = threading.Thread(
+                target=lambda: self.accepted.append(claim(rows, 'a', ('t', 1)))
+            )
             thread.start()
             eventually(lambda: rows.waiting() == 1)
             if commit:
@@ -136,11 +160,15 @@ class TestMovingTokens:
                 giver.rollback()
             thread.join()
 
-    def test_a_claim_that_waits_for_a_plan_is_accepted_though_the_token_leaves_memory_meanwhile(self, rows: Rows) -> None:
+    def test_a_claim_that_waits_for_a_plan_is_accepted_though_the_token_leaves_memory_meanwhile(
+        self, rows: Rows
+    ) -> None:
         local = Claims(rows.config.total_tokens)
         local.replace(TokenSet([(0, 5_000)]))
         local.extend(clock.now() + 60)
-        book = TaskBook(local, rows.sessions, rows.config, rows.tables, 'a', TODAY, lambda: 'life of a')
+        book = TaskBook(
+            local, rows.sessions, rows.config, rows.tables, 'a', TODAY, lambda: 'life of a'
+        )
         mine = next(task for task in range(1_000) if book.token_of(task) < 5_000)
         failures: list[ClaimLost] = []
 
@@ -158,7 +186,8 @@ class TestMovingTokens:
             cursor.execute(f'DELETE FROM {rows.tables.assignment} WHERE node = %s', ('a',))
             cursor.execute(
                 f'INSERT INTO {rows.tables.assignment} (tokens, node, moving, moving_to, version) '
-                "VALUES (int4range(0, 5000), 'a', true, 'b', 2)")
+                "VALUES (int4range(0, 5000), 'a', true, 'b', 2)"
+            )
             thread.start()
             assert promised.wait(10)
             eventually(lambda: rows.waiting() == 1)
@@ -176,7 +205,9 @@ class TestMovingTokens:
             with rows.sessions.session() as giver, giver.cursor() as cursor:
                 cursor.execute("SET LOCAL lock_timeout = '100ms'")
                 with pytest.raises(psycopg2.errors.LockNotAvailable):
-                    cursor.execute(f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',))
+                    cursor.execute(
+                        f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',)
+                    )
                 giver.rollback()
         move(rows, 0, 5_000, 'b')
         assert taken(rows, 'b', 't')
@@ -202,7 +233,9 @@ class TestAudit:
         audit(rows, 'a', 't')
         assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == [('u',)]
         with rows.sessions.session() as connection:
-            assert tasks.get_audit(connection, rows.tables, TODAY) == [{'node': 'a', 'task_id': 't'}]
+            assert tasks.get_audit(connection, rows.tables, TODAY) == [
+                {'node': 'a', 'task_id': 't'}
+            ]
             assert tasks.get_audit(connection, rows.tables, TOMORROW) == []
 
     def test_a_second_time_changes_nothing(self, rows: Rows) -> None:
@@ -245,14 +278,27 @@ class TestChildren:
     def test_what_a_child_took_is_audited_and_not_released(self, rows: Rows) -> None:
         with rows.sessions.session() as connection:
             tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('mine', 1)])
-            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('of a child', 2), ('of another', 3)], 77)
+            tasks.claim(
+                connection,
+                rows.tables,
+                'a',
+                'life of a',
+                TODAY,
+                [('of a child', 2), ('of another', 3)],
+                77,
+            )
             tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('of another', 3)], 78)
             assert tasks.release_claims(connection, rows.tables, 'a', 'life of a') == 1
             assert tasks.audit_children(connection, rows.tables, 'a', 'a former life', TODAY) == 0
             assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY, 78) == 1
-            assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit}') == []  # not committed yet
+            assert (
+                rows.run(f'SELECT task_id, node FROM {rows.tables.audit}') == []
+            )  # not committed yet
             assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY) == 1
-        assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit} ORDER BY 1') == [('of a child', 'a'), ('of another', 'a')]
+        assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit} ORDER BY 1') == [
+            ('of a child', 'a'),
+            ('of another', 'a'),
+        ]
         assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == []
 
     def test_the_claims_of_a_child_are_released_by_name(self, rows: Rows) -> None:
@@ -268,8 +314,15 @@ class TestPromises:
     @staticmethod
     def promise(rows: Rows, text: str, age: str = '0 seconds') -> None:
         rows.run(
-            f'INSERT INTO {rows.tables.claim} (node, task_id, created_on, date, token, incarnation, promised) '
-            'VALUES (%s, %s, now() - %s::interval, %s, 5000, %s, true)', 'a', text, age, TODAY, 'life of a')
+            f'INSERT INTO {rows.tables.claim} (node, task_id, created_on, date, token, '
+            'incarnation, promised) '
+            'VALUES (%s, %s, now() - %s::interval, %s, 5000, %s, true)',
+            'a',
+            text,
+            age,
+            TODAY,
+            'life of a',
+        )
 
     @staticmethod
     def take_back(rows: Rows, text: str, life: str = 'life of a') -> bool:

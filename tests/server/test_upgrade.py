@@ -1,4 +1,7 @@
-"""The tables are brought forward while nodes of the released version 3 run: whatever is in the way, nobody waits for long behind it."""
+"""The tables are brought forward while nodes of the released version 3 run: whatever is in the way,
+nobody waits for long behind it.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,9 +32,11 @@ BEAT = """
 UPDATE "{}node" AS n SET beat = beat + 1, last_heartbeat = clock_timestamp()
 WHERE n.name = 'n1' AND n.incarnation = 'life of n1'
 RETURNING (SELECT c.version FROM "{}cluster" AS c), n.state,
-    (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.created_on, o.name)::text
+    (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat) ORDER BY o.created_on,
+        o.name)::text
      FROM "{}node" AS o WHERE (o.created_on, o.name) < (n.created_on, n.name))"""
-#: A heartbeat waits behind two locks that are tried for a tenth of a second each; the rest is the load of the machine.
+#: A heartbeat waits behind two locks that are tried for a tenth of a second each; the rest is the
+#: load of the machine.
 LONGEST_SEC = 1.0
 
 
@@ -39,12 +44,19 @@ LONGEST_SEC = 1.0
 def old(config: CoordinationConfig) -> CoordinationConfig:
     """A cluster of version 3 with a node, a lock, an audited task and a completed key."""
     tables = Tables(config.appname)
-    query(config, ''.join(schema._render(tables, name) for number, name in MIGRATIONS if number <= RELEASED))
-    query(config, """
-        INSERT INTO "{}node" (name, incarnation, state, lease_sec) VALUES ('n1', 'life of n1', 'active', 9);
+    query(
+        config,
+        ''.join(schema._render(tables, name) for number, name in MIGRATIONS if number <= RELEASED),
+    )
+    query(
+        config,
+        """
+        INSERT INTO "{}node" (name, incarnation, state, lease_sec) VALUES ('n1', 'life of n1',
+            'active', 9);
         INSERT INTO "{}lock" (task_id, node_patterns) VALUES ('t', '["n1"]');
         INSERT INTO "{}audit" (node, task_id, date) VALUES ('n1', 'done', '2026-01-01');
-        INSERT INTO "{}execution" (key, state, fence) VALUES ('key', 'done', 7)""")
+        INSERT INTO "{}execution" (key, state, fence) VALUES ('key', 'done', 7)""",
+    )
     assert version(config) == RELEASED
     return config
 
@@ -54,16 +66,27 @@ def version(config: CoordinationConfig) -> int:
 
 
 def rows(config: CoordinationConfig) -> list[tuple[object, ...]]:
-    return query(config, """
-        SELECT n.name, l.task_id, a.task_id, e.fence FROM "{}node" AS n, "{}lock" AS l, "{}audit" AS a, "{}execution" AS e""")
+    return query(
+        config,
+        """
+        SELECT n.name, l.task_id, a.task_id, e.fence FROM "{}node" AS n, "{}lock" AS l, "{}audit" AS
+            a, "{}execution" AS e""",
+    )
 
 
 @contextlib.contextmanager
 def transaction(config: CoordinationConfig, sql: str) -> Iterator[psycopg2.extensions.connection]:
     """Somebody's transaction that stays open."""
-    with contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password,
-            application_name='nightly report')) as connection:
+    with contextlib.closing(
+        psycopg2.connect(
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+            application_name='nightly report',
+        )
+    ) as connection:
         with connection.cursor() as cursor:
             cursor.execute(sql.replace('{}', config.appname))
         yield connection
@@ -105,13 +128,18 @@ def longest_beat(config: CoordinationConfig, number: int = 40) -> float:
     return longest
 
 
-@pytest.mark.parametrize(('in_the_way', 'reached'), [
-    ('SELECT FROM "{}node", "{}cluster"', 3),
-    ('LOCK TABLE "{}execution" IN SHARE UPDATE EXCLUSIVE MODE', 4),  # as vacuum does
-    ('SELECT FROM "{}execution"; SELECT FROM "{}audit"', 6),
-    ('SELECT FROM "{}queue"', 7),
-])
-def test_heartbeats_hardly_wait_for_an_upgrade_that_waits_for_somebody(old: CoordinationConfig, in_the_way: str, reached: int) -> None:
+@pytest.mark.parametrize(
+    ('in_the_way', 'reached'),
+    [
+        ('SELECT FROM "{}node", "{}cluster"', 3),
+        ('LOCK TABLE "{}execution" IN SHARE UPDATE EXCLUSIVE MODE', 4),  # as vacuum does
+        ('SELECT FROM "{}execution"; SELECT FROM "{}audit"', 6),
+        ('SELECT FROM "{}queue"', 7),
+    ],
+)
+def test_heartbeats_hardly_wait_for_an_upgrade_that_waits_for_somebody(
+    old: CoordinationConfig, in_the_way: str, reached: int
+) -> None:
     with transaction(old, in_the_way) as reader:
         upgrade = Upgrade(old)
         eventually(lambda: version(old) == reached, timeout=30)
@@ -124,15 +152,21 @@ def test_heartbeats_hardly_wait_for_an_upgrade_that_waits_for_somebody(old: Coor
 
 
 def test_no_migration_holds_the_cluster_while_it_waits_for_a_table(old: CoordinationConfig) -> None:
-    """Not even for a moment: the cluster's lock keeps joins and hand-overs out, and the tables' locks everybody."""
+    """Not even for a moment: the cluster's lock keeps joins and hand-overs out, and the tables'
+    locks everybody.
+    """
     with transaction(old, 'SELECT FROM "{}audit"') as reader:
         upgrade = Upgrade(old)
         eventually(lambda: version(old) == 6, timeout=30)
         held = 0
         for _ in range(60):
-            held += query(old, """
-                SELECT count(*) FROM pg_locks AS l WHERE l.granted AND l.mode = 'AccessExclusiveLock'
-                    AND l.relation IN ('"{}cluster"'::regclass, '"{}node"'::regclass)""")[0][0]
+            held += query(
+                old,
+                """
+                SELECT count(*) FROM pg_locks AS l WHERE l.granted AND l.mode =
+                    'AccessExclusiveLock'
+                    AND l.relation IN ('"{}cluster"'::regclass, '"{}node"'::regclass)""",
+            )[0][0]
             threading.Event().wait(0.02)
         assert held == 0
         reader.commit()
@@ -150,17 +184,31 @@ def test_nodes_that_upgrade_at_once_do_it_once(old: CoordinationConfig) -> None:
     assert version(old) == SCHEMA_VERSION and rows(old) == [('n1', 't', 'done', 7)]
 
 
-def test_an_upgrade_that_is_killed_between_two_versions_is_carried_on_by_the_next_start(old: CoordinationConfig) -> None:
-    program = '''
+def test_an_upgrade_that_is_killed_between_two_versions_is_carried_on_by_the_next_start(
+    old: CoordinationConfig,
+) -> None:
+    program = """
 import json, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.store.schema import create_schema
 create_schema(CoordinationConfig(**json.load(sys.stdin)))
-'''
-    settings = {name: getattr(old, name) for name in ('host', 'port', 'dbname', 'user', 'password', 'heartbeat_interval_sec',
-                                                      'heartbeat_timeout_sec')}
+"""
+    settings = {
+        name: getattr(old, name)
+        for name in (
+            'host',
+            'port',
+            'dbname',
+            'user',
+            'password',
+            'heartbeat_interval_sec',
+            'heartbeat_timeout_sec',
+        )
+    }
     with transaction(old, 'SELECT FROM "{}audit"') as reader:
-        process = subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, '-c', program], stdin=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(settings))
@@ -177,7 +225,9 @@ create_schema(CoordinationConfig(**json.load(sys.stdin)))
 
 
 @pytest.mark.parametrize('number', [number for number, _ in MIGRATIONS if number > RELEASED])
-def test_a_migration_that_fails_leaves_the_version_before_it(old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_migration_that_fails_leaves_the_version_before_it(
+    old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     name = dict(MIGRATIONS)[number]
     render = schema._render
     before = max(other for other, _ in MIGRATIONS if other < number)
@@ -201,19 +251,29 @@ def test_a_table_that_was_dropped_from_an_old_version_comes_back(old: Coordinati
     assert version(old) == SCHEMA_VERSION and query(old, 'SELECT place FROM "{}queue"') == []
 
 
-def test_who_is_in_the_way_for_a_minute_is_named(old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_in_the_way_for_a_minute_is_named(
+    old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(schema, '_PATIENCE_SEC', 1.5)
     with transaction(old, 'SELECT FROM "{}audit"') as reader:
         upgrade = Upgrade(old)
         upgrade.join(60)
         assert isinstance(upgrade.error, StoreTimeout)
         told = str(upgrade.error)
-        assert "application 'nightly report'" in told and f'pid {reader.info.backend_pid}' in told and 'sync_audit' in told, told
+        assert (
+            "application 'nightly report'" in told
+            and f'pid {reader.info.backend_pid}' in told
+            and 'sync_audit' in told
+        ), told
     assert version(old) == 6
 
 
-def test_an_automatic_vacuum_gets_the_second_that_it_takes_to_give_way(old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it holds looks like this; it ends itself when somebody has waited for deadlock_timeout."""
+def test_an_automatic_vacuum_gets_the_second_that_it_takes_to_give_way(
+    old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds looks like this; it ends itself when somebody has waited for
+    deadlock_timeout.
+    """
     waits: list[float] = []
     migrate = schema._migrate
 
@@ -230,7 +290,9 @@ def test_an_automatic_vacuum_gets_the_second_that_it_takes_to_give_way(old: Coor
     assert sum(sec > 1.0 for sec in waits) <= len(waits) / 3 + 1, 'now and then only'
 
 
-def test_the_printed_statements_bring_an_old_version_forward_step_by_step(old: CoordinationConfig) -> None:
+def test_the_printed_statements_bring_an_old_version_forward_step_by_step(
+    old: CoordinationConfig,
+) -> None:
     printed = render_schema('sync_')
     with transaction(old, 'SELECT FROM "{}audit"') as reader:
         with pytest.raises(psycopg2.errors.LockNotAvailable):

@@ -1,4 +1,7 @@
-"""What a process or a machine that is gone, or has stopped, had locked is free again soon; whoever meets a lock comes back later."""
+"""What a process or a machine that is gone, or has stopped, had locked is free again soon; whoever
+meets a lock comes back later.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +33,8 @@ from tests.server.cluster import query
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
 
-#: A parent that holds a lock in a transaction, and a child that it forked meanwhile and that outlives it.
+#: A parent that holds a lock in a transaction, and a child that it forked meanwhile and that
+#: outlives it.
 _ORPHANS = """
 import gc, json, os, signal, sys
 from jobsync_core.config import CoordinationConfig
@@ -42,7 +46,10 @@ from jobsync_core.store.schema import Tables
 kind = sys.argv[1]
 config = CoordinationConfig(**json.load(sys.stdin))
 sessions = Sessions(config, 'parent')
-LOCK = 'SET LOCAL idle_in_transaction_session_timeout = 0; SELECT pg_backend_pid(), pg_advisory_xact_lock(4711)'
+LOCK = (
+    'SET LOCAL idle_in_transaction_session_timeout = 0;'
+    ' SELECT pg_backend_pid(), pg_advisory_xact_lock(4711)'
+)
 
 
 def orphan():
@@ -63,7 +70,8 @@ def orphan():
 
 def use_what_is_inherited():
     if kind == 'session':
-        # What a child may do with what it inherited: nothing of it reaches the parent's connection or a descriptor of its own.
+        # What a child may do with what it inherited: nothing of it reaches the parent's
+        # connection or a descriptor of its own.
         mine = [os.open('/dev/null', os.O_RDONLY) for _ in range(20)]
         inherited.close()
         globals().pop('inherited')
@@ -97,7 +105,11 @@ elif kind == 'agent':
     os.read(for_ever[0], 1)
 else:
     ledger = ClusterLedger(sessions, Tables(config.appname), 'n1', lambda: 'life of n1')
-    with once(ledger, 'key') as execution, execution.transaction() as connection, connection.cursor() as cursor:
+    with (
+        once(ledger, 'key') as execution,
+        execution.transaction() as connection,
+        connection.cursor() as cursor,
+    ):
         cursor.execute(LOCK)
         backend = cursor.fetchone()[0]
         child = orphan()
@@ -116,7 +128,9 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 
 def fields_of(config: CoordinationConfig) -> str:
-    return json.dumps({item.name: getattr(config, item.name) for item in dataclasses.fields(config)}, default=dict)
+    return json.dumps(
+        {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}, default=dict
+    )
 
 
 def is_there(config: CoordinationConfig, backend: int) -> bool:
@@ -126,8 +140,12 @@ def is_there(config: CoordinationConfig, backend: int) -> bool:
 @pytest.mark.parametrize('kind', ['session', 'agent', 'transaction'])
 def test_a_forked_orphan_keeps_nothing_of_its_killed_parent(rows: Rows, kind: str) -> None:
     with subprocess.Popen(
-            [sys.executable, '-c', _ORPHANS, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parents[2]) as parent:
+        [sys.executable, '-c', _ORPHANS, kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as parent:
         assert parent.stdin is not None and parent.stdout is not None
         parent.stdin.write(fields_of(rows.config))
         parent.stdin.close()
@@ -145,7 +163,12 @@ def test_a_forked_orphan_keeps_nothing_of_its_killed_parent(rows: Rows, kind: st
 
 
 class _Filter(ctypes.Structure):
-    _fields_ = [('code', ctypes.c_ushort), ('jt', ctypes.c_ubyte), ('jf', ctypes.c_ubyte), ('k', ctypes.c_uint)]
+    _fields_ = [
+        ('code', ctypes.c_ushort),
+        ('jt', ctypes.c_ubyte),
+        ('jf', ctypes.c_ubyte),
+        ('k', ctypes.c_uint),
+    ]
 
 
 class _Program(ctypes.Structure):
@@ -153,7 +176,9 @@ class _Program(ctypes.Structure):
 
 
 def vanish(descriptor: int) -> None:
-    """From now on a socket's machine is gone, as its peer sees it: it takes no packet in, acknowledges nothing and sends nothing."""
+    """From now on a socket's machine is gone, as its peer sees it: it takes no packet in,
+    acknowledges nothing and sends nothing.
+    """
     if not sys.platform.startswith('linux'):
         pytest.skip('only Linux has socket filters')
     drop_all = _Filter(0x06, 0, 0, 0)  # BPF_RET | BPF_K: of each packet keep 0 bytes
@@ -165,9 +190,16 @@ def vanish(descriptor: int) -> None:
         duplicate.setsockopt(socket.SOL_SOCKET, so_attach_filter, bytes(program))
 
 
-def test_the_fixture_makes_a_machine_vanish_that_a_server_without_keepalives_waits_for(config: CoordinationConfig) -> None:
+def test_the_fixture_makes_a_machine_vanish_that_a_server_without_keepalives_waits_for(
+    config: CoordinationConfig,
+) -> None:
     connection = psycopg2.connect(
-        host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)
+        host=config.host,
+        port=config.port,
+        dbname=config.dbname,
+        user=config.user,
+        password=config.password,
+    )
     with connection.cursor() as cursor:
         cursor.execute('SELECT pg_advisory_xact_lock(4711)')
     vanish(connection.fileno())
@@ -179,9 +211,13 @@ def test_the_fixture_makes_a_machine_vanish_that_a_server_without_keepalives_wai
 
 
 class TestAMachineThatVanished:
-    """The heartbeat timeout is 1 s here: the server asks after one second of silence, and gives up after three questions."""
+    """The heartbeat timeout is 1 s here: the server asks after one second of silence, and gives up
+    after three questions.
+    """
 
-    def test_keeps_a_transaction_of_the_users_and_its_rows_for_no_longer_than_the_keepalive(self, rows: Rows) -> None:
+    def test_keeps_a_transaction_of_the_users_and_its_rows_for_no_longer_than_the_keepalive(
+        self, rows: Rows
+    ) -> None:
         rows.run('CREATE TABLE account (id int PRIMARY KEY, paid int)')
         rows.run('INSERT INTO account VALUES (7, 0)')
         here, there = Sessions(rows.config, 'here'), Sessions(rows.config, 'there')
@@ -197,7 +233,9 @@ class TestAMachineThatVanished:
         began = time.monotonic()
         again = ClusterLedger(here, rows.tables, 'n2', lambda: 'life of n2').begin('pay:7', 60)
         with again.transaction() as connection, connection.cursor() as cursor:
-            cursor.execute("SET LOCAL statement_timeout = '20s'")  # a failure of the test, not a hang
+            cursor.execute(
+                "SET LOCAL statement_timeout = '20s'"
+            )  # a failure of the test, not a hang
             cursor.execute('UPDATE account SET paid = paid + 1 WHERE id = 7')
         assert time.monotonic() - began < 8
         assert not is_there(rows.config, backend)
@@ -210,44 +248,71 @@ class TestAMachineThatVanished:
     def test_keeps_the_agents_connection_no_longer(self, config: CoordinationConfig) -> None:
         connection = Connection.open(config, 'n1')
         connection.execute('SET idle_in_transaction_session_timeout = 0; BEGIN')
-        (backend,), = connection.execute('SELECT pg_backend_pid()')
+        ((backend,),) = connection.execute('SELECT pg_backend_pid()')
         vanish(connection.fileno())
         eventually(lambda: not is_there(config, backend), timeout=8)
 
     def test_behind_a_pooler_keeps_a_lock_for_a_second(
-            self, config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]) -> None:
+        self, config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]
+    ) -> None:
         pooler = make_pgbouncer(config)
-        sessions = Sessions(dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False), 'there')
-        with contextlib.suppress(DatabaseUnavailable), sessions.session() as connection, connection.cursor() as cursor:
+        sessions = Sessions(
+            dataclasses.replace(config, host=pooler.host, port=pooler.port, listen=False), 'there'
+        )
+        with (
+            contextlib.suppress(DatabaseUnavailable),
+            sessions.session() as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute('SELECT pg_advisory_xact_lock(4711)')
             vanish(connection.fileno())
-            eventually(lambda: query(config, 'SELECT pg_try_advisory_xact_lock(4711)') == [(True,)], timeout=5)
+            eventually(
+                lambda: query(config, 'SELECT pg_try_advisory_xact_lock(4711)') == [(True,)],
+                timeout=5,
+            )
             connection.cut_off()  # type: ignore[attr-defined]  # so that the end of the block has nobody to wait for
         sessions.close_all()
 
 
 class TestAStoppedProcess:
-    def test_loses_the_keys_row_soon_after_it_has_written_the_completion(self, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_loses_the_keys_row_soon_after_it_has_written_the_completion(
+        self, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(executions, '_COMMIT_SEC', 1)
         sessions = Sessions(rows.config, 'there')
-        execution = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1').begin('key', 60)
+        execution = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1').begin(
+            'key', 60
+        )
 
         def complete(connection: psycopg2.extensions.connection) -> None:
             began = executions.begin_transaction(connection)
-            assert executions.complete(connection, rows.tables, Completion('key', execution.fence, None, 60), began, 1000)
+            assert executions.complete(
+                connection, rows.tables, Completion('key', execution.fence, None, 60), began, 1000
+            )
             eventually(lambda: not is_there(rows.config, connection.info.backend_pid), timeout=5)
 
-        with pytest.raises(DatabaseUnavailable), sessions.session(limited=False, users=True) as connection:
+        with (
+            pytest.raises(DatabaseUnavailable),
+            sessions.session(limited=False, users=True) as connection,
+        ):
             complete(connection)
         sessions.close_all()
 
-    def test_may_be_silent_in_a_transaction_of_its_own_for_an_hour_and_not_for_two(self, rows: Rows) -> None:
-        with Job('n3', rows.config, wait_on_enter=0) as job, job.once('key') as execution, execution.transaction() as connection:
+    def test_may_be_silent_in_a_transaction_of_its_own_for_an_hour_and_not_for_two(
+        self, rows: Rows
+    ) -> None:
+        with (
+            Job('n3', rows.config, wait_on_enter=0) as job,
+            job.once('key') as execution,
+            execution.transaction() as connection,
+        ):
             with connection.cursor() as cursor:
                 cursor.execute('SHOW idle_in_transaction_session_timeout')
                 assert cursor.fetchone() == ('1h',)
 
-    def test_loses_what_a_node_left_to_sweep(self, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_loses_what_a_node_left_to_sweep(
+        self, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(queues, '_HOLD_SEC', 1)
         one, other = Sessions(rows.config, 'one'), Sessions(rows.config, 'other')
 
@@ -267,14 +332,23 @@ class TestAStoppedProcess:
 
 
 @pytest.mark.parametrize('listen', [True, False])
-def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(rows: Rows, listen: bool) -> None:
+def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(
+    rows: Rows, listen: bool
+) -> None:
     config = dataclasses.replace(rows.config, listen=listen)
     sessions = Sessions(config, 'test')
     mine = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1')
     other = ClusterLedger(sessions, rows.tables, 'n2', lambda: 'life of n2')
     execution = mine.begin('key', 60)
-    with contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:
+    with contextlib.closing(
+        psycopg2.connect(
+            host=config.host,
+            port=config.port,
+            dbname=config.dbname,
+            user=config.user,
+            password=config.password,
+        )
+    ) as connection:
         with connection.cursor() as cursor:
             execution.complete(cursor)  # and is not committed yet
         rows.run(f"DELETE FROM {rows.tables.node} WHERE name = 'n1'")

@@ -1,4 +1,7 @@
-"""Everything that JobSync does in a database, once: for tests of what it needs there, and of what must not get in its way."""
+"""Everything that JobSync does in a database, once: for tests of what it needs there, and of what
+must not get in its way.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,12 +34,27 @@ Admin = Callable[..., list[tuple[Any, ...]]]
 
 @contextlib.contextmanager
 def admin_of(config: CoordinationConfig) -> Iterator[Admin]:
-    """Runs statements by an ordinary path and with ordinary settings, whatever the database's defaults are."""
-    options = ('search_path=pg_catalog,public', 'statement_timeout=0', 'default_transaction_read_only=off', 'TimeZone=UTC',
-               'default_transaction_isolation=read\\ committed', 'DateStyle=ISO', 'standard_conforming_strings=on', 'row_security=on')
+    """Runs statements by an ordinary path and with ordinary settings, whatever the database's
+    defaults are.
+    """
+    options = (
+        'search_path=pg_catalog,public',
+        'statement_timeout=0',
+        'default_transaction_read_only=off',
+        'TimeZone=UTC',
+        'default_transaction_isolation=read\\ committed',
+        'DateStyle=ISO',
+        'standard_conforming_strings=on',
+        'row_security=on',
+    )
     connection = psycopg2.connect(
-        host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password,
-        options=' '.join(f'-c {option}' for option in options))
+        host=config.host,
+        port=config.port,
+        dbname=config.dbname,
+        user=config.user,
+        password=config.password,
+        options=' '.join(f'-c {option}' for option in options),
+    )
     connection.autocommit = True
 
     def run(sql: str, *params: object) -> list[tuple[Any, ...]]:
@@ -49,11 +67,13 @@ def admin_of(config: CoordinationConfig) -> Iterator[Admin]:
 
 
 def use_everything(config: CoordinationConfig, admin: Admin) -> None:
-    """Join, claim, lock, hand over, execute, evict, sweep, schedule, keep house, look and leave, as the config's role.
+    """Join, claim, lock, hand over, execute, evict, sweep, schedule, keep house, look and leave, as
+    the config's role.
 
     Args:
         config: The cluster; nothing else uses its tables.
-        admin: Past every obstacle. It makes a table `public.effect` for the effects of transactions.
+        admin: Past every obstacle. It makes a table `public.effect` for the effects of
+            transactions.
     """
     admin('CREATE TABLE IF NOT EXISTS public.effect (key text)')
     admin(f'GRANT SELECT, INSERT ON public.effect TO "{config.user}"')
@@ -85,7 +105,12 @@ def _claim(first: Job, second: Job) -> None:
 
 
 def _lock(first: Job, config: CoordinationConfig) -> None:
-    assert first.register_locks_bulk([('pinned', ['n2'], 'why', 1.0), ('pinned too', ['%'], None, None)]) == 2
+    assert (
+        first.register_locks_bulk(
+            [('pinned', ['n2'], 'why', 1.0), ('pinned too', ['%'], None, None)]
+        )
+        == 2
+    )
     eventually(lambda: first.owner_of('pinned') == 'n2')
     assert [lock['task_id'] for lock in first.list_locks()] == ['pinned', 'pinned too']
     assert first.explain('pinned')['pattern'] == 'n2'
@@ -119,14 +144,27 @@ def _execute(first: Job, config: CoordinationConfig, admin: Admin) -> None:
             pass
         with execution.transaction() as connection, connection.cursor() as cursor:
             cursor.execute('INSERT INTO public.effect VALUES (%s)', ('broken',))
-    with first.once('own cursor') as execution, contextlib.closing(psycopg2.connect(
-            host=config.host, port=config.port, dbname=config.dbname, user=config.user, password=config.password)) as connection:
+    with (
+        first.once('own cursor') as execution,
+        contextlib.closing(
+            psycopg2.connect(
+                host=config.host,
+                port=config.port,
+                dbname=config.dbname,
+                user=config.user,
+                password=config.password,
+            )
+        ) as connection,
+    ):
         with connection, connection.cursor() as cursor:
             _begin_users(cursor)
             cursor.execute('INSERT INTO public.effect VALUES (%s)', ('own cursor',))
             execution.complete(cursor, {'of': 'its own'})
     assert first.release_child(1) == 0
-    states = admin(f'SELECT key, state FROM {Tables.of(config).execution} WHERE key NOT LIKE %s ORDER BY 1', 'key:%')
+    states = admin(
+        f'SELECT key, state FROM {Tables.of(config).execution} WHERE key NOT LIKE %s ORDER BY 1',
+        'key:%',
+    )
     assert states == [('broken', 'done'), ('own cursor', 'done')]
     assert admin('SELECT key FROM public.effect ORDER BY 1') == [('broken',), ('own cursor',)]
 
@@ -148,16 +186,31 @@ def _join_and_leave(config: CoordinationConfig, first: Job) -> None:
 
 def _evict(config: CoordinationConfig, first: Job, admin: Admin) -> None:
     node = Tables.of(config).node
-    admin(f"INSERT INTO {node} (name, incarnation, state, weight, lease_sec) VALUES ('silent', 'a life', 'active', 0.3333333333333333, 1)")
-    eventually(lambda: first.get_coordination_status() and not admin(f"SELECT 1 FROM {node} WHERE name = 'silent'"), timeout=20)
+    admin(
+        f"INSERT INTO {node} (name, incarnation, state, weight, lease_sec) VALUES ('silent', 'a "
+        "life', 'active', 0.3333333333333333, 1)"
+    )
+    eventually(
+        lambda: (
+            first.get_coordination_status()
+            and not admin(f"SELECT 1 FROM {node} WHERE name = 'silent'")
+        ),
+        timeout=20,
+    )
     eventually(lambda: len(first.my_tokens) == config.total_tokens // 2)
 
 
 def _look(config: CoordinationConfig, first: Job) -> None:
-    url = f'postgresql://{quote(config.user)}:{quote(config.password or "")}@{config.host}:{config.port}/{config.dbname}'
-    runner = CliRunner(env={
-        'JOBSYNC_DATABASE_URL': url, 'JOBSYNC_APPNAME': config.appname, 'JOBSYNC_LISTEN': str(config.listen).lower(),
-        **({'JOBSYNC_SCHEMA': config.schema} if config.schema else {})})
+    login = f'{quote(config.user)}:{quote(config.password or "")}'
+    url = f'postgresql://{login}@{config.host}:{config.port}/{config.dbname}'
+    runner = CliRunner(
+        env={
+            'JOBSYNC_DATABASE_URL': url,
+            'JOBSYNC_APPNAME': config.appname,
+            'JOBSYNC_LISTEN': str(config.listen).lower(),
+            **({'JOBSYNC_SCHEMA': config.schema} if config.schema else {}),
+        }
+    )
 
     def run(*words: str) -> str:
         result = runner.invoke(jobsync, list(words))
@@ -188,18 +241,30 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
             with sessions.session() as connection:
                 queues.record(connection, tables, 'queue of n1', 'n1', Belonging('celery'))
                 queues.record(connection, tables, 'queue of gone', 'gone', Belonging('celery'))
-                assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', Belonging('celery'))]
+                assert queues.peers(connection, tables, 'n2', 60) == [
+                    Peer('n1', Belonging('celery'))
+                ]
             with sessions.session() as connection:
-                assert [orphan.node for orphan in queues.orphans(connection, tables, 'celery', 60)] == ['gone']
+                assert [
+                    orphan.node for orphan in queues.orphans(connection, tables, 'celery', 60)
+                ] == ['gone']
                 assert queues.old_orphans(connection, tables, 'celery', 60) == []
-                assert queues.hold(connection, tables, 'gone') and queues.is_gone(connection, tables, 'gone')
+                assert queues.hold(connection, tables, 'gone') and queues.is_gone(
+                    connection, tables, 'gone'
+                )
                 queues.forget(connection, tables, 'queue of gone')
             owners = OwnerMap(sessions, tables)
             owners.refresh()
             place = owners.find('some route')
-            assert place is not None and place.queue == 'queue of n1' and job.token_version == owners.version
+            assert (
+                place is not None
+                and place.queue == 'queue of n1'
+                and job.token_version == owners.version
+            )
         with sessions.session() as connection:
-            assert schedules.learn(connection, tables, [('daily', now, 'text')])['daily'].slot == now
+            assert (
+                schedules.learn(connection, tables, [('daily', now, 'text')])['daily'].slot == now
+            )
         with sessions.session() as connection:
             found = schedules.lock(connection, tables, 'daily', 1.5)
             assert found is not None and found.runs == 0

@@ -1,4 +1,7 @@
-"""Play many schedules: `python -m tests.sim --schedules 1000000`, or one again: `python -m tests.sim --seed 17 --trace`."""
+"""Play many schedules: `python -m tests.sim --schedules 1000000`, or one again: `python -m
+tests.sim --seed 17 --trace`.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +33,9 @@ def _chunks(first: int, count: int) -> Iterator[range]:
         yield range(start, min(start + _CHUNK, first + count))
 
 
-def _results(args: argparse.Namespace, until: float) -> Iterator[tuple[int, list[tuple[int, str]], float]]:
+def _results(
+    args: argparse.Namespace, until: float
+) -> Iterator[tuple[int, list[tuple[int, str]], float]]:
     chunks = _chunks(args.first, args.schedules)
     if args.processes <= 1:
         for chunk in chunks:
@@ -39,24 +44,39 @@ def _results(args: argparse.Namespace, until: float) -> Iterator[tuple[int, list
             yield _play_some(chunk, args.family)
         return
     with ProcessPoolExecutor(args.processes) as pool:
-        waiting = [pool.submit(_play_some, chunk, args.family) for chunk in itertools.islice(chunks, 2 * args.processes)]
+        waiting = [
+            pool.submit(_play_some, chunk, args.family)
+            for chunk in itertools.islice(chunks, 2 * args.processes)
+        ]
         while waiting:
             yield waiting.pop(0).result()
             if time.monotonic() < until:
-                waiting += [pool.submit(_play_some, chunk, args.family) for chunk in itertools.islice(chunks, 1)]
+                waiting += [
+                    pool.submit(_play_some, chunk, args.family)
+                    for chunk in itertools.islice(chunks, 1)
+                ]
 
 
 def _main() -> int:
     parser = argparse.ArgumentParser(prog='python -m tests.sim', description=__doc__)
     parser.add_argument('--schedules', type=int, default=2000, help='how many')
     parser.add_argument('--first', type=int, default=0, help='the first seed')
-    parser.add_argument('--family', choices=sorted(FAMILIES), help='only this family; by default the seed chooses')
+    parser.add_argument(
+        '--family', choices=sorted(FAMILIES), help='only this family; by default the seed chooses'
+    )
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--minutes', type=float, default=1e9, help='stop after so long')
     parser.add_argument('--most-failures', type=int, default=10, help='stop after so many')
     parser.add_argument('--seed', type=int, help='play this one alone')
     parser.add_argument(
-        '--trace', nargs='?', type=int, const=200, default=0, metavar='EVENTS', help='with --seed: show the last events')
+        '--trace',
+        nargs='?',
+        type=int,
+        const=200,
+        default=0,
+        metavar='EVENTS',
+        help='with --seed: show the last events',
+    )
     args = parser.parse_args()
     if args.seed is not None:
         try:
@@ -65,7 +85,10 @@ def _main() -> int:
             print(violation)
             return 1
         print('\n'.join(done.world.history))
-        print(f'seed {args.seed}, family {done.family}: all invariants hold; whole {done.healed_after:.2f} s after the last fault')
+        print(
+            f'seed {args.seed}, family {done.family}: all invariants hold; whole '
+            f'{done.healed_after:.2f} s after the last fault'
+        )
         return 0
     started = time.monotonic()
     played, failures, slowest = 0, [], 0.0
@@ -78,9 +101,14 @@ def _main() -> int:
         if len(failures) >= args.most_failures:
             break
     took = time.monotonic() - started
-    families = Counter(args.family or sorted(FAMILIES)[seed % len(FAMILIES)] for seed, _ in failures)
-    print(f'{played} schedules in {took:.0f} s ({played / took:.0f}/s), {len(failures)} failures {dict(families) or ""}, '
-          f'slowest recovery {slowest:.1f} s of virtual time')
+    families = Counter(
+        args.family or sorted(FAMILIES)[seed % len(FAMILIES)] for seed, _ in failures
+    )
+    print(
+        f'{played} schedules in {took:.0f} s ({played / took:.0f}/s), {len(failures)} failures '
+        f'{dict(families) or ""}, '
+        f'slowest recovery {slowest:.1f} s of virtual time'
+    )
     return 1 if failures else 0
 
 

@@ -1,4 +1,7 @@
-"""What must hold after every step of a simulation, and what must come true once the faults have ceased."""
+"""What must hold after every step of a simulation, and what must come true once the faults have
+ceased.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,31 +29,54 @@ def tokens_in(mask: int) -> list[int]:
 
 
 def check_one_claimer(world: World) -> None:
-    """I1: at most one process answers True for a token, paused and partitioned ones included. I2: nobody holds a lease too long."""
+    """I1: at most one process answers True for a token, paused and partitioned ones included. I2:
+    nobody holds a lease too long.
+    """
     seen = 0
     now = world.now
     for node in world.holders:
         local = node.offset + node.rate * now
         mask = node.claims.answers(local)
         if local < node.waits_until - 1e-6 and node.claims.lease[0] > local:
-            raise Violation(f'quarantine: {node} has a lease although leases of another history may be valid')
+            raise Violation(
+                f'quarantine: {node} has a lease although leases of another history may be valid'
+            )
         if not mask:
             continue
         if local > node.lease_bound + 1e-6 and world.leases_checked:
-            raise Violation(f'I2: {node} answers True at {local:.3f}, its last answered heartbeat entitled it until {node.lease_bound:.3f}')
+            raise Violation(
+                f'I2: {node} answers True at {local:.3f}, its last answered heartbeat entitled it '
+                f'until {node.lease_bound:.3f}'
+            )
         if mask & seen:
-            others = [str(n) for n in world.holders if n is not node and n.claims.answers(n.local()) & mask]
-            raise Violation(f'I1: tokens {tokens_in(mask & seen)} are claimable on {node} and on {", ".join(others)}')
+            others = [
+                str(n)
+                for n in world.holders
+                if n is not node and n.claims.answers(n.local()) & mask
+            ]
+            raise Violation(
+                f'I1: tokens {tokens_in(mask & seen)} are claimable on {node} and on '
+                f'{", ".join(others)}'
+            )
         seen |= mask
         if world.owner_checked:
             row = world.store.nodes.get(node.name)
-            owned = world.owned(node.name) if row is not None and row.incarnation == node.protocol.incarnation else 0
+            owned = (
+                world.owned(node.name)
+                if row is not None and row.incarnation == node.protocol.incarnation
+                else 0
+            )
             if mask & ~owned:
-                raise Violation(f'I1: {node} claims tokens {tokens_in(mask & ~owned)} that the database does not give it')
+                raise Violation(
+                    f'I1: {node} claims tokens {tokens_in(mask & ~owned)} that the database does '
+                    'not give it'
+                )
 
 
 def least_moves(had: Sequence[int], weights: Sequence[float], total: int) -> int:
-    """`Σ max(0, had − target)` for the best choice of targets that differ from the exact shares by less than one token."""
+    """`Σ max(0, had − target)` for the best choice of targets that differ from the exact shares by
+    less than one token.
+    """
     whole = sum(weights)
     shares = [total * weight / whole for weight in weights]
     floors = [int(share + 1e-9) for share in shares]
@@ -61,9 +87,17 @@ def least_moves(had: Sequence[int], weights: Sequence[float], total: int) -> int
     return sum(max(0, count - floors[index] - (index in grow)) for index, count in enumerate(had))
 
 
-def check_plan(members: Sequence[Member], before: Sequence[Segment], pins: Sequence[Pin], decision: Decision, total: int) -> None:
+def check_plan(
+    members: Sequence[Member],
+    before: Sequence[Segment],
+    pins: Sequence[Pin],
+    decision: Decision,
+    total: int,
+) -> None:
     """I4: a plan covers every token once, is balanced, and moves no more than balance forces."""
-    receivers = {m.name: m.weight for m in members if m.state == 'active' or m.name in decision.activate}
+    receivers = {
+        m.name: m.weight for m in members if m.state == 'active' or m.name in decision.activate
+    }
     at = 0
     for segment in decision.segments:
         if segment.lo != at or segment.hi <= segment.lo:
@@ -73,11 +107,22 @@ def check_plan(members: Sequence[Member], before: Sequence[Segment], pins: Seque
         raise Violation(f'I4: the plan covers {at} of {total} tokens')
     names = {m.name for m in members}
     for segment in decision.segments:
-        if segment.node is not None and segment.node not in names or segment.moving_to is not None and segment.moving_to not in receivers:
+        if (
+            segment.node is not None
+            and segment.node not in names
+            or segment.moving_to is not None
+            and segment.moving_to not in receivers
+        ):
             raise Violation(f'I4: the plan names a node that is not there: {segment}')
     for lo, hi, owner in _pieces(before):
         for segment in decision.segments:
-            if owner is not None and owner in names and segment.lo < hi and lo < segment.hi and segment.node != owner:
+            if (
+                owner is not None
+                and owner in names
+                and segment.lo < hi
+                and lo < segment.hi
+                and segment.node != owner
+            ):
                 raise Violation(f'I1: the plan takes {segment} from its live owner {owner}')
     if pins or not receivers:
         return
@@ -85,12 +130,17 @@ def check_plan(members: Sequence[Member], before: Sequence[Segment], pins: Seque
     for segment in decision.segments:
         target = segment.moving_to if segment.moving else segment.node
         if target is None:
-            raise Violation(f'I4: {segment} goes to nobody although {sorted(receivers)} could take it')
+            raise Violation(
+                f'I4: {segment} goes to nobody although {sorted(receivers)} could take it'
+            )
         planned[target] = planned.get(target, 0) + segment.hi - segment.lo
     whole = sum(receivers.values())
     for name, weight in receivers.items():
         if abs(planned[name] - total * weight / whole) >= 1 + 1e-9:
-            raise Violation(f'I4: {name} with weight {weight:g} of {whole:g} gets {planned[name]} of {total} tokens')
+            raise Violation(
+                f'I4: {name} with weight {weight:g} of {whole:g} gets {planned[name]} of {total} '
+                'tokens'
+            )
     # A token on its way counts as being where it goes, if that node still takes part.
     had = dict.fromkeys(receivers, 0)
     homeless = 0
@@ -102,7 +152,10 @@ def check_plan(members: Sequence[Member], before: Sequence[Segment], pins: Seque
         elif holder in names:
             homeless += size  # of a draining node: every one of them moves
     order = sorted(receivers)
-    least = least_moves([had[name] for name in order], [receivers[name] for name in order], total) + homeless
+    least = (
+        least_moves([had[name] for name in order], [receivers[name] for name in order], total)
+        + homeless
+    )
     moved = _moved(before, decision.segments, receivers, names)
     if moved != least:
         raise Violation(f'I4: the plan moves {moved} tokens, {least} would do; had {had}')
@@ -112,7 +165,12 @@ def _pieces(segments: Sequence[Segment]) -> list[tuple[int, int, str | None]]:
     return [(s.lo, s.hi, s.node) for s in segments]
 
 
-def _moved(before: Sequence[Segment], after: Sequence[Segment], receivers: dict[str, float], names: set[str]) -> int:
+def _moved(
+    before: Sequence[Segment],
+    after: Sequence[Segment],
+    receivers: dict[str, float],
+    names: set[str],
+) -> int:
     count = 0
     for old in before:
         holder = old.moving_to if old.moving_to in receivers else old.node
@@ -136,7 +194,12 @@ def unsettled(world: World) -> str | None:
         if protocol.phase is Phase.LEAVING:
             return f'{node} is still leaving'
         row = store.nodes.get(node.name)
-        if row is not None and row.incarnation in lives and row.incarnation != protocol.incarnation and protocol.entered:
+        if (
+            row is not None
+            and row.incarnation in lives
+            and row.incarnation != protocol.incarnation
+            and protocol.entered
+        ):
             continue  # another live process has its name; this one waits, without tokens
         if not protocol.entered:
             return f'{node} has not entered (phase {protocol.phase.value}, state {protocol.state})'
@@ -174,7 +237,10 @@ def unsettled(world: World) -> str | None:
         if segment.node is None:
             return f'token {token} has no owner: {segment}'
         if store.nodes[segment.node].state != 'active':
-            return f'token {token} belongs to {segment.node}, which is {store.nodes[segment.node].state}'
+            return (
+                f'token {token} belongs to {segment.node}, which is '
+                f'{store.nodes[segment.node].state}'
+            )
         if token not in claimable:
             return f'token {token} of {segment.node} is claimed by nobody'
     return None

@@ -1,4 +1,7 @@
-"""One process of the simulation: what the agent does, under virtual time, and what the user's code is told."""
+"""One process of the simulation: what the agent does, under virtual time, and what the user's code
+is told.
+"""
+
 from __future__ import annotations
 
 from array import array
@@ -10,7 +13,19 @@ from jobsync_core.assignment.model import Range
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.protocol.messages import Beaten, Connect, Connected, Evict, Give, Lead, Leave, Reply, Request, StepDown, Take
+from jobsync_core.protocol.messages import (
+    Beaten,
+    Connect,
+    Connected,
+    Evict,
+    Give,
+    Lead,
+    Leave,
+    Reply,
+    Request,
+    StepDown,
+    Take,
+)
 from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
 from jobsync_core.protocol.ownership import Claims
 
@@ -52,7 +67,9 @@ class SimClaims(Claims):
 
     def exclude(self, ranges: Sequence[Range], keys: array[int]) -> None:
         shift = 64 - (self.total_tokens - 1).bit_length()
-        self.excluded = {key for key in self.excluded if not any(lo <= key >> shift < hi for lo, hi in ranges)} | set(keys)
+        self.excluded = {
+            key for key in self.excluded if not any(lo <= key >> shift < hi for lo, hi in ranges)
+        } | set(keys)
 
     def excludes(self, task: str) -> bool:
         """Whether the task is excluded."""
@@ -64,7 +81,9 @@ class SimClaims(Claims):
 
 
 class MappedClaims(Claims):
-    """The real claims, with the mask that the invariants read taken from the very bits that users' code reads."""
+    """The real claims, with the mask that the invariants read taken from the very bits that users'
+    code reads.
+    """
 
     @property
     def mask(self) -> int:
@@ -83,7 +102,15 @@ class SimNode:
     """One process: a protocol, its claims, its clock, and what its user's code has been told."""
 
     def __init__(
-        self, world: World, name: str, settings: Settings, *, rate: float, offset: float, machine: int, release_times: Callable[[], float],
+        self,
+        world: World,
+        name: str,
+        settings: Settings,
+        *,
+        rate: float,
+        offset: float,
+        machine: int,
+        release_times: Callable[[], float],
     ) -> None:
         self.world = world
         self.name = name
@@ -96,8 +123,14 @@ class SimNode:
         self.claims = world.new_claims(settings.total_tokens)
         self.process = Process(f'host{machine}', f'boot{machine}', 'ns', self.number, '')
         self.protocol = Protocol(
-            name, settings, self.process, self.claims, new_incarnation=self._new_incarnation,
-            is_known_dead=self._is_known_dead, promises=self._promises)
+            name,
+            settings,
+            self.process,
+            self.claims,
+            new_incarnation=self._new_incarnation,
+            is_known_dead=self._is_known_dead,
+            promises=self._promises,
+        )
         self.running = True
         self.paused = False
         self.error: Exception | None = None
@@ -106,7 +139,8 @@ class SimNode:
         self.deaf = False
         self.entered = False
         self.lease_bound = 0.0
-        #: While another history's leases may be valid, as the answers tell it; kept apart from what the protocol makes of them.
+        #: While another history's leases may be valid, as the answers tell it; kept apart from what
+        #: the protocol makes of them.
         self.waits_until = 0.0
         self._heard: int | None = None  # which server answered the last heartbeat that was answered
         self.sent: Counter[str] = Counter()
@@ -172,14 +206,26 @@ class SimNode:
         if self.protocol.drained:
             row = self.world.store.nodes.get(self.name)
             mine = row is not None and row.incarnation == self.protocol.incarnation
-            if row is not None and mine and row.state == 'draining' and self.world.owned(self.name) and self.world.owner_checked:
-                raise Violation(f'drain: {self} says that it has given everything away, and has tokens')
+            if (
+                row is not None
+                and mine
+                and row.state == 'draining'
+                and self.world.owned(self.name)
+                and self.world.owner_checked
+            ):
+                raise Violation(
+                    f'drain: {self} says that it has given everything away, and has tokens'
+                )
         wake = self.protocol.wake_at
         if wake <= now:
-            raise Violation(f'no-spin: {self} has nothing to send at {now:.6f} but wants to wake at {wake:.6f}')
+            raise Violation(
+                f'no-spin: {self} has nothing to send at {now:.6f} but wants to wake at {wake:.6f}'
+            )
         self._wake_id += 1
         if wake < float('inf'):
-            self.world.at(max(self.true_time(wake), self.world.now) + 1e-6, self._wake, self._wake_id)
+            self.world.at(
+                max(self.true_time(wake), self.world.now) + 1e-6, self._wake, self._wake_id
+            )
 
     def _wake(self, wake_id: int) -> None:
         if wake_id == self._wake_id:
@@ -188,18 +234,29 @@ class SimNode:
     def _send(self, request: Request, now: float) -> None:
         recent = self._recent
         if len(recent) == _MOST_REQUESTS and now - recent[0] < self.settings.poll:
-            raise Violation(f'no-spin: {self} sent {_MOST_REQUESTS} requests within {now - recent[0]:.3f} s, last {request}')
+            raise Violation(
+                f'no-spin: {self} sent {_MOST_REQUESTS} requests within {now - recent[0]:.3f} s, '
+                f'last {request}'
+            )
         recent.append(now)
         self.sent[type(request).__name__] += 1
-        if isinstance(request, (Take, Give, Evict, Lead, StepDown)) and now < self.waits_until - 1e-6:
-            raise Violation(f'quarantine: {self} sends {request} although leases of another history may be valid')
+        if (
+            isinstance(request, (Take, Give, Evict, Lead, StepDown))
+            and now < self.waits_until - 1e-6
+        ):
+            raise Violation(
+                f'quarantine: {self} sends {request} although leases of another history may be '
+                'valid'
+            )
         if isinstance(request, (Give, Leave)):
             self._check_release_order(request, now)
         self._wake_id += 1
         self._request = request
         self._request_id += 1
         self._sent_local = now
-        self._deadline = now + (self.connect_timeout if isinstance(request, Connect) else self.op_timeout)
+        self._deadline = now + (
+            self.connect_timeout if isinstance(request, Connect) else self.op_timeout
+        )
         world = self.world
         world.trace(self, 'sends', request)
         if isinstance(request, Connect):
@@ -210,7 +267,10 @@ class SimNode:
         leaving = mask_of(request.ranges) if isinstance(request, Give) else -1
         for mask, deadline in self._releases.values():
             if mask & leaving and now < deadline - 1e-6:
-                raise Violation(f'on_release: {self} gives tokens away by {request} while on_release runs for them')
+                raise Violation(
+                    f'on_release: {self} gives tokens away by {request} while on_release runs for '
+                    'them'
+                )
 
     def receive(self, request_id: int, reply: Reply, origin: int) -> None:
         """The reply of one server has arrived at the process's socket."""
@@ -227,7 +287,9 @@ class SimNode:
                 return
         self._note_history(reply, origin)
         if isinstance(reply, Beaten):
-            self.lease_bound = max(self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout)
+            self.lease_bound = max(
+                self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout
+            )
         self._failing_since = None
         self.world.trace(self, 'hears', reply)
         self.protocol.reply(request, reply, self.local())
@@ -235,15 +297,24 @@ class SimNode:
         self.step()
 
     def _note_history(self, reply: Reply, origin: int) -> None:
-        """Remember until when leases of another server may be valid. Where answers name no history, a new node cannot know."""
+        """Remember until when leases of another server may be valid. Where answers name no history,
+        a new node cannot know.
+        """
         if isinstance(reply, Beaten) and origin != self._heard:
             if self._heard is not None or self.world.store.tells_history:
-                self.waits_until = self.offset + self.rate * self.world.may_hold_foreign_leases(origin)
+                self.waits_until = self.offset + self.rate * self.world.may_hold_foreign_leases(
+                    origin
+                )
             self._heard = origin
 
     def refuse(self, request_id: int) -> None:
         """The server answers that it cannot."""
-        if not self.running or self.paused or request_id != self._request_id or self._request is None:
+        if (
+            not self.running
+            or self.paused
+            or request_id != self._request_id
+            or self._request is None
+        ):
             return
         if not isinstance(self._request, BESIDE):
             self.fail(request_id)
@@ -256,7 +327,12 @@ class SimNode:
 
     def fail(self, request_id: int) -> None:
         """The request's time is up, or its connection broke."""
-        if not self.running or self.paused or request_id != self._request_id or self._request is None:
+        if (
+            not self.running
+            or self.paused
+            or request_id != self._request_id
+            or self._request is None
+        ):
             return
         request, self._request = self._request, None
         self._failed(request)
@@ -313,7 +389,9 @@ class SimNode:
             self.world.trace(self, 'paused', '')
 
     def resume(self) -> None:
-        """SIGCONT. The user's code may run first; then the agent finds a reply, a time-out, or both."""
+        """SIGCONT. The user's code may run first; then the agent finds a reply, a time-out, or
+        both.
+        """
         if not self.running or not self.paused:
             return
         self.paused = False
@@ -353,13 +431,20 @@ class SimNode:
         self.announced += event.tokens_added - event.tokens_removed
         self.events += 1
         if event.is_initial != (self.events == 1) and self.entered:
-            raise Violation(f'events: {self} got is_initial={event.is_initial} as event number {self.events}')
+            raise Violation(
+                f'events: {self} got is_initial={event.is_initial} as event number {self.events}'
+            )
         if self.announced < 0:
-            raise Violation(f'events: {self} was told of {-self.announced} more removed tokens than added ones')
+            raise Violation(
+                f'events: {self} was told of {-self.announced} more removed tokens than added ones'
+            )
 
     def _release(self, effect: Release) -> None:
         now = self.local()
-        self._releases[effect.number] = (mask_of(effect.tokens.ranges), now + self.settings.release_timeout)
+        self._releases[effect.number] = (
+            mask_of(effect.tokens.ranges),
+            now + self.settings.release_timeout,
+        )
         start = max(self.world.now, self._release_free_at)
         self._release_free_at = start + self._release_times()
         self.world.at(self._release_free_at, self._released, effect.number)
@@ -418,7 +503,11 @@ class SimNode:
         """`write_audit()`."""
         if self.running and not self.paused and self._reaches_store():
             store = self.world.store
-            mine = {task for task in self.taken if store.live_claim(task) == (self.name, self.protocol.incarnation)}
+            mine = {
+                task
+                for task in self.taken
+                if store.live_claim(task) == (self.name, self.protocol.incarnation)
+            }
             store.audit(self.name, mine)
             self.world.audited |= mine
             self.world.trace(self, 'audits', mine)

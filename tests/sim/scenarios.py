@@ -1,8 +1,10 @@
 """Families of schedules: which faults happen when, drawn from a seed.
 
-Each family is a function that builds a World and plans its faults; `run(seed)` plays one schedule to its end: faults,
-then calm until the cluster is whole (I3), then a quiet time in which nothing may be written (I4).
+Each family is a function that builds a World and plans its faults; `run(seed)` plays one schedule
+to its end: faults, then calm until the cluster is whole (I3), then a quiet time in which nothing
+may be written (I4).
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -19,6 +21,7 @@ from .world import World
 
 __all__ = ['FAMILIES', 'Run', 'play', 'run']
 
+
 def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> float:
     """Start a cluster; returns when it should be formed."""
     rng = run.world.rng
@@ -27,7 +30,11 @@ def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> floa
     for index in range(count):
         name = f'n{index}'
         run.names.append(name)
-        run.spawn(name, delay=rng.random() * spread, weight=rng.choice((0.5, 1.0, 2.0, 3.0)) if weighted else None)
+        run.spawn(
+            name,
+            delay=rng.random() * spread,
+            weight=rng.choice((0.5, 1.0, 2.0, 3.0)) if weighted else None,
+        )
     return spread + run.settings.wait_on_enter + 2.0
 
 
@@ -39,9 +46,14 @@ def _times(run: Run, start: float, length: float, most: int, least: int = 1) -> 
 def _duration(run: Run) -> float:
     """Lengths around the times that matter: a hiccup, near the lease, near the timeout, long."""
     rng = run.world.rng
-    return rng.choice((
-        rng.random() * 0.2 * TIMEOUT, rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT,
-        rng.uniform(0.9, 1.3) * TIMEOUT, rng.uniform(1, 3) * TIMEOUT))
+    return rng.choice(
+        (
+            rng.random() * 0.2 * TIMEOUT,
+            rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT,
+            rng.uniform(0.9, 1.3) * TIMEOUT,
+            rng.uniform(1, 3) * TIMEOUT,
+        )
+    )
 
 
 def pauses(run: Run) -> None:
@@ -89,7 +101,11 @@ def outages(run: Run) -> None:
     start = _cluster(run)
     rng = run.world.rng
     for time in _times(run, start, 3 * TIMEOUT, 2):
-        run.at(time, rng.choice((run.restart_server, run.restart_server, run.freeze_server)), _duration(run))
+        run.at(
+            time,
+            rng.choice((run.restart_server, run.restart_server, run.freeze_server)),
+            _duration(run),
+        )
     run.faults_end += 3 * TIMEOUT
 
 
@@ -97,7 +113,11 @@ def lossy(run: Run) -> None:
     """Slow and lost replies, statements carried out late, notifications that never come."""
     start = _cluster(run)
     rng, network = run.world.rng, run.world.network
-    network.slow, network.lost_reply, network.late = rng.random() * 0.1, rng.random() * 0.05, rng.random() * 0.05
+    network.slow, network.lost_reply, network.late = (
+        rng.random() * 0.1,
+        rng.random() * 0.05,
+        rng.random() * 0.05,
+    )
     network.lost_notification = rng.choice((0.0, 0.3, 1.0))
     for time in _times(run, start, 3 * TIMEOUT, 3):
         run.at(time, rng.choice((run.deafen, run.leave, run.crash)))
@@ -132,7 +152,12 @@ def names(run: Run) -> None:
     rng = run.world.rng
     for time in _times(run, start, 2 * TIMEOUT, 2):
         name = rng.choice(run.names)
-        run.at(time, rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name))), _duration(run), name)
+        run.at(
+            time,
+            rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name))),
+            _duration(run),
+            name,
+        )
         run.at(time + rng.random(), run.spawn, name)
     run.faults_end += 3 * TIMEOUT
 
@@ -174,7 +199,9 @@ def single(run: Run) -> None:
     elif kind in ('pause', 'cut'):
         seconds = _duration(run)
         run.bound = 5.0
-        run.at(start, run.pause, seconds) if kind == 'pause' else run.at(start, run.cut, seconds, rng.choice(('both', 'up', 'down')))
+        run.at(start, run.pause, seconds) if kind == 'pause' else run.at(
+            start, run.cut, seconds, rng.choice(('both', 'up', 'down'))
+        )
         run.faults_end = start + seconds
     elif kind == 'outage':
         seconds = rng.choice((0.1, 1.0, 5.0)) * TIMEOUT
@@ -192,7 +219,9 @@ def single(run: Run) -> None:
 
 
 def restores(run: Run) -> None:
-    """The database comes back from a backup of the same server, long after all leases have run out."""
+    """The database comes back from a backup of the same server, long after all leases have run
+    out.
+    """
     start = _cluster(run)
     rng = run.world.rng
     standby: list[SimStore] = []
@@ -204,13 +233,17 @@ def restores(run: Run) -> None:
         run.at(time, run.pin_somewhere)
     for index in range(rng.choice((0, 1, 2))):
         run.at(max(0.0, moment - rng.random() * 2.5), run.spawn, f'm{index}')
-    taken = rng.choice((0.05, 0.2, 1.1)) * TIMEOUT  # within it some nodes send no heartbeat that the backup lacks
+    taken = (
+        rng.choice((0.05, 0.2, 1.1)) * TIMEOUT
+    )  # within it some nodes send no heartbeat that the backup lacks
     run.at(moment + taken, run.restore, standby, TIMEOUT * (1.1 + rng.random()))
     run.faults_end += 3 * TIMEOUT
 
 
 def flapping(run: Run) -> None:
-    """A lock wanders from node to node while hand-overs are carried out late and notifications get lost."""
+    """A lock wanders from node to node while hand-overs are carried out late and notifications get
+    lost.
+    """
     start = _cluster(run, 3)
     rng, network = run.world.rng, run.world.network
     network.late_gives, network.lateness, network.lost_notification = 0.6, 2 * TIMEOUT, 0.7
@@ -222,7 +255,9 @@ def flapping(run: Run) -> None:
 
 
 def headless(run: Run) -> None:
-    """The receiver of tokens leaves while their owner is paused, and there is no leader to plan anew."""
+    """The receiver of tokens leaves while their owner is paused, and there is no leader to plan
+    anew.
+    """
     run.settings = Settings(**{**vars(run.settings), 'has_release': False})
     start = _cluster(run, 4) + TIMEOUT
     rng = run.world.rng
@@ -240,7 +275,11 @@ def revivals(run: Run) -> None:
     rng, network = run.world.rng, run.world.network
     network.late_leads = 0.5
     for time in _times(run, start, 2 * TIMEOUT, 3):
-        run.at(time, rng.choice((run.pause, lambda seconds: run.cut(seconds, 'both'))), TIMEOUT * rng.uniform(0.95, 1.3))
+        run.at(
+            time,
+            rng.choice((run.pause, lambda seconds: run.cut(seconds, 'both'))),
+            TIMEOUT * rng.uniform(0.95, 1.3),
+        )
     run.faults_end += 3 * TIMEOUT
 
 
@@ -261,14 +300,26 @@ def everything(run: Run) -> None:
     """All of it at once, but failovers."""
     start = _cluster(run)
     rng, network = run.world.rng, run.world.network
-    network.slow, network.lost_reply, network.late = rng.random() * 0.05, rng.random() * 0.03, rng.random() * 0.03
+    network.slow, network.lost_reply, network.late = (
+        rng.random() * 0.05,
+        rng.random() * 0.03,
+        rng.random() * 0.03,
+    )
     network.lost_notification = rng.choice((0.0, 0.1, 0.5))
     choices: list[Callable[[], object]] = [
-        lambda: run.pause(_duration(run)), lambda: run.cut(_duration(run), rng.choice(('both', 'up', 'down'))),
-        lambda: run.crash(None, rng.choice((None, 0.05, 2.0))), lambda: run.leave(None, rng.choice((None, 0.05, 2.0))),
-        lambda: run.restart_server(_duration(run)), lambda: run.freeze_server(_duration(run)), run.change_locks, run.deafen,
-        lambda: run.drain(rng.choice(('node', 'operator')), rng.random() < 0.5), run.jump_clock,
-        lambda: run.spawn(rng.choice(run.names)), lambda: run.spawn(f'm{rng.randrange(3)}')]
+        lambda: run.pause(_duration(run)),
+        lambda: run.cut(_duration(run), rng.choice(('both', 'up', 'down'))),
+        lambda: run.crash(None, rng.choice((None, 0.05, 2.0))),
+        lambda: run.leave(None, rng.choice((None, 0.05, 2.0))),
+        lambda: run.restart_server(_duration(run)),
+        lambda: run.freeze_server(_duration(run)),
+        run.change_locks,
+        run.deafen,
+        lambda: run.drain(rng.choice(('node', 'operator')), rng.random() < 0.5),
+        run.jump_clock,
+        lambda: run.spawn(rng.choice(run.names)),
+        lambda: run.spawn(f'm{rng.randrange(3)}'),
+    ]
     for time in _times(run, 0.5, start + 3 * TIMEOUT, 9, 2):
         run.at(time, rng.choice(choices))
     run.at(run.faults_end + 3 * TIMEOUT, run.undrain_all)
@@ -276,13 +327,17 @@ def everything(run: Run) -> None:
 
 
 def _copied(run: Run, until: float) -> float:
-    """When a standby stopped following; now and then before the first node had joined, so that the cluster's row names no history."""
+    """When a standby stopped following; now and then before the first node had joined, so that the
+    cluster's row names no history.
+    """
     rng = run.world.rng
     return rng.uniform(1.1, until) if rng.random() < 0.8 else rng.random() * 1.5
 
 
 def promotions(run: Run) -> None:
-    """A standby that lacks much is promoted. Some nodes cannot notice and hold their leases; others are new and have nothing to compare."""
+    """A standby that lacks much is promoted. Some nodes cannot notice and hold their leases; others
+    are new and have nothing to compare.
+    """
     run.world.store.tells_history = True
     start = _cluster(run)
     rng = run.world.rng
@@ -299,13 +354,16 @@ def promotions(run: Run) -> None:
     for index in range(rng.randint(1, 3)):
         run.at(moment + rng.random() * TIMEOUT, run.spawn, f'm{index}')
     if rng.random() < 0.5:
-        # The same once more: a standby that has never heard of the first promotion, so that its timeline has the same number.
+        # The same once more: a standby that has never heard of the first promotion, so that its
+        # timeline has the same number.
         run.at(moment + 1.5 * TIMEOUT, run.promote, standby)
     run.faults_end += 3 * TIMEOUT
 
 
 def reused(run: Run) -> None:
-    """Standbys are promoted in turn, none of which follows the one before: the names of their histories are the same."""
+    """Standbys are promoted in turn, none of which follows the one before: the names of their
+    histories are the same.
+    """
     run.world.store.tells_history = True
     run.world.network.slow = run.world.rng.choice((0.0, 0.2))
     start = _cluster(run)
@@ -318,7 +376,14 @@ def reused(run: Run) -> None:
         run.at(time, rng.choice((run.leave, run.crash)), None, rng.choice((None, 0.5)))
     for standby in standbys:
         for name in rng.sample(run.names, rng.randint(0, len(run.names))):
-            how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, rng.choice(('both', 'up', 'down')), name)))
+            how = rng.choice(
+                (
+                    run.pause,
+                    lambda seconds, name: run.cut(
+                        seconds, rng.choice(('both', 'up', 'down')), name
+                    ),
+                )
+            )
             run.at(moment - 0.5 + rng.random() * TIMEOUT, how, _duration(run), name)
         if rng.random() < 0.6:
             run.at(moment, run.promote, standby)
@@ -331,7 +396,9 @@ def reused(run: Run) -> None:
 
 
 def failbacks(run: Run) -> None:
-    """After a failover the old primary comes back, whose row names its own history; every node has heard of the other one."""
+    """After a failover the old primary comes back, whose row names its own history; every node has
+    heard of the other one.
+    """
     run.world.store.tells_history = True
     start = _cluster(run) + rng_count(run)
     rng = run.world.rng
@@ -362,7 +429,9 @@ def together(run: Run) -> None:
 
 
 def refusals(run: Run) -> None:
-    """Heartbeats work, and what the leader does beside them fails: for everybody for a while, or for one node for ever."""
+    """Heartbeats work, and what the leader does beside them fails: for everybody for a while, or
+    for one node for ever.
+    """
     rng = run.world.rng
     start = _cluster(run, rng.choice((3, 4, 5))) + TIMEOUT
     if rng.random() < 0.5:
@@ -371,28 +440,74 @@ def refusals(run: Run) -> None:
         run.at(start + 0.1 + TIMEOUT * 1.01 + run.settings.poll + 0.75, run.check_evicted)
         run.at(start + rng.uniform(1.5, 5) * TIMEOUT, run.refuse, ())
     else:
-        run.at(start, run.refuse_oldest, rng.choice(((Lead,), (Lead, Evict), (Lead, Evict, Observe))))
-        run.at(start + 0.1, rng.choice((
-            run.pin_somewhere, lambda: run.spawn('late'), lambda: run.crash(run.by_age()[-1]), lambda: run.leave(run.by_age()[1]))))
+        run.at(
+            start, run.refuse_oldest, rng.choice(((Lead,), (Lead, Evict), (Lead, Evict, Observe)))
+        )
+        run.at(
+            start + 0.1,
+            rng.choice(
+                (
+                    run.pin_somewhere,
+                    lambda: run.spawn('late'),
+                    lambda: run.crash(run.by_age()[-1]),
+                    lambda: run.leave(run.by_age()[1]),
+                )
+            ),
+        )
     run.bound = 3.5 * TIMEOUT + run.settings.wait_on_enter + run.settings.check_interval
 
 
 FAMILIES: dict[str, Callable[[Run], None]] = {
-    f.__name__: f for f in (
-        everything, pauses, partitions, crashes, rolling, outages, lossy, locks, drains, names, failovers, single, restores, flapping,
-        headless, revivals, meddling, promotions, together, refusals, reused, failbacks)}
+    f.__name__: f
+    for f in (
+        everything,
+        pauses,
+        partitions,
+        crashes,
+        rolling,
+        outages,
+        lossy,
+        locks,
+        drains,
+        names,
+        failovers,
+        single,
+        restores,
+        flapping,
+        headless,
+        revivals,
+        meddling,
+        promotions,
+        together,
+        refusals,
+        reused,
+        failbacks,
+    )
+}
 
 
 def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
     """Build the schedule of a seed."""
     family = family or sorted(FAMILIES)[seed % len(FAMILIES)]
-    world = World(seed, (12, 16, 24, 7)[seed // len(FAMILIES) % 4], tracing=tracing, real_claims=seed % 50 == 49)
+    world = World(
+        seed,
+        (12, 16, 24, 7)[seed // len(FAMILIES) % 4],
+        tracing=tracing,
+        real_claims=seed % 50 == 49,
+    )
     rng = world.rng
     world.store.tells_history = rng.random() < 0.7
     interval = rng.choice((1.0, 1.5, 2.0))
     settings = Settings(
-        interval=interval, timeout=TIMEOUT, lease=LEASE_FRACTION * TIMEOUT, check_interval=rng.choice((4.0, 10.0)), release_timeout=1.5,
-        wait_on_enter=rng.choice((0.0, 0.0, 1.0, 2.0)), total_tokens=world.store.total_tokens, has_release=rng.random() < 0.4)
+        interval=interval,
+        timeout=TIMEOUT,
+        lease=LEASE_FRACTION * TIMEOUT,
+        check_interval=rng.choice((4.0, 10.0)),
+        release_timeout=1.5,
+        wait_on_enter=rng.choice((0.0, 0.0, 1.0, 2.0)),
+        total_tokens=world.store.total_tokens,
+        has_release=rng.random() < 0.4,
+    )
     run = Run(seed, family, world, settings)
     world.spawn = run.respawn
     FAMILIES[family](run)
@@ -423,7 +538,9 @@ def _calm(run: Run) -> None:
     """All faults cease."""
     world = run.world
     world.network.late_gives = world.network.late_leads = 0.0
-    world.network.slow = world.network.lost_reply = world.network.late = world.network.lost_notification = 0.0
+    world.network.slow = world.network.lost_reply = world.network.late = (
+        world.network.lost_notification
+    ) = 0.0
     if not world.up:
         world.start_server()
     world.thaw_server()
@@ -455,19 +572,32 @@ def _stay_quiet(run: Run) -> None:
     if run.keeps and evictions:
         raise Violation(f'I4: {evictions} evictions although no node failed')
     if world.store.version != version:
-        raise Violation(f'I4: {world.store.version - version} plans were written while nothing happened')
+        raise Violation(
+            f'I4: {world.store.version - version} plans were written while nothing happened'
+        )
     for node in world.nodes:
         if node.announced != len(node.claims.tokens):
-            raise Violation(f'events: {node} was told of {node.announced} tokens and has {len(node.claims.tokens)}')
+            raise Violation(
+                f'events: {node} was told of {node.announced} tokens and has '
+                f'{len(node.claims.tokens)}'
+            )
 
 
 def _check_cost(node: SimNode, sent: Counter[str], seconds: float) -> None:
-    """I7: a steady follower sends its heartbeats alone, and few more of them than it must to fall in behind the older ones."""
+    """I7: a steady follower sends its heartbeats alone, and few more of them than it must to fall
+    in behind the older ones.
+    """
     beats = sent.pop('Beat', 0)
-    for name in ('Take', 'Lives'):  # an open promise of another node is looked at again until it is kept or lapses
+    for name in (
+        'Take',
+        'Lives',
+    ):  # an open promise of another node is looked at again until it is kept or lapses
         sent.pop(name, None)
     if sum(sent.values()) > 2 or beats > 1.02 * seconds / node.settings.interval + 3:
-        raise Violation(f'I7: {node} sent {beats} heartbeats and {dict(sent)} in {seconds:.1f} s in which nothing happened')
+        raise Violation(
+            f'I7: {node} sent {beats} heartbeats and {dict(sent)} in {seconds:.1f} s in which '
+            'nothing happened'
+        )
 
 
 def run(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:

@@ -1,4 +1,5 @@
 """One schedule of faults under way, and the faults themselves."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -38,7 +39,14 @@ class Run:
 
     # --- building ---
 
-    def spawn(self, name: str, *, machine: int | None = None, delay: float = 0.0, weight: float | None = None) -> None:
+    def spawn(
+        self,
+        name: str,
+        *,
+        machine: int | None = None,
+        delay: float = 0.0,
+        weight: float | None = None,
+    ) -> None:
         """Start a process of that name after `delay` seconds."""
         self.world.at(self.world.now + delay, self._spawn, name, machine, weight)
 
@@ -48,10 +56,19 @@ class Run:
         if weight is not None:
             settings = Settings(**{**vars(settings), 'weight': weight})
         slow = rng.random() < 0.15
-        self.world.add(SimNode(
-            self.world, name, settings, rate=rng.choice((0.99, 1.01, 1 + rng.uniform(-0.01, 0.01))), offset=rng.uniform(10, 1e5),
-            machine=rng.randrange(3) if machine is None else machine,
-            release_times=lambda: rng.random() * settings.release_timeout * (2.5 if slow else 0.5)))
+        self.world.add(
+            SimNode(
+                self.world,
+                name,
+                settings,
+                rate=rng.choice((0.99, 1.01, 1 + rng.uniform(-0.01, 0.01))),
+                offset=rng.uniform(10, 1e5),
+                machine=rng.randrange(3) if machine is None else machine,
+                release_times=lambda: (
+                    rng.random() * settings.release_timeout * (2.5 if slow else 0.5)
+                ),
+            )
+        )
 
     def respawn(self, node: SimNode) -> None:
         """What a supervisor does with a process that ended by itself."""
@@ -110,7 +127,11 @@ class Run:
         node.cut_up = node.cut_down = False
         self.world.trace(node, 'mended', '')
         world = self.world
-        if node.running and node.connection is not None and not world.has_connection(node.connection):
+        if (
+            node.running
+            and node.connection is not None
+            and not world.has_connection(node.connection)
+        ):
             world.at(world.now + 0.01, node.disconnect)
 
     def deafen(self) -> None:
@@ -160,7 +181,10 @@ class Run:
             names = [*self.names, '%', 'nobody', 'n%']
             patterns = tuple(rng.sample(names, rng.choice((1, 1, 2))))
             expires = store.clock + rng.uniform(0.2, 3 * TIMEOUT) if rng.random() < 0.4 else None
-            store.add_lock(f'{token}.{rng.randrange(TASKS_PER_TOKEN)}', Lock(token, patterns, store.clock, expires))
+            store.add_lock(
+                f'{token}.{rng.randrange(TASKS_PER_TOKEN)}',
+                Lock(token, patterns, store.clock, expires),
+            )
         world.deliver_notifications()
 
     def pin_somewhere(self) -> None:
@@ -220,7 +244,9 @@ class Run:
         self.world.at(self.world.now + seconds, self.world.start_server)
 
     def promote(self, standby: list[SimStore]) -> None:
-        """A failover behind a pooler: nobody loses a connection. The standby itself stays as it was: there may be two that are alike."""
+        """A failover behind a pooler: nobody loses a connection. The standby itself stays as it
+        was: there may be two that are alike.
+        """
         self.world.owner_checked = self.world.tasks_checked = False
         self.world.promote(standby[0])
 

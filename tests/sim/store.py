@@ -1,4 +1,7 @@
-"""The store of the simulation: answers each request of protocol/messages.py at one instant, as store/control.py does in one transaction."""
+"""The store of the simulation: answers each request of protocol/messages.py at one instant, as
+store/control.py does in one transaction.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -91,7 +94,9 @@ class Row:
 
     @property
     def member(self) -> Member:
-        return Member(self.name, self.incarnation, self.beat, self.created_on, self.state, self.weight)
+        return Member(
+            self.name, self.incarnation, self.beat, self.created_on, self.state, self.weight
+        )
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,10 @@ Fingerprint = tuple[tuple[tuple[str, str, str, float], ...], int]
 class SimStore:
     """All tables of one cluster.
 
-    `clock` is the database's wall clock, which the world sets before each request; it may jump. `outbox` holds the
-    notifications of the last request. `on_plan` is told of each plan before it is written. `server` names the history of the
-    database itself, as far as its timeline does; `recorded` is the one that the cluster's row names.
+    `clock` is the database's wall clock, which the world sets before each request; it may jump.
+    `outbox` holds the notifications of the last request. `on_plan` is told of each plan before it
+    is written. `server` names the history of the database itself, as far as its timeline does;
+    `recorded` is the one that the cluster's row names.
     """
 
     total_tokens: int
@@ -238,7 +244,11 @@ class SimStore:
         other = copy.copy(self)
         other.nodes = {name: replace(row) for name, row in self.nodes.items()}
         other.segments, other.outbox = list(self.segments), []
-        other.locks, other.claims, other.audits = dict(self.locks), dict(self.claims), set(self.audits)
+        other.locks, other.claims, other.audits = (
+            dict(self.locks),
+            dict(self.claims),
+            set(self.audits),
+        )
         other.promises = set(self.promises)
         return other
 
@@ -250,7 +260,12 @@ class SimStore:
 
     @property
     def _settled(self) -> bool:
-        return self.recorded == self.server or self.recorded is None and self._is_first or not self.tells_history
+        return (
+            self.recorded == self.server
+            or self.recorded is None
+            and self._is_first
+            or not self.tells_history
+        )
 
     @property
     def _is_first(self) -> bool:
@@ -258,7 +273,9 @@ class SimStore:
         return not self.server.endswith("'")
 
     def _holds(self, request: RecordHistory) -> bool:
-        """Whether the last answered heartbeat of the node that asks is here: if not, it speaks of another database."""
+        """Whether the last answered heartbeat of the node that asks is here: if not, it speaks of
+        another database.
+        """
         row = self._row(request.name, request.incarnation)
         return row is not None and self._continues(row, request)
 
@@ -281,7 +298,9 @@ class SimStore:
 
     def fingerprint(self) -> Fingerprint:
         rows = sorted(self.nodes.values(), key=lambda row: row.name)
-        return tuple((row.name, row.incarnation, row.state, row.weight) for row in rows), self.lock_version
+        return tuple(
+            (row.name, row.incarnation, row.state, row.weight) for row in rows
+        ), self.lock_version
 
     def _locks_changed(self) -> None:
         self.lock_version += 1
@@ -293,8 +312,10 @@ class SimStore:
         for index, segment in enumerate(self.segments):
             if name in (segment.node, segment.moving_to):
                 self.segments[index] = replace(
-                    segment, node=None if segment.node == name else segment.node,
-                    moving_to=None if segment.moving_to == name else segment.moving_to)
+                    segment,
+                    node=None if segment.node == name else segment.node,
+                    moving_to=None if segment.moving_to == name else segment.moving_to,
+                )
         self.changes += 1
 
     def _write(self, segments: Iterable[Segment]) -> None:
@@ -322,8 +343,14 @@ class SimStore:
                 return Occupied(row.sign, row.process)
             self._delete(row.name)
         self.nodes[request.name] = Row(
-            request.name, request.incarnation, request.process, self._youngest(), 'active' if request.active else 'joining', request.weight,
-            last_heartbeat=self.clock)
+            request.name,
+            request.incarnation,
+            request.process,
+            self._youngest(),
+            'active' if request.active else 'joining',
+            request.weight,
+            last_heartbeat=self.clock,
+        )
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
@@ -337,12 +364,22 @@ class SimStore:
         row.beat = max(row.beat, request.number + (not same))
         row.last_heartbeat = self.clock
         age = (row.created_on, row.name)
-        older = sorted((r.created_on, r.name) for r in self.nodes.values()
-                       if (r.created_on, r.name) < age and microseconds(r.created_on) >= request.since)[:ELDERS]
+        older = sorted(
+            (r.created_on, r.name)
+            for r in self.nodes.values()
+            if (r.created_on, r.name) < age and microseconds(r.created_on) >= request.since
+        )[:ELDERS]
         rows = [self.nodes[name] for _, name in older]
         return Beaten(
-            self.version, row.state, tuple(r.sign for r in rows), tuple(self.clock - r.last_heartbeat for r in rows),
-            microseconds(min([row.created_on, *(r.created_on for r in rows)])), self._history, self._settled, same)
+            self.version,
+            row.state,
+            tuple(r.sign for r in rows),
+            tuple(self.clock - r.last_heartbeat for r in rows),
+            microseconds(min([row.created_on, *(r.created_on for r in rows)])),
+            self._history,
+            self._settled,
+            same,
+        )
 
     def _youngest(self) -> float:
         """Later than every other row, even if the wall clock was set back."""
@@ -361,27 +398,49 @@ class SimStore:
         if row is None:
             return None
         mine = tuple(s for s in self.segments if s.node == row.name)
-        incoming = sum(s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name)
+        incoming = sum(
+            s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name
+        )
         return Holdings(
-            self.version, row.state, mine, self.planned == self.fingerprint(), incoming, self._history,
-            self._continues(row, request))
+            self.version,
+            row.state,
+            mine,
+            self.planned == self.fingerprint(),
+            incoming,
+            self._history,
+            self._continues(row, request),
+        )
 
     def _take(self, request: Take) -> Reply:
-        tasks = sorted({task for task in (*self.audits, *self.claims) if self.is_taken(request.name, task)
-                        and any(lo <= token_of(task) < hi for lo, hi in request.ranges)}, key=token_of)
+        tasks = sorted(
+            {
+                task
+                for task in (*self.audits, *self.claims)
+                if self.is_taken(request.name, task)
+                and any(lo <= token_of(task) < hi for lo, hi in request.ranges)
+            },
+            key=token_of,
+        )
         stop = token_of(tasks[_ROWS]) if len(tasks) > _ROWS else request.ranges[-1][1]
         stop = max(stop, request.ranges[0][0] + 1)
         told = [task for task in tasks if token_of(task) < stop]
         claimed = [task for task in told if task not in self.audits]
         return Taken(
             tuple((lo, min(hi, stop)) for lo, hi in request.ranges if lo < stop),
-            array('Q', sorted(task_key(task, self.total_tokens) for task in told)), None,
+            array('Q', sorted(task_key(task, self.total_tokens) for task in told)),
+            None,
             tuple(sorted({self.claims[task][1] for task in claimed})),
-            tuple(sorted({token_of(task) for task in claimed if task in self.promises})))
+            tuple(sorted({token_of(task) for task in claimed if task in self.promises})),
+        )
 
     def _may_give(self, segment: Segment, request: Give) -> bool:
-        return (segment.node == request.name and segment.moving and (segment.moving_to is not None or segment.blocked)
-                and any(lo <= segment.lo and segment.hi <= hi for lo, hi in request.ranges) and self._version_fits(segment, request))
+        return (
+            segment.node == request.name
+            and segment.moving
+            and (segment.moving_to is not None or segment.blocked)
+            and any(lo <= segment.lo and segment.hi <= hi for lo, hi in request.ranges)
+            and self._version_fits(segment, request)
+        )
 
     def _version_fits(self, segment: Segment, request: Give) -> bool:
         return segment.version <= request.version
@@ -399,8 +458,19 @@ class SimStore:
             return Given(0)
         self.version += 1
         gone = set(given)
-        self._write(replace(s, node=s.moving_to, moving=False, moving_to=None, blocked=s.moving_to is None, version=self.version)
-                    if s in gone else s for s in self.segments)
+        self._write(
+            replace(
+                s,
+                node=s.moving_to,
+                moving=False,
+                moving_to=None,
+                blocked=s.moving_to is None,
+                version=self.version,
+            )
+            if s in gone
+            else s
+            for s in self.segments
+        )
         self.outbox.append('give ' + ','.join(sorted({s.moving_to for s in given if s.moving_to})))
         return Given(sum(s.hi - s.lo for s in given))
 
@@ -425,10 +495,16 @@ class SimStore:
         return True
 
     def _observe(self) -> Reply:
-        members = sorted((r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name))
+        members = sorted(
+            (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
+        )
         expiries = [lock.expires_at for lock in self.locks.values() if lock.expires_at is not None]
-        return Observed(tuple(members), self.version, self.planned != self.fingerprint(),
-                        min(expiries) - self.clock if expiries else None)
+        return Observed(
+            tuple(members),
+            self.version,
+            self.planned != self.fingerprint(),
+            min(expiries) - self.clock if expiries else None,
+        )
 
     # --- the leader's round ---
 
@@ -449,7 +525,11 @@ class SimStore:
             return None
         if not self._is_eldest(row, request.dead):
             return Led(False, self.version)
-        expired = [task for task, lock in self.locks.items() if lock.expires_at is not None and lock.expires_at <= self.clock]
+        expired = [
+            task
+            for task, lock in self.locks.items()
+            if lock.expires_at is not None and lock.expires_at <= self.clock
+        ]
         for task in expired:
             del self.locks[task]
         self.lock_version += bool(expired)
@@ -467,8 +547,13 @@ class SimStore:
         return self._looks_so(sign)
 
     def _plan(self) -> Decision:
-        members = sorted((r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name))
-        pins = [Pin(task, lock.token, lock.patterns, lock.created_at) for task, lock in sorted(self.locks.items())]
+        members = sorted(
+            (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
+        )
+        pins = [
+            Pin(task, lock.token, lock.patterns, lock.created_at)
+            for task, lock in sorted(self.locks.items())
+        ]
         self.version += 1
         decision = decide(members, self.segments, pins, self.total_tokens, self.version)
         if self.on_plan is not None:

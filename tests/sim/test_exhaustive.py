@@ -1,7 +1,10 @@
-"""Small scope, all of it: three nodes and two tokens, at most one pause, one crash and one database outage, at every point of a grid.
+"""Small scope, all of it: three nodes and two tokens, at most one pause, one crash and one database
+outage, at every point of a grid.
 
-The search shares prefixes: it runs to a point, keeps a snapshot of the whole world, and takes each choice from there.
+The search shares prefixes: it runs to a point, keeps a snapshot of the whole world, and takes each
+choice from there.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +24,8 @@ from .world import World
 _NAMES = ('a', 'b', 'c')
 #: Points at which something may happen; `make soak` takes twice as many.
 _SLOTS = 4
-#: Between two points: no multiple of the heartbeat interval, so that the points meet it in all its phases.
+#: Between two points: no multiple of the heartbeat interval, so that the points meet it in all its
+#: phases.
 _STEP = TIMEOUT / 3.3
 #: A hiccup; longer than the lease and shorter than the timeout; longer than both.
 _PAUSES = (TIMEOUT * 0.4, TIMEOUT * 0.96, TIMEOUT * 1.4)
@@ -52,10 +56,19 @@ def _no_time() -> float:
 
 def _start(world: World, name: str, lease: float = LEASE_FRACTION * TIMEOUT) -> None:
     settings = Settings(
-        interval=TIMEOUT / 3, timeout=TIMEOUT, lease=lease, check_interval=2 * TIMEOUT, release_timeout=1.0, total_tokens=2)
-    # The leader's clock is the fastest, so that it is the first to call somebody dead; the other two are slow.
+        interval=TIMEOUT / 3,
+        timeout=TIMEOUT,
+        lease=lease,
+        check_interval=2 * TIMEOUT,
+        release_timeout=1.0,
+        total_tokens=2,
+    )
+    # The leader's clock is the fastest, so that it is the first to call somebody dead; the other
+    # two are slow.
     rate = 1.01 if name == 'a' else 0.99
-    world.add(SimNode(world, name, settings, rate=rate, offset=100.0, machine=0, release_times=_no_time))
+    world.add(
+        SimNode(world, name, settings, rate=rate, offset=100.0, machine=0, release_times=_no_time)
+    )
 
 
 def _formed(lease: float = LEASE_FRACTION * TIMEOUT) -> World:
@@ -68,16 +81,25 @@ def _formed(lease: float = LEASE_FRACTION * TIMEOUT) -> World:
     return world
 
 
-def _choices(faults: _Faults) -> list[tuple[tuple[str, float] | None, tuple[str, bool] | None, float | None]]:
+def _choices(
+    faults: _Faults,
+) -> list[tuple[tuple[str, float] | None, tuple[str, bool] | None, float | None]]:
     pauses = [None, *itertools.product(_NAMES, _PAUSES)] if faults.pause else [None]
     crashes = [None, *itertools.product(_NAMES, (False, True))] if faults.crash else [None]
     outages = [None, *_OUTAGES] if faults.outage else [None]
-    return [(pause, crash, outage) for pause, crash, outage in itertools.product(pauses, crashes, outages)
-            if crash is None or pause is None or pause[0] != crash[0]]
+    return [
+        (pause, crash, outage)
+        for pause, crash, outage in itertools.product(pauses, crashes, outages)
+        if crash is None or pause is None or pause[0] != crash[0]
+    ]
 
 
 def _apply(
-    world: World, faults: _Faults, pause: tuple[str, float] | None, crash: tuple[str, bool] | None, outage: float | None,
+    world: World,
+    faults: _Faults,
+    pause: tuple[str, float] | None,
+    crash: tuple[str, bool] | None,
+    outage: float | None,
 ) -> _Faults:
     nodes = {node.name: node for node in world.nodes}
     done = list(faults.done)
@@ -95,8 +117,13 @@ def _apply(
         world.stop_server()
         world.at(world.now + outage, world.start_server)
         done.append(f'{world.now:.2f} outage for {outage:.2f}')
-    return replace(faults, pause=faults.pause and pause is None, crash=faults.crash and crash is None,
-                   outage=faults.outage and outage is None, done=tuple(done))
+    return replace(
+        faults,
+        pause=faults.pause and pause is None,
+        crash=faults.crash and crash is None,
+        outage=faults.outage and outage is None,
+        done=tuple(done),
+    )
 
 
 def _finish(world: World) -> None:
@@ -116,7 +143,9 @@ def _explore(world: World, slot: int, faults: _Faults) -> int:
         try:
             _finish(world)
         except Violation as violation:
-            raise Violation(f'{violation}; faults: {"; ".join(faults.done) or "none"}') from violation
+            raise Violation(
+                f'{violation}; faults: {"; ".join(faults.done) or "none"}'
+            ) from violation
         return 1
     choices = _choices(faults)
     snapshot = pickle.dumps(world, pickle.HIGHEST_PROTOCOL)

@@ -1,7 +1,9 @@
-"""Each fence is switched off in turn; the simulation must then find a schedule that breaks an invariant.
+"""Each fence is switched off in turn; the simulation must then find a schedule that breaks an
+invariant.
 
 A fence that nothing notices would be either superfluous or untested.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,7 +17,19 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.protocol import liveness
 from jobsync_core.protocol import node as protocol
 from jobsync_core.protocol.leadership import Lookout
-from jobsync_core.protocol.messages import Beat, Beaten, Evict, Give, Given, Holdings, Join, Lead, Reply, Request, Taken
+from jobsync_core.protocol.messages import (
+    Beat,
+    Beaten,
+    Evict,
+    Give,
+    Given,
+    Holdings,
+    Join,
+    Lead,
+    Reply,
+    Request,
+    Taken,
+)
 from jobsync_core.protocol.node import Phase, Protocol
 from jobsync_core.protocol.takings import Takings
 
@@ -29,7 +43,9 @@ from .world import World
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fence, how it is switched off, which families of schedules show it, and what they must report."""
+    """One fence, how it is switched off, which families of schedules show it, and what they must
+    report.
+    """
 
     fence: str
     families: tuple[str, ...]
@@ -54,6 +70,7 @@ def _lease_from_the_answer(patch: pytest.MonkeyPatch) -> None:
     def mutated(self: Protocol, reply: Any, now: float) -> None:
         self._sent_at = now
         original(self, reply, now)
+
     patch.setattr(Protocol, '_on_beaten', mutated)
 
 
@@ -64,6 +81,7 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
         original(self, request, reply, now)
         if isinstance(request, Give) and isinstance(reply, Given):
             self.claims.replace(self.claims.tokens - TokenSet(request.ranges))
+
     patch.setattr(Protocol, '_shrink', lambda self, kept: None)
     patch.setattr(Protocol, 'reply', mutated)
 
@@ -73,7 +91,9 @@ def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
-        return original(self, replace(request, incarnation=row.incarnation) if row is not None else request)
+        return original(
+            self, replace(request, incarnation=row.incarnation) if row is not None else request
+        )
 
     def mutated_choose(self: Protocol, now: float) -> Request | None:
         """A heartbeat that goes first hides it: it would hear of the eviction."""
@@ -84,6 +104,7 @@ def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
             return choose(self, now)
         finally:
             self._beat_at = due
+
     patch.setattr(SimStore, '_refresh', mutated)
     patch.setattr(Protocol, '_choose', mutated_choose)
 
@@ -93,12 +114,20 @@ def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
-        return original(self, replace(request, incarnation=row.incarnation) if row is not None else request)
+        return original(
+            self, replace(request, incarnation=row.incarnation) if row is not None else request
+        )
+
     patch.setattr(SimStore, '_beat', mutated)
 
 
 def _claim_without_refresh(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protocol, '_must_refresh', property(lambda self: False, lambda self, value: None), raising=False)
+    patch.setattr(
+        Protocol,
+        '_must_refresh',
+        property(lambda self: False, lambda self, value: None),
+        raising=False,
+    )
 
 
 def _evict_without_looking_again(patch: pytest.MonkeyPatch) -> None:
@@ -112,7 +141,11 @@ def _no_grace_after_outage(patch: pytest.MonkeyPatch) -> None:
 
 def _short_timeout(patch: pytest.MonkeyPatch) -> None:
     original = liveness.Liveness.__init__
-    patch.setattr(liveness.Liveness, '__init__', lambda self, timeout, max_gap: original(self, 0.8 * timeout, max_gap))
+    patch.setattr(
+        liveness.Liveness,
+        '__init__',
+        lambda self, timeout, max_gap: original(self, 0.8 * timeout, max_gap),
+    )
 
 
 def _no_exclusion_constraint(patch: pytest.MonkeyPatch) -> None:
@@ -130,6 +163,7 @@ def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
         tokens = self.claims.tokens
         original(self, now)
         self.claims.replace(tokens)
+
     patch.setattr(Protocol, '_on_evicted', mutated)
 
 
@@ -148,6 +182,7 @@ def _history_is_not_in_the_heartbeat(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
         return original(self, replace(reply, history='', settled=True, same=True), now)
+
     patch.setattr(Protocol, '_on_history', mutated)
     patch.setattr(Protocol, '_is_of_another_history', lambda self, reply: False)
 
@@ -163,6 +198,7 @@ def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
     def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
         self._waits = self._waits or not self._history
         return original(self, reply, now)
+
     patch.setattr(Protocol, '_on_history', mutated)
 
 
@@ -173,8 +209,12 @@ def _trust_a_known_name(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_a_break_that_nobody_heard_of(patch: pytest.MonkeyPatch) -> None:
-    """A heartbeat whose answer is lost leaves its number where the last one that was answered never was."""
-    patch.setattr(SimStore, '_continues', staticmethod(lambda row, request: row.beat >= request.seen))
+    """A heartbeat whose answer is lost leaves its number where the last one that was answered never
+    was.
+    """
+    patch.setattr(
+        SimStore, '_continues', staticmethod(lambda row, request: row.beat >= request.seen)
+    )
 
 
 def _trust_a_row_that_names_no_history(patch: pytest.MonkeyPatch) -> None:
@@ -197,6 +237,7 @@ def _have_waited_in_an_earlier_life(patch: pytest.MonkeyPatch) -> None:
         waits = self._waits
         original(self, now)
         self._waits = waits
+
     patch.setattr(Protocol, '_on_evicted', mutated)
 
 
@@ -209,6 +250,7 @@ def _trust_the_row_after_a_change(patch: pytest.MonkeyPatch) -> None:
             self._waits = True
             reply = replace(reply, same=True)
         return original(self, reply, now)
+
     patch.setattr(Protocol, '_on_history', mutated)
 
 
@@ -220,6 +262,7 @@ def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
         if isinstance(request, (Join, Beat)):
             self.recorded = self.server
         return reply
+
     patch.setattr(SimStore, 'handle', mutated)
     _without_the_check_of_quarantine(patch)
 
@@ -233,6 +276,7 @@ def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
             return original(self, now)
         finally:
             self._quarantine_until = until
+
     patch.setattr(Protocol, '_choose', mutated)
     patch.setattr(Protocol, '_on_holdings', _on_holdings_in_quarantine)
 
@@ -253,6 +297,7 @@ def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
         original(self, reply, now)
         if self.quarantined:
             self.claims.extend(self._sent_at + self.settings.lease)
+
     patch.setattr(Protocol, '_on_beaten', mutated)
 
 
@@ -262,14 +307,22 @@ def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: World, node: SimNode, request: Request, *rest: Any) -> None:
         refused = dict(self.refused)
-        self.refused = {name: (*kinds, Evict) if Lead in kinds else kinds for name, kinds in refused.items()}
+        self.refused = {
+            name: (*kinds, Evict) if Lead in kinds else kinds for name, kinds in refused.items()
+        }
         original(self, node, request, *rest)
         self.refused = refused
+
     patch.setattr(World, '_execute', mutated)
 
 
 def _nobody_steps_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Lookout, '_must_step_down', property(lambda self: False, lambda self, value: None), raising=False)
+    patch.setattr(
+        Lookout,
+        '_must_step_down',
+        property(lambda self: False, lambda self, value: None),
+        raising=False,
+    )
 
 
 def _beat_at_any_time(patch: pytest.MonkeyPatch) -> None:
@@ -285,7 +338,11 @@ def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: SimStore, request: Join) -> Reply:
         row = self.nodes.get(request.name)
-        return original(self, replace(request, replace=(row.incarnation, row.beat)) if row is not None else request)
+        return original(
+            self,
+            replace(request, replace=(row.incarnation, row.beat)) if row is not None else request,
+        )
+
     patch.setattr(SimStore, '_join', mutated)
 
 
@@ -305,6 +362,7 @@ def _activate_all_after_the_first_piece(patch: pytest.MonkeyPatch) -> None:
         original(self, *answer)
         self.gain = TokenSet()
         return gain
+
     patch.setattr(Takings, 'taken', mutated)
 
 
@@ -313,19 +371,35 @@ def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_wait_for_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(protocol._Batch, 'ready', property(lambda self: True, lambda self, value: None), raising=False)
+    patch.setattr(
+        protocol._Batch,
+        'ready',
+        property(lambda self: True, lambda self, value: None),
+        raising=False,
+    )
 
 
 def _take_from_the_living(patch: pytest.MonkeyPatch) -> None:
     original = SimStore._write
 
     def mutated(self: SimStore, segments: Any) -> None:
-        original(self, [replace(s, node=s.moving_to, moving=False, moving_to=None) if s.moving and s.moving_to else s for s in segments])
+        original(
+            self,
+            [
+                replace(s, node=s.moving_to, moving=False, moving_to=None)
+                if s.moving and s.moving_to
+                else s
+                for s in segments
+            ],
+        )
+
     patch.setattr(SimStore, '_write', mutated)
 
 
 def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
-    """The leader reads the rows at its last look and writes at its round: what the advisory lock prevents."""
+    """The leader reads the rows at its last look and writes at its round: what the advisory lock
+    prevents.
+    """
     observe, plan = SimStore._observe, SimStore._plan
     seen: dict[int, list[Segment]] = {}
 
@@ -335,8 +409,11 @@ def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
 
     def mutated_plan(self: SimStore) -> Any:
         if id(self) in seen:
-            self.segments = [s if s.node in self.nodes else replace(s, node=None) for s in seen[id(self)]]
+            self.segments = [
+                s if s.node in self.nodes else replace(s, node=None) for s in seen[id(self)]
+            ]
         return plan(self)
+
     patch.setattr(SimStore, '_observe', mutated_observe)
     patch.setattr(SimStore, '_plan', mutated_plan)
 
@@ -353,6 +430,7 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
         self._lookout._must_look = False
         self._lookout.look_at = now + self.settings.poll
         self._lookout._retries[Evict].reset()
+
     patch.setattr(Protocol, '_on_evicted_others', mutated)
 
 
@@ -360,19 +438,39 @@ def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_holdings
 
     def mutated(self: Protocol, reply: Holdings, now: float) -> None:
-        original(self, replace(reply, segments=tuple(
-            replace(s, moving_to=self.name) if s.moving and s.moving_to is None else s for s in reply.segments)), now)
+        original(
+            self,
+            replace(
+                reply,
+                segments=tuple(
+                    replace(s, moving_to=self.name) if s.moving and s.moving_to is None else s
+                    for s in reply.segments
+                ),
+            ),
+            now,
+        )
+
     patch.setattr(Protocol, '_on_holdings', mutated)
 
 
 MUTATIONS = (
     Mutation('lease deadline', ('partitions', 'pauses'), _without_lease_deadline, ('I1', 'I2')),
     Mutation('lease margin', ('partitions', 'pauses'), _without_lease_margin, ('I1',)),
-    Mutation('lease counted from the sending of the heartbeat', ('partitions', 'pauses'), _lease_from_the_answer, ('I1', 'I2')),
+    Mutation(
+        'lease counted from the sending of the heartbeat',
+        ('partitions', 'pauses'),
+        _lease_from_the_answer,
+        ('I1', 'I2'),
+    ),
     Mutation('shrink before hand-over', ('rolling',), _give_before_shrinking, ('I1',)),
     Mutation('incarnation in refresh', ('names',), _refresh_by_name_alone, ('lives',)),
     Mutation('incarnation in heartbeat', ('names',), _beat_by_name_alone, ('I1', 'lives')),
-    Mutation('refresh before claiming after reconnect', ('restores',), _claim_without_refresh, ('I1', 'I3')),
+    Mutation(
+        'refresh before claiming after reconnect',
+        ('restores',),
+        _claim_without_refresh,
+        ('I1', 'I3'),
+    ),
     Mutation("leader's re-check of the dead", ('revivals',), _evict_without_looking_again, ('I1',)),
     Mutation('grace after an outage', ('outages', 'single'), _no_grace_after_outage, ('I4',)),
     Mutation('the whole timeout is waited', ('partitions',), _short_timeout, ('I1',)),
@@ -380,42 +478,143 @@ MUTATIONS = (
     Mutation('version in hand-over', ('flapping',), _give_whatever_the_version, ('I1',)),
     Mutation('clear before rejoining', ('partitions', 'pauses'), _rejoin_with_old_tokens, ('I1',)),
     Mutation('quarantine after failover', ('failovers', 'promotions'), _no_quarantine, ('I1',)),
-    Mutation("the database's history is in each heartbeat", ('promotions',), _history_is_not_in_the_heartbeat, ('quarantine',)),
-    Mutation('a failover behind a pooler is noticed', ('promotions',), _history_only_of_the_connection, ('I1',)),
-    Mutation('a new node waits where the history is new', ('promotions',), _new_nodes_trust_the_server, ('quarantine',)),
-    Mutation('a history is recorded after the wait', ('promotions',), _record_the_history_at_once, ('I1',)),
-    Mutation('histories of one name are told apart', ('reused',), _trust_a_known_name, ('I1', 'I7')),
-    Mutation('a break is one until its node has heard of it', ('reused',), _forget_a_break_that_nobody_heard_of, ('quarantine',)),
-    Mutation('a promoted server whose row names no history settles nothing', ('reused', 'promotions'), _trust_a_row_that_names_no_history,
-             ('quarantine',)),
-    Mutation('a history is recorded only by who has waited in it', ('reused',), _record_for_another_database, ('quarantine',)),
-    Mutation('rows count only in the history of the last heartbeat', ('reused', 'promotions'), _read_the_rows_of_another_history, ('I1',)),
-    Mutation('who was evicted has not waited yet', ('reused',), _have_waited_in_an_earlier_life, ('quarantine',)),
-    Mutation('a change is waited out, whatever the row says', ('failbacks',), _trust_the_row_after_a_change, ('quarantine',)),
-    Mutation('nothing is taken or given in quarantine', ('failovers', 'promotions'), _take_and_give_in_quarantine, ('quarantine',)),
-    Mutation('no lease in quarantine', ('failovers', 'promotions'), _extend_the_lease_in_quarantine, ('quarantine',)),
-    Mutation('an eviction stands whatever the plan does', ('refusals',), _plan_and_evict_in_one, ('eviction',)),
+    Mutation(
+        "the database's history is in each heartbeat",
+        ('promotions',),
+        _history_is_not_in_the_heartbeat,
+        ('quarantine',),
+    ),
+    Mutation(
+        'a failover behind a pooler is noticed',
+        ('promotions',),
+        _history_only_of_the_connection,
+        ('I1',),
+    ),
+    Mutation(
+        'a new node waits where the history is new',
+        ('promotions',),
+        _new_nodes_trust_the_server,
+        ('quarantine',),
+    ),
+    Mutation(
+        'a history is recorded after the wait',
+        ('promotions',),
+        _record_the_history_at_once,
+        ('I1',),
+    ),
+    Mutation(
+        'histories of one name are told apart', ('reused',), _trust_a_known_name, ('I1', 'I7')
+    ),
+    Mutation(
+        'a break is one until its node has heard of it',
+        ('reused',),
+        _forget_a_break_that_nobody_heard_of,
+        ('quarantine',),
+    ),
+    Mutation(
+        'a promoted server whose row names no history settles nothing',
+        ('reused', 'promotions'),
+        _trust_a_row_that_names_no_history,
+        ('quarantine',),
+    ),
+    Mutation(
+        'a history is recorded only by who has waited in it',
+        ('reused',),
+        _record_for_another_database,
+        ('quarantine',),
+    ),
+    Mutation(
+        'rows count only in the history of the last heartbeat',
+        ('reused', 'promotions'),
+        _read_the_rows_of_another_history,
+        ('I1',),
+    ),
+    Mutation(
+        'who was evicted has not waited yet',
+        ('reused',),
+        _have_waited_in_an_earlier_life,
+        ('quarantine',),
+    ),
+    Mutation(
+        'a change is waited out, whatever the row says',
+        ('failbacks',),
+        _trust_the_row_after_a_change,
+        ('quarantine',),
+    ),
+    Mutation(
+        'nothing is taken or given in quarantine',
+        ('failovers', 'promotions'),
+        _take_and_give_in_quarantine,
+        ('quarantine',),
+    ),
+    Mutation(
+        'no lease in quarantine',
+        ('failovers', 'promotions'),
+        _extend_the_lease_in_quarantine,
+        ('quarantine',),
+    ),
+    Mutation(
+        'an eviction stands whatever the plan does',
+        ('refusals',),
+        _plan_and_evict_in_one,
+        ('eviction',),
+    ),
     Mutation('a leader whose rounds fail steps down', ('refusals',), _nobody_steps_down, ('I3',)),
     Mutation('the oldest beat one after another', ('together',), _beat_at_any_time, ('I3',)),
     Mutation('followers do not look at the table', ('rolling',), _all_of_the_oldest_look, ('I7',)),
     Mutation('a name is taken over only from the dead', ('names',), _replace_the_living, ('I1',)),
     Mutation('known dead means dead', ('names',), _anybody_is_known_dead, ('I1',)),
-    Mutation('ask who has taken the tasks before activating', ('rolling', 'locks'), _activate_without_asking, ('tasks',)),
-    Mutation('each piece of a gain is active when it is known, and no sooner', ('rolling', 'locks'), _activate_all_after_the_first_piece,
-             ('tasks',)),
-    Mutation('promises go with the hand-over', ('rolling', 'locks'), _hand_over_without_promises, ('tasks',)),
-    Mutation('on_release comes before the hand-over', ('rolling',), _no_wait_for_release, ('on_release',)),
+    Mutation(
+        'ask who has taken the tasks before activating',
+        ('rolling', 'locks'),
+        _activate_without_asking,
+        ('tasks',),
+    ),
+    Mutation(
+        'each piece of a gain is active when it is known, and no sooner',
+        ('rolling', 'locks'),
+        _activate_all_after_the_first_piece,
+        ('tasks',),
+    ),
+    Mutation(
+        'promises go with the hand-over',
+        ('rolling', 'locks'),
+        _hand_over_without_promises,
+        ('tasks',),
+    ),
+    Mutation(
+        'on_release comes before the hand-over', ('rolling',), _no_wait_for_release, ('on_release',)
+    ),
     Mutation('nobody takes tokens from a live owner', ('rolling',), _take_from_the_living, ('I1',)),
-    Mutation('the leader reads and writes in one transaction', ('rolling', 'flapping'), _plan_on_a_stale_look, ('I1',)),
-    Mutation('no plan when nothing changed', ('single',), _plan_though_nothing_changed, ('I4', 'I3')),
-    Mutation('a round that evicted nobody is not repeated blindly', ('revivals', 'names'), _round_after_round, ('no-spin',)),
-    Mutation('tokens without a receiver wait for the next plan', ('headless',), _give_to_nobody, ('no-spin',)),
+    Mutation(
+        'the leader reads and writes in one transaction',
+        ('rolling', 'flapping'),
+        _plan_on_a_stale_look,
+        ('I1',),
+    ),
+    Mutation(
+        'no plan when nothing changed', ('single',), _plan_though_nothing_changed, ('I4', 'I3')
+    ),
+    Mutation(
+        'a round that evicted nobody is not repeated blindly',
+        ('revivals', 'names'),
+        _round_after_round,
+        ('no-spin',),
+    ),
+    Mutation(
+        'tokens without a receiver wait for the next plan',
+        ('headless',),
+        _give_to_nobody,
+        ('no-spin',),
+    ),
 )
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize('mutation', MUTATIONS, ids=lambda mutation: mutation.fence)
-def test_without_the_fence_an_invariant_breaks(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_fence_an_invariant_breaks(
+    mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mutation.apply(monkeypatch)
     for seed in range(mutation.schedules):
         for family in mutation.families:
@@ -425,4 +624,7 @@ def test_without_the_fence_an_invariant_breaks(mutation: Mutation, monkeypatch: 
                 if not str(violation.__cause__).startswith(mutation.reports):
                     pytest.fail(f'found, but by another invariant: {violation}')
                 return
-    pytest.fail(f'{mutation.schedules * len(mutation.families)} schedules of {mutation.families} did not notice')
+    pytest.fail(
+        f'{mutation.schedules * len(mutation.families)} schedules of {mutation.families} did not '
+        'notice'
+    )

@@ -1,4 +1,7 @@
-"""Seeded schedules of faults: I1 and I2 hold after every step, I3 and I4 once the faults have ceased."""
+"""Seeded schedules of faults: I1 and I2 hold after every step, I3 and I4 once the faults have
+ceased.
+"""
+
 from __future__ import annotations
 
 import pytest

@@ -1,9 +1,11 @@
 """Virtual time: nodes with clocks of their own, a network that delays and loses, and one store.
 
-The world stands in for the agent and for PostgreSQL. It drives the very Protocol that the agent drives, one request at
-a time, with the same rules: notifications are handed over between requests, a request that is not answered in time
-fails and its connection is closed, while the statement itself may be carried out all the same, even later.
+The world stands in for the agent and for PostgreSQL. It drives the very Protocol that the agent
+drives, one request at a time, with the same rules: notifications are handed over between requests,
+a request that is not answered in time fails and its connection is closed, while the statement
+itself may be carried out all the same, even later.
 """
+
 from __future__ import annotations
 
 import heapq
@@ -17,7 +19,16 @@ from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.round import Decision, Pin
 from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Beat, Connect, Connected, Give, Lead, Refresh, Reply, Request
+from jobsync_core.protocol.messages import (
+    Beat,
+    Connect,
+    Connected,
+    Give,
+    Lead,
+    Refresh,
+    Reply,
+    Request,
+)
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
 from .node import LEASE_FRACTION, MappedClaims, SimClaims, SimNode
@@ -42,7 +53,9 @@ class Network:
 class World:
     """Everything at once. Deterministic: the same seed and the same calls give the same run."""
 
-    def __init__(self, seed: int, total_tokens: int, *, tracing: int = 0, real_claims: bool = False) -> None:
+    def __init__(
+        self, seed: int, total_tokens: int, *, tracing: int = 0, real_claims: bool = False
+    ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.store = SimStore(total_tokens, on_plan=self._planned)
@@ -52,9 +65,12 @@ class World:
         self.up = True
         self.frozen = False
         self.database_offset = 1_000_000.0
-        self.origin = 0  # which server, in true time, answers; the name of its history may be another one's too
+        # which server, in true time, answers; the name of its history may be another one's too
+        self.origin = 0
         self.origins = [-math.inf]  # when each began to serve
-        self.refused: dict[str | None, tuple[type, ...]] = {}  # what the server cannot do for whom; None: for all
+        self.refused: dict[
+            str | None, tuple[type, ...]
+        ] = {}  # what the server cannot do for whom; None: for all
         self.longest_timeout = 0.0
         self.owner_checked = True
         self.leases_checked = True
@@ -72,7 +88,9 @@ class World:
         self._connections: dict[int, SimNode] = {}
         self._connection_of_request: dict[tuple[int, int], int] = {}
         self._next_connection = 0
-        self._waiting: list[tuple[SimNode, Request, int, float, int | None]] = []  # statements that reached a frozen server
+        self._waiting: list[
+            tuple[SimNode, Request, int, float, int | None]
+        ] = []  # statements that reached a frozen server
         self._gone: set[int] = set()
         self._last_end: dict[str, float] = {}
         self._answers: dict[str, tuple[SimNode, str]] = {}
@@ -129,7 +147,9 @@ class World:
         return process.pid in self._gone
 
     def ended(self, node: SimNode) -> None:
-        """A process ended by itself; its supervisor starts it again unless it left or may not be."""
+        """A process ended by itself; its supervisor starts it again unless it left or may not
+        be.
+        """
         self._remove(node)
         if isinstance(node.error, ClusterNotFormed):
             raise Violation(f'{node} failed: {node.error}')
@@ -175,23 +195,58 @@ class World:
         if node.cut_up:
             if rng.random() < 0.5:
                 # What the kernel goes on sending reaches the server when the link is whole again.
-                self.at(deadline + rng.random() * network.lateness, self._execute_late, node, request, node.connection)
+                self.at(
+                    deadline + rng.random() * network.lateness,
+                    self._execute_late,
+                    node,
+                    request,
+                    node.connection,
+                )
             self.at(deadline, node.fail, request_id)
             return
-        late = network.late_gives if isinstance(request, Give) else network.late_leads if isinstance(request, Lead) else network.late
+        late = (
+            network.late_gives
+            if isinstance(request, Give)
+            else network.late_leads
+            if isinstance(request, Lead)
+            else network.late
+        )
         if late and rng.random() < late:
-            self.at(deadline + rng.random() * network.lateness, self._execute_late, node, request, node.connection)
+            self.at(
+                deadline + rng.random() * network.lateness,
+                self._execute_late,
+                node,
+                request,
+                node.connection,
+            )
             self.at(deadline, node.fail, request_id)
             return
-        self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, node.connection)
+        self.at(
+            self.now + self._one_way(),
+            self._execute,
+            node,
+            request,
+            request_id,
+            deadline,
+            node.connection,
+        )
 
     def _execute_late(self, node: SimNode, request: Request, connection: int | None) -> None:
         if not node.cut_up and self.up and not self.frozen and connection in self._connections:
             self._answer(node, request)
 
-    def _execute(self, node: SimNode, request: Request, request_id: int, deadline: float, connection: int | None) -> None:
+    def _execute(
+        self,
+        node: SimNode,
+        request: Request,
+        request_id: int,
+        deadline: float,
+        connection: int | None,
+    ) -> None:
         """The request reaches the server."""
-        if not self.up or (connection not in self._connections and not isinstance(request, Connect)):
+        if not self.up or (
+            connection not in self._connections and not isinstance(request, Connect)
+        ):
             self._refuse(node, request_id, deadline)
             return
         if self.frozen:
@@ -210,14 +265,18 @@ class World:
             return
         else:
             reply = self._answer(node, request)
-        lost = node.cut_down or (self.network.lost_reply and self.rng.random() < self.network.lost_reply)
+        lost = node.cut_down or (
+            self.network.lost_reply and self.rng.random() < self.network.lost_reply
+        )
         arrival = self.now + self._one_way()
         if lost or arrival >= deadline:
             self.at(max(deadline, self.now), node.fail, request_id)
         else:
             self.at(arrival, self._arrive, node, request_id, reply, self.origin, deadline)
 
-    def _arrive(self, node: SimNode, request_id: int, reply: Reply, origin: int, deadline: float) -> None:
+    def _arrive(
+        self, node: SimNode, request_id: int, reply: Reply, origin: int, deadline: float
+    ) -> None:
         if node.cut_down:
             self.at(max(deadline, self.now), node.fail, request_id)
         else:
@@ -225,14 +284,25 @@ class World:
 
     def _refuse(self, node: SimNode, request_id: int, deadline: float) -> None:
         at_once = not node.cut_down and not node.cut_up
-        self.at(self.now + self._one_way() if at_once else max(deadline, self.now), node.fail, request_id)
+        self.at(
+            self.now + self._one_way() if at_once else max(deadline, self.now),
+            node.fail,
+            request_id,
+        )
 
     def _answer(self, node: SimNode, request: Request) -> Reply:
         store = self.store
         store.clock = self.now + self.database_offset
         reply = store.handle(request)
-        if isinstance(request, (Beat, Refresh)) and reply is not None and store.nodes[request.name].incarnation != request.incarnation:
-            raise Violation(f'lives: {request} of {node} is answered for another life: {store.nodes[request.name].sign}')
+        if (
+            isinstance(request, (Beat, Refresh))
+            and reply is not None
+            and store.nodes[request.name].incarnation != request.incarnation
+        ):
+            raise Violation(
+                f'lives: {request} of {node} is answered for another life: '
+                f'{store.nodes[request.name].sign}'
+            )
         self.trace(node, 'executed', f'{type(request).__name__} -> {reply}')
         self.deliver_notifications()
         return reply
@@ -246,7 +316,10 @@ class World:
             for connection, node in self._connections.items():
                 if node.connection != connection or node.cut_down or node.deaf:
                     continue
-                if self.network.lost_notification and self.rng.random() < self.network.lost_notification:
+                if (
+                    self.network.lost_notification
+                    and self.rng.random() < self.network.lost_notification
+                ):
                     continue
                 self.at(self.now + self._one_way(), node.notify, payload)
         store.outbox.clear()
@@ -282,30 +355,45 @@ class World:
             self.frozen = True
 
     def thaw_server(self) -> None:
-        """The server goes on, with everything that was sent meanwhile, whether its sender still waits or not."""
+        """The server goes on, with everything that was sent meanwhile, whether its sender still
+        waits or not.
+        """
         if not self.frozen:
             return
         self.trace(None, 'server resumes', '')
         self.frozen = False
         waiting, self._waiting = self._waiting, []
         for node, request, request_id, deadline, connection in waiting:
-            self.at(self.now + self._one_way(), self._execute, node, request, request_id, deadline, connection)
+            self.at(
+                self.now + self._one_way(),
+                self._execute,
+                node,
+                request,
+                request_id,
+                deadline,
+                connection,
+            )
 
     def fail_over(self, standby: SimStore) -> None:
-        """A standby that lacks the last writes becomes the server; the old one is fenced off, and with it all connections."""
+        """A standby that lacks the last writes becomes the server; the old one is fenced off, and
+        with it all connections.
+        """
         self.stop_server()
         self.promote(standby)
 
     def promote(self, standby: SimStore) -> None:
-        """A standby that lacks the last writes becomes the server, and a pooler has the same connections lead there.
+        """A standby that lacks the last writes becomes the server, and a pooler has the same
+        connections lead there.
 
-        The new timeline's number is that of the standby, plus one: of standbys that have not followed each other's promotion, two
-        give their histories the same name.
+        The new timeline's number is that of the standby, plus one: of standbys that have not
+        followed each other's promotion, two give their histories the same name.
         """
         self._serve(standby, standby.server + "'")
 
     def fail_back(self, old: SimStore) -> None:
-        """The primary of before, which knows nothing of what came after it, is put back in its place; no connection is lost."""
+        """The primary of before, which knows nothing of what came after it, is put back in its
+        place; no connection is lost.
+        """
         self._serve(old, old.server)
 
     def _serve(self, store: SimStore, history: str) -> None:
@@ -334,7 +422,13 @@ class World:
 
     # --- what is checked along the way ---
 
-    def _planned(self, members: Sequence[Member], before: Sequence[Segment], pins: Sequence[Pin], decision: Decision) -> None:
+    def _planned(
+        self,
+        members: Sequence[Member],
+        before: Sequence[Segment],
+        pins: Sequence[Pin],
+        decision: Decision,
+    ) -> None:
         check_plan(members, before, pins, decision, self.store.total_tokens)
 
     def answered(self, node: SimNode, task: str) -> None:
@@ -347,8 +441,16 @@ class World:
             other, incarnation = earlier
             row = self.store.nodes.get(other.name)
             open_promise = task in other.promised or task in other.taken
-            if other.running and open_promise and row is not None and row.incarnation == incarnation == other.protocol.incarnation:
-                raise Violation(f'tasks: {node} may take {task}, which the live {other} was told that it may take')
+            if (
+                other.running
+                and open_promise
+                and row is not None
+                and row.incarnation == incarnation == other.protocol.incarnation
+            ):
+                raise Violation(
+                    f'tasks: {node} may take {task}, which the live {other} was told that it may '
+                    'take'
+                )
         if task in self.audited:
             raise Violation(f'tasks: {node} may take {task}, which is audited')
         self._answers[task] = (node, node.protocol.incarnation)

@@ -1,4 +1,5 @@
 """A Job that stands in, below the workers of both frameworks: beyond what docs/TESTING.md shows."""
+
 from __future__ import annotations
 
 import asyncio
@@ -60,14 +61,18 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     made = Stub()
-    monkeypatch.setattr(dramatiq.broker, 'global_broker', made.broker)  # whom messages ask for their results
+    monkeypatch.setattr(
+        dramatiq.broker, 'global_broker', made.broker
+    )  # whom messages ask for their results
     yield made
     made.stop()
     made.broker.close()
 
 
 class TestDramatiq:
-    def test_what_has_a_key_or_a_pin_runs_without_a_node(self, jobsync_job: FakeJob, stub: Stub) -> None:
+    def test_what_has_a_key_or_a_pin_runs_without_a_node(
+        self, jobsync_job: FakeJob, stub: Stub
+    ) -> None:
         keyed = stub.actor(lambda n: n + 1, actor_name='keyed', jobsync_key='k:{n}')
         pinned = stub.actor(lambda n: n + 2, actor_name='pinned', jobsync_pin=['gpu-%'])
         stub.start()
@@ -77,7 +82,9 @@ class TestDramatiq:
         assert not [name for message in messages for name in message.options if 'jobsync' in name]
         assert {message.queue_name for message in messages} == {'default'}
 
-    def test_the_plugin_shows_the_job_and_leaves_it_as_it_was(self, jobsync_job: FakeJob, stub: Stub) -> None:
+    def test_the_plugin_shows_the_job_and_leaves_it_as_it_was(
+        self, jobsync_job: FakeJob, stub: Stub
+    ) -> None:
         stub.start()
         assert stub.plugin.job is jobsync_job
         stub.stop()
@@ -106,10 +113,15 @@ class TestDramatiq:
 
         actor = stub.actor(run)
         stub.start()
-        assert [message.get_result(block=True) for message in (actor.send(1), actor.send(1))] == [1, 1]
+        assert [message.get_result(block=True) for message in (actor.send(1), actor.send(1))] == [
+            1,
+            1,
+        ]
         assert stub.log == [1]
 
-    def test_a_failure_and_its_retry_are_two_attempts(self, jobsync_job: FakeJob, stub: Stub) -> None:
+    def test_a_failure_and_its_retry_are_two_attempts(
+        self, jobsync_job: FakeJob, stub: Stub
+    ) -> None:
         @dramatiq_once(key='{n}', scope='f')
         def run(n: int) -> int:
             stub.log.append(n)
@@ -122,24 +134,37 @@ class TestDramatiq:
         assert actor.send(1).get_result(block=True) == 1
         assert jobsync_job.ledger.attempts('f:1') == 2
 
-    def test_without_a_job_the_worker_needs_no_database_and_each_key_completes_once(self, stub: Stub) -> None:
-        """The usual fixture, in a project that has JobSync among its middleware: https://dramatiq.io/guide.html#unit-testing."""
+    def test_without_a_job_the_worker_needs_no_database_and_each_key_completes_once(
+        self, stub: Stub
+    ) -> None:
+        """The usual fixture, in a project that has JobSync among its middleware:
+        https://dramatiq.io/guide.html#unit-testing.
+        """
+
         @dramatiq_once(key='{n}', scope='m')
         def run(n: int) -> int:
             stub.log.append((n, stub.plugin.job and stub.plugin.job.node_name))
             return n
 
-        actor, pinned = stub.actor(run), stub.actor(lambda: 7, actor_name='pinned', jobsync_pin=['gpu-%'])
+        actor, pinned = (
+            stub.actor(run),
+            stub.actor(lambda: 7, actor_name='pinned', jobsync_pin=['gpu-%']),
+        )
         for _ in range(2):  # each worker begins with an empty memory
             stub.start()
-            assert [message.get_result(block=True) for message in (actor.send(1), actor.send(1), pinned.send())] == [1, 1, 7]
+            assert [
+                message.get_result(block=True)
+                for message in (actor.send(1), actor.send(1), pinned.send())
+            ] == [1, 1, 7]
             stub.stop()
         assert stub.log == [(1, 'stub'), (1, 'stub')]
         assert stub.plugin.job is None
         with pytest.raises(NotEntered):
             current_ledger()
 
-    def test_a_job_that_is_entered_before_the_worker_s_fixture_or_after_it_counts(self, stub: Stub) -> None:
+    def test_a_job_that_is_entered_before_the_worker_s_fixture_or_after_it_counts(
+        self, stub: Stub
+    ) -> None:
         @dramatiq_once(key='{n}', scope='e')
         def run(n: int) -> int:
             return n
@@ -162,7 +187,9 @@ def app() -> Iterator[Celery]:
 
 
 class TestCelery:
-    def test_what_has_a_key_or_a_pin_runs_without_a_node(self, jobsync_job: FakeJob, app: Celery) -> None:
+    def test_what_has_a_key_or_a_pin_runs_without_a_node(
+        self, jobsync_job: FakeJob, app: Celery
+    ) -> None:
         heads: list[dict[str, Any]] = []
 
         @app.task(jobsync_key='k:{n}', shared=False)  # type: ignore[untyped-decorator]  # celery has no types
@@ -182,7 +209,9 @@ class TestCelery:
         assert jobsync_job.am_i_healthy() and jobsync_job.can_claim_task('a')
 
     @pytest.mark.parametrize('pool', ['solo', 'threads'])
-    def test_duplicates_get_the_result_of_the_real_ledger(self, jobsync_node: Job, app: Celery, pool: str) -> None:
+    def test_duplicates_get_the_result_of_the_real_ledger(
+        self, jobsync_node: Job, app: Celery, pool: str
+    ) -> None:
         ran: list[int] = []
         lock = threading.Lock()
 
@@ -199,7 +228,9 @@ class TestCelery:
         assert ran == [3]
         assert jobsync_node.am_i_healthy() and len(jobsync_node.my_tokens) == 10_000
 
-    def test_eager_tasks_are_answered_as_in_a_worker(self, jobsync_job: FakeJob, app: Celery) -> None:
+    def test_eager_tasks_are_answered_as_in_a_worker(
+        self, jobsync_job: FakeJob, app: Celery
+    ) -> None:
         app.conf.task_always_eager = True
         ran: list[str] = []
 
@@ -208,7 +239,9 @@ class TestCelery:
                 ran.append(f'{name}{n}')
                 return n
 
-            return app.task(name=name, shared=False)(celery_once(key='{n}', scope=name, **options)(run))
+            return app.task(name=name, shared=False)(
+                celery_once(key='{n}', scope=name, **options)(run)
+            )
 
         kept, skipped = make('kept'), make('skipped', on_duplicate='skip', on_running='skip')
         raising = make('raising', on_duplicate='raise')

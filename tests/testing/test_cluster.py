@@ -1,4 +1,5 @@
 """The fixtures with a real database, and the fake beside the real thing."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,7 +28,9 @@ pytest_plugins = ['jobsync_core.testing']
 
 
 class TestFixtures:
-    def test_the_database_is_fresh_and_its_url_leads_there(self, jobsync_config: CoordinationConfig, jobsync_database_url: str) -> None:
+    def test_the_database_is_fresh_and_its_url_leads_there(
+        self, jobsync_config: CoordinationConfig, jobsync_database_url: str
+    ) -> None:
         connection = psycopg2.connect(jobsync_database_url)
         with connection, connection.cursor() as cursor:
             cursor.execute('SELECT current_database()')
@@ -64,7 +67,9 @@ class TestCluster:
         assert len(two.my_tokens) == 10_000
         assert jobsync_cluster.jobs == [two]
 
-    def test_what_cannot_enter_says_why_and_the_rest_goes_on(self, jobsync_config: CoordinationConfig, jobsync_cluster: Cluster) -> None:
+    def test_what_cannot_enter_says_why_and_the_rest_goes_on(
+        self, jobsync_config: CoordinationConfig, jobsync_cluster: Cluster
+    ) -> None:
         jobsync_cluster.join('one')
         lonely = Cluster(dataclasses.replace(jobsync_config, minimum_nodes=5, appname='lonely_'))
         with pytest.raises(ClusterNotFormed):
@@ -73,12 +78,12 @@ class TestCluster:
         jobsync_cluster.settle()
 
     def test_locks_without_a_node_do_not_settle(self, jobsync_cluster: Cluster) -> None:
-        one, = jobsync_cluster.join('one')
+        (one,) = jobsync_cluster.join('one')
         one.register_lock('t', 'gpu-%')
         eventually(lambda: not one.owns('t'))
         with pytest.raises(AssertionError, match=r"10000 tokens within 0\.2 s: \{'one': 9999\}"):
             jobsync_cluster.settle(0.2)
-        two, = jobsync_cluster.join('gpu-1')
+        (two,) = jobsync_cluster.join('gpu-1')
         assert two.can_claim_task('t')
 
 
@@ -96,10 +101,18 @@ def story(job: Job, lose: Callable[[], object]) -> list[Any]:
     job.write_audit()
     found += [
         told(lambda: job.owner_of('a') == job.node_name),
-        job.am_i_healthy(), job.am_i_leader(), [row['task_id'] for row in job.get_audit()],
-        [node['name'] == job.node_name for node in job.get_active_nodes()], sorted(job.local_status()),
-        sorted(job.get_coordination_status()), job.local_status()['state'], told(lambda: job.register_lock('x', ['%'], 'why')),
-        [sorted(lock) for lock in job.list_locks()], job.clear_all_locks(), {'task_id', 'token', 'owner'} <= set(job.explain('a'))]
+        job.am_i_healthy(),
+        job.am_i_leader(),
+        [row['task_id'] for row in job.get_audit()],
+        [node['name'] == job.node_name for node in job.get_active_nodes()],
+        sorted(job.local_status()),
+        sorted(job.get_coordination_status()),
+        job.local_status()['state'],
+        told(lambda: job.register_lock('x', ['%'], 'why')),
+        [sorted(lock) for lock in job.list_locks()],
+        job.clear_all_locks(),
+        {'task_id', 'token', 'owner'} <= set(job.explain('a')),
+    ]
 
     def once(fail: bool = False) -> Any:
         with job.once('k') as execution:
@@ -122,15 +135,19 @@ def story(job: Job, lose: Callable[[], object]) -> list[Any]:
         found.append(told(lambda: job.once('held').__enter__()))
     lose()
     found += [
-        told(lambda: job.can_claim_task('b')), told(lambda: job.add_task('b')), told(lambda: job.set_claim(['b', 'c'])), len(job.my_tokens),
-        job.local_status()['state']]
+        told(lambda: job.can_claim_task('b')),
+        told(lambda: job.add_task('b')),
+        told(lambda: job.set_claim(['b', 'c'])),
+        len(job.my_tokens),
+        job.local_status()['state'],
+    ]
     job.undrain()
     eventually(lambda: job.can_claim_task('b'))
     return found
 
 
 def test_the_fake_tells_the_same_story_as_a_real_node(jobsync_cluster: Cluster) -> None:
-    real, = jobsync_cluster.join('real')
+    (real,) = jobsync_cluster.join('real')
     theirs = story(real, real.drain)
     fake = FakeJob()
     with fake:

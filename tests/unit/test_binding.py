@@ -1,4 +1,7 @@
-"""The callback comes after the name of `with Job(...) as job` is bound: the guide's own example uses it."""
+"""The callback comes after the name of `with Job(...) as job` is bound: the guide's own example
+uses it.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -44,17 +47,22 @@ class Entered:
         assert self.callbacks.failures == 0, 'the name was not bound'
 
 
-# A name of the module, as in the guide, of a function, of a closure, an attribute, an item; entered by hand or by an ExitStack.
+# A name of the module, as in the guide, of a function, of a closure, an attribute, an item; entered
+# by hand or by an ExitStack.
 FORMS = {
     'global': 'with Entered(called) as job:\n    pass',
-    'local': 'def run():\n    def called():\n        job.done.set()\n    with Entered(called) as job:\n        pass\nrun()',
+    'local': (
+        'def run():\n    def called():\n        job.done.set()\n    with Entered(called) as '
+        'job:\n        pass\nrun()'
+    ),
     'attribute': 'with Entered(lambda: space.job.done.set()) as space.job:\n    pass',
     'item': 'with Entered(lambda: found["job"].done.set()) as found["job"]:\n    pass',
     'stack': 'with ExitStack() as stack:\n    job = stack.enter_context(Entered(called))',
     'by hand': 'job = Entered(called).__enter__()\njob.__exit__()',
     'loop': 'for _ in range(1):\n    with Entered(called) as job:\n        pass',
-    'subclass': 'class Sub(Entered):\n    def __enter__(self):\n        found = super().__enter__()\n        return found\n'
-                'with Sub(called) as job:\n    pass',
+    'subclass': 'class Sub(Entered):\n    def __enter__(self):\n        found = '
+    'super().__enter__()\n        return found\n'
+    'with Sub(called) as job:\n    pass',
 }
 
 
@@ -63,7 +71,12 @@ def test_the_name_is_bound_when_the_callback_comes(form: str) -> None:
     code = compile(FORMS[form], form, 'exec')
     for _ in range(TIMES):
         space: dict[str, object] = {
-            'Entered': Entered, 'ExitStack': contextlib.ExitStack, 'space': SimpleNamespace(), 'found': {}, '__name__': 'the user'}
+            'Entered': Entered,
+            'ExitStack': contextlib.ExitStack,
+            'space': SimpleNamespace(),
+            'found': {},
+            '__name__': 'the user',
+        }
         exec('def called():\n    job.done.set()', space)
         exec(code, space)
 
@@ -92,7 +105,9 @@ def test_it_is_not_done_before_the_caller_goes_on() -> None:
     assert seen == [False, True]
 
 
-def test_a_caller_that_never_goes_on_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_never_goes_on_is_not_waited_for_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr('jobsync_core.agent.callbacks._BINDING_SEC', 0.05)
     came = threading.Event()
     callbacks = Callbacks(came.set, None)

@@ -1,4 +1,5 @@
 """The callback thread: order, coalescing, failures, and its absence when idle."""
+
 from __future__ import annotations
 
 import threading
@@ -54,8 +55,13 @@ def test_events_that_wait_are_merged_into_one() -> None:
 
 
 @pytest.mark.parametrize(
-    'error', [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), MemoryError()], ids=lambda error: type(error).__name__)
-def test_whatever_a_callback_raises_the_next_is_called(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    'error',
+    [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), MemoryError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_callback_raises_the_next_is_called(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[object] = []
 
     def raises(argument: object) -> None:
@@ -80,7 +86,9 @@ def test_a_callback_without_parameters_is_called_without_any() -> None:
     assert calls == ['called']
 
 
-def test_an_exception_is_counted_and_the_hand_over_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_counted_and_the_hand_over_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(tokens: TokenSet) -> None:
         raise OSError('the socket is gone')
 

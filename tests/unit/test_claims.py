@@ -1,4 +1,5 @@
 """What a node may claim: a bit and a deadline, also in children that it forked (I1, I2)."""
+
 from __future__ import annotations
 
 import os
@@ -13,7 +14,9 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.protocol.ownership import Claims
 
 # Python 3.12 and later warn of threads in a process that forks; a test runner may have some.
-pytestmark = pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:This process .* is multi-threaded:DeprecationWarning'
+)
 
 quick = settings(deadline=None, max_examples=200)
 ranges = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=6)
@@ -41,13 +44,15 @@ def test_a_new_node_may_claim_nothing() -> None:
 @quick
 @given(ranges, ranges, st.integers(1, 70))
 def test_exactly_the_tokens_of_the_latest_set_may_be_claimed(
-    old: list[tuple[int, int]], new: list[tuple[int, int]], total: int,
+    old: list[tuple[int, int]], new: list[tuple[int, int]], total: int
 ) -> None:
     claims = Claims(total)
     claims.extend(10.0)
     claims.replace(TokenSet(old))
     claims.replace(TokenSet(new))
-    assert [token for token in range(total) if claims.may_claim(token, 9.0)] == [token for token in TokenSet(new) if token < total]
+    assert [token for token in range(total) if claims.may_claim(token, 9.0)] == [
+        token for token in TokenSet(new) if token < total
+    ]
 
 
 @pytest.mark.parametrize(('now', 'expected'), [(9.999, True), (10.0, False), (1e9, False)])
@@ -76,7 +81,12 @@ def test_a_forked_child_sees_every_later_change() -> None:
         before = claims.may_claim(3, 5.0)
         os.write(started[1], b'x')
         os.read(go[0], 1)
-        return not before and claims.may_claim(3, 5.0) and not claims.may_claim(9, 5.0) and claims.tokens == TokenSet([(2, 9), (17, 20)])
+        return (
+            not before
+            and claims.may_claim(3, 5.0)
+            and not claims.may_claim(9, 5.0)
+            and claims.tokens == TokenSet([(2, 9), (17, 20)])
+        )
 
     pid = os.fork()
     if not pid:
@@ -109,9 +119,15 @@ def test_tasks_are_excluded_with_their_tokens_and_forgotten_with_them() -> None:
     claims.exclude(((1, 3),), exclusions.keys_of([(1, 'a'), (2, 'b')]))
     claims.replace(TokenSet([(1, 4)]))
     claims.exclude_more(exclusions.keys_of([(3, 'c')]))
-    assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'), (3, 'd'))] == [True, True, True, False]
+    assert [
+        exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'), (3, 'd'))
+    ] == [True, True, True, False]
     claims.replace(TokenSet([(1, 2)]))
-    assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'))] == [True, False, False]
+    assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'))] == [
+        True,
+        False,
+        False,
+    ]
     claims.replace(TokenSet())
     assert not exclusions.excludes(1, 'a') and not len(exclusions)
 
@@ -127,7 +143,9 @@ def test_children_of_a_node_that_leaves_claim_nothing() -> None:
 
 
 def test_a_child_that_outlives_the_node_may_claim_nothing() -> None:
-    """I1: others may take the tokens of a process that is known dead at once, whatever its lease says."""
+    """I1: others may take the tokens of a process that is known dead at once, whatever its lease
+    says.
+    """
     answers = os.pipe()
     go = os.pipe()
     node = os.fork()

@@ -1,4 +1,7 @@
-"""Settings are checked where they are written down: the message names the value and the remedy, never the password."""
+"""Settings are checked where they are written down: the message names the value and the remedy,
+never the password.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,26 +23,74 @@ quick = settings(deadline=None, max_examples=200)
 
 def test_the_defaults_are_those_of_the_guide() -> None:
     config = CoordinationConfig()
-    assert (config.host, config.port, config.dbname, config.user, config.password) == ('localhost', 5432, 'jobsync', 'postgres', 'postgres')
+    assert (config.host, config.port, config.dbname, config.user, config.password) == (
+        'localhost',
+        5432,
+        'jobsync',
+        'postgres',
+        'postgres',
+    )
     assert (config.appname, config.total_tokens, config.minimum_nodes) == ('sync_', 10_000, 1)
-    assert (config.heartbeat_interval_sec, config.heartbeat_timeout_sec, config.rebalance_check_interval_sec) == (5, 15, 30)
+    assert (
+        config.heartbeat_interval_sec,
+        config.heartbeat_timeout_sec,
+        config.rebalance_check_interval_sec,
+    ) == (5, 15, 30)
     assert config.hash_function == 'double_sha256' and config.lease_sec == 15 * LEASE_FRACTION
 
 
-@pytest.mark.parametrize(('setting', 'value'), [
-    ('host', ''), ('host', None), ('host', 'a\0b'), ('dbname', ''), ('user', 5),
-    ('port', 0), ('port', 65536), ('port', True), ('port', 'x'), ('port', '5432,'), ('port', '1,2'), ('port', None), ('port', 5432.0),
-    ('listen', 'false'), ('listen', 0), ('listen', None),
-    ('password', 5), ('password', 'a\0b'),
-    ('appname', ''), ('appname', '1abc'),
-    ('appname', 'a-b'), ('appname', 'a"b'), ('appname', 'a' * 41), ('appname', 'a\n'), ('appname', 'é'),
-    ('total_tokens', 0), ('total_tokens', -1), ('total_tokens', MAX_TOKENS + 1), ('total_tokens', 1.5), ('total_tokens', True),
-    ('total_tokens', '10'), ('minimum_nodes', 0), ('minimum_nodes', None),
-    ('heartbeat_interval_sec', 0), ('heartbeat_interval_sec', -1), ('heartbeat_interval_sec', math.nan), ('heartbeat_interval_sec', '5'),
-    ('heartbeat_timeout_sec', math.inf), ('heartbeat_timeout_sec', True), ('rebalance_check_interval_sec', 0), ('connect_timeout_sec', 0),
-    ('connect_timeout_sec', 86_401), ('release_timeout_sec', -0.1), ('release_timeout_sec', None),
-    ('hash_function', 'crc32'), ('hash_function', ''), ('hash_function', None),
-])
+@pytest.mark.parametrize(
+    ('setting', 'value'),
+    [
+        ('host', ''),
+        ('host', None),
+        ('host', 'a\0b'),
+        ('dbname', ''),
+        ('user', 5),
+        ('port', 0),
+        ('port', 65536),
+        ('port', True),
+        ('port', 'x'),
+        ('port', '5432,'),
+        ('port', '1,2'),
+        ('port', None),
+        ('port', 5432.0),
+        ('listen', 'false'),
+        ('listen', 0),
+        ('listen', None),
+        ('password', 5),
+        ('password', 'a\0b'),
+        ('appname', ''),
+        ('appname', '1abc'),
+        ('appname', 'a-b'),
+        ('appname', 'a"b'),
+        ('appname', 'a' * 41),
+        ('appname', 'a\n'),
+        ('appname', 'é'),
+        ('total_tokens', 0),
+        ('total_tokens', -1),
+        ('total_tokens', MAX_TOKENS + 1),
+        ('total_tokens', 1.5),
+        ('total_tokens', True),
+        ('total_tokens', '10'),
+        ('minimum_nodes', 0),
+        ('minimum_nodes', None),
+        ('heartbeat_interval_sec', 0),
+        ('heartbeat_interval_sec', -1),
+        ('heartbeat_interval_sec', math.nan),
+        ('heartbeat_interval_sec', '5'),
+        ('heartbeat_timeout_sec', math.inf),
+        ('heartbeat_timeout_sec', True),
+        ('rebalance_check_interval_sec', 0),
+        ('connect_timeout_sec', 0),
+        ('connect_timeout_sec', 86_401),
+        ('release_timeout_sec', -0.1),
+        ('release_timeout_sec', None),
+        ('hash_function', 'crc32'),
+        ('hash_function', ''),
+        ('hash_function', None),
+    ],
+)
 def test_a_value_that_cannot_work_is_refused_by_name(setting: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=setting) as caught:
         CoordinationConfig(**{setting: value})  # type: ignore[arg-type]  # wrong on purpose
@@ -47,18 +98,37 @@ def test_a_value_that_cannot_work_is_refused_by_name(setting: str, value: object
     assert ':' in str(caught.value) or 'must be' in str(caught.value), 'the message says what to do'
 
 
-@pytest.mark.parametrize(('setting', 'value'), [
-    ('total_tokens', 1), ('total_tokens', MAX_TOKENS), ('port', 1), ('port', 65535), ('port', '6432'), ('appname', 'a' * 40),
-    ('appname', '_'),
-    ('release_timeout_sec', 0), ('release_timeout_sec', 0.5), ('password', None), ('password', ''), ('minimum_nodes', 500),
-    ('hash_function', 'md5'), ('hash_function', 'sha256'), ('host', '/var/run/postgresql'),
-])
+@pytest.mark.parametrize(
+    ('setting', 'value'),
+    [
+        ('total_tokens', 1),
+        ('total_tokens', MAX_TOKENS),
+        ('port', 1),
+        ('port', 65535),
+        ('port', '6432'),
+        ('appname', 'a' * 40),
+        ('appname', '_'),
+        ('release_timeout_sec', 0),
+        ('release_timeout_sec', 0.5),
+        ('password', None),
+        ('password', ''),
+        ('minimum_nodes', 500),
+        ('hash_function', 'md5'),
+        ('hash_function', 'sha256'),
+        ('host', '/var/run/postgresql'),
+    ],
+)
 def test_a_value_at_the_limits_is_accepted(setting: str, value: object) -> None:
     assert getattr(CoordinationConfig(**{setting: value}), setting) == value  # type: ignore[arg-type]  # mixed types
 
 
-@pytest.mark.parametrize(('interval', 'timeout', 'good'), [(5, 15, True), (0.2, 1, True), (5, 5, False), (9, 10, False), (8.9, 10, True)])
-def test_a_lease_outlasts_the_heartbeat_interval(interval: float, timeout: float, good: bool) -> None:
+@pytest.mark.parametrize(
+    ('interval', 'timeout', 'good'),
+    [(5, 15, True), (0.2, 1, True), (5, 5, False), (9, 10, False), (8.9, 10, True)],
+)
+def test_a_lease_outlasts_the_heartbeat_interval(
+    interval: float, timeout: float, good: bool
+) -> None:
     if good:
         config = CoordinationConfig(heartbeat_interval_sec=interval, heartbeat_timeout_sec=timeout)
         assert config.heartbeat_interval_sec < config.lease_sec < config.heartbeat_timeout_sec
@@ -79,20 +149,47 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 def test_neither_text_nor_errors_show_the_password() -> None:
     config = CoordinationConfig(password='s3cret', connection_options={'sslpassword': 's3cret'})
     assert 's3cret' not in repr(config) and 's3cret' not in str(config)
-    for url in ('postgresql://u:s3cret@h:99999/db', 'mysql://u:s3cret@h/db', 'postgresql://u:s3cret@[::1/db', 'postgresql://u:s3cret@h:x/db'):
+    for url in (
+        'postgresql://u:s3cret@h:99999/db',
+        'mysql://u:s3cret@h/db',
+        'postgresql://u:s3cret@[::1/db',
+        'postgresql://u:s3cret@h:x/db',
+    ):
         with pytest.raises(ConfigurationError) as caught:
             CoordinationConfig.from_url(url)
         assert 's3cret' not in str(caught.value), url
 
 
-@pytest.mark.parametrize('url', [
-    'postgresql://u:s3cret/pw@h/db', 'postgresql://u:s3cret/p@w@h/db', 'postgresql://u:p@s3cret/w@h/db', 'postgresql://u:pw#s3cret@h/db',
-    'postgresql://u:pw?s3cret@h/db', 'postgresql://u:s3cret@h:5432:1/db', 'postgresql://u:pw@h/db?s3cret', 'postgresql://u:%s3cret@h/db',
-    'postgresql://h:s3cret/db', 'postgresql://u:pw\ns3cret@h/db', 'postgresql://u:pw@h/s3cret/db', 'postgresql://u:pw@h/s3cret:db',
-    'postgresql:s3cret@h/db', 'postgresql:/u:s3cret@h/db', 's3cret', 's3cret://u', 's3cret:x', 'postgresql+s3cret://u:s3cret@h/db',
-    'host=h password=s3cret', 'postgresql://u:pw@[s3cret]/db', 'postgresql://u:pw@s3cret h/db', 'postgresql://h/db?host=x&port=s3cret',
-    'postgresql://u:pw@h/db?s3cret=1&=', 'POSTGRESQL s3cret', 'postgresql://u:a@s3cret:b@c:d/e',
-])
+@pytest.mark.parametrize(
+    'url',
+    [
+        'postgresql://u:s3cret/pw@h/db',
+        'postgresql://u:s3cret/p@w@h/db',
+        'postgresql://u:p@s3cret/w@h/db',
+        'postgresql://u:pw#s3cret@h/db',
+        'postgresql://u:pw?s3cret@h/db',
+        'postgresql://u:s3cret@h:5432:1/db',
+        'postgresql://u:pw@h/db?s3cret',
+        'postgresql://u:%s3cret@h/db',
+        'postgresql://h:s3cret/db',
+        'postgresql://u:pw\ns3cret@h/db',
+        'postgresql://u:pw@h/s3cret/db',
+        'postgresql://u:pw@h/s3cret:db',
+        'postgresql:s3cret@h/db',
+        'postgresql:/u:s3cret@h/db',
+        's3cret',
+        's3cret://u',
+        's3cret:x',
+        'postgresql+s3cret://u:s3cret@h/db',
+        'host=h password=s3cret',
+        'postgresql://u:pw@[s3cret]/db',
+        'postgresql://u:pw@s3cret h/db',
+        'postgresql://h/db?host=x&port=s3cret',
+        'postgresql://u:pw@h/db?s3cret=1&=',
+        'POSTGRESQL s3cret',
+        'postgresql://u:a@s3cret:b@c:d/e',
+    ],
+)
 def test_no_part_of_a_url_that_cannot_be_read_is_repeated(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         CoordinationConfig.from_url(url)
@@ -101,12 +198,16 @@ def test_no_part_of_a_url_that_cannot_be_read_is_repeated(url: str) -> None:
         assert 's3cret' not in str(error).lower(), url
         assert error.__context__ is None or error.__suppress_context__
         error = error.__cause__
-    assert 'postgresql' in str(caught.value) or 'percent-encoded' in str(caught.value), 'the message says what to do'
+    assert 'postgresql' in str(caught.value) or 'percent-encoded' in str(caught.value), (
+        'the message says what to do'
+    )
 
 
 @quick
 @given(st.text('ab:/@?#%[] =&,.S\n', max_size=30))
-def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_guess(rest: str) -> None:
+def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_guess(
+    rest: str,
+) -> None:
     problem, config = '', None
     try:
         config = CoordinationConfig.from_url(f'postgresql://user:S3CRET{rest}@host/db')
@@ -117,10 +218,19 @@ def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_gu
 
 
 def test_a_password_is_a_secret_wherever_it_is_kept() -> None:
-    config = CoordinationConfig(password='s3cret', connection_options={'sslpassword': 's3cret', 'sslmode': 'require'})
-    for shown in (repr(config.password), repr(dataclasses.asdict(config)), repr(vars(config)), f'{config.connection_options}'):
+    config = CoordinationConfig(
+        password='s3cret', connection_options={'sslpassword': 's3cret', 'sslmode': 'require'}
+    )
+    for shown in (
+        repr(config.password),
+        repr(dataclasses.asdict(config)),
+        repr(vars(config)),
+        f'{config.connection_options}',
+    ):
         assert 's3cret' not in shown
-    assert config.password == 's3cret' and f'{config.password}' == 's3cret', 'whoever asks for it as text gets it'
+    assert config.password == 's3cret' and f'{config.password}' == 's3cret', (
+        'whoever asks for it as text gets it'
+    )
     assert config.connection_options == {'sslpassword': 's3cret', 'sslmode': 'require'}
     assert isinstance(pickle.loads(pickle.dumps(config)).password, Secret)
 
@@ -131,7 +241,9 @@ def test_connection_options_are_a_dict_of_names(options: object) -> None:
         CoordinationConfig(connection_options=options)  # type: ignore[arg-type]  # wrong on purpose
 
 
-@pytest.mark.parametrize('name', ['host', 'port', 'dbname', 'user', 'password', 'client_encoding', 'service'])
+@pytest.mark.parametrize(
+    'name', ['host', 'port', 'dbname', 'user', 'password', 'client_encoding', 'service']
+)
 def test_an_option_that_would_be_overridden_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f'connection_options names {name!r}') as caught:
         CoordinationConfig(connection_options={'sslmode': 'require', name: 's3cret'})
@@ -141,22 +253,36 @@ def test_an_option_that_would_be_overridden_is_refused_by_its_name(name: str) ->
 
 
 def test_a_url_may_name_the_same_in_its_query() -> None:
-    config = CoordinationConfig.from_url('postgresql:///db?host=/run/pg&user=u&password=s3cret&sslmode=require')
+    config = CoordinationConfig.from_url(
+        'postgresql:///db?host=/run/pg&user=u&password=s3cret&sslmode=require'
+    )
     assert (config.host, config.user, config.password) == ('/run/pg', 'u', 's3cret')
     assert config.connection_options == {'sslmode': 'require'}
 
 
 def test_options_beside_a_url_are_added_to_those_in_it() -> None:
     config = CoordinationConfig.from_url(
-        'postgresql://h/db?sslmode=require&keepalives=0', connection_options={'sslmode': 'verify-full', 'sslcrl': '/x'})
-    assert config.connection_options == {'sslmode': 'verify-full', 'keepalives': '0', 'sslcrl': '/x'}
+        'postgresql://h/db?sslmode=require&keepalives=0',
+        connection_options={'sslmode': 'verify-full', 'sslcrl': '/x'},
+    )
+    assert config.connection_options == {
+        'sslmode': 'verify-full',
+        'keepalives': '0',
+        'sslcrl': '/x',
+    }
 
 
 def test_a_connect_timeout_among_the_options_is_the_one_that_counts() -> None:
     assert CoordinationConfig(connection_options={'connect_timeout': '3'}).connect_timeout_sec == 3
-    assert CoordinationConfig.from_url('postgresql://h/db?connect_timeout=3').connect_timeout_sec == 3
-    given = CoordinationConfig.from_url('postgresql://h/db?connect_timeout=3', connect_timeout_sec=7)
-    assert given.connect_timeout_sec == 7 and given.connection_options == {}, 'keywords win over the URL'
+    assert (
+        CoordinationConfig.from_url('postgresql://h/db?connect_timeout=3').connect_timeout_sec == 3
+    )
+    given = CoordinationConfig.from_url(
+        'postgresql://h/db?connect_timeout=3', connect_timeout_sec=7
+    )
+    assert given.connect_timeout_sec == 7 and given.connection_options == {}, (
+        'keywords win over the URL'
+    )
     for wrong in ('s3cret', '', None, '0'):
         with pytest.raises(ConfigurationError, match='connect_timeout'):
             CoordinationConfig(connection_options={'connect_timeout': wrong})  # type: ignore[dict-item]  # wrong on purpose
@@ -169,22 +295,35 @@ def test_an_address_is_for_one_host() -> None:
 
 @pytest.mark.parametrize('name', ['host', 'dbname', 'user'])
 @pytest.mark.parametrize('value', ['a\nb', 'a\r', '\x1b[31mred', 'a\u2028b'])
-def test_a_name_that_would_make_a_line_of_its_own_in_a_log_is_refused(name: str, value: str) -> None:
+def test_a_name_that_would_make_a_line_of_its_own_in_a_log_is_refused(
+    name: str, value: str
+) -> None:
     with pytest.raises(ConfigurationError, match='control characters') as caught:
         CoordinationConfig(**{name: value})  # type: ignore[arg-type]  # mixed types
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(('variable', 'meant'), [
-    ('JOBSYNC_HEARTBEAT_TIMOUT_SEC', 'JOBSYNC_HEARTBEAT_TIMEOUT_SEC'), ('JOBSYNC_DATABASE_URI', 'JOBSYNC_DATABASE_URL'),
-    ('JOBSYNC_TOTAL_TOKEN', 'JOBSYNC_TOTAL_TOKENS'), ('JOBSYNC_APP_NAME', 'JOBSYNC_APPNAME'), ('JOBSYNC_DB_NAME', 'JOBSYNC_DBNAME'),
-    ('JOBSYNC_NODENAME', 'JOBSYNC_NODE_NAME'), ('JOBSYNC_MIN_NODES', 'JOBSYNC_MINIMUM_NODES'),
-])
-def test_a_misspelt_variable_is_refused_with_the_name_that_was_meant(variable: str, meant: str) -> None:
+@pytest.mark.parametrize(
+    ('variable', 'meant'),
+    [
+        ('JOBSYNC_HEARTBEAT_TIMOUT_SEC', 'JOBSYNC_HEARTBEAT_TIMEOUT_SEC'),
+        ('JOBSYNC_DATABASE_URI', 'JOBSYNC_DATABASE_URL'),
+        ('JOBSYNC_TOTAL_TOKEN', 'JOBSYNC_TOTAL_TOKENS'),
+        ('JOBSYNC_APP_NAME', 'JOBSYNC_APPNAME'),
+        ('JOBSYNC_DB_NAME', 'JOBSYNC_DBNAME'),
+        ('JOBSYNC_NODENAME', 'JOBSYNC_NODE_NAME'),
+        ('JOBSYNC_MIN_NODES', 'JOBSYNC_MINIMUM_NODES'),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_name_that_was_meant(
+    variable: str, meant: str
+) -> None:
     with pytest.raises(ConfigurationError, match=f'{variable}.*did you mean {meant}'):
         CoordinationConfig.from_env({variable: 's3cret'})
     shared = {variable.replace('JOBSYNC_', 'X_'): 'x'}
-    assert CoordinationConfig.from_env(shared, prefix='X_') == CoordinationConfig(), 'another prefix may be shared with others'
+    assert CoordinationConfig.from_env(shared, prefix='X_') == CoordinationConfig(), (
+        'another prefix may be shared with others'
+    )
 
 
 def test_a_variable_that_is_no_setting_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -192,20 +331,33 @@ def test_a_variable_that_is_no_setting_is_named_once(caplog: pytest.LogCaptureFi
     CoordinationConfig.from_env(environ)
     CoordinationConfig.from_env(environ)
     assert [record.getMessage() for record in caplog.records] == [
-        "the environment variable 'JOBSYNC_COLOUR_OF_THE_SHED' is no setting of JobSync and is ignored"]
+        (
+            "the environment variable 'JOBSYNC_COLOUR_OF_THE_SHED' is no setting of JobSync and is "
+            'ignored'
+        )
+    ]
 
 
-def test_what_kubernetes_sets_for_a_service_called_jobsync_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_kubernetes_sets_for_a_service_called_jobsync_is_no_setting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     environ = {
-        'JOBSYNC_SERVICE_HOST': '10.0.0.1', 'JOBSYNC_SERVICE_PORT': '80', 'JOBSYNC_PORT': 'tcp://10.0.0.1:80', 'JOBSYNC_PORT_80_TCP': 'x',
-        'JOBSYNC_PORT_80_TCP_ADDR': 'x', 'JOBSYNC_SERVICE_PORT_HTTP': '80'}
+        'JOBSYNC_SERVICE_HOST': '10.0.0.1',
+        'JOBSYNC_SERVICE_PORT': '80',
+        'JOBSYNC_PORT': 'tcp://10.0.0.1:80',
+        'JOBSYNC_PORT_80_TCP': 'x',
+        'JOBSYNC_PORT_80_TCP_ADDR': 'x',
+        'JOBSYNC_SERVICE_PORT_HTTP': '80',
+    }
     assert CoordinationConfig.from_env(environ) == CoordinationConfig() and not caplog.records
 
 
 def test_the_variables_of_the_adapters_are_known() -> None:
     assert {
-        item.name for item in dataclasses.fields(PluginSettings)
-        if isinstance(item.default, (bool, int, float, str)) or item.name in ('node_name', 'http')} == ADAPTER_VARIABLES
+        item.name
+        for item in dataclasses.fields(PluginSettings)
+        if isinstance(item.default, (bool, int, float, str)) or item.name in ('node_name', 'http')
+    } == ADAPTER_VARIABLES
 
 
 def test_several_hosts_share_a_port_or_have_one_each() -> None:
@@ -220,27 +372,43 @@ names = passwords.filter(str.isprintable)
 
 @quick
 @given(names, passwords, names, st.integers(1, 65535))
-def test_a_url_gives_back_what_was_quoted_into_it(user: str, password: str, dbname: str, port: int) -> None:
+def test_a_url_gives_back_what_was_quoted_into_it(
+    user: str, password: str, dbname: str, port: int
+) -> None:
     parts = [quote(part, safe='') for part in (user, password, dbname)]
     url = f'postgresql://{parts[0]}:{parts[1]}@db.example:{port}/{parts[2]}?sslmode=require'
     config = CoordinationConfig.from_url(url, total_tokens=500)
-    assert (config.user, config.password, config.dbname, config.total_tokens) == (user, password, dbname, 500)
-    assert config.hosts == (('db.example', port),) and config.connection_options == {'sslmode': 'require'}
+    assert (config.user, config.password, config.dbname, config.total_tokens) == (
+        user,
+        password,
+        dbname,
+        500,
+    )
+    assert config.hosts == (('db.example', port),) and config.connection_options == {
+        'sslmode': 'require'
+    }
 
 
-@pytest.mark.parametrize(('url', 'hosts', 'dbname'), [
-    ('postgresql://a:1,b:2/db', (('a', 1), ('b', 2)), 'db'),
-    ('postgres://a,b/db', (('a', 5432), ('b', 5432)), 'db'),
-    ('postgresql://[::1]:6432/db', (('::1', 6432),), 'db'),
-    ('postgresql:///db?host=/run/pg&port=6000', (('/run/pg', 6000),), 'db'),
-    ('postgresql://%2Frun%2Fpg/db', (('/run/pg', 5432),), 'db'),
-    ('postgresql://', (('localhost', 5432),), 'jobsync'),
-    ('postgresql://h?dbname=other', (('h', 5432),), 'other'),
-])
-def test_the_forms_of_url_that_libpq_knows(url: str, hosts: tuple[tuple[str, int], ...], dbname: str) -> None:
+@pytest.mark.parametrize(
+    ('url', 'hosts', 'dbname'),
+    [
+        ('postgresql://a:1,b:2/db', (('a', 1), ('b', 2)), 'db'),
+        ('postgres://a,b/db', (('a', 5432), ('b', 5432)), 'db'),
+        ('postgresql://[::1]:6432/db', (('::1', 6432),), 'db'),
+        ('postgresql:///db?host=/run/pg&port=6000', (('/run/pg', 6000),), 'db'),
+        ('postgresql://%2Frun%2Fpg/db', (('/run/pg', 5432),), 'db'),
+        ('postgresql://', (('localhost', 5432),), 'jobsync'),
+        ('postgresql://h?dbname=other', (('h', 5432),), 'other'),
+    ],
+)
+def test_the_forms_of_url_that_libpq_knows(
+    url: str, hosts: tuple[tuple[str, int], ...], dbname: str
+) -> None:
     config = CoordinationConfig.from_url(url)
     assert config.hosts == hosts and config.dbname == dbname
-    assert config.password is None, 'a URL without a password has none: libpq looks into its password file'
+    assert config.password is None, (
+        'a URL without a password has none: libpq looks into its password file'
+    )
 
 
 @pytest.mark.parametrize('url', ['', 'localhost', 'mysql://h/db', 'http://h', None, 5])
@@ -256,10 +424,21 @@ def test_an_unknown_setting_is_refused_with_the_list_of_settings() -> None:
 
 def test_the_environment_sets_fields_and_arguments_win() -> None:
     environ = {
-        'JOBSYNC_TOTAL_TOKENS': '50000', 'JOBSYNC_HEARTBEAT_INTERVAL_SEC': '0.5', 'JOBSYNC_LISTEN': 'false', 'JOBSYNC_HOST': 'a,b',
-        'JOBSYNC_PORT': '1,2', 'JOBSYNC_PASSWORD': '1234', 'UNRELATED': 'x'}
+        'JOBSYNC_TOTAL_TOKENS': '50000',
+        'JOBSYNC_HEARTBEAT_INTERVAL_SEC': '0.5',
+        'JOBSYNC_LISTEN': 'false',
+        'JOBSYNC_HOST': 'a,b',
+        'JOBSYNC_PORT': '1,2',
+        'JOBSYNC_PASSWORD': '1234',
+        'UNRELATED': 'x',
+    }
     config = CoordinationConfig.from_env(environ, minimum_nodes=3)
-    assert (config.total_tokens, config.heartbeat_interval_sec, config.listen, config.minimum_nodes) == (50_000, 0.5, False, 3)
+    assert (
+        config.total_tokens,
+        config.heartbeat_interval_sec,
+        config.listen,
+        config.minimum_nodes,
+    ) == (50_000, 0.5, False, 3)
     assert config.hosts == (('a', 1), ('b', 2)) and config.password == '1234'
     assert CoordinationConfig.from_env(environ, total_tokens=7).total_tokens == 7
     assert CoordinationConfig.from_env({}) == CoordinationConfig()
@@ -269,22 +448,38 @@ def test_the_environment_sets_fields_and_arguments_win() -> None:
 def test_a_url_in_the_environment_is_read_and_single_fields_win_over_it() -> None:
     environ = {'JOBSYNC_DATABASE_URL': 'postgresql://u:p@h:1/db', 'JOBSYNC_DBNAME': 'other'}
     config = CoordinationConfig.from_env(environ)
-    assert (config.user, config.password, config.hosts, config.dbname) == ('u', 'p', (('h', 1),), 'other')
+    assert (config.user, config.password, config.hosts, config.dbname) == (
+        'u',
+        'p',
+        (('h', 1),),
+        'other',
+    )
 
 
-@pytest.mark.parametrize(('name', 'value'), [('TOTAL_TOKENS', 'many'), ('LISTEN', 'perhaps'), ('HEARTBEAT_TIMEOUT_SEC', '')])
-def test_an_environment_value_that_cannot_be_read_is_refused_by_the_name_of_the_variable(name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('TOTAL_TOKENS', 'many'), ('LISTEN', 'perhaps'), ('HEARTBEAT_TIMEOUT_SEC', '')],
+)
+def test_an_environment_value_that_cannot_be_read_is_refused_by_the_name_of_the_variable(
+    name: str, value: str
+) -> None:
     with pytest.raises(ConfigurationError, match='JOBSYNC_' + name):
         CoordinationConfig.from_env({'JOBSYNC_' + name: value})
 
 
 @quick
 @given(st.integers(1, 10**9), st.integers(1, 10**6))
-def test_the_recommended_number_of_tokens_is_within_limits_and_grows(tasks: int, nodes: int) -> None:
+def test_the_recommended_number_of_tokens_is_within_limits_and_grows(
+    tasks: int, nodes: int
+) -> None:
     tokens = CoordinationConfig.recommended_tokens(tasks, nodes)
     assert 10_000 <= tokens <= MAX_TOKENS
     assert tokens == MAX_TOKENS or tokens >= max(10 * tasks, 100 * nodes)
-    assert CoordinationConfig.recommended_tokens(tasks + 1, nodes) >= tokens <= CoordinationConfig.recommended_tokens(tasks, nodes + 1)
+    assert (
+        CoordinationConfig.recommended_tokens(tasks + 1, nodes)
+        >= tokens
+        <= CoordinationConfig.recommended_tokens(tasks, nodes + 1)
+    )
 
 
 @pytest.mark.parametrize(('tasks', 'nodes'), [(0, 1), (1, 0), (True, 1), (1.5, 1), (1, None)])

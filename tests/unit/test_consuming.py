@@ -1,4 +1,5 @@
 """Whether a worker consumes, and the drain of one that does not."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -80,7 +81,9 @@ class TestConsuming:
         consuming.rests('a')
         assert consuming.silence('a') == 0
 
-    def test_all_queues_together_are_told_once_and_once_a_minute(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    def test_all_queues_together_are_told_once_and_once_a_minute(
+        self, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
         consuming = Consuming(5)
         with caplog.at_level('INFO'):
             for _ in range(125):
@@ -115,7 +118,9 @@ class TestSelfDrain:
         self.drain(node, [99.0]).look()
         assert node.log == []
 
-    def test_whatever_a_look_raises_the_thread_goes_on(self, node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    def test_whatever_a_look_raises_the_thread_goes_on(
+        self, node: Node, caplog: pytest.LogCaptureFixture
+    ) -> None:
         asked: list[int] = []
 
         def silence() -> float:

@@ -1,4 +1,7 @@
-"""Which ledger a call uses: the Job around it, also where Jobs are nested, side by side, or in threads of their own."""
+"""Which ledger a call uses: the Job around it, also where Jobs are nested, side by side, or in
+threads of their own.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -8,7 +11,12 @@ import pytest
 
 from jobsync_core.errors import NotEntered
 from jobsync_core.job import Job
-from jobsync_core.ledger.current import current_ledger, enter_ledger, leave_ledger, set_current_ledger
+from jobsync_core.ledger.current import (
+    current_ledger,
+    enter_ledger,
+    leave_ledger,
+    set_current_ledger,
+)
 from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.testing import FakeJob
 

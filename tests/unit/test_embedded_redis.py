@@ -1,4 +1,5 @@
 """Where a Redis server is looked for."""
+
 from __future__ import annotations
 
 import sys

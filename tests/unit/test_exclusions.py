@@ -1,4 +1,7 @@
-"""The set of tasks that may not be claimed: in memory that forked children share, small, and exact while it changes."""
+"""The set of tasks that may not be claimed: in memory that forked children share, small, and exact
+while it changes.
+"""
+
 from __future__ import annotations
 
 import os
@@ -60,10 +63,17 @@ class Child:
 
 
 tasks = st.sets(st.tuples(st.integers(0, TOTAL - 1), st.sampled_from('abcdefgh')), max_size=40)
-spans = st.lists(st.tuples(st.integers(0, TOTAL), st.integers(0, TOTAL)), max_size=4).map(lambda found: TokenSet(found).ranges)
-steps = st.lists(max_size=12, elements=st.one_of(
-    st.tuples(st.just('replace'), spans, tasks), st.tuples(st.just('add'), st.none(), tasks),
-    st.tuples(st.just('clear'), st.none(), st.none())))
+spans = st.lists(st.tuples(st.integers(0, TOTAL), st.integers(0, TOTAL)), max_size=4).map(
+    lambda found: TokenSet(found).ranges
+)
+steps = st.lists(
+    max_size=12,
+    elements=st.one_of(
+        st.tuples(st.just('replace'), spans, tasks),
+        st.tuples(st.just('add'), st.none(), tasks),
+        st.tuples(st.just('clear'), st.none(), st.none()),
+    ),
+)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -77,7 +87,9 @@ def small_blocks() -> object:
 
 @given(steps)
 @settings(deadline=None)
-def test_it_is_the_set_that_it_stands_for(steps: list[tuple[str, tuple[tuple[int, int], ...], set[tuple[int, str]]]]) -> None:
+def test_it_is_the_set_that_it_stands_for(
+    steps: list[tuple[str, tuple[tuple[int, int], ...], set[tuple[int, str]]]],
+) -> None:
     exclusions, expected = Exclusions(TOTAL), set[tuple[int, str]]()
     for action, ranges, found in steps:
         if action == 'replace':
@@ -91,7 +103,12 @@ def test_it_is_the_set_that_it_stands_for(steps: list[tuple[str, tuple[tuple[int
         else:
             exclusions.clear()
             expected = set()
-        assert {(token, text) for token in range(TOTAL) for text in 'abcdefgh' if exclusions.excludes(token, text)} == expected
+        assert {
+            (token, text)
+            for token in range(TOTAL)
+            for text in 'abcdefgh'
+            if exclusions.excludes(token, text)
+        } == expected
         assert len(exclusions) == len(expected)
 
 
@@ -103,7 +120,9 @@ def test_a_child_knows_what_is_excluded_after_its_fork() -> None:
         exclusions.add(exclusions.keys_of([(3, 'x')]))
         assert child.says(3, 'x') and not child.says(3, 'y')
         many = [(token, str(number)) for token in range(TOTAL) for number in range(200)]
-        exclusions.replace(((0, TOTAL),), exclusions.keys_of(many))  # more than the child has mapped
+        exclusions.replace(
+            ((0, TOTAL),), exclusions.keys_of(many)
+        )  # more than the child has mapped
         assert all(child.says(*task) for task in many[::17]) and not child.says(3, 'x')
         exclusions.clear()
         assert not child.says(*many[0])
@@ -143,7 +162,9 @@ def test_a_child_changes_nothing() -> None:
 
 
 def test_whoever_looks_while_it_changes_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that is stopped in its look finds places used again for other keys: it must not say that a task is free."""
+    """A reader that is stopped in its look finds places used again for other keys: it must not say
+    that a task is free.
+    """
     exclusions = Exclusions(TOTAL)
     exclusions.add(exclusions.keys_of([(3, 'x')]))
     look = exclusions._look
@@ -181,6 +202,8 @@ def test_a_million_tasks_take_less_than_ten_megabytes(monkeypatch: pytest.Monkey
     for piece in range(20):  # in pieces of 50,000, as they come from the database
         tokens = piece * 500, piece * 500 + 500
         first = tokens[0] << 50
-        exclusions.replace((tokens,), array('Q', (first + number * step // 20 for number in range(50_000))))
+        exclusions.replace(
+            (tokens,), array('Q', (first + number * step // 20 for number in range(50_000)))
+        )
     assert len(exclusions) == 1_000_000
     assert os.fstat(exclusions._file.fileno()).st_blocks * 512 < 10_000_000

@@ -1,4 +1,7 @@
-"""Group commit: every caller gets what became of its own item, whatever happens to the one that carries it."""
+"""Group commit: every caller gets what became of its own item, whatever happens to the one that
+carries it.
+"""
+
 from __future__ import annotations
 
 import ctypes
@@ -28,7 +31,9 @@ class Carrier:
         self.open = threading.Event()
         self.open.set()
         self.departed = threading.Event()
-        self.answer: Callable[[Sequence[int]], Sequence[str | None]] = lambda items: [f'many {item}' for item in items]
+        self.answer: Callable[[Sequence[int]], Sequence[str | None]] = lambda items: [
+            f'many {item}' for item in items
+        ]
         self.commit = Commit(self.one, self.many, 30)
 
     def one(self, item: int) -> str:
@@ -43,7 +48,9 @@ class Carrier:
 
     @contextmanager
     def waiting(self, items: Sequence[int]) -> Iterator[list[Future[str]]]:
-        """Callers with these items wait for a flight; at the end of the block they have been carried."""
+        """Callers with these items wait for a flight; at the end of the block they have been
+        carried.
+        """
         self.open.clear()
         with ThreadPoolExecutor(len(items) + 1) as pool:
             first = pool.submit(self.commit.carry, 0)
@@ -77,7 +84,9 @@ def test_those_who_come_during_a_flight_go_together_in_the_next(carrier: Carrier
     assert [sorted(group) for group in carrier.groups] == [[0], [1, 2, 3]]
 
 
-def test_a_flight_that_takes_long_holds_nobody_up(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flight_that_takes_long_holds_nobody_up(
+    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ThreadPoolExecutor(2) as pool, carrier.waiting([]):
         monkeypatch.setattr(group_commit, '_PATIENCE_SEC', 0.01)
         carrier.commit._one = lambda item: f'meanwhile {item}'
@@ -86,7 +95,9 @@ def test_a_flight_that_takes_long_holds_nobody_up(carrier: Carrier, monkeypatch:
         assert not carrier.open.is_set()
 
 
-def test_a_waiting_caller_that_loses_patience_takes_the_others_along(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_caller_that_loses_patience_takes_the_others_along(
+    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ThreadPoolExecutor(3) as pool, carrier.waiting([]):
         monkeypatch.setattr(group_commit, '_PATIENCE_SEC', 2.0)
         futures = [pool.submit(carrier.commit.carry, item) for item in (1, 2, 3)]
@@ -94,7 +105,9 @@ def test_a_waiting_caller_that_loses_patience_takes_the_others_along(carrier: Ca
     assert [sorted(group) for group in carrier.groups] == [[0], [1, 2, 3]]
 
 
-def test_what_the_server_refuses_goes_one_by_one_so_that_the_bad_one_fails_alone(carrier: Carrier) -> None:
+def test_what_the_server_refuses_goes_one_by_one_so_that_the_bad_one_fails_alone(
+    carrier: Carrier,
+) -> None:
     def refuse(items: Sequence[int]) -> Sequence[str | None]:
         raise DatabaseRefused('2 is bad')
 
@@ -119,7 +132,9 @@ def test_a_server_that_would_refuse_all_is_not_asked_for_each(carrier: Carrier) 
     with carrier.waiting([1, 2, 3]) as futures:
         pass
     errors = [future.exception(30) for future in futures]
-    assert [(type(error), vars(error)) for error in errors] == [(DatabaseRefused, {'sqlstate': '53100', 'pause': True, 'sent': False})] * 3
+    assert [(type(error), vars(error)) for error in errors] == [
+        (DatabaseRefused, {'sqlstate': '53100', 'pause': True, 'sent': False})
+    ] * 3
     assert len(carrier.groups) == 2
 
 
@@ -151,7 +166,11 @@ def test_a_carrier_that_is_struck_tells_the_others_that_nobody_knows(carrier: Ca
     with carrier.waiting([1, 2, 3]) as futures:
         pass
     errors = [future.exception(30) for future in futures]
-    assert sorted(type(error).__name__ for error in errors) == ['DatabaseUnavailable', 'DatabaseUnavailable', 'KeyboardInterrupt']
+    assert sorted(type(error).__name__ for error in errors) == [
+        'DatabaseUnavailable',
+        'DatabaseUnavailable',
+        'KeyboardInterrupt',
+    ]
     assert carrier.commit.carry(4) == 'one 4'
 
 
@@ -177,12 +196,15 @@ def test_what_a_struck_caller_wanted_is_not_carried(carrier: Carrier) -> None:
                 struck.append(2)
             ended.set()
 
-        # The interpreter delivers such an exception when the lock is acquired or the wait for it ends.
+        # The interpreter delivers such an exception when the lock is acquired or the wait for it
+        # ends.
         group_commit._PATIENCE_SEC = 0.5
         thread = threading.Thread(target=wait)
         thread.start()
         eventually(lambda: len(carrier.commit._waiting) == 3)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        )
         assert ended.wait(30)
         thread.join(30)
         assert struck == [2]
@@ -190,10 +212,14 @@ def test_what_a_struck_caller_wanted_is_not_carried(carrier: Carrier) -> None:
     assert not any(2 in group for group in carrier.groups)
 
 
-def test_a_carrier_that_never_lands_keeps_nobody_for_ever(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_carrier_that_never_lands_keeps_nobody_for_ever(
+    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     carrier.commit._limit = 0.05
     land = GroupCommit._land
-    monkeypatch.setattr(GroupCommit, '_land', lambda *args: land(*args) if len(args[2]) == 1 else None)
+    monkeypatch.setattr(
+        GroupCommit, '_land', lambda *args: land(*args) if len(args[2]) == 1 else None
+    )
     with carrier.waiting([]), ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(group_commit, '_PATIENCE_SEC', 0.5)
         futures = [pool.submit(carrier.commit.carry, item) for item in (1, 2)]
@@ -203,7 +229,9 @@ def test_a_carrier_that_never_lands_keeps_nobody_for_ever(carrier: Carrier, monk
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_under_load_each_item_is_carried_once_and_each_caller_gets_its_own(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_under_load_each_item_is_carried_once_and_each_caller_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     rng = random.Random(seed)
     carried: list[int] = []
     sizes: list[int] = []

@@ -1,4 +1,5 @@
 """The mapping from task ids to tokens is stored in databases: it must never change."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,16 +16,25 @@ from jobsync_core.errors import ConfigurationError, InvalidTaskId, JobSyncError
 
 quick = settings(deadline=None, max_examples=200)
 ids = st.one_of(
-    st.integers(), st.text(st.characters(exclude_characters='\0', codec='utf-8'), max_size=200), st.uuids(), st.booleans(),
-    st.tuples(st.integers(), st.text('abc')))
+    st.integers(),
+    st.text(st.characters(exclude_characters='\0', codec='utf-8'), max_size=200),
+    st.uuids(),
+    st.booleans(),
+    st.tuples(st.integers(), st.text('abc')),
+)
 
 
-@pytest.mark.parametrize(('name', 'tokens'), [
-    ('md5', [693, 8519, 5638]),
-    ('sha256', [5083, 8562, 9876]),
-    ('double_sha256', [3058, 9638, 1716]),
-])
-def test_known_ids_keep_the_tokens_that_md5sum_and_sha256sum_gave_them(name: str, tokens: list[int]) -> None:
+@pytest.mark.parametrize(
+    ('name', 'tokens'),
+    [
+        ('md5', [693, 8519, 5638]),
+        ('sha256', [5083, 8562, 9876]),
+        ('double_sha256', [3058, 9638, 1716]),
+    ],
+)
+def test_known_ids_keep_the_tokens_that_md5sum_and_sha256sum_gave_them(
+    name: str, tokens: list[int]
+) -> None:
     assert [task_to_token(task_id, 10_000, name) for task_id in (5, 'customer-X', 'x')] == tokens
 
 
@@ -33,7 +43,10 @@ def test_known_ids_keep_the_tokens_that_md5sum_and_sha256sum_gave_them(name: str
 def test_each_function_reads_its_digest_as_documented(task_id: object, total: int) -> None:
     data = str(task_id).encode()
     assert task_to_token(task_id, total, 'md5') == int(hashlib.md5(data).hexdigest(), 16) % total
-    assert task_to_token(task_id, total, 'sha256') == int(hashlib.sha256(data).hexdigest()[:16], 16) % total
+    assert (
+        task_to_token(task_id, total, 'sha256')
+        == int(hashlib.sha256(data).hexdigest()[:16], 16) % total
+    )
     twice = hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()
     assert task_to_token(task_id, total) == int(twice[:16], 16) % total
 
@@ -49,8 +62,10 @@ def test_the_text_of_an_id_is_what_str_gives(task_id: object) -> None:
 @quick
 @given(ids)
 def test_a_key_fits_a_bigint_and_follows_from_the_text(task_id: object) -> None:
-    assert -2**63 <= task_key(str(task_id)) < 2**63
-    assert task_key(str(task_id)) == task_key(check_task_id(task_id)) != task_key(str(task_id) + ' ')
+    assert -(2**63) <= task_key(str(task_id)) < 2**63
+    assert (
+        task_key(str(task_id)) == task_key(check_task_id(task_id)) != task_key(str(task_id) + ' ')
+    )
 
 
 def test_a_subclass_of_str_is_reduced_to_its_text() -> None:
@@ -74,26 +89,29 @@ class Broken:
         raise RuntimeError('no text')
 
 
-@pytest.mark.parametrize(('task_id', 'part'), [
-    (None, 'None'),
-    ([1], 'list is not hashable'),
-    (([1],), 'tuple is not hashable'),
-    ('a\0b', 'NUL'),
-    ('\ud800', 'surrogates'),
-    ('x' * 2001, '2001 bytes'),
-    ('é' * 1001, '2002 bytes'),
-    pytest.param(10**5000, 'int has no text', id='huge'),
-    (Anonymous(), 'differs between processes'),
-    (frozenset('ab'), 'differs between processes'),
-    ((1, frozenset('ab')), 'differs between processes'),
-    pytest.param((1, (Anonymous(),)), 'a tuple differs between processes', id='in a tuple'),
-    (Part(frozenset('ab')), 'a Part differs between processes'),
-    ((1, Part((frozenset('ab'),))), 'a tuple differs between processes'),
-    pytest.param(Part(Anonymous()), 'a Part differs between processes', id='in a dataclass'),
-    pytest.param(lambda: 1, 'a function differs between processes', id='function'),
-    pytest.param(Broken().__str__, 'a method differs between processes', id='method'),
-    (Broken(), 'RuntimeError'),
-])
+@pytest.mark.parametrize(
+    ('task_id', 'part'),
+    [
+        (None, 'None'),
+        ([1], 'list is not hashable'),
+        (([1],), 'tuple is not hashable'),
+        ('a\0b', 'NUL'),
+        ('\ud800', 'surrogates'),
+        ('x' * 2001, '2001 bytes'),
+        ('é' * 1001, '2002 bytes'),
+        pytest.param(10**5000, 'int has no text', id='huge'),
+        (Anonymous(), 'differs between processes'),
+        (frozenset('ab'), 'differs between processes'),
+        ((1, frozenset('ab')), 'differs between processes'),
+        pytest.param((1, (Anonymous(),)), 'a tuple differs between processes', id='in a tuple'),
+        (Part(frozenset('ab')), 'a Part differs between processes'),
+        ((1, Part((frozenset('ab'),))), 'a tuple differs between processes'),
+        pytest.param(Part(Anonymous()), 'a Part differs between processes', id='in a dataclass'),
+        pytest.param(lambda: 1, 'a function differs between processes', id='function'),
+        pytest.param(Broken().__str__, 'a method differs between processes', id='method'),
+        (Broken(), 'RuntimeError'),
+    ],
+)
 def test_an_id_that_cannot_work_is_refused_with_the_reason(task_id: object, part: str) -> None:
     with pytest.raises(InvalidTaskId, match=part) as caught:
         check_task_id(task_id)
@@ -102,7 +120,10 @@ def test_an_id_that_cannot_work_is_refused_with_the_reason(task_id: object, part
         assert isinstance(caught.value, base)
 
 
-@pytest.mark.parametrize('task_id', ['', 'x' * 2000, 'é' * 1000, 0, -1, 1.5, b'bytes', ('a', 1), uuid.UUID(int=7), Part(('{', 1))])
+@pytest.mark.parametrize(
+    'task_id',
+    ['', 'x' * 2000, 'é' * 1000, 0, -1, 1.5, b'bytes', ('a', 1), uuid.UUID(int=7), Part(('{', 1))],
+)
 def test_an_id_at_the_limits_is_accepted(task_id: object) -> None:
     assert check_task_id(task_id) == str(task_id)
 

@@ -1,4 +1,5 @@
 """How housekeeping paces its chores, and when its thread lives."""
+
 from __future__ import annotations
 
 import itertools
@@ -37,7 +38,9 @@ class Store:
     def close(self) -> None:
         pass
 
-    def run(self, connection: Store, tables: Tables, chore: Chore, rows: int, position: str | None) -> Slice:
+    def run(
+        self, connection: Store, tables: Tables, chore: Chore, rows: int, position: str | None
+    ) -> Slice:
         self.ran.append(chore.name)
         found = self.found.get(chore.name, 0)
         if isinstance(found, BaseException):
@@ -111,16 +114,21 @@ def test_a_failure_does_not_make_the_next_success_late() -> None:
     assert pace.due == 91.0
 
 
-def test_a_chore_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_chore_that_fails_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(monkeypatch)
     store.found['bad'] = ZeroDivisionError('of the chore')
     lead = Lead()
-    duty = keeper(lead, Chore('bad', 0.01, lambda tables: ''), Chore('good', 0.01, lambda tables: ''))
+    duty = keeper(
+        lead, Chore('bad', 0.01, lambda tables: ''), Chore('good', 0.01, lambda tables: '')
+    )
     duty.look()
     eventually(lambda: store.ran.count('good') >= 5)
     assert duty.stop(5.0)
-    assert [record.getMessage() for record in caplog.records if 'of the chore' in record.getMessage()] == [
-        "node=n1 housekeeping='bad' failed: of the chore; tried again in 1 s"]
+    assert [
+        record.getMessage() for record in caplog.records if 'of the chore' in record.getMessage()
+    ] == ["node=n1 housekeeping='bad' failed: of the chore; tried again in 1 s"]
 
 
 def test_a_follower_has_no_thread_and_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +141,12 @@ def test_a_follower_has_no_thread_and_asks_nothing(monkeypatch: pytest.MonkeyPat
     assert store.opened == 0
 
 
-def test_it_stops_at_once_when_the_node_no_longer_leads_and_begins_again_when_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stops_at_once_when_the_node_no_longer_leads_and_begins_again_when_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store = Store(monkeypatch)
     lead = Lead()
-    store.found['rows'] = 10 ** 9
+    store.found['rows'] = 10**9
     monkeypatch.setattr(housekeeper, '_REST', 0.0)
     monkeypatch.setattr(housekeeper, '_LOOK_SEC', 0.0)
     duty = keeper(lead)
@@ -155,7 +165,9 @@ def test_it_stops_at_once_when_the_node_no_longer_leads_and_begins_again_when_it
     assert not duty.running
 
 
-def test_a_process_that_can_start_no_thread_tries_again_later(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_that_can_start_no_thread_tries_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(monkeypatch)
     now = [100.0]
     monkeypatch.setattr(clock, 'now', lambda: now[0])

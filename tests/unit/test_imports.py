@@ -1,4 +1,7 @@
-"""Imports point one way, pure modules stay pure, and importing the package costs nothing but psycopg2."""
+"""Imports point one way, pure modules stay pure, and importing the package costs nothing but
+psycopg2.
+"""
+
 from __future__ import annotations
 
 import ast
@@ -13,16 +16,62 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / 'jobsync_core'
 
 #: Folders, and modules that stand beside them, that do no I/O and read no clock.
-PURE = frozenset({'assignment', 'belonging', 'config', 'database_url', 'errors', 'logs', 'protocol', 'secret', 'task'})
-#: From the bottom to the top: a module imports from its own folder and from the layers below, from no neighbour.
+PURE = frozenset(
+    {
+        'assignment',
+        'belonging',
+        'config',
+        'database_url',
+        'errors',
+        'logs',
+        'protocol',
+        'secret',
+        'task',
+    }
+)
+#: From the bottom to the top: a module imports from its own folder and from the layers below, from
+#: no neighbour.
 LAYERS = (
-    {'errors'}, {'belonging', 'clock', 'database_url', 'logs', 'process', 'secret', 'task'}, {'assignment'}, {'config'},
-    {'protocol'}, {'store'}, {'agent', 'ledger'}, {'node'}, {'job'}, {'worker'}, {'embedded', 'metrics'}, {'testing', 'web'}, {''}, {'cli'})
+    {'errors'},
+    {'belonging', 'clock', 'database_url', 'logs', 'process', 'secret', 'task'},
+    {'assignment'},
+    {'config'},
+    {'protocol'},
+    {'store'},
+    {'agent', 'ledger'},
+    {'node'},
+    {'job'},
+    {'worker'},
+    {'embedded', 'metrics'},
+    {'testing', 'web'},
+    {''},
+    {'cli'},
+)
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
-    'asyncio', 'multiprocessing', 'pathlib', 'psycopg2', 'random', 'select', 'shutil', 'signal', 'socket', 'subprocess', 'threading',
-    'time', 'urllib.request'}
-STATEMENTS = ('SELECT ', 'INSERT INTO', 'UPDATE ', 'DELETE FROM', 'CREATE TABLE', 'LISTEN ', 'NOTIFY ')
+    'asyncio',
+    'multiprocessing',
+    'pathlib',
+    'psycopg2',
+    'random',
+    'select',
+    'shutil',
+    'signal',
+    'socket',
+    'subprocess',
+    'threading',
+    'time',
+    'urllib.request',
+}
+STATEMENTS = (
+    'SELECT ',
+    'INSERT INTO',
+    'UPDATE ',
+    'DELETE FROM',
+    'CREATE TABLE',
+    'LISTEN ',
+    'NOTIFY ',
+)
 MODULES = sorted(CORE.rglob('*.py'))
 
 
@@ -49,14 +98,16 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         names: list[tuple[str, ...]] = []
         if isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else ()
+            base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module or '').split('.')) if node.module else base
             names = [(*module, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split('.')) for alias in node.names]
         for name in names:
             if name[0] == package[0]:
-                known = [name[:length] for length in range(len(name), 0, -1) if _is_module(name[:length])]
+                known = [
+                    name[:length] for length in range(len(name), 0, -1) if _is_module(name[:length])
+                ]
                 found.add('.'.join(known[0]))
     return found
 
@@ -84,16 +135,26 @@ def outer_imports(path: Path) -> set[str]:
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
     part = part_of(path)
-    upwards = {(part, other) for other in inner_imports(path) if other != part and layer_of(other) >= layer_of(part)}
+    upwards = {
+        (part, other)
+        for other in inner_imports(path)
+        if other != part and layer_of(other) >= layer_of(part)
+    }
     assert not upwards
 
 
 @pytest.mark.parametrize('package', ['jobsync_core'])
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
-    """Not for type checkers either: a circle that only types go round is one for the reader all the same."""
+    """Not for type checkers either: a circle that only types go round is one for the reader all the
+    same.
+    """
     left = {module_of(path): imports_of(path) for path in (ROOT / package).rglob('*.py')}
-    while ends := [name for name, others in left.items()
-                   if not others & left.keys() - {name} or not any(name in left[other] for other in left if other != name)]:
+    while ends := [
+        name
+        for name, others in left.items()
+        if not others & left.keys() - {name}
+        or not any(name in left[other] for other in left if other != name)
+    ]:
         for name in ends:
             del left[name]
     assert not left, 'each of these imports another of them: ' + ', '.join(sorted(left))
@@ -116,7 +177,11 @@ def test_sql_stays_in_the_store() -> None:
 
 
 def test_every_module_says_what_is_public() -> None:
-    silent = [path for path in MODULES if '__all__' not in path.read_text(encoding='utf-8') and path.name != '__main__.py']
+    silent = [
+        path
+        for path in MODULES
+        if '__all__' not in path.read_text(encoding='utf-8') and path.name != '__main__.py'
+    ]
     assert [path for path in silent if path.read_text(encoding='utf-8').count('\n') > 3] == []
 
 
@@ -130,7 +195,10 @@ def test_the_short_name_has_the_same_public_names() -> None:
 
 
 def test_the_adapters_do_not_know_each_other() -> None:
-    for package, other in (('jobsync_celery', 'jobsync_dramatiq'), ('jobsync_dramatiq', 'jobsync_celery')):
+    for package, other in (
+        ('jobsync_celery', 'jobsync_dramatiq'),
+        ('jobsync_dramatiq', 'jobsync_celery'),
+    ):
         for path in (ROOT / package).rglob('*.py'):
             assert other not in outer_imports(path), path
 
@@ -141,9 +209,17 @@ def test_the_import_loads_nothing_but_psycopg2_and_the_standard_library() -> Non
         'before = set(sys.modules)\n'
         'import jobsync_core\n'
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "print(*sorted(loaded - set(sys.stdlib_module_names) - {'jobsync_core', 'psycopg2'}), threading.active_count())\n")
+        "print(*sorted(loaded - set(sys.stdlib_module_names) - {'jobsync_core', 'psycopg2'}), "
+        'threading.active_count())\n'
+    )
     done = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        [sys.executable, '-W', 'error', '-c', program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout.split()) == (0, ['1'])
 
 
@@ -158,4 +234,6 @@ def test_what_the_documentation_says_where_it_is_is_there() -> None:
     text = (ROOT / 'docs' / 'ARCHITECTURE.md').read_text(encoding='utf-8')
     named = re.findall(r'`((?:[a-z_]+/)+[a-z_]+\.(?:py|sql))`', text)
     assert len(named) > 30
-    assert [name for name in named if not (ROOT / name).exists() and not (CORE / name).exists()] == []
+    assert [
+        name for name in named if not (ROOT / name).exists() and not (CORE / name).exists()
+    ] == []

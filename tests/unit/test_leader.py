@@ -1,4 +1,5 @@
 """The leader's round: who may be asked for what, and that a round without news changes nothing."""
+
 from __future__ import annotations
 
 import itertools
@@ -36,30 +37,49 @@ def by_token(rows: Iterable[Segment]) -> dict[int, Segment]:
 
 def given_away(rows: Iterable[Segment], version: int) -> list[Segment]:
     """The rows after every owner gave what it was asked for."""
-    return [replace(row, node=row.moving_to, moving=False, moving_to=None, version=version) if row.moving else row for row in rows]
+    return [
+        replace(row, node=row.moving_to, moving=False, moving_to=None, version=version)
+        if row.moving
+        else row
+        for row in rows
+    ]
 
 
 def activated(present: Sequence[Member], decision: Decision) -> list[Member]:
-    return [replace(one, state='active') if one.name in decision.activate else one for one in present]
+    return [
+        replace(one, state='active') if one.name in decision.activate else one for one in present
+    ]
 
 
 def receivers(present: Sequence[Member], decision: Decision) -> dict[str, float]:
-    return {one.name: one.weight for one in activated(present, decision) if one.state == 'active' and one.weight > 0}
+    return {
+        one.name: one.weight
+        for one in activated(present, decision)
+        if one.state == 'active' and one.weight > 0
+    }
 
 
 @st.composite
 def rows(draw: st.DrawFn, total: int, names: Sequence[str]) -> list[Segment]:
-    """Rows as the table may hold them, and of nodes just deleted; the receiver of a moving row may have been deleted too."""
+    """Rows as the table may hold them, and of nodes just deleted; the receiver of a moving row may
+    have been deleted too.
+    """
     found: list[Segment] = []
     at = 0
     while at < total and len(found) < 10:
         hi = min(total, at + draw(st.integers(1, 15)))
         node = draw(st.sampled_from([*names, 'gone', None]))
-        kind = draw(st.sampled_from(['kept', 'moving', 'orphaned', 'blocked'] if node else ['kept', 'blocked', 'gap']))
+        kind = draw(
+            st.sampled_from(
+                ['kept', 'moving', 'orphaned', 'blocked'] if node else ['kept', 'blocked', 'gap']
+            )
+        )
         version = draw(st.integers(1, 3))
         if kind == 'moving':
             other = draw(st.sampled_from([name for name in NAMES if name != node]))
-            found.append(Segment(at, hi, node, True, other if other in names else None, False, version))
+            found.append(
+                Segment(at, hi, node, True, other if other in names else None, False, version)
+            )
         elif kind != 'gap':
             moving = node is not None and kind != 'kept'
             found.append(Segment(at, hi, node, moving, None, kind == 'blocked', version))
@@ -73,11 +93,18 @@ def cases(draw: st.DrawFn) -> Case:
     states = st.sampled_from(['active', 'active', 'active', 'draining', 'joining'])
     present = [
         member(name, draw(states), draw(st.sampled_from([1.0, 1.0, 2.0, 0.0])))
-        for name in draw(st.lists(st.sampled_from(NAMES), unique=True))]
+        for name in draw(st.lists(st.sampled_from(NAMES), unique=True))
+    ]
     segments = draw(rows(total, [one.name for one in present if one.state != 'joining']))
     pins = [
-        Pin(f'task-{number}', draw(st.integers(0, total - 1)), draw(st.sampled_from(PATTERNS)), draw(st.sampled_from([1.0, 2.0])))
-        for number in range(draw(st.integers(0, 8)))]
+        Pin(
+            f'task-{number}',
+            draw(st.integers(0, total - 1)),
+            draw(st.sampled_from(PATTERNS)),
+            draw(st.sampled_from([1.0, 2.0])),
+        )
+        for number in range(draw(st.integers(0, 8)))
+    ]
     return present, segments, pins, total
 
 
@@ -121,8 +148,13 @@ def test_nobody_takes_a_token_from_its_live_owner(case: Case) -> None:
 def test_every_token_has_one_row_and_neighbours_differ(case: Case) -> None:
     present, segments, pins, total = case
     planned = decide(present, segments, pins, total, 10).segments
-    assert [row.lo for row in planned] == [0, *(row.hi for row in planned[:-1])] and planned[-1].hi == total
-    assert all(replace(one, lo=0, hi=0) != replace(other, lo=0, hi=0) for one, other in itertools.pairwise(planned))
+    assert [row.lo for row in planned] == [0, *(row.hi for row in planned[:-1])] and planned[
+        -1
+    ].hi == total
+    assert all(
+        replace(one, lo=0, hi=0) != replace(other, lo=0, hi=0)
+        for one, other in itertools.pairwise(planned)
+    )
 
 
 @quick
@@ -165,7 +197,9 @@ def test_the_counts_are_those_of_the_rows(case: Case) -> None:
     live = {one.name for one in present}
     decision = decide(present, segments, pins, total, 10)
     after = by_token(decision.segments)
-    unowned = [token for token in range(total) if token not in before or before[token].node not in live]
+    unowned = [
+        token for token in range(total) if token not in before or before[token].node not in live
+    ]
     assert decision.assigned == sum(after[token].node is not None for token in unowned)
     assert decision.blocked == sum(row.blocked for row in after.values())
     assert decision.moved <= total - len(unowned)
@@ -186,33 +220,50 @@ def test_the_first_plan_includes_everybody_who_registered() -> None:
     present = [member('a'), member('b', 'joining'), member('c', 'joining')]
     decision = decide(present, [], [], 9, 1)
     assert decision.activate == ('b', 'c')
-    assert Counter(row.node for row in by_token(decision.segments).values()) == {'a': 3, 'b': 3, 'c': 3}
+    assert Counter(row.node for row in by_token(decision.segments).values()) == {
+        'a': 3,
+        'b': 3,
+        'c': 3,
+    }
     assert (decision.moved, decision.assigned, decision.blocked) == (0, 9, 0)
 
 
 def test_before_anybody_is_active_nothing_is_planned() -> None:
     decision = decide([member('a', 'joining')], [], [], 9, 1)
-    assert decision.activate == () and decision.segments == (Segment(0, 9, None, blocked=True, version=1),)
+    assert decision.activate == () and decision.segments == (
+        Segment(0, 9, None, blocked=True, version=1),
+    )
 
 
 def test_a_joiner_waits_in_a_cluster_that_is_formed() -> None:
-    decision = decide([member('a'), member('b', 'joining')], [Segment(0, 9, 'a', version=1)], [], 9, 2)
+    decision = decide(
+        [member('a'), member('b', 'joining')], [Segment(0, 9, 'a', version=1)], [], 9, 2
+    )
     assert decision.activate == () and decision.segments == (Segment(0, 9, 'a', version=1),)
 
 
 def test_joiners_take_over_when_every_owner_is_dead() -> None:
-    decision = decide([member('b', 'joining'), member('c')], [Segment(0, 8, None, version=1)], [], 8, 2)
+    decision = decide(
+        [member('b', 'joining'), member('c')], [Segment(0, 8, None, version=1)], [], 8, 2
+    )
     assert decision.activate == ('b',) and decision.assigned == 8
 
 
 def test_a_new_node_is_promised_tokens_by_their_owner() -> None:
     decision = decide(members('a', 'b'), [Segment(0, 10, 'a', version=1)], [], 10, 2)
-    assert decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2))
+    assert decision.segments == (
+        Segment(0, 5, 'a', version=1),
+        Segment(5, 10, 'a', True, 'b', version=2),
+    )
     assert (decision.moved, decision.assigned) == (5, 0)
 
 
 def test_the_tokens_of_a_dead_node_change_hands_at_once() -> None:
-    rows = [Segment(0, 4, 'a', version=1), Segment(4, 8, 'b', version=1), Segment(8, 12, None, version=1)]
+    rows = [
+        Segment(0, 4, 'a', version=1),
+        Segment(4, 8, 'b', version=1),
+        Segment(8, 12, None, version=1),
+    ]
     decision = decide(members('a', 'b'), rows, [], 12, 2)
     assert Counter(row.node for row in by_token(decision.segments).values()) == {'a': 6, 'b': 6}
     assert (decision.moved, decision.assigned) == (0, 4)
@@ -226,43 +277,74 @@ def test_a_move_under_way_goes_on_to_the_same_receiver() -> None:
 def test_a_move_to_a_node_that_died_is_taken_back() -> None:
     rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, None, version=2)]
     decision = decide(members('a'), rows, [], 10, 3)
-    assert decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', version=3)) and decision.moved == 0
+    assert (
+        decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', version=3))
+        and decision.moved == 0
+    )
 
 
 def test_a_move_to_a_node_that_drains_goes_elsewhere() -> None:
     rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2)]
     decision = decide([member('a'), member('b', 'draining'), member('c')], rows, [], 10, 3)
-    assert Counter(row.moving_to for row in by_token(decision.segments).values()) == {None: 5, 'c': 5}
+    assert Counter(row.moving_to for row in by_token(decision.segments).values()) == {
+        None: 5,
+        'c': 5,
+    }
 
 
 def test_a_move_to_the_only_other_node_is_taken_back_when_that_one_drains() -> None:
     rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2)]
     decision = decide([member('a'), member('b', 'draining')], rows, [], 10, 3)
-    assert decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', version=3)) and decision.moved == 0
+    assert (
+        decision.segments == (Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', version=3))
+        and decision.moved == 0
+    )
 
 
 def test_a_token_whose_receiver_a_new_lock_excludes_stays_where_it_is_if_that_is_allowed() -> None:
-    rows = [Segment(0, 5, 'x-2', version=1), Segment(5, 9, 'x-2', True, 'b', version=2), Segment(9, 12, 'x-1', version=1)]
+    rows = [
+        Segment(0, 5, 'x-2', version=1),
+        Segment(5, 9, 'x-2', True, 'b', version=2),
+        Segment(9, 12, 'x-1', version=1),
+    ]
     decision = decide(members('x-1', 'x-2', 'b'), rows, [Pin('t', 7, ('x-%',), 1.0)], 12, 3)
     assert by_token(decision.segments)[7] == Segment(0, 0, 'x-2', version=3)
 
 
 def test_a_fallback_pattern_counts_when_the_first_matches_a_node_of_weight_zero_alone() -> None:
-    decision = decide([member('a', weight=0.0), member('b')], [], [Pin('t', 3, ('a', 'b'), 1.0)], 8, 1)
+    decision = decide(
+        [member('a', weight=0.0), member('b')], [], [Pin('t', 3, ('a', 'b'), 1.0)], 8, 1
+    )
     assert by_token(decision.segments)[3] == Segment(0, 0, 'b', version=1)
 
 
-def test_a_move_to_a_node_that_a_new_lock_excludes_is_taken_back_for_the_locked_token_alone() -> None:
+def test_a_move_to_a_node_that_a_new_lock_excludes_is_taken_back_for_the_locked_token_alone() -> (
+    None
+):
     rows = [Segment(0, 5, 'a', version=1), Segment(5, 10, 'a', True, 'b', version=2)]
     decision = decide(members('a', 'b'), rows, [Pin('t', 7, ('a',), 1.0)], 10, 3)
     after = by_token(decision.segments)
     assert after[7] == Segment(0, 0, 'a', version=3)
-    assert [token for token, row in after.items() if row.moving_to == 'b' and row.version == 2] == [5, 6, 8, 9]
+    assert [token for token, row in after.items() if row.moving_to == 'b' and row.version == 2] == [
+        5,
+        6,
+        8,
+        9,
+    ]
 
 
 def test_a_draining_node_gives_everything_away() -> None:
-    decision = decide([member('a', 'draining'), member('b')], [Segment(0, 6, 'a', version=1), Segment(6, 8, 'b', version=1)], [], 8, 2)
-    assert decision.segments == (Segment(0, 6, 'a', True, 'b', version=2), Segment(6, 8, 'b', version=1))
+    decision = decide(
+        [member('a', 'draining'), member('b')],
+        [Segment(0, 6, 'a', version=1), Segment(6, 8, 'b', version=1)],
+        [],
+        8,
+        2,
+    )
+    assert decision.segments == (
+        Segment(0, 6, 'a', True, 'b', version=2),
+        Segment(6, 8, 'b', version=1),
+    )
 
 
 def test_the_last_node_gives_to_nobody_when_it_drains() -> None:
@@ -272,14 +354,22 @@ def test_the_last_node_gives_to_nobody_when_it_drains() -> None:
 
 
 def test_a_lock_without_a_live_match_takes_its_token_from_its_owner_and_blocks_it() -> None:
-    decision = decide(members('a'), [Segment(0, 8, 'a', version=1)], [Pin('t', 3, ('gpu-%',), 1.0)], 8, 2)
+    decision = decide(
+        members('a'), [Segment(0, 8, 'a', version=1)], [Pin('t', 3, ('gpu-%',), 1.0)], 8, 2
+    )
     assert by_token(decision.segments)[3] == Segment(0, 0, 'a', True, None, blocked=True, version=2)
-    after = decide(members('a'), given_away(decision.segments, 3), [Pin('t', 3, ('gpu-%',), 1.0)], 8, 4)
+    after = decide(
+        members('a'), given_away(decision.segments, 3), [Pin('t', 3, ('gpu-%',), 1.0)], 8, 4
+    )
     assert by_token(after.segments)[3].node is None and after.blocked == 1
 
 
 def test_a_blocked_token_is_assigned_when_a_matching_node_comes() -> None:
-    rows = [Segment(0, 3, 'a', version=1), Segment(3, 4, None, blocked=True, version=1), Segment(4, 8, 'a', version=1)]
+    rows = [
+        Segment(0, 3, 'a', version=1),
+        Segment(3, 4, None, blocked=True, version=1),
+        Segment(4, 8, 'a', version=1),
+    ]
     decision = decide(members('a', 'gpu-1'), rows, [Pin('t', 3, ('gpu-%',), 1.0)], 8, 2)
     assert by_token(decision.segments)[3] == Segment(0, 0, 'gpu-1', version=2)
 
@@ -306,9 +396,16 @@ def test_of_two_locks_that_exclude_each_other_the_older_counts_and_the_conflict_
 
 
 def test_locks_that_match_nobody_do_not_conflict() -> None:
-    assert decide(members('a'), [], [Pin('t', 3, ('x',), 1.0), Pin('u', 3, ('y',), 2.0)], 8, 1).conflicts == ()
+    assert (
+        decide(
+            members('a'), [], [Pin('t', 3, ('x',), 1.0), Pin('u', 3, ('y',), 2.0)], 8, 1
+        ).conflicts
+        == ()
+    )
 
 
 def test_rows_beyond_the_tokens_of_the_cluster_are_dropped() -> None:
-    decision = decide(members('a'), [Segment(0, 20, 'a', version=1)], [Pin('t', 15, ('b',), 1.0)], 8, 2)
+    decision = decide(
+        members('a'), [Segment(0, 20, 'a', version=1)], [Pin('t', 15, ('b',), 1.0)], 8, 2
+    )
     assert decision.segments == (Segment(0, 8, 'a', version=1),)

@@ -1,4 +1,7 @@
-"""A node is dead after one whole timeout of the observer's own clock without a change, and not a moment before."""
+"""A node is dead after one whole timeout of the observer's own clock without a change, and not a
+moment before.
+"""
+
 from __future__ import annotations
 
 from hypothesis import given, settings
@@ -44,7 +47,11 @@ def test_a_beat_that_goes_back_begins_the_wait_anew_and_is_no_sign_of_life() -> 
     liveness = watched(100.0)
     assert not liveness.shows_life(sign(-5))
     liveness.look([sign(-5)], 101.0)
-    assert not liveness.dead(110.5) and liveness.shows_life(sign(1)) and not liveness.shows_life(sign(-5))
+    assert (
+        not liveness.dead(110.5)
+        and liveness.shows_life(sign(1))
+        and not liveness.shows_life(sign(-5))
+    )
 
 
 def test_a_new_incarnation_begins_the_wait_anew_and_its_predecessor_is_not_judged_by_it() -> None:
@@ -80,12 +87,18 @@ def test_forgotten_nodes_are_watched_from_the_start() -> None:
 def test_the_next_death_is_the_nearest_one_ahead() -> None:
     liveness = watched(100.0)
     liveness.look([sign(name='b')], 102.0)
-    assert [liveness.next_death(now) for now in (101.0, 110.0, 112.0)] == [110.0, 112.0, float('inf')]
+    assert [liveness.next_death(now) for now in (101.0, 110.0, 112.0)] == [
+        110.0,
+        112.0,
+        float('inf'),
+    ]
 
 
 @quick
 @given(st.lists(st.tuples(st.floats(0.01, 6), st.booleans()), max_size=40))
-def test_nobody_is_dead_sooner_than_one_timeout_after_a_change_or_without_being_watched(looks: list[tuple[float, bool]]) -> None:
+def test_nobody_is_dead_sooner_than_one_timeout_after_a_change_or_without_being_watched(
+    looks: list[tuple[float, bool]],
+) -> None:
     """Against a model that keeps the whole history."""
     liveness = Liveness(TIMEOUT, GAP)
     now, beat = 0.0, 0
@@ -96,7 +109,9 @@ def test_nobody_is_dead_sooner_than_one_timeout_after_a_change_or_without_being_
         liveness.look([sign(beat)], now)
         history.append((now, beat))
         since = now
-        for (earlier, value), (later, _) in zip(reversed(history[:-1]), reversed(history), strict=False):
+        for (earlier, value), (later, _) in zip(
+            reversed(history[:-1]), reversed(history), strict=False
+        ):
             if value != beat or later - earlier > GAP:
                 break
             since = earlier

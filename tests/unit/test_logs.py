@@ -1,4 +1,5 @@
 """What a log line tells stays on its line."""
+
 from __future__ import annotations
 
 import logging
@@ -13,7 +14,9 @@ from jobsync_core.logs import get_logger, one_line
 ROOT = Path(__file__).parents[2]
 FORGED = 'key\n2026-01-01 ERROR node=n1 all is lost\r\x1b[2J\x85\u2028\ud800'
 #: Ways of logging that pass by the escapes.
-_ELSEWHERE = re.compile(r'getLogger\(|celery\.utils\.log|logging\.(?:debug|info|warning|error|exception|log)\(')
+_ELSEWHERE = re.compile(
+    r'getLogger\(|celery\.utils\.log|logging\.(?:debug|info|warning|error|exception|log)\('
+)
 
 
 class Unprintable(Exception):
@@ -24,7 +27,9 @@ class Unprintable(Exception):
 
 
 @pytest.mark.parametrize('make', [get_logger, celery_logger])
-def test_names_and_errors_begin_no_line_of_their_own(make: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_and_errors_begin_no_line_of_their_own(
+    make: object, caplog: pytest.LogCaptureFixture
+) -> None:
     assert callable(make)
     logger = make('jobsync_test.lines')
     assert make('jobsync_test.lines') is logger and len(logger.filters) == 1
@@ -33,7 +38,9 @@ def test_names_and_errors_begin_no_line_of_their_own(make: object, caplog: pytes
     logger.warning('node=%(node)s', {'node': FORGED})
     logger.error('failed: %s, that is %r', ValueError(FORGED), ValueError(FORGED))
     logger.error('failed: %s', Unprintable())
-    messages = [record.getMessage() for record in caplog.records if record.name == 'jobsync_test.lines']
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == 'jobsync_test.lines'
+    ]
     assert len(messages) == 4 and all(message.isprintable() for message in messages), messages
     assert messages[0].endswith('number=3 share=0.5') and messages[0].startswith('key=key\\n2026')
     assert messages[3] == 'failed: <Unprintable that cannot be shown: RuntimeError>'

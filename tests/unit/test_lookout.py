@@ -1,9 +1,21 @@
 """The leader and its successor: who looks, and when a round is asked for."""
+
 from __future__ import annotations
 
 from jobsync_core.assignment.model import Member
 from jobsync_core.protocol.leadership import Lookout
-from jobsync_core.protocol.messages import DEATHS, ELDERS, Evict, Evicted, Lead, Led, Observe, Observed, Sign, StepDown
+from jobsync_core.protocol.messages import (
+    DEATHS,
+    ELDERS,
+    Evict,
+    Evicted,
+    Lead,
+    Led,
+    Observe,
+    Observed,
+    Sign,
+    StepDown,
+)
 
 TIMEOUT, POLL = 15.0, 0.75
 
@@ -16,7 +28,13 @@ def lookout() -> Lookout:
     return Lookout(TIMEOUT, 7.5, POLL)
 
 
-def seen(watch: Lookout, now: float, *members: Member, stale: bool = False, next_expiry: float | None = None) -> bool:
+def seen(
+    watch: Lookout,
+    now: float,
+    *members: Member,
+    stale: bool = False,
+    next_expiry: float | None = None,
+) -> bool:
     return watch.observed(Observed(members, 1, stale, next_expiry), 'life of me', now)
 
 
@@ -47,11 +65,15 @@ def test_the_successor_looks_and_does_not_lead() -> None:
 def test_the_leader_plans_at_once_what_has_changed_and_waits_a_moment_for_more_joins() -> None:
     watch = lookout()
     seen(watch, 0.0, ME, stale=True)
-    assert watch.duty('me', 'life of me', 0.05, True) is None, 'the first look shows new nodes: more may be coming'
+    assert watch.duty('me', 'life of me', 0.05, True) is None, (
+        'the first look shows new nodes: more may be coming'
+    )
     assert isinstance(watch.duty('me', 'life of me', 0.11, True), Lead)
     watch.led(Led(True, 2), 0.2)
     seen(watch, 1.0, ME, stale=True)
-    assert isinstance(watch.duty('me', 'life of me', 1.0, True), Lead), 'no new node: nothing to wait for'
+    assert isinstance(watch.duty('me', 'life of me', 1.0, True), Lead), (
+        'no new node: nothing to wait for'
+    )
 
 
 def test_without_a_lease_nobody_leads() -> None:
@@ -175,7 +197,7 @@ def signs(*names: str) -> tuple[Sign, ...]:
     return tuple(Sign(name, f'life of {name}', 1) for name in names)
 
 
-def test_whoever_hears_of_as_many_older_nodes_as_a_heartbeat_names_is_no_successor_and_looks_at_nothing() -> None:
+def test_whoever_hears_of_as_many_older_nodes_as_a_heartbeat_names_is_no_successor() -> None:
     watch = lookout()
     watch.heard(signs(*'abcd'), 0.0)
     assert len(signs(*'abcd')) == ELDERS
@@ -185,7 +207,7 @@ def test_whoever_hears_of_as_many_older_nodes_as_a_heartbeat_names_is_no_success
     assert watch.rank(1.0) == 2 and watch.duty('me', 'life of me', 1.0, True) is None
 
 
-def test_where_all_that_a_heartbeat_names_are_dead_it_looks_before_it_takes_itself_for_the_leader() -> None:
+def test_where_all_that_a_heartbeat_names_are_dead_it_looks_before_it_leads() -> None:
     watch = lookout()
     now = 0.0
     while now < TIMEOUT:
@@ -206,7 +228,9 @@ def test_the_third_oldest_leads_when_two_have_been_silent_for_the_timeout() -> N
         watch.heard(signs('a', 'b'), now)
         assert watch.rank(now) == 2
         now += 5.0
-    assert watch.wake_at(now - 0.001, True) == TIMEOUT, 'it wakes for their death, which it knows of from its heartbeats'
+    assert watch.wake_at(now - 0.001, True) == TIMEOUT, (
+        'it wakes for their death, which it knows of from its heartbeats'
+    )
     assert watch.duty('me', 'life of me', TIMEOUT, True) == Observe()
 
 

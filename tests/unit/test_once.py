@@ -1,4 +1,7 @@
-"""The decorator and the block: what they do with a ledger's answers, and which options and keys they refuse."""
+"""The decorator and the block: what they do with a ledger's answers, and which options and keys
+they refuse.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -91,7 +94,9 @@ class Order:
     lines: tuple[str, ...] = ()
 
 
-def plain(order_id: int, amount: int = 3, *lines: str, currency: str = 'EUR', **extra: object) -> int:
+def plain(
+    order_id: int, amount: int = 3, *lines: str, currency: str = 'EUR', **extra: object
+) -> int:
     return amount
 
 
@@ -101,53 +106,64 @@ def key_of(text: str, *args: Any, **kwargs: Any) -> str:
 
 
 class TestKeys:
-    @pytest.mark.parametrize(('text', 'args', 'kwargs', 'expected'), [
-        ('order:{order_id}', (7,), {}, 'order:7'),
-        ('order:{order_id}', (), {'order_id': 7}, 'order:7'),
-        ('{order_id}/{amount}/{currency}', (7,), {}, '7/3/EUR'),
-        ('{order_id}/{amount}/{currency}', (7, 8), {'currency': 'USD'}, '7/8/USD'),
-        ('{0}-{1}', (7,), {}, '7-3'),
-        ('{order_id.id}', (Order(5),), {}, '5'),
-        ('{order_id.lines[1]}', (Order(5, ('a', 'b')),), {}, 'b'),
-        ('{lines[0]}', (7, 8, 'x'), {}, 'x'),
-        ('{tenant}:{order_id}', (7,), {'tenant': 'acme'}, 'acme:7'),
-        ('{extra[tenant]}', (7,), {'tenant': 'acme'}, 'acme'),
-        ('{order_id:>0{amount}}', (7,), {}, '007'),
-        ('{{literal}}{order_id!r}', ('é',), {}, "{literal}'é'"),
-        ('nightly', (7,), {}, 'nightly'),
-    ])
-    def test_a_key_is_made_of_the_bound_arguments(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any], expected: str) -> None:
+    @pytest.mark.parametrize(
+        ('text', 'args', 'kwargs', 'expected'),
+        [
+            ('order:{order_id}', (7,), {}, 'order:7'),
+            ('order:{order_id}', (), {'order_id': 7}, 'order:7'),
+            ('{order_id}/{amount}/{currency}', (7,), {}, '7/3/EUR'),
+            ('{order_id}/{amount}/{currency}', (7, 8), {'currency': 'USD'}, '7/8/USD'),
+            ('{0}-{1}', (7,), {}, '7-3'),
+            ('{order_id.id}', (Order(5),), {}, '5'),
+            ('{order_id.lines[1]}', (Order(5, ('a', 'b')),), {}, 'b'),
+            ('{lines[0]}', (7, 8, 'x'), {}, 'x'),
+            ('{tenant}:{order_id}', (7,), {'tenant': 'acme'}, 'acme:7'),
+            ('{extra[tenant]}', (7,), {'tenant': 'acme'}, 'acme'),
+            ('{order_id:>0{amount}}', (7,), {}, '007'),
+            ('{{literal}}{order_id!r}', ('é',), {}, "{literal}'é'"),
+            ('nightly', (7,), {}, 'nightly'),
+        ],
+    )
+    def test_a_key_is_made_of_the_bound_arguments(
+        self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any], expected: str
+    ) -> None:
         assert key_of(text, *args, **kwargs) == expected
 
-    @pytest.mark.parametrize(('text', 'said'), [
-        ('{ordr_id}', "names 'ordr_id': it takes order_id, amount"),
-        ('{ordr_id.x}', 'ordr_id'),
-        ('{order_id:{wdth}}', 'wdth'),
-        ('{5}', "names '5'"),
-        ('{}', 'empty {}'),
-        ('{order_id', 'no format string'),
-        ('', 'non-empty'),
-    ])
+    @pytest.mark.parametrize(
+        ('text', 'said'),
+        [
+            ('{ordr_id}', "names 'ordr_id': it takes order_id, amount"),
+            ('{ordr_id.x}', 'ordr_id'),
+            ('{order_id:{wdth}}', 'wdth'),
+            ('{5}', "names '5'"),
+            ('{}', 'empty {}'),
+            ('{order_id', 'no format string'),
+            ('', 'non-empty'),
+        ],
+    )
     def test_a_key_that_cannot_fit_is_refused_at_decoration(self, text: str, said: str) -> None:
         def function(order_id: int, amount: int = 3) -> None: ...
 
         with pytest.raises(ConfigurationError, match=said.replace('{}', r'\{\}')):
             exactly_once(key=text)(function)
 
-    @pytest.mark.parametrize(('text', 'argument', 'said'), [
-        ('{order_id}', None, 'order_id is None'),
-        ('{order_id}', '', "order_id is ''"),
-        ('{order_id}', object(), 'address in memory'),
-        ('{order_id.nothing}', 5, 'AttributeError'),
-        ('{order_id[nothing]}', {}, 'KeyError'),
-        ('{order_id:d}', 'text', 'ValueError'),
-        ('{missing}', 5, 'KeyError'),
-        ('{order_id}', 'a\0b', 'NUL'),
-        ('{order_id}', '\ud800', 'surrogates'),
-        ('{order_id}', 'x' * 2001, '2001 bytes'),
-    ])
+    @pytest.mark.parametrize(
+        ('text', 'argument', 'said'),
+        [
+            ('{order_id}', None, 'order_id is None'),
+            ('{order_id}', '', "order_id is ''"),
+            ('{order_id}', object(), 'address in memory'),
+            ('{order_id.nothing}', 5, 'AttributeError'),
+            ('{order_id[nothing]}', {}, 'KeyError'),
+            ('{order_id:d}', 'text', 'ValueError'),
+            ('{missing}', 5, 'KeyError'),
+            ('{order_id}', 'a\0b', 'NUL'),
+            ('{order_id}', '\ud800', 'surrogates'),
+            ('{order_id}', 'x' * 2001, '2001 bytes'),
+        ],
+    )
     def test_arguments_that_make_no_key_are_refused_before_the_function_runs(
-        self, ledger: FakeLedger, text: str, argument: object, said: str,
+        self, ledger: FakeLedger, text: str, argument: object, said: str
     ) -> None:
         calls = []
 
@@ -174,7 +190,9 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match='is a int: give a string'):
             function(3)
 
-    def test_two_functions_with_the_same_key_do_not_suppress_each_other(self, ledger: FakeLedger) -> None:
+    def test_two_functions_with_the_same_key_do_not_suppress_each_other(
+        self, ledger: FakeLedger
+    ) -> None:
         @exactly_once(scope='one', key='order:{order_id}')
         def charge(order_id: int) -> str | None:
             return 'charged'
@@ -197,7 +215,9 @@ class TestKeys:
         assert (charge(1), charge_again(1)) == ('charged', None)
         assert set(ledger.done) == {'order:1'}
 
-    def test_without_a_key_the_message_id_of_the_adapter_is_the_key(self, ledger: FakeLedger) -> None:
+    def test_without_a_key_the_message_id_of_the_adapter_is_the_key(
+        self, ledger: FakeLedger
+    ) -> None:
         message: list[str | None] = ['id-1']
 
         @exactly_once(default_key=lambda: message[0], scope='')
@@ -215,22 +235,30 @@ class TestKeys:
 
 
 class TestOptions:
-    @pytest.mark.parametrize(('options', 'said'), [
-        ({'on_duplicate': 'ignore'}, "on_duplicate='ignore' of .*plain: use one of 'skip', 'result', 'raise'"),
-        ({'on_running': 'wait'}, "on_running='wait'.*'requeue', 'skip', 'raise'"),
-        ({'store_result': 1}, 'store_result=1'),
-        ({'on_duplicate': 'result', 'store_result': False}, 'needs store_result=True'),
-        ({'scope': 3}, 'scope=3'),
-        ({'key': 3}, 'key=3'),
-        ({'retention': 0}, 'retention=0'),
-        ({'retention': -1.5}, 'retention=-1.5'),
-        ({'retention': float('nan')}, 'retention=nan'),
-        ({'retention': True}, 'retention=True'),
-        ({'retention': '7 days'}, "retention='7 days'"),
-        ({'retention': datetime.timedelta(0)}, 'retention=datetime'),
-        ({'retention': datetime.timedelta(days=40_000)}, 'at most 100 years'),
-    ])
-    def test_a_value_that_cannot_work_is_refused_at_decoration(self, options: dict[str, Any], said: str) -> None:
+    @pytest.mark.parametrize(
+        ('options', 'said'),
+        [
+            (
+                {'on_duplicate': 'ignore'},
+                "on_duplicate='ignore' of .*plain: use one of 'skip', 'result', 'raise'",
+            ),
+            ({'on_running': 'wait'}, "on_running='wait'.*'requeue', 'skip', 'raise'"),
+            ({'store_result': 1}, 'store_result=1'),
+            ({'on_duplicate': 'result', 'store_result': False}, 'needs store_result=True'),
+            ({'scope': 3}, 'scope=3'),
+            ({'key': 3}, 'key=3'),
+            ({'retention': 0}, 'retention=0'),
+            ({'retention': -1.5}, 'retention=-1.5'),
+            ({'retention': float('nan')}, 'retention=nan'),
+            ({'retention': True}, 'retention=True'),
+            ({'retention': '7 days'}, "retention='7 days'"),
+            ({'retention': datetime.timedelta(0)}, 'retention=datetime'),
+            ({'retention': datetime.timedelta(days=40_000)}, 'at most 100 years'),
+        ],
+    )
+    def test_a_value_that_cannot_work_is_refused_at_decoration(
+        self, options: dict[str, Any], said: str
+    ) -> None:
         with pytest.raises(ConfigurationError, match=said):
             exactly_once(**{'key': '{order_id}', **options})(plain)
 
@@ -247,8 +275,13 @@ class TestOptions:
         decorate = exactly_once(key='{order_id}')
         below: Any = plain
         for thing, said in (
-                (generator, 'generator'), (generate, 'generator'), (Order, 'put it on a function'),
-                (classmethod(below), 'below @classmethod'), (staticmethod(below), 'below @staticmethod'), (5, 'put it on a function')):
+            (generator, 'generator'),
+            (generate, 'generator'),
+            (Order, 'put it on a function'),
+            (classmethod(below), 'below @classmethod'),
+            (staticmethod(below), 'below @staticmethod'),
+            (5, 'put it on a function'),
+        ):
             with pytest.raises(ConfigurationError, match=said):
                 decorate(thing)  # type: ignore[type-var]
         with pytest.raises(ConfigurationError, match='takes its options by name'):
@@ -265,7 +298,11 @@ class TestOptions:
 
     def test_the_wrapper_looks_like_the_function(self) -> None:
         wrapped = exactly_once(key='{order_id}')(plain)
-        assert (wrapped.__name__, wrapped.__doc__, inspect.signature(wrapped)) == ('plain', None, inspect.signature(plain))
+        assert (wrapped.__name__, wrapped.__doc__, inspect.signature(wrapped)) == (
+            'plain',
+            None,
+            inspect.signature(plain),
+        )
         assert 'plain' in repr(vars(wrapped)['exactly_once'])
 
 
@@ -293,10 +330,16 @@ class TestDuplicates:
         function(1)
         with pytest.raises(DuplicateExecution) as caught:
             function(1)
-        assert (vars(caught.value)['result'], vars(caught.value)['key'], calls) == ({'number': 1}, '1', [1])
+        assert (vars(caught.value)['result'], vars(caught.value)['key'], calls) == (
+            {'number': 1},
+            '1',
+            [1],
+        )
 
     @pytest.mark.parametrize(('option', 'requeue'), [('requeue', True), ('raise', False)])
-    def test_a_running_key_raises_and_says_whether_to_requeue(self, ledger: FakeLedger, option: str, requeue: bool) -> None:
+    def test_a_running_key_raises_and_says_whether_to_requeue(
+        self, ledger: FakeLedger, option: str, requeue: bool
+    ) -> None:
         function, calls = self.count(ledger, on_running=option)
         ledger.running.add('1')
         with pytest.raises(ExecutionRunning) as caught:
@@ -313,7 +356,9 @@ class TestDuplicates:
         function(1)
         assert ledger.done == {'1': None}
 
-    def test_an_inner_duplicate_is_the_outer_functions_failure_not_its_answer(self, ledger: FakeLedger) -> None:
+    def test_an_inner_duplicate_is_the_outer_functions_failure_not_its_answer(
+        self, ledger: FakeLedger
+    ) -> None:
         inner, _ = self.count(ledger, on_duplicate='raise')
         inner(1)
 
@@ -327,14 +372,17 @@ class TestDuplicates:
 
 
 class TestResults:
-    @pytest.mark.parametrize(('result', 'said'), [
-        (object(), 'is no JSON'),
-        (float('nan'), 'is no JSON'),
-        (float('inf'), 'is no JSON'),
-        ('x' * MAX_RESULT_BYTES, 'store it elsewhere'),
-    ])
+    @pytest.mark.parametrize(
+        ('result', 'said'),
+        [
+            (object(), 'is no JSON'),
+            (float('nan'), 'is no JSON'),
+            (float('inf'), 'is no JSON'),
+            ('x' * MAX_RESULT_BYTES, 'store it elsewhere'),
+        ],
+    )
     def test_a_result_that_cannot_be_stored_completes_without_it_and_warns_once(
-        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture, result: object, said: str,
+        self, ledger: FakeLedger, caplog: pytest.LogCaptureFixture, result: object, said: str
     ) -> None:
         @exactly_once(key='{number}', scope='')
         def function(number: int) -> object:
@@ -347,7 +395,9 @@ class TestResults:
         assert len(caplog.records) == 1
         assert said in caplog.text and 'function' in caplog.text
 
-    def test_a_result_that_the_block_has_set_wins_over_what_the_function_returns(self, ledger: FakeLedger) -> None:
+    def test_a_result_that_the_block_has_set_wins_over_what_the_function_returns(
+        self, ledger: FakeLedger
+    ) -> None:
         @exactly_once(key='{number}', scope='')
         def function(number: int) -> str:
             current_execution().result = 'set'
@@ -359,7 +409,9 @@ class TestResults:
 
 class TestFailures:
     @pytest.mark.parametrize('error', [ValueError('x'), SystemExit(3), KeyboardInterrupt()])
-    def test_an_exception_is_recorded_raised_and_the_key_may_run_again(self, ledger: FakeLedger, error: BaseException) -> None:
+    def test_an_exception_is_recorded_raised_and_the_key_may_run_again(
+        self, ledger: FakeLedger, error: BaseException
+    ) -> None:
         errors: list[BaseException] = [error]
 
         @exactly_once(scope='test', key='{number}')
@@ -375,7 +427,9 @@ class TestFailures:
         assert function(1) == 'ran'
 
     @pytest.mark.parametrize('error', [Fenced(), DatabaseUnavailable()])
-    def test_an_end_that_cannot_be_recorded_is_raised_and_is_no_failure(self, ledger: FakeLedger, error: Exception) -> None:
+    def test_an_end_that_cannot_be_recorded_is_raised_and_is_no_failure(
+        self, ledger: FakeLedger, error: Exception
+    ) -> None:
         ledger.finish_error = error
         with pytest.raises(type(error)):
             exactly_once(key='{order_id}')(plain)(1)
@@ -499,7 +553,9 @@ class TestAsync:
         assert [type(error) for error in ledger.failures] == [ValueError, asyncio.CancelledError]
         assert ledger.running == set()
 
-    def test_a_cancellation_while_the_ledger_begins_leaves_nothing_running(self, ledger: FakeLedger) -> None:
+    def test_a_cancellation_while_the_ledger_begins_leaves_nothing_running(
+        self, ledger: FakeLedger
+    ) -> None:
         reached, go_on = threading.Event(), threading.Event()
         begin = ledger.begin
 
@@ -527,7 +583,9 @@ class TestAsync:
         assert (calls, ledger.abandoned, ledger.running) == ([], ['1'], set())
 
     @pytest.mark.parametrize('inside', [False, True])
-    def test_a_coroutine_that_is_thrown_away_abandons_its_key(self, ledger: FakeLedger, inside: bool) -> None:
+    def test_a_coroutine_that_is_thrown_away_abandons_its_key(
+        self, ledger: FakeLedger, inside: bool
+    ) -> None:
         entered = []
         waiting = threading.Event()
         begin = ledger.begin
@@ -615,7 +673,10 @@ class TestSingleNodeMode:
         with once(SingleLedger(), 'k') as execution:
             execution.complete(object(), result=1)
             assert execution.completed
-            with pytest.raises(ConfigurationError, match='single-node mode'), execution.transaction():
+            with (
+                pytest.raises(ConfigurationError, match='single-node mode'),
+                execution.transaction(),
+            ):
                 pytest.fail('there is no database')
 
 

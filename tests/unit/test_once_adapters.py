@@ -1,4 +1,7 @@
-"""What the decorator offers to adapters, and what it says to those who put it in the wrong place."""
+"""What the decorator offers to adapters, and what it says to those who put it in the wrong
+place.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -71,7 +74,9 @@ class TestEnds:
         assert ledger.ends == ['done ended']
 
     @pytest.mark.parametrize('stored', [True, False])
-    def test_a_result_that_nobody_can_be_given_fails_the_attempt(self, ledger: Recording, stored: bool) -> None:
+    def test_a_result_that_nobody_can_be_given_fails_the_attempt(
+        self, ledger: Recording, stored: bool
+    ) -> None:
         def check(result: object) -> None:
             raise TypeError('no way')
 
@@ -100,19 +105,35 @@ class TestDeclaration:
         def run(n: int, *, m: str = 'x') -> int:
             return n
 
-        assert inspect.getfullargspec(run).args == ['n'] and inspect.getfullargspec(run).kwonlyargs == ['m']
+        assert inspect.getfullargspec(run).args == ['n'] and inspect.getfullargspec(
+            run
+        ).kwonlyargs == ['m']
 
-    @pytest.mark.parametrize(('method', 'decorator'), [('apply_async', '@app.task'), ('send_with_options', '@dramatiq.actor')])
-    def test_above_a_task_or_an_actor_it_is_refused_with_the_right_line(self, method: str, decorator: str) -> None:
+    @pytest.mark.parametrize(
+        ('method', 'decorator'),
+        [('apply_async', '@app.task'), ('send_with_options', '@dramatiq.actor')],
+    )
+    def test_above_a_task_or_an_actor_it_is_refused_with_the_right_line(
+        self, method: str, decorator: str
+    ) -> None:
         made = type('Made', (), {method: lambda self: None, '__call__': lambda self: None})()
         with pytest.raises(ConfigurationError, match=f'write it below {decorator}'):
             exactly_once(key='k')(made)
 
-    @pytest.mark.parametrize(('key', 'expected'), [
-        (lambda n, m=1: f'{n}', '5'), (lambda self, n, m=1: f'{type(self).__name__}:{n}', 'Works:5'),
-        (lambda order: f'{order}', '5'), (lambda it, n, m=1: f'{type(it).__name__}:{n}', 'Works:5'),
-        (lambda *args, **kwargs: f'{len(args)}', '2'), (lambda n, **rest: f'{n}', '5')])
-    def test_a_callable_key_need_not_take_self(self, ledger: Recording, key: Callable[..., str], expected: str) -> None:
+    @pytest.mark.parametrize(
+        ('key', 'expected'),
+        [
+            (lambda n, m=1: f'{n}', '5'),
+            (lambda self, n, m=1: f'{type(self).__name__}:{n}', 'Works:5'),
+            (lambda order: f'{order}', '5'),
+            (lambda it, n, m=1: f'{type(it).__name__}:{n}', 'Works:5'),
+            (lambda *args, **kwargs: f'{len(args)}', '2'),
+            (lambda n, **rest: f'{n}', '5'),
+        ],
+    )
+    def test_a_callable_key_need_not_take_self(
+        self, ledger: Recording, key: Callable[..., str], expected: str
+    ) -> None:
         class Works:
             @exactly_once(key=key, scope='')
             def run(self, n: int, m: int = 1) -> int:

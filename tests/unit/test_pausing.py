@@ -1,4 +1,7 @@
-"""When workers pause because the database refuses to begin anything, for how long, and who tries after that."""
+"""When workers pause because the database refuses to begin anything, for how long, and who tries
+after that.
+"""
+
 from __future__ import annotations
 
 import os
@@ -11,13 +14,17 @@ from jobsync_core.ledger.current import message_ledger, set_current_ledger
 from jobsync_core.protocol.ownership import Claims
 from jobsync_core.protocol.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
 
-pytestmark = pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:This process .* is multi-threaded:DeprecationWarning'
+)
 
 FULL = DatabaseRefused('no space left', '53100', True)
 
 
 def refusing(times: int = 1) -> tuple[Pausing, float]:
-    """A pause, after so many tries that each came when the one before was over; and the time of the last one."""
+    """A pause, after so many tries that each came when the one before was over; and the time of the
+    last one.
+    """
     pausing, now = Pausing(), 1000.0
     for _ in range(times):
         now = max(now, pausing.until)
@@ -85,7 +92,12 @@ def test_what_a_forked_child_hears_counts_for_its_node() -> None:
     assert os.waitpid(pid, 0)[1] == 0
     assert claims.pausing.is_paused(1004.9) and not claims.pausing.is_paused(1005.0)
     error = claims.pausing.error
-    assert (str(error), error.sqlstate, error.pause, error.sent) == ('no space left', '53100', True, False)
+    assert (str(error), error.sqlstate, error.pause, error.sent) == (
+        'no space left',
+        '53100',
+        True,
+        False,
+    )
     assert not claims.may_claim(0, 0.0) and claims.incarnation == ''
 
 
@@ -95,8 +107,15 @@ def test_a_long_reason_is_cut() -> None:
     assert str(pausing.error).strip('ü') == '' and len(str(pausing.error)) == 128
 
 
-@pytest.mark.parametrize(('sqlstate', 'expected'), [
-    ('53100', 'disk space'), ('42501', 'jobsync doctor'), ('58030', 'log of the database server'), ('', 'jobsync doctor')])
+@pytest.mark.parametrize(
+    ('sqlstate', 'expected'),
+    [
+        ('53100', 'disk space'),
+        ('42501', 'jobsync doctor'),
+        ('58030', 'log of the database server'),
+        ('', 'jobsync doctor'),
+    ],
+)
 def test_the_remedy_is_named(sqlstate: str, expected: str) -> None:
     assert expected in remedy(sqlstate)
 
@@ -114,7 +133,9 @@ class Refuses:
         raise DatabaseRefused('bad value', '22P05', False)
 
 
-def test_a_message_does_not_ask_in_a_pause_and_only_what_lasts_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_does_not_ask_in_a_pause_and_only_what_lasts_begins_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Sessions:
         longest_call_sec = 1.0
 

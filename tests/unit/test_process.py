@@ -1,4 +1,7 @@
-"""Known dead means: this machine, this boot, this pid namespace, and no such process. Anything less proves nothing."""
+"""Known dead means: this machine, this boot, this pid namespace, and no such process. Anything less
+proves nothing.
+"""
+
 from __future__ import annotations
 
 import os
@@ -13,12 +16,16 @@ import pytest
 from jobsync_core import process
 from jobsync_core.process import Process, is_known_dead, this_process
 
-pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc: elsewhere nothing is ever known dead')
+pytestmark = pytest.mark.skipif(
+    not Path('/proc/self/stat').exists(), reason='needs /proc: elsewhere nothing is ever known dead'
+)
 
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE) as running:
+    with subprocess.Popen(
+        [sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE
+    ) as running:
         yield running
         running.kill()
 
@@ -31,7 +38,13 @@ def identity(pid: int) -> Process:
 
 def test_this_process_is_alive() -> None:
     mine = this_process()
-    assert mine.pid == os.getpid() and mine.host and mine.boot_id and mine.pid_namespace and mine.started
+    assert (
+        mine.pid == os.getpid()
+        and mine.host
+        and mine.boot_id
+        and mine.pid_namespace
+        and mine.started
+    )
     assert this_process() == mine and not is_known_dead(mine)
 
 
@@ -54,9 +67,16 @@ def test_a_process_that_took_over_the_pid_is_another_one() -> None:
     assert is_known_dead(replace(this_process(), started='1'))
 
 
-@pytest.mark.parametrize('change', [
-    {'boot_id': 'another'}, {'pid_namespace': 'pid:[1]'}, {'boot_id': ''}, {'pid_namespace': ''}, {'started': ''},
-])
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'boot_id': 'another'},
+        {'pid_namespace': 'pid:[1]'},
+        {'boot_id': ''},
+        {'pid_namespace': ''},
+        {'started': ''},
+    ],
+)
 def test_nothing_is_known_of_another_machine_boot_or_container(change: dict[str, str]) -> None:
     gone = replace(this_process(), started='1')
     assert is_known_dead(gone) and not is_known_dead(replace(gone, **change))  # type: ignore[arg-type]  # all are strings

@@ -1,4 +1,5 @@
 """Key steps of a node's life, told one request at a time."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -63,11 +64,23 @@ class Node:
         self.lives = 0
         self.gone: set[Process] = set()
         self.claims = Claims(10)
-        defaults: dict[str, float | bool] = {'interval': 5.0, 'timeout': 15.0, 'lease': 13.5, 'total_tokens': 10}
+        defaults: dict[str, float | bool] = {
+            'interval': 5.0,
+            'timeout': 15.0,
+            'lease': 13.5,
+            'total_tokens': 10,
+        }
         self.protocol = Protocol(
-            'me', Settings(**{**defaults, **settings}), ME, self.claims,  # type: ignore[arg-type]  # fields by name
-            new_incarnation=self._life, is_known_dead=self.gone.__contains__,
-            promises=lambda tokens: tuple((f'task-{token}', token) for token in tokens if token == 3))
+            'me',
+            Settings(**{**defaults, **settings}),  # type: ignore[arg-type]  # fields by name
+            ME,
+            self.claims,
+            new_incarnation=self._life,
+            is_known_dead=self.gone.__contains__,
+            promises=lambda tokens: tuple(
+                (f'task-{token}', token) for token in tokens if token == 3
+            ),
+        )
 
     def _life(self) -> str:
         self.lives += 1
@@ -93,11 +106,19 @@ class Node:
     def may_claim(self) -> list[int]:
         return [token for token in range(10) if self.claims.may_claim(token, self.now)]
 
-    def beat(self, version: int = 1, state: str = 'active', older: tuple[Sign, ...] = (), life: str = 'life-1') -> None:
+    def beat(
+        self,
+        version: int = 1,
+        state: str = 'active',
+        older: tuple[Sign, ...] = (),
+        life: str = 'life-1',
+    ) -> None:
         self.hears(Beat('me', life), Beaten(version, state, older))
 
 
-def row(lo: int, hi: int, moving_to: str | None = None, *, moving: bool = False, version: int = 1) -> Segment:
+def row(
+    lo: int, hi: int, moving_to: str | None = None, *, moving: bool = False, version: int = 1
+) -> Segment:
     return Segment(lo, hi, 'me', moving or moving_to is not None, moving_to, False, version)
 
 
@@ -120,7 +141,9 @@ def follower(**settings: float | bool) -> Node:
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert node.asks() is None
     effects = node.effects()
-    assert [effect for effect in effects if isinstance(effect, RebalanceEvent)] == [RebalanceEvent(True, 1, 5, 0)]
+    assert [effect for effect in effects if isinstance(effect, RebalanceEvent)] == [
+        RebalanceEvent(True, 1, 5, 0)
+    ]
     assert Entered() in effects
     assert node.may_claim() == [0, 1, 2, 3, 4]
     return node
@@ -142,7 +165,10 @@ def test_the_grace_period_ends_with_too_few_nodes_in_cluster_not_formed() -> Non
     node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
     node.beat(0, 'joining')
     node.hears(Activate('me', 'life-1', 3), Activated(False, 1))
-    assert any(isinstance(effect, Failed) and isinstance(effect.error, ClusterNotFormed) for effect in node.effects())
+    assert any(
+        isinstance(effect, Failed) and isinstance(effect.error, ClusterNotFormed)
+        for effect in node.effects()
+    )
     node.hears(Leave('me', 'life-1'), True)
     assert node.protocol.phase is Phase.LEFT
 
@@ -182,7 +208,9 @@ def test_after_a_reconnection_it_reads_its_rows_before_its_lease_is_extended() -
 def test_tokens_leave_the_set_before_they_are_given_away() -> None:
     node = follower()
     node.protocol.notified('plan 2', node.now)
-    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2))
+    node.hears(
+        Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2)
+    )
     assert node.may_claim() == [0, 1, 2]
     node.hears(Give('me', 'life-1', ((3, 5),), 2, (('task-3', 3),)), Given(2))
     assert RebalanceEvent(False, 2, 0, 2) in node.effects()
@@ -191,8 +219,10 @@ def test_tokens_leave_the_set_before_they_are_given_away() -> None:
 def test_on_release_holds_the_hand_over_up_and_only_so_long() -> None:
     node = follower(has_release=True, release_timeout=2.0)
     node.protocol.notified('plan 2', node.now)
-    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2))
-    release, = (effect for effect in node.effects() if isinstance(effect, Release))
+    node.hears(
+        Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2)
+    )
+    (release,) = (effect for effect in node.effects() if isinstance(effect, Release))
     assert set(release.tokens) == {3, 4} and node.may_claim() == [0, 1, 2]
     assert node.asks() is None
     node.protocol.released(release.number + 1, node.now)
@@ -204,7 +234,9 @@ def test_on_release_holds_the_hand_over_up_and_only_so_long() -> None:
 def test_a_row_whose_receiver_has_gone_is_neither_claimed_nor_given() -> None:
     node = follower()
     node.protocol.notified('plan 2', node.now)
-    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, moving=True, version=2), version=2))
+    node.hears(
+        Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, moving=True, version=2), version=2)
+    )
     assert node.asks() is None
     assert node.may_claim() == [0, 1, 2]
 
@@ -217,7 +249,9 @@ def test_gained_tokens_are_claimed_only_after_asking_who_has_begun_their_tasks()
     keys = node.claims.exclusions.keys_of([(5, 'taken')])
     node.hears(Take('me', ((5, 6),), limit=20_000), Taken(((5, 6),), keys))
     assert 5 in node.may_claim()
-    assert node.claims.exclusions.excludes(5, 'taken') and not node.claims.exclusions.excludes(5, 'free')
+    assert node.claims.exclusions.excludes(5, 'taken') and not node.claims.exclusions.excludes(
+        5, 'free'
+    )
 
 
 def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
@@ -252,18 +286,29 @@ def test_a_name_in_use_is_refused_and_a_known_dead_one_taken_at_once() -> None:
     node.passes(1.0)
     node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', 7), OTHER))
     node.gone.clear()
-    node.hears(Join('me', 'life-1', ME, 1.0, False, ('old', 7)), Occupied(Sign('me', 'old', 8), OTHER))
+    node.hears(
+        Join('me', 'life-1', ME, 1.0, False, ('old', 7)), Occupied(Sign('me', 'old', 8), OTHER)
+    )
     assert node.effects() == [], "one heartbeat may be a dead process's last, which came late"
     node.passes(1.0)
     node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', 9), OTHER))
-    assert any(isinstance(effect, Failed) and isinstance(effect.error, DuplicateNodeName) for effect in node.effects())
+    assert any(
+        isinstance(effect, Failed) and isinstance(effect.error, DuplicateNodeName)
+        for effect in node.effects()
+    )
     assert node.protocol.phase is Phase.FAILED
 
 
-def test_a_dead_rivals_heartbeats_come_and_go_with_the_databases_histories_and_prove_no_life() -> None:
+def test_a_dead_rivals_heartbeats_come_and_go_with_the_databases_histories_and_prove_no_life() -> (
+    None
+):
     node = Node()
     node.hears(Connect(), Connected('server'))
-    for number in (12, 0, 12):  # two failovers, the first to a standby that lacks more than the second
+    for number in (
+        12,
+        0,
+        12,
+    ):  # two failovers, the first to a standby that lacks more than the second
         node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', number), OTHER))
         node.passes(1.0)
     assert node.effects() == [] and node.protocol.phase is Phase.JOINING
@@ -279,7 +324,10 @@ def test_other_settings_than_a_live_cluster_has_are_refused() -> None:
     node.hears(join, Mismatch(99, 'md5', (Sign('a', 'x', 2),)))
     node.passes(1.0)
     node.hears(join, Mismatch(99, 'md5', (Sign('a', 'x', 3),)))
-    assert any(isinstance(effect, Failed) and isinstance(effect.error, ConfigMismatch) for effect in node.effects())
+    assert any(
+        isinstance(effect, Failed) and isinstance(effect.error, ConfigMismatch)
+        for effect in node.effects()
+    )
 
 
 def test_another_history_of_the_database_makes_it_wait_one_timeout_without_claiming() -> None:
@@ -318,7 +366,11 @@ def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() 
     dead = Sign('other', 'o', 4)
     table = (member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0))
     replies: dict[type, Reply] = {
-        Observe: Observed(table, 1, False, None), Beat: Beaten(1, 'active', ()), Refresh: holdings(), Lead: Led(True, 1)}
+        Observe: Observed(table, 1, False, None),
+        Beat: Beaten(1, 'active', ()),
+        Refresh: holdings(),
+        Lead: Led(True, 1),
+    }
     while not isinstance(request := node.asks(), Evict):
         if request is not None:
             node.protocol.reply(request, replies.get(type(request), True), node.now)
@@ -326,7 +378,9 @@ def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() 
     assert request.dead == (dead,) and node.now - START >= 15.0
     node.protocol.reply(request, Evicted(True), node.now)
     assert node.asks() == Observe()
-    node.protocol.reply(Observe(), Observed((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now)
+    node.protocol.reply(
+        Observe(), Observed((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now
+    )
     assert not isinstance(node.asks(), (Evict, Lead))
 
 
@@ -340,7 +394,10 @@ def leader() -> Node:
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     node.hears(Take('me', ((0, 5),)), Taken(((0, 5),)))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Observe(), Observed((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None))
+    node.hears(
+        Observe(),
+        Observed((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None),
+    )
     node.passes(0.3)
     return node
 
@@ -379,7 +436,10 @@ def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
         elif request is not None:
             table = (member('me', 'life-1', 1, 1.0), member('other', 'o', round(node.now), 2.0))
             replies: dict[type, Reply] = {
-                Beat: Beaten(1, 'active', ()), Observe: Observed(table, 1, True, None), Refresh: holdings(row(0, 5))}
+                Beat: Beaten(1, 'active', ()),
+                Observe: Observed(table, 1, True, None),
+                Refresh: holdings(row(0, 5)),
+            }
             node.protocol.reply(request, replies[type(request)], node.now)
         node.now = max(node.protocol.wake_at, node.now)
     assert 15.0 <= node.now - START < 20.0
@@ -390,10 +450,16 @@ def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
 
 
 def beaten(history: str, settled: bool = True, number: int = 2) -> Beaten:
-    return Beaten(1, 'active', tuple(replace(sign, beat=number) for sign in LEADER), history=history, settled=settled)
+    return Beaten(
+        1,
+        'active',
+        tuple(replace(sign, beat=number) for sign in LEADER),
+        history=history,
+        settled=settled,
+    )
 
 
-def test_a_heartbeat_that_shows_another_history_extends_no_lease_and_makes_it_wait_for_one_timeout() -> None:
+def test_a_heartbeat_that_shows_another_history_extends_no_lease_and_makes_it_wait() -> None:
     node = follower()
     node.passes(5.0)
     node.hears(Beat('me', 'life-1'), beaten('old'))
@@ -442,7 +508,7 @@ def numbers(node: Node) -> tuple[int, int]:
     return request.number, request.seen
 
 
-def test_a_database_that_has_forgotten_the_last_answered_heartbeat_has_another_history_whatever_its_name() -> None:
+def test_a_database_that_has_forgotten_the_last_answered_heartbeat_has_another_history() -> None:
     node = follower()
     node.passes(5.0)
     node.hears(Beat('me', 'life-1'), beaten('name'))
@@ -462,7 +528,9 @@ def test_a_database_that_has_forgotten_the_last_answered_heartbeat_has_another_h
 
 
 @pytest.mark.parametrize('foreign', [{'same': False}, {'history': 'other'}])
-def test_rows_of_another_history_than_the_last_heartbeats_do_not_count(foreign: dict[str, object]) -> None:
+def test_rows_of_another_history_than_the_last_heartbeats_do_not_count(
+    foreign: dict[str, object],
+) -> None:
     node = follower()
     node.passes(5.0)
     node.hears(Beat('me', 'life-1'), beaten('name'))
@@ -478,7 +546,10 @@ def test_draining_gives_everything_away_and_stays() -> None:
     node = follower()
     node.protocol.drain(node.now)
     node.hears(Drain('me', 'life-1', True), True)
-    node.hears(Refresh('me', 'life-1'), holdings(row(0, 5, 'second', version=2), version=2, state='draining'))
+    node.hears(
+        Refresh('me', 'life-1'),
+        holdings(row(0, 5, 'second', version=2), version=2, state='draining'),
+    )
     assert not node.protocol.drained
     node.hears(Give('me', 'life-1', ((0, 5),), 2, (('task-3', 3),)), Given(5))
     node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
@@ -500,7 +571,7 @@ def test_leaving_stops_claiming_at_once_and_deletes_the_row_after_on_release() -
     node = follower(has_release=True)
     node.protocol.leave(node.now)
     assert node.may_claim() == []
-    release, = (effect for effect in node.effects() if isinstance(effect, Release))
+    (release,) = (effect for effect in node.effects() if isinstance(effect, Release))
     assert node.asks() is None
     node.protocol.released(release.number, node.now)
     node.hears(Leave('me', 'life-1'), True)

@@ -1,4 +1,5 @@
 """What users import, wherever it is made."""
+
 from __future__ import annotations
 
 import importlib
@@ -6,10 +7,33 @@ import importlib
 import pytest
 
 _CORE = {
-    'ClaimLost', 'ClusterNotFormed', 'CompletedAlready', 'ConfigMismatch', 'ConfigurationError', 'CoordinationConfig', 'DatabaseRefused',
-    'DatabaseUnavailable', 'DuplicateExecution', 'DuplicateNodeName', 'Execution', 'ExecutionRunning', 'Fenced', 'InvalidTaskId', 'Job',
-    'JobSyncError', 'MessageRefused', 'NotCommitted', 'NotEntered', 'RebalanceEvent', 'SchemaConflict', 'StoreTimeout', 'Task', 'TokenSet',
-    'Unroutable', 'current_execution', 'exactly_once',
+    'ClaimLost',
+    'ClusterNotFormed',
+    'CompletedAlready',
+    'ConfigMismatch',
+    'ConfigurationError',
+    'CoordinationConfig',
+    'DatabaseRefused',
+    'DatabaseUnavailable',
+    'DuplicateExecution',
+    'DuplicateNodeName',
+    'Execution',
+    'ExecutionRunning',
+    'Fenced',
+    'InvalidTaskId',
+    'Job',
+    'JobSyncError',
+    'MessageRefused',
+    'NotCommitted',
+    'NotEntered',
+    'RebalanceEvent',
+    'SchemaConflict',
+    'StoreTimeout',
+    'Task',
+    'TokenSet',
+    'Unroutable',
+    'current_execution',
+    'exactly_once',
 }
 _NAMES = {
     'jobsync': _CORE,
@@ -25,10 +49,14 @@ _NAMES = {
 
 @pytest.mark.parametrize('module', _NAMES)
 def test_public_names_stay_where_they_are(module: str) -> None:
-    missing = {name for name in _NAMES[module] if not hasattr(importlib.import_module(module), name)}
+    missing = {
+        name for name in _NAMES[module] if not hasattr(importlib.import_module(module), name)
+    }
     assert not missing
 
 
-@pytest.mark.parametrize('module', ['jobsync', 'jobsync_core', 'jobsync_celery', 'jobsync_dramatiq'])
+@pytest.mark.parametrize(
+    'module', ['jobsync', 'jobsync_core', 'jobsync_celery', 'jobsync_dramatiq']
+)
 def test_nothing_else_is_public(module: str) -> None:
     assert set(importlib.import_module(module).__all__) == _NAMES[module]

@@ -1,4 +1,5 @@
 """When heartbeats are sent, and when what failed is tried again."""
+
 from __future__ import annotations
 
 import random
@@ -10,7 +11,9 @@ from jobsync_core.protocol.rhythm import Backoff, beat_delay
 INTERVAL = 5.0
 
 
-def beats(rates: list[float], offsets: list[float], seconds: float, interval: float = INTERVAL) -> list[list[float]]:
+def beats(
+    rates: list[float], offsets: list[float], seconds: float, interval: float = INTERVAL
+) -> list[list[float]]:
     """The moments at which nodes beat, the oldest first, whose clocks run at these rates."""
     due = list(offsets)
     sent: list[list[float]] = [[] for _ in rates]
@@ -25,7 +28,9 @@ def beats(rates: list[float], offsets: list[float], seconds: float, interval: fl
 
 
 @pytest.mark.parametrize('seed', range(20))
-def test_each_of_the_oldest_beats_within_a_second_after_all_that_are_older_without_more_heartbeats(seed: int) -> None:
+def test_each_of_the_oldest_beats_within_a_second_after_all_that_are_older_without_more_heartbeats(
+    seed: int,
+) -> None:
     rng = random.Random(seed)
     rates = [1 + rng.uniform(-1e-3, 1e-3) for _ in range(4)]
     sent = beats(rates, [rng.random() * INTERVAL for _ in range(4)], 100 * INTERVAL)

@@ -1,4 +1,5 @@
 """Where a message belongs: verdicts, names, pins and routes."""
+
 from __future__ import annotations
 
 import itertools
@@ -26,8 +27,18 @@ from jobsync_core.worker.routing import (
 
 def verdict(**changes: Any) -> Decision:
     """Of a message that belongs to n2 and is here at n1 for the first time."""
-    return decide(**{
-        'mine': False, 'leased': True, 'node': 'n1', 'owner': 'n2', 'queue': 'q2', 'hops': 0, 'max_hops': 4, **changes})
+    return decide(
+        **{
+            'mine': False,
+            'leased': True,
+            'node': 'n1',
+            'owner': 'n2',
+            'queue': 'q2',
+            'hops': 0,
+            'max_hops': 4,
+            **changes,
+        }
+    )
 
 
 def pay(account: str, cents: int = 0) -> None:
@@ -41,22 +52,38 @@ def once(**options: Any) -> ExactlyOnce:
 
 class TestDecide:
     def test_what_is_mine_runs_whatever_else_is_so(self) -> None:
-        for leased, owner, hops, drop in itertools.product((True, False), ('n1', 'n2', None), (0, 99), (True, False)):
-            assert verdict(mine=True, leased=leased, owner=owner, hops=hops, drop=drop).verdict is Verdict.RUN
+        for leased, owner, hops, drop in itertools.product(
+            (True, False), ('n1', 'n2', None), (0, 99), (True, False)
+        ):
+            assert (
+                verdict(mine=True, leased=leased, owner=owner, hops=hops, drop=drop).verdict
+                is Verdict.RUN
+            )
 
     def test_only_what_is_mine_runs(self) -> None:
         for leased, owner, queue, hops, drop in itertools.product(
-                (True, False), ('n1', 'n2', None), ('q', None), (0, 99), (True, False)):
+            (True, False), ('n1', 'n2', None), ('q', None), (0, 99), (True, False)
+        ):
             found = verdict(leased=leased, owner=owner, queue=queue, hops=hops, drop=drop)
             assert found.verdict is not Verdict.RUN
 
     def test_what_is_another_s_goes_to_its_queue(self) -> None:
         assert verdict() == Decision(Verdict.FORWARD, 'q2', 'belongs to n2')
 
-    @pytest.mark.parametrize(('changes', 'reason'), [
-        ({'leased': False}, 'no lease'), ({'owner': None, 'queue': None}, 'no owner yet'), ({'queue': None}, 'n2 takes no messages'),
-        ({'owner': 'n1', 'queue': 'q1'}, 'not here yet'), ({'hops': 4}, '4 hops'), ({'hops': 5}, '5 hops')])
-    def test_what_can_go_nowhere_waits_and_tells_why(self, changes: dict[str, Any], reason: str) -> None:
+    @pytest.mark.parametrize(
+        ('changes', 'reason'),
+        [
+            ({'leased': False}, 'no lease'),
+            ({'owner': None, 'queue': None}, 'no owner yet'),
+            ({'queue': None}, 'n2 takes no messages'),
+            ({'owner': 'n1', 'queue': 'q1'}, 'not here yet'),
+            ({'hops': 4}, '4 hops'),
+            ({'hops': 5}, '5 hops'),
+        ],
+    )
+    def test_what_can_go_nowhere_waits_and_tells_why(
+        self, changes: dict[str, Any], reason: str
+    ) -> None:
         assert verdict(**changes) == Decision(Verdict.PARK, '', reason)
 
     def test_the_last_hop_is_allowed(self) -> None:
@@ -71,7 +98,9 @@ class TestDecide:
         assert verdict(drop=True, queue=None, hops=9).verdict is Verdict.DROP
 
     @pytest.mark.parametrize('changes', [{'leased': False}, {'owner': None, 'queue': None}])
-    def test_nothing_is_dropped_that_perhaps_nobody_else_runs(self, changes: dict[str, Any]) -> None:
+    def test_nothing_is_dropped_that_perhaps_nobody_else_runs(
+        self, changes: dict[str, Any]
+    ) -> None:
         assert verdict(drop=True, **changes).verdict is Verdict.PARK
 
 
@@ -81,8 +110,22 @@ class TestNames:
         assert parked_queue('shop_') == 'jobsync.shop_.parked'
 
     @pytest.mark.parametrize(
-        'node', ['parked', 'unrouted', 'n1.unacked', 'n1.unacked_index', 'n1.sources', 'n1.DQ', 'n1.XQ', 'n1.msgs', 'é' * 120])
-    def test_a_node_is_not_called_what_something_else_at_the_broker_is_called(self, node: str) -> None:
+        'node',
+        [
+            'parked',
+            'unrouted',
+            'n1.unacked',
+            'n1.unacked_index',
+            'n1.sources',
+            'n1.DQ',
+            'n1.XQ',
+            'n1.msgs',
+            'é' * 120,
+        ],
+    )
+    def test_a_node_is_not_called_what_something_else_at_the_broker_is_called(
+        self, node: str
+    ) -> None:
         with pytest.raises(ConfigurationError, match=r'node_name.*(another name|shorten)'):
             node_queue('shop_', node)
 
@@ -95,7 +138,9 @@ class TestPins:
     def test_a_pin_locks_all_of_its_virtual_keys(self) -> None:
         locks = pin_locks({'b': ['x'], 'a': ['%-gpu', 'n1']}, 3)
         assert locks == [
-            *((f'a#{slot}', ('%-gpu', 'n1'), 'pin') for slot in range(3)), *((f'b#{slot}', ('x',), 'pin') for slot in range(3))]
+            *((f'a#{slot}', ('%-gpu', 'n1'), 'pin') for slot in range(3)),
+            *((f'b#{slot}', ('x',), 'pin') for slot in range(3)),
+        ]
 
     def test_without_pins_there_are_no_locks(self) -> None:
         assert pin_locks({}, 64) == []
@@ -128,10 +173,17 @@ class TestPins:
 class TestCoordination:
     def make(self, **changes: Any) -> Coordination:
         given: dict[str, Any] = {'once': None, 'key': None, 'pin': None, 'slots': 64, **changes}
-        return Coordination('shop.pay', pay, given['once'], given['key'], given['pin'], given['slots'])
+        return Coordination(
+            'shop.pay', pay, given['once'], given['key'], given['pin'], given['slots']
+        )
 
-    @pytest.mark.parametrize(('args', 'kwargs'), [(('a7',), {}), ((), {'account': 'a7'}), (('a7', 5), {}), (('a7',), {'cents': 3})])
-    def test_a_key_is_over_the_arguments_however_they_are_given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        ('args', 'kwargs'),
+        [(('a7',), {}), ((), {'account': 'a7'}), (('a7', 5), {}), (('a7',), {'cents': 3})],
+    )
+    def test_a_key_is_over_the_arguments_however_they_are_given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         assert self.make(key='acct-{account}').route_of(args, kwargs, 'm1') == 'acct-a7'
 
     def test_a_callable_makes_the_key(self) -> None:
@@ -142,10 +194,14 @@ class TestCoordination:
 
     def test_the_key_of_exactly_once_is_the_route(self) -> None:
         assert self.make(once=once(key='o-{account}')).route_of(('a',), {}, 'm1') == self.make(
-            key='o-{account}').route_of(('a',), {}, 'm1')
+            key='o-{account}'
+        ).route_of(('a',), {}, 'm1')
 
     def test_a_key_for_routing_wins(self) -> None:
-        assert self.make(once=once(key='o-{account}'), key='r-{account}').route_of(('a',), {}, 'm1') == 'r-a'
+        assert (
+            self.make(once=once(key='o-{account}'), key='r-{account}').route_of(('a',), {}, 'm1')
+            == 'r-a'
+        )
 
     def test_without_a_key_it_is_the_message_s_id(self) -> None:
         assert self.make().route_of(('a',), {}, 'm1') == 'm1'
@@ -166,7 +222,9 @@ class TestCoordination:
         with pytest.raises(ConfigurationError, match=r'shop\.pay|key'):
             self.make(key=key)
 
-    @pytest.mark.parametrize('maker', [lambda account: None, lambda account: [account], lambda account: ''])
+    @pytest.mark.parametrize(
+        'maker', [lambda account: None, lambda account: [account], lambda account: '']
+    )
     def test_a_key_that_is_no_task_id_is_an_error_of_ours(self, maker: Callable[..., Any]) -> None:
         with pytest.raises(JobSyncError):
             self.make(key=maker).route_of(('a',), {}, 'm1')

@@ -1,4 +1,5 @@
 """Values that others chose, on one line; and how often the same is said."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,9 +7,21 @@ import pytest
 from jobsync_core.logs import Repeats, shown
 
 
-@pytest.mark.parametrize(('value', 'expected'), [
-    ('proj.task', 'proj.task'), ('übung 漢', 'übung 漢'), ('a\nERROR b', 'a\\nERROR b'), ('a\r\x1b[31m', 'a\\r\\x1b[31m'),
-    ('\ud800', '\\ud800'), ('a\u2028b', 'a\\u2028b'), ('\0', '\\x00'), ('x' * 10, 'xxxxx…'), (['a\n'], "['a\\n…"), (None, 'None')])
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [
+        ('proj.task', 'proj.task'),
+        ('übung 漢', 'übung 漢'),
+        ('a\nERROR b', 'a\\nERROR b'),
+        ('a\r\x1b[31m', 'a\\r\\x1b[31m'),
+        ('\ud800', '\\ud800'),
+        ('a\u2028b', 'a\\u2028b'),
+        ('\0', '\\x00'),
+        ('x' * 10, 'xxxxx…'),
+        (['a\n'], "['a\\n…"),
+        (None, 'None'),
+    ],
+)
 def test_a_value_is_one_line(value: object, expected: str) -> None:
     assert shown(value, 5 if expected.endswith('…') else 300) == expected
 
@@ -25,7 +38,13 @@ def test_long_and_deep_values_are_cut() -> None:
     deep: list[object] = []
     for _ in range(10_000):
         deep = [deep]
-    for value in (deep, 'x' * 10**6, 10**10_000, ['y' * 10**6] * 1000, {str(n): n for n in range(10_000)}):
+    for value in (
+        deep,
+        'x' * 10**6,
+        10**10_000,
+        ['y' * 10**6] * 1000,
+        {str(n): n for n in range(10_000)},
+    ):
         assert len(shown(value)) <= 301
 
 

@@ -1,4 +1,5 @@
 """The simulation: every task is counted once, and only what must move moves."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,8 +13,13 @@ from jobsync_core.errors import ConfigurationError
 
 
 class TestSimulate:
-    @pytest.mark.parametrize(('nodes', 'tasks', 'tokens'), [(7, 600, 10_000), (1, 10, 100), (3, 0, 10), (5, 1_000, 7), (4, 50, 2)])
-    def test_tokens_and_tasks_are_all_there_before_and_after_each_change(self, nodes: int, tasks: int, tokens: int) -> None:
+    @pytest.mark.parametrize(
+        ('nodes', 'tasks', 'tokens'),
+        [(7, 600, 10_000), (1, 10, 100), (3, 0, 10), (5, 1_000, 7), (4, 50, 2)],
+    )
+    def test_tokens_and_tasks_are_all_there_before_and_after_each_change(
+        self, nodes: int, tasks: int, tokens: int
+    ) -> None:
         found = simulate(nodes, tasks, tokens)
         after = [(found.shares, nodes), (found.joined.shares, nodes + 1)]
         if found.left is not None:
@@ -22,11 +28,15 @@ class TestSimulate:
             assert len(shares) == size
             assert sum(share.tokens for share in shares) == tokens
             assert sum(share.tasks for share in shares) == tasks
-            assert max(share.tokens for share in shares) - min(share.tokens for share in shares) <= 1
+            assert (
+                max(share.tokens for share in shares) - min(share.tokens for share in shares) <= 1
+            )
 
     def test_tasks_are_where_the_hash_function_puts_them(self) -> None:
         found = simulate(2, 500, 1_000, 'md5')
-        assert found.shares[0].tasks == sum(task_to_token(task, 1_000, 'md5') < 500 for task in range(500))
+        assert found.shares[0].tasks == sum(
+            task_to_token(task, 1_000, 'md5') < 500 for task in range(500)
+        )
 
     def test_a_joining_node_takes_its_share_and_nothing_else_moves(self) -> None:
         found = simulate(4, 1_000, 10_000)
@@ -39,7 +49,11 @@ class TestSimulate:
         found = simulate(4, 1_000, 10_000)
         assert found.left is not None
         leaver = found.shares[-1]
-        assert (found.left.node, found.left.tokens_moved, found.left.tasks_moved) == (leaver.node, leaver.tokens, leaver.tasks)
+        assert (found.left.node, found.left.tokens_moved, found.left.tasks_moved) == (
+            leaver.node,
+            leaver.tokens,
+            leaver.tasks,
+        )
 
     def test_weights_scale_the_shares(self) -> None:
         found = simulate(2, 0, 900, weights={'node-1': 2.0})
@@ -48,7 +62,16 @@ class TestSimulate:
     def test_a_single_node_has_nobody_to_leave_its_tokens_to(self) -> None:
         assert simulate(1, 10, 10).left is None
 
-    @pytest.mark.parametrize('wrong', [{'nodes': 0}, {'tasks': -1}, {'total_tokens': 0}, {'total_tokens': 1_000_001}, {'nodes': True}])
+    @pytest.mark.parametrize(
+        'wrong',
+        [
+            {'nodes': 0},
+            {'tasks': -1},
+            {'total_tokens': 0},
+            {'total_tokens': 1_000_001},
+            {'nodes': True},
+        ],
+    )
     def test_numbers_out_of_range_are_named(self, wrong: dict[str, Any]) -> None:
         sizes: dict[str, Any] = {'nodes': 2, 'tasks': 10, 'total_tokens': 10}
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
@@ -62,7 +85,13 @@ class TestSimulate:
 class TestMoves:
     def test_ranges_are_compared_token_by_token_and_summed_by_pair(self) -> None:
         before = [Segment(0, 50, 'a'), Segment(50, 100, 'b')]
-        after = [Segment(0, 10, 'a'), Segment(10, 20, 'c'), Segment(20, 40, 'a'), Segment(40, 60, 'c'), Segment(60, 100, 'b')]
+        after = [
+            Segment(0, 10, 'a'),
+            Segment(10, 20, 'c'),
+            Segment(20, 40, 'a'),
+            Segment(40, 60, 'c'),
+            Segment(60, 100, 'b'),
+        ]
         assert moves(before, after) == [Move('a', 'c', 20), Move('b', 'c', 10)]
 
     def test_the_order_of_rows_is_of_no_matter(self) -> None:
@@ -70,7 +99,9 @@ class TestMoves:
         assert moves(before, before[::-1]) == []
 
     def test_what_goes_to_nobody_is_shown(self) -> None:
-        assert moves([Segment(0, 5, 'a')], [Segment(0, 5, None, blocked=True)]) == [Move('a', None, 5)]
+        assert moves([Segment(0, 5, 'a')], [Segment(0, 5, None, blocked=True)]) == [
+            Move('a', None, 5)
+        ]
 
     def test_tokens_under_way_belong_to_their_receiver(self) -> None:
         assert holder(Segment(0, 5, 'a', moving=True, moving_to='b')) == 'b'

@@ -1,4 +1,7 @@
-"""What a node asks about tasks that others have taken: in pieces, again where it may have changed, and never more than it must."""
+"""What a node asks about tasks that others have taken: in pieces, again where it may have changed,
+and never more than it must.
+"""
+
 from __future__ import annotations
 
 from array import array

@@ -1,4 +1,5 @@
 """A Task is its id."""
+
 from __future__ import annotations
 
 import copy
@@ -26,7 +27,13 @@ def test_the_id_of_a_task_of_a_look_alike_and_of_a_plain_value() -> None:
     class Order:
         id = 7
 
-    assert [task_id_of(value) for value in (Task('a'), Order(), 'a', 5, ('x', 1))] == ['a', 7, 'a', 5, ('x', 1)]
+    assert [task_id_of(value) for value in (Task('a'), Order(), 'a', 5, ('x', 1))] == [
+        'a',
+        7,
+        'a',
+        5,
+        ('x', 1),
+    ]
 
 
 def test_copies_are_equal_and_the_text_shows_what_was_given() -> None:

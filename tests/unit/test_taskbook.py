@@ -1,4 +1,5 @@
 """Promises: what a node has said yes to goes along when the token is handed over."""
+
 from __future__ import annotations
 
 import contextlib
@@ -39,22 +40,39 @@ class Database:
     def session(self) -> Iterator[None]:
         yield None
 
-    def claim(self, connection: None, tables: Tables, node: str, incarnation: str, date: object, rows: list[tuple[str, int]],
-              child: int | None) -> list[str]:
+    def claim(
+        self,
+        connection: None,
+        tables: Tables,
+        node: str,
+        incarnation: str,
+        date: object,
+        rows: list[tuple[str, int]],
+        child: int | None,
+    ) -> list[str]:
         return [text for text, _ in rows if text not in self.refused]
 
     def read_epoch(self, connection: None, tables: Tables) -> int:
         return 7
 
-    def audit(self, connection: None, tables: Tables, node: str, date: object, rows: list[tuple[str, int]], epoch: int) -> None:
+    def audit(
+        self,
+        connection: None,
+        tables: Tables,
+        node: str,
+        date: object,
+        rows: list[tuple[str, int]],
+        epoch: int,
+    ) -> None:
         assert epoch == 7
         self.audited += [text for text, _ in rows]
 
-    def release_promise(self, connection: None, tables: Tables, node: str, incarnation: str, date: object, text: str) -> bool:
+    def release_promise(
+        self, connection: None, tables: Tables, node: str, incarnation: str, date: object, text: str
+    ) -> bool:
         found = text in self.promised
         self.promised.discard(text)
         return found
-
 
 
 class Node:
@@ -70,8 +88,14 @@ class Node:
         self.incarnation = 'first'
         sessions: Any = self.database
         self.book = TaskBook(
-            self.claims, sessions, CoordinationConfig(total_tokens=TOTAL), Tables('sync_'), 'a', datetime.date(2026, 1, 2),
-            lambda: self.incarnation)
+            self.claims,
+            sessions,
+            CoordinationConfig(total_tokens=TOTAL),
+            Tables('sync_'),
+            'a',
+            datetime.date(2026, 1, 2),
+            lambda: self.incarnation,
+        )
 
 
 @pytest.fixture
@@ -129,7 +153,11 @@ def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
     node.book.promises(EVERYTHING)
     assert not node.book.can_claim('y')
     node.book.close()
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == 'jobsync promises'])
+    eventually(
+        lambda: (
+            not [thread for thread in threading.enumerate() if thread.name == 'jobsync promises']
+        )
+    )
 
 
 def test_a_promise_that_was_recorded_stays(node: Node) -> None:
@@ -156,7 +184,9 @@ def test_nothing_is_held_without_a_lease(node: Node) -> None:
     assert not node.book.can_claim('x')
 
 
-def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def shrink() -> int:
         node.claims.replace(TokenSet())
         return 1
@@ -178,7 +208,9 @@ def test_a_refused_claim_raises(node: Node) -> None:
         node.book.record(['x', 'y'])
 
 
-def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = iter([[], ['x']])
 
     def claim(*_: object) -> list[str]:
@@ -193,7 +225,9 @@ def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(nod
 
 
 @pytest.mark.parametrize('broken', ['of another task', 'too old', 'never given'])
-def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(node: Node, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(
+    node: Node, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     answers = iter([[], ['x']])
     if broken != 'never given':
         assert node.book.can_claim('y' if broken == 'of another task' else 'x')
@@ -234,7 +268,13 @@ def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node
         status = 1
         try:
             node.book.add('z')
-            status = 0 if node.book.audit() == 1 and node.database.audited == ['z'] and not node.book.promises(EVERYTHING) else 1
+            status = (
+                0
+                if node.book.audit() == 1
+                and node.database.audited == ['z']
+                and not node.book.promises(EVERYTHING)
+                else 1
+            )
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -242,7 +282,9 @@ def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node
     assert node.book.promises(EVERYTHING) == (('y', node.book.token_of('y')),)
 
 
-def test_two_threads_that_audit_at_once_write_each_task_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_that_audit_at_once_write_each_task_once(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for text in ('x', 'y', 'z'):
         node.book.add(text)
     inside, go_on, counts = threading.Event(), threading.Event(), list[int]()
@@ -266,7 +308,9 @@ def test_two_threads_that_audit_at_once_write_each_task_once(node: Node, monkeyp
     assert node.database.audited == ['x', 'y', 'z', 'w']
 
 
-def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     audit = tasks.audit
 
     def interrupted(*args: Any) -> None:
@@ -281,7 +325,9 @@ def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(node: Nod
     assert node.book.audit() == 0
 
 
-def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_says_no(node: Node) -> None:
+def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_says_no(
+    node: Node,
+) -> None:
     def child() -> None:
         numbers = range(500)
         for number in numbers:

@@ -1,4 +1,5 @@
 """FakeJob and MemoryLedger, without a database."""
+
 from __future__ import annotations
 
 import asyncio
@@ -59,14 +60,23 @@ class TestOwnership:
         with FakeJob('n', config, owned=['x']) as job:
             assert job.task_to_token('x') == task_to_token('x', 64, 'md5')
             assert job.my_tokens == TokenSet.of([job.task_to_token('x')])
-            sharing = [number for number in range(500) if job.task_to_token(number) == job.task_to_token('x')]
+            sharing = [
+                number
+                for number in range(500)
+                if job.task_to_token(number) == job.task_to_token('x')
+            ]
             assert sharing and all(job.can_claim_task(number) for number in sharing)
 
     def test_without_a_lease_nothing_is_claimed(self) -> None:
         with FakeJob() as job:
             assert job.am_i_healthy() and job.am_i_leader()
             job.healthy = False
-            assert not job.can_claim_task('a') and not job.owns('a') and not job.am_i_healthy() and not job.am_i_leader()
+            assert (
+                not job.can_claim_task('a')
+                and not job.owns('a')
+                and not job.am_i_healthy()
+                and not job.am_i_leader()
+            )
             assert job.my_tokens == TokenSet() and not job.has_lease
             assert job.local_status()['healthy'] is False
             job.healthy = True
@@ -100,9 +110,15 @@ class TestCallbacks:
             job.lose('a')
             job.lose('a')  # nothing changes
             gone = TokenSet.of([job.task_to_token('a')])
-            assert heard[1:] == [RebalanceEvent(False, 2, 2, 0), gone, RebalanceEvent(False, 3, 0, 1)]
+            assert heard[1:] == [
+                RebalanceEvent(False, 2, 2, 0),
+                gone,
+                RebalanceEvent(False, 3, 0, 1),
+            ]
 
-    def test_the_first_one_comes_when_the_name_is_bound_and_before_whatever_is_done_with_it(self) -> None:
+    def test_the_first_one_comes_when_the_name_is_bound_and_before_whatever_is_done_with_it(
+        self,
+    ) -> None:
         def enter() -> None:
             heard: list[int] = []
             with FakeJob(owned=['a'], on_rebalance=lambda: heard.append(len(job.my_tokens))) as job:
@@ -112,7 +128,9 @@ class TestCallbacks:
         for _ in range(50):
             enter()
 
-    def test_what_the_first_one_raises_is_raised_by_what_is_done_next_or_by_the_end_of_the_block(self) -> None:
+    def test_what_the_first_one_raises_is_raised_by_what_is_done_next_or_by_the_end_of_the_block(
+        self,
+    ) -> None:
         def fail() -> None:
             raise ValueError('from the callback')
 
@@ -194,7 +212,11 @@ class TestRecords:
 class TestLife:
     def test_outside_of_its_block_it_is_as_strict_as_a_job(self) -> None:
         job = FakeJob()
-        for call in (lambda: job.can_claim_task('a'), lambda: job.add_task('a'), lambda: job.once('a')):
+        for call in (
+            lambda: job.can_claim_task('a'),
+            lambda: job.add_task('a'),
+            lambda: job.once('a'),
+        ):
             with pytest.raises(NotEntered):
                 call()
         with job:
@@ -215,7 +237,11 @@ class TestLife:
         with FakeJob('first') as first:
             with pytest.raises(ConfigurationError, match="'first'"), FakeJob('second'):
                 pass
-            with Job('single') as single, pytest.raises(ConfigurationError, match="'first'"), standing_in(single):
+            with (
+                Job('single') as single,
+                pytest.raises(ConfigurationError, match="'first'"),
+                standing_in(single),
+            ):
                 pass
             assert stand_in() is first
 
@@ -237,16 +263,30 @@ class TestLife:
 
     def test_it_takes_the_place_of_the_class(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(globals(), 'Job', FakeJob)
-        with Job('worker-01', CoordinationConfig(minimum_nodes=3), wait_on_enter=120, weight=2.0) as job:
+        with Job(
+            'worker-01', CoordinationConfig(minimum_nodes=3), wait_on_enter=120, weight=2.0
+        ) as job:
             assert job.can_claim_task(1) and job.node_name == 'worker-01'
 
     def test_every_method_of_a_job_works(self) -> None:
         # Those that are for a cluster alone, or are called above.
         apart = {'session', 'drain'}
         arguments: dict[str, tuple[Any, ...]] = {
-            'can_claim_task': ('a',), 'owns': ('a',), 'add_task': ('a',), 'set_claim': ('a',), 'once': ('a',), 'task_to_token': ('a',),
-            'owner_of': ('a',), 'explain': ('a',), 'release_child': (1,), 'abandon': ('mark',), 'wait_until': (lambda: True, 1),
-            'register_lock': ('a', '%'), 'register_locks_bulk': ([('a', '%', None)],), 'clear_locks_by_creator': ('x',)}
+            'can_claim_task': ('a',),
+            'owns': ('a',),
+            'add_task': ('a',),
+            'set_claim': ('a',),
+            'once': ('a',),
+            'task_to_token': ('a',),
+            'owner_of': ('a',),
+            'explain': ('a',),
+            'release_child': (1,),
+            'abandon': ('mark',),
+            'wait_until': (lambda: True, 1),
+            'register_lock': ('a', '%'),
+            'register_locks_bulk': ([('a', '%', None)],),
+            'clear_locks_by_creator': ('x',),
+        }
         with FakeJob() as job:
             for name in dir(Job):
                 if not name.startswith('_') and name not in apart:
@@ -286,7 +326,11 @@ class TestLedger:
                 charge(1, fail=True)
             assert job.ledger.failed == {'order:1': 'ValueError: declined'}
             assert charge(1) == 1
-            assert (job.ledger.failed, job.ledger.attempts('order:1'), job.ledger.attempts('order:2')) == ({}, 2, 0)
+            assert (
+                job.ledger.failed,
+                job.ledger.attempts('order:1'),
+                job.ledger.attempts('order:2'),
+            ) == ({}, 2, 0)
 
     def test_another_node_is_at_it_or_was(self) -> None:
         with FakeJob() as job:
@@ -322,7 +366,11 @@ class TestLedger:
                 assert current_execution() is execution
                 execution.complete(Cursor(), result=7)
             assert job.ledger.completed == {'k': 7}
-            with pytest.raises(ConfigurationError, match='jobsync_node'), job.once('t') as execution, execution.transaction():
+            with (
+                pytest.raises(ConfigurationError, match='jobsync_node'),
+                job.once('t') as execution,
+                execution.transaction(),
+            ):
                 pass
             assert job.ledger.attempts('t') == 1 and 't' in job.ledger.failed
 
@@ -371,13 +419,27 @@ class TestWithoutPytest:
             "sys.modules['pytest'] = None\n"
             'import jobsync_core.testing as testing\n'
             'with testing.FakeJob() as job: assert job.can_claim_task(1)\n'
-            "print(sorted(testing.__all__))\n")
+            'print(sorted(testing.__all__))\n'
+        )
         done = subprocess.run(
-            [sys.executable, '-W', 'error', '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            check=False)
-        assert (done.returncode, done.stdout) == (0, "['Cluster', 'FakeJob', 'MemoryLedger', 'standing_in']\n")
+            [sys.executable, '-W', 'error', '-c', program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (
+            0,
+            "['Cluster', 'FakeJob', 'MemoryLedger', 'standing_in']\n",
+        )
 
     def test_the_core_does_not_import_them(self) -> None:
-        program = "import sys, jobsync_core, jobsync_core.worker.plugin; print([n for n in sys.modules if 'pytest' in n or 'testing' in n])"
-        done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        program = (
+            'import sys, jobsync_core, jobsync_core.worker.plugin; print([n for n in '
+            "sys.modules if 'pytest' in n or 'testing' in n])"
+        )
+        done = subprocess.run(
+            [sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
         assert done.stdout == '[]\n'

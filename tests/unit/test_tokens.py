@@ -1,4 +1,5 @@
 """TokenSet against frozenset, and the bitmap that other processes read."""
+
 from __future__ import annotations
 
 import copy
@@ -31,22 +32,30 @@ def shown(bits: bytes | bytearray) -> frozenset[int]:
 @given(ranges)
 def test_a_set_holds_the_tokens_of_its_ranges_in_normal_form(pairs: list[tuple[int, int]]) -> None:
     made = TokenSet(pairs)
-    assert list(made) == sorted(plain(pairs)) and list(reversed(made)) == sorted(plain(pairs), reverse=True)
+    assert list(made) == sorted(plain(pairs)) and list(reversed(made)) == sorted(
+        plain(pairs), reverse=True
+    )
     assert len(made) == len(plain(pairs)) and bool(made) == bool(plain(pairs))
     assert all(lo < hi for lo, hi in made.ranges)
     assert all(one[1] < other[0] for one, other in zip(made.ranges, made.ranges[1:], strict=False))
-    assert [token in made for token in range(-1, SIZE + 1)] == [token in plain(pairs) for token in range(-1, SIZE + 1)]
+    assert [token in made for token in range(-1, SIZE + 1)] == [
+        token in plain(pairs) for token in range(-1, SIZE + 1)
+    ]
     assert TokenSet.of(plain(pairs)) == made and hash(TokenSet.of(iter(sorted(made)))) == hash(made)
 
 
 @quick
 @given(ranges, ranges, st.sampled_from([operator.and_, operator.or_, operator.sub, operator.xor]))
 def test_operations_agree_with_frozenset(
-    one: list[tuple[int, int]], other: list[tuple[int, int]], operation: Callable[[Set[int], Set[int]], Set[int]],
+    one: list[tuple[int, int]],
+    other: list[tuple[int, int]],
+    operation: Callable[[Set[int], Set[int]], Set[int]],
 ) -> None:
     expected = operation(plain(one), plain(other))
     for result in (
-        operation(TokenSet(one), TokenSet(other)), operation(TokenSet(one), plain(other)), operation(plain(one), TokenSet(other)),
+        operation(TokenSet(one), TokenSet(other)),
+        operation(TokenSet(one), plain(other)),
+        operation(plain(one), TokenSet(other)),
     ):
         assert set(result) == expected
     made = operation(TokenSet(one), TokenSet(other))
@@ -55,7 +64,9 @@ def test_operations_agree_with_frozenset(
 
 @quick
 @given(ranges, ranges)
-def test_comparisons_agree_with_frozenset(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+def test_comparisons_agree_with_frozenset(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
     for compare in (operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne):
         expected = compare(plain(one), plain(other))
         assert compare(TokenSet(one), TokenSet(other)) == expected, compare
@@ -67,11 +78,11 @@ def test_comparisons_agree_with_frozenset(one: list[tuple[int, int]], other: lis
 @quick
 @given(ranges, ranges, st.integers(0, SIZE))
 def test_a_bitmap_shows_the_new_set_and_nothing_of_the_old(
-    old: list[tuple[int, int]], new: list[tuple[int, int]], total: int,
+    old: list[tuple[int, int]], new: list[tuple[int, int]], total: int
 ) -> None:
     bits = bytearray((SIZE + 7) // 8 + 1)
     TokenSet(old).write_bitmap(bits, SIZE)
-    beyond = bits[(total + 7) // 8:]
+    beyond = bits[(total + 7) // 8 :]
     TokenSet(new).write_bitmap(memoryview(bits), total)
     end = (total + 7) // 8
     assert shown(bits[:end]) == {token for token in plain(new) if token < total}
@@ -98,7 +109,8 @@ def test_no_write_to_the_bitmap_shows_a_token_of_neither_set_or_hides_one_of_bot
 def test_a_million_tokens_in_a_few_ranges_are_small() -> None:
     tokens = TokenSet([(at, at + 20_000) for at in range(0, 1_000_000, 20_001)])
     size = sum(map(sys.getsizeof, (tokens, tokens.ranges, tokens._starts))) + sum(
-        sys.getsizeof(pair) + sum(map(sys.getsizeof, pair)) for pair in tokens.ranges)
+        sys.getsizeof(pair) + sum(map(sys.getsizeof, pair)) for pair in tokens.ranges
+    )
     assert len(tokens) > 900_000 and size < 200_000
 
 

@@ -1,4 +1,5 @@
 """A project that books payments once each."""
+
 from .celery import app
 
 __all__ = ['app']

@@ -1,4 +1,5 @@
 """The Celery app of the project."""
+
 from __future__ import annotations
 
 import os

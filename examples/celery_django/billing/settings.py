@@ -1,10 +1,13 @@
 """Django's settings, as few as there can be."""
+
 from __future__ import annotations
 
 import os
 from urllib.parse import unquote, urlsplit
 
-DATABASE_URL = os.environ.get('JOBSYNC_DATABASE_URL', 'postgresql://postgres:postgres@localhost/billing')
+DATABASE_URL = os.environ.get(
+    'JOBSYNC_DATABASE_URL', 'postgresql://postgres:postgres@localhost/billing'
+)
 _url = urlsplit(DATABASE_URL)
 
 SECRET_KEY = os.environ.get('SECRET_KEY', 'an example has no secrets')
@@ -14,9 +17,12 @@ INSTALLED_APPS = ['payments']
 DATABASES = {
     'default': {
         'ENGINE': 'django.db.backends.postgresql',
-        'HOST': _url.hostname, 'PORT': _url.port or 5432, 'NAME': _url.path.lstrip('/'),
-        'USER': unquote(_url.username or ''), 'PASSWORD': unquote(_url.password or ''),
-    },
+        'HOST': _url.hostname,
+        'PORT': _url.port or 5432,
+        'NAME': _url.path.lstrip('/'),
+        'USER': unquote(_url.username or ''),
+        'PASSWORD': unquote(_url.password or ''),
+    }
 }
 
 CELERY_BROKER_URL = os.environ.get('CELERY_BROKER_URL', 'redis://localhost:6379/0')

@@ -1,4 +1,5 @@
 """Tables of payments."""
+
 # mypy: allow-subclassing-any
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The Celery app."""
+
 from __future__ import annotations
 
 from celery import Celery

@@ -1,4 +1,5 @@
 """Tasks of the shop."""
+
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from .app import app
 @app.task
 @exactly_once(key='order:{order_id}')
 def charge(order_id: int, cents: int) -> int:
-    """Charge an order. The row and the record that the key is complete are one transaction: both are there, or neither."""
+    """Charge an order. The row and the record that the key is complete are one transaction: both
+    are there, or neither.
+    """
     execution = current_execution()
     execution.result = cents
     with execution.transaction() as connection, connection.cursor() as cursor:

@@ -1,10 +1,13 @@
 """Django's settings, as few as there can be."""
+
 from __future__ import annotations
 
 import os
 from urllib.parse import unquote, urlsplit
 
-DATABASE_URL = os.environ.get('JOBSYNC_DATABASE_URL', 'postgresql://postgres:postgres@localhost/billing')
+DATABASE_URL = os.environ.get(
+    'JOBSYNC_DATABASE_URL', 'postgresql://postgres:postgres@localhost/billing'
+)
 BROKER_URL = os.environ.get('BROKER_URL', 'redis://localhost:6379/0')
 _url = urlsplit(DATABASE_URL)
 
@@ -15,9 +18,12 @@ INSTALLED_APPS = ['django_dramatiq', 'payments']
 DATABASES = {
     'default': {
         'ENGINE': 'django.db.backends.postgresql',
-        'HOST': _url.hostname, 'PORT': _url.port or 5432, 'NAME': _url.path.lstrip('/'),
-        'USER': unquote(_url.username or ''), 'PASSWORD': unquote(_url.password or ''),
-    },
+        'HOST': _url.hostname,
+        'PORT': _url.port or 5432,
+        'NAME': _url.path.lstrip('/'),
+        'USER': unquote(_url.username or ''),
+        'PASSWORD': unquote(_url.password or ''),
+    }
 }
 
 DRAMATIQ_BROKER = {

@@ -1,4 +1,5 @@
 """Actors of payments; `python manage.py rundramatiq` finds them by this module's name."""
+
 from __future__ import annotations
 
 import dramatiq
@@ -13,7 +14,9 @@ from .models import Account, Booking
 @dramatiq.actor(store_results=True)
 @exactly_once(key='payment:{payment_id}')
 def book(payment_id: int, account_id: int, cents: int) -> int:
-    """Book a payment: its row, the balance, and the completion of the key are one transaction of Django's."""
+    """Book a payment: its row, the balance, and the completion of the key are one transaction of
+    Django's.
+    """
     with transaction.atomic():
         Booking.objects.create(payment_id=payment_id, account_id=account_id, cents=cents)
         Account.objects.filter(id=account_id).update(cents=F('cents') + cents)

@@ -1,4 +1,5 @@
 """Actors of the shop: `dramatiq shop.actors`."""
+
 from __future__ import annotations
 
 import dramatiq
@@ -11,7 +12,9 @@ from .broker import jobsync
 @dramatiq.actor(store_results=True)
 @exactly_once(key='order:{order_id}')
 def charge(order_id: int, cents: int) -> int:
-    """Charge an order. The row and the record that the key is complete are one transaction: both are there, or neither."""
+    """Charge an order. The row and the record that the key is complete are one transaction: both
+    are there, or neither.
+    """
     execution = current_execution()
     execution.result = cents
     with execution.transaction() as connection, connection.cursor() as cursor:

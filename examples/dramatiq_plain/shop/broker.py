@@ -1,4 +1,5 @@
 """The broker, with JobSync and a place for results."""
+
 from __future__ import annotations
 
 import os
@@ -13,11 +14,14 @@ from jobsync_dramatiq import JobSync
 URL = os.environ.get('BROKER_URL', 'redis://localhost:6379/0')
 
 broker = RedisBroker(url=URL)
-# Before actors are declared. The database comes from JOBSYNC_DATABASE_URL; tables and node queues begin with `appname`.
+# Before actors are declared. The database comes from JOBSYNC_DATABASE_URL; tables and node queues
+# begin with `appname`.
 jobsync = JobSync(
     appname='shop_',
-    # A pinned actor, as an alternative to the option `jobsync_pin` of the actor itself: first those machines, else any node.
-    pins={'draw': ['gpu-%', '%']})
+    # A pinned actor, as an alternative to the option `jobsync_pin` of the actor itself: first those
+    # machines, else any node.
+    pins={'draw': ['gpu-%', '%']},
+)
 broker.add_middleware(jobsync)
 broker.add_middleware(Results(backend=RedisBackend(url=URL)))
 dramatiq.set_broker(broker)

@@ -1,4 +1,5 @@
 """The tables of payments."""
+
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
@@ -13,14 +14,30 @@ class Migration(migrations.Migration):
     initial = True
     dependencies: ClassVar[list[Any]] = []
     operations: ClassVar[list[Any]] = [
-        migrations.CreateModel('Account', [
-            ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-            ('cents', models.IntegerField(default=0)),
-        ]),
-        migrations.CreateModel('Booking', [
-            ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-            ('payment_id', models.IntegerField()),
-            ('cents', models.IntegerField()),
-            ('account', models.ForeignKey('payments.Account', on_delete=models.CASCADE)),
-        ]),
+        migrations.CreateModel(
+            'Account',
+            [
+                (
+                    'id',
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name='ID'
+                    ),
+                ),
+                ('cents', models.IntegerField(default=0)),
+            ],
+        ),
+        migrations.CreateModel(
+            'Booking',
+            [
+                (
+                    'id',
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name='ID'
+                    ),
+                ),
+                ('payment_id', models.IntegerField()),
+                ('cents', models.IntegerField()),
+                ('account', models.ForeignKey('payments.Account', on_delete=models.CASCADE)),
+            ],
+        ),
     ]

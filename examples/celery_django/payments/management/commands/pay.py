@@ -1,4 +1,5 @@
 """Sends payments, each of them twice: `python manage.py pay 20`."""
+
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class Command(BaseCommand):
     def handle(self, *args: Any, count: int, **options: Any) -> None:
         """Send, wait, show."""
         account = Account.objects.create()
-        for result in [book.delay(payment_id, account.id, 1) for payment_id in range(count) for _ in range(2)]:
+        for result in [
+            book.delay(payment_id, account.id, 1) for payment_id in range(count) for _ in range(2)
+        ]:
             result.get(timeout=60)
         account.refresh_from_db()
         self.stdout.write(f'{Booking.objects.count()} bookings, balance {account.cents}')
