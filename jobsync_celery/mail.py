@@ -24,7 +24,7 @@ from kombu.utils.uuid import uuid
 from jobsync_core import clock
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused, read_name, read_stamps
 from jobsync_core.worker.routing import (
     HOME,
@@ -422,7 +422,7 @@ class _Letter:
         )
         self._message.ack()
 
-    def put_back(self) -> None:
+    def requeue(self) -> None:
         self._message.reject(requeue=True)
 
 
@@ -635,7 +635,7 @@ class CeleryMail:
             self.reset()
             return 0
 
-    def take(self, queue: str) -> Letter | None:
+    def take(self, queue: str) -> Delivery | None:
         """See Mail."""
         try:
             message = self._get(queue)

@@ -36,7 +36,7 @@ from pika.exceptions import (
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused
 from jobsync_core.worker.routing import parked_queue, unknown_queue
 
@@ -68,14 +68,14 @@ class _Letter:
         self.route, self.home = place_of(mail.actors, message)
 
     def forward(self, queue: str) -> None:
-        """See Letter. The acknowledgement fails if publishing had to change the connection: then
+        """See Delivery. The acknowledgement fails if publishing had to change the connection: then
         the message comes again.
         """
         self._mail.send(self.message, queue, self.route)
         self._channel.basic_ack(self._tag)
 
-    def put_back(self) -> None:
-        """See Letter."""
+    def requeue(self) -> None:
+        """See Delivery."""
         self._channel.basic_nack(self._tag, requeue=True)
 
 
@@ -249,7 +249,7 @@ class RabbitMail:
                 return 0
             raise
 
-    def take(self, queue: str) -> Letter | None:
+    def take(self, queue: str) -> Delivery | None:
         """See Mail."""
         channel = self.broker.channel
         while True:

@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as RedisSilent
 
 from jobsync_core import clock
 from jobsync_core.logs import get_logger, shown
-from jobsync_core.worker.broker import Letter
+from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused
 from jobsync_core.worker.routing import mark_key, node_queue
 
@@ -129,12 +129,12 @@ class _Letter:
         self.route, self.home = place_of(mail.actors, message)
 
     def forward(self, queue: str) -> None:
-        """See Letter."""
+        """See Delivery."""
         self._mail.send(self.message, queue, self.route)
         self._mail.broker.do_ack(self._queue, self._number)
 
-    def put_back(self) -> None:
-        """See Letter. What cannot go back now does later: Redis gives nothing back because a
+    def requeue(self) -> None:
+        """See Delivery. What cannot go back now does later: Redis gives nothing back because a
         connection is lost.
         """
         self._mail.leave([(self._queue, self._number)])
@@ -418,7 +418,7 @@ class RedisMail:
         """See Mail."""
         return int(self.broker.client.llen(f'{self.broker.namespace}:{queue}'))
 
-    def take(self, queue: str) -> Letter | None:
+    def take(self, queue: str) -> Delivery | None:
         """See Mail."""
         space = self.broker.namespace
         if not self.broker.client.llen(f'{space}:{queue}'):

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-__all__ = ['Letter', 'Mail']
+__all__ = ['Delivery', 'Broker']
 
 
-class Letter(Protocol):
+class Delivery(Protocol):
     """One message that was taken off a queue and is not acknowledged yet.
 
     Attributes:
@@ -28,11 +28,11 @@ class Letter(Protocol):
     def forward(self, queue: str) -> None:
         """Publish it durably to a queue, then acknowledge it here."""
 
-    def put_back(self) -> None:
+    def requeue(self) -> None:
         """Leave it in the queue that it came from."""
 
 
-class Mail(Protocol):
+class Broker(Protocol):
     """A connection to the broker for one thread. Any error of its client may come out; the work is
     tried again then.
     """
@@ -64,7 +64,7 @@ class Mail(Protocol):
         there is no such queue.
         """
 
-    def take(self, queue: str) -> Letter | None:
+    def take(self, queue: str) -> Delivery | None:
         """The next message of a queue; None where it is empty or there is no such queue. What it
         holds makes this raise nothing.
         """

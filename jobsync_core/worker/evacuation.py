@@ -19,7 +19,7 @@ from ..logs import get_logger
 from ..store import queues
 from ..store.connection import Sessions
 from ..store.tables import Tables
-from .broker import Letter, Mail
+from .broker import Broker, Delivery
 from .routing import mark_key, parked_queue, unknown_queue
 
 __all__ = ['Evacuable', 'Evacuated', 'evacuate']
@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 _IN_A_ROW = 3
 
 
-class Evacuable(Mail, Protocol):
+class Evacuable(Broker, Protocol):
     """The broker, as an evacuation needs it."""
 
     #: The plugin's name.
@@ -71,7 +71,7 @@ class Evacuated:
 
 
 def evacuate(
-    mail: Evacuable, config: CoordinationConfig, tell: Callable[[str], object] = lambda line: None
+    broker: Evacuable, config: CoordinationConfig, tell: Callable[[str], object] = lambda line: None
 ) -> Evacuated:
     """Move home what is in queues of nodes that are gone, what they had taken, and what is parked.
 
@@ -80,7 +80,7 @@ def evacuate(
     messages back.
 
     Args:
-        mail: The broker.
+        broker: The broker.
         config: The cluster.
         tell: Called with a line for each queue.
 
@@ -92,31 +92,31 @@ def evacuate(
     done = Evacuated()
     try:
         with sessions.session() as connection:
-            known = dict(queues.known(connection, tables, mail.kind))
+            known = dict(queues.known(connection, tables, broker.kind))
         dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
         prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
         shared = parked_queue(config.appname), unknown_queue(config.appname)
-        for name in mail.places():
+        for name in broker.places():
             if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
                 known.setdefault(name, name[len(prefix) :])
         for queue, node in sorted(known.items()):
             _guarded(
-                mail,
+                broker,
                 done,
                 queue,
                 tell,
-                partial(_leave_node, mail, sessions, tables, queue, node, dead, done),
+                partial(_leave_node, broker, sessions, tables, queue, node, dead, done),
             )
         for queue in shared:
-            leave = partial(_leave_shared, mail, sessions, tables, queue, done)
-            _guarded(mail, done, queue, tell, leave)
+            leave = partial(_leave_shared, broker, sessions, tables, queue, done)
+            _guarded(broker, done, queue, tell, leave)
         return done
     finally:
         sessions.close_all()
 
 
 def _guarded(
-    mail: Evacuable,
+    broker: Evacuable,
     done: Evacuated,
     queue: str,
     tell: Callable[[str], object],
@@ -126,7 +126,7 @@ def _guarded(
     try:
         tell(f'{queue}: {action()}')
     except Exception as error:  # whatever the broker's client raises
-        mail.reset()
+        broker.reset()
         done.failed[queue] = ' '.join(str(error).split()) or type(error).__name__
         tell(f'{queue}: failed: {done.failed[queue]}')
 
@@ -160,7 +160,7 @@ def _is_alive(
 
 
 def _leave_node(
-    mail: Evacuable,
+    broker: Evacuable,
     sessions: Sessions,
     tables: Tables,
     queue: str,
@@ -175,10 +175,10 @@ def _leave_node(
         if _is_alive(sessions, tables, node, dead):
             done.busy.append(node)
             return f'left alone: its node {node} is alive'
-        restored = mail.restore(node)
+        restored = broker.restore(node)
         done.restored += restored
-        moved = _move(mail, queue, done)
-        deleted = mail.delete(queue)
+        moved = _move(broker, queue, done)
+        deleted = broker.delete(queue)
         if deleted:
             done.deleted.append(queue)
             queues.forget(connection, tables, queue)
@@ -186,40 +186,40 @@ def _leave_node(
 
 
 def _leave_shared(
-    mail: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated
+    broker: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated
 ) -> str:
     with sessions.session() as connection:
         if not queues.hold(connection, tables, ''):
             done.busy.append('')
             return 'a node is looking at it; once more, later'
-        return f'{_move(mail, queue, done)} moved home'
+        return f'{_move(broker, queue, done)} moved home'
 
 
-def _move(mail: Evacuable, queue: str, done: Evacuated) -> int:
+def _move(broker: Evacuable, queue: str, done: Evacuated) -> int:
     moved = in_a_row = 0
-    kept: list[Letter] = []
+    kept: list[Delivery] = []
     try:
-        for _ in range(mail.size(queue)):
-            letter = mail.take(queue)
-            if letter is None:
+        for _ in range(broker.size(queue)):
+            delivery = broker.take(queue)
+            if delivery is None:
                 break
-            home = letter.home
+            home = delivery.home
             try:
-                letter.forward(home)
+                delivery.forward(home)
             # it stays, and those behind it go on; several in a row are the broker's fault
             except Exception as error:
-                kept.append(letter)
+                kept.append(delivery)
                 in_a_row += 1
                 if in_a_row == _IN_A_ROW:
                     raise
                 logger.warning(
-                    'queue=%s id=%s cannot go to %s, and stays: %r', queue, letter.id, home, error
+                    'queue=%s id=%s cannot go to %s, and stays: %r', queue, delivery.id, home, error
                 )
                 continue
             in_a_row = 0
             done.moved[home] = done.moved.get(home, 0) + 1
             moved += 1
     finally:
-        for letter in reversed(kept):
-            letter.put_back()
+        for delivery in reversed(kept):
+            delivery.requeue()
     return moved

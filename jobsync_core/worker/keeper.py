@@ -14,7 +14,7 @@ from ..errors import JobSyncError
 from ..logs import Repeats, get_logger
 from ..store import queues
 from ..store.tables import Tables
-from .broker import Letter, Mail
+from .broker import Broker, Delivery
 from .parking import Parking
 from .passage import Passage
 from .plugin import Gate
@@ -39,7 +39,7 @@ class Keeper:
 
     Args:
         gate: The node's gate.
-        mail: The broker; used by this thread alone.
+        broker: The broker; used by this thread alone.
         kind: The plugin's name.
         queue: Name of the node's own queue.
         parked: Name of the parked queue.
@@ -54,7 +54,7 @@ class Keeper:
     def __init__(
         self,
         gate: Gate,
-        mail: Mail,
+        broker: Broker,
         kind: str,
         queue: str,
         parked: str,
@@ -63,11 +63,11 @@ class Keeper:
         on_change: Callable[[], object],
         on_tick: Callable[[], object] = lambda: None,
         tasks: Callable[[], frozenset[str]] = frozenset,
-        route: Callable[[Letter], str | None] = lambda letter: letter.route,
+        route: Callable[[Delivery], str | None] = lambda delivery: delivery.route,
     ) -> None:
         self._gate = gate
         self._job = gate.job
-        self._mail = mail
+        self._broker = broker
         self._kind = kind
         self._queue = queue
         self._on_lease, self._on_change, self._on_tick = on_lease, on_change, on_tick
@@ -79,9 +79,9 @@ class Keeper:
         self._told = True
         self._sweep_at = self._mark_at = 0.0
         self._repeats = Repeats()
-        passage = Passage(mail, gate.job.node_name)
+        passage = Passage(broker, gate.job.node_name)
         self._parking = Parking(
-            mail,
+            broker,
             passage,
             self._sessions,
             self._tables,
@@ -94,7 +94,7 @@ class Keeper:
             stop=self._has_work,
         )
         self._rescue = Rescue(
-            mail,
+            broker,
             passage,
             self._sessions,
             self._tables,
@@ -137,7 +137,7 @@ class Keeper:
         while True:
             with self._sessions.session() as connection:
                 if queues.hold(connection, self._tables, node):
-                    return self._mail.restore(node)
+                    return self._broker.restore(node)
             if self._closing:
                 return 0
             if clock.now() >= give_up:
@@ -165,7 +165,7 @@ class Keeper:
                 self._guarded(self._sweep)
             if now >= self._mark_at and self._job.belonging.broker:
                 self._mark_at = now + _MARK_SEC
-                self._guarded(lambda: self._mail.mark(self._job.belonging.broker))
+                self._guarded(lambda: self._broker.mark(self._job.belonging.broker))
             self._guarded(self._on_tick)
             self._sessions.trim()
             self._job.rest()
@@ -195,7 +195,7 @@ class Keeper:
         except Exception as error:
             # Whatever the broker's client raises: its connection is of no use any more.
             self._tell(error)
-            self._mail.reset()
+            self._broker.reset()
 
     def _tell(self, error: Exception) -> None:
         again = self._repeats.say(type(error).__name__, clock.now())

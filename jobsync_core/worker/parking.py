@@ -12,7 +12,7 @@ from ..logs import get_logger
 from ..store import queues
 from ..store.connection import Sessions
 from ..store.tables import Tables
-from .broker import Letter, Mail
+from .broker import Broker, Delivery
 from .owners import OwnerMap
 from .passage import Passage, destination_of
 
@@ -38,7 +38,7 @@ class Parking:
     come back at once.
 
     Args:
-        mail: The broker.
+        broker: The broker.
         passage: For passing over queues.
         sessions: Connections to the database.
         tables: Names of the tables.
@@ -54,7 +54,7 @@ class Parking:
 
     def __init__(
         self,
-        mail: Mail,
+        broker: Broker,
         passage: Passage,
         sessions: Sessions,
         tables: Tables,
@@ -63,11 +63,11 @@ class Parking:
         unknown: str,
         *,
         tasks: Callable[[], frozenset[str]],
-        route: Callable[[Letter], str | None],
+        route: Callable[[Delivery], str | None],
         count: Callable[[str, int], object],
         stop: Callable[[], bool],
     ) -> None:
-        self._mail = mail
+        self._broker = broker
         self._passage = passage
         self._sessions = sessions
         self._tables = tables
@@ -101,7 +101,7 @@ class Parking:
             DatabaseUnavailable, psycopg2.Error, Exception: The database or the broker fails; the
                 next call tries again.
         """
-        size = self._mail.size(self._parked)
+        size = self._broker.size(self._parked)
         # A new plan is followed at once. Whatever else happens comes again and again, and rescue
         # calls this twice a second meanwhile.
         rested = clock.now() >= self._not_before
@@ -117,7 +117,7 @@ class Parking:
             self._look_at, self._pause, self._unknown_left = now, _LOOK_FIRST, -1
         if now >= self._look_at:
             self._look_at = now + self._pause
-            size = self._mail.size(self._unknown)
+            size = self._broker.size(self._unknown)
             if size and size != self._unknown_left:
                 self._bring_home()
 
@@ -149,27 +149,27 @@ class Parking:
             else:
                 self._stray = True
 
-    def _destination(self, letter: Letter) -> str | None:
-        if letter.route is None and letter.task not in self._tasks():
+    def _destination(self, delivery: Delivery) -> str | None:
+        if delivery.route is None and delivery.task not in self._tasks():
             return self._unknown
-        found = destination_of(self._owners, letter)
+        found = destination_of(self._owners, delivery)
         if found.soon:
             self._stray = True
         return found.queue
 
-    def _known_place(self, letter: Letter, tasks: frozenset[str]) -> str | None:
+    def _known_place(self, delivery: Delivery, tasks: frozenset[str]) -> str | None:
         """Where a message goes whose task is known here: past its own queue, where a node that does
         not know it may take it again.
         """
-        if letter.task not in tasks:
+        if delivery.task not in tasks:
             return None
-        if letter.route is None:
+        if delivery.route is None:
             try:
-                letter.route = self._route(letter)
+                delivery.route = self._route(delivery)
             # arguments that make no key: the consumer of its queue sets it aside, and says so
             except Exception as error:
-                logger.debug('id=%s task=%s has no key: %r', letter.id, letter.task, error)
-        return destination_of(self._owners, letter).queue or self._parked
+                logger.debug('id=%s task=%s has no key: %r', delivery.id, delivery.task, error)
+        return destination_of(self._owners, delivery).queue or self._parked
 
     def _bring_home(self) -> None:
         tasks, version = self._tasks(), self._owners.version
@@ -177,7 +177,7 @@ class Parking:
             if not queues.hold(connection, self._tables, ''):
                 return
             passed = self._passage.go(
-                self._unknown, lambda letter: self._known_place(letter, tasks), self._stop
+                self._unknown, lambda delivery: self._known_place(delivery, tasks), self._stop
             )
         if passed.whole:
             self._known, self._looked, self._unknown_left = tasks, version, passed.stayed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .. import clock
 from ..errors import JobSyncError
 from ..logs import Repeats, get_logger
-from .broker import Letter, Mail
+from .broker import Broker, Delivery
 from .owners import OwnerMap
 
 __all__ = ['Destination', 'Passage', 'Passed', 'destination_of']
@@ -37,14 +37,14 @@ class Destination:
     soon: bool = False
 
 
-def destination_of(owners: OwnerMap, letter: Letter) -> Destination:
+def destination_of(owners: OwnerMap, delivery: Delivery) -> Destination:
     """Where a message belongs by the map at hand: to the owner of its route; home without one."""
-    if letter.route is None:
-        return Destination(letter.home)
+    if delivery.route is None:
+        return Destination(delivery.home)
     try:
-        place = owners.find(letter.route)
+        place = owners.find(delivery.route)
     except JobSyncError:  # no key of ours: the consumer at home sets it aside
-        return Destination(letter.home)
+        return Destination(delivery.home)
     return Destination(None) if place is None else Destination(place.queue, place.queue is None)
 
 
@@ -67,17 +67,17 @@ class Passage:
     """Passes over queues.
 
     Args:
-        mail: The broker.
+        broker: The broker.
         node: This node, for logs.
     """
 
-    def __init__(self, mail: Mail, node: str) -> None:
-        self._mail = mail
+    def __init__(self, broker: Broker, node: str) -> None:
+        self._broker = broker
         self._node = node
         self._repeats = Repeats()
 
     def go(
-        self, queue: str, where: Callable[[Letter], str | None], stop: Callable[[], bool]
+        self, queue: str, where: Callable[[Delivery], str | None], stop: Callable[[], bool]
     ) -> Passed:
         """Pass each message on that was in the queue when this began.
 
@@ -90,25 +90,25 @@ class Passage:
             Exception: Whatever the broker's client raises when it is the broker that fails. What
                 was in hand goes back to the queue, at once or with the connection.
         """
-        passed, kept, in_a_row = Passed(), list[Letter](), 0
+        passed, kept, in_a_row = Passed(), list[Delivery](), 0
         try:
-            for _ in range(self._mail.size(queue)):
+            for _ in range(self._broker.size(queue)):
                 if stop():
                     passed.whole = False
                     break
-                letter = self._mail.take(queue)
-                if letter is None:
+                delivery = self._broker.take(queue)
+                if delivery is None:
                     break
-                target = where(letter)
+                target = where(delivery)
                 if target is None and len(kept) < IN_HAND:
-                    kept.append(letter)
+                    kept.append(delivery)
                     continue
                 try:
-                    letter.forward(queue if target is None else target)
+                    delivery.forward(queue if target is None else target)
                 except Exception as error:
-                    kept.append(letter)
+                    kept.append(delivery)
                     in_a_row += 1
-                    self._tell(queue, letter, error)
+                    self._tell(queue, delivery, error)
                     if in_a_row == _IN_A_ROW:
                         raise
                 else:
@@ -117,27 +117,27 @@ class Passage:
                     passed.stayed += target is None
         finally:
             passed.stayed += len(kept)
-            self._put_back(queue, kept)
+            self._requeue(queue, kept)
         return passed
 
-    def _tell(self, queue: str, letter: Letter, error: Exception) -> None:
-        again = self._repeats.say((queue, letter.id), clock.now())
+    def _tell(self, queue: str, delivery: Delivery, error: Exception) -> None:
+        again = self._repeats.say((queue, delivery.id), clock.now())
         if again is not None:
             logger.warning(
                 'node=%s queue=%s id=%s task=%s cannot go on now, and stays: %r%s',
                 self._node,
                 queue,
-                letter.id,
-                letter.task,
+                delivery.id,
+                delivery.task,
                 error,
                 again,
             )
 
-    def _put_back(self, queue: str, kept: list[Letter]) -> None:
-        """Put letters back, the last one first, so that they keep their order."""
-        for number, letter in enumerate(reversed(kept)):
+    def _requeue(self, queue: str, kept: list[Delivery]) -> None:
+        """Put deliveries back, the last one first, so that they keep their order."""
+        for number, delivery in enumerate(reversed(kept)):
             try:
-                letter.put_back()
+                delivery.requeue()
             except Exception as error:
                 logger.warning(
                     'node=%s queue=%s: %d messages go back with the connection, since they cannot '
@@ -147,5 +147,5 @@ class Passage:
                     len(kept) - number,
                     error,
                 )
-                self._mail.reset()
+                self._broker.reset()
                 return

@@ -13,7 +13,7 @@ from ..store import queues
 from ..store.connection import Sessions
 from ..store.queues import Orphan
 from ..store.tables import Tables
-from .broker import Letter, Mail
+from .broker import Broker, Delivery
 from .owners import OwnerMap
 from .passage import Passage, destination_of
 
@@ -53,7 +53,7 @@ class Rescue:
     most of it is empty.
 
     Args:
-        mail: The broker.
+        broker: The broker.
         passage: For passing over queues.
         sessions: Connections to the database.
         tables: Names of the tables.
@@ -70,7 +70,7 @@ class Rescue:
 
     def __init__(
         self,
-        mail: Mail,
+        broker: Broker,
         passage: Passage,
         sessions: Sessions,
         tables: Tables,
@@ -85,7 +85,7 @@ class Rescue:
         stray: Callable[[], object],
         stop: Callable[[], bool],
     ) -> None:
-        self._mail = mail
+        self._broker = broker
         self._passage = passage
         self._sessions = sessions
         self._tables = tables
@@ -155,7 +155,9 @@ class Rescue:
             if orphan.queue not in self._aside or now >= self._aside[orphan.queue].until
         ]
         left = (
-            self._mail.left({orphan.node: orphan.queue for orphan in here}) if here else frozenset()
+            self._broker.left({orphan.node: orphan.queue for orphan in here})
+            if here
+            else frozenset()
         )
         for orphan in here:
             if self._stop():
@@ -172,7 +174,7 @@ class Rescue:
                 orphan.node
             ):
                 return
-            restored = self._mail.restore(orphan.node)
+            restored = self._broker.restore(orphan.node)
             moved = self._drain(orphan.queue)
         if restored or moved:
             self._count('rescued', restored + moved)
@@ -183,11 +185,11 @@ class Rescue:
     def _drain(self, queue: str) -> int:
         stale = False
 
-        def where(letter: Letter) -> str | None:
+        def where(delivery: Delivery) -> str | None:
             nonlocal stale
-            found = destination_of(self._owners, letter)
+            found = destination_of(self._owners, delivery)
             if found.queue == queue:
-                # The owner map is older than the end of this queue's node. Forwarded, the letter
+                # The owner map is older than the end of this queue's node. Forwarded, the delivery
                 # would come again for ever.
                 stale = True
                 return None
@@ -211,14 +213,14 @@ class Rescue:
         due = [
             orphan
             for orphan in orphans
-            if (self._mail.catches_strays or orphan.age >= _KEEP_SEC)
+            if (self._broker.catches_strays or orphan.age >= _KEEP_SEC)
             and orphan.queue not in self._aside
         ]
         if not due:
             return
         left = (
-            self._mail.left({orphan.node: orphan.queue for orphan in due})
-            if not self._mail.catches_strays
+            self._broker.left({orphan.node: orphan.queue for orphan in due})
+            if not self._broker.catches_strays
             else frozenset()
         )
         for orphan in [orphan for orphan in due if orphan.node not in left][:_DELETIONS]:
@@ -233,7 +235,7 @@ class Rescue:
                 orphan.node
             ):
                 return
-            if self._mail.delete(orphan.queue):
+            if self._broker.delete(orphan.queue):
                 queues.forget(connection, self._tables, orphan.queue)
 
     def _guarded(self, orphan: Orphan, action: Callable[[Orphan], object]) -> None:
@@ -257,7 +259,7 @@ class Rescue:
                     error,
                     again,
                 )
-            self._mail.reset()
+            self._broker.reset()
             self._in_a_row += 1
             if self._in_a_row == _IN_A_ROW:
                 raise

@@ -188,7 +188,7 @@ class TestBothBrokers:
             'keyed',
             'default',
         ) and mail.size('jobsync.shop_.gone') == 1
-        letter.put_back()
+        letter.requeue()
         eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
         assert mail.left(queues) == (set(queues) if rabbit else {'gone'})
 
@@ -232,7 +232,7 @@ class TestBothBrokers:
     def test_a_letter_that_is_put_back_stays(self, place: Place) -> None:
         node = place.node('n1')
         place.put(node, PARKED)
-        node.take(PARKED).put_back()
+        node.take(PARKED).requeue()
         assert eventually(lambda: node.take(PARKED), 10).route == 'k:0'
 
     def test_an_empty_queue_is_deleted_and_a_full_one_stays(self, place: Place) -> None:
@@ -645,7 +645,7 @@ class TestRedis:
         monkeypatch.setattr('jobsync_dramatiq.redis_mail.clock', clock)
         node = redis.node('n1')
         redis.put(node, PARKED, 2)
-        node.take(PARKED).put_back()
+        node.take(PARKED).requeue()
         with monkeypatch.context() as patch:
             patch.setattr(node._line, 'run', raising(RedisTimeout('no answer')))
             with pytest.raises(RedisTimeout):

@@ -11,12 +11,12 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.worker.evacuation import Evacuable, evacuate
 
 from .cluster import query
-from .test_keeper import FakeMail, World
+from .test_keeper import FakeBroker, World
 
 __all__ = ['world']
 
 
-class EvacuatingMail(FakeMail):
+class EvacuatingBroker(FakeBroker):
     """A connection for an evacuation."""
 
     kind = 'celery'
@@ -44,21 +44,21 @@ def test_a_node_that_comes_while_others_are_evacuated_keeps_its_messages(
     world.queue('n2')
     if known:
         kill(world, 'n2')
-    world.broker.put('q.n1', 'a')
-    world.broker.put('q.n2', 'b')
-    mail = EvacuatingMail(world.broker, False)
-    mail.on_restore = lambda node: node == 'n1' and world.node('n2', start=False)
-    evacuable: Evacuable = mail
+    world.contents.put('q.n1', 'a')
+    world.contents.put('q.n2', 'b')
+    broker = EvacuatingBroker(world.contents, False)
+    broker.on_restore = lambda node: node == 'n1' and world.node('n2', start=False)
+    evacuable: Evacuable = broker
     done = evacuate(evacuable, world.config)
-    assert (done.busy, done.moved, mail.restored) == (['n2'], {'home': 1}, ['n1'])
-    assert world.broker.routes('q.n2') == ['b']
+    assert (done.busy, done.moved, broker.restored) == (['n2'], {'home': 1}, ['n1'])
+    assert world.contents.routes('q.n2') == ['b']
 
 
 def test_a_killed_node_is_evacuated_although_its_row_is_there(world: World) -> None:
     world.queue('n1')
     kill(world, 'n1')
-    world.broker.put('q.n1', 'a')
-    done = evacuate(EvacuatingMail(world.broker, False), world.config)
+    world.contents.put('q.n1', 'a')
+    done = evacuate(EvacuatingBroker(world.contents, False), world.config)
     assert (done.busy, done.moved) == ([], {'home': 1})
 
 

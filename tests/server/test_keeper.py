@@ -17,7 +17,7 @@ from jobsync_core.store import queues
 from jobsync_core.store.queues import Orphan
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker import keeper
-from jobsync_core.worker.broker import Letter, Mail
+from jobsync_core.worker.broker import Broker, Delivery
 from jobsync_core.worker.keeper import Keeper
 from jobsync_core.worker.plugin import Gate, PluginSettings
 from jobsync_core.worker.routing import Verdict, unknown_queue
@@ -39,7 +39,7 @@ class Item:
 
 
 @dataclass
-class Broker:
+class Contents:
     """Queues, and what nodes hold unacknowledged."""
 
     queues: dict[str, list[Item]] = field(default_factory=dict)
@@ -63,9 +63,9 @@ class Broker:
             return sum(map(len, (*self.queues.values(), *self.held.values())))
 
 
-class FakeLetter:
-    def __init__(self, broker: Broker, source: str, item: Item) -> None:
-        self._broker, self._source, self._item = broker, source, item
+class FakeDelivery:
+    def __init__(self, contents: Contents, source: str, item: Item) -> None:
+        self._contents, self._source, self._item = contents, source, item
         self.id, self.task, self.route, self.home = (
             f'id of {item.route}',
             item.task,
@@ -74,24 +74,24 @@ class FakeLetter:
         )
 
     def forward(self, queue: str) -> None:
-        with self._broker.lock:
-            self._broker.queues.setdefault(queue, []).append(self._item)
+        with self._contents.lock:
+            self._contents.queues.setdefault(queue, []).append(self._item)
 
-    def put_back(self) -> None:
-        with self._broker.lock:
-            self._broker.queues.setdefault(self._source, []).insert(0, self._item)
+    def requeue(self) -> None:
+        with self._contents.lock:
+            self._contents.queues.setdefault(self._source, []).insert(0, self._item)
 
 
-class FakeMail:
+class FakeBroker:
     """A connection to the broker.
 
     Args:
         broker: The broker.
-        catches_strays: See Mail.
+        catches_strays: See Broker.
     """
 
-    def __init__(self, broker: Broker, catches_strays: bool) -> None:
-        self.broker = broker
+    def __init__(self, contents: Contents, catches_strays: bool) -> None:
+        self.contents = contents
         self.catches_strays = catches_strays
         self.restored: list[str] = []
         self.deleted: list[str] = []
@@ -111,36 +111,36 @@ class FakeMail:
             raise self.errors.pop()
         self.restored.append(node)
         self.on_restore(node)
-        with self.broker.lock:
-            items = self.broker.held.pop(node, [])
-            self.broker.queues.setdefault('home', []).extend(items)
+        with self.contents.lock:
+            items = self.contents.held.pop(node, [])
+            self.contents.queues.setdefault('home', []).extend(items)
             return len(items)
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
         self.asked.append(len(queues))
-        with self.broker.lock:
+        with self.contents.lock:
             return frozenset(
                 node
                 for node, queue in queues.items()
                 if self.catches_strays
-                or self.broker.queues.get(queue)
-                or self.broker.held.get(node)
+                or self.contents.queues.get(queue)
+                or self.contents.held.get(node)
             )
 
     def size(self, queue: str) -> int:
-        with self.broker.lock:
-            return len(self.broker.queues.get(queue, ()))
+        with self.contents.lock:
+            return len(self.contents.queues.get(queue, ()))
 
-    def take(self, queue: str) -> Letter | None:
-        with self.broker.lock:
-            items = self.broker.queues.get(queue)
-            return FakeLetter(self.broker, queue, items.pop(0)) if items else None
+    def take(self, queue: str) -> Delivery | None:
+        with self.contents.lock:
+            items = self.contents.queues.get(queue)
+            return FakeDelivery(self.contents, queue, items.pop(0)) if items else None
 
     def delete(self, queue: str) -> bool:
-        with self.broker.lock:
-            if self.broker.queues.get(queue):
+        with self.contents.lock:
+            if self.contents.queues.get(queue):
                 return False
-            self.broker.queues.pop(queue, None)
+            self.contents.queues.pop(queue, None)
         self.deleted.append(queue)
         return True
 
@@ -154,7 +154,7 @@ class Node:
 
     job: Job
     gate: Gate
-    mail: FakeMail
+    broker: FakeBroker
     keeper: Keeper
     leases: list[bool]
     changes: list[int]
@@ -171,7 +171,7 @@ class World:
 
     def __init__(self, config: CoordinationConfig, stack: ExitStack) -> None:
         self.config = config
-        self.broker = Broker()
+        self.contents = Contents()
         self.unknown = unknown_queue(config.appname)
         #: What nodes know, other than the task that all know.
         self.tasks: dict[str, set[str]] = {}
@@ -192,13 +192,13 @@ class World:
         self._stack.enter_context(job)
         self.queue(name, kind)
         gate = Gate(PluginSettings(config=config), job)
-        mail: Mail = FakeMail(self.broker, catches_strays)
-        assert isinstance(mail, FakeMail)
+        broker: Broker = FakeBroker(self.contents, catches_strays)
+        assert isinstance(broker, FakeBroker)
         leases: list[bool] = []
         changes: list[int] = []
         keeper = Keeper(
             gate,
-            mail,
+            broker,
             kind,
             f'q.{name}',
             PARKED,
@@ -210,7 +210,7 @@ class World:
             keeper.start()
         self._stack.callback(gate.owners._sessions.close_all)
         self._stack.callback(keeper.stop, 10)
-        return Node(job, gate, mail, keeper, leases, changes)
+        return Node(job, gate, broker, keeper, leases, changes)
 
     def queue(self, node: str, kind: str = 'celery', age: float | None = None) -> None:
         """Record a node's queue; of a node that is gone for so many seconds."""
@@ -250,37 +250,37 @@ def test_an_owner_map_that_still_names_the_gone_node_ends_no_sweep(world: World)
     n1.gate.owners.reread()
     n2.job.__exit__(None, None, None)
     eventually(lambda: len(n1.job.my_tokens) == world.config.total_tokens)
-    world.broker.put('q.n2', *ROUTES)
+    world.contents.put('q.n2', *ROUTES)
     taken: list[str] = []
-    take = n1.mail.take
+    take = n1.broker.take
 
-    def limited(queue: str) -> Letter | None:
+    def limited(queue: str) -> Delivery | None:
         taken.append(queue)
-        assert len(taken) < 1000, 'a letter is forwarded into the queue that it was taken from'
+        assert len(taken) < 1000, 'a delivery is forwarded into the queue that it was taken from'
         return take(queue)
 
-    n1.mail.take = limited  # type: ignore[method-assign]
+    n1.broker.take = limited  # type: ignore[method-assign]
     for _ in range(2):
         n1.keeper._sweep()
-    assert world.broker.routes('q.n1') == sorted(ROUTES)
-    assert not world.broker.routes('q.n2')
+    assert world.contents.routes('q.n1') == sorted(ROUTES)
+    assert not world.contents.routes('q.n2')
 
 
 def test_letters_of_a_node_that_is_gone_go_to_their_present_owners(world: World) -> None:
     nodes = world.node('n1'), world.node('n2')
     world.settle(*nodes)
-    world.broker.put('q.gone', *ROUTES)
-    world.broker.held['gone'] = [Item('held-1'), Item('held-2')]
+    world.contents.put('q.gone', *ROUTES)
+    world.contents.held['gone'] = [Item('held-1'), Item('held-2')]
     world.queue('gone')
-    eventually(lambda: not world.broker.queues['q.gone'] and not world.broker.held)
+    eventually(lambda: not world.contents.queues['q.gone'] and not world.contents.held)
     eventually(
-        lambda: len(world.broker.routes('q.n1') + world.broker.routes('q.n2')) == len(ROUTES)
+        lambda: len(world.contents.routes('q.n1') + world.contents.routes('q.n2')) == len(ROUTES)
     )
     for name, node in zip(('q.n1', 'q.n2'), nodes, strict=True):
-        assert world.broker.routes(name) == sorted(
+        assert world.contents.routes(name) == sorted(
             route for route in ROUTES if node.job.owns(route)
         )
-    assert world.broker.routes('home') == ['held-1', 'held-2'], 'they pass the gates again'
+    assert world.contents.routes('home') == ['held-1', 'held-2'], 'they pass the gates again'
     eventually(lambda: sum(node.gate.counts.get('rescued', 0) for node in nodes) == len(ROUTES) + 2)
 
 
@@ -288,36 +288,36 @@ def test_a_node_that_dies_while_its_keeper_runs_is_swept_by_the_survivor(world: 
     first, second = world.node('n1'), world.node('n2')
     world.settle(first, second)
     second.keeper.stop(10)
-    world.broker.put('q.n2', *ROUTES)
+    world.contents.put('q.n2', *ROUTES)
     second.job.__exit__(None, None, None)
-    eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES), 20)
+    eventually(lambda: world.contents.routes('q.n1') == sorted(ROUTES), 20)
 
 
 def test_a_letter_without_a_route_goes_home(world: World) -> None:
     world.settle(world.node('n1'))
-    world.broker.put('q.gone', None)
+    world.contents.put('q.gone', None)
     world.queue('gone')
-    eventually(lambda: world.broker.routes('home') == [None])
+    eventually(lambda: world.contents.routes('home') == [None])
 
 
 def test_queues_of_live_nodes_and_of_other_plugins_are_left_alone(world: World) -> None:
     first, second = world.node('n1'), world.node('n2', start=False)
     world.settle(first, second)
     world.queue('other', 'dramatiq')
-    world.broker.put('q.n2', 'a')
-    world.broker.put('q.other', 'b')
-    world.broker.put('q.gone', 'c')
+    world.contents.put('q.n2', 'a')
+    world.contents.put('q.other', 'b')
+    world.contents.put('q.gone', 'c')
     world.queue('gone')
-    eventually(lambda: 'c' in world.broker.routes('q.n1') + world.broker.routes('q.n2'))
-    assert 'a' in world.broker.routes('q.n2')
-    assert world.broker.routes('q.other') == ['b']
+    eventually(lambda: 'c' in world.contents.routes('q.n1') + world.contents.routes('q.n2'))
+    assert 'a' in world.contents.routes('q.n2')
+    assert world.contents.routes('q.other') == ['b']
 
 
 class TestParked:
     def test_it_is_released_by_a_plan(self, world: World) -> None:
-        world.broker.put(PARKED, *ROUTES)
+        world.contents.put(PARKED, *ROUTES)
         first = world.node('n1')
-        eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES))
+        eventually(lambda: world.contents.routes('q.n1') == sorted(ROUTES))
         assert first.gate.counts['released'] == len(ROUTES)
 
     def test_it_is_released_when_something_was_parked_meanwhile_and_not_before(
@@ -326,12 +326,12 @@ class TestParked:
         first = world.node('n1')
         world.settle(first)
         eventually(lambda: first.gate.owners.version == first.job.token_version)
-        world.broker.put(PARKED, 'a')
+        world.contents.put(PARKED, 'a')
         first.keeper.parked_something()
-        eventually(lambda: world.broker.routes('q.n1') == ['a'])
-        world.broker.put(PARKED, 'b')
+        eventually(lambda: world.contents.routes('q.n1') == ['a'])
+        world.contents.put(PARKED, 'b')
         first.job.wake()  # nobody tells of it: the next sweep sees that the queue has grown
-        eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'], 40)
+        eventually(lambda: world.contents.routes('q.n1') == ['a', 'b'], 40)
 
     def test_as_long_as_nothing_changes_nothing_is_touched(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -342,13 +342,13 @@ class TestParked:
         monkeypatch.setattr(
             first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
         )
-        world.broker.put(PARKED, 'x1', 'x2')
+        world.contents.put(PARKED, 'x1', 'x2')
         first.sweep()
         monkeypatch.setattr(
-            first.mail, 'take', lambda queue: pytest.fail('a message is taken for nothing')
+            first.broker, 'take', lambda queue: pytest.fail('a message is taken for nothing')
         )
         first.sweep()
-        assert world.broker.routes(PARKED) == ['x1', 'x2']
+        assert world.contents.routes(PARKED) == ['x1', 'x2']
 
     def test_one_pass_follows_another_after_a_rest_and_a_new_plan_at_once(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -360,15 +360,15 @@ class TestParked:
         world.settle(first)
         monkeypatch.setattr(first.gate.owners, 'find', lambda route: None)
         taken: list[str] = []
-        take = first.mail.take
+        take = first.broker.take
 
-        def noted(queue: str) -> Letter | None:
+        def noted(queue: str) -> Delivery | None:
             taken.append(queue)
             return take(queue)
 
-        monkeypatch.setattr(first.mail, 'take', noted)
+        monkeypatch.setattr(first.broker, 'take', noted)
         for number in range(10):
-            world.broker.put(PARKED, f'x{number}')
+            world.contents.put(PARKED, f'x{number}')
             first.keeper.parked_something()
             first.sweep()
         assert len(taken) == 1, 'the first pass looked at one message, and there was no second one'
@@ -390,10 +390,10 @@ class TestParked:
             first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
         )
         blocked = [f'x{number}' for number in range(2500)]
-        world.broker.put(PARKED, *blocked, 'a')
+        world.contents.put(PARKED, *blocked, 'a')
         first.sweep()
-        assert world.broker.routes('q.n1') == ['a']
-        assert [item.route for item in world.broker.queues[PARKED]] == blocked, (
+        assert world.contents.routes('q.n1') == ['a']
+        assert [item.route for item in world.contents.queues[PARKED]] == blocked, (
             'they keep their order'
         )
 
@@ -402,19 +402,19 @@ class TestParked:
     ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
-        forward = FakeLetter.forward
+        forward = FakeDelivery.forward
 
-        def fails(letter: FakeLetter, queue: str) -> None:
-            if letter.route == 'poison':
+        def fails(delivery: FakeDelivery, queue: str) -> None:
+            if delivery.route == 'poison':
                 raise ValueError('a header that the broker does not take')
-            forward(letter, queue)
+            forward(delivery, queue)
 
-        monkeypatch.setattr(FakeLetter, 'forward', fails)
-        world.broker.put(PARKED, 'a', 'poison', 'b')
+        monkeypatch.setattr(FakeDelivery, 'forward', fails)
+        world.contents.put(PARKED, 'a', 'poison', 'b')
         for _ in range(3):
             first.keeper.parked_something()
             first.sweep()
-        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == [
+        assert world.contents.routes('q.n1') == ['a', 'b'] and world.contents.routes(PARKED) == [
             'poison'
         ]
         assert caplog.text.count('poison') == 1, 'it is named once'
@@ -424,36 +424,36 @@ class TestParked:
     ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
-        world.broker.put(PARKED, *ROUTES)
-        forward, trouble = FakeLetter.forward, [ConnectionError()] * 3
+        world.contents.put(PARKED, *ROUTES)
+        forward, trouble = FakeDelivery.forward, [ConnectionError()] * 3
 
-        def fails(letter: FakeLetter, queue: str) -> None:
+        def fails(delivery: FakeDelivery, queue: str) -> None:
             if trouble:
                 raise trouble.pop()
-            forward(letter, queue)
+            forward(delivery, queue)
 
-        monkeypatch.setattr(FakeLetter, 'forward', fails)
+        monkeypatch.setattr(FakeDelivery, 'forward', fails)
         with pytest.raises(ConnectionError):
             first.sweep()
-        assert world.broker.total() == len(ROUTES)
+        assert world.contents.total() == len(ROUTES)
         first.sweep()
-        assert world.broker.routes('q.n1') == sorted(ROUTES)
+        assert world.contents.routes('q.n1') == sorted(ROUTES)
 
     def test_a_pass_ends_with_what_was_there_when_it_began(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
-        forward = FakeLetter.forward
+        forward = FakeDelivery.forward
 
-        def breeds(letter: FakeLetter, queue: str) -> None:
-            forward(letter, queue)
-            world.broker.put(PARKED, f'{letter.route}+')
+        def breeds(delivery: FakeDelivery, queue: str) -> None:
+            forward(delivery, queue)
+            world.contents.put(PARKED, f'{delivery.route}+')
 
-        monkeypatch.setattr(FakeLetter, 'forward', breeds)
-        world.broker.put(PARKED, 'a', 'b')
+        monkeypatch.setattr(FakeDelivery, 'forward', breeds)
+        world.contents.put(PARKED, 'a', 'b')
         first.sweep()
-        assert world.broker.routes('q.n1') == ['a', 'b'] and world.broker.routes(PARKED) == [
+        assert world.contents.routes('q.n1') == ['a', 'b'] and world.contents.routes(PARKED) == [
             'a+',
             'b+',
         ]
@@ -464,27 +464,27 @@ class TestParked:
         """Somebody has died, perhaps: his messages do not wait behind those that are parked."""
         first = world.node('n1', start=False)
         world.settle(first)
-        take, taken = first.mail.take, itertools.count()
+        take, taken = first.broker.take, itertools.count()
 
-        def slow(queue: str) -> Letter | None:
+        def slow(queue: str) -> Delivery | None:
             if next(taken) == 3:
                 first.keeper._version -= 1
             return take(queue)
 
-        monkeypatch.setattr(first.mail, 'take', slow)
-        world.broker.put(PARKED, *ROUTES)
+        monkeypatch.setattr(first.broker, 'take', slow)
+        world.contents.put(PARKED, *ROUTES)
         first.sweep()
-        assert len(world.broker.routes('q.n1')) == 4
+        assert len(world.contents.routes('q.n1')) == 4
         first.sweep()
-        assert world.broker.routes('q.n1') == sorted(ROUTES), 'the rest is not forgotten'
+        assert world.contents.routes('q.n1') == sorted(ROUTES), 'the rest is not forgotten'
 
 
 class TestUnknown:
     """Messages whose task nobody knew."""
 
     def put(self, world: World, queue: str, *tasks: str) -> None:
-        world.broker.put(queue)
-        world.broker.queues[queue].extend(Item(None, f'home of {task}', task) for task in tasks)
+        world.contents.put(queue)
+        world.contents.queues[queue].extend(Item(None, f'home of {task}', task) for task in tasks)
 
     def test_they_wait_until_a_node_comes_that_knows_them_and_then_go_to_their_own_queue(
         self, world: World
@@ -493,13 +493,13 @@ class TestUnknown:
         world.settle(first)
         self.put(world, world.unknown, 'new', 'gone', 'new')
         first.sweep()
-        assert world.broker.size_of(world.unknown) == 3
+        assert world.contents.size_of(world.unknown) == 3
         world.tasks['n2'] = {'known', 'new'}
         second = world.node('n2', start=False)
         world.settle(first, second)
         second.sweep()
-        assert [item.task for item in world.broker.queues['home of new']] == ['new', 'new']
-        assert [item.task for item in world.broker.queues[world.unknown]] == ['gone']
+        assert [item.task for item in world.contents.queues['home of new']] == ['new', 'new']
+        assert [item.task for item in world.contents.queues[world.unknown]] == ['gone']
         assert second.gate.counts['known_again'] == 2
 
     def test_one_that_has_a_key_goes_past_its_queue_to_the_owner_of_its_key(
@@ -508,20 +508,20 @@ class TestUnknown:
         """In its own queue a node that does not know its task might take it again."""
         first = world.node('n1', start=False)
         world.settle(first)
-        first.keeper._parking._route = lambda letter: 'order-1'
+        first.keeper._parking._route = lambda delivery: 'order-1'
         self.put(world, world.unknown, 'known')
         first.sweep()
-        assert world.broker.size_of('q.n1') == 1 and not world.broker.size_of('home of known')
+        assert world.contents.size_of('q.n1') == 1 and not world.contents.size_of('home of known')
 
     def test_they_are_looked_at_when_the_tasks_of_a_node_change(self, world: World) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         self.put(world, world.unknown, 'new')
         first.sweep()
-        assert world.broker.size_of(world.unknown) == 1
+        assert world.contents.size_of(world.unknown) == 1
         world.tasks['n1'] = {'new'}
         first.sweep()
-        assert world.broker.size_of('home of new') == 1
+        assert world.contents.size_of('home of new') == 1
 
     def test_a_node_that_knows_none_of_them_looks_once(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -530,16 +530,16 @@ class TestUnknown:
         world.settle(first)
         self.put(world, world.unknown, *['gone'] * 1500)
         taken: list[str] = []
-        take = first.mail.take
+        take = first.broker.take
 
-        def noted(queue: str) -> Letter | None:
+        def noted(queue: str) -> Delivery | None:
             taken.append(queue)
             return take(queue)
 
-        monkeypatch.setattr(first.mail, 'take', noted)
+        monkeypatch.setattr(first.broker, 'take', noted)
         for _ in range(5):
             first.sweep()
-        assert taken == [world.unknown] * 1500 and world.broker.size_of(world.unknown) == 1500
+        assert taken == [world.unknown] * 1500 and world.contents.size_of(world.unknown) == 1500
 
     def test_what_comes_back_at_once_does_not_circulate(self, world: World) -> None:
         """A node that does not know its task owns its key."""
@@ -550,9 +550,11 @@ class TestUnknown:
         self.put(world, world.unknown, 'new')
         for _ in range(10):
             first.sweep()
-            if world.broker.size_of('home of new'):
+            if world.contents.size_of('home of new'):
                 came += 1
-                world.broker.queues[world.unknown].append(world.broker.queues['home of new'].pop())
+                world.contents.queues[world.unknown].append(
+                    world.contents.queues['home of new'].pop()
+                )
         assert came and first.keeper._parking._pause == 2.0 * 2**came, (
             'the time between two looks doubles with each of them'
         )
@@ -562,12 +564,13 @@ class TestUnknown:
         first = world.node('n1', start=False)
         world.settle(first)
         self.put(world, PARKED, 'gone', 'known', 'gone')
-        world.broker.put(PARKED, 'a')
+        world.contents.put(PARKED, 'a')
         first.sweep()
         assert (
-            world.broker.size_of(world.unknown) == 2 and world.broker.size_of('home of known') == 1
+            world.contents.size_of(world.unknown) == 2
+            and world.contents.size_of('home of known') == 1
         )
-        assert world.broker.routes('q.n1') == ['a']
+        assert world.contents.routes('q.n1') == ['a']
 
     def test_what_nobody_owns_stays_in_its_order(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -578,11 +581,11 @@ class TestUnknown:
         monkeypatch.setattr(
             first.gate.owners, 'find', lambda route: None if route.startswith('x') else find(route)
         )
-        world.broker.put(PARKED, 'x2', 'a', 'x1', 'b', 'x3')
+        world.contents.put(PARKED, 'x2', 'a', 'x1', 'b', 'x3')
         first.keeper.start()
-        eventually(lambda: world.broker.routes('q.n1') == ['a', 'b'])
+        eventually(lambda: world.contents.routes('q.n1') == ['a', 'b'])
         eventually(
-            lambda: [item.route for item in world.broker.queues[PARKED]] == ['x2', 'x1', 'x3']
+            lambda: [item.route for item in world.contents.queues[PARKED]] == ['x2', 'x1', 'x3']
         )
 
 
@@ -593,7 +596,7 @@ class TestDeletion:
         first = world.node('n1', catches_strays=True)
         world.queue('gone', age=60)
         eventually(lambda: world.recorded() == ['q.n1'])
-        assert first.mail.deleted == ['q.gone']
+        assert first.broker.deleted == ['q.gone']
 
     def test_a_young_orphan_is_kept(self, world: World) -> None:
         first = world.node('n1', catches_strays=True)
@@ -601,7 +604,7 @@ class TestDeletion:
         world.queue('old', age=60)
         eventually(lambda: 'q.old' not in world.recorded())
         assert 'q.young' in world.recorded()
-        assert first.mail.deleted == ['q.old']
+        assert first.broker.deleted == ['q.old']
 
     def test_where_publishing_makes_it_anew_it_is_kept_for_an_hour(self, world: World) -> None:
         first = world.node('n1')
@@ -609,29 +612,29 @@ class TestDeletion:
         world.queue('older', age=4000)
         eventually(lambda: 'q.older' not in world.recorded())
         assert 'q.gone' in world.recorded()
-        assert first.mail.deleted == ['q.older']
+        assert first.broker.deleted == ['q.older']
 
     def test_one_that_cannot_be_deleted_keeps_nobody_from_the_others(
         self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = world.node('n1', catches_strays=True, start=False)
         world.settle(first)
-        delete = first.mail.delete
+        delete = first.broker.delete
 
         def refused(queue: str) -> bool:
             if queue == 'q.bad':
                 raise ConnectionError('540 NOT_IMPLEMENTED')
             return delete(queue)
 
-        monkeypatch.setattr(first.mail, 'delete', refused)
+        monkeypatch.setattr(first.broker, 'delete', refused)
         for name in ('a', 'bad', 'c'):
             world.queue(name, age=60)
-        world.broker.put('q.a', 'a-1')
-        world.broker.put('q.c', 'c-1')
+        world.contents.put('q.a', 'a-1')
+        world.contents.put('q.c', 'c-1')
         first.sweep()
         first.keeper._rescue._old_at = 0.0
         first.sweep()
-        assert world.broker.routes('q.n1') == ['a-1', 'c-1']
+        assert world.contents.routes('q.n1') == ['a-1', 'c-1']
         assert world.recorded() == ['q.bad', 'q.n1']
         assert caplog.text.count('cannot be swept now') == 1
 
@@ -640,7 +643,7 @@ class TestDeletion:
     ) -> None:
         first = world.node('n1', catches_strays=True, start=False)
         asked = threading.Event()
-        monkeypatch.setattr(first.mail, 'delete', lambda queue: asked.set())
+        monkeypatch.setattr(first.broker, 'delete', lambda queue: asked.set())
         world.queue('gone', age=60)
         first.keeper.start()
         assert asked.wait(20)
@@ -695,10 +698,10 @@ class TestLease:
             world.settle(behind)
             if during == 'restore':
                 world.queue('gone')
-                world.broker.held['gone'] = [Item('a')]
-                behind.mail.on_restore = lambda node: proxy.switch(Mode.HOLD)
+                world.contents.held['gone'] = [Item('a')]
+                behind.broker.on_restore = lambda node: proxy.switch(Mode.HOLD)
             else:
-                world.broker.put(PARKED, 'a')
+                world.contents.put(PARKED, 'a')
                 refresh, answers = behind.gate.owners.refresh, itertools.count()
 
                 def stranded() -> bool:
@@ -710,7 +713,7 @@ class TestLease:
             behind.keeper.start()
             eventually(lambda: behind.leases == [False], 30)
             proxy.switch(Mode.PASS)
-            behind.mail.on_restore = lambda node: None
+            behind.broker.on_restore = lambda node: None
             monkeypatch.undo()
             eventually(lambda: behind.leases == [False, True], 30)
 
@@ -721,15 +724,15 @@ class TestLease:
         query(world.config, """DELETE FROM "{}queue" WHERE node = 'n2'""")
         first.gate.owners.reread()
         assert first.gate.decide(theirs, 0).verdict is Verdict.PARK
-        world.broker.put(PARKED, theirs)
+        world.contents.put(PARKED, theirs)
         first.sweep()
-        assert world.broker.routes(PARKED) == [theirs]
+        assert world.contents.routes(PARKED) == [theirs]
         world.queue('n2')
         eventually(lambda: first.gate.decide(theirs, 0).verdict is Verdict.FORWARD)
 
         def handed_out() -> bool:
             first.sweep()  # one that comes soon after another leaves the parked messages alone
-            return world.broker.routes('q.n2') == [theirs]
+            return world.contents.routes('q.n2') == [theirs]
 
         eventually(handed_out)
 
@@ -745,7 +748,7 @@ def test_the_mark_of_the_broker_is_written_again(world: World) -> None:
     first = world.node('n1', start=False)
     first.job.belonging = Belonging('celery', 'mark-1')
     first.keeper.start()
-    eventually(lambda: first.mail.marks == ['mark-1'])
+    eventually(lambda: first.broker.marks == ['mark-1'])
 
 
 class TestTrouble:
@@ -753,12 +756,12 @@ class TestTrouble:
         self, world: World, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = world.node('n1', start=False)
-        first.mail.errors = [ConnectionError('broker away'), OSError('still away')]
-        world.broker.put('q.gone', 'a')
+        first.broker.errors = [ConnectionError('broker away'), OSError('still away')]
+        world.contents.put('q.gone', 'a')
         world.queue('gone')
         first.keeper.start()
-        eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
-        assert first.mail.resets == 2
+        eventually(lambda: world.contents.routes('q.n1') == ['a'], 20)
+        assert first.broker.resets == 2
         assert caplog.text.count('cannot be swept now') == 1, (
             'a failure that is repeated is said once'
         )
@@ -770,28 +773,28 @@ class TestTrouble:
             raise RuntimeError('mine')
 
         first.keeper._on_change = broken
-        world.broker.put('q.gone', 'a')
+        world.contents.put('q.gone', 'a')
         world.queue('gone')
         first.keeper.start()
-        eventually(lambda: world.broker.routes('q.n1') == ['a'], 20)
+        eventually(lambda: world.contents.routes('q.n1') == ['a'], 20)
 
     def test_a_crash_while_letters_move_loses_none(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = world.node('n1', start=False)
-        forward, failed = FakeLetter.forward, threading.Event()
+        forward, failed = FakeDelivery.forward, threading.Event()
 
-        def fails_once(letter: FakeLetter, queue: str) -> None:
-            if not failed.is_set() and letter.route == ROUTES[5]:
+        def fails_once(delivery: FakeDelivery, queue: str) -> None:
+            if not failed.is_set() and delivery.route == ROUTES[5]:
                 failed.set()
                 raise ConnectionError
-            forward(letter, queue)
+            forward(delivery, queue)
 
-        monkeypatch.setattr(FakeLetter, 'forward', fails_once)
-        world.broker.put('q.gone', *ROUTES)
+        monkeypatch.setattr(FakeDelivery, 'forward', fails_once)
+        world.contents.put('q.gone', *ROUTES)
         world.queue('gone')
         first.keeper.start()
-        eventually(lambda: world.broker.routes('q.n1') == sorted(ROUTES), 20)
+        eventually(lambda: world.contents.routes('q.n1') == sorted(ROUTES), 20)
         assert failed.is_set()
 
 
@@ -816,21 +819,21 @@ class TestMany:
         leader, other = (first, second) if first.job.am_i_leader() else (second, first)
         leader.sweep()
         other.sweep()
-        assert leader.mail.asked == [300] and not other.mail.asked
+        assert leader.broker.asked == [300] and not other.broker.asked
         assert not held, 'no transaction for any of them'
         leader.sweep()
-        assert leader.mail.asked == [300], 'and not at every sweep'
+        assert leader.broker.asked == [300], 'and not at every sweep'
 
     def test_what_was_left_last_comes_back_first(self, world: World) -> None:
         first = world.node('n1', start=False)
         world.settle(first)
         for number in range(20):
             world.queue(f'old-{number}', age=100 + number)
-            world.broker.held[f'old-{number}'] = [Item(f'o{number}')]
+            world.contents.held[f'old-{number}'] = [Item(f'o{number}')]
         world.queue('fresh')
-        world.broker.held['fresh'] = [Item('f')]
+        world.contents.held['fresh'] = [Item('f')]
         first.sweep()
-        assert first.mail.restored == ['fresh', *(f'old-{number}' for number in range(20))]
+        assert first.broker.restored == ['fresh', *(f'old-{number}' for number in range(20))]
 
 
 class TestHold:
@@ -844,20 +847,20 @@ class TestHold:
                 inside.set()
                 go.wait(30)
 
-        first.mail.on_restore = stay
+        first.broker.on_restore = stay
         world.queue('gone')
         world.queue('gone2')
-        world.broker.held['gone'] = [Item('a')]
-        world.broker.held['gone2'] = [Item('b')]
+        world.contents.held['gone'] = [Item('a')]
+        world.contents.held['gone2'] = [Item('b')]
         try:
             first.keeper.start()
             assert inside.wait(20)
             second.keeper.start()
-            eventually(lambda: 'gone2' in second.mail.restored, 20)
-            assert 'gone' not in second.mail.restored
+            eventually(lambda: 'gone2' in second.broker.restored, 20)
+            assert 'gone' not in second.broker.restored
         finally:
             go.set()
-        eventually(lambda: world.broker.routes('home') == ['a', 'b'], 20)
+        eventually(lambda: world.contents.routes('home') == ['a', 'b'], 20)
 
     def test_a_new_life_waits_until_its_former_one_is_swept(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -869,15 +872,15 @@ class TestHold:
             inside.set()
             go.wait(30)
 
-        first.mail.on_restore = stay
+        first.broker.on_restore = stay
         world.queue('n2')
-        world.broker.held['n2'] = [Item('b')]
+        world.contents.held['n2'] = [Item('b')]
         done: list[Any] = []
         try:
             first.keeper.start()
             assert inside.wait(20)
             second = world.node('n2', start=False)
-            world.broker.held['n2'] = [Item('a')]
+            world.contents.held['n2'] = [Item('a')]
             asked: list[bool] = []
 
             def counted(*arguments: Any) -> bool:
@@ -890,17 +893,17 @@ class TestHold:
             thread.start()
             eventually(lambda: len(asked) > 2)
             assert not any(asked)
-            assert (done, second.mail.restored) == ([], [])
+            assert (done, second.broker.restored) == ([], [])
         finally:
             go.set()
         thread.join(30)
-        assert len(done) == 1 and second.mail.restored == ['n2']
-        assert world.broker.routes('home') == ['a']
+        assert len(done) == 1 and second.broker.restored == ['n2']
+        assert world.contents.routes('home') == ['a']
 
     def test_a_sweep_locks_no_table_while_the_broker_works(self, world: World) -> None:
         first = world.node('n1', start=False)
         locked: list[tuple[Any, ...]] = []
-        first.mail.on_restore = lambda node: locked.extend(
+        first.broker.on_restore = lambda node: locked.extend(
             query(
                 world.config,
                 """
@@ -924,7 +927,7 @@ class TestHold:
                 first.keeper.reclaim()
             first.keeper.stop(10)
             assert first.keeper.reclaim() == 0, 'a worker that is told to stop does'
-        assert first.mail.restored == []
+        assert first.broker.restored == []
 
     def test_a_node_that_has_come_back_is_not_swept(
         self, world: World, monkeypatch: pytest.MonkeyPatch
@@ -932,10 +935,10 @@ class TestHold:
         """It came back between the look at the table and the lock."""
         first, second = world.node('n1', start=False), world.node('n2', start=False)
         world.settle(first, second)
-        world.broker.put('q.n2', 'a')
+        world.contents.put('q.n2', 'a')
         for action in (first.keeper._rescue.sweep_one, first.keeper._rescue.delete_one):
             action(Orphan('q.n2', 'n2', 60.0))
-        assert (first.mail.restored, first.mail.deleted, world.broker.routes('q.n2')) == (
+        assert (first.broker.restored, first.broker.deleted, world.contents.routes('q.n2')) == (
             [],
             [],
             ['a'],
