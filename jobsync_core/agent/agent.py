@@ -19,7 +19,7 @@ from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, JobSyncError, StoreTimeout
 from ..logs import get_logger
 from ..protocol.effects import Entered, Failed, Left, Note, RebalanceEvent, Release
-from ..protocol.messages import Beaten, Connect, Connected, Join, Reply, Request
+from ..protocol.messages import Connect, ConnectReply, HeartbeatReply, Join, Reply, Request
 from ..protocol.node import BESIDE, Phase, Protocol
 from ..store.connection import Connection
 from ..store.control import Control
@@ -165,11 +165,11 @@ class Agent:
             self._run_effects()
         except BaseException as error:
             # Nothing may claim on without somebody who renews the lease and follows the hand-overs.
-            self.protocol.claims.suspend()
+            self.protocol.ownership.suspend()
             self.failure = self.failure or (error if isinstance(error, Exception) else None)
             logger.exception('agent of node %s ended', self.protocol.name)
         finally:
-            self.protocol.claims.suspend()
+            self.protocol.ownership.suspend()
             self._close_connection()
             self._entered.set()
             with self._changed:
@@ -197,7 +197,7 @@ class Agent:
             self.protocol.refused(request, clock.now())
         else:
             self._failing_since = None
-            if isinstance(reply, Beaten):
+            if isinstance(reply, HeartbeatReply):
                 self.last_beat = _wall_clock()
             self._run_commands()
             if self._said:  # should it fail again, that is news
@@ -218,7 +218,7 @@ class Agent:
             told = (
                 self._connection.history_sql != "''"
             )  # then each answer that matters tells it again
-            return Connected('' if told else self._connection.server)
+            return ConnectReply('' if told else self._connection.server)
         assert self._connection is not None
         return self._control.handle(self._connection, request)
 
@@ -235,7 +235,7 @@ class Agent:
         """Something unforeseen: nothing is claimed until all has been read anew over a new
         connection. Others may find this node dead.
         """
-        self.protocol.claims.suspend()
+        self.protocol.ownership.suspend()
         if not self.protocol.entered or self.protocol.phase is Phase.LEAVING:
             raise error  # whoever waits for it is told
         try:
@@ -244,7 +244,7 @@ class Agent:
             self.protocol.recover(clock.now())
             self._run_effects()
         except Exception:  # as little as there is left: the next step tries again
-            self.protocol.claims.suspend()
+            self.protocol.ownership.suspend()
         self._wake_up.wait(_REST)
         self._wake_up.clear()
 

@@ -15,9 +15,9 @@ from ..assignment.tokens import TokenSet
 from ..config import CoordinationConfig
 from ..errors import ClaimLost, JobSyncError
 from ..logs import get_logger
-from ..protocol import ownership as claims
+from ..protocol import ownership
 from ..protocol.exclusions import Exclusions
-from ..protocol.ownership import Claims
+from ..protocol.ownership import Ownership
 from ..store import tasks
 from ..store.connection import Sessions
 from ..store.tables import Tables
@@ -98,7 +98,7 @@ class TaskBook:
 
     def __init__(
         self,
-        local: Claims,
+        local: Ownership,
         sessions: Sessions,
         config: CoordinationConfig,
         tables: Tables,
@@ -106,7 +106,7 @@ class TaskBook:
         date: datetime.date,
         incarnation: Callable[[], str],
     ) -> None:
-        self._claims = local
+        self._ownership = local
         self._sessions = sessions
         self._tables = tables
         self._node = node
@@ -136,19 +136,19 @@ class TaskBook:
         )
         token = self._hash(text.encode()) % self._total_tokens
         own = self._own
-        if claims.forked and own.pid != os.getpid():
+        if ownership.forked and own.pid != os.getpid():
             own = self._start_anew()
         if own.given:
             self._give_up(own)
         head, bits = self._head, self._bits
         now, generation = clock.now(), head[0]
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (
-            claims.forked and self._claims.is_orphaned()
+            ownership.forked and self._ownership.is_orphaned()
         ):
             return self._holds(own, text, now)
         if (
             text in own.done
-            or (head[1] and self._claims.exclusions.excludes(token, text))
+            or (head[1] and self._ownership.exclusions.excludes(token, text))
             or (own.past is not None and own.past.excludes(token, text))
         ):
             own.promises.pop(get_ident(), None)
@@ -192,9 +192,9 @@ class TaskBook:
         own = self._mine()
         child = own.pid if for_audit and own.pid != self._pid else None
         if child is not None:
-            self._claims.note_children()
+            self._ownership.note_children()
         for _ in range(_CLAIM_ATTEMPTS):
-            if self._claims.closed and own.pid != self._pid:
+            if self._ownership.closed and own.pid != self._pid:
                 break  # the node is leaving, and has audited what its children took
             life = self._incarnation()
             with self._sessions.session() as connection:
@@ -215,7 +215,7 @@ class TaskBook:
             # names this node, and from then on there is a claim row. Only a row that is being
             # rewritten shows neither.
             if not any(
-                self._claims.may_claim(token, clock.now()) or self._is_promised(own, text)
+                self._ownership.may_claim(token, clock.now()) or self._is_promised(own, text)
                 for text, token in missing.items()
             ):
                 break
@@ -298,7 +298,7 @@ class TaskBook:
         Asks the database only where a child took something: leaving costs nothing more than before,
         and no outage is an error for a node that has nothing to lose.
         """
-        if not self._claims.children_took:
+        if not self._ownership.children_took:
             return 0
         return self._in_batches(
             lambda connection: tasks.audit_children(
@@ -321,7 +321,7 @@ class TaskBook:
 
     def close(self) -> None:
         """Answer False from now on, in forked children too."""
-        self._claims.close()
+        self._ownership.close()
         self._lease = _NO_LEASE
 
     def release(self) -> None:
@@ -345,7 +345,7 @@ class TaskBook:
 
     def _mine(self) -> _Own:
         own = self._own
-        return own if not claims.forked or own.pid == os.getpid() else self._start_anew()
+        return own if not ownership.forked or own.pid == os.getpid() else self._start_anew()
 
     def _start_anew(self) -> _Own:
         """In a forked child: what the parent was told, took and will audit stays the parent's."""
@@ -361,7 +361,7 @@ class TaskBook:
         before = clock.now() - self._promise_sec
         old = [text for text, since in own.done.items() if since < before]
         if old:
-            tokens, exclusions = self._claims.tokens, self._claims.exclusions
+            tokens, exclusions = self._ownership.tokens, self._ownership.exclusions
             if own.pid != self._pid:
                 exclusions = own.past = (
                     own.past if own.past is not None else Exclusions(self._total_tokens)
@@ -383,7 +383,7 @@ class TaskBook:
         added = own.added.get(text)
         if added is None or added.incarnation != self._incarnation():
             return False
-        return now < self._lease[0] and not (claims.forked and self._claims.is_orphaned())
+        return now < self._lease[0] and not (ownership.forked and self._ownership.is_orphaned())
 
     def _is_promised(self, own: _Own, text: str) -> bool:
         """Whether this thread was told last that it may take the task, and not too long ago."""
@@ -418,7 +418,7 @@ class TaskBook:
         while True:
             with own.lock:
                 void = [(text, given) for text, given in list(own.given.items()) if given.void]
-                if not void or self._claims.closed:  # a node that leaves releases what it has
+                if not void or self._ownership.closed:  # a node that leaves releases what it has
                     own.taking_back = False
                     return
             for text, given in void:

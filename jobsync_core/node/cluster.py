@@ -25,7 +25,7 @@ from ..ledger.cluster import ClusterLedger
 from ..logs import get_logger
 from ..process import is_known_alive, is_known_dead, this_process
 from ..protocol.node import Phase, Protocol, Settings
-from ..protocol.ownership import Claims
+from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
 from ..store import locks as lock_store
 from ..store import queues, status, tasks
@@ -74,7 +74,7 @@ class ClusterNode:
         callbacks: The user's.
 
     Attributes:
-        claims: Its tokens and its lease.
+        ownership: Its tokens and its lease.
         tasks: What it has promised, claimed and added.
         protocol: Its state machine; the agent's thread alone touches it.
         agent: Drives it.
@@ -90,11 +90,11 @@ class ClusterNode:
         self._tables = Tables.of(config)
         self._sessions = Sessions(config, f'jobsync {name}')
         self._process = this_process()
-        self.claims = Claims(
+        self.ownership = Ownership(
             config.total_tokens, lambda: is_known_alive(self._process), threading.Lock()
         )
         self.tasks = TaskBook(
-            self.claims,
+            self.ownership,
             self._sessions,
             config,
             self._tables,
@@ -112,7 +112,7 @@ class ClusterNode:
             name,
             lambda: self.incarnation,
             lambda: self.has_lease,
-            self.claims.pausing,
+            self.ownership.pausing,
         )
         #: Bound once: nothing stands between the question and the look-up.
         self.can_claim = self.tasks.can_claim
@@ -137,7 +137,7 @@ class ClusterNode:
             self._name,
             settings,
             self._process,
-            self.claims,
+            self.ownership,
             new_incarnation=lambda: str(uuid.uuid4()),
             is_known_dead=is_known_dead,
             promises=self.tasks.promises,
@@ -207,13 +207,13 @@ class ClusterNode:
                         date,
                         number,
                     )
-            elif len(self.claims.exclusions):
+            elif len(self.ownership.exclusions):
                 logger.info(
                     'node=%s date=%s: %d tasks of its tokens are audited already or taken by '
                     'others, and do not run again here',
                     self._name,
                     date,
-                    len(self.claims.exclusions),
+                    len(self.ownership.exclusions),
                 )
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
@@ -275,13 +275,13 @@ class ClusterNode:
 
     def disown(self, mark: str) -> None:
         """See Node."""
-        self.claims.incarnation = mark
+        self.ownership.incarnation = mark
 
     # --- tasks ---
 
     def owns(self, task_id: object) -> bool:
         """See Node."""
-        return self.claims.may_claim(self.tasks.token_of(task_id_of(task_id)), clock.now())
+        return self.ownership.may_claim(self.tasks.token_of(task_id_of(task_id)), clock.now())
 
     def add(self, task: object) -> None:
         """See Node."""
@@ -320,7 +320,7 @@ class ClusterNode:
     @property
     def tokens(self) -> TokenSet:
         """See Node."""
-        return self.claims.tokens if self.has_lease else TokenSet()
+        return self.ownership.tokens if self.has_lease else TokenSet()
 
     @property
     def version(self) -> int:
@@ -330,17 +330,17 @@ class ClusterNode:
     @property
     def incarnation(self) -> str:
         """See Node."""
-        return self.claims.incarnation
+        return self.ownership.incarnation
 
     @property
     def has_lease(self) -> bool:
         """See Node."""
-        return clock.now() < self.claims.deadline
+        return clock.now() < self.ownership.deadline
 
     @property
     def pausing(self) -> Pausing:
         """See Node."""
-        return self.claims.pausing
+        return self.ownership.pausing
 
     @property
     def is_healthy(self) -> bool:
@@ -359,7 +359,7 @@ class ClusterNode:
 
     def _is_oldest(self) -> bool:
         now = clock.now()
-        return now < self.claims.deadline and self.protocol.rank(now) == 0
+        return now < self.ownership.deadline and self.protocol.rank(now) == 0
 
     def status(self, state: str) -> dict[str, Any]:
         """See Node."""
@@ -375,7 +375,7 @@ class ClusterNode:
             'token_version': self.version,
             'total_tokens': self._config.total_tokens,
             'last_heartbeat': self.agent.last_beat,
-            'lease_remaining_sec': max(0.0, self.claims.deadline - clock.now()),
+            'lease_remaining_sec': max(0.0, self.ownership.deadline - clock.now()),
             'evictions': self.protocol.evictions,
             'callback_failures': self._callbacks.failures,
             'callbacks_slow': self._callbacks.slow,

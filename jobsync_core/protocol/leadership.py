@@ -12,10 +12,21 @@ from collections.abc import Sequence
 
 from ..assignment.model import Member
 from .liveness import Liveness
-from .messages import DEATHS, ELDERS, Evict, Evicted, Lead, Led, Observe, Observed, Sign, StepDown
+from .messages import (
+    DEATHS,
+    ELDERS,
+    Evict,
+    EvictReply,
+    Lead,
+    Observe,
+    ObserveReply,
+    RoundReply,
+    Sign,
+    StepDown,
+)
 from .rhythm import Backoff
 
-__all__ = ['Duty', 'Lookout']
+__all__ = ['Duty', 'Leadership']
 
 Duty = Observe | Evict | Lead | StepDown
 
@@ -28,7 +39,7 @@ _SHORTEST_WAIT = 0.02
 _REST = 3
 
 
-class Lookout:
+class Leadership:
     """What one node knows of the others, and what it has to do about it.
 
     Args:
@@ -139,7 +150,9 @@ class Lookout:
         if not self.watches(now):
             self.liveness.keep([sign.name for sign in older])
 
-    def observed(self, reply: Observed, incarnation: str, now: float, took: float = 0.0) -> bool:
+    def observed(
+        self, reply: ObserveReply, incarnation: str, now: float, took: float = 0.0
+    ) -> bool:
         """A look at the whole node table, which took so many seconds; whether this node is in
         it.
         """
@@ -168,7 +181,7 @@ class Lookout:
             self._lead_at = now + (_JOIN_WINDOW if known < self._known else 0.0)
         return me is not None
 
-    def evicted(self, request: Evict, reply: Evicted, now: float) -> None:
+    def evicted(self, request: Evict, reply: EvictReply, now: float) -> None:
         """An eviction has been carried out, or refused."""
         if reply.led and reply.names:
             self._lead_at = now
@@ -195,7 +208,7 @@ class Lookout:
         self._stuck = frozenset()
         self._singly = 0
 
-    def led(self, reply: Led, now: float) -> None:
+    def led(self, reply: RoundReply, now: float) -> None:
         """A round has been carried out, or refused."""
         self._lead_at = now if reply.more else _NEVER
         self._have_died = self._have_died and reply.more

@@ -20,27 +20,27 @@ __all__ = [
     'DEATHS',
     'ELDERS',
     'Activate',
-    'Activated',
+    'ActivateReply',
     'Beat',
-    'Beaten',
+    'HeartbeatReply',
     'Connect',
-    'Connected',
+    'ConnectReply',
     'Drain',
     'Evict',
-    'Evicted',
+    'EvictReply',
     'Give',
-    'Given',
-    'Holdings',
+    'GiveReply',
+    'RefreshReply',
     'Join',
-    'Joined',
+    'JoinReply',
     'Lead',
     'Leave',
-    'Led',
+    'RoundReply',
     'Lives',
-    'LivesGone',
+    'LivesReply',
     'Mismatch',
     'Observe',
-    'Observed',
+    'ObserveReply',
     'Occupied',
     'RecordHistory',
     'Refresh',
@@ -49,7 +49,7 @@ __all__ = [
     'Sign',
     'StepDown',
     'Take',
-    'Taken',
+    'TakeReply',
 ]
 
 #: How many of the older nodes a heartbeat's answer names: so many of the oldest may die at once and
@@ -79,7 +79,7 @@ class Connect:
 
 
 @dataclass(frozen=True)
-class Connected:
+class ConnectReply:
     """`server` names the server, where the answers cannot name the database's history; else it is
     ''.
     """
@@ -89,12 +89,12 @@ class Connected:
 
 @dataclass(frozen=True)
 class Join:
-    """Insert the node row; replies Joined, Occupied or Mismatch.
+    """Insert the node row; replies JoinReply, Occupied or Mismatch.
 
     active: skip the grace period (a node that comes back after an eviction). replace: (incarnation,
     beat) of a row of this name that is known dead; it is deleted if it still looks so. reap: nodes
     seen dead; deleted if they still look so, before the settings are compared. A Join whose
-    incarnation is in the table already succeeded earlier: Joined.
+    incarnation is in the table already succeeded earlier: JoinReply.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Join:
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinReply:
     version: int
 
 
@@ -130,10 +130,10 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Beat:
-    """Heartbeat; replies Beaten, or None when the incarnation has been evicted.
+    """Heartbeat; replies HeartbeatReply, or None when the incarnation has been evicted.
 
-    since: no node is older than this (Beaten.since of an earlier answer), so that nothing need be
-    read before it. number: what the row's `beat` becomes: even, and larger than that of any
+    since: no node is older than this (HeartbeatReply.since of an earlier answer), so that nothing
+    need be read before it. number: what the row's `beat` becomes: even, and larger than that of any
     heartbeat which was sent before. seen: what the row's `beat` was at the last answer; 0 before
     the first one.
 
@@ -150,17 +150,17 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Beaten:
-    """
+class HeartbeatReply:
+    """The row's heartbeat counts; this is what the tables say meanwhile.
 
     older: the oldest of the nodes that are older than this one, at most ELDERS, oldest first. ages:
     seconds since the last heartbeat of each, by the server's clock; a hint for timing, never a
     proof of life or death. since: when the oldest node that was seen was created, in microseconds
     of the server's clock. history: names the database's history (system identifier and timeline);
     '' where this role may not ask for it. settled: the cluster's row names this history: since it
-    began, somebody has waited until no lease of another one can be valid.
-        So it is where the row names none and the server was never promoted.
-    same: this is the history of the last answer. If not, it is another one, whatever its name.
+    began, somebody has waited until no lease of another one can be valid. So it is where the row
+    names none and the server was never promoted. same: this is the history of the last answer. If
+    not, it is another one, whatever its name.
     """
 
     version: int
@@ -175,7 +175,9 @@ class Beaten:
 
 @dataclass(frozen=True)
 class Refresh:
-    """Read the rows that name this incarnation as owner; replies Holdings, or None when evicted.
+    """Read the rows that name this incarnation as owner; replies RefreshReply, or None when
+    evicted.
+
     seen: as in Beat.
     """
 
@@ -185,11 +187,11 @@ class Refresh:
 
 
 @dataclass(frozen=True)
-class Holdings:
-    """
+class RefreshReply:
+    """The rows of this node, and what is on its way here.
 
     planned: the latest plan took the present nodes and locks into account. incoming: tokens on
-    their way to this node. history, same: as in Beaten.
+    their way to this node. history, same: as in HeartbeatReply.
     """
 
     version: int
@@ -204,7 +206,7 @@ class Holdings:
 @dataclass(frozen=True)
 class Take:
     """Ask which tasks of tokens are audited for this node's date, or claimed by another live node;
-    replies Taken.
+    replies TakeReply.
 
     ranges: sorted and disjoint; the answer may be about the first of these tokens alone.
     limit: how many rows it should be made of.
@@ -218,7 +220,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Taken:
+class TakeReply:
     """What is known now, and of which tokens.
 
     ranges: the tokens whose tasks are all known with this answer. keys: the tasks, as sorted keys
@@ -237,20 +239,20 @@ class Taken:
 
 @dataclass(frozen=True)
 class Lives:
-    """Ask which of these lives of nodes are over; replies LivesGone."""
+    """Ask which of these lives of nodes are over; replies LivesReply."""
 
     incarnations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class LivesGone:
+class LivesReply:
     incarnations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Give:
     """Give away the rows of mine that are moving, lie within `ranges` and are not newer than
-    `version`; replies Given.
+    `version`; replies GiveReply.
 
     promised: (task_id, token) pairs that this node has just said it may claim; recorded as its
     claims in the same transaction.
@@ -264,14 +266,14 @@ class Give:
 
 
 @dataclass(frozen=True)
-class Given:
+class GiveReply:
     tokens: int
 
 
 @dataclass(frozen=True)
 class Activate:
     """The grace period is over: become active if enough nodes are there (not counting `dead`);
-    replies Activated, or None when evicted.
+    replies ActivateReply, or None when evicted.
     """
 
     name: str
@@ -281,7 +283,7 @@ class Activate:
 
 
 @dataclass(frozen=True)
-class Activated:
+class ActivateReply:
     ok: bool
     nodes: int
 
@@ -305,11 +307,11 @@ class Leave:
 
 @dataclass(frozen=True)
 class Observe:
-    """Look at the whole node table; replies Observed."""
+    """Look at the whole node table; replies ObserveReply."""
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObserveReply:
     """stale: nodes or locks differ from those of the latest plan. next_expiry: seconds until the
     next lock expires.
     """
@@ -322,8 +324,8 @@ class Observed:
 
 @dataclass(frozen=True)
 class Evict:
-    """Delete the nodes in `dead` that still look so; replies Evicted. A transaction of its own: it
-    stands, whatever the plan does.
+    """Delete the nodes in `dead` that still look so; replies EvictReply. A transaction of its own:
+    it stands, whatever the plan does.
 
     only: delete this one of them alone; the others still do not count as older than this node.
     """
@@ -340,7 +342,7 @@ class Evict:
 
 
 @dataclass(frozen=True)
-class Evicted:
+class EvictReply:
     """led: this node was the oldest of those not seen dead. names: who was deleted."""
 
     led: bool
@@ -349,8 +351,9 @@ class Evicted:
 
 @dataclass(frozen=True)
 class Lead:
-    """One leader's round: plan if anything changed; replies Led. dead: nodes seen dead that could
-    not be evicted yet.
+    """One leader's round: plan if anything changed; replies RoundReply.
+
+    dead: nodes seen dead that could not be evicted yet.
     """
 
     name: str
@@ -360,7 +363,7 @@ class Lead:
 
 
 @dataclass(frozen=True)
-class Led:
+class RoundReply:
     """led: this node was the oldest of those not seen dead. moved: tokens that the plan moves.
 
     more: the round is not over, since plans of many rows are written in pieces: ask again at once.
@@ -400,11 +403,9 @@ class RecordHistory:
 
 Request: TypeAlias = (
     'Connect | Join | Beat | Refresh | Take | Lives | Give | Activate | Drain | Leave | Observe | '
-    'Evict | Lead | StepDown | '
-    'RecordHistory'
+    'Evict | Lead | StepDown | RecordHistory'
 )
 Reply: TypeAlias = (
-    'Connected | Joined | Occupied | Mismatch | Beaten | Holdings | Taken | LivesGone | Given | '
-    'Activated | Observed | Evicted | Led | '
-    'bool | None'
+    'ConnectReply | JoinReply | Occupied | Mismatch | HeartbeatReply | RefreshReply | TakeReply | '
+    'LivesReply | GiveReply | ActivateReply | ObserveReply | EvictReply | RoundReply | bool | None'
 )

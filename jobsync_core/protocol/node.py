@@ -35,41 +35,41 @@ from ..assignment.tokens import TokenSet
 from ..errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
 from ..process import Process
 from .effects import Effect, Entered, Failed, Left, Note, RebalanceEvent, Release
-from .leadership import Duty, Lookout
+from .leadership import Duty, Leadership
 from .messages import (
     ELDERS,
     Activate,
-    Activated,
+    ActivateReply,
     Beat,
-    Beaten,
     Connect,
-    Connected,
+    ConnectReply,
     Drain,
     Evict,
-    Evicted,
+    EvictReply,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
-    Joined,
+    JoinReply,
     Lead,
     Leave,
-    Led,
-    LivesGone,
+    LivesReply,
     Mismatch,
     Observe,
-    Observed,
+    ObserveReply,
     Occupied,
     RecordHistory,
     Refresh,
+    RefreshReply,
     Reply,
     Request,
+    RoundReply,
     Sign,
     StepDown,
     Take,
-    Taken,
+    TakeReply,
 )
-from .ownership import Claims
+from .ownership import Ownership
 from .rhythm import beat_delay, spread
 from .takings import Takings
 
@@ -154,7 +154,7 @@ class Protocol:
         name: The node's name.
         settings: Times and sizes.
         process: Identity of this process, for others to judge whether it is dead.
-        claims: What `can_claim_task` reads; this object alone writes it.
+        ownership: What `can_claim_task` reads; this object alone writes it.
         new_incarnation: Makes a fresh id for each life of the name.
         is_known_dead: Whether a process is certainly gone.
         promises: Takes a set of tokens that have just left the local set and names the (task_id,
@@ -166,7 +166,7 @@ class Protocol:
         name: str,
         settings: Settings,
         process: Process,
-        claims: Claims,
+        ownership: Ownership,
         *,
         new_incarnation: Callable[[], str],
         is_known_dead: Callable[[Process], bool],
@@ -174,7 +174,7 @@ class Protocol:
     ) -> None:
         self.name = name
         self.settings = settings
-        self.claims = claims
+        self.ownership = ownership
         self.phase = Phase.JOINING
         self.incarnation = new_incarnation()
         self.version = 0
@@ -187,7 +187,7 @@ class Protocol:
         self._new_incarnation = new_incarnation
         self._is_known_dead = is_known_dead
         self._promises = promises
-        claims.incarnation = self.incarnation
+        ownership.incarnation = self.incarnation
         self._mine = {self.incarnation}  # every life of mine: a row of one of them is no rival's
         self._effects: list[Effect] = []
         self._pending: Request | None = None
@@ -223,7 +223,7 @@ class Protocol:
         # assignment
         self._must_refresh = True  # nothing may be claimed before the next Refresh
         self._refresh_at = 0.0
-        self._takings = Takings(name, claims)
+        self._takings = Takings(name, ownership)
         self._batch: _Batch | None = None
         self._batches = 0
         self._quarantine_until: float | None = None
@@ -234,7 +234,7 @@ class Protocol:
         # drain
         self._emptied = False
         # leadership
-        self._lookout = Lookout(settings.timeout, settings.max_gap, settings.poll)
+        self._leadership = Leadership(settings.timeout, settings.max_gap, settings.poll)
 
     # --- questions ---
 
@@ -242,11 +242,11 @@ class Protocol:
         """How many live nodes are older: 0 for the leader, 1 for its successor, None while
         unknown.
         """
-        return self._lookout.rank(now)
+        return self._leadership.rank(now)
 
     def has_lease(self, now: float) -> bool:
         """Whether the lease is valid."""
-        return now < self.claims.deadline
+        return now < self.ownership.deadline
 
     @property
     def drained(self) -> bool:
@@ -266,7 +266,7 @@ class Protocol:
         """Stop claiming at once; the row goes when `on_release` has run."""
         if self.phase in (Phase.LEFT, Phase.FAILED, Phase.LEAVING):
             return
-        tokens = self.claims.tokens
+        tokens = self.ownership.tokens
         self._stop_claiming()
         self._announce(now)
         if (
@@ -302,7 +302,7 @@ class Protocol:
         if kind == 'plan' or (kind == 'give' and (not detail or self.name in detail.split(','))):
             self._refresh_at = now
         elif kind != 'give':
-            self._lookout.look_at = now
+            self._leadership.look_at = now
 
     def released(self, number: int, now: float) -> None:
         """`on_release` has returned."""
@@ -340,7 +340,7 @@ class Protocol:
 
     def _blame(self, request: Request, now: float) -> None:
         if isinstance(request, Duty):
-            self._lookout.failed(request, now)
+            self._leadership.failed(request, now)
 
     def recover(self, now: float) -> None:
         """Something unforeseen went wrong on the way: nothing is claimed until all has been read
@@ -371,7 +371,7 @@ class Protocol:
         """When `next` has something to do if nothing happens before; the past means now."""
         if self.phase in (Phase.LEFT, Phase.FAILED):
             return _NEVER
-        times = [self.claims.deadline or _NEVER]
+        times = [self.ownership.deadline or _NEVER]
         if self._batch is not None and not self._batch.ready:
             times.append(self._batch.deadline)
         if self._quarantine_until is not None:
@@ -387,7 +387,7 @@ class Protocol:
             times += (self._refresh_at, self._takings.wake_at)
         if self.phase is Phase.WAITING and self._gate_open:
             times.append(self._wait_until)
-        return min(*times, self._lookout.wake_at(self._sent_at, self.has_lease(self._sent_at)))
+        return min(*times, self._leadership.wake_at(self._sent_at, self.has_lease(self._sent_at)))
 
     def _pass_time(self, now: float) -> None:
         batch = self._batch
@@ -403,8 +403,8 @@ class Protocol:
             self._must_refresh = True
             self._beat_at = min(self._beat_at, now)
         if not self.has_lease(now):
-            if self.claims.deadline:
-                self.claims.suspend()
+            if self.ownership.deadline:
+                self.ownership.suspend()
                 self._note('warning', 'lease ran out; claiming stopped', version=self.version)
             self._announce(now)
 
@@ -434,7 +434,7 @@ class Protocol:
                 self.name,
                 self.incarnation,
                 self.settings.minimum_nodes,
-                self._lookout.liveness.dead(now),
+                self._leadership.liveness.dead(now),
             )
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not self.quarantined:
             # The database has forgotten the activation: a promoted standby, or a backup.
@@ -459,7 +459,7 @@ class Protocol:
                 return Refresh(self.name, self.incarnation, self._seen)
             if now >= self._takings.wake_at:
                 return self._takings.next(now)
-        return self._lookout.duty(self.name, self.incarnation, now, self.has_lease(now))
+        return self._leadership.duty(self.name, self.incarnation, now, self.has_lease(now))
 
     def _join(self) -> Join:
         active = self._rejoins and self._wait_until == _NEVER
@@ -484,28 +484,28 @@ class Protocol:
             self._finish(Left())
         elif reply is None:
             self._on_evicted(now)
-        elif isinstance(reply, Connected):
+        elif isinstance(reply, ConnectReply):
             self._on_connected(reply, now)
-        elif isinstance(reply, Beaten):
+        elif isinstance(reply, HeartbeatReply):
             self._on_beaten(reply, now)
         elif self.phase is Phase.LEAVING:
             pass  # asked before the decision to leave; of no use now
-        elif isinstance(reply, Holdings):
+        elif isinstance(reply, RefreshReply):
             self._on_holdings(reply, now)
-        elif isinstance(request, Take) and isinstance(reply, Taken):
+        elif isinstance(request, Take) and isinstance(reply, TakeReply):
             self._on_taken(request, reply, now)
-        elif isinstance(reply, LivesGone):
+        elif isinstance(reply, LivesReply):
             self._takings.gone(reply)
-        elif isinstance(reply, Given):
+        elif isinstance(reply, GiveReply):
             self._batch = None
             self._refresh_at = now
-        elif isinstance(reply, Activated):
+        elif isinstance(reply, ActivateReply):
             self._on_activated(reply, now)
-        elif isinstance(reply, Observed):
+        elif isinstance(reply, ObserveReply):
             self._on_observed(reply, now)
-        elif isinstance(request, Evict) and isinstance(reply, Evicted):
+        elif isinstance(request, Evict) and isinstance(reply, EvictReply):
             self._on_evicted_others(request, reply, now)
-        elif isinstance(reply, Led):
+        elif isinstance(reply, RoundReply):
             self._on_led(reply, now)
         elif isinstance(request, StepDown):
             self._on_stepped_down(now)
@@ -514,18 +514,18 @@ class Protocol:
             self._emptied = False
             self._refresh_at = now
 
-    def _on_connected(self, reply: Connected, now: float) -> None:
+    def _on_connected(self, reply: ConnectReply, now: float) -> None:
         self.connected, self._connected_at = True, now
         self._must_refresh = True
         self._beat_at = min(self._beat_at, now)
         self._join_at = min(self._join_at, now)
-        self._lookout.look_at = now
+        self._leadership.look_at = now
         self._since = 0
         if self._server and reply.server and self._server != reply.server:
             self._wait_for_old_leases(now)
         self._server = reply.server
 
-    def _on_history(self, reply: Beaten, now: float) -> bool:
+    def _on_history(self, reply: HeartbeatReply, now: float) -> bool:
         """What a heartbeat's answer tells of the database's history; whether that is the history
         which this node knows.
         """
@@ -538,7 +538,7 @@ class Protocol:
         self._must_record = not reply.settled
         return not changed
 
-    def _is_of_another_history(self, reply: Holdings) -> bool:
+    def _is_of_another_history(self, reply: RefreshReply) -> bool:
         return not reply.same or reply.history not in ('', self._history)
 
     def _wait_for_old_leases(self, now: float) -> None:
@@ -559,14 +559,14 @@ class Protocol:
         )
 
     def _on_join(self, request: Join, reply: Reply, now: float) -> None:
-        if isinstance(reply, Joined):
+        if isinstance(reply, JoinReply):
             self.version = reply.version
             self.state = 'active' if request.active else 'joining'
             self._must_refresh = False
-            self._beat_at = self._refresh_at = self._lookout.look_at = now
+            self._beat_at = self._refresh_at = self._leadership.look_at = now
             self._replace, self._reap = None, ()
             self._since = 0
-            self._lookout.start_anew()
+            self._leadership.start_anew()
             if self.phase is Phase.LEAVING:
                 return
             if request.active:
@@ -606,14 +606,14 @@ class Protocol:
                 host=reply.process.host,
                 pid=reply.process.pid,
             )
-        self._lookout.liveness.look([sign], now)
+        self._leadership.liveness.look([sign], now)
         self._replace = (
-            (sign.incarnation, sign.beat) if self._lookout.liveness.is_dead(sign, now) else None
+            (sign.incarnation, sign.beat) if self._leadership.liveness.is_dead(sign, now) else None
         )
         self._join_at = now if self._replace else now + self.settings.poll
 
     def _seen_alive(self, signs: Iterable[Sign]) -> bool:
-        self._rival_beats += any(self._lookout.liveness.shows_life(sign) for sign in signs)
+        self._rival_beats += any(self._leadership.liveness.shows_life(sign) for sign in signs)
         return self._rival_beats >= _RIVAL_BEATS
 
     def _on_mismatch(self, reply: Mismatch, now: float) -> None:
@@ -632,20 +632,20 @@ class Protocol:
                 )
             )
             return
-        self._lookout.liveness.look(reply.nodes, now)
-        dead = all(self._lookout.liveness.is_dead(sign, now) for sign in reply.nodes)
+        self._leadership.liveness.look(reply.nodes, now)
+        dead = all(self._leadership.liveness.is_dead(sign, now) for sign in reply.nodes)
         self._reap = reply.nodes if dead else ()
         self._join_at = now if dead else now + self.settings.poll
 
-    def _on_beaten(self, reply: Beaten, now: float) -> None:
+    def _on_beaten(self, reply: HeartbeatReply, now: float) -> None:
         if self._on_history(reply, now):
             self._beat_at = self._sent_at + self._beat_delay(reply.ages)
             self._since = reply.since
-            self._lookout.heard(reply.older, now)
+            self._leadership.heard(reply.older, now)
         else:
             self._beat_at = self._sent_at + self.settings.interval
             self._since = 0  # what was older than this in the other history says nothing
-            self._lookout.start_anew()
+            self._leadership.start_anew()
         self.state = reply.state
         if reply.version != self.version:
             self._refresh_at = now
@@ -660,7 +660,7 @@ class Protocol:
 
     def _extend(self, now: float) -> None:
         if now < self._granted:
-            self.claims.extend(self._granted)
+            self.ownership.extend(self._granted)
         self._announce(now)
 
     def _beat_delay(self, ages: tuple[float, ...]) -> float:
@@ -668,7 +668,7 @@ class Protocol:
         longest = interval + (self.settings.lease - interval) / 4
         return min(beat_delay(ages, interval), longest) if len(ages) < ELDERS else interval
 
-    def _on_activated(self, reply: Activated, now: float) -> None:
+    def _on_activated(self, reply: ActivateReply, now: float) -> None:
         if not reply.ok:
             self._finish(
                 Failed(
@@ -685,7 +685,7 @@ class Protocol:
         self.state = 'active'
         self._wait_until = _NEVER
         self._settle_until = now + 2 * self.settings.timeout + self.settings.release_timeout
-        self._refresh_at = self._lookout.look_at = now
+        self._refresh_at = self._leadership.look_at = now
 
     def _on_evicted(self, now: float) -> None:
         """The row is gone: somebody saw this node dead. Clear first, then come back as somebody
@@ -703,16 +703,16 @@ class Protocol:
         self._batch = None
         self._announce(now)
         self._note('warning', 'evicted; joining again', incarnation=self.incarnation)
-        self.incarnation = self.claims.incarnation = self._new_incarnation()
+        self.incarnation = self.ownership.incarnation = self._new_incarnation()
         self._seen = 0
         self._waits = False  # the database may be another one by the time of the next answer
         self._mine.add(self.incarnation)
         self.phase = Phase.JOINING
         self._rejoins = True
-        self._lookout.start_anew()
+        self._leadership.start_anew()
         self._join_at = now
 
-    def _on_holdings(self, reply: Holdings, now: float) -> None:
+    def _on_holdings(self, reply: RefreshReply, now: float) -> None:
         if self._is_of_another_history(reply):
             self._must_refresh = True
             self._beat_at = now
@@ -764,8 +764,8 @@ class Protocol:
 
     def _shrink(self, kept: TokenSet) -> None:
         """Take out of the local set what is leaving, before anybody else can be told."""
-        if not self.claims.tokens <= kept:
-            self.claims.replace(self.claims.tokens & kept)
+        if not self.ownership.tokens <= kept:
+            self.ownership.replace(self.ownership.tokens & kept)
 
     def _follow_moves(self, moving: TokenSet, now: float) -> None:
         batch = self._batch
@@ -789,30 +789,30 @@ class Protocol:
             now + self.settings.release_timeout,
         )
 
-    def _on_taken(self, request: Take, reply: Taken, now: float) -> None:
+    def _on_taken(self, request: Take, reply: TakeReply, now: float) -> None:
         known = self._takings.taken(
             request, reply, now, now - self._sent_at, self.settings.interval / 4
         )
         if known:
-            self.claims.replace(self.claims.tokens | known)
+            self.ownership.replace(self.ownership.tokens | known)
         if not self._takings.gain:
             self._announce(now)
             if not self.entered:
                 self._refresh_at = now
 
-    def _on_observed(self, reply: Observed, now: float) -> None:
-        if not self._lookout.observed(reply, self.incarnation, now, now - self._sent_at):
+    def _on_observed(self, reply: ObserveReply, now: float) -> None:
+        if not self._leadership.observed(reply, self.incarnation, now, now - self._sent_at):
             self._beat_at = now  # evicted: the heartbeat will tell
         if reply.version != self.version:
             self._refresh_at = min(self._refresh_at, now + self.settings.interval)
 
-    def _on_evicted_others(self, request: Evict, reply: Evicted, now: float) -> None:
-        self._lookout.evicted(request, reply, now)
+    def _on_evicted_others(self, request: Evict, reply: EvictReply, now: float) -> None:
+        self._leadership.evicted(request, reply, now)
         if reply.names:
             self._note('info', 'evicted', names=list(reply.names))
 
-    def _on_led(self, reply: Led, now: float) -> None:
-        self._lookout.led(reply, now)
+    def _on_led(self, reply: RoundReply, now: float) -> None:
+        self._leadership.led(reply, now)
         if reply.version != self.version:
             self._refresh_at = now
         for conflict in reply.conflicts:
@@ -827,7 +827,7 @@ class Protocol:
             )
 
     def _on_stepped_down(self, now: float) -> None:
-        self._lookout.start_anew()
+        self._leadership.start_anew()
         self._beat_at = now
         self._note(
             'error',
@@ -838,8 +838,8 @@ class Protocol:
 
     def _stop_claiming(self) -> None:
         self._granted = 0.0
-        self.claims.suspend()
-        self.claims.replace(TokenSet())
+        self.ownership.suspend()
+        self.ownership.replace(TokenSet())
         self._takings.reset()
 
     def _consider_entered(self, settled: bool, now: float) -> None:
@@ -854,7 +854,7 @@ class Protocol:
 
     def _announce(self, now: float) -> None:
         """Tell the user about tokens that became claimable, or ceased to be."""
-        claimable = self.claims.tokens if self.has_lease(now) else TokenSet()
+        claimable = self.ownership.tokens if self.has_lease(now) else TokenSet()
         initial = not self._initial_announced and self.entered
         if claimable == self._announced and not initial:
             return

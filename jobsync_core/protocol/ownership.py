@@ -18,7 +18,7 @@ from .exclusions import Exclusions
 if TYPE_CHECKING:
     from ..assignment.model import Range
 
-__all__ = ['Claims']
+__all__ = ['Ownership']
 
 forked = False
 
@@ -38,7 +38,7 @@ _PAUSE = _LEASE + _LIFE + _CLOSED  # see Pausing
 _HEADER = _PAUSE + pausing.SIZE
 
 
-class Claims:
+class Ownership:
     """The local token set and the lease, written by the agent and read by everybody.
 
     A claim reads one bit and one double, both of which change atomically, so that no lock is

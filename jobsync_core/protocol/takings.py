@@ -5,8 +5,8 @@ while it has them.
 from __future__ import annotations
 
 from ..assignment.tokens import TokenSet
-from .messages import Lives, LivesGone, Take, Taken
-from .ownership import Claims
+from .messages import Lives, LivesReply, Take, TakeReply
+from .ownership import Ownership
 
 __all__ = ['Takings']
 
@@ -17,7 +17,7 @@ _PROMISE_SEC = 0.5
 
 
 class Takings:
-    """Decides what to ask, and puts what is heard into the claims. No I/O and no clock.
+    """Decides what to ask, and puts what is heard into the ownership. No I/O and no clock.
 
     Gained tokens are asked about piece by piece, so that no answer is large and heartbeats go in
     between; each piece may be claimed as soon as it is known. What others have *claimed* becomes
@@ -26,13 +26,13 @@ class Takings:
 
     Args:
         name: The node's name.
-        claims: Where the tasks are excluded.
+        ownership: Where the tasks are excluded.
     """
 
-    def __init__(self, name: str, claims: Claims) -> None:
+    def __init__(self, name: str, ownership: Ownership) -> None:
         self.gain = TokenSet()
         self._name = name
-        self._claims = claims
+        self._ownership = ownership
         self._again = TokenSet()
         self._promised = TokenSet()
         self._promised_at = 0.0
@@ -52,7 +52,7 @@ class Takings:
         """These tokens are the node's; those of them that it cannot claim yet are asked about, and
         what it lost is forgotten.
         """
-        self.gain = kept - self._claims.tokens
+        self.gain = kept - self._ownership.tokens
         self._again &= kept
         self._promised &= kept
         if self._part is not None and self._part[0] not in kept:
@@ -94,7 +94,7 @@ class Takings:
         return Take(self._name, tokens.ranges, self._limit, after)
 
     def taken(
-        self, request: Take, reply: Taken, now: float, took: float, patience: float
+        self, request: Take, reply: TakeReply, now: float, took: float, patience: float
     ) -> TokenSet:
         """What to activate after an answer.
 
@@ -112,12 +112,14 @@ class Takings:
         first = request.ranges[0][0]
         self._part = (first, reply.after) if reply.after is not None else None
         about = TokenSet(reply.ranges if reply.after is None else [(first, first + 1)])
-        if request.after is not None or (reply.after is not None and first in self._claims.tokens):
-            self._claims.exclude_more(
+        if request.after is not None or (
+            reply.after is not None and first in self._ownership.tokens
+        ):
+            self._ownership.exclude_more(
                 reply.keys
             )  # a part of a token: the rest of what is known of it stays
         else:
-            self._claims.exclude(about.ranges, reply.keys)
+            self._ownership.exclude(about.ranges, reply.keys)
         for life in reply.holders:
             self._holders[life] = self._holders.get(life, TokenSet()) | about
         if reply.promised:
@@ -129,8 +131,8 @@ class Takings:
         self._again -= known
         return active
 
-    def gone(self, reply: LivesGone) -> None:
+    def gone(self, reply: LivesReply) -> None:
         """Nodes are gone: what they had claimed and not audited is free."""
         self._must_check = False
         for life in reply.incarnations:
-            self._again |= self._holders.pop(life, TokenSet()) & self._claims.tokens
+            self._again |= self._holders.pop(life, TokenSet()) & self._ownership.tokens

@@ -19,31 +19,31 @@ from ..process import Process
 from ..protocol.messages import (
     ELDERS,
     Activate,
-    Activated,
+    ActivateReply,
     Beat,
-    Beaten,
     Drain,
     Evict,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
-    Joined,
+    JoinReply,
     Lead,
     Leave,
     Lives,
     Mismatch,
     Observe,
-    Observed,
+    ObserveReply,
     Occupied,
     RecordHistory,
     Refresh,
+    RefreshReply,
     Reply,
     Request,
     Sign,
     StepDown,
     Take,
-    Taken,
+    TakeReply,
 )
 from .connection import FIRST_TIMELINE, Connection
 from .epochs import Epochs
@@ -125,7 +125,7 @@ class Control:
 
     # --- heartbeat and looks: one statement each ---
 
-    def _beat(self, connection: Connection, request: Beat) -> Beaten | None:
+    def _beat(self, connection: Connection, request: Beat) -> HeartbeatReply | None:
         # What it reads must not grow with the number of nodes, nor with row versions that
         # somebody's open transaction keeps: its own row by name, and from `since` on a few by age.
         tables = self.tables
@@ -154,7 +154,7 @@ class Control:
             return None
         version, state, created, text, history, recorded, same = rows[0]
         older = json.loads(text or '[]')
-        return Beaten(
+        return HeartbeatReply(
             version,
             state,
             tuple(Sign(*values[:3]) for values in older),
@@ -165,7 +165,7 @@ class Control:
             same,
         )
 
-    def _refresh(self, connection: Connection, request: Refresh) -> Holdings | None:
+    def _refresh(self, connection: Connection, request: Refresh) -> RefreshReply | None:
         tables = self.tables
         rows = connection.execute(
             f"""
@@ -186,7 +186,7 @@ class Control:
         if not rows:
             return None
         version, state, planned, incoming, segments, history, same = rows[0]
-        return Holdings(
+        return RefreshReply(
             version,
             state,
             tuple(Segment(*values) for values in json.loads(segments or '[]')),
@@ -196,7 +196,7 @@ class Control:
             same,
         )
 
-    def _observe(self, connection: Connection) -> Observed | None:
+    def _observe(self, connection: Connection) -> ObserveReply | None:
         tables = self.tables
         rows = connection.execute(
             f"""
@@ -213,16 +213,16 @@ class Control:
             return None
         version, stale, gap, next_expiry, members = rows[0]
         self._leading.checked_gap(gap)
-        return Observed(read_members(members), version, stale or gap, next_expiry)
+        return ObserveReply(read_members(members), version, stale or gap, next_expiry)
 
-    def _take(self, connection: Connection, request: Take) -> Taken:
+    def _take(self, connection: Connection, request: Take) -> TakeReply:
         if self._date is None or not request.ranges:
-            return Taken(request.ranges)
+            return TakeReply(request.ranges)
         return read_taken(connection, self.tables, self._config, self._date, request)
 
     # --- membership ---
 
-    def _join(self, connection: Connection, request: Join) -> Joined | Occupied | Mismatch:
+    def _join(self, connection: Connection, request: Join) -> JoinReply | Occupied | Mismatch:
         if request.replace is None and not request.reap:
             joined = self._join_at_once(connection, request)
             if joined is not None:
@@ -248,7 +248,7 @@ class Control:
             signs = {row[0]: Sign(*row[:3]) for row in members}
             mine = signs.get(request.name)
             if mine is not None and mine.incarnation == request.incarnation:
-                return Joined(version)
+                return JoinReply(version)
             if mine is not None and request.replace != (mine.incarnation, mine.beat):
                 return Occupied(
                     mine, next(_process(row[3:]) for row in members if row[0] == request.name)
@@ -262,9 +262,9 @@ class Control:
                 version = self._form(steps, anew=not request.active and not self.epochs.resumes)
             steps.run(self._insert_sql(), self._insert_params(request))
             self.epochs.joined(others, request.active, version)
-            return Joined(version)
+            return JoinReply(version)
 
-    def _join_at_once(self, connection: Connection, request: Join) -> Joined | None:
+    def _join_at_once(self, connection: Connection, request: Join) -> JoinReply | None:
         """The usual case in one message: the cluster's row is held for no round trip, so that many
         nodes may start together.
 
@@ -300,7 +300,7 @@ class Control:
         self.epochs.joined(
             [Sign(*values) for values in json.loads(others)], request.active, version
         )
-        return Joined(version)
+        return JoinReply(version)
 
     def _form(self, steps: Round, anew: bool) -> int:
         """The first node of an empty cluster sets what the others must agree with; the cluster's
@@ -374,7 +374,7 @@ class Control:
             'channel': self.tables.channel,
         }
 
-    def _activate(self, connection: Connection, request: Activate) -> Activated | None:
+    def _activate(self, connection: Connection, request: Activate) -> ActivateReply | None:
         node = self.tables.node
         rows = connection.execute(
             f"""
@@ -406,7 +406,7 @@ class Control:
         nodes, present, included, _ = rows[0]
         # The first plan has included this node: the cluster had formed, even if others have done
         # their share and left since.
-        return Activated(included or nodes >= request.minimum_nodes, nodes) if present else None
+        return ActivateReply(included or nodes >= request.minimum_nodes, nodes) if present else None
 
     def _drain(self, connection: Connection, request: Drain) -> bool | None:
         rows = connection.execute(
@@ -460,7 +460,7 @@ class Control:
 
     # --- hand-over ---
 
-    def _give(self, connection: Connection, request: Give) -> Given | None:
+    def _give(self, connection: Connection, request: Give) -> GiveReply | None:
         params: dict[str, object] = {
             'name': request.name,
             'incarnation': request.incarnation,
@@ -475,7 +475,7 @@ class Control:
         ((present, tokens, _),) = connection.execute(
             f'{take_turn(connection, self.tables)}; {promise} {self._give_sql()}', params
         )
-        return Given(tokens) if present else None
+        return GiveReply(tokens) if present else None
 
     def _promise_sql(self) -> str:
         tables = self.tables
@@ -542,7 +542,7 @@ def _first(connection: Connection) -> str:
 
 
 def _is_settled(history: str, recorded: str | None) -> bool:
-    """See Beaten.settled. Where the server was ever promoted, a row without a name may be a
+    """See HeartbeatReply.settled. Where the server was ever promoted, a row without a name may be a
     standby's that lacks the last writes.
     """
     return (

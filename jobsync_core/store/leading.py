@@ -14,7 +14,7 @@ from ..assignment.patterns import PATTERN_BYTES, read_patterns
 from ..assignment.round import Pin, decide
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..protocol.messages import DEATHS, Evict, Evicted, Lead, Led, Sign
+from ..protocol.messages import DEATHS, Evict, EvictReply, Lead, RoundReply, Sign
 from .computing import Computation
 from .connection import Connection
 from .epochs import Epochs
@@ -144,7 +144,7 @@ class Leading:
         elif now >= self._check_at:
             self._check_at = now + self._check_every
 
-    def lead(self, connection: Connection, request: Lead) -> Led | None:
+    def lead(self, connection: Connection, request: Lead) -> RoundReply | None:
         """One round, or as much of it as one request may take; None where this incarnation is not
         in the node table.
         """
@@ -160,7 +160,7 @@ class Leading:
             self._draft, self._rows = None, max(_FEWEST_ROWS, self._rows // 4)
             raise
 
-    def evict(self, connection: Connection, request: Evict) -> Evicted | None:
+    def evict(self, connection: Connection, request: Evict) -> EvictReply | None:
         """Delete the dead, in a transaction of its own, so that it stands whatever comes of the
         plan; None as for `lead`.
         """
@@ -169,11 +169,11 @@ class Leading:
             if not any(member.incarnation == request.incarnation for member in members):
                 return None
             if not _is_eldest(request, members):
-                return Evicted(False)
+                return EvictReply(False)
             evicted = steps.delete_unlocked(request.targets)
             self._epochs.evicting(steps, request.dead, evicted)
         self._epochs.evicted(evicted)
-        return Evicted(True, evicted)
+        return EvictReply(True, evicted)
 
     def _begin(self, steps: Round) -> tuple[int, tuple[Member, ...]]:
         """Take the cluster's row; its version, and the nodes, the oldest first."""
@@ -185,7 +185,7 @@ class Leading:
         )
         return (found[0][0], read_members(found[0][1])) if found else (0, ())
 
-    def _step(self, connection: Connection, request: Lead, began: float) -> Led | None:
+    def _step(self, connection: Connection, request: Lead, began: float) -> RoundReply | None:
         """One transaction, which writes a piece of the plan; where there is none yet, it is made
         afterwards, without any lock.
         """
@@ -197,26 +197,26 @@ class Leading:
                 if not any(member.incarnation == request.incarnation for member in members):
                     return None
                 if not _is_eldest(request, members):
-                    return Led(False, version)
+                    return RoundReply(False, version)
                 state = self._prepare(steps)
                 waiting = state.gap and not self._may_fill(state)
                 if waiting:
                     version = self._open_gap(steps, state)
                 elif state.planned and not state.gap:
                     self._draft = None
-                    return Led(True, state.version)
+                    return RoundReply(True, state.version)
                 elif self._draft is not None and self._draft.seen == state.seen:
                     return self._write(steps, request, self._draft, state, began)
         except Outdated:
             self._draft = None
-            return Led(True, version, more=True)
+            return RoundReply(True, version, more=True)
         if waiting:
             if version != state.version:
                 self._gap = version, time.monotonic()
             self._draft = None
-            return Led(True, version)
+            return RoundReply(True, version)
         self._draft = self._plan(connection, began + self._patience / 2)
-        return Led(True, state.version, more=True)
+        return RoundReply(True, state.version, more=True)
 
     def _may_fill(self, state: _State) -> bool:
         """Whether nobody can hold tokens any more whose rows somebody has deleted.
@@ -316,7 +316,9 @@ class Leading:
         self._computing = Computation(state.seen, make)
         return self._plan(connection, until)
 
-    def _write(self, steps: Round, request: Lead, draft: Draft, state: _State, began: float) -> Led:
+    def _write(
+        self, steps: Round, request: Lead, draft: Draft, state: _State, began: float
+    ) -> RoundReply:
         started = time.monotonic()
         last = draft.write(steps, self._tables, state.version, self._rows)
         if last:
@@ -329,8 +331,8 @@ class Leading:
             self._rows = min(_MOST_ROWS, self._rows * 2)
         decision = draft.decision
         if not last:
-            return Led(True, state.version + 1, more=True)
-        return Led(
+            return RoundReply(True, state.version + 1, more=True)
+        return RoundReply(
             True,
             state.version + 1,
             decision.moved + decision.assigned,

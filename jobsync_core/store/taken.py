@@ -11,7 +11,7 @@ from array import array
 from ..assignment.hashing import task_to_token
 from ..config import CoordinationConfig
 from ..errors import InvalidTaskId
-from ..protocol.messages import Lives, LivesGone, Take, Taken
+from ..protocol.messages import Lives, LivesReply, Take, TakeReply
 from .connection import Connection
 from .tables import Tables
 
@@ -24,7 +24,7 @@ def read_taken(
     config: CoordinationConfig,
     date: datetime.date,
     request: Take,
-) -> Taken:
+) -> TakeReply:
     """Answer the first part of the question, made of about `request.limit` rows.
 
     Rows are found by the indexes on (date, token), from the first token up to the one with which
@@ -50,16 +50,16 @@ def read_taken(
     stop, incomplete, keys, holders, promised = rows[0]
     if incomplete:
         _fill_in(connection, tables, config, date, request.limit)
-        return Taken()
+        return TakeReply()
     if stop <= request.ranges[0][0]:
         return _read_part(connection, tables, config, date, request)
     ranges = tuple((lo, min(hi, stop)) for lo, hi in request.ranges if lo < stop)
-    return Taken(
+    return TakeReply(
         ranges, _numbers(keys), None, tuple(sorted(holders or ())), tuple(sorted(promised or ()))
     )
 
 
-def read_lives(connection: Connection, tables: Tables, request: Lives) -> LivesGone:
+def read_lives(connection: Connection, tables: Tables, request: Lives) -> LivesReply:
     """Which of these incarnations are no longer in the node table."""
     rows = connection.execute(
         f"""
@@ -68,7 +68,7 @@ def read_lives(connection: Connection, tables: Tables, request: Lives) -> LivesG
         """,
         (list(request.incarnations),),
     )
-    return LivesGone(tuple(life for (life,) in rows))
+    return LivesReply(tuple(life for (life,) in rows))
 
 
 def _stop_sql(tables: Tables) -> str:
@@ -112,7 +112,7 @@ def _read_part(
     config: CoordinationConfig,
     date: datetime.date,
     request: Take,
-) -> Taken:
+) -> TakeReply:
     first = request.ranges[0][0]
     rows = connection.execute(
         f"""
@@ -129,7 +129,7 @@ def _read_part(
     )
     keys, holders, promised, number, last = rows[0]
     whole = number < request.limit
-    return Taken(
+    return TakeReply(
         ((first, first + 1),) if whole else (),
         _numbers(keys),
         None if whole else last,

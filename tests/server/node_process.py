@@ -140,13 +140,13 @@ def _say(event: str, **fields: object) -> None:
 def _take_away(fence: str) -> None:
     """Break the library on purpose, for tests that must see an overlap."""
     from jobsync_core.protocol.node import Protocol
-    from jobsync_core.protocol.ownership import Claims
+    from jobsync_core.protocol.ownership import Ownership
 
-    def for_ever(self: Claims, deadline: float) -> None:
+    def for_ever(self: Ownership, deadline: float) -> None:
         self.lease[0] = float('inf')
 
     replacements: dict[str, list[tuple[type, str, Any]]] = {
-        'lease': [(Claims, 'extend', for_ever), (Claims, 'suspend', lambda self: None)],
+        'lease': [(Ownership, 'extend', for_ever), (Ownership, 'suspend', lambda self: None)],
         'shrink': [(Protocol, '_shrink', lambda self, kept: None)],
     }
     for owner, name, replacement in replacements[fence]:

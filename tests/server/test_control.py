@@ -28,31 +28,31 @@ from jobsync_core.protocol.exclusions import Exclusions
 from jobsync_core.protocol.messages import (
     DEATHS,
     Activate,
-    Activated,
+    ActivateReply,
     Beat,
-    Beaten,
     Drain,
     Evict,
-    Evicted,
+    EvictReply,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
-    Joined,
+    JoinReply,
     Lead,
     Leave,
-    Led,
     Lives,
-    LivesGone,
+    LivesReply,
     Mismatch,
     Observe,
-    Observed,
+    ObserveReply,
     Occupied,
     Refresh,
+    RefreshReply,
+    RoundReply,
     Sign,
     StepDown,
     Take,
-    Taken,
+    TakeReply,
 )
 from jobsync_core.store import leading, locks, status, tasks
 from jobsync_core.store.connection import Connection, Sessions
@@ -69,9 +69,9 @@ def plain(reply: Any) -> Any:
     """A reply without what it tells of the database's history and of times, which TestHistory looks
     at.
     """
-    if isinstance(reply, Beaten):
+    if isinstance(reply, HeartbeatReply):
         return dataclasses.replace(reply, history='', settled=True, ages=(), since=0)
-    return dataclasses.replace(reply, history='') if isinstance(reply, Holdings) else reply
+    return dataclasses.replace(reply, history='') if isinstance(reply, RefreshReply) else reply
 
 
 class Store:
@@ -199,8 +199,8 @@ class TestJoin:
     def test_any_name_joins_once_and_again_after_a_lost_reply(
         self, store: Store, name: str
     ) -> None:
-        assert store.join(name, active=False) == Joined(store.version())
-        assert store.join(name, active=False) == Joined(store.version())
+        assert store.join(name, active=False) == JoinReply(store.version())
+        assert store.join(name, active=False) == JoinReply(store.version())
         (member,) = store.ask(Observe()).members
         assert (member.name, member.incarnation, member.state, member.beat) == (
             name,
@@ -208,7 +208,7 @@ class TestJoin:
             'joining',
             0,
         )
-        assert store.beat(name) == Beaten(store.version(), 'joining', ())
+        assert store.beat(name) == HeartbeatReply(store.version(), 'joining', ())
         assert store.lead(name).led
         assert store.ask(Leave(name, f'life of {name}'))
         assert store.ask(Observe()).members == ()
@@ -222,7 +222,7 @@ class TestJoin:
         assert store.join('a', life='second', replace=('life of a', 0)) == Occupied(
             Sign('a', 'life of a', 2), PROCESS
         )
-        assert isinstance(store.join('a', life='second', replace=('life of a', 2)), Joined)
+        assert isinstance(store.join('a', life='second', replace=('life of a', 2)), JoinReply)
         assert store.beat('a') is None
         assert store.beat('a', 'second') is not None
 
@@ -275,14 +275,16 @@ class TestJoin:
         before = store.version()
         assert isinstance(
             other.handle(store.connection, dataclasses.replace(request, reap=(store.sign('a'),))),
-            Joined,
+            JoinReply,
         )
         assert store.rows.run(
             f'SELECT total_tokens, hash_function FROM {store.tables.cluster}'
         ) == [(500, 'md5')]
         assert store.assignment() == []
         assert store.version() > before
-        assert isinstance(other.handle(store.connection, Lead('b', 'life of b', (), 'test')), Led)
+        assert isinstance(
+            other.handle(store.connection, Lead('b', 'life of b', (), 'test')), RoundReply
+        )
         assert store.owned() == {'b': 500}
 
     def test_a_cluster_whose_rows_were_deleted_forms_again(self, store: Store) -> None:
@@ -292,7 +294,7 @@ class TestJoin:
         assert store.ask(Observe()) is None
         assert store.lead('a') is None
         store.rows.run(f'DELETE FROM {store.tables.node}')
-        assert isinstance(store.join('a'), Joined)
+        assert isinstance(store.join('a'), JoinReply)
         assert store.lead('a').led
         assert store.owned() == {'a': 1000}
 
@@ -318,7 +320,8 @@ class TestJoin:
         for thread in threads:
             thread.join(30)
         assert (
-            sorted(type(reply).__name__ for reply in replies) == ['Joined'] * 3 + ['Mismatch'] * 3
+            sorted(type(reply).__name__ for reply in replies)
+            == ['JoinReply'] * 3 + ['Mismatch'] * 3
         )
         members = store.ask(Observe()).members
         assert len({member.created_on for member in members}) == 3
@@ -329,7 +332,7 @@ class TestHeartbeat:
         for name in 'abc':
             store.join(name)
         store.beat('a')
-        assert store.beat('c') == Beaten(
+        assert store.beat('c') == HeartbeatReply(
             store.version(), 'active', (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0))
         )
         assert store.beat('c', 'a former life') is None
@@ -411,14 +414,14 @@ class TestRefresh:
         store.rows.own(0, 10, 'a', moving_to='b')
         store.rows.own(10, 20, 'a', moving=True, blocked=True)
         store.rows.own(20, 30, 'b')
-        assert store.refresh('a') == Holdings(
+        assert store.refresh('a') == RefreshReply(
             store.version(),
             'active',
             (Segment(0, 10, 'a', True, 'b', False, 1), Segment(10, 20, 'a', True, None, True, 1)),
             False,
             0,
         )
-        assert store.refresh('b') == Holdings(
+        assert store.refresh('b') == RefreshReply(
             store.version(), 'active', (Segment(20, 30, 'b', version=1),), False, 10
         )
         assert store.refresh('a', 'a former life') is None
@@ -518,20 +521,20 @@ class TestTake:
         def keys(*found: str) -> array[int]:
             return Exclusions(1000).keys_of((token(text), text) for text in found)
 
-        assert store.ask(Take('a', ranges)) == Taken(), 'first the missing token is written'
+        assert store.ask(Take('a', ranges)) == TakeReply(), 'first the missing token is written'
         ranges = TokenSet(ranges).ranges
-        assert store.ask(Take('a', ranges)) == Taken(
+        assert store.ask(Take('a', ranges)) == TakeReply(
             ranges, keys('audited', 'audited without token', 'claimed by b'), holders=('life of b',)
         )
-        assert store.ask(Take('b', ranges)) == Taken(
+        assert store.ask(Take('b', ranges)) == TakeReply(
             ranges, keys('audited', 'audited without token')
         )
         alone = ((token('audited'), token('audited') + 1),)
-        assert store.ask(Take('a', alone)) == Taken(alone, keys('audited'))
-        assert store.ask(Take('a', ())) == Taken(())
+        assert store.ask(Take('a', alone)) == TakeReply(alone, keys('audited'))
+        assert store.ask(Take('a', ())) == TakeReply(())
         assert Control(store.config, store.tables, None).handle(
             store.connection, Take('a', ranges)
-        ) == Taken(ranges)
+        ) == TakeReply(ranges)
 
     def test_it_comes_in_pieces_of_about_as_many_rows_as_asked_for(self, store: Store) -> None:
         for name in 'ab':
@@ -606,7 +609,7 @@ class TestTake:
 
     def test_lives_that_are_over_are_named(self, store: Store) -> None:
         store.join('a')
-        assert store.ask(Lives(('life of a', 'a former one'))) == LivesGone(('a former one',))
+        assert store.ask(Lives(('life of a', 'a former one'))) == LivesReply(('a former one',))
 
 
 class TestGive:
@@ -624,7 +627,7 @@ class TestGive:
 
     def test_only_moving_rows_of_mine_with_a_receiver_or_blocked_go(self, moving: Store) -> None:
         before = moving.version()
-        assert moving.give('a', ranges=((0, 1000),)) == Given(20)
+        assert moving.give('a', ranges=((0, 1000),)) == GiveReply(20)
         assert moving.version() == before + 1
         assert moving.assignment() == [
             Segment(0, 10, 'b', version=before + 1),
@@ -648,22 +651,22 @@ class TestGive:
     )
     def test_what_does_not_fit_changes_nothing(self, moving: Store, late: dict[str, Any]) -> None:
         before, version = moving.assignment(), moving.version()
-        assert moving.give('a', **late) in (Given(0), None)
+        assert moving.give('a', **late) in (GiveReply(0), None)
         assert (moving.give('a', **late) is None) == ('life' in late)
         assert (moving.assignment(), moving.version()) == (before, version)
 
     def test_adjacent_ranges_cover_a_row(self, moving: Store) -> None:
-        assert moving.give('a', ranges=((0, 4), (4, 10))) == Given(10)
+        assert moving.give('a', ranges=((0, 4), (4, 10))) == GiveReply(10)
 
     def test_a_give_that_is_repeated_changes_nothing_more(self, moving: Store) -> None:
-        assert moving.give('a', ranges=((0, 1000),), version=1) == Given(20)
+        assert moving.give('a', ranges=((0, 1000),), version=1) == GiveReply(20)
         after, version = moving.assignment(), moving.version()
-        assert moving.give('a', ranges=((0, 1000),), version=1) == Given(0)
+        assert moving.give('a', ranges=((0, 1000),), version=1) == GiveReply(0)
         assert (moving.assignment(), moving.version()) == (after, version)
 
     def test_a_receiver_that_has_gone_gets_nothing(self, moving: Store) -> None:
         moving.ask(Leave('b', 'life of b'))
-        assert moving.give('a', ranges=((0, 10),)) == Given(0)
+        assert moving.give('a', ranges=((0, 10),)) == GiveReply(0)
 
     def test_the_new_owners_are_told_and_all_where_there_are_too_many(self, moving: Store) -> None:
         moving.connection.listen(moving.tables.channel)
@@ -674,7 +677,7 @@ class TestGive:
             moving.join(f'{number}' + 'x' * 190)
             moving.rows.own(number, number + 1, 'a', moving_to=f'{number}' + 'x' * 190)
         eventually(lambda: len(moving.connection.notifies()) > 0)
-        assert moving.give('a') == Given(50)
+        assert moving.give('a') == GiveReply(50)
         eventually(lambda: moving.connection.notifies()[-1:] == ['give'])
 
     def test_promises_become_claims_of_mine_in_the_same_transaction(self, moving: Store) -> None:
@@ -699,7 +702,7 @@ class TestGive:
             ('of the living', 2),
             ('not my token', 45),
         )
-        assert moving.give('a', ranges=((0, 10),), promised=promised) == Given(10)
+        assert moving.give('a', ranges=((0, 10),), promised=promised) == GiveReply(10)
         assert sorted(
             moving.rows.run(f'SELECT task_id, node, incarnation, token FROM {moving.tables.claim}')
         ) == [
@@ -718,11 +721,11 @@ class TestLife:
         store.join('a', active=False)
         store.join('b', active=False)
         dead = store.sign('b')
-        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(False, 1)
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == ActivateReply(False, 1)
         assert store.refresh('a').state == 'joining'
         store.beat('b')
-        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(True, 2)
-        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == Activated(True, 2)
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == ActivateReply(True, 2)
+        assert store.ask(Activate('a', 'life of a', 2, (dead,))) == ActivateReply(True, 2)
         assert store.refresh('a').state == 'active'
         assert store.ask(Activate('a', 'a former life', 1)) is None
 
@@ -731,13 +734,13 @@ class TestLife:
     ) -> None:
         store.join('a', active=False)
         store.join('b', active=False)
-        assert store.ask(Activate('a', 'life of a', 2)) == Activated(True, 2)
+        assert store.ask(Activate('a', 'life of a', 2)) == ActivateReply(True, 2)
         store.lead('a')  # the first plan includes b, whose grace period ends a moment later
         assert store.refresh('b').state == 'active'
         store.ask(Leave('a', 'life of a'))
-        assert store.ask(Activate('b', 'life of b', 2)) == Activated(True, 1)
+        assert store.ask(Activate('b', 'life of b', 2)) == ActivateReply(True, 1)
         store.join('c', active=False)
-        assert store.ask(Activate('c', 'life of c', 3)) == Activated(False, 2)
+        assert store.ask(Activate('c', 'life of c', 3)) == ActivateReply(False, 2)
 
     def test_draining_is_set_and_cleared_for_this_life_only(self, store: Store) -> None:
         store.join('a')
@@ -795,7 +798,7 @@ class TestLead:
             store.join(name, active=False)
         store.ask(Activate('b', 'life of b', 1))
         led = store.lead('a', reason='because')
-        assert led == Led(True, store.version(), 1000)
+        assert led == RoundReply(True, store.version(), 1000)
         assert {member.state for member in store.ask(Observe()).members} == {'active'}
         assert sorted(store.owned().values()) == [333, 333, 334]
         (row,) = store.rows.run(
@@ -821,9 +824,9 @@ class TestLead:
         store.lead('a')
         before = tables()
         for _ in range(3):
-            assert store.lead('a') == Led(True, store.version())
+            assert store.lead('a') == RoundReply(True, store.version())
         store.beat('b')
-        assert store.lead('a') == Led(True, store.version())
+        assert store.lead('a') == RoundReply(True, store.version())
         assert tables() == before
 
     def test_only_the_difference_is_written(self, store: Store) -> None:
@@ -878,15 +881,17 @@ class TestLead:
         for name in 'abc':
             store.join(name)
         version = store.version()
-        assert store.lead('b') == Led(False, version)
-        assert store.lead('c', store.sign('a')) == Led(False, version)
+        assert store.lead('b') == RoundReply(False, version)
+        assert store.lead('c', store.sign('a')) == RoundReply(False, version)
         assert store.assignment() == []
         assert store.ask(Lead('a', 'a former life', (), 'test')) is None
         assert (
-            store.evict('c', store.sign('a')) == store.evict('b', store.sign('c')) == Evicted(False)
+            store.evict('c', store.sign('a'))
+            == store.evict('b', store.sign('c'))
+            == EvictReply(False)
         )
         assert store.ask(Evict('b', 'a former life', (store.sign('a'),))) is None
-        assert store.evict('b', store.sign('a')) == Evicted(True, ('a',))
+        assert store.evict('b', store.sign('a')) == EvictReply(True, ('a',))
         assert store.lead('b').led
         assert store.owned() == {'b': 500, 'c': 500}
 
@@ -896,18 +901,18 @@ class TestLead:
         store.settle()
         seen = store.sign('a'), store.sign('c')
         store.beat('c')
-        assert store.evict('b', *seen) == Evicted(True, ('a',))
+        assert store.evict('b', *seen) == EvictReply(True, ('a',))
         assert store.lead('b').led
         assert set(store.owned()) == {'b', 'c'}
         store.join('a', life='second')
-        assert store.evict('b', seen[0]) == Evicted(True, ())
+        assert store.evict('b', seen[0]) == EvictReply(True, ())
         assert [member.name for member in store.ask(Observe()).members] == ['b', 'c', 'a']
 
     def test_the_tokens_of_the_dead_are_owned_again_by_the_next_round(self, store: Store) -> None:
         for name in 'abcd':
             store.join(name)
         store.settle()
-        assert store.evict('a', store.sign('b'), store.sign('d')) == Evicted(True, ('b', 'd'))
+        assert store.evict('a', store.sign('b'), store.sign('d')) == EvictReply(True, ('b', 'd'))
         assert set(store.owned()) == {'a', 'c', None}
         assert store.lead('a', reason=DEATHS).moved == 500
         assert store.owned() == {'a': 500, 'c': 500}
@@ -1170,5 +1175,5 @@ class TestCost:
 
 class TestUnknown:
     def test_what_is_no_request_is_refused(self, store: Store) -> None:
-        with pytest.raises(TypeError, match='Observed'):
-            store.ask(Observed((), 0, False, None))
+        with pytest.raises(TypeError, match='ObserveReply'):
+            store.ask(ObserveReply((), 0, False, None))

@@ -13,7 +13,14 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Beat, Beaten, Holdings, Join, RecordHistory, Refresh
+from jobsync_core.protocol.messages import (
+    Beat,
+    HeartbeatReply,
+    Join,
+    RecordHistory,
+    Refresh,
+    RefreshReply,
+)
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
 from jobsync_core.store.schema import create_schema
@@ -59,7 +66,7 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
             for request in (Beat(name, 'life'), Refresh(name, 'life'))
         )
         connection.close()
-        assert isinstance(beaten, Beaten) and isinstance(holdings, Holdings)
+        assert isinstance(beaten, HeartbeatReply) and isinstance(holdings, RefreshReply)
         return beaten.history, holdings.history, beaten.settled
 
     before = ask()
@@ -91,12 +98,12 @@ def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_on
 
     def beat(number: int, seen: int) -> bool:
         reply = control.handle(connection, Beat('n1', 'life', 0, number, seen))
-        assert isinstance(reply, Beaten)
+        assert isinstance(reply, HeartbeatReply)
         return reply.same
 
     def look(seen: int) -> bool:
         reply = control.handle(connection, Refresh('n1', 'life', seen))
-        assert isinstance(reply, Holdings)
+        assert isinstance(reply, RefreshReply)
         return reply.same
 
     def held() -> int:

@@ -19,7 +19,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.round import decide
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Led, Observe, Refresh
+from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Observe, Refresh, RoundReply
 from jobsync_core.store import leading, locks, plans, status
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
@@ -56,12 +56,12 @@ class Leader:
                 'x',
             )
 
-    def lead(self) -> Led:
+    def lead(self) -> RoundReply:
         led = self.ask(Lead('a', 'life of a', (), 'test'))
-        assert isinstance(led, Led)
+        assert isinstance(led, RoundReply)
         return led
 
-    def finish(self) -> Led:
+    def finish(self) -> RoundReply:
         while True:
             led = self.lead()
             if not led.more:

@@ -14,7 +14,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Join, Joined, Refresh
+from jobsync_core.protocol.messages import Join, JoinReply, Refresh
 from jobsync_core.store import schema
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
@@ -108,22 +108,23 @@ def test_a_join_into_a_formed_cluster_is_one_message(
         try:
             process = Process('here', 'boot', 'ns', 7, '99')
             assert isinstance(
-                control.handle(connection, Join('a', 'life of a', process, 1.0, False)), Joined
+                control.handle(connection, Join('a', 'life of a', process, 1.0, False)), JoinReply
             )
             monkeypatch.setattr(Connection, 'execute', counted)
             for name in 'bc':
                 sent.clear()
                 assert isinstance(
                     control.handle(connection, Join(name, f'life of {name}', process, 1.0, False)),
-                    Joined,
+                    JoinReply,
                 )
                 assert len(sent) == 1
             # The same again has happened already; another life of the name is refused.
             assert isinstance(
-                control.handle(connection, Join('b', 'life of b', process, 1.0, False)), Joined
+                control.handle(connection, Join('b', 'life of b', process, 1.0, False)), JoinReply
             )
             assert not isinstance(
-                control.handle(connection, Join('b', 'another life', process, 1.0, False)), Joined
+                control.handle(connection, Join('b', 'another life', process, 1.0, False)),
+                JoinReply,
             )
             assert [
                 row[0]

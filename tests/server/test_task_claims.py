@@ -260,7 +260,8 @@ class TestVolume:
         with node(config, 'a', date=datetime.date.today(), resume=True) as a:
             eventually(lambda: len(a.my_tokens) == config.total_tokens, timeout=60)
             assert node_of(a).protocol.evictions == 0 and a.am_i_healthy()
-            assert len(node_of(a).claims.exclusions) == count
+            assert len(node_of(a).ownership.exclusions) == count
             assert (
-                os.fstat(node_of(a).claims.exclusions._file.fileno()).st_blocks * 512 < 12 * count
+                os.fstat(node_of(a).ownership.exclusions._file.fileno()).st_blocks * 512
+                < 12 * count
             )

@@ -16,7 +16,7 @@ from jobsync_core.agent.task_claims import TaskBook
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.store import tasks
 from tests.server.rows import Rows, rows_of
 from tests.waiting import eventually
@@ -163,7 +163,7 @@ class TestMovingTokens:
     def test_a_claim_that_waits_for_a_plan_is_accepted_though_the_token_leaves_memory_meanwhile(
         self, rows: Rows
     ) -> None:
-        local = Claims(rows.config.total_tokens)
+        local = Ownership(rows.config.total_tokens)
         local.replace(TokenSet([(0, 5_000)]))
         local.extend(clock.now() + 60)
         book = TaskBook(

@@ -36,8 +36,8 @@ def check_one_claimer(world: World) -> None:
     now = world.now
     for node in world.holders:
         local = node.offset + node.rate * now
-        mask = node.claims.answers(local)
-        if local < node.waits_until - 1e-6 and node.claims.lease[0] > local:
+        mask = node.ownership.answers(local)
+        if local < node.waits_until - 1e-6 and node.ownership.lease[0] > local:
             raise Violation(
                 f'quarantine: {node} has a lease although leases of another history may be valid'
             )
@@ -52,7 +52,7 @@ def check_one_claimer(world: World) -> None:
             others = [
                 str(n)
                 for n in world.holders
-                if n is not node and n.claims.answers(n.local()) & mask
+                if n is not node and n.ownership.answers(n.local()) & mask
             ]
             raise Violation(
                 f'I1: tokens {tokens_in(mask & seen)} are claimable on {node} and on '
@@ -207,9 +207,9 @@ def unsettled(world: World) -> str | None:
             return f'{node} is not in the node table'
         if node.connection is None or not world.has_connection(node.connection):
             return f'{node} is not connected'
-        if node.local() >= node.claims.lease[0]:
+        if node.local() >= node.ownership.lease[0]:
             return f'{node} has no lease'
-        for token in tokens_in(node.claims.mask):
+        for token in tokens_in(node.ownership.mask):
             claimable[token] = node
     for row in store.nodes.values():
         if row.incarnation not in lives:

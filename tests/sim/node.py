@@ -14,11 +14,11 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent, Release
 from jobsync_core.protocol.messages import (
-    Beaten,
     Connect,
-    Connected,
+    ConnectReply,
     Evict,
     Give,
+    HeartbeatReply,
     Lead,
     Leave,
     Reply,
@@ -27,7 +27,7 @@ from jobsync_core.protocol.messages import (
     Take,
 )
 from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 
 from .invariants import Violation
 from .store import mask_of, task_key, token_of
@@ -35,7 +35,7 @@ from .store import mask_of, task_key, token_of
 if TYPE_CHECKING:
     from .world import World
 
-__all__ = ['LEASE_FRACTION', 'TASKS_PER_TOKEN', 'MappedClaims', 'SimClaims', 'SimNode']
+__all__ = ['LEASE_FRACTION', 'TASKS_PER_TOKEN', 'MappedOwnership', 'SimOwnership', 'SimNode']
 
 #: Requests that one node may send within one poll interval; more is a busy loop.
 _MOST_REQUESTS = 40
@@ -43,8 +43,8 @@ LEASE_FRACTION = 0.9
 TASKS_PER_TOKEN = 2
 
 
-class SimClaims(Claims):
-    """Claims without shared memory; `mask` is the token set as bits."""
+class SimOwnership(Ownership):
+    """Ownership without shared memory; `mask` is the token set as bits."""
 
     def __init__(self, total_tokens: int) -> None:
         self.total_tokens = total_tokens
@@ -80,8 +80,8 @@ class SimClaims(Claims):
         return self.mask if now < self.lease[0] else 0
 
 
-class MappedClaims(Claims):
-    """The real claims, with the mask that the invariants read taken from the very bits that users'
+class MappedOwnership(Ownership):
+    """The real one, with the mask that the invariants read taken from the very bits that users'
     code reads.
     """
 
@@ -99,7 +99,7 @@ class MappedClaims(Claims):
 
 
 class SimNode:
-    """One process: a protocol, its claims, its clock, and what its user's code has been told."""
+    """One process: a protocol, its ownership, its clock, and what its user's code has been told."""
 
     def __init__(
         self,
@@ -120,13 +120,13 @@ class SimNode:
         self.number = world.next_number()
         self.machine = machine
         self._lives = 0
-        self.claims = world.new_claims(settings.total_tokens)
+        self.ownership = world.new_ownership(settings.total_tokens)
         self.process = Process(f'host{machine}', f'boot{machine}', 'ns', self.number, '')
         self.protocol = Protocol(
             name,
             settings,
             self.process,
-            self.claims,
+            self.ownership,
             new_incarnation=self._new_incarnation,
             is_known_dead=self._is_known_dead,
             promises=self._promises,
@@ -280,13 +280,13 @@ class SimNode:
             self._mail.append((request_id, reply, origin))
             return
         request, self._request = self._request, None
-        if isinstance(reply, Connected):
+        if isinstance(reply, ConnectReply):
             self.connection = self.world.connection_of(self, request_id)
             if self.connection is None:
                 self._failed(request)
                 return
         self._note_history(reply, origin)
-        if isinstance(reply, Beaten):
+        if isinstance(reply, HeartbeatReply):
             self.lease_bound = max(
                 self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout
             )
@@ -300,7 +300,7 @@ class SimNode:
         """Remember until when leases of another server may be valid. Where answers name no history,
         a new node cannot know.
         """
-        if isinstance(reply, Beaten) and origin != self._heard:
+        if isinstance(reply, HeartbeatReply) and origin != self._heard:
             if self._heard is not None or self.world.store.tells_history:
                 self.waits_until = self.offset + self.rate * self.world.may_hold_foreign_leases(
                     origin
@@ -375,7 +375,7 @@ class SimNode:
 
     def _end(self) -> None:
         """The agent's thread has ended and the process with it."""
-        self.claims.suspend()
+        self.ownership.suspend()
         self.running = False
         self.world.trace(self, 'ends', self.error or self.protocol.phase)
         self.world.ended(self)
@@ -467,11 +467,11 @@ class SimNode:
 
     def can_claim(self, task: str) -> bool:
         """What TaskBook.can_claim answers."""
-        if not self.claims.may_claim(token_of(task), self.local()):
+        if not self.ownership.may_claim(token_of(task), self.local()):
             return False
         if task in self.taken or task in self.done:
             return False
-        if self.claims.excludes(task):
+        if self.ownership.excludes(task):
             return False
         self.promised[task] = token_of(task)
         return True
@@ -542,6 +542,6 @@ class SimNode:
         """SIGKILL."""
         if self.running:
             self.running = False
-            self.claims.suspend()
+            self.ownership.suspend()
             self.world.trace(self, 'crashed', '')
             self.world.crashed(self)

@@ -493,7 +493,7 @@ def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
         seed,
         (12, 16, 24, 7)[seed // len(FAMILIES) % 4],
         tracing=tracing,
-        real_claims=seed % 50 == 49,
+        real_ownership=seed % 50 == 49,
     )
     rng = world.rng
     world.store.tells_history = rng.random() < 0.7
@@ -576,10 +576,10 @@ def _stay_quiet(run: Run) -> None:
             f'I4: {world.store.version - version} plans were written while nothing happened'
         )
     for node in world.nodes:
-        if node.announced != len(node.claims.tokens):
+        if node.announced != len(node.ownership.tokens):
             raise Violation(
                 f'events: {node} was told of {node.announced} tokens and has '
-                f'{len(node.claims.tokens)}'
+                f'{len(node.ownership.tokens)}'
             )
 
 

@@ -17,33 +17,33 @@ from jobsync_core.process import Process
 from jobsync_core.protocol.messages import (
     ELDERS,
     Activate,
-    Activated,
+    ActivateReply,
     Beat,
-    Beaten,
     Drain,
     Evict,
-    Evicted,
+    EvictReply,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
-    Joined,
+    JoinReply,
     Lead,
     Leave,
-    Led,
     Lives,
-    LivesGone,
+    LivesReply,
     Observe,
-    Observed,
+    ObserveReply,
     Occupied,
     RecordHistory,
     Refresh,
+    RefreshReply,
     Reply,
     Request,
+    RoundReply,
     Sign,
     StepDown,
     Take,
-    Taken,
+    TakeReply,
 )
 
 __all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
@@ -166,7 +166,7 @@ class SimStore:
             return self._take(request)
         if isinstance(request, Lives):
             lives = {row.incarnation for row in self.nodes.values()}
-            return LivesGone(tuple(life for life in request.incarnations if life not in lives))
+            return LivesReply(tuple(life for life in request.incarnations if life not in lives))
         if isinstance(request, Join):
             return self._join(request)
         if isinstance(request, Activate):
@@ -337,7 +337,7 @@ class SimStore:
                 self._delete(sign.name)
         row = self.nodes.get(request.name)
         if row is not None and row.incarnation == request.incarnation:
-            return Joined(self.version)
+            return JoinReply(self.version)
         if row is not None:
             if request.replace != (row.incarnation, row.beat):
                 return Occupied(row.sign, row.process)
@@ -354,7 +354,7 @@ class SimStore:
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
-        return Joined(self.version)
+        return JoinReply(self.version)
 
     def _beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)
@@ -370,7 +370,7 @@ class SimStore:
             if (r.created_on, r.name) < age and microseconds(r.created_on) >= request.since
         )[:ELDERS]
         rows = [self.nodes[name] for _, name in older]
-        return Beaten(
+        return HeartbeatReply(
             self.version,
             row.state,
             tuple(r.sign for r in rows),
@@ -401,7 +401,7 @@ class SimStore:
         incoming = sum(
             s.hi - s.lo for s in self.segments if s.moving_to == row.name and s.node != row.name
         )
-        return Holdings(
+        return RefreshReply(
             self.version,
             row.state,
             mine,
@@ -425,7 +425,7 @@ class SimStore:
         stop = max(stop, request.ranges[0][0] + 1)
         told = [task for task in tasks if token_of(task) < stop]
         claimed = [task for task in told if task not in self.audits]
-        return Taken(
+        return TakeReply(
             tuple((lo, min(hi, stop)) for lo, hi in request.ranges if lo < stop),
             array('Q', sorted(task_key(task, self.total_tokens) for task in told)),
             None,
@@ -455,7 +455,7 @@ class SimStore:
                 self.claims[task] = (request.name, request.incarnation)
                 self.promises.add(task)
         if not given:
-            return Given(0)
+            return GiveReply(0)
         self.version += 1
         gone = set(given)
         self._write(
@@ -472,7 +472,7 @@ class SimStore:
             for s in self.segments
         )
         self.outbox.append('give ' + ','.join(sorted({s.moving_to for s in given if s.moving_to})))
-        return Given(sum(s.hi - s.lo for s in given))
+        return GiveReply(sum(s.hi - s.lo for s in given))
 
     def _activate(self, request: Activate) -> Reply:
         row = self._row(request.name, request.incarnation)
@@ -480,11 +480,11 @@ class SimStore:
             return None
         nodes = len(self.nodes) - sum(self._looks_so(sign) for sign in request.dead)
         if nodes < request.minimum_nodes and row.state != 'active':
-            return Activated(False, nodes)
+            return ActivateReply(False, nodes)
         if row.state == 'joining':
             row.state = 'active'
             self.outbox.append(f'join {row.name}')
-        return Activated(True, nodes)
+        return ActivateReply(True, nodes)
 
     def _drain(self, request: Drain) -> Reply:
         row = self._row(request.name, request.incarnation)
@@ -499,7 +499,7 @@ class SimStore:
             (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
         )
         expiries = [lock.expires_at for lock in self.locks.values() if lock.expires_at is not None]
-        return Observed(
+        return ObserveReply(
             tuple(members),
             self.version,
             self.planned != self.fingerprint(),
@@ -513,18 +513,18 @@ class SimStore:
         if row is None:
             return None
         if not self._is_eldest(row, request.dead):
-            return Evicted(False)
+            return EvictReply(False)
         names = tuple(sign.name for sign in request.targets if self._is_dead(sign))
         for name in names:
             self._delete(name)
-        return Evicted(True, names)
+        return EvictReply(True, names)
 
     def _lead(self, request: Lead) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
         if not self._is_eldest(row, request.dead):
-            return Led(False, self.version)
+            return RoundReply(False, self.version)
         expired = [
             task
             for task, lock in self.locks.items()
@@ -534,9 +534,9 @@ class SimStore:
             del self.locks[task]
         self.lock_version += bool(expired)
         if self.fingerprint() == self.planned:
-            return Led(True, self.version)
+            return RoundReply(True, self.version)
         decision = self._plan()
-        return Led(True, self.version, decision.moved, decision.blocked, decision.conflicts)
+        return RoundReply(True, self.version, decision.moved, decision.blocked, decision.conflicts)
 
     def _is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
         living = [r for r in self.nodes.values() if r.sign not in dead]

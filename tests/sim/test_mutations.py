@@ -16,26 +16,26 @@ from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.protocol import liveness
 from jobsync_core.protocol import node as protocol
-from jobsync_core.protocol.leadership import Lookout
+from jobsync_core.protocol.leadership import Leadership
 from jobsync_core.protocol.messages import (
     Beat,
-    Beaten,
     Evict,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
     Lead,
+    RefreshReply,
     Reply,
     Request,
-    Taken,
+    TakeReply,
 )
 from jobsync_core.protocol.node import Phase, Protocol
 from jobsync_core.protocol.takings import Takings
 
 from . import node, scenarios
 from .invariants import Violation
-from .node import SimClaims, SimNode
+from .node import SimNode, SimOwnership
 from .scenarios import run
 from .store import SimStore
 from .world import World
@@ -55,8 +55,8 @@ class Mutation:
 
 
 def _without_lease_deadline(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimClaims, 'answers', lambda self, now: self.mask)
-    patch.setattr(SimClaims, 'may_claim', lambda self, token, now: bool(self.mask >> token & 1))
+    patch.setattr(SimOwnership, 'answers', lambda self, now: self.mask)
+    patch.setattr(SimOwnership, 'may_claim', lambda self, token, now: bool(self.mask >> token & 1))
 
 
 def _without_lease_margin(patch: pytest.MonkeyPatch) -> None:
@@ -79,8 +79,8 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: Protocol, request: Request, reply: Reply, now: float) -> None:
         original(self, request, reply, now)
-        if isinstance(request, Give) and isinstance(reply, Given):
-            self.claims.replace(self.claims.tokens - TokenSet(request.ranges))
+        if isinstance(request, Give) and isinstance(reply, GiveReply):
+            self.ownership.replace(self.ownership.tokens - TokenSet(request.ranges))
 
     patch.setattr(Protocol, '_shrink', lambda self, kept: None)
     patch.setattr(Protocol, 'reply', mutated)
@@ -160,9 +160,9 @@ def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_evicted
 
     def mutated(self: Protocol, now: float) -> None:
-        tokens = self.claims.tokens
+        tokens = self.ownership.tokens
         original(self, now)
-        self.claims.replace(tokens)
+        self.ownership.replace(tokens)
 
     patch.setattr(Protocol, '_on_evicted', mutated)
 
@@ -180,7 +180,7 @@ def _without_the_check_of_quarantine(patch: pytest.MonkeyPatch) -> None:
 def _history_is_not_in_the_heartbeat(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_history
 
-    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
         return original(self, replace(reply, history='', settled=True, same=True), now)
 
     patch.setattr(Protocol, '_on_history', mutated)
@@ -195,7 +195,7 @@ def _history_only_of_the_connection(patch: pytest.MonkeyPatch) -> None:
 def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_history
 
-    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
         self._waits = self._waits or not self._history
         return original(self, reply, now)
 
@@ -244,7 +244,7 @@ def _have_waited_in_an_earlier_life(patch: pytest.MonkeyPatch) -> None:
 def _trust_the_row_after_a_change(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_history
 
-    def mutated(self: Protocol, reply: Beaten, now: float) -> bool:
+    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
         if reply.settled:
             self._history = ''
             self._waits = True
@@ -284,7 +284,7 @@ def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
 _on_holdings = Protocol._on_holdings
 
 
-def _on_holdings_in_quarantine(self: Protocol, reply: Holdings, now: float) -> None:
+def _on_holdings_in_quarantine(self: Protocol, reply: RefreshReply, now: float) -> None:
     until, self._quarantine_until = self._quarantine_until, None
     _on_holdings(self, replace(reply, history='', same=True), now)
     self._quarantine_until = until
@@ -296,7 +296,7 @@ def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
     def mutated(self: Protocol, reply: Any, now: float) -> None:
         original(self, reply, now)
         if self.quarantined:
-            self.claims.extend(self._sent_at + self.settings.lease)
+            self.ownership.extend(self._sent_at + self.settings.lease)
 
     patch.setattr(Protocol, '_on_beaten', mutated)
 
@@ -318,7 +318,7 @@ def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
 
 def _nobody_steps_down(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        Lookout,
+        Leadership,
         '_must_step_down',
         property(lambda self: False, lambda self, value: None),
         raising=False,
@@ -330,7 +330,7 @@ def _beat_at_any_time(patch: pytest.MonkeyPatch) -> None:
 
 
 def _all_of_the_oldest_look(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Lookout, 'watches', lambda self, now: self.rank(now) is not None)
+    patch.setattr(Leadership, 'watches', lambda self, now: self.rank(now) is not None)
 
 
 def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ def _anybody_is_known_dead(patch: pytest.MonkeyPatch) -> None:
 
 
 def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_take', lambda self, request: Taken(request.ranges))
+    patch.setattr(SimStore, '_take', lambda self, request: TakeReply(request.ranges))
 
 
 def _activate_all_after_the_first_piece(patch: pytest.MonkeyPatch) -> None:
@@ -427,9 +427,9 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
 
     def mutated(self: Protocol, request: Any, reply: Any, now: float) -> None:
         original(self, request, reply, now)
-        self._lookout._must_look = False
-        self._lookout.look_at = now + self.settings.poll
-        self._lookout._retries[Evict].reset()
+        self._leadership._must_look = False
+        self._leadership.look_at = now + self.settings.poll
+        self._leadership._retries[Evict].reset()
 
     patch.setattr(Protocol, '_on_evicted_others', mutated)
 
@@ -437,7 +437,7 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
 def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
     original = Protocol._on_holdings
 
-    def mutated(self: Protocol, reply: Holdings, now: float) -> None:
+    def mutated(self: Protocol, reply: RefreshReply, now: float) -> None:
         original(
             self,
             replace(

@@ -22,7 +22,7 @@ from jobsync_core.process import Process
 from jobsync_core.protocol.messages import (
     Beat,
     Connect,
-    Connected,
+    ConnectReply,
     Give,
     Lead,
     Refresh,
@@ -31,7 +31,7 @@ from jobsync_core.protocol.messages import (
 )
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
-from .node import LEASE_FRACTION, MappedClaims, SimClaims, SimNode
+from .node import LEASE_FRACTION, MappedOwnership, SimNode, SimOwnership
 from .store import SimStore
 
 __all__ = ['Network', 'World']
@@ -54,7 +54,7 @@ class World:
     """Everything at once. Deterministic: the same seed and the same calls give the same run."""
 
     def __init__(
-        self, seed: int, total_tokens: int, *, tracing: int = 0, real_claims: bool = False
+        self, seed: int, total_tokens: int, *, tracing: int = 0, real_ownership: bool = False
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -81,7 +81,7 @@ class World:
         self.audited: set[str] = set()
         self.spawn: Callable[[SimNode], None] | None = None
         self._tracing = bool(tracing)
-        self._real_claims = real_claims
+        self._real_ownership = real_ownership
         self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = 0
         self._numbers = 0
@@ -125,8 +125,8 @@ class World:
         self._numbers += 1
         return self._numbers
 
-    def new_claims(self, total_tokens: int) -> SimClaims | MappedClaims:
-        return MappedClaims(total_tokens) if self._real_claims else SimClaims(total_tokens)
+    def new_ownership(self, total_tokens: int) -> SimOwnership | MappedOwnership:
+        return MappedOwnership(total_tokens) if self._real_ownership else SimOwnership(total_tokens)
 
     # --- nodes ---
 
@@ -254,7 +254,9 @@ class World:
             self.at(max(deadline, self.now), node.fail, request_id)
             return
         if isinstance(request, Connect):
-            reply: Reply = Connected('' if self.store.tells_history else f'address-{self.origin}')
+            reply: Reply = ConnectReply(
+                '' if self.store.tells_history else f'address-{self.origin}'
+            )
             self._next_connection += 1
             self._connections[self._next_connection] = node
             self._connection_of_request[node.number, request_id] = self._next_connection

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 
 # Python 3.12 and later warn of threads in a process that forks; a test runner may have some.
 pytestmark = pytest.mark.filterwarnings(
@@ -37,8 +37,8 @@ def in_child(answer: Callable[[], bool]) -> bool:
 
 
 def test_a_new_node_may_claim_nothing() -> None:
-    claims = Claims(100)
-    assert not any(claims.may_claim(token, 0.0) for token in range(100)) and not claims.tokens
+    ownership = Ownership(100)
+    assert not any(ownership.may_claim(token, 0.0) for token in range(100)) and not ownership.tokens
 
 
 @quick
@@ -46,46 +46,46 @@ def test_a_new_node_may_claim_nothing() -> None:
 def test_exactly_the_tokens_of_the_latest_set_may_be_claimed(
     old: list[tuple[int, int]], new: list[tuple[int, int]], total: int
 ) -> None:
-    claims = Claims(total)
-    claims.extend(10.0)
-    claims.replace(TokenSet(old))
-    claims.replace(TokenSet(new))
-    assert [token for token in range(total) if claims.may_claim(token, 9.0)] == [
+    ownership = Ownership(total)
+    ownership.extend(10.0)
+    ownership.replace(TokenSet(old))
+    ownership.replace(TokenSet(new))
+    assert [token for token in range(total) if ownership.may_claim(token, 9.0)] == [
         token for token in TokenSet(new) if token < total
     ]
 
 
 @pytest.mark.parametrize(('now', 'expected'), [(9.999, True), (10.0, False), (1e9, False)])
 def test_a_lease_ends_at_its_deadline(now: float, expected: bool) -> None:
-    claims = Claims(8)
-    claims.replace(TokenSet([(0, 8)]))
-    claims.extend(10.0)
-    assert claims.deadline == 10.0 and claims.may_claim(3, now) is expected
+    ownership = Ownership(8)
+    ownership.replace(TokenSet([(0, 8)]))
+    ownership.extend(10.0)
+    assert ownership.deadline == 10.0 and ownership.may_claim(3, now) is expected
 
 
 def test_a_suspended_node_claims_nothing_until_its_lease_is_extended() -> None:
-    claims = Claims(8)
-    claims.replace(TokenSet([(0, 8)]))
-    claims.extend(10.0)
-    claims.suspend()
-    assert not claims.may_claim(3, 1.0) and claims.tokens == TokenSet([(0, 8)])
-    claims.extend(12.0)
-    assert claims.may_claim(3, 11.0)
+    ownership = Ownership(8)
+    ownership.replace(TokenSet([(0, 8)]))
+    ownership.extend(10.0)
+    ownership.suspend()
+    assert not ownership.may_claim(3, 1.0) and ownership.tokens == TokenSet([(0, 8)])
+    ownership.extend(12.0)
+    assert ownership.may_claim(3, 11.0)
 
 
 def test_a_forked_child_sees_every_later_change() -> None:
-    claims = Claims(20)
+    ownership = Ownership(20)
     go, started = os.pipe(), os.pipe()
 
     def answer() -> bool:
-        before = claims.may_claim(3, 5.0)
+        before = ownership.may_claim(3, 5.0)
         os.write(started[1], b'x')
         os.read(go[0], 1)
         return (
             not before
-            and claims.may_claim(3, 5.0)
-            and not claims.may_claim(9, 5.0)
-            and claims.tokens == TokenSet([(2, 9), (17, 20)])
+            and ownership.may_claim(3, 5.0)
+            and not ownership.may_claim(9, 5.0)
+            and ownership.tokens == TokenSet([(2, 9), (17, 20)])
         )
 
     pid = os.fork()
@@ -96,8 +96,8 @@ def test_a_forked_child_sees_every_later_change() -> None:
         finally:
             os._exit(status)
     os.read(started[0], 1)
-    claims.replace(TokenSet([(2, 9), (17, 20)]))
-    claims.extend(10.0)
+    ownership.replace(TokenSet([(2, 9), (17, 20)]))
+    ownership.extend(10.0)
     os.write(go[1], b'x')
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     for end in (*go, *started):
@@ -105,41 +105,41 @@ def test_a_forked_child_sees_every_later_change() -> None:
 
 
 def test_a_forked_child_stops_when_the_parent_is_suspended() -> None:
-    claims = Claims(20)
-    claims.replace(TokenSet([(0, 20)]))
-    claims.extend(10.0)
-    assert in_child(lambda: claims.may_claim(19, 9.0))
-    claims.suspend()
-    assert not in_child(lambda: claims.may_claim(19, 9.0))
+    ownership = Ownership(20)
+    ownership.replace(TokenSet([(0, 20)]))
+    ownership.extend(10.0)
+    assert in_child(lambda: ownership.may_claim(19, 9.0))
+    ownership.suspend()
+    assert not in_child(lambda: ownership.may_claim(19, 9.0))
 
 
 def test_tasks_are_excluded_with_their_tokens_and_forgotten_with_them() -> None:
-    claims = Claims(8)
-    exclusions = claims.exclusions
-    claims.exclude(((1, 3),), exclusions.keys_of([(1, 'a'), (2, 'b')]))
-    claims.replace(TokenSet([(1, 4)]))
-    claims.exclude_more(exclusions.keys_of([(3, 'c')]))
+    ownership = Ownership(8)
+    exclusions = ownership.exclusions
+    ownership.exclude(((1, 3),), exclusions.keys_of([(1, 'a'), (2, 'b')]))
+    ownership.replace(TokenSet([(1, 4)]))
+    ownership.exclude_more(exclusions.keys_of([(3, 'c')]))
     assert [
         exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'), (3, 'd'))
     ] == [True, True, True, False]
-    claims.replace(TokenSet([(1, 2)]))
+    ownership.replace(TokenSet([(1, 2)]))
     assert [exclusions.excludes(token, text) for token, text in ((1, 'a'), (2, 'b'), (3, 'c'))] == [
         True,
         False,
         False,
     ]
-    claims.replace(TokenSet())
+    ownership.replace(TokenSet())
     assert not exclusions.excludes(1, 'a') and not len(exclusions)
 
 
 def test_children_of_a_node_that_leaves_claim_nothing() -> None:
-    claims = Claims(8)
-    claims.replace(TokenSet([(0, 8)]))
-    claims.extend(10.0)
-    assert in_child(lambda: claims.may_claim(3, 5.0))
-    claims.close()
-    assert not in_child(lambda: claims.may_claim(3, 5.0))
-    assert claims.may_claim(3, 5.0), 'the node itself still leads, and gives its tokens away'
+    ownership = Ownership(8)
+    ownership.replace(TokenSet([(0, 8)]))
+    ownership.extend(10.0)
+    assert in_child(lambda: ownership.may_claim(3, 5.0))
+    ownership.close()
+    assert not in_child(lambda: ownership.may_claim(3, 5.0))
+    assert ownership.may_claim(3, 5.0), 'the node itself still leads, and gives its tokens away'
 
 
 def test_a_child_that_outlives_the_node_may_claim_nothing() -> None:
@@ -150,16 +150,16 @@ def test_a_child_that_outlives_the_node_may_claim_nothing() -> None:
     go = os.pipe()
     node = os.fork()
     if not node:
-        claims = Claims(8)
-        claims.replace(TokenSet([(0, 8)]))
-        claims.extend(10.0)
+        ownership = Ownership(8)
+        ownership.replace(TokenSet([(0, 8)]))
+        ownership.extend(10.0)
         owner = os.getpid()
         if not os.fork():
-            os.write(answers[1], b'y' if claims.may_claim(3, 5.0) else b'n')
+            os.write(answers[1], b'y' if ownership.may_claim(3, 5.0) else b'n')
             os.read(go[0], 1)
             while os.getppid() == owner:
                 os.sched_yield()
-            os.write(answers[1], b'y' if claims.may_claim(3, 5.0) else b'n')
+            os.write(answers[1], b'y' if ownership.may_claim(3, 5.0) else b'n')
             os._exit(0)
         os.read(answers[0], 0)
         signal.pause()

@@ -11,7 +11,7 @@ import pytest
 from jobsync_core.errors import DatabaseRefused
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import message_ledger, set_current_ledger
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.protocol.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
 
 pytestmark = pytest.mark.filterwarnings(
@@ -84,21 +84,21 @@ def test_a_try_that_never_reaches_the_database_is_followed_by_another() -> None:
 
 
 def test_what_a_forked_child_hears_counts_for_its_node() -> None:
-    claims = Claims(100)
+    ownership = Ownership(100)
     pid = os.fork()
     if not pid:
-        claims.pausing.refused(FULL, 1000.0)
+        ownership.pausing.refused(FULL, 1000.0)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-    assert claims.pausing.is_paused(1004.9) and not claims.pausing.is_paused(1005.0)
-    error = claims.pausing.error
+    assert ownership.pausing.is_paused(1004.9) and not ownership.pausing.is_paused(1005.0)
+    error = ownership.pausing.error
     assert (str(error), error.sqlstate, error.pause, error.sent) == (
         'no space left',
         '53100',
         True,
         False,
     )
-    assert not claims.may_claim(0, 0.0) and claims.incarnation == ''
+    assert not ownership.may_claim(0, 0.0) and ownership.incarnation == ''
 
 
 def test_a_long_reason_is_cut() -> None:

@@ -13,37 +13,37 @@ from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
 from jobsync_core.protocol.messages import (
     Activate,
-    Activated,
+    ActivateReply,
     Beat,
-    Beaten,
     Connect,
-    Connected,
+    ConnectReply,
     Drain,
     Evict,
-    Evicted,
+    EvictReply,
     Give,
-    Given,
-    Holdings,
+    GiveReply,
+    HeartbeatReply,
     Join,
-    Joined,
+    JoinReply,
     Lead,
     Leave,
-    Led,
     Mismatch,
     Observe,
-    Observed,
+    ObserveReply,
     Occupied,
     RecordHistory,
     Refresh,
+    RefreshReply,
     Reply,
     Request,
+    RoundReply,
     Sign,
     StepDown,
     Take,
-    Taken,
+    TakeReply,
 )
 from jobsync_core.protocol.node import Phase, Protocol, Settings
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 
 ME, OTHER = Process('here', 'boot', 'ns', 1, 't'), Process('there', 'boot2', 'ns', 2, 't')
 START = 1000.0
@@ -63,7 +63,7 @@ class Node:
         self.now = START
         self.lives = 0
         self.gone: set[Process] = set()
-        self.claims = Claims(10)
+        self.ownership = Ownership(10)
         defaults: dict[str, float | bool] = {
             'interval': 5.0,
             'timeout': 15.0,
@@ -74,7 +74,7 @@ class Node:
             'me',
             Settings(**{**defaults, **settings}),  # type: ignore[arg-type]  # fields by name
             ME,
-            self.claims,
+            self.ownership,
             new_incarnation=self._life,
             is_known_dead=self.gone.__contains__,
             promises=lambda tokens: tuple(
@@ -104,7 +104,7 @@ class Node:
         self.now += seconds
 
     def may_claim(self) -> list[int]:
-        return [token for token in range(10) if self.claims.may_claim(token, self.now)]
+        return [token for token in range(10) if self.ownership.may_claim(token, self.now)]
 
     def beat(
         self,
@@ -113,7 +113,7 @@ class Node:
         older: tuple[Sign, ...] = (),
         life: str = 'life-1',
     ) -> None:
-        self.hears(Beat('me', life), Beaten(version, state, older))
+        self.hears(Beat('me', life), HeartbeatReply(version, state, older))
 
 
 def row(
@@ -122,8 +122,8 @@ def row(
     return Segment(lo, hi, 'me', moving or moving_to is not None, moving_to, False, version)
 
 
-def holdings(*rows: Segment, version: int = 1, state: str = 'active') -> Holdings:
-    return Holdings(version, state, rows, True, 0)
+def holdings(*rows: Segment, version: int = 1, state: str = 'active') -> RefreshReply:
+    return RefreshReply(version, state, rows, True, 0)
 
 
 LEADER = (Sign('leader', 'x', 1), Sign('second', 'y', 1))
@@ -132,12 +132,12 @@ LEADER = (Sign('leader', 'x', 1), Sign('second', 'y', 1))
 def follower(**settings: float | bool) -> Node:
     """A node that has entered and owns the tokens 0 to 4; two older ones lead."""
     node = Node(**settings)
-    node.hears(Connect(), Connected('server'))
-    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.hears(Connect(), ConnectReply('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
     node.beat(0, 'joining', LEADER)
-    node.hears(Activate('me', 'life-1', 1), Activated(True, 3))
+    node.hears(Activate('me', 'life-1', 1), ActivateReply(True, 3))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Take('me', ((0, 5),)), Taken(((0, 5),)))
+    node.hears(Take('me', ((0, 5),)), TakeReply(((0, 5),)))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert node.asks() is None
     effects = node.effects()
@@ -151,8 +151,8 @@ def follower(**settings: float | bool) -> Node:
 
 def test_a_joiner_owns_nothing_while_its_grace_period_runs() -> None:
     node = Node(wait_on_enter=60.0)
-    node.hears(Connect(), Connected('server'))
-    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.hears(Connect(), ConnectReply('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
     node.beat(0, 'joining', LEADER)
     node.hears(Refresh('me', 'life-1'), holdings(state='joining'))
     assert node.asks() is None
@@ -161,10 +161,10 @@ def test_a_joiner_owns_nothing_while_its_grace_period_runs() -> None:
 
 def test_the_grace_period_ends_with_too_few_nodes_in_cluster_not_formed() -> None:
     node = Node(minimum_nodes=3)
-    node.hears(Connect(), Connected('server'))
-    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.hears(Connect(), ConnectReply('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
     node.beat(0, 'joining')
-    node.hears(Activate('me', 'life-1', 3), Activated(False, 1))
+    node.hears(Activate('me', 'life-1', 3), ActivateReply(False, 1))
     assert any(
         isinstance(effect, Failed) and isinstance(effect.error, ClusterNotFormed)
         for effect in node.effects()
@@ -177,13 +177,13 @@ def test_the_lease_counts_from_the_sending_of_the_heartbeat() -> None:
     node = follower()
     node.passes(5.0)
     sent = node.now
-    node.hears(Beat('me', 'life-1'), Beaten(1, 'active', LEADER), after=1.5)
-    assert node.claims.deadline == sent + 13.5
+    node.hears(Beat('me', 'life-1'), HeartbeatReply(1, 'active', LEADER), after=1.5)
+    assert node.ownership.deadline == sent + 13.5
 
 
 def test_without_an_answer_it_stops_claiming_before_anybody_may_call_it_dead() -> None:
     node = follower()
-    last_beat = node.claims.deadline - 13.5
+    last_beat = node.ownership.deadline - 13.5
     node.protocol.disconnected(node.now)
     node.now = last_beat + 13.49
     assert node.may_claim() == [0, 1, 2, 3, 4]
@@ -197,12 +197,12 @@ def test_after_a_reconnection_it_reads_its_rows_before_its_lease_is_extended() -
     node = follower()
     node.protocol.disconnected(node.now)
     node.passes(60.0)
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     sent = node.now
     node.beat(1, 'active', LEADER)
     assert node.may_claim() == []
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 2)), after=2.0)
-    assert node.may_claim() == [0, 1] and node.claims.deadline == sent + 13.5
+    assert node.may_claim() == [0, 1] and node.ownership.deadline == sent + 13.5
 
 
 def test_tokens_leave_the_set_before_they_are_given_away() -> None:
@@ -212,7 +212,7 @@ def test_tokens_leave_the_set_before_they_are_given_away() -> None:
         Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2)
     )
     assert node.may_claim() == [0, 1, 2]
-    node.hears(Give('me', 'life-1', ((3, 5),), 2, (('task-3', 3),)), Given(2))
+    node.hears(Give('me', 'life-1', ((3, 5),), 2, (('task-3', 3),)), GiveReply(2))
     assert RebalanceEvent(False, 2, 0, 2) in node.effects()
 
 
@@ -246,21 +246,21 @@ def test_gained_tokens_are_claimed_only_after_asking_who_has_begun_their_tasks()
     node.protocol.notified('give me', node.now)
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 6), version=2))
     assert 5 not in node.may_claim()
-    keys = node.claims.exclusions.keys_of([(5, 'taken')])
-    node.hears(Take('me', ((5, 6),), limit=20_000), Taken(((5, 6),), keys))
+    keys = node.ownership.exclusions.keys_of([(5, 'taken')])
+    node.hears(Take('me', ((5, 6),), limit=20_000), TakeReply(((5, 6),), keys))
     assert 5 in node.may_claim()
-    assert node.claims.exclusions.excludes(5, 'taken') and not node.claims.exclusions.excludes(
-        5, 'free'
-    )
+    assert node.ownership.exclusions.excludes(
+        5, 'taken'
+    ) and not node.ownership.exclusions.excludes(5, 'free')
 
 
 def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
     node = follower()
     node.passes(40.0)
     node.hears(Beat('me', 'life-1'), None)
-    assert node.may_claim() == [] and not node.claims.tokens
+    assert node.may_claim() == [] and not node.ownership.tokens
     assert RebalanceEvent(False, 1, 0, 5) in node.effects()
-    node.hears(Join('me', 'life-2', ME, 1.0, True), Joined(3))
+    node.hears(Join('me', 'life-2', ME, 1.0, True), JoinReply(3))
     node.beat(3, 'active', LEADER, life='life-2')
     node.hears(Refresh('me', 'life-2'), holdings(version=3))
     assert node.may_claim() == []
@@ -268,7 +268,7 @@ def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
 
 def test_a_name_is_taken_over_when_its_sign_stood_for_a_timeout() -> None:
     node = Node()
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     join = Join('me', 'life-1', ME, 1.0, False)
     began = node.now
     while node.now < began + 15.0:
@@ -280,7 +280,7 @@ def test_a_name_is_taken_over_when_its_sign_stood_for_a_timeout() -> None:
 
 def test_a_name_in_use_is_refused_and_a_known_dead_one_taken_at_once() -> None:
     node = Node()
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     node.hears(Join('me', 'life-1', ME, 1.0, False), Occupied(Sign('me', 'old', 7), OTHER))
     node.gone.add(OTHER)
     node.passes(1.0)
@@ -303,7 +303,7 @@ def test_a_dead_rivals_heartbeats_come_and_go_with_the_databases_histories_and_p
     None
 ):
     node = Node()
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     for number in (
         12,
         0,
@@ -316,7 +316,7 @@ def test_a_dead_rivals_heartbeats_come_and_go_with_the_databases_histories_and_p
 
 def test_other_settings_than_a_live_cluster_has_are_refused() -> None:
     node = Node()
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     join = Join('me', 'life-1', ME, 1.0, False)
     node.hears(join, Mismatch(99, 'md5', (Sign('a', 'x', 1),)))
     assert node.asks() is None
@@ -334,7 +334,7 @@ def test_another_history_of_the_database_makes_it_wait_one_timeout_without_claim
     node = follower()
     node.protocol.disconnected(node.now)
     node.passes(1.0)
-    node.hears(Connect(), Connected('promoted'))
+    node.hears(Connect(), ConnectReply('promoted'))
     assert node.may_claim() == [] and node.protocol.quarantined
     node.beat(1, 'active', LEADER)
     node.passes(14.9)
@@ -349,7 +349,7 @@ def test_an_activation_that_the_database_has_forgotten_is_repeated() -> None:
     node = follower()
     node.passes(5.0)
     node.beat(1, 'joining', LEADER)
-    node.hears(Activate('me', 'life-1', 0), Activated(True, 3))
+    node.hears(Activate('me', 'life-1', 0), ActivateReply(True, 3))
     assert node.protocol.state == 'active'
 
 
@@ -359,27 +359,27 @@ def member(name: str, incarnation: str, beat: int, created: float, state: str = 
 
 def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() -> None:
     node = Node()
-    node.hears(Connect(), Connected('server'))
-    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.hears(Connect(), ConnectReply('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
     node.beat(0, 'joining')
-    node.hears(Activate('me', 'life-1', 1), Activated(True, 2))
+    node.hears(Activate('me', 'life-1', 1), ActivateReply(True, 2))
     dead = Sign('other', 'o', 4)
     table = (member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0))
     replies: dict[type, Reply] = {
-        Observe: Observed(table, 1, False, None),
-        Beat: Beaten(1, 'active', ()),
+        Observe: ObserveReply(table, 1, False, None),
+        Beat: HeartbeatReply(1, 'active', ()),
         Refresh: holdings(),
-        Lead: Led(True, 1),
+        Lead: RoundReply(True, 1),
     }
     while not isinstance(request := node.asks(), Evict):
         if request is not None:
             node.protocol.reply(request, replies.get(type(request), True), node.now)
         node.now = max(node.protocol.wake_at, node.now)
     assert request.dead == (dead,) and node.now - START >= 15.0
-    node.protocol.reply(request, Evicted(True), node.now)
+    node.protocol.reply(request, EvictReply(True), node.now)
     assert node.asks() == Observe()
     node.protocol.reply(
-        Observe(), Observed((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now
+        Observe(), ObserveReply((table[0], member('other', 'o', 5, 2.0)), 1, False, None), node.now
     )
     assert not isinstance(node.asks(), (Evict, Lead))
 
@@ -387,16 +387,16 @@ def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() 
 def leader() -> Node:
     """A node that has entered, leads another one, and is about to plan."""
     node = Node()
-    node.hears(Connect(), Connected('server'))
-    node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
+    node.hears(Connect(), ConnectReply('server'))
+    node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
     node.beat(0, 'joining')
-    node.hears(Activate('me', 'life-1', 1), Activated(True, 2))
+    node.hears(Activate('me', 'life-1', 1), ActivateReply(True, 2))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Take('me', ((0, 5),)), Taken(((0, 5),)))
+    node.hears(Take('me', ((0, 5),)), TakeReply(((0, 5),)))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     node.hears(
         Observe(),
-        Observed((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None),
+        ObserveReply((member('me', 'life-1', 1, 1.0), member('other', 'o', 4, 2.0)), 1, True, None),
     )
     node.passes(0.3)
     return node
@@ -421,10 +421,10 @@ def test_whatever_was_under_way_is_dropped_after_an_unforeseen_error_and_read_an
     assert node.may_claim() == []
     assert RebalanceEvent(False, 1, 0, 5) in node.effects()
     node.passes(1.0)
-    node.hears(Connect(), Connected('server'))
+    node.hears(Connect(), ConnectReply('server'))
     node.beat()
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Take('me', ((0, 5),), limit=20_000), Taken(((0, 5),)))
+    node.hears(Take('me', ((0, 5),), limit=20_000), TakeReply(((0, 5),)))
     assert node.may_claim() == [0, 1, 2, 3, 4]
 
 
@@ -436,8 +436,8 @@ def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
         elif request is not None:
             table = (member('me', 'life-1', 1, 1.0), member('other', 'o', round(node.now), 2.0))
             replies: dict[type, Reply] = {
-                Beat: Beaten(1, 'active', ()),
-                Observe: Observed(table, 1, True, None),
+                Beat: HeartbeatReply(1, 'active', ()),
+                Observe: ObserveReply(table, 1, True, None),
                 Refresh: holdings(row(0, 5)),
             }
             node.protocol.reply(request, replies[type(request)], node.now)
@@ -449,8 +449,8 @@ def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
     assert node.protocol.rank(node.now) == 1
 
 
-def beaten(history: str, settled: bool = True, number: int = 2) -> Beaten:
-    return Beaten(
+def heartbeat_reply(history: str, settled: bool = True, number: int = 2) -> HeartbeatReply:
+    return HeartbeatReply(
         1,
         'active',
         tuple(replace(sign, beat=number) for sign in LEADER),
@@ -462,42 +462,42 @@ def beaten(history: str, settled: bool = True, number: int = 2) -> Beaten:
 def test_a_heartbeat_that_shows_another_history_extends_no_lease_and_makes_it_wait() -> None:
     node = follower()
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('old'))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('old'))
     node.passes(5.0)
     assert node.may_claim() == [0, 1, 2, 3, 4]
-    node.hears(Beat('me', 'life-1'), beaten('new', settled=False))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('new', settled=False))
     noticed = node.now
     assert node.may_claim() == [] and node.protocol.quarantined
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('new', False, 3))
-    assert node.asks() is None and node.claims.deadline == 0
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('new', False, 3))
+    assert node.asks() is None and node.ownership.deadline == 0
     node.now = noticed + 15.1
-    node.hears(Beat('me', 'life-1'), beaten('new', False, 4))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('new', False, 4))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     node.hears(RecordHistory('me', 'life-1', 0, 'new'), True)
-    node.hears(Take('me', ((0, 5),), limit=20_000), Taken(((0, 5),)))
+    node.hears(Take('me', ((0, 5),), limit=20_000), TakeReply(((0, 5),)))
     assert node.may_claim() == [0, 1, 2, 3, 4]
 
 
 def test_another_history_is_waited_out_even_where_the_cluster_knows_it_already() -> None:
     node = follower()
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('old'))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('old'))
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('new'))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('new'))
     noticed = node.now
     assert node.may_claim() == [] and node.protocol.quarantined
     node.now = noticed + 15.1
-    node.hears(Beat('me', 'life-1'), beaten('new', number=3))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('new', number=3))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 2)))
 
 
 def test_a_new_node_waits_where_the_cluster_does_not_know_the_history_yet() -> None:
     for settled in (False, True):
         node = Node()
-        node.hears(Connect(), Connected(''))
-        node.hears(Join('me', 'life-1', ME, 1.0, False), Joined(0))
-        node.hears(Beat('me', 'life-1'), beaten('new', settled))
+        node.hears(Connect(), ConnectReply(''))
+        node.hears(Join('me', 'life-1', ME, 1.0, False), JoinReply(0))
+        node.hears(Beat('me', 'life-1'), heartbeat_reply('new', settled))
         assert node.protocol.quarantined is not settled
 
 
@@ -511,17 +511,17 @@ def numbers(node: Node) -> tuple[int, int]:
 def test_a_database_that_has_forgotten_the_last_answered_heartbeat_has_another_history() -> None:
     node = follower()
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('name'))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('name'))
     node.passes(5.0)
     number, seen = numbers(node)
     assert number > seen > 0
     request = Beat('me', 'life-1', 0, number, seen)
     node.protocol.failed(request, node.now)
     node.passes(1.0)
-    node.hears(Connect(), Connected(''))
+    node.hears(Connect(), ConnectReply(''))
     later, still = numbers(node)
     assert later > number and still == seen, 'what was not answered proves nothing'
-    node.protocol.reply(request, replace(beaten('name'), same=False), node.now)
+    node.protocol.reply(request, replace(heartbeat_reply('name'), same=False), node.now)
     assert node.may_claim() == [] and node.protocol.quarantined
     node.passes(5.0)
     assert numbers(node) == (later + 2, later + 1)
@@ -533,11 +533,11 @@ def test_rows_of_another_history_than_the_last_heartbeats_do_not_count(
 ) -> None:
     node = follower()
     node.passes(5.0)
-    node.hears(Beat('me', 'life-1'), beaten('name'))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('name'))
     node.protocol.notified('plan 2', node.now)
     node.hears(Refresh('me', 'life-1'), replace(holdings(row(0, 9), version=2), **foreign))  # type: ignore[arg-type]  # fields by name
     assert node.protocol.owned == TokenSet([(0, 5)])
-    node.hears(Beat('me', 'life-1'), beaten('name', number=3))
+    node.hears(Beat('me', 'life-1'), heartbeat_reply('name', number=3))
     node.hears(Refresh('me', 'life-1'), replace(holdings(row(0, 9), version=2), history='name'))
     assert node.protocol.owned == TokenSet([(0, 9)])
 
@@ -551,7 +551,7 @@ def test_draining_gives_everything_away_and_stays() -> None:
         holdings(row(0, 5, 'second', version=2), version=2, state='draining'),
     )
     assert not node.protocol.drained
-    node.hears(Give('me', 'life-1', ((0, 5),), 2, (('task-3', 3),)), Given(5))
+    node.hears(Give('me', 'life-1', ((0, 5),), 2, (('task-3', 3),)), GiveReply(5))
     node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
     assert node.protocol.drained and node.protocol.phase is Phase.ACTIVE
 
@@ -560,7 +560,7 @@ def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
     node = follower()
     node.protocol.drain(node.now)
     node.hears(Drain('me', 'life-1', True), True)
-    node.hears(Refresh('me', 'life-1'), Holdings(2, 'draining', (), False, 3))
+    node.hears(Refresh('me', 'life-1'), RefreshReply(2, 'draining', (), False, 3))
     assert not node.protocol.drained
     node.protocol.notified('plan 3', node.now)
     node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
@@ -585,6 +585,6 @@ def test_an_expired_lock_does_not_make_the_successor_look_in_a_loop(expiry: floa
     node.beat(1, 'active', LEADER[:1])
     members = (member('leader', 'x', 1, 0.0), member('me', 'life-1', 1, 1.0))
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
-    node.hears(Observe(), Observed(members, 1, False, expiry))
+    node.hears(Observe(), ObserveReply(members, 1, False, expiry))
     assert node.asks() is None
     assert node.protocol.wake_at > node.now

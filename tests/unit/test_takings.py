@@ -7,35 +7,35 @@ from __future__ import annotations
 from array import array
 
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.protocol.messages import Lives, LivesGone, Take, Taken
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.messages import Lives, LivesReply, Take, TakeReply
+from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.protocol.takings import Takings
 
 TOTAL = 100
 
 
 class Node:
-    """Takings, and the claims that they fill."""
+    """Takings, and the ownership that they fill."""
 
     def __init__(self) -> None:
-        self.claims = Claims(TOTAL)
-        self.takings = Takings('me', self.claims)
+        self.ownership = Ownership(TOTAL)
+        self.takings = Takings('me', self.ownership)
         self.now = 100.0
 
     def gains(self, *ranges: tuple[int, int]) -> None:
-        self.takings.owns(self.claims.tokens | TokenSet(ranges))
+        self.takings.owns(self.ownership.tokens | TokenSet(ranges))
 
-    def hears(self, reply: Taken, took: float = 0.1) -> None:
+    def hears(self, reply: TakeReply, took: float = 0.1) -> None:
         request = self.takings.next(self.now)
         assert isinstance(request, Take)
         known = self.takings.taken(request, reply, self.now, took, 1.0)
-        self.claims.replace(self.claims.tokens | known)
+        self.ownership.replace(self.ownership.tokens | known)
 
     def keys(self, *tasks: tuple[int, str]) -> array[int]:
-        return self.claims.exclusions.keys_of(tasks)
+        return self.ownership.exclusions.keys_of(tasks)
 
     def excluded(self, token: int, text: str) -> bool:
-        return self.claims.exclusions.excludes(token, text)
+        return self.ownership.exclusions.excludes(token, text)
 
 
 def asked(node: Node) -> tuple[tuple[int, int], ...]:
@@ -48,11 +48,11 @@ def test_each_piece_is_active_as_soon_as_it_is_known() -> None:
     node = Node()
     node.gains((0, 10), (20, 30))
     assert asked(node) == ((0, 10), (20, 30))
-    node.hears(Taken(((0, 10), (20, 22)), node.keys((21, 'x'))))
-    assert node.claims.tokens == TokenSet([(0, 10), (20, 22)]) and node.excluded(21, 'x')
+    node.hears(TakeReply(((0, 10), (20, 22)), node.keys((21, 'x'))))
+    assert node.ownership.tokens == TokenSet([(0, 10), (20, 22)]) and node.excluded(21, 'x')
     assert asked(node) == ((22, 30),)
-    node.hears(Taken(((22, 30),)))
-    assert node.claims.tokens == TokenSet([(0, 10), (20, 30)])
+    node.hears(TakeReply(((22, 30),)))
+    assert node.ownership.tokens == TokenSet([(0, 10), (20, 30)])
     assert node.takings.next(node.now) is None and node.takings.wake_at == float('inf')
 
 
@@ -64,7 +64,7 @@ def test_pieces_grow_while_answers_are_quick_and_shrink_when_they_are_not() -> N
         request = node.takings.next(node.now)
         assert isinstance(request, Take)
         limits.append(request.limit)
-        node.hears(Taken((request.ranges[0],) if took > 5 else ()), took)
+        node.hears(TakeReply((request.ranges[0],) if took > 5 else ()), took)
     assert limits == [10_000, 20_000, 40_000, 50_000, 25_000]
     request = node.takings.next(node.now)
     node.takings.interrupted(request)
@@ -76,12 +76,12 @@ def test_pieces_grow_while_answers_are_quick_and_shrink_when_they_are_not() -> N
 def test_a_token_in_parts_is_active_when_its_last_part_is_known() -> None:
     node = Node()
     node.gains((5, 7))
-    node.hears(Taken((), node.keys((5, 'a')), after='a'))
-    assert not node.claims.tokens
+    node.hears(TakeReply((), node.keys((5, 'a')), after='a'))
+    assert not node.ownership.tokens
     request = node.takings.next(node.now)
     assert isinstance(request, Take) and request.after == 'a'
-    node.hears(Taken(((5, 6),), node.keys((5, 'b'))))
-    assert node.claims.tokens == TokenSet([(5, 6)])
+    node.hears(TakeReply(((5, 6),), node.keys((5, 'b'))))
+    assert node.ownership.tokens == TokenSet([(5, 6)])
     assert node.excluded(5, 'a') and node.excluded(5, 'b')
     following = node.takings.next(node.now)
     assert isinstance(following, Take) and following.after is None
@@ -90,7 +90,7 @@ def test_a_token_in_parts_is_active_when_its_last_part_is_known() -> None:
 def test_a_part_is_not_continued_after_the_connection_was_lost() -> None:
     node = Node()
     node.gains((5, 7))
-    node.hears(Taken((), node.keys((5, 'a')), after='a'))
+    node.hears(TakeReply((), node.keys((5, 'a')), after='a'))
     node.takings.interrupted(None)
     node.gains((5, 7))
     request = node.takings.next(node.now)
@@ -100,17 +100,17 @@ def test_a_part_is_not_continued_after_the_connection_was_lost() -> None:
 def test_when_nodes_have_gone_their_tokens_are_asked_about_again() -> None:
     node = Node()
     node.gains((0, 10))
-    node.hears(Taken(((0, 5),), node.keys((3, 'x')), holders=('a', 'b')))
-    node.hears(Taken(((5, 10),), node.keys((7, 'y')), holders=('b',)))
+    node.hears(TakeReply(((0, 5),), node.keys((3, 'x')), holders=('a', 'b')))
+    node.hears(TakeReply(((5, 10),), node.keys((7, 'y')), holders=('b',)))
     assert node.takings.next(node.now) is None
     node.takings.plan_changed()
     assert node.takings.next(node.now) == Lives(('a', 'b'))
-    node.takings.gone(LivesGone(('a',)))
+    node.takings.gone(LivesReply(('a',)))
     assert asked(node) == ((0, 5),)
     assert node.excluded(3, 'x'), 'until the answer is there'
-    node.hears(Taken(((0, 5),)))
+    node.hears(TakeReply(((0, 5),)))
     assert not node.excluded(3, 'x') and node.excluded(7, 'y')
-    assert node.claims.tokens == TokenSet([(0, 10)])
+    assert node.ownership.tokens == TokenSet([(0, 10)])
     node.takings.plan_changed()
     assert node.takings.next(node.now) == Lives(('b',))
 
@@ -118,7 +118,7 @@ def test_when_nodes_have_gone_their_tokens_are_asked_about_again() -> None:
 def test_a_plan_costs_nothing_where_nobody_else_holds_anything_here() -> None:
     node = Node()
     node.gains((0, 10))
-    node.hears(Taken(((0, 10),), node.keys((3, 'audited'))))
+    node.hears(TakeReply(((0, 10),), node.keys((3, 'audited'))))
     node.takings.plan_changed()
     assert node.takings.next(node.now) is None
 
@@ -126,13 +126,13 @@ def test_a_plan_costs_nothing_where_nobody_else_holds_anything_here() -> None:
 def test_a_promise_of_another_node_is_looked_at_until_it_is_kept_or_taken_back() -> None:
     node = Node()
     node.gains((0, 10))
-    node.hears(Taken(((0, 10),), node.keys((3, 'x'), (4, 'y')), holders=('a',), promised=(3,)))
+    node.hears(TakeReply(((0, 10),), node.keys((3, 'x'), (4, 'y')), holders=('a',), promised=(3,)))
     assert node.takings.next(node.now) is None and node.takings.wake_at > node.now
     node.now = node.takings.wake_at
     assert asked(node) == ((3, 4),)
-    node.hears(Taken(((3, 4),), node.keys((3, 'x')), holders=('a',), promised=(3,)))
+    node.hears(TakeReply(((3, 4),), node.keys((3, 'x')), holders=('a',), promised=(3,)))
     node.now = node.takings.wake_at
-    node.hears(Taken(((3, 4),)))
+    node.hears(TakeReply(((3, 4),)))
     assert not node.excluded(3, 'x') and node.excluded(4, 'y')
     assert node.takings.wake_at == float('inf')
 
@@ -140,13 +140,13 @@ def test_a_promise_of_another_node_is_looked_at_until_it_is_kept_or_taken_back()
 def test_what_was_lost_is_asked_about_no_more() -> None:
     node = Node()
     node.gains((0, 10))
-    node.hears(Taken(((0, 10),), node.keys((3, 'x')), holders=('a',), promised=(3,)))
-    node.claims.replace(TokenSet([(5, 10)]))
+    node.hears(TakeReply(((0, 10),), node.keys((3, 'x')), holders=('a',), promised=(3,)))
+    node.ownership.replace(TokenSet([(5, 10)]))
     node.takings.owns(TokenSet([(5, 10)]))
     node.now += 60
     assert node.takings.next(node.now) is None
     node.takings.plan_changed()
-    node.takings.gone(LivesGone(('a',)))
+    node.takings.gone(LivesReply(('a',)))
     assert asked(node) == ((5, 10),)
     node.takings.reset()
     assert node.takings.next(node.now) is None

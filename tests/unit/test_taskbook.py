@@ -16,7 +16,7 @@ from jobsync_core.agent import task_claims as taskbook
 from jobsync_core.agent.task_claims import TaskBook
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClaimLost, InvalidTaskId
-from jobsync_core.protocol.ownership import Claims
+from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.store import tasks
 from jobsync_core.store.tables import Tables
 
@@ -82,13 +82,13 @@ class Node:
         self.now = 100.0
         monkeypatch.setattr(clock, 'now', lambda: self.now)
         self.database = Database(monkeypatch)
-        self.claims = Claims(TOTAL)
-        self.claims.replace(EVERYTHING)
-        self.claims.extend(self.now + 10)
+        self.ownership = Ownership(TOTAL)
+        self.ownership.replace(EVERYTHING)
+        self.ownership.extend(self.now + 10)
         self.incarnation = 'first'
         sessions: Any = self.database
         self.book = TaskBook(
-            self.claims,
+            self.ownership,
             sessions,
             CoordinationConfig(total_tokens=TOTAL),
             Tables('sync_'),
@@ -105,7 +105,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
 def test_a_yes_is_a_promise_that_goes_along_with_the_token(node: Node) -> None:
     assert node.book.can_claim(Task('x'))
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
 
 
@@ -129,7 +129,7 @@ def test_an_old_promise_is_void(node: Node) -> None:
 
 def test_a_promise_whose_token_went_is_taken_back_when_the_thread_asks_again(node: Node) -> None:
     assert node.book.can_claim('x')
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
     node.database.promised.add('x')
     assert not node.book.can_claim('x')
@@ -139,7 +139,7 @@ def test_a_promise_whose_token_went_is_taken_back_when_the_thread_asks_again(nod
 
 def test_a_promise_that_is_not_written_yet_is_taken_back_later(node: Node) -> None:
     assert node.book.can_claim('x')
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     node.book.promises(EVERYTHING)
     assert not node.book.can_claim('y')
     assert node.book.promises(EVERYTHING) == (), 'no hand-over writes it again'
@@ -149,7 +149,7 @@ def test_a_promise_that_is_not_written_yet_is_taken_back_later(node: Node) -> No
 
 def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
     assert node.book.can_claim('x')
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     node.book.promises(EVERYTHING)
     assert not node.book.can_claim('y')
     node.book.close()
@@ -162,7 +162,7 @@ def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
 
 def test_a_promise_that_was_recorded_stays(node: Node) -> None:
     assert node.book.can_claim('x')
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     node.book.promises(EVERYTHING)
     node.database.promised.add('x')
     node.book.add('x')
@@ -172,7 +172,7 @@ def test_a_promise_that_was_recorded_stays(node: Node) -> None:
 
 def test_what_an_earlier_life_took_is_not_this_ones(node: Node) -> None:
     node.book.add('x')
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     assert node.book.can_claim('x')
     node.incarnation = 'second'
     assert not node.book.can_claim('x')
@@ -180,7 +180,7 @@ def test_what_an_earlier_life_took_is_not_this_ones(node: Node) -> None:
 
 def test_nothing_is_held_without_a_lease(node: Node) -> None:
     node.book.add('x')
-    node.claims.suspend()
+    node.ownership.suspend()
     assert not node.book.can_claim('x')
 
 
@@ -188,7 +188,7 @@ def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shrink() -> int:
-        node.claims.replace(TokenSet())
+        node.ownership.replace(TokenSet())
         return 1
 
     monkeypatch.setattr(taskbook, 'get_ident', shrink)
@@ -197,7 +197,7 @@ def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(
 
 def test_a_task_that_another_node_took_is_refused_though_its_token_is_here(node: Node) -> None:
     token = node.book.token_of('x')
-    node.claims.exclude(((token, token + 1),), node.claims.exclusions.keys_of([(token, 'x')]))
+    node.ownership.exclude(((token, token + 1),), node.ownership.exclusions.keys_of([(token, 'x')]))
     assert not node.book.can_claim('x')
     assert node.book.can_claim('y')
 
@@ -214,7 +214,7 @@ def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
     answers = iter([[], ['x']])
 
     def claim(*_: object) -> list[str]:
-        node.claims.replace(TokenSet())  # the plan takes the token away at the same moment
+        node.ownership.replace(TokenSet())  # the plan takes the token away at the same moment
         node.book.promises(EVERYTHING)
         return next(answers)
 
@@ -233,7 +233,7 @@ def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(
         assert node.book.can_claim('y' if broken == 'of another task' else 'x')
     if broken == 'too old':
         node.now += CoordinationConfig().heartbeat_timeout_sec + 1
-    node.claims.replace(TokenSet())
+    node.ownership.replace(TokenSet())
     monkeypatch.setattr(tasks, 'claim', lambda *_: next(answers))
     with pytest.raises(ClaimLost, match="'x'"):
         node.book.add('x')
@@ -336,12 +336,12 @@ def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_
         own = node.book._own
         assert len(own.done) == 500
         node.now += node.book._promise_sec + 1
-        node.claims.extend(node.now + 10)
+        node.ownership.extend(node.now + 10)
         node.book.add('new')
         assert node.book.audit() == 1
         assert list(own.done) == ['new']
         assert own.past is not None and len(own.past) == 500
-        assert len(node.claims.exclusions) == 0, 'those are of the main process'
+        assert len(node.ownership.exclusions) == 0, 'those are of the main process'
         assert not any(node.book.can_claim(number) for number in (*numbers, 'new'))
         assert node.book.can_claim('other')
 
