@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dramatiq.broker import Consumer
 from dramatiq.errors import ConnectionClosed, ConnectionFailed
@@ -23,13 +23,10 @@ from jobsync_core.worker.plugin import Gate
 from jobsync_core.worker.routing import WAITS, Verdict, parked_queue, unknown_queue
 
 from .actors import Actors
+from .broker.interface import QueueConsumer, WorkerBroker
 from .errors import Unroutable
 from .incoming import unstamped
-from .mail import BrokerMail, Hold
 from .notes import Note, give_back, note_of
-
-if TYPE_CHECKING:
-    from .middleware import JobSync
 
 __all__ = ['GatedConsumer', 'WatchedConsumer', 'WorkerGate']
 
@@ -58,19 +55,24 @@ class WorkerGate:
     """What the consumers and threads of a worker share.
 
     Args:
-        plugin: The plugin.
         gate: The node's gate.
-        mail: The broker.
+        broker: The broker.
         actors: Its coordinated actors.
         consuming: What is told of the consumers.
+        on_parked: Called when a message went into the parked queue.
     """
 
     def __init__(
-        self, plugin: JobSync, gate: Gate, mail: BrokerMail, actors: Actors, consuming: Consuming
+        self,
+        gate: Gate,
+        broker: WorkerBroker,
+        actors: Actors,
+        consuming: Consuming,
+        on_parked: Callable[[], object],
     ) -> None:
-        self.plugin = plugin
+        self.on_parked = on_parked
         self.gate = gate
-        self.mail = mail
+        self.broker = broker
         self.actors = actors
         self.consuming = consuming
         self.parked, self.unknown = (
@@ -151,7 +153,7 @@ class WorkerGate:
             self.gate.job.task_to_token(route) in tokens for route in routes if route is not None
         )
 
-    def surrender(self, hold: Hold) -> None:
+    def surrender(self, hold: QueueConsumer) -> None:
         """Give back what came from a consumer: what has not begun, and what runs if its actor
         completes once.
 
@@ -162,11 +164,11 @@ class WorkerGate:
         if number:
             logger.warning('queue=%s: without a lease %d messages go back', hold.queue, number)
 
-    def give_back(self, hold: Hold) -> None:
+    def give_back(self, hold: QueueConsumer) -> None:
         """Give back what came from a consumer and has not begun."""
         self._give_back(hold, lambda message: False)
 
-    def _give_back(self, hold: Hold, also: Callable[[Any], bool]) -> int:
+    def _give_back(self, hold: QueueConsumer, also: Callable[[Any], bool]) -> int:
         with self._lock:
             found = [
                 (message, note)
@@ -250,18 +252,20 @@ class GatedConsumer(Consumer):
         consume: Begins to consume the queue.
     """
 
-    def __init__(self, worker_gate: WorkerGate, queue: str, consume: Callable[[], Hold]) -> None:
+    def __init__(
+        self, worker_gate: WorkerGate, queue: str, consume: Callable[[], QueueConsumer]
+    ) -> None:
         self._shared = worker_gate
         self._gate = worker_gate.gate
         self._queue = queue
         self._consume = consume
-        self._opened: Hold | None = None
+        self._opened: QueueConsumer | None = None
         self._open_at = 0.0
         self._incarnation = self._gate.job.incarnation
         self._delays = queue.endswith('.DQ')
         self._paused = self._gave = False
         #: What has given back what had not begun, while nothing is taken.
-        self._given_back: Callable[[Hold], object] | None = None
+        self._given_back: Callable[[QueueConsumer], object] | None = None
         self._waiting: list[Any] = []
 
     def __next__(self) -> Any:
@@ -287,7 +291,7 @@ class GatedConsumer(Consumer):
             self.close()
 
     @property
-    def _hold(self) -> Hold:
+    def _hold(self) -> QueueConsumer:
         assert self._opened is not None
         return self._opened
 
@@ -353,7 +357,7 @@ class GatedConsumer(Consumer):
 
     # --- without a lease, or a database that begins work ---
 
-    def _rest(self, give_back: Callable[[Hold], object]) -> None:
+    def _rest(self, give_back: Callable[[QueueConsumer], object]) -> None:
         """Give back what has not begun, and take nothing."""
         if self._delays:
             self._check_life(None)
@@ -387,7 +391,7 @@ class GatedConsumer(Consumer):
 
     # --- on receipt ---
 
-    def _source(self, message: Any) -> Hold:
+    def _source(self, message: Any) -> QueueConsumer:
         note = note_of(message)
         return note.source if note is not None else self._hold
 
@@ -498,7 +502,7 @@ class GatedConsumer(Consumer):
         if clock.now() < note.again:
             return False
         try:
-            self._shared.mail.send(message, queue, note.route, hops, self._hold)
+            self._shared.broker.send(message, queue, note.route, hops, self._hold)
         # the brokers' clients have no common ancestor; the message stays unacknowledged
         except Exception as error:
             logger.warning(
@@ -512,7 +516,7 @@ class GatedConsumer(Consumer):
         except Exception as error:  # it comes again; exactly_once tells the two apart
             logger.warning('id=%s: %s, but not acknowledged: %r', message.message_id, event, error)
         if queue == self._shared.parked:
-            self._shared.plugin.parked_something()
+            self._shared.on_parked()
         return True
 
     def _gone(self, note: Note, event: str) -> bool:

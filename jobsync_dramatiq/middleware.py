@@ -29,11 +29,12 @@ from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queu
 from jobsync_core.worker.startup import wait_for_database, wait_for_server
 
 from .actors import OPTIONS, ActorOptions, Actors, check_actor, check_message, read_settings
+from .broker.in_memory import InMemory, is_in_memory
+from .broker.interface import WorkerBroker
+from .broker.opening import open_broker
 from .errors import BootFailed, BrokerAway, DeclarationRefused
 from .gate import GatedConsumer, WatchedConsumer, WorkerGate
 from .groups import mark_members, unmark_members
-from .in_memory import InMemory, is_in_memory
-from .mail import BrokerMail, mail_of
 from .notes import is_quiet
 from .once import processing
 from .process import OrphanWatch, StopSignals, new_node_name, process_number
@@ -73,7 +74,7 @@ class JobSync(Middleware):
         self._actors: Actors | None = None
         self._owners: tuple[int, OwnerMap] | None = None
         self._broker: Any = None
-        self._mail: BrokerMail | None = None
+        self._opened: WorkerBroker | None = None
         self._enqueue: Any = None
         self._consume: Any = None
         self._gate: Gate | None = None
@@ -183,11 +184,10 @@ class JobSync(Middleware):
         self._broker.emit_after('enqueue', message, delay)
         return message
 
-    def _post(self) -> BrokerMail:
-        if self._mail is None:
-            self._mail = mail_of(self._broker, self.settings.config)
-            self._mail.actors = self._known()
-        return self._mail
+    def _post(self) -> WorkerBroker:
+        if self._opened is None:
+            self._opened = open_broker(self._broker, self.settings.config, self._known())
+        return self._opened
 
     def _owner_queue(self, message: Any) -> str | None:
         if stand_in() is not None:
@@ -286,8 +286,8 @@ class JobSync(Middleware):
         self._uncoordinated = True
         set_current_ledger(SingleLedger())
 
-    def _route_of(self, letter: Any) -> str | None:
-        return self._known().route_of(letter.message)
+    def _route_of(self, delivery: Any) -> str | None:
+        return self._known().route_of(delivery.message)
 
     def _boot(self, broker: Any, worker: Any) -> None:
         if is_gevent_active():
@@ -296,7 +296,7 @@ class JobSync(Middleware):
                 'database calls would stop heartbeats; '
                 'use dramatiq'
             )
-        settings, mail = self.settings, self._post()
+        settings, opened = self.settings, self._post()
         self._orphans, self.leaving, self._uncoordinated = OrphanWatch(worker.stop), False, False
         for text in self._known().unknown_pins():
             logger.warning('JobSync: %s', text)
@@ -311,21 +311,21 @@ class JobSync(Middleware):
             'dramatiq',
             self._known().pins(),
             known=list(broker.actors),
-            identify=mail.identify,
-            place=mail.place,
-            prepare=lambda: mail.join(name, queue),
+            identify=opened.identify,
+            place=opened.place,
+            prepare=lambda: opened.join(name, queue),
             busy=self._busy,
             on_rebalance=lambda event: None,
             on_release=lambda tokens: None,
         )
         job.prepare_fork()
         self._serve(job)
-        self._wait_for_servers(mail)
+        self._wait_for_servers(opened)
         job.__enter__()
         gate = Gate(settings, job)
         self._keeper = Keeper(
             gate,
-            mail,
+            opened,
             'dramatiq',
             queue,
             parked_queue(appname),
@@ -337,7 +337,7 @@ class JobSync(Middleware):
         )
         gate.owners.refresh()
         self._keeper.start()
-        self.attach(gate, mail, consuming)
+        self.attach(gate, opened, consuming)
         worker.consumers = _Consumers(worker.consumers)
         if worker.consumer_whitelist:
             worker.consumer_whitelist.add(queue)
@@ -349,7 +349,7 @@ class JobSync(Middleware):
         self._self_drain.start()
         logger.info('JobSync: node %s of %s* with %d tokens', name, appname, len(job.my_tokens))
 
-    def _wait_for_servers(self, mail: BrokerMail) -> None:
+    def _wait_for_servers(self, opened: WorkerBroker) -> None:
         """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for
         the database.
         """
@@ -361,7 +361,7 @@ class JobSync(Middleware):
                 signals.check()
 
             wait_for_server(
-                mail.reach,
+                opened.reach,
                 lambda error: isinstance(error, BrokerAway),
                 math.inf,
                 '',
@@ -372,10 +372,12 @@ class JobSync(Middleware):
             limit = settings.wait_for_database_sec if settings.required else 0.0
             wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
 
-    def attach(self, gate: Gate, mail: BrokerMail, consuming: Consuming) -> None:
+    def attach(self, gate: Gate, opened: WorkerBroker, consuming: Consuming) -> None:
         """Put the gate between the broker and its worker, which is a node by now."""
         self._gate = gate
-        self._shared = shared = WorkerGate(self, gate, mail, self._known(), consuming)
+        self._shared = shared = WorkerGate(
+            gate, opened, self._known(), consuming, lambda: self.parked_something()
+        )
         broker = self._broker
         before, after = broker.emit_before, broker.emit_after
         broker.emit_before, broker.emit_after = (
@@ -435,7 +437,7 @@ class JobSync(Middleware):
 
     def _tick(self) -> None:
         self._orphans.look(self.leaving)
-        self._post().tidy()
+        self._post().requeue_failed()
 
     def _lease_changed(self, leased: bool) -> None:
         if not leased or self._job is None:
@@ -478,7 +480,7 @@ class JobSync(Middleware):
 
     # --- operating ---
 
-    def evacuable(self) -> BrokerMail:
+    def evacuable(self) -> WorkerBroker:
         """The broker, for `jobsync evacuate --app MODULE:NAME`, where that is this object. Its
         actors are declared by then.
 
@@ -489,9 +491,9 @@ class JobSync(Middleware):
             raise ConfigurationError(
                 'this JobSync has no broker with actors: name the module that declares them'
             )
-        mail = self._post()
-        mail.begin_evacuation()
-        return mail
+        opened = self._post()
+        opened.begin_evacuation()
+        return opened
 
     def local_status(self) -> dict[str, Any]:
         """The node as it sees itself, as plain values."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dramatiq.middleware import SkipMessage
 
-if TYPE_CHECKING:
-    from .mail import Hold
+from .broker.interface import QueueConsumer
 
 __all__ = ['Note', 'give_back', 'is_quiet', 'note_of', 'skip']
 
@@ -30,7 +29,7 @@ class Note:
         problem: Why it has no route although its actor is coordinated: it fails instead of running.
     """
 
-    source: Hold
+    source: QueueConsumer
     route: str | None
     hops: int
     incarnation: str

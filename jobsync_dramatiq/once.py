@@ -22,8 +22,8 @@ from jobsync_core.worker.adapter import MessageOnce, once_of
 from jobsync_core.worker.incoming import read_stamps
 from jobsync_core.worker.routing import WAITS
 
+from .broker.in_memory import ledger_in_memory
 from .groups import forget_group, was_counted
-from .in_memory import ledger_in_memory
 from .notes import give_back, note_of, skip
 
 __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']

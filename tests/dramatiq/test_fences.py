@@ -12,11 +12,13 @@ from dramatiq.brokers.redis import RedisBroker
 
 from jobsync_core.worker import plugin as core
 from jobsync_core.worker.routing import KEY, decide
-from jobsync_dramatiq import incoming, redis_mail
+from jobsync_dramatiq import incoming
 from jobsync_dramatiq import once as once_module
 from jobsync_dramatiq.actors import Actors
+from jobsync_dramatiq.broker import redis_broker
+from jobsync_dramatiq.broker.interface import UnknownOrigins
+from jobsync_dramatiq.broker.redis_broker import RedisWorkerBroker
 from jobsync_dramatiq.gate import GatedConsumer, WorkerGate
-from jobsync_dramatiq.redis_mail import RedisMail
 
 from ..brokers import BrokerServer
 from ..fakes import FakeLedger
@@ -127,7 +129,7 @@ def test_without_the_duplicate_rule_a_group_s_callback_runs_early(
 def check_rescue_spares_the_living(server: BrokerServer) -> None:
     space = server.new_space()
     brokers = [RedisBroker(url=server.url(space)) for _ in range(3)]
-    nodes = [RedisMail(broker, 'shop_') for broker in brokers]
+    nodes = [RedisWorkerBroker(broker, 'shop_', UnknownOrigins()) for broker in brokers]
     try:
         for number, node in enumerate(nodes):
             node.join(f'n{number}', f'jobsync.shop_.n{number}')
@@ -146,7 +148,7 @@ def test_without_an_id_of_its_own_a_live_node_s_messages_are_taken(
     redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_rescue_spares_the_living(redis_server)
-    monkeypatch.setattr(redis_mail, 'broker_id', lambda appname, node: 'all')
+    monkeypatch.setattr(redis_broker, 'broker_id', lambda appname, node: 'all')
     with pytest.raises(AssertionError):
         check_rescue_spares_the_living(redis_server)
 

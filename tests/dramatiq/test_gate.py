@@ -18,8 +18,8 @@ from jobsync_core.errors import DatabaseRefused
 from jobsync_core.worker.owners import Place
 from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import JobSync, exactly_once, middleware
+from jobsync_dramatiq.broker.copies import copy_for
 from jobsync_dramatiq.gate import WorkerGate
-from jobsync_dramatiq.mail import wrapped
 from jobsync_dramatiq.middleware import _Consumers
 
 from .stage import Stage, message
@@ -254,11 +254,11 @@ class TestHome:
 
     def test_a_copy_keeps_id_time_arguments_and_options(self) -> None:
         first = message('other', retries=2)
-        copy = wrapped(first, 'jobsync.shop_.n2', 'other', 3)
+        copy = copy_for('jobsync.shop_.n2', first, 'other', 3)
         assert copy.options == {'retries': 2, KEY: 'other', HOPS: 3, HOME: 'default'}
-        again = wrapped(copy, 'jobsync.shop_.n3', 'other', 4)
+        again = copy_for('jobsync.shop_.n3', copy, 'other', 4)
         assert again.options == {'retries': 2, KEY: 'other', HOPS: 4, HOME: 'default'}
-        back = wrapped(again, 'default', None)
+        back = copy_for('default', again, None)
         assert back.options == {'retries': 2}
         for each in (copy, again, back):
             assert (each.message_id, each.message_timestamp, each.args) == (
@@ -273,7 +273,7 @@ class TestHome:
         old: Any = dramatiq.Message(
             **{**sent.asdict(), 'message_timestamp': sent.message_timestamp - 61_000}
         )
-        assert stage.process(stage.receive(wrapped(old, old.queue_name, 'mine', 1))) == [
+        assert stage.process(stage.receive(copy_for(old.queue_name, old, 'mine', 1))) == [
             'nack default'
         ]
 

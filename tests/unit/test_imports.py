@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ LAYERS = (
     {''},
     {'cli'},
 )
+#: The same for the adapters: a folder, or a module beside it.
+DRAMATIQ_LAYERS = (
+    {'errors', 'incoming', 'process'},
+    {'broker', 'groups'},
+    {'notes'},
+    {'once'},
+    {'actors'},
+    {'gate'},
+    {'middleware'},
+    {''},
+)
 #: What reads a clock, waits, or talks to anything outside of the process.
 IMPURE = {
     'asyncio',
@@ -77,13 +89,13 @@ MODULES = sorted(CORE.rglob('*.py'))
 
 def part_of(path: Path) -> str:
     """First name below the package; '' for the package itself."""
-    first = path.relative_to(CORE).parts[0]
+    first = path.relative_to(ROOT).parts[1]
     return first.removesuffix('.py') if first != '__init__.py' else ''
 
 
-def layer_of(part: str) -> int:
-    found = [number for number, layer in enumerate(LAYERS) if part in layer]
-    assert found, f'jobsync_core.{part} has no place in LAYERS'
+def layer_of(part: str, layers: Sequence[Set[str]] = LAYERS) -> int:
+    found = [number for number, layer in enumerate(layers) if part in layer]
+    assert found, f'{part} has no place among the layers'
     return found[0]
 
 
@@ -132,18 +144,27 @@ def outer_imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path: Path) -> None:
+def upward_imports(path: Path, layers: Sequence[Set[str]]) -> set[tuple[str, str]]:
     part = part_of(path)
-    upwards = {
+    return {
         (part, other)
         for other in inner_imports(path)
-        if other != part and layer_of(other) >= layer_of(part)
+        if other != part and layer_of(other, layers) >= layer_of(part, layers)
     }
-    assert not upwards
 
 
-@pytest.mark.parametrize('package', ['jobsync_core'])
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    assert not upward_imports(path, LAYERS)
+
+
+@pytest.mark.parametrize(('package', 'layers'), [('jobsync_dramatiq', DRAMATIQ_LAYERS)])
+def test_the_adapters_imports_point_downwards(package: str, layers: Sequence[Set[str]]) -> None:
+    found = {path: upward_imports(path, layers) for path in (ROOT / package).rglob('*.py')}
+    assert {path: each for path, each in found.items() if each} == {}
+
+
+@pytest.mark.parametrize('package', ['jobsync_core', 'jobsync_dramatiq'])
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
     """Not for type checkers either: a circle that only types go round is one for the reader all the
     same.

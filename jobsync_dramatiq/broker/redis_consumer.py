@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff
@@ -17,38 +17,30 @@ from redis.exceptions import RedisError
 from jobsync_core import clock
 from jobsync_core.worker.incoming import Refused
 
-from .incoming import read_message
+from ..incoming import read_message
+from .redis_keys import REDIS_ID, redis_id
+from .redis_queues import RedisQueues
 
-if TYPE_CHECKING:
-    from .redis_mail import RedisMail
+__all__ = ['RedisQueueConsumer']
 
-__all__ = ['REDIS_ID', 'RedisHold', 'redis_id']
-
-#: Option with the id under which Redis keeps a message; Dramatiq's name for it.
-REDIS_ID = 'redis_message_id'
 #: Seconds between two signs of life from a consumer that takes nothing, at most, and as part of the
 #: time after which other workers put back what it holds: the broker's `heartbeat_timeout`, by
 #: default a minute.
 _SIGN_SEC, _SIGN_PART = 10.0, 1 / 4
 
 
-def redis_id(message: Any) -> str:
-    """The id under which Redis keeps a message."""
-    return str(message.options[REDIS_ID])
-
-
-class RedisHold:
-    """See Hold.
+class RedisQueueConsumer:
+    """A QueueConsumer.
 
     Args:
-        mail: The broker.
+        queues: What this process takes from queues.
         queue: The queue.
         prefetch: How many messages may be taken and not done.
         timeout: Longest time between two looks at an empty queue, in milliseconds.
     """
 
-    def __init__(self, mail: RedisMail, queue: str, prefetch: int, timeout: int) -> None:
-        self._mail = mail
+    def __init__(self, queues: RedisQueues, queue: str, prefetch: int, timeout: int) -> None:
+        self._queues = queues
         self.queue = queue
         self._prefetch = prefetch
         self._timeout = timeout
@@ -58,11 +50,11 @@ class RedisHold:
         #: Redis ids of what was handed out and is not done.
         self._out: set[str] = set()
         self._misses = 0
-        #: Messages to be passed on together; see `RedisMail.pass_on`.
+        #: Messages to be passed on together; see `RedisQueues.pass_on`.
         self.leaving: dict[str, tuple[str, str, bytes]] = {}
-        self._in_hand = mail.in_hand.setdefault(queue, set())
+        self._in_hand = queues.in_hand.setdefault(queue, set())
         self._signed = clock.now()
-        self._sign_sec = min(_SIGN_SEC, mail.broker.heartbeat_timeout / 1000 * _SIGN_PART)
+        self._sign_sec = min(_SIGN_SEC, queues.patience * _SIGN_PART)
         #: Set by acknowledgements once half of what may be prefetched is done, while the consumer
         #: waits for that.
         self._room = threading.Event()
@@ -74,7 +66,7 @@ class RedisHold:
         return len(self._out) + len(self._cache)
 
     def next(self, patient: bool) -> Any:
-        """See Hold."""
+        """The next message that can be read."""
         if not patient:
             self._misses = 0  # then the pause is short
         try:
@@ -82,7 +74,7 @@ class RedisHold:
                 number, data = self._cache.popleft()
                 found = read_message(data)
                 if isinstance(found, Refused):
-                    self._mail.set_aside(self.queue, number, data, found.reason)
+                    self._queues.set_aside(self.queue, number, data, found.reason)
                     continue
                 found.options[REDIS_ID] = number
                 self._out.add(number)
@@ -109,13 +101,13 @@ class RedisHold:
         return False
 
     def _take(self, number: int) -> list[tuple[str, bytes]]:
-        self._mail.recheck(self.queue)
+        self._queues.recheck(self.queue)
         try:
-            return self._mail.fetch(self.queue, number)
+            return self._queues.fetch(self.queue, number)
         except (RedisError, OSError):
             # The answer may be lost with the connection, and what it brought: that goes back with
             # the next call.
-            return self._mail.fetch(self.queue, number)
+            return self._queues.fetch(self.queue, number)
 
     @property
     def _has_room(self) -> bool:
@@ -135,81 +127,77 @@ class RedisHold:
         self._waits = False
         return self.outstanding < self._prefetch
 
-    def _forget(self, number: str) -> None:
+    def _settle(self, number: str) -> None:
         """The message does not count as prefetched any more."""
         self._out.discard(number)
         if self._waits and self._has_room:
             self._room.set()
 
     def _pass_on(self) -> None:
-        self._mail.pass_on(self.queue, self.leaving)
+        self._queues.pass_on(self.queue, self.leaving)
         self._out.difference_update(self.leaving)
         self._in_hand.difference_update(self.leaving)
         self.leaving.clear()
 
     def idle(self, seconds: float) -> None:
-        """See Hold."""
+        """Wait, and show from time to time that this process lives."""
         time.sleep(seconds)
         if clock.now() - self._signed > self._sign_sec:
             self._signed = clock.now()
             try:
-                self._mail.fetch(self.queue, 0)
+                self._queues.fetch(self.queue, 0)
             except (RedisError, OSError) as error:
                 raise ConnectionClosed(error) from error
 
     def ack(self, message: Any) -> None:
-        """See Hold."""
+        """Acknowledge a message, unless it is about to be passed on."""
         number = redis_id(message)
         if number in self.leaving:
             return
         try:
-            self._acknowledge(number)
+            self._queues.acknowledge(self.queue, number)
         except (RedisError, OSError) as error:
             raise ConnectionClosed(error) from error  # the worker tries again
         self._done(number)
 
-    def _acknowledge(self, number: str) -> None:
-        try:
-            self._mail.acknowledge(self.queue, number)
-        except (RedisError, OSError):
-            self._mail.broker.do_ack(self.queue, number)
-
     def nack(self, message: Any) -> None:
-        """See Hold."""
+        """Put a message among the dead letters of its home queue."""
         try:
             if self._own:
-                self._mail.bury(message, self.queue)
+                self._queues.bury(message, self.queue)
             else:
-                self._mail.broker.do_nack(self.queue, redis_id(message))
+                self._queues.refuse(self.queue, redis_id(message))
         except (RedisError, OSError) as error:
             raise ConnectionClosed(error) from error
         self._done(redis_id(message))
 
     def _done(self, number: str) -> None:
-        self._forget(number)
+        self._settle(number)
         self._in_hand.discard(number)
 
     def requeue(self, message: Any) -> None:
-        """See Hold."""
-        self._mail.leave([(self.queue, redis_id(message))])
-        self._forget(redis_id(message))
+        """Put a message back."""
+        self._queues.requeue([(self.queue, redis_id(message))])
+        self._settle(redis_id(message))
 
     def pause(self) -> None:
-        """See Hold."""
-        self._mail.leave(self._fetched())
+        """Put back what was fetched and not handed out."""
+        self._queues.requeue(self._fetched())
 
     def resume(self) -> None:
-        """See Hold."""
+        """Put back what an answer brought that was lost meanwhile."""
         try:
-            self._mail.reclaim(self.queue)
+            self._queues.requeue_lost(self.queue)
         except (RedisError, OSError) as error:
             raise ConnectionClosed(error) from error
 
     def close(self, waiting: list[Any]) -> None:
-        """See Hold. What was fetched, and not handed out yet, would stay in hand until this node is
+        """What was fetched, and not handed out yet, would stay in hand until this node is
         gone.
         """
-        self._mail.leave([(self.queue, redis_id(message)) for message in waiting] + self._fetched())
+        self._queues.requeue(
+            [(self.queue, redis_id(message)) for message in waiting] + self._fetched()
+        )
 
     def _fetched(self) -> list[tuple[str, str]]:
         cache, self._cache = self._cache, deque()

@@ -26,7 +26,8 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.plugin import PluginSettings
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.actors import Actors
-from jobsync_dramatiq.mail import BrokerMail, mail_of
+from jobsync_dramatiq.broker.interface import WorkerBroker
+from jobsync_dramatiq.broker.opening import open_broker
 
 from ..brokers import BrokerServer, RabbitServer
 from ..fakes import Clock
@@ -59,7 +60,7 @@ class Place:
         """
         broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=1')
         self._stack.callback(broker.client.close)
-        mail = mail_of(broker, CoordinationConfig(appname='shop_'))
+        mail = open_broker(broker, CoordinationConfig(appname='shop_'))
         mail.join(name, f'jobsync.shop_.{name}')
         return mail
 
@@ -73,9 +74,9 @@ class Place:
         self._stack.callback(
             broker.close if self.server.kind == 'rabbitmq' else broker.client.close
         )
-        return mail_of(broker, CoordinationConfig(appname='shop_'))
+        return open_broker(broker, CoordinationConfig(appname='shop_'))
 
-    def put(self, mail: BrokerMail, queue: str, number: int = 1) -> None:
+    def put(self, mail: WorkerBroker, queue: str, number: int = 1) -> None:
         for n in range(number):
             mail.send(message(n), queue, f'k:{n}')
 
@@ -83,27 +84,27 @@ class Place:
         """Put bytes into a queue, which may be no message."""
         if self.server.kind == 'redis':
             number = uuid.uuid4().hex
-            mail.broker.client.hset(f'dramatiq:{queue}.msgs', number, data)
-            mail.broker.client.rpush(f'dramatiq:{queue}', number)
+            mail.native.client.hset(f'dramatiq:{queue}.msgs', number, data)
+            mail.native.client.rpush(f'dramatiq:{queue}', number)
         else:
-            mail.broker._ensure_queue('default')
-            mail.broker.channel.basic_publish(
+            mail.native._ensure_queue('default')
+            mail.native.channel.basic_publish(
                 'jobsync.shop_' if queue.startswith('jobsync.') else '', queue, data
             )
 
     def dead(self, mail: Any, queue: str) -> list[bytes]:
         """What is among the dead letters of a queue."""
         if self.server.kind == 'redis':
-            return list(mail.broker.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
+            return list(mail.native.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
         found: list[bytes] = []
         if not mail.size(f'{queue}.XQ'):
             return found  # perhaps there is no such queue
-        while (data := mail.broker.channel.basic_get(f'{queue}.XQ')[2]) is not None:
+        while (data := mail.native.channel.basic_get(f'{queue}.XQ')[2]) is not None:
             found.append(data)
-        mail.broker.channel.basic_nack(0, multiple=True)
+        mail.native.channel.basic_nack(0, multiple=True)
         return found
 
-    def take_all(self, mail: BrokerMail, queue: str) -> list[Any]:
+    def take_all(self, mail: WorkerBroker, queue: str) -> list[Any]:
         """The messages of a queue, which stay taken."""
         found: list[Any] = []
         while (letter := mail.take(queue)) is not None:
@@ -251,13 +252,13 @@ class TestBothBrokers:
         in_thread(lambda: hold.nack(found))
         hold.close([])
         if place.server.kind == 'redis':
-            client = node.broker.client
+            client = node.native.client
             [raw] = client.hvals('dramatiq:default.XQ.msgs')
             assert client.zcard('dramatiq:default.XQ') == 1
         else:
 
             def dead() -> Any:
-                return node.broker.channel.basic_get('default.XQ', auto_ack=True)[2]
+                return node.native.channel.basic_get('default.XQ', auto_ack=True)[2]
 
             raw = eventually(dead, 10)
         buried = dramatiq.Message.decode(raw)
@@ -372,12 +373,12 @@ class TestUnreadable:
         self, place: Place
     ) -> None:
         node = place.node('n1')
-        node.broker.add_middleware(JobSync(config=CoordinationConfig(appname='shop_')))
+        node.native.add_middleware(JobSync(config=CoordinationConfig(appname='shop_')))
         for queue in ('default', 'mail'):
-            dramatiq.actor(actor_name=f'to_{queue}', queue_name=queue, broker=node.broker)(print)
-        node.actors = Actors(
-            node.broker, PluginSettings(config=CoordinationConfig(appname='shop_'))
-        )
+            dramatiq.actor(actor_name=f'to_{queue}', queue_name=queue, broker=node.native)(print)
+        config = CoordinationConfig(appname='shop_')
+        node = open_broker(node.native, config, Actors(node.native, PluginSettings(config=config)))
+        node.join('n1', N1)
         stamped = {'jobsync_home': 'mail'}
         expected = {
             'mail': [
@@ -468,8 +469,8 @@ class TestRedis:
     def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 4)
-        hold, client = node.consume('default', 4, 50), node.broker.client
-        acks = f'dramatiq:__acks__.{node.broker.broker_id}.default'
+        hold, client = node.consume('default', 4, 50), node.native.client
+        acks = f'dramatiq:__acks__.{node.native.broker_id}.default'
         found = [next_of(hold) for _ in range(4)]
         for each, target in zip(found[:3], (N2, 'jobsync.shop_.n3', N2), strict=True):
             node.send(each, target, f'k:{each.args[0]}', 1, hold)
@@ -496,7 +497,7 @@ class TestRedis:
         redis.put(node, 'default', 8)
         held = [next_of(hold) for _ in range(4)]
         assert hold.next(patient=False) is None
-        assert node.broker.client.llen('dramatiq:default') == 4
+        assert node.native.client.llen('dramatiq:default') == 4
 
         for _ in range(2):
             hold._misses = 30  # now Dramatiq would sleep for five minutes
@@ -538,7 +539,7 @@ class TestRedis:
     def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 3)
-        hold, client = node.consume('default', 3, 50), node.broker.client
+        hold, client = node.consume('default', 3, 50), node.native.client
         found = [next_of(hold) for _ in range(3)]
         client.set('dramatiq:jobsync.shop_.n3', 'no list')
         for each, target in zip(found, (N2, 'jobsync.shop_.n3', N2), strict=True):
@@ -547,7 +548,7 @@ class TestRedis:
         with pytest.raises(ConnectionClosed):
             hold.next(patient=False)
         hold.close([])
-        assert not client.exists(f'dramatiq:__acks__.{node.broker.broker_id}.default')
+        assert not client.exists(f'dramatiq:__acks__.{node.native.broker_id}.default')
         assert [copy.args for copy in redis.take_all(node, N2)] == [found[0].args]
         assert sorted(copy.args for copy in redis.take_all(node, 'default')) == sorted(
             each.args for each in found[1:]
@@ -570,7 +571,7 @@ class TestRedis:
     ) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 2)
-        hold, client = node.consume('default', 2, 50), node.broker.client
+        hold, client = node.consume('default', 2, 50), node.native.client
         hold.ack(next_of(hold))
         if lost == 'connection':
             client.client_kill_filter(_type='normal', skipme=True)
@@ -578,7 +579,7 @@ class TestRedis:
             client.script_flush()
         hold.ack(next_of(hold))
         assert not client.exists(
-            'dramatiq:default.msgs', f'dramatiq:__acks__.{node.broker.broker_id}.default'
+            'dramatiq:default.msgs', f'dramatiq:__acks__.{node.native.broker_id}.default'
         )
         assert hold.outstanding == 0
 
@@ -587,7 +588,7 @@ class TestRedis:
         redis.put(node, N1, 3)
         hold = node.consume(N1, 1, 50)
         running = next_of(hold)
-        node.broker.do_fetch(N1, 1)  # nobody gets to know what it brought
+        node.native.do_fetch(N1, 1)  # nobody gets to know what it brought
         hold = node.consume(N1, 5, 50)
         found = [next_of(hold), next_of(hold)]
         assert running.message_id not in {each.message_id for each in found}
@@ -600,15 +601,15 @@ class TestRedis:
     def test_what_an_answer_brought_that_never_came_goes_back_soon(
         self, redis: Place, monkeypatch: pytest.MonkeyPatch, mode: Mode, who: str
     ) -> None:
-        monkeypatch.setattr('jobsync_dramatiq.redis_mail._LOOK_SEC', 0.0)
+        monkeypatch.setattr('jobsync_dramatiq.broker.redis_queues._LOOK_SEC', 0.0)
         other = redis.node('n2')
         queue = PARKED if who == 'keeper' else 'default'
         redis.put(other, queue, 3)
         with Proxy('127.0.0.1', redis.server.port) as proxy:
             node = redis.node_behind(proxy, 'n1')
             hold = node.consume(queue, 1, 1) if who == 'consumer' else None
-            taken = f'dramatiq:__acks__.{node.broker.broker_id}.{queue}'
-            client, fetch = other.broker.client, node.fetch
+            taken = f'dramatiq:__acks__.{node.native.broker_id}.{queue}'
+            client, fetch = other.native.client, node.queues.fetch
             fetch(queue, 0)  # the connection is there, and Redis knows the script
 
             def fetch_badly(queue: str, number: int) -> Any:
@@ -623,15 +624,15 @@ class TestRedis:
                     proxy.reset()
 
             with monkeypatch.context() as patch:
-                patch.setattr(node, 'fetch', fetch_badly)
+                patch.setattr(node.queues, 'fetch', fetch_badly)
                 with pytest.raises((RedisError, ConnectionClosed)):
                     _ = node.take(queue) if hold is None else hold.next(patient=True)
             with pytest.raises(RedisError):
-                node.tidy() if hold is None else node.recheck(queue)
+                node.requeue_failed() if hold is None else node.queues.recheck(queue)
             assert client.llen(f'dramatiq:{queue}') == 2
             proxy.heal()
             if hold is None:
-                node.tidy()
+                node.requeue_failed()
             else:
                 found = next_of(hold)
                 assert client.scard(taken) == 1 and client.llen(f'dramatiq:{queue}') == 2
@@ -642,25 +643,25 @@ class TestRedis:
         self, redis: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         clock = Clock()
-        monkeypatch.setattr('jobsync_dramatiq.redis_mail.clock', clock)
+        monkeypatch.setattr('jobsync_dramatiq.broker.redis_queues.clock', clock)
         node = redis.node('n1')
         redis.put(node, PARKED, 2)
         node.take(PARKED).requeue()
         with monkeypatch.context() as patch:
-            patch.setattr(node._line, 'run', raising(RedisTimeout('no answer')))
+            patch.setattr(node.queues.connection, 'run', raising(RedisTimeout('no answer')))
             with pytest.raises(RedisTimeout):
                 node.take(PARKED)
-        node.tidy()
-        node.broker.do_fetch(PARKED, 1)  # only now it gets there
+        node.requeue_failed()
+        node.native.do_fetch(PARKED, 1)  # only now it gets there
         clock.time += 0.9
-        node.tidy()
+        node.requeue_failed()
         assert node.size(PARKED) == 1  # not more often than once a second
         clock.time += 0.1
-        node.tidy()
+        node.requeue_failed()
         assert node.size(PARKED) == 2
         clock.time += 60
-        node.tidy()
-        assert not node._doubtful
+        node.requeue_failed()
+        assert not node.queues.doubtful
 
     def test_what_cannot_be_set_aside_goes_back(
         self, redis: Place, monkeypatch: pytest.MonkeyPatch
@@ -668,11 +669,11 @@ class TestRedis:
         node = redis.node('n1')
         redis.put_raw(node, PARKED, b'no message')
         with monkeypatch.context() as patch:
-            patch.setattr(node, 'set_aside', raising(RedisTimeout('no answer')))
+            patch.setattr(node.queues, 'set_aside', raising(RedisTimeout('no answer')))
             with pytest.raises(RedisTimeout):
                 node.take(PARKED)
         assert node.size(PARKED) == 0
-        node.tidy()
+        node.requeue_failed()
         assert node.size(PARKED) == 1
 
     def test_whoever_evacuates_leaves_nothing_in_hand(
@@ -681,10 +682,10 @@ class TestRedis:
         mail = redis.producer()
         mail.begin_evacuation()
         redis.put(mail, PARKED)
-        fetch = mail._line.run
+        fetch = mail.queues.connection.run
         with monkeypatch.context() as patch:
             patch.setattr(
-                mail._line,
+                mail.queues.connection,
                 'run',
                 lambda *args: (fetch(*args), raising(RedisTimeout('no answer'))()),
             )
@@ -696,19 +697,19 @@ class TestRedis:
     def test_no_thread_waits_for_ever_for_an_answer(
         self, redis: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr('jobsync_dramatiq.redis_line._ANSWER_SEC', 0.2)
+        monkeypatch.setattr('jobsync_dramatiq.broker.redis_scripts._ANSWER_SEC', 0.2)
         with Proxy('127.0.0.1', redis.server.port) as proxy:
             broker = RedisBroker(
                 client=Redis.from_url(
                     redis.server.url(redis.space, proxy.port), socket_timeout=None
                 )
             )
-            mail: Any = mail_of(broker, CoordinationConfig(appname='shop_'))
+            mail: Any = open_broker(broker, CoordinationConfig(appname='shop_'))
             mail.join('n1', N1)
-            assert mail.fetch('default', 1) == []
+            assert mail.queues.fetch('default', 1) == []
             proxy.switch(Mode.SWALLOW)
             with pytest.raises(RedisTimeout):
-                mail.fetch('default', 1)
+                mail.queues.fetch('default', 1)
             proxy.heal()
             broker.client.close()
 
@@ -727,11 +728,11 @@ class TestRedis:
         self, redis: Place, monkeypatch: pytest.MonkeyPatch, timeout: int, pause: float
     ) -> None:
         clock = Clock()
-        monkeypatch.setattr('jobsync_dramatiq.redis_hold.clock', clock)
+        monkeypatch.setattr('jobsync_dramatiq.broker.redis_consumer.clock', clock)
         node = redis.node('n1')
-        node.broker.heartbeat_timeout = timeout
+        node.native.heartbeat_timeout = timeout
         hold = node.consume('default', 1, 50)
-        client = node.broker.client
+        client = node.native.client
         client.delete('dramatiq:__heartbeats__')
         clock.time += pause
         hold.idle(0.001)
@@ -752,10 +753,10 @@ class TestRedis:
             def fail(*_: Any) -> None:
                 raise ConnectionError('away')
 
-            patch.setattr(node.broker, 'do_requeue', fail, raising=False)
+            patch.setattr(node.native, 'do_requeue', fail, raising=False)
             hold.close([found])
         assert redis.take_all(redis.node('n2'), N1) == []
-        node.tidy()
+        node.requeue_failed()
         assert len(redis.take_all(redis.node('n2'), N1)) == 1
 
     def test_the_names_of_its_queues_come_back_where_redis_has_forgotten_them(
@@ -765,12 +766,12 @@ class TestRedis:
         node.consume('default', 1, 50)
         redis.put(node, PARKED)
         node.take(PARKED)
-        node.broker.client.flushdb()
+        node.native.client.flushdb()
         node.reset()  # as the keeper does after an error
         node.consume('default', 1, 50)
         redis.put(node, PARKED)
         node.take(PARKED)
-        assert node.broker.client.smembers(f'dramatiq:{N1}.sources') == {
+        assert node.native.client.smembers(f'dramatiq:{N1}.sources') == {
             b'default',
             PARKED.encode(),
         }
@@ -785,7 +786,7 @@ class TestRabbit:
         assert node.delete(N2)
         rabbit.put(node, N2)
         rabbit.put(producer, N2)
-        assert not producer.broker.confirm_delivery
+        assert not producer.native.confirm_delivery
         found: list[Any] = []
 
         def parked() -> bool:
@@ -802,17 +803,17 @@ class TestRabbit:
 
     def test_workers_publish_with_confirms_from_then_on(self, rabbit: Place) -> None:
         producer = rabbit.producer()
-        assert producer.broker.channel.is_open  # without confirms
+        assert producer.native.channel.is_open  # without confirms
         producer.join('n1', N1)
-        assert producer.broker.confirm_delivery
+        assert producer.native.confirm_delivery
         with pytest.raises(UnroutableError):
-            producer.broker.channel.basic_publish('', 'nowhere.at.all', b'', mandatory=True)
+            producer.native.channel.basic_publish('', 'nowhere.at.all', b'', mandatory=True)
 
     def test_a_broken_connection_is_replaced(self, rabbit: Place) -> None:
         node = rabbit.node('n1')
-        node.broker.connection.close()
+        node.native.connection.close()
         rabbit.put(node, N1)
-        node.broker.channel.close()
+        node.native.channel.close()
         rabbit.put(node, N1)
         assert len(rabbit.take_all(node, N1)) == 2
 
@@ -822,7 +823,7 @@ class TestRabbit:
     ) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, N1)
-        getattr(node.broker, what).close()
+        getattr(node.native, what).close()
         hold = node.consume(N1, 1, 50)
         assert next_of(hold).args == (0,)
         hold.close([])
@@ -831,7 +832,7 @@ class TestRabbit:
         node = rabbit.node('n1')
         rabbit.put(node, 'default')
         eventually(lambda: rabbit.server.depths(rabbit.space).get('default') == 1, 10)
-        assert 'default' not in node.broker.queues  # and it is not consumed here
+        assert 'default' not in node.native.queues  # and it is not consumed here
 
     def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(
         self, rabbit: Place
@@ -840,7 +841,7 @@ class TestRabbit:
         rabbit.put(node, N1, 2)
         hold = node.consume(N1, 5, 50)
         first, second = next_of(hold), next_of(hold)
-        hold._raw.connection.close()
+        hold.connection.close()
         in_thread(lambda: hold.ack(first))
         in_thread(lambda: hold.requeue(second))
         with pytest.raises(ConnectionClosed):
@@ -853,7 +854,7 @@ class TestRabbit:
         self, rabbit: Place, caplog: pytest.LogCaptureFixture
     ) -> None:
         hold = rabbit.node('n1').consume(N1, 1, 50)
-        hold._raw.connection.close()
+        hold.connection.close()
         hold.close([])
         assert [record for record in caplog.records if record.name.startswith('dramatiq')] == []
 
@@ -867,25 +868,25 @@ class TestRabbit:
             silent = URLParameters(rabbit.server.url(rabbit.space, proxy.port))
             silent.stack_timeout = 0.3
             if place == 'broker':
-                node.broker.parameters = silent
+                node.native.parameters = silent
                 node.reset()
             else:
-                node._consumer_parameters = silent
+                node.consumer_parameters = silent
             with pytest.raises(ConnectionClosed, match='Timeout during AMQP handshake'):
                 node.consume('default', 1, 50)
 
     def test_consumers_notice_a_stopped_worker_s_broker_soon_and_the_user_s_heartbeat_stays(
         self, rabbit: Place
     ) -> None:
-        assert rabbit.node('n1')._consumer_parameters.heartbeat == 15
-        assert rabbit.node('n1').broker.parameters.heartbeat is None
-        given = mail_of(
+        assert rabbit.node('n1').consumer_parameters.heartbeat == 15
+        assert rabbit.node('n1').native.parameters.heartbeat is None
+        given = open_broker(
             RabbitmqBroker(host='127.0.0.1', port=1, heartbeat=33),
             CoordinationConfig(appname='shop_'),
         )
         with pytest.raises(ConnectionClosed, match=r'RabbitMQ at 127\.0\.0\.1:1 cannot be used: '):
             given.join('n1', N1)
-        assert given._consumer_parameters.heartbeat == 33  # type: ignore[attr-defined]  # of RabbitMQ's
+        assert given.consumer_parameters.heartbeat == 33  # type: ignore[attr-defined]  # of RabbitMQ's
 
     def test_a_node_s_queue_that_was_deleted_is_made_as_it_was(self, rabbit: Place) -> None:
         node = rabbit.node('n1', max_priority=5)
@@ -893,8 +894,8 @@ class TestRabbit:
         before = rabbit.server.api('GET', f'queues/{rabbit.space}/{N1}')['arguments']
         assert before['x-max-priority'] == 5
         node.delete(N1)
-        node.broker.queues.add(N1)
-        node.broker.queues_pending.add(N1)  # as Dramatiq's consumer notes it
+        node.native.queues.add(N1)
+        node.native.queues_pending.add(N1)  # as Dramatiq's consumer notes it
         node.consume(N1, 1, 50).close([])
         assert rabbit.server.api('GET', f'queues/{rabbit.space}/{N1}')['arguments'] == before
         assert f'{N1}.DQ' not in rabbit.server.queues(rabbit.space)

@@ -1,0 +1,273 @@
+"""RabbitMQ: workers publish with confirms, and acknowledge a message only after its copy is
+confirmed. What a lost connection had taken RabbitMQ puts back by itself.
+
+A node's queue has no delay queue: what is delayed waits in the delay queue of its actor's own
+queue, and goes to whoever owns it then.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dramatiq import Message
+from dramatiq.errors import ConnectionClosed
+from pika.exceptions import (
+    AuthenticationError,
+    ChannelClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+from jobsync_core.config import CoordinationConfig
+from jobsync_core.logs import shown
+from jobsync_core.worker.broker import Delivery
+from jobsync_core.worker.incoming import Refused
+
+from ..errors import BrokerAway
+from ..incoming import read_message
+from .copies import route_and_home
+from .interface import Origins, QueueConsumer
+from .rabbit_consumer import RabbitQueueConsumer
+from .rabbit_errors import BROKEN, translated
+from .rabbit_publisher import RabbitPublisher
+
+__all__ = ['RabbitWorkerBroker']
+
+#: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
+_BLOCKED_SEC = 30.0
+_NOT_FOUND, _PRECONDITION_FAILED = 404, 406
+
+
+class _Taken:
+    """A message that was taken off a queue for rescue, parking or evacuation."""
+
+    def __init__(
+        self,
+        publisher: RabbitPublisher,
+        channel: Any,
+        tag: int,
+        message: Message[Any],
+        origins: Origins,
+    ) -> None:
+        self._publisher, self._channel, self._tag = publisher, channel, tag
+        self.message = message
+        self.id, self.task = shown(message.message_id), message.actor_name
+        self.route: str | None
+        self.route, self.home = route_and_home(origins, message)
+
+    def forward(self, queue: str) -> None:
+        """Publish it to a queue, then acknowledge it here. The acknowledgement fails if publishing
+        had to change the connection: then the message comes again.
+        """
+        self._publisher.publish(self.message, queue, self.route, 0)
+        self._channel.basic_ack(self._tag)
+
+    def requeue(self) -> None:
+        """Put it back into its queue."""
+        self._channel.basic_nack(self._tag, requeue=True)
+
+
+class RabbitWorkerBroker:
+    """A WorkerBroker at RabbitMQ. Each thread has a connection of its own, which Dramatiq's broker
+    keeps.
+
+    Args:
+        native: The RabbitmqBroker.
+        config: The cluster.
+        origins: What this process knows of actors.
+
+    Attributes:
+        consumer_parameters: Of the connections of consumers.
+    """
+
+    catches_strays = True
+    kind = 'dramatiq'
+
+    def __init__(self, native: Any, config: CoordinationConfig, origins: Origins) -> None:
+        self.native = native
+        self._origins = origins
+        self._publisher = RabbitPublisher(native, config.appname, origins)
+        # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
+        self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
+        self._node_queue = ''
+        self.consumer_parameters = native.parameters
+
+    @property
+    def place(self) -> str:
+        """The addresses of the servers."""
+        return f'amqp://{_places(self.native.parameters)}'
+
+    def reach(self) -> None:
+        """Look whether RabbitMQ answers.
+
+        Raises:
+            BrokerAway: It cannot be reached.
+            ConnectionClosed: It refuses this user.
+        """
+        try:
+            _ = self.native.connection
+        except (
+            AuthenticationError,
+            ProbableAccessDeniedError,
+            ProbableAuthenticationError,
+        ) as error:
+            raise ConnectionClosed(
+                RuntimeError(f'RabbitMQ refuses its user at {self.place}: {error!r}')
+            ) from error
+        except BROKEN as error:
+            raise BrokerAway(f'RabbitMQ cannot be reached at {self.place}: {error!r}') from error
+
+    def identify(self, make: bool) -> str | None:
+        """The name of RabbitMQ's cluster, which it tells with each connection, and the virtual
+        host.
+        """
+        known = (
+            getattr(getattr(self.native.connection, '_impl', None), 'server_properties', None) or {}
+        )
+        name = known.get('cluster_name')
+        parameters = self.native.parameters
+        first = parameters[0] if isinstance(parameters, list) else parameters
+        return f'{name} {first.virtual_host}' if name else ''
+
+    def mark(self, mark: str) -> None:
+        """Nothing: RabbitMQ does not lose its name."""
+
+    def join(self, node: str, queue: str) -> None:
+        """Make the node's queue. From here on this process publishes with confirms, the worker's
+        own retries and delays included.
+
+        Raises:
+            ConnectionClosed: RabbitMQ cannot be used.
+        """
+        self._node_queue = queue
+        self.native.parameters = _adjusted(
+            self.native.parameters, blocked_connection_timeout=_BLOCKED_SEC
+        )
+        self.consumer_parameters = _adjusted(self.native.parameters, heartbeat=self._heartbeat)
+        self.native.confirm_delivery = True
+        try:
+            self.reset()  # a channel that was opened before has no confirms
+            self._publisher.declare_node(queue)
+        except BROKEN as error:
+            raise ConnectionClosed(
+                RuntimeError(
+                    f'RabbitMQ at {_places(self.native.parameters)} cannot be used: {error!r}'
+                )
+            ) from error
+
+    def consume(self, queue: str, prefetch: int, timeout: int) -> QueueConsumer:
+        """Begin to consume a queue, which is declared if it is not there."""
+        try:
+            with translated():
+                if queue == self._node_queue:
+                    self._publisher.declare_node(queue)
+                else:
+                    self.native.declare_queue(queue, ensure=True)
+        except ConnectionClosed:
+            # the worker tries again in a moment, and would find the same broken connection
+            self.reset()
+            raise
+        # A consumer sends heartbeats while it waits; other connections lie idle, and keep
+        # RabbitMQ's slower ones.
+        return RabbitQueueConsumer(
+            self._publisher, self.consumer_parameters, queue, prefetch, timeout / 1000
+        )
+
+    def send(
+        self,
+        message: Any,
+        queue: str,
+        route: str | None,
+        hops: int = 0,
+        source: QueueConsumer | None = None,
+    ) -> None:
+        """Publish a copy of a message to a queue."""
+        self._publisher.publish(message, queue, route, hops)
+
+    def requeue_failed(self) -> None:
+        """Nothing: what could not go back goes with its connection."""
+
+    def restore(self, node: str) -> int:
+        """Nothing: what a node had taken went back with its connections."""
+        return 0
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """All of them: the queues themselves say so, and are deleted when they are empty."""
+        return frozenset(queues)
+
+    def size(self, queue: str) -> int:
+        """How many messages wait in a queue; 0 where there is none."""
+        try:
+            return int(self.native.channel.queue_declare(queue, passive=True).method.message_count)
+        except ChannelClosedByBroker as error:
+            self.reset()
+            if error.reply_code == _NOT_FOUND:
+                return 0
+            raise
+
+    def take(self, queue: str) -> Delivery | None:
+        """The next message of a queue; None where it is empty or there is none."""
+        channel = self.native.channel
+        while True:
+            try:
+                method, _, body = channel.basic_get(queue)
+            except ChannelClosedByBroker as error:
+                self.reset()
+                if error.reply_code == _NOT_FOUND:
+                    return None
+                raise
+            if method is None:
+                return None
+            tag, message = method.delivery_tag, read_message(body)
+            if not isinstance(message, Refused):
+                return _Taken(self._publisher, channel, tag, message, self._origins)
+            self._publisher.set_aside(channel, queue, tag, body, message.reason)
+
+    def begin_evacuation(self) -> None:
+        """Publish with confirms: a message is acknowledged when its copy is confirmed."""
+        self.native.confirm_delivery = True
+        self.reset()
+
+    def places(self) -> Iterable[str]:
+        """None: AMQP cannot list queues; the table knows them."""
+        return ()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.native.close()
+
+    def delete(self, queue: str) -> bool:
+        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
+        try:
+            self.native.channel.queue_delete(queue, if_unused=True, if_empty=True)
+        except ChannelClosedByBroker as error:
+            self.reset()
+            if error.reply_code == _PRECONDITION_FAILED:
+                return False
+            raise
+        return True
+
+    def reset(self) -> None:
+        """Drop this thread's connection; the next use opens another."""
+        self._publisher.reset()
+
+
+def _places(parameters: Any) -> str:
+    return ', '.join(
+        f'{each.host}:{each.port}'
+        for each in (parameters if isinstance(parameters, list) else [parameters])
+    )
+
+
+def _adjusted(parameters: Any, **values: Any) -> Any:
+    """Connection parameters with values that their maker did not set."""
+    if isinstance(parameters, list):
+        return [_adjusted(item, **values) for item in parameters]
+    changed = copy.copy(parameters)
+    for name, value in values.items():
+        if getattr(changed, name) is None:
+            setattr(changed, name, value)
+    return changed

@@ -1,0 +1,170 @@
+"""The consumer of one queue at RabbitMQ, over a connection of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from threading import Event
+from typing import Any
+
+import pika
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from pika.exceptions import AMQPChannelError, ChannelClosedByBroker
+
+from jobsync_core.logs import get_logger
+from jobsync_core.worker.incoming import Refused
+
+from ..incoming import read_message
+from .rabbit_errors import translated
+from .rabbit_publisher import RabbitPublisher
+
+__all__ = ['RabbitQueueConsumer']
+
+logger = get_logger(__name__)
+
+_NOT_FOUND = 404
+#: Seconds between two looks while messages wait.
+_LOOK_SEC = 0.05
+
+
+class _Tagged(MessageProxy):
+    """A message with what RabbitMQ calls it; `redelivered` is Dramatiq's name."""
+
+    def __init__(self, message: Message[Any], tag: int, redelivered: bool) -> None:
+        super().__init__(message)
+        self.tag = tag
+        self.redelivered = redelivered
+
+
+class RabbitQueueConsumer:
+    """A QueueConsumer.
+
+    Args:
+        publisher: Publishes what is set aside.
+        parameters: Of the connection.
+        queue: The queue, which is there.
+        prefetch: How many messages may be taken and not done.
+        timeout: Longest wait for a message, in seconds.
+
+    Raises:
+        ConnectionClosed: RabbitMQ cannot be asked.
+    """
+
+    def __init__(
+        self, publisher: RabbitPublisher, parameters: Any, queue: str, prefetch: int, timeout: float
+    ) -> None:
+        self._publisher = publisher
+        self.queue = queue
+        self._timeout = timeout
+        self._own = queue.startswith('jobsync.')
+        #: What was handed out and is not done: tags of a connection that is gone mean nothing.
+        self._tags: set[int] = set()
+        with translated():
+            self.connection: Any = pika.BlockingConnection(parameters)
+            try:
+                self._channel: Any = self.connection.channel()
+                self._channel.basic_qos(prefetch_count=prefetch)
+            except BaseException:
+                self.close([])
+                raise
+        self._consume()
+
+    def _consume(self) -> None:
+        with translated():
+            self._deliveries: Any = self._channel.consume(
+                self.queue, inactivity_timeout=self._timeout
+            )
+
+    def next(self, patient: bool) -> Any:
+        """The next message that can be read."""
+        if not patient:
+            self.idle(_LOOK_SEC)
+            if not self._channel.get_waiting_message_count():
+                return None
+        with translated():
+            try:
+                method, _, body = next(self._deliveries)
+            except StopIteration:
+                raise AMQPChannelError(
+                    'RabbitMQ has ended the consumer: its queue was deleted, or its server is '
+                    'stopping'
+                ) from None
+            except ChannelClosedByBroker as error:
+                if error.reply_code == _NOT_FOUND:
+                    self._publisher.miss(self.queue)  # the next consumer declares it
+                raise
+        if method is None:
+            return None
+        tag = method.delivery_tag
+        found = read_message(body)
+        if isinstance(found, Refused):
+            with translated():
+                self._publisher.set_aside(self._channel, self.queue, tag, body, found.reason)
+            return None
+        self._tags.add(tag)
+        return _Tagged(found, tag, method.redelivered)
+
+    def idle(self, seconds: float) -> None:
+        """Wait: actors that end meanwhile acknowledge by this connection."""
+        with translated():
+            if self._channel.is_open:
+                self.connection.process_data_events(time_limit=seconds)
+            if not self._channel.is_open:
+                raise AMQPChannelError('the channel is closed')
+
+    def ack(self, message: Any) -> None:
+        """Acknowledge a message."""
+        self._settle(message, self._channel.basic_ack)
+
+    def nack(self, message: Any) -> None:
+        """Put a message among the dead letters: from the user's own queue RabbitMQ does so."""
+        if self._own:
+            self._publisher.bury(message)
+            self.ack(message)
+        else:
+            self._settle(message, partial(self._channel.basic_nack, requeue=False))
+
+    def requeue(self, message: Any) -> None:
+        """Put a message back."""
+        self._settle(message, partial(self._channel.basic_nack, requeue=True))
+
+    def pause(self) -> None:
+        """Have RabbitMQ send no more; what was sent and not handed out goes back."""
+        with translated():
+            self._channel.cancel()
+
+    def resume(self) -> None:
+        """Have RabbitMQ send messages again."""
+        self._consume()
+
+    def close(self, waiting: list[Any]) -> None:
+        """Close the connection, by which all that is not acknowledged goes back. A connection that
+        is gone has put it back.
+        """
+        if not self.connection.is_open:
+            return
+        with translated():
+            # Closing does not wait for acknowledgements of other threads; they come in order, and
+            # this comes last.
+            settled = Event()
+            self.connection.add_callback_threadsafe(settled.set)
+            while not settled.is_set():
+                self.connection.sleep(0)
+            self.connection.close()
+
+    def _settle(self, message: Any, how: Callable[[int], object]) -> None:
+        try:
+            self._tags.remove(message.tag)
+        except KeyError:  # another thread has just settled it
+            return
+        try:
+            self.connection.add_callback_threadsafe(partial(how, message.tag))
+        # Whatever is wrong with the connection. The worker would try for ever; exactly_once tells
+        # the next delivery from the first.
+        except Exception as error:
+            logger.warning(
+                'id=%s: RabbitMQ delivers it again, since the connection that took it is gone: %s',
+                message.message_id,
+                error,
+            )
