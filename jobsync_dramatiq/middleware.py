@@ -24,6 +24,7 @@ from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming, SelfDrain
 from jobsync_core.worker.keeper import Keeper
 from jobsync_core.worker.owners import OwnerMap
+from jobsync_core.worker.parts import missing
 from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queue
 from jobsync_core.worker.startup import wait_for_database, wait_for_server
@@ -37,6 +38,7 @@ from .gate import GatedConsumer, WatchedConsumer, WorkerGate
 from .groups import mark_members, unmark_members
 from .notes import is_quiet
 from .once import processing
+from .parts import GATE, GROUPS, PARTS, SENDING
 from .process import OrphanWatch, StopSignals, new_node_name, process_number
 
 __all__ = ['BootFailed', 'JobSync']
@@ -297,6 +299,7 @@ class JobSync(Middleware):
                 'use dramatiq'
             )
         settings, opened = self.settings, self._post()
+        check_parts(opened)
         self._orphans, self.leaving, self._uncoordinated = OrphanWatch(worker.stop), False, False
         for text in self._known().unknown_pins():
             logger.warning('JobSync: %s', text)
@@ -546,6 +549,21 @@ class JobSync(Middleware):
         if self._http is not None:
             self._http.close()
             self._http = None
+
+
+def check_parts(broker: WorkerBroker) -> None:
+    """Look whether the installed versions have what the plugin uses of them.
+
+    Raises:
+        ConfigurationError: They lack something.
+    """
+    lacking = missing(PARTS, (SENDING, GATE, GROUPS, *broker.parts))
+    if lacking:
+        raise ConfigurationError(
+            f'the installed Dramatiq or its client of the broker lacks {", ".join(lacking)}, '
+            'without which keys would not be safe: install versions that JobSync knows, with '
+            'pip install "jobsync-workers[dramatiq]"'
+        )
 
 
 def _refusal(job: Job) -> str:

@@ -90,13 +90,16 @@ class QueueConsumer(Protocol):
 
 
 class WorkerBroker(Evacuable, Protocol):
-    """A broker, for one process. Dramatiq's own object is its `native`.
+    """A broker, for one process.
 
     Attributes:
         place: Its address, without a password.
+        native: Dramatiq's own broker.
+        parts: Which uses of `jobsync_dramatiq.parts` it needs.
     """
 
     native: Any
+    parts: frozenset[str]
 
     @property
     def place(self) -> str: ...

@@ -28,6 +28,7 @@ from jobsync_core.worker.incoming import Refused
 
 from ..errors import BrokerAway
 from ..incoming import read_message
+from ..parts import RABBITMQ
 from .copies import route_and_home
 from .interface import Origins, QueueConsumer
 from .rabbit_consumer import RabbitQueueConsumer
@@ -85,6 +86,7 @@ class RabbitWorkerBroker:
 
     catches_strays = True
     kind = 'dramatiq'
+    parts = frozenset({RABBITMQ})
 
     def __init__(self, native: Any, config: CoordinationConfig, origins: Origins) -> None:
         self.native = native

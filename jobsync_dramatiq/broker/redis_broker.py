@@ -24,6 +24,7 @@ from jobsync_core.worker.routing import node_queue
 
 from ..errors import BrokerAway
 from ..incoming import read_message
+from ..parts import REDIS
 from . import redis_scripts as scripts
 from .copies import copy_for, route_and_home
 from .interface import Origins, QueueConsumer
@@ -78,6 +79,7 @@ class RedisWorkerBroker:
 
     catches_strays = False
     kind = 'dramatiq'
+    parts = frozenset({REDIS})
 
     def __init__(self, native: Any, appname: str, origins: Origins) -> None:
         self.native = native

@@ -50,7 +50,7 @@ LAYERS = (
 )
 #: The same for the adapters: a folder, or a module beside it.
 DRAMATIQ_LAYERS = (
-    {'errors', 'incoming', 'process'},
+    {'errors', 'incoming', 'parts', 'process'},
     {'broker', 'groups'},
     {'notes'},
     {'once'},

@@ -1,0 +1,67 @@
+"""Looks whether installed packages have the private parts that an adapter uses of them."""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+__all__ = ['Part', 'missing']
+
+
+class Part(NamedTuple):
+    """Something that is used and not promised to stay.
+
+    Attributes:
+        use: What it is used for; parts of one use stand and fall together.
+        owner: `module:Class`, or a module.
+        names: Attributes. One that an instance gets from a method is found as well.
+    """
+
+    use: str
+    owner: str
+    names: tuple[str, ...]
+
+
+def missing(parts: Iterable[Part], uses: Iterable[str] = ()) -> list[str]:
+    """What of these parts the installed versions lack, as 'owner.name'; an empty list is well.
+
+    Args:
+        parts: The parts.
+        uses: Only what is used for these; all, by default.
+    """
+    wanted = set(uses)
+    return [
+        f'{part.owner}.{name}'
+        for part in parts
+        if not wanted or part.use in wanted
+        for name in _lacking(part)
+    ]
+
+
+def _lacking(part: Part) -> list[str]:
+    module, _, attribute = part.owner.partition(':')
+    try:
+        owner: Any = importlib.import_module(module)
+        owner = getattr(owner, attribute) if attribute else owner
+    except (ImportError, AttributeError):
+        return list(part.names)
+    return [name for name in part.names if not hasattr(owner, name) and not _stores(owner, name)]
+
+
+def _stores(owner: Any, name: str) -> bool:
+    # What an instance gets when a method runs, without making one: the method's code stores it.
+    methods = [
+        method
+        for cls in (owner.__mro__ if isinstance(owner, type) else ())
+        for method in vars(cls).values()
+    ]
+    codes = (getattr(inspect.unwrap(method), '__code__', None) for method in methods)
+    return any(
+        step.opname == 'STORE_ATTR' and step.argval == name
+        for code in codes
+        if code is not None and name in code.co_names
+        for step in dis.get_instructions(code)
+    )
