@@ -37,9 +37,8 @@ from celery.schedules import crontab
 
 from jobsync_core import clock
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.store import schedules
 from jobsync_core.store.connection import Sessions
-from jobsync_core.store.schedules import Leadership, State
+from jobsync_core.store.schedules import Leadership, ScheduleStore, State
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 
@@ -183,7 +182,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         ]
         if unknown:
             with self._sessions.session() as connection:
-                found = schedules.learn(connection, self._tables, unknown)
+                found = ScheduleStore(connection, self._tables).learn(unknown)
             for name, now, _ in unknown:
                 if name in found:
                     self._adopt(name, found[name])
@@ -196,8 +195,8 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
                         )
         if clock.now() - self._pruned > _PRUNE_EVERY_SEC:
             with self._sessions.session() as connection:
-                forgotten = schedules.prune(
-                    connection, self._tables, list(self.schedule), _UNUSED_SEC
+                forgotten = ScheduleStore(connection, self._tables).prune(
+                    list(self.schedule), _UNUSED_SEC
                 )
             self._pruned = clock.now()
             if forgotten:
@@ -245,8 +244,8 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         self._publisher.connect()  # not while holding a row
         with _undisturbed(), self._sessions.session() as connection:
             self._hold_until = clock.now() + self._config.lease_sec / 2
-            state = schedules.lock(
-                connection, self._tables, entry.name, self._config.heartbeat_timeout_sec
+            state = ScheduleStore(connection, self._tables).lock(
+                entry.name, self._config.heartbeat_timeout_sec
             )
             if (
                 state is None
@@ -264,8 +263,8 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
                 if sent and self._unrecorded.get(entry.name) != slot:
                     self._publish(entry, slot)
                     self._unrecorded[entry.name] = slot
-                schedules.advance(
-                    connection, self._tables, entry.name, slot, _describe(entry), sent
+                ScheduleStore(connection, self._tables).advance(
+                    entry.name, slot, _describe(entry), sent
                 )
                 state = State(slot, state.runs + sent)
         self._unrecorded.pop(entry.name, None)

@@ -28,10 +28,11 @@ from ..protocol.node import Phase, Protocol, Settings
 from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
 from ..store import locks as lock_store
-from ..store import queues, status, tasks
+from ..store import status, tasks
 from ..store.connection import Sessions
 from ..store.control import Control
 from ..store.housekeeping import STATEMENT_SEC
+from ..store.queues import QueueStore
 from ..store.schema import create_schema
 from ..store.tables import Tables
 from ..task import task_id_of
@@ -169,8 +170,8 @@ class ClusterNode:
 
     def _refuse_workers(self) -> None:
         with self._sessions.session() as connection:
-            others = queues.peers(
-                connection, self._tables, self._name, self._config.heartbeat_timeout_sec
+            others = QueueStore(connection, self._tables).peers(
+                self._name, self._config.heartbeat_timeout_sec
             )
         self._sessions.close_all()  # a node that asks nothing more keeps no second connection
         found = stranger(Belonging(), others, self._config.appname)

@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable
+from .base import Store
 from .connection import Connection
+from .tables import Tables
 
-if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection
-
-    from .tables import Tables
-
-__all__ = ['Leadership', 'State', 'advance', 'learn', 'lock', 'prune']
+__all__ = ['Leadership', 'ScheduleStore', 'State']
 
 
 @dataclass(frozen=True)
@@ -38,96 +34,50 @@ class State:
     runs: int
 
 
-def learn(
-    connection: PgConnection, tables: Tables, entries: Sequence[tuple[str, datetime, str]]
-) -> dict[str, State]:
-    """The states of entries; those that are new begin.
+class ScheduleStore(Store):
+    """The entries of a schedule."""
 
-    Args:
-        entries: Name, the moment from which it counts if it is new, and its description for who
-            looks at the table.
-    """
-    names, slots, texts = ([entry[place] for entry in entries] for place in range(3))
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""
-            INSERT INTO {tables.schedule} (name, slot, entry, updated_at)
-            SELECT name, slot, entry, now()
-            FROM unnest(%s::text[], %s::timestamptz[], %s::text[]) AS wanted (name, slot, entry)
-                ORDER BY name
-            ON CONFLICT (name) DO NOTHING
-            """,
-            (names, slots, texts),
-        )
+    def learn(self, entries: Sequence[tuple[str, datetime, str]]) -> dict[str, State]:
+        """The states of entries; those that are new begin.
+
+        Args:
+            entries: Name, the moment from which it counts if it is new, and its description for who
+                looks at the table.
+        """
+        names, slots, texts = ([entry[place] for entry in entries] for place in range(3))
+        self._run('schedule.begin', {'names': names, 'slots': slots, 'entries': texts})
         # Not of the INSERT's snapshot: a row that another scheduler has just made is seen.
-        cursor.execute(
-            f'SELECT name, slot, total_run_count FROM {tables.schedule} WHERE name = ANY (%s)',
-            (names,),
-        )
         return {
             name: State(slot.astimezone(timezone.utc), runs)
-            for name, slot, runs in cursor.fetchall()
+            for name, slot, runs in self._rows('schedule.states', {'names': names})
         }
 
+    def lock(self, name: str, hold_sec: float) -> State | None:
+        """Lock an entry's row until the end of the transaction, and read it.
 
-def lock(connection: PgConnection, tables: Tables, name: str, hold_sec: float) -> State | None:
-    """Lock an entry's row until the end of the transaction, and read it.
+        Args:
+            name: The entry.
+            hold_sec: The server ends the session of a holder that is silent for longer, so that a
+                stopped one keeps nothing.
 
-    Args:
-        hold_sec: The server ends the session of a holder that is silent for longer, so that a
-            stopped one keeps nothing.
+        Returns:
+            None where another scheduler holds the row, or there is none.
+        """
+        row = self._row('schedule.lock', {'silent': _milliseconds(hold_sec), 'name': name})
+        return State(row[0].astimezone(timezone.utc), row[1]) if row else None
 
-    Returns:
-        None where another scheduler holds the row, or there is none.
-    """
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""
-            SELECT set_config('idle_in_transaction_session_timeout', %s, true);
-            SELECT slot, total_run_count FROM {tables.schedule} WHERE name = %s FOR UPDATE SKIP
-                LOCKED
-            """,
-            (_milliseconds(hold_sec), name),
-        )
-        rows = cursor.fetchall()
-    return State(rows[0][0].astimezone(timezone.utc), rows[0][1]) if rows else None
-
-
-def advance(
-    connection: PgConnection, tables: Tables, name: str, slot: datetime, text: str, sent: bool
-) -> None:
-    """Record that an entry's slot was sent, or passed over."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""
-            UPDATE {tables.schedule}
-            SET slot = %s, total_run_count = total_run_count + %s, entry = %s, updated_at = now()
-                WHERE name = %s
-            """,
-            (slot, int(sent), text, name),
+    def advance(self, name: str, slot: datetime, text: str, sent: bool) -> None:
+        """Record that an entry's slot was sent, or passed over."""
+        self._run(
+            'schedule.advance', {'slot': slot, 'sent': int(sent), 'entry': text, 'name': name}
         )
 
-
-def prune(connection: PgConnection, tables: Tables, names: Sequence[str], unused_sec: float) -> int:
-    """Say that `names` are in use, and forget the others that nobody has said this of for
-    `unused_sec` seconds.
-    """
-    with connection.cursor() as cursor:
-        # Rows that are being sent right now are in use anyway.
-        cursor.execute(
-            f"""
-            UPDATE {tables.schedule} SET updated_at = now()
-            WHERE name IN (SELECT name FROM {tables.schedule} WHERE name = ANY (%s) FOR UPDATE SKIP
-                LOCKED)
-            """,
-            (list(names),),
-        )
-        cursor.execute(
-            f'DELETE FROM {tables.schedule} WHERE NOT name = ANY (%s) AND updated_at < now() - '
-            'make_interval(secs => %s)',
-            (list(names), unused_sec),
-        )
-        return int(cursor.rowcount)
+    def prune(self, names: Sequence[str], unused_sec: float) -> int:
+        """Say that `names` are in use, and forget the others that nobody has said this of for
+        `unused_sec` seconds.
+        """
+        self._run('schedule.keep', {'names': list(names)})
+        return self._run('schedule.prune', {'names': list(names), 'unused': unused_sec})
 
 
 class Leadership:
@@ -169,14 +119,17 @@ class Leadership:
             self._connection = Connection.open(self._config, 'beat')
             silent = _milliseconds(self._config.heartbeat_timeout_sec)
             self._connection.execute(
-                "SELECT set_config('idle_session_timeout', %s, false)", (silent,)
+                self._tables.sql('schedule.end_when_silent'), {'silent': silent}
             )
         if self._held:
-            self._connection.execute('SELECT 1')
+            self._connection.execute(self._tables.sql('schedule.prove'))
             return True
         digest = blake2b(f'jobsync beat {self._tables.label}'.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)
-        return bool(self._connection.execute('SELECT pg_try_advisory_lock(%s)', (key,))[0][0])
+        ((held,),) = self._connection.execute(
+            self._tables.sql('schedule.try_to_lead'), {'key': key}
+        )
+        return bool(held)
 
     def resign(self) -> None:
         """Let another scheduler lead, at once."""

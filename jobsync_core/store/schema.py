@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
 
 import psycopg2
@@ -21,7 +20,8 @@ from . import blockers, rights
 from .connection import Sessions
 from .deadline import GuardedConnection
 from .location import PINNED_PATH, default_scope
-from .tables import FUNCTIONS, INDEXES, RELATIONS, Tables, quote_name
+from .statements import read_migration
+from .tables import RELATIONS, Tables, quote_name
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -30,18 +30,18 @@ __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'create_schema', 'render_schema']
 
 logger = get_logger(__name__)
 
-#: Number of a schema version, and the file that leads to it from the one before. A file, once
-#: released, never changes.
+#: Number of a schema version, and the file of `migrations/` that leads to it from the one before. A
+#: file, once released, never changes; nor does a file of `functions/`, whose name has a version.
 MIGRATIONS: tuple[tuple[int, str], ...] = (
-    (1, 'schema.sql'),
-    (2, 'migration_2.sql'),
-    (3, 'migration_3.sql'),
-    (4, 'migration_4.sql'),
-    (5, 'migration_5.sql'),
-    (6, 'migration_6.sql'),
-    (7, 'migration_7.sql'),
-    (8, 'migration_8.sql'),
-    (9, 'migration_9.sql'),
+    (1, '01_tables'),
+    (2, '02_schedules'),
+    (3, '03_execution_functions'),
+    (4, '04_node_age'),
+    (5, '05_housekeeping_indexes'),
+    (6, '06_qualified_names'),
+    (7, '07_epochs'),
+    (8, '08_queue_belonging'),
+    (9, '09_former_keys'),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -398,7 +398,4 @@ def _has_functions(cursor: Any, tables: Tables) -> bool:
 
 
 def _render(tables: Tables, name: str) -> str:
-    text = files(__package__).joinpath(name).read_text(encoding='utf-8')
-    functions = {function: getattr(tables, function) for function in FUNCTIONS}
-    indexes = {index: quote_name(f'{tables.appname}{index}') for index in INDEXES}
-    return text.format(**tables.all, **functions, **indexes, schema=quote_name(tables.schema))
+    return tables.migration(read_migration(name))

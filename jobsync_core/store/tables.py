@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
 from .location import Location, locate, location_of
+from .statements import catalog, fill
 
 __all__ = ['FUNCTIONS', 'INDEXES', 'RELATIONS', 'Tables', 'quote_name']
 
@@ -82,6 +84,7 @@ class Tables:
     def __init__(self, appname: str, schema: str = 'public', scope: str = '') -> None:
         self._location = Location(appname.lower(), schema, scope, found=True)
         self.appname = self._location.appname
+        self._texts: dict[tuple[str, ...], str] = {}
 
     @classmethod
     def of(cls, config: CoordinationConfig) -> Tables:
@@ -91,6 +94,7 @@ class Tables:
         tables = cls.__new__(cls)
         tables._location = location_of(config)
         tables.appname = config.appname
+        tables._texts = {}
         return tables
 
     def __repr__(self) -> str:
@@ -148,6 +152,28 @@ class Tables:
     def all(self) -> Mapping[str, str]:
         """Each table or view, and its name for SQL."""
         return {name: getattr(self, name) for name in RELATIONS}
+
+    def sql(self, name: str, **pieces: str) -> str:
+        """A statement for these tables; it is put together once.
+
+        Args:
+            name: `subject.name`, as in the files of `queries/`.
+            pieces: Text that takes the place of pieces of that name.
+        """
+        key = (name, *itertools.chain.from_iterable(pieces.items()))
+        found = self._texts.get(key)
+        if found is None:
+            functions = {function: getattr(self, function) for function in FUNCTIONS}
+            found = catalog().render(name, {**self.all, **functions}, pieces)
+            if self._location.found:
+                self._texts[key] = found
+        return found
+
+    def migration(self, text: str) -> str:
+        """A migration's text for these tables."""
+        functions = {function: getattr(self, function) for function in FUNCTIONS}
+        indexes = {index: quote_name(f'{self.appname}{index}') for index in INDEXES}
+        return fill(text, {**self.all, **functions, **indexes, 'schema': quote_name(self.schema)})
 
     @property
     def functions(self) -> Mapping[str, str]:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from .. import clock
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..store import queues
 from ..store.connection import Sessions
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .broker import Broker, Delivery
 from .routing import mark_key, parked_queue, unknown_queue
@@ -92,7 +92,7 @@ def evacuate(
     done = Evacuated()
     try:
         with sessions.session() as connection:
-            known = dict(queues.known(connection, tables, broker.kind))
+            known = dict(QueueStore(connection, tables).known(broker.kind))
         dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
         prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
         shared = parked_queue(config.appname), unknown_queue(config.appname)
@@ -138,14 +138,14 @@ def _dead(
     has removed their rows: one that sends nothing for a whole timeout is dead.
     """
     with sessions.session() as connection:
-        silent = queues.heartbeats(connection, tables)
+        silent = QueueStore(connection, tables).heartbeats()
     until = clock.now() + timeout_sec
     if silent:
         tell(f'looking for {timeout_sec:g} s which of {len(silent)} nodes are alive')
     while silent and clock.now() < until:
         time.sleep(min(0.25, timeout_sec / 8))
         with sessions.session() as connection:
-            now = queues.heartbeats(connection, tables)
+            now = QueueStore(connection, tables).heartbeats()
         silent = {node: sign for node, sign in silent.items() if now.get(node) == sign}
     return silent
 
@@ -155,7 +155,7 @@ def _is_alive(
 ) -> bool:
     """Whether a node lives now: it may have come, or come back, since they were counted."""
     with sessions.session() as connection:
-        sign = queues.heartbeats(connection, tables).get(node)
+        sign = QueueStore(connection, tables).heartbeats().get(node)
     return sign is not None and sign != dead.get(node)
 
 
@@ -169,7 +169,7 @@ def _leave_node(
     done: Evacuated,
 ) -> str:
     with sessions.session() as connection:
-        if not queues.hold(connection, tables, node):
+        if not QueueStore(connection, tables).hold(node):
             done.busy.append(node)
             return 'somebody else is sweeping it; once more, later'
         if _is_alive(sessions, tables, node, dead):
@@ -181,7 +181,7 @@ def _leave_node(
         deleted = broker.delete(queue)
         if deleted:
             done.deleted.append(queue)
-            queues.forget(connection, tables, queue)
+            QueueStore(connection, tables).forget(queue)
         return f'{restored} restored, {moved} moved home' + (', deleted' if deleted else '')
 
 
@@ -189,7 +189,7 @@ def _leave_shared(
     broker: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated
 ) -> str:
     with sessions.session() as connection:
-        if not queues.hold(connection, tables, ''):
+        if not QueueStore(connection, tables).hold(''):
             done.busy.append('')
             return 'a node is looking at it; once more, later'
         return f'{_move(broker, queue, done)} moved home'

@@ -12,7 +12,7 @@ import psycopg2
 from .. import clock
 from ..errors import JobSyncError
 from ..logs import Repeats, get_logger
-from ..store import queues
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .broker import Broker, Delivery
 from .parking import Parking
@@ -136,7 +136,7 @@ class Keeper:
         node, give_up = self._job.node_name, clock.now() + _RECLAIM_SEC
         while True:
             with self._sessions.session() as connection:
-                if queues.hold(connection, self._tables, node):
+                if QueueStore(connection, self._tables).hold(node):
                     return self._broker.restore(node)
             if self._closing:
                 return 0
@@ -181,8 +181,8 @@ class Keeper:
             # While this node was taken for dead, its empty queue may have been deleted and
             # forgotten.
             with self._sessions.session() as connection:
-                queues.record(
-                    connection, self._tables, self._queue, self._job.node_name, self._job.belonging
+                QueueStore(connection, self._tables).record(
+                    self._queue, self._job.node_name, self._job.belonging
                 )
         self._on_lease(self._leased)
         self._told = True

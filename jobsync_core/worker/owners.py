@@ -13,8 +13,8 @@ from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable
 from ..logs import Repeats, get_logger
-from ..store import queues
 from ..store.connection import Sessions
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 
 __all__ = ['OwnerMap', 'Place']
@@ -100,8 +100,8 @@ class OwnerMap:
                 return False
             try:
                 with self._sessions.session() as connection:
-                    found = queues.owners(
-                        connection, self._tables, self._copy.version if self._copy.whole else -1
+                    found = QueueStore(connection, self._tables).owners(
+                        self._copy.version if self._copy.whole else -1
                     )
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._pause_until = clock.now() + PAUSE_SEC

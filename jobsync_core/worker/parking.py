@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from .. import clock
 from ..logs import get_logger
-from ..store import queues
 from ..store.connection import Sessions
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .broker import Broker, Delivery
 from .owners import OwnerMap
@@ -123,7 +123,7 @@ class Parking:
 
     def _hand_out(self) -> None:
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, ''):
+            if not QueueStore(connection, self._tables).hold(''):
                 return
             self._stray = False
             began = clock.now()
@@ -174,7 +174,7 @@ class Parking:
     def _bring_home(self) -> None:
         tasks, version = self._tasks(), self._owners.version
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, ''):
+            if not QueueStore(connection, self._tables).hold(''):
                 return
             passed = self._passage.go(
                 self._unknown, lambda delivery: self._known_place(delivery, tasks), self._stop

@@ -22,8 +22,8 @@ from ..job import Job
 from ..logs import get_logger
 from ..protocol.effects import RebalanceEvent
 from ..store import locks as lock_store
-from ..store import queues
 from ..store.connection import Sessions
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .owners import OwnerMap
 from .routing import Decision, check_pins, decide, node_queue, pin_locks
@@ -261,12 +261,12 @@ def make_job(
     def provide(job: Job) -> None:
         def peers() -> list[Peer]:
             with job.session(pinned=True) as connection:
-                return queues.peers(connection, tables, name, config.heartbeat_timeout_sec)
+                return QueueStore(connection, tables).peers(name, config.heartbeat_timeout_sec)
 
         def note(belonging: Belonging) -> bool:
             job.belonging = belonging
             with job.session(pinned=True) as connection:
-                return queues.record(connection, tables, queue, name, belonging)
+                return QueueStore(connection, tables).record(queue, name, belonging)
 
         def belong(mark: str) -> None:
             belonging = Belonging(kind, mark, place, settings.application or application)
@@ -274,7 +274,7 @@ def make_job(
             if found is not None:
                 if is_new:
                     with job.session(pinned=True) as connection:
-                        queues.withdraw(connection, tables, queue, name)
+                        QueueStore(connection, tables).withdraw(queue, name)
                 raise ConfigurationError(found)
             note(belonging)
 

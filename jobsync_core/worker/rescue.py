@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from .. import clock
 from ..logs import Repeats, get_logger
-from ..store import queues
 from ..store.connection import Sessions
-from ..store.queues import Orphan
+from ..store.queues import Orphan, QueueStore
 from ..store.tables import Tables
 from .broker import Broker, Delivery
 from .owners import OwnerMap
@@ -109,15 +108,15 @@ class Rescue:
                 next call tries again.
         """
         with self._sessions.session() as connection:
-            fresh = queues.orphans(connection, self._tables, self._kind, CLOSE_SEC)
-            drained = queues.draining(connection, self._tables, self._kind, self._node)
+            fresh = QueueStore(connection, self._tables).orphans(self._kind, CLOSE_SEC)
+            drained = QueueStore(connection, self._tables).draining(self._kind, self._node)
         self._in_a_row = 0
         self._sweep(fresh)
         now = clock.now()
         if now >= self._old_at and self._leads():
             self._old_at = now + self._interval
             with self._sessions.session() as connection:
-                old = queues.old_orphans(connection, self._tables, self._kind, CLOSE_SEC)
+                old = QueueStore(connection, self._tables).old_orphans(self._kind, CLOSE_SEC)
             self._sweep(old)
             self._delete(old)
         here = [
@@ -170,7 +169,7 @@ class Rescue:
         back.
         """
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(
+            if not QueueStore(connection, self._tables).hold(orphan.node) or not self._is_gone(
                 orphan.node
             ):
                 return
@@ -206,7 +205,7 @@ class Rescue:
         # On another connection: read in the holding transaction, the table would be locked against
         # a migration while the broker works.
         with self._sessions.session() as connection:
-            return queues.is_gone(connection, self._tables, node)
+            return QueueStore(connection, self._tables).is_gone(node)
 
     def _delete(self, orphans: Sequence[Orphan]) -> None:
         """Delete queues that have been empty for long, and forget them."""
@@ -231,12 +230,12 @@ class Rescue:
     def delete_one(self, orphan: Orphan) -> None:
         """Delete one node's queue if nothing is in it, and forget it."""
         with self._sessions.session() as connection:
-            if not queues.hold(connection, self._tables, orphan.node) or not self._is_gone(
+            if not QueueStore(connection, self._tables).hold(orphan.node) or not self._is_gone(
                 orphan.node
             ):
                 return
             if self._broker.delete(orphan.queue):
-                queues.forget(connection, self._tables, orphan.queue)
+                QueueStore(connection, self._tables).forget(orphan.queue)
 
     def _guarded(self, orphan: Orphan, action: Callable[[Orphan], object]) -> None:
         """Whatever goes wrong with one orphan keeps nobody from looking at the others."""

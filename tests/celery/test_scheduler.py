@@ -19,7 +19,7 @@ from jobsync_celery.beat import JobSyncScheduler
 from jobsync_celery.slots import slot_id
 from jobsync_core import clock
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.store import schedules
+from jobsync_core.store.schedules import ScheduleStore
 
 from ..server.cluster import query
 
@@ -266,14 +266,14 @@ def test_a_slot_that_was_sent_but_perhaps_not_recorded_is_not_sent_again(
 ) -> None:
     scheduler = world.scheduler({'a': 10})
     world.run(scheduler)
-    advance = schedules.advance
+    advance = ScheduleStore.advance
 
-    def cut(connection: Any, *args: Any) -> None:
-        monkeypatch.setattr(schedules, 'advance', advance)
-        query(world.config, 'SELECT pg_terminate_backend(%s)', (connection.info.backend_pid,))
-        advance(connection, *args)
+    def cut(store: ScheduleStore, *args: Any) -> None:
+        monkeypatch.setattr(ScheduleStore, 'advance', advance)
+        query(world.config, 'SELECT pg_terminate_backend(%s)', (store.connection.info.backend_pid,))
+        advance(store, *args)
 
-    monkeypatch.setattr(schedules, 'advance', cut)
+    monkeypatch.setattr(ScheduleStore, 'advance', cut)
     world.now += timedelta(seconds=10)
     assert scheduler.tick() > 0  # the database is away
     assert world.run(scheduler) == []

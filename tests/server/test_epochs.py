@@ -205,7 +205,7 @@ def test_its_migration_holds_nobody_up_behind_a_long_transaction(
     rows = Rows(config, Sessions(config, 'rows'))
     rows.run(f'ALTER TABLE {rows.tables.audit} DROP COLUMN epoch')
     rows.run(f'ALTER TABLE {rows.tables.cluster} DROP COLUMN epoch')
-    migration = schema._render(rows.tables, 'migration_7.sql')
+    migration = schema._render(rows.tables, '07_epochs')
     with (
         rows.sessions.session(limited=False) as reader,
         reader.cursor() as cursor,

@@ -79,7 +79,7 @@ def trapped(make_config: MakeConfig) -> Iterator[Callable[..., tuple[Coordinatio
 
         def make(**settings: Any) -> tuple[CoordinationConfig, Admin]:
             config = make_config(**settings)
-            sources = Path(jobsync_core.store.__file__).parent.iterdir()
+            sources = Path(jobsync_core.store.__file__).parent.rglob('*')
             text = ''.join(path.read_text() for path in sources if path.suffix in ('.py', '.sql'))
             names = sorted(set(re.findall(r'\b([a-z_0-9]+)\(', text)))
             admin = stack.enter_context(admin_of(config))

@@ -13,8 +13,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job, JobSyncError
 from jobsync_core.belonging import Belonging
-from jobsync_core.store import queues
-from jobsync_core.store.queues import Orphan
+from jobsync_core.store.queues import Orphan, QueueStore
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker import keeper
 from jobsync_core.worker.broker import Broker, Delivery
@@ -809,13 +808,13 @@ class TestMany:
         for number in range(300):
             world.queue(f'old-{number}', age=100)
         held: list[str] = []
-        hold = queues.hold
+        hold = QueueStore.hold
 
-        def noted(connection: Any, tables: Tables, node: str) -> bool:
+        def noted(store: QueueStore, node: str) -> bool:
             held.append(node)
-            return hold(connection, tables, node)
+            return hold(store, node)
 
-        monkeypatch.setattr(queues, 'hold', noted)
+        monkeypatch.setattr(QueueStore, 'hold', noted)
         leader, other = (first, second) if first.job.am_i_leader() else (second, first)
         leader.sweep()
         other.sweep()
@@ -887,8 +886,8 @@ class TestHold:
                 asked.append(hold(*arguments))
                 return asked[-1]
 
-            hold = queues.hold
-            monkeypatch.setattr(queues, 'hold', counted)
+            hold = QueueStore.hold
+            monkeypatch.setattr(QueueStore, 'hold', counted)
             thread = threading.Thread(target=lambda: done.append(second.keeper.reclaim()))
             thread.start()
             eventually(lambda: len(asked) > 2)
@@ -922,7 +921,7 @@ class TestHold:
         first = world.node('n1', start=False)
         monkeypatch.setattr(keeper, '_RECLAIM_SEC', 0.3)
         with first.keeper._sessions.session() as connection:
-            assert queues.hold(connection, Tables(world.config.appname), 'n1')
+            assert QueueStore(connection, Tables(world.config.appname)).hold('n1')
             with pytest.raises(JobSyncError, match="earlier life of 'n1'"):
                 first.keeper.reclaim()
             first.keeper.stop(10)

@@ -10,8 +10,8 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.store import queues
 from jobsync_core.store.connection import Sessions
+from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker import owners
@@ -45,13 +45,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The version that each statement of a map knew."""
     found: list[int] = []
-    read = queues.owners
+    read = QueueStore.owners
 
-    def counted(connection: Any, tables: Tables, known: int) -> Any:
+    def counted(store: QueueStore, known: int) -> Any:
         found.append(known)
-        return read(connection, tables, known)
+        return read(store, known)
 
-    monkeypatch.setattr(queues, 'owners', counted)
+    monkeypatch.setattr(QueueStore, 'owners', counted)
     return found
 
 

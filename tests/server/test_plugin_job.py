@@ -12,8 +12,7 @@ from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
-from jobsync_core.store import queues
-from jobsync_core.store.tables import Tables
+from jobsync_core.store.queues import QueueStore
 from jobsync_core.worker import plugin
 from jobsync_core.worker.plugin import PluginSettings, make_job
 from tests.server.cluster import query
@@ -175,18 +174,18 @@ def test_workers_that_enter_together_are_not_taken_for_plain_jobs(
 def test_workers_that_become_active_together_do_not_wait_for_others(
     config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, both = queues.peers, threading.Barrier(2)
+    look, both = QueueStore.peers, threading.Barrier(2)
     looked: set[str] = set()
 
-    def peers(connection: Any, tables: Tables, node: str, timeout: float) -> list[Peer]:
+    def peers(store: QueueStore, node: str, timeout: float) -> list[Peer]:
         if node not in looked:
             looked.add(node)
             both.wait(30)  # both are in the node table
             query(config, 'UPDATE "{}node" SET state = \'active\'')
             both.wait(30)
-        return look(connection, tables, node, timeout)
+        return look(store, node, timeout)
 
-    monkeypatch.setattr(queues, 'peers', peers)
+    monkeypatch.setattr(QueueStore, 'peers', peers)
     monkeypatch.setattr(plugin, '_MARK_SEC', 60.0)
     workers = [_worker(config, name, wait=0) for name in ('one', 'two')]
     with ThreadPoolExecutor() as pool:

@@ -12,8 +12,8 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.errors import JobSyncError
-from jobsync_core.store import queues
 from jobsync_core.store.connection import Sessions
+from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 
@@ -41,7 +41,7 @@ def rows(config: CoordinationConfig) -> list[tuple[Any, ...]]:
 def record(sessions: Sessions, tables: Tables, *found: tuple[str, str, str]) -> None:
     with sessions.session() as connection:
         for name, node, kind in found:
-            queues.record(connection, tables, name, node, Belonging(kind))
+            QueueStore(connection, tables).record(name, node, Belonging(kind))
 
 
 YOUNG = 50.0
@@ -52,10 +52,10 @@ def orphans(
 ) -> list[tuple[str, str, float]]:
     """Those that are young, then those that are old."""
     with sessions.session() as connection:
-        found = queues.orphans(connection, tables, kind, YOUNG)
+        found = QueueStore(connection, tables).orphans(kind, YOUNG)
         return [
             (row.queue, row.node, row.age)
-            for row in (*found, *queues.old_orphans(connection, tables, kind, YOUNG))
+            for row in (*found, *QueueStore(connection, tables).old_orphans(kind, YOUNG))
         ]
 
 
@@ -134,16 +134,16 @@ def test_an_orphan_is_forgotten_and_a_live_node_s_queue_is_not(
     with Job('n1', config, wait_on_enter=0):
         record(sessions, tables, ('q1', 'n1', 'celery'), ('q', 'gone', 'celery'))
         with sessions.session() as connection:
-            queues.forget(connection, tables, 'q1')
-            queues.forget(connection, tables, 'q')
-            queues.forget(connection, tables, 'never')
+            QueueStore(connection, tables).forget('q1')
+            QueueStore(connection, tables).forget('q')
+            QueueStore(connection, tables).forget('never')
         assert [row[0] for row in rows(config)] == ['q1']
 
 
 def test_who_is_gone(config: CoordinationConfig, sessions: Sessions, tables: Tables) -> None:
     with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
-        assert not queues.is_gone(connection, tables, 'n1')
-        assert queues.is_gone(connection, tables, 'n2')
+        assert not QueueStore(connection, tables).is_gone('n1')
+        assert QueueStore(connection, tables).is_gone('n2')
 
 
 def test_live_peers_are_told_with_what_they_belong_to_and_dead_ones_are_not(
@@ -151,44 +151,44 @@ def test_live_peers_are_told_with_what_they_belong_to_and_dead_ones_are_not(
 ) -> None:
     shop = Belonging('celery', 'mark', 'redis://h/0', 'shop')
     with sessions.session() as connection:
-        queues.record(connection, tables, 'q2', 'gone', shop)
+        QueueStore(connection, tables).record('q2', 'gone', shop)
     with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
-        assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', Belonging())]
-        queues.record(connection, tables, 'q1', 'n1', shop)
-        assert queues.peers(connection, tables, 'n2', 60) == [Peer('n1', shop)]
-        assert queues.peers(connection, tables, 'n1', 60) == []
-        assert queues.peers(connection, tables, 'n2', 0) == []
+        assert QueueStore(connection, tables).peers('n2', 60) == [Peer('n1', Belonging())]
+        QueueStore(connection, tables).record('q1', 'n1', shop)
+        assert QueueStore(connection, tables).peers('n2', 60) == [Peer('n1', shop)]
+        assert QueueStore(connection, tables).peers('n1', 60) == []
+        assert QueueStore(connection, tables).peers('n2', 0) == []
 
 
 class TestHold:
     def test_one_holder_at_a_time_for_each_node(self, sessions: Sessions, tables: Tables) -> None:
         with sessions.session() as two:
             with sessions.session() as one:
-                assert queues.hold(one, tables, 'n1')
-                assert not queues.hold(two, tables, 'n1')
-                assert queues.hold(two, tables, 'n2')
-            assert queues.hold(two, tables, 'n1')
+                assert QueueStore(one, tables).hold('n1')
+                assert not QueueStore(two, tables).hold('n1')
+                assert QueueStore(two, tables).hold('n2')
+            assert QueueStore(two, tables).hold('n1')
 
     def test_who_did_not_get_it_does_not_let_it_go(
         self, sessions: Sessions, tables: Tables
     ) -> None:
         with sessions.session() as one:
-            assert queues.hold(one, tables, 'n1')
+            assert QueueStore(one, tables).hold('n1')
             for _ in range(3):
                 with sessions.session() as two:
-                    assert not queues.hold(two, tables, 'n1')
+                    assert not QueueStore(two, tables).hold('n1')
 
     def test_it_ends_with_an_error_in_the_block(self, sessions: Sessions, tables: Tables) -> None:
         with contextlib.suppress(ZeroDivisionError), sessions.session() as one:
-            assert queues.hold(one, tables, 'n1')
+            assert QueueStore(one, tables).hold('n1')
             raise ZeroDivisionError
         with sessions.session() as two:
-            assert queues.hold(two, tables, 'n1')
+            assert QueueStore(two, tables).hold('n1')
 
     def test_clusters_do_not_share_it(self, sessions: Sessions, tables: Tables) -> None:
         with sessions.session() as one, sessions.session() as two:
-            assert queues.hold(one, tables, 'n1')
-            assert queues.hold(two, Tables('other_'), 'n1')
+            assert QueueStore(one, tables).hold('n1')
+            assert QueueStore(two, Tables('other_')).hold('n1')
 
     def test_it_is_not_ended_for_being_idle_nor_does_it_hold_back_vacuum(
         self, make_config: Callable[..., CoordinationConfig], tables: Tables
@@ -200,11 +200,11 @@ class TestHold:
         create_schema(hasty)
         sessions = Sessions(hasty, 'hasty')
         with sessions.session() as one:
-            assert queues.hold(one, tables, 'n1')
+            assert QueueStore(one, tables).hold('n1')
             idle = """SELECT backend_xmin, now() - state_change > interval '0.3s' FROM
                 pg_stat_activity WHERE pid = %s"""
             eventually(lambda: query(hasty, idle, (one.info.backend_pid,)) == [(None, True)])
-            assert queues.is_gone(one, tables, 'n1')
+            assert QueueStore(one, tables).is_gone('n1')
         sessions.close_all()
 
     def test_it_goes_with_its_process(
@@ -212,12 +212,12 @@ class TestHold:
     ) -> None:
         with contextlib.suppress(JobSyncError, psycopg2.Error):
             with sessions.session() as one:
-                assert queues.hold(one, tables, 'n1')
+                assert QueueStore(one, tables).hold('n1')
                 query(config, 'SELECT pg_terminate_backend(%s)', (one.info.backend_pid,))
 
                 def free() -> bool:
                     with sessions.session() as two:
-                        return queues.hold(two, tables, 'n1')
+                        return QueueStore(two, tables).hold('n1')
 
                 eventually(free)
             pytest.fail('the connection lives')
@@ -226,7 +226,7 @@ class TestHold:
 class TestOwners:
     def read(self, sessions: Sessions, tables: Tables, known: int = -1) -> Any:
         with sessions.session() as connection:
-            return queues.owners(connection, tables, known)
+            return QueueStore(connection, tables).owners(known)
 
     def test_nothing_where_the_version_is_known(
         self, config: CoordinationConfig, sessions: Sessions, tables: Tables
@@ -272,7 +272,7 @@ class TestOwners:
                     'VALUES (int4range(%s, %s), %s, %s, %s, %s, 1, now())',
                     (low, high, node, moving, moving_to, blocked),
                 )
-            assert queues.owners(connection, tables, -1)[3] == [  # type: ignore[index]  # there is a cluster
+            assert QueueStore(connection, tables).owners(-1)[3] == [  # type: ignore[index]  # there is a cluster
                 (0, 10, 'n1', None),
                 (10, 20, 'n2', 'q2'),
                 (20, 30, 'n1', None),

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psycopg2
 import pytest
@@ -223,17 +222,17 @@ class TestConflicts:
 
 class TestMigrations:
     def test_an_older_schema_is_brought_forward_once_and_keeps_its_rows(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         create(config)
         query(
             config, """INSERT INTO "{}lock" (task_id, node_patterns) VALUES ('t', '["%%"]')""", ()
         )
-        (tmp_path / 'next.sql').write_text(
+        text = (
             'ALTER TABLE {queue} ADD COLUMN size int;\nALTER TABLE {lock} ADD COLUMN colour text;'
         )
-        monkeypatch.setattr(schema, 'files', lambda package: tmp_path)
-        monkeypatch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
+        monkeypatch.setattr(schema, 'read_migration', lambda name: text)
+        monkeypatch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, '10_next')))
         monkeypatch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
         for _ in range(2):
             create(config)
@@ -241,15 +240,13 @@ class TestMigrations:
         assert query(config, 'SELECT task_id, colour FROM "{}lock"') == [('t', None)]
 
     def test_a_migration_that_fails_leaves_the_old_schema(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         create(config)
-        (tmp_path / 'next.sql').write_text(
-            'ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();'
-        )
+        text = 'ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();'
         with monkeypatch.context() as patch:
-            patch.setattr(schema, 'files', lambda package: tmp_path)
-            patch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, 'next.sql')))
+            patch.setattr(schema, 'read_migration', lambda name: text)
+            patch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, '10_next')))
             patch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
             with pytest.raises(psycopg2.errors.UndefinedFunction):
                 create(config)

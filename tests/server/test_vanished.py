@@ -25,9 +25,10 @@ import pytest
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.store import executions, queues
+from jobsync_core.store import executions
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.executions import Completion
+from jobsync_core.store.queues import QueueStore
 from tests.pgbouncer import PgBouncer
 from tests.server.cluster import query
 from tests.server.rows import Rows, rows_of
@@ -313,15 +314,15 @@ class TestAStoppedProcess:
     def test_loses_what_a_node_left_to_sweep(
         self, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(queues, '_HOLD_SEC', 1)
+        monkeypatch.setattr('jobsync_core.store.queues._HOLD_SEC', 1)
         one, other = Sessions(rows.config, 'one'), Sessions(rows.config, 'other')
 
         def held() -> bool:
             with other.session() as connection:
-                return queues.hold(connection, rows.tables, 'gone')
+                return QueueStore(connection, rows.tables).hold('gone')
 
         def hold(connection: psycopg2.extensions.connection) -> None:
-            assert queues.hold(connection, rows.tables, 'gone')
+            assert QueueStore(connection, rows.tables).hold('gone')
             assert not held()
             eventually(held, timeout=5)
 

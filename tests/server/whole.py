@@ -20,8 +20,10 @@ from click.testing import CliRunner
 from jobsync_core import CoordinationConfig, DuplicateExecution, ExecutionRunning, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.cli.main import jobsync
-from jobsync_core.store import housekeeping, queues, schedules
+from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.queues import QueueStore
+from jobsync_core.store.schedules import Leadership, ScheduleStore
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.owners import OwnerMap
 
@@ -239,20 +241,20 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
     try:
         with Job('n1', config, wait_on_enter=0) as job:
             with sessions.session() as connection:
-                queues.record(connection, tables, 'queue of n1', 'n1', Belonging('celery'))
-                queues.record(connection, tables, 'queue of gone', 'gone', Belonging('celery'))
-                assert queues.peers(connection, tables, 'n2', 60) == [
+                QueueStore(connection, tables).record('queue of n1', 'n1', Belonging('celery'))
+                QueueStore(connection, tables).record('queue of gone', 'gone', Belonging('celery'))
+                assert QueueStore(connection, tables).peers('n2', 60) == [
                     Peer('n1', Belonging('celery'))
                 ]
             with sessions.session() as connection:
                 assert [
-                    orphan.node for orphan in queues.orphans(connection, tables, 'celery', 60)
+                    orphan.node for orphan in QueueStore(connection, tables).orphans('celery', 60)
                 ] == ['gone']
-                assert queues.old_orphans(connection, tables, 'celery', 60) == []
-                assert queues.hold(connection, tables, 'gone') and queues.is_gone(
-                    connection, tables, 'gone'
-                )
-                queues.forget(connection, tables, 'queue of gone')
+                assert QueueStore(connection, tables).old_orphans('celery', 60) == []
+                assert QueueStore(connection, tables).hold('gone') and QueueStore(
+                    connection, tables
+                ).is_gone('gone')
+                QueueStore(connection, tables).forget('queue of gone')
             owners = OwnerMap(sessions, tables)
             owners.refresh()
             place = owners.find('some route')
@@ -263,16 +265,17 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
             )
         with sessions.session() as connection:
             assert (
-                schedules.learn(connection, tables, [('daily', now, 'text')])['daily'].slot == now
+                ScheduleStore(connection, tables).learn([('daily', now, 'text')])['daily'].slot
+                == now
             )
         with sessions.session() as connection:
-            found = schedules.lock(connection, tables, 'daily', 1.5)
+            found = ScheduleStore(connection, tables).lock('daily', 1.5)
             assert found is not None and found.runs == 0
-            schedules.advance(connection, tables, 'daily', now, 'text', True)
-            assert schedules.prune(connection, tables, ['daily'], 60) == 0
+            ScheduleStore(connection, tables).advance('daily', now, 'text', True)
+            assert ScheduleStore(connection, tables).prune(['daily'], 60) == 0
     finally:
         sessions.close_all()
-    leadership = schedules.Leadership(config, tables)
+    leadership = Leadership(config, tables)
     assert leadership.hold() and leadership.hold()
     leadership.resign()
     agent = Connection.open(config, 'chores')

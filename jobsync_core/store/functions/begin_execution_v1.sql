@@ -1,10 +1,3 @@
--- Version 6: names with their schema, and a pinned search_path in every function, so that no function, operator or table of somebody
--- else's, in a schema where others may create things, takes the place of what is meant. Signatures and meaning are those of version 3.
-
--- What distinguishes the cluster's NOTIFY channel and locks from those of the same prefix in another schema; '' for clusters from before
--- this version, and in public.
-ALTER TABLE {cluster} ADD COLUMN IF NOT EXISTS scope text NOT NULL DEFAULT '';
-
 -- Takes a key if it is new, failed, expired, or running under an incarnation that is no longer in the node table.
 -- One statement: it looks at the row in the statement's snapshot, decides there whether the key is free, and takes it only if
 -- the row is still the one that it looked at.
@@ -16,7 +9,7 @@ CREATE OR REPLACE FUNCTION {begin_execution} (
 RETURNS TABLE (
     began boolean, registered boolean, state text, free boolean, fence bigint, attempts integer, result jsonb,
     node text, incarnation text, host text, boot_id text, pid_namespace text, pid integer, started text)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -52,19 +45,3 @@ BEGIN
     FROM (VALUES (1)) AS always LEFT JOIN begun ON true LEFT JOIN seen ON true;
 END
 $$;
-
--- Records the completion; false where another attempt holds the key. 'done' as well, so that an attempt whose reply was lost
--- can record its completion again. The parameters are in the order of the statement that a transaction of the user's runs.
-CREATE OR REPLACE FUNCTION {finish_execution} (my_result jsonb, retention_sec double precision, wanted text, my_fence bigint)
-RETURNS boolean
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
-BEGIN
-    UPDATE {execution}
-    SET state = 'done', result = my_result, error = NULL, finished_at = clock_timestamp(),
-        expires_at = clock_timestamp() + make_interval(secs => retention_sec)
-    WHERE key = wanted AND fence = my_fence AND state IN ('running', 'done');
-    RETURN FOUND;
-END
-$$;
-
-UPDATE {cluster} SET schema_version = 6 WHERE schema_version < 6;

@@ -1,6 +1,3 @@
--- Version 3: beginning and finishing an execution are functions, whose plans each connection of the server keeps: planning
--- took most of the time of these two statements, and a statement that is prepared in a session is lost behind a pooler.
-
 -- Takes a key if it is new, failed, expired, or running under an incarnation that is no longer in the node table.
 -- One statement: it looks at the row in the statement's snapshot, decides there whether the key is free, and takes it only if
 -- the row is still the one that it looked at.
@@ -12,7 +9,7 @@ CREATE OR REPLACE FUNCTION {begin_execution} (
 RETURNS TABLE (
     began boolean, registered boolean, state text, free boolean, fence bigint, attempts integer, result jsonb,
     node text, incarnation text, host text, boot_id text, pid_namespace text, pid integer, started text)
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -48,19 +45,3 @@ BEGIN
     FROM (VALUES (1)) AS always LEFT JOIN begun ON true LEFT JOIN seen ON true;
 END
 $$;
-
--- Records the completion; false where another attempt holds the key. 'done' as well, so that an attempt whose reply was lost
--- can record its completion again. The parameters are in the order of the statement that a transaction of the user's runs.
-CREATE OR REPLACE FUNCTION {finish_execution} (my_result jsonb, retention_sec double precision, wanted text, my_fence bigint)
-RETURNS boolean
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
-BEGIN
-    UPDATE {execution}
-    SET state = 'done', result = my_result, error = NULL, finished_at = clock_timestamp(),
-        expires_at = clock_timestamp() + make_interval(secs => retention_sec)
-    WHERE key = wanted AND fence = my_fence AND state IN ('running', 'done');
-    RETURN FOUND;
-END
-$$;
-
-UPDATE {cluster} SET schema_version = 3 WHERE schema_version < 3;
