@@ -2,7 +2,7 @@
 owns them.
 """
 
-from jobsync_core.ledger.cluster import current_execution
+from jobsync_core.ledger.execution import current_execution
 
 from .once import exactly_once
 from .plugin import JobSync, rebalanced, released

@@ -24,7 +24,7 @@ from .errors import (
     Unroutable,
 )
 from .job import Job
-from .ledger.cluster import Execution, current_execution
+from .ledger.execution import Execution, current_execution
 from .ledger.once import exactly_once
 from .protocol.effects import RebalanceEvent
 from .task import Task

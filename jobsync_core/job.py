@@ -17,9 +17,10 @@ from .belonging import Belonging
 from .config import CoordinationConfig
 from .errors import ConfigurationError, NotEntered
 from .ledger.binding import Binding
-from .ledger.cluster import DEFAULT_RETENTION, Execution
 from .ledger.current import enter_ledger, leave_ledger
+from .ledger.execution import Execution
 from .ledger.interface import Ledger
+from .ledger.limits import DEFAULT_RETENTION
 from .ledger.once import once
 from .node.cluster import ClusterNode, Membership
 from .node.interface import Node

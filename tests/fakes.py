@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jobsync_core.errors import DuplicateExecution, JobSyncError
-from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.single import SingleLedger
+from jobsync_core.ledger.state import Unsettled
 from jobsync_core.protocol.pausing import Pausing
 from jobsync_core.worker.owners import Place
 
@@ -71,16 +71,16 @@ class FakeLedger(SingleLedger):
         self.finish_error: JobSyncError | None = None
         self.keys: list[str] = []
 
-    def begin(self, key: str, retention_sec: float) -> Execution:
-        self.keys.append(key)
+    def begin(self, mine: Unsettled) -> None:
+        self.keys.append(mine.key)
         if self.begin_error is not None:
             raise self.begin_error
-        return super().begin(key, retention_sec)
+        super().begin(mine)
 
-    def finish(self, execution: Execution) -> None:
-        if self.finish_error is not None:
+    def settle(self, mine: Unsettled) -> None:
+        if mine.succeeded and self.finish_error is not None:
             raise self.finish_error
-        super().finish(execution)
+        super().settle(mine)
 
 
 def duplicate(result: Any = 6) -> DuplicateExecution:

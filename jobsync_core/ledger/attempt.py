@@ -1,5 +1,5 @@
 """One attempt at a key from before its begin until its end is recorded: the only place that drives
-this life cycle.
+this life cycle, for a block, a function and a coroutine.
 
 Whatever strikes in between, in whatever line (an exception of the user's, a signal, the end of a
 coroutine that nobody awaits any more), the attempt is left in the end: what is not recorded then is
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import NotEntered
-from .execution import Execution, describe
-from .interface import Ledger, Unsettled
+from .execution import Execution, running
+from .interface import Ledger
 from .keys import Former
+from .state import Unsettled
 
 __all__ = ['Attempt']
 
@@ -34,20 +34,22 @@ class Attempt:
         former: Keys under which earlier versions recorded the same call.
 
     Attributes:
-        unsettled: What is left to do about it.
+        unsettled: What is known of it, and left to do about it.
     """
 
-    _ledger: Ledger | None = None  # for a finalizer that comes before __init__ is done
+    # For a finalizer that comes before __init__ is done.
+    _ledger: Ledger | None = None
+    _execution: Execution | None = None
 
     def __init__(
         self, ledger: Ledger, key: str, retention_sec: float, former: tuple[Former, ...] = ()
     ) -> None:
         self.unsettled = Unsettled(key, retention_sec, former)
-        self._gone = False
+        self._before: Execution | None = None
         self._ledger = ledger
 
     def __repr__(self) -> str:
-        return f'<Attempt {self.unsettled.key!r}>'
+        return f'<Attempt {self.key!r}>'
 
     def __del__(self) -> None:
         # The last resort, where not even a `finally` was reached.
@@ -59,75 +61,90 @@ class Attempt:
         return self.unsettled.key
 
     @property
-    def retention_sec(self) -> float:
-        """Seconds for which its completion is remembered."""
-        return self.unsettled.retention_sec
-
-    @property
     def execution(self) -> Execution:
         """What the user sees, after `begin`."""
-        assert self.unsettled.execution is not None
-        return self.unsettled.execution
+        assert self._execution is not None
+        return self._execution
 
     def begin(self) -> Execution:
-        """Begin it; see Ledger.begin."""
-        if self._ledger is not None:
-            self._ledger.begin_for(self.unsettled)
-        return self.execution
+        """Begin it: from now on it is what runs here.
+
+        Raises:
+            JobSyncError: What `Ledger.begin` raises.
+        """
+        self._begin()
+        return self._enter()
 
     def succeed(self) -> None:
-        """It has done its work: from now on its completion is recorded, whatever happens. Does no
-        I/O.
+        """It has done its work: from now on its completion is recorded, whatever happens; and what
+        follows is no part of the work. Does no I/O.
         """
-        self.unsettled.succeeded = True
+        self.unsettled.succeed()
+        self._step_out()
 
     def fail(self, error: BaseException) -> None:
-        """Its work has failed. Does no I/O."""
-        self.unsettled.failure = error
-        self.unsettled.error = describe(error)
+        """Its work has failed; what follows is no part of it. Does no I/O."""
+        self.unsettled.fail(error)
+        self._step_out()
 
     def settle(self) -> None:
-        """Record its end; raises what Ledger.finish raises."""
+        """Record its end.
+
+        Raises:
+            JobSyncError: What `Ledger.settle` raises.
+        """
         if self._ledger is not None:
             self._ledger.settle(self.unsettled)
 
     def leave(self) -> None:
         """Nobody will settle it here any more: what is not recorded is left to the background."""
         if self._ledger is not None:
-            self._gone = True
-            self.unsettled.failure = None  # whose traceback holds the frame that holds this
-            if self.unsettled.execution is not None:
-                self.unsettled.execution._ended = True
+            self.unsettled.leave()
             self._ledger.leave(self.unsettled)
+            self._step_out()
 
-    def hand_over(self) -> Execution:
-        """The caller settles it, by its execution."""
-        execution, self._ledger = self.execution, None
+    def _begin(self) -> None:
+        if self._ledger is not None:
+            self._ledger.begin(self.unsettled)
+
+    def _enter(self) -> Execution:
+        assert self._ledger is not None
+        execution = Execution(self._ledger, self.unsettled)
+        self._before = running.get()
+        self._execution = execution
+        running.set(execution)
         return execution
 
-    # --- in a thread of its own, for coroutines ---
+    def _step_out(self) -> None:
+        # A generator around a block may be thrown away while another attempt is running in this
+        # context.
+        if self._execution is not None and running.get() is self._execution:
+            running.set(self._before)
+
+    # For coroutines, what waits does so in a thread of its own.
 
     async def begin_async(self) -> Execution:
         """`begin` in a thread. A caller that is cancelled or closed meanwhile leaves the attempt to
         that thread.
         """
-        found: Execution = await asyncio.to_thread(self._in_thread, self.begin)
-        return found
+        await asyncio.to_thread(self._in_thread, self._begin)
+        return self._enter()
 
     async def settle_async(self) -> None:
         """`settle` in a thread, which goes on where the caller is cancelled meanwhile."""
         await asyncio.shield(asyncio.to_thread(self._in_thread, self.settle))
 
-    def _in_thread(self, action: Callable[[], Any]) -> Any:
+    def _in_thread(self, action: Callable[[], None]) -> None:
+        unsettled = self.unsettled
         try:
             try:
-                self.unsettled.busy = True
-                if self._gone:
+                unsettled.busy = True
+                if unsettled.left:
                     raise NotEntered(f'nobody waits for {self.key!r} any more')
-                return action()
+                action()
             finally:
-                self.unsettled.busy = False
+                unsettled.busy = False
         finally:
-            self.unsettled.busy = False
-            if self._gone:
+            unsettled.busy = False
+            if unsettled.left:
                 self.leave()

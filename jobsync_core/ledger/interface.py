@@ -4,97 +4,28 @@ one in memory for tests.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .execution import Execution
+from .state import Unsettled
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from ..store.executions import Holder, Steps
-    from .keys import Former
+    from ..store.executions import Steps
 
-__all__ = ['INTERRUPTED', 'Ledger', 'Unsettled']
-
-#: The failure of an attempt of which nothing else is known.
-INTERRUPTED = 'interrupted before its end was known'
-
-
-@dataclasses.dataclass(eq=False)
-class Unsettled:
-    """An attempt whose end is not recorded: what a ledger must know to record it, whenever that is
-    possible.
-
-    Args:
-        key: The key.
-        retention_sec: Seconds for which its end is remembered.
-        former: Prefixes and keys under which earlier versions recorded the same call.
-        pid: The process that it belongs to: a forked child leaves it alone.
-
-    Attributes:
-        sent: The database has been asked to begin it.
-        holder: As whom.
-        execution: What the user sees; None where it is not known to have begun.
-        succeeded: It has done its work, so that its end is a completion; otherwise a failure for
-            the reason `error`.
-        failure: What its work raised, until it is left.
-        busy: A thread is asking the database about it right now.
-        settled: Its end is recorded, or nothing has to be.
-        until: For an attempt that is not known to have begun: until when (in seconds of `clock`) it
-            may still begin.
-    """
-
-    key: str
-    retention_sec: float
-    former: tuple[Former, ...] = ()
-    pid: int = dataclasses.field(default_factory=os.getpid)
-    sent: bool = False
-    holder: Holder | None = None
-    execution: Execution | None = None
-    succeeded: bool = False
-    error: str = INTERRUPTED
-    failure: BaseException | None = None
-    busy: bool = False
-    settled: bool = False
-    until: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """Bytes of memory that it holds, about."""
-        encoded = self.execution._encoded if self.execution is not None else None
-        return 500 + len(self.key) + len(self.error) + len(encoded or '')
+__all__ = ['Ledger']
 
 
 class Ledger(Protocol):
     """Who executes a key, and that it completes once.
 
     An attempt is begun, settled and left by what is known of it, so that whatever strikes in
-    between finds that up to date. `begin`, `finish`, `fail` and `abandon` do the same for a caller
-    that holds the execution alone.
+    between finds that up to date. `Attempt` drives this; nobody else does.
     """
 
-    def begin_for(self, mine: Unsettled) -> None:
-        """Begin an attempt; see `begin`. What was done before an exception strikes is known from
-        `mine`.
-        """
-
-    def settle(self, mine: Unsettled) -> None:
-        """Record the end of an attempt; see `finish` and `fail`."""
-
-    def leave(self, mine: Unsettled) -> None:
-        """Nobody settles the attempt here any more. Without a lock or I/O, for finalizers; any
-        number of times.
-        """
-
-    def begin(self, key: str, retention_sec: float) -> Execution:
-        """Begin an attempt; the caller ends it by `finish`, `fail` or `abandon`.
-
-        Args:
-            key: The key, at most 2000 bytes.
-            retention_sec: Seconds for which its completion is remembered.
+    def begin(self, mine: Unsettled) -> None:
+        """Begin an attempt. What was done before an exception strikes is known from `mine`.
 
         Raises:
             DuplicateExecution: The key was completed; `.result` is its stored result.
@@ -104,8 +35,12 @@ class Ledger(Protocol):
                 server refused.
         """
 
-    def finish(self, execution: Execution) -> None:
-        """Record that the attempt completed, unless `transaction` or `complete` did.
+    def settle(self, mine: Unsettled) -> None:
+        """Record the end of an attempt.
+
+        That it completed, unless a transaction of the user's recorded that; or that it failed, so
+        that anybody may begin the next one at once. A failure raises nothing: the error of the
+        work goes on.
 
         Raises:
             Fenced: Another attempt has taken the key over.
@@ -115,13 +50,10 @@ class Ledger(Protocol):
                 open.
         """
 
-    def fail(self, execution: Execution, error: BaseException) -> None:
-        """Record that the attempt failed, so that anybody may begin the next one at once. Raises
-        nothing: `error` goes on.
+    def leave(self, mine: Unsettled) -> None:
+        """Nobody settles the attempt here any more. Without a lock or I/O, for finalizers; any
+        number of times.
         """
-
-    def abandon(self, execution: Execution) -> None:
-        """Let go of an attempt that will not run, without waiting for the database."""
 
     def release(self, pid: int) -> int:
         """Let others take over what a lost child of this node was executing; returns how many keys.
@@ -152,13 +84,13 @@ class Ledger(Protocol):
         end.
         """
 
-    def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+    def transaction_of(self, mine: Unsettled) -> AbstractContextManager[PgConnection]:
         """What `Execution.transaction` gives."""
 
-    def steps_of(self, execution: Execution) -> Steps | None:
+    def steps_of(self, mine: Unsettled) -> Steps | None:
         """The statements of `Execution.complete`; None where nothing is recorded."""
 
-    def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
-        """State and result of the execution as everybody sees them; None where another attempt
+    def outcome_of(self, mine: Unsettled) -> tuple[str, Any] | None:
+        """State and result of the attempt as everybody sees them; None where another attempt
         holds the key, or nothing is recorded.
         """

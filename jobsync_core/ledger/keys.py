@@ -15,7 +15,7 @@ from typing import Any
 
 from ..assignment.stable import has_address, unstable_part
 from ..errors import ConfigurationError
-from .execution import check_key
+from .limits import check_key
 
 __all__ = ['Former', 'KeyMaker', 'Keys', 'escape', 'is_ambiguous', 'key_maker']
 

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .execution import Execution, check_key
-from .interface import Ledger, Unsettled
+from .interface import Ledger
+from .limits import check_key
+from .state import Unsettled
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -22,38 +23,18 @@ class SingleLedger:
     needed.
     """
 
-    def begin_for(self, mine: Unsettled) -> None:
-        """Begin an attempt; see `begin`."""
-        mine.execution = self.begin(mine.key, mine.retention_sec)
+    def begin(self, mine: Unsettled) -> None:
+        """Always an attempt."""
+        check_key(mine.key)
+        mine.begin(0, 1)
 
     def settle(self, mine: Unsettled) -> None:
-        """Record the end of an attempt; see `finish` and `fail`."""
+        """Mark the attempt as completed; nothing to record."""
         mine.settled = True
-        if mine.execution is None:
-            return
         if mine.succeeded:
-            self.finish(mine.execution)
-        elif mine.failure is not None:
-            self.fail(mine.execution, mine.failure)
+            mine.complete(mine.encoded)
 
     def leave(self, mine: Unsettled) -> None:
-        """Let go of an attempt whose end was not recorded."""
-        if mine.execution is not None and not mine.settled and not mine.busy:
-            mine.settled = True
-            self.abandon(mine.execution)
-
-    def begin(self, key: str, retention_sec: float) -> Execution:
-        """Always an attempt."""
-        return Execution(self, check_key(key), 0, 1, retention_sec)
-
-    def finish(self, execution: Execution) -> None:
-        """Mark the attempt as completed."""
-        execution._completed = True
-
-    def fail(self, execution: Execution, error: BaseException) -> None:
-        """Nothing to record."""
-
-    def abandon(self, execution: Execution) -> None:
         """Nothing to record."""
 
     def release(self, pid: int) -> int:
@@ -67,18 +48,18 @@ class SingleLedger:
     def close(self) -> None:
         """Nothing to close."""
 
-    def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+    def transaction_of(self, mine: Unsettled) -> AbstractContextManager[PgConnection]:
         """There is none."""
         raise ConfigurationError(
             'execution.transaction() needs a database: single-node mode has none; give the Job a '
             'CoordinationConfig'
         )
 
-    def steps_of(self, execution: Execution) -> Steps | None:
+    def steps_of(self, mine: Unsettled) -> Steps | None:
         """Nothing is recorded."""
         return None
 
-    def outcome_of(self, execution: Execution) -> tuple[str, Any] | None:
+    def outcome_of(self, mine: Unsettled) -> tuple[str, Any] | None:
         """Nothing is recorded."""
         return None
 

@@ -13,7 +13,8 @@ import psycopg2
 
 from ..errors import ConfigurationError, DatabaseUnavailable, Fenced, JobSyncError
 from ..store import executions
-from .execution import Execution, completion_of
+from .execution import completed_already
+from .state import Unsettled
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -26,35 +27,34 @@ __all__ = ['CompletingTransaction']
 
 
 class CompletingTransaction(AbstractContextManager['PgConnection']):
-    """See Execution.transaction.
+    """What `Execution.transaction` gives.
 
     Args:
         transactions: Gives the connection.
         tables: Names of the tables.
-        outcome_of: Tells what has become of an execution, as everybody sees it.
-        execution: What it completes.
+        outcome_of: Tells what has become of an attempt, as everybody sees it.
+        mine: The attempt that it completes.
     """
 
     def __init__(
         self,
         transactions: Transactions,
         tables: Tables,
-        outcome_of: Callable[[Execution], tuple[str, Any] | None],
-        execution: Execution,
+        outcome_of: Callable[[Unsettled], tuple[str, Any] | None],
+        mine: Unsettled,
     ) -> None:
         self._transactions = transactions
         self._tables = tables
         self._outcome_of = outcome_of
-        self._execution = execution
+        self._mine = mine
         self._connection: TransactionConnection | None = None
         self._began: Began | None = None
 
     def __enter__(self) -> PgConnection:
-        execution = self._execution
-        if execution._completed:
+        mine = self._mine
+        if mine.completed:
             raise ConfigurationError(
-                f'{execution.key!r} is completed already: use one transaction() for all of its '
-                'writes'
+                f'{mine.key!r} is completed already: use one transaction() for all of its writes'
             )
         connection = self._transactions.take()
         try:
@@ -118,38 +118,36 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
             raise lost from error
 
     def _commit(self, connection: TransactionConnection) -> None:
-        execution, encoded = self._execution, self._execution._encoded
+        mine, encoded = self._mine, self._mine.encoded
         try:
             if not self._transactions.complete(
-                connection, self._tables, completion_of(execution), self._began
+                connection, self._tables, mine.completion, self._began
             ):
                 raise self._why_not(connection)
             connection.commit()
         except psycopg2.Error as error:
-            said = self._transactions.explain_end(error, connection, execution.key)
+            said = self._transactions.explain_end(error, connection, mine.key)
             if said is not None:
                 raise said from error
             raise
-        execution._completed = True
-        execution._recorded = encoded
+        mine.complete(encoded)
 
     def _why_not(self, connection: TransactionConnection) -> JobSyncError:
-        execution = self._execution
+        mine = self._mine
         if self._began is None or not executions.is_same(connection, self._began):
             return JobSyncError(
-                f'{execution.key!r}: the block of execution.transaction() committed or rolled '
+                f'{mine.key!r}: the block of execution.transaction() committed or rolled '
                 'back by itself, so its writes '
                 'are not those of the completion: leave that to the end of the block'
             )
         connection.rollback()
-        outcome = self._outcome_of(execution)
+        outcome = self._outcome_of(mine)
         if outcome is not None and outcome[0] == 'done':
-            return execution.completed_already(outcome[1])
+            return completed_already(mine, outcome[1])
         if outcome is not None and outcome[0] == 'running':
             return DatabaseUnavailable(
-                f'{execution.key!r}: another transaction was completing it; this one is rolled back'
+                f'{mine.key!r}: another transaction was completing it; this one is rolled back'
             )
         return Fenced(
-            f'another attempt has taken the key {execution.key!r} over; the transaction is rolled '
-            'back'
+            f'another attempt has taken the key {mine.key!r} over; the transaction is rolled back'
         )

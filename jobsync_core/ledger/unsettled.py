@@ -14,7 +14,7 @@ from collections.abc import Callable
 from .. import clock
 from ..errors import DatabaseRefused, DatabaseUnavailable
 from ..logs import get_logger
-from .interface import Unsettled
+from .state import Unsettled
 
 __all__ = ['Settling']
 
@@ -101,7 +101,7 @@ class Settling:
         """
         key = unsettled.key
         if unsettled.sent and not unsettled.settled:
-            if unsettled.execution is not None:
+            if unsettled.began:
                 self._ended[key] = unsettled
             elif key not in self._unknown:
                 unsettled.until = clock.now() + self._patience
@@ -161,7 +161,7 @@ class Settling:
             if unsettled.busy or self.running.setdefault(unsettled.key, mark) is not mark:
                 continue
             try:
-                if unsettled.execution is None and unsettled.key in self._ended:
+                if not unsettled.began and unsettled.key in self._ended:
                     # the key was taken over here, and has ended since: what its row says is that
                     # attempt's
                     continue
@@ -180,12 +180,12 @@ class Settling:
         return True
 
     def _try(self, unsettled: Unsettled) -> None:
-        if unsettled.execution is not None:
+        if unsettled.began:
             if unsettled.settled or self._settle(unsettled):
                 self.forget(unsettled)
         else:
             self._release(unsettled)
-        known = unsettled.execution is not None
+        known = unsettled.began
         if self._unknown.get(unsettled.key) is unsettled and (
             known or clock.now() >= unsettled.until
         ):

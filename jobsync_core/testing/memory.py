@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, Fenced
-from ..ledger.execution import Execution, check_key, describe
+from ..ledger.limits import check_key
 from ..ledger.results import decode_result, encode_result
 from ..ledger.single import SingleLedger
+from ..ledger.state import Unsettled
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -34,20 +35,20 @@ class MemoryLedger(SingleLedger):
     """
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.RLock()
-        )  # a coroutine may be collected while its own thread is in here
+        # A coroutine may be collected while its own thread is in here.
+        self._lock = threading.RLock()
         self._rows: dict[str, _Row] = {}
 
-    def begin(self, key: str, retention_sec: float) -> Execution:
+    def begin(self, mine: Unsettled) -> None:
         """Begin an attempt.
 
         Raises:
             DuplicateExecution: The key was completed; `.result` is its stored result.
             ExecutionRunning: Another attempt is running.
         """
+        key = check_key(mine.key)
         with self._lock:
-            row = self._rows.get(check_key(key))
+            row = self._rows.get(key)
             if row is not None and row.state == 'done':
                 duplicate = DuplicateExecution(f'the key {key!r} was already completed')
                 duplicate.key, duplicate.result = key, row.result
@@ -63,44 +64,45 @@ class MemoryLedger(SingleLedger):
                 if row is not None
                 else _Row('running')
             )
-        return Execution(self, key, row.fence, row.attempts, retention_sec)
+            mine.begin(row.fence, row.attempts)
 
-    def finish(self, execution: Execution) -> None:
-        """Complete the key.
+    def settle(self, mine: Unsettled) -> None:
+        """Complete the key, or let the next attempt begin.
 
         Raises:
             Fenced: `take_over` was called for it meanwhile.
         """
+        mine.settled = True
+        if mine.succeeded:
+            self._finish(mine)
+        else:
+            self._fail(mine, mine.error)
+
+    def leave(self, mine: Unsettled) -> None:
+        """Let the next attempt begin, if the end of this one is not recorded."""
+        if mine.began and not mine.settled and not mine.busy:
+            mine.settled = True
+            self._fail(mine, 'abandoned')
+
+    def _finish(self, mine: Unsettled) -> None:
         with self._lock:
-            row = self._rows.get(execution.key)
-            if row is None or row.fence != execution.fence:
+            row = self._rows.get(mine.key)
+            if row is None or row.fence != mine.fence:
                 raise Fenced(
-                    f'another attempt has taken the key {execution.key!r} over; this one (fence '
-                    f'{execution.fence}) is not recorded'
+                    f'another attempt has taken the key {mine.key!r} over; this one (fence '
+                    f'{mine.fence}) is not recorded'
                 )
             row.state = 'done'
-            row.result = (
-                decode_result(json.loads(execution._encoded))
-                if execution._encoded is not None
-                else None
-            )
-            execution._completed = True
+            row.result = decode_result(json.loads(mine.encoded)) if mine.encoded else None
+            mine.complete(mine.encoded)
 
-    def fail(self, execution: Execution, error: BaseException) -> None:
-        """The next attempt may begin."""
-        self._fail(execution, describe(error))
-
-    def abandon(self, execution: Execution) -> None:
-        """The next attempt may begin."""
-        self._fail(execution, 'abandoned')
-
-    def _fail(self, execution: Execution, error: str) -> None:
+    def _fail(self, mine: Unsettled, error: str) -> None:
         with self._lock:
-            row = self._rows.get(execution.key)
-            if row is not None and row.fence == execution.fence:
+            row = self._rows.get(mine.key)
+            if row is not None and row.fence == mine.fence:
                 row.state, row.error = 'failed', error
 
-    def transaction_of(self, execution: Execution) -> AbstractContextManager[PgConnection]:
+    def transaction_of(self, mine: Unsettled) -> AbstractContextManager[PgConnection]:
         """There is none."""
         raise ConfigurationError(
             'execution.transaction() needs a database, and this ledger is in memory: test this '

@@ -14,8 +14,9 @@ from typing import Any, NoReturn, TypeVar
 from ..errors import DuplicateExecution, ExecutionRunning, JobSyncError
 from ..ledger import once as core
 from ..ledger.current import message_ledger
-from ..ledger.execution import DEFAULT_RETENTION, Execution, running
+from ..ledger.execution import Execution, running
 from ..ledger.interface import Ledger
+from ..ledger.limits import DEFAULT_RETENTION
 from ..ledger.once import ExactlyOnce
 from .plugin import PluginSettings
 from .routing import Coordination

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..assignment.hashing import check_task_id
 from ..errors import JobSyncError
-from ..ledger.execution import check_key
+from ..ledger.limits import check_key
 from ..logs import shown
 from .routing import HOME, HOPS, KEY, QUEUE_BYTES, WAITS, Coordination
 

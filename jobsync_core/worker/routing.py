@@ -15,8 +15,8 @@ from typing import Any
 from ..assignment.hashing import check_task_id, task_key
 from ..assignment.patterns import check_patterns
 from ..errors import ConfigurationError
-from ..ledger.execution import check_key
 from ..ledger.keys import key_maker
+from ..ledger.limits import check_key
 from ..ledger.once import ExactlyOnce
 
 __all__ = [

@@ -31,6 +31,7 @@ from jobsync_core.errors import (
     NotEntered,
 )
 from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.state import Unsettled
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import MAX_WAITS
 from jobsync_core.worker.routing import WAITS
@@ -54,12 +55,9 @@ class Recording(FakeLedger):
         super().__init__()
         self.ends: list[str] = []
 
-    def finish(self, execution: Any) -> None:
-        super().finish(execution)
-        self.ends.append(f'done {execution.result}')
-
-    def fail(self, execution: Any, error: BaseException) -> None:
-        self.ends.append(f'failed {error!r}')
+    def settle(self, mine: Unsettled) -> None:
+        super().settle(mine)
+        self.ends.append(f'done {mine.result}' if mine.succeeded else f'failed {mine.failure!r}')
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ import psycopg2
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost, DuplicateExecution, ExecutionRunning, Fenced
-from jobsync_core.ledger.cluster import ClusterLedger, Execution
+from jobsync_core.ledger.cluster import ClusterLedger
+from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions

@@ -26,13 +26,24 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError
-from jobsync_core.ledger import attempt, execution, once, transaction, unsettled
+from jobsync_core.ledger import (
+    attempt,
+    endings,
+    execution,
+    former_keys,
+    once,
+    state,
+    transaction,
+    unsettled,
+)
 from jobsync_core.ledger import batch as group_commit
 from jobsync_core.ledger import calls as ledger_calls
 from jobsync_core.ledger import cluster as ledger
 from jobsync_core.ledger import current as current_ledger
-from jobsync_core.ledger.cluster import ClusterLedger, current_execution
+from jobsync_core.ledger import options as once_options
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.execution import current_execution
 from jobsync_core.ledger.once import exactly_once
 from jobsync_core.store import connection as connections
 from jobsync_core.store import deadline, executions, transactions
@@ -46,11 +57,15 @@ from .rows import Rows, rows_of
 MODULES = (
     attempt,
     current_ledger,
+    endings,
     execution,
+    former_keys,
     group_commit,
     ledger,
     ledger_calls,
     once,
+    once_options,
+    state,
     transaction,
     unsettled,
     executions,

@@ -25,12 +25,14 @@ from jobsync_core.errors import (
     JobSyncError,
     NotCommitted,
 )
-from jobsync_core.ledger.cluster import ClusterLedger, Execution, current_execution
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
 from jobsync_core.store.transactions import _ENDING, TransactionConnection
 
+from ..support import attempts as by_hand
 from .ledger_process import connect
 from .ledgers import effects, insert, ledgers_of, state_of
 from .rows import Rows, rows_of
@@ -116,7 +118,7 @@ class TestALostAnswer:
         assert (vars(caught.value)['key'], vars(caught.value)['result']) == ('k', 'first')
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
         with pytest.raises(DuplicateExecution):
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
 
     def test_the_attempt_of_a_function_counts_as_done_and_has_the_result_of_the_first_transaction(
         self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
@@ -488,7 +490,7 @@ def settings(cursor: Any) -> dict[str, str]:
 class TestCompleteOnConnectionsOfTheUsers:
     @pytest.fixture
     def execution(self, ledger: ClusterLedger) -> Execution:
-        return ledger.begin('k', 60)
+        return by_hand.begin(ledger, 'k', 60)
 
     def test_psycopg2_in_autocommit_mode_is_refused(
         self, execution: Execution, rows: Rows, own: Any
@@ -688,7 +690,7 @@ class TestCompleteOnConnectionsOfTheUsers:
     ) -> None:
         own.set_session(isolation_level='REPEATABLE READ')
         own.cursor().execute('SELECT 1 FROM effect')
-        execution = ledger.begin('young', 60)
+        execution = by_hand.begin(ledger, 'young', 60)
         with pytest.raises(JobSyncError, match='older than this attempt'):
             execution.complete(own)
 

@@ -30,12 +30,15 @@ from jobsync_core.errors import (
     NotCommitted,
 )
 from jobsync_core.ledger import batch as group_commit
-from jobsync_core.ledger.cluster import ClusterLedger, Execution, current_execution
+from jobsync_core.ledger.attempt import Attempt
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
 
+from ..support import attempts as by_hand
 from ..waiting import eventually
 from .ledger_process import connect
 from .ledgers import MakeLedger, effects, insert, ledgers_of, state_of
@@ -87,7 +90,7 @@ class TestCompletion:
             execution.result = value
         for ledger in (first, second):
             with pytest.raises(DuplicateExecution) as caught:
-                ledger.begin('k', 60)
+                by_hand.begin(ledger, 'k', 60)
             assert vars(caught.value)['result'] == value
 
     def test_results_come_back_as_they_were(self, make_ledger: MakeLedger) -> None:
@@ -114,7 +117,7 @@ class TestCompletion:
             with once(ledger, f'k{number}') as execution:
                 execution.result = value
             with pytest.raises(DuplicateExecution) as caught:
-                ledger.begin(f'k{number}', 60)
+                by_hand.begin(ledger, f'k{number}', 60)
             assert repr(vars(caught.value)['result']) == repr(value)
 
     def test_of_many_concurrent_beginners_exactly_one_runs(self, make_ledger: MakeLedger) -> None:
@@ -157,7 +160,7 @@ class TestCompletion:
         with once(ledger, 'k', retention=3600) as first:
             pass
         with pytest.raises(DuplicateExecution):
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         seconds = rows.value(
             f'SELECT extract(epoch FROM expires_at - finished_at) FROM {rows.tables.execution}'
         )
@@ -210,10 +213,10 @@ class TestCompletion:
 class TestTakingOver:
     def test_a_key_of_a_live_node_is_running(self, make_ledger: MakeLedger) -> None:
         first, second = make_ledger('a'), make_ledger('b')
-        first.begin('k', 60)
+        by_hand.begin(first, 'k', 60)
         for ledger in (first, second):
             with pytest.raises(ExecutionRunning):
-                ledger.begin('k', 60)
+                by_hand.begin(ledger, 'k', 60)
 
     @pytest.mark.parametrize(
         'how', ['node row deleted', 'new incarnation', 'process known dead', 'released']
@@ -222,7 +225,7 @@ class TestTakingOver:
         self, make_ledger: MakeLedger, rows: Rows, how: str
     ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
-        lost = first.begin('k', 60)
+        lost = by_hand.begin(first, 'k', 60)
         if how == 'node row deleted':
             forget_node(rows, 'a')
         elif how == 'new incarnation':
@@ -234,11 +237,11 @@ class TestTakingOver:
         else:
             assert first.release(os.getpid() + 1) == 0
             assert first.release(os.getpid()) == 1
-        taken = second.begin('k', 60)
+        taken = by_hand.begin(second, 'k', 60)
         assert taken.fence > lost.fence and taken.attempts == 2
         with pytest.raises(Fenced):
-            first.finish(lost)
-        second.finish(taken)
+            by_hand.finish(lost)
+        by_hand.finish(taken)
         assert taken.completed and not lost.completed
         assert rows.run(f'SELECT state, fence, node FROM {rows.tables.execution}') == [
             ('done', taken.fence, 'b')
@@ -248,43 +251,43 @@ class TestTakingOver:
         ledger = make_ledger('a')
         forget_node(rows, 'a')
         with pytest.raises(ClaimLost, match='not registered'):
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert state_of(rows, 'k') is None
         rows.node('a', incarnation='another life')
         with pytest.raises(ClaimLost, match='not registered'):
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         forget_node(rows, 'a')
         rows.node('a')
-        assert ledger.begin('k', 60).attempts == 1
+        assert by_hand.begin(ledger, 'k', 60).attempts == 1
 
     def test_a_released_attempt_can_no_longer_complete(
         self, make_ledger: MakeLedger, rows: Rows
     ) -> None:
         ledger = make_ledger('a')
-        lost = ledger.begin('k', 60)
+        lost = by_hand.begin(ledger, 'k', 60)
         ledger.release(os.getpid())
         with pytest.raises(Fenced):
-            ledger.finish(lost)
+            by_hand.finish(lost)
         assert state_of(rows, 'k') == 'failed'
 
     def test_of_two_that_see_the_same_dead_process_one_takes_over(
         self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second, third = make_ledger('a'), make_ledger('b'), make_ledger('c')
-        first.begin('k', 60)
+        by_hand.begin(first, 'k', 60)
         rows.run(f"UPDATE {rows.tables.execution} SET started = '1'")
         take_over = executions.take_over
         taken: list[Execution] = []
 
         def late(*args: Any) -> tuple[int, int] | None:
             monkeypatch.undo()
-            taken.append(third.begin('k', 60))
+            taken.append(by_hand.begin(third, 'k', 60))
             return take_over(*args)
 
         monkeypatch.setattr(executions, 'take_over', late)
         with pytest.raises(ExecutionRunning):
-            second.begin('k', 60)
-        third.finish(taken[0])
+            by_hand.begin(second, 'k', 60)
+        by_hand.finish(taken[0])
         assert (taken[0].attempts, state_of(rows, 'k')) == (2, 'done')
 
     @pytest.mark.parametrize('state', [None, 'failed', 'done'])
@@ -299,26 +302,26 @@ class TestTakingOver:
 
         ledger = make_ledger('a')
         monkeypatch.setattr(executions, 'begin', lose)
-        assert ledger.begin('k', 60).attempts == 1
+        assert by_hand.begin(ledger, 'k', 60).attempts == 1
 
     def test_an_end_that_is_late_changes_nothing(
         self, make_ledger: MakeLedger, rows: Rows, own: Any
     ) -> None:
         first, second = make_ledger('a'), make_ledger('b')
-        lost = first.begin('k', 60)
+        lost = by_hand.begin(first, 'k', 60)
         forget_node(rows, 'a')
-        taken = second.begin('k', 60)
+        taken = by_hand.begin(second, 'k', 60)
         with pytest.raises(Fenced), lost.transaction() as connection:
             insert(connection)
         insert(own)
         with pytest.raises(Fenced), own.cursor() as cursor:
             lost.complete(cursor)
         own.rollback()
-        first.fail(lost, ValueError('late'))
+        by_hand.fail(lost, ValueError('late'))
         assert (effects(rows), state_of(rows, 'k')) == (0, 'running')
         with taken.transaction() as connection:
             insert(connection)
-        second.finish(taken)
+        by_hand.finish(taken)
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
 
     def test_a_forked_child_is_recorded_as_itself_and_leaves_the_parents_connection_alone(
@@ -351,7 +354,7 @@ class TestTakingOver:
             'lost': (told['child'], 'failed'),
         }
         assert told['running'] == 'ExecutionRunning' and told['released'] == 1
-        assert other.begin('lost', 60).attempts == 2
+        assert by_hand.begin(other, 'lost', 60).attempts == 2
 
 
 _FORKING = """
@@ -375,14 +378,15 @@ child = os.fork()
 if not child:
     with once(current_ledger(), 'child'):
         pass
-    current_ledger().begin('lost', 60)
+    lost = once(current_ledger(), 'lost')
+    lost.__enter__()
     os.write(begun[1], b'.')
     os.read(go_on[0], 1)
     os._exit(0)
 os.read(begun[0], 1)
 try:
-    ledger.begin('lost', 60)
-    running = 'begun'
+    with once(ledger, 'lost'):
+        running = 'begun'
 except ExecutionRunning as error:
     running = type(error).__name__
 os.kill(child, 9)
@@ -403,7 +407,7 @@ class TestTransaction:
                 assert (effects(rows), state_of(rows, 'k')) == (0, 'running')
             assert (effects(rows), state_of(rows, 'k'), execution.completed) == (1, 'done', True)
         with pytest.raises(DuplicateExecution) as caught:
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert vars(caught.value)['result'] == 'stored'
 
     def test_an_exception_undoes_both_and_frees_the_key(
@@ -513,7 +517,7 @@ class TestCompleteInTheUsersTransaction:
             own.commit()
         assert (effects(rows), state_of(rows, 'k')) == (1, 'done')
         with pytest.raises(DuplicateExecution) as caught:
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert vars(caught.value)['result'] == [1]
 
     def test_a_connection_without_execute_will_do(
@@ -525,7 +529,7 @@ class TestCompleteInTheUsersTransaction:
         assert state_of(rows, 'k') == 'done'
 
     def test_what_cannot_execute_is_refused(self, ledger: ClusterLedger) -> None:
-        execution = ledger.begin('k', 60)
+        execution = by_hand.begin(ledger, 'k', 60)
         with pytest.raises(ConfigurationError, match='has no execute'):
             execution.complete(5)
         with pytest.raises(ConfigurationError, match='is no JSON'):
@@ -576,7 +580,7 @@ class TestCompleteInTheUsersTransaction:
             execution.complete(own)
         for beginner in (ledger, other):
             with pytest.raises(ExecutionRunning):
-                beginner.begin('k', 60)
+                by_hand.begin(beginner, 'k', 60)
         getattr(own, end)()
         eventually(lambda: state_of(rows, 'k') == state)
 
@@ -623,7 +627,7 @@ class TestDecorator:
         assert (skip(1), result(1), calls) == (None, (1, 1), [1])
         with pytest.raises(DuplicateExecution):
             refuse(1)
-        make_ledger('b').begin('2', 60)
+        by_hand.begin(make_ledger('b'), '2', 60)
         with pytest.raises(ExecutionRunning):
             refuse(2)
         assert (skip_running(2), calls) == (None, [1])
@@ -670,9 +674,9 @@ class TestDecorator:
 
     def test_an_abandoned_attempt_frees_its_key(self, make_ledger: MakeLedger, rows: Rows) -> None:
         first, second = make_ledger('a'), make_ledger('b')
-        first.abandon(first.begin('k', 60))
+        by_hand.abandon(by_hand.begin(first, 'k', 60))
         eventually(lambda: state_of(rows, 'k') == 'failed')
-        assert second.begin('k', 60).attempts == 2
+        assert by_hand.begin(second, 'k', 60).attempts == 2
 
 
 class TestTogether:
@@ -684,11 +688,11 @@ class TestTogether:
         me, other = make_ledger('a'), make_ledger('b')
         with once(other, 'done') as execution:
             execution.result = 'kept'
-        me.fail(me.begin('failed', 60), ValueError('x'))
-        other.begin('elsewhere', 60)
-        lost = make_ledger('c').begin('orphan', 60)
+        by_hand.fail(by_hand.begin(me, 'failed', 60), ValueError('x'))
+        by_hand.begin(other, 'elsewhere', 60)
+        lost = by_hand.begin(make_ledger('c'), 'orphan', 60)
         forget_node(rows, 'c')
-        dead = other.begin('dead', 60)
+        dead = by_hand.begin(other, 'dead', 60)
         child = subprocess.Popen([sys.executable, '-c', ''])
         child.wait()
         rows.run(
@@ -722,14 +726,16 @@ class TestTogether:
     ) -> None:
         me, other = make_ledger('a'), make_ledger('b')
         attempts = {
-            key: me.begin(key, 60 if key == 'short' else 3600)
+            key: by_hand.begin(me, key, 60 if key == 'short' else 3600)
             for key in ('one', 'short', 'taken', 'none')
         }
         for key, result in (('one', [1, 'é']), ('short', '"2"'), ('taken', 3)):
             attempts[key].result = result
         rows.run(f"UPDATE {rows.tables.execution} SET started = '1' WHERE key = 'taken'")
-        taken = other.begin('taken', 60)
-        found = call_together(me, list(attempts), 'finish', lambda key: me.finish(attempts[key]))
+        taken = by_hand.begin(other, 'taken', 60)
+        found = call_together(
+            me, list(attempts), 'finish', lambda key: by_hand.finish(attempts[key])
+        )
         assert {key: type(outcome) for key, outcome in found.items() if outcome is not None} == {
             'taken': Fenced
         }
@@ -743,7 +749,7 @@ class TestTogether:
             ('short', 'done', '"2"', 60),
             ('taken', 'running', None, None),
         ]
-        other.finish(taken)
+        by_hand.finish(taken)
 
     def test_a_key_that_another_transaction_holds_does_not_hold_up_the_others(
         self, config: CoordinationConfig, own: Any
@@ -752,7 +758,7 @@ class TestTogether:
         patient = dataclasses.replace(config, heartbeat_timeout_sec=120)
         began: list[str] = []
         with rows_of(patient) as rows, ledgers_of(rows) as make:
-            me, attempt = make('a'), make('b').begin('held', 60)
+            me, attempt = make('a'), by_hand.begin(make('b'), 'held', 60)
             with own.cursor() as cursor:
                 attempt.complete(cursor)
             forget_node(
@@ -760,7 +766,7 @@ class TestTogether:
             )  # so that the key may be taken, were it not for the open transaction
 
             def begin(key: str) -> None:
-                me.begin(key, 60)
+                by_hand.begin(me, key, 60)
                 began.append(key)
                 if len(began) == 3:
                     own.commit()  # only now does the held key go on
@@ -813,20 +819,20 @@ class TestTogether:
         found = begin_together(first, ['x', 'y', 'z'])
         assert [type(outcome) for outcome in found.values()] == [DatabaseUnavailable] * 3
         eventually(lambda: [state_of(rows, key) for key in 'xyz'] == ['failed'] * 3)
-        assert second.begin('x', 60).attempts == 2
+        assert by_hand.begin(second, 'x', 60).attempts == 2
 
     def test_a_time_limit_that_strikes_the_one_who_asks_for_all_loses_no_completion(
         self, make_ledger: MakeLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ledger = make_ledger('a')
-        attempts = {key: ledger.begin(key, 60) for key in 'xyz'}
+        attempts = {key: by_hand.begin(ledger, key, 60) for key in 'xyz'}
 
         def strike(*args: Any) -> list[bool]:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(executions, 'finish_many', strike)
         found = call_together(
-            ledger, list(attempts), 'finish', lambda key: ledger.finish(attempts[key])
+            ledger, list(attempts), 'finish', lambda key: by_hand.finish(attempts[key])
         )
         assert sorted(type(outcome).__name__ for outcome in found.values()) == [
             'DatabaseUnavailable'
@@ -835,7 +841,7 @@ class TestTogether:
 
 
 def begin_together(ledger: ClusterLedger, keys: Sequence[str]) -> dict[str, Any]:
-    return call_together(ledger, keys, 'begin', lambda key: ledger.begin(key, 60))
+    return call_together(ledger, keys, 'begin', lambda key: by_hand.begin(ledger, key, 60))
 
 
 def call_together(
@@ -859,14 +865,14 @@ def call_together(
             groups.append(len(args[2]))
             return many(*args)
 
-        before = ledger.begin('gate', 60) if what == 'finish' else None
+        before = by_hand.begin(ledger, 'gate', 60) if what == 'finish' else None
         patch.setattr(executions, what, held)
         patch.setattr(executions, f'{what}_many', counted)
         patch.setattr(group_commit, '_PATIENCE_SEC', 30.0)
         first = (
-            pool.submit(ledger.begin, 'gate', 60)
+            pool.submit(by_hand.begin, ledger, 'gate')
             if before is None
-            else pool.submit(ledger.finish, before)
+            else pool.submit(by_hand.finish, before)
         )
         assert departed.wait(30)
         waiting = {key: pool.submit(call, key) for key in keys}
@@ -902,15 +908,15 @@ class TestTrouble:
             with pytest.raises(DatabaseUnavailable, match='was executed'):
                 attempt()
             with pytest.raises(DatabaseUnavailable):
-                other.begin('k', 60)
+                by_hand.begin(other, 'k', 60)
             with pytest.raises(ValueError, match='x'), caplog.at_level(logging.WARNING):
-                raise_within(ledger, Execution(ledger, 'not begun', 1, 1, 60))
+                fail_within(ledger)
             assert 'could not be recorded yet' in caplog.text
             own_server.start()
             rows.sessions.close_all()
             eventually(lambda: state_of(rows, 'k') == 'done', timeout=30)
             with pytest.raises(DuplicateExecution) as caught:
-                make('c').begin('k', 60)
+                by_hand.begin(make('c'), 'k', 60)
             assert (vars(caught.value)['result'], ran) == ('kept', [1])
 
     def test_connections_that_a_restart_broke_are_replaced_without_an_error(
@@ -925,14 +931,14 @@ class TestTrouble:
             own_server.restart()
             with once(ledger, 'k2'):
                 pass
-            assert eventually(lambda: ledger.begin('k3', 60)).attempts == 1
+            assert eventually(lambda: by_hand.begin(ledger, 'k3', 60)).attempts == 1
 
     def test_a_lost_reply_to_begin_is_found_again(
         self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ledger = make_ledger('a')
         lose_replies(monkeypatch, 1)
-        assert ledger.begin('k', 60).attempts == 2
+        assert by_hand.begin(ledger, 'k', 60).attempts == 2
         ledger.close()
 
     def test_a_begin_whose_replies_are_all_lost_does_not_keep_the_key(
@@ -941,9 +947,9 @@ class TestTrouble:
         first, second = make_ledger('a'), make_ledger('b')
         lose_replies(monkeypatch, 2)
         with pytest.raises(DatabaseUnavailable):
-            first.begin('k', 60)
+            by_hand.begin(first, 'k', 60)
         eventually(lambda: state_of(rows, 'k') == 'failed')
-        assert second.begin('k', 60).fence > 0
+        assert by_hand.begin(second, 'k', 60).fence > 0
 
     def test_a_time_limit_that_strikes_within_finish_loses_nothing(
         self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
@@ -964,15 +970,19 @@ class TestTrouble:
     def test_a_missing_table_is_said_and_pauses(self, ledger: ClusterLedger, rows: Rows) -> None:
         rows.run(f'DROP TABLE {rows.tables.execution} CASCADE')
         with pytest.raises(DatabaseRefused, match=r'execution.* does not exist') as caught:
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert (vars(caught.value)['sqlstate'], vars(caught.value)['pause']) == ('42P01', True)
 
 
-def raise_within(ledger: ClusterLedger, execution: Execution) -> None:
+def fail_within(ledger: ClusterLedger) -> None:
+    """The end of an attempt that began before the database went away."""
+    attempt = Attempt(ledger, 'begun before', 60)
+    attempt.unsettled.begin(1, 1)
     try:
         raise ValueError('x')
     except ValueError as error:
-        ledger.fail(execution, error)
+        attempt.fail(error)
+        attempt.settle()
         raise
 
 

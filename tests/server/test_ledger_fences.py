@@ -15,12 +15,14 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger import unsettled
+from jobsync_core.ledger.attempt import Attempt
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
 from jobsync_core.store import executions
 from jobsync_core.store.executions import Completion, Holder
 
+from ..support import attempts as by_hand
 from ..waiting import eventually
 from .ledger_process import connect
 from .ledgers import ledgers_of, state_of
@@ -70,29 +72,34 @@ def test_a_child_that_is_forked_within_an_attempt_and_leaves_it_does_not_end_it(
 ) -> None:
     block = once(ledger, 'k')
     execution = block.__enter__()
+    other = by_hand.begin(ledger, 'other')
 
     def leave() -> None:
         block.__exit__(*((ValueError, ValueError('x'), None) if raises else (None, None, None)))
-        for end in (ledger.finish, ledger.abandon):
-            end(execution)
-        ledger.fail(execution, ValueError('y'))
+        by_hand.finish(other)
+        by_hand.abandon(other)
+        by_hand.fail(other, ValueError('y'))
         ledger.close()
 
     assert in_child(leave) == 0
-    assert (state_of(rows, 'k'), execution.completed) == ('running', False)
-    assert rows.run(f'SELECT pid FROM {rows.tables.execution}') == [(os.getpid(),)]
+    assert (execution.completed, other.completed) == (False, False)
+    assert rows.run(f'SELECT key, state, pid FROM {rows.tables.execution} ORDER BY key') == [
+        (key, 'running', os.getpid()) for key in ('k', 'other')
+    ]
     block.__exit__(None, None, None)
     assert state_of(rows, 'k') == 'done'
 
 
 def test_without_looking_at_the_process_the_child_would_end_it(
-    ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    ledger: ClusterLedger, rows: Rows
 ) -> None:
-    execution = ledger.begin('k', 60)
+    attempt = Attempt(ledger, 'k', 60)
+    attempt.begin()
 
     def leave() -> None:
-        execution._pid = os.getpid()  # what a ledger would see that did not look
-        ledger.finish(execution)
+        attempt.unsettled.pid = os.getpid()  # what a ledger would see that did not look
+        attempt.succeed()
+        attempt.settle()
 
     assert in_child(leave) == 0
     assert state_of(rows, 'k') == 'done'
@@ -102,7 +109,7 @@ def test_without_looking_at_the_process_the_child_would_end_it(
 def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
     ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    execution = ledger.begin('k', 60)
+    execution = by_hand.begin(ledger, 'k', 60)
     away = [True]
     for name in ('settle', 'finish'):
         original = getattr(executions, name)
@@ -115,11 +122,11 @@ def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
         monkeypatch.setattr(executions, name, fail)
     if end == 'completion':
         with pytest.raises(DatabaseUnavailable):
-            ledger.finish(execution)
+            by_hand.finish(execution)
     elif end == 'failure':
-        ledger.fail(execution, ValueError('x'))
+        by_hand.fail(execution, ValueError('x'))
     else:
-        ledger.abandon(execution)
+        by_hand.abandon(execution)
     assert (ledger.unsettled, state_of(rows, 'k')) == (1, 'running')
     away.clear()
     eventually(lambda: state_of(rows, 'k') == ('done' if end == 'completion' else 'failed'))
@@ -140,7 +147,7 @@ def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
     monkeypatch.setattr(executions, 'begin', lose)
     monkeypatch.setattr(unsettled, '_LAST_RETRY_SEC', 0.05)
     with pytest.raises(DatabaseUnavailable):
-        ledger.begin('k', 60)
+        by_hand.begin(ledger, 'k', 60)
     monkeypatch.setattr(executions, 'begin', begin)
     for _ in range(2):
         with rows.sessions.session() as connection:

@@ -19,11 +19,13 @@ from jobsync_core.errors import (
     StoreTimeout,
 )
 from jobsync_core.ledger import unsettled
-from jobsync_core.ledger.cluster import ClusterLedger, Execution
+from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.connection import Sessions
 
+from ..support import attempts as by_hand
 from ..waiting import eventually
 from .ledgers import effects, insert, ledgers_of, state_of
 from .rows import Rows, rows_of
@@ -104,7 +106,7 @@ def end_trouble(rows: Rows) -> None:
 
 def begin(ledger: ClusterLedger, key: str) -> Execution | None:
     try:
-        return ledger.begin(key, 60)
+        return by_hand.begin(ledger, key, 60)
     except ExecutionRunning:
         return None
 
@@ -116,7 +118,7 @@ class TestEveryAnswer:
     ) -> None:
         make_trouble(rows, code)
         with pytest.raises(DatabaseUnavailable) as caught:
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         error = caught.value
         if code == '55P03':  # somebody holds the row of a key that nobody executes
             assert isinstance(error, DatabaseRefused)
@@ -183,7 +185,7 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr('jobsync_core.ledger.cluster.clock.now', lambda: now[0])
-    executions = [ledger.begin(f'k{number}', 60) for number in range(5)]
+    executions = [by_hand.begin(ledger, f'k{number}', 60) for number in range(5)]
     for execution in executions:
         if ends == 'result':
             with execution.transaction():
@@ -193,7 +195,7 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
     caplog.clear()
     for number, execution in enumerate(executions):
         now[0] += 61.0 if number == 4 else 0.1
-        ledger.finish(execution) if ends == 'result' else ledger.fail(execution, ValueError('x'))
+        by_hand.finish(execution) if ends == 'result' else by_hand.fail(execution, ValueError('x'))
     end_trouble(rows)
     said = (
         'failed, which could not be recorded yet'
@@ -214,7 +216,7 @@ def test_an_answer_that_passes_is_asked_for_again(ledger: ClusterLedger, rows: R
             IF nextval('times') < 4 THEN RAISE EXCEPTION 'trouble' USING ERRCODE = '40001'; END IF;
             RETURN NEW;
         END $$""")
-    assert ledger.begin('k', 60).attempts == 1
+    assert by_hand.begin(ledger, 'k', 60).attempts == 1
 
 
 def test_one_that_cannot_be_recorded_does_not_hold_up_the_others(
@@ -224,10 +226,10 @@ def test_one_that_cannot_be_recorded_does_not_hold_up_the_others(
     attempts = {}
     end_trouble(rows)
     for key in ('k1', 'x1', 'k2', 'x2'):
-        attempts[key] = ledger.begin(key, 60)
+        attempts[key] = by_hand.begin(ledger, key, 60)
     make_trouble(rows, 'XX000')
     for execution in attempts.values():
-        ledger.abandon(execution)
+        by_hand.abandon(execution)
     eventually(
         lambda: (
             [state_of(rows, key) for key in attempts] == ['running', 'failed', 'running', 'failed']
@@ -271,28 +273,28 @@ def test_memory_is_bounded_by_beginning_nothing_more(
     ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unsettled, 'MOST_UNSETTLED', 3)
-    attempts = [ledger.begin(f'k{number}', 60) for number in range(3)]
+    attempts = [by_hand.begin(ledger, f'k{number}', 60) for number in range(3)]
     make_trouble(rows, '53100')
     for execution in attempts:
         with pytest.raises(DatabaseRefused, match='was executed'):
-            ledger.finish(execution)
+            by_hand.finish(execution)
     with pytest.raises(DatabaseUnavailable, match='3 attempts of this process wait'):
-        ledger.begin('x', 60)
+        by_hand.begin(ledger, 'x', 60)
     end_trouble(rows)
     eventually(lambda: ledger.unsettled == 0)
-    assert ledger.begin('x', 60).attempts == 1
+    assert by_hand.begin(ledger, 'x', 60).attempts == 1
 
 
 def test_a_completion_that_waits_is_fenced_where_another_has_taken_its_key(
     ledger: ClusterLedger, rows: Rows
 ) -> None:
-    attempt = ledger.begin('k', 60)
+    attempt = by_hand.begin(ledger, 'k', 60)
     make_trouble(rows, '53100')
     with pytest.raises(DatabaseRefused):
-        ledger.finish(attempt)
+        by_hand.finish(attempt)
     end_trouble(rows)
     rows.run(f'UPDATE {rows.tables.execution} SET fence = fence + 1')
     eventually(lambda: ledger.unsettled == 0)
     assert state_of(rows, 'k') == 'running'
     with pytest.raises(Fenced):
-        ledger.finish(attempt)
+        by_hand.finish(attempt)

@@ -19,6 +19,7 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.once import exactly_once, once
 
+from ..support import attempts as by_hand
 from ..waiting import eventually
 from .ledgers import ledgers_of, state_of
 from .rows import Rows, rows_of
@@ -83,7 +84,7 @@ def test_a_begin_tells_which_table_is_locked_by_whom_and_pauses_the_workers(
     with caplog.at_level(logging.INFO), locked(rows, sql) as pid:
         for key in ('k1', 'k2'):
             with pytest.raises(DatabaseRefused) as caught:
-                ledger.begin(key, 60)
+                by_hand.begin(ledger, key, 60)
             told = str(caught.value)
             assert (
                 f"application 'nightly index' (pid {pid}" in told
@@ -95,7 +96,7 @@ def test_a_begin_tells_which_table_is_locked_by_whom_and_pauses_the_workers(
         record.levelname for record in caplog.records if 'nightly index' in record.getMessage()
     ]
     assert told_of == ['WARNING'], 'once, not for each key'
-    assert ledger.begin('k1', 60).attempts == 1 and not ledger.pausing.length
+    assert by_hand.begin(ledger, 'k1', 60).attempts == 1 and not ledger.pausing.length
 
 
 def test_whoever_waits_to_lock_the_table_is_in_the_way_as_well(
@@ -124,7 +125,7 @@ def test_whoever_waits_to_lock_the_table_is_in_the_way_as_well(
         ((waiter,),) = eventually(lambda: rows.run(waiters))
         stack.callback(rows.run, 'SELECT pg_cancel_backend(%s)', waiter)
         with pytest.raises(DatabaseRefused, match=rf'pid {waiter}.*waits to lock sync_execution'):
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert waiter not in (reader, pid)
 
 
@@ -151,25 +152,25 @@ def test_a_row_of_a_key_that_is_free_may_be_locked_and_then_nobody_is_told_that_
     assert state_of(rows, 'k') == 'failed'
     with locked(rows, "SELECT FROM {execution} WHERE key = 'k' FOR UPDATE"):
         with pytest.raises(DatabaseRefused, match='somebody has locked the row') as caught:
-            ledger.begin('k', 60)
+            by_hand.begin(ledger, 'k', 60)
         assert not caught.value.pause
-    execution = ledger.begin('k', 60)
+    execution = by_hand.begin(ledger, 'k', 60)
     with (
         locked(rows, "SELECT FROM {execution} WHERE key = 'k' FOR UPDATE"),
         pytest.raises(ExecutionRunning),
     ):
-        ledger.begin('k', 60)
-    ledger.finish(execution)
+        by_hand.begin(ledger, 'k', 60)
+    by_hand.finish(execution)
 
 
 def test_a_completion_that_meets_the_lock_says_so_and_is_recorded_afterwards(
     ledger: ClusterLedger, rows: Rows
 ) -> None:
-    execution = ledger.begin('k', 60)
+    execution = by_hand.begin(ledger, 'k', 60)
     with locked(rows, 'LOCK TABLE {execution} IN SHARE MODE'):
         began = time.monotonic()
         with pytest.raises(DatabaseRefused, match=r'nightly index.*has locked sync_execution'):
-            ledger.finish(execution)
+            by_hand.finish(execution)
         assert time.monotonic() - began < 15
         assert ledger.unsettled == 1
     eventually(lambda: state_of(rows, 'k') == 'done', timeout=20)

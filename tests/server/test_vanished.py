@@ -32,6 +32,7 @@ from jobsync_core.store.queues import QueueStore
 from tests.pgbouncer import PgBouncer
 from tests.server.cluster import query
 from tests.server.rows import Rows, rows_of
+from tests.support import attempts as by_hand
 from tests.waiting import eventually
 
 #: A parent that holds a lock in a transaction, and a child that it forked meanwhile and that
@@ -223,7 +224,7 @@ class TestAMachineThatVanished:
         rows.run('INSERT INTO account VALUES (7, 0)')
         here, there = Sessions(rows.config, 'here'), Sessions(rows.config, 'there')
         mine = ClusterLedger(there, rows.tables, 'n1', lambda: 'life of n1')
-        execution = mine.begin('pay:7', 60)
+        execution = by_hand.begin(mine, 'pay:7', 60)
         lost = execution.transaction()
         gone = lost.__enter__()
         with gone.cursor() as cursor:
@@ -232,7 +233,9 @@ class TestAMachineThatVanished:
         vanish(gone.fileno())
         rows.run(f"DELETE FROM {rows.tables.node} WHERE name = 'n1'")  # as the leader does
         began = time.monotonic()
-        again = ClusterLedger(here, rows.tables, 'n2', lambda: 'life of n2').begin('pay:7', 60)
+        again = by_hand.begin(
+            ClusterLedger(here, rows.tables, 'n2', lambda: 'life of n2'), 'pay:7', 60
+        )
         with again.transaction() as connection, connection.cursor() as cursor:
             cursor.execute(
                 "SET LOCAL statement_timeout = '20s'"
@@ -281,8 +284,8 @@ class TestAStoppedProcess:
     ) -> None:
         monkeypatch.setattr(executions, '_COMMIT_SEC', 1)
         sessions = Sessions(rows.config, 'there')
-        execution = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1').begin(
-            'key', 60
+        execution = by_hand.begin(
+            ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1'), 'key', 60
         )
 
         def complete(connection: psycopg2.extensions.connection) -> None:
@@ -340,7 +343,7 @@ def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(
     sessions = Sessions(config, 'test')
     mine = ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1')
     other = ClusterLedger(sessions, rows.tables, 'n2', lambda: 'life of n2')
-    execution = mine.begin('key', 60)
+    execution = by_hand.begin(mine, 'key', 60)
     with contextlib.closing(
         psycopg2.connect(
             host=config.host,
@@ -355,8 +358,8 @@ def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(
         rows.run(f"DELETE FROM {rows.tables.node} WHERE name = 'n1'")
         began = time.monotonic()
         with pytest.raises(ExecutionRunning):
-            other.begin('key', 60)
+            by_hand.begin(other, 'key', 60)
         assert time.monotonic() - began < 3
         connection.rollback()
-    assert other.begin('key', 60).attempts == 2
+    assert by_hand.begin(other, 'key', 60).attempts == 2
     sessions.close_all()

@@ -26,18 +26,14 @@ from jobsync_core.errors import (
     JobSyncError,
     NotEntered,
 )
-from jobsync_core.ledger.cluster import (
-    MAX_RESULT_BYTES,
-    UNCOORDINATED,
-    ClusterLedger,
-    Execution,
-    check_key,
-    current_execution,
-    retention_seconds,
-)
+from jobsync_core.ledger.cluster import UNCOORDINATED, ClusterLedger
 from jobsync_core.ledger.current import current_ledger, message_ledger, set_current_ledger
+from jobsync_core.ledger.execution import current_execution
+from jobsync_core.ledger.limits import check_key, retention_seconds
 from jobsync_core.ledger.once import ExactlyOnce, exactly_once, once
+from jobsync_core.ledger.results import MAX_RESULT_BYTES
 from jobsync_core.ledger.single import SingleLedger
+from jobsync_core.ledger.state import Unsettled
 from jobsync_core.store.tables import Tables
 
 
@@ -52,8 +48,8 @@ class FakeLedger(SingleLedger):
         self.abandoned: list[str] = []
         self.finish_error: Exception | None = None
 
-    def begin(self, key: str, retention_sec: float) -> Execution:
-        check_key(key)
+    def begin(self, mine: Unsettled) -> None:
+        key = check_key(mine.key)
         if key in self.running:
             raise ExecutionRunning()
         if key in self.done:
@@ -61,23 +57,25 @@ class FakeLedger(SingleLedger):
             vars(error).update(key=key, result=self.done[key])
             raise error
         self.running.add(key)
-        self.retentions.append(retention_sec)
-        return Execution(self, key, len(self.retentions), 1, retention_sec)
+        self.retentions.append(mine.retention_sec)
+        mine.begin(len(self.retentions), 1)
 
-    def finish(self, execution: Execution) -> None:
-        self.running.discard(execution.key)
-        if self.finish_error is not None:
+    def settle(self, mine: Unsettled) -> None:
+        self.running.discard(mine.key)
+        if mine.succeeded and self.finish_error is not None:
+            mine.settled = True
             raise self.finish_error
-        super().finish(execution)
-        self.done[execution.key] = execution.result
+        super().settle(mine)
+        if mine.failure is not None:
+            self.failures.append(mine.failure)
+        else:
+            self.done[mine.key] = mine.result
 
-    def fail(self, execution: Execution, error: BaseException) -> None:
-        self.running.discard(execution.key)
-        self.failures.append(error)
-
-    def abandon(self, execution: Execution) -> None:
-        self.running.discard(execution.key)
-        self.abandoned.append(execution.key)
+    def leave(self, mine: Unsettled) -> None:
+        if mine.began and not mine.settled and not mine.busy:
+            mine.settled = True
+            self.running.discard(mine.key)
+            self.abandoned.append(mine.key)
 
 
 @pytest.fixture
@@ -559,10 +557,10 @@ class TestAsync:
         reached, go_on = threading.Event(), threading.Event()
         begin = ledger.begin
 
-        def slow_begin(key: str, retention_sec: float) -> Execution:
+        def slow_begin(mine: Unsettled) -> None:
             reached.set()
             assert go_on.wait(10)
-            return begin(key, retention_sec)
+            begin(mine)
 
         ledger.begin = slow_begin  # type: ignore[method-assign]
         calls = []
@@ -590,9 +588,9 @@ class TestAsync:
         waiting = threading.Event()
         begin = ledger.begin
 
-        def begin_later(key: str, retention_sec: float) -> Execution:
+        def begin_later(mine: Unsettled) -> None:
             assert waiting.wait(10)
-            return begin(key, retention_sec)
+            begin(mine)
 
         ledger.begin = begin_later  # type: ignore[method-assign]
 
@@ -618,9 +616,9 @@ class TestAsync:
         ticked = threading.Event()
         begin = ledger.begin
 
-        def slow_begin(key: str, retention_sec: float) -> Execution:
+        def slow_begin(mine: Unsettled) -> None:
             assert ticked.wait(10), 'the loop was blocked'
-            return begin(key, retention_sec)
+            begin(mine)
 
         ledger.begin = slow_begin  # type: ignore[method-assign]
 

@@ -15,6 +15,7 @@ from jobsync_core.errors import ConfigurationError, DuplicateExecution
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import exactly_once
+from jobsync_core.ledger.state import Unsettled
 
 from ..fakes import FakeLedger, duplicate
 
@@ -26,12 +27,9 @@ class Recording(FakeLedger):
         super().__init__()
         self.ends: list[str] = []
 
-    def finish(self, execution: Execution) -> None:
-        super().finish(execution)
-        self.ends.append(f'done {execution.result}')
-
-    def fail(self, execution: Execution, error: BaseException) -> None:
-        self.ends.append(f'failed {error!r}')
+    def settle(self, mine: Unsettled) -> None:
+        super().settle(mine)
+        self.ends.append(f'done {mine.result}' if mine.succeeded else f'failed {mine.failure!r}')
 
 
 @pytest.fixture

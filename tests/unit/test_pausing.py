@@ -14,6 +14,8 @@ from jobsync_core.ledger.current import message_ledger, set_current_ledger
 from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.protocol.pausing import FIRST_SEC, MOST_SEC, PROBE_SEC, Pausing, remedy
 
+from ..support import attempts as by_hand
+
 pytestmark = pytest.mark.filterwarnings(
     'ignore:This process .* is multi-threaded:DeprecationWarning'
 )
@@ -147,10 +149,10 @@ def test_a_message_does_not_ask_in_a_pause_and_only_what_lasts_begins_one(
         calls.full = False
         for _ in range(2):
             with pytest.raises(DatabaseRefused, match='bad value'):
-                message_ledger().begin('k', 60)
+                by_hand.begin(message_ledger(), 'k', 60)
         calls.full = True
         with pytest.raises(DatabaseRefused, match='no space left'):
-            message_ledger().begin('k', 60)
+            by_hand.begin(message_ledger(), 'k', 60)
         assert calls.asked == 3 and ledger.pausing.length == FIRST_SEC
         with pytest.raises(DatabaseRefused, match='no space left'):
             message_ledger()

@@ -32,6 +32,8 @@ from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.testing import FakeJob, MemoryLedger, standing_in
 from jobsync_core.worker.plugin import stand_in
 
+from ..support import attempts as by_hand
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -376,7 +378,7 @@ class TestLedger:
 
     def test_it_refuses_keys_that_the_real_one_refuses(self) -> None:
         with pytest.raises(ConfigurationError):
-            MemoryLedger().begin('', 60)
+            by_hand.begin(MemoryLedger(), '', 60)
 
     def test_coroutines(self) -> None:
         @exactly_once(key='{n}', scope='a', on_duplicate='result')
