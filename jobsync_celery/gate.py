@@ -538,7 +538,7 @@ class ConsumerGate:
         if decision.verdict is Verdict.FORWARD:
             return self._send(waiting, decision.queue, note.hops + 1, 'forwarded', decision)
         if not self._gate.job.am_i_healthy():
-            return self._wait(waiting)  # the keeper stops the consumer, and what waits goes back
+            return self._wait(waiting)  # the lease watch stops the consumer
         if clock.now() >= waiting.until:
             return self._send(waiting, self._parked_queue, 0, 'parked', decision)
         return self._wait(waiting)

@@ -66,7 +66,7 @@ _PUBLISH_SEC = 5.0
 #: The same in the event loop.
 _LOOP_PUBLISH_SEC = 2.0
 #: Seconds after which kombu's Redis transport would deliver an unacknowledged message a second
-#: time. The keeper brings back what a dead node held, so that this only has to be longer than any
+#: time. The others restore what a dead node held, so that this only has to be longer than any
 #: task.
 VISIBILITY_SEC = 365 * 86_400
 #: Where plain workers record what they have taken, and for how long: kombu's defaults.
@@ -394,7 +394,7 @@ class _Forgotten:
 
 
 class _Letter:
-    """A message that the keeper took off a queue."""
+    """A message that a duty took off a queue."""
 
     def __init__(self, mail: CeleryMail, message: Any) -> None:
         self._mail = mail
@@ -427,7 +427,7 @@ class _Letter:
 
 
 class CeleryMail:
-    """What the keeper asks of the broker.
+    """What the duties ask of the broker.
 
     Args:
         plugin: The plugin.

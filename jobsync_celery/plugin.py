@@ -20,9 +20,9 @@ from jobsync_core.logs import Repeats
 from jobsync_core.protocol.effects import RebalanceEvent
 from jobsync_core.protocol.pausing import Pausing, remedy
 from jobsync_core.worker.consuming import SelfDrain
-from jobsync_core.worker.keeper import Keeper
+from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.owners import OwnerMap
-from jobsync_core.worker.plugin import Gate, make_job, owner_map, stand_in
+from jobsync_core.worker.plugin import Gate, make_job, node_of_tests, owner_map
 from jobsync_core.worker.routing import node_queue, parked_queue
 from jobsync_core.worker.startup import wait_for_database
 
@@ -92,7 +92,7 @@ class JobSync:
         self._owners: tuple[int, OwnerMap] | None = None
         self._mail: CeleryMail | None = None
         self._gate: Gate | None = None
-        self._keeper: Keeper | None = None
+        self._duties: NodeDuties | None = None
         self._http: Any = None
         self._consumer: Any = None
         self._consumer_gate: ConsumerGate | None = None
@@ -119,7 +119,7 @@ class JobSync:
         """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing`
         that stands in.
         """
-        return stand_in() or self._job
+        return node_of_tests() or self._job
 
     def __repr__(self) -> str:
         return f'<JobSync of {self.app.main!r}: {self.job!r}>'
@@ -319,7 +319,7 @@ class JobSync:
         """The worker is a node."""
         assert self._gate is not None and self._mail is not None and self.job is not None
         appname = self.settings.config.appname
-        self._keeper = Keeper(
+        self._duties = NodeDuties(
             self._gate,
             self._mail,
             'celery',
@@ -331,8 +331,8 @@ class JobSync:
             tasks=lambda: frozenset(self.app.tasks),
         )
         self._gate.owners.refresh()
-        self._keeper.reclaim()
-        self._keeper.start()
+        self._duties.restore_former()
+        self._duties.start()
         assert self._listening is not None
         self._self_drain = SelfDrain(
             self.job,
@@ -409,7 +409,7 @@ class JobSync:
         self._connected = self._consuming = True  # the consumer begins in a moment
         if self._listening is not None:
             self._listening.connected()
-        # Not left to the keeper, whose questions to the database may take seconds.
+        # Not left to the duties, whose questions to the database may take seconds.
         self._look = self._consumer.timer.call_repeatedly(_LOOK_SEC, self._follow_lease)
 
     def disconnected(self) -> None:
@@ -455,8 +455,8 @@ class JobSync:
                     error,
                     ', '.join(lost),
                 )
-        if self._keeper is not None:
-            self._keeper.stop(5.0)
+        if self._duties is not None:
+            self._duties.stop(5.0)
         job.__exit__(None, None, None)
         if self._consumer_gate is not None:
             self._consumer_gate.close()
@@ -491,8 +491,8 @@ class JobSync:
 
     def parked_something(self) -> None:
         """A message went into the parked queue."""
-        if self._keeper is not None:
-            self._keeper.parked_something()
+        if self._duties is not None:
+            self._duties.parked_something()
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._consumer_gate is not None and self._consumer_gate.busy(tokens)
@@ -547,9 +547,9 @@ class JobSync:
     def _lease_changed(self, leased: bool) -> None:
         if self._consumer is None or self._consumer_gate is None:
             return
-        if leased and self._keeper is not None and self._mail is not None and self.job is not None:
+        if leased and self._duties is not None and self._mail is not None and self.job is not None:
             self._mail.declare(node_queue(self.settings.config.appname, self.job.node_name))
-            self._keeper.reclaim()
+            self._duties.restore_former()
         self._consumer.call_soon(self._follow_lease)
 
     def _follow_lease(self) -> None:

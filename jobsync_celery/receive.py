@@ -502,7 +502,7 @@ class _Channel(RestoringChannel):
         )
 
     def _get(self, queue: str) -> Any:
-        # What the keeper takes.
+        # What a duty takes.
         if self._script is None:
             return super()._get(queue)
         while True:

@@ -15,7 +15,7 @@ from kombu.entity import Queue
 from jobsync_core import clock
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import Refused, read_stamps
-from jobsync_core.worker.plugin import stand_in
+from jobsync_core.worker.plugin import node_of_tests
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue
 
 from .logs import get_logger
@@ -48,7 +48,7 @@ def install_router(app: Celery, plugin: JobSync) -> None:
         def send_task_message(
             producer: Any, name: str, message: Any, *args: Any, **options: Any
         ) -> Any:
-            if stand_in() is None and not args:  # Celery itself gives names
+            if node_of_tests() is None and not args:  # Celery itself gives names
                 address(message, options)
             return send(producer, name, message, *args, **options)
 

@@ -12,7 +12,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.worker.plugin import stand_in
+from jobsync_core.worker.plugin import node_of_tests
 
 from .cold_shutdown import ColdShutdown
 from .logs import get_logger
@@ -45,7 +45,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         assert plugin is not None
         self._plugin = plugin
         self._cold: ColdShutdown | None = None
-        self.enabled = stand_in() is None  # a test's worker is no node
+        self.enabled = node_of_tests() is None  # a test's worker is no node
         if self.enabled:
             try:
                 plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
@@ -137,7 +137,7 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
         plugin = JobSync.of(parent.app)
         assert plugin is not None
         self._plugin = plugin
-        self.enabled = stand_in() is None
+        self.enabled = node_of_tests() is None
         if self.enabled:
             plugin.attach(parent)
 

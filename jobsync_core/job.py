@@ -359,7 +359,7 @@ class Job:
 
     def rest(self) -> None:
         """Close connections to the database that a burst of work has left idle. Called now and then
-        by this node's keeper.
+        by this node's duties.
         """
         self._node.rest()
 

@@ -1,5 +1,5 @@
 """The boundary of Dramatiq's messages: what comes off a queue is decoded and checked here, before a
-worker or the keeper reads it.
+worker or a duty reads it.
 
 See jobsync_core.worker.incoming. Dramatiq's consumers stumble over each of these: over one that
 cannot be decoded again and again.

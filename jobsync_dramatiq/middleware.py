@@ -22,10 +22,10 @@ from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming, SelfDrain
-from jobsync_core.worker.keeper import Keeper
+from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.owners import OwnerMap
 from jobsync_core.worker.parts import missing
-from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, owner_map, stand_in
+from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, node_of_tests, owner_map
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queue
 from jobsync_core.worker.startup import wait_for_database, wait_for_server
 
@@ -84,7 +84,7 @@ class JobSync(Middleware):
         self._http: Any = None
         self._orphans = OrphanWatch()
         self.leaving = False
-        self._keeper: Keeper | None = None
+        self._duties: NodeDuties | None = None
         self._consuming: Consuming | None = None
         self._self_drain: SelfDrain | None = None
         self._in_memory: InMemory | None = None
@@ -103,7 +103,7 @@ class JobSync(Middleware):
         """This process's node; None where there is none. In tests the Job of `jobsync_core.testing`
         that stands in, and with a StubBroker one in memory.
         """
-        return stand_in() or self._job
+        return node_of_tests() or self._job
 
     @property
     def settings(self) -> PluginSettings:
@@ -192,7 +192,7 @@ class JobSync(Middleware):
         return self._opened
 
     def _owner_queue(self, message: Any) -> str | None:
-        if stand_in() is not None:
+        if node_of_tests() is not None:
             return None
         try:
             route = self._known().route_of(message)
@@ -244,7 +244,7 @@ class JobSync(Middleware):
         """Become a node, before any queue is consumed."""
         try:
             self._install(broker)
-            if stand_in() is not None:
+            if node_of_tests() is not None:
                 return  # a test's worker is no node
             if is_in_memory(broker):
                 self._in_memory = InMemory(broker)
@@ -265,8 +265,8 @@ class JobSync(Middleware):
             or isinstance(error, DeclarationRefused)
         )
         job, self._job = self._job, None
-        if self._keeper is not None:
-            self._keeper.stop(5.0)
+        if self._duties is not None:
+            self._duties.stop(5.0)
         if required:
             logger.critical('JobSync: this worker cannot start: %s', text, exc_info=trace)
             self._close_http()
@@ -280,7 +280,7 @@ class JobSync(Middleware):
         if job is not None:
             job.__exit__(None, None, None)
         self._detach()
-        self._gate = self._shared = self._keeper = None
+        self._gate = self._shared = self._duties = None
         if required:
             raise BootFailed(
                 text
@@ -326,7 +326,7 @@ class JobSync(Middleware):
         self._wait_for_servers(opened)
         job.__enter__()
         gate = Gate(settings, job)
-        self._keeper = Keeper(
+        self._duties = NodeDuties(
             gate,
             opened,
             'dramatiq',
@@ -339,7 +339,7 @@ class JobSync(Middleware):
             route=self._route_of,
         )
         gate.owners.refresh()
-        self._keeper.start()
+        self._duties.start()
         self.attach(gate, opened, consuming)
         worker.consumers = _Consumers(worker.consumers)
         if worker.consumer_whitelist:
@@ -426,14 +426,14 @@ class JobSync(Middleware):
             self._in_memory.stop()
             self._in_memory = None
             return
-        if self._keeper is not None:
-            self._keeper.stop(5.0)
+        if self._duties is not None:
+            self._duties.stop(5.0)
         self._close_http()
         if job is not None:
             job.__exit__(None, None, None)
         # Another worker of this process, as in tests, begins anew.
         self._detach()
-        self._gate = self._shared = self._keeper = self._consuming = self._self_drain = None
+        self._gate = self._shared = self._duties = self._consuming = self._self_drain = None
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._shared is not None and self._shared.busy(tokens)
@@ -453,8 +453,8 @@ class JobSync(Middleware):
 
     def parked_something(self) -> None:
         """A message went into the parked queue."""
-        if self._keeper is not None:
-            self._keeper.parked_something()
+        if self._duties is not None:
+            self._duties.parked_something()
 
     # --- messages ---
 

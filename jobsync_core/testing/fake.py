@@ -17,7 +17,7 @@ from ..ledger.current import enter_ledger, leave_ledger
 from ..node.cluster import Membership
 from ..node.interface import Node
 from ..task import Task
-from ..worker.plugin import set_stand_in, stand_in
+from ..worker.plugin import node_of_tests, set_node_of_tests
 from .fake_node import FakeNode
 from .memory import MemoryLedger
 
@@ -37,17 +37,17 @@ def standing_in(job: Job) -> Iterator[Job]:
     Raises:
         ConfigurationError: Another Job stands in already.
     """
-    other = stand_in()
+    other = node_of_tests()
     if other is not None and other is not job:
         raise ConfigurationError(
             f'{other!r} stands in already, beside it {job!r} cannot: leave the first one before'
         )
-    set_stand_in(job)
+    set_node_of_tests(job)
     enter_ledger(job.ledger)
     try:
         yield job
     finally:
-        set_stand_in(None)
+        set_node_of_tests(None)
         leave_ledger(job.ledger)
 
 
@@ -188,17 +188,17 @@ class FakeJob(Job):
 
     def __enter__(self) -> FakeJob:
         """Enter, and stand in for the node of workers in this process; see Job."""
-        if stand_in() is not None:
+        if node_of_tests() is not None:
             raise ConfigurationError(
-                f'{stand_in()!r} stands in already, beside it {self!r} cannot: leave the first '
-                'one before'
+                f'{node_of_tests()!r} stands in already, beside it {self!r} cannot: leave the '
+                'first one before'
             )
-        set_stand_in(self)
+        set_node_of_tests(self)
         try:
             super().__enter__()
         except BaseException:
             self._state = 'exited'
-            set_stand_in(None)
+            set_node_of_tests(None)
             leave_ledger(self.ledger)
             raise
         return self
@@ -210,6 +210,6 @@ class FakeJob(Job):
         trace: TracebackType | None,
     ) -> None:
         """Leave; see Job. What was added is audited; after an error, all but the last."""
-        if self._state == 'entered' and stand_in() is self:
-            set_stand_in(None)
+        if self._state == 'entered' and node_of_tests() is self:
+            set_node_of_tests(None)
         super().__exit__(kind, error, trace)

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from .. import clock
 from ..errors import JobSyncError
 from ..logs import Repeats, get_logger
 from .broker import Broker, Delivery
-from .owners import OwnerMap
+from .owners import Place
 
-__all__ = ['Destination', 'Passage', 'Passed', 'destination_of']
+__all__ = ['Destination', 'Owners', 'Passage', 'Passed', 'destination_of']
 
 logger = get_logger(__name__)
 
@@ -22,6 +23,23 @@ logger = get_logger(__name__)
 IN_HAND = 1000
 #: Messages that fail one after another: then it is the broker that fails.
 _IN_A_ROW = 3
+
+
+class Owners(Protocol):
+    """Who owns what, as passing over needs it; an OwnerMap."""
+
+    @property
+    def version(self) -> int:
+        """Version of the assignment that is known."""
+
+    def find(self, route: str) -> Place | None:
+        """The owner of a route; None where nobody is."""
+
+    def refresh(self) -> bool:
+        """Read it anew where it has changed; whether the database answered."""
+
+    def reread(self) -> bool:
+        """Read it anew."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Destination:
     soon: bool = False
 
 
-def destination_of(owners: OwnerMap, delivery: Delivery) -> Destination:
+def destination_of(owners: Owners, delivery: Delivery) -> Destination:
     """Where a message belongs by the map at hand: to the owner of its route; home without one."""
     if delivery.route is None:
         return Destination(delivery.home)

@@ -28,7 +28,7 @@ from ..store.tables import Tables
 from .owners import OwnerMap
 from .routing import Decision, check_pins, decide, node_queue, pin_locks
 
-__all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map', 'set_stand_in', 'stand_in']
+__all__ = ['Gate', 'PluginSettings', 'make_job', 'owner_map', 'set_node_of_tests', 'node_of_tests']
 
 logger = get_logger(__name__)
 
@@ -362,8 +362,8 @@ class Gate:
         self.job = job
         self.settings = settings
         tables = Tables.of(settings.config)
-        #: Of the gate and of the keeper: they hardly ever need one at the same moment.
-        self.sessions = Sessions(settings.config, f'jobsync keeper {job.node_name}')
+        #: Of the gate and of the duties: they hardly ever need one at the same moment.
+        self.sessions = Sessions(settings.config, f'jobsync duties {job.node_name}')
         self.owners = OwnerMap(self.sessions, tables)
         self.counts: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -405,19 +405,19 @@ def owner_map(config: CoordinationConfig) -> OwnerMap:
     return OwnerMap(Sessions(config, 'jobsync producer'), Tables.of(config))
 
 
-_stand_in: Job | None = None
+_node_of_tests: Job | None = None
 
 
-def set_stand_in(job: Job | None) -> None:
+def set_node_of_tests(job: Job | None) -> None:
     """Let a Job, which the caller has entered, stand in for the nodes of this process's workers;
     for `jobsync_core.testing`.
     """
-    global _stand_in
-    _stand_in = job
+    global _node_of_tests
+    _node_of_tests = job
 
 
-def stand_in() -> Job | None:
+def node_of_tests() -> Job | None:
     """The Job that stands in: a worker then makes no node, routes nothing, and runs all that it
     receives.
     """
-    return _stand_in
+    return _node_of_tests

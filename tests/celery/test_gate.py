@@ -651,7 +651,7 @@ class TestEachOnItsOwn:
         stage.receive(Message('nobody'))
         stage.handle = raising(RuntimeError('odd'))
         stage.consumer.create_task_handler()(Message(None))
-        for _ in range(20):  # as the keeper does, once a second
+        for _ in range(20):  # as a node's duties do, once a second
             stage.gate.look()
         assert len(stage.timers) == 2
         stage.look()

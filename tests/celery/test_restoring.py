@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_set_aside_once(
     assert [record.levelname for record in caplog.records] == [
         'ERROR'
     ] and 'what is no message' in caplog.text
-    # The same by the keeper's way of taking.
+    # The same by a duty's way of taking.
     caplog.clear()
     mail._plugin._check_parts()
     client.lpush(_QUEUE, entry)

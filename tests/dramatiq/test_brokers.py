@@ -597,13 +597,13 @@ class TestRedis:
     @pytest.mark.parametrize(
         'mode', [Mode.SWALLOW_TO_CLIENT, Mode.HOLD_TO_SERVER], ids=['answer lost', 'request late']
     )
-    @pytest.mark.parametrize('who', ['keeper', 'consumer'])
+    @pytest.mark.parametrize('who', ['duty', 'consumer'])
     def test_what_an_answer_brought_that_never_came_goes_back_soon(
         self, redis: Place, monkeypatch: pytest.MonkeyPatch, mode: Mode, who: str
     ) -> None:
         monkeypatch.setattr('jobsync_dramatiq.broker.redis_queues._LOOK_SEC', 0.0)
         other = redis.node('n2')
-        queue = PARKED if who == 'keeper' else 'default'
+        queue = PARKED if who == 'duty' else 'default'
         redis.put(other, queue, 3)
         with Proxy('127.0.0.1', redis.server.port) as proxy:
             node = redis.node_behind(proxy, 'n1')
@@ -767,7 +767,7 @@ class TestRedis:
         redis.put(node, PARKED)
         node.take(PARKED)
         node.native.client.flushdb()
-        node.reset()  # as the keeper does after an error
+        node.reset()  # as a node's duties do after an error
         node.consume('default', 1, 50)
         redis.put(node, PARKED)
         node.take(PARKED)

@@ -10,8 +10,9 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.worker.evacuation import Evacuable, evacuate
 
+from ..support.fake_broker import FakeBroker
 from .cluster import query
-from .test_keeper import FakeBroker, World
+from .test_duties import World
 
 __all__ = ['world']
 

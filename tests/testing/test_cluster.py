@@ -20,7 +20,7 @@ from jobsync_core import (
     exactly_once,
 )
 from jobsync_core.testing import Cluster, FakeJob
-from jobsync_core.worker.plugin import stand_in
+from jobsync_core.worker.plugin import node_of_tests
 
 from ..waiting import eventually
 
@@ -40,7 +40,7 @@ class TestFixtures:
         connection.close()
 
     def test_a_node_stands_in_with_its_ledger(self, jobsync_node: Job) -> None:
-        assert stand_in() is jobsync_node
+        assert node_of_tests() is jobsync_node
         assert jobsync_node.am_i_healthy()
         assert len(jobsync_node.my_tokens) == 10_000
 
@@ -53,7 +53,7 @@ class TestFixtures:
         assert (function(1), function(1)) == (1, 1)
 
     def test_nothing_stands_in_by_default(self, jobsync_cluster: Cluster) -> None:
-        assert stand_in() is None
+        assert node_of_tests() is None
         assert jobsync_cluster.jobs == []
 
 

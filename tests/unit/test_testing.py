@@ -30,7 +30,7 @@ from jobsync_core import (
 )
 from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.testing import FakeJob, MemoryLedger, standing_in
-from jobsync_core.worker.plugin import stand_in
+from jobsync_core.worker.plugin import node_of_tests
 
 from ..support import attempts as by_hand
 
@@ -229,11 +229,11 @@ class TestLife:
             pass
 
     def test_it_stands_in_for_as_long_as_it_is_entered(self) -> None:
-        assert stand_in() is None
+        assert node_of_tests() is None
         with contextlib.suppress(ZeroDivisionError), FakeJob() as job:
-            assert stand_in() is job
+            assert node_of_tests() is job
             raise ZeroDivisionError
-        assert stand_in() is None
+        assert node_of_tests() is None
 
     def test_only_one_stands_in(self) -> None:
         with FakeJob('first') as first:
@@ -245,13 +245,13 @@ class TestLife:
                 standing_in(single),
             ):
                 pass
-            assert stand_in() is first
+            assert node_of_tests() is first
 
     def test_a_job_in_single_node_mode_can_stand_in(self) -> None:
         with Job('single') as job, standing_in(job):
-            assert stand_in() is job
+            assert node_of_tests() is job
             assert charge(1) == charge(1) == 1
-        assert stand_in() is None
+        assert node_of_tests() is None
 
     def test_an_error_while_entering_leaves_nothing_behind(self) -> None:
         def fail(job: Job) -> None:
@@ -259,7 +259,7 @@ class TestLife:
 
         with pytest.raises(ValueError, match='no locks'), FakeJob(lock_provider=fail):
             pass
-        assert stand_in() is None
+        assert node_of_tests() is None
         with pytest.raises(NotEntered):
             charge(1)
 

@@ -1,0 +1,153 @@
+"""The duties of a worker's node, in the order in which they come first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ... import clock
+from ...store.tables import Tables
+from ..broker import Broker, Delivery
+from ..passage import Passage
+from ..plugin import Gate
+from ..registry import QueueRegistry, restore_former_life
+from ..routing import unknown_queue
+from ..sweeping import Sweeping
+from .drained import Drained
+from .duty import Every, Moment
+from .lease import LeaseWatch
+from .leftovers import Leftovers
+from .mark import BrokerMark
+from .parked import Parked
+from .plan import PlanWatch
+from .rescue import Rescue
+from .runner import Runner
+from .unknown import UnknownTasks
+
+__all__ = ['NodeDuties']
+
+
+class NodeDuties:
+    """What a node does beside its messages.
+
+    Args:
+        gate: The node's gate.
+        broker: The broker; used by the runner's thread alone.
+        kind: The plugin's name.
+        queue: Name of the node's own queue.
+        parked: Name of the parked queue.
+        on_lease: Called with True when there is a lease again, and with False when it has run out;
+            again, if it raises.
+        on_change: Called after each change of plan, when the owner map is up to date.
+        on_tick: Called once a second.
+        tasks: The names of the tasks, or actors, that this node's consumers know at this moment.
+        route: Makes the route of a message that does not tell it; None where it needs none.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        broker: Broker,
+        kind: str,
+        queue: str,
+        parked: str,
+        *,
+        on_lease: Callable[[bool], object],
+        on_change: Callable[[], object],
+        on_tick: Callable[[], object] = lambda: None,
+        tasks: Callable[[], frozenset[str]] = frozenset,
+        route: Callable[[Delivery], str | None] = lambda delivery: delivery.route,
+    ) -> None:
+        self._job = job = gate.job
+        self._broker = broker
+        self._sessions = gate.sessions
+        config, owners, node = gate.settings.config, gate.owners, gate.job.node_name
+        unknown, interval = unknown_queue(config.appname), config.rebalance_check_interval_sec
+        self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
+        passage = Passage(broker, node)
+        self._parked = Parked(
+            broker,
+            passage,
+            registry,
+            owners,
+            parked,
+            unknown,
+            interval=interval,
+            tasks=tasks,
+            count=gate.count,
+        )
+        sweeping = Sweeping(
+            node,
+            broker,
+            passage,
+            registry,
+            owners,
+            parked,
+            count=gate.count,
+            stray=self._parked.note,
+        )
+        self.runner = Runner(
+            node,
+            (
+                LeaseWatch(lambda: registry.record(queue, job.belonging), on_lease),
+                PlanWatch(owners.reread, on_change),
+                # Rescue never waits behind what is parked.
+                Rescue(registry, sweeping, interval),
+                Leftovers(broker, registry, sweeping, interval),
+                Drained(node, registry, sweeping, interval, gate.count),
+                self._parked,
+                UnknownTasks(
+                    broker,
+                    passage,
+                    registry,
+                    owners,
+                    parked,
+                    unknown,
+                    interval=interval,
+                    tasks=tasks,
+                    route=route,
+                    count=gate.count,
+                ),
+                BrokerMark(lambda: job.belonging.broker, broker.mark),
+                Every('tick', 1.0, on_tick),
+                Every('idle connections', 1.0, self._close_idle),
+            ),
+            self._look,
+            wait=job.wait_until,
+            wake=job.wake,
+            reset=broker.reset,
+        )
+
+    def start(self) -> None:
+        """Start their thread."""
+        self.runner.start()
+
+    def stop(self, timeout: float) -> None:
+        """End it; wait for it for so many seconds at most."""
+        self.runner.stop(timeout)
+        self._sessions.close_all()
+
+    def parked_something(self) -> None:
+        """A message was put into the parked queue."""
+        self._parked.note()
+
+    def restore_former(self) -> int:
+        """Restore what an earlier life of this node had taken; before it consumes.
+
+        Raises:
+            JobSyncError: The database cannot be reached, or somebody else was at it for a minute.
+        """
+        return restore_former_life(
+            self._registry,
+            self._broker,
+            self._job.node_name,
+            wait=self._job.wait_until,
+            closing=lambda: self.runner.closing,
+        )
+
+    def _look(self) -> Moment:
+        job = self._job
+        return Moment(clock.now(), job.am_i_healthy(), job.token_version, job.am_i_leader())
+
+    def _close_idle(self) -> None:
+        self._sessions.trim()
+        self._job.rest()

@@ -1,0 +1,57 @@
+"""Rescue: what nodes left at the broker that have gone just now comes back in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ... import clock
+from ..registry import CLOSE_SEC, Registry
+from ..sweeping import Sweeping
+from .duty import Moment, Pace
+
+__all__ = ['Rescue']
+
+#: Seconds between two looks at what was left just now: a message may be on its way to it.
+_BUSY_SEC = 0.5
+#: The same where nothing was.
+_LOOK_SEC = 2.0
+
+
+class Rescue:
+    """One node's part in it.
+
+    Every node looks closely at what has been left in the last seconds, the newest first, so that it
+    comes back soon whoever lives. What is older is the leader's.
+
+    Args:
+        registry: Who left what.
+        sweeping: Brings it back.
+        interval: The longest time between two looks, in seconds.
+        now: The clock.
+    """
+
+    name = 'rescue'
+
+    def __init__(
+        self,
+        registry: Registry,
+        sweeping: Sweeping,
+        interval: float,
+        now: Callable[[], float] = clock.now,
+    ) -> None:
+        self._registry = registry
+        self._sweeping = sweeping
+        self._interval = min(_LOOK_SEC, interval)
+        self._now = now
+        self._pace = Pace()
+
+    def due(self, moment: Moment) -> float:
+        """After each plan, and soon after a look that found something."""
+        return self._pace.due(moment)
+
+    def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
+        """Sweep once."""
+        self._pace.begin(moment)
+        fresh = self._registry.orphans(CLOSE_SEC)
+        self._sweeping.sweep(fresh, stop)
+        self._pace.rest(self._now() + (_BUSY_SEC if fresh else self._interval))

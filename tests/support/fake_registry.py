@@ -1,0 +1,113 @@
+"""What duties read of the database, in memory: the registry of queues and the owner map; and a
+clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from jobsync_core.store.queues import Orphan
+from jobsync_core.worker.duties.duty import Duty, Moment
+from jobsync_core.worker.owners import Place
+
+__all__ = ['FakeOwners', 'FakeRegistry', 'Time', 'never']
+
+
+def never() -> bool:
+    """Nothing keeps a duty from going on."""
+    return False
+
+
+@dataclass
+class Time:
+    """A clock that stands still, and a node under its lease."""
+
+    now: float = 1000.0
+    version: int = 1
+    leased: bool = True
+    leads: bool = False
+
+    def __call__(self) -> float:
+        return self.now
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(self.now, self.leased, self.version, self.leads)
+
+    def run(self, duty: Duty, stop: Callable[[], bool] = never) -> bool:
+        """Run a duty if it is due; whether it was."""
+        is_due = duty.due(self.moment) <= 0
+        if is_due:
+            duty.run(self.moment, stop)
+        return is_due
+
+
+@dataclass
+class FakeRegistry:
+    """Ages of what nodes left, by node; the queue of `n1` is `q.n1`.
+
+    Attributes:
+        gone: Nodes that are gone, and for how many seconds.
+        drained: Nodes that live and own nothing.
+        back: Nodes that have come back since.
+        busy: What others hold.
+        held_by_me: What this node has held.
+    """
+
+    gone: dict[str, float] = field(default_factory=dict)
+    drained: list[str] = field(default_factory=list)
+    back: set[str] = field(default_factory=set)
+    busy: set[str] = field(default_factory=set)
+    held_by_me: list[str] = field(default_factory=list)
+
+    def _left(self, kept: Callable[[float], bool]) -> list[Orphan]:
+        ages = sorted((age, node) for node, age in self.gone.items() if kept(age))
+        return [Orphan(f'q.{node}', node, age) for age, node in ages]
+
+    def orphans(self, young: float) -> list[Orphan]:
+        return self._left(lambda age: age < young)
+
+    def old_orphans(self, young: float) -> list[Orphan]:
+        return self._left(lambda age: age >= young)
+
+    def draining(self) -> list[Orphan]:
+        return [Orphan(f'q.{node}', node, 0.0) for node in self.drained]
+
+    def is_gone(self, node: str) -> bool:
+        return node not in self.back
+
+    @contextmanager
+    def held(self, node: str) -> Iterator[bool]:
+        if node not in self.busy:
+            self.held_by_me.append(node)
+        yield node not in self.busy
+
+    def forget(self, queue: str) -> None:
+        del self.gone[queue.removeprefix('q.')]
+
+
+class FakeOwners:
+    """An owner map. Whatever it has no place for belongs to `n1`, unless it begins with `x`, which
+    belongs to nobody.
+    """
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.places: dict[str, Place | None] = {}
+        self.rereads = 0
+        self.on_reread: Callable[[], object] = lambda: None
+
+    def find(self, route: str) -> Place | None:
+        if route in self.places:
+            return self.places[route]
+        return None if route.startswith('x') else Place('n1', 'q.n1')
+
+    def refresh(self) -> bool:
+        return True
+
+    def reread(self) -> bool:
+        self.rereads += 1
+        self.on_reread()
+        return True
