@@ -61,6 +61,10 @@ _ANSWER_SEC = 5.0
 _LOOP_SEC = 1.0
 #: Celery's own default, in seconds: whoever wants just that gives 121.
 _DEFAULT_BROKER_HEARTBEAT = 120
+#: RabbitMQ sends one in half of this. Celery's mingle ends when nothing has come for a second: with
+#: a heartbeat in each second it goes on until RabbitMQ, to which the worker sends none meanwhile,
+#: closes the connection.
+_LEAST_BROKER_HEARTBEAT_SEC = 3
 
 
 class JobSync:
@@ -248,7 +252,7 @@ class JobSync:
             # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker
             # sends none while a task runs.
             self.app.conf.broker_heartbeat = max(
-                2, math.ceil(settings.config.heartbeat_timeout_sec)
+                _LEAST_BROKER_HEARTBEAT_SEC, math.ceil(settings.config.heartbeat_timeout_sec)
             )
         self._mail = mail = CeleryMail(self)
         self._pins = self.tasks.pins()

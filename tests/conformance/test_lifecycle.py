@@ -87,6 +87,23 @@ def test_a_cold_shutdown_amid_the_writing_of_a_task_is_one(
     cluster.finish()
 
 
+@pytest.mark.parametrize(
+    'setup', setups('processes', 'threads', framework='celery', brokers=('rabbitmq',)), ids=str
+)
+def test_workers_that_start_together_meet_each_other_at_once(
+    setup: Setup, make_cluster: MakeCluster
+) -> None:
+    """Celery's mingle goes on for as long as something comes in each second: RabbitMQ's heartbeats,
+    if they are that frequent.
+    """
+    cluster = make_cluster(setup)
+    workers = [cluster.launch(name) for name in ('alpha', 'beta')]
+    for worker in workers:
+        worker.wait_ready()
+        assert worker.log().count('mingle: searching') == 1, worker.log()
+    cluster.finish()
+
+
 @on_celery_processes
 def test_a_soft_shutdown_under_load_loses_nothing(setup: Setup, make_cluster: MakeCluster) -> None:
     cluster = make_cluster(setup)
