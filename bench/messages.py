@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
-from tests.brokers import RedisServer
+from tests.support.brokers import RedisServer
 
 from .nodes import Databases
 from .peer import ROOT

@@ -13,9 +13,8 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
-
-from .brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
-from .pgbouncer import PgBouncer, PgBouncerUnavailable
+from tests.support.brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
+from tests.support.pgbouncer import PgBouncer, PgBouncerUnavailable
 
 #: Times that make a cluster's life quick to watch.
 SHORT = {

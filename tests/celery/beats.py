@@ -17,9 +17,8 @@ from typing import Any
 from kombu.connection import Connection
 
 from jobsync_core.config import CoordinationConfig
-
-from ..server.cluster import query
-from ..waiting import eventually
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
 __all__ = ['Beat', 'Message', 'Stage', 'gaps', 'repeated']
 

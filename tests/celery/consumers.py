@@ -20,8 +20,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.owners import Place
 from jobsync_core.worker.plugin import Gate
 from jobsync_core.worker.routing import HOPS, KEY
-
-from ..fakes import Clock, FakeJob, FakeOwners
+from tests.support.fakes import Clock, FakeJob, FakeOwners
 
 __all__ = ['Bench', 'Message', 'bench']
 

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from jobsync_core import CoordinationConfig
+from tests.support.brokers import BrokerServer
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
 from ..conftest import SHORT
-from ..waiting import eventually
 
 __all__ = ['Program', 'Programs']
 

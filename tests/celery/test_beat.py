@@ -14,11 +14,11 @@ import pytest
 
 from jobsync_celery.slots import slot_id
 from jobsync_core.config import CoordinationConfig
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
-from ..server.cluster import query
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
 from .beats import Beat, Stage, gaps, repeated
 
 #: Twice this is longer than a take-over takes here, so that no slot may be missing.

@@ -17,9 +17,9 @@ from jobsync_celery import once as once_module
 from jobsync_celery.chords import _forget_member, count_member
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.current import set_current_ledger
+from tests.support.brokers import RedisServer
+from tests.support.fakes import FakeLedger, duplicate
 
-from ..brokers import RedisServer
-from ..fakes import FakeLedger, duplicate
 from .test_once import in_worker, task_of
 
 _SIZE = 3

@@ -20,9 +20,9 @@ from jobsync_celery.chords import Step, count_member, next_step
 from jobsync_celery.lost import comes_back, count_lost
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.current import set_current_ledger
+from tests.support.fakes import FakeLedger, duplicate
+from tests.support.waiting import eventually
 
-from ..fakes import FakeLedger, duplicate
-from ..waiting import eventually
 from .test_once import in_worker, task_of
 
 _SIZE = 3

@@ -17,9 +17,8 @@ from jobsync_celery import mail as mail_module
 from jobsync_celery.circuit import BrokerBusy, Circuit
 from jobsync_celery.mail import Publisher
 from jobsync_core.config import CoordinationConfig
-
-from ..fakes import Clock
-from ..waiting import eventually
+from tests.support.fakes import Clock
+from tests.support.waiting import eventually
 
 _SOON = 0.01
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig
+from tests.support.brokers import BrokerServer, free_port
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer, free_port
-from ..waiting import eventually
 from .programs import Programs
 
 _PROJECT = Path(__file__).parents[2] / 'examples' / 'celery_plain'

@@ -12,10 +12,10 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
-from ..server.cluster import query
-from ..waiting import eventually
 from .programs import Program, Programs
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'

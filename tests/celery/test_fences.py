@@ -30,9 +30,9 @@ from jobsync_core.worker import plugin as core
 from jobsync_core.worker.adapter import MessageOnce
 from jobsync_core.worker.incoming import find_route
 from jobsync_core.worker.routing import decide
+from tests.support.brokers import BrokerServer
+from tests.support.fakes import FakeLedger
 
-from ..brokers import BrokerServer
-from ..fakes import FakeLedger
 from .consumers import Bench, bench
 from .test_gate import (
     BackendAway,

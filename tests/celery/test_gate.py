@@ -30,8 +30,8 @@ from jobsync_celery.mail import Leftovers
 from jobsync_celery.steps import NodeStep
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.worker.owners import Place
+from tests.support.waiting import eventually
 
-from ..waiting import eventually
 from .consumers import Bench, Message, Request, bench
 
 PARKED = 'send jobsync.shop_.parked hops=0'

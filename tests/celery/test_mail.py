@@ -19,9 +19,8 @@ from jobsync_celery import JobSync
 from jobsync_celery.mail import CeleryMail, Leftovers, Publisher, exchange_of, redis_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.routing import HOME, KEY
-
-from ..brokers import BrokerServer, RabbitServer, RedisServer
-from ..waiting import eventually
+from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
+from tests.support.waiting import eventually
 
 _QUEUE, _PARKED, _UNKNOWN = 'jobsync.shop_.n1', 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
 

@@ -35,8 +35,7 @@ from jobsync_core.ledger.state import Unsettled
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import MAX_WAITS
 from jobsync_core.worker.routing import WAITS
-
-from ..fakes import FakeLedger, duplicate
+from tests.support.fakes import FakeLedger, duplicate
 
 OPTIONS = {
     'args': [3],

@@ -27,12 +27,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobsync_celery import JobSync, control
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.hashing import task_to_token
-
-from ..brokers import BrokerServer, die_with_parent, free_port
-from ..server.cluster import query
-from ..server.proxy import Mode, Proxy
-from ..server.rows import Rows, rows_of
-from ..waiting import eventually
+from tests.support.brokers import BrokerServer, die_with_parent, free_port
+from tests.support.cluster import query
+from tests.support.proxy import Mode, Proxy
+from tests.support.rows import Rows, rows_of
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (

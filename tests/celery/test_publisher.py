@@ -18,8 +18,7 @@ from jobsync_celery import JobSync
 from jobsync_celery.mail import Publisher, redis_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.routing import HOPS, KEY
-
-from ..brokers import RedisServer
+from tests.support.brokers import RedisServer
 
 _TARGET = 'jobsync.shop_.n2'
 

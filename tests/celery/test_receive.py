@@ -25,9 +25,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from jobsync_celery.mail import Leftovers
 from jobsync_celery.receive import receive_atomically
-
-from ..brokers import RedisServer
-from ..waiting import eventually
+from tests.support.brokers import RedisServer
+from tests.support.waiting import eventually
 
 _QUEUE = 'work'
 _disconnect: Any = RedisConnection.disconnect

@@ -12,8 +12,7 @@ from kombu.transport import redis as transport
 
 from jobsync_celery import JobSync
 from jobsync_core.config import CoordinationConfig
-
-from ..brokers import RedisServer
+from tests.support.brokers import RedisServer
 
 
 def noop() -> None:

@@ -21,9 +21,8 @@ from jobsync_celery.mail import CeleryMail, Leftovers, redis_options
 from jobsync_celery.receive import receive_atomically
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.incoming import Refused
-
-from ..brokers import RedisServer
-from ..waiting import eventually
+from tests.support.brokers import RedisServer
+from tests.support.waiting import eventually
 
 _QUEUE, _NODE = 'celery', 'n1'
 _UNACKED = redis_options('shop_', _NODE)['unacked_key']

@@ -20,8 +20,7 @@ from jobsync_celery.slots import slot_id
 from jobsync_core import clock
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.store.schedules import ScheduleStore
-
-from ..server.cluster import query
+from tests.support.cluster import query
 
 START = datetime(2024, 5, 6, 7, 0, tzinfo=timezone.utc)
 

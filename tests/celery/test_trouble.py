@@ -20,10 +20,9 @@ import pytest
 from celery import chord
 
 from jobsync_core import CoordinationConfig
-
-from ..brokers import BrokerServer, RedisServer, die_with_parent
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
+from tests.support.brokers import BrokerServer, RedisServer, die_with_parent
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).parents[2]
 _APP = 'tests.celery.trouble_app'

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
+from tests.support.brokers import BrokerServer
 
-from ..brokers import BrokerServer
 from .harness import Cluster, Place
 from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
 

@@ -22,10 +22,10 @@ from typing import Any, ClassVar
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.embedded.supervisor import running, server_processes
+from tests.support.brokers import BrokerServer, die_with_parent
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer, die_with_parent
-from ..server.cluster import query
-from ..waiting import eventually
 from .history import EFFECTS, Ledger, Note, Notes, Sent, check
 from .work import Order
 

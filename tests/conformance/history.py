@@ -20,8 +20,7 @@ from typing import Any
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.assignment.hashing import task_to_token
-
-from ..server.cluster import query
+from tests.support.cluster import query
 
 __all__ = ['EFFECTS', 'Ledger', 'Note', 'Notes', 'Sent', 'check', 'moment']
 

@@ -12,9 +12,10 @@ from urllib.request import urlopen
 import pytest
 from celery import Celery
 
-from ..brokers import RabbitServer, free_port
-from ..server.cluster import query
-from ..waiting import eventually
+from tests.support.brokers import RabbitServer, free_port
+from tests.support.cluster import query
+from tests.support.waiting import eventually
+
 from .harness import STEADY, Cluster
 from .setups import Setup, setups
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from ..brokers import RabbitServer
-from ..server.cluster import query
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
+from tests.support.brokers import RabbitServer
+from tests.support.cluster import query
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
+
 from .harness import Cluster
 from .setups import Setup, setups
 

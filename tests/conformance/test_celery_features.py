@@ -9,7 +9,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from celery import chain, chord, group, uuid
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .celery_adapter import CeleryAdapter
 from .harness import STEADY, Cluster
 from .history import moment

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from ..brokers import RedisServer
-from ..waiting import eventually
+from tests.support.brokers import RedisServer
+from tests.support.waiting import eventually
+
 from .harness import Cluster
 from .setups import Setup, setups
 

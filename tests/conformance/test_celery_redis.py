@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import pytest
 
-from ..brokers import RedisServer, die_with_parent
-from ..server.proxy import Proxy
-from ..waiting import eventually
+from tests.support.brokers import RedisServer, die_with_parent
+from tests.support.proxy import Proxy
+from tests.support.waiting import eventually
+
 from .harness import Cluster
 from .history import moment
 from .setups import Setup, setups

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import dramatiq
 import pytest
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .dramatiq_adapter import DramatiqAdapter
 from .harness import STEADY, Cluster
 from .history import moment

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from jobsync_core.embedded.supervisor import running
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
 from .harness import Cluster
 from .history import moment
 from .setups import Setup, setups

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 
 from jobsync_core.embedded.supervisor import running
+from tests.support.brokers import RabbitServer
+from tests.support.waiting import eventually
 
-from ..brokers import RabbitServer
-from ..waiting import eventually
 from .harness import QUICK, Cluster, within
 from .history import moment
 from .setups import SOAK, Setup, setups

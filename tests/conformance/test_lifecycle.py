@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .harness import Cluster
 from .history import moment
 from .setups import Setup, setups

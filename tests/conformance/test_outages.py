@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
+from tests.support.cluster import query
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
-from ..server.cluster import query
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
 from .harness import Cluster
 from .history import moment
 from .setups import Setup, setups

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from jobsync_core import CoordinationConfig
+from tests.support.brokers import BrokerServer, free_port
 
-from ..brokers import BrokerServer, free_port
 from ..celery.programs import Programs
 from .blocks import ROOT, Block, blocks_of
 

@@ -10,8 +10,8 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig
+from tests.support.waiting import eventually
 
-from ..waiting import eventually
 from .blocks import ROOT, statements_of
 from .stage import connected, entered
 

@@ -24,10 +24,10 @@ from jobsync_celery.settings import CelerySettings
 from jobsync_core import CoordinationConfig, Job, Task
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.store.schema import create_schema
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
-from ..server.cluster import query
-from ..waiting import eventually
 from .blocks import ROOT, Block, blocks_of
 from .project import Project
 from .stage import Stage, connected, entered

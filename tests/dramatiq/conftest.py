@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from ..brokers import BrokerServer
-from ..waiting import eventually
+from tests.support.brokers import BrokerServer
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,7 @@ from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import gate as gate_module
 from jobsync_dramatiq.gate import GatedConsumer
-
-from ..fakes import Clock, FakeJob, FakeOwners
+from tests.support.fakes import Clock, FakeJob, FakeOwners
 
 __all__ = ['Stage', 'message', 'stage']
 

@@ -28,12 +28,12 @@ from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.broker.interface import WorkerBroker
 from jobsync_dramatiq.broker.opening import open_broker
+from tests.support.brokers import BrokerServer, RabbitServer
+from tests.support.fakes import Clock
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer, RabbitServer
-from ..fakes import Clock
 from ..hostile.dramatiq_wire import TELLING, UNREADABLE, body
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
 
 PARKED = 'jobsync.shop_.parked'
 N1, N2 = 'jobsync.shop_.n1', 'jobsync.shop_.n2'

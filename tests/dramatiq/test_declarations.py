@@ -18,8 +18,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_dramatiq import JobSync, exactly_once
-
-from ..fakes import FakeLedger
+from tests.support.fakes import FakeLedger
 
 CONFIG = CoordinationConfig(appname='shop_')
 

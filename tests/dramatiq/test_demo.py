@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ..server import test_demo as core
-from ..waiting import eventually
+from tests.support.demo import left, place
+from tests.support.waiting import eventually
 
-place = core.place
+__all__ = ['place']
+
 _DEMO = Path(__file__).parents[2] / 'examples' / 'dramatiq_demo.py'
 
 
@@ -46,7 +47,7 @@ def test_the_verdict_is_good(place: Path) -> None:
     } <= verdict, output
     assert 'is killed (SIGKILL)' in output
     assert 'FAIL' not in output
-    eventually(lambda: not core._left(place), timeout=20)
+    eventually(lambda: not left(place), timeout=20)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_nothing_outlives_it(place: Path, number: signal.Signals, code: int) -> 
         # A master and its worker process, of each of three workers, once they run.
         shown = iter(demo.stdout.readline, '')
         assert any('tasks are published' in line for line in shown)
-        assert len(core._left(place)) > 6
+        assert len(left(place)) > 6
         demo.send_signal(number)
         assert demo.wait(60) == code
-        eventually(lambda: not core._left(place), timeout=20)
+        eventually(lambda: not left(place), timeout=20)
     finally:
         demo.kill()
         demo.wait()

@@ -14,12 +14,12 @@ import pytest
 from jobsync_core import CoordinationConfig
 from jobsync_core.worker.plugin import PluginSettings
 from jobsync_dramatiq import exactly_once
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
 from ..docs.blocks import ROOT, Block, blocks_of
 from ..docs.project import Project
-from ..server.cluster import query
-from ..waiting import eventually
 
 DOCUMENT = ROOT / 'docs' / 'DRAMATIQ.md'
 #: It would install into the environment of the tests.

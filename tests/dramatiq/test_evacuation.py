@@ -11,7 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
-from ..waiting import eventually
+from tests.support.waiting import eventually
+
 from .conftest import ROOT, Workers, options, server, workers
 
 __all__ = ['options', 'server', 'workers']

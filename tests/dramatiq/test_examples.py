@@ -16,11 +16,11 @@ import pytest
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.embedded.supervisor import server_processes
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
 from ..celery.programs import Program, Programs
-from ..server.cluster import query
-from ..waiting import eventually
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 READY = 'Worker process is ready for action.'

@@ -19,9 +19,9 @@ from jobsync_dramatiq.broker import redis_broker
 from jobsync_dramatiq.broker.interface import UnknownOrigins
 from jobsync_dramatiq.broker.redis_broker import RedisWorkerBroker
 from jobsync_dramatiq.gate import GatedConsumer, WorkerGate
+from tests.support.brokers import BrokerServer
+from tests.support.fakes import FakeLedger
 
-from ..brokers import BrokerServer
-from ..fakes import FakeLedger
 from ..hostile.dramatiq_wire import UNREADABLE
 from .stage import Stage, message, stage
 from .test_gate import (

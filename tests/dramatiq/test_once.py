@@ -33,8 +33,7 @@ from jobsync_core.testing import MemoryLedger
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq.groups import mark_members
 from jobsync_dramatiq.notes import Note
-
-from ..fakes import FakeLedger, duplicate
+from tests.support.fakes import FakeLedger, duplicate
 
 
 @pytest.fixture

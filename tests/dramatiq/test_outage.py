@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from ..brokers import free_port
-from ..server.proxy import Mode, Proxy
-from ..waiting import eventually
+from tests.support.brokers import free_port
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
+
 from .conftest import Workers, options, server, workers
 
 __all__ = ['options', 'server', 'workers']

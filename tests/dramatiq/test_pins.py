@@ -6,11 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 from jobsync_core import CoordinationConfig
+from tests.support.brokers import BrokerServer
+from tests.support.cluster import query
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer
 from ..celery.programs import Programs
-from ..server.cluster import query
-from ..waiting import eventually
 
 APP = """
 import os

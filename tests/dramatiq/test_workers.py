@@ -17,9 +17,9 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from jobsync_core.worker.owners import Place
 from jobsync_dramatiq import JobSync
+from tests.support.brokers import free_port
+from tests.support.waiting import eventually
 
-from ..brokers import free_port
-from ..waiting import eventually
 from .conftest import Workers
 
 

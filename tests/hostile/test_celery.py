@@ -28,10 +28,10 @@ from kombu.exceptions import KombuError
 
 from jobsync_celery.abandoning import abandon
 from jobsync_core.embedded.postgres import EmbeddedPostgres
+from tests.support.brokers import BrokerServer, RedisServer, die_with_parent
+from tests.support.waiting import eventually
 
-from ..brokers import BrokerServer, RedisServer, die_with_parent
 from ..parity.harness import Configuration, Order, order_of
-from ..waiting import eventually
 from .celery_app import make_app
 from .celery_messages import ENTRIES, Raw, messages
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from dramatiq.common import current_millis
 
+from tests.support.waiting import eventually
+
 from ..dramatiq.conftest import Workers, options, server, workers
-from ..waiting import eventually
 from .dramatiq_wire import UNREADABLE, body, odd_options
 from .messages import Hostile, bad_arguments, bad_stamps, forged_keys, random_stamps
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ..brokers import BrokerServer, BrokerUnavailable, RedisServer, free_port
+from tests.support.brokers import BrokerServer, BrokerUnavailable, RedisServer, free_port
+from tests.support.waiting import eventually
+
 from ..dramatiq.conftest import Workers, options, server, workers
-from ..waiting import eventually
 
 __all__ = ['options', 'server', 'workers']
 

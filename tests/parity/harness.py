@@ -38,9 +38,8 @@ from typing import Any, ClassVar
 import pytest
 
 from jobsync_core import CoordinationConfig
-
-from ..brokers import BrokerServer, die_with_parent
-from ..waiting import eventually
+from tests.support.brokers import BrokerServer, die_with_parent
+from tests.support.waiting import eventually
 
 __all__ = [
     'LAST',

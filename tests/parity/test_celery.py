@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
+from tests.support.brokers import BrokerServer
 
-from ..brokers import BrokerServer
 from .celery_side import CONFIGURATIONS, KINDS, CelerySide
 from .harness import Configuration, Side, cases, compare, order_of
 

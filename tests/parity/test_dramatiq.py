@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
+from tests.support.brokers import BrokerServer
 
-from ..brokers import BrokerServer
 from .dramatiq_side import CONFIGURATIONS, KINDS, DramatiqSide
 from .harness import Configuration, Side, cases, compare, order_of
 

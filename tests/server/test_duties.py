@@ -15,11 +15,11 @@ from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.plugin import Gate, PluginSettings
 from jobsync_core.worker.routing import Verdict, unknown_queue
+from tests.support.cluster import query
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
 from ..support.fake_broker import Contents, FakeBroker, Item
-from ..waiting import eventually
-from .cluster import query
-from .proxy import Mode, Proxy
 
 PARKED = 'parked'
 

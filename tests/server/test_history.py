@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import pytest
 
-from ..waiting import eventually
-from .history import History, Recorder, Run, moment, read_runs
+from tests.support.history import History, Recorder, Run, moment, read_runs
+from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).parents[2]
 Call: TypeAlias = 'tuple[float, float]'
@@ -87,7 +87,7 @@ def test_gaps_and_unclaimed_tasks(tmp_path: Path) -> None:
 
 def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
     program = (
-        'import itertools, pathlib, sys; from tests.server.history import Recorder\n'
+        'import itertools, pathlib, sys; from tests.support.history import Recorder\n'
         'recorder = Recorder(pathlib.Path(sys.argv[1]))\n'
         'for number in itertools.count(): recorder.ask([number % 2], lambda task: True)'
     )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..waiting import eventually
-from .proxy import Mode, Proxy
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
 
 
 class Echo:

@@ -21,8 +21,7 @@ from jobsync_core import (
 )
 from jobsync_core.testing import Cluster, FakeJob
 from jobsync_core.worker.plugin import node_of_tests
-
-from ..waiting import eventually
+from tests.support.waiting import eventually
 
 pytest_plugins = ['jobsync_core.testing']
 

@@ -1,0 +1,150 @@
+"""Whether a worker consumes, and the drain of one that does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobsync_core.worker import consuming as module
+from jobsync_core.worker.consuming import Consuming, SelfDrain
+from tests.support.fakes import Clock
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, 'clock', made)
+    return made
+
+
+class Node:
+    node_name = 'n1'
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.healthy, self.state, self.other = True, 'active', 'active'
+
+    def am_i_healthy(self) -> bool:
+        return self.healthy
+
+    def local_status(self) -> dict[str, Any]:
+        return {'state': self.state}
+
+    def get_active_nodes(self) -> list[dict[str, Any]]:
+        return [{'name': 'n1', 'state': self.state}, {'name': 'n2', 'state': self.other}]
+
+    def drain(self, timeout: float) -> None:
+        self.log.append('drain')
+        self.state = 'draining'
+
+    def undrain(self) -> None:
+        self.log.append('undrain')
+        self.state = 'active'
+
+
+class TestConsuming:
+    def test_not_before_the_first_look(self, clock: Clock) -> None:
+        assert Consuming(5).problem() == 'not yet'
+
+    def test_while_each_queue_is_looked_at(self, clock: Clock) -> None:
+        consuming = Consuming(5)
+        consuming.looked('a')
+        consuming.looked('b')
+        assert consuming.problem() == ''
+        clock.time += 4
+        consuming.looked('a')
+        clock.time += 2
+        assert consuming.problem() == 'b: for 6 s nobody has looked'
+        assert (consuming.silence('b'), consuming.silence('a'), consuming.silence()) == (6, 2, 2)
+
+    def test_not_from_the_moment_at_which_the_broker_is_lost(self, clock: Clock) -> None:
+        consuming = Consuming(5)
+        consuming.looked('a')
+        consuming.lost('a', ConnectionError('gone'))
+        assert consuming.problem() == 'a: gone'
+        consuming.looked('a')
+        assert consuming.problem() == ''
+
+    def test_not_while_it_stops(self, clock: Clock) -> None:
+        consuming = Consuming(5)
+        consuming.looked('a')
+        consuming.stopped = True
+        assert consuming.problem() == 'stopped'
+
+    def test_a_rest_is_no_silence(self, clock: Clock) -> None:
+        consuming = Consuming(5)
+        consuming.looked('a')
+        clock.time += 100
+        consuming.rests('a')
+        assert consuming.silence('a') == 0
+
+    def test_all_queues_together_are_told_once_and_once_a_minute(
+        self, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        consuming = Consuming(5)
+        with caplog.at_level('INFO'):
+            for _ in range(125):
+                clock.time += 1
+                for queue in 'abc':
+                    consuming.lost(queue, 'refused')
+            assert len(caplog.records) == 3, [record.getMessage() for record in caplog.records]
+            for queue in 'abc':
+                consuming.looked(queue)
+        assert 'answers again, after 124 s' in caplog.records[-1].getMessage()
+        assert len(caplog.records) == 4
+
+
+class TestSelfDrain:
+    @pytest.fixture
+    def node(self) -> Node:
+        return Node()
+
+    def drain(self, node: Any, silence: list[float]) -> SelfDrain:
+        return SelfDrain(node, lambda: silence[0], 10)
+
+    def test_a_node_that_is_silent_for_the_timeout_drains_until_it_is_not(self, node: Node) -> None:
+        silence = [9.0]
+        made = self.drain(node, silence)
+        for value in (9.0, 11.0, 50.0, 0.1, 0.2):
+            silence[0] = value
+            made.look()
+        assert node.log == ['drain', 'undrain']
+
+    def test_a_node_without_a_lease_has_nothing_to_give(self, node: Node) -> None:
+        node.healthy = False
+        self.drain(node, [99.0]).look()
+        assert node.log == []
+
+    def test_whatever_a_look_raises_the_thread_goes_on(
+        self, node: Node, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        asked: list[int] = []
+
+        def silence() -> float:
+            asked.append(1)
+            raise RuntimeError("can't start new thread")
+
+        made = SelfDrain(node, silence, 0.05)  # type: ignore[arg-type]  # of a Job
+        made.start()
+        eventually(lambda: len(asked) > 3)
+        made.stop()
+        assert caplog.text.count("can't start new thread") == 1
+
+    def test_what_an_operator_drained_stays_drained(self, node: Node) -> None:
+        node.state, silence = 'draining', [99.0]
+        made = self.drain(node, silence)
+        made.look()
+        silence[0] = 0.0
+        made.look()
+        assert node.log == []
+
+    def test_the_last_one_keeps_its_keys(self, node: Node) -> None:
+        node.other = 'draining'
+        made = self.drain(node, [99.0])
+        made.look()
+        assert (node.log, made.drained) == ([], False)
+        node.other = 'active'
+        made.look()
+        assert node.log == ['drain']
