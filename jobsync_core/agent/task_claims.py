@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
-import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from threading import get_ident
 
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..assignment.tokens import TokenSet
 from ..config import CoordinationConfig
-from ..errors import ClaimLost, JobSyncError
+from ..errors import ClaimLost
 from ..logs import get_logger
 from ..protocol import ownership
 from ..protocol.exclusions import Exclusions
@@ -22,8 +20,10 @@ from ..store import tasks
 from ..store.connection import Sessions
 from ..store.tables import Tables
 from ..task import Task, task_id_of
+from .process_tasks import Added, ProcessTasks
+from .promises import Promise
 
-__all__ = ['TaskBook']
+__all__ = ['TaskClaims']
 
 logger = get_logger(__name__)
 
@@ -32,52 +32,10 @@ logger = get_logger(__name__)
 _CLAIM_ATTEMPTS = 5
 #: Integers below this need no check of their text's length.
 _PLAIN = 10**18
-#: Seconds between two attempts at taking a promise back.
-_RETRY_SEC = 0.1
 _NO_LEASE = memoryview(bytes(8)).cast('d')
 
 
-@dataclass
-class _Given:
-    """A promise whose token went away: it is recorded together with the hand-over."""
-
-    token: int
-    incarnation: str
-    since: float
-    thread: int
-    void: bool = False
-
-
-@dataclass
-class _Added:
-    """Who recorded a task: one object for all tasks of a thread and a life of the node."""
-
-    incarnation: str
-    thread: int
-    epoch: int
-
-
-@dataclass
-class _Own:
-    """What one process knows: a forked child begins with nothing."""
-
-    pid: int = field(default_factory=os.getpid)
-    # thread id -> (text, token, when): what the thread was told last
-    promises: dict[int, tuple[str, int, float]] = field(default_factory=dict)
-    given: dict[str, _Given] = field(default_factory=dict)
-    # text -> who: recorded by add_task, not audited yet; the newest last
-    added: dict[str, _Added] = field(default_factory=dict)
-    # text -> when: audited here; later the exclusions know them: of the node's main process the
-    # shared ones, which it alone writes; of a forked child its own
-    done: dict[str, float] = field(default_factory=dict)
-    past: Exclusions | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    # one audit at a time; a signal's handler may be in the middle of one
-    auditing: threading.RLock = field(default_factory=threading.RLock)
-    taking_back: bool = False
-
-
-class TaskBook:
+class TaskClaims:
     """Claims, promises and the audit of one node.
 
     A True from `can_claim` is a promise until the same thread asks again or records the task:
@@ -117,7 +75,7 @@ class TaskBook:
         self._promise_sec = config.heartbeat_timeout_sec
         self._lease, self._bits, self._head = local.lease, local.bits, local.exclusions.head
         self._pid = os.getpid()
-        self._own = _Own()
+        self._own = ProcessTasks(self._node, self._free)
         self._epochs: dict[str, int] = {}
 
     def can_claim(self, task: object) -> bool:
@@ -139,7 +97,7 @@ class TaskBook:
         if ownership.forked and own.pid != os.getpid():
             own = self._start_anew()
         if own.given:
-            self._give_up(own)
+            own.taking_back.give_up(get_ident())
         head, bits = self._head, self._bits
         now, generation = clock.now(), head[0]
         if not (now < self._lease[0] and bits[token >> 3] >> (token & 7) & 1) or (
@@ -173,7 +131,7 @@ class TaskBook:
         now, life = clock.now(), self._incarnation()
         for thread, (text, token, since) in list(own.promises.items()):
             if now - since <= self._promise_sec and token in tokens and text not in own.added:
-                own.given[text] = _Given(token, life, since, thread)
+                own.given[text] = Promise(token, life, since, thread)
         return tuple(
             (text, given.token)
             for text, given in list(own.given.items())
@@ -236,7 +194,7 @@ class TaskBook:
         except RuntimeError:  # another thread has added one between the two calls
             last = None
         if last is None or (last.incarnation, last.thread) != (life, thread):
-            last = _Added(life, thread, self._epochs.get(life, 0))
+            last = Added(life, thread, self._epochs.get(life, 0))
         own.added.pop(text, None)
         own.added[text] = last
         promise = own.promises.get(thread)
@@ -257,7 +215,7 @@ class TaskBook:
         with own.auditing:
             return self._audit(own, but_last_of)
 
-    def _audit(self, own: _Own, but_last_of: int | None) -> int:
+    def _audit(self, own: ProcessTasks, but_last_of: int | None) -> int:
         added = dict(own.added)  # other threads go on adding
         texts = list(added)
         if but_last_of is not None:
@@ -332,8 +290,6 @@ class TaskBook:
             )
         )
 
-    # --- inside ---
-
     def _in_batches(self, action: Callable[..., int]) -> int:
         total = 0
         while True:
@@ -343,16 +299,16 @@ class TaskBook:
             if number < tasks.BATCH:
                 return total
 
-    def _mine(self) -> _Own:
+    def _mine(self) -> ProcessTasks:
         own = self._own
         return own if not ownership.forked or own.pid == os.getpid() else self._start_anew()
 
-    def _start_anew(self) -> _Own:
+    def _start_anew(self) -> ProcessTasks:
         """In a forked child: what the parent was told, took and will audit stays the parent's."""
-        self._own = _Own()
+        self._own = ProcessTasks(self._node, self._free)
         return self._own
 
-    def _remember(self, own: _Own) -> None:
+    def _remember(self, own: ProcessTasks) -> None:
         """Move what was audited a while ago to the exclusions, which take less room.
 
         Not at once: an answer that was on its way meanwhile does not know of it, and replaces what
@@ -375,7 +331,7 @@ class TaskBook:
             for text in old:
                 own.done.pop(text, None)
 
-    def _holds(self, own: _Own, text: str, now: float) -> bool:
+    def _holds(self, own: ProcessTasks, text: str, now: float) -> bool:
         """Whether this node recorded the task before its token went away: then it still is this
         node's, and nobody else's.
         """
@@ -385,7 +341,7 @@ class TaskBook:
             return False
         return now < self._lease[0] and not (ownership.forked and self._ownership.is_orphaned())
 
-    def _is_promised(self, own: _Own, text: str) -> bool:
+    def _is_promised(self, own: ProcessTasks, text: str) -> bool:
         """Whether this thread was told last that it may take the task, and not too long ago."""
         promise = own.promises.get(get_ident())
         return (
@@ -394,58 +350,18 @@ class TaskBook:
             and clock.now() - promise[2] <= self._promise_sec
         )
 
-    def _give_up(self, own: _Own) -> None:
-        """This thread asks again: what it was promised, did not record, and whose token went to
-        another node is free.
+    def _free(self, text: str, promise: Promise) -> bool:
+        """Free a task whose promise was given up; False while its hand-over may not be committed
+        yet.
         """
-        thread, found = get_ident(), False
-        for given in list(own.given.values()):
-            if given.thread == thread and not given.void:
-                given.void = found = True
-        if found:
-            with own.lock:
-                if not own.taking_back:
-                    own.taking_back = True
-                    threading.Thread(
-                        target=self._take_back, args=(own,), name='jobsync promises', daemon=True
-                    ).start()
-
-    def _take_back(self, own: _Own) -> None:
-        """Free what was given up, until nothing is left of it. The hand-over may not be committed
-        yet: then once it is found.
-        """
-        pause = threading.Event()
-        while True:
-            with own.lock:
-                void = [(text, given) for text, given in list(own.given.items()) if given.void]
-                if not void or self._ownership.closed:  # a node that leaves releases what it has
-                    own.taking_back = False
-                    return
-            for text, given in void:
-                try:
-                    over = (
-                        clock.now() - given.since > self._promise_sec
-                        or given.incarnation != self._incarnation()
-                    )
-                    if over or self._released(
-                        text, given
-                    ):  # where it is over, the leader's housekeeping frees the task
-                        own.given.pop(text, None)
-                except JobSyncError as error:
-                    logger.debug(
-                        'node=%s task=%s: a promise cannot be taken back yet: %s',
-                        self._node,
-                        text,
-                        error,
-                    )
-                except BaseException:
-                    with own.lock:
-                        own.taking_back = False
-                    raise
-            pause.wait(_RETRY_SEC)
-
-    def _released(self, text: str, given: _Given) -> bool:
+        if self._ownership.closed:  # a node that leaves releases what it has
+            return True
+        if (
+            clock.now() - promise.since > self._promise_sec
+            or promise.incarnation != self._incarnation()
+        ):
+            return True  # it is over, and the leader's housekeeping frees the task
         with self._sessions.session() as connection:
             return tasks.release_promise(
-                connection, self._tables, self._node, given.incarnation, self._date, text
+                connection, self._tables, self._node, promise.incarnation, self._date, text
             )

@@ -72,7 +72,7 @@ class LedgerCalls:
 
     def begin(self, key: str, holder: Holder) -> Row:
         """Take the key, if it can be taken."""
-        return self._grouped(self._begins, self._begin_one, self._begin_many).carry((key, holder))
+        return self._grouped(self._begins, self._begin_one, self._begin_many).send((key, holder))
 
     def has_prefix(self, prefix: str) -> bool:
         """See executions.has_prefix."""
@@ -88,7 +88,7 @@ class LedgerCalls:
         """Record a completion; False where another attempt holds the key. A result that the
         database refuses is left out.
         """
-        return self._grouped(self._finishes, self._finish_one, self._finish_many).carry(completion)
+        return self._grouped(self._finishes, self._finish_one, self._finish_many).send(completion)
 
     def add_result(self, key: str, fence: int, result: str) -> None:
         """Store the result of a completion that carried none."""
@@ -130,8 +130,6 @@ class LedgerCalls:
                 connection, self._tables, node, incarnation, pid, error, retention_sec, key
             )
         )
-
-    # --- inside ---
 
     def _grouped(
         self,

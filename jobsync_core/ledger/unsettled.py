@@ -125,8 +125,6 @@ class Settling:
                 '%d executions end unrecorded; they may run again when this node is gone', len(self)
             )
 
-    # --- inside ---
-
     def _wake(self) -> None:
         try:
             self._woken.release()

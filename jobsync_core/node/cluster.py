@@ -15,7 +15,7 @@ from .. import clock
 from ..agent.agent import Agent
 from ..agent.callbacks import Callbacks
 from ..agent.housekeeper import Housekeeper
-from ..agent.task_claims import TaskBook
+from ..agent.task_claims import TaskClaims
 from ..assignment.hashing import check_task_id
 from ..assignment.tokens import TokenSet
 from ..belonging import Belonging, stranger
@@ -94,7 +94,7 @@ class ClusterNode:
         self.ownership = Ownership(
             config.total_tokens, lambda: is_known_alive(self._process), threading.Lock()
         )
-        self.tasks = TaskBook(
+        self.tasks = TaskClaims(
             self.ownership,
             self._sessions,
             config,

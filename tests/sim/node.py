@@ -466,7 +466,7 @@ class SimNode:
         return tuple((task, token) for task, token in self.promised.items() if token in tokens)
 
     def can_claim(self, task: str) -> bool:
-        """What TaskBook.can_claim answers."""
+        """What TaskClaims.can_claim answers."""
         if not self.ownership.may_claim(token_of(task), self.local()):
             return False
         if task in self.taken or task in self.done:

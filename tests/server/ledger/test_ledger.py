@@ -878,7 +878,7 @@ def call_together(
         group = getattr(ledger._calls, {'begin': '_begins', 'finish': '_finishes'}[what])[
             os.getpid()
         ]
-        eventually(lambda: len(group._waiting) == len(keys))
+        eventually(lambda: group.waiting == len(keys))
         gate.set()
         first.result(30)
         found = {key: future.exception(30) or future.result() for key, future in waiting.items()}

@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 
 from jobsync_core import clock
-from jobsync_core.agent.task_claims import TaskBook
+from jobsync_core.agent.task_claims import TaskClaims
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost
@@ -166,17 +166,17 @@ class TestMovingTokens:
         local = Ownership(rows.config.total_tokens)
         local.replace(TokenSet([(0, 5_000)]))
         local.extend(clock.now() + 60)
-        book = TaskBook(
+        taken = TaskClaims(
             local, rows.sessions, rows.config, rows.tables, 'a', TODAY, lambda: 'life of a'
         )
-        mine = next(task for task in range(1_000) if book.token_of(task) < 5_000)
+        mine = next(task for task in range(1_000) if taken.token_of(task) < 5_000)
         failures: list[ClaimLost] = []
 
         def take() -> None:
-            assert book.can_claim(mine)
+            assert taken.can_claim(mine)
             promised.set()
             try:
-                book.add(mine)
+                taken.add(mine)
             except ClaimLost as error:
                 failures.append(error)
 

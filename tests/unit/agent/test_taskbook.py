@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from jobsync_core import CoordinationConfig, Task, clock
-from jobsync_core.agent import task_claims as taskbook
-from jobsync_core.agent.task_claims import TaskBook
+from jobsync_core.agent import task_claims
+from jobsync_core.agent.task_claims import TaskClaims
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClaimLost, InvalidTaskId
 from jobsync_core.protocol.ownership import Ownership
@@ -26,7 +26,7 @@ EVERYTHING = TokenSet([(0, TOTAL)])
 
 
 class Database:
-    """Stands for the claim and audit tables: what the task book asks of store.tasks."""
+    """Stands for the claim and audit tables: what `TaskClaims` asks of store.tasks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused: set[str] = set()
@@ -75,7 +75,7 @@ class Database:
 
 
 class Node:
-    """A task book with everything it needs, and a lease."""
+    """Task claims with everything it needs, and a lease."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -86,7 +86,7 @@ class Node:
         self.ownership.extend(self.now + 10)
         self.incarnation = 'first'
         sessions: Any = self.database
-        self.book = TaskBook(
+        self.tasks = TaskClaims(
             self.ownership,
             sessions,
             CoordinationConfig(total_tokens=TOTAL),
@@ -103,55 +103,55 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 def test_a_yes_is_a_promise_that_goes_along_with_the_token(node: Node) -> None:
-    assert node.book.can_claim(Task('x'))
+    assert node.tasks.can_claim(Task('x'))
     node.ownership.replace(TokenSet())
-    assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
+    assert node.tasks.promises(EVERYTHING) == (('x', node.tasks.token_of('x')),)
 
 
 def test_a_promise_of_other_tokens_stays(node: Node) -> None:
-    token = node.book.token_of('x')
-    assert node.book.can_claim('x')
-    assert node.book.promises(EVERYTHING - TokenSet.of([token])) == ()
+    token = node.tasks.token_of('x')
+    assert node.tasks.can_claim('x')
+    assert node.tasks.promises(EVERYTHING - TokenSet.of([token])) == ()
 
 
 def test_the_next_question_of_the_thread_ends_its_promise(node: Node) -> None:
-    assert node.book.can_claim('x')
-    assert node.book.can_claim('y')
-    assert [text for text, _ in node.book.promises(EVERYTHING)] == ['y']
+    assert node.tasks.can_claim('x')
+    assert node.tasks.can_claim('y')
+    assert [text for text, _ in node.tasks.promises(EVERYTHING)] == ['y']
 
 
 def test_an_old_promise_is_void(node: Node) -> None:
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.now += CoordinationConfig().heartbeat_timeout_sec + 1
-    assert node.book.promises(EVERYTHING) == ()
+    assert node.tasks.promises(EVERYTHING) == ()
 
 
 def test_a_promise_whose_token_went_is_taken_back_when_the_thread_asks_again(node: Node) -> None:
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.ownership.replace(TokenSet())
-    assert node.book.promises(EVERYTHING) == (('x', node.book.token_of('x')),)
+    assert node.tasks.promises(EVERYTHING) == (('x', node.tasks.token_of('x')),)
     node.database.promised.add('x')
-    assert not node.book.can_claim('x')
+    assert not node.tasks.can_claim('x')
     eventually(lambda: not node.database.promised)
-    assert node.book.promises(EVERYTHING) == ()
+    assert node.tasks.promises(EVERYTHING) == ()
 
 
 def test_a_promise_that_is_not_written_yet_is_taken_back_later(node: Node) -> None:
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.ownership.replace(TokenSet())
-    node.book.promises(EVERYTHING)
-    assert not node.book.can_claim('y')
-    assert node.book.promises(EVERYTHING) == (), 'no hand-over writes it again'
+    node.tasks.promises(EVERYTHING)
+    assert not node.tasks.can_claim('y')
+    assert node.tasks.promises(EVERYTHING) == (), 'no hand-over writes it again'
     node.database.promised.add('x')
     eventually(lambda: not node.database.promised)
 
 
 def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.ownership.replace(TokenSet())
-    node.book.promises(EVERYTHING)
-    assert not node.book.can_claim('y')
-    node.book.close()
+    node.tasks.promises(EVERYTHING)
+    assert not node.tasks.can_claim('y')
+    node.tasks.close()
     eventually(
         lambda: (
             not [thread for thread in threading.enumerate() if thread.name == 'jobsync promises']
@@ -160,27 +160,27 @@ def test_a_node_that_leaves_takes_nothing_back_any_more(node: Node) -> None:
 
 
 def test_a_promise_that_was_recorded_stays(node: Node) -> None:
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.ownership.replace(TokenSet())
-    node.book.promises(EVERYTHING)
+    node.tasks.promises(EVERYTHING)
     node.database.promised.add('x')
-    node.book.add('x')
-    assert node.book.can_claim('x')
+    node.tasks.add('x')
+    assert node.tasks.can_claim('x')
     assert node.database.promised == {'x'}
 
 
 def test_what_an_earlier_life_took_is_not_this_ones(node: Node) -> None:
-    node.book.add('x')
+    node.tasks.add('x')
     node.ownership.replace(TokenSet())
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     node.incarnation = 'second'
-    assert not node.book.can_claim('x')
+    assert not node.tasks.can_claim('x')
 
 
 def test_nothing_is_held_without_a_lease(node: Node) -> None:
-    node.book.add('x')
+    node.tasks.add('x')
     node.ownership.suspend()
-    assert not node.book.can_claim('x')
+    assert not node.tasks.can_claim('x')
 
 
 def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(
@@ -190,21 +190,21 @@ def test_a_token_that_goes_between_the_look_and_the_promise_is_refused(
         node.ownership.replace(TokenSet())
         return 1
 
-    monkeypatch.setattr(taskbook, 'get_ident', shrink)
-    assert not node.book.can_claim('x')
+    monkeypatch.setattr(task_claims, 'get_ident', shrink)
+    assert not node.tasks.can_claim('x')
 
 
 def test_a_task_that_another_node_took_is_refused_though_its_token_is_here(node: Node) -> None:
-    token = node.book.token_of('x')
+    token = node.tasks.token_of('x')
     node.ownership.exclude(((token, token + 1),), node.ownership.exclusions.keys_of([(token, 'x')]))
-    assert not node.book.can_claim('x')
-    assert node.book.can_claim('y')
+    assert not node.tasks.can_claim('x')
+    assert node.tasks.can_claim('y')
 
 
 def test_a_refused_claim_raises(node: Node) -> None:
     node.database.refused.add('x')
     with pytest.raises(ClaimLost, match="'x'"):
-        node.book.record(['x', 'y'])
+        node.tasks.record(['x', 'y'])
 
 
 def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
@@ -214,13 +214,13 @@ def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
 
     def claim(*_: object) -> list[str]:
         node.ownership.replace(TokenSet())  # the plan takes the token away at the same moment
-        node.book.promises(EVERYTHING)
+        node.tasks.promises(EVERYTHING)
         return next(answers)
 
-    assert node.book.can_claim('x')
+    assert node.tasks.can_claim('x')
     monkeypatch.setattr(tasks, 'claim', claim)
-    node.book.add('x')
-    assert node.book.can_claim('x')
+    node.tasks.add('x')
+    assert node.tasks.can_claim('x')
 
 
 @pytest.mark.parametrize('broken', ['of another task', 'too old', 'never given'])
@@ -229,63 +229,63 @@ def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(
 ) -> None:
     answers = iter([[], ['x']])
     if broken != 'never given':
-        assert node.book.can_claim('y' if broken == 'of another task' else 'x')
+        assert node.tasks.can_claim('y' if broken == 'of another task' else 'x')
     if broken == 'too old':
         node.now += CoordinationConfig().heartbeat_timeout_sec + 1
     node.ownership.replace(TokenSet())
     monkeypatch.setattr(tasks, 'claim', lambda *_: next(answers))
     with pytest.raises(ClaimLost, match="'x'"):
-        node.book.add('x')
+        node.tasks.add('x')
 
 
 def test_an_audited_task_is_done(node: Node) -> None:
-    node.book.add('x')
-    assert node.book.audit() == 1
+    node.tasks.add('x')
+    assert node.tasks.audit() == 1
     assert node.database.audited == ['x']
-    assert not node.book.can_claim('x')
-    assert node.book.audit() == 0
+    assert not node.tasks.can_claim('x')
+    assert node.tasks.audit() == 0
 
 
 def test_the_task_in_which_the_block_failed_is_not_audited(node: Node) -> None:
-    node.book.add('x')
-    node.book.add('y')
-    assert node.book.audit(but_last_of=threading.get_ident()) == 1
+    node.tasks.add('x')
+    node.tasks.add('y')
+    assert node.tasks.audit(but_last_of=threading.get_ident()) == 1
     assert node.database.audited == ['x']
 
 
 @pytest.mark.parametrize('bad', [None, [1], {'a': 1}, 'a\0b', '\ud800', 'x' * 3000])
 def test_ids_that_cannot_be_stored_are_refused(node: Node, bad: object) -> None:
     with pytest.raises(InvalidTaskId):
-        node.book.can_claim(bad)
+        node.tasks.can_claim(bad)
 
 
 def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node) -> None:
-    node.book.add('x')
-    assert node.book.can_claim('y')
+    node.tasks.add('x')
+    assert node.tasks.can_claim('y')
     pid = os.fork()
     if not pid:
         status = 1
         try:
-            node.book.add('z')
+            node.tasks.add('z')
             status = (
                 0
-                if node.book.audit() == 1
+                if node.tasks.audit() == 1
                 and node.database.audited == ['z']
-                and not node.book.promises(EVERYTHING)
+                and not node.tasks.promises(EVERYTHING)
                 else 1
             )
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert node.book.audit() == 1 and node.database.audited == ['x']
-    assert node.book.promises(EVERYTHING) == (('y', node.book.token_of('y')),)
+    assert node.tasks.audit() == 1 and node.database.audited == ['x']
+    assert node.tasks.promises(EVERYTHING) == (('y', node.tasks.token_of('y')),)
 
 
 def test_two_threads_that_audit_at_once_write_each_task_once(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for text in ('x', 'y', 'z'):
-        node.book.add(text)
+        node.tasks.add(text)
     inside, go_on, counts = threading.Event(), threading.Event(), list[int]()
     audit = tasks.audit
 
@@ -295,11 +295,11 @@ def test_two_threads_that_audit_at_once_write_each_task_once(
         audit(*args)
 
     monkeypatch.setattr(tasks, 'audit', slow)
-    threads = [threading.Thread(target=lambda: counts.append(node.book.audit())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: counts.append(node.tasks.audit())) for _ in range(2)]
     threads[0].start()
     assert inside.wait(10)
     threads[1].start()
-    node.book.add('w')  # meanwhile
+    node.tasks.add('w')  # meanwhile
     go_on.set()
     for thread in threads:
         thread.join(10)
@@ -315,13 +315,13 @@ def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(
     def interrupted(*args: Any) -> None:
         audit(*args)
         if len(node.database.audited) == 2:
-            assert node.book.audit() == 2  # as by the handler of a signal
+            assert node.tasks.audit() == 2  # as by the handler of a signal
 
     for text in ('x', 'y'):
-        node.book.add(text)
+        node.tasks.add(text)
     monkeypatch.setattr(tasks, 'audit', interrupted)
-    assert node.book.audit() == 2
-    assert node.book.audit() == 0
+    assert node.tasks.audit() == 2
+    assert node.tasks.audit() == 0
 
 
 def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_says_no(
@@ -330,19 +330,19 @@ def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_
     def child() -> None:
         numbers = range(500)
         for number in numbers:
-            node.book.add(number)
-        assert node.book.audit() == 500
-        own = node.book._own
+            node.tasks.add(number)
+        assert node.tasks.audit() == 500
+        own = node.tasks._own
         assert len(own.done) == 500
-        node.now += node.book._promise_sec + 1
+        node.now += node.tasks._promise_sec + 1
         node.ownership.extend(node.now + 10)
-        node.book.add('new')
-        assert node.book.audit() == 1
+        node.tasks.add('new')
+        assert node.tasks.audit() == 1
         assert list(own.done) == ['new']
         assert own.past is not None and len(own.past) == 500
         assert len(node.ownership.exclusions) == 0, 'those are of the main process'
-        assert not any(node.book.can_claim(number) for number in (*numbers, 'new'))
-        assert node.book.can_claim('other')
+        assert not any(node.tasks.can_claim(number) for number in (*numbers, 'new'))
+        assert node.tasks.can_claim('other')
 
     pid = os.fork()
     if not pid:
@@ -356,7 +356,7 @@ def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_
 
 
 def test_a_closed_book_answers_no(node: Node) -> None:
-    node.book.add('x')
-    node.book.close()
-    assert not node.book.can_claim('x')
-    assert not node.book.can_claim('y')
+    node.tasks.add('x')
+    node.tasks.close()
+    assert not node.tasks.can_claim('x')
+    assert not node.tasks.can_claim('y')
