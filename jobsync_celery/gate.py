@@ -19,8 +19,8 @@ from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
 from jobsync_core.logs import Repeats, shown
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.incoming import Refused, Stamps, read_id, read_stamps
-from jobsync_core.worker.plugin import Gate
 from jobsync_core.worker.routing import (
     HOME,
     HOPS,

@@ -21,8 +21,10 @@ from jobsync_core.protocol.effects import RebalanceEvent
 from jobsync_core.protocol.pausing import Pausing, remedy
 from jobsync_core.worker.consuming import SelfDrain
 from jobsync_core.worker.duties.node import NodeDuties
-from jobsync_core.worker.owners import OwnerMap
-from jobsync_core.worker.plugin import Gate, make_job, node_of_tests, owner_map
+from jobsync_core.worker.entering import make_job
+from jobsync_core.worker.gate import Gate
+from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.owners import OwnerMap, owner_map
 from jobsync_core.worker.routing import node_queue, parked_queue
 from jobsync_core.worker.startup import wait_for_database
 

@@ -15,7 +15,7 @@ from kombu.entity import Queue
 from jobsync_core import clock
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import Refused, read_stamps
-from jobsync_core.worker.plugin import node_of_tests
+from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue
 
 from .logs import get_logger

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.settings import PluginSettings
 
 if TYPE_CHECKING:
     from celery import Celery

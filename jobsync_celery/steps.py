@@ -12,7 +12,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import state
 
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.worker.plugin import node_of_tests
+from jobsync_core.worker.node_of_tests import node_of_tests
 
 from .cold_shutdown import ColdShutdown
 from .logs import get_logger

@@ -27,7 +27,7 @@ from .once import made_here
 if TYPE_CHECKING:
     from celery import Celery
 
-    from jobsync_core.worker.plugin import PluginSettings
+    from jobsync_core.worker.settings import PluginSettings
 
 __all__ = ['TaskExited', 'Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
 

@@ -17,8 +17,8 @@ from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats, get_logger, shown
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
-from jobsync_core.worker.plugin import PluginSettings
 from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
+from jobsync_core.worker.settings import PluginSettings
 
 from .errors import DeclarationRefused
 from .incoming import Said

@@ -18,8 +18,8 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.protocol.pausing import remedy
 from jobsync_core.worker.consuming import Consuming
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.incoming import Refused
-from jobsync_core.worker.plugin import Gate
 from jobsync_core.worker.routing import WAITS, Verdict, parked_queue, unknown_queue
 
 from .actors import Actors

@@ -23,10 +23,13 @@ from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming, SelfDrain
 from jobsync_core.worker.duties.node import NodeDuties
-from jobsync_core.worker.owners import OwnerMap
+from jobsync_core.worker.entering import make_job
+from jobsync_core.worker.gate import Gate
+from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.owners import OwnerMap, owner_map
 from jobsync_core.worker.parts import missing
-from jobsync_core.worker.plugin import Gate, PluginSettings, make_job, node_of_tests, owner_map
 from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue, parked_queue
+from jobsync_core.worker.settings import PluginSettings
 from jobsync_core.worker.startup import wait_for_database, wait_for_server
 
 from .actors import OPTIONS, ActorOptions, Actors, check_actor, check_message, read_settings

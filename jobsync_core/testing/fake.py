@@ -17,7 +17,7 @@ from ..ledger.current import enter_ledger, leave_ledger
 from ..node.cluster import Membership
 from ..node.interface import Node
 from ..task import Task
-from ..worker.plugin import node_of_tests, set_node_of_tests
+from ..worker.node_of_tests import node_of_tests, set_node_of_tests
 from .fake_node import FakeNode
 from .memory import MemoryLedger
 

@@ -18,8 +18,8 @@ from ..ledger.execution import Execution, running
 from ..ledger.interface import Ledger
 from ..ledger.limits import DEFAULT_RETENTION
 from ..ledger.once import ExactlyOnce
-from .plugin import PluginSettings
 from .routing import Coordination
+from .settings import PluginSettings
 
 __all__ = ['CoordinatedTasks', 'Declared', 'MessageOnce', 'once_of']
 

@@ -11,13 +11,14 @@ import psycopg2
 
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
+from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable
 from ..logs import Repeats, get_logger
 from ..store.connection import Sessions
 from ..store.queues import QueueStore
 from ..store.tables import Tables
 
-__all__ = ['OwnerMap', 'Place']
+__all__ = ['OwnerMap', 'Place', 'owner_map']
 
 logger = get_logger(__name__)
 
@@ -163,3 +164,8 @@ def _copy(
         tuple(Place(row[2], row[3]) for row in rows),
         all(row[3] is not None for row in rows),
     )
+
+
+def owner_map(config: CoordinationConfig) -> OwnerMap:
+    """An owner map for a producer."""
+    return OwnerMap(Sessions(config, 'jobsync producer'), Tables.of(config))

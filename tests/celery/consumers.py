@@ -17,8 +17,8 @@ from jobsync_celery import holding as holding_module
 from jobsync_celery.gate import ConsumerGate
 from jobsync_celery.settings import CelerySettings
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.owners import Place
-from jobsync_core.worker.plugin import Gate
 from jobsync_core.worker.routing import HOPS, KEY
 from tests.support.fakes import Clock, FakeJob, FakeOwners
 

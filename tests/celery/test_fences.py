@@ -26,7 +26,7 @@ from jobsync_celery.handing import Handing
 from jobsync_celery.mail import CeleryMail
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import Unroutable
-from jobsync_core.worker import plugin as core
+from jobsync_core.worker import gate as core
 from jobsync_core.worker.adapter import MessageOnce
 from jobsync_core.worker.incoming import find_route
 from jobsync_core.worker.routing import decide

@@ -15,9 +15,10 @@ from dramatiq.worker import _WorkerThread
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.consuming import Consuming
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.owners import Place
-from jobsync_core.worker.plugin import Gate, PluginSettings
 from jobsync_core.worker.routing import HOME, HOPS, KEY
+from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import gate as gate_module
 from jobsync_dramatiq.gate import GatedConsumer

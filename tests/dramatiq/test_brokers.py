@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.broker.interface import WorkerBroker

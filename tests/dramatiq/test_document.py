@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig
-from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq import exactly_once
 from tests.support.brokers import BrokerServer
 from tests.support.cluster import query

@@ -10,7 +10,7 @@ import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
-from jobsync_core.worker import plugin as core
+from jobsync_core.worker import gate as core
 from jobsync_core.worker.routing import KEY, decide
 from jobsync_dramatiq import incoming
 from jobsync_dramatiq import once as once_module

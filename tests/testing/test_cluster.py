@@ -20,7 +20,7 @@ from jobsync_core import (
     exactly_once,
 )
 from jobsync_core.testing import Cluster, FakeJob
-from jobsync_core.worker.plugin import node_of_tests
+from jobsync_core.worker.node_of_tests import node_of_tests
 from tests.support.waiting import eventually
 
 pytest_plugins = ['jobsync_core.testing']

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jobsync_core.config import ADAPTER_VARIABLES, LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.secret import Secret
-from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.settings import PluginSettings
 
 quick = settings(deadline=None, max_examples=200)
 

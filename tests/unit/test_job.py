@@ -17,7 +17,8 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.store import options
 from jobsync_core.store.connection import Sessions
-from jobsync_core.worker.plugin import PluginSettings, make_job
+from jobsync_core.worker.entering import make_job
+from jobsync_core.worker.settings import PluginSettings
 
 CONFIG = CoordinationConfig()
 

@@ -30,7 +30,7 @@ from jobsync_core import (
 )
 from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.testing import FakeJob, MemoryLedger, standing_in
-from jobsync_core.worker.plugin import node_of_tests
+from jobsync_core.worker.node_of_tests import node_of_tests
 
 from ..support import attempts as by_hand
 
@@ -438,7 +438,7 @@ class TestWithoutPytest:
 
     def test_the_core_does_not_import_them(self) -> None:
         program = (
-            'import sys, jobsync_core, jobsync_core.worker.plugin; print([n for n in '
+            'import sys, jobsync_core, jobsync_core.worker.settings; print([n for n in '
             "sys.modules if 'pytest' in n or 'testing' in n])"
         )
         done = subprocess.run(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from ... import clock
 from ...store.tables import Tables
 from ..broker import Broker, Delivery
+from ..gate import Gate
 from ..passage import Passage
-from ..plugin import Gate
 from ..registry import QueueRegistry, restore_former_life
 from ..routing import unknown_queue
 from ..sweeping import Sweeping

@@ -9,7 +9,7 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.worker.evacuation import Evacuable, evacuate
-from tests.server.test_duties import World
+from tests.server.worker.test_duties import World
 from tests.support.cluster import query
 from tests.support.fake_broker import FakeBroker
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.worker.plugin import PluginSettings
+from jobsync_core.worker.settings import PluginSettings
 
 URL = 'postgresql://u:s3cret@db:6000/shop'
 

@@ -13,8 +13,9 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.store.queues import QueueStore
-from jobsync_core.worker import plugin
-from jobsync_core.worker.plugin import PluginSettings, make_job
+from jobsync_core.worker import entering
+from jobsync_core.worker.entering import make_job
+from jobsync_core.worker.settings import PluginSettings
 from tests.support.cluster import query
 from tests.support.waiting import eventually
 
@@ -77,7 +78,7 @@ def test_a_worker_of_another_project_is_refused_with_both_names(
     named: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
+    monkeypatch.setattr(entering, '_MARK_SEC', 0.3)
     with _worker(config, 'one', wait=0, application='shop') as one:
         with pytest.raises(ConfigurationError) as caught:
             _worker(config, 'two', wait=0, **{'application': 'shop', **other}).__enter__()
@@ -121,7 +122,7 @@ def test_a_mark_that_the_broker_lost_is_waited_for(config: CoordinationConfig) -
 def test_a_plain_job_is_no_member_of_a_cluster_of_workers_nor_the_other_way_round(
     config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
+    monkeypatch.setattr(entering, '_MARK_SEC', 0.3)
     with _worker(config, 'one', wait=0):
         with pytest.raises(ConfigurationError, match=r"'one'.*celery worker.*plain Job.*appname"):
             Job('plain', config, wait_on_enter=0).__enter__()
@@ -186,11 +187,11 @@ def test_workers_that_become_active_together_do_not_wait_for_others(
         return look(store, node, timeout)
 
     monkeypatch.setattr(QueueStore, 'peers', peers)
-    monkeypatch.setattr(plugin, '_MARK_SEC', 60.0)
+    monkeypatch.setattr(entering, '_MARK_SEC', 60.0)
     workers = [_worker(config, name, wait=0) for name in ('one', 'two')]
     with ThreadPoolExecutor() as pool:
-        entering = [pool.submit(worker.__enter__) for worker in workers]
-        for entered in entering:
+        entries = [pool.submit(worker.__enter__) for worker in workers]
+        for entered in entries:
             assert entered.result(30).belonging.broker == 'mark'
     for worker in workers:
         worker.__exit__(None, None, None)
@@ -199,7 +200,7 @@ def test_workers_that_become_active_together_do_not_wait_for_others(
 def test_a_worker_that_is_refused_leaves_no_queue_behind(
     config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, '_MARK_SEC', 0.3)
+    monkeypatch.setattr(entering, '_MARK_SEC', 0.3)
     with Job('plain', config, wait_on_enter=0):
         query(
             config,

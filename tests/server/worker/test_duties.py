@@ -13,13 +13,13 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
-from jobsync_core.worker.plugin import Gate, PluginSettings
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.routing import Verdict, unknown_queue
+from jobsync_core.worker.settings import PluginSettings
 from tests.support.cluster import query
+from tests.support.fake_broker import Contents, FakeBroker, Item
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
-
-from ..support.fake_broker import Contents, FakeBroker, Item
 
 PARKED = 'parked'
 
