@@ -16,9 +16,9 @@ from ..logs import get_logger
 from ..protocol import ownership
 from ..protocol.exclusions import Exclusions
 from ..protocol.ownership import Ownership
-from ..store import tasks
 from ..store.connection import Sessions
 from ..store.tables import Tables
+from ..store.tasks import BATCH, TaskStore
 from ..task import Task, task_id_of
 from .process_tasks import Added, ProcessTasks
 from .promises import Promise
@@ -156,17 +156,11 @@ class TaskClaims:
                 break  # the node is leaving, and has audited what its children took
             life = self._incarnation()
             with self._sessions.session() as connection:
-                accepted = tasks.claim(
-                    connection,
-                    self._tables,
-                    self._node,
-                    life,
-                    self._date,
-                    list(missing.items()),
-                    child,
+                accepted = TaskStore(connection, self._tables).claim(
+                    self._node, life, self._date, list(missing.items()), child
                 )
                 if for_audit and life not in self._epochs:
-                    self._epochs[life] = tasks.read_epoch(connection, self._tables)
+                    self._epochs[life] = TaskStore(connection, self._tables).read_epoch()
             for text in accepted:
                 missing.pop(text, None)
             # A promise outlives the token in memory: until the hand-over is committed the row still
@@ -228,15 +222,13 @@ class TaskClaims:
                     'node=%s task=%s was not finished and is not audited', self._node, last
                 )
         self._remember(own)
-        for start in range(0, len(texts), tasks.BATCH):
+        for start in range(0, len(texts), BATCH):
             epochs: dict[int, list[str]] = {}
-            for text in texts[start : start + tasks.BATCH]:
+            for text in texts[start : start + BATCH]:
                 epochs.setdefault(added[text].epoch, []).append(text)
             for epoch, some in epochs.items():
                 with self._sessions.session() as connection:
-                    tasks.audit(
-                        connection,
-                        self._tables,
+                    TaskStore(connection, self._tables).audit(
                         self._node,
                         self._date,
                         [(text, self.token_of(text)) for text in some],
@@ -259,8 +251,8 @@ class TaskClaims:
         if not self._ownership.children_took:
             return 0
         return self._in_batches(
-            lambda connection: tasks.audit_children(
-                connection, self._tables, self._node, self._incarnation(), self._date
+            lambda connection: TaskStore(connection, self._tables).audit_children(
+                self._node, self._incarnation(), self._date
             )
         )
 
@@ -273,8 +265,8 @@ class TaskClaims:
         unfinished = list(own.added)
         if unfinished:
             with self._sessions.session() as connection:
-                tasks.release_claims(
-                    connection, self._tables, self._node, self._incarnation(), unfinished
+                TaskStore(connection, self._tables).release_claims(
+                    self._node, self._incarnation(), unfinished
                 )
 
     def close(self) -> None:
@@ -285,8 +277,8 @@ class TaskClaims:
     def release(self) -> None:
         """Delete this node's claims; what was not audited is free."""
         self._in_batches(
-            lambda connection: tasks.release_claims(
-                connection, self._tables, self._node, self._incarnation()
+            lambda connection: TaskStore(connection, self._tables).release_claims(
+                self._node, self._incarnation()
             )
         )
 
@@ -296,7 +288,7 @@ class TaskClaims:
             with self._sessions.session() as connection:
                 number = action(connection)
             total += number
-            if number < tasks.BATCH:
+            if number < BATCH:
                 return total
 
     def _mine(self) -> ProcessTasks:
@@ -362,6 +354,6 @@ class TaskClaims:
         ):
             return True  # it is over, and the leader's housekeeping frees the task
         with self._sessions.session() as connection:
-            return tasks.release_promise(
-                connection, self._tables, self._node, promise.incarnation, self._date, text
+            return TaskStore(connection, self._tables).release_promise(
+                self._node, promise.incarnation, self._date, text
             )

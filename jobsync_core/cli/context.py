@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
-from ..store import status
 from ..store.connection import Sessions
+from ..store.status import StatusStore
 from ..store.tables import Tables
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Database:
         Raises:
             JobSyncError: No node has ever registered.
         """
-        found = status.cluster(connection, tables)
+        found = StatusStore(connection, tables).cluster()
         if found is None:
             raise JobSyncError('the cluster has no settings yet: its first node writes them')
         return found

@@ -18,8 +18,11 @@ from rich.text import Text
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
 from ..protocol.pausing import remedy
-from ..store import blockers, probe, rights
+from ..store.blockers import BlockerStore, name_all
 from ..store.connection import Connection, Sessions
+from ..store.probe import ProbeStore, pooling
+from ..store.rights import RightStore
+from ..store.rights import describe as describe_rights
 from ..store.schema import SCHEMA_VERSION
 from ..store.tables import Tables
 from .context import console, describe, printable
@@ -93,7 +96,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
             'ok',
             f'{config.user} to {config.dbname} on {where} in {time.monotonic() - begun:.2f} s',
         )
-    pooler = probe.pooling(sessions)
+    pooler = pooling(sessions, tables)
     for examine_one in (
         _version,
         _writable,
@@ -109,7 +112,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
     ):
         yield _try(examine_one, sessions, tables)
     yield _pooler_check(config, pooler)
-    yield _listen_check(config, sessions)
+    yield _listen_check(config, tables, sessions)
 
 
 def _try(
@@ -124,14 +127,14 @@ def _try(
 
 
 def _version(connection: PgConnection, tables: Tables) -> Check:
-    version, text = probe.server_version(connection)
+    version, text = ProbeStore(connection, tables).server_version()
     if version < _OLDEST_SERVER:
         return Check('server version', 'bad', text, 'upgrade to PostgreSQL 14 or newer')
     return Check('server version', 'ok', text)
 
 
 def _writable(connection: PgConnection, tables: Tables) -> Check:
-    reason = probe.read_only(connection)
+    reason = ProbeStore(connection, tables).read_only()
     if reason:
         return Check(
             'writable',
@@ -143,7 +146,7 @@ def _writable(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _clock(connection: PgConnection, tables: Tables) -> Check:
-    offset = probe.clock_offset(connection)
+    offset = ProbeStore(connection, tables).clock_offset()
     found = f'the server is {abs(offset):.3f} s {"ahead" if offset >= 0 else "behind"}'
     if abs(offset) > _CLOCK_OFFSET:
         return Check(
@@ -156,9 +159,9 @@ def _clock(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _schema(connection: PgConnection, tables: Tables) -> Check:
-    missing = probe.missing_tables(connection, tables)
+    missing = ProbeStore(connection, tables).missing_tables()
     if not missing:
-        version = probe.schema_version(connection, tables)
+        version = ProbeStore(connection, tables).schema_version()
         if version is None:
             return Check(
                 'schema', 'ok', f'tables {tables.appname}* exist; no node has registered yet'
@@ -178,7 +181,7 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
             f'not there: {", ".join(missing)}',
             'run `jobsync init-db` with a role that may create tables',
         )
-    if probe.may_create(connection, tables):
+    if ProbeStore(connection, tables).may_create():
         return Check(
             'schema',
             'ok',
@@ -194,26 +197,27 @@ def _schema(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _blockers(connection: PgConnection, tables: Tables) -> Check:
-    if probe.missing_tables(connection, tables):
+    if ProbeStore(connection, tables).missing_tables():
         return Check('locked tables', 'ok', 'there are no tables yet')
     names = [quoted for name, quoted in tables.all.items() if name != 'token']
-    found = [*blockers.on_tables(connection, names), *blockers.on_rows(connection, names)]
+    store = BlockerStore(connection, tables)
+    found = [*store.on_tables(names), *store.on_rows(names)]
     if not found:
         return Check('locked tables', 'ok', 'nobody keeps nodes out')
     return Check(
         'locked tables',
         'bad',
-        blockers.name_all(found),
+        name_all(found),
         'wait for that transaction, or end it: SELECT pg_terminate_backend(PID); a prepared one: '
         'ROLLBACK PREPARED',
     )
 
 
 def _writes(connection: PgConnection, tables: Tables) -> Check:
-    if probe.missing_tables(connection, tables):
+    if ProbeStore(connection, tables).missing_tables():
         return Check('writes', 'ok', 'there are no tables yet')
     try:
-        probe.try_write(connection, tables)
+        ProbeStore(connection, tables).try_write()
     except psycopg2.errors.InsufficientPrivilege:
         raise
     except psycopg2.Error as error:
@@ -228,9 +232,9 @@ def _writes(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _locks(connection: PgConnection, tables: Tables) -> Check:
-    if probe.missing_tables(connection, tables):
+    if ProbeStore(connection, tables).missing_tables():
         return Check('locks of tasks', 'ok', 'there are no tables yet')
-    found = probe.bad_locks(connection, tables)
+    found = ProbeStore(connection, tables).bad_locks()
     if not found:
         return Check('locks of tasks', 'ok', 'all can be read')
     more = f' and {len(found) - _NAMED:,} more' if len(found) > _NAMED else ''
@@ -244,19 +248,19 @@ def _locks(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:
-    if probe.missing_tables(connection, tables):
+    if ProbeStore(connection, tables).missing_tables():
         return Check('rights', 'ok', 'whoever creates the tables owns them')
-    left = rights.lacking(connection, tables)
+    left = RightStore(connection, tables).lacking()
     user = connection.info.user
     if left:
         return Check(
             'rights',
             'bad',
-            f'lacking: {rights.describe(left)}',
+            f'lacking: {describe_rights(left)}',
             f'run `jobsync init-db --role {user}` as the owner of the tables; with --sql it '
             'prints the GRANTs',
         )
-    hidden = rights.policies(connection, tables)
+    hidden = RightStore(connection, tables).policies()
     if hidden:
         return Check(
             'rights',
@@ -264,7 +268,7 @@ def _rights(connection: PgConnection, tables: Tables) -> Check:
             f'row-level security hides rows of {", ".join(hidden)}',
             'ALTER TABLE … DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS',
         )
-    if probe.is_superuser(connection):
+    if ProbeStore(connection, tables).is_superuser():
         return Check(
             'rights',
             'warn',
@@ -275,7 +279,7 @@ def _rights(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _neighbours(connection: PgConnection, tables: Tables) -> Check:
-    if probe.everybody_creates(connection, tables):
+    if ProbeStore(connection, tables).everybody_creates():
         return Check(
             'schema rights',
             'warn',
@@ -289,7 +293,7 @@ def _neighbours(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _durability(connection: PgConnection, tables: Tables) -> Check:
-    found = probe.replication(connection)
+    found = ProbeStore(connection, tables).replication()
     if not found.fsync:
         return Check(
             'durability',
@@ -318,7 +322,7 @@ def _durability(connection: PgConnection, tables: Tables) -> Check:
 
 
 def _history(connection: PgConnection, tables: Tables) -> Check:
-    left = probe.unasked_history(connection)
+    left = ProbeStore(connection, tables).unasked_history()
     if left:
         return Check(
             'history',
@@ -344,7 +348,7 @@ def _pooler_check(config: CoordinationConfig, pooler: str) -> Check:
     return Check('pooler', 'ok', 'session pooling' if pooler == 'session' else 'none')
 
 
-def _listen_check(config: CoordinationConfig, sessions: Sessions) -> Check:
+def _listen_check(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> Check:
     if not config.listen:
         return Check('notifications', 'ok', 'not used: listen=False')
     channel = f'jobsync_doctor_{uuid.uuid4().hex}'
@@ -353,10 +357,9 @@ def _listen_check(config: CoordinationConfig, sessions: Sessions) -> Check:
         try:
             connection.listen(channel)
             begun = time.monotonic()
-            with (
-                sessions.session() as sender
-            ):  # another session: a pooler may hand a client's own notifications back by chance
-                probe.notify(sender, channel, 'ping')
+            # Another session: a pooler may hand a client's own notifications back by chance.
+            with sessions.session() as sender:
+                ProbeStore(sender, tables).notify(channel, 'ping')
             arrived = _wait(
                 lambda: 'ping' in connection.notifies(), connection.fileno(), begun + _NOTIFY_WAIT
             )

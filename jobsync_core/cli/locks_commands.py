@@ -12,7 +12,8 @@ import click
 from ..assignment.arguments import check_lock
 from ..assignment.hashing import check_task_id
 from ..assignment.patterns import eligible
-from ..store import locks, status
+from ..store.locks import LockStore
+from ..store.status import StatusStore
 from .context import Database, database_options, printable
 from .status_view import as_json, patterns
 
@@ -46,9 +47,9 @@ def list_command(database: Database, limit: int, everything: bool, json_wanted: 
     """List the locks in force. Long texts are cut."""
     with database.session() as (connection, tables):
         if json_wanted:
-            click.echo(as_json(locks.list_locks(connection, tables)))
+            click.echo(as_json(LockStore(connection, tables).list_locks()))
             return
-        number, found = locks.show_locks(connection, tables, None if everything else limit)
+        number, found = LockStore(connection, tables).show_locks(None if everything else limit)
     if not found:
         click.echo('no locks')
         return
@@ -114,10 +115,10 @@ def add_command(
     text, checked = row[:2]
     creator = f'{getpass.getuser()}@{socket.gethostname()}'
     with database.session() as (connection, tables):
-        locks.register(connection, tables, [row], creator)
+        LockStore(connection, tables).register([row], creator)
         live = [
             node['name']
-            for node in status.nodes(connection, tables)
+            for node in StatusStore(connection, tables).nodes()
             if node['alive'] and node['state'] != 'draining'
         ]
     matching = sorted(eligible(checked, live))
@@ -182,11 +183,11 @@ def clear_command(
         click.confirm(f'Delete {printable(what)}?', abort=True)
     with database.session() as (connection, tables):
         if everything or pins:
-            deleted = locks.clear_kind(connection, tables, locks=everything, pins=pins)
+            deleted = LockStore(connection, tables).clear_kind(locks=everything, pins=pins)
         elif creator is not None:
-            deleted = locks.clear_by_creator(connection, tables, creator)
+            deleted = LockStore(connection, tables).clear_by_creator(creator)
         else:
-            deleted = locks.clear_tasks(
-                connection, tables, [check_task_id(task_id) for task_id in task_ids]
+            deleted = LockStore(connection, tables).clear_tasks(
+                [check_task_id(task_id) for task_id in task_ids]
             )
     click.echo(f'{deleted:,} lock{"" if deleted == 1 else "s"} deleted')

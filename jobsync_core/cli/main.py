@@ -14,9 +14,10 @@ from rich.text import Text
 from .. import __version__
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable
-from ..store import rights, status
 from ..store.connection import Sessions
+from ..store.rights import RightStore, check_role, grants
 from ..store.schema import create_schema, render_schema
+from ..store.status import StatusStore
 from ..store.tables import Tables
 from . import doctor, status_view
 from .context import Database, Group, console, database_options, describe, printable
@@ -98,7 +99,7 @@ def who_command(database: Database, task_id: str) -> None:
     with database.session() as (connection, tables):
         settings = database.cluster(connection, tables)
         token = HASH_FUNCTIONS[settings['hash_function']](text.encode()) % settings['total_tokens']
-        found = status.explain(connection, tables, text, token)
+        found = StatusStore(connection, tables).explain(text, token)
     lock = found['lock']
     owner = found['owner'] or (
         'nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment'
@@ -204,8 +205,8 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
     """Make NODE give all its tokens away; it stays alive."""
     with database.session() as (connection, tables):
         if not dry_run:
-            changed = status.set_drain(connection, tables, node, True)
-            known = status.nodes(connection, tables)
+            changed = StatusStore(connection, tables).set_drain(node, True)
+            known = StatusStore(connection, tables).nodes()
             click.echo(
                 f'{printable(node)} '
                 f'{"gives its tokens away now" if changed else "was draining already"}'
@@ -218,7 +219,7 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
                     'undrain` takes it back'
                 )
             return
-        moves = status.plan_without(connection, tables, node)
+        moves = StatusStore(connection, tables).plan_without(node)
     if not moves:
         click.echo(f'{printable(node)} owns nothing: nothing would move')
         return
@@ -239,7 +240,7 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
 def undrain_command(database: Database, node: str) -> None:
     """Let NODE take part again."""
     with database.session() as (connection, tables):
-        changed = status.set_drain(connection, tables, node, False)
+        changed = StatusStore(connection, tables).set_drain(node, False)
     click.echo(f'{printable(node)} {"takes part again" if changed else "was not draining"}')
 
 
@@ -252,7 +253,7 @@ def undrain_command(database: Database, node: str) -> None:
 def rebalances_command(database: Database, limit: int) -> None:
     """List the last rebalances, newest first."""
     with database.session() as (connection, tables):
-        found = status.rebalances(connection, tables, limit)
+        found = StatusStore(connection, tables).rebalances(limit)
     if found:
         console().print(status_view.rebalance_table(found))
     else:
@@ -272,11 +273,11 @@ def init_db_command(database: Database, role: str | None, sql: bool) -> None:
     """Create the tables, or bring them up to date."""
     config = database.config()
     if role is not None:
-        rights.check_role(role)
+        check_role(role)
     if sql:
         click.echo(render_schema(config.appname, config.schema))
         if role is not None:
-            for statement in rights.grants(
+            for statement in grants(
                 Tables(config.appname, config.schema or 'public'), config.dbname, role
             ):
                 click.echo(f'{statement};')
@@ -284,7 +285,7 @@ def init_db_command(database: Database, role: str | None, sql: bool) -> None:
     with database.session() as (connection, tables):
         create_schema(connection, config)
         if role is not None:
-            rights.grant(connection, tables, role)
+            RightStore(connection, tables).grant(role)
     click.echo(f'tables {tables.schema}.{tables.appname}* are in place')
     if role is not None:
         click.echo(

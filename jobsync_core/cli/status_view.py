@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..store import status
+from ..store.status import StatusStore
 from .context import printable
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ _LOCKS_SHOWN = 5
 
 def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> dict[str, Any]:
     """Everything that `status` shows, as one dictionary."""
-    nodes = status.nodes(connection, tables)
-    segments = status.assignment(connection, tables)
-    cluster = status.cluster(connection, tables)
+    nodes = StatusStore(connection, tables).nodes()
+    segments = StatusStore(connection, tables).assignment()
+    cluster = StatusStore(connection, tables).cluster()
     owned = sum(s.hi - s.lo for s in segments if s.node is not None)
     return {
         'cluster': cluster,
@@ -42,8 +42,8 @@ def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> d
         else 0,
         'moving_tokens': sum(s.hi - s.lo for s in segments if s.moving),
         'blocked_tokens': sum(s.hi - s.lo for s in segments if s.blocked),
-        'blocked': status.blocked(connection, tables),
-        'rebalances': status.rebalances(connection, tables, rebalances),
+        'blocked': StatusStore(connection, tables).blocked(),
+        'rebalances': StatusStore(connection, tables).rebalances(rebalances),
     }
 
 

@@ -16,7 +16,8 @@ from .. import clock
 from ..errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 from ..logs import Repeats, get_logger
 from ..process import is_known_dead
-from ..store import blockers, executions
+from ..store import executions
+from ..store.blockers import BlockerStore, name_all
 from ..store.executions import Completion, Holder, Row
 from ..store.refusals import is_passing, refusal
 from .batch import GroupCommit
@@ -200,16 +201,15 @@ class LedgerCalls:
                 everybody else behind him.
         """
         tables = self._tables
-        found = blockers.on_tables(connection, [tables.execution]) + [
-            each
-            for each in blockers.on_tables(connection, [tables.node])
-            if each.mode == 'AccessExclusiveLock'
+        blockers = BlockerStore(connection, tables)
+        found = blockers.on_tables([tables.execution]) + [
+            each for each in blockers.on_tables([tables.node]) if each.mode == 'AccessExclusiveLock'
         ]
         if not found:
             return
         said = (
             'nothing can be begun or recorded, as a whole table of the ledger is locked: '
-            f'{blockers.name_all(found)}; '
+            f'{name_all(found)}; '
             'it goes on by itself when that transaction ends'
         )
         more = self._repeats.say('table', clock.now())

@@ -27,14 +27,15 @@ from ..process import is_known_alive, is_known_dead, this_process
 from ..protocol.node import Phase, Protocol, Settings
 from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
-from ..store import locks as lock_store
-from ..store import status, tasks
 from ..store.connection import Sessions
 from ..store.control import Control
 from ..store.housekeeping import STATEMENT_SEC
+from ..store.locks import LockStore
 from ..store.queues import QueueStore
 from ..store.schema import create_schema
+from ..store.status import StatusStore
 from ..store.tables import Tables
+from ..store.tasks import TaskStore
 from ..task import task_id_of
 
 __all__ = ['ClusterNode', 'Membership']
@@ -199,7 +200,7 @@ class ClusterNode:
         with contextlib.suppress(JobSyncError):
             if self._control.epochs.begun:
                 with self._sessions.session() as connection:
-                    number = tasks.count_audits(connection, self._tables, date, _MOST_COUNTED)
+                    number = TaskStore(connection, self._tables).count_audits(date, _MOST_COUNTED)
                 if number:
                     logger.info(
                         'node=%s date=%s: %d tasks were audited by a cluster that has ended, and '
@@ -299,7 +300,7 @@ class ClusterNode:
     def get_audit(self) -> list[dict[str, Any]]:
         """See Node."""
         with self._sessions.session() as connection:
-            return tasks.get_audit(connection, self._tables, self._membership.date)
+            return TaskStore(connection, self._tables).get_audit(self._membership.date)
 
     def token_of(self, task_id: object) -> int:
         """See Node."""
@@ -308,13 +309,13 @@ class ClusterNode:
     def owner_of(self, task_id: object) -> str | None:
         """See Node."""
         with self._sessions.session() as connection:
-            return status.owner(connection, self._tables, self.token_of(task_id))
+            return StatusStore(connection, self._tables).owner(self.token_of(task_id))
 
     def explain(self, task_id: object) -> dict[str, Any]:
         """See Node."""
         text = check_task_id(task_id_of(task_id))
         with self._sessions.session() as connection:
-            return status.explain(connection, self._tables, text, self.tasks.token_of(text))
+            return StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
 
     # --- what it knows ---
 
@@ -392,7 +393,7 @@ class ClusterNode:
     def list_nodes(self) -> list[dict[str, Any]]:
         """See Node."""
         with self._sessions.session() as connection:
-            return status.nodes(connection, self._tables, self._config.heartbeat_timeout_sec)
+            return StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
 
     def count_active(self) -> int | None:
         """How many members are alive; None where the database cannot be asked."""
@@ -437,16 +438,16 @@ class ClusterNode:
     ) -> int:
         """See Node."""
         with self._sessions.session() as connection:
-            return lock_store.register(connection, self._tables, rows, self._name)
+            return LockStore(connection, self._tables).register(rows, self._name)
 
     def list_locks(self) -> list[dict[str, Any]]:
         """See Node."""
         with self._sessions.session() as connection:
-            return lock_store.list_locks(connection, self._tables)
+            return LockStore(connection, self._tables).list_locks()
 
     def clear_locks(self, creator: str | None = None) -> int:
         """See Node."""
         with self._sessions.session() as connection:
             if creator is None:
-                return lock_store.clear_all(connection, self._tables)
-            return lock_store.clear_by_creator(connection, self._tables, creator)
+                return LockStore(connection, self._tables).clear_all()
+            return LockStore(connection, self._tables).clear_by_creator(creator)

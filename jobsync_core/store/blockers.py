@@ -7,17 +7,12 @@ out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from .base import Store
 
-    from psycopg2.extensions import connection as PgConnection
-
-    from .tables import Tables
-
-__all__ = ['Blocker', 'name_all', 'on_rows', 'on_tables', 'vacuuming']
+__all__ = ['Blocker', 'BlockerStore', 'name_all']
 
 #: Modes that keep others from changing rows; and the one of vacuum, which keeps them from changing
 #: the table.
@@ -25,43 +20,6 @@ _WRITES = ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusi
 _VACUUM = 'ShareUpdateExclusiveLock'
 #: How many are told of.
 _MOST = 5
-
-_WHO = """coalesce(a.application_name, ''), coalesce(a.usename::text, ''),
-    coalesce(a.state, a.backend_type, ''),
-    extract(epoch FROM clock_timestamp() -
-        coalesce(a.xact_start, a.query_start, a.backend_start))::float8"""
-
-# A prepared transaction has no process.
-_TABLES = f"""
-SELECT l.pid, {_WHO}, l.mode, c.relname::text, l.granted
-FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation LEFT JOIN pg_stat_activity AS a ON a.pid
-    = l.pid
-WHERE l.locktype = 'relation' AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname =
-    current_database())
-  AND l.relation IN (SELECT to_regclass(w.name) FROM unnest(%s::text[]) AS w (name))
-  AND l.pid IS DISTINCT FROM pg_backend_pid() AND (%s::text[] IS NULL OR l.mode = ANY(%s::text[]))
-ORDER BY l.granted DESC, a.xact_start NULLS LAST, l.pid LIMIT %s"""
-
-# Whoever waits for a row has a lock on its table as well, and a lock that was not granted on the
-# transaction that is in its way.
-_ROWS = f"""
-WITH mine AS (
-    SELECT w.pid, min(w.relation) AS relation FROM pg_locks AS w
-    WHERE w.locktype = 'relation' AND w.granted AND w.database = (SELECT d.oid FROM pg_database AS d
-        WHERE d.datname = current_database())
-      AND w.relation IN (SELECT to_regclass(t.name) FROM unnest(%s::text[]) AS t (name))
-      AND EXISTS (SELECT FROM pg_locks AS v WHERE v.pid = w.pid AND NOT v.granted AND v.locktype IN
-          ('transactionid', 'tuple'))
-    GROUP BY w.pid
-), ahead AS (
-    SELECT b.pid, min(mine.relation) AS relation FROM mine CROSS JOIN LATERAL
-        unnest(pg_blocking_pids(mine.pid)) AS b (pid)
-    WHERE b.pid NOT IN (SELECT pid FROM mine) GROUP BY b.pid
-)
-SELECT nullif(ahead.pid, 0), {_WHO}, 'a row', c.relname::text, true
-FROM ahead JOIN pg_class AS c ON c.oid = ahead.relation LEFT JOIN pg_stat_activity AS a ON a.pid =
-    ahead.pid
-ORDER BY a.xact_start NULLS LAST, ahead.pid LIMIT %s"""
 
 
 @dataclass(frozen=True)
@@ -108,40 +66,41 @@ class Blocker:
         )
 
 
-def on_tables(
-    connection: PgConnection, names: Sequence[str], all_modes: bool = False
-) -> list[Blocker]:
-    """Sessions that have locked one of these tables against changes of rows, or wait to do so;
-    those that have it first, the oldest first.
+class BlockerStore(Store):
+    """Who is in the way."""
 
-    Args:
-        connection: Where to ask.
-        names: The tables, as SQL names them.
-        all_modes: Locks of every mode, a reader's too: they are in the way of whoever changes the
-            table itself.
-    """
-    modes = None if all_modes else list(_WRITES)
-    return _ask(connection, _TABLES, (list(names), modes, modes, _MOST))
+    def on_tables(self, names: Sequence[str], all_modes: bool = False) -> list[Blocker]:
+        """Sessions that have locked one of these tables against changes of rows, or wait to do so;
+        those that have it first, the oldest first.
 
+        Args:
+            names: The tables, as SQL names them.
+            all_modes: Locks of every mode, a reader's too: they are in the way of whoever changes
+                the table itself.
+        """
+        return self._on_tables(names, None if all_modes else _WRITES, _MOST)
 
-def on_rows(connection: PgConnection, names: Sequence[str]) -> list[Blocker]:
-    """Sessions whose locks on rows of these tables others wait for at this moment."""
-    return _ask(connection, _ROWS, (list(names), _MOST))
+    def on_rows(self, names: Sequence[str]) -> list[Blocker]:
+        """Sessions whose locks on rows of these tables others wait for at this moment."""
+        rows = self._rows('blocker.on_rows', {'tables': list(names), 'most': _MOST})
+        return [Blocker(*row) for row in rows]
 
+    def vacuuming(self) -> bool:
+        """Whether a vacuum is at one of the cluster's tables: an automatic one gives way to whoever
+        has waited for a second (deadlock_timeout).
+        """
+        return bool(self._on_tables(list(self._tables.all.values()), (_VACUUM,), 1))
 
-def vacuuming(connection: PgConnection, tables: Tables) -> bool:
-    """Whether a vacuum is at one of the tables: an automatic one gives way to whoever has waited
-    for a second (deadlock_timeout).
-    """
-    return bool(_ask(connection, _TABLES, (list(tables.all.values()), [_VACUUM], [_VACUUM], 1)))
+    def _on_tables(
+        self, names: Sequence[str], modes: Sequence[str] | None, most: int
+    ) -> list[Blocker]:
+        rows = self._rows(
+            'blocker.on_tables',
+            {'tables': list(names), 'modes': None if modes is None else list(modes), 'most': most},
+        )
+        return [Blocker(*row) for row in rows]
 
 
 def name_all(blockers: Sequence[Blocker]) -> str:
     """All of them in one line."""
     return '; '.join(map(str, blockers[:_MOST]))
-
-
-def _ask(connection: PgConnection, sql: str, params: tuple[Any, ...]) -> list[Blocker]:
-    with connection.cursor() as cursor:
-        cursor.execute(sql, params)
-        return [Blocker(*row) for row in cursor.fetchall()]

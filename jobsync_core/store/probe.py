@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from ..assignment.patterns import PATTERN_BYTES, read_patterns
+from .base import Store
+from .connection import Sessions
+from .tables import Tables
 
-if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection
+__all__ = ['HISTORY_FUNCTIONS', 'ProbeStore', 'Replication', 'pooling']
 
-    from .connection import Sessions
-    from .tables import Tables
-
-__all__ = [
-    'HISTORY_FUNCTIONS',
-    'Replication',
-    'bad_locks',
-    'clock_offset',
-    'everybody_creates',
-    'is_superuser',
-    'may_create',
-    'missing_tables',
-    'notify',
-    'pooling',
-    'read_only',
-    'replication',
-    'schema_version',
-    'server_version',
-    'try_write',
-    'unasked_history',
-]
+#: What tells the history of a database: its system identifier and its timeline.
+HISTORY_FUNCTIONS = (
+    'pg_control_system()',
+    'pg_is_in_recovery()',
+    'pg_current_wal_lsn()',
+    'pg_walfile_name(pg_lsn)',
+)
 
 
 @dataclass(frozen=True)
@@ -44,180 +30,100 @@ class Replication:
     fsync: bool
 
 
-def server_version(connection: PgConnection) -> tuple[int, str]:
-    """The version as a number (140005) and as text."""
-    number, text = _row(
-        connection,
-        "SELECT current_setting('server_version_num')::int, 'PostgreSQL ' || "
-        "current_setting('server_version')",
-    )
-    return number, text
+class ProbeStore(Store):
+    """What the server and this role can do."""
 
+    def server_version(self) -> tuple[int, str]:
+        """The version as a number (140005) and as text."""
+        ((number, text),) = self._rows('probe.server_version')
+        return number, text
 
-def read_only(connection: PgConnection) -> str | None:
-    """Why nothing can be written, if so."""
-    standby, setting = _row(
-        connection, "SELECT pg_is_in_recovery(), current_setting('transaction_read_only')"
-    )
-    if standby:
-        return 'this server is a standby'
-    return 'transactions are read-only here' if setting == 'on' else None
+    def read_only(self) -> str | None:
+        """Why nothing can be written, if so."""
+        ((standby, setting),) = self._rows('probe.read_only')
+        if standby:
+            return 'this server is a standby'
+        return 'transactions are read-only here' if setting == 'on' else None
 
+    def try_write(self) -> None:
+        """Write a row of a quarter of a megabyte, which takes new pages of the disk, and roll back.
 
-def try_write(connection: PgConnection, tables: Tables) -> None:
-    """Write a row of a quarter of a megabyte, which takes new pages of the disk, and roll back.
+        Raises:
+            psycopg2.Error: What the server says to any node that writes now.
+        """
+        self._run('probe.write')
+        self.connection.rollback()
 
-    Raises:
-        psycopg2.Error: What the server says to any node that writes now.
-    """
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""
-            INSERT INTO {tables.execution} (key, state, fence, error)
-            SELECT 'jobsync doctor ' || gen_random_uuid(), 'failed', 1,
-                string_agg(gen_random_uuid()::text, '')
-            FROM generate_series(1, 7000)
-            """
-        )
-    connection.rollback()
-
-
-def bad_locks(connection: PgConnection, tables: Tables) -> list[str]:
-    """Tasks whose lock has patterns that the leader ignores."""
-    found = []
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""
-            SELECT DISTINCT node_patterns::text FROM {tables.lock}
-            WHERE octet_length(node_patterns::text) <= {PATTERN_BYTES} AND (expires_at IS NULL OR
-                expires_at > now())
-            """
-        )
-        for (text,) in cursor.fetchall():
+    def bad_locks(self) -> list[str]:
+        """Tasks whose lock has patterns that the leader ignores."""
+        found = []
+        for (text,) in self._rows('probe.patterns', {'size': PATTERN_BYTES}):
             try:
                 read_patterns(text)
             except Exception:  # whatever is wrong with it
                 found.append(text)
-        cursor.execute(
-            f"""
-            SELECT task_id FROM {tables.lock}
-            WHERE (octet_length(node_patterns::text) > {PATTERN_BYTES} OR node_patterns::text =
-                ANY(%s::text[])
-                   OR octet_length(task_id) > 2000)
-              AND (expires_at IS NULL OR expires_at > now()) ORDER BY task_id
-            """,
-            (found,),
-        )
-        return [task_id for (task_id,) in cursor.fetchall()]
+        rows = self._rows('probe.bad_locks', {'size': PATTERN_BYTES, 'patterns': found})
+        return [task_id for (task_id,) in rows]
 
+    def clock_offset(self) -> float:
+        """Seconds by which the server's clock is ahead of this machine's; the best of five
+        looks.
+        """
+        looks = []
+        for _ in range(5):
+            before = time.time()
+            ((server,),) = self._rows('probe.clock')
+            after = time.time()
+            looks.append((after - before, server - (before + after) / 2))
+        return float(min(looks)[1])
 
-def clock_offset(connection: PgConnection) -> float:
-    """Seconds by which the server's clock is ahead of this machine's; the best of five looks."""
-    looks = []
-    for _ in range(5):
-        before = time.time()
-        (server,) = _row(connection, 'SELECT extract(epoch FROM clock_timestamp())::float8')
-        after = time.time()
-        looks.append((after - before, server - (before + after) / 2))
-    return float(min(looks)[1])
+    def missing_tables(self) -> list[str]:
+        """Tables and views that are not there."""
+        tables = self._tables
+        there = {name for (name,) in self._rows('probe.relations', {'schema': tables.schema})}
+        return [name for name in tables.all if tables.appname + name not in there]
 
-
-def missing_tables(connection: PgConnection, tables: Tables) -> list[str]:
-    """Tables and views that are not there."""
-    with connection.cursor() as cursor:
-        # By the catalog, which everybody may read.
-        cursor.execute(
-            'SELECT c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace '
-            'WHERE n.nspname = %s',
-            (tables.schema,),
-        )
-        there = {name for (name,) in cursor.fetchall()}
-    return [name for name in tables.all if tables.appname + name not in there]
-
-
-def schema_version(connection: PgConnection, tables: Tables) -> int | None:
-    """The version of the tables; None before the first node."""
-    with connection.cursor() as cursor:
-        cursor.execute(f'SELECT schema_version FROM {tables.cluster}')
-        row = cursor.fetchone()
+    def schema_version(self) -> int | None:
+        """The version of the tables; None before the first node."""
+        row = self._row('probe.schema_version')
         return int(row[0]) if row else None
 
+    def may_create(self) -> bool:
+        """Whether this user may create tables where they would go."""
+        ((may,),) = self._rows('probe.may_create', {'schema': self._tables.schema})
+        return bool(may)
 
-def may_create(connection: PgConnection, tables: Tables) -> bool:
-    """Whether this user may create tables where they would go."""
-    return bool(
-        _row(
-            connection,
-            """
-        SELECT CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema)s)
-            THEN (SELECT has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE')
-                  FROM pg_namespace WHERE nspname = %(schema)s)
-            ELSE has_database_privilege(current_database(), 'CREATE') END
-        """,
-            {'schema': tables.schema},
-        )[0]
-    )
+    def everybody_creates(self) -> bool:
+        """Whether every role of the server may create things in the schema of the tables."""
+        ((may,),) = self._rows('probe.everybody_creates', {'schema': self._tables.schema})
+        return bool(may)
 
+    def unasked_history(self) -> list[str]:
+        """Functions of HISTORY_FUNCTIONS that this user may not call."""
+        rows = self._rows('probe.not_callable', {'functions': list(HISTORY_FUNCTIONS)})
+        return [name for (name,) in rows]
 
-def everybody_creates(connection: PgConnection, tables: Tables) -> bool:
-    """Whether every role of the server may create things in the schema of the tables."""
-    return bool(
-        _row(
-            connection,
-            """
-        SELECT EXISTS (SELECT FROM pg_namespace AS n CROSS JOIN LATERAL aclexplode(n.nspacl) AS a
-                       WHERE n.nspname = %s AND a.grantee = 0 AND a.privilege_type = 'CREATE')
-        """,
-            (tables.schema,),
-        )[0]
-    )
+    def is_superuser(self) -> bool:
+        """Whether this user may do everything."""
+        ((may,),) = self._rows('probe.superuser')
+        return bool(may)
 
+    def replication(self) -> Replication:
+        """How commits reach standbys."""
+        ((synchronous, standbys, fsync),) = self._rows('probe.replication')
+        return Replication(synchronous, standbys, fsync)
 
-#: What tells the history of a database: its system identifier and its timeline.
-HISTORY_FUNCTIONS = (
-    'pg_control_system()',
-    'pg_is_in_recovery()',
-    'pg_current_wal_lsn()',
-    'pg_walfile_name(pg_lsn)',
-)
+    def notify(self, channel: str, payload: str) -> None:
+        """Send a notification when the transaction commits."""
+        self._run('probe.notify', {'channel': channel, 'payload': payload})
+
+    def backend(self) -> int:
+        """Process id of the server's process."""
+        ((backend,),) = self._rows('probe.backend')
+        return int(backend)
 
 
-def unasked_history(connection: PgConnection) -> list[str]:
-    """Functions of HISTORY_FUNCTIONS that this user may not call."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            'SELECT name FROM unnest(%s) AS f (name) WHERE NOT '
-            "has_function_privilege(to_regprocedure(name), 'EXECUTE')",
-            (list(HISTORY_FUNCTIONS),),
-        )
-        return [name for (name,) in cursor.fetchall()]
-
-
-def is_superuser(connection: PgConnection) -> bool:
-    """Whether this user may do everything."""
-    return bool(_row(connection, 'SELECT rolsuper FROM pg_roles WHERE rolname = current_user')[0])
-
-
-def replication(connection: PgConnection) -> Replication:
-    """How commits reach standbys."""
-    return Replication(
-        *_row(
-            connection,
-            """
-        SELECT current_setting('synchronous_standby_names'), (SELECT count(*)::int FROM
-            pg_stat_replication),
-               current_setting('fsync') = 'on'
-        """,
-        )
-    )
-
-
-def notify(connection: PgConnection, channel: str, payload: str) -> None:
-    """Send a notification when the transaction commits."""
-    _row(connection, 'SELECT pg_notify(%s, %s)', (channel, payload))
-
-
-def pooling(sessions: Sessions) -> str:
+def pooling(sessions: Sessions, tables: Tables) -> str:
     """What stands between here and the server: 'none', 'session' or 'transaction'.
 
     A pooler answers the start-up with a process id of its own, so the one that the protocol told
@@ -226,20 +132,11 @@ def pooling(sessions: Sessions) -> str:
     """
     with sessions.session() as one:
         told = one.info.backend_pid
-        (first,) = _row(one, 'SELECT pg_backend_pid()')
+        first = ProbeStore(one, tables).backend()
         one.commit()
         with sessions.session() as two:
-            (second,) = _row(two, 'SELECT pg_backend_pid()')
-            (again,) = _row(one, 'SELECT pg_backend_pid()')
+            second = ProbeStore(two, tables).backend()
+            again = ProbeStore(one, tables).backend()
     if told == first:
         return 'none'
     return 'transaction' if second == first or again != first else 'session'
-
-
-def _row(
-    connection: PgConnection, sql: str, params: tuple[object, ...] | Mapping[str, object] = ()
-) -> tuple[Any, ...]:
-    with connection.cursor() as cursor:
-        cursor.execute(sql, params)
-        row: tuple[Any, ...] = cursor.fetchone() or ()
-        return row

@@ -7,18 +7,14 @@ for each version that does. No right to create, change or own anything is among 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, JobSyncError
+from .base import Store
+from .tables import Tables
 
-if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection
-
-    from .tables import Tables
-
-__all__ = ['Right', 'check_role', 'describe', 'grant', 'grants', 'lacking', 'needed', 'policies']
+__all__ = ['Right', 'RightStore', 'check_role', 'describe', 'grants', 'needed']
 
 _TABLE_RIGHTS = ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
 _VIEWS = frozenset({'token'})
@@ -67,57 +63,6 @@ def needed(tables: Tables, dbname: str) -> list[Right]:
     ]
 
 
-# By the catalogs, not by to_regclass(): that asks for rights itself. A column named in each test,
-# as an unknown name would be an error.
-_LACKING = """
-SELECT w.number FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
-    WITH ORDINALITY AS w (privilege, kind, schema, name, arguments, number)
-    CROSS JOIN (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = coalesce(%s, current_user)) AS
-        role
-WHERE NOT CASE w.kind
-    WHEN 'DATABASE' THEN EXISTS (
-        SELECT FROM pg_database AS d WHERE d.datname = current_database() AND
-            has_database_privilege(role.oid, d.oid, w.privilege))
-    WHEN 'SCHEMA' THEN EXISTS (
-        SELECT FROM pg_namespace AS n WHERE n.nspname = w.name AND has_schema_privilege(role.oid,
-            n.oid, w.privilege))
-    WHEN 'TABLE' THEN EXISTS (
-        SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = w.schema AND c.relname = w.name AND has_table_privilege(role.oid, c.oid,
-            w.privilege))
-    ELSE EXISTS (
-        SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
-        WHERE n.nspname = w.schema AND p.proname = w.name AND oidvectortypes(p.proargtypes) =
-            w.arguments
-          AND has_function_privilege(role.oid, p.oid, w.privilege))
-    END
-ORDER BY w.number"""
-
-
-def lacking(connection: PgConnection, tables: Tables, role: str | None = None) -> list[Right]:
-    """Those of the needed rights that a role does not have; what does not exist counts as lacking.
-
-    Args:
-        connection: Where to ask.
-        tables: Names of the tables.
-        role: Whose rights; None: the connection's own.
-    """
-    wanted = needed(tables, connection.info.dbname)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            _LACKING,
-            (
-                [right.privilege for right in wanted],
-                [right.kind for right in wanted],
-                [right.schema for right in wanted],
-                [right.name for right in wanted],
-                [right.arguments for right in wanted],
-                role,
-            ),
-        )
-        return [wanted[number - 1] for (number,) in cursor.fetchall()]
-
-
 def describe(rights: Iterable[Right]) -> str:
     """Rights in words, by what they are on: 'INSERT, UPDATE on "public"."sync_node"; …'."""
     found: dict[str, list[str]] = {}
@@ -125,20 +70,6 @@ def describe(rights: Iterable[Right]) -> str:
         kind = '' if right.kind == 'TABLE' else f'{right.kind.lower()} '
         found.setdefault(kind + right.thing, []).append(right.privilege)
     return '; '.join(f'{", ".join(privileges)} on {thing}' for thing, privileges in found.items())
-
-
-def policies(connection: PgConnection, tables: Tables) -> list[str]:
-    """Tables of which row-level security hides rows from this role."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-            WHERE n.nspname = %s AND starts_with(c.relname, %s) AND c.relrowsecurity AND
-                row_security_active(c.oid) ORDER BY 1
-            """,
-            (tables.schema, tables.appname),
-        )
-        return [f'{_quoted(tables.schema)}.{_quoted(name)}' for (name,) in cursor.fetchall()]
 
 
 def check_role(name: str) -> str:
@@ -187,23 +118,53 @@ def grants(tables: Tables, dbname: str, role: str) -> list[str]:
     ]
 
 
-def grant(connection: PgConnection, tables: Tables, role: str) -> None:
-    """Make the role and give it its rights.
+class RightStore(Store):
+    """What a role may do with the tables."""
 
-    Raises:
-        JobSyncError: Something is lacking afterwards: whoever grants what he may not grant is only
-            warned by PostgreSQL.
-    """
-    with connection.cursor() as cursor:
-        cursor.execute('SELECT current_database()')  # a pooler may know it by another name
-        for statement in grants(tables, cursor.fetchall()[0][0], role):
-            cursor.execute(statement)
-    left: Sequence[Right] = lacking(connection, tables, role)
-    if left:
-        raise JobSyncError(
-            f'this user may not grant {describe(left)}: run `jobsync init-db --role {role}` as '
-            'the owner of the tables'
+    def lacking(self, role: str | None = None) -> list[Right]:
+        """Those of the needed rights that a role does not have; what does not exist counts as
+        lacking.
+
+        Args:
+            role: Whose rights; None: the connection's own.
+        """
+        wanted = needed(self._tables, self.connection.info.dbname)
+        rows = self._rows(
+            'right.lacking',
+            {
+                'privileges': [right.privilege for right in wanted],
+                'kinds': [right.kind for right in wanted],
+                'schemas': [right.schema for right in wanted],
+                'names': [right.name for right in wanted],
+                'arguments': [right.arguments for right in wanted],
+                'role': role,
+            },
         )
+        return [wanted[number - 1] for (number,) in rows]
+
+    def policies(self) -> list[str]:
+        """Tables of which row-level security hides rows from this role."""
+        tables = self._tables
+        rows = self._rows('right.policies', {'schema': tables.schema, 'prefix': tables.appname})
+        return [f'{_quoted(tables.schema)}.{_quoted(name)}' for (name,) in rows]
+
+    def grant(self, role: str) -> None:
+        """Make the role and give it its rights.
+
+        Raises:
+            JobSyncError: Something is lacking afterwards: whoever grants what he may not grant is
+                only warned by PostgreSQL.
+        """
+        ((database,),) = self._rows('right.database')
+        with self.connection.cursor() as cursor:
+            for statement in grants(self._tables, database, role):
+                cursor.execute(statement)
+        left = self.lacking(role)
+        if left:
+            raise JobSyncError(
+                f'this user may not grant {describe(left)}: run `jobsync init-db --role {role}` as '
+                'the owner of the tables'
+            )
 
 
 def _quoted(name: str) -> str:

@@ -16,10 +16,11 @@ import psycopg2
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict, StoreTimeout
 from ..logs import get_logger
-from . import blockers, rights
+from .blockers import Blocker, BlockerStore, name_all
 from .connection import Sessions
 from .deadline import GuardedConnection
 from .location import PINNED_PATH, default_scope
+from .rights import RightStore, describe
 from .statements import read_migration
 from .tables import RELATIONS, Tables, quote_name
 
@@ -132,9 +133,9 @@ def create_schema(
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
         session.rollback()
         raise JobSyncError(_lacking(session, tables, config, error)) from error
-    left = rights.lacking(session, tables)
+    left = RightStore(session, tables).lacking()
     if left:
-        logger.warning('user=%s lacks %s: %s', config.user, rights.describe(left), _remedy(config))
+        logger.warning('user=%s lacks %s: %s', config.user, describe(left), _remedy(config))
 
 
 def _create_once(config: CoordinationConfig) -> None:
@@ -162,9 +163,9 @@ if hasattr(os, 'register_at_fork'):  # a thread of the parent may hold it
 def _lacking(
     session: PgConnection, tables: Tables, config: CoordinationConfig, error: psycopg2.Error
 ) -> str:
-    left = rights.lacking(session, tables)
+    left = RightStore(session, tables).lacking()
     session.rollback()
-    named = rights.describe(left) or 'the ownership of the tables, which have to be changed'
+    named = describe(left) or 'the ownership of the tables, which have to be changed'
     return (
         f'{error.diag.message_primary}: user {config.user!r} lacks {named}; what does not exist '
         'yet takes CREATE on its schema; '
@@ -211,10 +212,9 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
         except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected) as error:
             session.rollback()
             tries += 1
-            found = blockers.on_tables(session, list(tables.all.values()), all_modes=True)
-            lock_sec = (
-                _VACUUM_SEC if tries % 3 == 0 and blockers.vacuuming(session, tables) else _LOCK_SEC
-            )
+            blockers = BlockerStore(session, tables)
+            found = blockers.on_tables(list(tables.all.values()), all_modes=True)
+            lock_sec = _VACUUM_SEC if tries % 3 == 0 and blockers.vacuuming() else _LOCK_SEC
             session.rollback()
             if now - progress > _PATIENCE_SEC:
                 raise StoreTimeout(_in_the_way(tables, found)) from error
@@ -236,11 +236,11 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
         time.sleep(random.uniform(0.05, 0.2) if tries == 0 else random.uniform(0.2, 0.4))
 
 
-def _in_the_way(tables: Tables, found: Sequence[blockers.Blocker]) -> str:
+def _in_the_way(tables: Tables, found: Sequence[Blocker]) -> str:
     return (
         f'the tables {tables.appname}* could not be brought up to version {SCHEMA_VERSION} within '
         f'{_PATIENCE_SEC:g} s, as somebody '
-        f'else has locked one of them: {blockers.name_all(found) or "it is gone by now"}; end '
+        f'else has locked one of them: {name_all(found) or "it is gone by now"}; end '
         'that transaction and try again. '
         'Nodes that are running go on'
     )

@@ -13,7 +13,7 @@ from ..errors import ConfigurationError
 from ..job import Job
 from ..logs import get_logger
 from ..protocol.effects import RebalanceEvent
-from ..store import locks as lock_store
+from ..store.locks import LockStore
 from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .routing import pin_locks
@@ -107,11 +107,11 @@ def make_job(
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
             with job.session(pinned=True) as connection:
-                lock_store.register(connection, tables, check_locks(locks), name, pin=True)
+                LockStore(connection, tables).register(check_locks(locks), name, pin=True)
         unpinned = [task for task in known if task not in pins]
         if unpinned:
             with job.session(pinned=True) as connection:
-                old = lock_store.clear_old_pins(connection, tables, unpinned)
+                old = LockStore(connection, tables).clear_old_pins(unpinned)
             if old:
                 logger.info(
                     'node=%s removed %d locks of tasks that are pinned no longer', name, old

@@ -25,7 +25,7 @@ from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.cli import doctor
 from jobsync_core.cli.main import jobsync
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.store import locks
+from jobsync_core.store.locks import LockStore
 from jobsync_core.store.schema import render_schema
 from jobsync_core.store.tables import Tables
 from tests.support.rows import Rows, rows_of
@@ -205,11 +205,8 @@ class TestStatus:
     ) -> None:
         rows.node('a')
         with rows.sessions.session() as connection:
-            locks.register(
-                connection,
-                rows.tables,
-                [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)],
-                'x',
+            LockStore(connection, rows.tables).register(
+                [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)], 'x'
             )
         shown = good(run('locks', 'list'))
         assert '\x1b' not in shown
@@ -381,7 +378,7 @@ class TestLocks:
 
     def test_clear_by_creator(self, rows: Rows, run: Callable[..., Result]) -> None:
         with rows.sessions.session() as connection:
-            locks.register(connection, rows.tables, [('t', ('a',), None, None)], 'node-1')
+            LockStore(connection, rows.tables).register([('t', ('a',), None, None)], 'node-1')
         assert good(run('locks', 'clear', '--creator', 'node-2', '--yes')) == '0 locks deleted\n'
         assert good(run('locks', 'clear', '--creator', 'node-1', '--yes')) == '1 lock deleted\n'
 

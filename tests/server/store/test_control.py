@@ -54,9 +54,12 @@ from jobsync_core.protocol.messages import (
     Take,
     TakeReply,
 )
-from jobsync_core.store import leading, locks, status, tasks
+from jobsync_core.store import leading
 from jobsync_core.store.connection import Connection, Sessions
 from jobsync_core.store.control import Control
+from jobsync_core.store.locks import LockStore
+from jobsync_core.store.status import StatusStore
+from jobsync_core.store.tasks import TaskStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -158,7 +161,7 @@ class Store:
 
     def assignment(self) -> list[Segment]:
         with self.rows.sessions.session() as connection:
-            return status.assignment(connection, self.tables)
+            return StatusStore(connection, self.tables).assignment()
 
     def version(self) -> int:
         return int(self.rows.value(f'SELECT version FROM {self.tables.cluster}'))
@@ -436,7 +439,7 @@ class TestRefresh:
         store.join('b')
         store.join('c', active=False)
         with store.rows.sessions.session() as connection:
-            locks.register(connection, store.tables, [('old', ('%',), None, None)], 'x')
+            LockStore(connection, store.tables).register([('old', ('%',), None, None)], 'x')
         store.lead('a')
         assert store.refresh('a').planned and not store.ask(Observe()).stale
         if change == 'join':
@@ -445,10 +448,10 @@ class TestRefresh:
             store.ask(Leave('b', 'life of b'))
         elif change == 'lock':
             with store.rows.sessions.session() as connection:
-                locks.register(connection, store.tables, [('t', ('a',), None, None)], 'x')
+                LockStore(connection, store.tables).register([('t', ('a',), None, None)], 'x')
         elif change == 'clear':
             with store.rows.sessions.session() as connection:
-                locks.clear_all(connection, store.tables)
+                LockStore(connection, store.tables).clear_all()
         elif change == 'drain':
             store.ask(Drain('b', 'life of b', True))
         elif change == 'activate':
@@ -489,21 +492,14 @@ class TestTake:
             'of another day',
         )
         with store.rows.sessions.session() as connection:
-            tasks.claim(
-                connection,
-                store.tables,
-                'b',
-                'life of b',
-                TODAY,
-                [('claimed by b', token('claimed by b'))],
+            TaskStore(connection, store.tables).claim(
+                'b', 'life of b', TODAY, [('claimed by b', token('claimed by b'))]
             )
-            tasks.audit(connection, store.tables, 'gone', TODAY, [('audited', token('audited'))])
-            tasks.audit(
-                connection,
-                store.tables,
-                'a',
-                TODAY + datetime.timedelta(1),
-                [('of another day', token('of another day'))],
+            TaskStore(connection, store.tables).audit(
+                'gone', TODAY, [('audited', token('audited'))]
+            )
+            TaskStore(connection, store.tables).audit(
+                'a', TODAY + datetime.timedelta(1), [('of another day', token('of another day'))]
             )
         store.rows.run(
             f"INSERT INTO {store.tables.audit} (node, task_id, date) VALUES ('a', 'audited "
@@ -544,8 +540,8 @@ class TestTake:
             (text, task_to_token(text, 1000, 'double_sha256')) for text in map(str, range(400))
         ]
         with store.rows.sessions.session() as connection:
-            tasks.audit(connection, store.tables, 'gone', TODAY, placed[:300])
-            tasks.claim(connection, store.tables, 'b', 'life of b', TODAY, placed[300:])
+            TaskStore(connection, store.tables).audit('gone', TODAY, placed[:300])
+            TaskStore(connection, store.tables).claim('b', 'life of b', TODAY, placed[300:])
         mine = ((0, 300), (301, 302), (500, 1000))
         exclusions, ranges, pieces = Exclusions(1000), TokenSet(mine), 0
         while ranges:
@@ -570,12 +566,8 @@ class TestTake:
         with rows_of(config) as rows:
             rows.node('a')
             with rows.sessions.session() as connection:
-                tasks.audit(
-                    connection,
-                    rows.tables,
-                    'gone',
-                    TODAY,
-                    [(str(number), 0) for number in range(95)],
+                TaskStore(connection, rows.tables).audit(
+                    'gone', TODAY, [(str(number), 0) for number in range(95)]
                 )
             control, exclusions, line = (
                 Control(config, rows.tables, TODAY),
@@ -842,7 +834,7 @@ class TestLead:
         store.lead('a')
         before = written()
         with store.rows.sessions.session() as connection:
-            locks.register(connection, store.tables, [('t', ('a', 'b'), None, None)], 'x')
+            LockStore(connection, store.tables).register([('t', ('a', 'b'), None, None)], 'x')
         store.lead('a')
         after = written()
         assert sum(before.get(lo) == row for lo, row in after.items()) >= len(before) - 2
@@ -930,11 +922,8 @@ class TestLead:
         owner = next(s.node for s in store.assignment() if s.lo <= token < s.hi)
         other = 'b' if owner == 'a' else 'a'
         with store.rows.sessions.session() as connection:
-            locks.register(
-                connection,
-                store.tables,
-                [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)],
-                'x',
+            LockStore(connection, store.tables).register(
+                [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)], 'x'
             )
         assert 0 < store.ask(Observe()).next_expiry <= 86400
         assert store.lead('a').blocked == 1
@@ -1152,11 +1141,8 @@ class TestCost:
         for name in names:
             store.join(name)
         with store.rows.sessions.session() as connection:
-            locks.register(
-                connection,
-                store.tables,
-                [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)],
-                'x',
+            LockStore(connection, store.tables).register(
+                [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)], 'x'
             )
         began = time.monotonic()
         led = store.lead('n00')

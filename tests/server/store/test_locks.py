@@ -10,8 +10,8 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.store import locks
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.locks import LockStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -26,12 +26,12 @@ def register(
     rows: Rows, *locked: tuple[str, tuple[str, ...], str | None, float | None], by: str = 'a'
 ) -> int:
     with rows.sessions.session() as connection:
-        return locks.register(connection, rows.tables, locked, by)
+        return LockStore(connection, rows.tables).register(locked, by)
 
 
 def listed(rows: Rows) -> dict[str, dict[str, object]]:
     with rows.sessions.session() as connection:
-        return {lock['task_id']: lock for lock in locks.list_locks(connection, rows.tables)}
+        return {lock['task_id']: lock for lock in LockStore(connection, rows.tables).list_locks()}
 
 
 def listen(listener: Connection, heard: list[str]) -> bool:
@@ -137,9 +137,9 @@ class TestRegister:
         def node(name: str) -> None:
             try:
                 with rows.sessions.session() as connection:
-                    locks.clear_by_creator(connection, rows.tables, name)
-                    locks.register(
-                        connection, rows.tables, many if name < 'n3' else many[::-1], name
+                    LockStore(connection, rows.tables).clear_by_creator(name)
+                    LockStore(connection, rows.tables).register(
+                        many if name < 'n3' else many[::-1], name
                     )
             except BaseException as error:
                 failures.append(error)
@@ -185,14 +185,14 @@ class TestClear:
         register(rows, ('t', ('a',), None, None), by='a')
         register(rows, ('u', ('a',), None, None), by='b')
         with rows.sessions.session() as connection:
-            assert locks.clear_by_creator(connection, rows.tables, 'a') == 1
+            assert LockStore(connection, rows.tables).clear_by_creator('a') == 1
         assert set(listed(rows)) == {'u'}
         assert rows.lock_version == 3
 
     def test_only_the_named_tasks_go(self, rows: Rows) -> None:
         register(rows, *((name, ('a',), None, None) for name in 'tuv'))
         with rows.sessions.session() as connection:
-            assert locks.clear_tasks(connection, rows.tables, ['t', 'v', 'nothing']) == 2
+            assert LockStore(connection, rows.tables).clear_tasks(['t', 'v', 'nothing']) == 2
         assert set(listed(rows)) == {'u'}
 
     def test_locks_of_tasks_that_are_pinned_no_longer_go(self, rows: Rows) -> None:
@@ -201,11 +201,13 @@ class TestClear:
             pins = [
                 (f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)
             ]
-            locks.register(connection, rows.tables, pins, 'worker', pin=True)
+            LockStore(connection, rows.tables).register(pins, 'worker', pin=True)
         # A user's own, whatever its reason says.
         register(rows, ('shop.pay#5', ('%gpu',), 'pin', None), ('shop.pay', ('%gpu',), 'pin', None))
         with rows.sessions.session() as connection:
-            assert locks.clear_old_pins(connection, rows.tables, ['shop.pay', 'shop.other']) == 2
+            assert (
+                LockStore(connection, rows.tables).clear_old_pins(['shop.pay', 'shop.other']) == 2
+            )
         assert set(listed(rows)) == {
             'shop.pay#1#3',
             'shop.pay#1#12',
@@ -218,30 +220,30 @@ class TestClear:
     def test_all_go(self, rows: Rows) -> None:
         register(rows, *((name, ('a',), None, None) for name in 'tuv'))
         with rows.sessions.session() as connection:
-            assert locks.clear_all(connection, rows.tables) == 3
+            assert LockStore(connection, rows.tables).clear_all() == 3
         assert listed(rows) == {}
 
     def test_clearing_nothing_asks_for_no_plan(self, rows: Rows) -> None:
         with rows.sessions.session() as connection:
-            assert locks.clear_all(connection, rows.tables) == 0
-            assert locks.clear_tasks(connection, rows.tables, []) == 0
-            assert locks.clear_by_creator(connection, rows.tables, 'nobody') == 0
+            assert LockStore(connection, rows.tables).clear_all() == 0
+            assert LockStore(connection, rows.tables).clear_tasks([]) == 0
+            assert LockStore(connection, rows.tables).clear_by_creator('nobody') == 0
         assert rows.lock_version == 0
 
 
 def test_more_locks_than_a_plan_can_bear_are_refused_and_none_of_them_is_registered(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, 'LOCKS', 5)
+    monkeypatch.setattr('jobsync_core.store.locks.LOCKS', 5)
     with rows.sessions.session() as connection:
-        locks.register(
-            connection, rows.tables, [(f't{n}', ('a',), None, None) for n in range(5)], 'x'
+        LockStore(connection, rows.tables).register(
+            [(f't{n}', ('a',), None, None) for n in range(5)], 'x'
         )
     with (
         pytest.raises(ConfigurationError, match='would be 6 locks, 5 at most'),
         rows.sessions.session() as connection,
     ):
-        locks.register(connection, rows.tables, [('more', ('a',), None, None)], 'x')
+        LockStore(connection, rows.tables).register([('more', ('a',), None, None)], 'x')
     with rows.sessions.session() as connection:
-        locks.register(connection, rows.tables, [('t1', ('b',), None, None)], 'x')
+        LockStore(connection, rows.tables).register([('t1', ('b',), None, None)], 'x')
     assert rows.value(f'SELECT count(*) FROM {rows.tables.lock}') == 5

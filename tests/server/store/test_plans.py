@@ -20,10 +20,12 @@ from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.round import decide
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Observe, Refresh, RoundReply
-from jobsync_core.store import leading, locks, plans, status
+from jobsync_core.store import leading, plans
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.control import Control
+from jobsync_core.store.locks import LockStore
 from jobsync_core.store.plans import cut
+from jobsync_core.store.status import StatusStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -49,11 +51,8 @@ class Leader:
 
     def lock(self, count: int) -> None:
         with self.rows.sessions.session() as connection:
-            locks.register(
-                connection,
-                self.tables,
-                [(f't{n}', ('abc'[n % 3],), None, None) for n in range(count)],
-                'x',
+            LockStore(connection, self.tables).register(
+                [(f't{n}', ('abc'[n % 3],), None, None) for n in range(count)], 'x'
             )
 
     def lead(self) -> RoundReply:
@@ -69,7 +68,7 @@ class Leader:
 
     def assignment(self) -> list[Segment]:
         with self.rows.sessions.session() as connection:
-            return status.assignment(connection, self.tables)
+            return StatusStore(connection, self.tables).assignment()
 
     def give_all(self, name: str) -> None:
         seen = self.ask(Refresh(name, f'life of {name}'))
@@ -207,7 +206,7 @@ def test_since_when_a_node_has_owned_a_token_survives_the_cutting_of_its_row(
     leader: Leader,
 ) -> None:
     with leader.rows.sessions.session() as connection:
-        locks.clear_all(connection, leader.tables)
+        LockStore(connection, leader.tables).clear_all()
     leader.finish()
     leader.rows.run(f"UPDATE {leader.tables.assignment} SET assigned_at = '2020-01-01'")
     leader.lock(3000)

@@ -13,8 +13,10 @@ from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.simulate import Move
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError
-from jobsync_core.store import locks, status, tasks
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.locks import LockStore
+from jobsync_core.store.status import StatusStore
+from jobsync_core.store.tasks import TaskStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -27,11 +29,12 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
 
 def ask(rows: Rows, question: Callable[..., Any], *args: object) -> Any:
     with rows.sessions.session() as connection:
-        return question(connection, rows.tables, *args)
+        return question(StatusStore(connection, rows.tables), *args)
 
 
 def lock(rows: Rows, task_id: str, *patterns: str) -> None:
-    ask(rows, locks.register, [(task_id, patterns, 'why', None)], 'tester')
+    with rows.sessions.session() as connection:
+        LockStore(connection, rows.tables).register([(task_id, patterns, 'why', None)], 'tester')
 
 
 def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads(
@@ -43,7 +46,7 @@ def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads
     rows.own(0, 6_000, 'second')
     rows.own(6_000, 7_000, 'third', moving_to='second')
     rows.own(7_000, 10_000, None)
-    found = ask(rows, status.nodes)
+    found = ask(rows, StatusStore.nodes)
     assert [
         (node['name'], node['alive'], node['is_leader'], node['tokens'], node['leaving'])
         for node in found
@@ -58,8 +61,8 @@ def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads
 
 def test_a_nodes_own_timeout_decides_unless_one_is_given(rows: Rows) -> None:
     rows.node('a', age=rows.config.heartbeat_timeout_sec + 5)
-    assert [node['alive'] for node in ask(rows, status.nodes)] == [False]
-    assert [node['alive'] for node in ask(rows, status.nodes, 60.0)] == [True]
+    assert [node['alive'] for node in ask(rows, StatusStore.nodes)] == [False]
+    assert [node['alive'] for node in ask(rows, StatusStore.nodes, 60.0)] == [True]
 
 
 def test_the_assignment_comes_back_as_segments(rows: Rows) -> None:
@@ -67,22 +70,22 @@ def test_the_assignment_comes_back_as_segments(rows: Rows) -> None:
     rows.node('b')
     rows.own(5, 10_000, 'b')
     rows.own(0, 5, 'a', moving_to='b')
-    assert ask(rows, status.assignment) == [
+    assert ask(rows, StatusStore.assignment) == [
         Segment(0, 5, 'a', True, 'b', False, 1),
         Segment(5, 10_000, 'b', version=1),
     ]
-    assert ask(rows, status.owner, 4) == 'a'
-    assert ask(rows, status.owner, 10_000) is None
+    assert ask(rows, StatusStore.owner, 4) == 'a'
+    assert ask(rows, StatusStore.owner, 10_000) is None
 
 
 def test_rebalances_come_newest_first_up_to_the_limit(rows: Rows) -> None:
     for number in range(3):
         rows.rebalance('because', 'a', number)
-    assert [row['tokens_moved'] for row in ask(rows, status.rebalances, 2)] == [2, 1]
+    assert [row['tokens_moved'] for row in ask(rows, StatusStore.rebalances, 2)] == [2, 1]
 
 
 def test_the_cluster_tells_its_settings(rows: Rows) -> None:
-    found = ask(rows, status.cluster)
+    found = ask(rows, StatusStore.cluster)
     assert (found['total_tokens'], found['hash_function']) == (
         rows.config.total_tokens,
         rows.config.hash_function,
@@ -102,7 +105,7 @@ class TestExplain:
         rows.own(0, 10_000, 'gpu-1')
         lock(rows, 't', 'gold-%', 'gpu-%')
         token = task_to_token('t', 10_000, 'double_sha256')
-        found = ask(rows, status.explain, 't', token)
+        found = ask(rows, StatusStore.explain, 't', token)
         assert (found['owner'], found['token'], found['pattern'], found['next']) == (
             'gpu-1',
             token,
@@ -117,7 +120,7 @@ class TestExplain:
         rows.node('a')
         rows.node('b')
         rows.own(0, 10_000, 'a')
-        found = ask(rows, status.explain, 't', 7)
+        found = ask(rows, StatusStore.explain, 't', 7)
         assert (found['lock'], found['pattern'], found['owner'], found['next']) == (
             None,
             None,
@@ -129,16 +132,16 @@ class TestExplain:
         rows.node('a')
         rows.own(0, 10_000, 'a')
         lock(rows, 'pinned', 'a')
-        assert ask(rows, status.explain, 'free', task_to_token('pinned', 10_000, 'double_sha256'))[
-            'others'
-        ] == ['pinned']
+        assert ask(
+            rows, StatusStore.explain, 'free', task_to_token('pinned', 10_000, 'double_sha256')
+        )['others'] == ['pinned']
 
     def test_a_blocked_task_has_no_owner_and_nobody_next(self, rows: Rows) -> None:
         rows.node('a')
         lock(rows, 't', 'nowhere')
         token = task_to_token('t', 10_000, 'double_sha256')
         rows.own(token, token + 1, None, blocked=True)
-        found = ask(rows, status.explain, 't', token)
+        found = ask(rows, StatusStore.explain, 't', token)
         assert (
             found['owner'],
             found['blocked'],
@@ -146,7 +149,7 @@ class TestExplain:
             found['next'],
             found['since'],
         ) == (None, True, None, None, None)
-        assert ask(rows, status.blocked) == [
+        assert ask(rows, StatusStore.blocked) == [
             {
                 'lo': token,
                 'hi': token + 1,
@@ -156,8 +159,8 @@ class TestExplain:
         ]
 
     def test_before_the_first_plan(self, rows: Rows) -> None:
-        assert ask(rows, status.explain, 't', 1)['owner'] is None
-        assert ask(rows, status.blocked) == []
+        assert ask(rows, StatusStore.explain, 't', 1)['owner'] is None
+        assert ask(rows, StatusStore.blocked) == []
 
 
 class TestDrain:
@@ -167,8 +170,8 @@ class TestDrain:
         heard: list[str] = []
         try:
             listener.listen(rows.tables.channel)
-            assert ask(rows, status.set_drain, 'a', True) is True
-            assert ask(rows, status.set_drain, 'a', True) is False
+            assert ask(rows, StatusStore.set_drain, 'a', True) is True
+            assert ask(rows, StatusStore.set_drain, 'a', True) is False
             eventually(lambda: listen(listener, heard))
         finally:
             listener.close()
@@ -177,22 +180,22 @@ class TestDrain:
 
     def test_undrain_takes_it_back(self, rows: Rows) -> None:
         rows.node('a', state='draining')
-        assert ask(rows, status.set_drain, 'a', False) is True
-        assert ask(rows, status.set_drain, 'a', False) is False
+        assert ask(rows, StatusStore.set_drain, 'a', False) is True
+        assert ask(rows, StatusStore.set_drain, 'a', False) is False
         assert rows.value(f'SELECT state FROM {rows.tables.node}') == 'active'
 
     def test_a_joining_node_is_refused(self, rows: Rows) -> None:
         rows.node('a', state='joining')
         with pytest.raises(JobSyncError, match='still joining'):
-            ask(rows, status.set_drain, 'a', True)
+            ask(rows, StatusStore.set_drain, 'a', True)
 
     def test_an_unknown_name_is_told_the_known_ones(self, rows: Rows) -> None:
         rows.node('alpha')
         rows.node('beta')
         with pytest.raises(JobSyncError, match=r"'gamma'.*alpha, beta"):
-            ask(rows, status.set_drain, 'gamma', True)
+            ask(rows, StatusStore.set_drain, 'gamma', True)
         with pytest.raises(JobSyncError, match=r"'gamma'.*alpha, beta"):
-            ask(rows, status.plan_without, 'gamma')
+            ask(rows, StatusStore.plan_without, 'gamma')
 
 
 class TestPlanWithout:
@@ -202,9 +205,12 @@ class TestPlanWithout:
         rows.own(0, 4_000, 'a')
         rows.own(4_000, 7_000, 'b')
         rows.own(7_000, 10_000, 'c')
-        before = ask(rows, status.assignment)
-        assert ask(rows, status.plan_without, 'a') == [Move('a', 'b', 2_000), Move('a', 'c', 2_000)]
-        assert ask(rows, status.assignment) == before
+        before = ask(rows, StatusStore.assignment)
+        assert ask(rows, StatusStore.plan_without, 'a') == [
+            Move('a', 'b', 2_000),
+            Move('a', 'c', 2_000),
+        ]
+        assert ask(rows, StatusStore.assignment) == before
         assert rows.value(f"SELECT state FROM {rows.tables.node} WHERE name = 'a'") == 'active'
 
     def test_what_nobody_else_may_have_is_blocked(self, rows: Rows) -> None:
@@ -216,7 +222,7 @@ class TestPlanWithout:
             str(n) for n in range(1_000) if task_to_token(n, 10_000, 'double_sha256') < 5_000
         )
         lock(rows, task_id, 'gpu')
-        assert ask(rows, status.plan_without, 'gpu') == [
+        assert ask(rows, StatusStore.plan_without, 'gpu') == [
             Move('gpu', 'cpu', 4_999),
             Move('gpu', None, 1),
         ]
@@ -225,7 +231,7 @@ class TestPlanWithout:
         rows.node('a')
         rows.node('b', age=60)
         rows.own(0, 10_000, 'a')
-        assert ask(rows, status.plan_without, 'a') == [Move('a', None, 10_000)]
+        assert ask(rows, StatusStore.plan_without, 'a') == [Move('a', None, 10_000)]
 
 
 def test_what_was_done_with_a_task_is_told(rows: Rows) -> None:
@@ -233,20 +239,20 @@ def test_what_was_done_with_a_task_is_told(rows: Rows) -> None:
     rows.own(0, 10_000, 'a')
     today = datetime.date.today()
     with rows.sessions.session() as connection:
-        tasks.claim(connection, rows.tables, 'a', 'life of a', today, [('t', 1)])
-    found = ask(rows, status.explain, 't', 1)
+        TaskStore(connection, rows.tables).claim('a', 'life of a', today, [('t', 1)])
+    found = ask(rows, StatusStore.explain, 't', 1)
     assert (found['claim']['node'], found['claim']['promised'], found['audit']) == (
         'a',
         False,
         None,
     )
     with rows.sessions.session() as connection:
-        tasks.audit(connection, rows.tables, 'a', today, [('t', 1)])
-    found = ask(rows, status.explain, 't', 1)
+        TaskStore(connection, rows.tables).audit('a', today, [('t', 1)])
+    found = ask(rows, StatusStore.explain, 't', 1)
     assert found['claim'] is None and (
         found['audit']['node'],
         found['audit']['date'],
         found['audit']['counts'],
     ) == ('a', today, True)
     rows.run(f'UPDATE {rows.tables.cluster} SET epoch = epoch + 1')
-    assert not ask(rows, status.explain, 't', 1)['audit']['counts']
+    assert not ask(rows, StatusStore.explain, 't', 1)['audit']['counts']

@@ -17,7 +17,7 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ClaimLost
 from jobsync_core.protocol.ownership import Ownership
-from jobsync_core.store import tasks
+from jobsync_core.store.tasks import TaskStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -43,17 +43,19 @@ def claim(
     date: datetime.date = TODAY,
 ) -> list[str]:
     with rows.sessions.session() as connection:
-        return tasks.claim(connection, rows.tables, node, life or f'life of {node}', date, wanted)
+        return TaskStore(connection, rows.tables).claim(
+            node, life or f'life of {node}', date, wanted
+        )
 
 
 def audit(rows: Rows, node: str, *texts: str) -> None:
     with rows.sessions.session() as connection:
-        tasks.audit(connection, rows.tables, node, TODAY, [(text, 0) for text in texts])
+        TaskStore(connection, rows.tables).audit(node, TODAY, [(text, 0) for text in texts])
 
 
 def taken(rows: Rows, node: str, text: str, date: datetime.date = TODAY) -> bool:
     with rows.sessions.session() as connection:
-        return tasks.is_taken(connection, rows.tables, node, date, text)
+        return TaskStore(connection, rows.tables).is_taken(node, date, text)
 
 
 def move(rows: Rows, lo: int, hi: int, node: str) -> None:
@@ -111,7 +113,7 @@ class TestClaim:
 
     def test_it_is_durable_when_it_returns(self, rows: Rows) -> None:
         with rows.sessions.session() as connection:
-            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1)])
+            TaskStore(connection, rows.tables).claim('a', 'life of a', TODAY, [('t', 1)])
             connection.rollback()
         assert taken(rows, 'b', 't')
 
@@ -119,9 +121,9 @@ class TestClaim:
         with rows.sessions.session() as connection:
             with connection.cursor() as cursor:
                 cursor.execute('SELECT 1')
-            assert tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1)]) == [
-                't'
-            ]
+            assert TaskStore(connection, rows.tables).claim(
+                'a', 'life of a', TODAY, [('t', 1)]
+            ) == ['t']
             connection.rollback()
         assert not taken(rows, 'b', 't')
 
@@ -201,7 +203,7 @@ class TestMovingTokens:
         with rows.sessions.session() as taker:
             with taker.cursor() as cursor:
                 cursor.execute('SELECT 1')
-            assert tasks.claim(taker, rows.tables, 'a', 'life of a', TODAY, [('t', 1)]) == ['t']
+            assert TaskStore(taker, rows.tables).claim('a', 'life of a', TODAY, [('t', 1)]) == ['t']
             with rows.sessions.session() as giver, giver.cursor() as cursor:
                 cursor.execute("SET LOCAL lock_timeout = '100ms'")
                 with pytest.raises(psycopg2.errors.LockNotAvailable):
@@ -217,7 +219,7 @@ class TestMovingTokens:
         move(rows, 0, 5_000, 'b')
         accepted: list[list[str]] = []
         with rows.sessions.session() as auditor:
-            tasks.audit(auditor, rows.tables, 'a', TODAY, [('t', 0)])
+            TaskStore(auditor, rows.tables).audit('a', TODAY, [('t', 0)])
             thread = threading.Thread(target=lambda: accepted.append(claim(rows, 'b', ('t', 1))))
             thread.start()
             eventually(lambda: rows.waiting() == 1)
@@ -233,10 +235,10 @@ class TestAudit:
         audit(rows, 'a', 't')
         assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == [('u',)]
         with rows.sessions.session() as connection:
-            assert tasks.get_audit(connection, rows.tables, TODAY) == [
+            assert TaskStore(connection, rows.tables).get_audit(TODAY) == [
                 {'node': 'a', 'task_id': 't'}
             ]
-            assert tasks.get_audit(connection, rows.tables, TOMORROW) == []
+            assert TaskStore(connection, rows.tables).get_audit(TOMORROW) == []
 
     def test_a_second_time_changes_nothing(self, rows: Rows) -> None:
         audit(rows, 'a', 't')
@@ -267,34 +269,34 @@ class TestTaken:
     def test_released_claims_are_free_and_another_lifes_stay(self, rows: Rows) -> None:
         claim(rows, 'a', ('t', 1))
         with rows.sessions.session() as connection:
-            tasks.release_claims(connection, rows.tables, 'a', 'a former one')
+            TaskStore(connection, rows.tables).release_claims('a', 'a former one')
         assert taken(rows, 'b', 't')
         with rows.sessions.session() as connection:
-            tasks.release_claims(connection, rows.tables, 'a', 'life of a')
+            TaskStore(connection, rows.tables).release_claims('a', 'life of a')
         assert not taken(rows, 'b', 't')
 
 
 class TestChildren:
     def test_what_a_child_took_is_audited_and_not_released(self, rows: Rows) -> None:
         with rows.sessions.session() as connection:
-            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('mine', 1)])
-            tasks.claim(
-                connection,
-                rows.tables,
-                'a',
-                'life of a',
-                TODAY,
-                [('of a child', 2), ('of another', 3)],
-                77,
+            TaskStore(connection, rows.tables).claim('a', 'life of a', TODAY, [('mine', 1)])
+            TaskStore(connection, rows.tables).claim(
+                'a', 'life of a', TODAY, [('of a child', 2), ('of another', 3)], 77
             )
-            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('of another', 3)], 78)
-            assert tasks.release_claims(connection, rows.tables, 'a', 'life of a') == 1
-            assert tasks.audit_children(connection, rows.tables, 'a', 'a former life', TODAY) == 0
-            assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY, 78) == 1
+            TaskStore(connection, rows.tables).claim(
+                'a', 'life of a', TODAY, [('of another', 3)], 78
+            )
+            assert TaskStore(connection, rows.tables).release_claims('a', 'life of a') == 1
+            assert (
+                TaskStore(connection, rows.tables).audit_children('a', 'a former life', TODAY) == 0
+            )
+            assert (
+                TaskStore(connection, rows.tables).audit_children('a', 'life of a', TODAY, 78) == 1
+            )
             assert (
                 rows.run(f'SELECT task_id, node FROM {rows.tables.audit}') == []
             )  # not committed yet
-            assert tasks.audit_children(connection, rows.tables, 'a', 'life of a', TODAY) == 1
+            assert TaskStore(connection, rows.tables).audit_children('a', 'life of a', TODAY) == 1
         assert rows.run(f'SELECT task_id, node FROM {rows.tables.audit} ORDER BY 1') == [
             ('of a child', 'a'),
             ('of another', 'a'),
@@ -303,8 +305,10 @@ class TestChildren:
 
     def test_the_claims_of_a_child_are_released_by_name(self, rows: Rows) -> None:
         with rows.sessions.session() as connection:
-            tasks.claim(connection, rows.tables, 'a', 'life of a', TODAY, [('t', 1), ('u', 2)], 77)
-            assert tasks.release_claims(connection, rows.tables, 'a', 'life of a', ['t']) == 1
+            TaskStore(connection, rows.tables).claim(
+                'a', 'life of a', TODAY, [('t', 1), ('u', 2)], 77
+            )
+            assert TaskStore(connection, rows.tables).release_claims('a', 'life of a', ['t']) == 1
         assert rows.run(f'SELECT task_id FROM {rows.tables.claim}') == [('u',)]
 
 
@@ -327,7 +331,7 @@ class TestPromises:
     @staticmethod
     def take_back(rows: Rows, text: str, life: str = 'life of a') -> bool:
         with rows.sessions.session() as connection:
-            return tasks.release_promise(connection, rows.tables, 'a', life, TODAY, text)
+            return TaskStore(connection, rows.tables).release_promise('a', life, TODAY, text)
 
     def test_a_promise_keeps_the_new_owner_away_until_it_is_taken_back(self, rows: Rows) -> None:
         self.promise(rows, 't')

@@ -17,8 +17,8 @@ from jobsync_core.agent.task_claims import TaskClaims
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClaimLost, InvalidTaskId
 from jobsync_core.protocol.ownership import Ownership
-from jobsync_core.store import tasks
 from jobsync_core.store.tables import Tables
+from jobsync_core.store.tasks import TaskStore
 from tests.support.waiting import eventually
 
 TOTAL = 64
@@ -26,14 +26,14 @@ EVERYTHING = TokenSet([(0, TOTAL)])
 
 
 class Database:
-    """Stands for the claim and audit tables: what `TaskClaims` asks of store.tasks."""
+    """Stands for the claim and audit tables: what `TaskClaims` asks of TaskStore."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused: set[str] = set()
         self.audited: list[str] = []
         self.promised: set[str] = set()
         for name in ('claim', 'audit', 'release_promise', 'read_epoch'):
-            monkeypatch.setattr(tasks, name, getattr(self, name))
+            monkeypatch.setattr(TaskStore, name, getattr(self, name))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -41,8 +41,6 @@ class Database:
 
     def claim(
         self,
-        connection: None,
-        tables: Tables,
         node: str,
         incarnation: str,
         date: object,
@@ -51,24 +49,14 @@ class Database:
     ) -> list[str]:
         return [text for text, _ in rows if text not in self.refused]
 
-    def read_epoch(self, connection: None, tables: Tables) -> int:
+    def read_epoch(self) -> int:
         return 7
 
-    def audit(
-        self,
-        connection: None,
-        tables: Tables,
-        node: str,
-        date: object,
-        rows: list[tuple[str, int]],
-        epoch: int,
-    ) -> None:
+    def audit(self, node: str, date: object, rows: list[tuple[str, int]], epoch: int) -> None:
         assert epoch == 7
         self.audited += [text for text, _ in rows]
 
-    def release_promise(
-        self, connection: None, tables: Tables, node: str, incarnation: str, date: object, text: str
-    ) -> bool:
+    def release_promise(self, node: str, incarnation: str, date: object, text: str) -> bool:
         found = text in self.promised
         self.promised.discard(text)
         return found
@@ -218,7 +206,7 @@ def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
         return next(answers)
 
     assert node.tasks.can_claim('x')
-    monkeypatch.setattr(tasks, 'claim', claim)
+    monkeypatch.setattr(TaskStore, 'claim', claim)
     node.tasks.add('x')
     assert node.tasks.can_claim('x')
 
@@ -233,7 +221,7 @@ def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(
     if broken == 'too old':
         node.now += CoordinationConfig().heartbeat_timeout_sec + 1
     node.ownership.replace(TokenSet())
-    monkeypatch.setattr(tasks, 'claim', lambda *_: next(answers))
+    monkeypatch.setattr(TaskStore, 'claim', lambda *_: next(answers))
     with pytest.raises(ClaimLost, match="'x'"):
         node.tasks.add('x')
 
@@ -287,14 +275,14 @@ def test_two_threads_that_audit_at_once_write_each_task_once(
     for text in ('x', 'y', 'z'):
         node.tasks.add(text)
     inside, go_on, counts = threading.Event(), threading.Event(), list[int]()
-    audit = tasks.audit
+    audit = TaskStore.audit
 
-    def slow(*args: Any) -> None:
+    def slow(_: TaskStore, *args: Any) -> None:
         inside.set()
         assert go_on.wait(10)
         audit(*args)
 
-    monkeypatch.setattr(tasks, 'audit', slow)
+    monkeypatch.setattr(TaskStore, 'audit', slow)
     threads = [threading.Thread(target=lambda: counts.append(node.tasks.audit())) for _ in range(2)]
     threads[0].start()
     assert inside.wait(10)
@@ -310,16 +298,16 @@ def test_two_threads_that_audit_at_once_write_each_task_once(
 def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audit = tasks.audit
+    audit = TaskStore.audit
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(_: TaskStore, *args: Any) -> None:
         audit(*args)
         if len(node.database.audited) == 2:
             assert node.tasks.audit() == 2  # as by the handler of a signal
 
     for text in ('x', 'y'):
         node.tasks.add(text)
-    monkeypatch.setattr(tasks, 'audit', interrupted)
+    monkeypatch.setattr(TaskStore, 'audit', interrupted)
     assert node.tasks.audit() == 2
     assert node.tasks.audit() == 0
 
