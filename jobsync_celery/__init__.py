@@ -4,7 +4,8 @@ owns them.
 
 from jobsync_core.ledger.execution import current_execution
 
-from .once import exactly_once
-from .plugin import JobSync, rebalanced, released
+from .plugin import JobSync
+from .signals import rebalanced, released
+from .tasks.once import exactly_once
 
 __all__ = ['JobSync', 'current_execution', 'exactly_once', 'rebalanced', 'released']

@@ -12,8 +12,8 @@ import click
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError
 
+from .application import read_config
 from .plugin import JobSync
-from .settings import read_config
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -6,17 +6,17 @@ from typing import Any
 
 from celery.worker.control import inspect_command
 
+from .hooks import WorkerHooks
+
 __all__ = ['jobsync']
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # celery has no types
 def jobsync(state: Any) -> dict[str, Any]:
     """Show the JobSync node of each worker: lease, tokens, messages."""
-    from .plugin import JobSync
-
-    plugin = JobSync.of(state.app)
+    hooks = WorkerHooks.of(state.app)
     return (
-        plugin.local_status()
-        if plugin is not None
+        hooks.local_status()
+        if hooks is not None
         else {'error': 'this worker has no JobSync: call JobSync(app)'}
     )

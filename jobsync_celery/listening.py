@@ -13,7 +13,7 @@ from celery.worker import state
 from jobsync_core import clock
 
 if TYPE_CHECKING:
-    from .mail import Leftovers
+    from .redis.leftovers import Leftovers
 
 __all__ = ['Listening']
 

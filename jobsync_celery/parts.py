@@ -6,10 +6,10 @@ docs/CELERY.md has the same table, for people.
 
 from __future__ import annotations
 
-import dis
-import importlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+
+from jobsync_core.worker.parts import Part
+from jobsync_core.worker.parts import missing as lacking
 
 __all__ = [
     'CLIENTS',
@@ -24,21 +24,6 @@ __all__ = [
     'Part',
     'missing',
 ]
-
-
-class Part(NamedTuple):
-    """Something private that is used.
-
-    Attributes:
-        use: What it is used for; parts of one use stand and fall together.
-        owner: `module:Class`, or a module.
-        names: Attributes. One that an instance gets from a method is found as well.
-    """
-
-    use: str
-    owner: str
-    names: tuple[str, ...]
-
 
 RECEIVE, HAND_OVER, CLIENTS, RESTORE = (
     'receiving on Redis',
@@ -195,40 +180,4 @@ def missing(uses: Iterable[str] = ()) -> list[str]:
     Args:
         uses: Only what is used for these; all, by default.
     """
-    wanted = set(uses)
-    return [
-        f'{part.owner}.{name}'
-        for part in PARTS
-        if not wanted or part.use in wanted
-        for name in _lacking(part)
-    ]
-
-
-def _lacking(part: Part) -> list[str]:
-    module, _, attribute = part.owner.partition(':')
-    try:
-        owner: Any = importlib.import_module(module)
-        owner = getattr(owner, attribute) if attribute else owner
-    except (ImportError, AttributeError):
-        return list(part.names)
-    return [name for name in part.names if not hasattr(owner, name) and name not in _stored(owner)]
-
-
-def _stored(owner: Any) -> set[str]:
-    # What an instance gets when a method runs, without making one: the method's code stores it.
-    methods = [
-        method
-        for cls in (owner.__mro__ if isinstance(owner, type) else ())
-        for method in vars(cls).values()
-    ]
-    codes = [
-        code
-        for code in (getattr(method, '__code__', None) for method in methods)
-        if code is not None
-    ]
-    return {
-        step.argval
-        for code in codes
-        for step in dis.get_instructions(code)
-        if step.opname == 'STORE_ATTR'
-    }
+    return lacking(PARTS, uses)

@@ -17,7 +17,7 @@ from jobsync_core.worker.settings import PluginSettings
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['CelerySettings', 'read_config', 'read_settings']
+__all__ = ['CelerySettings', 'read_settings']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +104,3 @@ def _check_names(app: Celery) -> None:
                 else f': remove it; the settings are {", ".join(_NAMES)}'
             )
         )
-
-
-def read_config(app: Celery) -> CoordinationConfig:
-    """The cluster that an app's plugin works with; for commands and beat.
-
-    Raises:
-        ConfigurationError: A setting cannot work.
-    """
-    from .plugin import JobSync
-
-    plugin = JobSync.of(app)
-    return (plugin.settings if plugin is not None else read_settings(app)).config

@@ -15,8 +15,8 @@ from jobsync_core.errors import DatabaseUnavailable, JobSyncError
 from jobsync_core.worker.node_of_tests import node_of_tests
 
 from .cold_shutdown import ColdShutdown
+from .hooks import WorkerHooks
 from .logs import get_logger
-from .plugin import JobSync
 
 if TYPE_CHECKING:
     from jobsync_core.job import Job
@@ -41,14 +41,14 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         **options: Any,
     ) -> None:
         super().__init__(parent, **options)
-        plugin = JobSync.of(parent.app)
-        assert plugin is not None
-        self._plugin = plugin
+        hooks = WorkerHooks.of(parent.app)
+        assert hooks is not None
+        self._hooks = hooks
         self._cold: ColdShutdown | None = None
         self.enabled = node_of_tests() is None  # a test's worker is no node
         if self.enabled:
             try:
-                plugin.prepare_worker(parent, jobsync_node, jobsync_weight)
+                hooks.prepare_worker(parent, jobsync_node, jobsync_weight)
             except JobSyncError as error:
                 logger.critical('JobSync: %s', error)
                 raise WorkerShutdown(_EX_FAILURE) from error
@@ -66,15 +66,15 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             raise WorkerShutdown(_EX_FAILURE) from error
 
     def _enter(self, parent: Any) -> None:
-        job = self._plugin.job
+        job = self._hooks.job
         assert job is not None
-        self._plugin.serve()
+        self._hooks.serve()
         try:
-            self._plugin.wait_for_servers(state.maybe_shutdown)
+            self._hooks.wait_for_servers(state.maybe_shutdown)
         except DatabaseUnavailable as error:
-            if self._plugin.settings.required:
+            if self._hooks.required:
                 raise
-            self._plugin.go_uncoordinated(error)
+            self._hooks.go_uncoordinated(error)
             return
         failure: list[Exception] = []
 
@@ -95,14 +95,14 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             raise
         if not failure:
             try:
-                self._plugin.entered(parent)
+                self._hooks.entered()
             except BaseException:
-                self._plugin.leave()
+                self._hooks.leave()
                 raise
-        elif self._plugin.settings.required:
+        elif self._hooks.required:
             raise failure[0]
         else:
-            self._plugin.go_uncoordinated(failure[0])
+            self._hooks.go_uncoordinated(failure[0])
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
         """The event loop is about to begin, for the first connection or another."""
@@ -119,7 +119,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
 
     def close(self, parent: Any) -> None:
         """The worker shuts down: give the tokens away while the running tasks end."""
-        self._plugin.closing()
+        self._hooks.closing()
 
     def stop(self, parent: Any) -> None:
         """Leaving comes later, after the pool: see GateStep.shutdown."""
@@ -134,21 +134,21 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        plugin = JobSync.of(parent.app)
-        assert plugin is not None
-        self._plugin = plugin
+        hooks = WorkerHooks.of(parent.app)
+        assert hooks is not None
+        self._hooks = hooks
         self.enabled = node_of_tests() is None
         if self.enabled:
-            plugin.attach(parent)
+            hooks.attach(parent)
 
     def start(self, parent: Any) -> None:
         """A connection is there, the first one or another."""
-        self._plugin.connected()
+        self._hooks.connected()
 
     def stop(self, parent: Any) -> None:
         """The connection is lost, or the worker stops."""
-        self._plugin.disconnected()
+        self._hooks.disconnected()
 
     def shutdown(self, parent: Any) -> None:
         """The worker ends, and all of its tasks have: leave the cluster."""
-        self._plugin.leave()
+        self._hooks.leave()

@@ -11,11 +11,13 @@ from billiard.einfo import ExceptionWithTraceback
 from celery import Celery
 from celery.worker import state
 
-from jobsync_celery import JobSync, exactly_once
-from jobsync_celery import gate as gate_module
-from jobsync_celery import holding as holding_module
-from jobsync_celery.gate import ConsumerGate
+from jobsync_celery import exactly_once
+from jobsync_celery.broker.queues import Queues
+from jobsync_celery.gate import gate as gate_module
+from jobsync_celery.gate import holding as holding_module
+from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.settings import CelerySettings
+from jobsync_celery.tasks.coordinated import Tasks, watch_tasks
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.owners import Place
@@ -105,6 +107,7 @@ class Bench:
         self.log: list[str] = []
         self.clock = clock
         self.job, self.owners = FakeJob(), FakeOwners()
+        self.is_node = True
         self.publish_error: Exception | None = None
         self.ack_error: Exception | None = None
         self.timers: list[Callable[[], object]] = []
@@ -113,14 +116,13 @@ class Bench:
         self.app = Celery(
             'bench', broker='memory://', backend='cache+memory://', set_as_current=False
         )
+        watch_tasks(self.app)
         self.app.task(name='keyed', shared=False, jobsync_key='{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
         self.app.task(name='once', shared=False)(exactly_once(key='{n}')(_task))
         config = CoordinationConfig(appname='shop_')
-        self.plugin = JobSync(self.app, config=config, **settings)
-        vars(self.plugin)['_job'] = self.job
-        vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
-        core: Any = Gate(CelerySettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
+        self.settings = CelerySettings(config=config, **settings)
+        core: Any = Gate(self.settings, self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
         self.consumer = SimpleNamespace(
@@ -142,8 +144,18 @@ class Bench:
         )
         self.handle: Callable[[Message], object] = lambda message: None
         self.strategy_error: Exception | None = None
-        self.gate = ConsumerGate(self.plugin, core, self.consumer)
-        vars(self.gate)['_publisher'] = SimpleNamespace(send=self._send)
+        self.tasks = Tasks(self.app, self.settings)
+        forwarder: Any = SimpleNamespace(send=self._send)
+        self.gate = ConsumerGate(
+            self.app,
+            self.consumer,
+            core,
+            self.tasks,
+            Queues(self.app, 'memory', 'shop_'),
+            forwarder,
+            is_node=lambda: self.is_node,
+            on_parked=lambda: self.log.append('stray'),
+        )
 
     def _process_task(self, request: Any) -> None:
         if self.pool_error is not None:

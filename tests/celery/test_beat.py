@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobsync_celery.slots import slot_id
+from jobsync_celery.beat.slots import slot_id
 from jobsync_core.config import CoordinationConfig
 from tests.support.brokers import BrokerServer
 from tests.support.cluster import query

@@ -13,8 +13,8 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
-from jobsync_celery import once as once_module
-from jobsync_celery.chords import _forget_member, count_member
+from jobsync_celery.tasks import once as once_module
+from jobsync_celery.tasks.chords import _forget_member, count_member
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.current import set_current_ledger
 from tests.support.brokers import RedisServer

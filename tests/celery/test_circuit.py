@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from jobsync_celery import JobSync
-from jobsync_celery import mail as mail_module
-from jobsync_celery.circuit import BrokerBusy, Circuit
-from jobsync_celery.mail import Publisher
-from jobsync_core.config import CoordinationConfig
+from jobsync_celery.broker import forwarding as forwarding_module
+from jobsync_celery.broker.circuit import BrokerBusy, Circuit
+from jobsync_celery.broker.forwarding import Forwarder
+from jobsync_celery.broker.queues import Queues
 from tests.support.fakes import Clock
 from tests.support.waiting import eventually
 
@@ -114,32 +113,30 @@ def test_without_a_thread_to_look_it_does_not_stay_open(
     assert not circuit.is_open
 
 
-def publish_nothing(self: Publisher) -> None:
+def publish_nothing(self: Forwarder) -> None:
     raise TimeoutError('no confirm')
 
 
 def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a hundred messages that wait in the event loop one asks a broker that takes nothing."""
     clock, asked = Clock(), []
-    monkeypatch.setattr(mail_module, 'clock', clock)
+    monkeypatch.setattr(forwarding_module, 'clock', clock)
 
-    def publish(self: Publisher, queue: str, message: Any, headers: dict[str, Any]) -> None:
+    def publish(self: Forwarder, queue: str, message: Any, headers: dict[str, Any]) -> None:
         asked.append(queue)
         clock.time += 2.0
         raise TimeoutError('no confirm')
 
-    monkeypatch.setattr(Publisher, '_publish', publish)
-    monkeypatch.setattr(Publisher, '_probe', publish_nothing)
+    monkeypatch.setattr(Forwarder, '_publish', publish)
+    monkeypatch.setattr(Forwarder, '_probe', publish_nothing)
     app = Celery('busy', broker='memory://', set_as_current=False)
-    publisher = Publisher(
-        JobSync(app, config=CoordinationConfig(), route_producers=False), patient=False
-    )
+    forwarder = Forwarder(app, Queues(app, 'memory', 'sync_'), patient=False)
     try:
         for _ in range(100):
             with pytest.raises((TimeoutError, BrokerBusy)):
-                publisher.send('q', SimpleNamespace(channel=None), {})
+                forwarder.send('q', SimpleNamespace(channel=None), {})
     finally:
-        publisher.close()
+        forwarder.close()
     assert asked == ['q']
 
 

@@ -14,16 +14,16 @@ from celery.backends.base import Backend
 from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
-from jobsync_celery import gate as gate_module
-from jobsync_celery import handing as handing_module
-from jobsync_celery import holding as holding_module
-from jobsync_celery import mail as mail_module
-from jobsync_celery import once as once_module
-from jobsync_celery import refusal as refusal_module
-from jobsync_celery import tasks as tasks_module
-from jobsync_celery.gate import ConsumerGate
-from jobsync_celery.handing import Handing
-from jobsync_celery.mail import CeleryMail
+from jobsync_celery.gate import gate as gate_module
+from jobsync_celery.gate import handing as handing_module
+from jobsync_celery.gate import holding as holding_module
+from jobsync_celery.gate import refusal as refusal_module
+from jobsync_celery.gate.gate import ConsumerGate
+from jobsync_celery.gate.handing import Handing
+from jobsync_celery.redis import broker as redis_module
+from jobsync_celery.redis import keys as keys_module
+from jobsync_celery.tasks import coordinated as tasks_module
+from jobsync_celery.tasks import once as once_module
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import Unroutable
 from jobsync_core.worker import gate as core
@@ -225,9 +225,7 @@ def test_without_the_duplicate_rule_a_link_goes_out_twice(
 
 def hold(app: Celery, node: str) -> Any:
     """Take a message off 'celery' as a node, and keep it unacknowledged."""
-    connection = app.connection_for_write(
-        transport_options=mail_module.redis_options('shop_', node)
-    )
+    connection = app.connection_for_write(transport_options=keys_module.node_options('shop_', node))
     with connection.SimpleQueue('celery') as source:
         source.get(timeout=20)
     return connection
@@ -244,7 +242,7 @@ def check_rescue_spares_the_living(broker: BrokerServer) -> None:
                 target.put({'n': number})
         for node in ('n1', 'n2'):
             stack.callback(hold(made, node).release)
-        assert CeleryMail(plugin).restore('n2') == 1
+        assert plugin.evacuable().restore('n2') == 1
         assert broker.depths(space)['celery'] == 1
 
 
@@ -252,7 +250,8 @@ def test_without_unacked_keys_of_its_own_a_live_node_s_messages_are_taken(
     redis_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_rescue_spares_the_living(redis_server)
-    monkeypatch.setattr(mail_module, 'redis_options', lambda appname, node: {})
+    for module in (redis_module, keys_module):
+        monkeypatch.setattr(module, 'node_options', lambda appname, node: {})
     with pytest.raises(AssertionError):
         check_rescue_spares_the_living(redis_server)
 

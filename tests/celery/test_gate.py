@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from billiard.einfo import ExceptionInfo
+from celery import Celery
 from celery.exceptions import (
     BackendStoreError,
     InvalidTaskError,
@@ -23,11 +24,16 @@ from celery.exceptions import (
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
-from jobsync_celery import plugin as plugin_module
-from jobsync_celery.coming_back import ComesBack
-from jobsync_celery.gate import ConsumerGate
-from jobsync_celery.mail import Leftovers
+from jobsync_celery import JobSync
+from jobsync_celery import consuming as consuming_module
+from jobsync_celery.consuming import LeasedConsumer
+from jobsync_celery.gate.gate import ConsumerGate
+from jobsync_celery.hooks import refusal, restore_last
+from jobsync_celery.listening import Listening
+from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_celery.steps import NodeStep
+from jobsync_celery.tasks.coming_back import ComesBack
+from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.worker.owners import Place
 from tests.support.waiting import eventually
@@ -260,7 +266,7 @@ class TestWaiting:
     def test_it_can_be_given_back(self, stage: Bench) -> None:
         stage.receive(Message('nobody'))
         stage.receive(Message('nowhere'))
-        stage.gate.give_back()
+        stage.gate.return_waiting()
         assert (stage.log, stage.gate.waiting, stage.counts['returned']) == (
             ['requeue', 'requeue'],
             0,
@@ -270,7 +276,7 @@ class TestWaiting:
 
     def test_after_a_reconnect_the_broker_delivers_it_again(self, stage: Bench) -> None:
         stage.receive(Message('nobody'))
-        stage.gate.forget()
+        stage.gate.disconnected()
         assert stage.look(60.0) == []
         assert stage.gate.waiting == 0
 
@@ -314,7 +320,7 @@ class TestBeforeThePool:
         stage.receive(message)
         stage.job.leased = False
         assert stage.dispatch(message) == []
-        stage.gate.give_back()
+        stage.gate.return_waiting()
         assert stage.log == ['requeue']
 
     def test_what_did_not_pass_the_gate_is_not_touched(self, stage: Bench) -> None:
@@ -680,7 +686,7 @@ class TestIntoThePool:
 
     def test_what_cannot_be_handed_over_goes_back_when_consuming_stops(self, stage: Bench) -> None:
         self._hand_over(stage, TROUBLE[0])
-        stage.gate.give_back()
+        stage.gate.return_waiting()
         assert (stage.log, stage.gate.waiting) == (['requeue'], 0)
 
     @pytest.mark.parametrize('error', FAULTS, ids=repr)
@@ -799,7 +805,7 @@ def check_end_told_later(stage: Bench) -> None:
     assert (ends, stage.log, stage.gate.waiting) == (['result'] * 3, [], 0)
 
 
-class TestSurrender:
+class TestReturnRunning:
     """A worker that lost its lease on RabbitMQ."""
 
     @pytest.mark.parametrize(('task', 'expected'), [('once', ['requeue']), ('keyed', [])])
@@ -810,20 +816,20 @@ class TestSurrender:
         stage.receive(message)
         assert stage.dispatch(message) == ['pool']
         stage.log.clear()
-        stage.gate.surrender()
+        stage.gate.return_running()
         assert stage.log == []  # the pool has not begun it: it comes back by itself
         state.active_requests.add(stage.request)
-        stage.gate.surrender()
-        stage.gate.surrender()
+        stage.gate.return_running()
+        stage.gate.return_running()
         assert stage.log == expected
 
 
 def test_green_threads_are_refused_before_the_worker_starts(
-    stage: Bench, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    worker = SimpleNamespace(
-        app=stage.app, pool_cls='celery.concurrency.gevent:TaskPool', hostname='w@x'
-    )
+    app = Celery('green', broker='memory://', set_as_current=False)
+    JobSync(app, config=CoordinationConfig(appname='shop_'))
+    worker = SimpleNamespace(app=app, pool_cls='celery.concurrency.gevent:TaskPool', hostname='w@x')
     with pytest.raises(WorkerShutdown) as ended:
         NodeStep(worker)
     assert ended.value.code == 1
@@ -836,35 +842,29 @@ def test_green_threads_are_refused_before_the_worker_starts(
 class TestWhatWasNotRecorded:
     """Messages that a lost connection to Redis brought, when the worker ends."""
 
-    @pytest.fixture
-    def leaving(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-        stage.plugin._left.unrecorded['tag'] = '[{"headers": {"id": "m7"}}, "", "celery"]'
-        monkeypatch.setattr(type(stage.job), '__exit__', lambda *args: None, raising=False)
-        return stage
+    LEFT = Leftovers({'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})
 
-    def _leave(self, stage: Bench, restore: Callable[[str, Leftovers], int]) -> None:
-        vars(stage.plugin)['_mail'] = SimpleNamespace(restore=restore, close=lambda: None)
-        vars(stage.plugin)['_consumer_gate'] = None
-        stage.plugin.leave()
+    def test_it_is_restored(self) -> None:
+        restored: list[str] = []
+        broker: Any = SimpleNamespace(restore_own=restored.append)
+        restore_last(broker, 'n1', Leftovers())
+        assert restored == [], 'nothing is left, and the broker is not asked'
+        restore_last(broker, 'n1', self.LEFT)
+        assert restored == ['n1']
 
-    def test_it_is_given_back(self, leaving: Bench) -> None:
-        given: list[tuple[str, dict[str, str]]] = []
-
-        def restore(node: str, left: Leftovers) -> int:
-            given.append((node, dict(left.unrecorded)))
-            return 1
-
-        self._leave(leaving, restore)
-        assert given == [('n1', {'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})]
-
-    def test_with_the_broker_away_it_is_named(
-        self, leaving: Bench, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        def restore(node: str, left: Leftovers) -> int:
-            raise ConnectionError('away')
-
-        self._leave(leaving, restore)
+    def test_with_the_broker_away_it_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        broker: Any = SimpleNamespace(restore_own=raising(ConnectionError('away')))
+        restore_last(broker, 'n1', self.LEFT)
         assert '1 messages' in caplog.text and 'send them again: m7' in caplog.text
+
+
+def leased_consumer(stage: Bench, driver: str = 'redis') -> LeasedConsumer:
+    """The stage's consumer, which follows lease and database."""
+    job: Any = stage.job
+    left = Leftovers()
+    return LeasedConsumer(
+        stage.consumer, stage.gate, lambda: job, Listening(left, False), left, driver, 10.0
+    )
 
 
 def test_a_reconnect_leaves_one_look_at_the_lease(stage: Bench) -> None:
@@ -877,11 +877,11 @@ def test_a_reconnect_leaves_one_look_at_the_lease(stage: Bench) -> None:
         return entry
 
     stage.consumer.timer.call_repeatedly = call_repeatedly
-    vars(stage.plugin)['_consumer'] = stage.consumer
+    leased = leased_consumer(stage)
     for _ in range(3):
-        stage.plugin.connected()
+        leased.connected()
         assert sum(entry.live for entry in looks) == 1
-        stage.plugin.disconnected()
+        leased.disconnected()
         assert sum(entry.live for entry in looks) == 0
 
 
@@ -892,15 +892,12 @@ class TestRefusals:
 
     @pytest.fixture
     def consuming(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-        """The consumer of the stage, which follows lease and database."""
-        monkeypatch.setattr(plugin_module, 'clock', stage.clock)
+        """The stage, whose consumer can be stopped and started."""
+        monkeypatch.setattr(consuming_module, 'clock', stage.clock)
         stage.consumer.task_consumer = SimpleNamespace(
             cancel=lambda: stage.log.append('cancel'), consume=lambda: stage.log.append('consume')
         )
         stage.consumer.timer.call_repeatedly = lambda seconds, call: None
-        vars(stage.plugin).update(
-            _consumer=stage.consumer, _consumer_gate=stage.gate, _connected=True, _consuming=True
-        )
         return stage
 
     def _hand_over(self, stage: Bench, count: int = 3, task: str = 'once') -> list[str]:
@@ -916,21 +913,24 @@ class TestRefusals:
         self, consuming: Bench, caplog: pytest.LogCaptureFixture
     ) -> None:
         stage, pausing = consuming, consuming.job.pausing
+        leased = leased_consumer(stage)
+        leased.connected()
+        job: Any = stage.job
         stage.receive(Message('nobody'))
         pausing.refused(self.FULL, stage.clock.time)
         for _ in range(3):
-            stage.plugin._follow_lease()
+            leased.follow()
         assert stage.log == ['cancel', 'requeue']
-        assert not stage.plugin._consumes() and stage.plugin._refusal() == 'no space left'
+        assert not leased.consumes and refusal(job, stage.clock.time) == 'no space left'
         stage.clock.time = pausing.until
-        stage.plugin._follow_lease()
-        assert stage.log == ['cancel', 'requeue', 'consume'] and stage.plugin._consumes()
+        leased.follow()
+        assert stage.log == ['cancel', 'requeue', 'consume'] and leased.consumes
         pausing.refused(self.FULL, stage.clock.time)
-        stage.plugin._follow_lease()
+        leased.follow()
         stage.clock.time = pausing.until
-        stage.plugin._follow_lease()
+        leased.follow()
         pausing.answered()
-        stage.plugin._follow_lease()
+        leased.follow()
         assert stage.log[3:] == ['cancel', 'consume']
         assert [record.levelname for record in caplog.records] == [
             'WARNING'
@@ -948,28 +948,31 @@ class TestRefusals:
 
     def test_what_comes_due_in_the_pause_goes_back(self, consuming: Bench) -> None:
         stage = consuming
+        leased = leased_consumer(stage)
+        leased.connected()
         stage.job.pausing.refused(self.FULL, stage.clock.time)
-        stage.plugin._follow_lease()
+        leased.follow()
         assert self._hand_over(stage) == []
-        stage.plugin._follow_lease()
+        leased.follow()
         assert stage.log == ['requeue'] * 3
 
-    def test_a_lease_that_runs_out_in_a_pause_surrenders_only_a_timeout_later(
-        self, consuming: Bench
+    def test_what_runs_goes_back_a_timeout_after_the_lease_ran_out_in_a_pause(
+        self, consuming: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stage = consuming
-        vars(stage.plugin)['_driver'] = 'amqp'
-        surrendered: list[str] = []
-        vars(stage.gate)['surrender'] = lambda: surrendered.append('all')
-        vars(stage.plugin)['_amqp_connection'] = lambda: None
+        stage.consumer.connection = None
+        leased = leased_consumer(stage, 'amqp')
+        leased.connected()
+        returned: list[str] = []
+        monkeypatch.setattr(stage.gate, 'return_running', lambda: returned.append('all'))
         stage.job.pausing.refused(self.FULL, stage.clock.time)
-        stage.plugin._follow_lease()
+        leased.follow()
         stage.job.leased = False
-        stage.plugin._follow_lease()
-        assert surrendered == []
-        stage.clock.time += stage.plugin.settings.config.heartbeat_timeout_sec + 1
-        stage.plugin._follow_lease()
-        assert surrendered == ['all']
+        leased.follow()
+        assert returned == []
+        stage.clock.time += 10.0 + 1
+        leased.follow()
+        assert returned == ['all']
 
 
 def check_one_tries(stage: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobsync_celery.listening import Listening
-from jobsync_celery.mail import Leftovers
+from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core import clock
 
 

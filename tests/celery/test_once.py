@@ -17,9 +17,9 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import EncodeError, OperationalError
 
 from jobsync_celery import JobSync, exactly_once
-from jobsync_celery import once as once_module
-from jobsync_celery.coming_back import ComesBack
-from jobsync_celery.once import COME_BACK_SEC
+from jobsync_celery.tasks import once as once_module
+from jobsync_celery.tasks.coming_back import ComesBack
+from jobsync_celery.tasks.once import COME_BACK_SEC
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import (
     ClaimLost,

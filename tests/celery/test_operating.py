@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobsync_celery import JobSync, control
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.hashing import task_to_token
+from jobsync_core.worker.node_of_tests import set_node_of_tests
 from tests.support.brokers import BrokerServer, die_with_parent, free_port
 from tests.support.cluster import query
 from tests.support.proxy import Mode, Proxy
@@ -327,11 +328,14 @@ class TestInspect:
             app = Celery('inspected', broker='memory://')
 
         assert 'JobSync(app)' in control.jobsync(State)['error']
-        plugin = JobSync(State.app, config=config)
+        JobSync(State.app, config=config)
         assert control.jobsync(State) == {'coordination_enabled': False}
         with Job('n1', config, wait_on_enter=0) as job:
-            plugin._job = job
-            found = control.jobsync(State)
+            set_node_of_tests(job)
+            try:
+                found = control.jobsync(State)
+            finally:
+                set_node_of_tests(None)
             assert found['node_name'] == 'n1'
             assert loads(dumps(found)) == json.loads(json.dumps(found)) == found
 

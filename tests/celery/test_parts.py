@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.connection import Connection
 from kombu.transport import redis as transport
 
-from jobsync_celery import JobSync, parts
+from jobsync_celery import parts
+from jobsync_celery.application import Application
+from jobsync_celery.hooks import WorkerHooks
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.worker.parts import missing as lacking
 
 _PAGE = Path(__file__).parents[2] / 'docs' / 'CELERY.md'
 _URL = 'postgresql://u:p@127.0.0.1:1/d'
 
 
-def _plugin(**settings: Any) -> Any:
+def _hooks(**settings: Any) -> WorkerHooks:
     app = Celery('parts', broker='redis://127.0.0.1:1/0', set_as_current=False)
-    return JobSync(app, database_url=_URL, **settings)
+    return WorkerHooks(Application(app, {'database_url': _URL, **settings}))
 
 
 @pytest.mark.parametrize('part', parts.PARTS, ids=lambda part: f'{part.owner}-{part.use}')
@@ -48,42 +52,39 @@ def test_what_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
 def test_what_an_instance_gets_is_found_and_missed() -> None:
     assert parts.missing((parts.RECEIVE,)) == []
-    wrong = parts.Part(
-        'x', 'kombu.transport.redis:MultiChannelPoller', ('_fd_to_chan', '_fd_to_channel')
-    )
-    assert parts._lacking(wrong) == ['_fd_to_channel']
-    assert parts._lacking(parts.Part('x', 'kombu.transport.nothing:Channel', ('a', 'b'))) == [
-        'a',
-        'b',
-    ]
+    poller = 'kombu.transport.redis:MultiChannelPoller'
+    wrong = parts.Part('x', poller, ('_fd_to_chan', '_fd_to_channel'))
+    assert lacking([wrong]) == [f'{poller}._fd_to_channel']
+    gone = 'kombu.transport.nothing:Channel'
+    assert lacking([parts.Part('x', gone, ('a', 'b'))]) == [f'{gone}.a', f'{gone}.b']
 
 
 def test_without_a_part_for_receiving_it_is_kombus_way_and_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(transport.Channel, '_brpop_start')
-    plugin = _plugin()
+    hooks = _hooks()
     with caplog.at_level(logging.WARNING):
-        plugin._check_parts()
+        hooks.check_parts()
     assert [record.levelname for record in caplog.records] == ['WARNING']
     assert 'kombu.transport.redis:Channel._brpop_start' in caplog.text
-    assert not _is_ours(plugin)
+    assert not _is_ours(hooks)
 
 
 def test_an_operator_can_have_kombus_way(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plugin = _plugin(redis_atomic=False)
-    plugin._check_parts()
-    assert not _is_ours(plugin) and not caplog.records
+    hooks = _hooks(redis_atomic=False)
+    hooks.check_parts()
+    assert not _is_ours(hooks) and not caplog.records
     monkeypatch.setenv('JOBSYNC_REDIS_ATOMIC', 'no')
-    plugin = _plugin()
-    plugin._check_parts()
-    assert not _is_ours(plugin)
+    hooks = _hooks()
+    hooks.check_parts()
+    assert not _is_ours(hooks)
     monkeypatch.delenv('JOBSYNC_REDIS_ATOMIC')
-    plugin = _plugin()
-    plugin._check_parts()
-    assert _is_ours(plugin)
+    hooks = _hooks()
+    hooks.check_parts()
+    assert _is_ours(hooks)
 
 
 def test_without_a_part_for_the_gate_the_worker_does_not_start(
@@ -95,11 +96,11 @@ def test_without_a_part_for_the_gate_the_worker_does_not_start(
         (parts.Part(parts.GATE, 'celery.worker.consumer.consumer:Consumer', ('on_nothing',)),),
     )
     with pytest.raises(ConfigurationError, match=r'Consumer\.on_nothing'):
-        _plugin()._check_parts()
+        _hooks().check_parts()
 
 
-def _is_ours(plugin: Any) -> bool:
-    connection = plugin.receiving(plugin.app.connection_for_read())
-    return 'jobsync_celery.receive' in {
+def _is_ours(hooks: WorkerHooks) -> bool:
+    connection = hooks.receiving(Connection('redis://127.0.0.1:1/0'))
+    return 'jobsync_celery.redis.channel' in {
         cls.__module__ for cls in connection.get_transport_cls().Channel.__mro__
     }

@@ -23,8 +23,8 @@ from kombu.transport import virtual
 from redis.connection import Connection as RedisConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from jobsync_celery.mail import Leftovers
-from jobsync_celery.receive import receive_atomically
+from jobsync_celery.redis.channel import receive_atomically
+from jobsync_celery.redis.leftovers import Leftovers
 from tests.support.brokers import RedisServer
 from tests.support.waiting import eventually
 
@@ -88,9 +88,9 @@ class _Desk:
 
     @property
     def readers(self) -> set[int]:
-        """What the event loop reads of this desk's bell."""
-        bell = self.channel._bell
-        return {bell._number} & set(self._hub.readers) if bell is not None else set()
+        """What the event loop reads of this desk's listener."""
+        listener = self.channel._listener
+        return {listener._number} & set(self._hub.readers) if listener is not None else set()
 
     def turn(self) -> bool:
         """One turn of the event loop, which waits for a moment at most."""
@@ -110,7 +110,7 @@ class _Desk:
                 self.turn()
                 or (
                     self.channel._empty
-                    and self.channel._bell is not None
+                    and self.channel._listener is not None
                     and not self.channel._in_poll
                 )
             )
@@ -218,7 +218,7 @@ class TestWaiting:
 
     @pytest.fixture(autouse=True)
     def without_looking_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr('jobsync_celery.receive.LOOK_SEC', 1000.0)
+        monkeypatch.setattr('jobsync_celery.redis.channel.LOOK_SEC', 1000.0)
 
     @_PREFIXES
     def test_the_next_message_is_heard_of_and_taken_by_the_script(
@@ -236,7 +236,7 @@ class TestWaiting:
             eventually(partial(desk.receives, number))
         assert [message.payload['number'] for message in desk.received] == list(range(5))
         assert (desk.waiting(), desk.unacked()) == (0, 5)
-        number = desk.channel._bell._number
+        number = desk.channel._listener._number
         assert desk.readers == {number}
         desk.connection.release()
         assert not desk.readers and number not in desk.connection_poller._fd_to_chan
@@ -252,15 +252,15 @@ class TestWaiting:
         channel._brpop_start()
         eventually(lambda: _readable(channel.client.connection._sock))
         desk.publish(1)
-        # The bell is heard before the answer, "nothing", is read.
-        eventually(lambda: _readable(channel._bell._socket))
+        # The change is heard of before the answer, "nothing", is read.
+        eventually(lambda: _readable(channel._listener._socket))
         with contextlib.suppress(Empty):
-            channel._bell._hear()
+            channel._listener._hear()
         with contextlib.suppress(Empty):
             channel._brpop_read()
         eventually(lambda: desk.turn() or desk.received)
 
-    def test_a_bell_that_is_cut_is_a_broken_connection(
+    def test_a_listener_that_is_cut_is_a_broken_connection(
         self, redis_server: RedisServer, space: str
     ) -> None:
         desk = _Desk(redis_server, space, hub=Hub())
@@ -270,7 +270,7 @@ class TestWaiting:
         with pytest.raises(ConnectionError):
             eventually(desk.turn)
 
-    def test_a_connection_that_was_opened_anew_gets_another_bell(
+    def test_a_connection_that_was_opened_anew_gets_another_listener(
         self, redis_server: RedisServer, space: str
     ) -> None:
         desk = _Desk(redis_server, space, hub=Hub())
@@ -282,7 +282,7 @@ class TestWaiting:
         _disconnect(desk.channel.client.connection)
         desk.channel._look_at = 0.0
         eventually(
-            lambda: desk.turn() or desk.channel._bell.belongs_to(desk.channel.client.connection)
+            lambda: desk.turn() or desk.channel._listener.belongs_to(desk.channel.client.connection)
         )
         desk.wait()
         desk.publish(1)
@@ -302,7 +302,7 @@ class TestWaiting:
     def test_what_cannot_be_recorded_then_is_kept(
         self, redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        desk = _Desk(redis_server, space)  # no event loop, no bell
+        desk = _Desk(redis_server, space)  # no event loop, no listener
         desk.consumer.consume()
         channel = desk.channel
         eventually(lambda: desk.drain() or (channel._empty and channel._in_poll))
@@ -323,7 +323,7 @@ class TestWithoutTheLoop:
     while it stands still.
     """
 
-    def test_the_bell_is_heard_and_does_not_spin(
+    def test_a_change_is_heard_of_and_does_not_spin(
         self, redis_server: RedisServer, space: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         desk = _Desk(redis_server, space, hub=Hub())
@@ -362,11 +362,11 @@ class TestWithoutTheLoop:
         monkey.prefetch_count, monkey._dirty = 1, {'another'}  # what is delivered fills it
         monkey._delivered['another'] = desk.received[0]
         desk.publish(2)
-        eventually(lambda: desk.turn() or desk.channel._rings > 0)
-        rings = desk.channel._rings
+        eventually(lambda: desk.turn() or desk.channel._changes > 0)
+        rings = desk.channel._changes
         for _ in range(5):
             desk.turn()
-        assert desk.channel._rings == rings and len(desk.received) == 1
+        assert desk.channel._changes == rings and len(desk.received) == 1
 
 
 class TestWithoutAcknowledgement:
@@ -479,7 +479,7 @@ class TestAcknowledging:
     def test_a_pop_that_waits_does_not_hold_it_up(
         self, redis_server: RedisServer, space: str
     ) -> None:
-        desk = _Desk(redis_server, space)  # no event loop, no bell
+        desk = _Desk(redis_server, space)  # no event loop, no listener
         desk.consumer.consume()
         desk.publish(1)
         eventually(lambda: desk.drain() or desk.received)
@@ -504,7 +504,7 @@ class TestAcknowledging:
         desk.channel._brpop_start()
         assert desk.channel._in_poll and not desk.channel.due
 
-    def test_a_bell_is_hung_when_all_answers_are_read(
+    def test_the_listener_begins_when_all_answers_are_read(
         self, redis_server: RedisServer, space: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         desk = _Desk(redis_server, space, url=_without_tracking(redis_server, space), hub=Hub())

@@ -16,16 +16,19 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 
 from jobsync_celery import JobSync
+from jobsync_celery.application import Application
+from jobsync_celery.broker.broker import CeleryBroker
 from jobsync_celery.incoming import read_record
-from jobsync_celery.mail import CeleryMail, Leftovers, redis_options
-from jobsync_celery.receive import receive_atomically
+from jobsync_celery.redis.channel import receive_atomically
+from jobsync_celery.redis.keys import node_options
+from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.incoming import Refused
 from tests.support.brokers import RedisServer
 from tests.support.waiting import eventually
 
 _QUEUE, _NODE = 'celery', 'n1'
-_UNACKED = redis_options('shop_', _NODE)['unacked_key']
+_UNACKED = node_options('shop_', _NODE)['unacked_key']
 _BODY = 'W1s1XSwge30sIHt9XQ=='  # [[5], {}, {}]
 _INFO = {'exchange': '', 'routing_key': _QUEUE}
 
@@ -83,16 +86,16 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 def _mail(
     server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
-) -> CeleryMail:
+) -> CeleryBroker:
     app = Celery(
         'restoring',
         broker=server.url(space),
         set_as_current=False,
         broker_transport_options={'global_keyprefix': prefix},
     )
-    mail = CeleryMail(
-        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    )
+    mail = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
     stack.callback(mail.close)
     return mail
 
@@ -108,7 +111,7 @@ def _taken(
     connection = receive_atomically(
         Connection(
             server.url(space),
-            transport_options={**redis_options('shop_', _NODE), 'global_keyprefix': prefix},
+            transport_options={**node_options('shop_', _NODE), 'global_keyprefix': prefix},
         ),
         Leftovers(),
     )
@@ -130,15 +133,15 @@ def _taken(
     return received
 
 
-def _by_node_that_died(mail: CeleryMail, message: Any) -> None:
+def _by_node_that_died(mail: CeleryBroker, message: Any) -> None:
     assert mail.restore(_NODE) == 1
 
 
-def _by_rejecting(mail: CeleryMail, message: Any) -> None:
+def _by_rejecting(mail: CeleryBroker, message: Any) -> None:
     message.reject(requeue=True)
 
 
-def _by_closing(mail: CeleryMail, message: Any) -> None:
+def _by_closing(mail: CeleryBroker, message: Any) -> None:
     message.channel.close()
 
 
@@ -150,7 +153,7 @@ def test_what_is_given_back_is_read_as_before(
     space: str,
     stack: contextlib.ExitStack,
     prefix: str,
-    give_back: Callable[[CeleryMail, Any], None],
+    give_back: Callable[[CeleryBroker, Any], None],
     name: str,
 ) -> None:
     mail = _mail(redis_server, space, stack, prefix)
@@ -198,7 +201,12 @@ def test_what_cannot_be_read_is_set_aside_once(
     ] and 'what is no message' in caplog.text
     # The same by a duty's way of taking.
     caplog.clear()
-    mail._plugin._check_parts()
+    application = Application.of(mail._app)
+    assert application is not None
+    mail = application.broker(
+        receiving=lambda connection: receive_atomically(connection, Leftovers())
+    )
+    stack.callback(mail.close)
     client.lpush(_QUEUE, entry)
     client.lpush(_QUEUE, json.dumps(_message()))
     letter = mail.take(_QUEUE)

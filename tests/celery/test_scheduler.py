@@ -16,7 +16,7 @@ from celery.signals import before_task_publish
 
 from jobsync_celery import JobSync
 from jobsync_celery.beat import JobSyncScheduler
-from jobsync_celery.slots import slot_id
+from jobsync_celery.beat.slots import slot_id
 from jobsync_core import clock
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.store.schedules import ScheduleStore

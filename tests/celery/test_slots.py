@@ -14,7 +14,7 @@ from celery.schedules import BaseSchedule, crontab, schedule, solar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobsync_celery.slots import newest_slot, slot_id, slots_after
+from jobsync_celery.beat.slots import newest_slot, slot_id, slots_after
 
 BERLIN = ZoneInfo('Europe/Berlin')
 START = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=timezone.utc)

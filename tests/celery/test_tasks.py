@@ -18,9 +18,17 @@ from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 from kombu.exceptions import OperationalError
 
 from jobsync_celery import JobSync, exactly_once
-from jobsync_celery import plugin as plugin_module
-from jobsync_celery.coming_back import ComesBack
-from jobsync_celery.tasks import TaskExited, guarded_trace, odd_names
+from jobsync_celery import hooks as hooks_module
+from jobsync_celery.hooks import WorkerHooks
+from jobsync_celery.producer import OwnerLookup
+from jobsync_celery.tasks.coming_back import ComesBack
+from jobsync_celery.tasks.coordinated import (
+    TaskExited,
+    guard_traces,
+    guarded_trace,
+    odd_names,
+    prepare_tasks,
+)
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
@@ -182,7 +190,7 @@ class TestLateAcknowledgement:
         task = a_class()()
         dict.__setitem__(app.tasks, 'doubles', task)  # past the registry's own methods
         assert task.acks_late is None
-        plugin_of(app).prepare_tasks()
+        prepare_tasks(app)
         assert options_of(app, 'doubles') == LATE
 
     def test_other_tasks_are_left_alone(self, app: Celery) -> None:
@@ -258,7 +266,7 @@ class TestAddressing:
     @pytest.fixture
     def routed(self, app: Celery, monkeypatch: pytest.MonkeyPatch) -> Celery:
         plugin_of(app)
-        monkeypatch.setattr(JobSync, 'owner_queue', lambda self, route: f'jobsync.sync_.{route}')
+        monkeypatch.setattr(OwnerLookup, 'queue_of', lambda self, route: f'jobsync.sync_.{route}')
         return app
 
     def test_a_key_is_made_once_for_each_message(
@@ -416,7 +424,7 @@ def test_what_fails_outside_of_the_body_is_a_failure_and_raises_nothing(
 ) -> None:
     task = app.task(name='keyed', shared=False, jobsync_key='d:{n}')(double)
     task.__trace__ = build_tracer('keyed', task, app=app)
-    plugin_of(app).guard_traces()
+    guard_traces(app, plugin_of(app).tasks, solo=False)
     request = {'id': 'm1', 'delivery_info': {}, 'is_eager': False, **embed}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # Celery tells of it this way
@@ -553,10 +561,12 @@ class TestMisspelt:
         def make_job(*_: Any, **__: Any) -> None:
             raise ConfigurationError('far enough')
 
-        monkeypatch.setattr(plugin_module, 'make_job', make_job)
+        monkeypatch.setattr(hooks_module, 'make_job', make_job)
         worker = SimpleNamespace(pool_cls='celery.concurrency.solo:TaskPool', hostname='w@x')
+        hooks = WorkerHooks.of(app)
+        assert hooks is not None
         with pytest.raises(ConfigurationError, match='far enough'):
-            vars(app)['_jobsync'].prepare_worker(worker, None, None)
+            hooks.prepare_worker(worker, None, None)
         assert caplog.text.count('JobSync: ') == 1
         assert 'did you mean jobsync_key?; pins: there is no task bil here' in caplog.text
 

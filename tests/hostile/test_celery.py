@@ -26,7 +26,7 @@ from amqp.exceptions import AMQPError
 from celery import Celery
 from kombu.exceptions import KombuError
 
-from jobsync_celery.abandoning import abandon
+from jobsync_celery.broker.abandoning import abandon
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from tests.support.brokers import BrokerServer, RedisServer, die_with_parent
 from tests.support.waiting import eventually

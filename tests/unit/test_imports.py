@@ -49,6 +49,21 @@ LAYERS = (
     {'cli'},
 )
 #: The same for the adapters: a folder, or a module beside it.
+CELERY_LAYERS = (
+    {'faults', 'logs', 'parts', 'signals'},
+    {'incoming', 'settings'},
+    {'broker'},
+    {'redis'},
+    {'tasks'},
+    {'application'},
+    {'beat', 'cold_shutdown', 'gate', 'listening', 'producer'},
+    {'consuming'},
+    {'hooks'},
+    {'control', 'steps'},
+    {'plugin'},
+    {''},
+    {'commands'},
+)
 DRAMATIQ_LAYERS = (
     {'errors', 'incoming', 'parts', 'process'},
     {'broker', 'groups'},
@@ -158,13 +173,16 @@ def test_imports_point_downwards(path: Path) -> None:
     assert not upward_imports(path, LAYERS)
 
 
-@pytest.mark.parametrize(('package', 'layers'), [('jobsync_dramatiq', DRAMATIQ_LAYERS)])
+@pytest.mark.parametrize(
+    ('package', 'layers'),
+    [('jobsync_celery', CELERY_LAYERS), ('jobsync_dramatiq', DRAMATIQ_LAYERS)],
+)
 def test_the_adapters_imports_point_downwards(package: str, layers: Sequence[Set[str]]) -> None:
     found = {path: upward_imports(path, layers) for path in (ROOT / package).rglob('*.py')}
     assert {path: each for path, each in found.items() if each} == {}
 
 
-@pytest.mark.parametrize('package', ['jobsync_core', 'jobsync_dramatiq'])
+@pytest.mark.parametrize('package', ['jobsync_core', 'jobsync_celery', 'jobsync_dramatiq'])
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
     """Not for type checkers either: a circle that only types go round is one for the reader all the
     same.

@@ -16,7 +16,11 @@ from kombu.exceptions import DecodeError
 from kombu.message import Message
 
 from jobsync_celery import JobSync
-from jobsync_celery.mail import CeleryMail, Leftovers, Publisher, exchange_of, redis_options
+from jobsync_celery.application import Application
+from jobsync_celery.broker.broker import CeleryBroker
+from jobsync_celery.broker.forwarding import Forwarder
+from jobsync_celery.redis.keys import node_options
+from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.routing import HOME, KEY
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
@@ -39,7 +43,7 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     app = Celery('declaring', broker=rabbitmq_server.url(space), set_as_current=False)
     app.conf.task_queue_max_priority = priorities
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    mail = CeleryMail(plugin)
+    mail = plugin.evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(mail.close)
         mail.declare(_QUEUE)
@@ -55,9 +59,7 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
             for queue in (_QUEUE, 'jobsync.shop_.gone'):
-                producer.publish(
-                    {}, exchange=exchange_of(plugin).name, routing_key=queue, retry=False
-                )
+                producer.publish({}, exchange='jobsync.shop_', routing_key=queue, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
 
 
@@ -68,11 +70,11 @@ def test_a_broker_is_known_again_by_whatever_address(
     server: BrokerServer = request.getfixturevalue(f'{kind}_server')
     spaces = [server.new_space(), server.new_space()]
 
-    def mail_at(url: str, **options: object) -> CeleryMail:
+    def mail_at(url: str, **options: object) -> CeleryBroker:
         app = Celery('marked', broker=url, set_as_current=False, broker_transport_options=options)
-        return CeleryMail(
-            JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-        )
+        return JobSync(
+            app, config=CoordinationConfig(appname='shop_'), route_producers=False
+        ).evacuable()
 
     with contextlib.ExitStack() as stack:
         for space in spaces:
@@ -103,9 +105,9 @@ def test_nodes_that_are_gone_are_asked_about_together(redis_server: RedisServer)
     space = redis_server.new_space()
     app = Celery('asking', broker=redis_server.url(space), set_as_current=False)
     app.conf.broker_transport_options = {'global_keyprefix': 'p:'}
-    mail = CeleryMail(
-        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    )
+    mail = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
     queues = {f'n{number}': f'jobsync.shop_.n{number}' for number in range(250)}
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, space)
@@ -126,20 +128,18 @@ def test_what_a_lost_connection_had_acknowledged_is_not_given_back(
 ) -> None:
     space = redis_server.new_space()
     app = Celery('restoring', broker=redis_server.url(space), set_as_current=False)
-    mail = CeleryMail(
-        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    )
+    application = Application(app, {'config': CoordinationConfig(appname='shop_')})
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, space)
         holder = stack.enter_context(
-            app.connection_for_write(transport_options=redis_options('shop_', 'n1'))
+            app.connection_for_write(transport_options=node_options('shop_', 'n1'))
         )
         source = stack.enter_context(holder.SimpleQueue('celery'))
         for number in range(3):
             source.put(number)
         messages = [source.get(timeout=20) for _ in range(3)]
         left = Leftovers(acknowledged={messages[1].delivery_tag})
-        assert mail.restore('n1', left) == 2
+        assert application.broker(left).restore_own('n1') == 2
         assert left == Leftovers()
         assert sorted(source.get(timeout=20).payload for _ in range(2)) == [0, 2]
 
@@ -155,9 +155,9 @@ def test_what_goes_home_arrives_there(
     it.
     """
     app = Celery('homing', broker=rabbitmq_server.url(space), set_as_current=False)
-    mail = CeleryMail(
-        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    )
+    mail = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(mail.close)
         mail.declare(_QUEUE)
@@ -204,7 +204,7 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(
     app = Celery('addressing', broker='memory://', set_as_current=False)
     for name, key in (('keyed', 'k:{n}'), ('plain', None), ('keyless', fails)):
         app.task(name=name, shared=False, jobsync_key=key)(_task)
-    mail = CeleryMail(JobSync(app, config=CoordinationConfig(), route_producers=False))
+    mail = JobSync(app, config=CoordinationConfig(), route_producers=False).evacuable()
     message = Message(
         body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8'
     )
@@ -242,11 +242,11 @@ def check_compressed(
     space, odd = server.new_space(), method.startswith('application')
     app = Celery('compressed', broker=server.url(space), set_as_current=False)
     app.conf.accept_content = ['json', 'pickle']
-    mail = CeleryMail(
-        JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    )
+    mail = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
     if by_publishing:
-        vars(mail.publisher)['_hands_over'] = False
+        vars(mail.forwarder)['_hands_over'] = False
     body = [['x' * 2000, 7], {}, {}]
     with contextlib.ExitStack() as stack:
         stack.callback(server.drop_space, space)
@@ -278,12 +278,12 @@ def check_compressed(
 def test_without_its_header_a_compressed_message_is_lost(
     rabbitmq_server: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = Publisher._publish
+    publish = Forwarder._publish
 
-    def forget(self: Publisher, queue: str, message: Any, headers: dict[str, Any]) -> None:
+    def forget(self: Forwarder, queue: str, message: Any, headers: dict[str, Any]) -> None:
         message.errors = []
         publish(self, queue, message, headers)
 
-    monkeypatch.setattr(Publisher, '_publish', forget)
+    monkeypatch.setattr(Forwarder, '_publish', forget)
     with pytest.raises((ValueError, DecodeError)):
         check_compressed(rabbitmq_server, False, 'application/x-odd', 'json')

@@ -42,9 +42,9 @@ from jobsync_core.store.schedules import Leadership, ScheduleStore, State
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 
-from .logs import get_logger
-from .publisher import BrokerAway, Publisher
-from .settings import read_config
+from ..application import read_config
+from ..broker.publisher import BrokerAway, Publisher
+from ..logs import get_logger
 from .slots import newest_slot, slot_id, slots_after
 
 __all__ = ['JobSyncScheduler']

@@ -14,9 +14,9 @@ from celery import signals, states
 from jobsync_core.errors import MessageRefused
 from jobsync_core.logs import one_line, shown
 
-from .chords import close_connections
-from .incoming import context_of
-from .logs import get_logger
+from ..incoming import context_of
+from ..logs import get_logger
+from ..tasks.chords import close_connections
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .logs import get_logger
+from ..logs import get_logger
 
 if TYPE_CHECKING:
     from celery import Celery

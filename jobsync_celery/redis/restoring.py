@@ -21,9 +21,9 @@ from kombu.utils.json import dumps
 from jobsync_core.logs import shown
 from jobsync_core.worker.incoming import Refused
 
-from .incoming import read_record
-from .logs import get_logger
-from .redis_client import is_redis, with_channel
+from ..incoming import read_record
+from ..logs import get_logger
+from .client import is_redis, with_channel
 
 __all__ = ['RestoringChannel', 'RestoringQoS', 'restoring']
 
@@ -45,7 +45,7 @@ class RestoringQoS(transport.QoS):  # type: ignore[misc]
         """
         refused: list[Refused] = []
 
-        def give_back(pipe: Any) -> None:
+        def restore(pipe: Any) -> None:
             refused.clear()  # Redis may have this done again
             text = pipe.hget(self.unacked_key, tag)
             pipe.multi()
@@ -59,7 +59,7 @@ class RestoringQoS(transport.QoS):  # type: ignore[misc]
                 self.channel._do_restore_message(*record, pipe, leftmost)
 
         with self.channel.conn_or_acquire(client) as connected:
-            connected.transaction(give_back, self.unacked_key)
+            connected.transaction(restore, self.unacked_key)
         for one in refused:
             # Redis has no dead letters.
             logger.error(

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
-__all__ = ['Bell']
+__all__ = ['KeyChangeListener']
 
 _CHANNEL = '__redis__:invalidate'
 _BYTES = 65_536
 #: What kombu's table calls the socket, beside BRPOP and LISTEN.
-_KIND = 'BELL'
+_KIND = 'KEY CHANGE'
 _CUT = 'Redis has closed the connection that tells of new messages'
 
 
-class Bell:
+class KeyChangeListener:
     """A connection beside another one, to which Redis tells each change to what the other has read;
     once for each reading.
 
@@ -36,7 +36,7 @@ class Bell:
         connection: A connection of its own, not connected yet.
         poller: The `MultiChannelPoller` of the transport.
         hub: kombu's event loop, which learns of the socket from the poller.
-        ring: Called after a change.
+        changed: Called after a change.
 
     Raises:
         ResponseError: Redis refuses, or does not know how.
@@ -44,12 +44,12 @@ class Bell:
     """
 
     def __init__(
-        self, tracked: Any, connection: Any, poller: Any, hub: Any, ring: Callable[[], object]
+        self, tracked: Any, connection: Any, poller: Any, hub: Any, changed: Callable[[], object]
     ) -> None:
         self._connection = connection
         self._poller = poller
         self._hub = hub
-        self._ring = ring
+        self._changed = changed
         self.handlers = {_KIND: self._hear}
         connection.connect()
         try:
@@ -70,7 +70,7 @@ class Bell:
             raise
 
     @property
-    def qos(self) -> Bell:
+    def qos(self) -> KeyChangeListener:
         """What the poller asks whether there is room: here, always."""
         return self
 
@@ -96,7 +96,7 @@ class Bell:
             raise Empty from None
         if not heard:
             raise ConnectionError(_CUT)
-        self._ring()
+        self._changed()
         raise Empty  # what kombu's poller expects of a socket that brought no message
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from jobsync_celery import JobSync
-from jobsync_celery.mail import Publisher, redis_options
+from jobsync_celery.application import Application
+from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.routing import HOPS, KEY
 from tests.support.brokers import RedisServer
@@ -24,20 +25,20 @@ _TARGET = 'jobsync.shop_.n2'
 
 
 class _Desk:
-    """A publisher, and a message that the node n1 has taken off a queue and not acknowledged."""
+    """A forwarder, and a message that the node n1 has taken off a queue and not acknowledged."""
 
     def __init__(
         self, server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
     ) -> None:
         self.app = Celery('passing', broker=server.url(space), set_as_current=False)
         self.app.conf.broker_transport_options = {'global_keyprefix': prefix}
-        plugin = JobSync(
-            self.app, config=CoordinationConfig(appname='shop_'), route_producers=False
-        )
-        self.publisher = Publisher(plugin)
-        stack.callback(self.publisher.close)
+        JobSync(self.app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+        application = Application.of(self.app)
+        assert application is not None
+        self.forwarder = application.forwarder()
+        stack.callback(self.forwarder.close)
         self.connection = self.app.connection_for_write(
-            transport_options=redis_options('shop_', 'n1')
+            transport_options=node_options('shop_', 'n1')
         )
         stack.callback(self.connection.release)
         self.client = server.client(space)
@@ -54,7 +55,7 @@ class _Desk:
         return message
 
     def send(self, message: Any) -> None:
-        self.publisher.send(_TARGET, message, {**message.headers, KEY: 'k', HOPS: 1})
+        self.forwarder.send(_TARGET, message, {**message.headers, KEY: 'k', HOPS: 1})
 
     def unacked(self) -> int:
         return int(self.client.hlen(f'{self.prefix}jobsync.shop_.n1.unacked'))
@@ -137,7 +138,7 @@ def check_a_copy_that_is_refused_leaves_the_original(server: RedisServer, space:
     with contextlib.ExitStack() as stack:
         desk = _Desk(server, space, stack)
         message = desk.take()
-        desk.publisher._open()
+        desk.forwarder._open()
         with full(server), pytest.raises(ResponseError):
             desk.send(message)
         assert desk.unacked() == 1 and not message.acknowledged

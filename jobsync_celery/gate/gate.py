@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +21,21 @@ from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
 from jobsync_core.logs import Repeats, shown
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.incoming import Refused, Stamps, read_id, read_stamps
-from jobsync_core.worker.routing import (
-    HOME,
-    HOPS,
-    KEY,
-    Decision,
-    Verdict,
-    parked_queue,
-    unknown_queue,
-)
+from jobsync_core.worker.routing import HOME, HOPS, KEY, Decision, Verdict
 
-from .circuit import BrokerBusy
+from ..broker.circuit import BrokerBusy
+from ..broker.forwarding import Forwarder
+from ..broker.queues import Queues
+from ..faults import is_its_fault
+from ..incoming import Incoming, read_delivery
+from ..logs import get_logger
+from ..tasks.coordinated import Tasks, guard_traces, prepare_tasks
 from .handing import Handing, expires
-from .holding import Holding, is_its_fault
-from .incoming import Incoming, read_delivery
-from .logs import get_logger
-from .mail import Publisher, exchange_of, home_of
+from .holding import Holding
 from .refusal import REFUSED, set_aside
 
 if TYPE_CHECKING:
-    from .plugin import JobSync
+    from celery import Celery
 
 __all__ = ['ConsumerGate', 'Strategies']
 
@@ -123,18 +118,42 @@ class ConsumerGate:
     """The gate between a consumer and its pool.
 
     Args:
-        plugin: The plugin.
+        app: The app.
+        consumer: Celery's consumer; its hooks are replaced.
         gate: The node's gate.
-        consumer: Celery's consumer.
+        tasks: The app's coordinated tasks.
+        queues: The cluster's.
+        forwarder: Passes messages on; it does not keep the event loop waiting.
+        pinned: Names of the tasks whose pins the node registered when it entered.
+        solo: Tasks run in the event loop.
+        is_node: Whether the worker is a node; one that runs uncoordinated is none.
+        on_parked: Called when a message went into the parked queue.
     """
 
-    def __init__(self, plugin: JobSync, gate: Gate, consumer: Any) -> None:
-        self._plugin = plugin
+    def __init__(
+        self,
+        app: Celery,
+        consumer: Any,
+        gate: Gate,
+        tasks: Tasks,
+        queues: Queues,
+        forwarder: Forwarder,
+        *,
+        pinned: Container[str] = (),
+        solo: bool = False,
+        is_node: Callable[[], bool] = lambda: True,
+        on_parked: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._app = app
         self._gate = gate
         self._consumer = consumer
-        self._publisher = Publisher(plugin, patient=False)
-        self._parked_queue = parked_queue(gate.settings.config.appname)
-        self._unknown_queue = unknown_queue(gate.settings.config.appname)
+        self._tasks = tasks
+        self._queues = queues
+        self._forwarder = forwarder
+        self._pinned = pinned
+        self._solo = solo
+        self._is_node = is_node
+        self._on_parked = on_parked
         self._lock = threading.RLock()
         self._waiting: list[_Waiting] = []
         self._looks_at: float | None = None
@@ -242,9 +261,9 @@ class ConsumerGate:
         """In place of the consumer's: tasks that were made after the worker began are prepared as
         well.
         """
-        self._plugin.prepare_tasks()
+        prepare_tasks(self._app)
         self._update()
-        self._plugin.guard_traces()
+        guard_traces(self._app, self._tasks, self._solo)
 
     def _refuser(self, name: str) -> Callable[..., object]:
         def refuse(*args: Any) -> None:
@@ -260,10 +279,10 @@ class ConsumerGate:
         return refuse
 
     def _wrap(self, name: str, strategy: Any) -> Any:
-        if self._plugin.job is None:
+        if not self._is_node():
             return strategy
         try:
-            if self._plugin.tasks.find(name) is None:
+            if self._tasks.find(name) is None:
                 return strategy
         except JobSyncError as error:
             # It was made after the worker began, which would have refused to start with it. It runs
@@ -288,7 +307,7 @@ class ConsumerGate:
                 lambda: reject(logger, errors, False),
                 clock.now() + self._gate.settings.park_sec,
             )
-            if self._plugin.pinned_late(name):
+            if self._is_pinned_late(name):
                 self._keep(
                     waiting, 'was pinned after this worker began, and its pin is not registered'
                 )
@@ -301,6 +320,13 @@ class ConsumerGate:
             self._place(waiting)
 
         return receive
+
+    def _is_pinned_late(self, name: str) -> bool:
+        """Whether a task has a pin that this node did not register when it entered, so that nothing
+        holds its messages to it.
+        """
+        found = self._tasks.find(name)
+        return found is not None and found.pin is not None and name not in self._pinned
 
     def _read(self, message: Any) -> Incoming | Refused:
         known = vars(message)
@@ -317,14 +343,14 @@ class ConsumerGate:
         if isinstance(message_id, Refused):
             return message_id
         stamps = self._stamps(found, message)
-        route = self._plugin.tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
+        route = self._tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
         if route is None or isinstance(route, Refused):
             return route or Refused('its task is not coordinated any more')
         return _Note(
             name,
             route,
             stamps.hops,
-            stamps.home or home_of(self._plugin, message),
+            stamps.home or self._queues.home_of(message),
             self._gate.job.incarnation,
         )
 
@@ -353,12 +379,9 @@ class ConsumerGate:
         fails, once.
         """
         self._gate.count('refused')
-        if (
-            self._plugin.driver == 'amqp'
-            and (message.delivery_info or {}).get('exchange') == exchange_of(self._plugin).name
-        ):
+        if self._queues.is_of_node(message):
             plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
-        set_aside(self._plugin.app, self._consumer, message, cause, reason, reject)
+        set_aside(self._app, self._consumer, message, cause, reason, reject)
 
     def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
         """Send a message back to its own queue, to be rejected there: a node's queue has no dead
@@ -370,8 +393,8 @@ class ConsumerGate:
             if name not in (KEY, HOPS, HOME)
         }
         try:
-            self._publisher.send(
-                read_stamps(message.headers).home or home_of(self._plugin, message),
+            self._forwarder.send(
+                read_stamps(message.headers).home or self._queues.home_of(message),
                 message,
                 {**headers, REFUSED: True},
             )
@@ -391,7 +414,7 @@ class ConsumerGate:
         """In place of the consumer's on_unknown_task, which discards: another node may know the
         task, or this one after an upgrade.
         """
-        if self._plugin.job is None:
+        if not self._is_node():
             self._discard(body, message, error)
             return
         found = self._read(message)
@@ -403,7 +426,7 @@ class ConsumerGate:
             found.task,
             stamps.key or '',
             0,
-            stamps.home or home_of(self._plugin, message),
+            stamps.home or self._queues.home_of(message),
             self._gate.job.incarnation,
         )
         errors = self._consumer.connection_errors
@@ -494,7 +517,7 @@ class ConsumerGate:
         pausing = self._gate.job.pausing
         if not pausing.length:
             return True
-        found = self._plugin.tasks.find(name)
+        found = self._tasks.find(name)
         return found is None or found.once is None or pausing.admits(clock.now())
 
     def busy(self, tokens: TokenSet) -> bool:
@@ -520,7 +543,11 @@ class ConsumerGate:
             return True
         if waiting.unknown:
             return self._send(
-                waiting, self._unknown_queue, 0, 'unknown', Decision(Verdict.PARK, reason='unknown')
+                waiting,
+                self._queues.unknown,
+                0,
+                'unknown',
+                Decision(Verdict.PARK, reason='unknown'),
             )
         try:
             decision = self._gate.decide(note.route, note.hops)
@@ -540,7 +567,7 @@ class ConsumerGate:
         if not self._gate.job.am_i_healthy():
             return self._wait(waiting)  # the lease watch stops the consumer
         if clock.now() >= waiting.until:
-            return self._send(waiting, self._parked_queue, 0, 'parked', decision)
+            return self._send(waiting, self._queues.parked, 0, 'parked', decision)
         return self._wait(waiting)
 
     def _run(self, waiting: _Waiting) -> None:
@@ -570,7 +597,7 @@ class ConsumerGate:
         if note.route:
             headers[KEY] = note.route
         try:
-            self._publisher.send(queue, message, headers)
+            self._forwarder.send(queue, message, headers)
         except BrokerBusy:
             waiting.until = clock.now() + _AGAIN_SEC
             return self._wait(waiting)
@@ -600,8 +627,8 @@ class ConsumerGate:
         logger.debug('Task %s: %s to %s: %s', note.name, event, queue, decision.reason)
         self._event(f'task-{event}', message, queue)
         self._end(waiting, waiting.ack, event)
-        if queue == self._parked_queue:
-            self._plugin.parked_something()
+        if queue == self._queues.parked:
+            self._on_parked()
         return True
 
     def _end(self, waiting: _Waiting, action: Callable[[], object], event: str) -> None:
@@ -644,22 +671,22 @@ class ConsumerGate:
                 self._end(item, item.requeue, 'returned')
         self._holding.look()
 
-    def forget(self) -> None:
+    def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._waiting.clear()
             self._looks_at = None  # the timer's entries go with the connection
-        self._holding.forget()
+        self._holding.disconnected()
 
-    def give_back(self) -> None:
+    def return_waiting(self) -> None:
         """Return what waits to the broker."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for item in waiting:
             self._end(item, item.requeue, 'returned')
-        self._holding.give_back()
+        self._holding.return_all()
 
-    def surrender(self) -> None:
+    def return_running(self) -> None:
         """Return what is executed here, if its task completes once: others execute it, and this
         attempt's end does not count.
         """
@@ -667,7 +694,7 @@ class ConsumerGate:
             if request not in state.active_requests or request.acknowledged:
                 continue
             try:
-                coordination = self._plugin.tasks.find(vars(request.message)[_NOTE].name)
+                coordination = self._tasks.find(vars(request.message)[_NOTE].name)
                 if coordination is not None and coordination.once is not None:
                     logger.warning(
                         'Task %s[%s] is executed without a lease: its message goes back',
@@ -680,7 +707,7 @@ class ConsumerGate:
 
     def close(self) -> None:
         """Close the publisher."""
-        self._publisher.close()
+        self._forwarder.close()
 
     @property
     def waiting(self) -> int:

@@ -6,6 +6,8 @@ app's.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import current_task
@@ -13,21 +15,22 @@ from celery.utils.imports import symbol_by_name
 from kombu.entity import Queue
 
 from jobsync_core import clock
+from jobsync_core.errors import JobSyncError
+from jobsync_core.job import Job
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import Refused, read_stamps
 from jobsync_core.worker.node_of_tests import node_of_tests
-from jobsync_core.worker.routing import HOME, HOPS, KEY, node_queue
+from jobsync_core.worker.owners import OwnerMap, owner_map
+from jobsync_core.worker.routing import HOME, HOPS, KEY
 
+from .application import Application
 from .logs import get_logger
-from .mail import exchange_of, node_queue_of
-from .redis_client import keep_client
+from .redis.client import keep_client
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .plugin import JobSync
-
-__all__ = ['install_router']
+__all__ = ['OwnerLookup', 'install_producer']
 
 logger = get_logger(__name__)
 
@@ -35,12 +38,51 @@ _PLACE = ('queue', 'exchange', 'routing_key', 'exchange_type')
 _STAMPS = (KEY, HOPS, HOME)
 
 
-def install_router(app: Celery, plugin: JobSync) -> None:
+class OwnerLookup:
+    """Knows the queue of the node that owns a route, from a map of this process.
+
+    Args:
+        application: The app.
+        job: This process's node, if it is one.
+    """
+
+    def __init__(self, application: Application, job: Callable[[], Job | None]) -> None:
+        self._application = application
+        self._job = job
+        self._owners: tuple[int, OwnerMap] | None = None
+
+    def queue_of(self, route: str) -> str | None:
+        """The owner's queue; None where there is none, or nobody knows."""
+        try:
+            if not self._application.settings.route_producers:
+                return None
+            # A node without a lease does not ask: its database is most likely away, and each
+            # question takes seconds then.
+            job = self._job()
+            place = self._map().find_fresh(route) if job is None or job.has_lease else None
+        except JobSyncError as error:
+            logger.debug('a message goes to its home queue: %s', error)
+            return None
+        return place.queue if place is not None else None
+
+    def _map(self) -> OwnerMap:
+        # Of this process: a forked child makes its own.
+        if self._owners is None or self._owners[0] != os.getpid():
+            self._owners = os.getpid(), owner_map(self._application.settings.config)
+        return self._owners[1]
+
+
+def install_producer(application: Application, owners: OwnerLookup) -> None:
     """Have the app's messages addressed, whatever `task_routes` is or becomes, and give it
     connections that do not waste time.
+
+    Args:
+        application: The app.
+        owners: Knows where messages of coordinated tasks go.
     """
+    app: Any = application.app
     base = symbol_by_name(app.amqp_cls)
-    address = _Addresser(plugin)
+    address = _Addresser(application, owners)
 
     def create_task_sender(self: Any) -> Any:
         send = base._create_task_sender(self)
@@ -71,11 +113,14 @@ class _Addresser:
     """Writes a message's key and its home queue on it, and sends it to its owner.
 
     Args:
-        plugin: The plugin.
+        application: The app.
+        owners: Knows where messages go.
     """
 
-    def __init__(self, plugin: JobSync) -> None:
-        self._plugin = plugin
+    def __init__(self, application: Application, owners: OwnerLookup) -> None:
+        self._application = application
+        self._app: Celery = application.app
+        self._owners = owners
         #: Queues of nodes by name, as they are made when they are needed first.
         self._node_queues: dict[str, Queue] = {}
         self._repeats = Repeats()
@@ -98,7 +143,7 @@ class _Addresser:
             }
         name = headers.get('task')
         try:
-            if isinstance(name, str) and isinstance(body, tuple) and name in self._plugin.app.tasks:
+            if isinstance(name, str) and isinstance(body, tuple) and name in self._app.tasks:
                 self._address(name, headers, body, options)
         # settings that cannot work, for example; whoever receives the message finds its owner
         except Exception as error:
@@ -117,18 +162,18 @@ class _Addresser:
             return
         headers[KEY] = route
         home = _name_of(options.get('queue')) or (
-            None if options.get('exchange') else self._plugin.app.conf.task_default_queue
+            None if options.get('exchange') else self._app.conf.task_default_queue
         )
         if home is None:
             # with an exchange and no queue: native delayed delivery, or a place that the caller
             # chose
             return
         headers[HOME] = home
-        queue = self._plugin.owner_queue(route)
+        queue = self._owners.queue_of(route)
         if queue is None:
             return
         declared = self._node_queues.get(queue) or self._node_queues.setdefault(
-            queue, node_queue_of(self._plugin, queue, declare=False)
+            queue, self._application.queues.make(queue, declare=False)
         )
         for place in _PLACE:
             options.pop(place, None)
@@ -138,7 +183,7 @@ class _Addresser:
             options['exchange'] = declared.exchange.name
 
     def _route_of(self, name: str, body: Any, message_id: Any) -> str | None:
-        route = self._plugin.tasks.route_of(name, body[0], body[1], message_id)
+        route = self._application.tasks.route_of(name, body[0], body[1], message_id)
         if isinstance(route, Refused):
             more = self._repeats.say((name, 'refused'), clock.now())
             if more is not None:
@@ -156,20 +201,20 @@ class _Addresser:
         """A task that sends itself again gives the place where its message came from: the queue of
         a node. It goes home instead.
         """
-        appname, exchange = self._plugin.settings.config.appname, options.get('exchange')
+        queues, exchange = self._application.queues, options.get('exchange')
         places = (_name_of(options.get('queue')) or '', _name_of(exchange) or '')
-        if not places[0].startswith(node_queue(appname, '')) and (
-            not places[1] or places[1] != exchange_of(self._plugin).name
+        if not queues.is_of_cluster(places[0]) and (
+            not places[1] or places[1] != queues.exchange.name
         ):
             return
         request = current_task.request if current_task else None
         home = (
             read_stamps({HOME: getattr(request, HOME, None)}).home
-            or self._plugin.app.conf.task_default_queue
+            or self._app.conf.task_default_queue
         )
         for place in _PLACE:
             options.pop(place, None)
-        options['queue'] = self._plugin.app.amqp.queues[home]
+        options['queue'] = self._app.amqp.queues[home]
 
 
 def _name_of(queue: Any) -> str | None:

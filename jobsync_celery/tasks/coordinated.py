@@ -20,8 +20,8 @@ from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.misspelt import misspelt
 
+from ..faults import is_its_fault
 from .coming_back import ComesBack
-from .holding import is_its_fault
 from .once import made_here
 
 if TYPE_CHECKING:
@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
     from jobsync_core.worker.settings import PluginSettings
 
-__all__ = ['TaskExited', 'Tasks', 'guarded_trace', 'odd_names', 'prepare_task', 'watch_tasks']
+__all__ = [
+    'TaskExited',
+    'Tasks',
+    'guard_traces',
+    'guarded_trace',
+    'odd_names',
+    'prepare_tasks',
+    'watch_tasks',
+]
 
 NO_STAMPS = Stamps()
 #: What `@app.task` understands of JobSync's; the last one is its own.
@@ -67,6 +75,12 @@ def prepare_task(task: Any) -> None:
             _UNSAID[option].add(type(task))
         if once is not None and not _says(task, option):
             setattr(task, option, True)
+
+
+def prepare_tasks(app: Celery) -> None:
+    """Prepare all tasks that an app has now, before messages of new ones can come."""
+    for task in list(app.tasks.values()):
+        prepare_task(task)
 
 
 def _says(task: Any, option: str) -> bool:
@@ -335,3 +349,20 @@ def _preparation(
     if validate is not None:
         return lambda args, kwargs: validate(*((task, *args) if bound else args), **kwargs)
     return (lambda args, kwargs: ((task, *args), kwargs)) if bound else None
+
+
+def guard_traces(app: Celery, tasks: Tasks, solo: bool) -> None:
+    """Guard the tracers that Celery has built, which those pools use that have no processes.
+
+    Args:
+        app: The app.
+        tasks: Its coordinated tasks.
+        solo: The pool is the event loop, into which any task's tracer would raise.
+    """
+    for name, task in list(app.tasks.items()):
+        try:
+            coordinated = tasks.find(name) is not None
+        except JobSyncError:
+            continue  # it runs nowhere
+        if (coordinated or solo) and task.__trace__ is not None:
+            task.__trace__ = guarded_trace(task, solo)

@@ -3,9 +3,9 @@
 kombu takes a message off its list first and records it as unacknowledged in a second trip: what is
 in between when the worker, the connection or Redis itself is killed is lost. Here one script does
 both; one trip less for each message is a welcome effect. A script cannot wait, and kombu's blocking
-BRPOP takes while it waits: so on empty queues a bell (bell.py) tells of the next message. Where
-Redis refuses a part of this, kombu's way is the fallback, and a warning says so; what that brings
-and cannot be recorded any more is kept until there is a connection again.
+BRPOP takes while it waits: so on empty queues a listener (key_changes.py) tells of the next
+message. Where Redis refuses a part of this, kombu's way is the fallback, and a warning says so;
+what that brings and cannot be recorded any more is kept until there is a connection again.
 
 An acknowledgement goes out on the same connection, ahead of the next look, and is not waited for,
 as with AMQP; one that was not confirmed when the connection broke is made again.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import sys
 from collections import deque
 from queue import Empty
 from threading import get_ident
@@ -26,156 +25,36 @@ from typing import Any
 from kombu.connection import Connection
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from jobsync_core import clock
 from jobsync_core.worker.incoming import Refused
 
-from .bell import Bell
-from .incoming import read_raw
-from .logs import get_logger
-from .mail import Leftovers
-from .redis_client import is_redis, with_channel
-from .restoring import RestoringChannel, RestoringQoS
+from ..incoming import read_raw
+from ..logs import get_logger
+from .client import is_redis, with_channel
+from .key_changes import KeyChangeListener
+from .keys import record_keys
+from .leftovers import Leftovers
+from .qos import RecordedQoS, UndecodedMessage
+from .restoring import RestoringChannel
+from .scripts import ACKNOWLEDGE, ELSEWHERE, FOR_NOW, TAKE, says
 
 __all__ = ['receive_atomically']
 
 logger = get_logger(__name__)
 # kombu has no types.
 plain_qos: Any = virtual.QoS
-plain_message: Any = virtual.Message
 _execute: Any = Redis.execute_command
 
-#: Seconds after which empty queues are looked at even if no bell was heard.
+#: Seconds after which empty queues are looked at even if no change was heard of.
 LOOK_SEC = 1.0
-
-#: What a server says that has become a replica, or has lost its master.
-_ELSEWHERE = ('ReadOnlyError', 'READONLY', 'MasterDownError', 'MASTERDOWN')
-#: What it says that takes no writes for now: no memory, no disk, too few replicas, a script of
-#: somebody's.
-_FOR_NOW = ('OutOfMemoryError', 'OOM', 'MISCONF', 'NOREPLICAS', 'BUSY')
-
-# KEYS: hash and index of unacknowledged messages, then lists in the order to look at; ARGV: the
-# time, then for each list its queue and whether its messages are acknowledged: what is not has no
-# record, which nobody would remove. The list is shortened last: a script that Redis stops for lack
-# of memory has lost nothing.
-_TAKE = """
-for i = 3, #KEYS do
-    local item = redis.call('LINDEX', KEYS[i], -1)
-    if item then
-        local sound, message = pcall(cjson.decode, item)
-        local queue, acknowledged = ARGV[2 * i - 4], ARGV[2 * i - 3] == '1'
-        local tag = acknowledged and sound and type(message) == 'table'
-            and type(message.properties) == 'table'
-            and message.properties.delivery_tag
-        local recorded = false
-        if type(tag) == 'string' then
-            redis.call('ZADD', KEYS[2], ARGV[1], tag)
-            redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
-            recorded = tag
-        end
-        redis.call('RPOP', KEYS[i])
-        return {queue, item, recorded}
-    end
-end
-return false
-"""
-
-# KEYS: as above, without the lists; ARGV: a delivery tag.
-_ACKNOWLEDGE = """
-redis.call('ZREM', KEYS[2], ARGV[1])
-return redis.call('HDEL', KEYS[1], ARGV[1])
-"""
-
-
-def _says(error: ResponseError, marks: tuple[str, ...]) -> bool:
-    said = f'{type(error).__name__} {error}'  # redis-py takes some codes off the text
-    return any(mark in said for mark in marks)
-
-
-class _QoS(RestoringQoS):
-    def append(self, message: Any, delivery_tag: str) -> None:
-        """Remember a message as delivered."""
-        if self.channel.recorded == delivery_tag:
-            self.channel.recorded = None
-            plain_qos.append(self, message, delivery_tag)
-            return
-        try:
-            super().append(message, delivery_tag)
-        except BaseException:
-            delivery = message.delivery_info
-            self.channel.left.unrecorded[delivery_tag] = dumps(
-                [message._raw, delivery['exchange'], delivery['routing_key']]
-            )
-            raise
-
-    def ack(self, delivery_tag: str) -> None:
-        """Acknowledge a message."""
-        self.channel.left.acknowledged.add(delivery_tag)
-        plain_qos.ack(
-            self, delivery_tag
-        )  # first: what is not confirmed is made again, and must not be given back
-        self.channel.acknowledge(delivery_tag)
-
-    def remove(self, delivery_tag: str | bytes) -> None:
-        """Remove the record of an acknowledged message, and wait for the answer."""
-        self._remove_from_indices(delivery_tag).execute()
-        self.channel.left.acknowledged.discard(delivery_tag)
-
-    def can_consume(self) -> bool:
-        """Whether another message may be delivered, or answers are due, which have to be read."""
-        return any(self.channel.due) or bool(plain_qos.can_consume(self))
-
-    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Give back what has been taken for too long; kombu's timer calls this in the event loop,
-        which an error would end.
-        """
-        try:
-            super().restore_visible(*args, **kwargs)
-        except ResponseError as error:
-            if not _says(error, _FOR_NOW):
-                raise
-            logger.debug('looking for what was taken long ago: %r', error)
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what was delivered and not acknowledged; with the broker out of reach, the next
-        connection does it.
-        """
-        try:
-            super().restore_unacked_once(stderr)
-        except (
-            RedisError,
-            OSError,
-            AttributeError,
-        ) as error:  # AttributeError: kombu, for a channel whose connection has been closed
-            logger.info('JobSync: what the lost connection held is given back later: %r', error)
-
-
-class _Message(plain_message):  # type: ignore[misc]
-    """A message that remembers why it cannot be decoded, where kombu's raises into the consumer."""
-
-    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
-        try:
-            super().__init__(payload, channel=channel, **options)
-        except Exception:  # whatever a codec raises, or headers that are none
-            trouble, headers = sys.exc_info(), payload.get('headers')
-            kept = (
-                {name: value for name, value in headers.items() if name != 'compression'}
-                if isinstance(headers, dict)
-                else {}
-            )
-            super().__init__(
-                {'properties': payload['properties'], 'headers': kept}, channel=channel
-            )
-            self._raw = payload
-            self.errors.append(trouble)
 
 
 class _Channel(RestoringChannel):
-    QoS = _QoS
-    Message = _Message
+    QoS = RecordedQoS
+    Message = UndecodedMessage
     #: Outlives the channel.
     left: Leftovers
     #: What the answers that have not been read yet are for, in their order: a delivery tag, or None
@@ -188,17 +67,17 @@ class _Channel(RestoringChannel):
     # The connection and the thread that poll.
     _socket: Any = None
     _thread = 0
-    #: kombu's event loop, for the bell; None: this channel does not wait.
+    #: kombu's event loop, to hear of changes; None: this channel does not wait.
     hub: Any = None
-    # The script found nothing the last time; and when it looks again, should the bell have been
+    # The script found nothing the last time; and when it looks again, should a change have been
     # missed.
     _empty = False
     _look_at = 0.0
     # Until when Redis is not asked in kombu's way, as it takes no writes for now.
     _rest_until = 0.0
-    _bell: Bell | None = None
+    _listener: KeyChangeListener | None = None
     _can_wait = True
-    _rings = _heard = 0
+    _changes = _changes_known = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.due = deque()
@@ -214,7 +93,7 @@ class _Channel(RestoringChannel):
         try:
             with self.conn_or_acquire() as client:
                 self._script, self._acknowledge = (
-                    bytes_to_str(client.script_load(text)) for text in (_TAKE, _ACKNOWLEDGE)
+                    bytes_to_str(client.script_load(text)) for text in (TAKE, ACKNOWLEDGE)
                 )
         except ResponseError as error:
             self._without(error)
@@ -229,21 +108,23 @@ class _Channel(RestoringChannel):
         )
 
     def _wait(self) -> None:
-        """The queues are empty: have the bell rung when that changes."""
-        # A ring between the look and its answer was for what came in between.
-        self._empty, self._look_at = self._rings == self._heard, monotonic() + LOOK_SEC
+        """The queues are empty: hear of it when that changes."""
+        # A change between the look and its answer was what came in between.
+        self._empty, self._look_at = self._changes == self._changes_known, monotonic() + LOOK_SEC
         connection = self.client.connection
         if (
             self.hub is None
             or not self._can_wait
-            or (self._bell is not None and self._bell.belongs_to(connection))
+            or (self._listener is not None and self._listener.belongs_to(connection))
         ):
             return
-        self._drop_bell()
+        self._drop_listener()
         self._read_due()
         try:
             another = self.pool.connection_class(**self.pool.connection_kwargs)
-            self._bell = Bell(connection, another, self.connection.cycle, self.hub, self._rung)
+            self._listener = KeyChangeListener(
+                connection, another, self.connection.cycle, self.hub, self._key_changed
+            )
         except ResponseError as error:
             self._can_wait = False
             logger.warning(
@@ -255,22 +136,16 @@ class _Channel(RestoringChannel):
                 error,
             )
             return
-        self._empty = False  # what came before the bell hung is found by another look
+        self._empty = False  # what came before it listens is found by another look
 
-    def _rung(self) -> None:
-        self._rings += 1
+    def _key_changed(self) -> None:
+        self._changes += 1
         self._empty = False
 
-    def _drop_bell(self) -> None:
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.close()
-
-    def _keys(self, *lists: str) -> list[str]:
-        return [
-            f'{self.global_keyprefix}{key}'
-            for key in (self.unacked_key, self.unacked_index_key, *lists)
-        ]
+    def _drop_listener(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
 
     def _arguments(self, queues: list[str]) -> list[Any]:
         lists = [
@@ -278,7 +153,7 @@ class _Channel(RestoringChannel):
             for priority in self.priority_steps
             for queue in queues
         ]
-        keys = self._keys(*(key for key, _ in lists))
+        keys = record_keys(self, *(key for key, _ in lists))
         told = [part for _, queue in lists for part in (queue, int(queue not in self._without_ack))]
         return [self._script, len(keys), *keys, time(), *told]
 
@@ -307,7 +182,7 @@ class _Channel(RestoringChannel):
         elif self.due and not plain_qos.can_consume(self.qos):
             return
         self._acknowledge_again()
-        if self._script is None or (self._empty and self._bell is None):
+        if self._script is None or (self._empty and self._listener is None):
             if monotonic() < self._rest_until:
                 return
             self._read_due()
@@ -321,7 +196,7 @@ class _Channel(RestoringChannel):
             return
         self._in_poll = connection
         self._brpop_sent_at = monotonic()
-        self._heard = self._rings
+        self._changes_known = self._changes
         self._send(None, *self._arguments(queues))
 
     def _cut(self) -> None:
@@ -349,11 +224,11 @@ class _Channel(RestoringChannel):
             try:
                 self.qos.remove(tag)
             except ResponseError as error:
-                if not _says(error, _FOR_NOW):
+                if not says(error, FOR_NOW):
                     raise
                 self._acknowledge_later(tag, error)
             return
-        self._send(tag, self._acknowledge, 2, *self._keys(), tag)
+        self._send(tag, self._acknowledge, 2, *record_keys(self), tag)
 
     def _send(self, what: str | bytes | None, *arguments: Any) -> None:
         # redis-py's own check of the connection reads an answer: not while others are due.
@@ -368,7 +243,7 @@ class _Channel(RestoringChannel):
             try:
                 found = super()._brpop_read(**options)
             except ResponseError as error:
-                if not _says(error, _FOR_NOW):
+                if not says(error, FOR_NOW):
                     raise
                 self._rest_until = monotonic() + LOOK_SEC
                 raise Empty from None
@@ -421,16 +296,16 @@ class _Channel(RestoringChannel):
         unknown = isinstance(error, NoScriptError)  # somebody has emptied Redis' cache
         if unknown:
             self._load()
-        if _says(error, _ELSEWHERE):
+        if says(error, ELSEWHERE):
             # a broken connection: another one may lead to the server that takes writes now
             raise error
         if tag is not None:
-            if _says(error, _FOR_NOW):
+            if says(error, FOR_NOW):
                 self._acknowledge_later(tag, error)
             else:
                 self.qos.remove(tag)
             return
-        if _says(error, _FOR_NOW):
+        if says(error, FOR_NOW):
             self._wait()
         elif not unknown:
             self._without(error)
@@ -537,7 +412,7 @@ class _Channel(RestoringChannel):
             self._read_due()
         except (Empty, RedisError, OSError) as error:
             logger.debug('the last acknowledgements of a channel: %r', error)
-        self._drop_bell()
+        self._drop_listener()
         super().close()
 
 

@@ -4,44 +4,21 @@ unacknowledged, and then tried again.
 
 from __future__ import annotations
 
-import pickle
-import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from amqp.exceptions import FrameSyntaxError
-from celery.exceptions import InvalidTaskError
-from kombu.exceptions import ContentDisallowed, SerializationError
-
 from jobsync_core import clock
 from jobsync_core.logs import Repeats
 
-from .logs import get_logger
-from .once import come_back_sec
+from ..logs import get_logger
+from ..tasks.once import come_back_sec
 
-__all__ = ['Holding', 'is_its_fault']
+__all__ = ['Holding']
 
 logger = get_logger(__name__)
 
-#: What fails like this fails every time, on every worker.
-_ITS_FAULT = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-    InvalidTaskError,
-    ContentDisallowed,
-    SerializationError,
-    pickle.PickleError,
-    struct.error,
-    FrameSyntaxError,
-)
-#: Some of these are ValueErrors too: a certificate that cannot be verified is one.
-_NOT_ITS_FAULT = (OSError, MemoryError)
 #: Seconds between two looks at what is held.
 _LOOK_SEC = 0.1
 #: Seconds after which a look that is due is taken for lost.
@@ -52,13 +29,6 @@ _EVERY = 10
 _MOST_KNOWN = 1000
 
 
-def is_its_fault(error: BaseException) -> bool:
-    """Whether a message is to blame for an error. Everything else is the trouble of some server, of
-    this process or of its machine.
-    """
-    return isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
-
-
 @dataclass(frozen=True)
 class _Held:
     """A message that is held.
@@ -66,13 +36,13 @@ class _Held:
     Attributes:
         name: Its task, for the log.
         act: What is done when its pause is over.
-        give_back: Returns it to the broker.
+        requeue: Returns it to the broker.
         due: When its pause is over, by JobSync's clock.
     """
 
     name: str
     act: Callable[[], object]
-    give_back: Callable[[], object]
+    requeue: Callable[[], object]
     due: float
 
 
@@ -109,7 +79,7 @@ class Holding:
         name: object,
         message_id: object,
         error: BaseException,
-        give_back: Callable[[], object],
+        requeue: Callable[[], object],
         act: Callable[[], object] | None = None,
         stays: bool = False,
     ) -> None:
@@ -119,8 +89,8 @@ class Holding:
             name: Its task.
             message_id: Its id.
             error: Why it cannot be taken now.
-            give_back: Returns it to the broker.
-            act: What is tried when its pause is over; default: `give_back`.
+            requeue: Returns it to the broker.
+            act: What is tried when its pause is over; default: `requeue`.
             stays: It is tried here until that works. Otherwise each tenth time it is given back:
                 another worker may be better off. Not more often, as a quorum queue drops what comes
                 back twenty times.
@@ -131,8 +101,8 @@ class Holding:
                 self._times.pop(next(iter(self._times)))
             self._times[str(message_id)] = times + 1
             pause = come_back_sec(times)
-            todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else give_back
-            self._held.append(_Held(str(name), todo, give_back, clock.now() + pause))
+            todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else requeue
+            self._held.append(_Held(str(name), todo, requeue, clock.now() + pause))
             more = self._repeats.say((str(name), type(error)), clock.now())
             self._look_later()
         if more is not None:
@@ -165,16 +135,16 @@ class Holding:
             if self._held:
                 self._look_later()
         for item in due:
-            self._do(item, item.act, 'returned' if item.act is item.give_back else 'retried')
+            self._do(item, item.act, 'returned' if item.act is item.requeue else 'retried')
 
-    def give_back(self) -> None:
+    def return_all(self) -> None:
         """Return all of them to the broker."""
         with self._lock:
             held, self._held = self._held, []
         for item in held:
-            self._do(item, item.give_back, 'returned')
+            self._do(item, item.requeue, 'returned')
 
-    def forget(self) -> None:
+    def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._held, self._looks_at = [], None  # the timer's entries go with the connection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .logs import get_logger
+from ..logs import get_logger
 
 __all__ = ['abandon']
 

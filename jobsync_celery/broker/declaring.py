@@ -11,7 +11,7 @@ from amqp.exceptions import PreconditionFailed
 
 from jobsync_core.errors import ConfigurationError
 
-from .logs import get_logger
+from ..logs import get_logger
 
 __all__ = ['declare_exchange', 'declare_queue']
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from .logs import get_logger
+from ..logs import get_logger
 
 __all__ = ['BrokerBusy', 'Circuit']
 

@@ -10,8 +10,8 @@ from typing import Any
 from billiard.exceptions import WorkerLostError
 from celery import states
 
+from ..logs import get_logger
 from .chords import close_connections, count_member, waits_for_others
-from .logs import get_logger
 from .once import come_back_sec, options_of
 
 __all__ = ['comes_back', 'count_lost']

@@ -13,10 +13,11 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.exceptions import Reject, TaskRevokedError
 from celery.worker import state
 
-from .coming_back import ComesBack
-from .holding import Holding, is_its_fault
-from .logs import get_logger
-from .lost import comes_back, count_lost
+from ..faults import is_its_fault
+from ..logs import get_logger
+from ..tasks.coming_back import ComesBack
+from ..tasks.lost import comes_back, count_lost
+from .holding import Holding
 
 __all__ = ['Handing', 'expires']
 

@@ -28,9 +28,9 @@ from jobsync_core.worker.adapter import MessageOnce
 from jobsync_core.worker.incoming import MAX_WAITS, read_stamps
 from jobsync_core.worker.routing import WAITS
 
+from ..logs import get_logger
 from .chords import count_member
 from .coming_back import ComesBack, send_again
-from .logs import get_logger
 
 __all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'options_of']
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from celery.exceptions import Reject
 
-from .publisher import BrokerAway, Publisher
+from ..broker.publisher import BrokerAway, Publisher
 
 __all__ = ['ComesBack', 'send_again']
 

@@ -1,0 +1,143 @@
+"""A worker consumes with a lease and a database that begins work, and not otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jobsync_core import clock
+from jobsync_core.job import Job
+from jobsync_core.logs import Repeats
+from jobsync_core.protocol.pausing import Pausing, remedy
+
+from .gate.gate import ConsumerGate
+from .listening import Listening
+from .logs import get_logger
+from .redis.leftovers import Leftovers
+
+__all__ = ['LeasedConsumer']
+
+logger = get_logger(__name__)
+
+#: Seconds between two looks at the lease.
+_LOOK_SEC = 0.2
+
+
+class LeasedConsumer:
+    """Celery's consumer, stopped and started with the lease. In the event loop.
+
+    Args:
+        consumer: Celery's consumer.
+        gate: Its gate.
+        node: This worker's node; None where it has none any more.
+        listening: Learns what the event loop does.
+        left: Knows since when an answer of Redis has been due.
+        driver: The broker's kind.
+        timeout_sec: The heartbeat timeout.
+    """
+
+    def __init__(
+        self,
+        consumer: Any,
+        gate: ConsumerGate,
+        node: Callable[[], Job | None],
+        listening: Listening,
+        left: Leftovers,
+        driver: str,
+        timeout_sec: float,
+    ) -> None:
+        self._consumer = consumer
+        self._gate = gate
+        self._node = node
+        self._listening = listening
+        self._left = left
+        self._is_rabbit = driver == 'amqp'
+        self._timeout = timeout_sec
+        self._connected = self._consuming = False
+        self._leased_at = 0.0
+        self._refusing = False
+        self._repeats = Repeats()
+        self._look: Any = None
+
+    def connected(self) -> None:
+        """The consumer has a connection, the first one or another, and begins in a moment."""
+        self._connected = self._consuming = True
+        self._listening.connected()
+        # Not left to the duties, whose questions to the database may take seconds.
+        self._look = self._consumer.timer.call_repeatedly(_LOOK_SEC, self.follow)
+
+    def disconnected(self) -> None:
+        """The consumer has no connection."""
+        self.closing()
+        self._listening.disconnected()
+        if self._look is not None:
+            self._look.cancel()  # not every Celery clears its timer with the connection
+        self._gate.disconnected()
+
+    def closing(self) -> None:
+        """The worker shuts down: nothing is consumed any more."""
+        self._connected = self._consuming = False
+
+    @property
+    def consumes(self) -> bool:
+        """Whether messages are taken, as far as is known."""
+        return self._consuming and self._listening.silence() <= self._timeout
+
+    def follow(self) -> None:
+        """Stop or start consuming, by what is so now: the event loop keeps no order among its
+        calls.
+        """
+        consumer, job = self._consumer.task_consumer, self._node()
+        self._listening.turned(self._rabbit_connection())
+        if consumer is None or job is None or not self._connected:
+            return
+        now, leased = clock.now(), job.am_i_healthy()
+        asked = self._left.asked_at
+        if asked is not None and now - asked > self._timeout:
+            # Redis answers within a second: who has forgotten this connection may let another one
+            # through
+            self._left.cut()
+        paused = job.pausing.is_paused(now)
+        if leased:
+            self._leased_at = now
+        if self._consuming and (paused or not leased):
+            self._consuming = False
+            self._tell_stop(leased, job.pausing, now)
+            consumer.cancel()
+            self._gate.return_waiting()
+        elif not leased and self._is_rabbit and now - self._leased_at > self._timeout:
+            # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
+            # comes from.
+            self._gate.return_running()
+        elif leased and not paused and not self._consuming:
+            self._consuming = True
+            consumer.consume()
+            if not self._refusing:
+                logger.info('JobSync: the lease is valid again; consuming goes on')
+        elif paused:
+            self._gate.return_waiting()  # whose time has come meanwhile
+        if self._refusing and not job.pausing.length:
+            self._refusing = False
+            logger.info('JobSync: the database begins work again; consuming goes on')
+
+    def _tell_stop(self, leased: bool, pausing: Pausing, now: float) -> None:
+        if not leased:
+            logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
+            return
+        self._refusing = True
+        error = pausing.error
+        more = self._repeats.say('refused', now)
+        if more is not None:
+            logger.warning(
+                'JobSync: the database refuses to begin anything; consuming stops for %.0f s, and '
+                'one message tries then: %s; '
+                '%s%s',
+                pausing.length,
+                error,
+                remedy(error.sqlstate),
+                more,
+            )
+
+    def _rabbit_connection(self) -> Any:
+        connection = self._consumer.connection if self._is_rabbit else None
+        return connection.connection if connection is not None and connection.connected else None

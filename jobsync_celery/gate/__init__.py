@@ -1,0 +1,1 @@
+"""The gate between a worker's consumer and its pool."""

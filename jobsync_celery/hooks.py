@@ -1,0 +1,540 @@
+"""What a worker's node does at Celery's hooks, from before the pool forks until the last task has
+ended.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kombu.connection import Connection
+
+from jobsync_core import clock
+from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.job import Job
+from jobsync_core.ledger.cluster import UNCOORDINATED
+from jobsync_core.protocol.effects import RebalanceEvent
+from jobsync_core.worker.consuming import SelfDrain
+from jobsync_core.worker.duties.node import NodeDuties
+from jobsync_core.worker.entering import make_job
+from jobsync_core.worker.gate import Gate
+from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.startup import wait_for_database
+
+from .application import Application
+from .broker.broker import CeleryBroker
+from .broker.startup import wait_for_broker
+from .consuming import LeasedConsumer
+from .gate.gate import ConsumerGate
+from .listening import Listening
+from .logs import get_logger
+from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
+from .redis.keys import VISIBILITY_SEC, node_options
+from .redis.leftovers import Leftovers
+from .signals import rebalanced, released
+from .tasks.coordinated import odd_names
+
+__all__ = ['WorkerHooks']
+
+logger = get_logger(__name__)
+
+#: Least seconds that Redis may take to answer a worker.
+_ANSWER_SEC = 5.0
+#: Seconds by which a turn of the event loop may be late that is not stuck.
+_LOOP_SEC = 1.0
+#: Celery's own default, in seconds: whoever wants just that gives 121.
+_DEFAULT_BROKER_HEARTBEAT = 120
+#: RabbitMQ sends one in half of this. Celery's mingle ends when nothing has come for a second: with
+#: a heartbeat in each second it goes on until RabbitMQ, to which the worker sends none meanwhile,
+#: closes the connection.
+_LEAST_BROKER_HEARTBEAT_SEC = 3
+_NAME = '_jobsync_hooks'
+
+
+class WorkerHooks:
+    """A worker's node, as Celery's bootsteps drive it.
+
+    Args:
+        application: The app.
+    """
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._app: Any = application.app
+        vars(application.app)[_NAME] = self
+        self._job: Job | None = None
+        self._broker: CeleryBroker | None = None
+        self._gate: Gate | None = None
+        self._duties: NodeDuties | None = None
+        self._http: Any = None
+        self._consumer: Any = None
+        self._consumer_gate: ConsumerGate | None = None
+        self._leased: LeasedConsumer | None = None
+        self._children: set[int] = set()
+        self._worker: Any = None
+        self._left = Leftovers()
+        self._pins: Mapping[str, Sequence[str]] = {}
+        self._uncoordinated = self._reconnects = False
+        self._atomic = False
+        self._solo = False
+        self._listening: Listening | None = None
+        self._self_drain: SelfDrain | None = None
+        # What the app was configured with before this plugin put a node's own settings in.
+        self._plain: dict[str, Any] = {}
+        self._shared_at = 0.0
+
+    @staticmethod
+    def of(app: Any) -> WorkerHooks | None:
+        """Those of an app; None where it has no plugin."""
+        found: WorkerHooks | None = vars(
+            app._get_current_object() if hasattr(app, '_get_current_object') else app
+        ).get(_NAME)
+        return found
+
+    @property
+    def job(self) -> Job | None:
+        """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing`
+        that stands in.
+        """
+        return node_of_tests() or self._job
+
+    @property
+    def required(self) -> bool:
+        """Whether a worker that cannot be a node must not run."""
+        return self._application.settings.required
+
+    # --- before the pool forks ---
+
+    def prepare_worker(self, worker: Any, node: str | None, weight: float | None) -> None:
+        """Make the Job, before the pool forks, and have the worker consume the node's queue.
+
+        Args:
+            worker: Celery's `WorkController`.
+            node: The node's name, from the command line.
+            weight: Its share, from there too.
+
+        Raises:
+            ConfigurationError: The worker cannot work like that.
+        """
+        settings = self._application.read_again(
+            **({'weight': weight} if weight is not None else {})
+        )
+        pool = (
+            worker.pool_cls
+            if isinstance(worker.pool_cls, str)
+            else f'{worker.pool_cls.__module__}:{worker.pool_cls.__name__}'
+        )
+        if any(green in pool for green in ('gevent', 'eventlet')):
+            raise ConfigurationError(
+                f'pool {pool!r}: JobSync does not work with green threads, whose blocking '
+                'database calls would stop heartbeats; '
+                'use --pool prefork, threads or solo'
+            )
+        self.check_parts()
+        self._solo = 'solo' in pool
+        name = node or settings.node_name or worker.hostname
+        queues = self._application.queues
+        queue = queues.name_of(name)
+        self._configure(name)
+        self._broker = broker = self._application.broker(self._left, self.receiving)
+        self._pins = self._application.tasks.pins()
+        odd = odd_names(self._app, settings.pins)
+        if odd:
+            logger.warning('JobSync: %s', '; '.join(odd))
+        self._job = job = make_job(
+            settings,
+            name,
+            queue,
+            'celery',
+            self._pins,
+            known=list(self._app.tasks),
+            identify=broker.identify,
+            place=broker.place,
+            application=self._application.name,
+            prepare=lambda: broker.declare(queue),
+            busy=self._busy,
+            on_rebalance=self._rebalanced,
+            on_release=lambda tokens: released.send(sender=self._app, tokens=tokens),
+        )
+        job.prepare_fork()
+        self._app.amqp.queues.select_add(queues.make(queue))
+        self._gate = Gate(settings, job)
+        self._worker = worker
+        self._listening = Listening(self._left, self._solo)
+
+    def _configure(self, name: str) -> None:
+        """Put a node's own settings into the app."""
+        settings, conf = self._application.settings, self._app.conf
+        self._plain = {
+            name: conf[name] for name in ('broker_transport_options', 'broker_heartbeat')
+        }
+        timeout = settings.config.heartbeat_timeout_sec
+        if self._application.driver == 'redis':
+            # kombu waits for an answer for ever, in the event loop; but a router may have forgotten
+            # the connection.
+            conf.broker_transport_options = {
+                'visibility_timeout': VISIBILITY_SEC,
+                'socket_timeout': max(_ANSWER_SEC, timeout),
+                **(conf.broker_transport_options or {}),
+                **node_options(settings.config.appname, name),
+            }
+        if (
+            self._application.driver == 'amqp'
+            and conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT
+            and not self._solo
+        ):
+            # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker
+            # sends none while a task runs.
+            conf.broker_heartbeat = max(_LEAST_BROKER_HEARTBEAT_SEC, math.ceil(timeout))
+
+    def check_parts(self) -> None:
+        """Whether the installed versions have what the plugin uses of them.
+
+        Raises:
+            ConfigurationError: They lack what keys would not be safe without.
+        """
+        on_redis = self._application.driver == 'redis'
+        lacking = missing((GATE, LIFE, RESTORE) if on_redis else (GATE, LIFE))
+        if lacking:
+            raise ConfigurationError(
+                f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys '
+                'would not be safe: install versions that '
+                'JobSync knows, with pip install "jobsync-workers[celery]"'
+            )
+        lacking = missing((RECEIVE, HAND_OVER, CLIENTS)) if on_redis else []
+        if lacking:
+            logger.warning(
+                "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's "
+                'way, and one can be lost when this '
+                'worker is killed just while it is received; install versions that JobSync knows, '
+                'with '
+                'pip install "jobsync-workers[celery]"',
+                ', '.join(lacking),
+            )
+        self._atomic = on_redis and self._application.settings.redis_atomic and not lacking
+
+    # --- entering ---
+
+    def wait_for_servers(self, check: Callable[[], object]) -> None:
+        """Wait for a broker and a database that are not up yet; `check` raises where the worker is
+        to end.
+
+        Raises:
+            OperationalError: The broker cannot be reached, and is not to be waited for.
+            DatabaseUnavailable: The database cannot be reached within `wait_for_database_sec`.
+        """
+        settings = self._application.settings
+        wait_for_broker(self._app, check)
+        limit = settings.wait_for_database_sec if settings.required else 0.0
+        wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
+
+    def entered(self) -> None:
+        """The worker is a node."""
+        job, broker, gate, listening = self._job, self._broker, self._gate, self._listening
+        assert job is not None and broker is not None and gate is not None
+        assert listening is not None
+        queues = self._application.queues
+        self._duties = NodeDuties(
+            gate,
+            broker,
+            'celery',
+            queues.name_of(job.node_name),
+            queues.parked,
+            on_lease=self._lease_changed,
+            on_change=self._look_again,
+            on_tick=self._tick,
+            tasks=lambda: frozenset(self._app.tasks),
+        )
+        gate.owners.refresh()
+        self._duties.restore_former()
+        self._duties.start()
+        config = self._application.settings.config
+        self._self_drain = SelfDrain(
+            job, listening.silence, config.heartbeat_timeout_sec + _LOOP_SEC
+        )
+        self._self_drain.start()
+        logger.info(
+            'JobSync: node %s of %s* with %d tokens',
+            job.node_name,
+            config.appname,
+            len(job.my_tokens),
+        )
+
+    def go_uncoordinated(self, error: Exception) -> None:
+        """The worker is no node, and may run all the same."""
+        assert self._job is not None
+        logger.critical(
+            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is '
+            'False: keys may run twice',
+            error,
+        )
+        self._job.abandon(UNCOORDINATED)
+        self._uncoordinated = True
+        # It is as any worker without the plugin: what it takes is where the others of its kind
+        # look.
+        queue = self._application.queues.name_of(self._job.node_name)
+        self._app.conf.update(self._plain)
+        self._app.amqp.queues.consume_from.pop(queue, None)
+        self._app.amqp.queues.pop(queue, None)
+        self._job = None
+
+    # --- the consumer ---
+
+    def attach(self, consumer: Any) -> None:
+        """The consumer exists; it has no connection and no strategies yet."""
+        assert self._gate is not None and self._listening is not None
+        application = self._application
+        self._consumer = consumer
+        self._consumer_gate = ConsumerGate(
+            self._app,
+            consumer,
+            self._gate,
+            application.tasks,
+            application.queues,
+            application.forwarder(patient=False),
+            pinned=self._pins,
+            solo=self._solo,
+            is_node=lambda: self._job is not None,
+            on_parked=self._parked_something,
+        )
+        self._leased = LeasedConsumer(
+            consumer,
+            self._consumer_gate,
+            lambda: self._job,
+            self._listening,
+            self._left,
+            application.driver,
+            application.settings.config.heartbeat_timeout_sec,
+        )
+        if application.driver == 'redis':
+            from redis.exceptions import MasterDownError, ReadOnlyError
+
+            # A server that has become a replica is no server any more: as for one that has ended,
+            # the consumer connects anew.
+            consumer.connection_errors = (
+                *consumer.connection_errors,
+                ReadOnlyError,
+                MasterDownError,
+            )
+        consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
+            self.receiving(self._app.connection_for_read(heartbeat=heartbeat), consumer.hub)
+        )
+
+    def receiving(self, connection: Connection, hub: Any = None) -> Connection:
+        """A connection that has not been opened yet, on which messages are received; with an event
+        loop, waited for.
+        """
+        if self._atomic and not self._uncoordinated:
+            from .redis.channel import receive_atomically  # needs redis
+
+            receive_atomically(connection, self._left, hub)
+        return connection
+
+    def connected(self) -> None:
+        """The consumer has a connection, the first one or another."""
+        assert self._leased is not None
+        if self._reconnects and self._job is not None and self._broker is not None:
+            # What the lost connection had taken: nobody can acknowledge it any more, and Redis
+            # gives it back to nobody.
+            try:
+                self._broker.restore_own(self._job.node_name)
+            except Exception as error:  # the broker went away again; the next connection does it
+                logger.warning(
+                    'JobSync: what the lost connection held is not given back yet: %r', error
+                )
+        self._reconnects = True
+        self._leased.connected()
+
+    def disconnected(self) -> None:
+        """The consumer has no connection."""
+        if self._leased is not None:
+            self._leased.disconnected()
+
+    # --- leaving ---
+
+    def closing(self) -> None:
+        """The worker shuts down; its tasks end."""
+        if self._leased is not None:
+            self._leased.closing()
+        if self._self_drain is not None:
+            self._self_drain.stop()
+        if self._job is not None:
+            try:
+                self._job.drain(0)
+            except JobSyncError as error:
+                logger.warning('JobSync: %s', error)
+
+    def leave(self) -> None:
+        """Leave the cluster; survivors take over what is left at the broker."""
+        job, self._job = self._job, None
+        if self._http is not None:
+            self._http.close()
+        if job is None:
+            return
+        if self._self_drain is not None:
+            self._self_drain.stop()
+        if self._broker is not None:
+            restore_last(self._broker, job.node_name, self._left)
+        if self._duties is not None:
+            self._duties.stop(5.0)
+        job.__exit__(None, None, None)
+        if self._consumer_gate is not None:
+            self._consumer_gate.close()
+        if self._broker is not None:
+            self._broker.close()
+
+    # --- events ---
+
+    def _parked_something(self) -> None:
+        if self._duties is not None:
+            self._duties.parked_something()
+
+    def _busy(self, tokens: TokenSet) -> bool:
+        return self._consumer_gate is not None and self._consumer_gate.busy(tokens)
+
+    def _rebalanced(self, event: RebalanceEvent) -> None:
+        rebalanced.send(sender=self._app, event=event)
+        if self._consumer is not None and self._job is not None:
+            fields = {
+                'node': self._job.node_name,
+                'version': event.token_version,
+                'added': event.tokens_added,
+                'removed': event.tokens_removed,
+            }
+            self._consumer.call_soon(self._send_event, 'jobsync-rebalanced', fields)
+
+    def _send_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        dispatcher = getattr(self._consumer, 'event_dispatcher', None)
+        if dispatcher is not None and dispatcher.enabled:
+            dispatcher.send(kind, **fields)
+
+    def _look_again(self) -> None:
+        if self._consumer is not None and self._consumer_gate is not None:
+            self._consumer.call_soon(self._consumer_gate.look)
+
+    def _tick(self) -> None:
+        if self._consumer_gate is not None and self._consumer_gate.waiting:
+            self._look_again()  # should the timer have lost its entry: a reconnect clears it
+        self._watch_children()
+        self._restore_shared()
+
+    def _restore_shared(self) -> None:
+        """Restore what plain workers of the same queues had taken when they were killed, after as
+        long as they would.
+        """
+        if (
+            self._broker is None
+            or self._job is None
+            or not self._job.has_lease
+            or clock.now() < self._shared_at
+        ):
+            return
+        options = self._plain.get('broker_transport_options') or {}
+        restored = self._broker.restore_shared(options)
+        self._shared_at = clock.now() + self._broker.shared_every(options)
+        if restored:
+            logger.warning(
+                'JobSync: %d messages that workers without the plugin had taken are given back',
+                restored,
+            )
+
+    def _lease_changed(self, leased: bool) -> None:
+        if self._consumer is None or self._leased is None:
+            return
+        if (
+            leased
+            and self._duties is not None
+            and self._broker is not None
+            and self._job is not None
+        ):
+            self._broker.declare(self._application.queues.name_of(self._job.node_name))
+            self._duties.restore_former()
+        self._consumer.call_soon(self._leased.follow)
+
+    def _watch_children(self) -> None:
+        """Release what a pool child was executing that is gone."""
+        processes = getattr(
+            getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None
+        )
+        if not isinstance(processes, list) or self._job is None:
+            return
+        present = {process.pid for process in processes if getattr(process, 'pid', None)}
+        for pid in self._children - present:
+            count = self._job.release_child(pid)
+            if count:
+                logger.warning(
+                    'JobSync: pool process %d is gone; %d of its keys may run again', pid, count
+                )
+            self._children.discard(pid)
+        self._children |= present
+
+    # --- operating ---
+
+    def local_status(self) -> dict[str, Any]:
+        """The node as it sees itself, as plain values."""
+        job = self.job
+        if job is None:
+            return {'coordination_enabled': False}
+        status = job.local_status()
+        status['recent_events'] = [
+            {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
+        ]
+        status['last_heartbeat'] = (
+            str(status['last_heartbeat']) if status['last_heartbeat'] else None
+        )
+        waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
+        return {
+            **status,
+            'consuming': self._consumes(),
+            'paused': refusal(job, clock.now()),
+            'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting},
+        }
+
+    def _consumes(self) -> bool:
+        return self._leased is not None and self._leased.consumes
+
+    def serve(self) -> None:
+        """Answer probes, also while the worker joins."""
+        settings = self._application.settings
+        if settings.http is None or self._job is None:
+            return
+        from jobsync_core.web.health import HealthServer, node_metrics
+
+        job = self._job
+        self._http = HealthServer(
+            settings.http,
+            live=lambda: job.alive,
+            ready=lambda: {
+                'lease': job.am_i_healthy() or self._uncoordinated,
+                'consuming': self._consumes(),
+                'node': job.node_name,
+                **({'reason': reason} if (reason := refusal(self._job, clock.now())) else {}),
+            },
+            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})),
+        )
+
+
+def refusal(job: Job | None, now: float) -> str:
+    """Why a node's consuming pauses; '' where it does not."""
+    return str(job.pausing.error) if job is not None and job.pausing.is_paused(now) else ''
+
+
+def restore_last(broker: CeleryBroker, node: str, left: Leftovers) -> None:
+    """Restore what a worker's lost connections brought, as it ends; what is lost is named."""
+    if not left.unrecorded:
+        return
+    try:
+        broker.restore_own(node)
+    except Exception as error:  # whatever the broker's client raises
+        lost = left.ids()
+        logger.critical(
+            'JobSync: %d messages that a lost connection brought are lost with this '
+            'worker, as the broker cannot be '
+            'reached (%r); send them again: %s',
+            len(lost),
+            error,
+            ', '.join(lost),
+        )
