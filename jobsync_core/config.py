@@ -15,7 +15,7 @@ from .errors import ConfigurationError
 from .logs import get_logger
 from .secret import SECRET_OPTIONS, hide
 
-__all__ = ['LEASE_FRACTION', 'CoordinationConfig']
+__all__ = ['LEASE_FRACTION', 'CoordinationConfig', 'from_text']
 
 MAX_TOKENS = 1_000_000
 #: Part of the heartbeat timeout for which a heartbeat entitles a node to claim. The rest is the
@@ -315,7 +315,9 @@ class CoordinationConfig:
                 and item.name != 'connection_options'
                 and not (item.name == 'port' and raw.startswith('tcp://'))
             ):
-                found[item.name] = _from_text(prefix + item.name.upper(), raw, item.default)
+                # a port stays as it is written
+                default = item.default if item.name != 'port' else ''
+                found[item.name] = from_text(prefix + item.name.upper(), raw, default)
         url = environ.get(prefix + 'DATABASE_URL')
         if url:
             return cls.from_url(url, **{**found, **settings})
@@ -374,18 +376,28 @@ def _check_variables(environ: Mapping[str, str]) -> None:
             )
 
 
-def _from_text(name: str, raw: str, default: object) -> object:
+def from_text(variable: str, raw: str, default: object, *, whole: bool = False) -> object:
+    """The value of a setting that was given as a text.
+
+    Args:
+        variable: The environment variable, for the message.
+        raw: The text.
+        default: The setting's default, which says what kind of value it takes.
+        whole: Whether a setting whose default is a whole number takes no other.
+
+    Raises:
+        ConfigurationError: It is none of that kind.
+    """
     if isinstance(default, bool):
         if raw.lower() in ('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'):
             return raw.lower() in ('1', 'true', 'yes', 'on')
-        raise ConfigurationError(f'{name}={raw!r}: give true or false')
-    if isinstance(default, int) and not name.endswith('PORT'):
+        raise ConfigurationError(f'{variable}={raw!r}: give true or false')
+    if not isinstance(default, (int, float)):
+        return raw
+    for kind in (int, float) if isinstance(default, int) else (float,):
         try:
-            return int(raw)
+            return kind(raw)
         except ValueError:
-            pass
-        try:
-            return float(raw)
-        except ValueError:
-            raise ConfigurationError(f'{name}={raw!r}: give a number') from None
-    return raw
+            if whole:
+                break
+    raise ConfigurationError(f'{variable}={raw!r}: give a number')

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import threading
 
-from .. import clock
 from ..job import Job
 from ..store.connection import Sessions
 from ..store.tables import Tables
@@ -43,9 +42,14 @@ class Gate:
         self.counts: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def place(self, delivery: Received) -> Outcome:
-        """What becomes of a delivery; no I/O while the owner map is as new as the node."""
-        return inbox.place(delivery, self.here(delivery.route), self.rules, clock.now())
+    def place(self, delivery: Received, now: float) -> Outcome:
+        """What becomes of a delivery; no I/O while the owner map is as new as the node.
+
+        Args:
+            delivery: What is known of it.
+            now: The moment, in seconds on the monotonic clock.
+        """
+        return inbox.place(delivery, self.here(delivery.route), self.rules, now)
 
     def may_begin(self, delivery: Received) -> bool:
         """The last look, right before a task runs: whether it may run here still. No I/O."""

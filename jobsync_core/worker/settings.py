@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from ..assignment.arguments import check_name, check_number
 from ..assignment.tokens import TokenSet
-from ..config import CoordinationConfig
+from ..config import CoordinationConfig, from_text
 from ..errors import ConfigurationError
 from ..job import Job
 from .routing import check_pins, node_queue
 
-__all__ = ['PluginSettings']
+__all__ = ['PluginSettings', 'combined']
 
 S = TypeVar('S', bound='PluginSettings')
 _JOB_FIELDS = frozenset(item.name for item in fields(CoordinationConfig))
@@ -144,7 +144,7 @@ class PluginSettings:
                 and name not in found
                 and isinstance(item.default, (bool, int, float, str))
             ):
-                found[name] = _from_text(name, raw, item.default)
+                found[name] = from_text(_PREFIX + name.upper(), raw, item.default, whole=True)
         for name in ('node_name', 'http'):
             if environ.get(_PREFIX + name.upper()) and name not in found:
                 found[name] = environ[_PREFIX + name.upper()]
@@ -183,14 +183,11 @@ def _config(values: Mapping[str, Any], environ: Mapping[str, str]) -> Coordinati
     return CoordinationConfig.from_env(without_url, **settings)
 
 
-def _from_text(name: str, raw: str, default: object) -> object:
-    if isinstance(default, bool):
-        if raw.lower() not in ('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'):
-            raise ConfigurationError(f'{_PREFIX}{name.upper()}={raw!r}: give true or false')
-        return raw.lower() in ('1', 'true', 'yes', 'on')
-    if isinstance(default, str):
-        return raw
-    try:
-        return int(raw) if isinstance(default, int) else float(raw)
-    except ValueError:
-        raise ConfigurationError(f'{_PREFIX}{name.upper()}={raw!r}: give a number') from None
+def combined(configuration: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a framework's configuration and those that the plugin was called with, which
+    win. One way of naming the database replaces the other.
+    """
+    found = {**configuration, **given}
+    if 'database_url' in given or 'config' in given:
+        found.pop('config' if 'database_url' in given else 'database_url', None)
+    return found

@@ -42,9 +42,11 @@ LAYERS = (
     {'agent', 'ledger'},
     {'node'},
     {'job'},
+    {'metrics'},
+    {'web'},
     {'worker'},
-    {'embedded', 'metrics'},
-    {'testing', 'web'},
+    {'embedded'},
+    {'testing'},
     {''},
     {'cli'},
 )

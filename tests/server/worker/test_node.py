@@ -1,0 +1,236 @@
+"""The node of a worker process, from its start to its end, with a broker in memory."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jobsync_core import CoordinationConfig, DatabaseUnavailable, Job
+from jobsync_core.worker.lookup import OwnerLookup
+from jobsync_core.worker.node import Framework, WorkerNode, node_status
+from jobsync_core.worker.settings import PluginSettings
+from tests.support.brokers import free_port
+from tests.support.cluster import query
+from tests.support.fake_broker import Contents, FakeBroker, Item
+from tests.support.proxy import Mode, Proxy
+from tests.support.waiting import eventually
+
+
+class NodeBroker(FakeBroker):
+    """A broker that a node can enter with."""
+
+    place = 'memory://test'
+
+    def identify(self, make: bool) -> str | None:
+        return 'mark'
+
+
+class Stage:
+    """Workers of one cluster and one broker."""
+
+    def __init__(self, config: CoordinationConfig, stack: ExitStack) -> None:
+        self.config = config
+        self.contents = Contents()
+        self.log: list[object] = []
+        #: Why the workers take no messages.
+        self.problem = ''
+        self._stack = stack
+
+    def node(self, name: str = 'n1', *, comes_back: bool = False, **settings: Any) -> WorkerNode:
+        broker = NodeBroker(self.contents)
+        found = {'config': self.config, **settings}
+        made = WorkerNode(
+            PluginSettings(**found),
+            name,
+            Framework(
+                kind='celery',
+                broker=broker,
+                declare=lambda: self.log.append('declare'),
+                tasks=lambda: ['known'],
+                pins={},
+                busy=lambda tokens: False,
+                problem=lambda: self.problem,
+                silence=lambda: 0.0,
+                patience=5.0,
+                on_lease=self.log.append,
+                comes_back=comes_back,
+            ),
+        )
+        broker.on_restore = lambda node: self.log.append(f'restore {node}')
+        self._stack.callback(made.leave)
+        return made
+
+    def entered(self, name: str = 'n1', **options: Any) -> WorkerNode:
+        made = self.node(name, **options)
+        made.enter()
+        made.start()
+        return made
+
+
+@pytest.fixture
+def stage(config: CoordinationConfig) -> Iterator[Stage]:
+    with ExitStack() as stack:
+        yield Stage(config, stack)
+
+
+def fetch(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def ready(port: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(fetch(port, '/health/ready')[1])
+    return found
+
+
+def test_a_node_lives_from_enter_to_leave(stage: Stage) -> None:
+    node = stage.entered()
+    job = node.job
+    assert job is not None and node.queue == f'jobsync.{stage.config.appname}.n1'
+    eventually(lambda: len(job.my_tokens) == stage.config.total_tokens)
+    stage.contents.put(node.gate.rules.parked, 'a')
+    node.parked_something()
+    eventually(lambda: stage.contents.order(node.queue) == ['a'])
+    status = node.status(job, waiting=2)
+    assert status['messages'] == {'released': 1, 'waiting': 2} and status['consuming'] is True
+    assert json.loads(json.dumps(status)) == status, 'plain values'
+    node.drain()
+    eventually(lambda: job.local_status()['state'] == 'draining')
+    node.leave()
+    assert node.job is None and not query(stage.config, 'SELECT name FROM "{}node"')
+    node.leave()
+
+
+def test_a_name_that_comes_back_restores_what_its_former_life_had_taken(stage: Stage) -> None:
+    stage.contents.held['n1'] = [Item('a')]
+    stage.entered(comes_back=True)
+    assert stage.log == ['declare', 'restore n1'] and stage.contents.order('home') == ['a']
+
+
+def test_one_that_does_not_leaves_it_to_the_others(stage: Stage) -> None:
+    stage.entered()
+    assert stage.log == ['declare']
+
+
+def test_with_the_lease_back_the_queue_is_made_again_before_the_worker_hears_of_it(
+    stage: Stage, config: CoordinationConfig, make_config: Callable[..., CoordinationConfig]
+) -> None:
+    with Proxy(config.host, int(config.port)) as proxy:
+        behind = make_config(host=proxy.host, port=proxy.port, connect_timeout_sec=1)
+        node = stage.entered(config=behind, comes_back=True)
+        stage.log.clear()
+        proxy.switch(Mode.HOLD)
+        eventually(lambda: stage.log == [False], 30)
+        assert node.ready() == {
+            'consuming': False,
+            'lease': False,
+            'coordinated': True,
+            'node': 'n1',
+            'reason': 'no lease',
+        }
+        proxy.switch(Mode.PASS)
+        eventually(lambda: True in stage.log, 30)
+        assert stage.log == [False, 'declare', 'restore n1', True]
+
+
+class TestHttp:
+    def test_probes_are_answered_from_before_the_worker_joins_until_it_has_left(
+        self, stage: Stage
+    ) -> None:
+        port = free_port()
+        node = stage.node(http=f'127.0.0.1:{port}')
+        node.serve()
+        assert fetch(port, '/health/live')[0] == 200
+        assert (fetch(port, '/health/ready')[0], ready(port)['reason']) == (503, 'no lease')
+        node.enter()
+        node.start()
+        assert ready(port) == {
+            'status': 'ready',
+            'consuming': True,
+            'lease': True,
+            'coordinated': True,
+            'node': 'n1',
+        }
+        stage.problem = 'stopped'
+        assert (fetch(port, '/health/ready')[0], ready(port)['reason']) == (503, 'stopped')
+        node.leave()
+        with pytest.raises(OSError):
+            fetch(port, '/health/live')
+
+    def test_several_processes_have_ports_that_follow_each_other(self, stage: Stage) -> None:
+        port = free_port()
+        node = stage.node(http=f'127.0.0.1:{port - 1}')
+        node.serve(1)
+        assert fetch(port, '/health/live')[0] == 200
+
+    def test_where_none_is_wanted_there_is_none(self, stage: Stage) -> None:
+        stage.node().serve()
+
+
+class TestWithoutCoordination:
+    def test_it_answers_probes_is_no_node_and_says_so(
+        self, stage: Stage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        port = free_port()
+        node = stage.node(http=f'127.0.0.1:{port}', required=False)
+        node.serve()
+        node.go_uncoordinated('no database', 'jobsync_required')
+        assert node.job is None and not node.coordinated
+        assert ready(port) == {
+            'status': 'ready',
+            'consuming': True,
+            'lease': False,
+            'coordinated': False,
+            'node': 'n1',
+        }
+        assert 'no database -- THIS WORKER RUNS WITHOUT COORDINATION' in caplog.text
+        node.leave()
+        with pytest.raises(OSError):
+            fetch(port, '/health/live')
+
+    def test_what_it_had_entered_it_leaves(self, stage: Stage) -> None:
+        node = stage.node(required=False)
+        node.enter()
+        node.go_uncoordinated('the rest failed', 'required')
+        assert not query(stage.config, 'SELECT name FROM "{}node"')
+
+    def test_it_does_not_wait_for_a_database(self, stage: Stage) -> None:
+        away = replace(stage.config, port=str(free_port()))
+        node = stage.node(config=away, required=False, wait_for_database_sec=60.0)
+        with pytest.raises(DatabaseUnavailable):
+            node.wait_for_database(lambda: None)
+
+
+def test_a_node_that_has_not_sent_a_heartbeat_says_none(config: CoordinationConfig) -> None:
+    status = node_status(Job('n1', config), consuming=False, messages={})
+    assert status['last_heartbeat'] is None
+
+
+class TestLookup:
+    def test_a_producer_finds_the_queue_of_the_owner(self, stage: Stage) -> None:
+        node = stage.entered()
+        settings = PluginSettings(config=stage.config)
+        lookup = OwnerLookup(lambda: settings, lambda: None)
+        eventually(lambda: lookup.queue_of('order-1') == node.queue)
+        quiet = replace(settings, route_producers=False)
+        assert OwnerLookup(lambda: quiet, lambda: None).queue_of('order-1') is None
+
+    def test_a_node_without_a_lease_does_not_ask(self, stage: Stage) -> None:
+        settings = PluginSettings(config=stage.config)
+        job = Job('n9', stage.config)
+        assert not job.has_lease
+        lookup = OwnerLookup(lambda: settings, lambda: job)
+        owners: Any = object()  # that nobody can ask
+        lookup.use(owners)
+        assert lookup.queue_of('order-1') is None
