@@ -9,7 +9,7 @@ from dramatiq.middleware import SkipMessage
 
 from .broker.interface import QueueConsumer
 
-__all__ = ['Note', 'give_back', 'is_quiet', 'note_of', 'skip']
+__all__ = ['Note', 'attach_note', 'is_quiet', 'note_of', 'requeue_instead', 'skip']
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Note:
         incarnation: The node's life that took it.
         until: When it is parked, on the monotonic clock.
         again: When it may be sent, after that has failed.
-        give_back: It goes back to its queue instead of being acknowledged.
+        goes_back: It goes back to its queue instead of being acknowledged.
         unseen: No middleware but this one has seen it.
         sent_on: It is gone, or back in its queue; what becomes of it here does not count.
         problem: Why it has no route although its actor is coordinated: it fails instead of running.
@@ -35,10 +35,15 @@ class Note:
     incarnation: str
     until: float
     again: float = 0.0
-    give_back: bool = False
+    goes_back: bool = False
     unseen: bool = False
     sent_on: bool = False
     problem: str = ''
+
+
+def attach_note(message: Any, note: Note) -> None:
+    """Have a note go with a message."""
+    vars(message)['jobsync_note'] = note
 
 
 def note_of(message: Any) -> Note | None:
@@ -47,11 +52,11 @@ def note_of(message: Any) -> Note | None:
     return found if isinstance(found, Note) else None
 
 
-def give_back(message: Any, note: Note) -> SkipMessage:
+def requeue_instead(message: Any, note: Note) -> SkipMessage:
     """Have the message go back to its queue instead of being acknowledged; raise what this
     returns.
     """
-    note.give_back = True
+    note.goes_back = True
     return skip(message, 'jobsync: the message goes back')
 
 

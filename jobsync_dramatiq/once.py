@@ -24,7 +24,7 @@ from jobsync_core.worker.routing import WAITS
 
 from .broker.in_memory import ledger_in_memory
 from .groups import forget_group, was_counted
-from .notes import give_back, note_of, skip
+from .notes import note_of, requeue_instead, skip
 
 __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
@@ -106,7 +106,7 @@ class _DramatiqOnce(MessageOnce):
                 logger.warning(
                     'id=%s cannot be sent now, and goes back: %r', message.message_id, trouble
                 )
-                raise give_back(message, note) from error
+                raise requeue_instead(message, note) from error
         raise skip(message, 'jobsync: the message comes back later') from error
 
 

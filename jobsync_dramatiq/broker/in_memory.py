@@ -61,7 +61,10 @@ class InMemory:
         self.job.__enter__()
         set_current_ledger(before)
 
-    def stop(self) -> None:
+    def drain(self) -> None:
+        """Nothing: there is nobody to give keys to."""
+
+    def leave(self) -> None:
         """The worker has ended; what completed is forgotten."""
         before = _entered_ledger()
         self.job.__exit__(None, None, None)

@@ -69,7 +69,7 @@ class Workers:
 
     def wait_for_nodes(self, number: int) -> None:
         def known() -> bool:
-            owners = self.app.plugin._owner_map()
+            owners = self.app.plugin.producer.owners
             owners.reread()
             return len({place.node for place in owners._copy.places if place.queue}) == number
 

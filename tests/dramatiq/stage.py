@@ -20,14 +20,15 @@ from jobsync_core.worker.owners import Place
 from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq import JobSync, exactly_once
-from jobsync_dramatiq import gate as gate_module
-from jobsync_dramatiq.gate import GatedConsumer
+from jobsync_dramatiq.consumer import GatedConsumer
+from jobsync_dramatiq.gate import WorkerGate
+from jobsync_dramatiq.hooks import attach
 from tests.support.fakes import Clock, FakeJob, FakeOwners
 
 __all__ = ['Stage', 'message', 'stage']
 
 
-class FakeHold:
+class FakeConsumer:
     """The broker's consumer: what it is asked for is in the log."""
 
     def __init__(self, log: list[str], queue: str) -> None:
@@ -95,13 +96,18 @@ class Stage:
         core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
-        vars(self.plugin)['parked_something'] = lambda: self.log.append('stray')
-        mail: Any = SimpleNamespace(send=self._send)
+        worker_broker: Any = SimpleNamespace(send=self._send)
         self.consuming = Consuming(10)
-        self.plugin.attach(core, mail, self.consuming)
-        assert self.plugin._shared is not None
-        self.gate = self.plugin._shared
-        self.hold = FakeHold(self.log, queue)
+        self.plugin.gate = self.gate = WorkerGate(
+            core,
+            worker_broker,
+            self.plugin.producer.actors,
+            self.consuming,
+            lambda: self.log.append('stray'),
+            clock.now,
+        )
+        attach(self.broker, self.gate)
+        self.hold = FakeConsumer(self.log, queue)
         self.consumer = GatedConsumer(self.gate, queue, lambda: self.hold)
 
     def _run(self, n: int) -> None:
@@ -185,10 +191,9 @@ def message(key: str | None, hops: Any = None, actor: str = 'keyed', **options: 
 
 
 @contextmanager
-def stage(monkeypatch: Any, queue: str = 'jobsync.shop_.n1', **settings: Any) -> Iterator[Stage]:
+def stage(queue: str = 'jobsync.shop_.n1', **settings: Any) -> Iterator[Stage]:
     """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'."""
     clock = Clock()
-    monkeypatch.setattr(gate_module, 'clock', clock)
     made = Stage(clock, settings, queue)
     made.job.mine.add('mine')
     made.owners.places.update(

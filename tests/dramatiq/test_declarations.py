@@ -216,7 +216,7 @@ class TestClasses:
 
         actor: Any = Update
         for message in (actor.message('EUR', 3), actor.message(symbol='EUR')):
-            assert plugin._known().route_of(message) == 'symbol:EUR'
+            assert plugin.producer.actors.route_of(message) == 'symbol:EUR'
 
     def test_a_key_in_meta_may_be_a_function(self) -> None:
         plugin = JobSync(config=CONFIG)
@@ -233,7 +233,7 @@ class TestClasses:
                 """Nothing to do."""
 
         actor: Any = Update
-        assert plugin._known().route_of(actor.message('EUR')) == 'eur'
+        assert plugin.producer.actors.route_of(actor.message('EUR')) == 'eur'
 
     @pytest.mark.parametrize(
         'key',
@@ -256,14 +256,14 @@ class TestClasses:
                 return order_id
 
         actor: Any = Charge
-        coordination = plugin._known().find('Charge')
+        coordination = plugin.producer.actors.find('Charge')
         assert coordination is not None and coordination.once is not None
-        route = plugin._known().route_of(actor.message(17))
+        route = plugin.producer.actors.route_of(actor.message(17))
         assert route is not None and route.startswith('Charge#')
         assert (
             route
-            == plugin._known().route_of(actor.message(order_id=17))
-            != plugin._known().route_of(actor.message(18))
+            == plugin.producer.actors.route_of(actor.message(order_id=17))
+            != plugin.producer.actors.route_of(actor.message(18))
         )
         worker = dramatiq.Worker(found, worker_timeout=50, worker_threads=2)
         worker.start()

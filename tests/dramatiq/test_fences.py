@@ -18,7 +18,8 @@ from jobsync_dramatiq.actors import Actors
 from jobsync_dramatiq.broker import redis_broker
 from jobsync_dramatiq.broker.interface import UnknownOrigins
 from jobsync_dramatiq.broker.redis_broker import RedisWorkerBroker
-from jobsync_dramatiq.gate import GatedConsumer, WorkerGate
+from jobsync_dramatiq.consumer import GatedConsumer
+from jobsync_dramatiq.gate import WorkerGate
 from tests.support.brokers import BrokerServer
 from tests.support.fakes import FakeLedger
 
@@ -40,7 +41,7 @@ def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
     send = GatedConsumer._send
 
     def early(self: GatedConsumer, message: Any, *args: Any) -> bool:
-        self._hold.ack(message)
+        self._source.ack(message)
         return send(self, message, *args)
 
     monkeypatch.setattr(GatedConsumer, '_send', early)
@@ -109,10 +110,10 @@ def test_without_the_fence_the_check_fails(
     remove: Callable[[pytest.MonkeyPatch], None],
     check: Callable[[Stage], None],
 ) -> None:
-    with stage(monkeypatch) as made:
+    with stage() as made:
         check(made)
     remove(monkeypatch)
-    with stage(monkeypatch) as made, pytest.raises(AssertionError):
+    with stage() as made, pytest.raises(AssertionError):
         check(made)
 
 
@@ -173,7 +174,7 @@ def test_without_the_route_from_the_arguments_a_message_goes_around_a_pin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trust_the_stamp(monkeypatch)
-    with stage(monkeypatch) as made:
+    with stage() as made:
         assert made.receive(message('7', None, 'pinned', **{KEY: 'mine'})) is not None, (
             'the node would run what its pin excludes'
         )
@@ -192,7 +193,7 @@ def test_without_the_last_place_a_message_that_has_no_key_is_retried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(WorkerGate, 'is_refused', lambda self, signal, message: False)
-    with stage(monkeypatch) as made:
+    with stage() as made:
         retried: list[Any] = []
         dramatiq.actor(
             actor_name='stubborn', broker=made.broker, jobsync_key='{n}', retry_when=lambda *_: True

@@ -17,10 +17,10 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import DatabaseRefused
 from jobsync_core.worker.owners import Place
 from jobsync_core.worker.routing import HOME, HOPS, KEY
-from jobsync_dramatiq import JobSync, exactly_once, middleware
+from jobsync_dramatiq import JobSync, exactly_once, node
 from jobsync_dramatiq.broker.copies import copy_for
 from jobsync_dramatiq.gate import WorkerGate
-from jobsync_dramatiq.middleware import _Consumers
+from jobsync_dramatiq.hooks import Consumers
 
 from .stage import Stage, message
 from .stage import stage as make_stage
@@ -30,7 +30,7 @@ PARKED = 'send jobsync.shop_.parked hops=0'
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    with make_stage(monkeypatch) as made:
+    with make_stage() as made:
         yield made
 
 
@@ -119,7 +119,7 @@ class TestReceipt:
     def test_another_s_is_dropped_where_every_node_gets_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with make_stage(monkeypatch, on_unclaimed='drop') as stage:
+        with make_stage(on_unclaimed='drop') as stage:
             assert stage.receive(message('other')) is None
             assert (stage.log, stage.counts['dropped']) == (['ack'], 1)
 
@@ -236,7 +236,7 @@ class TestForgedMessages:
     def test_a_queue_name_that_is_none_is_that_of_the_queue(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with make_stage(monkeypatch, queue='default') as stage:
+        with make_stage(queue='default') as stage:
             for name in ('elsewhere', 'jobsync.shop_.n2'):
                 odd = message('mine').copy(queue_name=name)
                 assert stage.process(stage.receive(odd)) == ['run', 'ack']
@@ -375,7 +375,7 @@ class TestLease:
     def test_what_is_delayed_in_memory_is_forgotten(
         self, monkeypatch: pytest.MonkeyPatch, change: str
     ) -> None:
-        with make_stage(monkeypatch, queue='default.DQ') as stage:
+        with make_stage(queue='default.DQ') as stage:
             assert stage.receive(message('other', eta=1)) is not None
             take = stage.hold.next
 
@@ -398,7 +398,7 @@ class TestLease:
     def test_a_consumer_of_delayed_messages_that_has_given_none_waits_for_the_lease(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with make_stage(monkeypatch, queue='default.DQ') as stage:
+        with make_stage(queue='default.DQ') as stage:
             stage.job.leased = False
             assert stage.look() is None
             stage.job.leased, stage.job.incarnation = True, 'life-2'
@@ -449,7 +449,7 @@ class TestRefusals:
     def test_what_is_delayed_goes_to_its_queue_in_the_pause_too(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with make_stage(monkeypatch, queue='default.DQ') as stage:
+        with make_stage(queue='default.DQ') as stage:
             stage.job.pausing.refused(self.FULL, stage.clock.time)
             assert stage.receive(message('other', eta=1)) is not None
 
@@ -525,7 +525,7 @@ class OtherBroker(dramatiq.Broker):
 
 class TestBoot:
     def test_green_threads_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(middleware, 'is_gevent_active', lambda: True)
+        monkeypatch.setattr(node, 'is_gevent_active', lambda: True)
         broker = OtherBroker(middleware=[JobSync(host='nowhere', dbname='none')])
         with pytest.raises(MiddlewareError, match='green threads'):
             dramatiq.Worker(broker).start()
@@ -541,7 +541,7 @@ class TestBoot:
 
 def test_a_message_that_came_by_the_node_s_queue_does_not_need_its_own_queue_s_consumer() -> None:
     ready, early = SimpleNamespace(consumer=object()), SimpleNamespace(consumer=None)
-    consumers = _Consumers(home=early, node=ready)
+    consumers = Consumers(home=early, node=ready)
     assert consumers['home'] is consumers['node'] is consumers['elsewhere'] is ready
     early.consumer = object()
     assert consumers['home'] is early

@@ -67,7 +67,7 @@ class Bench:
         made = dramatiq.actor(actor_name='double', broker=self.broker)(
             exactly_once(key='d:{n}', scope='', **options)(double)
         )
-        mark_members(self.broker, self.plugin._known())
+        mark_members(self.broker, self.plugin.producer.actors)
         vars(self.broker)['enqueue'] = self._enqueue
         return made
 
@@ -278,7 +278,7 @@ class TestComingBack:
         ledger.begin_error, bench.send_error = ExecutionRunning(), ConnectionError('away')
         with pytest.raises(SkipMessage):
             bench.run(actor, message)
-        assert (note.give_back, note.unseen) == (True, False)
+        assert (note.goes_back, note.unseen) == (True, False)
 
     def test_what_went_back_while_it_ran_is_not_sent_a_second_time(
         self, ledger: FakeLedger

@@ -15,7 +15,7 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.parts import Part, missing
 from jobsync_dramatiq.broker.opening import open_broker
 from jobsync_dramatiq.broker.redis_keys import RedisKeys
-from jobsync_dramatiq.middleware import check_parts
+from jobsync_dramatiq.node import check_parts
 from jobsync_dramatiq.parts import PARTS, REDIS
 
 _PAGE = Path(__file__).parents[2] / 'docs' / 'DRAMATIQ.md'

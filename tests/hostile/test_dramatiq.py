@@ -68,7 +68,7 @@ class Wire:
         return sorted(
             {
                 place.queue
-                for place in self._workers.app.plugin._owner_map()._copy.places
+                for place in self._workers.app.plugin.producer.owners._copy.places
                 if place.queue
             }
         )

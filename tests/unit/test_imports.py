@@ -72,7 +72,9 @@ DRAMATIQ_LAYERS = (
     {'notes'},
     {'once'},
     {'actors'},
-    {'gate'},
+    {'gate', 'producer', 'receiving'},
+    {'consumer', 'hooks'},
+    {'node'},
     {'middleware'},
     {''},
 )

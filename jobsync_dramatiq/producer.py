@@ -1,0 +1,125 @@
+"""What a process sends: messages of coordinated actors go straight to the owner's queue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from dramatiq.errors import ConnectionClosed
+
+from jobsync_core.job import Job
+from jobsync_core.logs import get_logger
+from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.owners import OwnerMap, owner_map
+from jobsync_core.worker.routing import HOME, HOPS, KEY
+from jobsync_core.worker.settings import PluginSettings
+
+from .actors import Actors, check_message
+from .broker.interface import WorkerBroker
+from .broker.opening import open_broker
+
+__all__ = ['Producer']
+
+logger = get_logger(__name__)
+
+
+class Producer:
+    """Stands in place of a broker's `enqueue`.
+
+    Args:
+        native: Dramatiq's broker.
+        settings: Gives the plugin's settings, which are read when they are needed first.
+
+    Attributes:
+        job: The node of this process; None in one that only sends.
+        node_owners: The node's own map; None before it is entered, and in a process that only
+            sends.
+    """
+
+    def __init__(self, native: Any, settings: Callable[[], PluginSettings]) -> None:
+        self._native = native
+        self._settings = settings
+        self._enqueue = native.enqueue
+        self._actors: Actors | None = None
+        self._broker: WorkerBroker | None = None
+        self._owners: tuple[int, OwnerMap] | None = None
+        self.job: Job | None = None
+        self.node_owners: OwnerMap | None = None
+
+    @property
+    def actors(self) -> Actors:
+        """The coordinated actors of the broker."""
+        if self._actors is None:
+            self._actors = Actors(self._native, self._settings())
+        return self._actors
+
+    @property
+    def broker(self) -> WorkerBroker:
+        """How this process works with the broker.
+
+        Raises:
+            ConfigurationError: The broker is neither of Redis nor of RabbitMQ.
+        """
+        if self._broker is None:
+            self._broker = open_broker(self._native, self._settings().config, self.actors)
+        return self._broker
+
+    @property
+    def owners(self) -> OwnerMap:
+        """Who owns which key, as this process knows it."""
+        if self.node_owners is not None:
+            return self.node_owners
+        # Of this process: a forked child makes its own.
+        if self._owners is None or self._owners[0] != os.getpid():
+            self._owners = os.getpid(), owner_map(self._settings().config)
+        return self._owners[1]
+
+    def enqueue(self, message: Any, *, delay: int | None = None) -> Any:
+        """Send a message, straight to the owner's queue if that is known.
+
+        Args:
+            message: The message.
+            delay: Milliseconds until it is due; None: at once.
+        """
+        for name in (HOPS, HOME):
+            message.options.pop(name, None)
+        check_message(message)
+        queue = (
+            self._owner_queue(message) if delay is None and 'eta' not in message.options else None
+        )
+        if queue is None:
+            return self._enqueue(message, delay=delay)
+        # To all middleware, and to who asks for the result, the message is in its actor's own
+        # queue.
+        self._native.emit_before('enqueue', message, delay)
+        try:
+            self.broker.send(message, queue, message.options[KEY])
+        except ConnectionClosed as error:
+            # RabbitMQ may refuse this user the plugin's exchange. A worker sends the message on.
+            logger.warning('id=%s goes to its home queue: %s', message.message_id, error)
+            return self._enqueue(message, delay=delay)
+        self._native.emit_after('enqueue', message, delay)
+        return message
+
+    def _owner_queue(self, message: Any) -> str | None:
+        if node_of_tests() is not None:
+            return None
+        try:
+            route = self.actors.route_of(message)
+            if route is None:
+                return None
+            message.options[KEY] = route
+            if not self._settings().route_producers:
+                return None
+            _ = self.broker  # one of another kind is refused here
+            # A node without a lease does not ask: its database is most likely away, and each
+            # question takes seconds then.
+            may_ask = self.job is None or self.job.has_lease
+            place = self.owners.find_fresh(route) if may_ask else None
+        # whatever a key function raises: the actor will say what is wrong with its arguments
+        except Exception as error:
+            message.options.pop(KEY, None)
+            logger.debug('actor=%s goes to its home queue: %s', message.actor_name, error)
+            return None
+        return place.queue if place is not None else None
