@@ -14,8 +14,8 @@ import psycopg2
 from jobsync_core import CoordinationConfig
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Beat, Join, Lead, Observe
+from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.control import Control
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 
@@ -52,7 +52,7 @@ def heartbeats(bench: Bench) -> list[Row]:
         )
         create_schema(config)
         tables, connection = Tables.of(config), Connection.open(config, 'bench')
-        control = Control(config, tables, None)
+        control = ClusterStore(config, tables, None)
         names = [f'node-{number}' for number in range(nodes)]
         for name in names:
             control.handle(connection, Join(name, name, Process('', '', '', 1, ''), 1.0, True))

@@ -15,8 +15,8 @@ from functools import partial
 
 from jobsync_core import Job
 from jobsync_core.embedded import EmbeddedPostgres
-from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.housekeeping import CHORES, HousekeepingStore
 from jobsync_core.store.tables import Tables
 
 _TRIES = 5
@@ -61,11 +61,9 @@ def _measure(rows: int) -> dict[str, float]:
                 with job.once(f'new {next(keys)}'):
                     pass
 
+            store = HousekeepingStore(connection, tables)
             found = {
-                chore.name: _milliseconds(
-                    partial(housekeeping.run, connection, tables, chore, 1000, None)
-                )
-                for chore in housekeeping.CHORES
+                chore.name: _milliseconds(partial(store.run, chore, 1000, None)) for chore in CHORES
             }
             found['begin and end of an attempt'] = _milliseconds(attempt)
             connection.close()

@@ -21,8 +21,8 @@ from ..logs import get_logger
 from ..protocol.effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from ..protocol.messages import Connect, ConnectReply, HeartbeatReply, Join, Reply, Request
 from ..protocol.node import BESIDE, Phase, Protocol
+from ..store.cluster import ClusterStore
 from ..store.connection import Connection
-from ..store.control import Control
 from .callbacks import Callbacks
 
 __all__ = ['Agent']
@@ -62,7 +62,7 @@ class Agent:
     def __init__(
         self,
         protocol: Protocol,
-        control: Control,
+        control: ClusterStore,
         config: CoordinationConfig,
         callbacks: Callbacks,
         on_step: Callable[[], object] = lambda: None,

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from .. import clock
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..store import housekeeping
 from ..store.connection import Connection
-from ..store.housekeeping import CHORES, Chore, Slice
+from ..store.housekeeping import CHORES, Chore, HousekeepingStore, Slice
 from ..store.tables import Tables
 
 __all__ = ['Housekeeper', 'Pace']
@@ -175,9 +174,8 @@ class Housekeeper:
                 self._connection = Connection.open(
                     self._config, f'jobsync housekeeping {self._node}'
                 )
-            found = housekeeping.run(
-                self._connection, self._tables, pace.chore, pace.rows, pace.position
-            )
+            store = HousekeepingStore(self._connection, self._tables)
+            found = store.run(pace.chore, pace.rows, pace.position)
         except Exception as error:  # whatever it is, it concerns this chore alone
             self._failed(pace, error)
         else:

@@ -27,8 +27,8 @@ from ..process import is_known_alive, is_known_dead, this_process
 from ..protocol.node import Phase, Protocol, Settings
 from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
+from ..store.cluster import ClusterStore
 from ..store.connection import Sessions
-from ..store.control import Control
 from ..store.housekeeping import STATEMENT_SEC
 from ..store.locks import LockStore
 from ..store.queues import QueueStore
@@ -106,7 +106,7 @@ class ClusterNode:
         )
         self.protocol = self._make_protocol()
         self._housekeeper = Housekeeper(config, self._tables, name, self._is_oldest)
-        self._control = Control(config, self._tables, membership.date, membership.resume)
+        self._control = ClusterStore(config, self._tables, membership.date, membership.resume)
         self.agent = Agent(self.protocol, self._control, config, callbacks, self._housekeeper.look)
         self.ledger = ClusterLedger(
             self._sessions,

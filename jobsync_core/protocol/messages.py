@@ -1,7 +1,7 @@
 """What a node says to the store and what it hears: plain values, no behaviour.
 
 The protocol (node.py) produces requests and consumes replies; the PostgreSQL store
-(store/control.py) and the simulated store (tests/sim) both answer them. Each request is atomic: it
+(store/cluster.py) and the simulated store (tests/sim) both answer them. Each request is atomic: it
 happens wholly or not at all, at one instant, and its reply may be lost after it happened. Every
 request carries the incarnation that it speaks for, so that a statement which arrives late can do no
 harm.

@@ -36,6 +36,7 @@ from .options import (
     resolve,
     text_of,
 )
+from .statements import catalog
 
 __all__ = ['FIRST_TIMELINE', 'Connection', 'Sessions']
 
@@ -46,21 +47,9 @@ _IDLE_SEC = 10.0
 #: Seconds after which `trim` closes what a burst has left.
 _REST_SEC = 30.0
 
-# pg_control_checkpoint() still shows the old timeline for a while after a promotion; the name of
-# the present WAL file does not. Neither changes when the server restarts, nor when it recovers from
-# a crash.
-_HISTORY = """(
-    (SELECT h.system_identifier::text FROM pg_control_system() AS h) || ' ' ||
-    CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8)
-        END)"""
-#: How a history's name ends where the server was never promoted, so that no history came before it.
+#: How a history's name ends where the server was never promoted, so that no history came before it;
+#: queries/node.sql has it as well.
 FIRST_TIMELINE = ' 00000001'
-#: Where the role may not ask that: behind a pooler it tells nothing.
-_SERVER_FALLBACK = (
-    "SELECT coalesce(host(inet_server_addr()), 'local') || ' ' || "
-    'coalesce(inet_server_port(), 0)::text'
-)
-
 #: SQLSTATEs after which another connection, perhaps to another server, may do better.
 _LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'})
 #: What a standby answers to a transaction that asks to write; nothing else that JobSync does gives
@@ -188,12 +177,12 @@ class Connection:
                     self._limits.begin_session(self._raw.server_version, settings), (), deadline
                 )
         try:
-            rows = self._read(f'SELECT {_HISTORY}', deadline)
-            self.history_sql = _HISTORY
+            rows = self._read(catalog().render('connection.history', {}, {}), deadline)
+            self.history_sql = catalog().pieces['history'].text
         except DatabaseUnavailable:
             raise
         except psycopg2.Error:
-            rows = self._read(_SERVER_FALLBACK, deadline)
+            rows = self._read(catalog().render('connection.address', {}, {}), deadline)
         self.server = str(rows[0][0])
         location = location_of(config)
         if not location.found:

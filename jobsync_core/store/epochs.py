@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ..protocol.messages import Sign
-from .rounds import Round
-from .tables import Tables
+from .cluster_transaction import ClusterTransaction
 
 __all__ = ['Epochs']
 
@@ -20,12 +19,10 @@ class Epochs:
     heartbeat since: nobody compares clocks. In both cases this node has owned nothing before.
 
     Args:
-        tables: Names of the tables.
         resume: The node goes on with the epoch of a cluster that has ended.
     """
 
-    def __init__(self, tables: Tables, resume: bool) -> None:
-        self._tables = tables
+    def __init__(self, resume: bool) -> None:
         self._resume = resume
         self._found: frozenset[tuple[str, int]] = frozenset()
         self._version = -1
@@ -47,7 +44,9 @@ class Epochs:
             else frozenset((sign.incarnation, sign.beat) for sign in others)
         )
 
-    def evicting(self, steps: Round, dead: Iterable[Sign], names: Iterable[str]) -> None:
+    def evicting(
+        self, steps: ClusterTransaction, dead: Iterable[Sign], names: Iterable[str]
+    ) -> None:
         """In the leader's transaction: those of `dead` that have these names are evicted, and
         nothing is planned yet.
         """
@@ -57,11 +56,7 @@ class Epochs:
         }:
             # A plan or a hand-over since this node joined may have given it tokens, and it may have
             # audited: then nothing has ended.
-            begun = steps.run(
-                f'UPDATE {self._tables.cluster} SET epoch = epoch + 1 WHERE version = %s '
-                'RETURNING epoch',
-                (self._version,),
-            )
+            begun = steps.run('cluster.begin_epoch', {'version': self._version})
             self.begun = self.begun or bool(begun)
 
     def evicted(self, names: Collection[str]) -> None:

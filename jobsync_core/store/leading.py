@@ -14,17 +14,17 @@ from ..assignment.patterns import PATTERN_BYTES, read_patterns
 from ..assignment.round import Pin, decide
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..protocol.messages import DEATHS, Evict, EvictReply, Lead, RoundReply, Sign
+from ..protocol.messages import DEATHS, Evict, EvictReply, Lead, ObserveReply, RoundReply, Sign
+from .cluster_transaction import ClusterTransaction, read_members
 from .computing import Computation
 from .connection import Connection
 from .epochs import Epochs
 from .locks import LOCKS
 from .options import agent_limits
 from .plans import Draft, Outdated, read_assignment
-from .rounds import Round, fingerprint, members_json, read_members
 from .tables import Tables
 
-__all__ = ['Leading']
+__all__ = ['LeaderStore']
 
 logger = get_logger(__name__)
 
@@ -100,8 +100,8 @@ class _Reading:
                 )
 
 
-class Leading:
-    """Carries out Evict and Lead.
+class LeaderStore:
+    """Carries out Evict, Lead and Observe.
 
     Args:
         config: The cluster's settings.
@@ -130,14 +130,18 @@ class Leading:
         # cluster's version then, and the time.
         self._gap: tuple[int, float] | None = None
 
-    def gap_sql(self) -> str:
-        """SQL for whether tokens of the cluster `c` have no row though a plan has been made. Now
-        and then only: it reads all rows.
-        """
-        return _gap_sql(self._tables) if time.monotonic() >= self._check_at else 'false'
+    def observe(self, connection: Connection) -> ObserveReply | None:
+        """All nodes, and what there is to do; None before the first node."""
+        # Whether tokens have no row is asked now and then only: it reads all rows.
+        pieces = {} if time.monotonic() >= self._check_at else {'gap': 'false'}
+        rows = connection.execute(self._tables.sql('leader.observe', **pieces))
+        if not rows:
+            return None
+        version, stale, gap, next_expiry, members = rows[0]
+        self._checked_gap(gap)
+        return ObserveReply(read_members(members), version, stale or gap, next_expiry)
 
-    def checked_gap(self, gap: bool) -> None:
-        """What `gap_sql` has said."""
+    def _checked_gap(self, gap: bool) -> None:
         now = time.monotonic()
         if gap:
             self._check_at = 0.0
@@ -164,7 +168,9 @@ class Leading:
         """Delete the dead, in a transaction of its own, so that it stands whatever comes of the
         plan; None as for `lead`.
         """
-        with Round(connection, self._tables, exclusive=False, seconds=self._most) as steps:
+        with ClusterTransaction(
+            connection, self._tables, exclusive=False, seconds=self._most
+        ) as steps:
             _, members = self._begin(steps)
             if not any(member.incarnation == request.incarnation for member in members):
                 return None
@@ -175,14 +181,9 @@ class Leading:
         self._epochs.evicted(evicted)
         return EvictReply(True, evicted)
 
-    def _begin(self, steps: Round) -> tuple[int, tuple[Member, ...]]:
+    def _begin(self, steps: ClusterTransaction) -> tuple[int, tuple[Member, ...]]:
         """Take the cluster's row; its version, and the nodes, the oldest first."""
-        found = steps.run(
-            f"""
-            SELECT FROM {self._tables.cluster} FOR UPDATE;
-            SELECT version, {members_json(self._tables)} FROM {self._tables.cluster}
-            """
-        )
+        found = steps.run('leader.begin')
         return (found[0][0], read_members(found[0][1])) if found else (0, ())
 
     def _step(self, connection: Connection, request: Lead, began: float) -> RoundReply | None:
@@ -192,7 +193,9 @@ class Leading:
         version = 0
         waiting = False
         try:
-            with Round(connection, self._tables, exclusive=True, seconds=self._most) as steps:
+            with ClusterTransaction(
+                connection, self._tables, exclusive=True, seconds=self._most
+            ) as steps:
                 version, members = self._begin(steps)
                 if not any(member.incarnation == request.incarnation for member in members):
                     return None
@@ -230,14 +233,14 @@ class Leading:
             and time.monotonic() - self._gap[1] >= self._timeout
         )
 
-    def _open_gap(self, steps: Round, state: _State) -> int:
+    def _open_gap(self, steps: ClusterTransaction, state: _State) -> int:
         """Tell all nodes, once; the version that they look for."""
         if self._gap is not None and self._gap[0] == state.version:
             return state.version
         version = state.version + 1
         steps.run(
-            f'UPDATE {self._tables.cluster} SET version = %s; SELECT pg_notify(%s, %s)',
-            (version, self._tables.channel, f'plan {version}'),
+            'leader.open_gap',
+            {'version': version, 'channel': self._tables.channel, 'payload': f'plan {version}'},
         )
         logger.warning(
             'tokens have no row in %s, as somebody has deleted some: they get an owner in %g s, '
@@ -248,33 +251,10 @@ class Leading:
         )
         return version
 
-    def _prepare(self, steps: Round) -> _State:
+    def _prepare(self, steps: ClusterTransaction) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
-        tables = self._tables
-        # SKIP LOCKED: whoever is writing locks waits for the cluster's row, which this transaction
-        # holds.
-        rows = steps.run(
-            f"""
-            WITH expired AS (
-                DELETE FROM {tables.lock} WHERE task_id IN (
-                    SELECT task_id FROM {tables.lock} WHERE expires_at <= clock_timestamp() LIMIT
-                        {_PAGE} FOR UPDATE SKIP LOCKED)
-                RETURNING task_id
-            )
-            UPDATE {tables.cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM
-                expired);
-            SELECT {self._state_sql()}
-            """
-        )
-        return _State(*rows[0])
-
-    def _state_sql(self) -> str:
-        seen = fingerprint(self._tables)
-        return f"""
-            c.version, c.total_tokens, c.hash_function, c.lock_version, {seen},
-            c.planned IS NOT DISTINCT FROM {seen},
-            {_gap_sql(self._tables)}
-            FROM {self._tables.cluster} AS c"""
+        (values,) = steps.run('leader.prepare', {'page': _PAGE})
+        return _State(*values)
 
     def _plan(self, connection: Connection, until: float) -> Draft | None:
         """The plan; None where it is not made yet: heartbeats go between, and the next request goes
@@ -293,9 +273,7 @@ class Leading:
             return draft
         # The fingerprint is of the very moment at which the nodes are read. What is read after it
         # may have changed meanwhile: then no piece is written.
-        ((text, *values),) = connection.execute(
-            f'SELECT {members_json(self._tables)}, {self._state_sql()}'
-        )
+        ((text, *values),) = connection.execute(self._tables.sql('leader.read'))
         state, members = _State(*values), read_members(text)
         before = read_assignment(connection, self._tables)
         if not self._read_pins(connection, state, until):
@@ -317,10 +295,10 @@ class Leading:
         return self._plan(connection, until)
 
     def _write(
-        self, steps: Round, request: Lead, draft: Draft, state: _State, began: float
+        self, steps: ClusterTransaction, request: Lead, draft: Draft, state: _State, began: float
     ) -> RoundReply:
         started = time.monotonic()
-        last = draft.write(steps, self._tables, state.version, self._rows)
+        last = draft.write(steps, state.version, self._rows)
         if last:
             self._record(steps, request, draft, state.version + 1, began)
             self._draft = None
@@ -341,19 +319,11 @@ class Leading:
         )
 
     def _record(
-        self, steps: Round, request: Lead, draft: Draft, version: int, began: float
+        self, steps: ClusterTransaction, request: Lead, draft: Draft, version: int, began: float
     ) -> None:
-        tables, decision = self._tables, draft.decision
+        decision = draft.decision
         steps.run(
-            f"""
-            WITH last AS (SELECT coalesce((SELECT nodes_after FROM {tables.rebalance} ORDER BY id
-                DESC LIMIT 1), 0) AS nodes)
-            INSERT INTO {tables.rebalance} (trigger_reason, leader_node, nodes_before, nodes_after,
-                tokens_moved, duration_ms)
-                SELECT %(reason)s, %(leader)s, last.nodes, %(nodes)s, %(moved)s, %(duration)s
-                FROM last WHERE last.nodes <> %(nodes)s OR %(moved)s > 0 OR %(evicted)s;
-            SELECT pg_notify(%(channel)s, %(payload)s)
-            """,
+            'leader.record',
             {
                 'reason': request.reason,
                 'leader': request.name,
@@ -361,7 +331,7 @@ class Leading:
                 'moved': decision.moved + decision.assigned,
                 'evicted': request.reason == DEATHS,
                 'duration': round((time.monotonic() - began) * 1000),
-                'channel': tables.channel,
+                'channel': self._tables.channel,
                 'payload': f'plan {version}',
             },
         )
@@ -378,13 +348,12 @@ class Leading:
             reading = self._reading = _Reading(wanted)
         while True:
             rows = connection.execute(
-                f"""
-                SELECT task_id, CASE WHEN octet_length(node_patterns::text) <= {PATTERN_BYTES} THEN
-                    node_patterns::text END,
-                       extract(epoch FROM created_at)::float8
-                FROM {self._tables.lock} WHERE task_id > %s ORDER BY task_id LIMIT %s
-                """,
-                (reading.after, min(_PAGE, LOCKS + 1 - reading.number)),
+                self._tables.sql('leader.pins'),
+                {
+                    'size': PATTERN_BYTES,
+                    'after': reading.after,
+                    'limit': min(_PAGE, LOCKS + 1 - reading.number),
+                },
             )
             reading.take(rows)
             if len(rows) < _PAGE or reading.number > LOCKS:
@@ -416,12 +385,6 @@ class Leading:
             if more > 0
             else tuple(fresh)
         )
-
-
-def _gap_sql(tables: Tables) -> str:
-    return f"""CASE WHEN c.planned IS NULL THEN false ELSE c.total_tokens > (
-        SELECT coalesce(sum(upper(g.tokens) - lower(g.tokens)), 0) FROM {tables.assignment} AS g)
-            END"""
 
 
 def _is_eldest(request: Lead | Evict, members: Sequence[Member]) -> bool:

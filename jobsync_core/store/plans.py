@@ -19,19 +19,11 @@ from typing import Any
 
 from ..assignment.model import Segment
 from ..assignment.round import Decision
+from .cluster_transaction import ClusterTransaction
 from .connection import Connection
-from .rounds import Round, fingerprint
 from .tables import Tables
 
 __all__ = ['Draft', 'Outdated', 'Piece', 'cut', 'read_assignment']
-
-
-#: Whether a row is still as it was read. Deleting a node changes `node` and `moving_to` without a
-#: new version.
-_SAME = """lower(a.tokens) = o.lo AND upper(a.tokens) = o.hi AND a.version = o.version
-    AND a.node IS NOT DISTINCT FROM o.node
-    AND a.moving = o.moving AND a.moving_to IS NOT DISTINCT FROM o.moving_to
-    AND a.blocked = o.blocked"""
 
 
 class Outdated(Exception):
@@ -50,11 +42,7 @@ class Piece:
 
 def read_assignment(connection: Connection, tables: Tables) -> list[Segment]:
     """All rows, in order."""
-    rows = connection.execute(
-        'SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version FROM '
-        f'{tables.assignment} ORDER BY tokens'
-    )
-    return [Segment(*row) for row in rows]
+    return [Segment(*row) for row in connection.execute(tables.sql('plan.read'))]
 
 
 def cut(gone: deque[Segment], fresh: deque[Segment], most: int) -> Piece:
@@ -98,13 +86,12 @@ class Draft:
         self._fresh = deque(row for row in decision.segments if row not in old)
         self._begun = False
 
-    def write(self, steps: Round, tables: Tables, version: int, most: int) -> bool:
+    def write(self, steps: ClusterTransaction, version: int, most: int) -> bool:
         """Write the next piece in a transaction that holds the cluster's row; whether it was the
         last one.
 
         Args:
             steps: The transaction.
-            tables: Names of the tables.
             version: The cluster's, of now.
             most: How many rows to write.
 
@@ -113,13 +100,13 @@ class Draft:
         """
         piece = cut(self._gone, self._fresh, most)
         last = not self._fresh
-        since = self._replace(steps, tables, piece, version + 1)
-        self._insert(steps, tables, piece, since, version + 1)
-        self._conclude(steps, tables, version + 1, last)
+        since = self._replace(steps, piece, version + 1)
+        self._insert(steps, piece, since, version + 1)
+        self._conclude(steps, version + 1, last)
         self._begun = True
         return last
 
-    def _replace(self, steps: Round, tables: Tables, piece: Piece, version: int) -> dict[int, str]:
+    def _replace(self, steps: ClusterTransaction, piece: Piece, version: int) -> dict[int, str]:
         """Delete what goes, change in place what keeps its tokens: that costs no index. Since when
         the deleted rows had their owners.
         """
@@ -127,29 +114,7 @@ class Draft:
         pairs = [(row, fresh.get((row.lo, row.hi))) for row in piece.gone]
         rows = (
             steps.run(
-                f"""
-            WITH o AS MATERIALIZED (
-                SELECT * FROM unnest(
-                        %(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[],
-                            %(to)s::text[], %(blocked)s::bool[],
-                        %(versions)s::bigint[], %(keeps)s::bool[], %(new_node)s::text[],
-                            %(new_moving)s::bool[], %(new_to)s::text[],
-                        %(new_blocked)s::bool[])
-                    AS o (lo, hi, node, moving, moving_to, blocked, version, keeps, new_node,
-                        new_moving, new_to, new_blocked)
-            ), changed AS (
-                UPDATE {tables.assignment} AS a
-                SET node = o.new_node, moving = o.new_moving, moving_to = o.new_to, blocked =
-                    o.new_blocked, version = %(version)s,
-                    assigned_at = CASE WHEN o.new_node IS NOT DISTINCT FROM a.node THEN
-                        a.assigned_at ELSE now() END
-                FROM o WHERE o.keeps AND {_SAME} RETURNING NULL::int, NULL::text
-            ), deleted AS (
-                DELETE FROM {tables.assignment} AS a USING o WHERE NOT o.keeps AND {_SAME} RETURNING
-                    lower(a.tokens), a.assigned_at::text
-            )
-            SELECT * FROM changed UNION ALL SELECT * FROM deleted
-            """,
+                'plan.replace',
                 {
                     **_columns(piece.gone, version, self._placeholder),
                     'keeps': [new is not None for _, new in pairs],
@@ -168,7 +133,7 @@ class Draft:
         return {lo: since for lo, since in rows if lo is not None}
 
     def _insert(
-        self, steps: Round, tables: Tables, piece: Piece, since: dict[int, str], version: int
+        self, steps: ClusterTransaction, piece: Piece, since: dict[int, str], version: int
     ) -> None:
         kept = {(row.lo, row.hi) for row in piece.gone}
         fresh = [row for row in piece.fresh if (row.lo, row.hi) not in kept]
@@ -178,41 +143,20 @@ class Draft:
         # The index takes ranges several times faster if they do not come in order.
         order = random.Random(version).sample(range(len(fresh)), len(fresh))
         steps.run(
-            f"""
-            INSERT INTO {tables.assignment} (tokens, node, moving, moving_to, blocked, version,
-                assigned_at)
-                SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since,
-                    now())
-                FROM unnest(%(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[],
-                    %(to)s::text[], %(blocked)s::bool[],
-                            %(versions)s::bigint[], %(since)s::timestamptz[])
-                    AS t (lo, hi, node, moving, moving_to, blocked, version, since)
-            """,
+            'plan.insert',
             {
                 **_columns([fresh[place] for place in order], version, self._placeholder),
                 'since': [origins[place] for place in order],
             },
         )
 
-    def _conclude(self, steps: Round, tables: Tables, version: int, last: bool) -> None:
+    def _conclude(self, steps: ClusterTransaction, version: int, last: bool) -> None:
         """Let the first piece's nodes take part, raise the cluster's version, and after the last
         piece say that the plan is made.
         """
         activate = () if self._begun else self.decision.activate
-        as_seen = fingerprint(
-            tables,
-            "CASE WHEN f.name = ANY(%(activate)s::text[]) AND f.state = 'active' THEN 'joining' "
-            'ELSE f.state END',
-        )
         ((now, matches),) = steps.run(
-            f"""
-            UPDATE {tables.node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND
-                state = 'joining';
-            UPDATE {tables.cluster} AS c SET version = %(version)s,
-                planned = CASE WHEN %(last)s AND {as_seen} = %(seen)s THEN {fingerprint(tables)}
-                    END;
-            SELECT {fingerprint(tables)}, {as_seen} = %(seen)s FROM {tables.cluster} AS c
-            """,
+            'plan.conclude',
             {'activate': list(activate), 'version': version, 'seen': self.seen, 'last': last},
         )
         # Whoever has changed its state meanwhile is planned for again.

@@ -1,5 +1,5 @@
 """The store of the simulation: answers each request of protocol/messages.py at one instant, as
-store/control.py does in one transaction.
+store/cluster.py does in one transaction.
 """
 
 from __future__ import annotations

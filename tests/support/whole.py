@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from jobsync_core import CoordinationConfig, DuplicateExecution, ExecutionRunning, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.cli.main import jobsync
-from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.housekeeping import CHORES, HousekeepingStore
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schedules import Leadership, ScheduleStore
 from jobsync_core.store.tables import Tables
@@ -278,6 +278,6 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
     assert leadership.hold() and leadership.hold()
     leadership.resign()
     agent = Connection.open(config, 'chores')
-    for chore in housekeeping.CHORES:
-        housekeeping.run(agent, tables, chore, 100, None)
+    for chore in CHORES:
+        HousekeepingStore(agent, tables).run(chore, 100, None)
     agent.close()

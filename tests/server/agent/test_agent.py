@@ -156,17 +156,17 @@ def test_a_round_that_the_server_refuses_costs_no_connection(config: Coordinatio
         eventually(lambda: job.can_claim_task(1))
         connection = node_of(job).agent._connection
         refusals: list[Request] = []
-        handle = node_of(job).agent._control._leading.lead
+        handle = node_of(job).agent._control.leader.lead
 
         def refuse(*args: Any) -> Any:
             refusals.append(args[1])
             raise psycopg2.errors.LockNotAvailable('canceling statement due to lock timeout')
 
-        node_of(job).agent._control._leading.lead = refuse  # type: ignore[method-assign,assignment]
+        node_of(job).agent._control.leader.lead = refuse  # type: ignore[method-assign,assignment]
         with Job('n2', config, wait_on_enter=0):
             eventually(lambda: len(refusals) >= 2)
             assert node_of(job).agent._connection is connection and job.am_i_healthy()
-            node_of(job).agent._control._leading.lead = handle  # type: ignore[method-assign]
+            node_of(job).agent._control.leader.lead = handle  # type: ignore[method-assign]
             eventually(lambda: len(job.my_tokens) == config.total_tokens // 2, timeout=20)
 
 

@@ -21,8 +21,8 @@ from jobsync_core.protocol.messages import (
     Refresh,
     RefreshReply,
 )
+from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.control import Control
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import node_of, query
@@ -55,7 +55,7 @@ def test_each_answer_that_a_claim_depends_on_tells_the_history_and_whether_it_is
     config: CoordinationConfig, own_server: EmbeddedPostgres
 ) -> None:
     create_schema(config)
-    control = Control(config, Tables.of(config), None)
+    control = ClusterStore(config, Tables.of(config), None)
 
     def ask(name: str = 'n1') -> tuple[str, str, bool]:
         connection = Connection.open(config, name)
@@ -92,7 +92,7 @@ def test_a_heartbeat_is_told_whether_the_database_still_has_the_last_answered_on
     config: CoordinationConfig,
 ) -> None:
     create_schema(config)
-    control = Control(config, Tables.of(config), None)
+    control = ClusterStore(config, Tables.of(config), None)
     connection = Connection.open(config, 'n1')
 
     def beat(number: int, seen: int) -> bool:

@@ -16,8 +16,9 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Join, JoinReply, Refresh
 from jobsync_core.store import schema
+from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.control import Control
+from jobsync_core.store.nodes import NodeStore
 from jobsync_core.store.schema import create_schema
 from tests.support.cluster import query
 from tests.support.rows import rows_of
@@ -35,9 +36,9 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
     )
     asked: Counter[str] = Counter()
     looks = 0
-    handle, look = Control.handle, schema._look
+    handle, look = ClusterStore.handle, schema._look
 
-    def counted(self: Control, connection: Connection, request: Any) -> Any:
+    def counted(self: ClusterStore, connection: Connection, request: Any) -> Any:
         asked[type(request).__name__] += 1
         return handle(self, connection, request)
 
@@ -46,7 +47,7 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
         looks += 1
         return look(*args)
 
-    monkeypatch.setattr(Control, 'handle', counted)
+    monkeypatch.setattr(ClusterStore, 'handle', counted)
     monkeypatch.setattr(schema, '_look', counted_look)
     leave, failures, entered = threading.Event(), [], []
 
@@ -104,7 +105,10 @@ def test_a_join_into_a_formed_cluster_is_one_message(
         return execute(self, sql, *args, **kwargs)
 
     with rows_of(config) as rows:
-        control, connection = Control(config, rows.tables, None), Connection.open(config, 'test')
+        control, connection = (
+            ClusterStore(config, rows.tables, None),
+            Connection.open(config, 'test'),
+        )
         try:
             process = Process('here', 'boot', 'ns', 7, '99')
             assert isinstance(
@@ -142,14 +146,14 @@ def test_a_node_that_meets_a_busy_cluster_keeps_its_connection_and_enters_when_i
     create_schema(config)
     opened = []
     joins = 0
-    join = Control._join
+    join = NodeStore.join
 
     def counted_join(*args: Any) -> Any:
         nonlocal joins
         joins += 1
         return join(*args)
 
-    monkeypatch.setattr(Control, '_join', counted_join)
+    monkeypatch.setattr(NodeStore, 'join', counted_join)
     with pytest.MonkeyPatch.context() as patch:
         open_ = Connection.open.__func__  # type: ignore[attr-defined]
 

@@ -55,8 +55,8 @@ from jobsync_core.protocol.messages import (
     TakeReply,
 )
 from jobsync_core.store import leading
+from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection, Sessions
-from jobsync_core.store.control import Control
 from jobsync_core.store.locks import LockStore
 from jobsync_core.store.status import StatusStore
 from jobsync_core.store.tasks import TaskStore
@@ -82,7 +82,7 @@ class Store:
 
     def __init__(self, config: CoordinationConfig, rows: Rows) -> None:
         self.config, self.rows, self.tables = config, rows, rows.tables
-        self.control = Control(config, rows.tables, TODAY)
+        self.control = ClusterStore(config, rows.tables, TODAY)
         self.connection = Connection.open(config, 'test')
         self.numbers: Counter[str] = Counter()
 
@@ -256,7 +256,9 @@ class TestJoin:
 
     def test_other_settings_than_the_live_clusters_are_refused(self, store: Store) -> None:
         store.join('a')
-        other = Control(dataclasses.replace(store.config, total_tokens=500), store.tables, TODAY)
+        other = ClusterStore(
+            dataclasses.replace(store.config, total_tokens=500), store.tables, TODAY
+        )
         request = Join('b', 'life of b', PROCESS, 1.0, True)
         assert other.handle(store.connection, request) == Mismatch(
             1000, 'double_sha256', (Sign('a', 'life of a', 0),)
@@ -266,7 +268,7 @@ class TestJoin:
     def test_dead_nodes_are_reaped_first_unless_they_changed(self, store: Store) -> None:
         store.join('a')
         store.settle()
-        other = Control(
+        other = ClusterStore(
             dataclasses.replace(store.config, total_tokens=500, hash_function='md5'),
             store.tables,
             TODAY,
@@ -311,7 +313,7 @@ class TestJoin:
             connection = Connection.open(config, f'n{number}')
             barrier.wait()
             replies.append(
-                Control(config, store.tables, TODAY).handle(
+                ClusterStore(config, store.tables, TODAY).handle(
                     connection, Join(f'n{number}', str(number), PROCESS, 1.0, True)
                 )
             )
@@ -528,7 +530,7 @@ class TestTake:
         alone = ((token('audited'), token('audited') + 1),)
         assert store.ask(Take('a', alone)) == TakeReply(alone, keys('audited'))
         assert store.ask(Take('a', ())) == TakeReply(())
-        assert Control(store.config, store.tables, None).handle(
+        assert ClusterStore(store.config, store.tables, None).handle(
             store.connection, Take('a', ranges)
         ) == TakeReply(ranges)
 
@@ -570,7 +572,7 @@ class TestTake:
                     'gone', TODAY, [(str(number), 0) for number in range(95)]
                 )
             control, exclusions, line = (
-                Control(config, rows.tables, TODAY),
+                ClusterStore(config, rows.tables, TODAY),
                 Exclusions(1),
                 Connection.open(config, 'a'),
             )
@@ -769,7 +771,7 @@ class TestLife:
             connection = Connection.open(store.config, name)
             barrier.wait()
             replies.append(
-                Control(store.config, store.tables, TODAY).handle(
+                ClusterStore(store.config, store.tables, TODAY).handle(
                     connection, Leave(name, f'life of {name}')
                 )
             )
@@ -983,7 +985,9 @@ class TestLead:
         def interrupted(*args: Any) -> Any:
             decision = decide(*args)
             other = Connection.open(store.config, 'c')
-            Control(store.config, store.tables, TODAY).handle(other, Activate('c', 'life of c', 1))
+            ClusterStore(store.config, store.tables, TODAY).handle(
+                other, Activate('c', 'life of c', 1)
+            )
             other.close()
             return decision
 
@@ -1023,7 +1027,9 @@ class TestLead:
         def lead(request: Lead) -> None:
             connection = Connection.open(store.config, request.name)
             barrier.wait()
-            replies.append(Control(store.config, store.tables, TODAY).handle(connection, request))
+            replies.append(
+                ClusterStore(store.config, store.tables, TODAY).handle(connection, request)
+            )
             connection.close()
 
         threads = [threading.Thread(target=lead, args=(request,)) for request in requests]

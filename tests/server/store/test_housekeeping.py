@@ -16,9 +16,16 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.housekeeper import Housekeeper
 from jobsync_core.process import Process
-from jobsync_core.store import executions, housekeeping
+from jobsync_core.store import executions
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.housekeeping import CHORES, LOST_DAYS, SETTINGS, Chore
+from jobsync_core.store.housekeeping import (
+    AGES,
+    CHORES,
+    LOST_DAYS,
+    SETTINGS,
+    Chore,
+    HousekeepingStore,
+)
 from tests.support.cluster import query
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
@@ -103,7 +110,7 @@ def tidy(connection: Connection, rows: Rows, *chores: Chore, size: int = 1000) -
     for chore in chores or CHORES:
         position = None
         while True:
-            found = housekeeping.run(connection, rows.tables, chore, size, position)
+            found = HousekeepingStore(connection, rows.tables).run(chore, size, position)
             if found.rows < size:
                 break
             position = found.position
@@ -253,11 +260,11 @@ class TestCost:
         executions_of(rows, 500, state='running', expires=None)
         claims_of(rows, 20_000, 'a')
         for _ in range(2):
-            parameters = {'rows': 1000, 'position': None}
+            parameters = {'rows': 1000, 'position': None, **AGES}
             plan = '\n'.join(
                 row[0]
                 for row in connection.execute(
-                    f'{SETTINGS}; EXPLAIN {chore.sql(rows.tables)}', parameters
+                    f'{SETTINGS}; EXPLAIN {rows.tables.sql(chore.statement)}', parameters
                 )
             )
             for table in ('execution', 'claim', 'rebalance'):

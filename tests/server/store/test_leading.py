@@ -79,7 +79,7 @@ def test_a_leader_whose_rounds_always_fail_hands_leadership_on(make_config: Make
         def fails(*args: Any) -> Any:
             raise psycopg2.errors.QueryCanceled('canceling statement due to statement timeout')
 
-        leading = node_of(first).agent._control._leading
+        leading = node_of(first).agent._control.leader
         leading.lead = leading.evict = fails  # type: ignore[method-assign,assignment]
         began = moment()
         with Job('n3', config, wait_on_enter=0) as third:

@@ -21,8 +21,8 @@ from jobsync_core.assignment.round import decide
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Observe, Refresh, RoundReply
 from jobsync_core.store import leading, plans
+from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.control import Control
 from jobsync_core.store.locks import LockStore
 from jobsync_core.store.plans import cut
 from jobsync_core.store.status import StatusStore
@@ -40,7 +40,7 @@ class Leader:
 
     def __init__(self, config: CoordinationConfig, rows: Rows) -> None:
         self.config, self.rows, self.tables = config, rows, rows.tables
-        self.control = Control(config, rows.tables, datetime.date(2024, 5, 6))
+        self.control = ClusterStore(config, rows.tables, datetime.date(2024, 5, 6))
         self.connection = Connection.open(config, 'test')
         for name in 'abc':
             self.ask(Join(name, f'life of {name}', PROCESS, 1.0, True))
@@ -104,8 +104,8 @@ def leader(
     config = make_config(total_tokens=TOKENS, heartbeat_interval_sec=5, heartbeat_timeout_sec=15)
     with rows_of(config) as rows:
         leader = Leader(config, rows)
-        leader.control._leading._patience = 0.0
-        leader.control._leading._rows = 500
+        leader.control.leader._patience = 0.0
+        leader.control.leader._rows = 500
         monkeypatch.setattr(leading, '_FEWEST_ROWS', 500)
         yield leader
         leader.connection.close()
@@ -284,7 +284,7 @@ def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
     leader.check()
     counted = sorted(f't{n}' for n in range(3000))[:2500]
     assert [
-        pin.task_id for pin in sorted(leader.control._leading._pins, key=lambda pin: pin.task_id)
+        pin.task_id for pin in sorted(leader.control.leader._pins, key=lambda pin: pin.task_id)
     ] == counted
 
 
@@ -292,8 +292,8 @@ def test_locks_are_read_on_from_where_a_request_had_to_end(
     leader: Leader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leading, '_PAGE', 1000)
-    lead, tables = leader.control._leading, leader.tables
-    (values,) = leader.connection.execute(f'SELECT {lead._state_sql()}')
+    lead, tables = leader.control.leader, leader.tables
+    ((_, *values),) = leader.connection.execute(tables.sql('leader.read'))
     state = leading._State(*values)
     assert [lead._read_pins(leader.connection, state, 0.0) for _ in range(4)] == [
         False,

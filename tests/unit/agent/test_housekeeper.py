@@ -10,13 +10,12 @@ import pytest
 from jobsync_core import CoordinationConfig, clock
 from jobsync_core.agent import housekeeper
 from jobsync_core.agent.housekeeper import Housekeeper, Pace
-from jobsync_core.store import housekeeping
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.housekeeping import Chore, Slice
+from jobsync_core.store.housekeeping import Chore, HousekeepingStore, Slice
 from jobsync_core.store.tables import Tables
 from tests.support.waiting import eventually
 
-CHORE = Chore('rows', 30.0, lambda tables: '')
+CHORE = Chore('rows', 30.0, '')
 
 
 class Store:
@@ -27,7 +26,7 @@ class Store:
         self.ran: list[str] = []
         self.opened = 0
         monkeypatch.setattr(Connection, 'open', self.open)
-        monkeypatch.setattr(housekeeping, 'run', self.run)
+        monkeypatch.setattr(HousekeepingStore, 'run', self.run)
 
     closed = False
 
@@ -38,9 +37,7 @@ class Store:
     def close(self) -> None:
         pass
 
-    def run(
-        self, connection: Store, tables: Tables, chore: Chore, rows: int, position: str | None
-    ) -> Slice:
+    def run(self, chore: Chore, rows: int, position: str | None) -> Slice:
         self.ran.append(chore.name)
         found = self.found.get(chore.name, 0)
         if isinstance(found, BaseException):
@@ -120,9 +117,7 @@ def test_a_chore_that_fails_holds_up_no_other(
     store = Store(monkeypatch)
     store.found['bad'] = ZeroDivisionError('of the chore')
     lead = Lead()
-    duty = keeper(
-        lead, Chore('bad', 0.01, lambda tables: ''), Chore('good', 0.01, lambda tables: '')
-    )
+    duty = keeper(lead, Chore('bad', 0.01, ''), Chore('good', 0.01, ''))
     duty.look()
     eventually(lambda: store.ran.count('good') >= 5)
     assert duty.stop(5.0)

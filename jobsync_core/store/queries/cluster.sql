@@ -1,0 +1,56 @@
+-- The cluster's row, and what every change of ownership begins with.
+
+-- piece: take_turn
+-- Goes before what changes ownership: no leader plans meanwhile, and nobody else changes any.
+SELECT pg_advisory_xact_lock_shared(%(lock_first)s, %(lock_second)s);
+SELECT FROM {cluster} FOR UPDATE
+
+-- piece: fingerprint
+-- What a plan depends on, as text; `c` is the cluster's row. The bytes of a float8: how it becomes
+-- text depends on settings of the session.
+(
+    SELECT encode(sha256(convert_to(concat(
+        json_agg(json_build_array(f.name, f.incarnation, f.state, float8send(f.weight))
+            ORDER BY f.name)::text,
+        c.lock_version), 'UTF8')), 'hex')
+    FROM {node} AS f)
+
+-- piece: members
+-- The node table, the eldest first, as JSON text. Microseconds, not seconds, for the same reason.
+(
+    SELECT json_agg(json_build_array(m.name, m.incarnation, m.beat,
+            (extract(epoch FROM m.created_on) * 1000000)::bigint, m.state, m.weight)
+        ORDER BY m.created_on, m.name)::text
+    FROM {node} AS m)
+
+-- name: lock_out_all
+-- Holds the cluster's lock until the end of the transaction: only one leader at a time.
+SELECT pg_advisory_xact_lock(%(lock_first)s, %(lock_second)s)
+
+-- name: lock_out_leaders
+-- Holds the cluster's lock together with others that are no leaders.
+SELECT pg_advisory_xact_lock_shared(%(lock_first)s, %(lock_second)s)
+
+-- name: delete_unchanged
+-- Removes nodes that still look as they were seen. Their tokens become unowned.
+DELETE FROM {node} AS n
+USING unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[])
+    AS s (name, incarnation, beat)
+WHERE n.name = s.name AND n.incarnation = s.incarnation AND n.beat = s.beat
+RETURNING n.name
+
+-- name: delete_unlocked
+-- The same, but a node whose row somebody else has locked is left for another time, and holds up no
+-- other.
+DELETE FROM {node} AS n USING (
+    SELECT m.name FROM {node} AS m
+    JOIN unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[])
+        AS s (name, incarnation, beat)
+        ON m.name = s.name AND m.incarnation = s.incarnation AND m.beat = s.beat
+    FOR UPDATE OF m SKIP LOCKED) AS d
+WHERE n.name = d.name
+RETURNING n.name
+
+-- name: begin_epoch
+-- Begins another epoch, if no plan and no hand-over has come since a version.
+UPDATE {cluster} SET epoch = epoch + 1 WHERE version = %(version)s RETURNING epoch
