@@ -152,6 +152,7 @@ PARTS: tuple[Part, ...] = (
             'on_failure',
             'on_timeout',
             'on_accepted',
+            '_context',
         ),
     ),
     Part(GATE, 'celery.worker.worker:WorkController', ('_process_task', '_process_task_sem')),
@@ -170,6 +171,8 @@ PARTS: tuple[Part, ...] = (
         'celery.backends.redis:RedisBackend',
         ('_chord_zset', 'get_key_for_group', 'on_chord_part_return'),
     ),
+    Part(SENDING, 'kombu.connection:Connection', ('_connection',)),
+    Part(COLD, 'celery.concurrency.asynpool:AsynPool', ('_active_writes',)),
     Part(COLD, 'kombu.asynchronous.hub:Hub', ('create_loop', 'on_tick', 'on_close')),
 )
 

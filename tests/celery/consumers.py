@@ -13,11 +13,10 @@ from celery.worker import state
 
 from jobsync_celery import exactly_once
 from jobsync_celery.broker.queues import Queues
-from jobsync_celery.gate import gate as gate_module
-from jobsync_celery.gate import holding as holding_module
 from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.settings import CelerySettings
 from jobsync_celery.tasks.coordinated import Tasks, watch_tasks
+from jobsync_core import clock as core_clock
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.owners import Place
@@ -144,6 +143,7 @@ class Bench:
         )
         self.handle: Callable[[Message], object] = lambda message: None
         self.strategy_error: Exception | None = None
+        self.strategy_errors: Iterator[Exception | None] = iter(())
         self.tasks = Tasks(self.app, self.settings)
         forwarder: Any = SimpleNamespace(send=self._send)
         self.gate = ConsumerGate(
@@ -178,8 +178,9 @@ class Bench:
         """A message comes from the broker; what happened then."""
 
         def strategy(*_: Any) -> None:
-            if self.strategy_error is not None:
-                raise self.strategy_error
+            error = next(self.strategy_errors, self.strategy_error)
+            if error is not None:
+                raise error
             self.log.append('run')
 
         def ack(*_: Any) -> None:
@@ -225,8 +226,7 @@ def bench(monkeypatch: Any, slots: bool = False, **settings: Any) -> Iterator[Be
     the pool has processes.
     """
     clock = Clock()
-    monkeypatch.setattr(gate_module, 'clock', clock)
-    monkeypatch.setattr(holding_module, 'clock', clock)
+    monkeypatch.setattr(core_clock, 'now', clock.now)
     monkeypatch.setattr(state, 'task_ready', lambda request: None)
     made = Bench(clock, settings, slots)
     made.app.backend.forget('m1')  # the memory is all apps'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pickle import PicklingError
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +18,22 @@ from jobsync_celery import JobSync
 from jobsync_celery.gate import gate as gate_module
 from jobsync_celery.gate import handing as handing_module
 from jobsync_celery.gate import holding as holding_module
+from jobsync_celery.gate import placing as placing_module
 from jobsync_celery.gate import refusal as refusal_module
+from jobsync_celery.gate.delivery import InHand
 from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.gate.handing import Handing
+from jobsync_celery.gate.placing import Placing
 from jobsync_celery.redis import broker as redis_module
 from jobsync_celery.redis import keys as keys_module
 from jobsync_celery.tasks import coordinated as tasks_module
 from jobsync_celery.tasks import once as once_module
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import Unroutable
-from jobsync_core.worker import gate as core
+from jobsync_core.worker import inbox
 from jobsync_core.worker.adapter import MessageOnce
+from jobsync_core.worker.inbox import place
 from jobsync_core.worker.incoming import find_route
-from jobsync_core.worker.routing import decide
 from tests.support.brokers import BrokerServer
 from tests.support.fakes import FakeLedger
 
@@ -67,22 +71,32 @@ __all__ = ['app', 'ledger', 'published']
 
 
 def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = ConsumerGate._send
+    send = Placing._send
 
-    def early(self: ConsumerGate, waiting: Any, *args: Any) -> bool:
+    def early(self: Placing, waiting: InHand, *args: Any) -> bool:
         waiting.ack()
         waiting.ack = lambda: None
         return send(self, waiting, *args)
 
-    monkeypatch.setattr(ConsumerGate, '_send', early)
+    monkeypatch.setattr(Placing, '_send', early)
 
 
 def without_hop_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'max_hops': 10**9}))
+    monkeypatch.setattr(
+        inbox,
+        'place',
+        lambda delivery, here, rules, now: place(
+            delivery, here, replace(rules, max_hops=10**9), now
+        ),
+    )
 
 
 def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'node': ''}))
+    monkeypatch.setattr(
+        inbox,
+        'place',
+        lambda delivery, here, rules, now: place(delivery, replace(here, node=''), rules, now),
+    )
 
 
 def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +128,8 @@ def test_without_the_fence_the_check_fails(
 
 
 def blame_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, 'is_its_fault', lambda error: True)
+    for module in (gate_module, placing_module):
+        monkeypatch.setattr(module, 'is_its_fault', lambda error: True)
 
 
 def give_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +165,13 @@ def hold_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_failure_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = ConsumerGate._send
+    send = Placing._send
 
-    def impatient(self: ConsumerGate, waiting: Any, *args: Any) -> bool:
+    def impatient(self: Placing, waiting: InHand, *args: Any) -> bool:
         waiting.failed = True
         return send(self, waiting, *args)
 
-    monkeypatch.setattr(ConsumerGate, '_send', impatient)
+    monkeypatch.setattr(Placing, '_send', impatient)
 
 
 def check_away(stage: Bench) -> None:
@@ -284,7 +299,7 @@ def raise_into_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConsumerGate, '_run', lambda self, waiting: waiting.run())
+    monkeypatch.setattr(Placing, '_run', lambda self, item: item.run())
 
 
 BOUNDARY: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [

@@ -25,9 +25,9 @@ from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
 from jobsync_celery import JobSync
-from jobsync_celery import consuming as consuming_module
 from jobsync_celery.consuming import LeasedConsumer
 from jobsync_celery.gate.gate import ConsumerGate
+from jobsync_celery.gate.placing import Placing
 from jobsync_celery.hooks import refusal, restore_last
 from jobsync_celery.listening import Listening
 from jobsync_celery.redis.leftovers import Leftovers
@@ -571,16 +571,9 @@ def check_each_on_its_own(stage: Bench) -> None:
     for _ in range(3):
         assert stage.receive(Message('nobody')) == []
     stage.job.mine.add('nobody')
-    run, count = stage.gate._waiting[1].run, stage.counts
-    stage.strategy_error = None
-
-    def broken() -> None:
-        raise KeyError('odd')
-
-    stage.gate._waiting[1].run = broken
-    assert run is not broken
+    stage.strategy_errors = iter([None, KeyError('odd'), None])
     assert stage.look() == ['run', 'reject', 'run']
-    assert (stage.gate.waiting, count['refused']) == (0, 1)
+    assert (stage.gate.waiting, stage.counts['refused']) == (0, 1)
 
 
 class TestWhatTheTaskRaised:
@@ -624,15 +617,15 @@ class TestEachOnItsOwn:
     ) -> None:
         for _ in range(3):
             stage.receive(Message('nobody'))
-        place, calls = ConsumerGate._place, []
+        place, calls = Placing.place, []
 
-        def odd(self: ConsumerGate, waiting: Any) -> bool:
+        def odd(self: Placing, waiting: Any) -> bool:
             calls.append(waiting)
             if len(calls) == 1:
                 raise RuntimeError('odd')
             return place(self, waiting)
 
-        monkeypatch.setattr(ConsumerGate, '_place', odd)
+        monkeypatch.setattr(Placing, 'place', odd)
         stage.look()
         assert (stage.log, stage.gate.waiting) == (['requeue'], 2)
 
@@ -891,9 +884,8 @@ class TestRefusals:
     FULL = DatabaseRefused('no space left', '53100', True)
 
     @pytest.fixture
-    def consuming(self, stage: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    def consuming(self, stage: Bench) -> Bench:
         """The stage, whose consumer can be stopped and started."""
-        monkeypatch.setattr(consuming_module, 'clock', stage.clock)
         stage.consumer.task_consumer = SimpleNamespace(
             cancel=lambda: stage.log.append('cancel'), consume=lambda: stage.log.append('consume')
         )
