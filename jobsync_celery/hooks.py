@@ -478,7 +478,7 @@ class WorkerHooks:
         job = self.job
         if job is None:
             return {'coordination_enabled': False}
-        status = job.local_status()
+        status: dict[str, Any] = dict(job.local_status())
         status['recent_events'] = [
             {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
         ]

@@ -26,6 +26,7 @@ from .node.cluster import ClusterNode, Membership
 from .node.interface import Node
 from .node.single import SingleNode
 from .protocol.pausing import Pausing
+from .results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from .task import Task, task_id_of
 
 __all__ = ['Job']
@@ -262,7 +263,7 @@ class Job:
         self._check_entered()
         self._node.audit()
 
-    def get_audit(self) -> list[dict[str, Any]]:
+    def get_audit(self) -> list[AuditedTask]:
         """All audited tasks of this Job's date, of all nodes: dicts with `node` and `task_id`."""
         self._check_entered()
         return self._node.get_audit()
@@ -310,7 +311,7 @@ class Job:
         self._check_entered()
         return self._node.owner_of(task_id)
 
-    def explain(self, task_id: Task | Hashable) -> dict[str, Any]:
+    def explain(self, task_id: Task | Hashable) -> Explanation:
         """Who owns the task and why: token, owner, since, lock, matched pattern, who is next."""
         self._check_entered()
         return self._node.explain(task_id)
@@ -426,7 +427,7 @@ class Job:
         rows = check_locks(locks)
         return self._node.register_locks(rows) if rows else 0
 
-    def list_locks(self) -> list[dict[str, Any]]:
+    def list_locks(self) -> list[LockInfo]:
         """All locks: dicts with task_id, node_patterns, reason, created_at, created_by,
         expires_at.
         """
@@ -467,11 +468,11 @@ class Job:
         return self._state == 'entered' and self._node.leads
 
     @property
-    def nodes(self) -> list[dict[str, Any]]:
-        """The live nodes; see get_active_nodes."""
+    def nodes(self) -> list[NodeInfo]:
+        """The live nodes, as `get_active_nodes` gives them; in single-node mode this one's name."""
         return [{'name': self.node_name}] if self._node.is_alone else self.get_active_nodes()
 
-    def get_active_nodes(self) -> list[dict[str, Any]]:
+    def get_active_nodes(self) -> list[NodeInfo]:
         """Nodes that have sent a heartbeat within the timeout, oldest first: dicts with name,
         created_on, last_heartbeat and more.
         """
@@ -485,7 +486,7 @@ class Job:
         self._check_entered()
         return [node['name'] for node in self._node.list_nodes() if not node['alive']]
 
-    def get_coordination_status(self) -> dict[str, Any]:
+    def get_coordination_status(self) -> CoordinationStatus:
         """What this node knows of itself and the cluster, for people and dashboards. Never raises
         for a lost database.
         """
@@ -494,7 +495,7 @@ class Job:
             known['active_nodes'] = self._node.count_active() if self._state == 'entered' else None
         return known
 
-    def local_status(self) -> dict[str, Any]:
+    def local_status(self) -> CoordinationStatus:
         """The part of `get_coordination_status` that needs no database; all of it but
         `active_nodes`.
         """

@@ -5,6 +5,7 @@ works while it is away.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -58,7 +59,7 @@ class JobCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called at each scrape."""
-        status = self._job.local_status()
+        status: Mapping[str, Any] = self._job.local_status()
         if not status['coordination_enabled']:
             return
         for kind, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):

@@ -282,7 +282,7 @@ def job_status(job: Job, consuming: bool, counts: dict[str, int]) -> dict[str, A
         consuming: Whether its worker takes messages.
         counts: What became of messages.
     """
-    status = job.local_status()
+    status: dict[str, Any] = dict(job.local_status())
     status['recent_events'] = [
         {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
     ]

@@ -21,6 +21,7 @@ from ..logs import get_logger
 from ..protocol.effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from ..protocol.messages import Connect, ConnectReply, HeartbeatReply, Join, Reply, Request
 from ..protocol.node import BESIDE, Phase, Protocol
+from ..results import NodeEvent
 from ..store.cluster import ClusterStore
 from ..store.connection import Connection
 from .callbacks import Callbacks
@@ -70,7 +71,7 @@ class Agent:
         self.protocol = protocol
         self.failure: Exception | None = None
         self.last_beat: datetime.datetime | None = None
-        self.events: deque[dict[str, object]] = deque(maxlen=20)
+        self.events: deque[NodeEvent] = deque(maxlen=20)
         self._control = control
         self._config = config
         self._callbacks = callbacks

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .. import clock
 from ..agent.agent import Agent
@@ -27,6 +27,7 @@ from ..process import is_known_alive, is_known_dead, this_process
 from ..protocol.node import Phase, Protocol, Settings
 from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
+from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from ..store.cluster import ClusterStore
 from ..store.connection import Sessions
 from ..store.housekeeping import STATEMENT_SEC
@@ -297,10 +298,11 @@ class ClusterNode:
         """See Node."""
         self.tasks.audit()
 
-    def get_audit(self) -> list[dict[str, Any]]:
+    def get_audit(self) -> list[AuditedTask]:
         """See Node."""
         with self._sessions.session() as connection:
-            return TaskStore(connection, self._tables).get_audit(self._membership.date)
+            found = TaskStore(connection, self._tables).get_audit(self._membership.date)
+        return cast(list[AuditedTask], found)
 
     def token_of(self, task_id: object) -> int:
         """See Node."""
@@ -311,11 +313,12 @@ class ClusterNode:
         with self._sessions.session() as connection:
             return StatusStore(connection, self._tables).owner(self.token_of(task_id))
 
-    def explain(self, task_id: object) -> dict[str, Any]:
+    def explain(self, task_id: object) -> Explanation:
         """See Node."""
         text = check_task_id(task_id_of(task_id))
         with self._sessions.session() as connection:
-            return StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
+            found = StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
+        return cast(Explanation, found)
 
     # --- what it knows ---
 
@@ -363,7 +366,7 @@ class ClusterNode:
         now = clock.now()
         return now < self.ownership.deadline and self.protocol.rank(now) == 0
 
-    def status(self, state: str) -> dict[str, Any]:
+    def status(self, state: str) -> CoordinationStatus:
         """See Node."""
         entered = state == 'entered'
         return {
@@ -390,10 +393,11 @@ class ClusterNode:
         """See Node."""
         return False
 
-    def list_nodes(self) -> list[dict[str, Any]]:
+    def list_nodes(self) -> list[NodeInfo]:
         """See Node."""
         with self._sessions.session() as connection:
-            return StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
+            found = StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
+        return cast(list[NodeInfo], found)
 
     def count_active(self) -> int | None:
         """How many members are alive; None where the database cannot be asked."""
@@ -440,10 +444,11 @@ class ClusterNode:
         with self._sessions.session() as connection:
             return LockStore(connection, self._tables).register(rows, self._name)
 
-    def list_locks(self) -> list[dict[str, Any]]:
+    def list_locks(self) -> list[LockInfo]:
         """See Node."""
         with self._sessions.session() as connection:
-            return LockStore(connection, self._tables).list_locks()
+            found = LockStore(connection, self._tables).list_locks()
+        return cast(list[LockInfo], found)
 
     def clear_locks(self, creator: str | None = None) -> int:
         """See Node."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ..assignment.tokens import TokenSet
 from ..ledger.interface import Ledger
 from ..protocol.pausing import Pausing
+from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 
 __all__ = ['Node']
 
@@ -72,7 +73,7 @@ class Node(Protocol):
     def audit(self) -> None:
         """Write what was added to the audit."""
 
-    def get_audit(self) -> list[dict[str, Any]]:
+    def get_audit(self) -> list[AuditedTask]:
         """The audited tasks of all nodes."""
 
     def token_of(self, task_id: object) -> int:
@@ -81,7 +82,7 @@ class Node(Protocol):
     def owner_of(self, task_id: object) -> str | None:
         """Who owns the task; None where nobody does."""
 
-    def explain(self, task_id: object) -> dict[str, Any]:
+    def explain(self, task_id: object) -> Explanation:
         """Who owns the task and why."""
 
     # --- what it knows ---
@@ -118,7 +119,7 @@ class Node(Protocol):
     def leads(self) -> bool:
         """Whether it is the oldest live node and holds a valid lease."""
 
-    def status(self, state: str) -> dict[str, Any]:
+    def status(self, state: str) -> CoordinationStatus:
         """What it knows of itself, without asking anybody.
 
         Args:
@@ -129,7 +130,7 @@ class Node(Protocol):
     def is_alone(self) -> bool:
         """Whether it is the only node there is: nothing tells of others."""
 
-    def list_nodes(self) -> list[dict[str, Any]]:
+    def list_nodes(self) -> list[NodeInfo]:
         """All members, and whether each is `alive`."""
 
     def count_active(self) -> int | None:
@@ -164,7 +165,7 @@ class Node(Protocol):
     ) -> int:
         """Register locks that were checked; returns how many."""
 
-    def list_locks(self) -> list[dict[str, Any]]:
+    def list_locks(self) -> list[LockInfo]:
         """All locks."""
 
     def clear_locks(self, creator: str | None = None) -> int:

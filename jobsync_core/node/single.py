@@ -11,6 +11,7 @@ from ..assignment.tokens import TokenSet
 from ..errors import ConfigurationError
 from ..ledger.single import SingleLedger
 from ..protocol.pausing import Pausing
+from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from ..task import task_id_of
 
 __all__ = ['SingleNode']
@@ -75,7 +76,7 @@ class SingleNode:
     def audit(self) -> None:
         """See Node."""
 
-    def get_audit(self) -> list[dict[str, Any]]:
+    def get_audit(self) -> list[AuditedTask]:
         """See Node."""
         return []
 
@@ -87,7 +88,7 @@ class SingleNode:
         """See Node."""
         return self._name
 
-    def explain(self, task_id: object) -> dict[str, Any]:
+    def explain(self, task_id: object) -> Explanation:
         """See Node."""
         return {'task_id': check_task_id(task_id_of(task_id)), 'token': 0, 'owner': self._name}
 
@@ -128,7 +129,7 @@ class SingleNode:
         """See Node: there is nobody to lead."""
         return False
 
-    def status(self, state: str) -> dict[str, Any]:
+    def status(self, state: str) -> CoordinationStatus:
         """See Node."""
         return {'coordination_enabled': False}
 
@@ -137,7 +138,7 @@ class SingleNode:
         """See Node."""
         return True
 
-    def list_nodes(self) -> list[dict[str, Any]]:
+    def list_nodes(self) -> list[NodeInfo]:
         """See Node: there is no table of nodes."""
         return []
 
@@ -182,7 +183,7 @@ class SingleNode:
         """See Node."""
         return 0
 
-    def list_locks(self) -> list[dict[str, Any]]:
+    def list_locks(self) -> list[LockInfo]:
         """See Node."""
         return []
 

@@ -14,6 +14,7 @@ from ..assignment.tokens import TokenSet
 from ..errors import ClaimLost, ConfigurationError
 from ..protocol.effects import RebalanceEvent
 from ..protocol.pausing import Pausing
+from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from ..task import task_id_of
 from .memory import MemoryLedger
 
@@ -57,7 +58,7 @@ class FakeNode:
         self.version = 1
         self.leased = True
         self.leader = True
-        self.locks: dict[str, dict[str, Any]] = {}
+        self.locks: dict[str, LockInfo] = {}
         self.claimed: list[Any] = []
         self.added: list[Any] = []
         self.audited: list[Any] = []
@@ -203,7 +204,7 @@ class FakeNode:
         self.audited += self.added
         self.added = []
 
-    def get_audit(self) -> list[dict[str, Any]]:
+    def get_audit(self) -> list[AuditedTask]:
         """See Node."""
         return [{'node': self._name, 'task_id': check_task_id(task_id)} for task_id in self.audited]
 
@@ -215,7 +216,7 @@ class FakeNode:
         """See Node: this node or nobody."""
         return self._name if self.token_of(task_id) in self.owned else None
 
-    def explain(self, task_id: object) -> dict[str, Any]:
+    def explain(self, task_id: object) -> Explanation:
         """See Node: task_id, token and owner."""
         return {
             'task_id': check_task_id(task_id_of(task_id)),
@@ -256,7 +257,7 @@ class FakeNode:
         """See Node."""
         return self.leader and self.leased
 
-    def status(self, state: str) -> dict[str, Any]:
+    def status(self, state: str) -> CoordinationStatus:
         """See Node."""
         entered = state == 'entered'
         return {
@@ -283,7 +284,7 @@ class FakeNode:
         """See Node."""
         return True
 
-    def list_nodes(self) -> list[dict[str, Any]]:
+    def list_nodes(self) -> list[NodeInfo]:
         """See Node."""
         return [{'name': self._name, 'alive': True}]
 
@@ -347,9 +348,9 @@ class FakeNode:
             }
         return len(rows)
 
-    def list_locks(self) -> list[dict[str, Any]]:
+    def list_locks(self) -> list[LockInfo]:
         """See Node."""
-        return [dict(lock) for lock in self.locks.values()]
+        return [lock.copy() for lock in self.locks.values()]
 
     def clear_locks(self, creator: str | None = None) -> int:
         """See Node."""

@@ -329,7 +329,7 @@ def node_status(job: Job, *, consuming: bool, messages: Mapping[str, int]) -> di
         consuming: Whether its worker takes messages.
         messages: What became of messages.
     """
-    status = job.local_status()
+    status: dict[str, Any] = dict(job.local_status())
     status['recent_events'] = [
         {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
     ]

@@ -26,6 +26,7 @@ PURE = frozenset(
         'errors',
         'logs',
         'protocol',
+        'results',
         'secret',
         'task',
     }
@@ -34,7 +35,7 @@ PURE = frozenset(
 #: no neighbour.
 LAYERS = (
     {'errors'},
-    {'belonging', 'clock', 'database_url', 'logs', 'process', 'secret', 'task'},
+    {'belonging', 'clock', 'database_url', 'logs', 'process', 'results', 'secret', 'task'},
     {'assignment'},
     {'config'},
     {'protocol'},

@@ -204,7 +204,8 @@ class TestRecords:
 
         with FakeJob(lock_provider=provide) as job:
             assert job.locks == {'t': ['gpu-1', '%']}
-            assert job.list_locks()[0]['expires_at'] > job.list_locks()[0]['created_at']
+            (lock,) = job.list_locks()
+            assert lock['expires_at'] is not None and lock['expires_at'] > lock['created_at']
             with pytest.raises(ConfigurationError):
                 job.register_locks_bulk([('t',)])
             assert job.clear_locks_by_creator('somebody') == 0
