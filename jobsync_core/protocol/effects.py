@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from ..assignment.tokens import TokenSet
 
-__all__ = ['Effect', 'Entered', 'Failed', 'Left', 'Note', 'RebalanceEvent', 'Release']
+__all__ = ['Effect', 'Effects', 'Entered', 'Failed', 'Left', 'Note', 'RebalanceEvent', 'Release']
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,28 @@ class Note:
 
 
 Effect: TypeAlias = 'RebalanceEvent | Release | Entered | Left | Failed | Note'
+
+
+class Effects:
+    """What there is to do, in order; each is handed out once.
+
+    Args:
+        node: The node's name, for its notes.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._waiting: list[Effect] = []
+
+    def add(self, effect: Effect) -> None:
+        """One thing more."""
+        self._waiting.append(effect)
+
+    def note(self, level: str, event: str, **fields: object) -> None:
+        """One line more for the log."""
+        self.add(Note(level, event, {'node': self._node, **fields}))
+
+    def take(self) -> list[Effect]:
+        """All that waits."""
+        effects, self._waiting = self._waiting, []
+        return effects

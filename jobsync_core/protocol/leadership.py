@@ -8,9 +8,10 @@ again on its own clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..assignment.model import Member
+from .agenda import NEVER, NOW, Due
 from .liveness import Liveness
 from .messages import (
     DEATHS,
@@ -18,6 +19,7 @@ from .messages import (
     Evict,
     EvictReply,
     Lead,
+    Life,
     Observe,
     ObserveReply,
     RoundReply,
@@ -30,7 +32,6 @@ __all__ = ['Duty', 'Leadership']
 
 Duty = Observe | Evict | Lead | StepDown
 
-_NEVER = float('inf')
 #: Joins within this many seconds are planned together.
 _JOIN_WINDOW = 0.1
 #: Two clocks that disagree on when a lock expires must not make a node look in a tight loop.
@@ -43,13 +44,14 @@ class Leadership:
     """What one node knows of the others, and what it has to do about it.
 
     Args:
+        liveness: What is known of the others' signs of life.
         timeout: Seconds without a heartbeat after which a node is dead.
         max_gap: Seconds without a look after which waits begin anew.
         poll: Seconds between two looks.
     """
 
-    def __init__(self, timeout: float, max_gap: float, poll: float) -> None:
-        self.liveness = Liveness(timeout, max_gap)
+    def __init__(self, liveness: Liveness, timeout: float, max_gap: float, poll: float) -> None:
+        self.liveness = liveness
         self.look_at = 0.0
         self._timeout = timeout
         self._poll = poll
@@ -57,7 +59,7 @@ class Leadership:
         self._older: tuple[Sign, ...] | None = None
         self._may_be_more = False  # a heartbeat names no more than ELDERS of them
         self._known: frozenset[str] = frozenset()
-        self._lead_at = _NEVER
+        self._lead_at = NEVER
         self._have_died = False  # since the last plan
         self._must_look = (
             False  # the last round did not go as expected: look again before the next one
@@ -90,54 +92,35 @@ class Leadership:
         rank = self.rank(now)
         return rank <= 1 if rank is not None else self._older is not None
 
-    def duty(self, name: str, incarnation: str, now: float, has_lease: bool) -> Duty | None:
-        """What to send now, if anything. Without a lease nobody leads."""
-        if not self.watches(now):
-            return None
-        # To look comes first: whatever else takes its time must not make a gap in the watch.
-        if now >= self.look_at and self._may(Observe, now):
-            return Observe()
-        if self.rank(now) != 0 or not has_lease:
-            return None
-        if self._must_step_down and self._may(StepDown, now):
-            return StepDown(name, incarnation)
-        if self._must_look:
-            return None
-        dead = self.liveness.dead(now)
-        if dead and self._may(Evict, now):
-            return Evict(
-                name, incarnation, dead, dead[self._singly % len(dead)] if self._singly else None
-            )
-        if now >= self._lead_at and self._may(Lead, now):
-            return Lead(
-                name, incarnation, dead, DEATHS if self._have_died else 'nodes or locks changed'
-            )
-        return None
-
-    def _may(self, kind: type[Duty], now: float) -> bool:
-        return now >= self._retries[kind].not_before
-
-    def wake_at(self, now: float, has_lease: bool) -> float:
-        """When there may be something to do next."""
+    def agenda(self, life: Life, now: float, has_lease: bool) -> Iterator[Due]:
+        """What there is to do, the most urgent first. Without a lease nobody leads."""
         if self._older is None:
-            return _NEVER
-        death = self.liveness.next_death(now)
+            return
+        yield self.liveness.next_death(now), _nothing  # then this node has another place
         if not self.watches(now):
-            return death
-        times = [death, max(self.look_at, self._retries[Observe].not_before)]
-        if self.rank(now) == 0 and has_lease:
-            if self._must_step_down:
-                times.append(self._retries[StepDown].not_before)
-            if not self._must_look:
-                times.append(max(self._lead_at, self._retries[Lead].not_before))
-                if self.liveness.dead(now):
-                    times.append(self._retries[Evict].not_before)
-        return min(times)
+            return
+        # To look comes first: whatever else takes its time must not make a gap in the watch.
+        yield self._due(Observe, self.look_at, Observe)
+        if self.rank(now) != 0 or not has_lease:
+            return
+        if self._must_step_down:
+            yield self._due(StepDown, NOW, lambda: StepDown(*life))
+        if self._must_look:
+            return
+        dead = self.liveness.dead(now)
+        if dead:
+            only = dead[self._singly % len(dead)] if self._singly else None
+            yield self._due(Evict, NOW, lambda: Evict(*life, dead, only))
+        reason = DEATHS if self._have_died else 'nodes or locks changed'
+        yield self._due(Lead, self._lead_at, lambda: Lead(*life, dead, reason))
+
+    def _due(self, kind: type[Duty], at: float, request: Callable[[], Duty]) -> Due:
+        return max(at, self._retries[kind].not_before), request
 
     def start_anew(self) -> None:
         """This node has another place among the others, which is not known yet."""
         self._older = None
-        self._lead_at = _NEVER
+        self._lead_at = NEVER
         self._must_step_down = False
         for retry in self._retries.values():
             retry.reset()
@@ -174,10 +157,10 @@ class Leadership:
             self.look_at = min(self.look_at, now + max(reply.next_expiry, _SHORTEST_WAIT))
         known, self._known = self._known, frozenset(m.incarnation for m in reply.members)
         if not reply.stale and (reply.next_expiry is None or reply.next_expiry > 0):
-            self._lead_at = _NEVER
+            self._lead_at = NEVER
             self._have_died = False
             self._retries[Lead].reset()
-        elif self._lead_at == _NEVER:
+        elif self._lead_at == NEVER:
             self._lead_at = now + (_JOIN_WINDOW if known < self._known else 0.0)
         return me is not None
 
@@ -210,7 +193,7 @@ class Leadership:
 
     def led(self, reply: RoundReply, now: float) -> None:
         """A round has been carried out, or refused."""
-        self._lead_at = now if reply.more else _NEVER
+        self._lead_at = now if reply.more else NEVER
         self._have_died = self._have_died and reply.more
         self._must_step_down = False
         self._retries[Lead].reset()
@@ -238,3 +221,7 @@ class Leadership:
 
 def _signs(members: Sequence[Member]) -> tuple[Sign, ...]:
     return tuple(Sign(m.name, m.incarnation, m.beat) for m in members)
+
+
+def _nothing() -> None:
+    """There is nothing to send, but there may be from then on."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ..assignment.model import Member, Range, Segment
 from ..process import Process
@@ -57,6 +57,13 @@ __all__ = [
 ELDERS = 4
 #: Why a leader plans after an eviction.
 DEATHS = 'nodes died'
+
+
+class Life(NamedTuple):
+    """One life of a node. Each request carries that for which it speaks."""
+
+    name: str
+    incarnation: str
 
 
 @dataclass(frozen=True)

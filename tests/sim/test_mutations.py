@@ -6,7 +6,7 @@ A fence that nothing notices would be either superfluous or untested.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,17 +14,21 @@ import pytest
 
 from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.protocol import liveness
-from jobsync_core.protocol import node as protocol
+from jobsync_core.protocol import handover, liveness, membership
+from jobsync_core.protocol.agenda import NEVER, Due
+from jobsync_core.protocol.connection import Connection, History
+from jobsync_core.protocol.handover import HandOver
 from jobsync_core.protocol.leadership import Leadership
 from jobsync_core.protocol.messages import (
     Beat,
     Evict,
+    EvictReply,
     Give,
     GiveReply,
     HeartbeatReply,
     Join,
     Lead,
+    Life,
     RefreshReply,
     Reply,
     Request,
@@ -65,13 +69,13 @@ def _without_lease_margin(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lease_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_beaten
+    original = Protocol._on_heartbeat
 
     def mutated(self: Protocol, reply: Any, now: float) -> None:
         self._sent_at = now
         original(self, reply, now)
 
-    patch.setattr(Protocol, '_on_beaten', mutated)
+    patch.setattr(Protocol, '_on_heartbeat', mutated)
 
 
 def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
@@ -82,12 +86,12 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
         if isinstance(request, Give) and isinstance(reply, GiveReply):
             self.ownership.replace(self.ownership.tokens - TokenSet(request.ranges))
 
-    patch.setattr(Protocol, '_shrink', lambda self, kept: None)
+    patch.setattr(HandOver, '_shrink', lambda self, kept: None)
     patch.setattr(Protocol, 'reply', mutated)
 
 
 def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
-    original, choose = SimStore._refresh, Protocol._choose
+    original, agenda = SimStore._refresh, Protocol._agenda
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
@@ -95,18 +99,17 @@ def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
             self, replace(request, incarnation=row.incarnation) if row is not None else request
         )
 
-    def mutated_choose(self: Protocol, now: float) -> Request | None:
+    def without_heartbeat(self: Protocol, now: float) -> Iterator[Due]:
         """A heartbeat that goes first hides it: it would hear of the eviction."""
-        due = self._beat_at
-        if self._must_refresh and self.phase is Phase.ACTIVE:
-            self._beat_at = float('inf')
-        try:
-            return choose(self, now)
-        finally:
-            self._beat_at = due
+        due = self._membership.beat_at
+        if self._handover.must_refresh and self.phase is Phase.ACTIVE:
+            self._membership.beat_at = NEVER
+        dues = list(agenda(self, now))
+        self._membership.beat_at = due
+        return iter(dues)
 
     patch.setattr(SimStore, '_refresh', mutated)
-    patch.setattr(Protocol, '_choose', mutated_choose)
+    patch.setattr(Protocol, '_agenda', without_heartbeat)
 
 
 def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
@@ -123,8 +126,8 @@ def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
 
 def _claim_without_refresh(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        Protocol,
-        '_must_refresh',
+        HandOver,
+        'must_refresh',
         property(lambda self: False, lambda self, value: None),
         raising=False,
     )
@@ -178,13 +181,13 @@ def _without_the_check_of_quarantine(patch: pytest.MonkeyPatch) -> None:
 
 
 def _history_is_not_in_the_heartbeat(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_history
+    original = Connection.heard
 
-    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
-        return original(self, replace(reply, history='', settled=True, same=True), now)
+    def mutated(self: Connection, reply: HeartbeatReply) -> History:
+        return original(self, replace(reply, history='', settled=True, same=True))
 
-    patch.setattr(Protocol, '_on_history', mutated)
-    patch.setattr(Protocol, '_is_of_another_history', lambda self, reply: False)
+    patch.setattr(Connection, 'heard', mutated)
+    patch.setattr(Connection, 'is_of_another_history', lambda self, reply: False)
 
 
 def _history_only_of_the_connection(patch: pytest.MonkeyPatch) -> None:
@@ -193,13 +196,13 @@ def _history_only_of_the_connection(patch: pytest.MonkeyPatch) -> None:
 
 
 def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_history
+    original = Connection.heard
 
-    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
-        self._waits = self._waits or not self._history
-        return original(self, reply, now)
+    def mutated(self: Connection, reply: HeartbeatReply) -> History:
+        self._waits = self._waits or not self.history
+        return original(self, reply)
 
-    patch.setattr(Protocol, '_on_history', mutated)
+    patch.setattr(Connection, 'heard', mutated)
 
 
 def _trust_a_known_name(patch: pytest.MonkeyPatch) -> None:
@@ -226,32 +229,32 @@ def _record_for_another_database(patch: pytest.MonkeyPatch) -> None:
 
 
 def _read_the_rows_of_another_history(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protocol, '_is_of_another_history', lambda self, reply: False)
+    patch.setattr(Connection, 'is_of_another_history', lambda self, reply: False)
     _without_the_check_of_quarantine(patch)
 
 
 def _have_waited_in_an_earlier_life(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_evicted
+    original = Connection.begin_life
 
-    def mutated(self: Protocol, now: float) -> None:
+    def mutated(self: Connection) -> None:
         waits = self._waits
-        original(self, now)
+        original(self)
         self._waits = waits
 
-    patch.setattr(Protocol, '_on_evicted', mutated)
+    patch.setattr(Connection, 'begin_life', mutated)
 
 
 def _trust_the_row_after_a_change(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_history
+    original = Connection.heard
 
-    def mutated(self: Protocol, reply: HeartbeatReply, now: float) -> bool:
+    def mutated(self: Connection, reply: HeartbeatReply) -> History:
         if reply.settled:
-            self._history = ''
+            self.history = ''
             self._waits = True
             reply = replace(reply, same=True)
-        return original(self, reply, now)
+        return original(self, reply)
 
-    patch.setattr(Protocol, '_on_history', mutated)
+    patch.setattr(Connection, 'heard', mutated)
 
 
 def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -268,37 +271,28 @@ def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._choose
+    agenda = Protocol._agenda
 
-    def mutated(self: Protocol, now: float) -> Request | None:
-        until, self._quarantine_until = self._quarantine_until, None
-        try:
-            return original(self, now)
-        finally:
-            self._quarantine_until = until
+    def mutated(self: Protocol, now: float) -> Iterator[Due]:
+        connection = self._connection
+        until, connection.quarantine_until = connection.quarantine_until, NEVER
+        dues = list(agenda(self, now))
+        connection.quarantine_until = until
+        return iter(dues)
 
-    patch.setattr(Protocol, '_choose', mutated)
-    patch.setattr(Protocol, '_on_holdings', _on_holdings_in_quarantine)
-
-
-_on_holdings = Protocol._on_holdings
-
-
-def _on_holdings_in_quarantine(self: Protocol, reply: RefreshReply, now: float) -> None:
-    until, self._quarantine_until = self._quarantine_until, None
-    _on_holdings(self, replace(reply, history='', same=True), now)
-    self._quarantine_until = until
+    patch.setattr(Protocol, '_agenda', mutated)
+    patch.setattr(Connection, 'is_of_another_history', lambda self, reply: False)
 
 
 def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_beaten
+    original = Protocol._on_heartbeat
 
     def mutated(self: Protocol, reply: Any, now: float) -> None:
         original(self, reply, now)
         if self.quarantined:
             self.ownership.extend(self._sent_at + self.settings.lease)
 
-    patch.setattr(Protocol, '_on_beaten', mutated)
+    patch.setattr(Protocol, '_on_heartbeat', mutated)
 
 
 def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
@@ -326,7 +320,7 @@ def _nobody_steps_down(patch: pytest.MonkeyPatch) -> None:
 
 
 def _beat_at_any_time(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(protocol, 'beat_delay', lambda ages, interval: interval)
+    patch.setattr(membership, 'beat_delay', lambda ages, interval: interval)
 
 
 def _all_of_the_oldest_look(patch: pytest.MonkeyPatch) -> None:
@@ -372,7 +366,7 @@ def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:
 
 def _no_wait_for_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        protocol._Batch,
+        handover._Outgoing,
         'ready',
         property(lambda self: True, lambda self, value: None),
         raising=False,
@@ -423,34 +417,28 @@ def _plan_though_nothing_changed(patch: pytest.MonkeyPatch) -> None:
 
 
 def _round_after_round(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_evicted_others
+    original = Leadership.evicted
 
-    def mutated(self: Protocol, request: Any, reply: Any, now: float) -> None:
+    def mutated(self: Leadership, request: Evict, reply: EvictReply, now: float) -> None:
         original(self, request, reply, now)
-        self._leadership._must_look = False
-        self._leadership.look_at = now + self.settings.poll
-        self._leadership._retries[Evict].reset()
+        self._must_look = False
+        self.look_at = now + self._poll
+        self._retries[Evict].reset()
 
-    patch.setattr(Protocol, '_on_evicted_others', mutated)
+    patch.setattr(Leadership, 'evicted', mutated)
 
 
 def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_holdings
+    original = HandOver.refreshed
 
-    def mutated(self: Protocol, reply: RefreshReply, now: float) -> None:
-        original(
-            self,
-            replace(
-                reply,
-                segments=tuple(
-                    replace(s, moving_to=self.name) if s.moving and s.moving_to is None else s
-                    for s in reply.segments
-                ),
-            ),
-            now,
+    def mutated(self: HandOver, reply: RefreshReply, life: Life, now: float) -> None:
+        segments = tuple(
+            replace(s, moving_to=life.name) if s.moving and s.moving_to is None else s
+            for s in reply.segments
         )
+        original(self, replace(reply, segments=segments), life, now)
 
-    patch.setattr(Protocol, '_on_holdings', mutated)
+    patch.setattr(HandOver, 'refreshed', mutated)
 
 
 MUTATIONS = (

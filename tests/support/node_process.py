@@ -139,7 +139,7 @@ def _say(event: str, **fields: object) -> None:
 
 def _take_away(fence: str) -> None:
     """Break the library on purpose, for tests that must see an overlap."""
-    from jobsync_core.protocol.node import Protocol
+    from jobsync_core.protocol.handover import HandOver
     from jobsync_core.protocol.ownership import Ownership
 
     def for_ever(self: Ownership, deadline: float) -> None:
@@ -147,7 +147,7 @@ def _take_away(fence: str) -> None:
 
     replacements: dict[str, list[tuple[type, str, Any]]] = {
         'lease': [(Ownership, 'extend', for_ever), (Ownership, 'suspend', lambda self: None)],
-        'shrink': [(Protocol, '_shrink', lambda self, kept: None)],
+        'shrink': [(HandOver, '_shrink', lambda self, kept: None)],
     }
     for owner, name, replacement in replacements[fence]:
         assert hasattr(owner, name), f'{owner.__name__}.{name} is gone: name the fence anew'

@@ -149,9 +149,9 @@ def test_a_failover_behind_a_pooler_is_noticed_by_the_next_heartbeat_and_a_new_n
                 lambda: sorted(len(job.my_tokens) for job in jobs) == [3333, 3333, 3334], timeout=30
             )
         assert query(config, 'SELECT history FROM "{}cluster"') == [
-            (node_of(first).protocol._history,)
+            (node_of(first).protocol.history,)
         ]
-        assert node_of(first).protocol._history.endswith(' 00000002')
+        assert node_of(first).protocol.history.endswith(' 00000002')
 
 
 def test_a_new_node_waits_for_one_timeout_where_nobody_has_waited_for_this_history_yet(
@@ -180,8 +180,8 @@ def test_a_role_that_may_not_ask_for_the_history_goes_on_without_it(
     query(config, 'GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO plain')
     plain = dataclasses.replace(config, user='plain', password='x')
     with Job('n1', plain, wait_on_enter=0) as job:
-        assert node_of(job).protocol._history != '', 'PostgreSQL lets everybody ask'
+        assert node_of(job).protocol.history != '', 'PostgreSQL lets everybody ask'
     query(config, 'REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC')
     with Job('n1', plain, wait_on_enter=0) as job:
         eventually(lambda: len(job.my_tokens) == config.total_tokens)
-        assert node_of(job).protocol._history == ''
+        assert node_of(job).protocol.history == ''
