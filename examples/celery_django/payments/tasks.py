@@ -15,9 +15,7 @@ from .models import Account, Booking
 @shared_task
 @exactly_once(key='payment:{payment_id}')
 def book(payment_id: int, account_id: int, cents: int) -> int:
-    """Book a payment: its row, the balance, and the completion of the key are one transaction of
-    Django's.
-    """
+    """Book a payment: its row, the balance and the key's completion are one transaction."""
     with transaction.atomic():
         Booking.objects.create(payment_id=payment_id, account_id=account_id, cents=cents)
         Account.objects.filter(id=account_id).update(cents=F('cents') + cents)
