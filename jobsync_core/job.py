@@ -135,8 +135,6 @@ class Job:
             'its own there'
         )
 
-    # --- entering and leaving ---
-
     def __enter__(self) -> Job:
         """Join the cluster; returns when this node's first tokens can be claimed.
 
@@ -189,8 +187,6 @@ class Job:
             self._node.leave(error)
         finally:
             self._state = 'exited'
-
-    # --- tasks ---
 
     def can_claim_task(self, task: Task | Hashable) -> bool:
         """Whether this node may process the task now. A memory look-up; after the lease has run out
@@ -316,8 +312,6 @@ class Job:
         self._check_entered()
         return self._node.explain(task_id)
 
-    # --- for adapters ---
-
     @property
     def ledger(self) -> Ledger:
         """The executions of this node."""
@@ -374,8 +368,6 @@ class Job:
         """Have those who wait look at their conditions."""
         self._node.wake()
 
-    # --- drain ---
-
     def drain(self, timeout: float | None = None) -> bool:
         """Give all tokens away and stay a member; returns whether all were given within `timeout`
         seconds.
@@ -395,8 +387,6 @@ class Job:
         """Take part again after `drain`."""
         self._check_entered()
         self._node.undrain()
-
-    # --- locks ---
 
     def register_lock(
         self,
@@ -447,8 +437,6 @@ class Job:
         """Delete all locks; returns how many."""
         self._check_member()
         return self._node.clear_locks()
-
-    # --- the cluster ---
 
     def am_i_healthy(self) -> bool:
         """Whether this node holds a valid lease, that is: it has reached the database recently

@@ -90,8 +90,6 @@ class Agent:
             target=self._run, name=f'jobsync-{protocol.name}', daemon=True
         )
 
-    # --- for other threads ---
-
     def start(self) -> None:
         """Start the thread."""
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -152,8 +150,6 @@ class Agent:
             self._abandoned = True
             self.post(lambda: None)
         return not self._thread.is_alive()
-
-    # --- the thread ---
 
     def _run(self) -> None:
         try:

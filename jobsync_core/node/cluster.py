@@ -49,7 +49,7 @@ _MOST_COUNTED = 1_000_000
 
 @dataclass(frozen=True)
 class Membership:
-    """How a node takes part; see the arguments of Job.
+    """How a node takes part: what the arguments of `Job` say.
 
     Attributes:
         clears_locks: Whether locks that a node of this name created go when it enters.
@@ -68,7 +68,7 @@ class Membership:
 
 
 class ClusterNode:
-    """A node of a cluster; see Node.
+    """A node of a cluster. Methods without a docstring do what `Node` says.
 
     Args:
         name: Its name.
@@ -146,10 +146,8 @@ class ClusterNode:
             promises=self.tasks.promises,
         )
 
-    # --- entering and leaving ---
-
     def enter(self, provide: Callable[[], object], is_worker: bool) -> None:
-        """See Node.
+        """Become a member of the cluster.
 
         Raises:
             ClusterNotFormed: Fewer than `minimum_nodes` after `wait_on_enter`.
@@ -220,11 +218,9 @@ class ClusterNode:
                 )
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
-        """See Node."""
         self._callbacks.go_on(is_bound)
 
     def leave(self, error: BaseException | None) -> None:
-        """See Node."""
         self.tasks.close()
         try:
             self._write_off(error)
@@ -248,7 +244,6 @@ class ClusterNode:
             self.tasks.release()
 
     def leave_child(self, error: BaseException | None) -> None:
-        """See Node."""
         try:
             self.tasks.leave_child(threading.get_ident() if error is not None else None)
         except JobSyncError as failure:
@@ -273,93 +268,71 @@ class ClusterNode:
         return self._config.release_timeout_sec + 2 * self._config.connect_timeout_sec
 
     def give_up(self) -> None:
-        """See Node."""
         self.agent.stop(self._longest_hand_over)
 
     def disown(self, mark: str) -> None:
-        """See Node."""
         self.ownership.incarnation = mark
 
-    # --- tasks ---
-
     def owns(self, task_id: object) -> bool:
-        """See Node."""
         return self.ownership.may_claim(self.tasks.token_of(task_id_of(task_id)), clock.now())
 
     def add(self, task: object) -> None:
-        """See Node."""
         self.tasks.add(task)
 
     def record(self, batch: Sequence[object]) -> None:
-        """See Node."""
         self.tasks.record(batch)
 
     def audit(self) -> None:
-        """See Node."""
         self.tasks.audit()
 
     def get_audit(self) -> list[AuditedTask]:
-        """See Node."""
         with self._sessions.session() as connection:
             found = TaskStore(connection, self._tables).get_audit(self._membership.date)
         return cast(list[AuditedTask], found)
 
     def token_of(self, task_id: object) -> int:
-        """See Node."""
         return self.tasks.token_of(task_id_of(task_id))
 
     def owner_of(self, task_id: object) -> str | None:
-        """See Node."""
         with self._sessions.session() as connection:
             return StatusStore(connection, self._tables).owner(self.token_of(task_id))
 
     def explain(self, task_id: object) -> Explanation:
-        """See Node."""
         text = check_task_id(task_id_of(task_id))
         with self._sessions.session() as connection:
             found = StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
         return cast(Explanation, found)
 
-    # --- what it knows ---
-
     @property
     def tokens(self) -> TokenSet:
-        """See Node."""
         return self.ownership.tokens if self.has_lease else TokenSet()
 
     @property
     def version(self) -> int:
-        """See Node."""
         return self.protocol.version
 
     @property
     def incarnation(self) -> str:
-        """See Node."""
         return self.ownership.incarnation
 
     @property
     def has_lease(self) -> bool:
-        """See Node."""
         return clock.now() < self.ownership.deadline
 
     @property
     def pausing(self) -> Pausing:
-        """See Node."""
         return self.ownership.pausing
 
     @property
     def is_healthy(self) -> bool:
-        """See Node."""
         return self.agent.alive and self.has_lease
 
     @property
     def is_running(self) -> bool:
-        """See Node."""
         return self.agent.running
 
     @property
     def leads(self) -> bool:
-        """See Node."""
         return self.is_healthy and self._is_oldest()
 
     def _is_oldest(self) -> bool:
@@ -367,7 +340,6 @@ class ClusterNode:
         return now < self.ownership.deadline and self.protocol.rank(now) == 0
 
     def status(self, state: str) -> CoordinationStatus:
-        """See Node."""
         entered = state == 'entered'
         return {
             'coordination_enabled': True,
@@ -390,11 +362,9 @@ class ClusterNode:
 
     @property
     def is_alone(self) -> bool:
-        """See Node."""
         return False
 
     def list_nodes(self) -> list[NodeInfo]:
-        """See Node."""
         with self._sessions.session() as connection:
             found = StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
         return cast(list[NodeInfo], found)
@@ -406,52 +376,39 @@ class ClusterNode:
         except DatabaseUnavailable:
             return None
 
-    # --- for adapters ---
-
     def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
-        """See Node."""
         return self._sessions.session(users=not pinned)
 
     def rest(self) -> None:
-        """See Node."""
         self._sessions.trim()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """See Node."""
         return self.agent.wait_for(condition, timeout)
 
     def wake(self) -> None:
-        """See Node."""
         self.agent.post(lambda: None)
 
-    # --- drain and locks ---
-
     def drain(self, timeout: float | None) -> bool:
-        """See Node."""
         if timeout is None:
             timeout = self._config.release_timeout_sec + self._config.heartbeat_timeout_sec
         self.agent.post(lambda: self.protocol.drain(clock.now()))
         return self.agent.wait_for(lambda: self.protocol.drained, timeout)
 
     def undrain(self) -> None:
-        """See Node."""
         self.agent.post(lambda: self.protocol.undrain(clock.now()))
 
     def register_locks(
         self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
     ) -> int:
-        """See Node."""
         with self._sessions.session() as connection:
             return LockStore(connection, self._tables).register(rows, self._name)
 
     def list_locks(self) -> list[LockInfo]:
-        """See Node."""
         with self._sessions.session() as connection:
             found = LockStore(connection, self._tables).list_locks()
         return cast(list[LockInfo], found)
 
     def clear_locks(self, creator: str | None = None) -> int:
-        """See Node."""
         with self._sessions.session() as connection:
             if creator is None:
                 return LockStore(connection, self._tables).clear_all()

@@ -25,8 +25,6 @@ class Node(Protocol):
     def ledger(self) -> Ledger:
         """Its executions."""
 
-    # --- entering and leaving ---
-
     def enter(self, provide: Callable[[], object], is_worker: bool) -> None:
         """Become a member; returns when the first tokens can be claimed. Where it raises, nothing
         is left behind.
@@ -56,8 +54,6 @@ class Node(Protocol):
         incarnation.
         """
 
-    # --- tasks ---
-
     def can_claim(self, task: object) -> bool:
         """Whether it may process the task now: a memory look-up. False where it is not a member."""
 
@@ -84,8 +80,6 @@ class Node(Protocol):
 
     def explain(self, task_id: object) -> Explanation:
         """Who owns the task and why."""
-
-    # --- what it knows ---
 
     @property
     def tokens(self) -> TokenSet:
@@ -136,8 +130,6 @@ class Node(Protocol):
     def count_active(self) -> int | None:
         """How many members are alive; None where that cannot be known at the moment."""
 
-    # --- for adapters ---
-
     def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
         """A connection to the cluster's database for one transaction."""
 
@@ -151,8 +143,6 @@ class Node(Protocol):
 
     def wake(self) -> None:
         """Have those who wait look at their conditions."""
-
-    # --- drain and locks ---
 
     def drain(self, timeout: float | None) -> bool:
         """Give all tokens away and stay a member; whether all were given in time."""

@@ -113,8 +113,6 @@ class FakeJob(Job):
     def _make_node(self, membership: Membership, callbacks: Callbacks) -> Node:
         return self._fake
 
-    # --- what a test sets ---
-
     def own(self, *task_ids: Task | Hashable) -> None:
         """Gain these tasks, or all when none is given."""
         fake = self._fake
@@ -147,8 +145,6 @@ class FakeJob(Job):
     @leader.setter
     def leader(self, leads: bool) -> None:
         self._fake.leader = leads
-
-    # --- what a test reads ---
 
     @property
     def ledger(self) -> MemoryLedger:
@@ -183,8 +179,6 @@ class FakeJob(Job):
     def _check_entered(self) -> None:
         super()._check_entered()
         self._fake.await_initial()
-
-    # --- entering and leaving ---
 
     def __enter__(self) -> FakeJob:
         """Enter, and stand in for the node of workers in this process; see Job."""

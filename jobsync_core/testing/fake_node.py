@@ -25,8 +25,8 @@ _BINDING_SEC = 1.0
 
 
 class FakeNode:
-    """A node without a cluster and without a database; see Node, and FakeJob for what a test sets
-    and reads.
+    """A node without a cluster and without a database: what stands behind a `FakeJob`, whose
+    docstring tells what a test sets and reads. Methods without a docstring do what `Node` says.
 
     Args:
         name: Its name.
@@ -66,8 +66,6 @@ class FakeNode:
         self.ledger = MemoryLedger()
         self.pausing = Pausing()
 
-    # --- what a test sets ---
-
     def tokens_of(self, task_ids: Iterable[object]) -> TokenSet:
         """The tokens of tasks."""
         return TokenSet.of(self.token_of(task_id) for task_id in task_ids)
@@ -89,17 +87,12 @@ class FakeNode:
         if self._on_rebalance is not None and self._is_entered:
             self._on_rebalance(RebalanceEvent(initial, self.version, added, removed))
 
-    # --- entering and leaving ---
-
     def enter(self, provide: Callable[[], object], is_worker: bool) -> None:
-        """See Node."""
         provide()
         self._is_entered = True
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
-        """See Node: the first call comes in another thread, when `with … as job` has bound the
-        name.
-        """
+        """The first call comes in another thread, when `with … as job` has bound the name."""
         if self._on_rebalance is None:
             return
         tell_user, event = (
@@ -133,7 +126,7 @@ class FakeNode:
             raise failure
 
     def leave(self, error: BaseException | None) -> None:
-        """See Node: what was added is audited; after an error, all but the last."""
+        """What was added is audited; after an error, all but the last."""
         try:
             self.await_initial()
         finally:
@@ -144,18 +137,15 @@ class FakeNode:
             self.ledger.close()
 
     def leave_child(self, error: BaseException | None) -> None:
-        """See Node."""
+        """Nothing to do."""
 
     def give_up(self) -> None:
-        """See Node. Entering does not wait."""
+        """Entering does not wait."""
 
     def disown(self, mark: str) -> None:
-        """See Node."""
-
-    # --- tasks ---
+        """Nothing to do."""
 
     def can_claim(self, task: object) -> bool:
-        """See Node."""
         if not self._is_entered:
             return False
         self.await_initial()
@@ -164,11 +154,10 @@ class FakeNode:
         return self.leased and token in self.owned
 
     def owns(self, task_id: object) -> bool:
-        """See Node."""
         return self._is_entered and self.leased and self.token_of(task_id) in self.owned
 
     def add(self, task: object) -> None:
-        """See Node.
+        """Remember it for the test.
 
         Raises:
             ClaimLost: This node does not own the task.
@@ -177,7 +166,7 @@ class FakeNode:
         self.added.append(task_id_of(task))
 
     def record(self, batch: Sequence[object]) -> None:
-        """See Node.
+        """Remember them for the test.
 
         Raises:
             ClaimLost: This node does not own one of the tasks; the others are recorded.
@@ -200,65 +189,53 @@ class FakeNode:
         self.claimed.append(task_id_of(task))
 
     def audit(self) -> None:
-        """See Node."""
         self.audited += self.added
         self.added = []
 
     def get_audit(self) -> list[AuditedTask]:
-        """See Node."""
         return [{'node': self._name, 'task_id': check_task_id(task_id)} for task_id in self.audited]
 
     def token_of(self, task_id: object) -> int:
-        """See Node."""
         return task_to_token(task_id_of(task_id), self._total_tokens, self._hash_function)
 
     def owner_of(self, task_id: object) -> str | None:
-        """See Node: this node or nobody."""
+        """This node or nobody."""
         return self._name if self.token_of(task_id) in self.owned else None
 
     def explain(self, task_id: object) -> Explanation:
-        """See Node: task_id, token and owner."""
+        """With `task_id`, `token` and `owner` alone."""
         return {
             'task_id': check_task_id(task_id_of(task_id)),
             'token': self.token_of(task_id),
             'owner': self.owner_of(task_id),
         }
 
-    # --- what it knows ---
-
     @property
     def tokens(self) -> TokenSet:
-        """See Node."""
         self.await_initial()
         return self.owned if self.leased and self._is_entered else TokenSet()
 
     @property
     def incarnation(self) -> str:
-        """See Node."""
         return f'{self._name} of a test'
 
     @property
     def has_lease(self) -> bool:
-        """See Node."""
         return self.leased
 
     @property
     def is_healthy(self) -> bool:
-        """See Node."""
         return self.leased
 
     @property
     def is_running(self) -> bool:
-        """See Node."""
         return True
 
     @property
     def leads(self) -> bool:
-        """See Node."""
         return self.leader and self.leased
 
     def status(self, state: str) -> CoordinationStatus:
-        """See Node."""
         entered = state == 'entered'
         return {
             'coordination_enabled': True,
@@ -281,21 +258,16 @@ class FakeNode:
 
     @property
     def is_alone(self) -> bool:
-        """See Node."""
         return True
 
     def list_nodes(self) -> list[NodeInfo]:
-        """See Node."""
         return [{'name': self._name, 'alive': True}]
 
     def count_active(self) -> int | None:
-        """See Node."""
         return 1
 
-    # --- for adapters ---
-
     def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
-        """See Node.
+        """There is none.
 
         Raises:
             ConfigurationError: Always.
@@ -305,29 +277,24 @@ class FakeNode:
         )
 
     def rest(self) -> None:
-        """See Node."""
+        """Nothing to do."""
 
     def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """See Node: looked at whenever the test changes something."""
+        """Looked at whenever the test changes something."""
         with self._changed:
             return self._changed.wait_for(condition, timeout)
 
     def wake(self) -> None:
-        """See Node."""
         with self._changed:
             self._changed.notify_all()
 
-    # --- drain and locks ---
-
     def drain(self, timeout: float | None) -> bool:
-        """See Node."""
         if self._drained is None:
             self._drained = self.owned
             self.own(TokenSet())
         return True
 
     def undrain(self) -> None:
-        """See Node."""
         if self._drained is not None:
             before, self._drained = self._drained, None
             self.own(before)
@@ -335,7 +302,7 @@ class FakeNode:
     def register_locks(
         self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
     ) -> int:
-        """See Node. The fake's ownership does not follow them."""
+        """The fake's ownership does not follow them."""
         now = datetime.datetime.now(datetime.timezone.utc)
         for task_id, patterns, reason, days in rows:
             self.locks[task_id] = {
@@ -349,11 +316,9 @@ class FakeNode:
         return len(rows)
 
     def list_locks(self) -> list[LockInfo]:
-        """See Node."""
         return [lock.copy() for lock in self.locks.values()]
 
     def clear_locks(self, creator: str | None = None) -> int:
-        """See Node."""
         if creator not in (None, self._name):
             return 0
         count = len(self.locks)

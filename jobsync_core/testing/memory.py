@@ -109,8 +109,6 @@ class MemoryLedger(SingleLedger):
             'function with the fixture jobsync_node'
         )
 
-    # --- for tests ---
-
     @property
     def completed(self) -> dict[str, Any]:
         """The keys that are complete, and their results."""
