@@ -5,7 +5,6 @@ ended.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +12,11 @@ from kombu.connection import Connection
 
 from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
-from jobsync_core.ledger.cluster import UNCOORDINATED
 from jobsync_core.protocol.effects import RebalanceEvent
-from jobsync_core.worker.consuming import SelfDrain
-from jobsync_core.worker.duties.node import NodeDuties
-from jobsync_core.worker.entering import make_job
-from jobsync_core.worker.gate import Gate
+from jobsync_core.worker.node import Framework, WorkerNode, node_status
 from jobsync_core.worker.node_of_tests import node_of_tests
-from jobsync_core.worker.startup import wait_for_database
 
 from .application import Application
 from .broker.broker import CeleryBroker
@@ -65,11 +59,8 @@ class WorkerHooks:
         self._application = application
         self._app: Any = application.app
         vars(application.app)[_NAME] = self
-        self._job: Job | None = None
+        self._node: WorkerNode | None = None
         self._broker: CeleryBroker | None = None
-        self._gate: Gate | None = None
-        self._duties: NodeDuties | None = None
-        self._http: Any = None
         self._consumer: Any = None
         self._consumer_gate: ConsumerGate | None = None
         self._leased: LeasedConsumer | None = None
@@ -77,11 +68,10 @@ class WorkerHooks:
         self._worker: Any = None
         self._left = Leftovers()
         self._pins: Mapping[str, Sequence[str]] = {}
-        self._uncoordinated = self._reconnects = False
+        self._reconnects = False
         self._atomic = False
         self._solo = False
         self._listening: Listening | None = None
-        self._self_drain: SelfDrain | None = None
         # What the app was configured with before this plugin put a node's own settings in.
         self._plain: dict[str, Any] = {}
         self._shared_at = 0.0
@@ -99,7 +89,17 @@ class WorkerHooks:
         """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing`
         that stands in.
         """
-        return node_of_tests() or self._job
+        return node_of_tests() or self._own_job
+
+    @property
+    def _own_job(self) -> Job | None:
+        return self._node.job if self._node is not None else None
+
+    @property
+    def node(self) -> WorkerNode:
+        """The node that `prepare_worker` has made."""
+        assert self._node is not None
+        return self._node
 
     @property
     def required(self) -> bool:
@@ -139,31 +139,37 @@ class WorkerHooks:
         queues = self._application.queues
         queue = queues.name_of(name)
         self._configure(name)
+        self._worker = worker
+        self._listening = listening = Listening(self._left, self._solo)
         self._broker = broker = self._application.broker(self._left, self.receiving)
         self._pins = self._application.tasks.pins()
         odd = odd_names(self._app, settings.pins)
         if odd:
             logger.warning('JobSync: %s', '; '.join(odd))
-        self._job = job = make_job(
+        self._node = WorkerNode(
             settings,
             name,
-            queue,
-            'celery',
-            self._pins,
-            known=list(self._app.tasks),
-            identify=broker.identify,
-            place=broker.place,
-            application=self._application.name,
-            prepare=lambda: broker.declare(queue),
-            busy=self._busy,
-            on_rebalance=self._rebalanced,
-            on_release=lambda tokens: released.send(sender=self._app, tokens=tokens),
+            Framework(
+                kind='celery',
+                broker=broker,
+                declare=lambda: broker.declare(queue),
+                tasks=lambda: list(self._app.tasks),
+                pins=self._pins,
+                busy=self._busy,
+                problem=lambda: '' if self._consumes() else 'not consuming',
+                silence=listening.silence,
+                patience=settings.config.heartbeat_timeout_sec + _LOOP_SEC,
+                on_lease=self._lease_changed,
+                on_change=self._look_again,
+                on_tick=self._tick,
+                on_rebalance=self._rebalanced,
+                on_release=lambda tokens: released.send(sender=self._app, tokens=tokens),
+                application=self._application.name,
+                comes_back=True,
+                log=logger,
+            ),
         )
-        job.prepare_fork()
         self._app.amqp.queues.select_add(queues.make(queue))
-        self._gate = Gate(settings, job)
-        self._worker = worker
-        self._listening = Listening(self._left, self._solo)
 
     def _configure(self, name: str) -> None:
         """Put a node's own settings into the app."""
@@ -226,84 +232,42 @@ class WorkerHooks:
             OperationalError: The broker cannot be reached, and is not to be waited for.
             DatabaseUnavailable: The database cannot be reached within `wait_for_database_sec`.
         """
-        settings = self._application.settings
         wait_for_broker(self._app, check)
-        limit = settings.wait_for_database_sec if settings.required else 0.0
-        wait_for_database(settings.config, limit, check=check, sleep=time.sleep, log=logger)
-
-    def entered(self) -> None:
-        """The worker is a node."""
-        job, broker, gate, listening = self._job, self._broker, self._gate, self._listening
-        assert job is not None and broker is not None and gate is not None
-        assert listening is not None
-        queues = self._application.queues
-        self._duties = NodeDuties(
-            gate,
-            broker,
-            'celery',
-            queues.name_of(job.node_name),
-            queues.parked,
-            on_lease=self._lease_changed,
-            on_change=self._look_again,
-            on_tick=self._tick,
-            tasks=lambda: frozenset(self._app.tasks),
-        )
-        gate.owners.refresh()
-        self._duties.restore_former()
-        self._duties.start()
-        config = self._application.settings.config
-        self._self_drain = SelfDrain(
-            job, listening.silence, config.heartbeat_timeout_sec + _LOOP_SEC
-        )
-        self._self_drain.start()
-        logger.info(
-            'JobSync: node %s of %s* with %d tokens',
-            job.node_name,
-            config.appname,
-            len(job.my_tokens),
-        )
+        self.node.wait_for_database(check)
 
     def go_uncoordinated(self, error: Exception) -> None:
         """The worker is no node, and may run all the same."""
-        assert self._job is not None
-        logger.critical(
-            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because jobsync_required is '
-            'False: keys may run twice',
-            error,
-        )
-        self._job.abandon(UNCOORDINATED)
-        self._uncoordinated = True
+        node = self.node
+        node.go_uncoordinated(str(error), 'jobsync_required')
         # It is as any worker without the plugin: what it takes is where the others of its kind
         # look.
-        queue = self._application.queues.name_of(self._job.node_name)
         self._app.conf.update(self._plain)
-        self._app.amqp.queues.consume_from.pop(queue, None)
-        self._app.amqp.queues.pop(queue, None)
-        self._job = None
+        self._app.amqp.queues.consume_from.pop(node.queue, None)
+        self._app.amqp.queues.pop(node.queue, None)
 
     # --- the consumer ---
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
-        assert self._gate is not None and self._listening is not None
+        assert self._node is not None and self._listening is not None
         application = self._application
         self._consumer = consumer
         self._consumer_gate = ConsumerGate(
             self._app,
             consumer,
-            self._gate,
+            self._node.gate,
             application.tasks,
             application.queues,
             application.forwarder(patient=False),
             pinned=self._pins,
             solo=self._solo,
-            is_node=lambda: self._job is not None,
-            on_parked=self._parked_something,
+            is_node=lambda: self._own_job is not None,
+            on_parked=self._node.parked_something,
         )
         self._leased = LeasedConsumer(
             consumer,
             self._consumer_gate,
-            lambda: self._job,
+            lambda: self._own_job,
             self._listening,
             self._left,
             application.driver,
@@ -327,7 +291,7 @@ class WorkerHooks:
         """A connection that has not been opened yet, on which messages are received; with an event
         loop, waited for.
         """
-        if self._atomic and not self._uncoordinated:
+        if self._atomic and (self._node is None or self._node.coordinated):
             from .redis.channel import receive_atomically  # needs redis
 
             receive_atomically(connection, self._left, hub)
@@ -336,11 +300,12 @@ class WorkerHooks:
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
         assert self._leased is not None
-        if self._reconnects and self._job is not None and self._broker is not None:
+        job = self._own_job
+        if self._reconnects and job is not None and self._broker is not None:
             # What the lost connection had taken: nobody can acknowledge it any more, and Redis
             # gives it back to nobody.
             try:
-                self._broker.restore_own(self._job.node_name)
+                self._broker.restore_own(job.node_name)
             except Exception as error:  # the broker went away again; the next connection does it
                 logger.warning(
                     'JobSync: what the lost connection held is not given back yet: %r', error
@@ -359,47 +324,29 @@ class WorkerHooks:
         """The worker shuts down; its tasks end."""
         if self._leased is not None:
             self._leased.closing()
-        if self._self_drain is not None:
-            self._self_drain.stop()
-        if self._job is not None:
-            try:
-                self._job.drain(0)
-            except JobSyncError as error:
-                logger.warning('JobSync: %s', error)
+        self.node.drain()
 
     def leave(self) -> None:
         """Leave the cluster; survivors take over what is left at the broker."""
-        job, self._job = self._job, None
-        if self._http is not None:
-            self._http.close()
-        if job is None:
-            return
-        if self._self_drain is not None:
-            self._self_drain.stop()
-        if self._broker is not None:
-            restore_last(self._broker, job.node_name, self._left)
-        if self._duties is not None:
-            self._duties.stop(5.0)
-        job.__exit__(None, None, None)
-        if self._consumer_gate is not None:
+        was_node = self._own_job is not None
+        if was_node and self._broker is not None:
+            restore_last(self._broker, self.node.name, self._left)
+        self.node.leave()
+        if was_node and self._consumer_gate is not None:
             self._consumer_gate.close()
-        if self._broker is not None:
+        if was_node and self._broker is not None:
             self._broker.close()
 
     # --- events ---
-
-    def _parked_something(self) -> None:
-        if self._duties is not None:
-            self._duties.parked_something()
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._consumer_gate is not None and self._consumer_gate.busy(tokens)
 
     def _rebalanced(self, event: RebalanceEvent) -> None:
         rebalanced.send(sender=self._app, event=event)
-        if self._consumer is not None and self._job is not None:
+        if self._consumer is not None:
             fields = {
-                'node': self._job.node_name,
+                'node': self.node.name,
                 'version': event.token_version,
                 'added': event.tokens_added,
                 'removed': event.tokens_removed,
@@ -425,10 +372,11 @@ class WorkerHooks:
         """Restore what plain workers of the same queues had taken when they were killed, after as
         long as they would.
         """
+        job = self._own_job
         if (
             self._broker is None
-            or self._job is None
-            or not self._job.has_lease
+            or job is None
+            or not job.has_lease
             or clock.now() < self._shared_at
         ):
             return
@@ -442,28 +390,20 @@ class WorkerHooks:
             )
 
     def _lease_changed(self, leased: bool) -> None:
-        if self._consumer is None or self._leased is None:
-            return
-        if (
-            leased
-            and self._duties is not None
-            and self._broker is not None
-            and self._job is not None
-        ):
-            self._broker.declare(self._application.queues.name_of(self._job.node_name))
-            self._duties.restore_former()
-        self._consumer.call_soon(self._leased.follow)
+        if self._consumer is not None and self._leased is not None:
+            self._consumer.call_soon(self._leased.follow)
 
     def _watch_children(self) -> None:
         """Release what a pool child was executing that is gone."""
         processes = getattr(
             getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None
         )
-        if not isinstance(processes, list) or self._job is None:
+        job = self._own_job
+        if not isinstance(processes, list) or job is None:
             return
         present = {process.pid for process in processes if getattr(process, 'pid', None)}
         for pid in self._children - present:
-            count = self._job.release_child(pid)
+            count = job.release_child(pid)
             if count:
                 logger.warning(
                     'JobSync: pool process %d is gone; %d of its keys may run again', pid, count
@@ -478,48 +418,13 @@ class WorkerHooks:
         job = self.job
         if job is None:
             return {'coordination_enabled': False}
-        status: dict[str, Any] = dict(job.local_status())
-        status['recent_events'] = [
-            {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
-        ]
-        status['last_heartbeat'] = (
-            str(status['last_heartbeat']) if status['last_heartbeat'] else None
-        )
         waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
-        return {
-            **status,
-            'consuming': self._consumes(),
-            'paused': refusal(job, clock.now()),
-            'messages': {**(self._gate.counts if self._gate else {}), 'waiting': waiting},
-        }
+        if self._node is None:
+            return node_status(job, consuming=False, messages={'waiting': waiting})
+        return self._node.status(job, waiting=waiting)
 
     def _consumes(self) -> bool:
         return self._leased is not None and self._leased.consumes
-
-    def serve(self) -> None:
-        """Answer probes, also while the worker joins."""
-        settings = self._application.settings
-        if settings.http is None or self._job is None:
-            return
-        from jobsync_core.web.health import HealthServer, node_metrics
-
-        job = self._job
-        self._http = HealthServer(
-            settings.http,
-            live=lambda: job.alive,
-            ready=lambda: {
-                'lease': job.am_i_healthy() or self._uncoordinated,
-                'consuming': self._consumes(),
-                'node': job.node_name,
-                **({'reason': reason} if (reason := refusal(self._job, clock.now())) else {}),
-            },
-            metrics=node_metrics(job, lambda: dict(self._gate.counts if self._gate else {})),
-        )
-
-
-def refusal(job: Job | None, now: float) -> str:
-    """Why a node's consuming pauses; '' where it does not."""
-    return str(job.pausing.error) if job is not None and job.pausing.is_paused(now) else ''
 
 
 def restore_last(broker: CeleryBroker, node: str, left: Leftovers) -> None:

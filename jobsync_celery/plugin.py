@@ -8,11 +8,12 @@ import click
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
+from jobsync_core.worker.lookup import OwnerLookup
 
 from .application import Application
 from .broker.broker import CeleryBroker
 from .hooks import WorkerHooks
-from .producer import OwnerLookup, install_producer
+from .producer import install_producer
 from .settings import CelerySettings
 from .steps import GateStep, NodeStep
 from .tasks.coordinated import Tasks, watch_tasks
@@ -50,7 +51,9 @@ class JobSync:
         from . import control  # noqa: F401
 
         watch_tasks(app)
-        install_producer(self._application, OwnerLookup(self._application, lambda: self.job))
+        install_producer(
+            self._application, OwnerLookup(lambda: self._application.settings, lambda: self.job)
+        )
         app.steps['worker'].add(NodeStep)
         app.steps['consumer'].add(GateStep)
         app.user_options['worker'].add(

@@ -6,8 +6,6 @@ app's.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import current_task
@@ -16,11 +14,10 @@ from kombu.entity import Queue
 
 from jobsync_core import clock
 from jobsync_core.errors import JobSyncError
-from jobsync_core.job import Job
 from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import Refused, read_stamps
+from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node_of_tests import node_of_tests
-from jobsync_core.worker.owners import OwnerMap, owner_map
 from jobsync_core.worker.routing import HOME, HOPS, KEY
 
 from .application import Application
@@ -30,46 +27,12 @@ from .redis.client import keep_client
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['OwnerLookup', 'install_producer']
+__all__ = ['install_producer']
 
 logger = get_logger(__name__)
 
 _PLACE = ('queue', 'exchange', 'routing_key', 'exchange_type')
 _STAMPS = (KEY, HOPS, HOME)
-
-
-class OwnerLookup:
-    """Knows the queue of the node that owns a route, from a map of this process.
-
-    Args:
-        application: The app.
-        job: This process's node, if it is one.
-    """
-
-    def __init__(self, application: Application, job: Callable[[], Job | None]) -> None:
-        self._application = application
-        self._job = job
-        self._owners: tuple[int, OwnerMap] | None = None
-
-    def queue_of(self, route: str) -> str | None:
-        """The owner's queue; None where there is none, or nobody knows."""
-        try:
-            if not self._application.settings.route_producers:
-                return None
-            # A node without a lease does not ask: its database is most likely away, and each
-            # question takes seconds then.
-            job = self._job()
-            place = self._map().find_fresh(route) if job is None or job.has_lease else None
-        except JobSyncError as error:
-            logger.debug('a message goes to its home queue: %s', error)
-            return None
-        return place.queue if place is not None else None
-
-    def _map(self) -> OwnerMap:
-        # Of this process: a forked child makes its own.
-        if self._owners is None or self._owners[0] != os.getpid():
-            self._owners = os.getpid(), owner_map(self._application.settings.config)
-        return self._owners[1]
 
 
 def install_producer(application: Application, owners: OwnerLookup) -> None:
@@ -169,7 +132,7 @@ class _Addresser:
             # chose
             return
         headers[HOME] = home
-        queue = self._owners.queue_of(route)
+        queue = self._queue_of(route)
         if queue is None:
             return
         declared = self._node_queues.get(queue) or self._node_queues.setdefault(
@@ -181,6 +144,13 @@ class _Addresser:
         options.setdefault('declare', ())  # its node has declared it
         if declared.exchange.name:
             options['exchange'] = declared.exchange.name
+
+    def _queue_of(self, route: str) -> str | None:
+        try:
+            return self._owners.queue_of(route)
+        except JobSyncError as error:
+            logger.debug('a message goes to its home queue: %s', error)
+            return None
 
     def _route_of(self, name: str, body: Any, message_id: Any) -> str | None:
         route = self._application.tasks.route_of(name, body[0], body[1], message_id)

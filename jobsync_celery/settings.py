@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.worker.settings import PluginSettings
+from jobsync_core.worker.settings import PluginSettings, combined
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -63,15 +63,11 @@ def read_settings(app: Celery, given: Mapping[str, Any] | None = None) -> Celery
         )
     single = {name: conf.get(f'jobsync_{name}') for name in _NAMES}
     _check_names(app)
-    found = {
+    configuration = {
         **group,
         **{name: value for name, value in single.items() if value is not None},
-        **(given or {}),
     }
-    if given and ('database_url' in given or 'config' in given):
-        # One way of naming the database replaces the other.
-        found.pop('config' if 'database_url' in given else 'database_url', None)
-    return CelerySettings.read(found)
+    return CelerySettings.read(combined(configuration, given or {}))
 
 
 def _check_names(app: Celery) -> None:

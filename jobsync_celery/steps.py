@@ -5,7 +5,7 @@ ended.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
@@ -17,9 +17,6 @@ from jobsync_core.worker.node_of_tests import node_of_tests
 from .cold_shutdown import ColdShutdown
 from .hooks import WorkerHooks
 from .logs import get_logger
-
-if TYPE_CHECKING:
-    from jobsync_core.job import Job
 
 __all__ = ['GateStep', 'NodeStep']
 
@@ -66,9 +63,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             raise WorkerShutdown(_EX_FAILURE) from error
 
     def _enter(self, parent: Any) -> None:
-        job = self._hooks.job
-        assert job is not None
-        self._hooks.serve()
+        node = self._hooks.node
+        node.serve()
         try:
             self._hooks.wait_for_servers(state.maybe_shutdown)
         except DatabaseUnavailable as error:
@@ -80,7 +76,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
 
         def enter() -> None:
             try:
-                job.__enter__()
+                node.enter()
             except Exception as error:
                 failure.append(error)
 
@@ -91,11 +87,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
                 thread.join(0.1)
                 state.maybe_shutdown()
         except BaseException:
-            self._give_up(job, thread)
+            node.give_up()
+            thread.join(10)
+            node.leave()
             raise
         if not failure:
             try:
-                self._hooks.entered()
+                node.start()
             except BaseException:
                 self._hooks.leave()
                 raise
@@ -111,11 +109,6 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
         if self._cold is None:
             self._cold = ColdShutdown(parent)
         self._cold.follow(hub)
-
-    def _give_up(self, job: Job, thread: threading.Thread) -> None:
-        job.give_up()
-        thread.join(10)
-        job.__exit__(None, None, None)
 
     def close(self, parent: Any) -> None:
         """The worker shuts down: give the tokens away while the running tasks end."""

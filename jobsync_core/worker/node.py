@@ -296,9 +296,8 @@ class WorkerNode:
         not.
         """
         leased = self._job.am_i_healthy()
-        problem = refusal(self._job) or self._framework.problem()
-        if not problem and not leased and self.coordinated:
-            problem = 'no lease'
+        problem = 'no lease' if self.coordinated and not leased else ''
+        problem = problem or refusal(self._job, clock.now()) or self._framework.problem()
         return {
             'consuming': not problem,
             'lease': leased,
@@ -335,9 +334,14 @@ def node_status(job: Job, *, consuming: bool, messages: Mapping[str, int]) -> di
     ]
     heartbeat = status['last_heartbeat']
     status['last_heartbeat'] = str(heartbeat) if heartbeat is not None else None
-    return {**status, 'consuming': consuming, 'paused': refusal(job), 'messages': dict(messages)}
+    return {
+        **status,
+        'consuming': consuming,
+        'paused': refusal(job, clock.now()),
+        'messages': dict(messages),
+    }
 
 
-def refusal(job: Job) -> str:
+def refusal(job: Job, now: float) -> str:
     """Why consuming pauses, as the database refuses to begin anything; '' where it does not."""
-    return str(job.pausing.error) if job.pausing.is_paused(clock.now()) else ''
+    return str(job.pausing.error) if job.pausing.is_paused(now) else ''

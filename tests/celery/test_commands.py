@@ -74,6 +74,7 @@ def test_a_worker_tells_of_itself(programs: Programs, port: int) -> None:
         'status': 'ready',
         'lease': True,
         'consuming': True,
+        'coordinated': True,
         'node': 'red',
     }
     code, metrics = ask(port, '/metrics')

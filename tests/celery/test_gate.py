@@ -28,13 +28,14 @@ from jobsync_celery import JobSync
 from jobsync_celery.consuming import LeasedConsumer
 from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.gate.placing import Placing
-from jobsync_celery.hooks import refusal, restore_last
+from jobsync_celery.hooks import restore_last
 from jobsync_celery.listening import Listening
 from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_celery.steps import NodeStep
 from jobsync_celery.tasks.coming_back import ComesBack
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
+from jobsync_core.worker.node import refusal
 from jobsync_core.worker.owners import Place
 from tests.support.waiting import eventually
 

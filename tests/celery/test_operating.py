@@ -350,6 +350,7 @@ class TestHttp:
                 'status': 'ready',
                 'lease': True,
                 'consuming': True,
+                'coordinated': True,
                 'node': 'one@test',
             }
             app = Celery('sender', broker=stage.broker, backend=stage.broker)

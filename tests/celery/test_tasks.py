@@ -18,9 +18,7 @@ from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 from kombu.exceptions import OperationalError
 
 from jobsync_celery import JobSync, exactly_once
-from jobsync_celery import hooks as hooks_module
 from jobsync_celery.hooks import WorkerHooks
-from jobsync_celery.producer import OwnerLookup
 from jobsync_celery.tasks.coming_back import ComesBack
 from jobsync_celery.tasks.coordinated import (
     TaskExited,
@@ -33,6 +31,7 @@ from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_dramatiq import exactly_once as dramatiq_once
 
@@ -552,20 +551,15 @@ class TestMisspelt:
         app.task(name='once', shared=False)(exactly_once(key='k')(_nothing))
         assert odd_names(app, {'keyed': ['a']}) == []
 
-    def test_a_worker_says_so_once_when_it_starts(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_worker_says_so_once_when_it_starts(self, caplog: pytest.LogCaptureFixture) -> None:
         app = self._app(bil=['a'])
+        # It gets as far as that: a worker that is refused connects to nothing.
+        app.conf.jobsync_on_release = lambda: None
         app.task(name='pay', shared=False, jobsync_keys='{n}')(_nothing)
-
-        def make_job(*_: Any, **__: Any) -> None:
-            raise ConfigurationError('far enough')
-
-        monkeypatch.setattr(hooks_module, 'make_job', make_job)
         worker = SimpleNamespace(pool_cls='celery.concurrency.solo:TaskPool', hostname='w@x')
         hooks = WorkerHooks.of(app)
         assert hooks is not None
-        with pytest.raises(ConfigurationError, match='far enough'):
+        with pytest.raises(ConfigurationError, match='on_release'):
             hooks.prepare_worker(worker, None, None)
         assert caplog.text.count('JobSync: ') == 1
         assert 'did you mean jobsync_key?; pins: there is no task bil here' in caplog.text

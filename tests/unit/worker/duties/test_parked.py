@@ -8,6 +8,7 @@ import pytest
 
 from jobsync_core.worker.duties.parked import Parked
 from jobsync_core.worker.duties.unknown import UnknownTasks
+from jobsync_core.worker.owners import Place
 from jobsync_core.worker.passage import Passage
 from tests.support.fake_broker import Contents, FakeBroker, Item
 from tests.support.fake_registry import FakeOwners, FakeRegistry, Time
@@ -193,6 +194,26 @@ class TestParked:
         stage.plan()
         stage.time.run(stage.parked)
         assert stage.contents.size('q.n1') == len(ROUTES)
+
+    @pytest.mark.parametrize('why', ['failed', 'stopped'])
+    def test_a_pass_that_came_to_no_end_is_made_again_though_their_number_is_the_same(
+        self, stage: Stage, why: str
+    ) -> None:
+        stage.contents.put(PARKED, 'x1')
+        stage.time.run(stage.parked)
+        stage.owners.places['x1'] = Place('n1', 'q.n1')  # its owner's queue was recorded late
+        stage.parked.note()
+        stage.time.now += 5
+        if why == 'failed':
+            stage.broker.on_take = lambda queue: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                stage.time.run(stage.parked)
+            stage.broker.on_take = lambda queue: None
+        else:
+            stage.time.run(stage.parked, lambda: True)
+        stage.time.now += 5
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['x1']
 
     def test_one_of_an_unknown_task_leaves_those_that_have_an_owner_alone(
         self, stage: Stage
