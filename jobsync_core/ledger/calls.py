@@ -16,15 +16,12 @@ from .. import clock
 from ..errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
 from ..logs import Repeats, get_logger
 from ..process import is_known_dead
-from ..store import executions
 from ..store.blockers import BlockerStore, name_all
-from ..store.executions import Completion, Holder, Row
+from ..store.executions import Completion, ExecutionStore, Holder, Row
 from ..store.refusals import is_passing, refusal
 from .batch import GroupCommit
 
 if TYPE_CHECKING:
-    from psycopg2.extensions import connection as PgConnection
-
     from ..store.connection import Sessions
     from ..store.tables import Tables
 
@@ -76,14 +73,14 @@ class LedgerCalls:
         return self._grouped(self._begins, self._begin_one, self._begin_many).send((key, holder))
 
     def has_prefix(self, prefix: str) -> bool:
-        """See executions.has_prefix."""
-        return self._call(
-            lambda connection: executions.has_prefix(connection, self._tables, prefix)
-        )
+        """Whether there is any key that begins so; a prefix ends with ':'."""
+        return self._call(lambda store: store.has_prefix(prefix))
 
     def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str] | None:
-        """See executions.find."""
-        return self._call(lambda connection: executions.find(connection, self._tables, keys, old))
+        """State and result of the first of these keys that is complete, else 'running' where one is
+        held by a live node. Those in `old` count only where an earlier version began them.
+        """
+        return self._call(lambda store: store.find(keys, old))
 
     def finish(self, completion: Completion) -> bool:
         """Record a completion; False where another attempt holds the key. A result that the
@@ -93,28 +90,24 @@ class LedgerCalls:
 
     def add_result(self, key: str, fence: int, result: str) -> None:
         """Store the result of a completion that carried none."""
-        self._call(
-            lambda connection: executions.add_result(connection, self._tables, key, fence, result)
-        )
+        self._call(lambda store: store.add_result(key, fence, result))
 
     def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
-        """See executions.settle. An error text that the database refuses is left out."""
+        """End an attempt that did not complete; the state that it is in now. An error text that the
+        database refuses is left out.
+        """
 
-        def end(connection: PgConnection) -> str | None:
+        def end(store: ExecutionStore) -> str | None:
             try:
-                return executions.settle(connection, self._tables, key, fence, error, retention_sec)
+                return store.settle(key, fence, error, retention_sec)
             except psycopg2.DataError:
-                return executions.settle(
-                    connection, self._tables, key, fence, _plain(error), retention_sec
-                )
+                return store.settle(key, fence, _plain(error), retention_sec)
 
         return self._call(end)
 
     def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
         """State and result of an attempt's row; None where another attempt holds the key."""
-        return self._call(
-            lambda connection: executions.stored(connection, self._tables, key, fence)
-        )
+        return self._call(lambda store: store.stored(key, fence))
 
     def release(
         self,
@@ -125,11 +118,9 @@ class LedgerCalls:
         retention_sec: float,
         key: str | None = None,
     ) -> int:
-        """See executions.release."""
+        """Let others take over what a process was running (or its one `key`); how many keys."""
         return self._call(
-            lambda connection: executions.release(
-                connection, self._tables, node, incarnation, pid, error, retention_sec, key
-            )
+            lambda store: store.release(node, incarnation, pid, error, retention_sec, key)
         )
 
     def _grouped(
@@ -147,15 +138,13 @@ class LedgerCalls:
         )
 
     def _begin_one(self, wanted: tuple[str, Holder]) -> Row:
-        return self._call(lambda connection: self._claim(connection, *wanted))
+        return self._call(lambda store: self._claim(store, *wanted))
 
     def _begin_many(self, wanted: Sequence[tuple[str, Holder]]) -> Sequence[Row | None]:
         keys, holder = [key for key, _ in wanted], wanted[0][1]
         if any(other != holder for _, other in wanted):
             return [None] * len(wanted)  # this node has just got another incarnation
-        rows = self._call_many(
-            lambda connection: executions.begin_many(connection, self._tables, keys, holder)
-        )
+        rows = self._call_many(lambda store: store.begin_many(keys, holder))
         if rows is None:
             return [None] * len(wanted)
         return [
@@ -163,18 +152,16 @@ class LedgerCalls:
         ]
 
     def _finish_many(self, completions: Sequence[Completion]) -> Sequence[bool | None]:
-        found = self._call_many(
-            lambda connection: executions.finish_many(connection, self._tables, completions)
-        )
+        found = self._call_many(lambda store: store.finish_many(completions))
         return [None] * len(completions) if found is None else found
 
-    def _claim(self, connection: PgConnection, key: str, holder: Holder) -> Row:
+    def _claim(self, store: ExecutionStore, key: str, holder: Holder) -> Row:
         for _ in range(_RACES):
             try:
-                row = executions.begin(connection, self._tables, key, holder)
+                row = store.begin(key, holder)
             except psycopg2.errors.LockNotAvailable:
-                self._check_table(connection)
-                if executions.state_of(connection, self._tables, key) == 'running':
+                self._check_table(store)
+                if store.state_of(key) == 'running':
                     return _BUSY  # a transaction that completes the key is open
                 raise DatabaseRefused(
                     f'nothing was begun: somebody has locked the row of {key!r} in the ledger, or '
@@ -187,12 +174,12 @@ class LedgerCalls:
                 continue
             if row.state == 'done' or not _is_gone(row, holder):
                 return row
-            taken = executions.take_over(connection, self._tables, key, holder, row.fence)
+            taken = store.take_over(key, holder, row.fence)
             if taken is not None:
                 return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
         return _BUSY
 
-    def _check_table(self, connection: PgConnection) -> None:
+    def _check_table(self, store: ExecutionStore) -> None:
         """Whoever waited for a lock: was it the whole table's? Then no key is being executed, and
         none can be begun.
 
@@ -201,7 +188,7 @@ class LedgerCalls:
                 everybody else behind him.
         """
         tables = self._tables
-        blockers = BlockerStore(connection, tables)
+        blockers = BlockerStore(store.connection, tables)
         found = blockers.on_tables([tables.execution]) + [
             each for each in blockers.on_tables([tables.node]) if each.mode == 'AccessExclusiveLock'
         ]
@@ -218,11 +205,11 @@ class LedgerCalls:
         raise DatabaseRefused(said, _LOCKED, True)
 
     def _finish_one(self, completion: Completion) -> bool:
-        return self._call(lambda connection: self._record(connection, completion))
+        return self._call(lambda store: self._record(store, completion))
 
-    def _record(self, connection: PgConnection, completion: Completion) -> bool:
+    def _record(self, store: ExecutionStore, completion: Completion) -> bool:
         try:
-            return executions.finish(connection, self._tables, completion)
+            return store.finish(completion)
         except psycopg2.DataError as error:
             if completion.result is None:
                 raise
@@ -234,24 +221,22 @@ class LedgerCalls:
                     error,
                     more,
                 )
-            return executions.finish(
-                connection, self._tables, dataclasses.replace(completion, result=None)
-            )
+            return store.finish(dataclasses.replace(completion, result=None))
 
-    def _call_many(self, action: Callable[[PgConnection], T]) -> T | None:
+    def _call_many(self, action: Callable[[ExecutionStore], T]) -> T | None:
         """None where one of the keys would have had to wait for another transaction: nothing was
         done.
         """
 
-        def without_waiting(connection: PgConnection) -> T | None:
+        def without_waiting(store: ExecutionStore) -> T | None:
             try:
-                return action(connection)
+                return action(store)
             except psycopg2.errors.LockNotAvailable:
                 return None
 
         return self._call(without_waiting)
 
-    def _call(self, action: Callable[[PgConnection], T]) -> T:
+    def _call(self, action: Callable[[ExecutionStore], T]) -> T:
         """Run statements that each commit by themselves; a second time on a new connection, if the
         first connection was lost.
         """
@@ -269,14 +254,14 @@ class LedgerCalls:
             # What is known of the second time says nothing about the first.
             raise DatabaseUnavailable(str(error)) from error
 
-    def _call_once(self, action: Callable[[PgConnection], T]) -> T:
+    def _call_once(self, action: Callable[[ExecutionStore], T]) -> T:
         sent = False
         try:
             with self._sessions.session() as connection:
                 connection.autocommit = True
                 sent = True
                 try:
-                    return self._act(connection, action)
+                    return self._act(ExecutionStore(connection, self._tables), action)
                 finally:
                     if not connection.closed:
                         connection.autocommit = False
@@ -288,17 +273,17 @@ class LedgerCalls:
             error.sent = sent
             raise
 
-    def _act(self, connection: PgConnection, action: Callable[[PgConnection], T]) -> T:
+    def _act(self, store: ExecutionStore, action: Callable[[ExecutionStore], T]) -> T:
         for _ in range(_RACES):
             try:
-                return action(connection)
+                return action(store)
             except psycopg2.errors.LockNotAvailable:
-                self._check_table(connection)
+                self._check_table(store)
                 raise
             except psycopg2.Error as error:
                 if not is_passing(error):
                     raise
-        return action(connection)
+        return action(store)
 
 
 def _plain(text: str) -> str:

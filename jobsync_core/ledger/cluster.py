@@ -24,8 +24,7 @@ from ..errors import (
 )
 from ..process import this_process
 from ..protocol.pausing import Pausing
-from ..store import executions
-from ..store.executions import Holder, Steps
+from ..store.executions import Holder, Steps, steps
 from ..store.transactions import Transactions
 from .calls import LedgerCalls
 from .endings import Endings
@@ -88,7 +87,7 @@ class ClusterLedger:
         self._sessions = sessions
         self._tables = tables
         self._calls = LedgerCalls(sessions, tables)
-        self._transactions = Transactions(sessions)
+        self._transactions = Transactions(sessions, tables)
         self._node = node
         self._incarnation = incarnation
         self.has_lease = has_lease
@@ -216,11 +215,11 @@ class ClusterLedger:
 
     def transaction_of(self, mine: Unsettled) -> AbstractContextManager[PgConnection]:
         """What `Execution.transaction` gives."""
-        return CompletingTransaction(self._transactions, self._tables, self.outcome_of, mine)
+        return CompletingTransaction(self._transactions, self.outcome_of, mine)
 
     def steps_of(self, mine: Unsettled) -> Steps:
         """The statements of `Execution.complete`."""
-        return executions.steps(self._tables, mine.completion, self._sessions.place)
+        return steps(self._tables, mine.completion, self._sessions.place)
 
     def outcome_of(self, mine: Unsettled) -> tuple[str, Any] | None:
         """State and result of the attempt as everybody sees them; None where another attempt holds

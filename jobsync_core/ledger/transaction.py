@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 
 from ..errors import ConfigurationError, DatabaseUnavailable, Fenced, JobSyncError
-from ..store import executions
 from .execution import completed_already
 from .state import Unsettled
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
     from ..store.executions import Began
-    from ..store.tables import Tables
     from ..store.transactions import TransactionConnection, Transactions
 
 __all__ = ['CompletingTransaction']
@@ -31,7 +29,6 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
 
     Args:
         transactions: Gives the connection.
-        tables: Names of the tables.
         outcome_of: Tells what has become of an attempt, as everybody sees it.
         mine: The attempt that it completes.
     """
@@ -39,12 +36,10 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
     def __init__(
         self,
         transactions: Transactions,
-        tables: Tables,
         outcome_of: Callable[[Unsettled], tuple[str, Any] | None],
         mine: Unsettled,
     ) -> None:
         self._transactions = transactions
-        self._tables = tables
         self._outcome_of = outcome_of
         self._mine = mine
         self._connection: TransactionConnection | None = None
@@ -120,9 +115,7 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
     def _commit(self, connection: TransactionConnection) -> None:
         mine, encoded = self._mine, self._mine.encoded
         try:
-            if not self._transactions.complete(
-                connection, self._tables, mine.completion, self._began
-            ):
+            if not self._transactions.complete(connection, mine.completion, self._began):
                 raise self._why_not(connection)
             connection.commit()
         except psycopg2.Error as error:
@@ -134,7 +127,7 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
 
     def _why_not(self, connection: TransactionConnection) -> JobSyncError:
         mine = self._mine
-        if self._began is None or not executions.is_same(connection, self._began):
+        if not self._transactions.is_same(connection, self._began):
             return JobSyncError(
                 f'{mine.key!r}: the block of execution.transaction() committed or rolled '
                 'back by itself, so its writes '

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .tables import Tables
 
 __all__ = ['Store']
+
+#: By name; by their order where a statement says so.
+Parameters: TypeAlias = 'Mapping[str, object] | Sequence[object] | None'
 
 
 class Store:
@@ -25,29 +28,25 @@ class Store:
         self.connection = connection
         self._tables = tables
 
-    def _rows(
-        self, name: str, params: Mapping[str, object] | None = None, **pieces: str
-    ) -> list[tuple[Any, ...]]:
+    def _rows(self, name: str, params: Parameters = None, **pieces: str) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows."""
         with self.connection.cursor() as cursor:
             cursor.execute(self._tables.sql(name, **pieces), params or {})
             return cursor.fetchall()
 
-    def _row(
-        self, name: str, params: Mapping[str, object] | None = None, **pieces: str
-    ) -> tuple[Any, ...] | None:
+    def _row(self, name: str, params: Parameters = None, **pieces: str) -> tuple[Any, ...] | None:
         """Run a statement that returns one row at most."""
         rows = self._rows(name, params, **pieces)
         return rows[0] if rows else None
 
-    def _dicts(self, name: str, params: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+    def _dicts(self, name: str, params: Parameters = None) -> list[dict[str, Any]]:
         """Run a statement that returns rows; each by the names of its columns."""
         with self.connection.cursor() as cursor:
             cursor.execute(self._tables.sql(name), params or {})
             names = [column.name for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
-    def _run(self, name: str, params: Mapping[str, object] | None = None) -> int:
+    def _run(self, name: str, params: Parameters = None) -> int:
         """Run a statement that changes rows; how many it changed."""
         with self.connection.cursor() as cursor:
             cursor.execute(self._tables.sql(name), params or {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import psycopg2
 import psycopg2.errors
@@ -22,15 +22,12 @@ from ..errors import (
     NotCommitted,
     StoreTimeout,
 )
-from . import executions
 from .connection import Sessions
 from .deadline import GuardedConnection, GuardedCursor
+from .executions import Began, Completion, ExecutionStore
 from .options import text_of
 from .refusals import refusal
-
-if TYPE_CHECKING:
-    from .executions import Began, Completion
-    from .tables import Tables
+from .tables import Tables
 
 __all__ = ['TransactionConnection', 'Transactions']
 
@@ -161,10 +158,12 @@ class Transactions:
 
     Args:
         sessions: Opens them.
+        tables: Names of the tables.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, tables: Tables) -> None:
         self._sessions = sessions
+        self._tables = tables
         # By process; appending and popping are one step each, so that there is no lock.
         self._idle: dict[int, deque[TransactionConnection]] = {}
         self._closed = False
@@ -195,12 +194,12 @@ class Transactions:
         connection.prologue = self._sessions.users_prologue(connection)
         try:
             try:
-                began = executions.begin_transaction(connection)
+                began = ExecutionStore(connection, self._tables).begin_transaction()
             except psycopg2.errors.InvalidParameterValue:
                 connection.rollback()
                 self._sessions.forgo_checks()
                 connection.prologue = self._sessions.users_prologue(connection)
-                began = executions.begin_transaction(connection)
+                began = ExecutionStore(connection, self._tables).begin_transaction()
         except psycopg2.Error as error:
             if error.pgcode in ('57014', '55P03'):
                 raise StoreTimeout(
@@ -213,11 +212,7 @@ class Transactions:
         return began
 
     def complete(
-        self,
-        connection: TransactionConnection,
-        tables: Tables,
-        completion: Completion,
-        began: Began | None,
+        self, connection: TransactionConnection, completion: Completion, began: Began | None
     ) -> bool:
         """Complete a key at the end of a block; False: the transaction is another by now, or
         another attempt holds the key.
@@ -225,7 +220,12 @@ class Transactions:
         if began is None:
             return False
         limit = self._sessions.statement_limit
-        return executions.complete(connection, tables, completion, began, max(1, int(limit * 900)))
+        store = ExecutionStore(connection, self._tables)
+        return store.complete(completion, began, max(1, int(limit * 900)))
+
+    def is_same(self, connection: TransactionConnection, began: Began | None) -> bool:
+        """Whether the transaction that `begin` began is still open."""
+        return began is not None and ExecutionStore(connection, self._tables).is_same(began)
 
     def give_back(self, connection: TransactionConnection) -> None:
         """Make it fresh again for the next one, or close it."""

@@ -17,7 +17,7 @@ import uuid
 from collections import Counter, deque
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from typing import Any, cast
 
 import psycopg2
 
@@ -26,8 +26,8 @@ from jobsync_core.errors import ClaimLost, DuplicateExecution, ExecutionRunning,
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import once
-from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
+from jobsync_core.store.statements import Statement, catalog
 from jobsync_core.store.tables import Tables
 from tests.support.rows import Rows
 
@@ -128,13 +128,26 @@ class _Worker:
         self.pass_point('after effect', fate)
 
 
+def _take_the_fence_out() -> None:
+    pieces = cast('dict[str, Statement]', catalog().pieces)
+    statements = cast('dict[str, Statement]', catalog().statements)
+    completing = pieces['completing']
+    assert _FENCE in completing.text
+    open_to_all = completing.text.replace(_FENCE, 'AND %s IS NOT NULL')
+    pieces['completing'] = dataclasses.replace(completing, text=open_to_all)
+    names = ('result', 'retention', 'key', 'fence')
+    statements['execution.finish'] = dataclasses.replace(
+        statements['execution.finish'],
+        text=open_to_all.partition('AND (state')[0] % tuple(f'%({name})s' for name in names),
+    )
+
+
 def run_worker(
     fields: dict[str, Any], node: str, incarnation: str, pipe: Connection, fenceless: bool
 ) -> None:
     """The process: executes what comes through the pipe, in order, and answers each."""
     if fenceless:
-        executions._COMPLETE = executions._COMPLETE.replace(_FENCE, 'AND %s IS NOT NULL')
-        executions._CALL_FINISH = executions._COMPLETE.partition('AND (state')[0]
+        _take_the_fence_out()
     worker = _Worker(CoordinationConfig(**fields), node, incarnation)
     pipe.send(('ready', ''))
     while True:

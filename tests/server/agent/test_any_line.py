@@ -45,8 +45,8 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import current_execution
 from jobsync_core.ledger.once import exactly_once
+from jobsync_core.store import base, deadline, executions, transactions
 from jobsync_core.store import connection as connections
-from jobsync_core.store import deadline, executions, transactions
 from jobsync_core.store.connection import Sessions
 from tests.support.cluster import query
 from tests.support.ledgers import insert, ledgers_of
@@ -67,6 +67,7 @@ MODULES = (
     state,
     transaction,
     unsettled,
+    base,
     executions,
     transactions,
 )

@@ -29,7 +29,8 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
-from jobsync_core.store import executions
+from jobsync_core.store.executions import ExecutionStore
+from jobsync_core.store.statements import catalog
 from jobsync_core.store.transactions import _ENDING, TransactionConnection
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
@@ -189,10 +190,11 @@ class TestALostAnswer:
         self, ledger: ClusterLedger, rows: Rows, own: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fence = "state OPERATOR(pg_catalog.=) 'running'"
-        assert fence in executions._COMPLETE
-        monkeypatch.setattr(
-            executions, '_COMPLETE', executions._COMPLETE.replace(fence, f'{fence} OR true')
-        )
+        pieces = catalog().pieces
+        completing = pieces['completing']
+        assert fence in completing.text
+        open_to_all = completing.text.replace(fence, f'{fence} OR true')
+        monkeypatch.setitem(pieces, 'completing', dataclasses.replace(completing, text=open_to_all))
         with once(ledger, 'k') as execution:
             for _ in range(2):
                 insert(own)
@@ -203,7 +205,7 @@ class TestALostAnswer:
     def test_recording_again_outside_of_a_transaction_stays_harmless(
         self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        finish, left = executions.finish, [None]
+        finish, left = ExecutionStore.finish, [None]
 
         def lose(*args: Any) -> bool:
             found = finish(*args)
@@ -212,7 +214,7 @@ class TestALostAnswer:
                 raise DatabaseUnavailable
             return found
 
-        monkeypatch.setattr(executions, 'finish', lose)
+        monkeypatch.setattr(ExecutionStore, 'finish', lose)
         with once(ledger, 'k'):
             pass
         assert (state_of(rows, 'k'), left) == ('done', [])

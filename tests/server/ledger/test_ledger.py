@@ -35,8 +35,8 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
-from jobsync_core.store import executions
 from jobsync_core.store.connection import Sessions
+from jobsync_core.store.executions import ExecutionStore, Row
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
 from tests.support.ledgers import MakeLedger, effects, insert, ledgers_of, state_of
@@ -275,7 +275,7 @@ class TestTakingOver:
         first, second, third = make_ledger('a'), make_ledger('b'), make_ledger('c')
         by_hand.begin(first, 'k', 60)
         rows.run(f"UPDATE {rows.tables.execution} SET started = '1'")
-        take_over = executions.take_over
+        take_over = ExecutionStore.take_over
         taken: list[Execution] = []
 
         def late(*args: Any) -> tuple[int, int] | None:
@@ -283,7 +283,7 @@ class TestTakingOver:
             taken.append(by_hand.begin(third, 'k', 60))
             return take_over(*args)
 
-        monkeypatch.setattr(executions, 'take_over', late)
+        monkeypatch.setattr(ExecutionStore, 'take_over', late)
         with pytest.raises(ExecutionRunning):
             by_hand.begin(second, 'k', 60)
         by_hand.finish(taken[0])
@@ -293,14 +293,14 @@ class TestTakingOver:
     def test_a_race_that_was_lost_is_looked_at_again(
         self, make_ledger: MakeLedger, monkeypatch: pytest.MonkeyPatch, state: str | None
     ) -> None:
-        begin = executions.begin
+        begin = ExecutionStore.begin
 
-        def lose(*args: Any) -> executions.Row:
-            monkeypatch.setattr(executions, 'begin', begin)
-            return executions.Row(False, True, state, state is not None, 1, 1, None, None)
+        def lose(*args: Any) -> Row:
+            monkeypatch.setattr(ExecutionStore, 'begin', begin)
+            return Row(False, True, state, state is not None, 1, 1, None, None)
 
         ledger = make_ledger('a')
-        monkeypatch.setattr(executions, 'begin', lose)
+        monkeypatch.setattr(ExecutionStore, 'begin', lose)
         assert by_hand.begin(ledger, 'k', 60).attempts == 1
 
     def test_an_end_that_is_late_changes_nothing(
@@ -437,11 +437,11 @@ class TestTransaction:
     def test_a_transaction_that_a_stuck_server_does_not_begin_in_time_is_the_database_s_fault(
         self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def stuck(connection: Any) -> Any:
-            with connection.cursor() as cursor:
+        def stuck(store: ExecutionStore) -> Any:
+            with store.connection.cursor() as cursor:
                 cursor.execute("SET LOCAL statement_timeout = '50ms'; SELECT pg_sleep(30)")
 
-        monkeypatch.setattr(executions, 'begin_transaction', stuck)
+        monkeypatch.setattr(ExecutionStore, 'begin_transaction', stuck)
 
         def attempt() -> None:
             with once(ledger, 'k') as execution, execution.transaction() as connection:
@@ -829,7 +829,7 @@ class TestTogether:
         def strike(*args: Any) -> list[bool]:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(executions, 'finish_many', strike)
+        monkeypatch.setattr(ExecutionStore, 'finish_many', strike)
         found = call_together(
             ledger, list(attempts), 'finish', lambda key: by_hand.finish(attempts[key])
         )
@@ -850,23 +850,23 @@ def call_together(
     raised.
     """
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(keys) + 1) as pool:
-        original, many = getattr(executions, what), getattr(executions, f'{what}_many')
+        original, many = getattr(ExecutionStore, what), getattr(ExecutionStore, f'{what}_many')
         gate, departed = threading.Event(), threading.Event()
         groups: list[int] = []
 
-        def held(connection: Any, tables: Any, key: Any, *rest: Any) -> Any:
+        def held(store: ExecutionStore, key: Any, *rest: Any) -> Any:
             if 'gate' in (key, getattr(key, 'key', '')):
                 departed.set()
                 assert gate.wait(30)
-            return original(connection, tables, key, *rest)
+            return original(store, key, *rest)
 
         def counted(*args: Any) -> Any:
-            groups.append(len(args[2]))
+            groups.append(len(args[1]))
             return many(*args)
 
         before = by_hand.begin(ledger, 'gate', 60) if what == 'finish' else None
-        patch.setattr(executions, what, held)
-        patch.setattr(executions, f'{what}_many', counted)
+        patch.setattr(ExecutionStore, what, held)
+        patch.setattr(ExecutionStore, f'{what}_many', counted)
         patch.setattr(group_commit, '_PATIENCE_SEC', 30.0)
         first = (
             pool.submit(by_hand.begin, ledger, 'gate')
@@ -953,7 +953,7 @@ class TestTrouble:
     def test_a_time_limit_that_strikes_within_finish_loses_nothing(
         self, ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        finish = executions.finish
+        finish = ExecutionStore.finish
         strikes = [KeyboardInterrupt()]
 
         def struck(*args: Any, **kwargs: Any) -> bool:
@@ -961,7 +961,7 @@ class TestTrouble:
                 raise strikes.pop()
             return finish(*args, **kwargs)
 
-        monkeypatch.setattr(executions, 'finish', struck)
+        monkeypatch.setattr(ExecutionStore, 'finish', struck)
         with pytest.raises(KeyboardInterrupt), once(ledger, 'k'):
             pass
         eventually(lambda: state_of(rows, 'k') == 'done')
@@ -987,7 +987,7 @@ def fail_within(ledger: ClusterLedger) -> None:
 
 def lose_replies(monkeypatch: pytest.MonkeyPatch, count: int, what: str = 'begin') -> None:
     """Let the next `count` begins be executed and their replies be lost."""
-    begin = getattr(executions, what)
+    begin = getattr(ExecutionStore, what)
     left = [None] * count
 
     def lose(*args: Any, **kwargs: Any) -> Any:
@@ -997,4 +997,4 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch, count: int, what: str = 'begin
             raise DatabaseUnavailable()
         return found
 
-    monkeypatch.setattr(executions, what, lose)
+    monkeypatch.setattr(ExecutionStore, what, lose)

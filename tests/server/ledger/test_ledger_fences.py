@@ -19,8 +19,7 @@ from jobsync_core.ledger.attempt import Attempt
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
-from jobsync_core.store import executions
-from jobsync_core.store.executions import Completion, Holder
+from jobsync_core.store.executions import Completion, ExecutionStore, Holder
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
 from tests.support.ledgers import ledgers_of, state_of
@@ -111,14 +110,14 @@ def test_an_end_that_the_database_misses_is_remembered_until_it_is_back(
     execution = by_hand.begin(ledger, 'k', 60)
     away = [True]
     for name in ('settle', 'finish'):
-        original = getattr(executions, name)
+        original = getattr(ExecutionStore, name)
 
         def fail(*args: Any, original: Any = original) -> Any:
             if away:
                 raise DatabaseUnavailable('away')
             return original(*args)
 
-        monkeypatch.setattr(executions, name, fail)
+        monkeypatch.setattr(ExecutionStore, name, fail)
     if end == 'completion':
         with pytest.raises(DatabaseUnavailable):
             by_hand.finish(execution)
@@ -136,21 +135,21 @@ def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
     ledger: ClusterLedger, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server executes a statement long after its client has given it up."""
-    begin = executions.begin
+    begin = ExecutionStore.begin
     late: list[tuple[Any, ...]] = []
 
-    def lose(connection: Any, *args: Any) -> Any:
+    def lose(_: ExecutionStore, *args: Any) -> Any:
         late.append(args)
         raise DatabaseUnavailable('no answer')
 
-    monkeypatch.setattr(executions, 'begin', lose)
+    monkeypatch.setattr(ExecutionStore, 'begin', lose)
     monkeypatch.setattr(unsettled, '_LAST_RETRY_SEC', 0.05)
     with pytest.raises(DatabaseUnavailable):
         by_hand.begin(ledger, 'k', 60)
-    monkeypatch.setattr(executions, 'begin', begin)
+    monkeypatch.setattr(ExecutionStore, 'begin', begin)
     for _ in range(2):
         with rows.sessions.session() as connection:
-            begin(connection, *late[0])
+            begin(ExecutionStore(connection, rows.tables), *late[0])
         eventually(lambda: state_of(rows, 'k') == 'failed')
 
 
@@ -164,12 +163,14 @@ def test_groups_come_to_their_keys_in_one_order(ledger: ClusterLedger, rows: Row
     assert keys != sorted(keys)
     holder = Holder('a', 'life of a', this_process())
     with rows.sessions.session() as connection:
-        begun = executions.begin_many(connection, rows.tables, keys, holder)
+        begun = ExecutionStore(connection, rows.tables).begin_many(keys, holder)
     fences = dict(rows.run(f'SELECT key, fence FROM {rows.tables.execution}'))
     assert [row.fence for row in begun] == [fences[key] for key in keys]
     with rows.sessions.session() as connection:
         completions = [Completion(key, fences[key], None, 60) for key in keys]
-        assert executions.finish_many(connection, rows.tables, completions) == [True] * len(keys)
+        assert ExecutionStore(connection, rows.tables).finish_many(completions) == [True] * len(
+            keys
+        )
     for (transaction,) in rows.run('SELECT DISTINCT transaction FROM seen'):
         seen = [
             key
@@ -191,7 +192,7 @@ def test_groups_that_meet_at_the_same_keys_from_both_ends_do_not_wait_for_each_o
 
     def begin(place: int, round_: int) -> None:
         mine = [f'{round_} {key}' for key in (keys if place else reversed(keys))]
-        executions.begin_many(connections[place], rows.tables, mine, holders[place])
+        ExecutionStore(connections[place], rows.tables).begin_many(mine, holders[place])
 
     with ThreadPoolExecutor(2) as pool:
         for round_ in range(15):

@@ -16,8 +16,8 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.housekeeper import Housekeeper
 from jobsync_core.process import Process
-from jobsync_core.store import executions
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.executions import Completion, ExecutionStore, Holder
 from jobsync_core.store.housekeeping import (
     AGES,
     CHORES,
@@ -205,25 +205,25 @@ class TestWhatGoes:
     def test_fences_of_a_key_rise_across_the_deletion_of_its_lost_row(
         self, rows: Rows, connection: Connection
     ) -> None:
-        def holder(node: str) -> executions.Holder:
-            return executions.Holder(node, f'life of {node}', Process('here', 'boot', 'ns', 7, '1'))
+        def holder(node: str) -> Holder:
+            return Holder(node, f'life of {node}', Process('here', 'boot', 'ns', 7, '1'))
 
         for name in ('a', 'b'):
             rows.node(name)
         with rows.sessions.session() as session:
-            first = executions.begin(session, rows.tables, 'key', holder('a'))
+            first = ExecutionStore(session, rows.tables).begin('key', holder('a'))
         rows.run(f"DELETE FROM {rows.tables.node} WHERE name = 'a'")
         tidy(connection, rows)
         rows.run(f"UPDATE {rows.tables.execution} SET expires_at = now() - interval '1 second'")
         tidy(connection, rows)
         assert rows.value(f'SELECT count(*) FROM {rows.tables.execution}') == 0
         with rows.sessions.session() as session:
-            second = executions.begin(session, rows.tables, 'key', holder('b'))
+            second = ExecutionStore(session, rows.tables).begin('key', holder('b'))
         assert second.began
         assert second.fence > first.fence
         with rows.sessions.session() as session:
-            assert not executions.finish(
-                session, rows.tables, executions.Completion('key', first.fence, None, 60.0)
+            assert not ExecutionStore(session, rows.tables).finish(
+                Completion('key', first.fence, None, 60.0)
             )
 
     def test_a_row_that_somebody_holds_is_left_and_not_waited_for(

@@ -25,9 +25,8 @@ import pytest
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.store import executions
 from jobsync_core.store.connection import Connection, Sessions
-from jobsync_core.store.executions import Completion
+from jobsync_core.store.executions import Completion, ExecutionStore
 from jobsync_core.store.queues import QueueStore
 from tests.support import attempts as by_hand
 from tests.support.cluster import query
@@ -282,16 +281,16 @@ class TestAStoppedProcess:
     def test_loses_the_keys_row_soon_after_it_has_written_the_completion(
         self, rows: Rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(executions, '_COMMIT_SEC', 1)
+        monkeypatch.setattr('jobsync_core.store.executions._COMMIT_SEC', 1)
         sessions = Sessions(rows.config, 'there')
         execution = by_hand.begin(
             ClusterLedger(sessions, rows.tables, 'n1', lambda: 'life of n1'), 'key', 60
         )
 
         def complete(connection: psycopg2.extensions.connection) -> None:
-            began = executions.begin_transaction(connection)
-            assert executions.complete(
-                connection, rows.tables, Completion('key', execution.fence, None, 60), began, 1000
+            began = ExecutionStore(connection, rows.tables).begin_transaction()
+            assert ExecutionStore(connection, rows.tables).complete(
+                Completion('key', execution.fence, None, 60), began, 1000
             )
             eventually(lambda: not is_there(rows.config, connection.info.backend_pid), timeout=5)
 
