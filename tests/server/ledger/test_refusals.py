@@ -152,9 +152,10 @@ class TestEveryAnswer:
         assert (state_of(rows, 'k'), ledger.unsettled) == ('running', 1)
         end_trouble(rows)
         eventually(lambda: state_of(rows, 'k') == ('failed' if fails else 'done'))
-        assert rows.value(f'SELECT result FROM {rows.tables.execution}') == (
-            None if fails else 'kept'
-        )
+        result = rows.value(f'SELECT result FROM {rows.tables.execution}')
+        # Data that the database refuses is recorded without its result: the trouble may end between
+        # these two tries.
+        assert result == (None if fails else 'kept') or (result is None and code == '22P05')
         eventually(lambda: ledger.unsettled == 0)
 
     def test_in_a_transaction_of_the_user_s_it_is_rolled_back_and_the_key_is_settled(

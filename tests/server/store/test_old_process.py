@@ -1,0 +1,137 @@
+"""A process of the released version 3 runs beside one of this version: while the tables are brought
+forward under it, it goes on, and neither does what the other has done.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobsync_core import CoordinationConfig, DuplicateExecution, Job
+from jobsync_core.store.schema import SCHEMA_VERSION
+from tests.support.cluster import query
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[3]
+#: The last commit of schema version 3.
+COMMIT = '304afc4'
+PROGRAM = """
+import json, sys
+from jobsync_core import CoordinationConfig, DuplicateExecution, Job
+from jobsync_core.store.schema import SCHEMA_VERSION
+assert SCHEMA_VERSION == 3
+with Job('old', CoordinationConfig(**json.loads(sys.stdin.readline())), wait_on_enter=0) as job:
+    print('entered', flush=True)
+    for line in sys.stdin:
+        command, _, key = line.strip().partition(' ')
+        if command == 'leave':
+            break
+        if command == 'tokens':
+            print(len(job.my_tokens), flush=True)
+            continue
+        try:
+            with job.once(key):
+                answer = 'ran'
+        except DuplicateExecution:
+            answer = 'refused'
+        print(answer, flush=True)
+print('left', flush=True)
+"""
+
+
+class OldProcess:
+    """A node of version 3.
+
+    Args:
+        code: Where its code is.
+        config: The cluster.
+    """
+
+    def __init__(self, code: Path, config: CoordinationConfig) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', PROGRAM],
+            cwd=code,
+            env={**os.environ, 'PYTHONPATH': str(code)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        names = ('host', 'port', 'dbname', 'user', 'password')
+        times = ('heartbeat_interval_sec', 'heartbeat_timeout_sec', 'rebalance_check_interval_sec')
+        settings = {name: getattr(config, name) for name in (*names, *times)}
+        assert self.ask(json.dumps(settings)) == 'entered'
+
+    def ask(self, command: str) -> str:
+        """Send a line; the line that it answers."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(command + '\n')
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ask('tokens'))
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def old(tmp_path: Path, config: CoordinationConfig) -> Iterator[OldProcess]:
+    git = shutil.which('git')
+    done = git and subprocess.run(
+        [git, 'archive', '--format=zip', COMMIT, 'jobsync_core'],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if not done or done.returncode:
+        pytest.skip('the history of the repository is not here')
+    with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
+        archive.extractall(tmp_path)
+    process = OldProcess(tmp_path, config)
+    yield process
+    process.kill()
+
+
+def version(config: CoordinationConfig) -> int:
+    return int(query(config, 'SELECT schema_version FROM "{}cluster"')[0][0])
+
+
+def test_it_shares_the_tokens_and_the_ledger_with_a_node_of_this_version(
+    old: OldProcess, config: CoordinationConfig
+) -> None:
+    eventually(lambda: old.tokens == config.total_tokens)
+    assert (version(config), old.ask('once first')) == (3, 'ran')
+    with Job('new', config, wait_on_enter=0) as job:
+        assert version(config) == SCHEMA_VERSION
+        eventually(lambda: len(job.my_tokens) + old.tokens == config.total_tokens and old.tokens)
+        assert len(job.my_tokens) > 0, 'the old node leads, and gives to the new one'
+        with pytest.raises(DuplicateExecution), job.once('first'):
+            pass
+        with job.once('second'):
+            assert old.ask('once third') == 'ran'
+        assert old.ask('once second') == 'refused'
+        assert old.ask('leave') == 'left'
+        eventually(lambda: len(job.my_tokens) == config.total_tokens)
+
+
+def test_its_tokens_and_keys_go_over_when_it_is_killed(
+    old: OldProcess, config: CoordinationConfig
+) -> None:
+    eventually(lambda: old.tokens == config.total_tokens)
+    with Job('new', config, wait_on_enter=0) as job:
+        eventually(lambda: len(job.my_tokens) + old.tokens == config.total_tokens and old.tokens)
+        old.kill()
+        eventually(lambda: len(job.my_tokens) == config.total_tokens)
+        assert job.am_i_leader()
