@@ -494,8 +494,8 @@ def verdict(demo: Demo) -> bool:
 def run(workers: int, limit: int | None) -> int:
     """Run the demo; the exit code."""
     from jobsync_core.embedded.postgres import EmbeddedPostgres
-    from jobsync_core.store.connection import Sessions
     from jobsync_core.store.schema import create_schema
+    from jobsync_core.store.sessions import Sessions
 
     paths = sources(limit)
     print(

@@ -37,9 +37,9 @@ from celery.schedules import crontab
 
 from jobsync_core import clock
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schedules import Leadership, ScheduleStore, State
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 
 from ..application import read_config

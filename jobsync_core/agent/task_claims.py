@@ -16,7 +16,7 @@ from ..logs import get_logger
 from ..protocol import ownership
 from ..protocol.exclusions import Exclusions
 from ..protocol.ownership import Ownership
-from ..store.connection import Sessions
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 from ..store.tasks import BATCH, TaskStore
 from ..task import Task, task_id_of

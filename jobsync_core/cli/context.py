@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError
-from ..store.connection import Sessions
+from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
 

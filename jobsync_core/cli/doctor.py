@@ -19,11 +19,12 @@ from ..config import CoordinationConfig
 from ..errors import JobSyncError
 from ..protocol.pausing import remedy
 from ..store.blockers import BlockerStore, name_all
-from ..store.connection import Connection, Sessions
+from ..store.connection import Connection
 from ..store.probe import ProbeStore, pooling
 from ..store.rights import RightStore
 from ..store.rights import describe as describe_rights
 from ..store.schema import SCHEMA_VERSION
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .context import console, describe, printable
 

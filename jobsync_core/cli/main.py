@@ -14,9 +14,9 @@ from rich.text import Text
 from .. import __version__
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable
-from ..store.connection import Sessions
 from ..store.rights import RightStore, check_role, grants
 from ..store.schema import create_schema, render_schema
+from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
 from . import doctor, status_view

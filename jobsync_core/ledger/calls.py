@@ -22,7 +22,7 @@ from ..store.refusals import is_passing, refusal
 from .batch import GroupCommit
 
 if TYPE_CHECKING:
-    from ..store.connection import Sessions
+    from ..store.sessions import Sessions
     from ..store.tables import Tables
 
 __all__ = ['LedgerCalls']

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
     from ..process import Process
-    from ..store.connection import Sessions
+    from ..store.sessions import Sessions
     from ..store.tables import Tables
 
 __all__ = ['UNCOORDINATED', 'ClusterLedger']

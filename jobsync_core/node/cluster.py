@@ -29,11 +29,11 @@ from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
 from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from ..store.cluster import ClusterStore
-from ..store.connection import Sessions
 from ..store.housekeeping import STATEMENT_SEC
 from ..store.locks import LockStore
 from ..store.queues import QueueStore
 from ..store.schema import create_schema
+from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
 from ..store.tasks import TaskStore

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..assignment.patterns import PATTERN_BYTES, read_patterns
 from .base import Store
-from .connection import Sessions
+from .sessions import Sessions
 from .tables import Tables
 
 __all__ = ['HISTORY_FUNCTIONS', 'ProbeStore', 'Replication', 'pooling']

@@ -7,7 +7,23 @@ import psycopg2
 from ..errors import DatabaseRefused
 from .options import text_of
 
-__all__ = ['is_passing', 'refusal', 'role_or_resources']
+__all__ = [
+    'CONNECTION_ERRORS',
+    'LOST',
+    'STANDBY',
+    'TIMED_OUT',
+    'is_passing',
+    'refusal',
+    'role_or_resources',
+]
+
+#: SQLSTATEs after which another connection, perhaps to another server, may do better.
+LOST = frozenset({'57P01', '57P02', '57P03', '57P05', '25P03', '25006', '53300'})
+#: What a standby answers to a transaction that asks to write; nothing else that JobSync does gives
+#: this one.
+STANDBY = '0A000'
+CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
+TIMED_OUT = frozenset({'57014', '55P03'})
 
 #: Another transaction was in the way: the same statement may succeed at once. Serialization
 #: failure, dead-lock.

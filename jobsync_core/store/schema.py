@@ -17,10 +17,10 @@ from ..config import CoordinationConfig
 from ..errors import JobSyncError, SchemaConflict, StoreTimeout
 from ..logs import get_logger
 from .blockers import Blocker, BlockerStore, name_all
-from .connection import Sessions
 from .deadline import GuardedConnection
 from .location import PINNED_PATH, default_scope
 from .rights import RightStore, describe
+from .sessions import Sessions
 from .statements import read_migration
 from .tables import RELATIONS, Tables, quote_name
 

@@ -22,11 +22,11 @@ from ..errors import (
     NotCommitted,
     StoreTimeout,
 )
-from .connection import Sessions
 from .deadline import GuardedConnection, GuardedCursor
 from .executions import Began, Completion, ExecutionStore
 from .options import text_of
 from .refusals import refusal
+from .sessions import Sessions
 from .tables import Tables
 
 __all__ = ['TransactionConnection', 'Transactions']

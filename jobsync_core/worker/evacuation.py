@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from .. import clock
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..store.connection import Sessions
 from ..store.queues import QueueStore
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .broker import Broker, Delivery
 from .routing import mark_key, parked_queue, unknown_queue

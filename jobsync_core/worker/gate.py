@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 
 from ..job import Job
-from ..store.connection import Sessions
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 from . import inbox
 from .inbox import Here, Outcome, Received, Rules

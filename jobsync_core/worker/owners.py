@@ -14,8 +14,8 @@ from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable
 from ..logs import Repeats, get_logger
-from ..store.connection import Sessions
 from ..store.queues import QueueStore
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 
 __all__ = ['OwnerMap', 'Place', 'owner_map']

@@ -11,8 +11,8 @@ from typing import Protocol
 from .. import clock
 from ..belonging import Belonging
 from ..errors import JobSyncError
-from ..store.connection import Sessions
 from ..store.queues import Orphan, QueueStore
+from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .broker import Broker
 

@@ -9,7 +9,7 @@ from typing import Any
 from .. import clock
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable
-from ..store.connection import Sessions
+from ..store.sessions import Sessions
 
 __all__ = ['wait_for_database', 'wait_for_server']
 

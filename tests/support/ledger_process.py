@@ -26,7 +26,7 @@ from jobsync_core.errors import ClaimLost, DuplicateExecution, ExecutionRunning,
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import once
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.statements import Statement, catalog
 from jobsync_core.store.tables import Tables
 from tests.support.rows import Rows

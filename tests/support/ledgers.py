@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from tests.support.rows import Rows
 
 __all__ = ['MakeLedger', 'effects', 'insert', 'ledgers_of', 'state_of']

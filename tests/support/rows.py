@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 
 __all__ = ['Rows', 'rows_of']

@@ -20,10 +20,11 @@ from click.testing import CliRunner
 from jobsync_core import CoordinationConfig, DuplicateExecution, ExecutionRunning, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.cli.main import jobsync
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.housekeeping import CHORES, HousekeepingStore
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schedules import Leadership, ScheduleStore
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.owners import OwnerMap
 from tests.support.waiting import eventually

@@ -16,7 +16,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.store import options
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.worker.entering import make_job
 from jobsync_core.worker.settings import PluginSettings
 

@@ -46,8 +46,8 @@ from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import current_execution
 from jobsync_core.ledger.once import exactly_once
 from jobsync_core.store import base, deadline, executions, transactions
-from jobsync_core.store import connection as connections
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store import sessions as connections
+from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import query
 from tests.support.ledgers import insert, ledgers_of
 from tests.support.rows import Rows, rows_of

@@ -35,8 +35,8 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.executions import ExecutionStore, Row
+from jobsync_core.store.sessions import Sessions
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
 from tests.support.ledgers import MakeLedger, effects, insert, ledgers_of, state_of
@@ -363,7 +363,7 @@ from jobsync_core.errors import ExecutionRunning
 from jobsync_core.ledger.current import current_ledger, set_current_ledger
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.schema import Tables
 
 config = CoordinationConfig(**json.load(sys.stdin))

@@ -23,7 +23,7 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import exactly_once, once
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from tests.support import attempts as by_hand
 from tests.support.ledgers import effects, insert, ledgers_of, state_of
 from tests.support.rows import Rows, rows_of

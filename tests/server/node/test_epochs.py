@@ -15,8 +15,8 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.store import schema
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import query
 from tests.support.rows import Rows
 from tests.support.waiting import eventually

@@ -20,9 +20,10 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable, StoreTimeout
-from jobsync_core.store import connection as connection_module
 from jobsync_core.store import options
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store import sessions as sessions_module
+from jobsync_core.store.connection import Connection
+from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import query
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
@@ -422,7 +423,7 @@ class TestSessions:
 
         many = borrow(8)
         assert borrow(8) == many
-        monkeypatch.setattr(connection_module, '_IDLE_SEC', 0.0)
+        monkeypatch.setattr(sessions_module, '_IDLE_SEC', 0.0)
         borrow(1)
         assert sum(not each.closed for each in many) == 4
 
@@ -447,7 +448,7 @@ class TestSessions:
             opened = [burst.enter_context(sessions.session()) for _ in range(6)]
         sessions.trim()
         assert [item for item in opened if item.closed] == []  # they may be needed again
-        monkeypatch.setattr(connection_module, '_REST_SEC', 0.0)
+        monkeypatch.setattr(sessions_module, '_REST_SEC', 0.0)
         with sessions.session() as used:
             sessions.trim()
             assert not used.closed
@@ -488,7 +489,7 @@ class TestSessions:
         self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            connection_module, 'call_limits', lambda config: options.Limits(0.5, 0.5, 1.0)
+            sessions_module, 'call_limits', lambda config: options.Limits(0.5, 0.5, 1.0)
         )
         with Proxy(config.host, int(config.port)) as proxy:
             sessions = Sessions(
@@ -521,7 +522,7 @@ class TestSessions:
         self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            connection_module, 'call_limits', lambda config: options.Limits(0.2, 0.2, 1.0)
+            sessions_module, 'call_limits', lambda config: options.Limits(0.2, 0.2, 1.0)
         )
         sessions = Sessions(config, 'jobsync test')
         with (

@@ -56,8 +56,9 @@ from jobsync_core.protocol.messages import (
 )
 from jobsync_core.store import leading
 from jobsync_core.store.cluster import ClusterStore
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.locks import LockStore
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.status import StatusStore
 from jobsync_core.store.tasks import TaskStore
 from tests.support.rows import Rows, rows_of

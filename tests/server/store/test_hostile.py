@@ -18,9 +18,10 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 import jobsync_core.store
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.store import deadline, options
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.location import PINNED_PATH
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import FUNCTIONS, Tables
 from tests.support.cluster import query
 from tests.support.pgbouncer import PgBouncer

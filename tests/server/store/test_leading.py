@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import Cluster, node_of, query
 from tests.support.history import moment
 from tests.support.proxy import Mode

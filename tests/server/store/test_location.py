@@ -13,10 +13,11 @@ import jobsync_core
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.store import schema as schema_module
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.location import location_of
 from jobsync_core.store.options import Keepalive
 from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
 from tests.support.waiting import eventually

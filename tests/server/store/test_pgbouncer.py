@@ -18,9 +18,10 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.probe import pooling
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.conftest import SETTINGS
 from tests.support.cluster import Cluster, query

@@ -12,9 +12,9 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging, Peer
 from jobsync_core.errors import JobSyncError
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
 from tests.support.waiting import eventually

@@ -17,8 +17,8 @@ from jobsync_core import CoordinationConfig
 from jobsync_core.cli.main import jobsync
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.store import rights
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
 from tests.support.whole import admin_of, use_everything

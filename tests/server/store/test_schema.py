@@ -13,8 +13,8 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError, SchemaConflict
 from jobsync_core.store import schema
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema, render_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
 from tests.support.rows import Rows, rows_of

@@ -25,9 +25,10 @@ import pytest
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
 from jobsync_core.store.executions import Completion, ExecutionStore
 from jobsync_core.store.queues import QueueStore
+from jobsync_core.store.sessions import Sessions
 from tests.support import attempts as by_hand
 from tests.support.cluster import query
 from tests.support.pgbouncer import PgBouncer
@@ -41,7 +42,8 @@ import gc, json, os, signal, sys
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
-from jobsync_core.store.connection import Connection, Sessions
+from jobsync_core.store.connection import Connection
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.schema import Tables
 
 kind = sys.argv[1]

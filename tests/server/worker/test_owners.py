@@ -10,9 +10,9 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.store.connection import Sessions
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schema import create_schema
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker import owners
 from jobsync_core.worker.owners import FRESH_SEC, PAUSE_SEC, OwnerMap, Place
