@@ -4,7 +4,6 @@ ended.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,30 +20,23 @@ from jobsync_core.worker.node_of_tests import node_of_tests
 from .application import Application
 from .broker.broker import CeleryBroker
 from .broker.startup import wait_for_broker
+from .children import PoolChildren
+from .configuring import NodeConfiguration
 from .consuming import LeasedConsumer
 from .gate.gate import ConsumerGate
 from .listening import Listening
 from .logs import get_logger
-from .parts import CLIENTS, GATE, HAND_OVER, LIFE, RECEIVE, RESTORE, missing
-from .redis.keys import VISIBILITY_SEC, node_options
+from .parts import check_parts
 from .redis.leftovers import Leftovers
 from .signals import rebalanced, released
 from .tasks.coordinated import odd_names
 
-__all__ = ['WorkerHooks']
+__all__ = ['WorkerHooks', 'restore_last']
 
 logger = get_logger(__name__)
 
-#: Least seconds that Redis may take to answer a worker.
-_ANSWER_SEC = 5.0
 #: Seconds by which a turn of the event loop may be late that is not stuck.
 _LOOP_SEC = 1.0
-#: Celery's own default, in seconds: whoever wants just that gives 121.
-_DEFAULT_BROKER_HEARTBEAT = 120
-#: RabbitMQ sends one in half of this. Celery's mingle ends when nothing has come for a second: with
-#: a heartbeat in each second it goes on until RabbitMQ, to which the worker sends none meanwhile,
-#: closes the connection.
-_LEAST_BROKER_HEARTBEAT_SEC = 3
 _NAME = '_jobsync_hooks'
 
 
@@ -61,19 +53,15 @@ class WorkerHooks:
         vars(application.app)[_NAME] = self
         self._node: WorkerNode | None = None
         self._broker: CeleryBroker | None = None
+        self._configuration: NodeConfiguration | None = None
+        self._children: PoolChildren | None = None
+        self._listening: Listening | None = None
         self._consumer: Any = None
-        self._consumer_gate: ConsumerGate | None = None
+        self._gate: ConsumerGate | None = None
         self._leased: LeasedConsumer | None = None
-        self._children: set[int] = set()
-        self._worker: Any = None
         self._left = Leftovers()
         self._pins: Mapping[str, Sequence[str]] = {}
-        self._reconnects = False
-        self._atomic = False
-        self._solo = False
-        self._listening: Listening | None = None
-        # What the app was configured with before this plugin put a node's own settings in.
-        self._plain: dict[str, Any] = {}
+        self._solo = self._atomic = self._reconnects = False
         self._shared_at = 0.0
 
     @staticmethod
@@ -85,28 +73,27 @@ class WorkerHooks:
         return found
 
     @property
+    def node(self) -> WorkerNode:
+        """The worker's node, which has been prepared."""
+        assert self._node is not None
+        return self._node
+
+    @property
     def job(self) -> Job | None:
         """This worker's node; None where there is none. In tests the Job of `jobsync_core.testing`
         that stands in.
         """
-        return node_of_tests() or self._own_job
+        return node_of_tests() or self._own_job()
 
-    @property
     def _own_job(self) -> Job | None:
         return self._node.job if self._node is not None else None
-
-    @property
-    def node(self) -> WorkerNode:
-        """The node that `prepare_worker` has made."""
-        assert self._node is not None
-        return self._node
 
     @property
     def required(self) -> bool:
         """Whether a worker that cannot be a node must not run."""
         return self._application.settings.required
 
-    # --- before the pool forks ---
+    # --- entering ---
 
     def prepare_worker(self, worker: Any, node: str | None, weight: float | None) -> None:
         """Make the Job, before the pool forks, and have the worker consume the node's queue.
@@ -119,30 +106,17 @@ class WorkerHooks:
         Raises:
             ConfigurationError: The worker cannot work like that.
         """
-        settings = self._application.read_again(
-            **({'weight': weight} if weight is not None else {})
-        )
-        pool = (
-            worker.pool_cls
-            if isinstance(worker.pool_cls, str)
-            else f'{worker.pool_cls.__module__}:{worker.pool_cls.__name__}'
-        )
-        if any(green in pool for green in ('gevent', 'eventlet')):
-            raise ConfigurationError(
-                f'pool {pool!r}: JobSync does not work with green threads, whose blocking '
-                'database calls would stop heartbeats; '
-                'use --pool prefork, threads or solo'
-            )
-        self.check_parts()
-        self._solo = 'solo' in pool
+        application = self._application
+        settings = application.read_again(**({'weight': weight} if weight is not None else {}))
+        self._solo = 'solo' in _checked_pool(worker)
+        self._atomic = check_parts(application.driver, settings.redis_atomic)
         name = node or settings.node_name or worker.hostname
-        queues = self._application.queues
-        queue = queues.name_of(name)
-        self._configure(name)
-        self._worker = worker
+        queue = application.queues.name_of(name)
+        self._configuration = NodeConfiguration(application, name, self._solo)
+        self._broker = broker = application.broker(self._left, self.receiving)
+        self._children = PoolChildren(worker)
         self._listening = listening = Listening(self._left, self._solo)
-        self._broker = broker = self._application.broker(self._left, self.receiving)
-        self._pins = self._application.tasks.pins()
+        self._pins = application.tasks.pins()
         odd = odd_names(self._app, settings.pins)
         if odd:
             logger.warning('JobSync: %s', '; '.join(odd))
@@ -164,65 +138,12 @@ class WorkerHooks:
                 on_tick=self._tick,
                 on_rebalance=self._rebalanced,
                 on_release=lambda tokens: released.send(sender=self._app, tokens=tokens),
-                application=self._application.name,
+                application=application.name,
                 comes_back=True,
                 log=logger,
             ),
         )
-        self._app.amqp.queues.select_add(queues.make(queue))
-
-    def _configure(self, name: str) -> None:
-        """Put a node's own settings into the app."""
-        settings, conf = self._application.settings, self._app.conf
-        self._plain = {
-            name: conf[name] for name in ('broker_transport_options', 'broker_heartbeat')
-        }
-        timeout = settings.config.heartbeat_timeout_sec
-        if self._application.driver == 'redis':
-            # kombu waits for an answer for ever, in the event loop; but a router may have forgotten
-            # the connection.
-            conf.broker_transport_options = {
-                'visibility_timeout': VISIBILITY_SEC,
-                'socket_timeout': max(_ANSWER_SEC, timeout),
-                **(conf.broker_transport_options or {}),
-                **node_options(settings.config.appname, name),
-            }
-        if (
-            self._application.driver == 'amqp'
-            and conf.broker_heartbeat == _DEFAULT_BROKER_HEARTBEAT
-            and not self._solo
-        ):
-            # So that RabbitMQ takes back what a stopped or unreachable worker holds; a solo worker
-            # sends none while a task runs.
-            conf.broker_heartbeat = max(_LEAST_BROKER_HEARTBEAT_SEC, math.ceil(timeout))
-
-    def check_parts(self) -> None:
-        """Whether the installed versions have what the plugin uses of them.
-
-        Raises:
-            ConfigurationError: They lack what keys would not be safe without.
-        """
-        on_redis = self._application.driver == 'redis'
-        lacking = missing((GATE, LIFE, RESTORE) if on_redis else (GATE, LIFE))
-        if lacking:
-            raise ConfigurationError(
-                f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys '
-                'would not be safe: install versions that '
-                'JobSync knows, with pip install "jobsync-workers[celery]"'
-            )
-        lacking = missing((RECEIVE, HAND_OVER, CLIENTS)) if on_redis else []
-        if lacking:
-            logger.warning(
-                "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's "
-                'way, and one can be lost when this '
-                'worker is killed just while it is received; install versions that JobSync knows, '
-                'with '
-                'pip install "jobsync-workers[celery]"',
-                ', '.join(lacking),
-            )
-        self._atomic = on_redis and self._application.settings.redis_atomic and not lacking
-
-    # --- entering ---
+        self._app.amqp.queues.select_add(application.queues.make(queue))
 
     def wait_for_servers(self, check: Callable[[], object]) -> None:
         """Wait for a broker and a database that are not up yet; `check` raises where the worker is
@@ -237,37 +158,37 @@ class WorkerHooks:
 
     def go_uncoordinated(self, error: Exception) -> None:
         """The worker is no node, and may run all the same."""
-        node = self.node
-        node.go_uncoordinated(str(error), 'jobsync_required')
+        assert self._configuration is not None
+        self.node.go_uncoordinated(str(error), 'jobsync_required')
         # It is as any worker without the plugin: what it takes is where the others of its kind
         # look.
-        self._app.conf.update(self._plain)
-        self._app.amqp.queues.consume_from.pop(node.queue, None)
-        self._app.amqp.queues.pop(node.queue, None)
+        self._configuration.undo()
+        self._app.amqp.queues.consume_from.pop(self.node.queue, None)
+        self._app.amqp.queues.pop(self.node.queue, None)
 
     # --- the consumer ---
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
-        assert self._node is not None and self._listening is not None
+        assert self._listening is not None
         application = self._application
         self._consumer = consumer
-        self._consumer_gate = ConsumerGate(
+        self._gate = ConsumerGate(
             self._app,
             consumer,
-            self._node.gate,
+            self.node.gate,
             application.tasks,
             application.queues,
             application.forwarder(patient=False),
             pinned=self._pins,
             solo=self._solo,
-            is_node=lambda: self._own_job is not None,
-            on_parked=self._node.parked_something,
+            is_node=lambda: self._own_job() is not None,
+            on_parked=self.node.parked_something,
         )
         self._leased = LeasedConsumer(
             consumer,
-            self._consumer_gate,
-            lambda: self._own_job,
+            self._gate,
+            self._own_job,
             self._listening,
             self._left,
             application.driver,
@@ -300,7 +221,7 @@ class WorkerHooks:
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
         assert self._leased is not None
-        job = self._own_job
+        job = self._own_job()
         if self._reconnects and job is not None and self._broker is not None:
             # What the lost connection had taken: nobody can acknowledge it any more, and Redis
             # gives it back to nobody.
@@ -324,29 +245,33 @@ class WorkerHooks:
         """The worker shuts down; its tasks end."""
         if self._leased is not None:
             self._leased.closing()
-        self.node.drain()
+        if self._node is not None:
+            self._node.drain()
 
     def leave(self) -> None:
         """Leave the cluster; survivors take over what is left at the broker."""
-        was_node = self._own_job is not None
-        if was_node and self._broker is not None:
-            restore_last(self._broker, self.node.name, self._left)
-        self.node.leave()
-        if was_node and self._consumer_gate is not None:
-            self._consumer_gate.close()
-        if was_node and self._broker is not None:
+        node, self._node = self._node, None
+        if node is None:
+            return
+        if node.job is not None and self._broker is not None:
+            restore_last(self._broker, node.name, self._left)
+        node.leave()
+        if self._gate is not None:
+            self._gate.close()
+        if self._broker is not None:
             self._broker.close()
 
     # --- events ---
 
     def _busy(self, tokens: TokenSet) -> bool:
-        return self._consumer_gate is not None and self._consumer_gate.busy(tokens)
+        return self._gate is not None and self._gate.busy(tokens)
 
     def _rebalanced(self, event: RebalanceEvent) -> None:
         rebalanced.send(sender=self._app, event=event)
-        if self._consumer is not None:
+        job = self._own_job()
+        if self._consumer is not None and job is not None:
             fields = {
-                'node': self.node.name,
+                'node': job.node_name,
                 'version': event.token_version,
                 'added': event.tokens_added,
                 'removed': event.tokens_removed,
@@ -358,29 +283,29 @@ class WorkerHooks:
         if dispatcher is not None and dispatcher.enabled:
             dispatcher.send(kind, **fields)
 
+    def _lease_changed(self, leased: bool) -> None:
+        if self._consumer is not None and self._leased is not None:
+            self._consumer.call_soon(self._leased.follow)
+
     def _look_again(self) -> None:
-        if self._consumer is not None and self._consumer_gate is not None:
-            self._consumer.call_soon(self._consumer_gate.look)
+        if self._consumer is not None and self._gate is not None:
+            self._consumer.call_soon(self._gate.look)
 
     def _tick(self) -> None:
-        if self._consumer_gate is not None and self._consumer_gate.waiting:
+        job = self._own_job()
+        if self._gate is not None and self._gate.waiting:
             self._look_again()  # should the timer have lost its entry: a reconnect clears it
-        self._watch_children()
-        self._restore_shared()
+        if job is not None and self._children is not None:
+            self._children.release_lost(job)
+        if job is not None and job.has_lease and clock.now() >= self._shared_at:
+            self._restore_shared()
 
     def _restore_shared(self) -> None:
         """Restore what plain workers of the same queues had taken when they were killed, after as
         long as they would.
         """
-        job = self._own_job
-        if (
-            self._broker is None
-            or job is None
-            or not job.has_lease
-            or clock.now() < self._shared_at
-        ):
-            return
-        options = self._plain.get('broker_transport_options') or {}
+        assert self._broker is not None and self._configuration is not None
+        options = self._configuration.plain_options
         restored = self._broker.restore_shared(options)
         self._shared_at = clock.now() + self._broker.shared_every(options)
         if restored:
@@ -389,28 +314,6 @@ class WorkerHooks:
                 restored,
             )
 
-    def _lease_changed(self, leased: bool) -> None:
-        if self._consumer is not None and self._leased is not None:
-            self._consumer.call_soon(self._leased.follow)
-
-    def _watch_children(self) -> None:
-        """Release what a pool child was executing that is gone."""
-        processes = getattr(
-            getattr(getattr(self._worker, 'pool', None), '_pool', None), '_pool', None
-        )
-        job = self._own_job
-        if not isinstance(processes, list) or job is None:
-            return
-        present = {process.pid for process in processes if getattr(process, 'pid', None)}
-        for pid in self._children - present:
-            count = job.release_child(pid)
-            if count:
-                logger.warning(
-                    'JobSync: pool process %d is gone; %d of its keys may run again', pid, count
-                )
-            self._children.discard(pid)
-        self._children |= present
-
     # --- operating ---
 
     def local_status(self) -> dict[str, Any]:
@@ -418,13 +321,30 @@ class WorkerHooks:
         job = self.job
         if job is None:
             return {'coordination_enabled': False}
-        waiting = self._consumer_gate.waiting if self._consumer_gate is not None else 0
+        waiting = self._gate.waiting if self._gate is not None else 0
         if self._node is None:
             return node_status(job, consuming=False, messages={'waiting': waiting})
         return self._node.status(job, waiting=waiting)
 
     def _consumes(self) -> bool:
         return self._leased is not None and self._leased.consumes
+
+
+def _checked_pool(worker: Any) -> str:
+    """The name of a worker's pool.
+
+    Raises:
+        ConfigurationError: Its threads are green.
+    """
+    given = worker.pool_cls
+    pool = given if isinstance(given, str) else f'{given.__module__}:{given.__name__}'
+    if any(green in pool for green in ('gevent', 'eventlet')):
+        raise ConfigurationError(
+            f'pool {pool!r}: JobSync does not work with green threads, whose blocking '
+            'database calls would stop heartbeats; '
+            'use --pool prefork, threads or solo'
+        )
+    return pool
 
 
 def restore_last(broker: CeleryBroker, node: str, left: Leftovers) -> None:

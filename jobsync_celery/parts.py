@@ -8,24 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.parts import Part
-from jobsync_core.worker.parts import missing as lacking
+from jobsync_core.worker.parts import missing as missing_of
+
+from .logs import get_logger
 
 __all__ = [
     'CLIENTS',
     'COLD',
     'GATE',
-    'HAND_OVER',
+    'PASS_ON',
     'LIFE',
     'PARTS',
     'RECEIVE',
     'RESTORE',
     'SENDING',
     'Part',
+    'check_parts',
     'missing',
 ]
 
-RECEIVE, HAND_OVER, CLIENTS, RESTORE = (
+logger = get_logger(__name__)
+
+RECEIVE, PASS_ON, CLIENTS, RESTORE = (
     'receiving on Redis',
     'passing on on Redis',
     'keeping clients',
@@ -81,12 +87,12 @@ PARTS: tuple[Part, ...] = (
     Part(RECEIVE, 'redis:Redis', ('parse_response', 'execute_command', 'script_load')),
     Part(RECEIVE, 'kombu.connection:Connection', ('get_transport_cls',)),
     Part(
-        HAND_OVER,
+        PASS_ON,
         f'{_REDIS}:Channel',
         ('_q_for_pri', '_get_message_priority', 'conn_or_acquire', 'ack_emulation'),
     ),
-    Part(HAND_OVER, f'{_REDIS}:QoS', ('_remove_from_indices',)),
-    Part(HAND_OVER, 'kombu.transport.virtual:Message', ('_raw',)),
+    Part(PASS_ON, f'{_REDIS}:QoS', ('_remove_from_indices',)),
+    Part(PASS_ON, 'kombu.transport.virtual:Message', ('_raw',)),
     Part(CLIENTS, f'{_REDIS}:Channel', ('_create_client', 'pool')),
     Part(CLIENTS, 'kombu.connection:ConnectionPool', ('new',)),
     Part(
@@ -183,4 +189,38 @@ def missing(uses: Iterable[str] = ()) -> list[str]:
     Args:
         uses: Only what is used for these; all, by default.
     """
-    return lacking(PARTS, uses)
+    return missing_of(PARTS, uses)
+
+
+def check_parts(driver: str, atomic: bool) -> bool:
+    """Whether the installed versions have what the plugin uses of them.
+
+    Args:
+        driver: The broker's kind.
+        atomic: Messages are to be received from Redis in one step.
+
+    Returns:
+        Whether they can be.
+
+    Raises:
+        ConfigurationError: They lack what keys would not be safe without.
+    """
+    on_redis = driver == 'redis'
+    lacking = missing((GATE, LIFE, RESTORE) if on_redis else (GATE, LIFE))
+    if lacking:
+        raise ConfigurationError(
+            f'the installed Celery or kombu lacks {", ".join(lacking)}, without which keys '
+            'would not be safe: install versions that '
+            'JobSync knows, with pip install "jobsync-workers[celery]"'
+        )
+    lacking = missing((RECEIVE, PASS_ON, CLIENTS)) if on_redis else []
+    if lacking:
+        logger.warning(
+            "JobSync: the installed kombu or redis lacks %s: messages are received in kombu's "
+            'way, and one can be lost when this '
+            'worker is killed just while it is received; install versions that JobSync knows, '
+            'with '
+            'pip install "jobsync-workers[celery]"',
+            ', '.join(lacking),
+        )
+    return on_redis and atomic and not lacking

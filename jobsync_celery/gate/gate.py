@@ -2,7 +2,7 @@
 it goes to the pool.
 
 Nothing here may raise into the consumer: an exception from a task's strategy ends the worker. What
-no worker can take is set aside, once, in `_refuse`.
+no worker can take is set aside, once, by `Refusals`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from celery.worker import state
 
 from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.errors import JobSyncError, MessageRefused, Unroutable
+from jobsync_core.errors import JobSyncError, Unroutable
 from jobsync_core.logs import shown
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.incoming import Refused, read_stamps
+from jobsync_core.worker.incoming import Refused
 
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
 from ..faults import is_its_fault
 from ..logs import get_logger
 from ..tasks.coordinated import Tasks, guard_traces, prepare_tasks
-from .delivery import InHand, Note, Strategies, note_of, settle_once, unstamped
+from .delivery import InHand, Note, Strategies, note_of, settle_once
 from .handing import Handing, expires
 from .holding import Holding
 from .placing import Placing
 from .reading import Reader
-from .refusal import REFUSED, set_aside
+from .refusal import REFUSED, Refusals
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -74,8 +74,8 @@ class ConsumerGate:
         self._gate = gate
         self._consumer = consumer
         self._tasks = tasks
-        self._queues = queues
         self._forwarder = forwarder
+        self._refusals = Refusals(app, consumer, gate.count, queues, forwarder)
         self._solo = solo
         self._is_node = is_node
         self._reader = Reader(gate.job, tasks, queues, pinned, gate.settings.park_sec)
@@ -83,7 +83,7 @@ class ConsumerGate:
             consumer,
             gate,
             forwarder,
-            refuse=lambda *args: self._refuse(*args),
+            refuse=self._refusals.refuse,
             failed=self._not_run,
             admits=lambda name: self._admits(name),
             on_parked=on_parked,
@@ -95,7 +95,7 @@ class ConsumerGate:
         self._receive: Callable[[Any], object] = lambda message: None  # nothing has come yet
         self._handing = Handing(
             consumer,
-            lambda message, reason, reject: self._refuse(message, reason, reject=reject),
+            lambda message, reason, reject: self._refusals.refuse(message, reason, reject=reject),
             lambda message: self._receive(message),
             self._holding,
         )
@@ -106,7 +106,7 @@ class ConsumerGate:
         consumer.update_strategies = self.update_strategies
         self._discard, consumer.on_unknown_task = consumer.on_unknown_task, self.keep_unknown
         for name in ('on_decode_error', 'on_invalid_task', 'on_unknown_message'):
-            setattr(consumer, name, self._refuser(name))
+            setattr(consumer, name, self._refusals.in_place_of(name))
 
     # --- on receipt ---
 
@@ -122,7 +122,7 @@ class ConsumerGate:
                 return
             found = self._reader.read(message)
             if isinstance(found, Refused):
-                self._refuse(message, found.reason)
+                self._refusals.refuse(message, found.reason)
                 return
             settle_once(message)
             try:
@@ -168,7 +168,7 @@ class ConsumerGate:
                 exc_info=error,
             )
         elif is_its_fault(error):
-            self._refuse(
+            self._refusals.refuse(
                 message,
                 f'this worker cannot take it: {type(error).__name__}: {error}',
                 reject=refuse,
@@ -195,19 +195,6 @@ class ConsumerGate:
         self._update()
         guard_traces(self._app, self._tasks, self._solo)
 
-    def _refuser(self, name: str) -> Callable[..., object]:
-        def refuse(*args: Any) -> None:
-            # on_decode_error(message, error), on_invalid_task(body, message, error),
-            # on_unknown_message(body, message)
-            message = args[0] if name == 'on_decode_error' else args[1]
-            error = args[-1] if isinstance(args[-1], BaseException) else None
-            self._refuse(
-                message,
-                f'{type(error).__name__}: {error}' if error is not None else 'it is no task',
-            )
-
-        return refuse
-
     def _wrap(self, name: str, strategy: Any) -> Any:
         if not self._is_node():
             return strategy
@@ -218,7 +205,7 @@ class ConsumerGate:
             # It was made after the worker began, which would have refused to start with it. It runs
             # nowhere until that is mended.
             reason = str(error)
-            return lambda message, body, ack, reject, callbacks: self._refuse(
+            return lambda message, body, ack, reject, callbacks: self._refusals.refuse(
                 message, reason, Unroutable
             )
 
@@ -246,41 +233,6 @@ class ConsumerGate:
 
         return receive
 
-    def _refuse(
-        self,
-        message: Any,
-        reason: str,
-        cause: type[MessageRefused] = MessageRefused,
-        reject: Callable[[], object] | None = None,
-    ) -> None:
-        """Set a message aside, where the dead letters of its queue go; whatever it is, and whatever
-        fails, once.
-        """
-        self._gate.count('refused')
-        if self._queues.is_of_node(message):
-            plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
-        set_aside(self._app, self._consumer, message, cause, reason, reject)
-
-    def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
-        """Send a message back to its own queue, to be rejected there: a node's queue has no dead
-        letters.
-        """
-        try:
-            self._forwarder.send(
-                read_stamps(message.headers).home or self._queues.home_of(message),
-                message,
-                {**unstamped(message), REFUSED: True},
-            )
-            message.ack_log_error(logger, self._consumer.connection_errors)
-        except (
-            Exception
-        ) as error:  # the broker takes nothing just now, or the message cannot be copied
-            logger.debug('rejected in the queue of its node: %r', error)
-        if plainly is not None:
-            plainly()
-        elif not message.acknowledged:
-            message.reject_log_error(logger, self._consumer.connection_errors)
-
     # --- tasks that nobody here knows ---
 
     def keep_unknown(self, body: Any, message: Any, error: Any) -> None:
@@ -292,7 +244,7 @@ class ConsumerGate:
             return
         found = self._reader.read(message)
         if isinstance(found, Refused):
-            self._refuse(message, found.reason)
+            self._refusals.refuse(message, found.reason)
             return
         note = self._reader.unknown(found, message)
         errors = self._consumer.connection_errors

@@ -135,7 +135,7 @@ class Handing:
         nothing. To be called on the exception.
         """
         state.task_ready(request)
-        self._forget(request)
+        self._drop_job(request)
         if isinstance(error, Reject) and not error.requeue:
             try:
                 request.on_failure(ExceptionInfo(), return_ok=True)  # as of a process of the pool
@@ -158,7 +158,7 @@ class Handing:
             message = request.message
             self._hold(request, error, lambda: self._again(message), stays=expires(message))
 
-    def _forget(self, request: Any) -> None:
+    def _drop_job(self, request: Any) -> None:
         """A pool of processes remembers a job that it could not write, and would wait for it when
         the worker ends.
         """

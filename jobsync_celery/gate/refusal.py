@@ -13,15 +13,19 @@ from celery import signals, states
 
 from jobsync_core.errors import MessageRefused
 from jobsync_core.logs import one_line, shown
+from jobsync_core.worker.incoming import read_stamps
 
+from ..broker.forwarding import Forwarder
+from ..broker.queues import Queues
 from ..incoming import context_of
 from ..logs import get_logger
 from ..tasks.chords import close_connections
+from .delivery import unstamped
 
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['REFUSED', 'set_aside']
+__all__ = ['REFUSED', 'Refusals']
 
 logger = get_logger(__name__)
 
@@ -31,7 +35,91 @@ REFUSED = 'jobsync_refused'
 _ID_LENGTH = 200
 
 
-def set_aside(
+class Refusals:
+    """Sets messages aside, where the dead letters of their queues go.
+
+    Args:
+        app: The app.
+        consumer: Celery's consumer.
+        count: Counts an event.
+        queues: The cluster's.
+        forwarder: Passes messages on.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        consumer: Any,
+        count: Callable[[str], object],
+        queues: Queues,
+        forwarder: Forwarder,
+    ) -> None:
+        self._app = app
+        self._consumer = consumer
+        self._count = count
+        self._queues = queues
+        self._forwarder = forwarder
+
+    def refuse(
+        self,
+        message: Any,
+        reason: str,
+        cause: type[MessageRefused] = MessageRefused,
+        reject: Callable[[], object] | None = None,
+    ) -> None:
+        """Set a message aside; whatever it is, and whatever fails, once.
+
+        Args:
+            message: Kombu's message.
+            reason: Why, for people.
+            cause: Class of the error that its sender gets.
+            reject: Rejects it where a request was made of it already.
+        """
+        self._count('refused')
+        if self._queues.is_of_node(message):
+            plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
+        _set_aside(self._app, self._consumer, message, cause, reason, reject)
+
+    def in_place_of(self, name: str) -> Callable[..., object]:
+        """What sets messages aside in place of one of the consumer's methods.
+
+        Args:
+            name: 'on_decode_error', 'on_invalid_task' or 'on_unknown_message'.
+        """
+
+        def refuse(*args: Any) -> None:
+            # on_decode_error(message, error), on_invalid_task(body, message, error),
+            # on_unknown_message(body, message)
+            message = args[0] if name == 'on_decode_error' else args[1]
+            error = args[-1] if isinstance(args[-1], BaseException) else None
+            self.refuse(
+                message,
+                f'{type(error).__name__}: {error}' if error is not None else 'it is no task',
+            )
+
+        return refuse
+
+    def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
+        """Send a message back to its own queue, to be rejected there: a node's queue has no dead
+        letters.
+        """
+        try:
+            self._forwarder.send(
+                read_stamps(message.headers).home or self._queues.home_of(message),
+                message,
+                {**unstamped(message), REFUSED: True},
+            )
+            message.ack_log_error(logger, self._consumer.connection_errors)
+        # the broker takes nothing just now, or the message cannot be copied
+        except Exception as error:
+            logger.debug('rejected in the queue of its node: %r', error)
+        if plainly is not None:
+            plainly()
+        elif not message.acknowledged:
+            message.reject_log_error(logger, self._consumer.connection_errors)
+
+
+def _set_aside(
     app: Celery,
     consumer: Any,
     message: Any,

@@ -12,7 +12,7 @@ from kombu.utils.uuid import uuid
 
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
-from ..parts import HAND_OVER, missing
+from ..parts import PASS_ON, missing
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -29,15 +29,15 @@ class RedisForwarder(Forwarder):
 
     def __init__(self, app: Celery, queues: Queues, patient: bool = True) -> None:
         super().__init__(app, queues, patient)
-        self._hands_over = not missing((HAND_OVER,))
+        self._in_one_trip = not missing((PASS_ON,))
 
     def _publish(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
-        if self._hands_over and getattr(message.channel, 'ack_emulation', False):
-            self._hand_over(queue, message, headers)
+        if self._in_one_trip and getattr(message.channel, 'ack_emulation', False):
+            self._pass_on(queue, message, headers)
         else:
             super()._publish(queue, message, headers)
 
-    def _hand_over(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
+    def _pass_on(self, queue: str, message: Any, headers: dict[str, Any]) -> None:
         channel = (self._producer or self._open()).channel
         raw = message._raw
         properties = raw['properties']

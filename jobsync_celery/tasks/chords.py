@@ -96,7 +96,7 @@ def _count_in_redis(backend: RedisBackend, request: Any, result: Any) -> bool:
     if not hasattr(
         backend, '_chord_part_return_script'
     ):  # from Celery 5.7 on, counting twice is counting once
-        _forget_member(backend, members, request.id)
+        _uncount_member(backend, members, request.id)
     backend.on_chord_part_return(request, states.SUCCESS, result)
     expected = client.get(size)
     counted = client.zcard(members) if backend._chord_zset else client.llen(members)
@@ -131,7 +131,7 @@ def _trigger_in_django(backend: Any, request: Any) -> bool:
     return True
 
 
-def _forget_member(backend: RedisBackend, members: Any, message_id: str) -> None:
+def _uncount_member(backend: RedisBackend, members: Any, message_id: str) -> None:
     client = backend.client
     for entry in (
         client.zrange(members, 0, -1) if backend._chord_zset else client.lrange(members, 0, -1)

@@ -54,8 +54,8 @@ _repeats = Repeats()
 
 
 class _CeleryOnce(MessageOnce):
-    """See MessageOnce. With `task_always_eager` and `apply()` there is no message that could come
-    back; all else is as in a worker.
+    """The messages of Celery. With `task_always_eager` and `apply()` there is no message that could
+    come back; all else is as in a worker.
     """
 
     def message_id(self) -> str | None:

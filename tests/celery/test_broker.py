@@ -43,11 +43,11 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     app = Celery('declaring', broker=rabbitmq_server.url(space), set_as_current=False)
     app.conf.task_queue_max_priority = priorities
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
-    mail = plugin.evacuable()
+    broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:
-        stack.callback(mail.close)
-        mail.declare(_QUEUE)
-        mail.declare(_QUEUE)
+        stack.callback(broker.close)
+        broker.declare(_QUEUE)
+        broker.declare(_QUEUE)
         arguments = {} if priorities is None else {'x-max-priority': priorities}
         found = {
             item['name']: item['arguments']
@@ -70,7 +70,7 @@ def test_a_broker_is_known_again_by_whatever_address(
     server: BrokerServer = request.getfixturevalue(f'{kind}_server')
     spaces = [server.new_space(), server.new_space()]
 
-    def mail_at(url: str, **options: object) -> CeleryBroker:
+    def broker_at(url: str, **options: object) -> CeleryBroker:
         app = Celery('marked', broker=url, set_as_current=False, broker_transport_options=options)
         return JobSync(
             app, config=CoordinationConfig(appname='shop_'), route_producers=False
@@ -79,8 +79,8 @@ def test_a_broker_is_known_again_by_whatever_address(
     with contextlib.ExitStack() as stack:
         for space in spaces:
             stack.callback(server.drop_space, space)
-        first, other = (mail_at(server.url(space)) for space in spaces)
-        mine = mail_at(server.url(spaces[0]).replace('127.0.0.1', 'localhost'))
+        first, other = (broker_at(server.url(space)) for space in spaces)
+        mine = broker_at(server.url(spaces[0]).replace('127.0.0.1', 'localhost'))
         if kind == 'redis':
             assert first.identify(False) is None
         mark = first.identify(True)
@@ -88,10 +88,9 @@ def test_a_broker_is_known_again_by_whatever_address(
         assert other.identify(True) not in (mark, None)
         assert 'guest:guest' not in first.place and str(server.port) in first.place
         if kind == 'redis':
-            assert mail_at(server.url(spaces[0]), global_keyprefix='{crm}').identify(True) not in (
-                mark,
-                None,
-            )
+            assert broker_at(server.url(spaces[0]), global_keyprefix='{crm}').identify(
+                True
+            ) not in (mark, None)
             server.drop_space(spaces[0])
             assert mine.identify(False) is None
             first.mark(str(mark))
@@ -105,22 +104,22 @@ def test_nodes_that_are_gone_are_asked_about_together(redis_server: RedisServer)
     space = redis_server.new_space()
     app = Celery('asking', broker=redis_server.url(space), set_as_current=False)
     app.conf.broker_transport_options = {'global_keyprefix': 'p:'}
-    mail = JobSync(
+    broker = JobSync(
         app, config=CoordinationConfig(appname='shop_'), route_producers=False
     ).evacuable()
     queues = {f'n{number}': f'jobsync.shop_.n{number}' for number in range(250)}
     with contextlib.ExitStack() as stack:
         stack.callback(redis_server.drop_space, space)
-        stack.callback(mail.close)
+        stack.callback(broker.close)
         client = stack.enter_context(contextlib.closing(redis_server.client(space)))
-        mail.left(queues)
+        broker.left(queues)
         before = client.info('commandstats').get('cmdstat_exists', {'calls': 0})['calls']
-        assert mail.left(queues) == frozenset()
+        assert broker.left(queues) == frozenset()
         assert client.info('commandstats')['cmdstat_exists']['calls'] - before == 3
         client.rpush('p:jobsync.shop_.n7', 'message')
         client.hset('p:jobsync.shop_.n200.unacked', 'tag', 'message')
-        assert mail.left(queues) == {'n7', 'n200'}
-        assert mail.size('jobsync.shop_.n7') == 1 and mail.size('jobsync.shop_.n8') == 0
+        assert broker.left(queues) == {'n7', 'n200'}
+        assert broker.size('jobsync.shop_.n7') == 1 and broker.size('jobsync.shop_.n8') == 0
 
 
 def test_what_a_lost_connection_had_acknowledged_is_not_given_back(
@@ -155,12 +154,12 @@ def test_what_goes_home_arrives_there(
     it.
     """
     app = Celery('homing', broker=rabbitmq_server.url(space), set_as_current=False)
-    mail = JobSync(
+    broker = JobSync(
         app, config=CoordinationConfig(appname='shop_'), route_producers=False
     ).evacuable()
     with contextlib.ExitStack() as stack:
-        stack.callback(mail.close)
-        mail.declare(_QUEUE)
+        stack.callback(broker.close)
+        broker.declare(_QUEUE)
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('own', durable=True)(connection.default_channel).declare()
             Queue('source', durable=True)(connection.default_channel).declare()
@@ -171,10 +170,10 @@ def test_what_goes_home_arrives_there(
                 headers={'task': 'nobody', 'id': 'm1', HOME: home},
                 retry=False,
             )
-        letter = mail.take('source')
-        assert letter is not None
-        assert (letter.home, letter.task, letter.route) == (home, 'nobody', None)
-        letter.forward(letter.home)
+        delivery = broker.take('source')
+        assert delivery is not None
+        assert (delivery.home, delivery.task, delivery.route) == (home, 'nobody', None)
+        delivery.forward(delivery.home)
         eventually(lambda: rabbitmq_server.depths(space) == {arrives: 1})
 
 
@@ -204,12 +203,12 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(
     app = Celery('addressing', broker='memory://', set_as_current=False)
     for name, key in (('keyed', 'k:{n}'), ('plain', None), ('keyless', fails)):
         app.task(name=name, shared=False, jobsync_key=key)(_task)
-    mail = JobSync(app, config=CoordinationConfig(), route_producers=False).evacuable()
+    broker = JobSync(app, config=CoordinationConfig(), route_producers=False).evacuable()
     message = Message(
         body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8'
     )
     message.headers = {**headers, 'id': 'm1'} if headers else headers
-    assert mail.address_of(message) == expected
+    assert broker.address_of(message) == expected
 
 
 @contextlib.contextmanager
@@ -242,16 +241,16 @@ def check_compressed(
     space, odd = server.new_space(), method.startswith('application')
     app = Celery('compressed', broker=server.url(space), set_as_current=False)
     app.conf.accept_content = ['json', 'pickle']
-    mail = JobSync(
+    broker = JobSync(
         app, config=CoordinationConfig(appname='shop_'), route_producers=False
     ).evacuable()
     if by_publishing:
-        vars(mail.forwarder)['_hands_over'] = False
+        vars(broker.forwarder)['_in_one_trip'] = False
     body = [['x' * 2000, 7], {}, {}]
     with contextlib.ExitStack() as stack:
         stack.callback(server.drop_space, space)
-        stack.callback(mail.close)
-        mail.declare(_QUEUE)
+        stack.callback(broker.close)
+        broker.declare(_QUEUE)
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('celery', durable=True)(connection.default_channel).declare()
             with known(method) if odd else contextlib.nullcontext():
@@ -265,11 +264,11 @@ def check_compressed(
                     headers={'task': 'nobody', 'id': 'm1'},
                 )
         for source, target in (('celery', _PARKED), (_PARKED, _QUEUE)):
-            letter = eventually(lambda source=source: mail.take(source))  # type: ignore[misc]
-            assert letter is not None
-            letter.forward(target)
+            delivery = eventually(lambda source=source: broker.take(source))  # type: ignore[misc]
+            assert delivery is not None
+            delivery.forward(target)
         with known(method) if odd else contextlib.nullcontext():
-            message = eventually(lambda: mail._get(_QUEUE))
+            message = eventually(lambda: broker._get(_QUEUE))
         assert (message.headers['id'], list(map(list, message.payload[:1]))) == ('m1', body[:1])
         message.ack()
         eventually(lambda: server.depths(space) == {})

@@ -14,7 +14,7 @@ from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
 from jobsync_celery.tasks import once as once_module
-from jobsync_celery.tasks.chords import _forget_member, count_member
+from jobsync_celery.tasks.chords import _uncount_member, count_member
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.current import set_current_ledger
 from tests.support.brokers import RedisServer
@@ -162,7 +162,7 @@ def test_an_older_celery_s_count_is_taken_back_before_it_is_made_again(
     chord.count(0)
     chord.count(1)
     members, client = app.backend.get_key_for_group('g', '.j'), app.backend.client
-    _forget_member(app.backend, members, 'm0')
+    _uncount_member(app.backend, members, 'm0')
     left = client.zrange(members, 0, -1) if ordered else client.lrange(members, 0, -1)
     assert [app.backend.decode(entry)[1] for entry in left] == ['m1']
 

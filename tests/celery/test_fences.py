@@ -24,6 +24,7 @@ from jobsync_celery.gate.delivery import InHand
 from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.gate.handing import Handing
 from jobsync_celery.gate.placing import Placing
+from jobsync_celery.gate.refusal import Refusals
 from jobsync_celery.redis import broker as redis_module
 from jobsync_celery.redis import keys as keys_module
 from jobsync_celery.tasks import coordinated as tasks_module
@@ -132,7 +133,7 @@ def blame_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, 'is_its_fault', lambda error: True)
 
 
-def give_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def requeue_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding_module, '_EVERY', 1)
 
 
@@ -185,7 +186,7 @@ def check_not_begun_twice(stage: Bench) -> None:
 TROUBLES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [
     (blame_the_message, check_away),
     (without_a_pause, check_away),
-    (give_back_at_once, check_away),
+    (requeue_at_once, check_away),
     (keep_the_slot, check_slot),
     (the_worker_s_own, check_slot),
     (never_withdraw, check_not_begun_twice),
@@ -279,15 +280,15 @@ def trust_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse = ConsumerGate._refuse
+    refuse = Refusals.refuse
 
     def let_through(
-        self: ConsumerGate, message: Any, reason: str, cause: Any = None, reject: Any = None
+        self: Refusals, message: Any, reason: str, cause: Any = None, reject: Any = None
     ) -> None:
         if cause is not Unroutable:
             refuse(self, message, reason)
 
-    monkeypatch.setattr(ConsumerGate, '_refuse', let_through)
+    monkeypatch.setattr(Refusals, 'refuse', let_through)
 
 
 def raise_into_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,26 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from celery import Celery
-from kombu.connection import Connection
 from kombu.transport import redis as transport
 
 from jobsync_celery import parts
-from jobsync_celery.application import Application
-from jobsync_celery.hooks import WorkerHooks
+from jobsync_celery.settings import read_settings
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.parts import missing as lacking
 
 _PAGE = Path(__file__).parents[2] / 'docs' / 'CELERY.md'
 _URL = 'postgresql://u:p@127.0.0.1:1/d'
-
-
-def _hooks(**settings: Any) -> WorkerHooks:
-    app = Celery('parts', broker='redis://127.0.0.1:1/0', set_as_current=False)
-    return WorkerHooks(Application(app, {'database_url': _URL, **settings}))
 
 
 @pytest.mark.parametrize('part', parts.PARTS, ids=lambda part: f'{part.owner}-{part.use}')
@@ -63,28 +55,22 @@ def test_without_a_part_for_receiving_it_is_kombus_way_and_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(transport.Channel, '_brpop_start')
-    hooks = _hooks()
     with caplog.at_level(logging.WARNING):
-        hooks.check_parts()
+        assert not parts.check_parts('redis', True)
     assert [record.levelname for record in caplog.records] == ['WARNING']
     assert 'kombu.transport.redis:Channel._brpop_start' in caplog.text
-    assert not _is_ours(hooks)
+    caplog.clear()
+    assert not parts.check_parts('amqp', True) and not caplog.records
 
 
 def test_an_operator_can_have_kombus_way(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hooks = _hooks(redis_atomic=False)
-    hooks.check_parts()
-    assert not _is_ours(hooks) and not caplog.records
+    assert parts.check_parts('redis', True)
+    assert not parts.check_parts('redis', False) and not caplog.records
+    app = Celery('parts', broker='redis://127.0.0.1:1/0', set_as_current=False)
     monkeypatch.setenv('JOBSYNC_REDIS_ATOMIC', 'no')
-    hooks = _hooks()
-    hooks.check_parts()
-    assert not _is_ours(hooks)
-    monkeypatch.delenv('JOBSYNC_REDIS_ATOMIC')
-    hooks = _hooks()
-    hooks.check_parts()
-    assert _is_ours(hooks)
+    assert not read_settings(app, {'database_url': _URL}).redis_atomic
 
 
 def test_without_a_part_for_the_gate_the_worker_does_not_start(
@@ -96,11 +82,4 @@ def test_without_a_part_for_the_gate_the_worker_does_not_start(
         (parts.Part(parts.GATE, 'celery.worker.consumer.consumer:Consumer', ('on_nothing',)),),
     )
     with pytest.raises(ConfigurationError, match=r'Consumer\.on_nothing'):
-        _hooks().check_parts()
-
-
-def _is_ours(hooks: WorkerHooks) -> bool:
-    connection = hooks.receiving(Connection('redis://127.0.0.1:1/0'))
-    return 'jobsync_celery.redis.channel' in {
-        cls.__module__ for cls in connection.get_transport_cls().Channel.__mro__
-    }
+        parts.check_parts('redis', True)

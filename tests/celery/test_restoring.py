@@ -84,7 +84,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
         yield found
 
 
-def _mail(
+def _broker(
     server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
 ) -> CeleryBroker:
     app = Celery(
@@ -93,11 +93,11 @@ def _mail(
         set_as_current=False,
         broker_transport_options={'global_keyprefix': prefix},
     )
-    mail = JobSync(
+    broker = JobSync(
         app, config=CoordinationConfig(appname='shop_'), route_producers=False
     ).evacuable()
-    stack.callback(mail.close)
-    return mail
+    stack.callback(broker.close)
+    return broker
 
 
 def _taken(
@@ -133,35 +133,35 @@ def _taken(
     return received
 
 
-def _by_node_that_died(mail: CeleryBroker, message: Any) -> None:
-    assert mail.restore(_NODE) == 1
+def _by_node_that_died(broker: CeleryBroker, message: Any) -> None:
+    assert broker.restore(_NODE) == 1
 
 
-def _by_rejecting(mail: CeleryBroker, message: Any) -> None:
+def _by_rejecting(broker: CeleryBroker, message: Any) -> None:
     message.reject(requeue=True)
 
 
-def _by_closing(mail: CeleryBroker, message: Any) -> None:
+def _by_closing(broker: CeleryBroker, message: Any) -> None:
     message.channel.close()
 
 
 @pytest.mark.parametrize('prefix', ['', 'shop:'])
-@pytest.mark.parametrize('give_back', [_by_node_that_died, _by_rejecting, _by_closing])
+@pytest.mark.parametrize('restore', [_by_node_that_died, _by_rejecting, _by_closing])
 @pytest.mark.parametrize('name', _ODD)
 def test_what_is_given_back_is_read_as_before(
     redis_server: RedisServer,
     space: str,
     stack: contextlib.ExitStack,
     prefix: str,
-    give_back: Callable[[CeleryBroker, Any], None],
+    restore: Callable[[CeleryBroker, Any], None],
     name: str,
 ) -> None:
-    mail = _mail(redis_server, space, stack, prefix)
+    broker = _broker(redis_server, space, stack, prefix)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.lpush(f'{prefix}{_QUEUE}', json.dumps(_ODD[name]))
     (message,) = _taken(redis_server, space, stack, prefix)
     assert client.hlen(f'{prefix}{_UNACKED}') == 1
-    give_back(mail, message)
+    restore(broker, message)
     assert not client.exists(f'{prefix}{_UNACKED}', f'{prefix}{_UNACKED}_index')
     expected = _ODD[name]['headers'] or {}
     if not isinstance(expected, dict):
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_is_set_aside_once(
     caplog: pytest.LogCaptureFixture,
     entry: bytes,
 ) -> None:
-    mail = _mail(redis_server, space, stack)
+    broker = _broker(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.lpush(_QUEUE, entry)
     client.lpush(_QUEUE, json.dumps(_message()))
@@ -201,16 +201,16 @@ def test_what_cannot_be_read_is_set_aside_once(
     ] and 'what is no message' in caplog.text
     # The same by a duty's way of taking.
     caplog.clear()
-    application = Application.of(mail._app)
+    application = Application.of(broker._app)
     assert application is not None
-    mail = application.broker(
+    broker = application.broker(
         receiving=lambda connection: receive_atomically(connection, Leftovers())
     )
-    stack.callback(mail.close)
+    stack.callback(broker.close)
     client.lpush(_QUEUE, entry)
     client.lpush(_QUEUE, json.dumps(_message()))
-    letter = mail.take(_QUEUE)
-    assert letter is not None and letter.id == 'm1'
+    delivery = broker.take(_QUEUE)
+    assert delivery is not None and delivery.id == 'm1'
     assert client.hkeys('unacked') == ['tag']
     assert [record.levelname for record in caplog.records] == ['ERROR']
 
@@ -234,20 +234,20 @@ def test_a_record_that_cannot_be_read_goes_and_keeps_nobody_waiting(
     caplog: pytest.LogCaptureFixture,
     record: bytes,
 ) -> None:
-    mail = _mail(redis_server, space, stack)
+    broker = _broker(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.hset(_UNACKED, b'\xff', record)
     client.hset(_UNACKED, 'tag', json.dumps([_message(), '', _QUEUE]))
     client.zadd('unacked_index', {'old': 1, 'tag': 2})
     client.hset('unacked', mapping={'old': record, 'tag': json.dumps([_message(), '', _QUEUE])})
-    assert mail.left({_NODE: 'jobsync.shop_.n1'}) == {_NODE}
+    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == {_NODE}
     with caplog.at_level(logging.WARNING):
-        assert mail.restore(_NODE) == 2
-        assert mail.restore(_NODE) == 0
-        assert mail.restore_shared({'visibility_timeout': 10}) == 2
-        assert mail.restore_shared({'visibility_timeout': 10}) == 0
+        assert broker.restore(_NODE) == 2
+        assert broker.restore(_NODE) == 0
+        assert broker.restore_shared({'visibility_timeout': 10}) == 2
+        assert broker.restore_shared({'visibility_timeout': 10}) == 0
     assert [entry.levelname for entry in caplog.records] == ['ERROR', 'ERROR']
-    assert mail.left({_NODE: 'jobsync.shop_.n1'}) == frozenset()
+    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == frozenset()
     assert client.llen(_QUEUE) == 2 and not client.exists('unacked')
 
 
@@ -260,10 +260,10 @@ def test_where_bindings_are_gone_the_routing_key_names_the_queue(
     """Somebody's eviction policy took them; kombu loses the message, or puts it where nobody
     looks.
     """
-    mail = _mail(redis_server, space, stack)
+    broker = _broker(redis_server, space, stack)
     client = stack.enter_context(contextlib.closing(redis_server.client(space)))
     client.hset(_UNACKED, 'tag', json.dumps([_message(), 'celery', _QUEUE]))
-    mail.restore(_NODE)
+    broker.restore(_NODE)
     assert client.llen(_QUEUE) == 1
     assert 'its bindings are not in Redis any more' in caplog.text
     with Connection(redis_server.url(space)) as connection:
@@ -271,7 +271,7 @@ def test_where_bindings_are_gone_the_routing_key_names_the_queue(
             connection.default_channel
         ).declare()
     client.hset(_UNACKED, 'tag', json.dumps([_message(), 'celery', _QUEUE]))
-    mail.restore(_NODE)
+    broker.restore(_NODE)
     assert client.llen('large') == 1
 
 

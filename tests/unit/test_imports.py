@@ -53,13 +53,13 @@ LAYERS = (
 )
 #: The same for the adapters: a folder, or a module beside it.
 CELERY_LAYERS = (
-    {'faults', 'logs', 'parts', 'signals'},
-    {'incoming', 'settings'},
+    {'faults', 'logs', 'signals'},
+    {'incoming', 'parts', 'settings'},
     {'broker'},
     {'redis'},
     {'tasks'},
     {'application'},
-    {'beat', 'cold_shutdown', 'gate', 'listening', 'producer'},
+    {'beat', 'children', 'cold_shutdown', 'configuring', 'gate', 'listening', 'producer'},
     {'consuming'},
     {'hooks'},
     {'control', 'steps'},
