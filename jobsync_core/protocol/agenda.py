@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from .messages import Request
 
-__all__ = ['NEVER', 'NOW', 'Due', 'earliest', 'first_due']
+__all__ = ['NEVER', 'NOTHING', 'NOW', 'Due', 'earliest', 'first_due']
 
 NEVER = float('inf')
 NOW = -NEVER
@@ -18,6 +18,8 @@ NOW = -NEVER
 #: request at the moment when it is sent. A plain tuple: a node makes about ten of them at each
 #: step.
 Due: TypeAlias = tuple[float, Callable[[], 'Request | None']]
+
+NOTHING: Due = (NEVER, lambda: None)
 
 
 def first_due(agenda: Iterable[Due], now: float) -> Request | None:

@@ -59,8 +59,6 @@ class Connection:
         """Whether leases of another history may be valid."""
         return self.quarantine_until < NEVER
 
-    # --- what to send ---
-
     def connect(self) -> Due:
         """A new connection."""
         return self._retry_at, Connect
@@ -77,8 +75,6 @@ class Connection:
         """The number of the heartbeat that is sent now, and that of the last one answered."""
         self._number += 2
         return self._number, self.seen
-
-    # --- what happened ---
 
     def opened(self, reply: ConnectReply, now: float) -> bool:
         """There is a connection; whether it leads to another server than the one before."""

@@ -12,13 +12,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from ..assignment.hashing import task_digest
+from ..assignment.model import Range
 from ..errors import JobSyncError
-
-if TYPE_CHECKING:
-    from ..assignment.model import Range
 
 __all__ = ['Exclusions']
 
@@ -75,8 +72,6 @@ class Exclusions:
         self._free: list[int] = []
         self._room = 0
 
-    # --- readers ---
-
     def __len__(self) -> int:
         return self.head[1]
 
@@ -120,8 +115,6 @@ class Exclusions:
                     'Q'
                 )
         return end <= len(self._data)
-
-    # --- the writer ---
 
     def keys_of(self, tasks: Iterable[tuple[int, str]]) -> array[int]:
         """Sorted keys of tasks, given as token and text."""

@@ -17,7 +17,7 @@ from .messages import Give, Life, LivesReply, Refresh, RefreshReply, Request, Ta
 from .ownership import Ownership
 from .rhythm import spread
 from .settings import Settings
-from .takings import Takings
+from .taken_tasks import TakenTasks
 
 __all__ = ['HandOver']
 
@@ -76,7 +76,7 @@ class HandOver:
         self._ownership = ownership
         self._effects = effects
         self._promises = promises
-        self._takings = Takings(name, ownership)
+        self._taken_tasks = TakenTasks(name, ownership)
         self._outgoing: _Outgoing | None = None
         self._releases = 0
         # the lease that the last answered heartbeat gives, as soon as the node's tokens are known
@@ -95,8 +95,6 @@ class HandOver:
         """Whether nothing waits for `on_release`."""
         return self._outgoing is None or self._outgoing.ready
 
-    # --- what to send ---
-
     def reread(self, life: Life, seen: int) -> Due:
         """The rows, before anything is claimed."""
         return NOW if self.must_refresh else NEVER, lambda: Refresh(*life, seen)
@@ -105,20 +103,18 @@ class HandOver:
         """All else, the most urgent first."""
 
         def ask() -> Request | None:
-            return self._takings.next(now)
+            return self._taken_tasks.next(now)
 
         outgoing = self._outgoing
-        yield NOW if self._takings.gain else NEVER, ask
+        yield NOW if self._taken_tasks.gain else NEVER, ask
         if outgoing is not None and outgoing.ready:
             yield NOW, lambda: self._give(life, outgoing)
         yield self.refresh_at, lambda: Refresh(*life, seen)
-        yield self._takings.wake_at, ask
+        yield self._taken_tasks.wake_at, ask
 
     def _give(self, life: Life, outgoing: _Outgoing) -> Give:
         tokens = outgoing.tokens
         return Give(*life, tokens.ranges, outgoing.version, self._promises(tokens))
-
-    # --- what time alone changes ---
 
     @property
     def release_until(self) -> float:
@@ -139,8 +135,6 @@ class HandOver:
         """It has run out."""
         self._ownership.suspend()
         self._effects.note('warning', 'lease ran out; claiming stopped', version=self.version)
-
-    # --- what happened ---
 
     def heard_of(self, version: int, look_at: float) -> None:
         """The cluster has this version; if it is news, the rows are looked at by then."""
@@ -176,7 +170,7 @@ class HandOver:
     def refreshed(self, reply: RefreshReply, life: Life, now: float) -> None:
         """What the rows say."""
         if self.version != reply.version:
-            self._takings.plan_changed()
+            self._taken_tasks.plan_changed()
         self.version = reply.version
         self.must_refresh = False
         self.refresh_at = now + (
@@ -199,7 +193,7 @@ class HandOver:
         )
         self._shrink(kept)
         self._follow_moves(moving, now)
-        self._takings.owns(kept)
+        self._taken_tasks.owns(kept)
         self._extend(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
 
@@ -248,17 +242,17 @@ class HandOver:
     def taken(self, request: Take, reply: TakeReply, sent_at: float, now: float) -> None:
         """It is known what others have taken of some tokens: these may be claimed."""
         patience = self._settings.interval / 4
-        known = self._takings.taken(request, reply, now, now - sent_at, patience)
+        known = self._taken_tasks.taken(request, reply, now, now - sent_at, patience)
         if known:
             self._ownership.replace(self._ownership.tokens | known)
-        if not self._takings.gain:
+        if not self._taken_tasks.gain:
             self.announce(now)
             if not self.entered:
                 self.refresh_at = now
 
     def lives_over(self, reply: LivesReply) -> None:
         """Nodes are gone that had taken tasks."""
-        self._takings.gone(reply)
+        self._taken_tasks.gone(reply)
 
     def release_ended(self, number: int) -> None:
         """`on_release` has returned."""
@@ -278,7 +272,7 @@ class HandOver:
     def interrupted(self, request: Request | None) -> None:
         """The connection was lost, with this request under way."""
         self.must_refresh = True
-        self._takings.interrupted(request)
+        self._taken_tasks.interrupted(request)
 
     def evicted(self, now: float) -> None:
         """All rows are gone."""
@@ -300,14 +294,12 @@ class HandOver:
         self.stop_claiming()
         self._outgoing = None
 
-    # --- what the user is told ---
-
     def stop_claiming(self) -> None:
         """Claim nothing, from now on."""
         self._granted = 0.0
         self._ownership.suspend()
         self._ownership.replace(TokenSet())
-        self._takings.reset()
+        self._taken_tasks.reset()
 
     def _extend(self, now: float) -> None:
         if now < self._granted:
@@ -317,7 +309,7 @@ class HandOver:
     def _consider_entered(self, settled: bool, now: float) -> None:
         if self.entered or self._settle_until is None or not self.has_lease(now):
             return
-        if (settled and not self._takings.gain) or now >= self._settle_until:
+        if (settled and not self._taken_tasks.gain) or now >= self._settle_until:
             if not settled:
                 self._effects.note('warning', 'entered before the first plan had settled')
             self.entered = True

@@ -7,7 +7,7 @@ from enum import Enum
 
 from ..errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName, JobSyncError
 from ..process import Process
-from .agenda import NEVER, NOW, Due
+from .agenda import NEVER, NOTHING, NOW, Due
 from .effects import Effects
 from .liveness import Liveness
 from .messages import (
@@ -112,8 +112,6 @@ class Membership:
         """Whether the node has a row, or had one that somebody may still count on."""
         return self.phase is not Phase.JOINING or self._rejoins
 
-    # --- what to send ---
-
     def join(self) -> Due:
         """The row is inserted."""
         return self._join_at, self._join
@@ -136,20 +134,18 @@ class Membership:
         if self.phase is Phase.ACTIVE and self.state == 'joining' and not quarantined:
             # The database has forgotten the activation: a promoted standby, or a backup.
             return NOW, lambda: Activate(*self.life, 0)
-        return NEVER, lambda: None
+        return NOTHING
 
     def drain(self) -> Due:
         """The row says what the user wants."""
         wanted = self._wants_drain
         if wanted is None or self.phase is not Phase.ACTIVE:
-            return NEVER, lambda: None
+            return NOTHING
         return NOW, lambda: Drain(*self.life, wanted)
 
     def leave(self) -> Due:
         """The row is deleted."""
         return NOW, lambda: Leave(*self.life)
-
-    # --- what the user wants ---
 
     def want_drain(self, draining: bool) -> None:
         """Give all tokens away and stay alive, or take part again."""
@@ -160,8 +156,6 @@ class Membership:
     def open_gate(self) -> None:
         """The node may become active as soon as its grace period is over."""
         self._gate_open = True
-
-    # --- what happened ---
 
     def told(self, state: str) -> None:
         """What the row says."""

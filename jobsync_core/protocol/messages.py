@@ -77,9 +77,6 @@ class Sign:
     beat: int
 
 
-# --- requests, each followed by its reply ---
-
-
 @dataclass(frozen=True)
 class Connect:
     """Open the control connection (and LISTEN)."""

@@ -123,8 +123,6 @@ class Protocol:
         self._pending: Request | None = None
         self._sent_at = 0.0
 
-    # --- questions ---
-
     @property
     def phase(self) -> Phase:
         """Where the node is in its life."""
@@ -192,8 +190,6 @@ class Protocol:
         """Whether the lease is valid."""
         return self._handover.has_lease(now)
 
-    # --- commands ---
-
     def leave(self, now: float) -> None:
         """Stop claiming at once; the row goes when `on_release` has run."""
         if self._membership.ended or self.phase is Phase.LEAVING:
@@ -217,8 +213,6 @@ class Protocol:
     def undrain(self, now: float) -> None:
         """Take part again."""
         self._membership.want_drain(False)
-
-    # --- events ---
 
     def notified(self, payload: str, now: float) -> None:
         """A notification arrived. It only makes this node look earlier: all of them may be lost."""
@@ -268,8 +262,6 @@ class Protocol:
     def take_effects(self) -> list[Effect]:
         """What is to be done now, in order; each effect is handed out once."""
         return self._effects.take()
-
-    # --- what to send, and when ---
 
     def next(self, now: float) -> Request | None:
         """The request to send now, if any; there is never more than one under way."""
@@ -323,8 +315,6 @@ class Protocol:
         yield self._handover.release_until, self._handover.end_release
         yield self._connection.quarantine_until, self._end_quarantine
         yield self.ownership.deadline or NEVER, self._handover.end_lease
-
-    # --- answers ---
 
     def reply(self, request: Request, reply: Reply, now: float) -> None:
         """The answer to `request`."""
@@ -458,8 +448,6 @@ class Protocol:
             'error',
             'stepped down: its rounds failed for a heartbeat timeout; the next oldest node leads',
         )
-
-    # --- consequences ---
 
     def _wait_for_old_leases(self, now: float) -> None:
         """A promoted standby may have forgotten the last hand-overs. Whoever still holds a lease

@@ -9,14 +9,11 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
+from ..assignment.model import Range
 from ..assignment.tokens import TokenSet
 from . import pausing
 from .exclusions import Exclusions
-
-if TYPE_CHECKING:
-    from ..assignment.model import Range
 
 __all__ = ['Ownership']
 

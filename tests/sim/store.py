@@ -178,7 +178,7 @@ class SimStore:
         if isinstance(request, StepDown):
             return self._step_down(request)
         if isinstance(request, RecordHistory):
-            if request.history == self.server and self._holds(request):
+            if request.history == self.server and self.holds(request):
                 self.recorded = self.server
             return True
         assert isinstance(request, Leave)
@@ -263,24 +263,24 @@ class SimStore:
         return (
             self.recorded == self.server
             or self.recorded is None
-            and self._is_first
+            and self.is_first
             or not self.tells_history
         )
 
     @property
-    def _is_first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this server was never promoted, as its timeline tells."""
         return not self.server.endswith("'")
 
-    def _holds(self, request: RecordHistory) -> bool:
+    def holds(self, request: RecordHistory) -> bool:
         """Whether the last answered heartbeat of the node that asks is here: if not, it speaks of
         another database.
         """
         row = self._row(request.name, request.incarnation)
-        return row is not None and self._continues(row, request)
+        return row is not None and self.continues(row, request)
 
     @staticmethod
-    def _continues(row: Row, request: Beat | Refresh | RecordHistory) -> bool:
+    def continues(row: Row, request: Beat | Refresh | RecordHistory) -> bool:
         """See messages.Beat: an odd number is a break of which the node has not heard."""
         return row.beat == request.seen or row.beat > request.seen and row.beat % 2 == 0
 
@@ -320,17 +320,17 @@ class SimStore:
 
     def _write(self, segments: Iterable[Segment]) -> None:
         written = sorted(segments, key=lambda s: s.lo)
-        self._check_exclusion(written)
+        self.check_exclusion(written)
         self.segments = written
         self.changes += 1
 
-    def _check_exclusion(self, segments: list[Segment]) -> None:
+    def check_exclusion(self, segments: list[Segment]) -> None:
         for left, right in itertools.pairwise(segments):
             if left.hi > right.lo:
                 raise Overlap(f'{left} overlaps {right}')
 
     def _join(self, request: Join) -> Reply:
-        if self.recorded is None and self.tells_history and self._is_first:
+        if self.recorded is None and self.tells_history and self.is_first:
             self.recorded = self.server
         for sign in request.reap:
             if self._looks_so(sign):
@@ -360,7 +360,7 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        same = self._continues(row, request)
+        same = self.continues(row, request)
         row.beat = max(row.beat, request.number + (not same))
         row.last_heartbeat = self.clock
         age = (row.created_on, row.name)
@@ -408,7 +408,7 @@ class SimStore:
             self.planned == self.fingerprint(),
             incoming,
             self._history,
-            self._continues(row, request),
+            self.continues(row, request),
         )
 
     def _take(self, request: Take) -> Reply:
@@ -439,10 +439,10 @@ class SimStore:
             and segment.moving
             and (segment.moving_to is not None or segment.blocked)
             and any(lo <= segment.lo and segment.hi <= hi for lo, hi in request.ranges)
-            and self._version_fits(segment, request)
+            and self.version_fits(segment, request)
         )
 
-    def _version_fits(self, segment: Segment, request: Give) -> bool:
+    def version_fits(self, segment: Segment, request: Give) -> bool:
         return segment.version <= request.version
 
     def _give(self, request: Give) -> Reply:
@@ -512,9 +512,9 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        if not self._is_eldest(row, request.dead):
+        if not self.is_eldest(row, request.dead):
             return EvictReply(False)
-        names = tuple(sign.name for sign in request.targets if self._is_dead(sign))
+        names = tuple(sign.name for sign in request.targets if self.is_dead(sign))
         for name in names:
             self._delete(name)
         return EvictReply(True, names)
@@ -523,7 +523,7 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        if not self._is_eldest(row, request.dead):
+        if not self.is_eldest(row, request.dead):
             return RoundReply(False, self.version)
         expired = [
             task
@@ -538,11 +538,11 @@ class SimStore:
         decision = self._plan()
         return RoundReply(True, self.version, decision.moved, decision.blocked, decision.conflicts)
 
-    def _is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
+    def is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
         living = [r for r in self.nodes.values() if r.sign not in dead]
         return bool(living) and min(living, key=lambda r: (r.created_on, r.name)) is row
 
-    def _is_dead(self, sign: Sign) -> bool:
+    def is_dead(self, sign: Sign) -> bool:
         """The leader's re-check: the row still looks as it was seen."""
         return self._looks_so(sign)
 

@@ -35,7 +35,7 @@ from jobsync_core.protocol.messages import (
     TakeReply,
 )
 from jobsync_core.protocol.node import Phase, Protocol
-from jobsync_core.protocol.takings import Takings
+from jobsync_core.protocol.taken_tasks import TakenTasks
 
 from . import node, scenarios
 from .invariants import Violation
@@ -134,8 +134,8 @@ def _claim_without_refresh(patch: pytest.MonkeyPatch) -> None:
 
 
 def _evict_without_looking_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_is_dead', lambda self, sign: sign.name in self.nodes)
-    patch.setattr(SimStore, '_is_eldest', lambda self, row, dead: True)
+    patch.setattr(SimStore, 'is_dead', lambda self, sign: sign.name in self.nodes)
+    patch.setattr(SimStore, 'is_eldest', lambda self, row, dead: True)
 
 
 def _no_grace_after_outage(patch: pytest.MonkeyPatch) -> None:
@@ -152,11 +152,11 @@ def _short_timeout(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_exclusion_constraint(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_check_exclusion', lambda self, segments: None)
+    patch.setattr(SimStore, 'check_exclusion', lambda self, segments: None)
 
 
 def _give_whatever_the_version(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_version_fits', lambda self, segment, request: True)
+    patch.setattr(SimStore, 'version_fits', lambda self, segment, request: True)
 
 
 def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def _new_nodes_trust_the_server(patch: pytest.MonkeyPatch) -> None:
 
 def _trust_a_known_name(patch: pytest.MonkeyPatch) -> None:
     """Two promotions may share a name: what a node has heard under it is then of the other one."""
-    patch.setattr(SimStore, '_continues', staticmethod(lambda row, request: True))
+    patch.setattr(SimStore, 'continues', staticmethod(lambda row, request: True))
     _without_the_check_of_quarantine(patch)
 
 
@@ -216,16 +216,16 @@ def _forget_a_break_that_nobody_heard_of(patch: pytest.MonkeyPatch) -> None:
     was.
     """
     patch.setattr(
-        SimStore, '_continues', staticmethod(lambda row, request: row.beat >= request.seen)
+        SimStore, 'continues', staticmethod(lambda row, request: row.beat >= request.seen)
     )
 
 
 def _trust_a_row_that_names_no_history(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_is_first', property(lambda self: True))
+    patch.setattr(SimStore, 'is_first', property(lambda self: True))
 
 
 def _record_for_another_database(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_holds', lambda self, request: True)
+    patch.setattr(SimStore, 'holds', lambda self, request: True)
 
 
 def _read_the_rows_of_another_history(patch: pytest.MonkeyPatch) -> None:
@@ -349,15 +349,15 @@ def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
 
 
 def _activate_all_after_the_first_piece(patch: pytest.MonkeyPatch) -> None:
-    original = Takings.taken
+    original = TakenTasks.taken
 
-    def mutated(self: Takings, *answer: Any) -> TokenSet:
+    def mutated(self: TakenTasks, *answer: Any) -> TokenSet:
         gain = self.gain
         original(self, *answer)
         self.gain = TokenSet()
         return gain
 
-    patch.setattr(Takings, 'taken', mutated)
+    patch.setattr(TakenTasks, 'taken', mutated)
 
 
 def _hand_over_without_promises(patch: pytest.MonkeyPatch) -> None:

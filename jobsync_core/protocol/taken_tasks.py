@@ -8,7 +8,7 @@ from ..assignment.tokens import TokenSet
 from .messages import Lives, LivesReply, Take, TakeReply
 from .ownership import Ownership
 
-__all__ = ['Takings']
+__all__ = ['TakenTasks']
 
 #: Rows that one answer is made of: the first time, at least, at most.
 _ROWS_FIRST, _ROWS_LEAST, _ROWS_MOST = 10_000, 200, 50_000
@@ -16,7 +16,7 @@ _ROWS_FIRST, _ROWS_LEAST, _ROWS_MOST = 10_000, 200, 50_000
 _PROMISE_SEC = 0.5
 
 
-class Takings:
+class TakenTasks:
     """Decides what to ask, and puts what is heard into the ownership. No I/O and no clock.
 
     Gained tokens are asked about piece by piece, so that no answer is large and heartbeats go in
