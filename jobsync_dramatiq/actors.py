@@ -18,7 +18,7 @@ from jobsync_core.logs import Repeats, get_logger, shown
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
-from jobsync_core.worker.settings import PluginSettings
+from jobsync_core.worker.settings import PluginSettings, combined
 
 from .errors import DeclarationRefused
 from .incoming import Said
@@ -67,11 +67,7 @@ def read_settings(given: Mapping[str, Any]) -> PluginSettings:
         raise ConfigurationError(
             f"DRAMATIQ_JOBSYNC={group!r}: give a dict such as {{'database_url': 'postgresql://…'}}"
         )
-    found = {**group, **given}
-    if 'database_url' in given or 'config' in given:
-        # One way of naming the database replaces the other.
-        found.pop('config' if 'database_url' in given else 'database_url', None)
-    return PluginSettings.read(found)
+    return PluginSettings.read(combined(group, given))
 
 
 class ActorOptions(Set[str]):

@@ -12,7 +12,7 @@ from dramatiq.errors import ConnectionClosed, ConnectionFailed
 
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming
-from jobsync_core.worker.routing import Verdict
+from jobsync_core.worker.inbox import Action, Outcome
 
 from .broker.interface import QueueConsumer
 from .gate import WorkerGate
@@ -200,7 +200,7 @@ class GatedConsumer(Consumer):
         gate = self._gate
         until = gate.now() + gate.park_sec
         note = receive(message, self._source, gate.actors, gate.job.incarnation, until)
-        if note.route is not None:
+        if note.received.route is not None:
             gate.count('received')
 
     def _handed(self, message: Any) -> Any:
@@ -208,7 +208,7 @@ class GatedConsumer(Consumer):
         if note is not None and note.sent_on:
             return None
         if note is not None and not self._handed_out:
-            self._handed_out, self._incarnation = True, note.incarnation
+            self._handed_out, self._incarnation = True, note.received.incarnation
         if not self._delays:
             self._gate.hand_out(message)
         return message
@@ -223,38 +223,32 @@ class GatedConsumer(Consumer):
 
     def _try_to_place(self, message: Any) -> bool:
         note, gate = note_of(message), self._gate
-        if note is None or 'eta' in message.options or note.problem:
+        if note is None or 'eta' in message.options:
             return True
-        if note.route is None:
-            return gate.actors.is_known(message) or self._park_unknown(message, note)
-        if note.incarnation != gate.job.incarnation:
-            # This node was taken for dead meanwhile, and others have put its messages back.
-            self._source.requeue(message)
-            return self._gone(note, 'returned')
-        decision = gate.decide(note)
-        if decision.verdict is Verdict.RUN:
-            if not gate.actors.is_known(message):
-                return self._park_unknown(message, note)
-            return gate.admits(message)
-        if decision.verdict is Verdict.DROP:
-            self._source.ack(message)
-            return self._gone(note, 'dropped')
-        if decision.verdict is Verdict.FORWARD:
-            return self._send(message, note, decision.queue, note.hops + 1, 'forwarded')
-        if gate.job.am_i_healthy() and gate.now() >= note.until:
-            return self._send(message, note, gate.parked, 0, 'parked')
-        return False
+        outcome = gate.place(note.received)
+        match outcome.action:
+            case Action.RUN:
+                return gate.admits(message)
+            case Action.DEAD_LETTER:
+                return True  # it fails in the worker, where all middleware hear of it
+            case Action.SEND:
+                if outcome.event == 'unknown':
+                    gate.tell_unknown(message)
+                return self._send(message, note, outcome)
+            case Action.REQUEUE:
+                self._source.requeue(message)
+            case Action.DROP:
+                self._source.ack(message)
+            case Action.WAIT:
+                return False
+        return self._gone(note, outcome.event)
 
-    def _park_unknown(self, message: Any, note: Note) -> bool:
-        self._gate.tell_unknown(message)
-        return self._send(message, note, self._gate.unknown, 0, 'unknown')
-
-    def _send(self, message: Any, note: Note, queue: str, hops: int, event: str) -> bool:
-        gate = self._gate
+    def _send(self, message: Any, note: Note, outcome: Outcome) -> bool:
+        gate, queue, event = self._gate, outcome.queue, outcome.event
         if gate.now() < note.again:
             return False
         try:
-            gate.broker.send(message, queue, note.route, hops, self._source)
+            gate.broker.send(message, queue, note.received.route, outcome.hops, self._source)
         # the brokers' clients have no common ancestor; the message stays unacknowledged
         except Exception as error:
             logger.warning(
@@ -267,7 +261,7 @@ class GatedConsumer(Consumer):
             self._source.ack(message)
         except Exception as error:  # it comes again; exactly_once tells the two apart
             logger.warning('id=%s: %s, but not acknowledged: %r', message.message_id, event, error)
-        if queue == gate.parked:
+        if event == 'parked':
             gate.on_parked()
         return True
 

@@ -14,12 +14,12 @@ from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.protocol.pausing import remedy
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import Decision, parked_queue, unknown_queue
+from jobsync_core.worker.inbox import Outcome, Received
 
 from .actors import Actors
 from .broker.interface import QueueConsumer, WorkerBroker
 from .errors import Unroutable
-from .notes import Note, note_of, requeue_instead
+from .notes import note_of, requeue_instead
 
 __all__ = ['WorkerGate']
 
@@ -55,8 +55,6 @@ class WorkerGate:
         self.consuming = consuming
         self.on_parked = on_parked
         self.now = now
-        appname = gate.settings.config.appname
-        self.parked, self.unknown = parked_queue(appname), unknown_queue(appname)
         self._repeats = Repeats()
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
@@ -64,10 +62,9 @@ class WorkerGate:
         self._refusing = False
         self._lock = threading.Lock()
 
-    def decide(self, note: Note) -> Decision:
-        """Where a message that has a route belongs."""
-        assert note.route is not None
-        return self._gate.decide(note.route, note.hops)
+    def place(self, received: Received) -> Outcome:
+        """What becomes of a message."""
+        return self._gate.place(received, self.now())
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event, for metrics and `local_status`."""
@@ -91,16 +88,12 @@ class WorkerGate:
         with self._lock:
             self._in_hand[id(message)] = message
             self._begun.add(id(message))
-        job = self.job
-        # Of an earlier life, others have put the message back; without a lease, they may be about
-        # to.
-        may_run = job.owns(note.route) if note.route is not None else job.am_i_healthy()
-        if note.incarnation != job.incarnation or not may_run or note.sent_on:
+        if note.sent_on or not self._gate.may_begin(note.received):
             self.end(message)
             self.count('returned')
             note.unseen = True
             raise requeue_instead(message, note)
-        if note.route is not None:
+        if note.received.route is not None:
             self.count('run')
 
     def refuse(self, message: Any) -> None:
@@ -111,19 +104,19 @@ class WorkerGate:
             Unroutable: It does, at once and for good.
         """
         note = note_of(message)
-        if note is not None and note.problem:
+        if note is not None and note.received.problem:
             logger.error(
                 'actor=%s id=%s cannot be routed, and goes to the dead letters: %s',
                 message.actor_name,
                 message.message_id,
-                note.problem,
+                note.received.problem,
             )
             self.count('unroutable')
             message.fail()
             message.options['throws'] = (
                 Unroutable  # that is an expected end: Dramatiq writes no traceback
             )
-            raise Unroutable(note.problem)
+            raise Unroutable(note.received.problem)
 
     def end(self, message: Any) -> None:
         """The message does not run any more."""
@@ -135,7 +128,9 @@ class WorkerGate:
         """Whether an actor runs on one of these tokens."""
         with self._lock:
             running = [self._in_hand[number] for number in self._begun]
-        routes = [note.route for message in running if (note := note_of(message)) is not None]
+        routes = [
+            note.received.route for message in running if (note := note_of(message)) is not None
+        ]
         return any(self.job.task_to_token(route) in tokens for route in routes if route is not None)
 
     def requeue_unleased(self, source: QueueConsumer) -> None:
@@ -215,7 +210,7 @@ class WorkerGate:
                 'know the same actors%s',
                 message.actor_name,
                 message.message_id,
-                self.unknown,
+                self._gate.rules.unknown,
                 again,
             )
 
@@ -226,7 +221,7 @@ class WorkerGate:
     def is_refused(self, signal: str, message: Any) -> bool:
         """Whether this is the end of a message that was refused, which no retry can help."""
         note = note_of(message) if signal == 'process_message' else None
-        return note is not None and bool(note.problem) and message.failed
+        return note is not None and bool(note.received.problem) and message.failed
 
     def hides(self, signal: str, message: Any) -> bool:
         """Whether the other middleware must not hear of this.

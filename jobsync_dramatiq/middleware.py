@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dramatiq.errors import BrokerError
 from dramatiq.middleware import Middleware
 
-from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
-from jobsync_core.ledger.current import set_current_ledger
-from jobsync_core.ledger.single import SingleLedger
-from jobsync_core.logs import get_logger
+from jobsync_core.worker.node import node_status
 from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.settings import PluginSettings
 
@@ -19,15 +16,13 @@ from .actors import OPTIONS, ActorOptions, check_actor, read_settings
 from .broker.in_memory import InMemory, is_in_memory
 from .broker.interface import WorkerBroker
 from .consumer import GatedConsumer, WatchedConsumer
-from .errors import BootFailed, DeclarationRefused
+from .errors import DeclarationRefused
 from .gate import WorkerGate
-from .node import WorkerProcess, job_status
+from .node import WorkerProcess, refuse_to_boot
 from .once import processing
 from .producer import Producer
 
 __all__ = ['JobSync']
-
-logger = get_logger(__name__)
 
 
 class JobSync(Middleware):
@@ -152,36 +147,13 @@ class JobSync(Middleware):
                 self._worker = InMemory(broker)
                 return
             self._worker = process = WorkerProcess(self.settings, self.producer, broker)
-            process.boot(worker)
-            self.gate = process.gate
+            self.gate = process.boot(worker)
         # whatever the user's own settings and callbacks raise, too: Dramatiq would log it and go on
         except Exception as error:
-            self._boot_failed(error)
-
-    def _boot_failed(self, error: Exception) -> None:
-        expected = isinstance(error, (JobSyncError, BrokerError, OSError))
-        text = str(error) if expected else f'{type(error).__name__}: {error}'
-        trace = None if expected else error
-        required = (
-            self._settings is None
-            or self._settings.required
-            or isinstance(error, DeclarationRefused)
-        )
-        if required:
-            logger.critical('JobSync: this worker cannot start: %s', text, exc_info=trace)
-        else:
-            logger.critical(
-                'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because required is False: '
-                'keys may run twice',
-                text,
-                exc_info=trace,
-            )
-        if isinstance(self._worker, WorkerProcess):
-            self._worker.abandon(goes_on=not required)
-        if required:
-            # What is not expected was logged above with its traceback.
-            raise BootFailed(text) from None
-        set_current_ledger(SingleLedger())
+            settings = self._settings
+            ends = settings is None or settings.required or isinstance(error, DeclarationRefused)
+            begun = self._worker if isinstance(self._worker, WorkerProcess) else None
+            refuse_to_boot(error, begun, required=ends)
 
     def before_worker_shutdown(self, broker: Any, worker: Any) -> None:
         """Give the tokens away while actors end."""
@@ -235,4 +207,4 @@ class JobSync(Middleware):
             return {'coordination_enabled': False}
         if isinstance(self._worker, WorkerProcess):
             return self._worker.status(job)
-        return job_status(job, False, {})
+        return node_status(job, consuming=False, messages={})

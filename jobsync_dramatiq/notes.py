@@ -7,6 +7,8 @@ from typing import Any
 
 from dramatiq.middleware import SkipMessage
 
+from jobsync_core.worker.inbox import Received
+
 from .broker.interface import QueueConsumer
 
 __all__ = ['Note', 'attach_note', 'is_quiet', 'note_of', 'requeue_instead', 'skip']
@@ -18,27 +20,19 @@ class Note:
 
     Attributes:
         source: Where it came from, and is acknowledged.
-        route: None: its actor is not coordinated.
-        hops: How often it was handed on.
-        incarnation: The node's life that took it.
-        until: When it is parked, on the monotonic clock.
+        received: What decides on it.
         again: When it may be sent, after that has failed.
         goes_back: It goes back to its queue instead of being acknowledged.
         unseen: No middleware but this one has seen it.
         sent_on: It is gone, or back in its queue; what becomes of it here does not count.
-        problem: Why it has no route although its actor is coordinated: it fails instead of running.
     """
 
     source: QueueConsumer
-    route: str | None
-    hops: int
-    incarnation: str
-    until: float
+    received: Received
     again: float = 0.0
     goes_back: bool = False
     unseen: bool = False
     sent_on: bool = False
-    problem: str = ''
 
 
 def attach_note(message: Any, note: Note) -> None:

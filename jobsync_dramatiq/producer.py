@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,8 @@ from dramatiq.errors import ConnectionClosed
 
 from jobsync_core.job import Job
 from jobsync_core.logs import get_logger
+from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node_of_tests import node_of_tests
-from jobsync_core.worker.owners import OwnerMap, owner_map
 from jobsync_core.worker.routing import HOME, HOPS, KEY
 from jobsync_core.worker.settings import PluginSettings
 
@@ -33,8 +32,7 @@ class Producer:
 
     Attributes:
         job: The node of this process; None in one that only sends.
-        node_owners: The node's own map; None before it is entered, and in a process that only
-            sends.
+        lookup: Knows the owners' queues.
     """
 
     def __init__(self, native: Any, settings: Callable[[], PluginSettings]) -> None:
@@ -43,9 +41,8 @@ class Producer:
         self._enqueue = native.enqueue
         self._actors: Actors | None = None
         self._broker: WorkerBroker | None = None
-        self._owners: tuple[int, OwnerMap] | None = None
         self.job: Job | None = None
-        self.node_owners: OwnerMap | None = None
+        self.lookup = OwnerLookup(settings, lambda: self.job)
 
     @property
     def actors(self) -> Actors:
@@ -64,16 +61,6 @@ class Producer:
         if self._broker is None:
             self._broker = open_broker(self._native, self._settings().config, self.actors)
         return self._broker
-
-    @property
-    def owners(self) -> OwnerMap:
-        """Who owns which key, as this process knows it."""
-        if self.node_owners is not None:
-            return self.node_owners
-        # Of this process: a forked child makes its own.
-        if self._owners is None or self._owners[0] != os.getpid():
-            self._owners = os.getpid(), owner_map(self._settings().config)
-        return self._owners[1]
 
     def enqueue(self, message: Any, *, delay: int | None = None) -> Any:
         """Send a message, straight to the owner's queue if that is known.
@@ -110,16 +97,10 @@ class Producer:
             if route is None:
                 return None
             message.options[KEY] = route
-            if not self._settings().route_producers:
-                return None
             _ = self.broker  # one of another kind is refused here
-            # A node without a lease does not ask: its database is most likely away, and each
-            # question takes seconds then.
-            may_ask = self.job is None or self.job.has_lease
-            place = self.owners.find_fresh(route) if may_ask else None
+            return self.lookup.queue_of(route)
         # whatever a key function raises: the actor will say what is wrong with its arguments
         except Exception as error:
             message.options.pop(KEY, None)
             logger.debug('actor=%s goes to its home queue: %s', message.actor_name, error)
             return None
-        return place.queue if place is not None else None

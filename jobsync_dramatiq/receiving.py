@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobsync_core.logs import get_logger
+from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.incoming import Refused, Stamps
 from jobsync_core.worker.routing import WAITS
 
@@ -49,11 +50,18 @@ def receive(
         # A retry would go where nobody looks.
         message._message = message.copy(queue_name=source.queue)
     route = _route_of(message, stamps, actors)
-    note = Note(source, None, stamps.hops, incarnation, until)
-    if isinstance(route, Refused):
-        note.problem = route.reason
-    else:
-        note.route = route
+    problem = route.reason if isinstance(route, Refused) else ''
+    note = Note(
+        source,
+        Received(
+            incarnation,
+            None if isinstance(route, Refused) else route,
+            stamps.hops,
+            until,
+            actors.is_known(message),
+            problem,
+        ),
+    )
     attach_note(message, note)
     return note
 

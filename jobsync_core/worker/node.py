@@ -26,7 +26,7 @@ from .routing import node_queue
 from .settings import PluginSettings
 from .startup import wait_for_database
 
-__all__ = ['Framework', 'NodeBroker', 'WorkerNode', 'node_status', 'refusal']
+__all__ = ['Framework', 'NodeBroker', 'WorkerNode', 'node_status', 'refusal', 'tell_uncoordinated']
 
 #: Seconds within which the duties' thread ends.
 _STOP_SEC = 5.0
@@ -235,13 +235,7 @@ class WorkerNode:
             trace: An error that nobody expected.
         """
         self.coordinated = False
-        self._framework.log.critical(
-            'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because %s is False: '
-            'keys may run twice',
-            reason,
-            setting,
-            exc_info=trace,
-        )
+        tell_uncoordinated(self._framework.log, reason, setting, trace)
         self._leave()
         self._job.abandon(UNCOORDINATED)
 
@@ -318,6 +312,26 @@ class WorkerNode:
             consuming=bool(self.ready()['consuming']),
             messages={**self.gate.counts, **messages},
         )
+
+
+def tell_uncoordinated(
+    log: logging.Logger, reason: str, setting: str, trace: BaseException | None = None
+) -> None:
+    """Say that a worker is no node, and runs all the same.
+
+    Args:
+        log: Where.
+        reason: Why it could not enter.
+        setting: What the setting is called that lets it run.
+        trace: An error that nobody expected.
+    """
+    log.critical(
+        'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because %s is False: '
+        'keys may run twice',
+        reason,
+        setting,
+        exc_info=trace,
+    )
 
 
 def node_status(job: Job, *, consuming: bool, messages: Mapping[str, int]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.store.connection import Sessions
+from jobsync_core.store.tables import Tables
+from jobsync_core.worker.owners import OwnerMap
 from tests.support.brokers import BrokerServer
 from tests.support.waiting import eventually
 
@@ -30,6 +33,9 @@ class Workers:
     ) -> None:
         self.app, self.server, self.space = app, server, space
         self._folder, self._environment = folder, environment
+        config = app.plugin.settings.config
+        self._sessions = Sessions(config, 'jobsync test')
+        self.owners: Any = OwnerMap(self._sessions, Tables.of(config))
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(
@@ -68,12 +74,12 @@ class Workers:
         return '\n'.join(path.read_text() for path in sorted(self._folder.glob('worker*')))
 
     def wait_for_nodes(self, number: int) -> None:
-        def known() -> bool:
-            owners = self.app.plugin.producer.owners
-            owners.reread()
-            return len({place.node for place in owners._copy.places if place.queue}) == number
+        eventually(lambda: len(self.queues()) == number, 30)
 
-        eventually(known, 30)
+    def queues(self) -> set[str]:
+        """The queues of the nodes that own something."""
+        self.owners.reread()
+        return {place.queue for place in self.owners._copy.places if place.queue}
 
     def depth(self, queue: str) -> int:
         """Messages in a queue, those that were taken and not acknowledged included."""
@@ -89,6 +95,7 @@ class Workers:
         return Counter(line.split()[0] for line in self.lines(start))
 
     def stop(self) -> None:
+        self._sessions.close_all()
         for process in self.started:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
-from jobsync_core.worker import gate as core
-from jobsync_core.worker.routing import KEY, decide
+from jobsync_core.worker import inbox
+from jobsync_core.worker.inbox import place
+from jobsync_core.worker.routing import KEY
 from jobsync_dramatiq import incoming
 from jobsync_dramatiq import once as once_module
 from jobsync_dramatiq.actors import Actors
@@ -48,11 +50,19 @@ def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_hop_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'max_hops': 10**9}))
+    monkeypatch.setattr(
+        inbox,
+        'place',
+        lambda found, here, rules, now: place(found, here, replace(rules, max_hops=10**9), now),
+    )
 
 
 def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, 'decide', lambda **given: decide(**{**given, 'node': ''}))
+    monkeypatch.setattr(
+        inbox,
+        'place',
+        lambda found, here, rules, now: place(found, replace(here, node=''), rules, now),
+    )
 
 
 def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +87,8 @@ def without_incarnations(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def blind(self: GatedConsumer, message: Any) -> None:
         receive(self, message)
-        vars(message)['jobsync_note'].incarnation = Same()
+        note = vars(message)['jobsync_note']
+        note.received = replace(note.received, incarnation=Same())
 
     monkeypatch.setattr(GatedConsumer, '_receive', blind)
 

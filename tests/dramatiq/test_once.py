@@ -30,6 +30,7 @@ from jobsync_core.errors import (
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.logs import Repeats
 from jobsync_core.testing import MemoryLedger
+from jobsync_core.worker.inbox import Received
 from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq.groups import mark_members
 from jobsync_dramatiq.notes import Note
@@ -273,7 +274,7 @@ class TestComingBack:
         bench = Bench()
         actor = bench.actor()
         message = delivered(actor.message(3))
-        note = Note(SimpleNamespace(), 'd:3', 0, '', 0.0)
+        note = Note(SimpleNamespace(), Received('', 'd:3'))
         vars(message)['jobsync_note'] = note
         ledger.begin_error, bench.send_error = ExecutionRunning(), ConnectionError('away')
         with pytest.raises(SkipMessage):
@@ -286,7 +287,7 @@ class TestComingBack:
         bench = Bench()
         actor = bench.actor()
         message = delivered(actor.message(3))
-        vars(message)['jobsync_note'] = Note(SimpleNamespace(), 'd:3', 0, '', 0.0, sent_on=True)
+        vars(message)['jobsync_note'] = Note(SimpleNamespace(), Received('', 'd:3'), sent_on=True)
         ledger.finish_error = Fenced()
         with pytest.raises(SkipMessage):
             bench.run(actor, message)

@@ -32,7 +32,7 @@ def test_each_message_runs_once_on_its_owner(workers: Workers) -> None:
         workers.app.keyed.send(n)
     eventually(lambda: len(workers.lines('keyed:')) >= 300, 40)
     assert set(workers.counts('keyed:').values()) == {1}
-    owners = workers.app.plugin.producer.owners
+    owners = workers.owners
     late = [line for line in workers.lines('keyed:') if int(line.split()[0].split(':')[1]) >= 100]
     assert all(
         owners.find('k:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in late
@@ -85,7 +85,7 @@ def test_workers_hand_on_what_is_not_theirs(workers: Workers) -> None:
         workers.app.unledgered.send(n)
     eventually(lambda: len(workers.lines('routed:')) >= 300, 40)
     assert set(workers.counts('routed:').values()) == {1}
-    owners = workers.app.plugin.producer.owners
+    owners = workers.owners
     assert all(
         owners.find('r:' + line.split()[0].split(':')[1]).node == line.split()[1]
         for line in workers.lines('routed:')
@@ -215,8 +215,8 @@ def test_a_producer_that_rabbitmq_refuses_the_exchange_sends_to_the_home_queue(
     plugin = JobSync(config=config)
     broker.add_middleware(plugin)
     actor: Any = dramatiq.actor(actor_name='keyed', broker=broker, jobsync_key='k')(lambda: None)
-    producer: Any = plugin.producer
-    producer.node_owners = SimpleNamespace(find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1'))
+    owners: Any = SimpleNamespace(find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1'))
+    plugin.producer.lookup.use(owners)
     rabbitmq_server.api(
         'PUT', f'permissions/{space}/guest', {'configure': '^default', 'write': '.*', 'read': '.*'}
     )

@@ -65,13 +65,7 @@ class Wire:
 
     def nodes(self) -> list[str]:
         """The queues of the nodes."""
-        return sorted(
-            {
-                place.queue
-                for place in self._workers.app.plugin.producer.owners._copy.places
-                if place.queue
-            }
-        )
+        return sorted(self._workers.queues())
 
 
 def hostile() -> Iterator[Hostile]:
