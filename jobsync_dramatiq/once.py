@@ -43,7 +43,7 @@ processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.Context
 
 
 class _DramatiqOnce(MessageOnce):
-    """See MessageOnce."""
+    """`@exactly_once` for the messages of Dramatiq."""
 
     def message_id(self) -> str | None:
         found = processing.get()

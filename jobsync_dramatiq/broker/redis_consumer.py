@@ -81,7 +81,7 @@ class RedisQueueConsumer:
                 self._in_hand.add(number)
                 return MessageProxy(found)
         except (RedisError, OSError) as error:
-            # The gate closes this consumer, which gives back what is not done, and makes another
+            # The gate closes this consumer, which puts back what is not done, and makes another
             # one.
             raise ConnectionClosed(error) from error
         return None

@@ -107,8 +107,8 @@ class Stage:
             clock.now,
         )
         attach(self.broker, self.gate)
-        self.hold = FakeConsumer(self.log, queue)
-        self.consumer = GatedConsumer(self.gate, queue, lambda: self.hold)
+        self.source = FakeConsumer(self.log, queue)
+        self.consumer = GatedConsumer(self.gate, queue, lambda: self.source)
 
     def _run(self, n: int) -> None:
         self.log.append('run')
@@ -122,7 +122,7 @@ class Stage:
 
     def receive(self, found: Any) -> Any:
         """A message comes from the broker; what the worker gets of it."""
-        self.hold.messages.append(MessageProxy(found))
+        self.source.messages.append(MessageProxy(found))
         return next(self.consumer)
 
     def look(self, seconds: float = 0.1) -> Any:

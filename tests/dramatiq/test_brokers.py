@@ -49,20 +49,20 @@ class Place:
         stack.callback(server.drop_space, self.space)
 
     def node(self, name: str, **options: Any) -> Any:
-        """The mail of a process that is a node."""
-        mail = self.producer(**options)
-        mail.join(name, f'jobsync.shop_.{name}')
-        return mail
+        """The broker of a process that is a node."""
+        opened = self.producer(**options)
+        opened.join(name, f'jobsync.shop_.{name}')
+        return opened
 
     def node_behind(self, proxy: Proxy, name: str) -> Any:
-        """The mail of a node that reaches Redis by a proxy, and waits for a second for an
+        """The broker of a node that reaches Redis by a proxy, and waits for a second for an
         answer.
         """
         broker = RedisBroker(url=f'{self.server.url(self.space, proxy.port)}?socket_timeout=1')
         self._stack.callback(broker.client.close)
-        mail = open_broker(broker, CoordinationConfig(appname='shop_'))
-        mail.join(name, f'jobsync.shop_.{name}')
-        return mail
+        opened = open_broker(broker, CoordinationConfig(appname='shop_'))
+        opened.join(name, f'jobsync.shop_.{name}')
+        return opened
 
     def producer(self, **options: Any) -> Any:
         url = self.server.url(self.space)
@@ -76,39 +76,39 @@ class Place:
         )
         return open_broker(broker, CoordinationConfig(appname='shop_'))
 
-    def put(self, mail: WorkerBroker, queue: str, number: int = 1) -> None:
+    def put(self, opened: WorkerBroker, queue: str, number: int = 1) -> None:
         for n in range(number):
-            mail.send(message(n), queue, f'k:{n}')
+            opened.send(message(n), queue, f'k:{n}')
 
-    def put_raw(self, mail: Any, queue: str, data: bytes) -> None:
+    def put_raw(self, opened: Any, queue: str, data: bytes) -> None:
         """Put bytes into a queue, which may be no message."""
         if self.server.kind == 'redis':
             number = uuid.uuid4().hex
-            mail.native.client.hset(f'dramatiq:{queue}.msgs', number, data)
-            mail.native.client.rpush(f'dramatiq:{queue}', number)
+            opened.native.client.hset(f'dramatiq:{queue}.msgs', number, data)
+            opened.native.client.rpush(f'dramatiq:{queue}', number)
         else:
-            mail.native._ensure_queue('default')
-            mail.native.channel.basic_publish(
+            opened.native._ensure_queue('default')
+            opened.native.channel.basic_publish(
                 'jobsync.shop_' if queue.startswith('jobsync.') else '', queue, data
             )
 
-    def dead(self, mail: Any, queue: str) -> list[bytes]:
+    def dead(self, opened: Any, queue: str) -> list[bytes]:
         """What is among the dead letters of a queue."""
         if self.server.kind == 'redis':
-            return list(mail.native.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
+            return list(opened.native.client.hgetall(f'dramatiq:{queue}.XQ.msgs').values())
         found: list[bytes] = []
-        if not mail.size(f'{queue}.XQ'):
+        if not opened.size(f'{queue}.XQ'):
             return found  # perhaps there is no such queue
-        while (data := mail.native.channel.basic_get(f'{queue}.XQ')[2]) is not None:
+        while (data := opened.native.channel.basic_get(f'{queue}.XQ')[2]) is not None:
             found.append(data)
-        mail.native.channel.basic_nack(0, multiple=True)
+        opened.native.channel.basic_nack(0, multiple=True)
         return found
 
-    def take_all(self, mail: WorkerBroker, queue: str) -> list[Any]:
+    def take_all(self, opened: WorkerBroker, queue: str) -> list[Any]:
         """The messages of a queue, which stay taken."""
         found: list[Any] = []
-        while (letter := mail.take(queue)) is not None:
-            found.append(letter.message)  # type: ignore[attr-defined]  # of either broker
+        while (delivery := opened.take(queue)) is not None:
+            found.append(delivery.message)  # type: ignore[attr-defined]  # of either broker
         return found
 
 
@@ -136,8 +136,8 @@ def message(n: int, **options: Any) -> Any:
     )
 
 
-def next_of(hold: Any) -> Any:
-    return eventually(lambda: hold.next(patient=True), 10)
+def next_of(consumer: Any) -> Any:
+    return eventually(lambda: consumer.next(patient=True), 10)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -176,22 +176,22 @@ class TestBothBrokers:
                 assert place.producer().identify(False) == mark
 
     def test_what_nodes_that_are_gone_left_is_seen_and_nothing_else(self, place: Place) -> None:
-        gone, mail = place.node('gone'), place.node('n1')
+        gone, opened = place.node('gone'), place.node('n1')
         queues = {'gone': 'jobsync.shop_.gone', 'n2': N2}
         rabbit = place.server.kind == 'rabbitmq'
-        assert mail.left(queues) == (set(queues) if rabbit else set())
+        assert opened.left(queues) == (set(queues) if rabbit else set())
         place.put(gone, 'jobsync.shop_.gone', 2)
-        eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
-        assert mail.size('jobsync.shop_.never') == 0
-        letter = mail.take('jobsync.shop_.gone')
-        assert (letter.route, letter.task, letter.home) == (
+        eventually(lambda: opened.size('jobsync.shop_.gone') == 2)
+        assert opened.size('jobsync.shop_.never') == 0
+        delivery = opened.take('jobsync.shop_.gone')
+        assert (delivery.route, delivery.task, delivery.home) == (
             'k:0',
             'keyed',
             'default',
-        ) and mail.size('jobsync.shop_.gone') == 1
-        letter.requeue()
-        eventually(lambda: mail.size('jobsync.shop_.gone') == 2)
-        assert mail.left(queues) == (set(queues) if rabbit else {'gone'})
+        ) and opened.size('jobsync.shop_.gone') == 1
+        delivery.requeue()
+        eventually(lambda: opened.size('jobsync.shop_.gone') == 2)
+        assert opened.left(queues) == (set(queues) if rabbit else {'gone'})
 
     def test_a_copy_comes_out_as_it_was_sent(self, place: Place) -> None:
         node = place.node('n1')
@@ -217,9 +217,9 @@ class TestBothBrokers:
     def test_what_a_queue_holds_goes_to_its_new_owner_and_home(self, place: Place) -> None:
         one, two = place.node('n1'), place.node('n2')
         place.put(one, N2, 2)
-        letter = one.take(N2)
-        assert (letter.route, letter.home) == ('k:0', 'default')
-        letter.forward(N1)
+        delivery = one.take(N2)
+        assert (delivery.route, delivery.home) == ('k:0', 'default')
+        delivery.forward(N1)
         one.take(N2).forward('default')
         assert one.take(N2) is None
         assert [found.args for found in place.take_all(two, N1)] == [(0,)]
@@ -246,11 +246,11 @@ class TestBothBrokers:
 
     def test_a_dead_letter_of_a_node_s_queue_goes_to_its_actor_s(self, place: Place) -> None:
         node = place.node('n1')
-        hold = node.consume(N1, 5, 50)
+        consumer = node.consume(N1, 5, 50)
         place.put(node, N1)
-        found = next_of(hold)
-        in_thread(lambda: hold.nack(found))
-        hold.close([])
+        found = next_of(consumer)
+        in_thread(lambda: consumer.nack(found))
+        consumer.close([])
         if place.server.kind == 'redis':
             client = node.native.client
             [raw] = client.hvals('dramatiq:default.XQ.msgs')
@@ -271,40 +271,40 @@ class TestBothBrokers:
 
     def test_a_pause_gives_back_what_was_fetched_and_not_handed_out(self, place: Place) -> None:
         node = place.node('n1')
-        hold = node.consume(N1, 10, 50)
+        consumer = node.consume(N1, 10, 50)
         place.put(node, N1, 5)
-        first = next_of(hold)
-        hold.pause()
+        first = next_of(consumer)
+        consumer.pause()
         other = place.node('n2')
         taken: list[Any] = []
 
         def take_more() -> bool:
-            hold.idle(0.01)  # what was on its way goes back as well
+            consumer.idle(0.01)  # what was on its way goes back as well
             taken.extend(place.take_all(other, N1))
             return len(taken) == 4
 
         eventually(take_more, 10)
-        hold.ack(first)
-        hold.resume()
+        consumer.ack(first)
+        consumer.resume()
         node.send(message(9), N1, None)
-        assert next_of(hold).args == (9,)
-        hold.close([])
+        assert next_of(consumer).args == (9,)
+        consumer.close([])
 
     def test_what_is_given_back_comes_again(self, place: Place) -> None:
         node = place.node('n1')
-        hold = node.consume(N1, 10, 50)
+        consumer = node.consume(N1, 10, 50)
         place.put(node, N1)
-        found = next_of(hold)
-        in_thread(lambda: hold.requeue(found))
-        assert next_of(hold).message_id == found.message_id
-        hold.close([])
+        found = next_of(consumer)
+        in_thread(lambda: consumer.requeue(found))
+        assert next_of(consumer).message_id == found.message_id
+        consumer.close([])
 
     def test_a_closed_consumer_leaves_nothing_in_hand(self, place: Place) -> None:
         node, two = place.node('n1'), place.node('n2')
-        hold = node.consume(N1, 10, 50)
+        consumer = node.consume(N1, 10, 50)
         place.put(node, N1, 5)
-        waiting = [next_of(hold), next_of(hold)]
-        hold.close(waiting)
+        waiting = [next_of(consumer), next_of(consumer)]
+        consumer.close(waiting)
         taken: list[Any] = []
 
         def take_more() -> bool:
@@ -332,18 +332,18 @@ class TestUnreadable:
         self, place: Place, queue: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         node = place.node('n1')
-        hold = node.consume(queue, 100, 50)
+        consumer = node.consume(queue, 100, 50)
         for n, data in enumerate(UNREADABLE.values()):
             place.put_raw(node, queue, data)
             node.send(message(n), queue, None)
-        good = [next_of(hold) for _ in UNREADABLE]
+        good = [next_of(consumer) for _ in UNREADABLE]
         assert sorted(each.args[0] for each in good) == list(range(len(UNREADABLE)))
         dead = dead_by_queue(None if queue == N1 else 'default')
         eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
         for each in good:
-            in_thread(partial(hold.ack, each))
-        hold.idle(0.05)
-        hold.close([])
+            in_thread(partial(consumer.ack, each))
+        consumer.idle(0.05)
+        consumer.close([])
         lines = [record.getMessage() for record in caplog.records if '.XQ: ' in record.getMessage()]
         assert sorted(line.split('.XQ: ')[0].rpartition(' ')[2] for line in lines) == sorted(
             name for name in dead for _ in dead[name]
@@ -419,35 +419,35 @@ class TestUnreadable:
             {'configure': '.*', 'write': '^jobsync.*', 'read': '.*'},
         )
         node.reset()
-        hold = node.consume(N1, 5, 50)
+        consumer = node.consume(N1, 5, 50)
         eventually(
-            lambda: hold.next(patient=True) is None and len(rabbit.dead(node, PARKED)) == 2, 10
+            lambda: consumer.next(patient=True) is None and len(rabbit.dead(node, PARKED)) == 2, 10
         )
-        hold.close([])
+        consumer.close([])
         assert caplog.text.count('may not write to default.XQ') == 1
 
     def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(
         self, place: Place
     ) -> None:
         node = place.node('n1')
-        hold = node.consume(N1, 50, 50)
+        consumer = node.consume(N1, 50, 50)
         node.send(message(0), N1, None)
         for data in UNREADABLE.values():
             place.put_raw(node, N1, data)
-        first = next_of(hold)
-        hold.pause()
-        hold.resume()
-        hold.close([first])
-        hold = node.consume(N1, 50, 50)
+        first = next_of(consumer)
+        consumer.pause()
+        consumer.resume()
+        consumer.close([first])
+        consumer = node.consume(N1, 50, 50)
         dead = dead_by_queue(None)
         eventually(
             lambda: (
-                hold.next(patient=True) is None
+                consumer.next(patient=True) is None
                 and {name: sorted(place.dead(node, name)) for name in dead} == dead
             ),
             10,
         )
-        hold.close([])
+        consumer.close([])
 
 
 class TestRedis:
@@ -456,8 +456,8 @@ class TestRedis:
         for queue in ('default', 'default.DQ', N1, PARKED):
             redis.put(one, queue, 2)
         for queue in ('default', 'default.DQ', N1):
-            hold = one.consume(queue, 1, 50)
-            assert hold.next(patient=False) is not None
+            consumer = one.consume(queue, 1, 50)
+            assert consumer.next(patient=False) is not None
         assert one.take(PARKED) is not None
         assert two.restore('n1') == 4
         assert two.restore('n1') == 0
@@ -469,20 +469,20 @@ class TestRedis:
     def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 4)
-        hold, client = node.consume('default', 4, 50), node.native.client
+        consumer, client = node.consume('default', 4, 50), node.native.client
         acks = f'dramatiq:__acks__.{node.native.broker_id}.default'
-        found = [next_of(hold) for _ in range(4)]
+        found = [next_of(consumer) for _ in range(4)]
         for each, target in zip(found[:3], (N2, 'jobsync.shop_.n3', N2), strict=True):
-            node.send(each, target, f'k:{each.args[0]}', 1, hold)
-            hold.ack(each)
+            node.send(each, target, f'k:{each.args[0]}', 1, consumer)
+            consumer.ack(each)
         assert (
             client.hlen('dramatiq:default.msgs') == client.scard(acks) == 4
         )  # nothing is gone before its copy is there
-        assert hold.next(patient=False) is None
+        assert consumer.next(patient=False) is None
         assert client.hlen('dramatiq:default.msgs') == client.scard(acks) == 1
-        hold.ack(found[3])
+        consumer.ack(found[3])
         assert not client.exists('dramatiq:default.msgs', acks)
-        assert hold.outstanding == 0 and not hold.leaving and not hold._in_hand
+        assert consumer.outstanding == 0 and not consumer.leaving and not consumer._in_hand
         copies = redis.take_all(node, N2)
         assert [(copy.message_id, copy.args, copy.options['jobsync_hops']) for copy in copies] == [
             (each.message_id, each.args, 1) for each in (found[0], found[2])
@@ -493,28 +493,28 @@ class TestRedis:
         self, redis: Place
     ) -> None:
         node = redis.node('n1')
-        hold = node.consume('default', 4, 600_000)
+        consumer = node.consume('default', 4, 600_000)
         redis.put(node, 'default', 8)
-        held = [next_of(hold) for _ in range(4)]
-        assert hold.next(patient=False) is None
+        held = [next_of(consumer) for _ in range(4)]
+        assert consumer.next(patient=False) is None
         assert node.native.client.llen('dramatiq:default') == 4
 
         for _ in range(2):
-            hold._misses = 30  # now Dramatiq would sleep for five minutes
+            consumer._misses = 30  # now Dramatiq would sleep for five minutes
             found: list[Any] = []
             thread = threading.Thread(
-                target=lambda found=found: found.append(hold.next(patient=True)), daemon=True
+                target=lambda found=found: found.append(consumer.next(patient=True)), daemon=True
             )
             thread.start()
-            eventually(lambda: hold._waits, 10)
-            in_thread(lambda: hold.ack(held.pop()))
+            eventually(lambda: consumer._waits, 10)
+            in_thread(lambda: consumer.ack(held.pop()))
             thread.join(0.2)
             assert thread.is_alive(), 'one by one each would be a trip'
-            in_thread(lambda: hold.ack(held.pop()))
+            in_thread(lambda: consumer.ack(held.pop()))
             thread.join(20)
-            held.extend((*found, next_of(hold)))
+            held.extend((*found, next_of(consumer)))
         assert sorted(each.args for each in held) == [(0,), (1,), (6,), (7,)]
-        hold.close([])
+        consumer.close([])
 
     @pytest.mark.parametrize('queue', ['default', N1])
     @pytest.mark.parametrize('way', ['ack', 'nack', 'requeue'])
@@ -522,32 +522,34 @@ class TestRedis:
         self, redis: Place, queue: str, way: str
     ) -> None:
         node = redis.node('n1')
-        hold = node.consume(queue, 2, 600_000)
+        consumer = node.consume(queue, 2, 600_000)
         redis.put(node, queue, 3)
-        held = [next_of(hold) for _ in range(2)]
-        hold._misses = 30  # now Dramatiq would sleep for five minutes
+        held = [next_of(consumer) for _ in range(2)]
+        consumer._misses = 30  # now Dramatiq would sleep for five minutes
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(hold.next(patient=True)), daemon=True)
+        thread = threading.Thread(
+            target=lambda: found.append(consumer.next(patient=True)), daemon=True
+        )
         thread.start()
-        eventually(lambda: hold._waits, 10)
-        in_thread(lambda: getattr(hold, way)(held[0]))
+        eventually(lambda: consumer._waits, 10)
+        in_thread(lambda: getattr(consumer, way)(held[0]))
         thread.join(20)
         assert [each.args for each in found] == [(2,)]
-        assert hold.outstanding == 2
-        hold.close([])
+        assert consumer.outstanding == 2
+        consumer.close([])
 
     def test_what_cannot_be_passed_on_goes_back(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 3)
-        hold, client = node.consume('default', 3, 50), node.native.client
-        found = [next_of(hold) for _ in range(3)]
+        consumer, client = node.consume('default', 3, 50), node.native.client
+        found = [next_of(consumer) for _ in range(3)]
         client.set('dramatiq:jobsync.shop_.n3', 'no list')
         for each, target in zip(found, (N2, 'jobsync.shop_.n3', N2), strict=True):
-            node.send(each, target, None, 1, hold)
-            hold.ack(each)
+            node.send(each, target, None, 1, consumer)
+            consumer.ack(each)
         with pytest.raises(ConnectionClosed):
-            hold.next(patient=False)
-        hold.close([])
+            consumer.next(patient=False)
+        consumer.close([])
         assert not client.exists(f'dramatiq:__acks__.{node.native.broker_id}.default')
         assert [copy.args for copy in redis.take_all(node, N2)] == [found[0].args]
         assert sorted(copy.args for copy in redis.take_all(node, 'default')) == sorted(
@@ -557,13 +559,13 @@ class TestRedis:
     def test_what_is_to_be_passed_on_goes_back_when_the_lease_is_away(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default')
-        hold = node.consume('default', 1, 50)
-        found = next_of(hold)
-        node.send(found, N2, None, 1, hold)
-        hold.ack(found)
-        hold.pause()
+        consumer = node.consume('default', 1, 50)
+        found = next_of(consumer)
+        node.send(found, N2, None, 1, consumer)
+        consumer.ack(found)
+        consumer.pause()
         assert redis.take_all(node, N2) == []
-        assert hold.next(patient=False).message_id == found.message_id
+        assert consumer.next(patient=False).message_id == found.message_id
 
     @pytest.mark.parametrize('lost', ['connection', 'script'])
     def test_an_acknowledgement_outlives_what_its_connection_loses(
@@ -571,28 +573,28 @@ class TestRedis:
     ) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 2)
-        hold, client = node.consume('default', 2, 50), node.native.client
-        hold.ack(next_of(hold))
+        consumer, client = node.consume('default', 2, 50), node.native.client
+        consumer.ack(next_of(consumer))
         if lost == 'connection':
             client.client_kill_filter(_type='normal', skipme=True)
         else:
             client.script_flush()
-        hold.ack(next_of(hold))
+        consumer.ack(next_of(consumer))
         assert not client.exists(
             'dramatiq:default.msgs', f'dramatiq:__acks__.{node.native.broker_id}.default'
         )
-        assert hold.outstanding == 0
+        assert consumer.outstanding == 0
 
     def test_what_a_lost_answer_held_comes_back_and_what_runs_does_not(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, N1, 3)
-        hold = node.consume(N1, 1, 50)
-        running = next_of(hold)
+        consumer = node.consume(N1, 1, 50)
+        running = next_of(consumer)
         node.native.do_fetch(N1, 1)  # nobody gets to know what it brought
-        hold = node.consume(N1, 5, 50)
-        found = [next_of(hold), next_of(hold)]
+        consumer = node.consume(N1, 5, 50)
+        found = [next_of(consumer), next_of(consumer)]
         assert running.message_id not in {each.message_id for each in found}
-        assert hold.next(patient=False) is None
+        assert consumer.next(patient=False) is None
 
     @pytest.mark.parametrize(
         'mode', [Mode.SWALLOW_TO_CLIENT, Mode.HOLD_TO_SERVER], ids=['answer lost', 'request late']
@@ -607,7 +609,7 @@ class TestRedis:
         redis.put(other, queue, 3)
         with Proxy('127.0.0.1', redis.server.port) as proxy:
             node = redis.node_behind(proxy, 'n1')
-            hold = node.consume(queue, 1, 1) if who == 'consumer' else None
+            consumer = node.consume(queue, 1, 1) if who == 'consumer' else None
             taken = f'dramatiq:__acks__.{node.native.broker_id}.{queue}'
             client, fetch = other.native.client, node.queues.fetch
             fetch(queue, 0)  # the connection is there, and Redis knows the script
@@ -626,17 +628,17 @@ class TestRedis:
             with monkeypatch.context() as patch:
                 patch.setattr(node.queues, 'fetch', fetch_badly)
                 with pytest.raises((RedisError, ConnectionClosed)):
-                    _ = node.take(queue) if hold is None else hold.next(patient=True)
+                    _ = node.take(queue) if consumer is None else consumer.next(patient=True)
             with pytest.raises(RedisError):
-                node.requeue_failed() if hold is None else node.queues.recheck(queue)
+                node.requeue_failed() if consumer is None else node.queues.recheck(queue)
             assert client.llen(f'dramatiq:{queue}') == 2
             proxy.heal()
-            if hold is None:
+            if consumer is None:
                 node.requeue_failed()
             else:
-                found = next_of(hold)
+                found = next_of(consumer)
                 assert client.scard(taken) == 1 and client.llen(f'dramatiq:{queue}') == 2
-                hold.close([found])
+                consumer.close([found])
             assert client.llen(f'dramatiq:{queue}') == 3 and not client.exists(taken)
 
     def test_a_queue_stays_doubtful_for_a_minute_as_a_request_may_come_late(
@@ -679,19 +681,19 @@ class TestRedis:
     def test_whoever_evacuates_leaves_nothing_in_hand(
         self, redis: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        mail = redis.producer()
-        mail.begin_evacuation()
-        redis.put(mail, PARKED)
-        fetch = mail.queues.connection.run
+        opened = redis.producer()
+        opened.begin_evacuation()
+        redis.put(opened, PARKED)
+        fetch = opened.queues.connection.run
         with monkeypatch.context() as patch:
             patch.setattr(
-                mail.queues.connection,
+                opened.queues.connection,
                 'run',
                 lambda *args: (fetch(*args), raising(RedisTimeout('no answer'))()),
             )
             with pytest.raises(RedisTimeout):
-                mail.take(PARKED)
-        mail.close()
+                opened.take(PARKED)
+        opened.close()
         assert redis.node('n1').size(PARKED) == 1
 
     def test_no_thread_waits_for_ever_for_an_answer(
@@ -704,12 +706,12 @@ class TestRedis:
                     redis.server.url(redis.space, proxy.port), socket_timeout=None
                 )
             )
-            mail: Any = open_broker(broker, CoordinationConfig(appname='shop_'))
-            mail.join('n1', N1)
-            assert mail.queues.fetch('default', 1) == []
+            opened: Any = open_broker(broker, CoordinationConfig(appname='shop_'))
+            opened.join('n1', N1)
+            assert opened.queues.fetch('default', 1) == []
             proxy.switch(Mode.SWALLOW)
             with pytest.raises(RedisTimeout):
-                mail.queues.fetch('default', 1)
+                opened.queues.fetch('default', 1)
             proxy.heal()
             broker.client.close()
 
@@ -718,10 +720,10 @@ class TestRedis:
     ) -> None:
         node = redis.node('n1')
         redis.put(node, 'default.DQ')
-        hold = node.consume('default.DQ', 5, 50)
-        first = next_of(hold)
-        hold = node.consume('default.DQ', 5, 50)
-        assert next_of(hold).message_id == first.message_id
+        consumer = node.consume('default.DQ', 5, 50)
+        first = next_of(consumer)
+        consumer = node.consume('default.DQ', 5, 50)
+        assert next_of(consumer).message_id == first.message_id
 
     @pytest.mark.parametrize(('timeout', 'pause'), [(60_000, 10.0), (2_000, 0.5)])
     def test_a_consumer_that_takes_nothing_shows_that_it_lives_before_others_put_back_what_it_holds(
@@ -731,14 +733,14 @@ class TestRedis:
         monkeypatch.setattr('jobsync_dramatiq.broker.redis_consumer.clock', clock)
         node = redis.node('n1')
         node.native.heartbeat_timeout = timeout
-        hold = node.consume('default', 1, 50)
+        consumer = node.consume('default', 1, 50)
         client = node.native.client
         client.delete('dramatiq:__heartbeats__')
         clock.time += pause
-        hold.idle(0.001)
+        consumer.idle(0.001)
         assert not client.exists('dramatiq:__heartbeats__')
         clock.time += 0.1
-        hold.idle(0.001)
+        consumer.idle(0.001)
         assert client.zrange('dramatiq:__heartbeats__', 0, -1) == [b'jobsync.shop_.n1|']
 
     def test_what_cannot_go_back_now_goes_back_later(
@@ -746,15 +748,15 @@ class TestRedis:
     ) -> None:
         node = redis.node('n1')
         redis.put(node, N1)
-        hold = node.consume(N1, 1, 50)
-        found = next_of(hold)
+        consumer = node.consume(N1, 1, 50)
+        found = next_of(consumer)
         with monkeypatch.context() as patch:
 
             def fail(*_: Any) -> None:
                 raise ConnectionError('away')
 
             patch.setattr(node.native, 'do_requeue', fail, raising=False)
-            hold.close([found])
+            consumer.close([found])
         assert redis.take_all(redis.node('n2'), N1) == []
         node.requeue_failed()
         assert len(redis.take_all(redis.node('n2'), N1)) == 1
@@ -824,9 +826,9 @@ class TestRabbit:
         node = rabbit.node('n1')
         rabbit.put(node, N1)
         getattr(node.native, what).close()
-        hold = node.consume(N1, 1, 50)
-        assert next_of(hold).args == (0,)
-        hold.close([])
+        consumer = node.consume(N1, 1, 50)
+        assert next_of(consumer).args == (0,)
+        consumer.close([])
 
     def test_a_home_queue_that_is_gone_is_made_again(self, rabbit: Place) -> None:
         node = rabbit.node('n1')
@@ -839,13 +841,13 @@ class TestRabbit:
     ) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, N1, 2)
-        hold = node.consume(N1, 5, 50)
-        first, second = next_of(hold), next_of(hold)
-        hold.connection.close()
-        in_thread(lambda: hold.ack(first))
-        in_thread(lambda: hold.requeue(second))
+        consumer = node.consume(N1, 5, 50)
+        first, second = next_of(consumer), next_of(consumer)
+        consumer.connection.close()
+        in_thread(lambda: consumer.ack(first))
+        in_thread(lambda: consumer.requeue(second))
         with pytest.raises(ConnectionClosed):
-            hold.idle(0.01)
+            consumer.idle(0.01)
         again = node.consume(N1, 5, 50)
         assert {next_of(again).args, next_of(again).args} == {(0,), (1,)}
         again.close([])
@@ -853,9 +855,9 @@ class TestRabbit:
     def test_closing_a_consumer_whose_connection_is_gone_says_nothing(
         self, rabbit: Place, caplog: pytest.LogCaptureFixture
     ) -> None:
-        hold = rabbit.node('n1').consume(N1, 1, 50)
-        hold.connection.close()
-        hold.close([])
+        consumer = rabbit.node('n1').consume(N1, 1, 50)
+        consumer.connection.close()
+        consumer.close([])
         assert [record for record in caplog.records if record.name.startswith('dramatiq')] == []
 
     @pytest.mark.parametrize('place', ['broker', 'consumer'])

@@ -127,10 +127,10 @@ class TestReceipt:
     def test_an_acknowledgement_that_fails_raises_nothing(
         self, stage: Stage, error: Exception
     ) -> None:
-        stage.hold.ack_error = error
+        stage.source.ack_error = error
         assert stage.receive(message('other')) is None
         assert stage.log == ['send q2 hops=1']
-        stage.hold.ack_error = None
+        stage.source.ack_error = None
         stage.look(10.0)
         assert stage.log == ['send q2 hops=1']
 
@@ -377,7 +377,7 @@ class TestLease:
     ) -> None:
         with make_stage(queue='default.DQ') as stage:
             assert stage.receive(message('other', eta=1)) is not None
-            take = stage.hold.next
+            take = stage.source.next
 
             def stopped(patient: bool) -> Any:  # in there the process was stopped for long
                 if change == 'lease':
@@ -386,7 +386,7 @@ class TestLease:
                     stage.job.incarnation = 'life-2'
                 return take(patient)
 
-            vars(stage.hold)['next'] = stopped
+            vars(stage.source)['next'] = stopped
             with pytest.raises(ConnectionClosed):
                 stage.receive(message('other', eta=1))
             assert stage.log == [
