@@ -13,11 +13,12 @@ from dramatiq.middleware import Middleware, Retries
 
 from jobsync_core.logs import get_logger
 
+from .errors import DeclarationRefused
 from .gate import WorkerGate
 from .groups import mark_members, unmark_members
 from .notes import is_quiet
 
-__all__ = ['Consumers', 'attach']
+__all__ = ['Consumers', 'attach', 'check_broker']
 
 logger = get_logger(__name__)
 
@@ -33,6 +34,32 @@ class Consumers(dict[str, Any]):
         if own is None or own.consumer is None:
             return next((found for found in self.values() if found.consumer is not None), own)
         return own
+
+
+def check_broker(bound: Any, native: Any, plugin: type) -> None:
+    """Refuse a plugin that was added twice, or to two brokers.
+
+    Args:
+        bound: The broker that the plugin belongs to; None: to none yet.
+        native: The broker that it was added to.
+        plugin: The plugin's class.
+
+    Raises:
+        DeclarationRefused: It was.
+    """
+    number = sum(isinstance(item, plugin) for item in native.middleware)
+    if number > 1:
+        raise DeclarationRefused(
+            f'JobSync is {number} times among the middleware of {native!r}, so that each '
+            'message would be routed more than once: '
+            'add it once, in the settings (DRAMATIQ_BROKER) or in code'
+        )
+    if bound is not None and bound is not native:
+        raise DeclarationRefused(
+            f'this JobSync belongs to {bound!r} already, and would coordinate nothing '
+            f'of {native!r}: '
+            'make one for each broker, with an appname of its own'
+        )
 
 
 def attach(native: Any, gate: WorkerGate) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from .broker.interface import WorkerBroker
 from .consumer import GatedConsumer, WatchedConsumer
 from .errors import DeclarationRefused
 from .gate import WorkerGate
+from .hooks import check_broker
 from .node import WorkerProcess, refuse_to_boot
 from .once import processing
 from .producer import Producer
@@ -102,21 +103,9 @@ class JobSync(Middleware):
         check_actor(broker.actors[actor] if isinstance(actor, str) else actor)
 
     def _install(self, broker: Any) -> None:
-        others = [item for item in broker.middleware if isinstance(item, JobSync)]
-        if len(others) > 1:
-            raise DeclarationRefused(
-                f'JobSync is {len(others)} times among the middleware of {broker!r}, so that each '
-                'message would be routed more than once: '
-                'add it once, in the settings (DRAMATIQ_BROKER) or in code'
-            )
+        check_broker(self._broker, broker, JobSync)
         if self._broker is broker:
             return
-        if self._broker is not None:
-            raise DeclarationRefused(
-                f'this JobSync belongs to {self._broker!r} already, and would coordinate nothing '
-                f'of {broker!r}: '
-                'make one for each broker, with an appname of its own'
-            )
         self._broker = broker
         # Ahead of whoever looks at a message's queue, or counts what runs.
         broker.middleware.remove(self)
@@ -133,8 +122,7 @@ class JobSync(Middleware):
                 lambda: self.producer.broker.consume(queue_name, prefetch, timeout),
             )
         consumer = self._consume(queue_name, prefetch, timeout)
-        worker = self._worker
-        consuming = worker.consuming if isinstance(worker, WorkerProcess) else None
+        consuming = self._worker.consuming if self._worker is not None else None
         return WatchedConsumer(consumer, queue_name, consuming) if consuming else consumer
 
     def before_worker_boot(self, broker: Any, worker: Any) -> None:
@@ -205,6 +193,6 @@ class JobSync(Middleware):
         job = self.job
         if job is None:
             return {'coordination_enabled': False}
-        if isinstance(self._worker, WorkerProcess):
+        if self._worker is not None:
             return self._worker.status(job)
         return node_status(job, consuming=False, messages={})

@@ -12,6 +12,7 @@ from jobsync_core.job import Job
 from jobsync_core.ledger.current import current_ledger, set_current_ledger
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.single import SingleLedger
+from jobsync_core.worker.node import node_status
 
 __all__ = ['InMemory', 'is_in_memory', 'ledger_in_memory']
 
@@ -50,6 +51,9 @@ class InMemory:
         broker: The StubBroker.
     """
 
+    #: Nobody asks such a worker whether it takes messages.
+    consuming = None
+
     def __init__(self, broker: Any) -> None:
         # For tests alone, as it is.
         from jobsync_core.testing.memory import MemoryLedger
@@ -60,6 +64,14 @@ class InMemory:
         before = _entered_ledger()
         self.job.__enter__()
         set_current_ledger(before)
+
+    def status(self, job: Job) -> dict[str, Any]:
+        """The node as it sees itself, as plain values.
+
+        Args:
+            job: The node.
+        """
+        return node_status(job, consuming=False, messages={})
 
     def drain(self) -> None:
         """Nothing: there is nobody to give keys to."""
