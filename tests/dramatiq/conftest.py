@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from jobsync_core.store.connection import Sessions
+from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.owners import OwnerMap
 from tests.support.brokers import BrokerServer
