@@ -35,15 +35,15 @@ def evacuate_command(database: Database, place: str | None, as_json: bool) -> No
     repeated at any time; the exit code is 2 while something was left behind.
     """
     plugin = database.plugin() if place is None else _plugin_at(place)
-    mail = plugin.evacuable()
+    broker = plugin.evacuable()
     try:
         done = evacuate(
-            mail,
+            broker,
             plugin.settings.config,
             tell=lambda line: None if as_json else click.echo(printable(line)),
         )
     finally:
-        mail.close()
+        broker.close()
     if as_json:
         click.echo(
             json.dumps(

@@ -12,7 +12,7 @@ from ..store.tables import Tables
 from . import inbox
 from .inbox import Here, Outcome, Received, Rules
 from .owners import OwnerMap
-from .routing import Decision, decide, parked_queue, unknown_queue
+from .routing import parked_queue, unknown_queue
 from .settings import PluginSettings
 
 __all__ = ['Gate']
@@ -76,32 +76,6 @@ class Gate:
         job = self.job
         mine = route is not None and job.owns(route)
         return Here(job.node_name, job.incarnation, mine, mine or job.am_i_healthy())
-
-    def decide(self, route: str, hops: int) -> Decision:
-        """What to do with a message; no I/O while the owner map is as new as the node."""
-        mine = self.job.owns(route)
-        if mine:
-            return decide(
-                mine=True, leased=True, node='', owner=None, queue=None, hops=0, max_hops=0
-            )
-        leased = self.job.am_i_healthy()
-        place = None
-        if leased:
-            if self.owners.version != self.job.token_version:
-                self.owners.refresh()
-            place = self.owners.find(route)
-            if place is not None and place.queue is None:
-                place = self.owners.find_fresh(route) or place  # it may have one by now
-        return decide(
-            mine=False,
-            leased=leased,
-            node=self.job.node_name,
-            owner=place.node if place else None,
-            queue=place.queue if place else None,
-            hops=hops,
-            max_hops=self.settings.max_hops,
-            drop=self.settings.on_unclaimed == 'drop',
-        )
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event, for metrics and `local_status`."""

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 
 from ..job import Job
-from .owners import OwnerMap, owner_map
+from ..store.sessions import Sessions
+from ..store.tables import Tables
+from .owners import OwnerMap
 from .settings import PluginSettings
 
 __all__ = ['OwnerLookup']
@@ -52,5 +54,7 @@ class OwnerLookup:
     def _owners(self) -> OwnerMap:
         # Of this process: a forked child makes its own.
         if self._map is None or self._map[0] != os.getpid():
-            self._map = os.getpid(), owner_map(self._settings().config)
+            config = self._settings().config
+            sessions = Sessions(config, 'jobsync producer')
+            self._map = os.getpid(), OwnerMap(sessions, Tables.of(config))
         return self._map[1]

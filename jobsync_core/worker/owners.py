@@ -11,14 +11,13 @@ import psycopg2
 
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
-from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable
 from ..logs import Repeats, get_logger
 from ..store.queues import QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
 
-__all__ = ['OwnerMap', 'Place', 'owner_map']
+__all__ = ['OwnerMap', 'Place']
 
 logger = get_logger(__name__)
 
@@ -164,8 +163,3 @@ def _copy(
         tuple(Place(row[2], row[3]) for row in rows),
         all(row[3] is not None for row in rows),
     )
-
-
-def owner_map(config: CoordinationConfig) -> OwnerMap:
-    """An owner map for a producer."""
-    return OwnerMap(Sessions(config, 'jobsync producer'), Tables.of(config))

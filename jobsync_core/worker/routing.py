@@ -1,15 +1,12 @@
-"""Where a message belongs: the pure part of what the queue adapters share.
+"""Which way a message goes: its route, made of a key or a pin, and the names of queues.
 
-A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. The
-gate of the node that receives it decides by the route whether to run it, hand it on, or put it
-aside.
+A coordinated message has a *route*: the task id that is hashed to a token, locked and owned. What
+becomes of it on the node that receives it is decided by its route, in `inbox`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from ..assignment.hashing import check_task_id, task_key
@@ -26,10 +23,7 @@ __all__ = [
     'QUEUE_BYTES',
     'WAITS',
     'Coordination',
-    'Decision',
-    'Verdict',
     'check_pins',
-    'decide',
     'mark_key',
     'node_queue',
     'parked_queue',
@@ -60,68 +54,6 @@ _RESERVED_ENDINGS = (
 )
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
 QUEUE_BYTES = 240
-
-
-class Verdict(Enum):
-    """What becomes of a message here."""
-
-    RUN = 'run'
-    FORWARD = 'forward'
-    PARK = 'park'
-    DROP = 'drop'
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A verdict, the owner's queue where the message goes on, and why."""
-
-    verdict: Verdict
-    queue: str = ''
-    reason: str = ''
-
-
-_RUN = Decision(Verdict.RUN)
-
-
-def decide(
-    *,
-    mine: bool,
-    leased: bool,
-    node: str,
-    owner: str | None,
-    queue: str | None,
-    hops: int,
-    max_hops: int,
-    drop: bool = False,
-) -> Decision:
-    """What to do with a message.
-
-    Args:
-        mine: The node may claim the route at this moment.
-        leased: The node has a valid lease.
-        node: The node's name.
-        owner: Who owns the route, or is about to; None where nobody does.
-        queue: The owner's queue; None where it has none.
-        hops: How often the message was handed on.
-        max_hops: How often it may be; more is a sign of nodes that disagree, and time lets them
-            agree.
-        drop: Other nodes got the message too: what is another's is dropped.
-    """
-    if mine:
-        return _RUN
-    if not leased:
-        return Decision(Verdict.PARK, reason='no lease')
-    if owner is None or owner == node:
-        # Never to oneself: the owner map is older, or younger, than the local set, and will agree
-        # with it in a moment.
-        return Decision(Verdict.PARK, reason='no owner yet' if owner is None else 'not here yet')
-    if drop:
-        return Decision(Verdict.DROP, reason=f'belongs to {owner}')
-    if queue is None:
-        return Decision(Verdict.PARK, reason=f'{owner} takes no messages')
-    if hops >= max_hops:
-        return Decision(Verdict.PARK, reason=f'{hops} hops')
-    return Decision(Verdict.FORWARD, queue, f'belongs to {owner}')
 
 
 def node_queue(appname: str, node: str) -> str:

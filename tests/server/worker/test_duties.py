@@ -14,7 +14,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import Verdict, unknown_queue
+from jobsync_core.worker.routing import unknown_queue
 from jobsync_core.worker.settings import PluginSettings
 from tests.support.cluster import query
 from tests.support.fake_broker import Contents, FakeBroker, Item
@@ -202,13 +202,14 @@ class TestParked:
         theirs = next(route for route in ROUTES if second.job.owns(route))
         query(world.config, """DELETE FROM "{}queue" WHERE node = 'n2'""")
         first.gate.owners.reread()
-        assert first.gate.decide(theirs, 0).verdict is Verdict.PARK
+        here = first.gate.here(theirs)
+        assert (here.owner, here.queue) == ('n2', None)
         world.contents.put(PARKED, theirs)
         first.duties.start()
         eventually(lambda: first.broker.taken)
         assert world.contents.routes(PARKED) == [theirs]
         world.queue('n2')
-        eventually(lambda: first.gate.decide(theirs, 0).verdict is Verdict.FORWARD)
+        eventually(lambda: first.gate.here(theirs).queue == 'q.n2')
         eventually(lambda: world.contents.routes('q.n2') == [theirs], 30)
 
 

@@ -161,6 +161,16 @@ def every_case() -> list[tuple[Received, Here, Rules, float]]:
             ),
         ),
         (
+            'what is mine runs, whatever else is so',
+            lambda delivery, here, rules, outcome: (
+                outcome.action is Action.RUN
+                or not here.mine
+                or not delivery.known
+                or bool(delivery.problem)
+                or delivery.incarnation != here.incarnation
+            ),
+        ),
+        (
             'what runs may begin, if the lease holds',
             lambda delivery, here, rules, outcome: (
                 outcome.action is not Action.RUN or not here.leased or may_begin(delivery, here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,31 +13,12 @@ from jobsync_core.worker.routing import (
     HOPS,
     KEY,
     Coordination,
-    Decision,
-    Verdict,
     check_pins,
-    decide,
     node_queue,
     parked_queue,
     pin_locks,
     pin_route,
 )
-
-
-def verdict(**changes: Any) -> Decision:
-    """Of a message that belongs to n2 and is here at n1 for the first time."""
-    return decide(
-        **{
-            'mine': False,
-            'leased': True,
-            'node': 'n1',
-            'owner': 'n2',
-            'queue': 'q2',
-            'hops': 0,
-            'max_hops': 4,
-            **changes,
-        }
-    )
 
 
 def pay(account: str, cents: int = 0) -> None:
@@ -48,60 +28,6 @@ def pay(account: str, cents: int = 0) -> None:
 def once(**options: Any) -> ExactlyOnce:
     found: ExactlyOnce = vars(exactly_once(default_key=lambda: 'm', **options)(pay))['exactly_once']
     return found
-
-
-class TestDecide:
-    def test_what_is_mine_runs_whatever_else_is_so(self) -> None:
-        for leased, owner, hops, drop in itertools.product(
-            (True, False), ('n1', 'n2', None), (0, 99), (True, False)
-        ):
-            assert (
-                verdict(mine=True, leased=leased, owner=owner, hops=hops, drop=drop).verdict
-                is Verdict.RUN
-            )
-
-    def test_only_what_is_mine_runs(self) -> None:
-        for leased, owner, queue, hops, drop in itertools.product(
-            (True, False), ('n1', 'n2', None), ('q', None), (0, 99), (True, False)
-        ):
-            found = verdict(leased=leased, owner=owner, queue=queue, hops=hops, drop=drop)
-            assert found.verdict is not Verdict.RUN
-
-    def test_what_is_another_s_goes_to_its_queue(self) -> None:
-        assert verdict() == Decision(Verdict.FORWARD, 'q2', 'belongs to n2')
-
-    @pytest.mark.parametrize(
-        ('changes', 'reason'),
-        [
-            ({'leased': False}, 'no lease'),
-            ({'owner': None, 'queue': None}, 'no owner yet'),
-            ({'queue': None}, 'n2 takes no messages'),
-            ({'owner': 'n1', 'queue': 'q1'}, 'not here yet'),
-            ({'hops': 4}, '4 hops'),
-            ({'hops': 5}, '5 hops'),
-        ],
-    )
-    def test_what_can_go_nowhere_waits_and_tells_why(
-        self, changes: dict[str, Any], reason: str
-    ) -> None:
-        assert verdict(**changes) == Decision(Verdict.PARK, '', reason)
-
-    def test_the_last_hop_is_allowed(self) -> None:
-        assert verdict(hops=3).verdict is Verdict.FORWARD
-
-    @pytest.mark.parametrize('drop', [True, False])
-    def test_never_to_oneself(self, drop: bool) -> None:
-        assert verdict(owner='n1', queue='q1', drop=drop).verdict is Verdict.PARK
-
-    def test_where_every_node_gets_the_message_another_s_is_dropped(self) -> None:
-        assert verdict(drop=True).verdict is Verdict.DROP
-        assert verdict(drop=True, queue=None, hops=9).verdict is Verdict.DROP
-
-    @pytest.mark.parametrize('changes', [{'leased': False}, {'owner': None, 'queue': None}])
-    def test_nothing_is_dropped_that_perhaps_nobody_else_runs(
-        self, changes: dict[str, Any]
-    ) -> None:
-        assert verdict(drop=True, **changes).verdict is Verdict.PARK
 
 
 class TestNames:
