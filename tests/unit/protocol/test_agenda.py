@@ -1,0 +1,29 @@
+"""What is sent and when to wake for it come from the same values."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobsync_core.protocol.agenda import NEVER, NOTHING, NOW, Due, earliest, first_due
+from jobsync_core.protocol.messages import Connect, Leave, Observe, Request
+
+LEAVE = Leave('me', 'life')
+
+
+def unwanted() -> Request:
+    raise AssertionError('made, though it is not sent')
+
+
+def test_of_those_that_are_due_the_first_is_sent_however_long_another_has_been_due() -> None:
+    agenda: list[Due] = [(11.0, unwanted), (10.0, Connect), (NOW, unwanted), (1.0, unwanted)]
+    assert first_due(agenda, 10.0) == Connect()
+
+
+@pytest.mark.parametrize('now', [0.0, 4.9, 5.0, 7.0, 1e9])
+def test_something_is_sent_exactly_when_it_is_time_to_wake(now: float) -> None:
+    agenda: list[Due] = [NOTHING, (7.0, lambda: LEAVE), (5.0, Observe)]
+    assert (first_due(agenda, now) is not None) == (now >= earliest(agenda))
+
+
+def test_where_there_is_nothing_to_send_nobody_wakes() -> None:
+    assert first_due([NOTHING], 1e9) is None and earliest([NOTHING]) == earliest([]) == NEVER
