@@ -58,9 +58,6 @@ def _end_with_the_demo(**unused: object) -> None:
     end_with_the_demo()
 
 
-# --- the demo ---
-
-
 @dataclass
 class CeleryDemo(QueueDemo):
     """One run with Celery workers."""

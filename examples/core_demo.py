@@ -119,9 +119,6 @@ def sources(limit: int | None) -> list[str]:
     return sorted(pinned + random.Random(0).sample(others, limit - len(pinned)))
 
 
-# --- a worker process ---
-
-
 def work(name: str, config: CoordinationConfig, grace: float, pace: float) -> None:
     """What each worker runs: the job proper.
 
@@ -217,9 +214,6 @@ def worker_main() -> int:
         settings['pace'],
     )
     return 0
-
-
-# --- the demo ---
 
 
 @dataclass

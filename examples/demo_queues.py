@@ -48,9 +48,6 @@ _ROOT = Path(__file__).resolve().parents[1]
 SLOTS = 2
 
 
-# --- in a worker ---
-
-
 def count_once(path: str, node: str, execution: Execution) -> dict[str, Any]:
     """Count one file; its row and the record that the key is completed are one transaction."""
     until = time.monotonic() + float(os.environ.get('DEMO_PACE', '0'))
@@ -91,9 +88,6 @@ def end_with_the_demo() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-# --- the demo ---
 
 
 class Worker(subprocess.Popen[str]):

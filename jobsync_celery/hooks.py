@@ -93,8 +93,6 @@ class WorkerHooks:
         """Whether a worker that cannot be a node must not run."""
         return self._application.settings.required
 
-    # --- entering ---
-
     def prepare_worker(self, worker: Any, node: str | None, weight: float | None) -> None:
         """Make the Job, before the pool forks, and have the worker consume the node's queue.
 
@@ -165,8 +163,6 @@ class WorkerHooks:
         self._configuration.undo()
         self._app.amqp.queues.consume_from.pop(self.node.queue, None)
         self._app.amqp.queues.pop(self.node.queue, None)
-
-    # --- the consumer ---
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
@@ -239,8 +235,6 @@ class WorkerHooks:
         if self._leased is not None:
             self._leased.disconnected()
 
-    # --- leaving ---
-
     def closing(self) -> None:
         """The worker shuts down; its tasks end."""
         if self._leased is not None:
@@ -260,8 +254,6 @@ class WorkerHooks:
             self._gate.close()
         if self._broker is not None:
             self._broker.close()
-
-    # --- events ---
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._gate is not None and self._gate.busy(tokens)
@@ -313,8 +305,6 @@ class WorkerHooks:
                 'JobSync: %d messages that workers without the plugin had taken are given back',
                 restored,
             )
-
-    # --- operating ---
 
     def local_status(self) -> dict[str, Any]:
         """The node as it sees itself, as plain values."""

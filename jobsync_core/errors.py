@@ -40,9 +40,6 @@ class JobSyncError(Exception):
         )
 
 
-# --- wrong input ---
-
-
 class ConfigurationError(JobSyncError, ValueError):
     """A setting has a value that cannot work; the message names both and the remedy."""
 
@@ -82,9 +79,6 @@ class Unroutable(MessageRefused):
     """
 
 
-# --- the cluster ---
-
-
 class ClusterNotFormed(JobSyncError, TimeoutError):
     """Fewer than minimum_nodes had registered when wait_on_enter ended. Start the missing nodes,
     raise wait_on_enter, or lower minimum_nodes.
@@ -97,9 +91,6 @@ class DuplicateNodeName(JobSyncError):
 
 class ClaimLost(JobSyncError):
     """This node no longer owns the task. Do not process it: another node does."""
-
-
-# --- the database ---
 
 
 class DatabaseUnavailable(JobSyncError, ConnectionError):
@@ -136,9 +127,6 @@ class DatabaseRefused(DatabaseUnavailable):
         self.sqlstate = sqlstate
         self.pause = pause
         self.sent = False
-
-
-# --- the ledger ---
 
 
 class DuplicateExecution(JobSyncError):

@@ -100,8 +100,6 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         limit = min(_BROKER_SEC, max(1.0, self._config.heartbeat_timeout_sec / 3))
         self._publisher = Publisher(app, self.Producer, limit, self._check_hold)
 
-    # --- what Celery calls ---
-
     def setup_schedule(self) -> None:
         """Read the configuration; make sure that the database is there.
 
@@ -139,8 +137,6 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         """For the banner."""
         places = ', '.join(f'{host}:{port}' for host, port in self._config.hosts)
         return f'    . db -> {places}/{self._config.dbname} (tables {self._config.appname}*)'
-
-    # --- one tick ---
 
     def _tick(self) -> float:
         if not self._leads():
@@ -291,8 +287,6 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         entry = self.schedule[name]
         entry.last_run_at, entry.total_run_count = state.slot, state.runs
 
-    # --- the broker ---
-
     def _publish(self, entry: ScheduleEntry, slot: datetime) -> None:
         """Send the task of a slot. As with Celery's own scheduler, one that cannot be sent for a
         reason of its own is reported, and over.
@@ -343,8 +337,6 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             return 0.0
         self._step_down()
         return 2 * self._retry
-
-    # --- what goes wrong ---
 
     def _step_down(self) -> None:
         self._leading = None

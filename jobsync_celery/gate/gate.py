@@ -108,8 +108,6 @@ class ConsumerGate:
         for name in ('on_decode_error', 'on_invalid_task', 'on_unknown_message'):
             setattr(consumer, name, self._refusals.in_place_of(name))
 
-    # --- on receipt ---
-
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], object]:
         """In place of the consumer's: what gets each message first, coordinated or not."""
         handle = self._make_handler(*args, **kwargs)
@@ -233,8 +231,6 @@ class ConsumerGate:
 
         return receive
 
-    # --- tasks that nobody here knows ---
-
     def keep_unknown(self, body: Any, message: Any, error: Any) -> None:
         """In place of the consumer's on_unknown_task, which discards: another node may know the
         task, or this one after an upgrade.
@@ -259,8 +255,6 @@ class ConsumerGate:
                 lambda: message.reject_log_error(logger, errors),
             )
         )
-
-    # --- before the pool ---
 
     def dispatch(self, request: Any) -> None:
         """In place of the consumer's on_task_request: an ETA, a rate limit or the prefetch may have
@@ -335,8 +329,6 @@ class ConsumerGate:
         self._not_taken(
             item.message, error, lambda: self._placing.place(item), item.refuse, item.requeue
         )
-
-    # --- what waits, and what runs ---
 
     def look(self) -> None:
         """Try the waiting messages again."""

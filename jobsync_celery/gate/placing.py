@@ -162,8 +162,6 @@ class Placing:
             headers = message.headers or {}
             dispatcher.send(kind, uuid=headers.get('id'), name=headers.get('task'), queue=queue)
 
-    # --- waiting in memory ---
-
     def _wait_again(self, item: InHand) -> bool:
         item.received = replace(item.received, until=clock.now() + _AGAIN_SEC)
         return self.wait(item)

@@ -129,7 +129,6 @@ class Tables:
 
     @property
     def scope(self) -> str:
-        """See Location."""
         return self._location.scope
 
     @property

@@ -140,8 +140,6 @@ class WorkerNode:
         self._self_drain: SelfDrain | None = None
         self._http: Any = None
 
-    # --- entering ---
-
     def serve(self, port_offset: int = 0) -> None:
         """Answer probes, while the worker joins as well, and where it goes on without coordination.
 
@@ -239,8 +237,6 @@ class WorkerNode:
         self._leave()
         self._job.abandon(UNCOORDINATED)
 
-    # --- leaving ---
-
     def drain(self) -> None:
         """The worker shuts down: give the tokens away while its tasks end."""
         if self._self_drain is not None:
@@ -269,8 +265,6 @@ class WorkerNode:
             self._duties = None
         self._job.__exit__(None, None, None)
 
-    # --- events ---
-
     def parked_something(self) -> None:
         """A message went into the parked queue."""
         if self._duties is not None:
@@ -282,8 +276,6 @@ class WorkerNode:
             if self._framework.comes_back and self._duties is not None:
                 self._duties.restore_former()
         self._framework.on_lease(leased)
-
-    # --- operating ---
 
     def ready(self) -> dict[str, object]:
         """What probes are told: 'consuming' is whether the worker is ready, 'reason' why it is

@@ -123,8 +123,6 @@ class Sweeping:
             self._owners.reread()
         return passed.moved
 
-    # --- trouble ---
-
     def without_trouble(self, orphans: Sequence[Orphan]) -> list[Orphan]:
         """Those that are not left aside at this moment."""
         now = self._now()

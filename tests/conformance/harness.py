@@ -368,8 +368,6 @@ class Cluster:
             )
         return '\n'.join(parts)
 
-    # --- workers ---
-
     def launch(
         self,
         name: str,
@@ -481,8 +479,6 @@ class Cluster:
             for note in self.notes.of('end')
             if (not letters or note.key[0] in letters) and int(note.key.partition(':')[2]) >= least
         }
-
-    # --- messages ---
 
     def send(self, task: str, n: int, *args: Any, fate: str = 'done', **options: Any) -> str:
         """Send a message of one of the tasks that take a number first, and remember it."""

@@ -183,8 +183,6 @@ class SimNode:
     def _is_known_dead(self, process: Process) -> bool:
         return process.host == self.process.host and self.world.is_gone(process)
 
-    # --- the agent's loop ---
-
     def step(self) -> None:
         """What the agent does when it wakes: ask the protocol, send or wait."""
         if not self.running or self.paused or self._request is not None:
@@ -380,8 +378,6 @@ class SimNode:
         self.world.trace(self, 'ends', self.error or self.protocol.phase)
         self.world.ended(self)
 
-    # --- pauses ---
-
     def pause(self) -> None:
         """SIGSTOP."""
         if self.running:
@@ -410,8 +406,6 @@ class SimNode:
             self.fail(self._request_id)
         else:
             self.world.at(self.true_time(self._deadline), self.fail, self._request_id)
-
-    # --- effects ---
 
     def _run_effects(self) -> None:
         for effect in self.protocol.take_effects():
@@ -459,8 +453,6 @@ class SimNode:
         self.world.trace(self, 'released', number)
         self.protocol.released(number, self.local())
         self.step()
-
-    # --- the user's code ---
 
     def _promises(self, tokens: TokenSet) -> tuple[tuple[str, int], ...]:
         return tuple((task, token) for task, token in self.promised.items() if token in tokens)
@@ -513,8 +505,6 @@ class SimNode:
             self.world.trace(self, 'audits', mine)
             self.done |= mine
             self.taken -= mine
-
-    # --- commands ---
 
     def leave(self) -> None:
         """A graceful exit."""

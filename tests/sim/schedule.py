@@ -37,8 +37,6 @@ class Run:
     #: No node may be evicted and no token may move.
     keeps: bool = False
 
-    # --- building ---
-
     def spawn(
         self,
         name: str,
@@ -88,8 +86,6 @@ class Run:
         """A live process."""
         nodes = self.world.nodes
         return self.world.rng.choice(nodes) if nodes else None
-
-    # --- faults, each on a random node unless one is named ---
 
     def crash(self, name: str | None = None, restart_in: float | None = None) -> None:
         node = self.any_node() if name is None else self.node(name)

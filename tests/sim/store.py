@@ -188,8 +188,6 @@ class SimStore:
             self.outbox.append(f'leave {row.name}')
         return True
 
-    # --- what the API's own sessions do ---
-
     def add_lock(self, task: str, lock: Lock) -> None:
         self.locks[task] = lock
         self._locks_changed()
@@ -233,8 +231,6 @@ class SimStore:
         """A session that knows nothing of the protocol inserts a row."""
         self._write([*self.segments, segment])
 
-    # --- for the invariants ---
-
     def owned_mask(self, name: str) -> int:
         """The tokens whose owner is `name`, as bits."""
         return mask_of((s.lo, s.hi) for s in self.segments if s.node == name)
@@ -251,8 +247,6 @@ class SimStore:
         )
         other.promises = set(self.promises)
         return other
-
-    # --- requests ---
 
     @property
     def _history(self) -> str:
@@ -281,7 +275,7 @@ class SimStore:
 
     @staticmethod
     def continues(row: Row, request: Beat | Refresh | RecordHistory) -> bool:
-        """See messages.Beat: an odd number is a break of which the node has not heard."""
+        """An odd number is a break of which the node has not heard."""
         return row.beat == request.seen or row.beat > request.seen and row.beat % 2 == 0
 
     def _row(self, name: str, incarnation: str) -> Row | None:
@@ -505,8 +499,6 @@ class SimStore:
             self.planned != self.fingerprint(),
             min(expiries) - self.clock if expiries else None,
         )
-
-    # --- the leader's round ---
 
     def _evict(self, request: Evict) -> Reply:
         row = self._row(request.name, request.incarnation)

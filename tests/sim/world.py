@@ -97,8 +97,6 @@ class World:
         self._owned: dict[str, int] = {}
         self._owned_at = -1
 
-    # --- time ---
-
     def at(self, time: float, action: Callable[..., object], *args: Any) -> None:
         """Run `action(*args)` at a true time."""
         self._order += 1
@@ -127,8 +125,6 @@ class World:
 
     def new_ownership(self, total_tokens: int) -> SimOwnership | MappedOwnership:
         return MappedOwnership(total_tokens) if self._real_ownership else SimOwnership(total_tokens)
-
-    # --- nodes ---
 
     def add(self, node: SimNode) -> SimNode:
         """Start a process."""
@@ -180,8 +176,6 @@ class World:
         if mask is None:
             mask = self._owned[name] = self.store.owned_mask(name)
         return mask
-
-    # --- the network and the server ---
 
     def _one_way(self) -> float:
         delay = self.rng.random() * 2 * self.network.delay
@@ -333,8 +327,6 @@ class World:
     def has_connection(self, connection: int) -> bool:
         return connection in self._connections
 
-    # --- faults of the server ---
-
     def stop_server(self) -> None:
         """Immediate shutdown: what was under way is lost, everybody is disconnected."""
         self.trace(None, 'server stops', '')
@@ -421,8 +413,6 @@ class World:
         self.store = store
         store.on_plan = self._planned
         store.changes = changes + 1
-
-    # --- what is checked along the way ---
 
     def _planned(
         self,

@@ -199,8 +199,6 @@ class Proxy:
         if not done.wait(10):
             raise RuntimeError('the proxy does not run')
 
-    # --- the thread ---
-
     @staticmethod
     def _listen(port: int) -> socket.socket:
         listener = socket.socket()
