@@ -73,7 +73,8 @@ class Application:
         Raises:
             ConfigurationError: A setting cannot work.
         """
-        self._settings, self._tasks = read_settings(self.app, {**self._given, **more}), None
+        self._settings = read_settings(self.app, {**self._given, **more})
+        self._tasks = self._queues = None  # they were made from the former ones
         return self._settings
 
     @property

@@ -24,7 +24,7 @@ from jobsync_core.worker.settings import PluginSettings
 from jobsync_core.worker.startup import wait_for_server
 
 from .broker.interface import WorkerBroker
-from .errors import BootFailed, BrokerAway
+from .errors import BootFailed, BrokerAway, DeclarationRefused
 from .gate import WorkerGate
 from .hooks import Consumers, attach
 from .parts import GATE, GROUPS, PARTS, SENDING
@@ -77,7 +77,7 @@ class WorkerProcess:
         Raises whatever keeps it from that; then `abandon` is to be called.
         """
         if is_gevent_active():
-            raise ConfigurationError(
+            raise DeclarationRefused(
                 'dramatiq-gevent: JobSync does not work with green threads, whose blocking '
                 'database calls would stop heartbeats; '
                 'use dramatiq'

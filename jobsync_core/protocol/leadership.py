@@ -78,11 +78,12 @@ class Leadership:
         """How many live nodes are older: 0 for the leader, 1 for its successor, None while
         unknown.
         """
-        if self._older is None:
+        older = self._older  # once: other threads ask too, and the agent may begin anew meanwhile
+        if older is None:
             return None
-        living = sum(not self.liveness.is_dead(sign, now) for sign in self._older)
+        living = sum(not self.liveness.is_dead(sign, now) for sign in older)
         if self._may_be_more:
-            return len(self._older) if living else None
+            return len(older) if living else None
         return living
 
     def watches(self, now: float) -> bool:

@@ -5,6 +5,7 @@ of it.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from ..job import Job
 from ..store.sessions import Sessions
@@ -67,9 +68,9 @@ class Gate:
         place = self.owners.find(route)
         if place is not None and place.queue is None:
             place = self.owners.find_fresh(route) or place  # it may have one by now
-        if place is None:
-            return seen
-        return Here(seen.node, seen.incarnation, seen.mine, seen.leased, place.node, place.queue)
+        # The look-up may have waited for the database: the lease may be over by now.
+        seen = replace(seen, leased=self.job.am_i_healthy())
+        return seen if place is None else replace(seen, owner=place.node, queue=place.queue)
 
     def _glance(self, route: str | None) -> Here:
         """The same without the owner."""

@@ -524,9 +524,13 @@ class OtherBroker(dramatiq.Broker):
 
 
 class TestBoot:
-    def test_green_threads_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize('required', [True, False])
+    def test_green_threads_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch, required: bool
+    ) -> None:
         monkeypatch.setattr(node, 'is_gevent_active', lambda: True)
-        broker = OtherBroker(middleware=[JobSync(host='nowhere', dbname='none')])
+        plugin = JobSync(host='nowhere', dbname='none', required=required)
+        broker = OtherBroker(middleware=[plugin])
         with pytest.raises(MiddlewareError, match='green threads'):
             dramatiq.Worker(broker).start()
 

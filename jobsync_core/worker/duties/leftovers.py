@@ -51,6 +51,8 @@ class Leftovers:
         old = self._registry.old_orphans(CLOSE_SEC)
         self._sweeping.sweep(old, stop)
         self._delete(old, stop)
+        if stop():
+            self._at = moment.now  # it was cut off: the rest in the next turn
 
     def _delete(self, orphans: Sequence[Orphan], stop: Callable[[], bool]) -> None:
         """Delete queues that have been empty for long, and forget them."""

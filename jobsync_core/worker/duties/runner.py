@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import psycopg2
@@ -68,9 +69,12 @@ class Runner:
             self._thread.join(timeout)
 
     def turn(self) -> None:
-        """Do what is due; each duty once at most."""
+        """Do what is due; each duty once at most. Where lease or plan change meanwhile, the turn
+        ends: what follows a plan comes after the duty that reads it.
+        """
+        first = self._look()
         for duty in self._duties:
-            if self.closing:
+            if self._is_past(first):
                 return
             # A duty may take long, so that each is told what is so by now.
             moment = self._look()
@@ -82,10 +86,18 @@ class Runner:
 
     def _run(self) -> None:
         while not self.closing:
-            self.turn()
-            moment = self._look()
-            pause = min(_MOST_SEC, *(self._due(duty, moment) for duty in self._duties))
-            self._wait(lambda before=moment: self._is_past(before), max(_LEAST_SEC, pause))  # type: ignore[misc]
+            try:
+                self._turn_and_wait()
+            except Exception:
+                # Nothing foreseen; but a thread that ends would leave all duties undone for good.
+                logger.exception('node=%s duties failed; they are tried again', self._node)
+                time.sleep(_FAILED_SEC)
+
+    def _turn_and_wait(self) -> None:
+        self.turn()
+        moment = self._look()
+        pause = min(_MOST_SEC, *(self._due(duty, moment) for duty in self._duties))
+        self._wait(lambda: self._is_past(moment), max(_LEAST_SEC, pause))
 
     def _is_past(self, before: Moment) -> bool:
         """Whether something has changed that duties follow."""

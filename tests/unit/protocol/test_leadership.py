@@ -63,6 +63,20 @@ def test_nobody_looks_before_its_age_is_known() -> None:
     assert wakes(duties, 0.0) == float('inf')
 
 
+def test_another_thread_may_ask_for_the_rank_while_the_agent_begins_anew() -> None:
+    duties = leadership()
+
+    class Dying:
+        def is_dead(self, sign: Sign, now: float) -> bool:
+            duties.start_anew()
+            return False
+
+    duties.heard(tuple(Sign(str(number), 'x', 1) for number in range(ELDERS)), 0.0)
+    duties.liveness = Dying()  # type: ignore[assignment]
+    assert duties.rank(0.0) == ELDERS
+    assert duties.rank(0.0) is None
+
+
 def test_the_third_node_has_no_duty() -> None:
     duties = leadership()
     duties.heard((Sign('a', 'x', 1), Sign('b', 'y', 1)), 0.0)

@@ -17,6 +17,7 @@ from jobsync_core.worker.duties.runner import Runner
 from jobsync_core.worker.registry import restore_former_life
 from tests.support.fake_broker import Contents, FakeBroker
 from tests.support.fake_registry import FakeRegistry, Time, never
+from tests.support.waiting import eventually
 
 
 class Once:
@@ -101,8 +102,54 @@ class TestRunner:
         plan = node.duty('plan', lambda: setattr(node, 'version', 2))
         lease = node.duty('lease', lambda: setattr(node, 'leased', False))
         quiet = node.duty('quiet')
-        node.runner(plan, lease, quiet).turn()
+        runner = node.runner(plan, lease, quiet)
+        for _ in range(3):
+            runner.turn()
         assert (plan.stopped, lease.stopped, quiet.stopped) == (True, True, False)
+
+    def test_what_follows_a_plan_comes_after_the_one_that_reads_it(self) -> None:
+        node = Node()
+        read: list[int] = []
+        seen: list[tuple[int, int]] = []
+
+        class Reads(Once):
+            def due(self, moment: Moment) -> float:
+                return 0.0 if read[-1:] != [moment.version] else math.inf
+
+            def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
+                read.append(moment.version)
+
+        class Follows(Once):
+            def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
+                seen.append((moment.version, read[-1]))
+
+        def change() -> None:
+            node.version = 2
+
+        reads, follows = (kind('', [], lambda: None) for kind in (Reads, Follows))
+        runner = node.runner(reads, node.duty('rescue', change), follows)
+        runner.turn()
+        runner.turn()
+        assert seen == [(2, 2)]
+
+    def test_what_nobody_foresaw_does_not_end_the_thread(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr('jobsync_core.worker.duties.runner._FAILED_SEC', 0.01)
+        node = Node()
+        looks = iter([TypeError('no list yet')])
+
+        def look() -> Moment:
+            for error in looks:
+                raise error
+            return Moment(clock.now(), node.leased, node.version)
+
+        monkeypatch.setattr(node, 'look', look)
+        runner = node.runner(node.duty('any'))
+        runner.start()
+        eventually(lambda: node.log == ['any'])
+        runner.stop(5)
+        assert 'no list yet' in caplog.text
 
     def test_a_runner_that_is_told_to_end_begins_nothing(self) -> None:
         node = Node()

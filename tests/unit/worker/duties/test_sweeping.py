@@ -170,6 +170,11 @@ class TestLeftovers:
         stage.time.now += 30
         assert stage.time.run(stage.leftovers)
 
+    def test_what_was_cut_off_by_a_plan_goes_on_in_the_next_turn(self, stage: Stage) -> None:
+        stage.registry.gone = {'old': 100.0}
+        assert stage.time.run(stage.leftovers, lambda: True)
+        assert stage.time.run(stage.leftovers) and not stage.time.run(stage.leftovers)
+
     def test_what_came_late_is_brought_back_and_the_empty_queue_deleted_and_forgotten(self) -> None:
         stage = Stage(catches_strays=True)
         stage.contents.put('q.old', 'late')
