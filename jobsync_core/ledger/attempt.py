@@ -119,6 +119,13 @@ class Attempt:
         # A generator around a block may be thrown away while another attempt is running in this
         # context.
         if self._execution is not None and running.get() is self._execution:
+            self.step_back()
+
+    def step_back(self) -> None:
+        """What ran before is what runs here again, whatever the work has left behind: a generator
+        that it suspended inside of a block, for one.
+        """
+        if self._execution is not None:
             running.set(self._before)
 
     # For coroutines, what waits does so in a thread of its own.

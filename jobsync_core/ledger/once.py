@@ -229,12 +229,14 @@ def _run(options: ExactlyOnce, attempt: Attempt, call: Callable[[], Any]) -> Any
         options.keep(attempt.execution, result)
     except BaseException as error:
         end = options.judge(attempt, error)
+        attempt.step_back()
         try:
             attempt.settle()
         except UNRECORDED as trouble:
             return options.unrecorded(trouble)
         return end.answer(error)
     attempt.succeed()
+    attempt.step_back()
     try:
         attempt.settle()
     except UNRECORDED as error:
@@ -276,12 +278,14 @@ async def _run_async(
         raise
     except BaseException as error:
         end = options.judge(attempt, error)
+        attempt.step_back()
         try:
             await attempt.settle_async()
         except UNRECORDED as trouble:
             return options.unrecorded(trouble)
         return end.answer(error)
     attempt.succeed()
+    attempt.step_back()
     try:
         await attempt.settle_async()
     except UNRECORDED as error:

@@ -137,7 +137,11 @@ class Membership:
         return NOTHING
 
     def drain(self) -> Due:
-        """The row says what the user wants."""
+        """The row says what the user wants. It is asked for after a heartbeat, with nothing on its
+        way: only then is it known what the row says.
+        """
+        if self._wants_drain == (self.state == 'draining'):
+            self._wants_drain = None  # it is so; from here on an operator may decide otherwise
         wanted = self._wants_drain
         if wanted is None or self.phase is not Phase.ACTIVE:
             return NOTHING
@@ -150,8 +154,6 @@ class Membership:
     def want_drain(self, draining: bool) -> None:
         """Give all tokens away and stay alive, or take part again."""
         self._wants_drain = draining
-        if self.phase is not Phase.JOINING:
-            self._drop_wish()
 
     def open_gate(self) -> None:
         """The node may become active as soon as its grace period is over."""
@@ -160,11 +162,6 @@ class Membership:
     def told(self, state: str) -> None:
         """What the row says."""
         self.state = state
-        self._drop_wish()
-
-    def _drop_wish(self) -> None:
-        if self._wants_drain == (self.state == 'draining'):
-            self._wants_drain = None  # it is so; from here on an operator may decide otherwise
 
     def connected(self, now: float) -> None:
         """There is a new connection."""

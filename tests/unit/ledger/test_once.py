@@ -5,6 +5,7 @@ they refuse.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import functools
 import inspect
@@ -498,6 +499,35 @@ class TestKinds:
             return current_execution().key, inner(number), current_execution().key
 
         assert outer(1) == ('outer:1', 'inner:1', 'outer:1')
+        with pytest.raises(NotEntered):
+            current_execution()
+
+    @pytest.mark.parametrize('fails', [False, True])
+    def test_a_generator_that_is_left_behind_in_a_block_changes_nothing_outside(
+        self, ledger: FakeLedger, fails: bool
+    ) -> None:
+        left: list[Iterator[int]] = []
+
+        def suspended() -> Iterator[int]:
+            with once(ledger, 'in a generator'):
+                yield 1
+
+        @exactly_once(key='inner:{number}', scope='')
+        def inner(number: int) -> None:
+            left.append(suspended())
+            next(left[0])
+            if fails:
+                raise LookupError
+
+        @exactly_once(key='outer:{number}', scope='')
+        def outer(number: int) -> tuple[str, str]:
+            with contextlib.suppress(LookupError):
+                inner(number)
+            before = current_execution().key
+            left.clear()
+            return before, current_execution().key
+
+        assert outer(1) == ('outer:1', 'outer:1')
         with pytest.raises(NotEntered):
             current_execution()
 

@@ -556,6 +556,24 @@ def test_draining_gives_everything_away_and_stays() -> None:
     assert node.protocol.drained and node.protocol.phase is Phase.ACTIVE
 
 
+@pytest.mark.parametrize('draining', [True, False])
+def test_who_changes_his_mind_while_the_wish_is_on_its_way_gets_what_he_wished_last(
+    draining: bool,
+) -> None:
+    node = follower()
+    wish = {True: node.protocol.drain, False: node.protocol.undrain}
+    if not draining:
+        node.protocol.drain(node.now)
+        node.hears(Drain('me', 'life-1', True), True)
+        node.hears(Refresh('me', 'life-1'), holdings(row(0, 5), state='draining'))
+    wish[draining](node.now)
+    request = Drain('me', 'life-1', draining)
+    assert node.asks() == request
+    wish[not draining](node.now)
+    node.protocol.reply(request, True, node.now)
+    node.hears(Drain('me', 'life-1', not draining), True)
+
+
 def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
     node = follower()
     node.protocol.drain(node.now)
