@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from amqp.exceptions import NotFound
 
 from jobsync_core import clock
+from jobsync_core.worker.routing import REDELIVERED
 
 from .abandoning import abandon
 from .circuit import Circuit
@@ -54,6 +55,8 @@ class Forwarder:
         The message is to be acknowledged then. On Redis that is done with the publishing, and
         acknowledging costs nothing any more.
         """
+        if message.delivery_info.get('redelivered'):
+            headers = {**headers, REDELIVERED: True}
         with self._lock:
             if self._circuit is not None:
                 self._circuit.check()

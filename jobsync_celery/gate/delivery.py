@@ -4,14 +4,22 @@ become of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jobsync_core.worker.inbox import Received
-from jobsync_core.worker.routing import HOME, HOPS, KEY
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED
 
-__all__ = ['InHand', 'Note', 'Strategies', 'note_of', 'settle_once', 'unstamped']
+__all__ = [
+    'InHand',
+    'Note',
+    'Strategies',
+    'note_of',
+    'settle_once',
+    'mark_redelivered',
+    'unstamped',
+]
 
 _NOTE = 'jobsync_note'
 
@@ -85,8 +93,17 @@ def unstamped(message: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in (message.headers or {}).items()
-        if name not in (KEY, HOPS, HOME)
+        if name not in (KEY, HOPS, HOME, REDELIVERED)
     }
+
+
+def mark_redelivered(message: Any) -> None:
+    """Tell the task that its message had been delivered before it was passed on: it may have
+    rejected it then.
+    """
+    headers = message.headers
+    if isinstance(headers, Mapping) and headers.get(REDELIVERED) is True:
+        message.delivery_info['redelivered'] = True
 
 
 def settle_once(message: Any) -> None:

@@ -16,7 +16,7 @@ from ..broker.queues import Queues
 from ..incoming import Incoming, read_delivery
 from ..logs import get_logger
 from ..tasks.coordinated import Tasks
-from .delivery import Note
+from .delivery import Note, mark_redelivered
 
 __all__ = ['Reader']
 
@@ -52,6 +52,7 @@ class Reader:
         found = known.get(_INCOMING)
         if found is None:
             found = known[_INCOMING] = read_delivery(message)
+            mark_redelivered(message)
         return found  # type: ignore[no-any-return]
 
     def note(self, name: str, message: Any) -> Note:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -162,8 +162,7 @@ class Tables:
         key = (name, *itertools.chain.from_iterable(pieces.items()))
         found = self._texts.get(key)
         if found is None:
-            functions = {function: getattr(self, function) for function in FUNCTIONS}
-            found = catalog().render(name, {**self.all, **functions}, pieces)
+            found = catalog().render(name, _Names(self), pieces)
             if self._location.found:
                 self._texts[key] = found
         return found
@@ -187,6 +186,28 @@ class Tables:
             return list(cursor.fetchall())
 
         locate(self._location, config, run)
+
+
+class _Names(Mapping[str, str]):
+    """Names for SQL, each made when it is asked for: where the tables have no place, statements
+    that name none still work.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def __contains__(self, name: object) -> bool:
+        return name in RELATIONS or name in FUNCTIONS
+
+    def __getitem__(self, name: str) -> str:
+        found: str = getattr(self._tables, name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*RELATIONS, *FUNCTIONS))
+
+    def __len__(self) -> int:
+        return len(RELATIONS) + len(FUNCTIONS)
 
 
 def quote_name(name: str) -> str:

@@ -19,6 +19,7 @@ from ..ledger.once import ExactlyOnce
 __all__ = [
     'HOME',
     'HOPS',
+    'REDELIVERED',
     'KEY',
     'QUEUE_BYTES',
     'WAITS',
@@ -38,6 +39,9 @@ KEY, HOPS = 'jobsync_key', 'jobsync_hops'
 #: Of the one that carries the queue which the message was sent to, and of the one that counts how
 #: often it waited for its running key.
 HOME, WAITS = 'jobsync_home', 'jobsync_waits'
+#: Of the one that says that a message had been delivered to somebody before it was passed on: what
+#: is published anew is no redelivery to its broker.
+REDELIVERED = 'jobsync_redelivered'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept

@@ -16,9 +16,10 @@ from redis.exceptions import ResponseError
 
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
+from jobsync_celery.gate.delivery import mark_redelivered, unstamped
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.worker.routing import HOPS, KEY
+from jobsync_core.worker.routing import HOPS, KEY, REDELIVERED
 from tests.support.brokers import RedisServer
 
 _TARGET = 'jobsync.shop_.n2'
@@ -146,6 +147,24 @@ def check_a_copy_that_is_refused_leaves_the_original(server: RedisServer, space:
         message.ack()
         assert desk.unacked() == 0
         assert desk.stored().payload == 7 and desk.stored() is None
+
+
+def test_the_copy_of_a_redelivered_message_says_so(redis_server: RedisServer, space: str) -> None:
+    with contextlib.ExitStack() as stack:
+        desk = _Desk(redis_server, space, stack)
+        message = desk.take()
+        desk.send(message)
+        first = desk.stored()
+        mark_redelivered(first)
+        assert not first.delivery_info.get('redelivered')
+        desk.take().reject(requeue=True)
+        again = Queue('celery')(desk.connection.default_channel).get()
+        assert again is not None and again.delivery_info['redelivered']
+        desk.send(again)
+        copy = desk.stored()
+        mark_redelivered(copy)
+        assert copy.delivery_info['redelivered']
+        assert REDELIVERED not in unstamped(copy)
 
 
 def test_a_copy_that_is_refused_leaves_the_original(redis_server: RedisServer, space: str) -> None:
