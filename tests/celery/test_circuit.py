@@ -134,7 +134,7 @@ def check_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for _ in range(100):
             with pytest.raises((TimeoutError, BrokerBusy)):
-                forwarder.send('q', SimpleNamespace(channel=None), {})
+                forwarder.send('q', SimpleNamespace(channel=None, delivery_info={}), {})
     finally:
         forwarder.close()
     assert asked == ['q']
