@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
+from jobsync_celery import JobSync
+from jobsync_celery.application import Application
 from jobsync_celery.settings import read_settings
 from jobsync_core.errors import ConfigurationError
 
@@ -91,3 +93,18 @@ def test_those_of_a_module_are_looked_at_and_it_is_imported_once(
     assert f'app.conf has {wrong!r}' in str(caught.value) and f'did you mean {right!r}?' in str(
         caught.value
     )
+
+
+def test_what_was_made_from_the_settings_is_made_anew_where_they_are_read_again() -> None:
+    app = Celery('app', broker='memory://', set_as_current=False)
+    app.conf.update(jobsync_database_url=URL, broker_url='redis://localhost', jobsync_appname='a_')
+    JobSync(app)
+    application = Application.of(app)
+    assert application is not None
+    before = application.queues
+    app.conf.jobsync_appname = 'b_'
+    application.read_again()
+    assert before.is_of_cluster('jobsync.a_.n1') and application.queues.is_of_cluster(
+        'jobsync.b_.n1'
+    )
+    assert not application.queues.is_of_cluster('jobsync.a_.n1')

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -26,7 +26,6 @@ from jobsync_core.errors import (
     NotCommitted,
 )
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.executions import ExecutionStore
@@ -34,8 +33,8 @@ from jobsync_core.store.statements import catalog
 from jobsync_core.store.transactions import _ENDING, TransactionConnection
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
-from tests.support.ledgers import effects, insert, ledgers_of, state_of
-from tests.support.rows import Rows, rows_of
+from tests.support.ledgers import effects, insert, state_of
+from tests.support.rows import Rows
 
 
 @pytest.fixture(params=[True, False], ids=['sessions', 'behind a pooler'])
@@ -43,30 +42,6 @@ def config(
     make_config: Callable[..., CoordinationConfig], request: pytest.FixtureRequest
 ) -> CoordinationConfig:
     return make_config(listen=request.param)
-
-
-@pytest.fixture
-def rows(config: CoordinationConfig) -> Iterator[Rows]:
-    with rows_of(config) as found:
-        found.run('CREATE TABLE effect (key text)')
-        yield found
-
-
-@pytest.fixture
-def ledger(rows: Rows) -> Iterator[ClusterLedger]:
-    with ledgers_of(rows) as make:
-        made = make('a')
-        set_current_ledger(made)
-        yield made
-        set_current_ledger(None)
-
-
-@pytest.fixture
-def own(config: CoordinationConfig) -> Iterator[Any]:
-    connection = connect(config)
-    connection.autocommit = False
-    yield connection
-    connection.close()
 
 
 def address(config: CoordinationConfig) -> str:

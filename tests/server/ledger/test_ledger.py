@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from jobsync_core.errors import (
 from jobsync_core.ledger import batch as group_commit
 from jobsync_core.ledger.attempt import Attempt
 from jobsync_core.ledger.cluster import ClusterLedger
-from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.executions import ExecutionStore, Row
@@ -42,37 +41,6 @@ from tests.support.ledger_process import connect
 from tests.support.ledgers import MakeLedger, effects, insert, ledgers_of, state_of
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
-
-
-@pytest.fixture
-def rows(config: CoordinationConfig) -> Iterator[Rows]:
-    with rows_of(config) as found:
-        found.run('CREATE TABLE effect (key text)')
-        yield found
-
-
-@pytest.fixture
-def make_ledger(rows: Rows) -> Iterator[MakeLedger]:
-    """Makes ledgers, each of a node of its own with a row in the node table."""
-    with ledgers_of(rows) as make:
-        yield make
-
-
-@pytest.fixture
-def ledger(make_ledger: MakeLedger) -> Iterator[ClusterLedger]:
-    made = make_ledger('a')
-    set_current_ledger(made)
-    yield made
-    set_current_ledger(None)
-
-
-@pytest.fixture
-def own(config: CoordinationConfig) -> Iterator[Any]:
-    """A connection of the user's."""
-    connection = connect(config)
-    connection.autocommit = False
-    yield connection
-    connection.close()
 
 
 def forget_node(rows: Rows, node: str) -> None:

@@ -25,7 +25,7 @@ from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.once import exactly_once, once
 from jobsync_core.store.sessions import Sessions
 from tests.support import attempts as by_hand
-from tests.support.ledgers import effects, insert, ledgers_of, state_of
+from tests.support.ledgers import effects, insert, state_of
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -84,15 +84,6 @@ def rows(config: CoordinationConfig) -> Iterator[Rows]:
     with rows_of(config) as found:
         found.run(TROUBLE.format(execution=found.tables.execution))
         yield found
-
-
-@pytest.fixture
-def ledger(rows: Rows) -> Iterator[ClusterLedger]:
-    with ledgers_of(rows) as make:
-        made = make('a')
-        set_current_ledger(made)
-        yield made
-        set_current_ledger(None)
 
 
 def make_trouble(rows: Rows, code: str) -> None:
