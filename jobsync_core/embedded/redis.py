@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from .postgres import EmbeddedServerError
+from .errors import EmbeddedServerError
 from .process import SupervisedServer
 
 __all__ = ['EmbeddedRedis', 'redis_program']

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jobsync_core.embedded.postgres import EmbeddedServerError
+from jobsync_core.embedded.errors import EmbeddedServerError
 from jobsync_core.embedded.redis import redis_program
 
 __all__ = ['BrokerServer', 'BrokerUnavailable', 'RabbitServer', 'RedisServer']

@@ -16,8 +16,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
-from jobsync_core.embedded.postgres import EmbeddedPostgres, EmbeddedServerError
-from jobsync_core.embedded.redis import EmbeddedRedis
+from jobsync_core.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServerError
 from jobsync_core.embedded.supervisor import running, server_processes
 from tests.conftest import SETTINGS
 from tests.support.waiting import eventually
@@ -27,14 +26,13 @@ import sys, time
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 server = EmbeddedPostgres(settings={'fsync': 'off'})
 server.start()
-print(server._server.pid, server.log.parent, flush=True)
+print(server.pid, server.log.parent, flush=True)
 sys.stdin.readline()
 """
 
 
 _REDIS_OWNER = """
 import sys
-from jobsync_core.embedded.redis import EmbeddedRedis
 with EmbeddedRedis() as server:
     print(server.pid, flush=True)
     sys.stdin.readline()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobsync_core.embedded.postgres import EmbeddedServerError
+from jobsync_core.embedded.errors import EmbeddedServerError
 from jobsync_core.embedded.redis import redis_program
 
 
