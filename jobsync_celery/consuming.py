@@ -7,8 +7,7 @@ from typing import Any
 
 from jobsync_core import clock
 from jobsync_core.job import Job
-from jobsync_core.logs import Repeats
-from jobsync_core.protocol.pausing import Pausing, remedy
+from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
 
 from .gate.gate import ConsumerGate
 from .listening import Listening
@@ -55,8 +54,9 @@ class LeasedConsumer:
         self._timeout = timeout_sec
         self._connected = self._consuming = False
         self._leased_at = 0.0
-        self._refusing = False
-        self._repeats = Repeats()
+        self._when = WhenToConsume()
+        #: Why the consumer was stopped.
+        self._stopped_by = Consume.NOW
         self._look: Any = None
 
     def connected(self) -> None:
@@ -91,52 +91,37 @@ class LeasedConsumer:
         self._listening.turned(self._rabbit_connection())
         if consumer is None or job is None or not self._connected:
             return
-        now, leased = clock.now(), job.am_i_healthy()
+        now = clock.now()
         asked = self._left.asked_at
         if asked is not None and now - asked > self._timeout:
             # Redis answers within a second: who has forgotten this connection may let another one
             # through
             self._left.cut()
-        paused = job.pausing.is_paused(now)
-        if leased:
+        found = self._when.look(job.am_i_healthy(), job.pausing, now)
+        if found is not Consume.NO_LEASE:
             self._leased_at = now
-        if self._consuming and (paused or not leased):
-            self._consuming = False
-            self._tell_stop(leased, job.pausing, now)
-            consumer.cancel()
-            self._gate.return_waiting()
-        elif not leased and self._is_rabbit and now - self._leased_at > self._timeout:
+        if self._consuming and found is not Consume.NOW:
+            self._stop(found)
+        elif found is Consume.NOW and not self._consuming:
+            self._consuming = True
+            consumer.consume()
+            if self._stopped_by is Consume.NO_LEASE:
+                logger.info('JobSync: the lease is valid again; consuming goes on')
+        elif found is Consume.PAUSED:
+            self._gate.return_waiting()  # whose time has come meanwhile
+        elif (
+            found is Consume.NO_LEASE and self._is_rabbit and now - self._leased_at > self._timeout
+        ):
             # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
             # comes from.
             self._gate.return_running()
-        elif leased and not paused and not self._consuming:
-            self._consuming = True
-            consumer.consume()
-            if not self._refusing:
-                logger.info('JobSync: the lease is valid again; consuming goes on')
-        elif paused:
-            self._gate.return_waiting()  # whose time has come meanwhile
-        if self._refusing and not job.pausing.length:
-            self._refusing = False
-            logger.info('JobSync: the database begins work again; consuming goes on')
 
-    def _tell_stop(self, leased: bool, pausing: Pausing, now: float) -> None:
-        if not leased:
+    def _stop(self, why: Consume) -> None:
+        self._consuming, self._stopped_by = False, why
+        if why is Consume.NO_LEASE:
             logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
-            return
-        self._refusing = True
-        error = pausing.error
-        more = self._repeats.say('refused', now)
-        if more is not None:
-            logger.warning(
-                'JobSync: the database refuses to begin anything; consuming stops for %.0f s, and '
-                'one message tries then: %s; '
-                '%s%s',
-                pausing.length,
-                error,
-                remedy(error.sqlstate),
-                more,
-            )
+        self._consumer.task_consumer.cancel()
+        self._gate.return_waiting()
 
     def _rabbit_connection(self) -> Any:
         connection = self._consumer.connection if self._is_rabbit else None

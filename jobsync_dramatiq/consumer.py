@@ -13,6 +13,7 @@ from dramatiq.errors import ConnectionClosed, ConnectionFailed
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.inbox import Action, Outcome
+from jobsync_core.worker.when_to_consume import Consume
 
 from .broker.interface import QueueConsumer
 from .gate import WorkerGate
@@ -96,10 +97,11 @@ class GatedConsumer(Consumer):
         return self._opened
 
     def _next(self) -> Any:
-        if not self._gate.job.am_i_healthy():
+        found = self._gate.look()
+        if found is Consume.NO_LEASE:
             return self._rest(self._gate.requeue_unleased)
         # What is delayed does not begin: it goes to its queue when it is due.
-        if not self._delays and self._gate.is_paused():
+        if found is Consume.PAUSED and not self._delays:
             return self._rest(self._gate.requeue_unbegun)
         if self._paused:
             self._source.resume()

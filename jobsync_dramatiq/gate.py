@@ -11,10 +11,10 @@ from typing import Any
 from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.logs import Repeats, get_logger
-from jobsync_core.protocol.pausing import remedy
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.inbox import Outcome, Received
+from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
 
 from .actors import Actors
 from .broker.interface import QueueConsumer, WorkerBroker
@@ -59,7 +59,7 @@ class WorkerGate:
         #: What threads of this worker have, or will have; and what of it has begun.
         self._in_hand: dict[int, Any] = {}
         self._begun: set[int] = set()
-        self._refusing = False
+        self._when = WhenToConsume()
         self._lock = threading.Lock()
 
     def place(self, received: Received) -> Outcome:
@@ -166,37 +166,13 @@ class WorkerGate:
             self.count('returned', len(found))
         return len(found)
 
-    def is_paused(self) -> bool:
-        """Whether the database refuses to begin anything, so that nothing is taken for a while.
-        Says so once, and when it is over.
-        """
-        pausing, now = self.job.pausing, self.now()
-        paused = pausing.is_paused(now)
-        if paused and not self._refusing:
-            self._refusing = True
-            error, more = pausing.error, self._repeats.say('refused', now)
-            if more is not None:
-                logger.warning(
-                    'JobSync: the database refuses to begin anything; consuming stops for %.0f s, '
-                    'and one message tries then: '
-                    '%s; %s%s',
-                    pausing.length,
-                    error,
-                    remedy(error.sqlstate),
-                    more,
-                )
-        elif self._refusing and not pausing.length:
-            self._refusing = False
-            logger.info('JobSync: the database begins work again; consuming goes on')
-        return paused
+    def look(self) -> Consume:
+        """Whether messages are taken now."""
+        return self._when.look(self.job.am_i_healthy(), self.job.pausing, self.now())
 
     def admits(self, message: Any) -> bool:
         """Whether an actor may run, as far as the database is concerned."""
-        pausing = self.job.pausing
-        if not pausing.length or not self._completes_once(message):
-            return True
-        with self._lock:
-            return pausing.admits(self.now())
+        return self._gate.admits(lambda: self._completes_once(message), self.now())
 
     def tell_unknown(self, message: Any) -> None:
         """Say, once in a while, that nobody here knows a message's actor. Dramatiq would put it

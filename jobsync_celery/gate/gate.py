@@ -85,7 +85,7 @@ class ConsumerGate:
             forwarder,
             refuse=self._refusals.refuse,
             failed=self._not_run,
-            admits=lambda name: self._admits(name),
+            admits=self._admits,
             on_parked=on_parked,
         )
         self._dispatched: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
@@ -307,14 +307,11 @@ class ConsumerGate:
             self._placing.place(item)
 
     def _admits(self, name: str) -> bool:
-        """Whether a task may go to the pool, as far as the database is concerned, which may refuse
-        to begin anything.
-        """
-        pausing = self._gate.job.pausing
-        if not pausing.length:
-            return True
+        return self._gate.admits(lambda: self._completes_once(name), clock.now())
+
+    def _completes_once(self, name: str) -> bool:
         found = self._tasks.find(name)
-        return found is None or found.once is None or pausing.admits(clock.now())
+        return found is not None and found.once is not None
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens is at the pool."""
@@ -353,8 +350,7 @@ class ConsumerGate:
             if request not in state.active_requests or request.acknowledged:
                 continue
             try:
-                coordination = self._tasks.find(note.name)
-                if coordination is not None and coordination.once is not None:
+                if self._completes_once(note.name):
                     logger.warning(
                         'Task %s[%s] is executed without a lease: its message goes back',
                         request.name,

@@ -5,6 +5,7 @@ of it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..job import Job
@@ -77,6 +78,20 @@ class Gate:
         job = self.job
         mine = route is not None and job.owns(route)
         return Here(job.node_name, job.incarnation, mine, mine or job.am_i_healthy())
+
+    def admits(self, completes_once: Callable[[], bool], now: float) -> bool:
+        """Whether a task may begin, as far as the database is concerned, which may refuse to begin
+        anything. What asks it nothing always may.
+
+        Args:
+            completes_once: Whether the task asks the database; called only where that matters.
+            now: The moment, in seconds on the monotonic clock.
+        """
+        pausing = self.job.pausing
+        if not pausing.length or not completes_once():
+            return True
+        with self._lock:
+            return pausing.admits(now)
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event, for metrics and `local_status`."""

@@ -26,7 +26,6 @@ from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
 from jobsync_celery import JobSync
 from jobsync_celery.consuming import LeasedConsumer
-from jobsync_celery.gate.gate import ConsumerGate
 from jobsync_celery.gate.placing import Placing
 from jobsync_celery.hooks import restore_last
 from jobsync_celery.listening import Listening
@@ -35,6 +34,7 @@ from jobsync_celery.steps import NodeStep
 from jobsync_celery.tasks.coming_back import ComesBack
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
+from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.node import refusal
 from jobsync_core.worker.owners import Place
 from tests.support.waiting import eventually
@@ -983,6 +983,6 @@ def check_one_tries(stage: Bench) -> None:
 def test_without_that_every_message_would_try(
     stage: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ConsumerGate, '_admits', lambda *args: True)
+    monkeypatch.setattr(Gate, 'admits', lambda *args: True)
     with pytest.raises(AssertionError):
         check_one_tries(stage)
