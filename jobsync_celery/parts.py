@@ -20,6 +20,7 @@ __all__ = [
     'GATE',
     'PASS_ON',
     'LIFE',
+    'NEWER',
     'PARTS',
     'RECEIVE',
     'RESTORE',
@@ -63,14 +64,13 @@ PARTS: tuple[Part, ...] = (
             'handlers',
             'connection_errors',
             '_on_connection_disconnect',
+            '_poll_error',
             'basic_consume',
             'basic_get',
         ),
     ),
     Part(
-        RECEIVE,
-        f'{_REDIS}:QoS',
-        ('_remove_from_indices', 'append', 'ack', 'restore_unacked_once', '_delivered'),
+        RECEIVE, f'{_REDIS}:QoS', ('_remove_from_indices', 'append', 'ack', 'restore_unacked_once')
     ),
     Part(RECEIVE, 'kombu.transport.virtual:QoS', ('append', 'ack', 'can_consume')),
     Part(RECEIVE, f'{_REDIS}:Transport', ('cycle', '_deliver', 'register_with_event_loop')),
@@ -162,16 +162,19 @@ PARTS: tuple[Part, ...] = (
         ),
     ),
     Part(GATE, 'celery.worker.worker:WorkController', ('_process_task', '_process_task_sem')),
+    Part(GATE, 'celery.worker.components:Pool', ('_quick_release',)),
     Part(GATE, 'celery.concurrency.thread:TaskPool', ('executor',)),
     Part(GATE, 'billiard.pool:ApplyResult', ('_callback', '_accepted')),
     Part(GATE, 'billiard.pool:Pool', ('_cache',)),
     Part(GATE, 'celery.app.trace', ('trace_ok_t', 'TraceInfo', 'report_internal_error')),
-    Part(LIFE, 'celery.app.amqp:Queues', ('select_add', 'deselect')),
+    Part(LIFE, 'celery.app.amqp:Queues', ('select_add',)),
     Part(LIFE, 'celery.concurrency.prefork:TaskPool', ('_pool', 'terminate')),
     Part(LIFE, 'celery.worker.worker:WorkController', ('pool_cls',)),
     Part(SENDING, 'celery.app.base:Celery', ('_task_from_fun', '_tasks', 'amqp_cls')),
     Part(SENDING, 'celery.app.amqp:AMQP', ('_create_task_sender', 'Connection')),
     Part(SENDING, 'celery.app.task:Task', ('request_stack',)),
+    Part(SENDING, 'celery.app.autoretry', ('_orig_run',)),
+    Part(SENDING, 'celery.local:Proxy', ('_get_current_object',)),
     Part(
         SENDING,
         'celery.backends.redis:RedisBackend',
@@ -180,6 +183,20 @@ PARTS: tuple[Part, ...] = (
     Part(SENDING, 'kombu.connection:Connection', ('_connection',)),
     Part(COLD, 'celery.concurrency.asynpool:AsynPool', ('_active_writes',)),
     Part(COLD, 'kombu.asynchronous.hub:Hub', ('create_loop', 'on_tick', 'on_close')),
+)
+
+#: What older versions lack, and do not need: it is used where it is there.
+NEWER: tuple[Part, ...] = (
+    Part(
+        f'{RECEIVE}, from Celery 5.7 on',
+        f'{_REDIS}:Channel',
+        ('_brpop_sent_at', '_flush_brpop_reauth', '_pending_reauth_token'),
+    ),
+    Part(
+        f'{SENDING}, from Celery 5.7 on',
+        'celery.backends.redis:RedisBackend',
+        ('_chord_part_return_script',),
+    ),
 )
 
 

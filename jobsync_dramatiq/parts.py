@@ -23,7 +23,7 @@ PARTS: tuple[Part, ...] = (
         'dramatiq.worker:Worker',
         ('consumers', 'consumer_whitelist', 'worker_timeout', 'stop'),
     ),
-    Part(GATE, 'dramatiq.worker:_ConsumerThread', ('consumer', 'post_process_message')),
+    Part(GATE, 'dramatiq.worker:_ConsumerThread', ('consumer',)),
     Part(GROUPS, 'dramatiq.middleware:GroupCallbacks', ('rate_limiter_backend',)),
     Part(GROUPS, 'dramatiq.rate_limits:RateLimiterBackend', ('add', 'incr')),
     Part(

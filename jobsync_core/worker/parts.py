@@ -17,7 +17,8 @@ class Part(NamedTuple):
     Attributes:
         use: What it is used for; parts of one use stand and fall together.
         owner: `module:Class`, or a module.
-        names: Attributes. One that an instance gets from a method is found as well.
+        names: Attributes. One that an instance gets from a method, or anything from a function of
+            the module, is found as well.
     """
 
     use: str
@@ -53,12 +54,9 @@ def _lacking(part: Part) -> list[str]:
 
 def _stores(owner: Any, name: str) -> bool:
     # What an instance gets when a method runs, without making one: the method's code stores it.
-    methods = [
-        method
-        for cls in (owner.__mro__ if isinstance(owner, type) else ())
-        for method in vars(cls).values()
-    ]
-    codes = (getattr(inspect.unwrap(method), '__code__', None) for method in methods)
+    owners = owner.__mro__ if isinstance(owner, type) else (owner,)
+    functions = [function for one in owners for function in vars(one).values()]
+    codes = (getattr(inspect.unwrap(function), '__code__', None) for function in functions)
     return any(
         step.opname == 'STORE_ATTR' and step.argval == name
         for code in codes

@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
-from celery import Celery
+from celery import VERSION, Celery
 from kombu.transport import redis as transport
 
 from jobsync_celery import parts
 from jobsync_celery.settings import read_settings
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.parts import missing as lacking
+from tests.support.private_parts import foreign_names, names_in
 
 _PAGE = Path(__file__).parents[2] / 'docs' / 'CELERY.md'
+#: Kombu's poller calls the listener by these.
+_USED_BY_KOMBU = {'fds', 'on_readable'}
 _URL = 'postgresql://u:p@127.0.0.1:1/d'
 
 
@@ -33,7 +36,24 @@ def test_the_page_has_the_same_table() -> None:
     )
     assert [
         (use, owner, tuple(re.findall(r'`(\w+)`', names))) for use, owner, names in rows
-    ] == list(map(tuple, parts.PARTS))
+    ] == list(map(tuple, (*parts.PARTS, *parts.NEWER)))
+
+
+@pytest.mark.skipif(VERSION < (5, 7), reason='of newer versions')
+@pytest.mark.parametrize('part', parts.NEWER, ids=lambda part: f'{part.owner}-{part.use}')
+def test_the_newer_versions_have_what_is_used_of_them(part: parts.Part) -> None:
+    assert lacking([part]) == []
+
+
+def test_whatever_private_part_is_used_is_listed() -> None:
+    listed = {name for part in (*parts.PARTS, *parts.NEWER) for name in part.names}
+    used = foreign_names('jobsync_celery')
+    assert {name: where for name, where in used.items() if name not in listed} == {}
+
+
+def test_whatever_is_listed_is_used() -> None:
+    listed = {name for part in (*parts.PARTS, *parts.NEWER) for name in part.names}
+    assert listed - names_in('jobsync_celery') == _USED_BY_KOMBU
 
 
 @pytest.mark.parametrize('name', ['_brpop_start', 'ack_emulation'])

@@ -17,6 +17,7 @@ from jobsync_dramatiq.broker.opening import open_broker
 from jobsync_dramatiq.broker.redis_keys import RedisKeys
 from jobsync_dramatiq.node import check_parts
 from jobsync_dramatiq.parts import PARTS, REDIS
+from tests.support.private_parts import foreign_names, names_in
 
 _PAGE = Path(__file__).parents[2] / 'docs' / 'DRAMATIQ.md'
 _CONFIG = CoordinationConfig(appname='shop_')
@@ -36,6 +37,18 @@ def test_the_page_has_the_same_table() -> None:
     assert [
         (use, owner, tuple(re.findall(r'`(\w+)`', names))) for use, owner, names in rows
     ] == list(map(tuple, PARTS))
+
+
+def test_whatever_private_part_is_used_is_listed() -> None:
+    listed = {name for part in PARTS for name in part.names}
+    used = foreign_names('jobsync_dramatiq')
+    assert {name: where for name, where in used.items() if name not in listed} == {}
+
+
+def test_whatever_is_listed_is_used() -> None:
+    listed = {name for part in PARTS for name in part.names}
+    # It makes `do_fetch` and the like.
+    assert listed - names_in('jobsync_dramatiq') == {'__getattr__'}
 
 
 def test_without_a_part_the_worker_does_not_start_and_names_it(
