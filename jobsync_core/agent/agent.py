@@ -335,9 +335,8 @@ class Agent:
         try:
             payloads = connection.notifies()
         except (DatabaseUnavailable, psycopg2.Error) as error:
-            logger.warning(
-                'node=%s lost its connection: %s', self.protocol.name, str(error).strip()
-            )
+            # Somebody may end sessions again and again.
+            self._say(logging.WARNING, f'lost its connection: {str(error).strip()}')
             self._close_connection()
             self.protocol.disconnected(clock.now())
             return True

@@ -18,7 +18,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.agent import Agent
 from jobsync_core.protocol.messages import Beat, Connect, Refresh, Request
 from jobsync_core.web.health import HealthServer
-from tests.support.cluster import node_of
+from tests.support.cluster import node_of, query
 from tests.support.waiting import eventually
 
 UNFORESEEN = [
@@ -66,6 +66,27 @@ def test_an_unforeseen_error_suspends_claims_until_all_has_been_read_anew_and_is
         assert len(said) == len(set(said)), (
             'a request beside the heartbeats may have failed first, which is another line'
         )
+
+
+def test_a_connection_that_somebody_ends_again_and_again_is_said_once(
+    config: CoordinationConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sessions() -> list[int]:
+        rows = query(
+            config, "SELECT pid FROM pg_stat_activity WHERE application_name = 'jobsync n1'"
+        )
+        return [pid for (pid,) in rows]
+
+    with Job('n1', config, wait_on_enter=0) as job:
+        eventually(lambda: job.can_claim_task(1))
+        with caplog.at_level(logging.WARNING, logger='jobsync_core.agent.agent'):
+            for _ in range(8):  # now and then a heartbeat finds it first
+                before = eventually(sessions)
+                query(config, 'SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid', (before,))
+                eventually(lambda before=before: set(sessions()) - set(before))  # type: ignore[misc]
+                eventually(job.am_i_healthy)
+        said = [line for line in caplog.messages if 'lost its connection' in line]
+    assert len(said) <= 1
 
 
 def test_no_thread_to_be_had_while_connecting_anew_ends_nothing(config: CoordinationConfig) -> None:
