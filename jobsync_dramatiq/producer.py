@@ -7,8 +7,9 @@ from typing import Any
 
 from dramatiq.errors import ConnectionClosed
 
+from jobsync_core import clock
 from jobsync_core.job import Job
-from jobsync_core.logs import get_logger
+from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.routing import HOME, HOPS, KEY
@@ -41,6 +42,7 @@ class Producer:
         self._enqueue = native.enqueue
         self._actors: Actors | None = None
         self._broker: WorkerBroker | None = None
+        self._repeats = Repeats()
         self.job: Job | None = None
         self.lookup = OwnerLookup(settings, lambda: self.job)
 
@@ -84,7 +86,11 @@ class Producer:
             self.broker.send(message, queue, message.options[KEY])
         except ConnectionClosed as error:
             # RabbitMQ may refuse this user the plugin's exchange. A worker sends the message on.
-            logger.warning('id=%s goes to its home queue: %s', message.message_id, error)
+            more = self._repeats.say(repr(error), clock.now())
+            if more is not None:
+                logger.warning(
+                    'id=%s goes to its home queue: %s%s', message.message_id, error, more
+                )
             return self._enqueue(message, delay=delay)
         self._native.emit_after('enqueue', message, delay)
         return message

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..assignment.patterns import NodeNames
 from ..store.status import StatusStore
 from .context import printable
 
@@ -149,6 +150,14 @@ def _why_blocked(found: Mapping[str, Any]) -> str:
         return (
             'blocked: every live node is draining or still joining, `jobsync undrain NODE` '
             'lets one take them'
+        )
+    locks = [lock for item in found['blocked'] for lock in item['locks']]
+    draining = NodeNames(node['name'] for node in live if node['state'] == 'draining')
+    matching = sorted({name for lock in locks for name in draining.eligible(lock['node_patterns'])})
+    if matching:
+        return (
+            'blocked: the nodes that match their locks are draining: '
+            f'{", ".join(map(printable, matching[:_LOCKS_SHOWN]))}'
         )
     return 'blocked: no live node matches their locks'
 

@@ -10,6 +10,7 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import MiddlewareError
 
 from jobsync_celery import exactly_once as celery_once
@@ -287,3 +288,26 @@ class TestClasses:
                 @core_once(key='order:{order_id}', scope='test')
                 def perform(self, order_id: int) -> int:
                     return order_id
+
+
+class TestSending:
+    def test_that_messages_go_to_their_home_queue_is_said_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Away:
+            def send(self, *_: Any) -> None:
+                raise ConnectionClosed(OSError('refused'))
+
+        plugin = JobSync(config=CONFIG)
+        found = StubBroker(middleware=[plugin])
+
+        @dramatiq.actor(broker=found, jobsync_key='symbol:{symbol}')
+        def update(symbol: str) -> None:
+            """Nothing to do."""
+
+        vars(plugin.producer)['_broker'] = Away()
+        vars(plugin.producer.lookup)['queue_of'] = lambda route: 'jobsync.sync_.n1'
+        for number in range(3):
+            update.send(str(number))
+        assert found.queues['default'].qsize() == 3
+        assert len([line for line in caplog.messages if 'goes to its home queue' in line]) == 1

@@ -260,6 +260,17 @@ def test_a_lock_is_not_blamed_for_tokens_that_no_node_could_take(
     assert reason in shown and 'locks' not in shown and 'wants gpu-%' not in shown
 
 
+def test_a_node_that_matches_a_lock_and_is_draining_is_named(
+    rows: Rows, run: Callable[..., Result]
+) -> None:
+    rows.node('gpu-1', state='draining')
+    rows.node('cpu-1')
+    token = task_to_token('render', 10_000, 'double_sha256')
+    rows.own(token, token + 1, None, blocked=True)
+    good(run('locks', 'add', 'render', 'gpu-%'))
+    assert 'the nodes that match their locks are draining: gpu-1' in good(run('status'))
+
+
 class TestWho:
     def test_it_tells_owner_token_lock_pattern_and_successor(
         self, rows: Rows, run: Callable[..., Result]
