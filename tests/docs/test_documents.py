@@ -324,7 +324,7 @@ def test_the_celery_guide_gives_every_setting_and_option_with_its_true_default()
             assert name in rows or name == 'bare'
 
 
-@pytest.mark.parametrize('name', ['GUARANTEES.md', 'ARCHITECTURE.md'])
+@pytest.mark.parametrize('name', ['GUARANTEES.md', 'ARCHITECTURE.md', 'INTERNALS.md'])
 def test_other_documents(stage: Stage, name: str) -> None:
     make_tables(stage)
     run_blocks(stage, ROOT / 'docs' / name)
@@ -423,6 +423,7 @@ def test_every_document_is_tested_and_every_block_has_a_known_language() -> None
         'CELERY.md',
         'GUARANTEES.md',
         'ARCHITECTURE.md',
+        'INTERNALS.md',
         SPECIFICATION.name,
         'IN_AND_OUT.md',
         'DRAMATIQ.md',
