@@ -13,7 +13,8 @@ import psycopg2
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Beat, Join, Lead, Observe
+from jobsync_core.protocol.messages.leadership import Lead, Observe
+from jobsync_core.protocol.messages.membership import Beat, Join
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.schema import create_schema

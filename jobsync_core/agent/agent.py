@@ -19,7 +19,9 @@ from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, JobSyncError, StoreTimeout
 from ..logs import get_logger
 from ..protocol.effects import Entered, Failed, Left, Note, RebalanceEvent, Release
-from ..protocol.messages import Connect, ConnectReply, HeartbeatReply, Join, Reply, Request
+from ..protocol.messages import Reply, Request
+from ..protocol.messages.connection import Connect, ConnectReply
+from ..protocol.messages.membership import HeartbeatReply, Join
 from ..protocol.node import BESIDE, Phase, Protocol
 from ..results import NodeEvent
 from ..store.cluster import ClusterStore

@@ -9,7 +9,10 @@ from __future__ import annotations
 from enum import Enum
 
 from .agenda import NEVER, NOW, Due
-from .messages import Connect, ConnectReply, HeartbeatReply, Life, RecordHistory, RefreshReply
+from .messages.connection import Connect, ConnectReply, RecordHistory
+from .messages.handover import RefreshReply
+from .messages.membership import HeartbeatReply
+from .messages.signs import Life
 
 __all__ = ['Connection', 'History']
 

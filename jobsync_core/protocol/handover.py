@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from ..assignment.tokens import TokenSet
 from .agenda import NEVER, NOW, Due
 from .effects import Effects, Entered, RebalanceEvent, Release
-from .messages import Give, Life, LivesReply, Refresh, RefreshReply, Request, Take, TakeReply
+from .messages import Request
+from .messages.handover import Give, LivesReply, Refresh, RefreshReply, Take, TakeReply
+from .messages.signs import Life
 from .ownership import Ownership
 from .rhythm import spread
 from .settings import Settings

@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from ..assignment.model import Member
 from .agenda import NEVER, NOW, Due
 from .liveness import Liveness
-from .messages import (
+from .messages.leadership import (
     DEATHS,
-    ELDERS,
     Evict,
     EvictReply,
     Lead,
-    Life,
     Observe,
     ObserveReply,
     RoundReply,
-    Sign,
     StepDown,
 )
+from .messages.membership import ELDERS
+from .messages.signs import Life, Sign
 from .rhythm import Backoff
 
 __all__ = ['Duty', 'Leadership']

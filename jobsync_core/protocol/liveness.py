@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .messages import Sign
+from .messages.signs import Sign
 
 __all__ = ['Liveness']
 

@@ -10,7 +10,7 @@ from ..process import Process
 from .agenda import NEVER, NOTHING, NOW, Due
 from .effects import Effects
 from .liveness import Liveness
-from .messages import (
+from .messages.membership import (
     ELDERS,
     Activate,
     ActivateReply,
@@ -19,11 +19,10 @@ from .messages import (
     HeartbeatReply,
     Join,
     Leave,
-    Life,
     Mismatch,
     Occupied,
-    Sign,
 )
+from .messages.signs import Life, Sign
 from .rhythm import beat_delay, spread
 from .settings import Settings
 

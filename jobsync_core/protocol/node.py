@@ -41,31 +41,27 @@ from .handover import HandOver
 from .leadership import Duty, Leadership
 from .liveness import Liveness
 from .membership import Membership, Phase
-from .messages import (
-    ActivateReply,
-    ConnectReply,
-    Drain,
+from .messages import Reply, Request
+from .messages.connection import ConnectReply, RecordHistory
+from .messages.handover import GiveReply, LivesReply, RefreshReply, Take, TakeReply
+from .messages.leadership import (
     Evict,
     EvictReply,
-    GiveReply,
+    Lead,
+    Observe,
+    ObserveReply,
+    RoundReply,
+    StepDown,
+)
+from .messages.membership import (
+    ActivateReply,
+    Drain,
     HeartbeatReply,
     Join,
     JoinReply,
-    Lead,
     Leave,
-    LivesReply,
     Mismatch,
-    Observe,
-    ObserveReply,
     Occupied,
-    RecordHistory,
-    RefreshReply,
-    Reply,
-    Request,
-    RoundReply,
-    StepDown,
-    Take,
-    TakeReply,
 )
 from .ownership import Ownership
 from .settings import Settings

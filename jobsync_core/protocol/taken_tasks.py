@@ -5,7 +5,7 @@ while it has them.
 from __future__ import annotations
 
 from ..assignment.tokens import TokenSet
-from .messages import Lives, LivesReply, Take, TakeReply
+from .messages.handover import Lives, LivesReply, Take, TakeReply
 from .ownership import Ownership
 
 __all__ = ['TakenTasks']

@@ -10,24 +10,11 @@ from __future__ import annotations
 import datetime
 
 from ..config import CoordinationConfig
-from ..protocol.messages import (
-    Activate,
-    Beat,
-    Drain,
-    Evict,
-    Give,
-    Join,
-    Lead,
-    Leave,
-    Lives,
-    Observe,
-    RecordHistory,
-    Refresh,
-    Reply,
-    Request,
-    StepDown,
-    Take,
-)
+from ..protocol.messages import Reply, Request
+from ..protocol.messages.connection import RecordHistory
+from ..protocol.messages.handover import Give, Lives, Refresh, Take
+from ..protocol.messages.leadership import Evict, Lead, Observe, StepDown
+from ..protocol.messages.membership import Activate, Beat, Drain, Join, Leave
 from .connection import Connection
 from .epochs import Epochs
 from .handover import HandOverStore
@@ -39,7 +26,7 @@ __all__ = ['ClusterStore']
 
 
 class ClusterStore:
-    """Answers each request of protocol/messages.py on the agent's connection.
+    """Answers each request of protocol/messages on the agent's connection.
 
     Args:
         config: The cluster's settings.

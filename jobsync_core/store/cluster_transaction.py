@@ -13,7 +13,7 @@ from typing import Any
 
 from ..assignment.model import Member
 from ..errors import StoreTimeout
-from ..protocol.messages import Sign
+from ..protocol.messages.signs import Sign
 from .connection import Connection
 from .tables import Tables
 

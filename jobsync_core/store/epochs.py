@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from ..protocol.messages import Sign
+from ..protocol.messages.signs import Sign
 from .cluster_transaction import ClusterTransaction
 
 __all__ = ['Epochs']

@@ -11,7 +11,7 @@ from array import array
 from ..assignment.hashing import task_to_token
 from ..config import CoordinationConfig
 from ..errors import InvalidTaskId
-from ..protocol.messages import Give, GiveReply, Lives, LivesReply, Take, TakeReply
+from ..protocol.messages.handover import Give, GiveReply, Lives, LivesReply, Take, TakeReply
 from .cluster_transaction import lock_key
 from .connection import Connection
 from .tables import Tables

@@ -14,7 +14,8 @@ from ..assignment.patterns import PATTERN_BYTES, read_patterns
 from ..assignment.round import Pin, decide
 from ..config import CoordinationConfig
 from ..logs import get_logger
-from ..protocol.messages import DEATHS, Evict, EvictReply, Lead, ObserveReply, RoundReply, Sign
+from ..protocol.messages.leadership import DEATHS, Evict, EvictReply, Lead, ObserveReply, RoundReply
+from ..protocol.messages.signs import Sign
 from .cluster_transaction import ClusterTransaction, read_members
 from .computing import Computation
 from .connection import Connection

@@ -10,7 +10,10 @@ from typing import Any
 from ..assignment.model import Segment
 from ..config import CoordinationConfig
 from ..process import Process
-from ..protocol.messages import (
+from ..protocol.messages.connection import RecordHistory
+from ..protocol.messages.handover import Refresh, RefreshReply
+from ..protocol.messages.leadership import StepDown
+from ..protocol.messages.membership import (
     ELDERS,
     Activate,
     ActivateReply,
@@ -22,12 +25,8 @@ from ..protocol.messages import (
     Leave,
     Mismatch,
     Occupied,
-    RecordHistory,
-    Refresh,
-    RefreshReply,
-    Sign,
-    StepDown,
 )
+from ..protocol.messages.signs import Sign
 from .cluster_transaction import ClusterTransaction, lock_key
 from .connection import FIRST_TIMELINE, Connection
 from .epochs import Epochs

@@ -13,19 +13,11 @@ from jobsync_core.assignment.model import Range
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.protocol.messages import (
-    Connect,
-    ConnectReply,
-    Evict,
-    Give,
-    HeartbeatReply,
-    Lead,
-    Leave,
-    Reply,
-    Request,
-    StepDown,
-    Take,
-)
+from jobsync_core.protocol.messages import Reply, Request
+from jobsync_core.protocol.messages.connection import Connect, ConnectReply
+from jobsync_core.protocol.messages.handover import Give, Take
+from jobsync_core.protocol.messages.leadership import Evict, Lead, StepDown
+from jobsync_core.protocol.messages.membership import HeartbeatReply, Leave
 from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
 from jobsync_core.protocol.ownership import Ownership
 

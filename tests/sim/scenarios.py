@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from jobsync_core.protocol.messages import Evict, Lead, Observe
+from jobsync_core.protocol.messages.leadership import Evict, Lead, Observe
 from jobsync_core.protocol.node import Phase, Settings
 
 from .invariants import Violation

@@ -1,4 +1,4 @@
-"""The store of the simulation: answers each request of protocol/messages.py at one instant, as
+"""The store of the simulation: answers each request of protocol/messages at one instant, as
 store/cluster.py does in one transaction.
 """
 
@@ -14,37 +14,40 @@ from jobsync_core.assignment.hashing import task_digest
 from jobsync_core.assignment.model import Member, Range, Segment
 from jobsync_core.assignment.round import Decision, Pin, decide
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import (
+from jobsync_core.protocol.messages import Reply, Request
+from jobsync_core.protocol.messages.connection import RecordHistory
+from jobsync_core.protocol.messages.handover import (
+    Give,
+    GiveReply,
+    Lives,
+    LivesReply,
+    Refresh,
+    RefreshReply,
+    Take,
+    TakeReply,
+)
+from jobsync_core.protocol.messages.leadership import (
+    Evict,
+    EvictReply,
+    Lead,
+    Observe,
+    ObserveReply,
+    RoundReply,
+    StepDown,
+)
+from jobsync_core.protocol.messages.membership import (
     ELDERS,
     Activate,
     ActivateReply,
     Beat,
     Drain,
-    Evict,
-    EvictReply,
-    Give,
-    GiveReply,
     HeartbeatReply,
     Join,
     JoinReply,
-    Lead,
     Leave,
-    Lives,
-    LivesReply,
-    Observe,
-    ObserveReply,
     Occupied,
-    RecordHistory,
-    Refresh,
-    RefreshReply,
-    Reply,
-    Request,
-    RoundReply,
-    Sign,
-    StepDown,
-    Take,
-    TakeReply,
 )
+from jobsync_core.protocol.messages.signs import Sign
 
 __all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
 

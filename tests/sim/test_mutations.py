@@ -19,21 +19,11 @@ from jobsync_core.protocol.agenda import NEVER, Due
 from jobsync_core.protocol.connection import Connection, History
 from jobsync_core.protocol.handover import HandOver
 from jobsync_core.protocol.leadership import Leadership
-from jobsync_core.protocol.messages import (
-    Beat,
-    Evict,
-    EvictReply,
-    Give,
-    GiveReply,
-    HeartbeatReply,
-    Join,
-    Lead,
-    Life,
-    RefreshReply,
-    Reply,
-    Request,
-    TakeReply,
-)
+from jobsync_core.protocol.messages import Reply, Request
+from jobsync_core.protocol.messages.handover import Give, GiveReply, RefreshReply, TakeReply
+from jobsync_core.protocol.messages.leadership import Evict, EvictReply, Lead
+from jobsync_core.protocol.messages.membership import Beat, HeartbeatReply, Join
+from jobsync_core.protocol.messages.signs import Life
 from jobsync_core.protocol.node import Phase, Protocol
 from jobsync_core.protocol.taken_tasks import TakenTasks
 

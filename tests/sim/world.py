@@ -19,16 +19,11 @@ from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.round import Decision, Pin
 from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import (
-    Beat,
-    Connect,
-    ConnectReply,
-    Give,
-    Lead,
-    Refresh,
-    Reply,
-    Request,
-)
+from jobsync_core.protocol.messages import Reply, Request
+from jobsync_core.protocol.messages.connection import Connect, ConnectReply
+from jobsync_core.protocol.messages.handover import Give, Refresh
+from jobsync_core.protocol.messages.leadership import Lead
+from jobsync_core.protocol.messages.membership import Beat
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
 from .node import LEASE_FRACTION, MappedOwnership, SimNode, SimOwnership

@@ -16,7 +16,10 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.agent import Agent
-from jobsync_core.protocol.messages import Beat, Connect, Refresh, Request
+from jobsync_core.protocol.messages import Request
+from jobsync_core.protocol.messages.connection import Connect
+from jobsync_core.protocol.messages.handover import Refresh
+from jobsync_core.protocol.messages.membership import Beat
 from jobsync_core.web.health import HealthServer
 from tests.support.cluster import node_of, query
 from tests.support.waiting import eventually

@@ -33,6 +33,7 @@ sys.stdin.readline()
 
 _REDIS_OWNER = """
 import sys
+from jobsync_core.embedded import EmbeddedRedis
 with EmbeddedRedis() as server:
     print(server.pid, flush=True)
     sys.stdin.readline()

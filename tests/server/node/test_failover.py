@@ -13,14 +13,9 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import (
-    Beat,
-    HeartbeatReply,
-    Join,
-    RecordHistory,
-    Refresh,
-    RefreshReply,
-)
+from jobsync_core.protocol.messages.connection import RecordHistory
+from jobsync_core.protocol.messages.handover import Refresh, RefreshReply
+from jobsync_core.protocol.messages.membership import Beat, HeartbeatReply, Join
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.schema import create_schema

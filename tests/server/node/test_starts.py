@@ -14,7 +14,8 @@ import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Join, JoinReply, Refresh
+from jobsync_core.protocol.messages.handover import Refresh
+from jobsync_core.protocol.messages.membership import Join, JoinReply
 from jobsync_core.store import schema
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection

@@ -25,35 +25,39 @@ from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.process import Process
 from jobsync_core.protocol.exclusions import Exclusions
-from jobsync_core.protocol.messages import (
+from jobsync_core.protocol.messages.handover import (
+    Give,
+    GiveReply,
+    Lives,
+    LivesReply,
+    Refresh,
+    RefreshReply,
+    Take,
+    TakeReply,
+)
+from jobsync_core.protocol.messages.leadership import (
     DEATHS,
+    Evict,
+    EvictReply,
+    Lead,
+    Observe,
+    ObserveReply,
+    RoundReply,
+    StepDown,
+)
+from jobsync_core.protocol.messages.membership import (
     Activate,
     ActivateReply,
     Beat,
     Drain,
-    Evict,
-    EvictReply,
-    Give,
-    GiveReply,
     HeartbeatReply,
     Join,
     JoinReply,
-    Lead,
     Leave,
-    Lives,
-    LivesReply,
     Mismatch,
-    Observe,
-    ObserveReply,
     Occupied,
-    Refresh,
-    RefreshReply,
-    RoundReply,
-    Sign,
-    StepDown,
-    Take,
-    TakeReply,
 )
+from jobsync_core.protocol.messages.signs import Sign
 from jobsync_core.store import leading
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection

@@ -19,7 +19,9 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.round import decide
 from jobsync_core.process import Process
-from jobsync_core.protocol.messages import Give, Join, Lead, Leave, Observe, Refresh, RoundReply
+from jobsync_core.protocol.messages.handover import Give, Refresh
+from jobsync_core.protocol.messages.leadership import Lead, Observe, RoundReply
+from jobsync_core.protocol.messages.membership import Join, Leave
 from jobsync_core.store import leading, plans
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from jobsync_core.protocol.agenda import NEVER, NOTHING, NOW, Due, earliest, first_due
-from jobsync_core.protocol.messages import Connect, Leave, Observe, Request
+from jobsync_core.protocol.messages import Request
+from jobsync_core.protocol.messages.connection import Connect
+from jobsync_core.protocol.messages.leadership import Observe
+from jobsync_core.protocol.messages.membership import Leave
 
 LEAVE = Leave('me', 'life')
 

@@ -6,19 +6,18 @@ from jobsync_core.assignment.model import Member
 from jobsync_core.protocol.agenda import earliest, first_due
 from jobsync_core.protocol.leadership import Duty, Leadership
 from jobsync_core.protocol.liveness import Liveness
-from jobsync_core.protocol.messages import (
+from jobsync_core.protocol.messages.leadership import (
     DEATHS,
-    ELDERS,
     Evict,
     EvictReply,
     Lead,
-    Life,
     Observe,
     ObserveReply,
     RoundReply,
-    Sign,
     StepDown,
 )
+from jobsync_core.protocol.messages.membership import ELDERS
+from jobsync_core.protocol.messages.signs import Life, Sign
 
 TIMEOUT, POLL = 15.0, 0.75
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobsync_core.protocol.liveness import Liveness
-from jobsync_core.protocol.messages import Sign
+from jobsync_core.protocol.messages.signs import Sign
 
 TIMEOUT, GAP = 10.0, 3.0
 quick = settings(deadline=None, max_examples=200)

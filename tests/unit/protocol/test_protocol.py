@@ -11,37 +11,38 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
 from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
-from jobsync_core.protocol.messages import (
-    Activate,
-    ActivateReply,
-    Beat,
-    Connect,
-    ConnectReply,
-    Drain,
-    Evict,
-    EvictReply,
+from jobsync_core.protocol.messages import Reply, Request
+from jobsync_core.protocol.messages.connection import Connect, ConnectReply, RecordHistory
+from jobsync_core.protocol.messages.handover import (
     Give,
     GiveReply,
-    HeartbeatReply,
-    Join,
-    JoinReply,
-    Lead,
-    Leave,
-    Mismatch,
-    Observe,
-    ObserveReply,
-    Occupied,
-    RecordHistory,
     Refresh,
     RefreshReply,
-    Reply,
-    Request,
-    RoundReply,
-    Sign,
-    StepDown,
     Take,
     TakeReply,
 )
+from jobsync_core.protocol.messages.leadership import (
+    Evict,
+    EvictReply,
+    Lead,
+    Observe,
+    ObserveReply,
+    RoundReply,
+    StepDown,
+)
+from jobsync_core.protocol.messages.membership import (
+    Activate,
+    ActivateReply,
+    Beat,
+    Drain,
+    HeartbeatReply,
+    Join,
+    JoinReply,
+    Leave,
+    Mismatch,
+    Occupied,
+)
+from jobsync_core.protocol.messages.signs import Sign
 from jobsync_core.protocol.node import Phase, Protocol, Settings
 from jobsync_core.protocol.ownership import Ownership
 

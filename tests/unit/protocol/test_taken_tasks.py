@@ -7,7 +7,7 @@ from __future__ import annotations
 from array import array
 
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.protocol.messages import Lives, LivesReply, Take, TakeReply
+from jobsync_core.protocol.messages.handover import Lives, LivesReply, Take, TakeReply
 from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.protocol.taken_tasks import TakenTasks
 
