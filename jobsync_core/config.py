@@ -127,6 +127,7 @@ class CoordinationConfig:
                 raise ConfigurationError(
                     f'{name}={value!r}: give a non-empty string without control characters'
                 )
+        self._check_place()
         object.__setattr__(self, 'appname', self.appname.lower())
         if not _APPNAME.match(self.appname):
             raise ConfigurationError(
@@ -164,6 +165,23 @@ class CoordinationConfig:
                 f'heartbeat_interval_sec={self.heartbeat_interval_sec}: a lease lasts '
                 f'{LEASE_FRACTION:.0%} of the timeout and must outlast '
                 f'the interval; three times the interval is usual'
+            )
+
+    def _check_place(self) -> None:
+        """A URL in the place of one of its parts would be shown, with its password, in each error
+        of a connection.
+        """
+        for name in ('host', 'dbname', 'user'):
+            if '://' in getattr(self, name):
+                raise ConfigurationError(
+                    f'{name} is a URL: give it as JOBSYNC_DATABASE_URL, or to '
+                    'CoordinationConfig.from_url'
+                )
+        # A directory of sockets may have an @ in it, an abstract one begins with it.
+        hosts = [name.strip() for name in self.host.split(',')]
+        if any('@' in name[1:] and not name.startswith('/') for name in hosts):
+            raise ConfigurationError(
+                'host has an @ in it: user and password have settings of their own'
             )
 
     def _check_schema(self) -> None:
@@ -219,7 +237,10 @@ class CoordinationConfig:
         if isinstance(self.port, bool) or not isinstance(self.port, (int, str)):
             raise ConfigurationError(f'port={self.port!r}: give a number from 1 to 65535')
         ports = str(self.port).split(',')
-        if not all(part.strip().isdecimal() and 1 <= int(part) <= 65535 for part in ports):
+        if not all(
+            part.strip().isdecimal() and len(part) < 100 and 1 <= int(part) <= 65535
+            for part in ports
+        ):
             raise ConfigurationError(
                 f'port={self.port!r}: give a number from 1 to 65535, or one per host, separated '
                 'by commas'

@@ -187,7 +187,11 @@ class Actors(CoordinatedTasks):
 
     def has_queue(self, name: str) -> bool:
         """Whether a queue, or a delay queue, is one of the user's that are declared here."""
-        return q_name(name) in self._broker.queues and not name.startswith('jobsync.')
+        return (
+            q_name(name) in self._broker.queues
+            and not name.startswith('jobsync.')
+            and not name.endswith('.XQ')  # of which Dramatiq's q_name cuts off the end as well
+        )
 
     def home_of(self, message: Any, stamp: str | None) -> str:
         """The queue that a message was sent to which came by a node's queue.

@@ -12,7 +12,7 @@ from kombu.serialization import prepare_accept_content
 from jobsync_core.logs import shown
 from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused, Stamps, read_name, read_stamps
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
 
 from ..incoming import read_delivery
 from .abandoning import abandon
@@ -45,7 +45,7 @@ class CeleryDelivery:
         self.headers: dict[str, Any] = {
             name: value
             for name, value in headers.items()
-            if name not in (KEY, HOPS, HOME, REDELIVERED)
+            if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED)
         }
         self.id = shown(headers.get('id'))
         task = read_name(headers.get('task'), 'its task')

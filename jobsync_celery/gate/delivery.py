@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobsync_core.worker.inbox import Received
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
 
 __all__ = [
     'InHand',
@@ -93,7 +93,7 @@ def unstamped(message: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in (message.headers or {}).items()
-        if name not in (KEY, HOPS, HOME, REDELIVERED)
+        if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED)
     }
 
 

@@ -30,7 +30,7 @@ from .handing import Handing, expires
 from .holding import Holding
 from .placing import Placing
 from .reading import Reader
-from .refusal import REFUSED, Refusals
+from .refusal import Refusals, is_refused
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -113,10 +113,8 @@ class ConsumerGate:
         handle = self._make_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
-            if (
-                isinstance(message.headers, dict) and message.headers.get(REFUSED) is True
-            ):  # it has come for its queue's dead letters
-                message.reject_log_error(logger, self._consumer.connection_errors)
+            if is_refused(message):
+                self._refusals.reject_refused(message)
                 return
             found = self._reader.read(message)
             if isinstance(found, Refused):

@@ -14,6 +14,7 @@ from celery import signals, states
 from jobsync_core.errors import MessageRefused
 from jobsync_core.logs import one_line, shown
 from jobsync_core.worker.incoming import read_stamps
+from jobsync_core.worker.routing import REFUSED
 
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
@@ -25,14 +26,27 @@ from .delivery import unstamped
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ['REFUSED', 'Refusals']
+__all__ = ['Refusals', 'as_refused', 'is_refused']
 
 logger = get_logger(__name__)
 
-#: Name of the header of a message that was set aside in a node's queue, and comes back to its own
-#: one to be rejected there.
-REFUSED = 'jobsync_refused'
 _ID_LENGTH = 200
+#: Header in which RabbitMQ tells where a message was a dead letter.
+_DEATHS = 'x-death'
+
+
+def is_refused(message: Any) -> bool:
+    """Whether a message was set aside in a node's queue, and has come for the dead letters of its
+    own one. One that comes from there, as somebody has sent it again, is a message like any other.
+    """
+    headers = message.headers
+    return isinstance(headers, dict) and headers.get(REFUSED) is True and _DEATHS not in headers
+
+
+def as_refused(message: Any) -> dict[str, Any]:
+    """The headers with which a message goes home to be rejected there."""
+    headers = {name: value for name, value in unstamped(message).items() if name != _DEATHS}
+    return {**headers, REFUSED: True}
 
 
 class Refusals:
@@ -99,6 +113,15 @@ class Refusals:
 
         return refuse
 
+    def reject_refused(self, message: Any) -> None:
+        """Reject a message that was set aside in a node's queue: its sender was told then."""
+        logger.warning(
+            'Task %s[%s] was set aside in the queue of a node, and is rejected in its own',
+            shown(message.headers.get('task'), 100),
+            shown(message.headers.get('id'), 100),
+        )
+        message.reject_log_error(logger, self._consumer.connection_errors)
+
     def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
         """Send a message back to its own queue, to be rejected there: a node's queue has no dead
         letters.
@@ -107,7 +130,7 @@ class Refusals:
             self._forwarder.send(
                 read_stamps(message.headers).home or self._queues.home_of(message),
                 message,
-                {**unstamped(message), REFUSED: True},
+                as_refused(message),
             )
             message.ack_log_error(logger, self._consumer.connection_errors)
         # the broker takes nothing just now, or the message cannot be copied

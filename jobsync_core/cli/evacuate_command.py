@@ -73,7 +73,7 @@ def evacuate_command(database: Database, place: str | None, as_json: bool) -> No
 
 def _plugin_at(place: str) -> Any:
     module, _, name = place.partition(':')
-    if not module or not name:
+    if not module or not name or module.startswith('.'):
         raise click.UsageError(f'--app {place!r}: give MODULE:NAME, such as proj:jobsync')
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

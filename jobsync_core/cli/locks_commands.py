@@ -181,6 +181,11 @@ def clear_command(
         )
     if not yes:
         click.confirm(f'Delete {printable(what)}?', abort=True)
+    if creator is not None:
+        try:
+            creator.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError('--creator is no UTF-8 text, as all names are') from None
     with database.session() as (connection, tables):
         if everything or pins:
             deleted = LockStore(connection, tables).clear_kind(locks=everything, pins=pins)

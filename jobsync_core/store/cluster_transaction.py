@@ -26,7 +26,15 @@ _ANSWER = 0.5
 def read_members(text: str | None) -> tuple[Member, ...]:
     """What the piece `members` gave."""
     return tuple(
-        Member(name, incarnation, beat, created / 1e6, state, weight)
+        # A weight that somebody wrote by hand and that is no number, NaN, is a text in JSON.
+        Member(
+            name,
+            incarnation,
+            beat,
+            created / 1e6,
+            state,
+            1.0 if isinstance(weight, str) else weight,
+        )
         for name, incarnation, beat, created, state, weight in json.loads(text or '[]')
     )
 

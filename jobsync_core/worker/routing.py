@@ -20,6 +20,7 @@ __all__ = [
     'HOME',
     'HOPS',
     'REDELIVERED',
+    'REFUSED',
     'KEY',
     'QUEUE_BYTES',
     'WAITS',
@@ -42,6 +43,9 @@ HOME, WAITS = 'jobsync_home', 'jobsync_waits'
 #: Of the one that says that a message had been delivered to somebody before it was passed on: what
 #: is published anew is no redelivery to its broker.
 REDELIVERED = 'jobsync_redelivered'
+#: Of the one of a message that was set aside in a node's queue, and comes back to its own one to be
+#: rejected there.
+REFUSED = 'jobsync_refused'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept

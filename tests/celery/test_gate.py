@@ -26,7 +26,9 @@ from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 
 from jobsync_celery import JobSync
 from jobsync_celery.consuming import LeasedConsumer
+from jobsync_celery.gate.delivery import unstamped
 from jobsync_celery.gate.placing import Placing
+from jobsync_celery.gate.refusal import as_refused, is_refused
 from jobsync_celery.hooks import restore_last
 from jobsync_celery.listening import Listening
 from jobsync_celery.redis.leftovers import Leftovers
@@ -37,6 +39,7 @@ from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.node import refusal
 from jobsync_core.worker.owners import Place
+from jobsync_core.worker.routing import REFUSED
 from tests.support.waiting import eventually
 
 from .consumers import Bench, Message, Request, bench
@@ -437,6 +440,29 @@ class TestOddMessages:
         message.headers[name] = value
         assert self._receive(stage, message) == 'reject'
         assert len(caplog.records) == 1 and caplog.records[0].getMessage().isprintable()
+
+    def test_what_was_set_aside_elsewhere_is_rejected_with_a_line(
+        self, stage: Bench, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        message = Message(None)
+        message.headers[REFUSED] = True
+        assert self._receive(stage, message) == 'reject' and stage.log == []
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line.startswith('Task keyed[m1] was set aside in the queue of a node')
+
+    def test_a_dead_letter_that_is_sent_again_is_a_message_like_any_other(
+        self, stage: Bench
+    ) -> None:
+        message = Message('a')
+        message.headers.update({REFUSED: True, 'x-death': [{'count': 1}]})
+        assert not is_refused(message)
+        assert REFUSED not in unstamped(message)
+
+    def test_what_goes_home_to_be_rejected_is_known_there(self, stage: Bench) -> None:
+        message = Message(None)
+        message.headers['x-death'] = [{'count': 1}]  # on Redis, which writes none
+        message.headers = as_refused(message)
+        assert is_refused(message)
 
     def test_what_celery_falls_over_is_set_aside(self, stage: Bench) -> None:
         check_celery_falls(stage)

@@ -225,7 +225,8 @@ class TestForgedMessages:
         assert stage.log == ['send q2 hops=1', 'ack']
 
     @pytest.mark.parametrize(
-        'home', ['elsewhere', 'jobsync.shop_.n2', ['default'], 7, '', '\0', 'x' * 2000]
+        'home',
+        ['elsewhere', 'jobsync.shop_.n2', 'default.XQ', ['default'], 7, '', '\0', 'x' * 2000],
     )
     def test_dead_letters_of_a_home_that_is_none_go_to_the_actor_s(
         self, stage: Stage, home: Any
@@ -237,7 +238,7 @@ class TestForgedMessages:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with make_stage(queue='default') as stage:
-            for name in ('elsewhere', 'jobsync.shop_.n2'):
+            for name in ('elsewhere', 'jobsync.shop_.n2', 'default.XQ'):
                 odd = message('mine').copy(queue_name=name)
                 assert stage.process(stage.receive(odd)) == ['run', 'ack']
                 assert stage.receive(odd).queue_name == 'default'

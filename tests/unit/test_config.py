@@ -53,6 +53,7 @@ def test_the_defaults_are_those_of_the_guide() -> None:
         ('port', 'x'),
         ('port', '5432,'),
         ('port', '1,2'),
+        ('port', '9' * 5_000),
         ('port', None),
         ('port', 5432.0),
         ('listen', 'false'),
@@ -215,6 +216,22 @@ def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_gu
         problem = str(error)
     assert 'S3CRET' not in problem + repr(config)
     assert config is None or (config.user, config.host, config.dbname) == ('user', 'host', 'db')
+
+
+@pytest.mark.parametrize('name', ['host', 'dbname', 'user'])
+def test_a_url_in_the_place_of_a_part_is_refused_and_not_repeated(name: str) -> None:
+    for value in (
+        'postgresql://u:s3cret@h:5432/db',
+        *(('u:s3cret@h', 'a,u:s3cret@h')[: 3 * (name == 'host')]),
+    ):
+        with pytest.raises(ConfigurationError, match=name) as caught:
+            CoordinationConfig(**{name: value})  # type: ignore[arg-type]  # a URL is no part
+        assert 's3cret' not in str(caught.value)
+
+
+def test_sockets_may_have_an_at_sign() -> None:
+    for host in ('@abstract', '/run/a@b', 'a, /run/a@b'):
+        assert CoordinationConfig(host=host).host == host
 
 
 def test_a_password_is_a_secret_wherever_it_is_kept() -> None:

@@ -392,6 +392,10 @@ class TestLocks:
             LockStore(connection, rows.tables).register([('t', ('a',), None, None)], 'node-1')
         assert good(run('locks', 'clear', '--creator', 'node-2', '--yes')) == '0 locks deleted\n'
         assert good(run('locks', 'clear', '--creator', 'node-1', '--yes')) == '1 lock deleted\n'
+        assert 'UTF-8' in bad(run('locks', 'clear', '--creator', '\udcff', '--yes'), 2)
+
+    def test_a_module_that_is_relative_is_none(self, run: Callable[..., Result]) -> None:
+        assert 'MODULE:NAME' in bad(run('evacuate', '--app', '..:x'), 2)
 
     def test_clear_asks_first_and_no_means_no(self, rows: Rows, run: Callable[..., Result]) -> None:
         good(run('locks', 'add', 'a', 'x'))
