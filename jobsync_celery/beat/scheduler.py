@@ -88,6 +88,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         self._pruned = float('-inf')
         self._trouble: dict[str, str] = {}
         self._hold_until = 0.0
+        self._failed: Exception | None = None
         try:
             self._config = read_config(app)
         except JobSyncError as error:
@@ -300,16 +301,17 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         message = type(entry)(
             **{**dict(entry), 'options': options}
         )  # copy.copy would take the app from the schedule that both share
-        logger.info(
-            'Scheduler: Sending due task %s (%s) slot=%s id=%s',
-            entry.name,
-            entry.task,
-            slot.isoformat(),
-            task_id,
-        )
-        try:
-            self.apply_async(message, producer=self._publisher.connect(), advance=False)
-        except SchedulingError as error:
+        logger.info('beat: %r: slot=%s id=%s', entry.name, slot.isoformat(), task_id)
+        producer, self._failed = self._publisher.connect(), None
+        # Not apply_async: Sentry, for its monitors of periodic tasks, and others like it wrap this
+        # one.
+        self.apply_entry(message, producer=producer)
+        error, self._failed = self._failed, None
+        if error is None:
+            self._relieve('broker')
+        elif not isinstance(error, SchedulingError):
+            raise error
+        else:
             cause = error.__context__
             broker = self._publisher.errors
             self._publisher.close()
@@ -318,8 +320,14 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             if isinstance(cause, broker):
                 raise BrokerAway(str(cause)) from error
             logger.error('Message Error: %s', error, exc_info=error)
-        else:
-            self._relieve('broker')
+
+    def apply_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's; but `apply_entry`, which logs an error and goes on, does not hear of one."""
+        try:
+            return super().apply_async(*args, **kwargs)
+        except Exception as error:
+            self._failed = error
+            return None
 
     def _check_hold(self) -> None:
         if clock.now() > self._hold_until:

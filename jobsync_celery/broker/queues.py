@@ -78,7 +78,7 @@ class Queues:
 
     def make(self, name: str, declare: bool = True) -> Queue:
         """A queue of the cluster: durable, never deleted by the broker, never expiring."""
-        highest = self._app.conf.task_queue_max_priority if self.driver == 'amqp' else None
+        highest = self._highest_priority() if self.driver == 'amqp' else None
         return Queue(
             name,
             self.exchange,
@@ -88,6 +88,20 @@ class Queues:
             queue_arguments={'x-max-priority': highest} if highest else None,
             no_declare=not declare,
         )
+
+    def _highest_priority(self) -> int | None:
+        """The most that a queue of the app's own has, wherever that is said: what overtook others
+        there overtakes them in the queue of a node as well.
+        """
+        own = [
+            queue for name, queue in self._app.amqp.queues.items() if not self.is_of_cluster(name)
+        ]
+        given = [
+            self._app.conf.task_queue_max_priority,
+            *(queue.max_priority for queue in own),
+            *((queue.queue_arguments or {}).get('x-max-priority') for queue in own),
+        ]
+        return max((most for most in given if most), default=None)
 
     def home_of(self, message: Any) -> str:
         """The queue that a message was taken from, as far as it shows: of a node's queue it is the

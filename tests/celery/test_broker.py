@@ -36,12 +36,26 @@ def space(rabbitmq_server: RabbitServer) -> Iterator[str]:
     rabbitmq_server.drop_space(name)
 
 
-@pytest.mark.parametrize('priorities', [None, 10])
+@pytest.mark.parametrize(
+    ('priorities', 'conf'),
+    [
+        (None, {'task_queues': [Queue('celery')]}),
+        (10, {'task_queue_max_priority': 10}),
+        (10, {'task_queues': [Queue('celery', queue_arguments={'x-max-priority': 10})]}),
+        (
+            9,
+            {
+                'task_queues': [Queue('celery'), Queue('urgent', max_priority=9)],
+                'task_queue_max_priority': 3,
+            },
+        ),
+    ],
+)
 def test_queues_are_declared_alike_each_time_and_strays_are_parked(
-    rabbitmq_server: RabbitServer, space: str, priorities: int | None
+    rabbitmq_server: RabbitServer, space: str, priorities: int | None, conf: dict[str, Any]
 ) -> None:
     app = Celery('declaring', broker=rabbitmq_server.url(space), set_as_current=False)
-    app.conf.task_queue_max_priority = priorities
+    app.conf.update(conf)
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
     broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:

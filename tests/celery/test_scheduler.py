@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.beat import Scheduler
 from celery.schedules import crontab
 from celery.signals import before_task_publish
 
@@ -129,6 +130,26 @@ def test_a_crontab_that_is_too_late_is_passed_over(world: World) -> None:
     assert world.run(scheduler, 3600 + 61) == []
     assert world.rows()[0][1:3] == (START + timedelta(hours=1), 0)
     assert world.run(scheduler, 86_400 - 1) == [('a', 3600 + 86_400)]
+
+
+def test_what_wraps_celery_s_apply_entry_sees_each_slot(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_entry, seen = Scheduler.apply_entry, []
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:  # as Sentry's does for its monitors
+        _, entry = args
+        entry.options['headers']['monitor'] = entry.name
+        seen.append((entry.name, entry.options['headers']['jobsync_slot']))
+        apply_entry(*args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, 'apply_entry', wrapped)
+    scheduler = world.scheduler({'a': 10})
+    world.run(scheduler)
+    assert world.run(scheduler, 21) == [('a', 20)]
+    assert world.run(scheduler, 10) == [('a', 30)]
+    assert seen == [('a', slot.isoformat()) for _, slot in world.sent]
+    assert 'monitor' not in (scheduler.schedule['a'].options.get('headers') or {})
 
 
 def test_celery_s_own_entry_is_there(world: World) -> None:
