@@ -251,6 +251,14 @@ class _CeleryOnce(MessageOnce):
 
 def options_of(task: Any) -> Any:
     """The options of a task's @exactly_once, or None."""
+    found = _options_of(task)
+    if found is None and task:
+        # What traces tasks may put an object around one that has a `run` of its own (New Relic).
+        found = _options_of(task.app.tasks.get(task.name, task))
+    return found
+
+
+def _options_of(task: Any) -> Any:
     return getattr(getattr(task, '_orig_run', None) or task.run, 'exactly_once', None)
 
 

@@ -663,6 +663,31 @@ class TestDirectCalls:
         assert task.apply((3,), task_id='m7').get() == 6
         assert ledger.keys == ['m7']
 
+    def test_a_task_inside_of_a_tracing_object_is_still_a_message_s(
+        self, app: Celery, ledger: Recording, published: list[dict[str, Any]]
+    ) -> None:
+        class Traced:
+            """As New Relic's: its `run` is not the task's."""
+
+            def __init__(self, task: Any) -> None:
+                self._task = task
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._task, name)
+
+            def run(self, *args: Any) -> Any:
+                return self._task.run(*args)
+
+        task = Traced(task_of(app))
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(Ignore):
+            in_worker(task)
+        assert delays(published) == [1]
+        ledger.begin_error = None
+        by_id = app.task(name='by_id', shared=False)(exactly_once(scope='')(double))
+        assert in_worker(Traced(by_id)) == 6
+        assert ledger.keys[-1] == 'm1'
+
 
 def check_direct_call(app: Celery, ledger: Recording) -> None:
     seen = []
