@@ -178,10 +178,9 @@ class _Addresser:
         ):
             return
         request = current_task.request if current_task else None
-        home = (
-            read_stamps({HOME: getattr(request, HOME, None)}).home
-            or self._app.conf.task_default_queue
-        )
+        home = read_stamps({HOME: getattr(request, HOME, None)}).home
+        if not home or queues.is_of_cluster(home):
+            home = self._app.conf.task_default_queue
         for place in _PLACE:
             options.pop(place, None)
         options['queue'] = self._app.amqp.queues[home]

@@ -129,7 +129,7 @@ class CeleryBroker:
         aside or runs it.
         """
         stamps = read_stamps(message.headers)
-        home = stamps.home or self._queues.home_of(message)
+        home = self._queues.own_home(stamps, message)
         found = read_delivery(message)
         if isinstance(found, Refused):
             return None, home

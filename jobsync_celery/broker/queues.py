@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kombu.entity import Exchange, Queue
 
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.worker.incoming import Stamps
 from jobsync_core.worker.routing import node_queue, parked_queue, unknown_queue
 
 if TYPE_CHECKING:
@@ -116,6 +117,13 @@ class Queues:
             ):
                 return str(name)
         return str(self._app.conf.task_default_queue)
+
+    def own_home(self, stamps: Stamps, message: Any) -> str:
+        """The queue that a message was sent to: what it says itself, unless that is a queue of the
+        cluster, to which it would be sent back again and again.
+        """
+        home = stamps.home
+        return home if home and not self.is_of_cluster(home) else self.home_of(message)
 
     def is_of_node(self, message: Any) -> bool:
         """Whether a message came from the queue of a node on RabbitMQ: it has no dead letters."""

@@ -67,7 +67,7 @@ class Reader:
         route = self._tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
         if route is None or isinstance(route, Refused):
             return self._refused(name, route or Refused('its task is not coordinated any more'))
-        home = stamps.home or self._queues.home_of(message)
+        home = self._queues.own_home(stamps, message)
         received = Received(self._job.incarnation, route, stamps.hops, clock.now() + self._park_sec)
         if self._is_pinned_late(name):
             self._tell_unknown(
@@ -79,7 +79,7 @@ class Reader:
     def unknown(self, found: Incoming, message: Any) -> Note:
         """What is known of a message whose task nobody here knows."""
         stamps = self._stamps(found, message)
-        home = stamps.home or self._queues.home_of(message)
+        home = self._queues.own_home(stamps, message)
         self._tell_unknown(found.task, message, 'is not registered here')
         return Note(
             found.task, stamps.key or '', home, Received(self._job.incarnation, None, known=False)

@@ -128,7 +128,7 @@ class Refusals:
         """
         try:
             self._forwarder.send(
-                read_stamps(message.headers).home or self._queues.home_of(message),
+                self._queues.own_home(read_stamps(message.headers), message),
                 message,
                 as_refused(message),
             )

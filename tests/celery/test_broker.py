@@ -201,6 +201,9 @@ def _task(n: int) -> int:
         ({'task': 'keyed', KEY: 'forged'}, ('k:1', 'celery')),
         ({'task': 'keyed', HOME: 'gpu'}, ('k:1', 'gpu')),
         ({'task': 'plain', KEY: 'forged'}, (None, 'celery')),
+        # Whoever sweeps the queue would find it there again and again, and nothing behind it.
+        ({'task': 'plain', HOME: 'jobsync.sync_.gone'}, (None, 'celery')),
+        ({'task': 'plain', HOME: 'jobsync.sync_.parked'}, (None, 'celery')),
         ({'task': 'nobody', KEY: 'k:9'}, ('k:9', 'celery')),
         ({'task': 'nobody', KEY: ['k'], HOME: 5}, (None, 'celery')),
         ({'task': []}, (None, 'celery')),

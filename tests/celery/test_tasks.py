@@ -331,7 +331,7 @@ class TestAddressing:
         }
         assert len([record for record in caplog.records if 'no tenant' in record.getMessage()]) == 1
 
-    @pytest.mark.parametrize('home', ['gpu', None, 5])
+    @pytest.mark.parametrize('home', ['gpu', None, 5, 'jobsync.sync_.n2'])
     def test_what_a_task_sends_again_goes_home_and_not_to_the_node(
         self, app: Celery, published: list[dict[str, Any]], home: Any
     ) -> None:
