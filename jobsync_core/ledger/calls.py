@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg2
 import psycopg2.errors
@@ -76,7 +76,7 @@ class LedgerCalls:
         """Whether there is any key that begins so; a prefix ends with ':'."""
         return self._call(lambda store: store.has_prefix(prefix))
 
-    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str] | None:
+    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str | None] | None:
         """State and result of the first of these keys that is complete, else 'running' where one is
         held by a live node. Those in `old` count only where an earlier version began them.
         """
@@ -105,7 +105,7 @@ class LedgerCalls:
 
         return self._call(end)
 
-    def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
+    def stored(self, key: str, fence: int) -> tuple[str, str | None] | None:
         """State and result of an attempt's row; None where another attempt holds the key."""
         return self._call(lambda store: store.stored(key, fence))
 

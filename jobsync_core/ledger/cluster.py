@@ -31,7 +31,7 @@ from .endings import Endings
 from .former_keys import FormerKeys
 from .interface import Ledger
 from .limits import DEFAULT_RETENTION, check_key
-from .results import decode_result
+from .results import read_result
 from .single import SingleLedger
 from .state import Unsettled
 from .transaction import CompletingTransaction
@@ -226,7 +226,7 @@ class ClusterLedger:
         the key.
         """
         found = self._calls.stored(mine.key, mine.fence)
-        return (found[0], decode_result(found[1])) if found is not None else None
+        return (found[0], read_result(mine.key, found[1])) if found is not None else None
 
     def _check_former(self, mine: Unsettled) -> None:
         """What is complete under a name that the key had before stays complete."""
@@ -253,12 +253,14 @@ class ClusterLedger:
         return self._locals.setdefault(pid, _Local(this_process(), settling))
 
 
-def _not_begun(key: str, state: str | None, result: Any) -> DuplicateExecution | ExecutionRunning:
+def _not_begun(
+    key: str, state: str | None, result: str | None
+) -> DuplicateExecution | ExecutionRunning:
     """Why an attempt does not begin whose key has this state."""
     if state != 'done':
         return _running(key)
     duplicate = DuplicateExecution(f'the key {key!r} was already completed')
-    duplicate.key, duplicate.result = key, decode_result(result)
+    duplicate.key, duplicate.result = key, read_result(key, result)
     return duplicate
 
 

@@ -25,7 +25,7 @@ class FormerKeys:
         self._calls = calls
         self._prefixes: dict[str, tuple[float, bool]] = {}
 
-    def find(self, former: Sequence[Former]) -> tuple[str, str] | None:
+    def find(self, former: Sequence[Former]) -> tuple[str, str | None] | None:
         """State and result of a call that is recorded under one of its former keys.
 
         Nothing is asked for again within a minute under a prefix that no key has any more.

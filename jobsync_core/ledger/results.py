@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, JobSyncError
+from ..logs import shown
 
-__all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result']
+__all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result', 'read_result']
 
 #: Longest result that is stored, in bytes of JSON.
 MAX_RESULT_BYTES = 1_000_000
@@ -65,6 +66,25 @@ def decode_result(document: Any) -> Any:
     if isinstance(document, dict) and len(document) == 1 and _OUTER in document:
         return _untag(document[_OUTER])
     return document
+
+
+def read_result(key: str, text: str | None) -> Any:
+    """The result that stands in a row of the ledger.
+
+    Args:
+        key: The row's, for the error.
+        text: The document.
+
+    Raises:
+        JobSyncError: It is none of ours.
+    """
+    try:
+        return decode_result(json.loads(text)) if text is not None else None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise JobSyncError(
+            f'the key {key!r} is complete, and its result in the ledger cannot be read: somebody '
+            f'has changed it ({type(error).__name__}: {shown(str(error), 100)}); set it to NULL'
+        ) from None
 
 
 def _same(back: Any, given: Any) -> bool:

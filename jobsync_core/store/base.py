@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..errors import JobSyncError
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
@@ -40,11 +42,21 @@ class Store:
         return rows[0] if rows else None
 
     def _dicts(self, name: str, params: Parameters = None) -> list[dict[str, Any]]:
-        """Run a statement that returns rows; each by the names of its columns."""
+        """Run a statement that returns rows; each by the names of its columns.
+
+        Raises:
+            JobSyncError: One of them cannot be read.
+        """
         with self.connection.cursor() as cursor:
             cursor.execute(self._tables.sql(name), params or {})
             names = [column.name for column in cursor.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            try:
+                rows = cursor.fetchall()
+            except ValueError as error:  # of the driver: a date that Python has not, for one
+                raise JobSyncError(
+                    f'a row of the tables cannot be read, as somebody has changed it: {error}'
+                ) from None
+            return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _run(self, name: str, params: Parameters = None) -> int:
         """Run a statement that changes rows; how many it changed."""

@@ -48,6 +48,7 @@ class Row:
         registered: The caller's incarnation is in the node table; without that nothing is begun.
         state: 'running', 'done' or 'failed'; None where there is no row.
         free: The row may be taken over, but another process has just done so: ask again.
+        result: JSON text.
         holder: Who holds or held the key.
     """
 
@@ -57,7 +58,7 @@ class Row:
     free: bool
     fence: int
     attempts: int
-    result: Any
+    result: str | None
     holder: Holder | None
 
 
@@ -191,8 +192,10 @@ class ExecutionStore(Store):
         )
         return completed == 1
 
-    def stored(self, key: str, fence: int) -> tuple[str, Any] | None:
-        """State and result of an attempt's row; None where another attempt holds the key."""
+    def stored(self, key: str, fence: int) -> tuple[str, str | None] | None:
+        """State and result (JSON text) of an attempt's row; None where another attempt holds the
+        key.
+        """
         row = self._row('execution.stored', {'key': key, 'fence': fence})
         return (row[0], row[1]) if row else None
 
@@ -244,9 +247,9 @@ class ExecutionStore(Store):
         )
         return bool(found)
 
-    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, Any] | None:
-        """State and result of the first of these keys that is complete, else 'running' where one is
-        held by a live node.
+    def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str | None] | None:
+        """State and result (JSON text) of the first of these keys that is complete, else 'running'
+        where one is held by a live node.
 
         Those of them that are in `old` count only where an earlier version began them, before the
         tables were of this version.

@@ -1,12 +1,19 @@
 -- The ledger's rows: one per key, with the fence that only its newest attempt holds.
 
+-- piece: found
+-- What the function found. The result as text: the driver would read a document while it reads the
+-- rows of all keys of a batch, and one that it cannot read, as somebody has written it by hand, would
+-- fail them all.
+f.began, f.registered, f.state, f.free, f.fence, f.attempts, f.result::text, f.node, f.incarnation,
+    f.host, f.boot_id, f.pid_namespace, f.pid, f.started
+
 -- name: begin
 -- Takes a key, if it is free; what was found. A key whose row is locked is waited for only shortly:
 -- whoever holds it is about to complete it, or will not soon.
 SELECT pg_catalog.set_config('lock_timeout', %(wait)s, true);
-SELECT * FROM {begin_execution}(
+SELECT {found} FROM {begin_execution}(
     %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
-    %(started)s)
+    %(started)s) AS f
 
 -- piece: hardly_wait
 -- Several keys in one transaction hardly wait for any other, since all of them wait then.
@@ -17,11 +24,11 @@ SELECT set_config('lock_timeout', '100ms', true)
 -- it came alone. The keys come in order, so that two such transactions never wait for each other in a
 -- ring.
 {hardly_wait};
-SELECT wanted.number, row.*
+SELECT wanted.number, {found}
 FROM unnest(%(keys)s::text[]) WITH ORDINALITY AS wanted (key, number),
     {begin_execution}(
         wanted.key, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
-        %(started)s) AS row
+        %(started)s) AS f
 
 -- name: finish
 -- Records a completion, again if need be; a row, or none where another attempt holds the key.
@@ -115,7 +122,7 @@ SET LOCAL lock_timeout TO %s; SET LOCAL idle_in_transaction_session_timeout TO %
 
 -- name: stored
 -- State and result of an attempt's row.
-SELECT state, result FROM {execution} WHERE key = %(key)s AND fence = %(fence)s
+SELECT state, result::text FROM {execution} WHERE key = %(key)s AND fence = %(fence)s
 
 -- name: state
 -- State of a key's row, without waiting for whoever has locked it.
@@ -128,7 +135,7 @@ SELECT EXISTS (SELECT FROM {execution} WHERE key >= %(first)s AND key < %(end)s)
 -- name: find
 -- The first of these keys that is complete, else one that a live node holds ('done' comes before
 -- 'running'). Those that are old count only where an earlier version began them.
-SELECT e.state, e.result FROM {execution} AS e
+SELECT e.state, e.result::text FROM {execution} AS e
 WHERE e.key = ANY(%(keys)s::text[])
     AND (e.key <> ALL(%(old)s::text[])
         OR e.fence < (SELECT max(c.former_until) FROM {cluster} AS c))

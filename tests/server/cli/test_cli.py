@@ -94,6 +94,13 @@ class TestStatus:
         rows.node('gone', age=60)
         assert 'silent' in good(run('status'))
 
+    def test_a_date_that_python_has_not_is_told(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
+        rows.node('odd')
+        rows.run(f"UPDATE {rows.tables.node} SET last_heartbeat = '11111-11-11'")
+        assert 'a row of the tables cannot be read' in bad(run('status'))
+
     def test_json_holds_the_same(self, rows: Rows, run: Callable[..., Result]) -> None:
         two_nodes(rows)
         found = json.loads(good(run('status', '--json')))

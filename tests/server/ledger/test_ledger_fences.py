@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.errors import DatabaseUnavailable
+from jobsync_core.errors import DatabaseUnavailable, JobSyncError
 from jobsync_core.ledger import unsettled
 from jobsync_core.ledger.attempt import Attempt
 from jobsync_core.ledger.cluster import ClusterLedger
@@ -151,6 +151,22 @@ def test_an_attempt_that_may_begin_late_is_let_go_of_whenever_it_does(
         with rows.sessions.session() as connection:
             begin(ExecutionStore(connection, rows.tables), *late[0])
         eventually(lambda: state_of(rows, 'k') == 'failed')
+
+
+def test_a_result_that_cannot_be_read_fails_nobody_else_of_its_group(
+    ledger: ClusterLedger, rows: Rows
+) -> None:
+    """The driver read it as JSON, and raised for all of them."""
+    holder = Holder('a', 'life of a', this_process())
+    rows.run(
+        f"""INSERT INTO {rows.tables.execution} (key, state, fence, result, expires_at)
+            VALUES ('bad', 'done', 1, repeat('9', 5000)::jsonb, 'infinity')"""
+    )
+    with rows.sessions.session() as connection:
+        found = ExecutionStore(connection, rows.tables).begin_many(['good', 'bad'], holder)
+    assert [row.began for row in found] == [True, False]
+    with pytest.raises(JobSyncError, match='its result in the ledger cannot be read'):
+        by_hand.begin(ledger, 'bad', 60)
 
 
 def test_groups_come_to_their_keys_in_one_order(ledger: ClusterLedger, rows: Rows) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.errors import ConfigurationError
-from jobsync_core.ledger.results import MAX_RESULT_BYTES, decode_result, encode_result
+from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.ledger.results import MAX_RESULT_BYTES, decode_result, encode_result, read_result
 
 Point = collections.namedtuple('Point', 'x y')
 
@@ -187,3 +187,24 @@ def test_what_contains_itself_and_what_is_too_long_is_refused() -> None:
         encode_result(endless)
     with pytest.raises(ConfigurationError, match='store it elsewhere'):
         encode_result(['x' * MAX_RESULT_BYTES])
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '{"$jobsync": {"$tuple": 5}}',
+        '{"$jobsync": {"$float": "x"}}',
+        '{"$jobsync": {"$dict": [[{"a": 1}, 2]]}}',
+        '{"$jobsync": {"$dict": 7}}',
+        '{"$jobsync": {"$text": 5}}',
+        '{"$jobsync": {"$text": "no JSON"}}',
+        '9' * 5_000,
+        '[' * 5_000 + ']' * 5_000,
+        'no JSON',
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_somebody_wrote_by_hand_is_refused_with_a_sentence(text: str) -> None:
+    with pytest.raises(JobSyncError, match="the key 'k' is complete, and its result") as caught:
+        read_result('k', text)
+    assert len(str(caught.value)) < 400
