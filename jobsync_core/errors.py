@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    'BadData',
     'ClaimLost',
     'ClusterNotFormed',
     'CompletedAlready',
@@ -22,11 +23,18 @@ __all__ = [
     'Fenced',
     'InvalidTaskId',
     'JobSyncError',
+    'LockNotAvailable',
     'MessageRefused',
+    'MissingPrivilege',
+    'MissingSchema',
+    'MissingTable',
     'NotCommitted',
     'NotEntered',
     'SchemaConflict',
+    'StatementCanceled',
+    'StatementRefused',
     'StoreTimeout',
+    'TransactionConflict',
     'Unroutable',
 ]
 
@@ -127,6 +135,55 @@ class DatabaseRefused(DatabaseUnavailable):
         self.sqlstate = sqlstate
         self.pause = pause
         self.sent = False
+
+
+class StatementRefused(DatabaseRefused):
+    """PostgreSQL refused one statement. The text is the server's; a subclass names the cause where
+    somebody has to know it.
+
+    Attributes:
+        said: The server's text without its details.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        sqlstate: str = '',
+        pause: bool = False,
+        said: str | None = None,
+    ) -> None:
+        super().__init__(message, sqlstate, pause)
+        self.said = said or ' '.join(str(self).split())
+
+
+class LockNotAvailable(StatementRefused):
+    """Another transaction holds a lock that the statement would have had to wait for too long."""
+
+
+class StatementCanceled(StatementRefused):
+    """The statement took longer than it may, or somebody canceled it."""
+
+
+class TransactionConflict(StatementRefused):
+    """Another transaction was in the way, as in a dead-lock. The same statement may succeed at
+    once.
+    """
+
+
+class BadData(StatementRefused):
+    """The database cannot store one of the statement's values."""
+
+
+class MissingPrivilege(StatementRefused):
+    """The role lacks a right. `jobsync doctor` tells which."""
+
+
+class MissingTable(StatementRefused):
+    """A table, or a column of one, is not there. Start a node or run `jobsync init-db`."""
+
+
+class MissingSchema(StatementRefused):
+    """The schema is not there, or the role may use none. Create it, or name another one."""
 
 
 class DuplicateExecution(JobSyncError):

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, NoReturn
 
-import psycopg2
 from celery.beat import ScheduleEntry, Scheduler, SchedulingError
 from celery.schedules import crontab
 
@@ -112,14 +111,14 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         try:
             with self._sessions.session() as connection:
                 create_schema(connection, self._config)
-        except (JobSyncError, psycopg2.Error) as error:
+        except JobSyncError as error:
             _refuse(error)
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due, if this is the active scheduler; the seconds until the next tick."""
         try:
             wait = self._tick()
-        except (DatabaseUnavailable, psycopg2.Error) as error:
+        except DatabaseUnavailable as error:
             self._complain('database', 'nothing is sent until the database is back', error)
             self._step_down()
             return self._retry

@@ -12,11 +12,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-import psycopg2
-
 from .. import clock
 from ..config import CoordinationConfig
-from ..errors import DatabaseUnavailable, JobSyncError, StoreTimeout
+from ..errors import (
+    DatabaseRefused,
+    DatabaseUnavailable,
+    LockNotAvailable,
+    StatementCanceled,
+    StoreTimeout,
+    TransactionConflict,
+)
 from ..logs import get_logger
 from ..protocol.effects import Entered, Failed, Left, Note, RebalanceEvent, Release
 from ..protocol.messages import Reply, Request
@@ -35,17 +40,9 @@ logger = get_logger(__name__)
 _LONGEST_WAIT = 60.0
 #: Seconds between two tries after something unforeseen, and between two reports of the same.
 _REST, _SAID_AGAIN = 1.0, 60.0
-#: Errors of the server that pass by themselves: a lock or a statement that took too long, a server
-#: that starts or stops.
-_PASSING = (
-    psycopg2.errors.LockNotAvailable,
-    psycopg2.errors.QueryCanceled,
-    psycopg2.errors.SerializationFailure,
-    psycopg2.errors.DeadlockDetected,
-    psycopg2.errors.IdleInTransactionSessionTimeout,
-    psycopg2.errors.AdminShutdown,
-    psycopg2.errors.CannotConnectNow,
-)
+#: What the server refuses and will not refuse for long. A server that starts or stops is away
+#: instead.
+_PASSING = (LockNotAvailable, StatementCanceled, TransactionConflict)
 
 
 class Agent:
@@ -187,7 +184,7 @@ class Agent:
             return
         try:
             reply = self._perform(request)
-        except (DatabaseUnavailable, psycopg2.Error) as error:
+        except DatabaseUnavailable as error:
             self._request_failed(request, error)
         except Exception as error:
             if not self._goes_on_without(request, error):
@@ -281,7 +278,7 @@ class Agent:
         self.protocol.failed(request, now)
         if self._failing_since is None:
             self._failing_since = now
-        passing = isinstance(error, (DatabaseUnavailable, *_PASSING))
+        passing = not isinstance(error, DatabaseRefused) or isinstance(error, _PASSING)
         self._say(
             logging.WARNING if passing else logging.ERROR,
             f'{_failed(request)}: {str(error).strip()}',
@@ -292,9 +289,9 @@ class Agent:
             self._abandoned = True
         elif not self.protocol.entered and self._hopeless(request, error, passing, now):
             self.failure = (
-                error
-                if isinstance(error, JobSyncError)
-                else DatabaseUnavailable(f'{type(request).__name__} failed: {str(error).strip()}')
+                DatabaseUnavailable(f'{type(request).__name__} failed: {str(error).strip()}')
+                if isinstance(error, DatabaseRefused)
+                else error
             )
             self._abandoned = True
 
@@ -336,7 +333,7 @@ class Agent:
         """
         try:
             payloads = connection.notifies()
-        except (DatabaseUnavailable, psycopg2.Error) as error:
+        except DatabaseUnavailable as error:
             # Somebody may end sessions again and again.
             self._say(logging.WARNING, f'lost its connection: {str(error).strip()}')
             self._close_connection()

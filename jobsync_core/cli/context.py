@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import psycopg2
-from psycopg2 import errorcodes
 from rich.console import Console
 
 from ..config import CoordinationConfig
-from ..errors import JobSyncError
+from ..errors import JobSyncError, MissingPrivilege, MissingTable
 from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
@@ -102,17 +100,16 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (JobSyncError, psycopg2.Error) as error:
+        except JobSyncError as error:
             raise click.ClickException(describe(error)) from None
 
 
 def describe(error: Exception) -> str:
     """One line for an operator."""
-    code = getattr(error, 'pgcode', None)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if code in (errorcodes.UNDEFINED_TABLE, errorcodes.UNDEFINED_COLUMN):
+    if isinstance(error, MissingTable):
         return f'{first}; start a node, run `jobsync init-db`, or give the right --appname'
-    if code == errorcodes.INSUFFICIENT_PRIVILEGE:
+    if isinstance(error, MissingPrivilege):
         return f'{first}; `jobsync doctor` tells which rights are missing'
     return first
 

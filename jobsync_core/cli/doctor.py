@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import psycopg2
-import psycopg2.errors
 from rich.text import Text
 
 from ..config import CoordinationConfig
-from ..errors import JobSyncError
+from ..errors import JobSyncError, MissingPrivilege, StatementRefused
 from ..protocol.pausing import remedy
 from ..store.blockers import BlockerStore, name_all
 from ..store.connection import Connection
@@ -60,7 +58,7 @@ def examine(config: CoordinationConfig) -> list[Check]:
     try:
         for check in _checks(config, tables, sessions):
             checks.append(check)
-    except (JobSyncError, psycopg2.Error) as error:
+    except JobSyncError as error:
         checks.append(
             Check(
                 'connection',
@@ -123,7 +121,7 @@ def _try(
     try:
         with sessions.session() as connection:
             return examine_one(connection, tables)
-    except psycopg2.errors.InsufficientPrivilege as error:
+    except MissingPrivilege as error:
         return Check(examine_one.__name__.strip('_'), 'bad', describe(error))
 
 
@@ -219,15 +217,15 @@ def _writes(connection: PgConnection, tables: Tables) -> Check:
         return Check('writes', 'ok', 'there are no tables yet')
     try:
         ProbeStore(connection, tables).try_write()
-    except psycopg2.errors.InsufficientPrivilege:
+    except MissingPrivilege:
         raise
-    except psycopg2.Error as error:
+    except StatementRefused as error:
         connection.rollback()
         return Check(
             'writes',
             'bad',
-            f'{describe(error)} (SQLSTATE {error.pgcode or "unknown"})',
-            remedy(error.pgcode or ''),
+            f'{describe(error)} (SQLSTATE {error.sqlstate or "unknown"})',
+            remedy(error.sqlstate),
         )
     return Check('writes', 'ok', 'a row was written, and taken back')
 
@@ -366,7 +364,7 @@ def _listen_check(config: CoordinationConfig, tables: Tables, sessions: Sessions
             )
         finally:
             connection.close()
-    except (JobSyncError, psycopg2.Error) as error:
+    except JobSyncError as error:
         return Check(
             'notifications', 'bad', describe(error), 'set listen=False where LISTEN cannot work'
         )

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
-from ..errors import DatabaseUnavailable
+from ..errors import DatabaseRefused, DatabaseUnavailable
 from ..store.rights import RightStore, check_role, grants
 from ..store.schema import create_schema, render_schema
 from ..store.sessions import Sessions
@@ -85,6 +85,8 @@ def _picture(sessions: Sessions, tables: Tables) -> RenderableType:
     try:
         with sessions.session() as connection:
             return status_view.render(status_view.snapshot(connection, tables), tables.appname)
+    except DatabaseRefused:
+        raise
     except DatabaseUnavailable as error:
         return Text(describe(error), style='red')
 

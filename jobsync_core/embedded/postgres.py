@@ -15,15 +15,16 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import psycopg2
-
 from ..config import CoordinationConfig
+from ..errors import DatabaseUnavailable
 from ..secret import Secret
+from ..store.administration import administrate
 from .errors import EmbeddedServerError
 from .home import Home
 from .postgres_programs import find_programs
@@ -226,13 +227,11 @@ class EmbeddedPostgres:
         self._execute(f'DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)')
 
     def _execute(self, statement: str) -> None:
-        with contextlib.closing(self._connect()) as connection:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                cursor.execute(statement)
+        with self._connect() as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
 
-    def _connect(self) -> Any:
-        return psycopg2.connect(
+    def _connect(self) -> AbstractContextManager[Any]:
+        return administrate(
             host=self.host,
             port=self.port,
             dbname='postgres',
@@ -243,9 +242,8 @@ class EmbeddedPostgres:
         )
 
     def _renew_password(self) -> None:
-        with contextlib.closing(self._connect()) as connection:
+        with self._connect() as connection:
             self._password = self._home.renew_password()
-            connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(f'ALTER ROLE {_USER} PASSWORD %s', (str(self._password),))
 
@@ -279,8 +277,9 @@ class EmbeddedPostgres:
         deadline = time.monotonic() + _START_SEC
         while self.is_running() and time.monotonic() < deadline:
             try:
-                self._connect().close()
-            except psycopg2.OperationalError:
+                with self._connect():
+                    pass
+            except DatabaseUnavailable:
                 time.sleep(0.02)
             else:
                 # Another server may be the one that answers on this port.

@@ -9,16 +9,21 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-import psycopg2
-import psycopg2.errors
-
 from .. import clock
-from ..errors import DatabaseRefused, DatabaseUnavailable, StoreTimeout
+from ..errors import (
+    BadData,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    LockNotAvailable,
+    StatementRefused,
+    StoreTimeout,
+    TransactionConflict,
+)
 from ..logs import Repeats, get_logger
 from ..process import is_known_dead
 from ..store.blockers import BlockerStore, name_all
 from ..store.executions import Completion, ExecutionStore, Holder, Row
-from ..store.refusals import is_passing, refusal
+from ..store.refusals import refusal
 from .batch import GroupCommit
 
 if TYPE_CHECKING:
@@ -52,8 +57,7 @@ class LedgerCalls:
     """The calls of one node's ledger. Threads and forked children may share it.
 
     All of them raise DatabaseUnavailable where nobody knows whether they were carried out; and
-    DatabaseRefused, which is one, where the server refused and changed nothing. No error of
-    psycopg2's leaves.
+    DatabaseRefused, which is one, where the server refused and changed nothing.
 
     Args:
         sessions: Connections to the database.
@@ -100,7 +104,7 @@ class LedgerCalls:
         def end(store: ExecutionStore) -> str | None:
             try:
                 return store.settle(key, fence, error, retention_sec)
-            except psycopg2.DataError:
+            except BadData:
                 return store.settle(key, fence, _plain(error), retention_sec)
 
         return self._call(end)
@@ -159,7 +163,7 @@ class LedgerCalls:
         for _ in range(_RACES):
             try:
                 row = store.begin(key, holder)
-            except psycopg2.errors.LockNotAvailable:
+            except LockNotAvailable:
                 self._check_table(store)
                 if store.state_of(key) == 'running':
                     return _BUSY  # a transaction that completes the key is open
@@ -210,7 +214,7 @@ class LedgerCalls:
     def _record(self, store: ExecutionStore, completion: Completion) -> bool:
         try:
             return store.finish(completion)
-        except psycopg2.DataError as error:
+        except BadData as error:
             if completion.result is None:
                 raise
             more = self._repeats.say('result', clock.now())
@@ -231,7 +235,7 @@ class LedgerCalls:
         def without_waiting(store: ExecutionStore) -> T | None:
             try:
                 return action(store)
-            except psycopg2.errors.LockNotAvailable:
+            except LockNotAvailable:
                 return None
 
         return self._call(without_waiting)
@@ -265,8 +269,8 @@ class LedgerCalls:
                 finally:
                     if not connection.closed:
                         connection.autocommit = False
-        except psycopg2.Error as error:
-            raise refusal(error, 'a statement of the ledger') from error
+        except StatementRefused as error:
+            raise refusal(error, 'a statement of the ledger') from error.__cause__
         except DatabaseRefused:
             raise
         except DatabaseUnavailable as error:
@@ -277,12 +281,11 @@ class LedgerCalls:
         for _ in range(_RACES):
             try:
                 return action(store)
-            except psycopg2.errors.LockNotAvailable:
+            except LockNotAvailable:
                 self._check_table(store)
                 raise
-            except psycopg2.Error as error:
-                if not is_passing(error):
-                    raise
+            except TransactionConflict:
+                pass  # it is worth to ask again at once
         return action(store)
 
 

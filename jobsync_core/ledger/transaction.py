@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import psycopg2
-
 from ..errors import ConfigurationError, DatabaseUnavailable, Fenced, JobSyncError
 from .execution import completed_already
 from .state import Unsettled
@@ -99,30 +97,16 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
             connection.close()
 
     def _roll_back(self, connection: TransactionConnection, error: BaseException | None) -> None:
-        lost = (
-            self._transactions.explain(error, connection)
-            if isinstance(error, psycopg2.Error)
-            else None
-        )
-        try:
-            if not connection.closed:
-                connection.rollback()
-        except psycopg2.Error:
-            connection.close()
+        lost = self._transactions.roll_back(connection, error)
         if lost is not None:
             raise lost from error
 
     def _commit(self, connection: TransactionConnection) -> None:
         mine, encoded = self._mine, self._mine.encoded
-        try:
+        with self._transactions.end(connection, mine.key):
             if not self._transactions.complete(connection, mine.completion, self._began):
                 raise self._why_not(connection)
             connection.commit()
-        except psycopg2.Error as error:
-            said = self._transactions.explain_end(error, connection, mine.key)
-            if said is not None:
-                raise said from error
-            raise
         mine.complete(encoded)
 
     def _why_not(self, connection: TransactionConnection) -> JobSyncError:

@@ -61,7 +61,7 @@ class ClusterStore:
         Raises:
             DatabaseUnavailable: The connection is lost; the request may have been carried out.
             StoreTimeout: No answer in time; likewise.
-            psycopg2.Error: The server refused; nothing was changed.
+            StatementRefused: The server refused; nothing was changed.
         """
         if isinstance(request, Beat):
             return self.nodes.beat(connection, request)

@@ -21,7 +21,7 @@ from .deadline import BEGIN_TRIES, QUICK_SEC
 from .inherited import leave_to_parent
 from .location import locate, location_of
 from .options import Limits, agent_limits, explain, keepalive, libpq_parameters, resolve, text_of
-from .refusals import CONNECTION_ERRORS, LOST, STANDBY
+from .refusals import CONNECTION_ERRORS, LOST, STANDBY, refused
 from .statements import catalog
 
 __all__ = ['FIRST_TIMELINE', 'Connection']
@@ -187,11 +187,13 @@ class Connection:
             StoreTimeout: No answer in time. The connection is closed; the statement may have been
                 carried out.
             DatabaseUnavailable: The connection is lost.
-            psycopg2.Error: The server refused the statement.
+            StatementRefused: The server refused the statement, in the class of the cause.
         """
-        return self._run(
-            sql, params, time.monotonic() + (self._limits.answer if timeout is None else timeout)
-        )
+        deadline = time.monotonic() + (self._limits.answer if timeout is None else timeout)
+        try:
+            return self._run(sql, params, deadline)
+        except psycopg2.Error as error:
+            raise refused(error) from error
 
     @property
     def local_limits(self) -> str:

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import psycopg2
 import psycopg2.errors
@@ -111,9 +112,12 @@ class GuardedConnection(psycopg2.extensions.connection):
         cut: Whether a call took longer, so that the connection was cut.
         prologue: Statements that go before the first one of each transaction, in one string with it
             where that can be.
+        translate: The door: gives the error that callers get in place of the driver's. None where
+            the statements are the user's own, who gets the driver's.
     """
 
     prologue: str = ''
+    translate: Callable[[psycopg2.Error, Any], Exception] | None = None
     deadlines: Deadlines | None = None
     limit: float | None = None
     cut = False
@@ -141,8 +145,11 @@ class GuardedConnection(psycopg2.extensions.connection):
     def commit(self) -> None:
         if self.status == STATUS_READY and not self.closed:
             return  # nothing was begun
-        with self.guarded():
-            super().commit()
+        try:
+            with self.guarded():
+                super().commit()
+        except psycopg2.Error as error:
+            _raise_at_door(self, error)
 
     def rollback(self) -> None:
         with self.guarded():
@@ -153,13 +160,16 @@ class GuardedCursor(psycopg2.extensions.cursor):
     """A cursor of GuardedConnection."""
 
     def execute(self, query: Any, vars: Any = None) -> None:
-        with self._guarded():
-            prologue = self._prologue()
-            if prologue and isinstance(query, str) and self.name is None:
-                self.execute_first(f'{prologue}; {query}', vars)
-                return
-            self._begin(prologue)
-            super().execute(query, vars)
+        try:
+            with self._guarded():
+                prologue = self._prologue()
+                if prologue and isinstance(query, str) and self.name is None:
+                    self.execute_first(f'{prologue}; {query}', vars)
+                    return
+                self._begin(prologue)
+                super().execute(query, vars)
+        except psycopg2.Error as error:
+            _raise_at_door(self.connection, error)
 
     def execute_first(self, query: str, vars: Any = None) -> None:
         """Run the beginning of a transaction: again, where a limit of the role's that it lifts was
@@ -177,14 +187,20 @@ class GuardedCursor(psycopg2.extensions.cursor):
                     self.connection.rollback()
 
     def executemany(self, query: Any, vars_list: Any) -> None:
-        with self._guarded():
-            self._begin(self._prologue())
-            super().executemany(query, vars_list)
+        try:
+            with self._guarded():
+                self._begin(self._prologue())
+                super().executemany(query, vars_list)
+        except psycopg2.Error as error:
+            _raise_at_door(self.connection, error)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        with self._guarded():
-            self._begin(self._prologue())
-            super().copy_expert(sql, file, size)
+        try:
+            with self._guarded():
+                self._begin(self._prologue())
+                super().copy_expert(sql, file, size)
+        except psycopg2.Error as error:
+            _raise_at_door(self.connection, error)
 
     def _prologue(self) -> str:
         connection = self.connection
@@ -209,3 +225,10 @@ class GuardedCursor(psycopg2.extensions.cursor):
             if isinstance(connection, GuardedConnection)
             else contextlib.nullcontext()
         )
+
+
+def _raise_at_door(connection: psycopg2.extensions.connection, error: psycopg2.Error) -> NoReturn:
+    """Raise the error that the callers of this connection get."""
+    if isinstance(connection, GuardedConnection) and connection.translate is not None:
+        raise connection.translate(error, connection) from error
+    raise error

@@ -139,8 +139,8 @@ class ExecutionStore(Store):
         order.
 
         Raises:
-            psycopg2.Error: Nothing was begun; LockNotAvailable where one of the keys would have to
-                wait for another transaction.
+            StatementRefused: Nothing was begun; LockNotAvailable where one of the keys would have
+                to wait for another transaction.
         """
         order = sorted(range(len(keys)), key=keys.__getitem__)
         rows = self._rows(
@@ -222,8 +222,8 @@ class ExecutionStore(Store):
         the same order.
 
         Raises:
-            psycopg2.Error: Nothing was recorded; LockNotAvailable where one of the keys would have
-                to wait for another transaction.
+            StatementRefused: Nothing was recorded; LockNotAvailable where one of the keys would
+                have to wait for another transaction.
         """
         order = sorted(range(len(completions)), key=lambda place: completions[place].key)
         ordered = [completions[place] for place in order]

@@ -118,7 +118,7 @@ class HousekeepingStore:
 
         Raises:
             DatabaseUnavailable: The connection is lost or did not answer in time.
-            psycopg2.Error: The server refused: a lock, the time limit, a right.
+            StatementRefused: The server refused: a lock, the time limit, a right.
         """
         connection = self._connection
         ((count, end),) = connection.execute(

@@ -49,7 +49,7 @@ class ProbeStore(Store):
         """Write a row of a quarter of a megabyte, which takes new pages of the disk, and roll back.
 
         Raises:
-            psycopg2.Error: What the server says to any node that writes now.
+            StatementRefused: What the server says to any node that writes now.
         """
         self._run('probe.write')
         self.connection.rollback()

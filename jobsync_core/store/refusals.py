@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import psycopg2
 
-from ..errors import DatabaseRefused
+from ..errors import (
+    BadData,
+    DatabaseRefused,
+    LockNotAvailable,
+    MissingPrivilege,
+    MissingSchema,
+    MissingTable,
+    StatementCanceled,
+    StatementRefused,
+    TransactionConflict,
+)
 from .options import text_of
 
 __all__ = [
@@ -12,8 +22,8 @@ __all__ = [
     'LOST',
     'STANDBY',
     'TIMED_OUT',
-    'is_passing',
     'refusal',
+    'refused',
     'role_or_resources',
 ]
 
@@ -25,9 +35,18 @@ STANDBY = '0A000'
 CONNECTION_ERRORS = (psycopg2.OperationalError, psycopg2.InterfaceError)
 TIMED_OUT = frozenset({'57014', '55P03'})
 
-#: Another transaction was in the way: the same statement may succeed at once. Serialization
-#: failure, dead-lock.
-_PASSING = frozenset({'40001', '40P01'})
+#: The causes that somebody has to tell from others. Serialization failure and dead-lock are one:
+#: the server rolled the statement back because of another transaction.
+_CAUSES: dict[str, type[StatementRefused]] = {
+    '40001': TransactionConflict,
+    '40P01': TransactionConflict,
+    '55P03': LockNotAvailable,
+    '57014': StatementCanceled,
+    '42501': MissingPrivilege,
+    '42P01': MissingTable,
+    '42703': MissingTable,
+    '3F000': MissingSchema,
+}
 #: Classes of errors that meet every statement until somebody does something: insufficient
 #: resources, system errors (I/O), corrupted data and indexes, invalid authorization, no such
 #: database or schema.
@@ -37,13 +56,6 @@ _LASTING_CLASSES = ('53', '58', '28', '3D', '3F')
 _LASTING = frozenset({'XX001', 'XX002', '42501', '42P01', '42883', '42703'})
 
 
-def is_passing(error: psycopg2.Error) -> bool:
-    """Whether the server rolled the statement back because of another transaction, so that it is
-    worth to ask again at once.
-    """
-    return error.pgcode in _PASSING
-
-
 def role_or_resources(sqlstate: str) -> bool:
     """Whether the cause lies in the server's resources or in what this role may do, and not in one
     statement's values.
@@ -51,16 +63,28 @@ def role_or_resources(sqlstate: str) -> bool:
     return sqlstate in _LASTING or sqlstate.startswith(_LASTING_CLASSES)
 
 
-def refusal(error: psycopg2.Error, doing: str) -> DatabaseRefused:
-    """The error that callers get in place of psycopg2's.
-
-    Args:
-        error: An answer of the server's to a statement of our own.
-        doing: What was asked for, in words.
+def refused(error: psycopg2.Error) -> StatementRefused:
+    """What the server answered to a statement of our own, in the class of its cause and with its
+    own text.
     """
     sqlstate = error.pgcode or ''
-    said = (
-        f'PostgreSQL refused {doing} (SQLSTATE {sqlstate or "unknown"}): '
-        f'{error.diag.message_primary or text_of(error)}'
+    kind = _CAUSES.get(sqlstate) or (
+        BadData if isinstance(error, psycopg2.DataError) else StatementRefused
     )
-    return DatabaseRefused(said, sqlstate, role_or_resources(sqlstate))
+    text = str(error) or type(error).__name__
+    said = error.diag.message_primary or text_of(error)
+    return kind(text, sqlstate, role_or_resources(sqlstate), said)
+
+
+def refusal(error: StatementRefused, doing: str) -> DatabaseRefused:
+    """The same for callers that did not send the statement: it says what was asked for.
+
+    Args:
+        error: What the server answered.
+        doing: What was asked for, in words.
+    """
+    return DatabaseRefused(
+        f'PostgreSQL refused {doing} (SQLSTATE {error.sqlstate or "unknown"}): {error.said}',
+        error.sqlstate,
+        error.pause,
+    )

@@ -11,10 +11,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-import psycopg2
-
 from ..config import CoordinationConfig
-from ..errors import JobSyncError, SchemaConflict, StoreTimeout
+from ..errors import (
+    JobSyncError,
+    LockNotAvailable,
+    MissingPrivilege,
+    MissingSchema,
+    MissingTable,
+    SchemaConflict,
+    StatementRefused,
+    StoreTimeout,
+    TransactionConflict,
+)
 from ..logs import get_logger
 from .blockers import Blocker, BlockerStore, name_all
 from .deadline import GuardedConnection
@@ -130,7 +138,7 @@ def create_schema(
             _bring_up_to_date(session, tables, config)
             with session.cursor() as cursor:
                 tables.refresh(config, cursor)
-    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.InvalidSchemaName) as error:
+    except (MissingPrivilege, MissingSchema) as error:
         session.rollback()
         raise JobSyncError(_lacking(session, tables, config, error)) from error
     left = RightStore(session, tables).lacking()
@@ -161,13 +169,13 @@ if hasattr(os, 'register_at_fork'):  # a thread of the parent may hold it
 
 
 def _lacking(
-    session: PgConnection, tables: Tables, config: CoordinationConfig, error: psycopg2.Error
+    session: PgConnection, tables: Tables, config: CoordinationConfig, error: StatementRefused
 ) -> str:
     left = RightStore(session, tables).lacking()
     session.rollback()
     named = describe(left) or 'the ownership of the tables, which have to be changed'
     return (
-        f'{error.diag.message_primary}: user {config.user!r} lacks {named}; what does not exist '
+        f'{error.said}: user {config.user!r} lacks {named}; what does not exist '
         'yet takes CREATE on its schema; '
         f'{_remedy(config)}'
     )
@@ -209,7 +217,7 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
             if version is not None:
                 lock_sec, tries, progress = _LOCK_SEC, 0, time.monotonic()
                 continue
-        except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected) as error:
+        except (LockNotAvailable, TransactionConflict) as error:
             session.rollback()
             tries += 1
             blockers = BlockerStore(session, tables)
@@ -218,7 +226,7 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
             session.rollback()
             if now - progress > _PATIENCE_SEC:
                 raise StoreTimeout(_in_the_way(tables, found)) from error
-        except psycopg2.errors.UndefinedTable:
+        except MissingTable:
             session.rollback()
             if whole:
                 raise

@@ -18,12 +18,12 @@ import psycopg2.extensions
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from ..config import CoordinationConfig
-from ..errors import DatabaseUnavailable, StoreTimeout
+from ..errors import DatabaseUnavailable, StatementRefused, StoreTimeout
 from .deadline import Deadlines, GuardedConnection
 from .inherited import leave_to_parent
 from .location import locate, location_of
 from .options import call_limits, check_options, explain, keepalive, libpq_parameters, text_of
-from .refusals import CONNECTION_ERRORS, LOST, STANDBY, TIMED_OUT
+from .refusals import CONNECTION_ERRORS, LOST, STANDBY, TIMED_OUT, refused
 
 __all__ = ['Sessions']
 
@@ -72,31 +72,38 @@ class Sessions:
             limited: Whether each statement must end within the heartbeat timeout; False for
                 statements of the user's own.
             users: Whether it is for statements of the user's own, which find his tables by the
-                role's search_path.
+                role's search_path, and whose errors reach him as psycopg2 raises them.
 
         Raises:
             DatabaseUnavailable: There is no connection, or it was lost. If that happened while
                 committing, the transaction may have been committed.
             StoreTimeout: A statement took too long.
+            StatementRefused: The server refused a statement, in the class of the cause. Within the
+                block it is raised even where the statement took too long.
         """
         pool = self._pool()
         connection = pool.take() or self._open(pool)
         connection.limit = self._limits.statement + 1.0 if limited else None
+        connection.translate = self._refused
         try:
             if not self._location.found:
                 self._locate(connection)
             connection.prologue = self._prologue(connection, users)
+            if users:
+                connection.translate = None
             yield connection
             connection.commit()
         except BaseException as error:
-            ours = isinstance(error, psycopg2.Error) and self._translate(
-                error, connection, limited, users
+            cause = error.__cause__ if isinstance(error, StatementRefused) else error
+            ours = isinstance(cause, psycopg2.Error) and self._translate(
+                cause, connection, limited, users
             )
             self._roll_back(connection)
             if ours:
-                raise ours from error
+                raise ours from cause
             raise
         finally:
+            connection.translate = None
             pool.give_back(connection)
 
     def _prologue(self, connection: GuardedConnection, users: bool) -> str:
@@ -251,6 +258,12 @@ class Sessions:
         if lost or (connection.closed and isinstance(error, CONNECTION_ERRORS)):
             return DatabaseUnavailable(f'lost the connection to {where}: {text_of(error)}')
         return None
+
+    def _refused(self, error: psycopg2.Error, connection: GuardedConnection) -> Exception:
+        """What a statement of our own raises: without a time limit's own class, as who sent it may
+        want to know of the lock.
+        """
+        return self._translate(error, connection, limited=False, users=False) or refused(error)
 
     def _roll_back(self, connection: GuardedConnection) -> None:
         try:

@@ -5,9 +5,11 @@ transaction.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import psycopg2
@@ -25,7 +27,7 @@ from ..errors import (
 from .deadline import GuardedConnection, GuardedCursor
 from .executions import Began, Completion, ExecutionStore
 from .options import text_of
-from .refusals import refusal
+from .refusals import refusal, refused
 from .sessions import Sessions
 from .tables import Tables
 
@@ -206,7 +208,7 @@ class Transactions:
                     f'a transaction could not be begun in time: {text_of(error)}'
                 ) from error
             raise self._sessions.explain_unlimited(error, connection) or refusal(
-                error, 'to begin a transaction'
+                refused(error), 'to begin a transaction'
             ) from error
         connection.limit = None  # what the block runs takes as long as it takes
         return began
@@ -257,22 +259,45 @@ class Transactions:
         while idle:
             idle.pop().close()
 
-    def explain(
-        self, error: psycopg2.Error, connection: TransactionConnection
+    def roll_back(
+        self, connection: TransactionConnection, error: BaseException | None
     ) -> DatabaseUnavailable | None:
-        """What an error out of the block means, where it is not the user's own: that the connection
-        was lost.
-        """
-        if error.pgcode == '25006':
-            return None
-        return self._sessions.explain_unlimited(error, connection)
+        """Roll back what a block did that an error has left.
 
-    def explain_end(
+        Returns:
+            What the error means where it is not the user's own: that the connection was lost.
+        """
+        lost = None
+        if isinstance(error, psycopg2.Error) and error.pgcode != '25006':
+            lost = self._sessions.explain_unlimited(error, connection)
+        try:
+            if not connection.closed:
+                connection.rollback()
+        except psycopg2.Error:
+            connection.close()
+        return lost
+
+    @contextlib.contextmanager
+    def end(self, connection: TransactionConnection, key: str) -> Iterator[None]:
+        """Around the statement that completes a key, and the commit.
+
+        Raises:
+            DatabaseUnavailable: The connection was lost, or the server refused.
+            NotCommitted: A statement of the block had failed.
+            ConfigurationError: The block made its transaction read only.
+            psycopg2.Error: It is the user's own: of a constraint or trigger that was deferred.
+        """
+        try:
+            yield
+        except psycopg2.Error as error:
+            said = self._explain_end(error, connection, key)
+            if said is None:
+                raise
+            raise said from error
+
+    def _explain_end(
         self, error: psycopg2.Error, connection: TransactionConnection, key: str
     ) -> JobSyncError | None:
-        """What an error of the statement that completes, or of the commit, means; None where it is
-        the user's own.
-        """
         code = error.pgcode or ''
         if code == '25P02':
             return NotCommitted(
@@ -289,5 +314,5 @@ class Transactions:
         if code.startswith(('23', 'P0')):
             return None  # of a constraint or trigger of the user's that was deferred to the end
         return self._sessions.explain_unlimited(error, connection) or refusal(
-            error, f'the completion of {key!r}'
+            refused(error), f'the completion of {key!r}'
         )

@@ -7,11 +7,9 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psycopg2
-
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
-from ..errors import DatabaseUnavailable
+from ..errors import DatabaseUnavailable, MissingPrivilege, MissingSchema, MissingTable
 from ..logs import Repeats, get_logger
 from ..store.queues import QueueStore
 from ..store.sessions import Sessions
@@ -103,7 +101,7 @@ class OwnerMap:
                     found = QueueStore(connection, self._tables).owners(
                         self._copy.version if self._copy.whole else -1
                     )
-            except (DatabaseUnavailable, psycopg2.Error) as error:
+            except DatabaseUnavailable as error:
                 self._pause_until = clock.now() + PAUSE_SEC
                 again = self._repeats.say(type(error).__name__, now)
                 if again is not None:
@@ -134,16 +132,9 @@ def _rest(
 
 
 def _why(error: Exception) -> str:
-    if isinstance(
-        error,
-        (
-            psycopg2.errors.UndefinedTable,
-            psycopg2.errors.UndefinedColumn,
-            psycopg2.errors.InvalidSchemaName,
-        ),
-    ):
+    if isinstance(error, (MissingTable, MissingSchema)):
         return 'as no worker of this version has started yet; messages go to their home queues'
-    if isinstance(error, psycopg2.errors.InsufficientPrivilege):
+    if isinstance(error, MissingPrivilege):
         return (
             'as this role may not read them (`jobsync doctor` tells what it lacks); messages '
             'go to their home queues'

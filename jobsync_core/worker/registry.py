@@ -30,7 +30,7 @@ class Registry(Protocol):
     """What duties ask of the registry.
 
     Raises:
-        DatabaseUnavailable, psycopg2.Error: From any method: the database fails.
+        DatabaseUnavailable: From any method: the database fails.
     """
 
     def orphans(self, young: float) -> list[Orphan]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import clock
 from ..config import CoordinationConfig
-from ..errors import DatabaseUnavailable
+from ..errors import DatabaseRefused, DatabaseUnavailable
 from ..store.sessions import Sessions
 
 __all__ = ['wait_for_database', 'wait_for_server']
@@ -86,7 +86,7 @@ def wait_for_database(
     try:
         wait_for_server(
             reach,
-            lambda error: isinstance(error, DatabaseUnavailable),
+            _is_away,
             limit_sec,
             f', for {limit_sec:.0f} s at most (wait_for_database_sec)',
             check=check,
@@ -95,3 +95,8 @@ def wait_for_database(
         )
     finally:
         sessions.close_all()
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether nobody answered. A server that refuses something is there."""
+    return isinstance(error, DatabaseUnavailable) and not isinstance(error, DatabaseRefused)

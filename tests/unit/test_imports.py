@@ -220,21 +220,6 @@ def test_sql_stays_in_the_store() -> None:
                 assert not text.startswith(STATEMENTS), f'{path.name}:{node.lineno}'
 
 
-#: Modules outside of the store that still catch errors of psycopg2, and the embedded server's own
-#: connection. None may be added.
-CATCH_PSYCOPG2 = {
-    'jobsync_celery/beat/scheduler.py',
-    'jobsync_core/agent/agent.py',
-    'jobsync_core/cli/context.py',
-    'jobsync_core/cli/doctor.py',
-    'jobsync_core/embedded/postgres.py',
-    'jobsync_core/ledger/calls.py',
-    'jobsync_core/ledger/transaction.py',
-    'jobsync_core/worker/duties/runner.py',
-    'jobsync_core/worker/owners.py',
-}
-
-
 def test_only_the_store_imports_psycopg2_but_for_types() -> None:
     found = set()
     for package in ('jobsync_core', 'jobsync_celery', 'jobsync_dramatiq'):
@@ -260,7 +245,7 @@ def test_only_the_store_imports_psycopg2_but_for_types() -> None:
             }
             if {name.partition('.')[0] for name in names} & {'psycopg2'}:
                 found.add(str(path.relative_to(ROOT)))
-    assert {name for name in found if not name.startswith('jobsync_core/store/')} == CATCH_PSYCOPG2
+    assert {name for name in found if not name.startswith('jobsync_core/store/')} == set()
 
 
 def test_every_module_says_what_is_public() -> None:

@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import psycopg2
-
 from ... import clock
 from ...errors import JobSyncError
 from ...logs import Repeats, get_logger
@@ -128,6 +126,6 @@ class Runner:
                 error,
                 again,
             )
-        if not isinstance(error, (JobSyncError, psycopg2.Error)):
+        if not isinstance(error, JobSyncError):
             # Whatever the broker's client raises: its connection is of no use any more.
             self._reset()

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from http.client import HTTPConnection
 from typing import Any
 
-import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.agent import Agent
+from jobsync_core.errors import LockNotAvailable, StatementRefused
 from jobsync_core.protocol.messages import Request
 from jobsync_core.protocol.messages.connection import Connect
 from jobsync_core.protocol.messages.handover import Refresh
@@ -184,7 +184,7 @@ def test_a_round_that_the_server_refuses_costs_no_connection(config: Coordinatio
 
         def refuse(*args: Any) -> Any:
             refusals.append(args[1])
-            raise psycopg2.errors.LockNotAvailable('canceling statement due to lock timeout')
+            raise LockNotAvailable('canceling statement due to lock timeout')
 
         node_of(job).agent._control.leader.lead = refuse  # type: ignore[method-assign,assignment]
         with Job('n2', config, wait_on_enter=0):
@@ -214,7 +214,9 @@ def test_a_server_that_goes_on_refusing_is_asked_less_and_less_often_and_said_on
             with caplog.at_level(logging.WARNING, logger='jobsync_core.agent.agent'):
                 mended = sabotage(
                     job,
-                    psycopg2.errors.DiskFull('could not extend file: No space left on device'),
+                    StatementRefused(
+                        'could not extend file: No space left on device', '53100', True
+                    ),
                     broken,
                 )
                 node_of(job).agent.post(lambda: node_of(job).agent._connection.close())  # type: ignore[union-attr]

@@ -19,7 +19,15 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
-from jobsync_core.errors import DatabaseUnavailable, StoreTimeout
+from jobsync_core.errors import (
+    BadData,
+    DatabaseUnavailable,
+    LockNotAvailable,
+    MissingTable,
+    StatementCanceled,
+    StatementRefused,
+    StoreTimeout,
+)
 from jobsync_core.store import options
 from jobsync_core.store import sessions as sessions_module
 from jobsync_core.store.connection import Connection
@@ -59,7 +67,7 @@ class TestOpen:
             connection.execute('CREATE TABLE public.t (i int); INSERT INTO public.t VALUES (1)')
             == []
         )
-        with pytest.raises(psycopg2.errors.DivisionByZero):
+        with pytest.raises(BadData):
             connection.execute('INSERT INTO public.t VALUES (2); SELECT 1 / 0')
         assert connection.execute('SELECT i FROM public.t') == [(1,)]
 
@@ -401,7 +409,7 @@ class TestSessions:
         ):
             _insert_and_fail(cursor)
         with (
-            pytest.raises(psycopg2.errors.UndefinedTable),
+            pytest.raises(MissingTable),
             sessions.session() as connection,
             connection.cursor() as cursor,
         ):
@@ -480,6 +488,49 @@ class TestSessions:
                 (connection.info.backend_pid,),
             )
 
+    def test_what_our_statements_raise_is_ours_and_what_the_users_raise_is_the_drivers(
+        self, config: CoordinationConfig, sessions: Sessions
+    ) -> None:
+        query(config, 'CREATE TABLE public.u (i int UNIQUE DEFERRABLE INITIALLY DEFERRED)')
+        for statement, kind, code in (
+            ('SELECT * FROM public.nothing', MissingTable, '42P01'),
+            ('SELECT nothing FROM public.u', MissingTable, '42703'),
+            ("SELECT 'a'::int", BadData, '22P02'),
+            # At the commit.
+            ('INSERT INTO public.u VALUES (1), (1)', StatementRefused, '23505'),
+        ):
+            for users in (False, True):
+                with (
+                    pytest.raises(Exception) as caught,
+                    sessions.session(users=users) as connection,
+                    connection.cursor() as cursor,
+                ):
+                    cursor.execute(statement)
+                error = caught.value
+                assert isinstance(error, psycopg2.Error if users else kind)
+                if isinstance(error, StatementRefused):
+                    assert isinstance(error.__cause__, psycopg2.Error)
+                    assert error.sqlstate == error.__cause__.pgcode == code
+                    assert str(error) == str(error.__cause__)
+                    assert not error.sent
+
+    def test_within_the_block_a_lock_that_is_not_to_be_had_is_told_from_other_refusals(
+        self, config: CoordinationConfig, sessions: Sessions
+    ) -> None:
+        query(config, 'CREATE TABLE public.v (i int)')
+        with sessions.session() as holder, holder.cursor() as held:
+            held.execute('LOCK TABLE public.v')
+            with sessions.session() as connection, connection.cursor() as cursor:
+                with pytest.raises(LockNotAvailable):
+                    cursor.execute('LOCK TABLE public.v NOWAIT')
+                connection.rollback()
+            with (
+                pytest.raises(StoreTimeout),
+                sessions.session() as connection,
+                connection.cursor() as cursor,
+            ):
+                cursor.execute('LOCK TABLE public.v NOWAIT')
+
     def test_an_error_of_another_connection_passes_through(self, sessions: Sessions) -> None:
         with pytest.raises(psycopg2.OperationalError) as caught, sessions.session():
             psycopg2.connect(host='127.0.0.1', port=1, connect_timeout=2)
@@ -534,7 +585,7 @@ class TestSessions:
         with sessions.session(limited=False) as connection, connection.cursor() as cursor:
             cursor.execute('SET LOCAL statement_timeout = 0; SELECT pg_sleep(1.5)')
         with (
-            pytest.raises(psycopg2.errors.QueryCanceled),
+            pytest.raises(StatementCanceled),
             sessions.session(limited=False) as connection,
             connection.cursor() as cursor,
         ):

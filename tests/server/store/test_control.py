@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psycopg2
 import pytest
 
 from jobsync_core.assignment import round as leader
@@ -22,7 +21,7 @@ from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
-from jobsync_core.errors import DatabaseUnavailable
+from jobsync_core.errors import DatabaseUnavailable, LockNotAvailable
 from jobsync_core.process import Process
 from jobsync_core.protocol.exclusions import Exclusions
 from jobsync_core.protocol.messages.handover import (
@@ -1067,7 +1066,7 @@ class TestStuck:
                 Give('a', 'life of a', ((0, 1),), 1),
             ):
                 began = time.monotonic()
-                with pytest.raises(psycopg2.errors.LockNotAvailable):
+                with pytest.raises(LockNotAvailable):
                     store.ask(request)
                 assert time.monotonic() - began < 1.5
                 assert store.connection.idle
@@ -1089,7 +1088,7 @@ class TestStuck:
         def leads() -> bool:
             try:
                 return bool(store.lead('a').led)
-            except psycopg2.errors.LockNotAvailable:
+            except LockNotAvailable:
                 return False
 
         eventually(leads, timeout=5)

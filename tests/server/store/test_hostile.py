@@ -17,6 +17,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 import jobsync_core.store
 from jobsync_core import CoordinationConfig, Job
+from jobsync_core.errors import MissingTable, StatementRefused
 from jobsync_core.store import deadline, options
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.location import PINNED_PATH
@@ -189,7 +190,7 @@ def test_the_fixture_would_notice_a_path_that_is_not_pinned(
 ) -> None:
     config, _ = trapped()
     monkeypatch.setattr(options.Limits, 'begin_session', lambda *args: 'SELECT')
-    with pytest.raises(psycopg2.Error, match=r'trapped|operator does not exist'):
+    with pytest.raises(StatementRefused, match=r'trapped|operator does not exist'):
         create_schema(config)
 
 
@@ -303,7 +304,7 @@ def test_a_session_of_the_users_finds_his_tables_by_his_path_and_a_pinned_one_do
         for users, limited in ((True, True), (True, False), (False, True)):
             with contextlib.ExitStack() as stack:
                 if not users:
-                    stack.enter_context(pytest.raises(psycopg2.errors.UndefinedTable))
+                    stack.enter_context(pytest.raises(MissingTable))
                 with sessions.session(limited, users) as connection, connection.cursor() as cursor:
                     cursor.execute('SELECT * FROM mine')
         sessions.close_all()

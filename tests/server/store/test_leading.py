@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
+from jobsync_core.errors import StatementCanceled
 from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import Cluster, node_of, query
 from tests.support.history import moment
@@ -77,7 +77,7 @@ def test_a_leader_whose_rounds_always_fail_hands_leadership_on(make_config: Make
         assert first.am_i_leader() and not second.am_i_leader()
 
         def fails(*args: Any) -> Any:
-            raise psycopg2.errors.QueryCanceled('canceling statement due to statement timeout')
+            raise StatementCanceled('canceling statement due to statement timeout')
 
         leading = node_of(first).agent._control.leader
         leading.lead = leading.evict = fails  # type: ignore[method-assign,assignment]

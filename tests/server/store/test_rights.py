@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.cli.main import jobsync
-from jobsync_core.errors import ConfigurationError, JobSyncError
+from jobsync_core.errors import ConfigurationError, JobSyncError, MissingPrivilege
 from jobsync_core.store import rights
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
@@ -168,7 +168,7 @@ def test_row_level_security_that_hides_rows_is_an_error_and_the_doctor_names_it(
     )
     sessions = Sessions(role, 'test')
     with (
-        pytest.raises(psycopg2.errors.InsufficientPrivilege),
+        pytest.raises(MissingPrivilege),
         sessions.session() as connection,
         connection.cursor() as cursor,
     ):

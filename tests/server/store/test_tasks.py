@@ -8,14 +8,13 @@ import datetime
 import threading
 from collections.abc import Iterator
 
-import psycopg2
 import pytest
 
 from jobsync_core import clock
 from jobsync_core.agent.task_claims import TaskClaims
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.errors import ClaimLost
+from jobsync_core.errors import ClaimLost, LockNotAvailable
 from jobsync_core.protocol.ownership import Ownership
 from jobsync_core.store.tasks import TaskStore
 from tests.support.rows import Rows, rows_of
@@ -206,7 +205,7 @@ class TestMovingTokens:
             assert TaskStore(taker, rows.tables).claim('a', 'life of a', TODAY, [('t', 1)]) == ['t']
             with rows.sessions.session() as giver, giver.cursor() as cursor:
                 cursor.execute("SET LOCAL lock_timeout = '100ms'")
-                with pytest.raises(psycopg2.errors.LockNotAvailable):
+                with pytest.raises(LockNotAvailable):
                     cursor.execute(
                         f'UPDATE {rows.tables.assignment} SET node = %s WHERE tokens @> 1', ('b',)
                     )

@@ -18,7 +18,7 @@ import psycopg2.extensions
 import pytest
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.errors import StoreTimeout
+from jobsync_core.errors import StatementRefused, StoreTimeout
 from jobsync_core.store import schema
 from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema, render_schema
 from jobsync_core.store.sessions import Sessions
@@ -239,7 +239,8 @@ def test_a_migration_that_fails_leaves_the_version_before_it(
         patch.setattr(schema, '_render', fail)
         upgrade = Upgrade(old)
         upgrade.join(60)
-        assert isinstance(upgrade.error, psycopg2.errors.UndefinedFunction)
+        assert isinstance(upgrade.error, StatementRefused)
+        assert upgrade.error.sqlstate == '42883'  # undefined function
     assert version(old) == before and longest_beat(old, 1) < LONGEST_SEC
     Upgrade(old).end()
     assert version(old) == SCHEMA_VERSION and rows(old) == [('n1', 't', 'done', 7)]
