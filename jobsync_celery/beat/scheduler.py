@@ -36,7 +36,7 @@ from celery.schedules import crontab
 
 from jobsync_core import clock
 from jobsync_core.errors import DatabaseUnavailable, JobSyncError
-from jobsync_core.store.schedules import Leadership, ScheduleStore, State
+from jobsync_core.store.schedules import ActiveScheduler, ScheduleStore, State
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
@@ -82,7 +82,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         self._slots: dict[str, State] = {}
         self._due: dict[str, _Due] = {}
         self._unrecorded: dict[str, datetime] = {}
-        self._leading: bool | None = None
+        self._is_active: bool | None = None
         self._proved = float('-inf')
         self._pruned = float('-inf')
         self._trouble: dict[str, str] = {}
@@ -94,7 +94,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
             _refuse(error)
         self._tables = Tables.of(self._config)
         self._sessions = Sessions(self._config, 'beat')
-        self._leadership = Leadership(self._config, self._tables)
+        self._active = ActiveScheduler(self._config, self._tables)
         self._retry = min(_RETRY_SEC, self._config.heartbeat_interval_sec)
         super().__init__(app, *args, lazy=lazy, **kwargs)
         limit = min(_BROKER_SEC, max(1.0, self._config.heartbeat_timeout_sec / 3))
@@ -158,15 +158,15 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
     def _leads(self) -> bool:
         """Whether this is the active scheduler, to its knowledge: the rows do not rely on it."""
         now = clock.now()
-        if self._leading and now - self._proved < self._config.heartbeat_interval_sec / 2:
+        if self._is_active and now - self._proved < self._config.heartbeat_interval_sec / 2:
             return True
-        held = self._leadership.hold()
-        if held != self._leading:
+        held = self._active.hold()
+        if held != self._is_active:
             logger.info(
                 'beat: %s is the active one', 'this scheduler' if held else 'another scheduler'
             )
             self._slots.clear()
-        self._leading, self._proved = held, now
+        self._is_active, self._proved = held, now
         return held
 
     def _learn(self) -> None:
@@ -346,9 +346,9 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         return 2 * self._retry
 
     def _step_down(self) -> None:
-        self._leading = None
+        self._is_active = None
         self._slots.clear()
-        self._leadership.resign()
+        self._active.resign()
 
     def _complain(self, what: str, consequence: str, error: Exception) -> bool:
         """Log a trouble, once; whether it is new."""

@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..assignment.hashing import task_to_token
 from ..assignment.model import Member
-from ..assignment.patterns import PATTERN_BYTES, read_patterns
-from ..assignment.round import Pin, decide
+from ..assignment.round import decide
 from ..config import CoordinationConfig
 from ..logs import get_logger
 from ..protocol.messages.leadership import DEATHS, Evict, EvictReply, Lead, ObserveReply, RoundReply
@@ -20,8 +18,8 @@ from .cluster_transaction import ClusterTransaction, read_members
 from .computing import Computation
 from .connection import Connection
 from .epochs import Epochs
-from .locks import LOCKS
 from .options import agent_limits
+from .pins import LocksAt, PinReader
 from .plans import Draft, Outdated, read_assignment
 from .tables import Tables
 
@@ -32,15 +30,13 @@ logger = get_logger(__name__)
 #: The part of the heartbeat timeout that a transaction may take: what is left of the lease covers
 #: the next heartbeat.
 _ROUND = 0.4
-#: Locks that one statement reads, and expired ones that one round deletes.
-_PAGE = 20_000
+#: Expired locks that one round deletes.
+_EXPIRED = 20_000
 #: Rows of a plan that one transaction writes: to begin with, and the bounds.
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
 #: Locks and rows with which a plan is computed at once: it takes a few tenths of a second. With
 #: more it takes a thread.
 _AT_ONCE = 20_000
-#: Complaints about locks that one round hands on.
-_COMPLAINTS = 20
 
 
 @dataclass(frozen=True)
@@ -58,47 +54,10 @@ class _State:
     planned: bool
     gap: bool
 
-
-class _Reading:
-    """The locks, as far as they have been read.
-
-    Args:
-        wanted: What they depend on: the number of their latest change, and how tasks become tokens.
-    """
-
-    def __init__(self, wanted: tuple[int, int, str]) -> None:
-        self.wanted = wanted
-        self.after = ''
-        self.number = 0
-        self.pins: list[Pin] = []
-        self.broken: list[str] = []
-        self._patterns: dict[str, tuple[str, ...]] = {}
-
-    def take(self, rows: Sequence[tuple[str, str, float]]) -> None:
-        """The next ones, in the order of their tasks."""
-        _, total_tokens, hash_function = self.wanted
-        for text, encoded, created_at in rows:
-            self.number += 1
-            self.after = text
-            if self.number > LOCKS:
-                self.broken.append(
-                    f'there are more than {LOCKS:,} locks: those on task {text[:200]!r} and what '
-                    'comes after it in order are ignored; '
-                    'clear some (`jobsync locks clear`), or pin with fewer keys'
-                )
-                return
-            try:
-                known = self._patterns.get(encoded)
-                if known is None:
-                    known = self._patterns[encoded] = read_patterns(encoded)
-                self.pins.append(
-                    Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at)
-                )
-            except Exception as error:  # whatever is in the row, it concerns this lock alone
-                self.broken.append(
-                    f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register '
-                    'it again'
-                )
+    @property
+    def locks_at(self) -> LocksAt:
+        """What the pins depend on."""
+        return self.lock_version, self.total_tokens, self.hash_function
 
 
 class LeaderStore:
@@ -108,6 +67,9 @@ class LeaderStore:
         config: The cluster's settings.
         tables: Names of the tables.
         epochs: Told of the nodes that are evicted.
+
+    Attributes:
+        locks: The locks, in memory.
     """
 
     def __init__(self, config: CoordinationConfig, tables: Tables, epochs: Epochs) -> None:
@@ -117,13 +79,8 @@ class LeaderStore:
         self._most = _ROUND * config.heartbeat_timeout_sec
         self._draft: Draft | None = None
         self._computing: Computation | None = None
-        self._reading: _Reading | None = None
         self._rows = _FIRST_ROWS
-        # The locks, read again only when they have changed: most are there for many plans.
-        self._pins: tuple[Pin, ...] = ()
-        self._pins_of: tuple[int, int, str] | None = None
-        self._broken: list[str] = []
-        self._told: frozenset[str] = frozenset()
+        self.locks = PinReader(tables)
         self._timeout = config.heartbeat_timeout_sec
         self._check_every = config.rebalance_check_interval_sec
         self._check_at = 0.0
@@ -254,7 +211,7 @@ class LeaderStore:
 
     def _prepare(self, steps: ClusterTransaction) -> _State:
         """Delete expired locks, then look whether there is anything to plan."""
-        (values,) = steps.run('leader.prepare', {'page': _PAGE})
+        (values,) = steps.run('leader.prepare', {'page': _EXPIRED})
         return _State(*values)
 
     def _plan(self, connection: Connection, until: float) -> Draft | None:
@@ -277,9 +234,9 @@ class LeaderStore:
         ((text, *values),) = connection.execute(self._tables.sql('leader.read'))
         state, members = _State(*values), read_members(text)
         before = read_assignment(connection, self._tables)
-        if not self._read_pins(connection, state, until):
+        if not self.locks.read(connection, state.locks_at, until):
             return None
-        version, pins = state.version + 1, self._pins
+        version, pins = state.version + 1, self.locks.pins
 
         def make() -> Draft:
             return Draft(
@@ -316,7 +273,7 @@ class LeaderStore:
             state.version + 1,
             decision.moved + decision.assigned,
             decision.blocked,
-            self._complaints(decision.conflicts),
+            self.locks.complaints(decision.conflicts),
         )
 
     def _record(
@@ -335,56 +292,6 @@ class LeaderStore:
                 'channel': self._tables.channel,
                 'payload': f'plan {version}',
             },
-        )
-
-    def _read_pins(self, connection: Connection, state: _State, until: float) -> bool:
-        """Bring the locks up to date, as many as can be read until then; whether all are. A row
-        that is none is set aside, with a complaint; the others count.
-        """
-        wanted = (state.lock_version, state.total_tokens, state.hash_function)
-        if self._pins_of == wanted:
-            return True
-        reading = self._reading
-        if reading is None or reading.wanted != wanted:
-            reading = self._reading = _Reading(wanted)
-        while True:
-            rows = connection.execute(
-                self._tables.sql('leader.pins'),
-                {
-                    'size': PATTERN_BYTES,
-                    'after': reading.after,
-                    'limit': min(_PAGE, LOCKS + 1 - reading.number),
-                },
-            )
-            reading.take(rows)
-            if len(rows) < _PAGE or reading.number > LOCKS:
-                break
-            if time.monotonic() > until:
-                return False
-        reading.pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
-        self._pins, self._broken, self._pins_of, self._reading = (
-            tuple(reading.pins),
-            reading.broken,
-            wanted,
-            None,
-        )
-        return True
-
-    def _complaints(self, conflicts: tuple[str, ...]) -> tuple[str, ...]:
-        """What is wrong with the locks and has not been said since it began: each once, and not too
-        many at a time.
-        """
-        found = (*self._broken, *conflicts)
-        fresh = [text for text in found if text not in self._told]
-        self._told = frozenset(found)
-        more = len(fresh) - _COMPLAINTS
-        return (
-            (
-                *fresh[:_COMPLAINTS],
-                f'{more} more locks like these; `jobsync locks list` shows all locks',
-            )
-            if more > 0
-            else tuple(fresh)
         )
 
 

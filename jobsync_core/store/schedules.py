@@ -2,7 +2,8 @@
 schedulers is the active one.
 
 Safety is in the row: whoever sends a slot holds the row's lock from before it looks at the last
-slot until the new one is committed. Leadership only keeps the others idle.
+slot until the new one is committed. That one of them is the active one only
+keeps the others idle.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .base import Store
 from .connection import Connection
 from .tables import Tables
 
-__all__ = ['Leadership', 'ScheduleStore', 'State']
+__all__ = ['ActiveScheduler', 'ScheduleStore', 'State']
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class ScheduleStore(Store):
         return self._run('schedule.prune', {'names': list(names), 'unused': unused_sec})
 
 
-class Leadership:
+class ActiveScheduler:
     """Which of the schedulers of a cluster is the active one: whose session holds an advisory lock.
 
     The server ends a session that is silent for one heartbeat timeout, so that a stopped or
-    unreachable leader is replaced. Behind a transaction pooler (`listen=False`) sessions hold
-    nothing: all lead then, and the rows alone decide.
+    unreachable one is replaced. Behind a transaction pooler (`listen=False`) sessions hold
+    nothing: all are active then, and the rows alone decide.
 
     Args:
         config: Where the database is.
@@ -99,7 +100,7 @@ class Leadership:
         self._held = False
 
     def hold(self) -> bool:
-        """Become the leader if there is none, or prove to still be it.
+        """Become the active one if there is none, or prove to still be it.
 
         Raises:
             DatabaseUnavailable: The database cannot be reached; nothing is held any more.
@@ -132,7 +133,7 @@ class Leadership:
         return bool(held)
 
     def resign(self) -> None:
-        """Let another scheduler lead, at once."""
+        """Let another scheduler be the active one, at once."""
         self._held = False
         connection, self._connection = self._connection, None
         if connection is not None:

@@ -23,7 +23,7 @@ from jobsync_core.cli.main import jobsync
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.housekeeping import CHORES, HousekeepingStore
 from jobsync_core.store.queues import QueueStore
-from jobsync_core.store.schedules import Leadership, ScheduleStore
+from jobsync_core.store.schedules import ActiveScheduler, ScheduleStore
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.owners import OwnerMap
@@ -275,9 +275,9 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
             assert ScheduleStore(connection, tables).prune(['daily'], 60) == 0
     finally:
         sessions.close_all()
-    leadership = Leadership(config, tables)
-    assert leadership.hold() and leadership.hold()
-    leadership.resign()
+    active = ActiveScheduler(config, tables)
+    assert active.hold() and active.hold()
+    active.resign()
     agent = Connection.open(config, 'chores')
     for chore in CHORES:
         HousekeepingStore(agent, tables).run(chore, 100, None)

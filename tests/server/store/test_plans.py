@@ -26,6 +26,7 @@ from jobsync_core.store import leading, plans
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.locks import LockStore
+from jobsync_core.store.pins import PinReader
 from jobsync_core.store.plans import cut
 from jobsync_core.store.status import StatusStore
 from tests.support.rows import Rows, rows_of
@@ -277,8 +278,7 @@ def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
     leader: Leader, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     monkeypatch.setattr(leading, '_AT_ONCE', at_once)
-    monkeypatch.setattr(leading, 'LOCKS', 2500)
-    monkeypatch.setattr(leading, '_PAGE', 1000)
+    leader.control.leader.locks = PinReader(leader.tables, page=1000, most=2500)
     led = leader.finish()
     assert any(
         'more than 2,500 locks' in text and 'locks clear' in text for text in led.conflicts
@@ -286,30 +286,23 @@ def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
     leader.check()
     counted = sorted(f't{n}' for n in range(3000))[:2500]
     assert [
-        pin.task_id for pin in sorted(leader.control.leader._pins, key=lambda pin: pin.task_id)
+        pin.task_id for pin in sorted(leader.control.leader.locks.pins, key=lambda pin: pin.task_id)
     ] == counted
 
 
-def test_locks_are_read_on_from_where_a_request_had_to_end(
-    leader: Leader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leading, '_PAGE', 1000)
-    lead, tables = leader.control.leader, leader.tables
-    ((_, *values),) = leader.connection.execute(tables.sql('leader.read'))
-    state = leading._State(*values)
-    assert [lead._read_pins(leader.connection, state, 0.0) for _ in range(4)] == [
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert len(lead._pins) == 3000
+def test_locks_are_read_on_from_where_a_request_had_to_end(leader: Leader) -> None:
+    tables = leader.tables
+    locks = leader.control.leader.locks = PinReader(tables, page=1000)
+    ((_, _, total, function, version, *_),) = leader.connection.execute(tables.sql('leader.read'))
+    at = (version, total, function)
+    assert [locks.read(leader.connection, at, 0.0) for _ in range(4)] == [False, False, False, True]
+    assert len(locks.pins) == 3000
     leader.rows.run(
         f"DELETE FROM {tables.lock} WHERE task_id = 't7'; UPDATE {tables.cluster} SET "
         'lock_version = lock_version + 1'
     )
     leader.finish()
-    assert len(lead._pins) == 2999
+    assert len(locks.pins) == 2999
 
 
 def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
