@@ -18,10 +18,10 @@ from ..errors import JobSyncError, MissingPrivilege, StatementRefused
 from ..protocol.pausing import remedy
 from ..store.blockers import BlockerStore, name_all
 from ..store.connection import Connection
+from ..store.layout import SCHEMA_VERSION
 from ..store.probe import ProbeStore, pooling
 from ..store.rights import RightStore
 from ..store.rights import describe as describe_rights
-from ..store.schema import SCHEMA_VERSION
 from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .context import console, describe, printable

@@ -14,8 +14,9 @@ from rich.text import Text
 from .. import __version__
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseRefused, DatabaseUnavailable
+from ..store.layout import render_schema
 from ..store.rights import RightStore, check_role, grants
-from ..store.schema import create_schema, render_schema
+from ..store.schema import create_schema
 from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
@@ -124,13 +125,13 @@ def who_command(database: Database, task_id: str) -> None:
     if lock:
         lines.append(('matched', found['pattern'] or 'no live node'))
         lines += [
-            (name, str(lock[column]))
-            for name, column in (
-                ('reason', 'reason'),
-                ('locked by', 'created_by'),
-                ('expires', 'expires_at'),
+            (name, str(value))
+            for name, value in (
+                ('reason', lock['reason']),
+                ('locked by', lock['created_by']),
+                ('expires', lock['expires_at']),
             )
-            if lock[column] is not None
+            if value is not None
         ]
     if found['others']:
         lines.append(

@@ -15,36 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import CoordinationConfig
+from .statements import catalog
 
 __all__ = ['PINNED_PATH', 'Location', 'default_scope', 'locate', 'location_of']
 
-#: The path of JobSync's own statements. pg_temp is named so that it comes last: unnamed, it would
-#: come first.
+#: The path of JobSync's own statements; queries/location.sql has it as well, and says why.
 PINNED_PATH = 'pg_catalog, pg_temp'
-
-_ROLES_PATH = """
-SET LOCAL search_path TO DEFAULT;
-SELECT pg_catalog.current_schemas(false)::pg_catalog.text[],
-    pg_catalog.current_setting('search_path'), current_user::pg_catalog.text"""
-
-# Of several schemas, one whose table belongs to this role, to a superuser or to the database's
-# owner comes first: whoever may create things in a schema at the beginning of the path cannot put
-# other tables in the place of those that are there.
-_FIND = f"""
-SET LOCAL search_path TO {PINNED_PATH};
-SELECT s.name,
-       EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = 'scope' AND
-           NOT a.attisdropped)
-       AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
-FROM unnest(%s::text[]) WITH ORDINALITY AS s (name, place)
-    JOIN pg_namespace AS n ON n.nspname = s.name
-    JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = %s
-    JOIN pg_roles AS o ON o.oid = c.relowner
-    JOIN pg_roles AS me ON me.rolname = current_user
-ORDER BY NOT (o.rolsuper OR o.oid = me.oid OR (NOT me.rolsuper AND pg_has_role(o.oid, 'MEMBER'))
-              OR o.oid = (SELECT d.datdba FROM pg_database AS d WHERE d.datname =
-                  current_database())), s.place
-LIMIT 1"""
 
 Run = Callable[[str, Sequence[object]], Sequence[Sequence[Any]]]
 
@@ -105,7 +81,7 @@ def locate(location: Location, config: CoordinationConfig, run: Run) -> None:
     if config.schema is not None:
         path: list[str] = [config.schema]
     else:
-        usable, setting, user = run(_ROLES_PATH, ())[0]
+        usable, setting, user = run(_sql('location.roles_path'), ())[0]
         # Where the role may use none of them, the server's error names the right that is missing,
         # if it is asked for a table there.
         path = (
@@ -115,7 +91,7 @@ def locate(location: Location, config: CoordinationConfig, run: Run) -> None:
                 for name in next(csv.reader([setting], skipinitialspace=True), [])
             ][::-1]
         )
-    found = run(_FIND, (path, location.appname + 'cluster'))
+    found = run(_sql('location.find'), (path, location.appname + 'cluster'))
     if not found:
         location.schema = path[0] if path else None
         location.scope = default_scope(location.schema)
@@ -124,10 +100,10 @@ def locate(location: Location, config: CoordinationConfig, run: Run) -> None:
     scopes: Sequence[Sequence[Any]] = ()
     if has_scope:
         quoted = schema.replace('"', '""')
-        scopes = run(
-            f'SET LOCAL search_path TO {PINNED_PATH}; SELECT scope FROM '
-            f'"{quoted}"."{location.appname}cluster"',
-            (),
-        )
+        scopes = run(_sql('location.scope', cluster=f'"{quoted}"."{location.appname}cluster"'), ())
     location.schema, location.scope = schema, str(scopes[0][0]) if scopes else ''
     location.found = True
+
+
+def _sql(name: str, **names: str) -> str:
+    return catalog().render(name, names, {})

@@ -30,7 +30,7 @@ from ..protocol.messages.signs import Sign
 from .cluster_transaction import ClusterTransaction, lock_key
 from .connection import FIRST_TIMELINE, Connection
 from .epochs import Epochs
-from .schema import SCHEMA_VERSION
+from .layout import SCHEMA_VERSION
 from .tables import Tables
 
 __all__ = ['NodeStore']

@@ -1,4 +1,4 @@
-"""The tables: their names, and how they come into being and are brought up to date."""
+"""How the tables come into being and are brought up to date, while others use them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 from ..config import CoordinationConfig
 from ..errors import (
@@ -18,7 +18,6 @@ from ..errors import (
     MissingPrivilege,
     MissingSchema,
     MissingTable,
-    SchemaConflict,
     StatementRefused,
     StoreTimeout,
     TransactionConflict,
@@ -26,33 +25,17 @@ from ..errors import (
 from ..logs import get_logger
 from .blockers import Blocker, BlockerStore, name_all
 from .deadline import GuardedConnection
-from .location import PINNED_PATH, default_scope
+from .layout import MIGRATIONS, LayoutStore, Migration
 from .rights import RightStore, describe
 from .sessions import Sessions
-from .statements import read_migration
-from .tables import RELATIONS, Tables, quote_name
+from .tables import Tables
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-__all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'create_schema', 'render_schema']
+__all__ = ['create_schema']
 
 logger = get_logger(__name__)
-
-#: Number of a schema version, and the file of `migrations/` that leads to it from the one before. A
-#: file, once released, never changes; nor does a file of `functions/`, whose name has a version.
-MIGRATIONS: tuple[tuple[int, str], ...] = (
-    (1, '01_tables'),
-    (2, '02_schedules'),
-    (3, '03_execution_functions'),
-    (4, '04_node_age'),
-    (5, '05_housekeeping_indexes'),
-    (6, '06_qualified_names'),
-    (7, '07_epochs'),
-    (8, '08_queue_belonging'),
-    (9, '09_former_keys'),
-)
-SCHEMA_VERSION = MIGRATIONS[-1][0]
 
 #: Seconds for which a migration is tried again while somebody's transaction is in its way; and what
 #: its statements may take.
@@ -68,45 +51,18 @@ _TRY_SEC, _WAIT_SEC = 3.0, 1.0
 _FRESH_SEC = 2.0
 
 
-def render_schema(appname: str, schema: str | None = None) -> str:
-    """The statements that create the tables, for whoever does so by hand.
-
-    Args:
-        appname: Their prefix.
-        schema: Where they go; default `public`.
-    """
-    tables = Tables(appname, schema or 'public', default_scope(schema))
-    parts = [
-        '-- Names are qualified; what stands without a schema is of PostgreSQL itself.',
-        f'SET search_path = {PINNED_PATH};\n',
-    ]
-    if schema is not None:
-        parts.append(f'CREATE SCHEMA IF NOT EXISTS {quote_name(schema)};\n')
-    parts.append(
-        '-- Each version is a transaction of its own. It gives up soon where somebody has locked '
-        'a table, since nodes queue up\n'
-        '-- behind it: then run all of this again, which changes nothing that is there.\n'
-    )
-    parts += [
-        f"BEGIN;\nSET LOCAL lock_timeout = '2s';\n{_render(tables, name)}COMMIT;\n"
-        for _, name in MIGRATIONS
-    ]
-    if tables.scope:
-        parts.append(
-            f"UPDATE {tables.cluster} SET scope = '{tables.scope}'\n"
-            f'WHERE version = 0 AND planned IS NULL AND NOT EXISTS (SELECT FROM {tables.node});\n'
-        )
-    return '\n'.join([*parts, 'RESET search_path;'])
-
-
 @overload
 def create_schema(session: CoordinationConfig) -> None: ...
 @overload
-def create_schema(session: PgConnection, config: CoordinationConfig) -> None: ...
+def create_schema(
+    session: PgConnection, config: CoordinationConfig, migrations: Sequence[Migration] = MIGRATIONS
+) -> None: ...
 
 
 def create_schema(
-    session: PgConnection | CoordinationConfig, config: CoordinationConfig | None = None
+    session: PgConnection | CoordinationConfig,
+    config: CoordinationConfig | None = None,
+    migrations: Sequence[Migration] = MIGRATIONS,
 ) -> None:
     """Create the tables where they are missing, or bring them up to date. Many nodes may do so at
     once.
@@ -118,6 +74,7 @@ def create_schema(
             config alone: then one is opened for this, and closed. Each version is committed by
             itself.
         config: Names the tables.
+        migrations: What makes them, from the first version to the last.
 
     Raises:
         SchemaConflict: There are tables of another layout, or of a newer version.
@@ -131,11 +88,9 @@ def create_schema(
     assert config is not None
     tables = Tables.of(config)
     try:
-        with session.cursor() as cursor:
-            there = _in_place(cursor, tables)
-        if not there:
+        if not LayoutStore(session, tables).is_in_place(migrations[-1].number):
             session.rollback()
-            _bring_up_to_date(session, tables, config)
+            _bring_up_to_date(session, tables, config, migrations)
             with session.cursor() as cursor:
                 tables.refresh(config, cursor)
     except (MissingPrivilege, MissingSchema) as error:
@@ -189,14 +144,12 @@ def _remedy(config: CoordinationConfig) -> str:
     )
 
 
-def _in_place(cursor: Any, tables: Tables) -> bool:
-    try:
-        return _look(cursor, tables) == (SCHEMA_VERSION, True)
-    except SchemaConflict:
-        return False  # somebody may be migrating right now: judged again under the lock
-
-
-def _bring_up_to_date(session: PgConnection, tables: Tables, config: CoordinationConfig) -> None:
+def _bring_up_to_date(
+    session: PgConnection,
+    tables: Tables,
+    config: CoordinationConfig,
+    migrations: Sequence[Migration],
+) -> None:
     """Run the migrations that are missing, each in a transaction of its own.
 
     So what one has locked is free before the next one waits for its locks, and where the process
@@ -204,15 +157,15 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
     goes on. A try that meets somebody's lock gives way at once and comes again, since all others
     would queue behind it.
     """
+    newest = migrations[-1].number
     lock_sec, whole, tries = _LOCK_SEC, False, 0
     began = progress = time.monotonic()
     while True:
         now = time.monotonic()
         try:
-            version = _migrate(
-                session, tables, config, lock_sec, whole, wait=now - began > _TRY_SEC
-            )
-            if version == SCHEMA_VERSION:
+            wait = now - began > _TRY_SEC
+            version = _migrate(session, tables, config, migrations, lock_sec, whole, wait)
+            if version == newest:
                 return
             if version is not None:
                 lock_sec, tries, progress = _LOCK_SEC, 0, time.monotonic()
@@ -225,7 +178,7 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
             lock_sec = _VACUUM_SEC if tries % 3 == 0 and blockers.vacuuming() else _LOCK_SEC
             session.rollback()
             if now - progress > _PATIENCE_SEC:
-                raise StoreTimeout(_in_the_way(tables, found)) from error
+                raise StoreTimeout(_in_the_way(tables, newest, found)) from error
         except MissingTable:
             session.rollback()
             if whole:
@@ -244,9 +197,9 @@ def _bring_up_to_date(session: PgConnection, tables: Tables, config: Coordinatio
         time.sleep(random.uniform(0.05, 0.2) if tries == 0 else random.uniform(0.2, 0.4))
 
 
-def _in_the_way(tables: Tables, found: Sequence[Blocker]) -> str:
+def _in_the_way(tables: Tables, newest: int, found: Sequence[Blocker]) -> str:
     return (
-        f'the tables {tables.appname}* could not be brought up to version {SCHEMA_VERSION} within '
+        f'the tables {tables.appname}* could not be brought up to version {newest} within '
         f'{_PATIENCE_SEC:g} s, as somebody '
         f'else has locked one of them: {name_all(found) or "it is gone by now"}; end '
         'that transaction and try again. '
@@ -258,6 +211,7 @@ def _migrate(
     session: PgConnection,
     tables: Tables,
     config: CoordinationConfig,
+    migrations: Sequence[Migration],
     lock_sec: float,
     whole: bool,
     wait: bool,
@@ -268,43 +222,28 @@ def _migrate(
     Returns:
         The version of the tables now; None where others have the cluster's lock.
     """
-    with _unhurried(session), session.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, "
-            'true)',
-            (f'{(_WAIT_SEC if wait else lock_sec) * 1000:.0f}ms', f'{_PATIENCE_SEC * 1000:.0f}ms'),
-        )
-        # No leader plans while tables change.
-        cursor.execute(
-            f'SELECT {"true FROM pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"}'
-            '(%s, %s)',
-            tables.advisory,
-        )
-        if not cursor.fetchall()[0][0]:
-            there = _in_place(cursor, tables)
+    layout, newest = LayoutStore(session, tables), migrations[-1].number
+    with _unhurried(session):
+        if not layout.take_turn(wait, _WAIT_SEC if wait else lock_sec, _PATIENCE_SEC):
+            there = layout.is_in_place(newest)
             session.rollback()
-            return SCHEMA_VERSION if there else None
-        cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f'{lock_sec * 1000:.0f}ms',))
-        _create_place(cursor, config)
-        version, complete = _look(cursor, tables)
-        if version == SCHEMA_VERSION and complete:
+            return newest if there else None
+        layout.limit_locks(lock_sec)
+        if config.schema is not None:
+            layout.create_place(config.schema)
+        version, complete = layout.look(newest)
+        if version == newest and complete:
             session.rollback()
             return version
-        every = whole or version in (0, SCHEMA_VERSION)
-        missing = [(number, name) for number, name in MIGRATIONS if every or number > version]
-        for number, name in missing if every else missing[:1]:
-            cursor.execute(_render(tables, name))
-            cursor.execute(
-                f'UPDATE {tables.cluster} SET schema_version = %s WHERE schema_version < %s',
-                (number, number),
-            )
+        every = whole or version in (0, newest)
+        missing = [each for each in migrations if every or each.number > version]
+        if not every:
+            del missing[1:]
+        layout.migrate(missing)
         if version == 0:
-            cursor.execute(
-                f'UPDATE {tables.cluster} SET total_tokens = %s, hash_function = %s, scope = %s',
-                (config.total_tokens, config.hash_function, tables.scope),
-            )
+            layout.settle(config)
         session.commit()
-        return number
+        return missing[-1].number
 
 
 @contextlib.contextmanager
@@ -318,92 +257,3 @@ def _unhurried(session: PgConnection) -> Iterator[None]:
         yield
     finally:
         session.limit = limit
-
-
-def _create_place(cursor: Any, config: CoordinationConfig) -> None:
-    if config.schema is not None:
-        # Only where it is missing: even IF NOT EXISTS asks for the right to create one.
-        cursor.execute(
-            'SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)', (config.schema,)
-        )
-        if not cursor.fetchall()[0][0]:
-            cursor.execute(f'CREATE SCHEMA IF NOT EXISTS {quote_name(config.schema)}')
-
-
-def _look(cursor: Any, tables: Tables) -> tuple[int, bool]:
-    """The schema version of the tables, 0 where there are none; and whether all are there, and the
-    functions.
-
-    Raises:
-        SchemaConflict: They are not JobSync's, or newer than this program.
-    """
-    columns = _columns(cursor, tables.all.values())
-    version = 0
-    if 'schema_version' in columns[tables.cluster][1]:
-        cursor.execute(f'SELECT max(schema_version) FROM {tables.cluster}')
-        version = cursor.fetchall()[0][0] or SCHEMA_VERSION
-    if version > SCHEMA_VERSION:
-        raise SchemaConflict(
-            f'the tables {tables.appname}* have schema version {version}, and this program knows '
-            f'{SCHEMA_VERSION}: upgrade JobSync here, '
-            'or choose another appname'
-        )
-    for name, quoted in tables.all.items():
-        kind, found = columns[quoted]
-        expected = version > 0 and kind in (('v',) if name == 'token' else ('r', 'p'))
-        if kind and not (
-            expected and (version < SCHEMA_VERSION or found >= set(RELATIONS[name].split()))
-        ):
-            raise SchemaConflict(
-                f'{_KINDS.get(kind, "relation")} {quoted} exists already and is not of the layout '
-                'that this version of JobSync makes: '
-                f'choose another appname than {tables.appname!r}, or rename or drop {quoted} if '
-                'nothing needs it'
-            )
-    return version, all(kind for kind, _ in columns.values()) and _has_functions(cursor, tables)
-
-
-_KINDS = {
-    'r': 'table',
-    'v': 'view',
-    'm': 'materialized view',
-    'p': 'partitioned table',
-    'f': 'foreign table',
-    'i': 'index',
-}
-
-
-def _columns(cursor: Any, relations: Iterable[str]) -> dict[str, tuple[str, set[str]]]:
-    """Kind and columns of each relation; '' and none where it does not exist."""
-    names: Sequence[str] = list(relations)
-    cursor.execute(
-        """
-        SELECT wanted.name, coalesce(c.relkind::text, ''), coalesce(string_agg(a.attname, ' '), '')
-        FROM unnest(%s::text[]) AS wanted (name)
-        LEFT JOIN pg_class AS c ON c.oid = to_regclass(wanted.name)
-        LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-        GROUP BY wanted.name, c.relkind
-        """,
-        (names,),
-    )
-    return {name: (kind, set(columns.split())) for name, kind, columns in cursor.fetchall()}
-
-
-def _has_functions(cursor: Any, tables: Tables) -> bool:
-    cursor.execute(
-        """
-        SELECT bool_and(coalesce(has_function_privilege(to_regprocedure(wanted.name), 'EXECUTE'),
-            false)) FROM unnest(%s) AS wanted (name)
-        """,
-        (
-            [
-                f'{getattr(tables, name)}({arguments})'
-                for name, arguments in tables.functions.items()
-            ],
-        ),
-    )
-    return bool(cursor.fetchall()[0][0])
-
-
-def _render(tables: Tables, name: str) -> str:
-    return tables.migration(read_migration(name))

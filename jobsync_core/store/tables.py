@@ -189,25 +189,27 @@ class Tables:
 
 
 class _Names(Mapping[str, str]):
-    """Names for SQL, each made when it is asked for: where the tables have no place, statements
-    that name none still work.
+    """Names for SQL, `schema` among them, each made when it is asked for: where the tables have no
+    place, statements that name none still work.
     """
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
 
     def __contains__(self, name: object) -> bool:
-        return name in RELATIONS or name in FUNCTIONS
+        return name == 'schema' or name in RELATIONS or name in FUNCTIONS
 
     def __getitem__(self, name: str) -> str:
+        if name == 'schema':
+            return quote_name(self._tables.schema)
         found: str = getattr(self._tables, name)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*RELATIONS, *FUNCTIONS))
+        return iter(('schema', *RELATIONS, *FUNCTIONS))
 
     def __len__(self) -> int:
-        return len(RELATIONS) + len(FUNCTIONS)
+        return 1 + len(RELATIONS) + len(FUNCTIONS)
 
 
 def quote_name(name: str) -> str:

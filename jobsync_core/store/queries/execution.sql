@@ -113,7 +113,7 @@ SELECT {stamp}, pg_catalog.pg_backend_pid()
 -- keep it.
 SET LOCAL statement_timeout TO 0; SET CONSTRAINTS ALL IMMEDIATE; RESET SESSION AUTHORIZATION;
 RESET ROLE; RESET ALL;
-SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL synchronous_commit TO 'on';
+SET LOCAL search_path TO {pinned_path}; SET LOCAL synchronous_commit TO 'on';
 SET LOCAL statement_timeout TO 0;
 SET LOCAL lock_timeout TO %s; SET LOCAL idle_in_transaction_session_timeout TO %s;
 {completing}

@@ -25,8 +25,8 @@ from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.cli import doctor
 from jobsync_core.cli.main import jobsync
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.store.layout import render_schema
 from jobsync_core.store.locks import LockStore
-from jobsync_core.store.schema import render_schema
 from jobsync_core.store.tables import Tables
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually

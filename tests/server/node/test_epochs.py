@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobsync_core import CoordinationConfig, Job
-from jobsync_core.store import schema
+from jobsync_core.store.layout import MIGRATIONS
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import query
@@ -204,7 +204,7 @@ def test_its_migration_holds_nobody_up_behind_a_long_transaction(
     rows = Rows(config, Sessions(config, 'rows'))
     rows.run(f'ALTER TABLE {rows.tables.audit} DROP COLUMN epoch')
     rows.run(f'ALTER TABLE {rows.tables.cluster} DROP COLUMN epoch')
-    migration = schema._render(rows.tables, '07_epochs')
+    migration = MIGRATIONS[6].sql(rows.tables)
     with (
         rows.sessions.session(limited=False) as reader,
         reader.cursor() as cursor,

@@ -16,9 +16,9 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages.handover import Refresh
 from jobsync_core.protocol.messages.membership import Join, JoinReply
-from jobsync_core.store import schema
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.layout import LayoutStore
 from jobsync_core.store.nodes import NodeStore
 from jobsync_core.store.schema import create_schema
 from tests.support.cluster import query
@@ -37,7 +37,7 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
     )
     asked: Counter[str] = Counter()
     looks = 0
-    handle, look = ClusterStore.handle, schema._look
+    handle, look = ClusterStore.handle, LayoutStore.look
 
     def counted(self: ClusterStore, connection: Connection, request: Any) -> Any:
         asked[type(request).__name__] += 1
@@ -49,7 +49,7 @@ def test_sixty_nodes_that_start_together_all_enter_and_ask_little_while_they_wai
         return look(*args)
 
     monkeypatch.setattr(ClusterStore, 'handle', counted)
-    monkeypatch.setattr(schema, '_look', counted_look)
+    monkeypatch.setattr(LayoutStore, 'look', counted_look)
     leave, failures, entered = threading.Event(), [], []
 
     def run(name: str) -> None:

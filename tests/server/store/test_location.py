@@ -12,11 +12,11 @@ import pytest
 import jobsync_core
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.store import schema as schema_module
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.layout import MIGRATIONS, SCHEMA_VERSION
 from jobsync_core.store.location import location_of
 from jobsync_core.store.options import Keepalive
-from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema
+from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
@@ -47,9 +47,9 @@ def test_an_installation_from_before_goes_on_where_it_is_with_its_channel_and_it
     query(config, 'CREATE SCHEMA app')
     query(config, f'ALTER DATABASE "{config.dbname}" SET search_path = app, public')
     old = [
-        schema_module._render(Tables('sync_', 'app'), name).replace('"app".', '')
-        for number, name in MIGRATIONS
-        if number < 6
+        migration.sql(Tables('sync_', 'app')).replace('"app".', '')
+        for migration in MIGRATIONS
+        if migration.number < 6
     ]
     query(config, 'SET search_path TO app, public;' + ''.join(old) + 'RESET search_path')
     plain = Tables('sync_')

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig, DuplicateExecution, Job
-from jobsync_core.store.schema import SCHEMA_VERSION
+from jobsync_core.store.layout import SCHEMA_VERSION
 from tests.support.cluster import query
 from tests.support.waiting import eventually
 

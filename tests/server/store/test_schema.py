@@ -5,29 +5,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import psycopg2
 import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import JobSyncError, SchemaConflict, StatementRefused
-from jobsync_core.store import schema
-from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema, render_schema
+from jobsync_core.store.layout import MIGRATIONS, SCHEMA_VERSION, Migration, render_schema
+from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
 from tests.support.rows import Rows, rows_of
 
 
-def create(config: CoordinationConfig) -> None:
+def create(config: CoordinationConfig, migrations: Sequence[Migration] = MIGRATIONS) -> None:
     """As a node does when it starts."""
     sessions = Sessions(config, 'test schema')
     try:
         with sessions.session() as connection:
-            create_schema(connection, config)
+            create_schema(connection, config, migrations)
     finally:
         sessions.close_all()
+
+
+class Next(Migration):
+    """One of a version to come."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(SCHEMA_VERSION + 1, text)
+
+    def sql(self, tables: Tables) -> str:
+        return tables.migration(self.name)
 
 
 def oids(config: CoordinationConfig) -> list[tuple[object, ...]]:
@@ -222,7 +232,7 @@ class TestConflicts:
 
 class TestMigrations:
     def test_an_older_schema_is_brought_forward_once_and_keeps_its_rows(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+        self, config: CoordinationConfig
     ) -> None:
         create(config)
         query(
@@ -231,25 +241,16 @@ class TestMigrations:
         text = (
             'ALTER TABLE {queue} ADD COLUMN size int;\nALTER TABLE {lock} ADD COLUMN colour text;'
         )
-        monkeypatch.setattr(schema, 'read_migration', lambda name: text)
-        monkeypatch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, '10_next')))
-        monkeypatch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
         for _ in range(2):
-            create(config)
+            create(config, [*MIGRATIONS, Next(text)])
         assert query(config, 'SELECT schema_version FROM "{}cluster"') == [(SCHEMA_VERSION + 1,)]
         assert query(config, 'SELECT task_id, colour FROM "{}lock"') == [('t', None)]
 
-    def test_a_migration_that_fails_leaves_the_old_schema(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_migration_that_fails_leaves_the_old_schema(self, config: CoordinationConfig) -> None:
         create(config)
         text = 'ALTER TABLE {queue} ADD COLUMN size int;\nSELECT no_such_function();'
-        with monkeypatch.context() as patch:
-            patch.setattr(schema, 'read_migration', lambda name: text)
-            patch.setattr(schema, 'MIGRATIONS', (*MIGRATIONS, (SCHEMA_VERSION + 1, '10_next')))
-            patch.setattr(schema, 'SCHEMA_VERSION', SCHEMA_VERSION + 1)
-            with pytest.raises(StatementRefused, match='no_such_function'):
-                create(config)
+        with pytest.raises(StatementRefused, match='no_such_function'):
+            create(config, [*MIGRATIONS, Next(text)])
         create(config)
         assert (
             query(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psycopg2
@@ -20,7 +20,8 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import StatementRefused, StoreTimeout
 from jobsync_core.store import schema
-from jobsync_core.store.schema import MIGRATIONS, SCHEMA_VERSION, create_schema, render_schema
+from jobsync_core.store.layout import MIGRATIONS, SCHEMA_VERSION, Migration, render_schema
+from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from tests.support.cluster import query
@@ -44,10 +45,7 @@ LONGEST_SEC = 1.0
 def old(config: CoordinationConfig) -> CoordinationConfig:
     """A cluster of version 3 with a node, a lock, an audited task and a completed key."""
     tables = Tables(config.appname)
-    query(
-        config,
-        ''.join(schema._render(tables, name) for number, name in MIGRATIONS if number <= RELEASED),
-    )
+    query(config, ''.join(each.sql(tables) for each in MIGRATIONS if each.number <= RELEASED))
     query(
         config,
         """
@@ -95,17 +93,20 @@ def transaction(config: CoordinationConfig, sql: str) -> Iterator[psycopg2.exten
 class Upgrade(threading.Thread):
     """A node of this version that starts."""
 
-    def __init__(self, config: CoordinationConfig) -> None:
+    def __init__(
+        self, config: CoordinationConfig, migrations: Sequence[Migration] = MIGRATIONS
+    ) -> None:
         super().__init__(daemon=True)
         self.error: BaseException | None = None
         self._config = config
+        self._migrations = migrations
         self.start()
 
     def run(self) -> None:
         sessions = Sessions(self._config, 'test upgrade')
         try:
             with sessions.session() as connection:
-                create_schema(connection, self._config)
+                create_schema(connection, self._config, self._migrations)
         except BaseException as error:
             self.error = error
         finally:
@@ -224,23 +225,25 @@ create_schema(CoordinationConfig(**json.load(sys.stdin)))
     assert version(old) == SCHEMA_VERSION and rows(old) == [('n1', 't', 'done', 7)]
 
 
-@pytest.mark.parametrize('number', [number for number, _ in MIGRATIONS if number > RELEASED])
+class Failing(Migration):
+    """One that fails at its end."""
+
+    def sql(self, tables: Tables) -> str:
+        return super().sql(tables) + 'SELECT no_such_function();'
+
+
+@pytest.mark.parametrize('number', [each.number for each in MIGRATIONS if each.number > RELEASED])
 def test_a_migration_that_fails_leaves_the_version_before_it(
-    old: CoordinationConfig, monkeypatch: pytest.MonkeyPatch, number: int
+    old: CoordinationConfig, number: int
 ) -> None:
-    name = dict(MIGRATIONS)[number]
-    render = schema._render
-    before = max(other for other, _ in MIGRATIONS if other < number)
-
-    def fail(tables: Tables, wanted: str) -> str:
-        return render(tables, wanted) + ('SELECT no_such_function();' if wanted == name else '')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(schema, '_render', fail)
-        upgrade = Upgrade(old)
-        upgrade.join(60)
-        assert isinstance(upgrade.error, StatementRefused)
-        assert upgrade.error.sqlstate == '42883'  # undefined function
+    upgrade = Upgrade(
+        old,
+        [Failing(each.number, each.name) if each.number == number else each for each in MIGRATIONS],
+    )
+    upgrade.join(60)
+    assert isinstance(upgrade.error, StatementRefused)
+    assert upgrade.error.sqlstate == '42883'  # undefined function
+    before = max(each.number for each in MIGRATIONS if each.number < number)
     assert version(old) == before and longest_beat(old, 1) < LONGEST_SEC
     Upgrade(old).end()
     assert version(old) == SCHEMA_VERSION and rows(old) == [('n1', 't', 'done', 7)]
@@ -279,7 +282,7 @@ def test_an_automatic_vacuum_gets_the_second_that_it_takes_to_give_way(
     migrate = schema._migrate
 
     def noted(*args: Any, **options: Any) -> int | None:
-        waits.append(args[3])
+        waits.append(args[4])
         return migrate(*args, **options)
 
     monkeypatch.setattr(schema, '_migrate', noted)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import jobsync_core.store
-from jobsync_core.store.schema import MIGRATIONS
+from jobsync_core.store.layout import MIGRATIONS
+from jobsync_core.store.location import PINNED_PATH
 from jobsync_core.store.statements import catalog, parse, read_migration
-from jobsync_core.store.tables import Tables
+from jobsync_core.store.tables import FUNCTIONS, Tables
 
 STORE = Path(jobsync_core.store.__file__).parent
 NAMES = sorted(catalog().statements)
@@ -90,8 +92,29 @@ def test_a_statement_is_put_together_once() -> None:
     assert tables.sql('queue.known') is tables.sql('queue.known')
 
 
+def test_the_pinned_path_is_the_same_in_the_statements() -> None:
+    assert catalog().pieces['pinned_path'].text == PINNED_PATH
+
+
 def test_every_file_of_migrations_and_functions_is_used() -> None:
-    texts = {name: read_migration(name) for _, name in MIGRATIONS}
+    texts = {migration.name: read_migration(migration.name) for migration in MIGRATIONS}
     assert {path.stem for path in (STORE / 'migrations').iterdir()} == set(texts)
     for path in (STORE / 'functions').iterdir():
         assert sum(f'{{{path.stem}}}' in text for text in texts.values()) == 1, path.name
+
+
+_HEAD = re.compile(
+    r'CREATE OR REPLACE FUNCTION (\{[a-z_]+\}) ?(\(.*?\))\s*RETURNS (.*?)\s*LANGUAGE', re.S
+)
+
+
+def test_a_function_keeps_its_name_only_while_processes_of_earlier_versions_may_call_it() -> None:
+    """They call it by its name, while this version's have put theirs in its place: what takes or
+    gives something else needs another name.
+    """
+    heads: dict[str, set[tuple[str, ...]]] = {}
+    for path in (STORE / 'functions').iterdir():
+        name, *head = _HEAD.findall(path.read_text(encoding='utf-8'))[0]
+        heads.setdefault(name, set()).add(tuple(' '.join(part.split()) for part in head))
+    assert {name.strip('{}') for name in heads} == set(FUNCTIONS)
+    assert [name for name, found in heads.items() if len(found) > 1] == []
