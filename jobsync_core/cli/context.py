@@ -15,7 +15,7 @@ from rich.console import Console
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, MissingPrivilege, MissingTable
 from ..store.sessions import Sessions
-from ..store.status import StatusStore
+from ..store.status import ClusterRow, StatusStore
 from ..store.tables import Tables
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Database:
         with self.sessions() as (sessions, tables), sessions.session() as connection:
             yield connection, tables
 
-    def cluster(self, connection: PgConnection, tables: Tables) -> dict[str, Any]:
+    def cluster(self, connection: PgConnection, tables: Tables) -> ClusterRow:
         """The cluster's row.
 
         Raises:

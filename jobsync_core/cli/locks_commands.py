@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from ..assignment.arguments import check_lock
 from ..assignment.hashing import check_task_id
 from ..assignment.patterns import eligible
+from ..results import LockInfo
 from ..store.locks import LockStore
 from ..store.status import StatusStore
 from .context import Database, database_options, printable
@@ -71,7 +70,7 @@ def list_command(database: Database, limit: int, everything: bool, json_wanted: 
         )
 
 
-def _cells(lock: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(lock: LockInfo) -> tuple[str, ...]:
     shown = patterns(lock['node_patterns'])
     if not isinstance(lock['node_patterns'], list) and lock['size'] > len(shown):
         shown = f'{lock["size"]:,} bytes: {lock["node_patterns"]}'

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from rich import box
 from rich.console import Group as Stack
@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..assignment.patterns import NodeNames
-from ..store.status import StatusStore
+from ..results import NodeInfo
+from ..store.status import BlockedRange, ClusterRow, RebalanceRow, StatusStore
 from .context import printable
 
 if TYPE_CHECKING:
@@ -27,8 +28,21 @@ __all__ = ['as_json', 'patterns', 'rebalance_table', 'render', 'snapshot', 'tabl
 _LOCKS_SHOWN = 5
 
 
-def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> dict[str, Any]:
-    """Everything that `status` shows, as one dictionary."""
+class Snapshot(TypedDict):
+    """Everything that `status` shows."""
+
+    cluster: ClusterRow | None
+    leader: str | None
+    nodes: list[NodeInfo]
+    unowned_tokens: int
+    moving_tokens: int
+    blocked_tokens: int
+    blocked: list[BlockedRange]
+    rebalances: list[RebalanceRow]
+
+
+def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> Snapshot:
+    """Read it, in one transaction."""
     nodes = StatusStore(connection, tables).nodes()
     segments = StatusStore(connection, tables).assignment()
     cluster = StatusStore(connection, tables).cluster()
@@ -67,7 +81,7 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     return result
 
 
-def render(found: Mapping[str, Any], appname: str) -> RenderableType:
+def render(found: Snapshot, appname: str) -> RenderableType:
     """The snapshot as tables."""
     cluster = found['cluster']
     if cluster is None:
@@ -98,7 +112,7 @@ def render(found: Mapping[str, Any], appname: str) -> RenderableType:
     return Stack(*parts)
 
 
-def _node_table(nodes: Sequence[Mapping[str, Any]], total: int) -> Table:
+def _node_table(nodes: Sequence[NodeInfo], total: int) -> Table:
     result = table(
         'node',
         'state',
@@ -139,7 +153,7 @@ def patterns(value: object) -> str:
     )
 
 
-def _why_blocked(found: Mapping[str, Any]) -> str:
+def _why_blocked(found: Snapshot) -> str:
     live = [node for node in found['nodes'] if node['alive']]
     if not live:
         return (
@@ -162,12 +176,12 @@ def _why_blocked(found: Mapping[str, Any]) -> str:
     return 'blocked: no live node matches their locks'
 
 
-def _locks_block(found: Mapping[str, Any]) -> bool:
+def _locks_block(found: Snapshot) -> bool:
     takes_part = any(node['alive'] and node['state'] == 'active' for node in found['nodes'])
     return takes_part and any(item['locks'] for item in found['blocked'])
 
 
-def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+def _blocked_lines(blocked: Sequence[BlockedRange]) -> list[RenderableType]:
     locks = [lock for item in blocked for lock in item['locks']]
     lines: list[RenderableType] = [
         Text(
@@ -182,7 +196,7 @@ def _blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> list[RenderableType]
     return lines
 
 
-def rebalance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def rebalance_table(rows: Sequence[RebalanceRow]) -> Table:
     """Plans, newest first."""
     result = table('when', 'reason', 'leader', 'nodes', 'moved', 'took', right=('moved', 'took'))
     for row in rows:

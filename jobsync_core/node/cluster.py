@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from .. import clock
 from ..agent.agent import Agent
@@ -287,8 +287,7 @@ class ClusterNode:
 
     def get_audit(self) -> list[AuditedTask]:
         with self._sessions.session() as connection:
-            found = TaskStore(connection, self._tables).get_audit(self._membership.date)
-        return cast(list[AuditedTask], found)
+            return TaskStore(connection, self._tables).get_audit(self._membership.date)
 
     def token_of(self, task_id: object) -> int:
         return self.tasks.token_of(task_id_of(task_id))
@@ -300,8 +299,7 @@ class ClusterNode:
     def explain(self, task_id: object) -> Explanation:
         text = check_task_id(task_id_of(task_id))
         with self._sessions.session() as connection:
-            found = StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
-        return cast(Explanation, found)
+            return StatusStore(connection, self._tables).explain(text, self.tasks.token_of(text))
 
     @property
     def tokens(self) -> TokenSet:
@@ -366,8 +364,7 @@ class ClusterNode:
 
     def list_nodes(self) -> list[NodeInfo]:
         with self._sessions.session() as connection:
-            found = StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
-        return cast(list[NodeInfo], found)
+            return StatusStore(connection, self._tables).nodes(self._config.heartbeat_timeout_sec)
 
     def count_active(self) -> int | None:
         """How many members are alive; None where the database cannot be asked."""
@@ -405,8 +402,7 @@ class ClusterNode:
 
     def list_locks(self) -> list[LockInfo]:
         with self._sessions.session() as connection:
-            found = LockStore(connection, self._tables).list_locks()
-        return cast(list[LockInfo], found)
+            return LockStore(connection, self._tables).list_locks()
 
     def clear_locks(self, creator: str | None = None) -> int:
         with self._sessions.session() as connection:

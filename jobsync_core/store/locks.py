@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 from ..errors import ConfigurationError
+from ..results import LockInfo
 from .base import Store
 
 __all__ = ['LOCKS', 'LockStore']
@@ -78,13 +79,11 @@ class LockStore(Store):
                 'clear some, or pin with fewer keys'
             )
 
-    def list_locks(self) -> list[dict[str, Any]]:
-        """The locks in force, oldest first: task_id, node_patterns (a list), reason, created_at,
-        created_by, expires_at.
-        """
-        return self._dicts('lock.all')
+    def list_locks(self) -> list[LockInfo]:
+        """The locks in force, oldest first."""
+        return cast(list[LockInfo], self._dicts('lock.all'))
 
-    def show_locks(self, limit: int | None) -> tuple[int, list[dict[str, Any]]]:
+    def show_locks(self, limit: int | None) -> tuple[int, list[LockInfo]]:
         """How many locks are in force, and the oldest of them for people to look at: as
         `list_locks`, but long texts are cut by the server.
 
@@ -92,13 +91,13 @@ class LockStore(Store):
             limit: How many rows; None: all.
         """
         ((number,),) = self._rows('lock.count_in_force')
-        return int(number), self._dicts(
-            'lock.show', {'length': _SHOWN, 'size': _SHOWN_PATTERNS, 'limit': limit}
-        )
+        rows = self._dicts('lock.show', {'length': _SHOWN, 'size': _SHOWN_PATTERNS, 'limit': limit})
+        return int(number), cast(list[LockInfo], rows)
 
-    def of_task(self, text: str) -> dict[str, Any] | None:
+    def of_task(self, text: str) -> LockInfo | None:
         """The lock in force on a task, as `list_locks` gives it."""
-        return next(iter(self._dicts('lock.of_task', {'task': text})), None)
+        rows = cast(list[LockInfo], self._dicts('lock.of_task', {'task': text}))
+        return rows[0] if rows else None
 
     def clear_by_creator(self, creator: str) -> int:
         """Delete the locks that `creator` registered; returns how many."""

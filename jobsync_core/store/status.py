@@ -5,8 +5,9 @@ decision rests on it.
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from ..assignment.hashing import HASH_FUNCTIONS
 from ..assignment.model import Member, Segment
@@ -15,24 +16,67 @@ from ..assignment.round import Pin, decide
 from ..assignment.simulate import Move, holder, moves
 from ..config import LEASE_FRACTION
 from ..errors import ConfigurationError, JobSyncError
+from ..results import ExecutionInfo, Explanation, NodeInfo
 from .base import Store
 from .locks import LOCKS, LockStore
 from .tasks import TaskStore
 
-__all__ = ['StatusStore']
+__all__ = ['BlockedRange', 'BlockingLock', 'ClusterRow', 'RebalanceRow', 'StatusStore']
+
+
+class ClusterRow(TypedDict):
+    """The cluster's settings and counters."""
+
+    total_tokens: int
+    hash_function: str
+    version: int
+    schema_version: int
+    lock_version: int
+
+
+class RebalanceRow(TypedDict):
+    """A plan that changed something."""
+
+    id: int
+    triggered_at: datetime.datetime
+    trigger_reason: str
+    leader_node: str
+    nodes_before: int
+    nodes_after: int
+    tokens_moved: int
+    duration_ms: int
+
+
+class BlockingLock(TypedDict):
+    """A lock that keeps live nodes from a range."""
+
+    task_id: str
+    node_patterns: list[str]
+
+
+class BlockedRange(TypedDict):
+    """A range that no live node may have, and why."""
+
+    lo: int
+    hi: int
+    node: str | None
+    locks: list[BlockingLock]
 
 
 class StatusStore(Store):
     """What there is, for people."""
 
-    def nodes(self, timeout: float | None = None) -> list[dict[str, Any]]:
+    def nodes(self, timeout: float | None = None) -> list[NodeInfo]:
         """The node table, oldest first, with what each node owns.
 
         Args:
             timeout: Seconds without a heartbeat after which a node is shown as dead; None: each
                 node's own.
         """
-        rows = self._dicts('status.nodes', {'timeout': timeout, 'lease': LEASE_FRACTION})
+        rows = cast(
+            list[NodeInfo],
+            self._dicts('status.nodes', {'timeout': timeout, 'lease': LEASE_FRACTION}),
+        )
         leader = next((row for row in rows if row['alive']), None)
         if leader is not None:
             leader['is_leader'] = True
@@ -42,18 +86,16 @@ class StatusStore(Store):
         """Every row of the assignment table, by token."""
         return [Segment(**row) for row in self._dicts('status.assignment')]
 
-    def rebalances(self, limit: int = 20) -> list[dict[str, Any]]:
+    def rebalances(self, limit: int = 20) -> list[RebalanceRow]:
         """The last plans, newest first."""
-        return self._dicts('status.rebalances', {'limit': limit})
+        return cast(list[RebalanceRow], self._dicts('status.rebalances', {'limit': limit}))
 
-    def cluster(self) -> dict[str, Any] | None:
+    def cluster(self) -> ClusterRow | None:
         """The cluster's settings and counters; None before the first node has registered."""
-        return next(iter(self._dicts('status.cluster')), None)
+        return next(iter(cast(list[ClusterRow], self._dicts('status.cluster'))), None)
 
-    def blocked(self) -> list[dict[str, Any]]:
-        """Ranges that no live node may have, with the locks that say so: {'lo', 'hi', 'node',
-        'locks': [{'task_id', 'node_patterns'}]}.
-        """
+    def blocked(self) -> list[BlockedRange]:
+        """Ranges that no live node may have, with the locks that say so."""
         segments = [segment for segment in self.assignment() if segment.blocked]
         if not segments:
             return []
@@ -77,7 +119,7 @@ class StatusStore(Store):
         row = self._row('status.owner', {'token': token})
         return row[0] if row else None
 
-    def explain(self, text: str, token: int) -> dict[str, Any]:
+    def explain(self, text: str, token: int) -> Explanation:
         """Who owns a task and why.
 
         Args:
@@ -97,6 +139,7 @@ class StatusStore(Store):
         members = self._members()
         pins = self._pins()
         node = row.get('node')
+        audit, claim = TaskStore(self.connection, self._tables).history(text)
         receivers = [member.name for member in members if member.state == 'active']
         return {
             'task_id': text,
@@ -108,12 +151,17 @@ class StatusStore(Store):
             'moving_to': row.get('moving_to'),
             'lock': lock,
             'pattern': _matched(lock['node_patterns'], receivers) if lock else None,
-            'ledger': next(iter(self._dicts('status.execution', {'key': text})), None),
+            'ledger': self._execution(text),
             'owner_silent_sec': self._silence(node),
             'others': [pin.task_id for pin in pins if pin.token == token and pin.task_id != text],
             'next': self._next_owner(members, pins, token, row.get('moving_to') or node),
-            **TaskStore(self.connection, self._tables).history(text),
+            'audit': audit,
+            'claim': claim,
         }
+
+    def _execution(self, key: str) -> ExecutionInfo | None:
+        rows = cast(list[ExecutionInfo], self._dicts('status.execution', {'key': key}))
+        return rows[0] if rows else None
 
     def _silence(self, name: str | None) -> float | None:
         """Seconds since a node's last heartbeat, if it has missed its lease: it is dead, or about
@@ -222,7 +270,7 @@ def _without(
     members: Sequence[Member],
     before: Sequence[Segment],
     pins: Sequence[Pin],
-    settings: Mapping[str, Any],
+    settings: ClusterRow,
     name: str,
 ) -> tuple[Segment, ...]:
     rest = [

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
+from ..results import AuditedTask, TaskAudit, TaskClaim
 from .base import Store
 
 __all__ = ['BATCH', 'TaskStore']
@@ -146,27 +147,27 @@ class TaskStore(Store):
         )
         return int(number)
 
-    def get_audit(self, date: datetime.date) -> list[dict[str, Any]]:
-        """Who finished what for the date, in the order of recording: {'node', 'task_id'}."""
-        return self._dicts('task.audits', {'date': date})
+    def get_audit(self, date: datetime.date) -> list[AuditedTask]:
+        """Who finished what for the date, in the order of recording."""
+        return cast(list[AuditedTask], self._dicts('task.audits', {'date': date}))
 
-    def history(self, text: str) -> dict[str, Any]:
-        """What is known of a task on its latest date: `audit` {'node', 'date', 'created_on',
-        'counts', 'lives'} and `claim` {'node', 'date', 'created_on', 'promised'}, or None. An audit
-        counts while the cluster lives in which it was written; a claim is a live node's.
+    def history(self, text: str) -> tuple[TaskAudit | None, TaskClaim | None]:
+        """What is known of a task on its latest date. An audit counts while the cluster lives in
+        which it was written; a claim is a live node's.
         """
-        audited = self._row('task.latest_audit', {'task': text})
-        claimed = self._row('task.latest_claim', {'task': text})
-        return {
-            'audit': dict(
-                zip(('node', 'date', 'created_on', 'counts', 'lives'), audited, strict=True)
-            )
-            if audited
-            else None,
-            'claim': dict(zip(('node', 'date', 'created_on', 'promised'), claimed, strict=True))
-            if claimed
-            else None,
-        }
+        audit: TaskAudit | None = None
+        claim: TaskClaim | None = None
+        if row := self._row('task.latest_audit', {'task': text}):
+            audit = {
+                'node': row[0],
+                'date': row[1],
+                'created_on': row[2],
+                'counts': row[3],
+                'lives': row[4],
+            }
+        if row := self._row('task.latest_claim', {'task': text}):
+            claim = {'node': row[0], 'date': row[1], 'created_on': row[2], 'promised': row[3]}
+        return audit, claim
 
     def is_taken(self, node: str, date: datetime.date, text: str) -> bool:
         """Whether the task is audited for the date by anybody, or claimed for it by a live node

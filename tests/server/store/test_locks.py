@@ -10,6 +10,7 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.results import LockInfo
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.locks import LockStore
 from tests.support.rows import Rows, rows_of
@@ -29,7 +30,7 @@ def register(
         return LockStore(connection, rows.tables).register(locked, by)
 
 
-def listed(rows: Rows) -> dict[str, dict[str, object]]:
+def listed(rows: Rows) -> dict[str, LockInfo]:
     with rows.sessions.session() as connection:
         return {lock['task_id']: lock for lock in LockStore(connection, rows.tables).list_locks()}
 
