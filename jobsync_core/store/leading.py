@@ -23,7 +23,7 @@ from .pins import LocksAt, PinReader
 from .plans import Draft, Outdated, read_assignment
 from .tables import Tables
 
-__all__ = ['LeaderStore']
+__all__ = ['LeaderStore', 'Portions']
 
 logger = get_logger(__name__)
 
@@ -32,11 +32,6 @@ logger = get_logger(__name__)
 _ROUND = 0.4
 #: Expired locks that one round deletes.
 _EXPIRED = 20_000
-#: Rows of a plan that one transaction writes: to begin with, and the bounds.
-_FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 5_000, 200, 50_000
-#: Locks and rows with which a plan is computed at once: it takes a few tenths of a second. With
-#: more it takes a thread.
-_AT_ONCE = 20_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,36 @@ class _State:
         return self.lock_version, self.total_tokens, self.hash_function
 
 
+@dataclass
+class Portions:
+    """How much of a round one request carries out: as many rows as it has time for.
+
+    Args:
+        patience: Seconds that a request may take.
+        rows: Rows of a plan that the next transaction writes.
+        fewest, most: Its bounds.
+        at_once: Locks and rows with which a plan is computed at once: it takes a few tenths of a
+            second. With more it takes a thread.
+    """
+
+    patience: float
+    rows: int = 5_000
+    fewest: int = 200
+    most: int = 50_000
+    at_once: int = 20_000
+
+    def wrote(self, took: float) -> None:
+        """A transaction took so many seconds."""
+        if took > self.patience / 4:
+            self.rows = max(self.fewest, self.rows // 2)
+        elif took < self.patience / 10:
+            self.rows = min(self.most, self.rows * 2)
+
+    def failed(self) -> None:
+        """A request failed: it may have been too much."""
+        self.rows = max(self.fewest, self.rows // 4)
+
+
 class LeaderStore:
     """Carries out Evict, Lead and Observe.
 
@@ -70,16 +95,16 @@ class LeaderStore:
 
     Attributes:
         locks: The locks, in memory.
+        portions: How much one request carries out.
     """
 
     def __init__(self, config: CoordinationConfig, tables: Tables, epochs: Epochs) -> None:
         self._epochs = epochs
         self._tables = tables
-        self._patience = agent_limits(config).statement
+        self.portions = Portions(agent_limits(config).statement)
         self._most = _ROUND * config.heartbeat_timeout_sec
         self._draft: Draft | None = None
         self._computing: Computation | None = None
-        self._rows = _FIRST_ROWS
         self.locks = PinReader(tables)
         self._timeout = config.heartbeat_timeout_sec
         self._check_every = config.rebalance_check_interval_sec
@@ -114,12 +139,16 @@ class LeaderStore:
         try:
             while True:
                 led = self._step(connection, request, began)
-                if led is None or not led.more or time.monotonic() - began > self._patience / 2:
+                if (
+                    led is None
+                    or not led.more
+                    or time.monotonic() - began > self.portions.patience / 2
+                ):
                     return led
         except BaseException:
-            # What is written is written. The next try begins with smaller pieces: this one may have
-            # been too much.
-            self._draft, self._rows = None, max(_FEWEST_ROWS, self._rows // 4)
+            # What is written is written. The next try begins with smaller pieces.
+            self._draft = None
+            self.portions.failed()
             raise
 
     def evict(self, connection: Connection, request: Evict) -> EvictReply | None:
@@ -176,7 +205,7 @@ class LeaderStore:
                 self._gap = version, time.monotonic()
             self._draft = None
             return RoundReply(True, version)
-        self._draft = self._plan(connection, began + self._patience / 2)
+        self._draft = self._plan(connection, began + self.portions.patience / 2)
         return RoundReply(True, state.version, more=True)
 
     def _may_fill(self, state: _State) -> bool:
@@ -247,7 +276,7 @@ class LeaderStore:
                 len(members),
             )
 
-        if len(pins) + len(before) <= _AT_ONCE:
+        if len(pins) + len(before) <= self.portions.at_once:
             return make()
         self._computing = Computation(state.seen, make)
         return self._plan(connection, until)
@@ -256,15 +285,11 @@ class LeaderStore:
         self, steps: ClusterTransaction, request: Lead, draft: Draft, state: _State, began: float
     ) -> RoundReply:
         started = time.monotonic()
-        last = draft.write(steps, state.version, self._rows)
+        last = draft.write(steps, state.version, self.portions.rows)
         if last:
             self._record(steps, request, draft, state.version + 1, began)
             self._draft = None
-        took = time.monotonic() - started
-        if took > self._patience / 4:
-            self._rows = max(_FEWEST_ROWS, self._rows // 2)
-        elif took < self._patience / 10:
-            self._rows = min(_MOST_ROWS, self._rows * 2)
+        self.portions.wrote(time.monotonic() - started)
         decision = draft.decision
         if not last:
             return RoundReply(True, state.version + 1, more=True)

@@ -22,7 +22,15 @@ from ..errors import DatabaseUnavailable, StatementRefused, StoreTimeout
 from .deadline import Deadlines, GuardedConnection
 from .inherited import leave_to_parent
 from .location import locate, location_of
-from .options import call_limits, check_options, explain, keepalive, libpq_parameters, text_of
+from .options import (
+    Limits,
+    call_limits,
+    check_options,
+    explain,
+    keepalive,
+    libpq_parameters,
+    text_of,
+)
 from .refusals import CONNECTION_ERRORS, LOST, STANDBY, TIMED_OUT, refused
 
 __all__ = ['Sessions']
@@ -48,16 +56,19 @@ class Sessions:
     Args:
         config: Where the database is.
         application_name: Shown in pg_stat_activity.
+        limits: What the server is asked to end by itself; default: by the config's heartbeats.
 
     Raises:
         ConfigurationError: libpq does not know one of the connection_options.
     """
 
-    def __init__(self, config: CoordinationConfig, application_name: str) -> None:
+    def __init__(
+        self, config: CoordinationConfig, application_name: str, limits: Limits | None = None
+    ) -> None:
         check_options(config)
         self._config = config
         self._name = application_name
-        self._limits = call_limits(config)
+        self._limits = limits or call_limits(config)
         self._location = location_of(config)
         self._keepalive = keepalive(config)
         self._pools: dict[int, _Pool] = {}

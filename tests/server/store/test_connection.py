@@ -28,9 +28,9 @@ from jobsync_core.errors import (
     StatementRefused,
     StoreTimeout,
 )
-from jobsync_core.store import options
 from jobsync_core.store import sessions as sessions_module
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.options import Limits
 from jobsync_core.store.sessions import Sessions
 from tests.support.cluster import query
 from tests.support.proxy import Mode, Proxy
@@ -536,15 +536,12 @@ class TestSessions:
             psycopg2.connect(host='127.0.0.1', port=1, connect_timeout=2)
         assert not isinstance(caught.value, DatabaseUnavailable)
 
-    def test_a_black_hole_ends_a_call_in_time(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(
-            sessions_module, 'call_limits', lambda config: options.Limits(0.5, 0.5, 1.0)
-        )
+    def test_a_black_hole_ends_a_call_in_time(self, config: CoordinationConfig) -> None:
         with Proxy(config.host, int(config.port)) as proxy:
             sessions = Sessions(
-                dataclasses.replace(config, host=proxy.host, port=proxy.port), 'jobsync test'
+                dataclasses.replace(config, host=proxy.host, port=proxy.port),
+                'jobsync test',
+                Limits(0.5, 0.5, 1.0),
             )
             with sessions.session() as connection, connection.cursor() as cursor:
                 cursor.execute('SELECT 1')
@@ -570,12 +567,9 @@ class TestSessions:
         )
 
     def test_a_statement_that_takes_too_long_is_a_store_timeout_unless_it_is_the_users_own(
-        self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
+        self, config: CoordinationConfig
     ) -> None:
-        monkeypatch.setattr(
-            sessions_module, 'call_limits', lambda config: options.Limits(0.2, 0.2, 1.0)
-        )
-        sessions = Sessions(config, 'jobsync test')
+        sessions = Sessions(config, 'jobsync test', Limits(0.2, 0.2, 1.0))
         with (
             pytest.raises(StoreTimeout),
             sessions.session() as connection,

@@ -25,10 +25,12 @@ from jobsync_core.protocol.messages.membership import Join, Leave
 from jobsync_core.store import leading, plans
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
+from jobsync_core.store.leading import Portions
 from jobsync_core.store.locks import LockStore
 from jobsync_core.store.pins import PinReader
 from jobsync_core.store.plans import cut
 from jobsync_core.store.status import StatusStore
+from tests.support.cluster import node_of
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -98,18 +100,12 @@ class Leader:
 
 
 @pytest.fixture
-def leader(
-    make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Leader]:
-    # One piece of the plan for each request, so that a test can come in between.
-    monkeypatch.setattr(leading, '_FIRST_ROWS', 500)
-    monkeypatch.setattr(leading, '_MOST_ROWS', 500)
+def leader(make_config: Callable[..., CoordinationConfig]) -> Iterator[Leader]:
     config = make_config(total_tokens=TOKENS, heartbeat_interval_sec=5, heartbeat_timeout_sec=15)
     with rows_of(config) as rows:
         leader = Leader(config, rows)
-        leader.control.leader._patience = 0.0
-        leader.control.leader._rows = 500
-        monkeypatch.setattr(leading, '_FEWEST_ROWS', 500)
+        # One piece of the plan for each request, so that a test can come in between.
+        leader.control.leader.portions = Portions(0.0, rows=500, fewest=500, most=500)
         yield leader
         leader.connection.close()
 
@@ -229,7 +225,7 @@ def test_since_when_a_node_has_owned_a_token_survives_the_cutting_of_its_row(
 def test_an_error_amid_the_pieces_is_tried_again_with_smaller_ones(
     leader: Leader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leading, '_FEWEST_ROWS', 10)
+    leader.control.leader.portions.fewest = 10
     leader.lead()
     with monkeypatch.context() as patch:
         patch.setattr(plans.Draft, '_conclude', lambda *args: 1 / 0)
@@ -275,9 +271,9 @@ def test_bad_rows_of_the_lock_table_are_set_aside_and_named_once(leader: Leader)
 
 @pytest.mark.parametrize('at_once', [0, 20_000])
 def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
-    leader: Leader, monkeypatch: pytest.MonkeyPatch, at_once: int
+    leader: Leader, at_once: int
 ) -> None:
-    monkeypatch.setattr(leading, '_AT_ONCE', at_once)
+    leader.control.leader.portions.at_once = at_once
     leader.control.leader.locks = PinReader(leader.tables, page=1000, most=2500)
     led = leader.finish()
     assert any(
@@ -309,7 +305,6 @@ def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
     make_config: Callable[..., CoordinationConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(heartbeat_interval_sec=0.4, heartbeat_timeout_sec=2.0)
-    monkeypatch.setattr(leading, '_AT_ONCE', 0)
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> Any:
@@ -318,6 +313,7 @@ def test_a_plan_that_takes_longer_than_the_lease_costs_nobody_his_lease(
         return decide(*args)
 
     with Job('n1', config, wait_on_enter=0) as first:
+        node_of(first).agent._control.leader.portions.at_once = 0
         monkeypatch.setattr(leading, 'decide', slow)
         first.register_lock('t', 'n1', 'a reason to plan')
         assert begun.wait(20)
