@@ -41,7 +41,9 @@ RELATIONS: Mapping[str, str] = {
     'schedule': 'name slot total_run_count entry updated_at',
 }
 #: Functions, with the types of their arguments. Each pins its search_path, and names tables with
-#: their schema.
+#: their schema. Processes of earlier versions go on calling a name while a newer text stands behind
+#: it: a text that takes, gives or means something else gets another name, with its version
+#: (`begin_execution_v3`), and the old one stays.
 FUNCTIONS: Mapping[str, str] = {
     'begin_execution': 'text, text, text, text, text, text, integer, text',
     'finish_execution': 'jsonb, double precision, text, bigint',
