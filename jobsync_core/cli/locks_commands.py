@@ -44,10 +44,13 @@ _WIDTHS = (60, 80, 60, 40, 19, 19)
 @click.pass_obj
 def list_command(database: Database, limit: int, everything: bool, json_wanted: bool) -> None:
     """List the locks in force. Long texts are cut."""
+    if json_wanted:
+        with database.session() as (connection, tables):
+            locks = LockStore(connection, tables).list_locks()
+        # Not in the transaction: whoever reads the output may take longer than it may rest.
+        click.echo(as_json(locks))
+        return
     with database.session() as (connection, tables):
-        if json_wanted:
-            click.echo(as_json(LockStore(connection, tables).list_locks()))
-            return
         number, found = LockStore(connection, tables).show_locks(None if everything else limit)
     if not found:
         click.echo('no locks')
