@@ -180,7 +180,7 @@ class Agent:
         request = self.protocol.next(now)
         self._run_effects()
         if request is None:
-            self._wait(min(max(self.protocol.wake_at(now) - now, 0.0), _LONGEST_WAIT))
+            self._wait(min(max(self.protocol.wake_at - now, 0.0), _LONGEST_WAIT))
             return
         try:
             reply = self._perform(request)

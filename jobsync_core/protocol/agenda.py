@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from .messages import Request
 
-__all__ = ['NEVER', 'NOTHING', 'NOW', 'Due', 'earliest', 'first_due']
+__all__ = ['NEVER', 'NOTHING', 'NOW', 'Due', 'first_due']
 
 NEVER = float('inf')
 NOW = -NEVER
@@ -22,14 +22,14 @@ Due: TypeAlias = tuple[float, Callable[[], 'Request | None']]
 NOTHING: Due = (NEVER, lambda: None)
 
 
-def first_due(agenda: Iterable[Due], now: float) -> Request | None:
-    """The request that goes now: of those that are due, the one that stands first."""
+def first_due(agenda: Iterable[Due], now: float) -> tuple[Request | None, float]:
+    """The request that goes now: of those that are due, the one that stands first. With it, when
+    something is due if nothing happens before; the past means now.
+    """
+    wake_at = NEVER
     for at, request in agenda:
         if now >= at:
-            return request()
-    return None
-
-
-def earliest(agenda: Iterable[Due]) -> float:
-    """When something is due if nothing happens before; the past means now."""
-    return min((at for at, _ in agenda), default=NEVER)
+            return request(), at
+        if at < wake_at:
+            wake_at = at
+    return None, wake_at

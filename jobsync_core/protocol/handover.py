@@ -133,6 +133,11 @@ class HandOver:
             limit_sec=self._settings.release_timeout,
         )
 
+    @property
+    def lease_until(self) -> float:
+        """When the lease ends; NEVER where there is none."""
+        return self._ownership.deadline or NEVER
+
     def end_lease(self, now: float) -> None:
         """It has run out."""
         self._ownership.suspend()

@@ -92,5 +92,9 @@ class Liveness:
 
     def next_death(self, now: float) -> float:
         """When the next node will be dead if nothing changes; infinity where none can be."""
-        times = (watch.since + self._timeout for watch in self._watched.values())
-        return min((time for time in times if time > now), default=float('inf'))
+        soonest = float('inf')
+        for watch in self._watched.values():
+            dead_at = watch.since + self._timeout
+            if now < dead_at < soonest:
+                soonest = dead_at
+        return soonest

@@ -206,7 +206,7 @@ class SimNode:
                 raise Violation(
                     f'drain: {self} says that it has given everything away, and has tokens'
                 )
-        wake = self.protocol.wake_at(now)
+        wake = self.protocol.wake_at
         if wake <= now:
             raise Violation(
                 f'no-spin: {self} has nothing to send at {now:.6f} but wants to wake at {wake:.6f}'

@@ -16,6 +16,7 @@ from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.protocol import handover, liveness, membership
 from jobsync_core.protocol.agenda import NEVER, Due
+from jobsync_core.protocol.answers import Answers
 from jobsync_core.protocol.connection import Connection, History
 from jobsync_core.protocol.handover import HandOver
 from jobsync_core.protocol.leadership import Leadership
@@ -25,6 +26,7 @@ from jobsync_core.protocol.messages.leadership import Evict, EvictReply, Lead
 from jobsync_core.protocol.messages.membership import Beat, HeartbeatReply, Join
 from jobsync_core.protocol.messages.signs import Life
 from jobsync_core.protocol.node import Phase, Protocol
+from jobsync_core.protocol.parts import Parts
 from jobsync_core.protocol.taken_tasks import TakenTasks
 
 from . import node, scenarios
@@ -59,13 +61,12 @@ def _without_lease_margin(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lease_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_heartbeat
+    original = Answers.take
 
-    def mutated(self: Protocol, reply: Any, now: float) -> None:
-        self._sent_at = now
-        original(self, reply, now)
+    def mutated(self: Answers, request: Request, reply: Reply, sent_at: float, now: float) -> None:
+        original(self, request, reply, now if isinstance(reply, HeartbeatReply) else sent_at, now)
 
-    patch.setattr(Protocol, '_on_heartbeat', mutated)
+    patch.setattr(Answers, 'take', mutated)
 
 
 def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
 
 
 def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
-    original, agenda = SimStore._refresh, Protocol._agenda
+    original, agenda = SimStore._refresh, Parts.agenda
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
@@ -89,17 +90,17 @@ def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
             self, replace(request, incarnation=row.incarnation) if row is not None else request
         )
 
-    def without_heartbeat(self: Protocol, now: float) -> Iterator[Due]:
+    def without_heartbeat(self: Parts, now: float) -> Iterator[Due]:
         """A heartbeat that goes first hides it: it would hear of the eviction."""
-        due = self._membership.beat_at
-        if self._handover.must_refresh and self.phase is Phase.ACTIVE:
-            self._membership.beat_at = NEVER
+        due = self.membership.beat_at
+        if self.handover.must_refresh and self.membership.phase is Phase.ACTIVE:
+            self.membership.beat_at = NEVER
         dues = list(agenda(self, now))
-        self._membership.beat_at = due
+        self.membership.beat_at = due
         return iter(dues)
 
     patch.setattr(SimStore, '_refresh', mutated)
-    patch.setattr(Protocol, '_agenda', without_heartbeat)
+    patch.setattr(Parts, 'agenda', without_heartbeat)
 
 
 def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
@@ -150,18 +151,18 @@ def _give_whatever_the_version(patch: pytest.MonkeyPatch) -> None:
 
 
 def _rejoin_with_old_tokens(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_evicted
+    original = Parts.evicted
 
-    def mutated(self: Protocol, now: float) -> None:
+    def mutated(self: Parts, now: float) -> None:
         tokens = self.ownership.tokens
         original(self, now)
         self.ownership.replace(tokens)
 
-    patch.setattr(Protocol, '_on_evicted', mutated)
+    patch.setattr(Parts, 'evicted', mutated)
 
 
 def _no_quarantine(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protocol, '_wait_for_old_leases', lambda self, now: None)
+    patch.setattr(Parts, 'wait_for_old_leases', lambda self, now: None)
     _without_the_check_of_quarantine(patch)
 
 
@@ -261,28 +262,28 @@ def _record_the_history_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def _take_and_give_in_quarantine(patch: pytest.MonkeyPatch) -> None:
-    agenda = Protocol._agenda
+    agenda = Parts.agenda
 
-    def mutated(self: Protocol, now: float) -> Iterator[Due]:
-        connection = self._connection
+    def mutated(self: Parts, now: float) -> Iterator[Due]:
+        connection = self.connection
         until, connection.quarantine_until = connection.quarantine_until, NEVER
         dues = list(agenda(self, now))
         connection.quarantine_until = until
         return iter(dues)
 
-    patch.setattr(Protocol, '_agenda', mutated)
+    patch.setattr(Parts, 'agenda', mutated)
     patch.setattr(Connection, 'is_of_another_history', lambda self, reply: False)
 
 
 def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
-    original = Protocol._on_heartbeat
+    original = Answers.take
 
-    def mutated(self: Protocol, reply: Any, now: float) -> None:
-        original(self, reply, now)
-        if self.quarantined:
-            self.ownership.extend(self._sent_at + self.settings.lease)
+    def mutated(self: Answers, request: Request, reply: Reply, sent_at: float, now: float) -> None:
+        original(self, request, reply, sent_at, now)
+        if isinstance(reply, HeartbeatReply) and self.parts.connection.quarantined:
+            self.parts.ownership.extend(sent_at + self.settings.lease)
 
-    patch.setattr(Protocol, '_on_heartbeat', mutated)
+    patch.setattr(Answers, 'take', mutated)
 
 
 def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:

@@ -108,11 +108,12 @@ class World:
             check_one_claimer(self)
         self.now = until
 
-    def trace(self, node: SimNode | None, what: str, detail: object) -> None:
-        """Remember an event for the report of a failure."""
+    def trace(self, node: SimNode | None, what: str, *details: object) -> None:
+        """Remember an event for the report of a failure. Its details become text only then."""
         if self._tracing:
             own = f'{node.local():10.3f} {node!s:8}' if node is not None else ' ' * 19
-            self.history.append(f'{self.now:10.4f} {own} {what:12} {detail}')
+            text = ' '.join(map(str, details))
+            self.history.append(f'{self.now:10.4f} {own} {what:12} {text}')
 
     def next_number(self) -> int:
         self._numbers += 1
@@ -294,7 +295,7 @@ class World:
                 f'lives: {request} of {node} is answered for another life: '
                 f'{store.nodes[request.name].sign}'
             )
-        self.trace(node, 'executed', f'{type(request).__name__} -> {reply}')
+        self.trace(node, 'executed', type(request).__name__, '->', reply)
         self.deliver_notifications()
         return reply
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobsync_core.assignment.model import Member
-from jobsync_core.protocol.agenda import earliest, first_due
+from jobsync_core.protocol.agenda import first_due
 from jobsync_core.protocol.leadership import Duty, Leadership
 from jobsync_core.protocol.liveness import Liveness
 from jobsync_core.protocol.messages.leadership import (
@@ -32,14 +32,14 @@ def leadership() -> Leadership:
 
 def asks(duties: Leadership, now: float, *, has_lease: bool = True) -> Duty | None:
     """What this node sends now."""
-    asked = first_due(duties.agenda(Life('me', 'life of me'), now, has_lease), now)
+    asked, _ = first_due(duties.agenda(Life('me', 'life of me'), now, has_lease), now)
     assert asked is None or isinstance(asked, Duty)
     return asked
 
 
 def wakes(duties: Leadership, now: float) -> float:
     """When it may have something to send."""
-    return earliest(duties.agenda(Life('me', 'life of me'), now, True))
+    return first_due(duties.agenda(Life('me', 'life of me'), now, True), now)[1]
 
 
 def seen(

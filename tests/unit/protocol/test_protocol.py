@@ -274,7 +274,8 @@ def test_a_name_is_taken_over_when_its_sign_stood_for_a_timeout() -> None:
     began = node.now
     while node.now < began + 15.0:
         node.hears(join, Occupied(Sign('me', 'old', 7), OTHER))
-        node.now = max(node.protocol.wake_at(node.now), node.now)
+        assert node.asks() is None
+        node.now = node.protocol.wake_at
     node.hears(join, Occupied(Sign('me', 'old', 7), OTHER))
     assert node.asks() == Join('me', 'life-1', ME, 1.0, False, ('old', 7))
 
@@ -375,7 +376,7 @@ def test_the_leader_looks_again_before_it_repeats_a_round_that_evicted_nobody() 
     while not isinstance(request := node.asks(), Evict):
         if request is not None:
             node.protocol.reply(request, replies.get(type(request), True), node.now)
-        node.now = max(node.protocol.wake_at(node.now), node.now)
+        node.now = max(node.protocol.wake_at, node.now)
     assert request.dead == (dead,) and node.now - START >= 15.0
     node.protocol.reply(request, EvictReply(True), node.now)
     assert node.asks() == Observe()
@@ -409,7 +410,7 @@ def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_th
     assert isinstance(round_, Lead)
     node.protocol.refused(round_, node.now)
     assert node.protocol.connected and node.may_claim() == [0, 1, 2, 3, 4]
-    assert node.asks() is None and node.protocol.wake_at(node.now) > node.now
+    assert node.asks() is None and node.protocol.wake_at > node.now
     node.passes(0.3)
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert isinstance(node.asks(), Lead)
@@ -442,7 +443,7 @@ def test_a_leader_that_stepped_down_asks_at_once_for_its_new_place() -> None:
                 Refresh: holdings(row(0, 5)),
             }
             node.protocol.reply(request, replies[type(request)], node.now)
-        node.now = max(node.protocol.wake_at(node.now), node.now)
+        node.now = max(node.protocol.wake_at, node.now)
     assert 15.0 <= node.now - START < 20.0
     node.protocol.reply(request, True, node.now)
     assert node.protocol.rank(node.now) is None
@@ -606,4 +607,4 @@ def test_an_expired_lock_does_not_make_the_successor_look_in_a_loop(expiry: floa
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     node.hears(Observe(), ObserveReply(members, 1, False, expiry))
     assert node.asks() is None
-    assert node.protocol.wake_at(node.now) > node.now
+    assert node.protocol.wake_at > node.now
