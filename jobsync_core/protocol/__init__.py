@@ -18,3 +18,5 @@ Why at most one node claims a token at any instant:
    standby has in its rows no name of a timeline that it did not follow, so that a name which two
    promotions share misleads nobody.
 """
+
+__all__: list[str] = []
