@@ -24,7 +24,7 @@ from .children import PoolChildren
 from .configuring import NodeConfiguration
 from .consuming import LeasedConsumer
 from .gate.gate import ConsumerGate
-from .listening import Listening
+from .listening import Listening, Reconnecting
 from .logs import get_logger
 from .parts import check_parts
 from .redis.leftovers import Leftovers
@@ -60,6 +60,7 @@ class WorkerHooks:
         self._gate: ConsumerGate | None = None
         self._leased: LeasedConsumer | None = None
         self._left = Leftovers()
+        self._reconnecting = Reconnecting()
         self._pins: Mapping[str, Sequence[str]] = {}
         self._solo = self._atomic = self._reconnects = False
         self._shared_at = 0.0
@@ -200,9 +201,14 @@ class WorkerHooks:
                 ReadOnlyError,
                 MasterDownError,
             )
-        consumer.connection_for_read = lambda heartbeat=None: consumer.ensure_connected(
-            self.receiving(self._app.connection_for_read(heartbeat=heartbeat), consumer.hub)
-        )
+
+        def connect(heartbeat: Any = None) -> Any:
+            self._reconnecting.wait()
+            return consumer.ensure_connected(
+                self.receiving(self._app.connection_for_read(heartbeat=heartbeat), consumer.hub)
+            )
+
+        consumer.connection_for_read = connect
 
     def receiving(self, connection: Connection, hub: Any = None) -> Connection:
         """A connection that has not been opened yet, on which messages are received; with an event
@@ -217,6 +223,7 @@ class WorkerHooks:
     def connected(self) -> None:
         """The consumer has a connection, the first one or another."""
         assert self._leased is not None
+        self._reconnecting.connected()
         job = self._own_job()
         if self._reconnects and job is not None and self._broker is not None:
             # What the lost connection had taken: nobody can acknowledge it any more, and Redis

@@ -6,6 +6,8 @@ keys to a queue that nobody empties.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
@@ -15,10 +17,12 @@ from jobsync_core import clock
 if TYPE_CHECKING:
     from .redis.leftovers import Leftovers
 
-__all__ = ['Listening']
+__all__ = ['Listening', 'Reconnecting']
 
 #: Seconds that mingle and the like may take after a connection is made.
 _BEGIN_SEC = 30.0
+#: Seconds before another try to connect, after one that came to nothing; twice as many each time.
+_FIRST_SEC, _MOST_SEC, _LOOK_SEC = 1.0, 15.0, 0.2
 
 
 class Listening:
@@ -83,3 +87,36 @@ class Listening:
             unanswered = max(unanswered, now - self._heard - self._beat)
         still = 0.0 if now < self._begins_until else now - self._turned
         return max(0.0, still, unanswered)
+
+
+class Reconnecting:
+    """Pauses between tries to connect. Celery makes them where the server cannot be reached, and
+    none where it can and refuses what begins a connection, as a Redis does that has become a
+    replica.
+
+    Args:
+        check: Called now and then; raises where the worker shuts down.
+        sleep: Waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[], object] = state.maybe_shutdown,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._check = check
+        self._sleep = sleep
+        self._tries = 0
+
+    def wait(self) -> None:
+        """Before a try."""
+        if self._tries:
+            until = clock.now() + min(_MOST_SEC, _FIRST_SEC * 2 ** (self._tries - 1))
+            while (left := until - clock.now()) > 0:
+                self._check()
+                self._sleep(min(left, _LOOK_SEC))
+        self._tries = min(self._tries + 1, 10)
+
+    def connected(self) -> None:
+        """The try has led to a connection."""
+        self._tries = 0

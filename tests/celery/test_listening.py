@@ -1,10 +1,10 @@
-"""How long a Celery worker counts as deaf."""
+"""How long a Celery worker counts as deaf, and how often it tries to connect."""
 
 from __future__ import annotations
 
 import pytest
 
-from jobsync_celery.listening import Listening
+from jobsync_celery.listening import Listening, Reconnecting
 from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core import clock
 
@@ -38,3 +38,24 @@ def test_without_a_connection_it_is_deaf(time: list[float]) -> None:
     assert listening.silence() == 4.0
     listening.connected()
     assert listening.silence() == 0.0
+
+
+def test_tries_that_come_to_nothing_are_made_less_and_less_often(time: list[float]) -> None:
+    """As where a Redis answers, and has become a replica: it refuses what a connection begins
+    with.
+    """
+
+    def sleep(seconds: float) -> None:
+        time[0] += seconds
+
+    def pause() -> float:
+        before = time[0]
+        reconnecting.wait()
+        return round(time[0] - before, 3)
+
+    looks: list[int] = []
+    reconnecting = Reconnecting(lambda: looks.append(0), sleep)
+    assert [pause() for _ in range(7)] == [0, 1, 2, 4, 8, 15, 15]
+    assert len(looks) >= 45 / 0.2, 'a worker that is told to end does so'
+    reconnecting.connected()
+    assert [pause() for _ in range(2)] == [0, 1]
