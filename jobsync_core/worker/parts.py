@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 
 __all__ = ['Part', 'missing']
@@ -56,10 +58,26 @@ def _stores(owner: Any, name: str) -> bool:
     # What an instance gets when a method runs, without making one: the method's code stores it.
     owners = owner.__mro__ if isinstance(owner, type) else (owner,)
     functions = [function for one in owners for function in vars(one).values()]
-    codes = (getattr(inspect.unwrap(function), '__code__', None) for function in functions)
     return any(
         step.opname == 'STORE_ATTR' and step.argval == name
-        for code in codes
-        if code is not None and name in code.co_names
+        for code in _codes(functions)
+        if name in code.co_names
         for step in dis.get_instructions(code)
     )
+
+
+def _codes(functions: Iterable[Any]) -> Iterator[CodeType]:
+    """The codes of functions, and of those that stand behind them: what traces a package puts its
+    own in their place, which keeps them in a cell (Sentry, for Dramatiq's `Broker.__init__`).
+    """
+    waiting, seen = list(functions), set()
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        code = getattr(function, '__code__', None)
+        if isinstance(code, CodeType) and code not in seen:
+            seen.add(code)
+            yield code
+            for cell in getattr(function, '__closure__', None) or ():
+                with contextlib.suppress(ValueError):  # it is empty
+                    if inspect.isfunction(cell.cell_contents):
+                        waiting.append(cell.cell_contents)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import dramatiq.brokers.redis as dramatiq_redis
 import pytest
+from dramatiq.broker import Broker
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 
@@ -86,3 +88,17 @@ def test_dramatiq_s_script_has_our_commands_and_our_names_of_keys() -> None:
         *(keys.queue(f'$queue_name{ending}') for ending in ('', '.msgs', '.XQ', '.XQ.msgs')),
     }
     assert ours == set(described)
+
+
+def test_what_an_instance_gets_is_found_behind_what_stands_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Broker.__init__
+
+    def patched(self: Any, *args: Any, **options: Any) -> None:  # as Sentry's: it wraps nothing
+        original(self, *args, **options)
+
+    monkeypatch.setattr(Broker, '__init__', patched)
+    check_parts(open_broker(RedisBroker(url='redis://127.0.0.1:1/0'), _CONFIG))
+    owner = 'dramatiq.broker:Broker'
+    assert missing([Part('x', owner, ('actors', 'actresses'))]) == [f'{owner}.actresses']
