@@ -77,6 +77,29 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
 
 
+def test_a_broker_that_came_back_empty_parks_strays_again(
+    rabbitmq_server: RabbitServer, space: str
+) -> None:
+    app = Celery('emptied', broker=rabbitmq_server.url(space), set_as_current=False)
+    plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    broker = plugin.evacuable()
+    with contextlib.ExitStack() as stack:
+        stack.callback(broker.close)
+        broker.declare(_QUEUE)
+        broker.mark('the cluster')
+        for queue in (_PARKED, _UNKNOWN):
+            rabbitmq_server.api('DELETE', f'queues/{space}/{queue}')
+        rabbitmq_server.api('DELETE', f'exchanges/{space}/jobsync.shop_.unrouted')
+        broker.mark('the cluster')
+        broker.mark('the cluster')
+        with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
+            connection.Producer().publish(
+                {}, exchange='jobsync.shop_', routing_key='jobsync.shop_.gone', retry=False
+            )
+        eventually(lambda: rabbitmq_server.depths(space) == {_PARKED: 1})
+    assert rabbitmq_server.queues(space) == {_QUEUE, _PARKED, _UNKNOWN}
+
+
 @pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
 def test_a_broker_is_known_again_by_whatever_address(
     kind: str, request: pytest.FixtureRequest
