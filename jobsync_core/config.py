@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -11,11 +10,11 @@ from typing import ClassVar
 
 from .assignment.hashing import HASH_FUNCTIONS
 from .database_url import parse_database_url
+from .environment import PREFIX, check_variables, from_text
 from .errors import ConfigurationError
-from .logs import get_logger
 from .secret import SECRET_OPTIONS, hide
 
-__all__ = ['LEASE_FRACTION', 'CoordinationConfig', 'from_text']
+__all__ = ['LEASE_FRACTION', 'CoordinationConfig']
 
 MAX_TOKENS = 1_000_000
 #: Part of the heartbeat timeout for which a heartbeat entitles a node to claim. The rest is the
@@ -23,34 +22,6 @@ MAX_TOKENS = 1_000_000
 LEASE_FRACTION = 0.9
 _APPNAME = re.compile(r'[a-z_][a-z0-9_]{0,39}\Z')
 _SCHEMA = re.compile(r'[a-z_][a-z0-9_]{0,62}\Z')
-_PREFIX = 'JOBSYNC_'
-#: What the adapters and the test kit read from the environment, besides the fields of
-#: CoordinationConfig.
-ADAPTER_VARIABLES = frozenset(
-    {
-        'application',
-        'clear_existing_locks',
-        'coordinate',
-        'http',
-        'max_hops',
-        'node_name',
-        'on_unclaimed',
-        'park_sec',
-        'pin_slots',
-        'required',
-        'resume',
-        'route_producers',
-        'wait_for_database_sec',
-        'wait_on_enter',
-        'wait_on_exit',
-        'weight',
-    }
-)
-#: Kubernetes makes such variables for a service that is called jobsync.
-_SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
-#: How alike two names are if one is probably the other misspelt.
-_ALIKE = 0.8
-_unknown: set[str] = set()
 #: Parameters of libpq that have a setting of their own, or that JobSync sets itself: in
 #: connection_options they would be overridden.
 _SETTINGS = ('host', 'port', 'dbname', 'user', 'password')
@@ -61,8 +32,6 @@ _FIXED = {
         'settings of JobSync, the rest one by one'
     ),
 }
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +281,7 @@ class CoordinationConfig:
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] = os.environ, prefix: str = _PREFIX, **settings: object
+        cls, environ: Mapping[str, str] = os.environ, prefix: str = PREFIX, **settings: object
     ) -> CoordinationConfig:
         """Read `JOBSYNC_DATABASE_URL` and `JOBSYNC_<FIELD>` for each field, for example
         `JOBSYNC_TOTAL_TOKENS=50000`.
@@ -326,8 +295,9 @@ class CoordinationConfig:
             ConfigurationError: A value cannot work, or a variable's name is nearly that of a
                 setting; the message names the variable.
         """
-        if prefix == _PREFIX:
-            _check_variables(environ)
+        if prefix == PREFIX:
+            own = {item.name for item in fields(cls)} - {'connection_options'}
+            check_variables(environ, {'database_url', *own})
         found: dict[str, object] = {}
         for item in fields(cls):
             raw = environ.get(prefix + item.name.upper())
@@ -366,59 +336,3 @@ class CoordinationConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f'{name}={value!r}: give a whole number of at least 1')
         return min(MAX_TOKENS, max(expected_tasks * 10, expected_nodes * 100, 10_000))
-
-
-def _check_variables(environ: Mapping[str, str]) -> None:
-    """Refuse a variable that is a setting misspelt; say once that one is unknown."""
-    known = {
-        'database_url',
-        *ADAPTER_VARIABLES,
-        *(item.name for item in fields(CoordinationConfig)),
-    } - {'connection_options'}
-    for variable in environ:
-        name = variable.removeprefix(_PREFIX)
-        if (
-            name == variable
-            or name.lower() in known
-            or name.startswith('TEST_')
-            or _SERVICE.fullmatch(name)
-        ):
-            continue
-        near = difflib.get_close_matches(name.lower(), sorted(known), 1, _ALIKE)
-        if near:
-            raise ConfigurationError(
-                f'the environment variable {variable!r} is no setting: did you mean '
-                f'{_PREFIX}{near[0].upper()}? Rename it, or remove it'
-            )
-        if variable not in _unknown:
-            _unknown.add(variable)
-            logger.warning(
-                'the environment variable %r is no setting of JobSync and is ignored', variable
-            )
-
-
-def from_text(variable: str, raw: str, default: object, *, whole: bool = False) -> object:
-    """The value of a setting that was given as a text.
-
-    Args:
-        variable: The environment variable, for the message.
-        raw: The text.
-        default: The setting's default, which says what kind of value it takes.
-        whole: Whether a setting whose default is a whole number takes no other.
-
-    Raises:
-        ConfigurationError: It is none of that kind.
-    """
-    if isinstance(default, bool):
-        if raw.lower() in ('1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'):
-            return raw.lower() in ('1', 'true', 'yes', 'on')
-        raise ConfigurationError(f'{variable}={raw!r}: give true or false')
-    if not isinstance(default, (int, float)):
-        return raw
-    for kind in (int, float) if isinstance(default, int) else (float,):
-        try:
-            return kind(raw)
-        except ValueError:
-            if whole:
-                break
-    raise ConfigurationError(f'{variable}={raw!r}: give a number')

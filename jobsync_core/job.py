@@ -10,7 +10,15 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from .agent.callbacks import Callbacks
-from .assignment.arguments import check_date, check_locks, check_name, check_number
+from .assignment.arguments import (
+    check_callables,
+    check_creator,
+    check_date,
+    check_flags,
+    check_locks,
+    check_name,
+    check_number,
+)
 from .assignment.hashing import check_task_id
 from .assignment.tokens import TokenSet
 from .belonging import Belonging
@@ -19,20 +27,20 @@ from .errors import ConfigurationError, NotEntered
 from .ledger.binding import Binding
 from .ledger.current import enter_ledger, leave_ledger
 from .ledger.execution import Execution
-from .ledger.interface import Ledger
 from .ledger.limits import DEFAULT_RETENTION
 from .ledger.once import once
-from .node.cluster import ClusterNode, Membership
+from .node.cluster import ClusterNode
 from .node.interface import Node
+from .node.participation import Participation
 from .node.single import SingleNode
-from .protocol.pausing import Pausing
+from .node.view import NodeView
 from .results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
 from .task import Task, task_id_of
 
 __all__ = ['Job']
 
 
-class Job:
+class Job(NodeView):
     """One node: enter it, ask it which tasks are yours, leave it.
 
     Args:
@@ -86,20 +94,11 @@ class Job:
             )
         self.config = coordination_config
         self.date = check_date(date)
-        if not isinstance(resume, bool):
-            raise ConfigurationError(f'resume={resume!r}: give True or False')
-        if not isinstance(clear_existing_locks, bool):
-            raise ConfigurationError(
-                f'clear_existing_locks={clear_existing_locks!r}: give True or False'
-            )
-        for name, function in (
-            ('lock_provider', lock_provider),
-            ('on_rebalance', on_rebalance),
-            ('on_release', on_release),
-        ):
-            if function is not None and not callable(function):
-                raise ConfigurationError(f'{name}={function!r}: give a callable, or None')
-        membership = Membership(
+        check_flags(resume=resume, clear_existing_locks=clear_existing_locks)
+        check_callables(
+            lock_provider=lock_provider, on_rebalance=on_rebalance, on_release=on_release
+        )
+        participation = Participation(
             self.date,
             check_number('wait_on_enter', wait_on_enter, 0),
             check_number('wait_on_exit', wait_on_exit, 0),
@@ -114,15 +113,15 @@ class Job:
         self.belonging = Belonging()
         self._state = 'new'
         self._pid = 0
-        self._node = self._make_node(membership, Callbacks(on_rebalance, on_release))
+        super().__init__(self._make_node(participation, Callbacks(on_rebalance, on_release)))
         # Claiming is a memory look-up: the way to it is found once.
         self._can_claim = self._node.can_claim
 
-    def _make_node(self, membership: Membership, callbacks: Callbacks) -> Node:
+    def _make_node(self, participation: Participation, callbacks: Callbacks) -> Node:
         """What stands behind this Job: the only place that asks whether there is a cluster."""
         if self.config is None:
             return SingleNode(self.node_name)
-        return ClusterNode(self.node_name, self.config, membership, callbacks)
+        return ClusterNode(self.node_name, self.config, participation, callbacks)
 
     def __repr__(self) -> str:
         return f'<Job {self.node_name!r} {self._state}>'
@@ -198,26 +197,6 @@ class Job:
         """
         return self._can_claim(task) or self._refuse()
 
-    def owns(self, task_id: Task | Hashable) -> bool:
-        """Whether this node owns the task and its lease is valid, at this moment; no promise goes
-        with it, unlike can_claim_task.
-        """
-        return self._node.owns(task_id)
-
-    @property
-    def has_lease(self) -> bool:
-        """Whether the node's lease is valid at this moment, in forked children too; without a
-        database always True.
-        """
-        return self._node.has_lease
-
-    @property
-    def pausing(self) -> Pausing:
-        """Whether the database refuses to begin anything, so that workers do well to take no
-        messages for a while.
-        """
-        return self._node.pausing
-
     def _refuse(self) -> bool:
         if self._state in ('new', 'exited'):
             self._check_entered()
@@ -281,27 +260,6 @@ class Job:
         self._check_entered()
         return once(self._node.ledger, check_task_id(task_id_of(task)), retention=retention)
 
-    def task_to_token(self, task_id: Task | Hashable) -> int:
-        """The token that a task id hashes to; 0 in single-node mode."""
-        return self._node.token_of(task_id)
-
-    @property
-    def my_tokens(self) -> TokenSet:
-        """The tokens that this node may claim at this moment: an immutable set of ints; empty in
-        single-node mode.
-        """
-        return self._node.tokens
-
-    @property
-    def token_version(self) -> int:
-        """Version of the assignment that this node has seen."""
-        return self._node.version
-
-    @property
-    def incarnation(self) -> str:
-        """This node's present life; a new one after each eviction."""
-        return self._node.incarnation
-
     def owner_of(self, task_id: Task | Hashable) -> str | None:
         """The node that owns the task by the database; None where nobody does."""
         self._check_entered()
@@ -311,62 +269,6 @@ class Job:
         """Who owns the task and why: token, owner, since, lock, matched pattern, who is next."""
         self._check_entered()
         return self._node.explain(task_id)
-
-    @property
-    def ledger(self) -> Ledger:
-        """The executions of this node."""
-        return self._node.ledger
-
-    def prepare_fork(self) -> None:
-        """Let children that are forked before this Job is entered know its ledger; they begin
-        nothing before it is.
-        """
-        enter_ledger(self._node.ledger)
-
-    def release_child(self, pid: int) -> int:
-        """Let others take over what a lost child process was executing; returns how many keys.
-
-        Raises:
-            DatabaseUnavailable: Nothing is known to be released; call it again.
-        """
-        return self._node.ledger.release(pid)
-
-    def give_up(self) -> None:
-        """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__`
-        is due.
-        """
-        self._node.give_up()
-
-    def abandon(self, mark: str) -> None:
-        """This Job was not entered and never will be: tell forked children by a mark in place of
-        the incarnation.
-        """
-        self._node.disown(mark)
-
-    def session(self, *, pinned: bool = False) -> AbstractContextManager[Any]:
-        """A connection to the cluster's database for one transaction. Not in single-node mode.
-
-        Args:
-            pinned: Whether names are looked up in PostgreSQL's own schema alone, as for JobSync's
-                statements; False: by the role's path.
-        """
-        return self._node.session(pinned=pinned)
-
-    def rest(self) -> None:
-        """Close connections to the database that a burst of work has left idle. Called now and then
-        by this node's duties.
-        """
-        self._node.rest()
-
-    def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Wait until `condition()` holds, looked at whenever this node has done or heard something;
-        whether it does.
-        """
-        return self._node.wait_until(condition, timeout)
-
-    def wake(self) -> None:
-        """Have those who wait look at their conditions."""
-        self._node.wake()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Give all tokens away and stay a member; returns whether all were given within `timeout`
@@ -427,11 +329,7 @@ class Job:
     def clear_locks_by_creator(self, creator: str) -> int:
         """Delete the locks that the node named `creator` registered; returns how many."""
         self._check_member()
-        if not isinstance(creator, str):
-            raise ConfigurationError(
-                f'creator={creator!r:.100}: give the name of the node that registered the locks'
-            )
-        return self._node.clear_locks(creator)
+        return self._node.clear_locks(check_creator(creator))
 
     def clear_all_locks(self) -> int:
         """Delete all locks; returns how many."""

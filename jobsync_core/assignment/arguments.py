@@ -11,7 +11,16 @@ from ..task import task_id_of
 from .hashing import check_task_id
 from .patterns import check_patterns
 
-__all__ = ['check_date', 'check_lock', 'check_locks', 'check_name', 'check_number']
+__all__ = [
+    'check_callables',
+    'check_creator',
+    'check_date',
+    'check_flags',
+    'check_lock',
+    'check_locks',
+    'check_name',
+    'check_number',
+]
 
 #: Characters of a node's name, and of the reason of a lock.
 NAME_LENGTH = 200
@@ -44,6 +53,29 @@ def check_date(date: object) -> datetime.date:
     if isinstance(date, datetime.date):
         return date
     raise ConfigurationError(f'date={date!r}: give a date, a datetime, or None for today')
+
+
+def check_flags(**values: object) -> None:
+    """Each is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f'{name}={value!r}: give True or False')
+
+
+def check_callables(**values: object) -> None:
+    """Each is a callable, or None."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ConfigurationError(f'{name}={value!r}: give a callable, or None')
+
+
+def check_creator(creator: object) -> str:
+    """The name of a node that registered locks."""
+    if isinstance(creator, str):
+        return creator
+    raise ConfigurationError(
+        f'creator={creator!r:.100}: give the name of the node that registered the locks'
+    )
 
 
 def check_number(name: str, value: object, least: float) -> float:

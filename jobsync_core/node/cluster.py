@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from .. import clock
@@ -24,7 +22,7 @@ from ..errors import ConfigurationError, DatabaseUnavailable, JobSyncError
 from ..ledger.cluster import ClusterLedger
 from ..logs import get_logger
 from ..process import is_known_alive, is_known_dead, this_process
-from ..protocol.node import Phase, Protocol, Settings
+from ..protocol.node import Phase, Protocol
 from ..protocol.ownership import Ownership
 from ..protocol.pausing import Pausing
 from ..results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
@@ -38,33 +36,14 @@ from ..store.status import StatusStore
 from ..store.tables import Tables
 from ..store.tasks import TaskStore
 from ..task import task_id_of
+from .participation import Participation
 
-__all__ = ['ClusterNode', 'Membership']
+__all__ = ['ClusterNode']
 
 logger = get_logger(__name__)
 
 #: Audited tasks beyond which the line about them says this number.
 _MOST_COUNTED = 1_000_000
-
-
-@dataclass(frozen=True)
-class Membership:
-    """How a node takes part: what the arguments of `Job` say.
-
-    Attributes:
-        clears_locks: Whether locks that a node of this name created go when it enters.
-        has_gate: Whether something is to be done before tokens are given out.
-        has_release: Whether the user is told before tokens go.
-    """
-
-    date: datetime.date
-    wait_on_enter: float
-    wait_on_exit: float
-    weight: float
-    resume: bool
-    clears_locks: bool
-    has_gate: bool
-    has_release: bool
 
 
 class ClusterNode:
@@ -73,7 +52,7 @@ class ClusterNode:
     Args:
         name: Its name.
         config: The cluster.
-        membership: How it takes part.
+        participation: How it takes part.
         callbacks: The user's.
 
     Attributes:
@@ -84,11 +63,15 @@ class ClusterNode:
     """
 
     def __init__(
-        self, name: str, config: CoordinationConfig, membership: Membership, callbacks: Callbacks
+        self,
+        name: str,
+        config: CoordinationConfig,
+        participation: Participation,
+        callbacks: Callbacks,
     ) -> None:
         self._name = name
         self._config = config
-        self._membership = membership
+        self._participation = participation
         self._callbacks = callbacks
         self._tables = Tables.of(config)
         self._sessions = Sessions(config, f'jobsync {name}')
@@ -102,12 +85,12 @@ class ClusterNode:
             config,
             self._tables,
             name,
-            membership.date,
+            participation.date,
             lambda: self.incarnation,
         )
         self.protocol = self._make_protocol()
         self._housekeeper = Housekeeper(config, self._tables, name, self._is_oldest)
-        self._control = ClusterStore(config, self._tables, membership.date, membership.resume)
+        self._control = ClusterStore(config, self._tables, participation.date, participation.resume)
         self.agent = Agent(self.protocol, self._control, config, callbacks, self._housekeeper.look)
         self.ledger = ClusterLedger(
             self._sessions,
@@ -121,24 +104,9 @@ class ClusterNode:
         self.can_claim = self.tasks.can_claim
 
     def _make_protocol(self) -> Protocol:
-        config, membership = self._config, self._membership
-        settings = Settings(
-            interval=config.heartbeat_interval_sec,
-            timeout=config.heartbeat_timeout_sec,
-            lease=config.lease_sec,
-            check_interval=config.rebalance_check_interval_sec,
-            release_timeout=config.release_timeout_sec,
-            wait_on_enter=membership.wait_on_enter,
-            minimum_nodes=config.minimum_nodes,
-            weight=membership.weight,
-            total_tokens=config.total_tokens,
-            hash_function=config.hash_function,
-            has_release=membership.has_release,
-            has_gate=membership.has_gate,
-        )
         return Protocol(
             self._name,
-            settings,
+            self._participation.settings(self._config),
             self._process,
             self.ownership,
             new_incarnation=lambda: str(uuid.uuid4()),
@@ -180,12 +148,12 @@ class ClusterNode:
 
     def _join(self, provide: Callable[[], object]) -> None:
         self.agent.start()
-        if self._membership.has_gate:
+        if self._participation.has_gate:
             self.agent.wait_for(
                 lambda: self.protocol.phase is not Phase.JOINING or not self.agent.running, None
             )
             if self.agent.running:
-                if self._membership.clears_locks:
+                if self._participation.clears_locks:
                     self.clear_locks(self._name)
                 provide()
                 self.agent.post(self.protocol.open_gate)
@@ -195,7 +163,7 @@ class ClusterNode:
         """One line where tasks of the date were audited before: whether they run again must not
         come as a surprise.
         """
-        date = self._membership.date
+        date = self._participation.date
         with contextlib.suppress(JobSyncError):
             if self._control.epochs.begun:
                 with self._sessions.session() as connection:
@@ -224,9 +192,11 @@ class ClusterNode:
         self.tasks.close()
         try:
             self._write_off(error)
-            if self._membership.wait_on_exit:
+            if self._participation.wait_on_exit:
                 self.agent.post(lambda: self.protocol.drain(clock.now()))
-                self.agent.wait_for(lambda: not self.agent.running, self._membership.wait_on_exit)
+                self.agent.wait_for(
+                    lambda: not self.agent.running, self._participation.wait_on_exit
+                )
         finally:
             self.ledger.close()
             self._go()
@@ -287,7 +257,7 @@ class ClusterNode:
 
     def get_audit(self) -> list[AuditedTask]:
         with self._sessions.session() as connection:
-            return TaskStore(connection, self._tables).get_audit(self._membership.date)
+            return TaskStore(connection, self._tables).get_audit(self._participation.date)
 
     def token_of(self, task_id: object) -> int:
         return self.tasks.token_of(task_id_of(task_id))

@@ -14,7 +14,8 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
-from ..config import ADAPTER_VARIABLES, CoordinationConfig
+from ..config import CoordinationConfig
+from ..environment import ADAPTER_VARIABLES
 from ..errors import ConfigurationError, DatabaseUnavailable, StoreTimeout
 from .location import PINNED_PATH
 

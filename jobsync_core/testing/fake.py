@@ -14,8 +14,8 @@ from ..config import CoordinationConfig
 from ..errors import ConfigurationError
 from ..job import Job
 from ..ledger.current import enter_ledger, leave_ledger
-from ..node.cluster import Membership
 from ..node.interface import Node
+from ..node.participation import Participation
 from ..task import Task
 from ..worker.node_of_tests import node_of_tests, set_node_of_tests
 from .fake_node import FakeNode
@@ -110,7 +110,7 @@ class FakeJob(Job):
         if owned is not None:
             self._fake.owned = self._fake.tokens_of(owned)
 
-    def _make_node(self, membership: Membership, callbacks: Callbacks) -> Node:
+    def _make_node(self, participation: Participation, callbacks: Callbacks) -> Node:
         return self._fake
 
     def own(self, *task_ids: Task | Hashable) -> None:

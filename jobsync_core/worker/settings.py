@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from ..assignment.arguments import check_name, check_number
 from ..assignment.tokens import TokenSet
-from ..config import CoordinationConfig, from_text
+from ..config import CoordinationConfig
+from ..environment import from_text
 from ..errors import ConfigurationError
 from ..job import Job
 from .routing import check_pins, node_queue

@@ -40,7 +40,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_usage_guide_names_everything_public() -> None:
-    names = [*jobsync_core.__all__, *(name for name in vars(Job) if not name.startswith('_'))]
+    names = [*jobsync_core.__all__, *(name for name in dir(Job) if not name.startswith('_'))]
     assert [name for name in names if not re.search(rf'\b{name}\b', GUIDE)] == []
 
 

@@ -156,30 +156,30 @@ class SimStore:
     def handle(self, request: Request) -> Reply:
         """Answer one request."""
         if isinstance(request, Beat):
-            return self._beat(request)
+            return self.beat(request)
         if isinstance(request, Observe):
-            return self._observe()
+            return self.observe()
         if isinstance(request, Refresh):
-            return self._refresh(request)
+            return self.refresh(request)
         if isinstance(request, Lead):
-            return self._lead(request)
+            return self.lead(request)
         if isinstance(request, Give):
-            return self._give(request)
+            return self.give(request)
         if isinstance(request, Take):
-            return self._take(request)
+            return self.take(request)
         if isinstance(request, Lives):
             lives = {row.incarnation for row in self.nodes.values()}
             return LivesReply(tuple(life for life in request.incarnations if life not in lives))
         if isinstance(request, Join):
-            return self._join(request)
+            return self.join(request)
         if isinstance(request, Activate):
-            return self._activate(request)
+            return self.activate(request)
         if isinstance(request, Drain):
-            return self._drain(request)
+            return self.drain(request)
         if isinstance(request, Evict):
-            return self._evict(request)
+            return self.evict(request)
         if isinstance(request, StepDown):
-            return self._step_down(request)
+            return self.step_down(request)
         if isinstance(request, RecordHistory):
             if request.history == self.server and self.holds(request):
                 self.recorded = self.server
@@ -232,7 +232,7 @@ class SimStore:
 
     def insert(self, segment: Segment) -> None:
         """A session that knows nothing of the protocol inserts a row."""
-        self._write([*self.segments, segment])
+        self.write([*self.segments, segment])
 
     def owned_mask(self, name: str) -> int:
         """The tokens whose owner is `name`, as bits."""
@@ -315,7 +315,7 @@ class SimStore:
                 )
         self.changes += 1
 
-    def _write(self, segments: Iterable[Segment]) -> None:
+    def write(self, segments: Iterable[Segment]) -> None:
         written = sorted(segments, key=lambda s: s.lo)
         self.check_exclusion(written)
         self.segments = written
@@ -326,7 +326,7 @@ class SimStore:
             if left.hi > right.lo:
                 raise Overlap(f'{left} overlaps {right}')
 
-    def _join(self, request: Join) -> Reply:
+    def join(self, request: Join) -> Reply:
         if self.recorded is None and self.tells_history and self.is_first:
             self.recorded = self.server
         for sign in request.reap:
@@ -353,7 +353,7 @@ class SimStore:
             self.outbox.append(f'join {request.name}')
         return JoinReply(self.version)
 
-    def _beat(self, request: Beat) -> Reply:
+    def beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -382,7 +382,7 @@ class SimStore:
         """Later than every other row, even if the wall clock was set back."""
         return max([self.clock, *(other.created_on + 2e-6 for other in self.nodes.values())])
 
-    def _step_down(self, request: StepDown) -> Reply:
+    def step_down(self, request: StepDown) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -390,7 +390,7 @@ class SimStore:
         self.outbox.append(f'step {row.name}')
         return True
 
-    def _refresh(self, request: Refresh) -> Reply:
+    def refresh(self, request: Refresh) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -408,7 +408,7 @@ class SimStore:
             self.continues(row, request),
         )
 
-    def _take(self, request: Take) -> Reply:
+    def take(self, request: Take) -> Reply:
         tasks = sorted(
             {
                 task
@@ -442,7 +442,7 @@ class SimStore:
     def version_fits(self, segment: Segment, request: Give) -> bool:
         return segment.version <= request.version
 
-    def _give(self, request: Give) -> Reply:
+    def give(self, request: Give) -> Reply:
         if self._row(request.name, request.incarnation) is None:
             return None
         given = [s for s in self.segments if self._may_give(s, request)]
@@ -455,7 +455,7 @@ class SimStore:
             return GiveReply(0)
         self.version += 1
         gone = set(given)
-        self._write(
+        self.write(
             replace(
                 s,
                 node=s.moving_to,
@@ -471,7 +471,7 @@ class SimStore:
         self.outbox.append('give ' + ','.join(sorted({s.moving_to for s in given if s.moving_to})))
         return GiveReply(sum(s.hi - s.lo for s in given))
 
-    def _activate(self, request: Activate) -> Reply:
+    def activate(self, request: Activate) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -483,7 +483,7 @@ class SimStore:
             self.outbox.append(f'join {row.name}')
         return ActivateReply(True, nodes)
 
-    def _drain(self, request: Drain) -> Reply:
+    def drain(self, request: Drain) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -491,7 +491,7 @@ class SimStore:
         self.outbox.append(f'drain {row.name}')
         return True
 
-    def _observe(self) -> Reply:
+    def observe(self) -> Reply:
         members = sorted(
             (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
         )
@@ -503,7 +503,7 @@ class SimStore:
             min(expiries) - self.clock if expiries else None,
         )
 
-    def _evict(self, request: Evict) -> Reply:
+    def evict(self, request: Evict) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -514,7 +514,7 @@ class SimStore:
             self._delete(name)
         return EvictReply(True, names)
 
-    def _lead(self, request: Lead) -> Reply:
+    def lead(self, request: Lead) -> Reply:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
@@ -530,7 +530,7 @@ class SimStore:
         self.lock_version += bool(expired)
         if self.fingerprint() == self.planned:
             return RoundReply(True, self.version)
-        decision = self._plan()
+        decision = self.plan()
         return RoundReply(True, self.version, decision.moved, decision.blocked, decision.conflicts)
 
     def is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
@@ -541,7 +541,7 @@ class SimStore:
         """The leader's re-check: the row still looks as it was seen."""
         return self._looks_so(sign)
 
-    def _plan(self) -> Decision:
+    def plan(self) -> Decision:
         members = sorted(
             (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
         )
@@ -555,7 +555,7 @@ class SimStore:
             self.on_plan(members, self.segments, pins, decision)
         for name in decision.activate:
             self.nodes[name].state = 'active'
-        self._write(decision.segments)
+        self.write(decision.segments)
         self.planned = self.fingerprint()
         self.outbox.append(f'plan {self.version}')
         return decision

@@ -82,7 +82,7 @@ def _give_before_shrinking(patch: pytest.MonkeyPatch) -> None:
 
 
 def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
-    original, agenda = SimStore._refresh, Parts.agenda
+    original, agenda = SimStore.refresh, Parts.agenda
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
@@ -99,12 +99,12 @@ def _refresh_by_name_alone(patch: pytest.MonkeyPatch) -> None:
         self.membership.beat_at = due
         return iter(dues)
 
-    patch.setattr(SimStore, '_refresh', mutated)
+    patch.setattr(SimStore, 'refresh', mutated)
     patch.setattr(Parts, 'agenda', without_heartbeat)
 
 
 def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
-    original = SimStore._beat
+    original = SimStore.beat
 
     def mutated(self: SimStore, request: Any) -> Reply:
         row = self.nodes.get(request.name)
@@ -112,7 +112,7 @@ def _beat_by_name_alone(patch: pytest.MonkeyPatch) -> None:
             self, replace(request, incarnation=row.incarnation) if row is not None else request
         )
 
-    patch.setattr(SimStore, '_beat', mutated)
+    patch.setattr(SimStore, 'beat', mutated)
 
 
 def _claim_without_refresh(patch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def _extend_the_lease_in_quarantine(patch: pytest.MonkeyPatch) -> None:
 
 def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
     """As it was: where the plan fails, the eviction fails with it."""
-    original = World._execute
+    original = World.execute
 
     def mutated(self: World, node: SimNode, request: Request, *rest: Any) -> None:
         refused = dict(self.refused)
@@ -298,7 +298,7 @@ def _plan_and_evict_in_one(patch: pytest.MonkeyPatch) -> None:
         original(self, node, request, *rest)
         self.refused = refused
 
-    patch.setattr(World, '_execute', mutated)
+    patch.setattr(World, 'execute', mutated)
 
 
 def _nobody_steps_down(patch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def _all_of_the_oldest_look(patch: pytest.MonkeyPatch) -> None:
 
 
 def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
-    original = SimStore._join
+    original = SimStore.join
 
     def mutated(self: SimStore, request: Join) -> Reply:
         row = self.nodes.get(request.name)
@@ -328,7 +328,7 @@ def _replace_the_living(patch: pytest.MonkeyPatch) -> None:
             replace(request, replace=(row.incarnation, row.beat)) if row is not None else request,
         )
 
-    patch.setattr(SimStore, '_join', mutated)
+    patch.setattr(SimStore, 'join', mutated)
 
 
 def _anybody_is_known_dead(patch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def _anybody_is_known_dead(patch: pytest.MonkeyPatch) -> None:
 
 
 def _activate_without_asking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, '_take', lambda self, request: TakeReply(request.ranges))
+    patch.setattr(SimStore, 'take', lambda self, request: TakeReply(request.ranges))
 
 
 def _activate_all_after_the_first_piece(patch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def _no_wait_for_release(patch: pytest.MonkeyPatch) -> None:
 
 
 def _take_from_the_living(patch: pytest.MonkeyPatch) -> None:
-    original = SimStore._write
+    original = SimStore.write
 
     def mutated(self: SimStore, segments: Any) -> None:
         original(
@@ -378,14 +378,14 @@ def _take_from_the_living(patch: pytest.MonkeyPatch) -> None:
             ],
         )
 
-    patch.setattr(SimStore, '_write', mutated)
+    patch.setattr(SimStore, 'write', mutated)
 
 
 def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
     """The leader reads the rows at its last look and writes at its round: what the advisory lock
     prevents.
     """
-    observe, plan = SimStore._observe, SimStore._plan
+    observe, plan = SimStore.observe, SimStore.plan
     seen: dict[int, list[Segment]] = {}
 
     def mutated_observe(self: SimStore) -> Reply:
@@ -399,8 +399,8 @@ def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
             ]
         return plan(self)
 
-    patch.setattr(SimStore, '_observe', mutated_observe)
-    patch.setattr(SimStore, '_plan', mutated_plan)
+    patch.setattr(SimStore, 'observe', mutated_observe)
+    patch.setattr(SimStore, 'plan', mutated_plan)
 
 
 def _plan_though_nothing_changed(patch: pytest.MonkeyPatch) -> None:

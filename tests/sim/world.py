@@ -213,7 +213,7 @@ class World:
             return
         self.at(
             self.now + self._one_way(),
-            self._execute,
+            self.execute,
             node,
             request,
             request_id,
@@ -225,7 +225,7 @@ class World:
         if not node.cut_up and self.up and not self.frozen and connection in self._connections:
             self._answer(node, request)
 
-    def _execute(
+    def execute(
         self,
         node: SimNode,
         request: Request,
@@ -356,7 +356,7 @@ class World:
         for node, request, request_id, deadline, connection in waiting:
             self.at(
                 self.now + self._one_way(),
-                self._execute,
+                self.execute,
                 node,
                 request,
                 request_id,

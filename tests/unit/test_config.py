@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobsync_core.config import ADAPTER_VARIABLES, LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
+from jobsync_core.config import LEASE_FRACTION, MAX_TOKENS, CoordinationConfig
+from jobsync_core.environment import ADAPTER_VARIABLES
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.secret import Secret
 from jobsync_core.worker.settings import PluginSettings

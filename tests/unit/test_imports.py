@@ -23,6 +23,7 @@ PURE = frozenset(
         'belonging',
         'config',
         'database_url',
+        'environment',
         'errors',
         'logs',
         'protocol',
@@ -36,7 +37,7 @@ PURE = frozenset(
 LAYERS = (
     {'errors'},
     {'belonging', 'clock', 'database_url', 'logs', 'process', 'results', 'secret', 'task'},
-    {'assignment'},
+    {'assignment', 'environment'},
     {'config'},
     {'protocol'},
     {'store'},

@@ -25,6 +25,10 @@ TOTAL = 64
 EVERYTHING = TokenSet([(0, TOTAL)])
 
 
+def _nothing() -> None:
+    pass
+
+
 class Database:
     """Stands for the claim and audit tables: what `TaskClaims` asks of TaskStore."""
 
@@ -32,6 +36,9 @@ class Database:
         self.refused: set[str] = set()
         self.audited: list[str] = []
         self.promised: set[str] = set()
+        #: What happens meanwhile, and what claims are answered if not what stands to reason.
+        self.while_claiming = self.before_audit = self.after_audit = _nothing
+        self.answers: Iterator[list[str]] | None = None
         for name in ('claim', 'audit', 'release_promise', 'read_epoch'):
             monkeypatch.setattr(TaskStore, name, getattr(self, name))
 
@@ -47,6 +54,9 @@ class Database:
         rows: list[tuple[str, int]],
         child: int | None,
     ) -> list[str]:
+        self.while_claiming()
+        if self.answers is not None:
+            return next(self.answers)
         return [text for text, _ in rows if text not in self.refused]
 
     def read_epoch(self) -> int:
@@ -54,7 +64,9 @@ class Database:
 
     def audit(self, node: str, date: object, rows: list[tuple[str, int]], epoch: int) -> None:
         assert epoch == 7
+        self.before_audit()
         self.audited += [text for text, _ in rows]
+        self.after_audit()
 
     def release_promise(self, node: str, incarnation: str, date: object, text: str) -> bool:
         found = text in self.promised
@@ -195,33 +207,27 @@ def test_a_refused_claim_raises(node: Node) -> None:
         node.tasks.record(['x', 'y'])
 
 
-def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = iter([[], ['x']])
-
-    def claim(*_: object) -> list[str]:
+def test_a_promise_is_kept_when_the_claim_met_a_row_that_was_being_rewritten(node: Node) -> None:
+    def lose() -> None:
         node.ownership.replace(TokenSet())  # the plan takes the token away at the same moment
         node.tasks.promises(EVERYTHING)
-        return next(answers)
 
     assert node.tasks.can_claim('x')
-    monkeypatch.setattr(TaskStore, 'claim', claim)
+    node.database.while_claiming, node.database.answers = lose, iter([[], ['x']])
     node.tasks.add('x')
     assert node.tasks.can_claim('x')
 
 
 @pytest.mark.parametrize('broken', ['of another task', 'too old', 'never given'])
 def test_without_a_promise_a_claim_whose_token_went_is_refused_at_once(
-    node: Node, monkeypatch: pytest.MonkeyPatch, broken: str
+    node: Node, broken: str
 ) -> None:
-    answers = iter([[], ['x']])
     if broken != 'never given':
         assert node.tasks.can_claim('y' if broken == 'of another task' else 'x')
     if broken == 'too old':
         node.now += CoordinationConfig().heartbeat_timeout_sec + 1
     node.ownership.replace(TokenSet())
-    monkeypatch.setattr(TaskStore, 'claim', lambda *_: next(answers))
+    node.database.answers = iter([[], ['x']])
     with pytest.raises(ClaimLost, match="'x'"):
         node.tasks.add('x')
 
@@ -269,20 +275,16 @@ def test_a_forked_child_has_nothing_to_audit_and_has_promised_nothing(node: Node
     assert node.tasks.promises(EVERYTHING) == (('y', node.tasks.token_of('y')),)
 
 
-def test_two_threads_that_audit_at_once_write_each_task_once(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_threads_that_audit_at_once_write_each_task_once(node: Node) -> None:
     for text in ('x', 'y', 'z'):
         node.tasks.add(text)
     inside, go_on, counts = threading.Event(), threading.Event(), list[int]()
-    audit = TaskStore.audit
 
-    def slow(_: TaskStore, *args: Any) -> None:
+    def wait() -> None:
         inside.set()
         assert go_on.wait(10)
-        audit(*args)
 
-    monkeypatch.setattr(TaskStore, 'audit', slow)
+    node.database.before_audit = wait
     threads = [threading.Thread(target=lambda: counts.append(node.tasks.audit())) for _ in range(2)]
     threads[0].start()
     assert inside.wait(10)
@@ -295,19 +297,14 @@ def test_two_threads_that_audit_at_once_write_each_task_once(
     assert node.database.audited == ['x', 'y', 'z', 'w']
 
 
-def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    audit = TaskStore.audit
-
-    def interrupted(_: TaskStore, *args: Any) -> None:
-        audit(*args)
+def test_a_task_that_is_added_again_while_it_is_audited_harms_no_audit(node: Node) -> None:
+    def interrupt() -> None:
         if len(node.database.audited) == 2:
             assert node.tasks.audit() == 2  # as by the handler of a signal
 
     for text in ('x', 'y'):
         node.tasks.add(text)
-    monkeypatch.setattr(TaskStore, 'audit', interrupted)
+    node.database.after_audit = interrupt
     assert node.tasks.audit() == 2
     assert node.tasks.audit() == 0
 
@@ -322,7 +319,7 @@ def test_a_forked_child_keeps_what_it_audited_long_ago_in_little_room_and_still_
         assert node.tasks.audit() == 500
         own = node.tasks._own
         assert len(own.done) == 500
-        node.now += node.tasks._promise_sec + 1
+        node.now += CoordinationConfig().heartbeat_timeout_sec + 1
         node.ownership.extend(node.now + 10)
         node.tasks.add('new')
         assert node.tasks.audit() == 1
