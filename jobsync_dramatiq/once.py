@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dramatiq import GenericActor
 
 from jobsync_core import clock
-from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError
+from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
 from jobsync_core.ledger.current import message_ledger
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
@@ -56,7 +56,17 @@ class _DramatiqOnce(MessageOnce):
 
     def ledger(self) -> Ledger:
         found = processing.get()
-        return (ledger_in_memory(found[0]) if found is not None else None) or message_ledger()
+        in_memory = ledger_in_memory(found[0]) if found is not None else None
+        if in_memory is not None:
+            return in_memory
+        try:
+            return message_ledger()
+        except NotEntered as error:
+            raise NotEntered(
+                'this process is no worker with JobSync and has entered no Job, so that it cannot '
+                'tell what was executed before: send the message with .send(), or call the actor '
+                "inside `with Job(...)`; in a worker add JobSync() to its broker's middleware"
+            ) from error
 
     def duplicate(self, error: DuplicateExecution) -> None:
         _, message = _current()

@@ -79,6 +79,12 @@ class _CeleryOnce(MessageOnce):
             try:
                 return message_ledger()
             except NotEntered as error:
+                if self.is_processing():
+                    raise NotEntered(
+                        f'task {current_task.name} runs in a worker whose app was never given to '
+                        'JobSync, so that nobody can tell what was executed before: write '
+                        'JobSync(app) where the app is made'
+                    ) from error
                 raise NotEntered(
                     'this process is no worker, so that it cannot tell what was executed before: '
                     'send the task with .delay(), run it '

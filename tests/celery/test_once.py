@@ -652,6 +652,12 @@ class TestDirectCalls:
         with pytest.raises(NotEntered, match=r'\.delay\(\).*\.apply\(\).*jobsync_core\.testing'):
             task_of(app)(3)
 
+    def test_in_a_worker_without_the_plugin_it_asks_for_the_plugin(self, app: Celery) -> None:
+        with pytest.raises(
+            NotEntered, match=r'^task double runs in a worker .*write JobSync\(app\)'
+        ):
+            in_worker(task_of(app))
+
     def test_a_task_with_a_call_of_its_own_is_still_a_message_s(
         self, app: Celery, ledger: Recording
     ) -> None:

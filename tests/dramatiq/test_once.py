@@ -25,6 +25,7 @@ from jobsync_core.errors import (
     DuplicateExecution,
     ExecutionRunning,
     Fenced,
+    NotEntered,
     StoreTimeout,
 )
 from jobsync_core.ledger.current import set_current_ledger
@@ -426,3 +427,11 @@ class TestCallsInsideOfAMessage:
         actor = self.outer(bench, self.inner(), once=False)
         assert bench.run(actor, delivered(actor.message(3))) == 'Fenced'
         assert bench.sent == []
+
+
+def test_without_a_job_it_names_what_works() -> None:
+    actor = dramatiq.actor(actor_name='double', broker=StubBroker())(
+        exactly_once(key='d:{n}', scope='')(double)
+    )
+    with pytest.raises(NotEntered, match=r'\.send\(\).*with Job.*JobSync\(\).*middleware'):
+        actor(3)
