@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from celery import Celery
     from kombu.connection import Connection
 
-    from .redis.leftovers import Leftovers
+    from .redis.carried_over import CarriedOver
 
 __all__ = ['Application', 'read_config']
 
@@ -108,20 +108,20 @@ class Application:
 
     def broker(
         self,
-        left: Leftovers | None = None,
+        carried: CarriedOver | None = None,
         receiving: Callable[[Connection], Connection] = lambda connection: connection,
     ) -> CeleryBroker:
         """The broker.
 
         Args:
-            left: What this node's lost connections to Redis left.
+            carried: What this node's lost connections to Redis left.
             receiving: Lets a connection to Redis take messages without losing one.
         """
         forwarder, route_of = self.forwarder(), self.tasks.route_of
         if self.driver == 'redis':
             from .redis.broker import RedisBroker  # RabbitMQ needs no redis-py
 
-            return RedisBroker(self.app, self.queues, forwarder, route_of, left, receiving)
+            return RedisBroker(self.app, self.queues, forwarder, route_of, carried, receiving)
         kind = RabbitBroker if self.driver == 'amqp' else CeleryBroker
         return kind(self.app, self.queues, forwarder, route_of)
 

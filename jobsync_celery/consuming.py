@@ -10,9 +10,9 @@ from jobsync_core.job import Job
 from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
 
 from .gate.gate import ConsumerGate
-from .listening import Listening
 from .logs import get_logger
-from .redis.leftovers import Leftovers
+from .loop_watch import LoopWatch
+from .redis.carried_over import CarriedOver
 
 __all__ = ['LeasedConsumer']
 
@@ -29,8 +29,8 @@ class LeasedConsumer:
         consumer: Celery's consumer.
         gate: Its gate.
         node: This worker's node; None where it has none any more.
-        listening: Learns what the event loop does.
-        left: Knows since when an answer of Redis has been due.
+        loop_watch: Learns what the event loop does.
+        carried: Knows since when an answer of Redis has been due.
         driver: The broker's kind.
         timeout_sec: The heartbeat timeout.
     """
@@ -40,16 +40,16 @@ class LeasedConsumer:
         consumer: Any,
         gate: ConsumerGate,
         node: Callable[[], Job | None],
-        listening: Listening,
-        left: Leftovers,
+        loop_watch: LoopWatch,
+        carried: CarriedOver,
         driver: str,
         timeout_sec: float,
     ) -> None:
         self._consumer = consumer
         self._gate = gate
         self._node = node
-        self._listening = listening
-        self._left = left
+        self._loop_watch = loop_watch
+        self._carried = carried
         self._is_rabbit = driver == 'amqp'
         self._timeout = timeout_sec
         self._connected = self._consuming = False
@@ -62,14 +62,14 @@ class LeasedConsumer:
     def connected(self) -> None:
         """The consumer has a connection, the first one or another, and begins in a moment."""
         self._connected = self._consuming = True
-        self._listening.connected()
+        self._loop_watch.connected()
         # Not left to the duties, whose questions to the database may take seconds.
         self._look = self._consumer.timer.call_repeatedly(_LOOK_SEC, self.follow)
 
     def disconnected(self) -> None:
         """The consumer has no connection."""
         self.closing()
-        self._listening.disconnected()
+        self._loop_watch.disconnected()
         if self._look is not None:
             self._look.cancel()  # not every Celery clears its timer with the connection
         self._gate.disconnected()
@@ -81,22 +81,22 @@ class LeasedConsumer:
     @property
     def consumes(self) -> bool:
         """Whether messages are taken, as far as is known."""
-        return self._consuming and self._listening.silence() <= self._timeout
+        return self._consuming and self._loop_watch.silence() <= self._timeout
 
     def follow(self) -> None:
         """Stop or start consuming, by what is so now: the event loop keeps no order among its
         calls.
         """
         consumer, job = self._consumer.task_consumer, self._node()
-        self._listening.turned(self._rabbit_connection())
+        self._loop_watch.turned(self._rabbit_connection())
         if consumer is None or job is None or not self._connected:
             return
         now = clock.now()
-        asked = self._left.asked_at
+        asked = self._carried.asked_at
         if asked is not None and now - asked > self._timeout:
             # Redis answers within a second: who has forgotten this connection may let another one
             # through
-            self._left.cut()
+            self._carried.cut()
         found = self._when.look(job.am_i_healthy(), job.pausing, now)
         if found is not Consume.NO_LEASE:
             self._leased_at = now
@@ -108,20 +108,20 @@ class LeasedConsumer:
             if self._stopped_by is Consume.NO_LEASE:
                 logger.info('JobSync: the lease is valid again; consuming goes on')
         elif found is Consume.PAUSED:
-            self._gate.return_waiting()  # whose time has come meanwhile
+            self._gate.requeue_waiting()  # whose time has come meanwhile
         elif (
             found is Consume.NO_LEASE and self._is_rabbit and now - self._leased_at > self._timeout
         ):
             # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
             # comes from.
-            self._gate.return_running()
+            self._gate.requeue_running()
 
     def _stop(self, why: Consume) -> None:
         self._consuming, self._stopped_by = False, why
         if why is Consume.NO_LEASE:
             logger.warning('JobSync: the lease ran out; consuming stops until there is one again')
         self._consumer.task_consumer.cancel()
-        self._gate.return_waiting()
+        self._gate.requeue_waiting()
 
     def _rabbit_connection(self) -> Any:
         connection = self._consumer.connection if self._is_rabbit else None

@@ -24,10 +24,10 @@ from .children import PoolChildren
 from .configuring import NodeConfiguration
 from .consuming import LeasedConsumer
 from .gate.gate import ConsumerGate
-from .listening import Listening, Reconnecting
 from .logs import get_logger
+from .loop_watch import LoopWatch, Reconnecting
 from .parts import check_parts
-from .redis.leftovers import Leftovers
+from .redis.carried_over import CarriedOver
 from .signals import rebalanced, released
 from .tasks.coordinated import odd_names
 
@@ -55,11 +55,11 @@ class WorkerHooks:
         self._broker: CeleryBroker | None = None
         self._configuration: NodeConfiguration | None = None
         self._children: PoolChildren | None = None
-        self._listening: Listening | None = None
+        self._loop_watch: LoopWatch | None = None
         self._consumer: Any = None
         self._gate: ConsumerGate | None = None
         self._leased: LeasedConsumer | None = None
-        self._left = Leftovers()
+        self._carried = CarriedOver()
         self._reconnecting = Reconnecting()
         self._pins: Mapping[str, Sequence[str]] = {}
         self._solo = self._atomic = self._reconnects = False
@@ -112,9 +112,9 @@ class WorkerHooks:
         name = node or settings.node_name or worker.hostname
         queue = application.queues.name_of(name)
         self._configuration = NodeConfiguration(application, name, self._solo)
-        self._broker = broker = application.broker(self._left, self.receiving)
+        self._broker = broker = application.broker(self._carried, self.receiving)
         self._children = PoolChildren(worker)
-        self._listening = listening = Listening(self._left, self._solo)
+        self._loop_watch = loop_watch = LoopWatch(self._carried, self._solo)
         self._pins = application.tasks.pins()
         odd = odd_names(self._app, settings.pins)
         if odd:
@@ -130,7 +130,7 @@ class WorkerHooks:
                 pins=self._pins,
                 busy=self._busy,
                 problem=lambda: '' if self._consumes() else 'not consuming',
-                silence=listening.silence,
+                silence=loop_watch.silence,
                 patience=settings.config.heartbeat_timeout_sec + _LOOP_SEC,
                 on_lease=self._lease_changed,
                 on_change=self._look_again,
@@ -167,7 +167,7 @@ class WorkerHooks:
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
-        assert self._listening is not None
+        assert self._loop_watch is not None
         application = self._application
         self._consumer = consumer
         self._gate = ConsumerGate(
@@ -186,8 +186,8 @@ class WorkerHooks:
             consumer,
             self._gate,
             self._own_job,
-            self._listening,
-            self._left,
+            self._loop_watch,
+            self._carried,
             application.driver,
             application.settings.config.heartbeat_timeout_sec,
         )
@@ -217,7 +217,7 @@ class WorkerHooks:
         if self._atomic and (self._node is None or self._node.coordinated):
             from .redis.channel import receive_atomically  # needs redis
 
-            receive_atomically(connection, self._left, hub)
+            receive_atomically(connection, self._carried, hub)
         return connection
 
     def connected(self) -> None:
@@ -255,7 +255,7 @@ class WorkerHooks:
         if node is None:
             return
         if node.job is not None and self._broker is not None:
-            restore_last(self._broker, node.name, self._left)
+            restore_last(self._broker, node.name, self._carried)
         node.leave()
         if self._gate is not None:
             self._gate.close()
@@ -344,14 +344,14 @@ def _checked_pool(worker: Any) -> str:
     return pool
 
 
-def restore_last(broker: CeleryBroker, node: str, left: Leftovers) -> None:
+def restore_last(broker: CeleryBroker, node: str, carried: CarriedOver) -> None:
     """Restore what a worker's lost connections brought, as it ends; what is lost is named."""
-    if not left.unrecorded:
+    if not carried.unrecorded:
         return
     try:
         broker.restore_own(node)
     except Exception as error:  # whatever the broker's client raises
-        lost = left.ids()
+        lost = carried.ids()
         logger.critical(
             'JobSync: %d messages that a lost connection brought are lost with this '
             'worker, as the broker cannot be '

@@ -47,7 +47,7 @@ class GatedConsumer(Consumer):
     """A consumer that hands out what this node owns, and sends the rest on.
 
     A broker that cannot be reached is no error here: Dramatiq would log it every three seconds for
-    each queue. The consumer puts back what it can, and begins to consume anew when the broker is
+    each queue. The consumer requeues what it can, and begins to consume anew when the broker is
     back.
 
     Args:
@@ -65,7 +65,7 @@ class GatedConsumer(Consumer):
         self._incarnation = gate.job.incarnation
         self._delays = queue.endswith('.DQ')
         self._paused = self._handed_out = False
-        #: What has put back what had not begun, while nothing is taken.
+        #: What has requeued what had not begun, while nothing is taken.
         self._requeued_by: Callable[[QueueConsumer], object] | None = None
         self._waiting: list[Any] = []
 
@@ -124,7 +124,7 @@ class GatedConsumer(Consumer):
         return self._handed(message)
 
     def ack(self, message: Any) -> None:
-        """Acknowledge a message on the queue that it came from; or put it back there."""
+        """Acknowledge a message on the queue that it came from; or requeue it there."""
         note = note_of(message)
         if self._ends(message):
             if note is not None and note.goes_back:
@@ -138,7 +138,7 @@ class GatedConsumer(Consumer):
             self._source_of(message).nack(message)
 
     def requeue(self, messages: Any) -> None:
-        """Put messages back into the queues that they came from."""
+        """Requeue messages, each where it came from."""
         for message in list(messages):
             if self._ends(message):
                 self._source_of(message).requeue(message)
@@ -162,11 +162,11 @@ class GatedConsumer(Consumer):
             source.close(waiting)
 
     def _rest(self, requeue: Callable[[QueueConsumer], object]) -> None:
-        """Without a lease, or a database that begins work: put back what has not begun, and take
+        """Without a lease, or a database that begins work: requeue what has not begun, and take
         nothing.
 
         Args:
-            requeue: Puts back what the worker has of this queue.
+            requeue: Requeues what the worker has of this queue.
         """
         if self._delays:
             self._check_life(None)

@@ -134,7 +134,7 @@ class WorkerGate:
         return any(self.job.task_to_token(route) in tokens for route in routes if route is not None)
 
     def requeue_unleased(self, source: QueueConsumer) -> None:
-        """Without a lease, put back what came from a consumer: what has not begun, and what runs if
+        """Without a lease, requeue what came from a consumer: what has not begun, and what runs if
         its actor completes once.
 
         Others run it then, and the end of the attempt that runs here does not count. It may hang
@@ -145,7 +145,7 @@ class WorkerGate:
             logger.warning('queue=%s: without a lease %d messages go back', source.queue, number)
 
     def requeue_unbegun(self, source: QueueConsumer) -> None:
-        """Put back what came from a consumer and has not begun."""
+        """Requeue what came from a consumer and has not begun."""
         self._requeue(source, lambda message: False)
 
     def _requeue(self, source: QueueConsumer, also: Callable[[Any], bool]) -> int:

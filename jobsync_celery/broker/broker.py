@@ -139,18 +139,18 @@ class CeleryBroker:
         return (None if isinstance(route, Refused) else route), home
 
     def restore(self, node: str) -> int:
-        """Put back what a node that is gone had taken and not acknowledged; how many messages.
+        """Restore what a node that is gone had taken and not acknowledged; how many messages.
 
         RabbitMQ gives back by itself what a lost connection held.
         """
         return 0
 
     def restore_own(self, node: str) -> int:
-        """Put back what this node's lost connections had taken; how many messages."""
+        """Restore what this node's lost connections had taken; how many messages."""
         return 0
 
     def restore_shared(self, options: Mapping[str, Any]) -> int:
-        """Put back what plain workers had taken and not acknowledged for longer than their
+        """Restore what plain workers had taken and not acknowledged for longer than their
         visibility timeout; how many messages. RabbitMQ does so by itself.
 
         Args:

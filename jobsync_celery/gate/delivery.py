@@ -12,7 +12,7 @@ from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
 
 __all__ = [
-    'InHand',
+    'Delivery',
     'Note',
     'Strategies',
     'note_of',
@@ -65,7 +65,7 @@ def note_of(message: Any) -> Note | None:
 
 
 @dataclass
-class InHand:
+class Delivery:
     """A message that is not acknowledged, until it can go somewhere.
 
     Attributes:

@@ -25,12 +25,12 @@ from ..broker.queues import Queues
 from ..faults import is_its_fault
 from ..logs import get_logger
 from ..tasks.coordinated import Tasks, guard_traces, prepare_tasks
-from .delivery import InHand, Note, Strategies, note_of, settle_once
-from .handing import Handing, expires
-from .holding import Holding
+from .delivery import Delivery, Note, Strategies, note_of, settle_once
 from .placing import Placing
+from .pool_entry import PoolEntry, expires
 from .reading import Reader
 from .refusal import Refusals, is_refused
+from .retries import Retries
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -89,15 +89,15 @@ class ConsumerGate:
             on_parked=on_parked,
         )
         self._dispatched: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
-        self._holding = Holding(
+        self._retries = Retries(
             lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count
         )
         self._receive: Callable[[Any], object] = lambda message: None  # nothing has come yet
-        self._handing = Handing(
+        self._pool_entry = PoolEntry(
             consumer,
             lambda message, reason, reject: self._refusals.refuse(message, reason, reject=reject),
             lambda message: self._receive(message),
-            self._holding,
+            self._retries,
         )
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
@@ -171,7 +171,7 @@ class ConsumerGate:
             )
         else:
             headers = message.headers if isinstance(message.headers, Mapping) else {}
-            self._holding.keep(
+            self._retries.keep(
                 shown(headers.get('task'), 100),
                 shown(headers.get('id'), 100),
                 error,
@@ -216,7 +216,7 @@ class ConsumerGate:
                     return
             errors = self._consumer.connection_errors
             self._placing.place(
-                InHand(
+                Delivery(
                     note,
                     received,
                     message,
@@ -243,7 +243,7 @@ class ConsumerGate:
         note = self._reader.unknown(found, message)
         errors = self._consumer.connection_errors
         self._placing.place(
-            InHand(
+            Delivery(
                 note,
                 note.received,
                 message,
@@ -264,12 +264,12 @@ class ConsumerGate:
             raise
         # in a timer's call, nobody would hear of it, and the message would stay in hand
         except Exception as error:
-            self._handing.failed(request, error)
+            self._pool_entry.failed(request, error)
 
     def _dispatch(self, request: Any) -> None:
         note = note_of(request.message)
         if note is None:
-            self._handing.to_pool(request)
+            self._pool_entry.to_pool(request)
             return
 
         def done(action: Callable[[], object]) -> Callable[[], None]:
@@ -282,14 +282,14 @@ class ConsumerGate:
         def run() -> None:
             self._dispatched[request] = note
             self._gate.count('run')
-            self._handing.guard_end(request)
-            self._handing.to_pool(request)
+            self._pool_entry.guard_end(request)
+            self._pool_entry.to_pool(request)
 
         mine = self._gate.may_begin(note.received)
         if mine and self._admits(note.name):
             run()
             return
-        item = InHand(
+        item = Delivery(
             note,
             self._reader.later(note.received),
             request.message,
@@ -320,7 +320,7 @@ class ConsumerGate:
             for request, note in list(self._dispatched.items())
         )
 
-    def _not_run(self, item: InHand, error: Exception) -> None:
+    def _not_run(self, item: Delivery, error: Exception) -> None:
         self._not_taken(
             item.message, error, lambda: self._placing.place(item), item.refuse, item.requeue
         )
@@ -328,20 +328,20 @@ class ConsumerGate:
     def look(self) -> None:
         """Try the waiting messages again."""
         self._placing.look()
-        self._holding.look()
+        self._retries.look()
 
     def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         self._placing.disconnected()
-        self._holding.disconnected()
+        self._retries.disconnected()
 
-    def return_waiting(self) -> None:
-        """Return what waits to the broker."""
-        self._placing.return_all()
-        self._holding.return_all()
+    def requeue_waiting(self) -> None:
+        """Requeue what waits."""
+        self._placing.requeue_all()
+        self._retries.requeue_all()
 
-    def return_running(self) -> None:
-        """Return what is executed here, if its task completes once: others execute it, and this
+    def requeue_running(self) -> None:
+        """Requeue what is executed here, if its task completes once: others execute it, and this
         attempt's end does not count.
         """
         for request, note in list(self._dispatched.items()):
@@ -365,4 +365,4 @@ class ConsumerGate:
     @property
     def waiting(self) -> int:
         """Messages that wait in memory."""
-        return len(self._placing) + len(self._holding)
+        return len(self._placing) + len(self._retries)

@@ -1,4 +1,4 @@
-"""Carrying out what becomes of a delivery, and holding in memory what cannot go anywhere yet.
+"""Carrying out what becomes of a delivery; what cannot go anywhere yet waits in memory.
 
 The decision itself is pure: `jobsync_core.worker.inbox`.
 """
@@ -21,7 +21,7 @@ from ..broker.circuit import BrokerBusy
 from ..broker.forwarding import Forwarder
 from ..faults import is_its_fault
 from ..logs import get_logger
-from .delivery import InHand, unstamped
+from .delivery import Delivery, unstamped
 
 __all__ = ['Placing']
 
@@ -55,7 +55,7 @@ class Placing:
         forwarder: Forwarder,
         *,
         refuse: Callable[[Any, str, type[MessageRefused], Callable[[], object] | None], object],
-        failed: Callable[[InHand, Exception], object],
+        failed: Callable[[Delivery, Exception], object],
         admits: Callable[[str], bool],
         on_parked: Callable[[], object],
     ) -> None:
@@ -67,14 +67,14 @@ class Placing:
         self._admits = admits
         self._on_parked = on_parked
         self._lock = threading.RLock()
-        self._waiting: list[InHand] = []
+        self._waiting: list[Delivery] = []
         self._looks_at: float | None = None
         self._repeats = Repeats()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def place(self, item: InHand) -> bool:
+    def place(self, item: Delivery) -> bool:
         """Send a message on its way; True when that is done, False when it waits. Raises
         nothing.
         """
@@ -85,7 +85,7 @@ class Placing:
             return self.wait(item)
         return self._carry_out(item, outcome)
 
-    def _carry_out(self, item: InHand, outcome: Outcome) -> bool:
+    def _carry_out(self, item: Delivery, outcome: Outcome) -> bool:
         if outcome.action is Action.RUN:
             if item.late and not self._admits(item.note.name):
                 return self.wait(item)
@@ -101,7 +101,7 @@ class Placing:
             self._end(item, action, outcome.event)
         return True
 
-    def _run(self, item: InHand) -> None:
+    def _run(self, item: Delivery) -> None:
         try:
             item.run()
         except MemoryError:
@@ -109,7 +109,7 @@ class Placing:
         except Exception as error:
             self._failed(item, error)
 
-    def _send(self, item: InHand, outcome: Outcome) -> bool:
+    def _send(self, item: Delivery, outcome: Outcome) -> bool:
         note, message, queue = item.note, item.message, outcome.queue
         headers = {**unstamped(message), HOPS: outcome.hops, HOME: note.home}
         if note.key:
@@ -148,7 +148,7 @@ class Placing:
             self._on_parked()
         return True
 
-    def _end(self, item: InHand, action: Callable[[], object], event: str) -> None:
+    def _end(self, item: Delivery, action: Callable[[], object], event: str) -> None:
         self._gate.count(event)
         try:
             action()
@@ -162,11 +162,11 @@ class Placing:
             headers = message.headers or {}
             dispatcher.send(kind, uuid=headers.get('id'), name=headers.get('task'), queue=queue)
 
-    def _wait_again(self, item: InHand) -> bool:
+    def _wait_again(self, item: Delivery) -> bool:
         item.received = replace(item.received, until=clock.now() + _AGAIN_SEC)
         return self.wait(item)
 
-    def wait(self, item: InHand) -> bool:
+    def wait(self, item: Delivery) -> bool:
         """Hold a message, and ask again in a moment; False."""
         with self._lock:
             self._waiting.append(item)
@@ -195,12 +195,12 @@ class Placing:
             self._waiting.clear()
             self._looks_at = None  # the timer's entries go with the connection
 
-    def return_all(self) -> None:
-        """Return what waits to the broker."""
+    def requeue_all(self) -> None:
+        """Requeue what waits."""
         for item in self._take_all():
             self._end(item, item.requeue, 'returned')
 
-    def _take_all(self) -> list[InHand]:
+    def _take_all(self) -> list[Delivery]:
         with self._lock:
             waiting, self._waiting = self._waiting, []
         return waiting

@@ -14,8 +14,8 @@ from jobsync_core.worker.routing import mark_key
 from ..broker.broker import CeleryBroker, RouteOf
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
+from .carried_over import CarriedOver
 from .keys import SHARED, key_pattern, node_options, queue_of_key
-from .leftovers import Leftovers
 from .restoring import RestoringQoS, restoring
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class RedisBroker(CeleryBroker):
 
     Args:
         app, queues, forwarder, route_of: As for CeleryBroker.
-        left: What this node's lost connections left.
+        carried: What this node's lost connections left.
         receiving: Lets a connection that has not been opened yet take messages without losing one.
     """
 
@@ -43,11 +43,11 @@ class RedisBroker(CeleryBroker):
         queues: Queues,
         forwarder: Forwarder,
         route_of: RouteOf,
-        left: Leftovers | None = None,
+        carried: CarriedOver | None = None,
         receiving: Callable[[Connection], Connection] = lambda connection: connection,
     ) -> None:
         super().__init__(app, queues, forwarder, route_of)
-        self._left = left
+        self._carried = carried
         self._receiving = receiving
 
     def identify(self, make: bool) -> str | None:
@@ -66,43 +66,43 @@ class RedisBroker(CeleryBroker):
     def _write_mark(self, channel: Any, mark: str) -> None:
         _command(channel, 'SET', mark_key(self._queues.appname), after=(mark, 'NX'))
 
-    def restore(self, node: str, left: Leftovers | None = None) -> int:
-        """Put back what a node had taken and not acknowledged; how many messages.
+    def restore(self, node: str, carried: CarriedOver | None = None) -> int:
+        """Restore what a node had taken and not acknowledged; how many messages.
 
         Args:
             node: The node.
-            left: What its lost connections left.
+            carried: What its lost connections left.
         """
         options = node_options(self._queues.appname, node)
         with restoring(self._app.connection_for_write(transport_options=options)) as connection:
             channel = connection.default_channel
-            while left and left.acknowledged:
-                tag = next(iter(left.acknowledged))
+            while carried and carried.acknowledged:
+                tag = next(iter(carried.acknowledged))
                 channel.qos._remove_from_indices(tag).execute()
-                left.acknowledged.discard(tag)
-            while left and left.unrecorded:
-                tag, message = next(iter(left.unrecorded.items()))
+                carried.acknowledged.discard(tag)
+            while carried and carried.unrecorded:
+                tag, message = next(iter(carried.unrecorded.items()))
                 # Not if the record was made and only its answer lost.
                 _record_command(channel, 'HSETNX', tag, message)
-                del left.unrecorded[tag]
+                del carried.unrecorded[tag]
             tags = _record_command(channel, 'HKEYS')
             for tag in tags:
                 channel.qos.restore_by_tag(tag)
             return len(tags)
 
     def restore_own(self, node: str) -> int:
-        """Put back what this node's lost connections had taken; how many messages."""
-        return self.restore(node, self._left)
+        """Restore what this node's lost connections had taken; how many messages."""
+        return self.restore(node, self._carried)
 
     def restore_shared(self, options: Mapping[str, Any]) -> int:
-        """Put back, as kombu does, what plain workers had taken and not acknowledged for longer
+        """Restore, as kombu does, what plain workers had taken and not acknowledged for longer
         than their visibility timeout.
 
         Args:
             options: The app's own transport options, without those of this node.
 
         Returns:
-            How many messages were put back.
+            How many messages were restored.
         """
         channel = self._open()
         if not channel.ack_emulation:

@@ -33,10 +33,10 @@ from jobsync_core.worker.incoming import Refused
 
 from ..incoming import read_raw
 from ..logs import get_logger
+from .carried_over import CarriedOver
 from .client import is_redis, with_channel
 from .key_changes import KeyChangeListener
 from .keys import record_keys
-from .leftovers import Leftovers
 from .qos import RecordedQoS, UndecodedMessage
 from .restoring import RestoringChannel
 from .scripts import ACKNOWLEDGE, ELSEWHERE, FOR_NOW, TAKE, says
@@ -56,7 +56,7 @@ class _Channel(RestoringChannel):
     QoS = RecordedQoS
     Message = UndecodedMessage
     #: Outlives the channel.
-    left: Leftovers
+    carried: CarriedOver
     #: What the answers that have not been read yet are for, in their order: a delivery tag, or None
     #: for the look at the queues.
     due: deque[str | bytes | None]
@@ -176,8 +176,8 @@ class _Channel(RestoringChannel):
         self._thread = get_ident()
         if connection._sock is not self._socket:
             self._socket = connection._sock
-            self.left.cut = self._cut
-            for tag in list(self.left.acknowledged):  # what the last connection did not confirm
+            self.carried.cut = self._cut
+            for tag in list(self.carried.acknowledged):  # what the last connection did not confirm
                 self.acknowledge(tag)
         elif self.due and not plain_qos.can_consume(self.qos):
             return
@@ -186,7 +186,7 @@ class _Channel(RestoringChannel):
             if monotonic() < self._rest_until:
                 return
             self._read_due()
-            self.left.asked_at = clock.now()
+            self.carried.asked_at = clock.now()
             super()._brpop_start(*(() if timeout is None else (timeout,)))
             return
         if self._empty and monotonic() < self._look_at:
@@ -205,7 +205,7 @@ class _Channel(RestoringChannel):
             poller.register(sock, select.POLLIN)
             if poller.poll(0):
                 return  # an answer has come that nobody has read yet
-            # Those that wait in the pool are as old; the consumer gives back over them.
+            # Those that wait in the pool are as old; the consumer restores over them.
             self.pool.disconnect()
             sock.shutdown(socket.SHUT_RDWR)
 
@@ -234,7 +234,7 @@ class _Channel(RestoringChannel):
         # redis-py's own check of the connection reads an answer: not while others are due.
         check = not self.due
         if not self.due:
-            self.left.asked_at = clock.now()
+            self.carried.asked_at = clock.now()
         self.due.append(what)
         self.client.connection.send_command('EVALSHA', *arguments, check_health=check)
 
@@ -248,7 +248,7 @@ class _Channel(RestoringChannel):
                 self._rest_until = monotonic() + LOOK_SEC
                 raise Empty from None
             finally:
-                self.left.asked_at = None
+                self.carried.asked_at = None
             self._empty = False
             return found
         asked, reply = None in self.due, None
@@ -277,19 +277,19 @@ class _Channel(RestoringChannel):
         connection, tag = self.client.connection, self.due[0]
         try:
             reply = self.client.parse_response(connection, 'EVALSHA')
-            self.left.asked_at = clock.now() if len(self.due) > 1 else None
+            self.carried.asked_at = clock.now() if len(self.due) > 1 else None
         except self.connection_errors:
             connection.disconnect()
             raise
         except ResponseError as error:
             self.due.popleft()
-            self.left.asked_at = None
+            self.carried.asked_at = None
             self._refused(tag, error)
             return None
         self.due.popleft()
         if tag is None:
             return reply
-        self.left.acknowledged.discard(tag)
+        self.carried.acknowledged.discard(tag)
         return None
 
     def _refused(self, tag: str | bytes | None, error: ResponseError) -> None:
@@ -312,7 +312,7 @@ class _Channel(RestoringChannel):
         raise Empty
 
     def _acknowledge_later(self, tag: str | bytes, error: ResponseError) -> None:
-        """It stays among those that are not confirmed, so that it is not given back meanwhile."""
+        """It stays among those that are not confirmed, so that it is not restored meanwhile."""
         if not self._again:
             logger.warning(
                 'JobSync: Redis takes no acknowledgements for now; they are made again: %s', error
@@ -333,7 +333,7 @@ class _Channel(RestoringChannel):
     def _on_connection_disconnect(self, connection: Any) -> None:
         if connection is getattr(self.__dict__.get('client'), 'connection', None):
             self.due.clear()
-            self.left.asked_at = None
+            self.carried.asked_at = None
         super()._on_connection_disconnect(connection)
 
     def _flush_brpop_reauth(self) -> None:
@@ -358,7 +358,7 @@ class _Channel(RestoringChannel):
         if isinstance(message, Refused):
             self._tell_refused(queue, message)
             if recorded is not None:
-                self.left.acknowledged.add(recorded)
+                self.carried.acknowledged.add(recorded)
                 self.acknowledge(recorded)
             return
         self.recorded = message['properties']['delivery_tag'] if recorded is not None else None
@@ -416,18 +416,18 @@ class _Channel(RestoringChannel):
         super().close()
 
 
-def receive_atomically(connection: Connection, left: Leftovers, hub: Any = None) -> Connection:
+def receive_atomically(connection: Connection, carried: CarriedOver, hub: Any = None) -> Connection:
     """Let a connection that has not been opened yet receive without losing; other brokers than
     Redis are left as they are.
 
     Args:
         connection: A Celery app's connection.
-        left: Keeps what breaks off with a connection.
+        carried: Keeps what breaks off with a connection.
         hub: kombu's event loop, where the connection is to wait for messages.
     """
     plain = connection.get_transport_cls()
     if is_redis(plain):
-        receiving = with_channel(plain, _Channel, left=left, hub=hub)
+        receiving = with_channel(plain, _Channel, carried=carried, hub=hub)
         vars(connection).update(
             get_transport_cls=lambda: receiving
         )  # transport_cls is what its URL says, and shown

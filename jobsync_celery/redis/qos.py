@@ -36,30 +36,30 @@ class RecordedQoS(RestoringQoS):
             super().append(message, delivery_tag)
         except BaseException:
             delivery = message.delivery_info
-            self.channel.left.unrecorded[delivery_tag] = dumps(
+            self.channel.carried.unrecorded[delivery_tag] = dumps(
                 [message._raw, delivery['exchange'], delivery['routing_key']]
             )
             raise
 
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge a message."""
-        self.channel.left.acknowledged.add(delivery_tag)
+        self.channel.carried.acknowledged.add(delivery_tag)
         plain_qos.ack(
             self, delivery_tag
-        )  # first: what is not confirmed is made again, and must not be given back
+        )  # first: what is not confirmed is made again, and must not be restored
         self.channel.acknowledge(delivery_tag)
 
     def remove(self, delivery_tag: str | bytes) -> None:
         """Remove the record of an acknowledged message, and wait for the answer."""
         self._remove_from_indices(delivery_tag).execute()
-        self.channel.left.acknowledged.discard(delivery_tag)
+        self.channel.carried.acknowledged.discard(delivery_tag)
 
     def can_consume(self) -> bool:
         """Whether another message may be delivered, or answers are due, which have to be read."""
         return any(self.channel.due) or bool(plain_qos.can_consume(self))
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Give back what has been taken for too long; kombu's timer calls this in the event loop,
+        """Restore what has been taken for too long; kombu's timer calls this in the event loop,
         which an error would end.
         """
         try:
@@ -70,7 +70,7 @@ class RecordedQoS(RestoringQoS):
             logger.debug('looking for what was taken long ago: %r', error)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what was delivered and not acknowledged; with the broker out of reach, the next
+        """Restore what was delivered and not acknowledged; with the broker out of reach, the next
         connection does it.
         """
         try:

@@ -1,4 +1,4 @@
-"""Giving back on Redis what was taken and not acknowledged, whatever it looks like.
+"""Restoring on Redis what was taken and not acknowledged, whatever it looks like.
 
 kombu removes the record of a message and stores the message again in one transaction. It stores
 nothing where the message has `headers: null` or `delivery_info: null`, which it had delivered well
@@ -33,10 +33,10 @@ transport: Any = redis
 
 
 class RestoringQoS(transport.QoS):  # type: ignore[misc]
-    """kombu's record of what is not acknowledged; giving back from it loses nothing."""
+    """kombu's record of what is not acknowledged; restoring from it loses nothing."""
 
     def restore_by_tag(self, tag: str | bytes, client: Any = None, leftmost: bool = False) -> None:
-        """Give a message back, if it is recorded.
+        """Restore a message, if it is recorded.
 
         Args:
             tag: Its delivery tag.
@@ -72,7 +72,7 @@ class RestoringQoS(transport.QoS):  # type: ignore[misc]
 
 
 class RestoringChannel(transport.Channel):  # type: ignore[misc]
-    """kombu's channel; giving back through it loses nothing."""
+    """kombu's channel; restoring through it loses nothing."""
 
     QoS = RestoringQoS
 
@@ -120,7 +120,7 @@ def _restoring(plain: Any) -> Any:
 
 
 def restoring(connection: Connection) -> Connection:
-    """Let a connection that has not been opened yet give back without losing; other brokers' are
+    """Let a connection that has not been opened yet restore without losing; other brokers' are
     left as they are.
     """
     plain: Any = connection.get_transport_cls

@@ -21,8 +21,8 @@ from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.misspelt import misspelt
 
 from ..faults import is_its_fault
-from .coming_back import ComesBack
 from .once import made_here
+from .resending import RequeueLater
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -57,7 +57,7 @@ _UNSAID: Mapping[str, weakref.WeakSet[type]] = {option: weakref.WeakSet() for op
 
 
 def prepare_task(task: Any) -> None:
-    """Let an exactly-once task be acknowledged late and given back when its process is lost, unless
+    """Let an exactly-once task be acknowledged late and requeued when its process is lost, unless
     the user said otherwise.
 
     Args:
@@ -135,7 +135,7 @@ def guarded_trace(task: Any, in_loop: bool = False) -> Callable[..., Any]:
 
     Args:
         task: The task; Celery has built its tracer.
-        in_loop: The pool runs it in the event loop, where such a reason may be raised: Handing
+        in_loop: The pool runs it in the event loop, where such a reason may be raised: PoolEntry
             keeps the message.
     """
     trace = task.__trace__
@@ -167,8 +167,8 @@ def guarded_trace(task: Any, in_loop: bool = False) -> Callable[..., Any]:
 
 def _later(error: Exception) -> Any:
     try:
-        raise ComesBack(f'its end cannot be told: {error!r}', requeue=True) from error
-    except ComesBack as later:
+        raise RequeueLater(f'its end cannot be told: {error!r}', requeue=True) from error
+    except RequeueLater as later:
         return trace_ok_t(ExceptionInfo(), TraceInfo(states.REJECTED, later), 0.0, None)
 
 

@@ -30,7 +30,7 @@ from jobsync_core.worker.routing import WAITS
 
 from ..logs import get_logger
 from .chords import count_member
-from .coming_back import ComesBack, send_again
+from .resending import RequeueLater, send_again
 
 __all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'options_of']
 
@@ -249,7 +249,7 @@ class _CeleryOnce(MessageOnce):
         except Exception as trouble:  # of the broker, of a signal's receiver, of a serializer
             if not task.acks_late:
                 raise  # the message is acknowledged: its sender has to know
-            raise ComesBack(
+            raise RequeueLater(
                 f'its copy is not known to be sent: {trouble!r}', requeue=True
             ) from trouble
         raise Ignore

@@ -47,7 +47,7 @@ class Broker(Protocol):
         """
 
     def restore(self, node: str) -> int:
-        """Put back what a node that is gone had taken and not acknowledged; returns how many
+        """Restore what a node that is gone had taken and not acknowledged; returns how many
         messages.
         """
 

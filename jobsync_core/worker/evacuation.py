@@ -50,7 +50,7 @@ class Evacuated:
     """What an evacuation did.
 
     Attributes:
-        restored: Messages that dead nodes had taken and not acknowledged, and that were put back.
+        restored: Messages that dead nodes had taken and not acknowledged, and that were restored.
         moved: Messages that went home, by home queue.
         deleted: Queues that were empty and are gone.
         busy: Nodes that are alive, or that somebody else was sweeping: their queues were left

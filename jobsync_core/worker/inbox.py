@@ -121,7 +121,7 @@ def place(delivery: Received, here: Here, rules: Rules, now: float) -> Outcome:
     # 1. Nobody can tell where it may run, now or later.
     if delivery.problem:
         return Outcome(Action.DEAD_LETTER, reason=delivery.problem)
-    # 2. This node was taken for dead meanwhile, and others have put back what it had: this may be
+    # 2. This node was taken for dead meanwhile, and others have restored what it had: this may be
     #    one of two.
     if delivery.incarnation != here.incarnation:
         return Outcome(Action.REQUEUE, event='returned', reason='of an earlier life')

@@ -152,7 +152,7 @@ class Passage:
             )
 
     def _requeue(self, queue: str, kept: list[Delivery]) -> None:
-        """Put deliveries back, the last one first, so that they keep their order."""
+        """Requeue deliveries, the last one first, so that they keep their order."""
         for number, delivery in enumerate(reversed(kept)):
             try:
                 delivery.requeue()

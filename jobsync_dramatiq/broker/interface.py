@@ -77,16 +77,16 @@ class QueueConsumer(Protocol):
         """Put the message among the dead letters of the queue that its actor was declared with."""
 
     def requeue(self, message: Any) -> None:
-        """Put the message back into this queue."""
+        """Requeue the message."""
 
     def pause(self) -> None:
-        """Put back what was taken and not handed out, and take nothing more."""
+        """Requeue what was taken and not handed out, and take nothing more."""
 
     def resume(self) -> None:
         """Take messages again."""
 
     def close(self, waiting: list[Any]) -> None:
-        """Put back what waits, and what was taken and not handed out; end."""
+        """Requeue what waits, and what was taken and not handed out; end."""
 
 
 class WorkerBroker(Evacuable, Protocol):
@@ -165,6 +165,6 @@ class WorkerBroker(Evacuable, Protocol):
         """This process is no worker, and is about to evacuate."""
 
     def requeue_failed(self) -> None:
-        """Called at least once a second by the node's own thread: put back what could not go back
+        """Called at least once a second by the node's own thread: requeue what could not go back
         when it should have.
         """

@@ -1,5 +1,5 @@
 """RabbitMQ: workers publish with confirms, and acknowledge a message only after its copy is
-confirmed. What a lost connection had taken RabbitMQ puts back by itself.
+confirmed. What a lost connection had taken RabbitMQ requeues by itself.
 
 A node's queue has no delay queue: what is delayed waits in the delay queue of its actor's own
 queue, and goes to whoever owns it then.
@@ -67,7 +67,7 @@ class _Taken:
         self._channel.basic_ack(self._tag)
 
     def requeue(self) -> None:
-        """Put it back into its queue."""
+        """Requeue it."""
         self._channel.basic_nack(self._tag, requeue=True)
 
 

@@ -126,7 +126,7 @@ class RabbitQueueConsumer:
             self._settle(message, partial(self._channel.basic_nack, requeue=False))
 
     def requeue(self, message: Any) -> None:
-        """Put a message back."""
+        """Requeue a message."""
         self._settle(message, partial(self._channel.basic_nack, requeue=True))
 
     def pause(self) -> None:

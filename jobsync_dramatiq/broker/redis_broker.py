@@ -59,7 +59,7 @@ class _Taken:
         self._broker.native.do_ack(self._queue, self._number)
 
     def requeue(self) -> None:
-        """Put it back into its queue. What cannot go back now does later: Redis gives nothing back
+        """Requeue it. What cannot go back now does later: Redis gives nothing back
         because a connection is lost.
         """
         self._broker.queues.requeue([(self._queue, self._number)])
@@ -163,7 +163,7 @@ class RedisWorkerBroker:
             self.native.do_enqueue(queue, number, data)
 
     def requeue_failed(self) -> None:
-        """Put back what could not go back, and what the node's own thread took in an answer that
+        """Requeue what could not go back, and what the node's own thread took in an answer that
         was lost. That thread has nothing in hand when it calls this.
 
         Raises:
@@ -174,7 +174,7 @@ class RedisWorkerBroker:
             self.queues.recheck(queue)
 
     def restore(self, node: str) -> int:
-        """Put back what a node that is gone had taken, queue by queue; returns how many
+        """Restore what a node that is gone had taken, queue by queue; returns how many
         messages.
         """
         owner, moved = broker_id(self._appname, node), 0

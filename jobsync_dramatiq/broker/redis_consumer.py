@@ -24,7 +24,7 @@ from .redis_queues import RedisQueues
 __all__ = ['RedisQueueConsumer']
 
 #: Seconds between two signs of life from a consumer that takes nothing, at most, and as part of the
-#: time after which other workers put back what it holds: the broker's `heartbeat_timeout`, by
+#: time after which other workers restore what it holds: the broker's `heartbeat_timeout`, by
 #: default a minute.
 _SIGN_SEC, _SIGN_PART = 10.0, 1 / 4
 
@@ -81,7 +81,7 @@ class RedisQueueConsumer:
                 self._in_hand.add(number)
                 return MessageProxy(found)
         except (RedisError, OSError) as error:
-            # The gate closes this consumer, which puts back what is not done, and makes another
+            # The gate closes this consumer, which requeues what is not done, and makes another
             # one.
             raise ConnectionClosed(error) from error
         return None
@@ -176,16 +176,16 @@ class RedisQueueConsumer:
         self._in_hand.discard(number)
 
     def requeue(self, message: Any) -> None:
-        """Put a message back."""
+        """Requeue a message."""
         self._queues.requeue([(self.queue, redis_id(message))])
         self._settle(redis_id(message))
 
     def pause(self) -> None:
-        """Put back what was fetched and not handed out."""
+        """Requeue what was fetched and not handed out."""
         self._queues.requeue(self._fetched())
 
     def resume(self) -> None:
-        """Put back what an answer brought that was lost meanwhile."""
+        """Requeue what an answer brought that was lost meanwhile."""
         try:
             self._queues.requeue_lost(self.queue)
         except (RedisError, OSError) as error:

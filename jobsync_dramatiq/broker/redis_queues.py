@@ -1,5 +1,5 @@
 """What one process takes from queues at Redis, and what becomes of it: acknowledged, passed on,
-buried, or put back.
+buried, or requeued.
 
 An answer of Redis may be lost with a connection, and with it what it brought. Redis counts that as
 taken by this process, though no thread has it; so a queue whose answer was lost is looked at for a
@@ -73,7 +73,7 @@ class RedisQueues:
 
     @property
     def patience(self) -> float:
-        """Seconds without a sign of life after which others put back what this process holds."""
+        """Seconds without a sign of life after which others restore what this process holds."""
         return float(self._native.heartbeat_timeout / 1000)
 
     def fetch(self, queue: str, number: int) -> list[tuple[str, bytes]]:
@@ -184,7 +184,7 @@ class RedisQueues:
             del self._doubtful[queue]
 
     def requeue_lost(self, queue: str) -> None:
-        """Put back what Redis counts as taken by this process, while no thread has it: its answer
+        """Requeue what Redis counts as taken by this process, while no thread has it: its answer
         to a fetch was lost.
 
         Only the thread that consumes the queue may call this.
@@ -201,7 +201,7 @@ class RedisQueues:
             self._native.do_requeue(queue, *lost)
 
     def requeue(self, items: list[tuple[str, str]]) -> None:
-        """Put back messages, by their queues and Redis ids; what cannot go back now is tried again
+        """Requeue messages, by their queues and Redis ids; what cannot go back now is tried again
         by `requeue_failed`.
         """
         with self._lock:
@@ -209,7 +209,7 @@ class RedisQueues:
         self.requeue_failed()
 
     def requeue_failed(self) -> None:
-        """Put back what could not go back before."""
+        """Requeue what could not go back before."""
         with self._lock:
             while self._failed:
                 queue, number = self._failed[-1]

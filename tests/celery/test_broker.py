@@ -19,8 +19,8 @@ from jobsync_celery import JobSync
 from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker
 from jobsync_celery.broker.forwarding import Forwarder
+from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
-from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.routing import HOME, KEY
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
@@ -174,9 +174,9 @@ def test_what_a_lost_connection_had_acknowledged_is_not_given_back(
         for number in range(3):
             source.put(number)
         messages = [source.get(timeout=20) for _ in range(3)]
-        left = Leftovers(acknowledged={messages[1].delivery_tag})
-        assert application.broker(left).restore_own('n1') == 2
-        assert left == Leftovers()
+        carried = CarriedOver(acknowledged={messages[1].delivery_tag})
+        assert application.broker(carried).restore_own('n1') == 2
+        assert carried == CarriedOver()
         assert sorted(source.get(timeout=20).payload for _ in range(2)) == [0, 2]
 
 

@@ -17,7 +17,7 @@ from celery.exceptions import Ignore
 from jobsync_celery import JobSync
 from jobsync_celery.tasks import once as once_module
 from jobsync_celery.tasks.chords import Step, count_member, next_step
-from jobsync_celery.tasks.lost import comes_back, count_lost
+from jobsync_celery.tasks.lost_members import comes_back, count_lost
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.ledger.current import set_current_ledger
 from tests.support.fakes import FakeLedger, duplicate

@@ -16,14 +16,14 @@ from celery.exceptions import Ignore
 
 from jobsync_celery import JobSync
 from jobsync_celery.gate import gate as gate_module
-from jobsync_celery.gate import handing as handing_module
-from jobsync_celery.gate import holding as holding_module
 from jobsync_celery.gate import placing as placing_module
+from jobsync_celery.gate import pool_entry as pool_entry_module
 from jobsync_celery.gate import refusal as refusal_module
-from jobsync_celery.gate.delivery import InHand
+from jobsync_celery.gate import retries as retries_module
+from jobsync_celery.gate.delivery import Delivery
 from jobsync_celery.gate.gate import ConsumerGate
-from jobsync_celery.gate.handing import Handing
 from jobsync_celery.gate.placing import Placing
+from jobsync_celery.gate.pool_entry import PoolEntry
 from jobsync_celery.gate.refusal import Refusals
 from jobsync_celery.redis import broker as redis_module
 from jobsync_celery.redis import keys as keys_module
@@ -74,7 +74,7 @@ __all__ = ['app', 'ledger', 'published']
 def acknowledge_first(monkeypatch: pytest.MonkeyPatch) -> None:
     send = Placing._send
 
-    def early(self: Placing, waiting: InHand, *args: Any) -> bool:
+    def early(self: Placing, waiting: Delivery, *args: Any) -> bool:
         waiting.ack()
         waiting.ack = lambda: None
         return send(self, waiting, *args)
@@ -102,7 +102,7 @@ def also_to_self(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        ConsumerGate, 'dispatch', lambda self, request: self._handing.to_pool(request)
+        ConsumerGate, 'dispatch', lambda self, request: self._pool_entry.to_pool(request)
     )
 
 
@@ -134,41 +134,41 @@ def blame_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def requeue_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding_module, '_EVERY', 1)
+    monkeypatch.setattr(retries_module, '_EVERY', 1)
 
 
 def without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding_module, 'come_back_sec', lambda times: 0.0)
+    monkeypatch.setattr(retries_module, 'come_back_sec', lambda times: 0.0)
 
 
 def keep_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = Handing.failed
+    failed = PoolEntry.failed
 
-    def greedy(self: Handing, request: Any, error: Exception) -> None:
+    def greedy(self: PoolEntry, request: Any, error: Exception) -> None:
         self._takes_slot = False
         failed(self, request, error)
 
-    monkeypatch.setattr(Handing, 'failed', greedy)
+    monkeypatch.setattr(PoolEntry, 'failed', greedy)
 
 
 def the_worker_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Handing, 'process', lambda self, request: self._process(request))
+    monkeypatch.setattr(PoolEntry, 'process', lambda self, request: self._process(request))
 
 
 def never_withdraw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handing_module._Acceptance, 'withdraw', lambda self: True)
+    monkeypatch.setattr(pool_entry_module._Acceptance, 'withdraw', lambda self: True)
 
 
 def hold_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Handing, '_hold', lambda self, request, error, act, stays: request.reject(requeue=True)
+        PoolEntry, '_hold', lambda self, request, error, act, stays: request.reject(requeue=True)
     )
 
 
 def one_failure_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     send = Placing._send
 
-    def impatient(self: Placing, waiting: InHand, *args: Any) -> bool:
+    def impatient(self: Placing, waiting: Delivery, *args: Any) -> bool:
         waiting.failed = True
         return send(self, waiting, *args)
 
@@ -224,7 +224,9 @@ def test_without_the_return_a_copy_that_is_not_sent_is_the_task_s_failure(
 ) -> None:
     check_message_stays(app, ledger, monkeypatch, ConnectionError('away'))
     app.tasks.pop('double')
-    monkeypatch.setattr(once_module, 'ComesBack', lambda reason, requeue: ConnectionError(reason))
+    monkeypatch.setattr(
+        once_module, 'RequeueLater', lambda reason, requeue: ConnectionError(reason)
+    )
     with pytest.raises(ConnectionError):
         check_message_stays(app, ledger, monkeypatch, ConnectionError('away'))
 

@@ -30,10 +30,10 @@ from jobsync_celery.gate.delivery import unstamped
 from jobsync_celery.gate.placing import Placing
 from jobsync_celery.gate.refusal import as_refused, is_refused
 from jobsync_celery.hooks import restore_last
-from jobsync_celery.listening import Listening
-from jobsync_celery.redis.leftovers import Leftovers
+from jobsync_celery.loop_watch import LoopWatch
+from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.steps import NodeStep
-from jobsync_celery.tasks.coming_back import ComesBack
+from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.worker.gate import Gate
@@ -270,7 +270,7 @@ class TestWaiting:
     def test_it_can_be_given_back(self, stage: Bench) -> None:
         stage.receive(Message('nobody'))
         stage.receive(Message('nowhere'))
-        stage.gate.return_waiting()
+        stage.gate.requeue_waiting()
         assert (stage.log, stage.gate.waiting, stage.counts['returned']) == (
             ['requeue', 'requeue'],
             0,
@@ -324,7 +324,7 @@ class TestBeforeThePool:
         stage.receive(message)
         stage.job.leased = False
         assert stage.dispatch(message) == []
-        stage.gate.return_waiting()
+        stage.gate.requeue_waiting()
         assert stage.log == ['requeue']
 
     def test_what_did_not_pass_the_gate_is_not_touched(self, stage: Bench) -> None:
@@ -624,7 +624,7 @@ def end_with(stage: Bench, error: Exception, wrapped: bool) -> str:
     stage.job.mine.add('mine')
     stage.receive(message)
     request = Request(stage, message)
-    stage.gate._handing.guard_end(request)
+    stage.gate._pool_entry.guard_end(request)
     try:
         raise error
     except Exception:
@@ -706,7 +706,7 @@ class TestIntoThePool:
 
     def test_what_cannot_be_handed_over_goes_back_when_consuming_stops(self, stage: Bench) -> None:
         self._hand_over(stage, TROUBLE[0])
-        stage.gate.return_waiting()
+        stage.gate.requeue_waiting()
         assert (stage.log, stage.gate.waiting) == (['requeue'], 0)
 
     @pytest.mark.parametrize('error', FAULTS, ids=repr)
@@ -763,8 +763,8 @@ class TestIntoThePool:
         self._hand_over(stage, None, 'once')
         stage.log.clear()
         try:
-            raise ComesBack('no broker', requeue=True)
-        except ComesBack:
+            raise RequeueLater('no broker', requeue=True)
+        except RequeueLater:
             stage.request.on_failure(ExceptionInfo())
         assert (stage.log, stage.gate.waiting) == ([], 1)
         assert stage.look(1.1) == ['received']
@@ -792,7 +792,7 @@ def check_begun_once(stage: Bench, begun: bool) -> None:
             request.on_accepted(1, 0.0)
         raise RuntimeError("can't start new thread")
 
-    stage.gate._handing._process = process
+    stage.gate._pool_entry._process = process
     stage.handle = lambda message: stage.log.append('received')
     stage.consumer.create_task_handler()
     stage.consumer.on_task_request(request)
@@ -817,7 +817,7 @@ def check_end_told_later(stage: Bench) -> None:
             raise BackendAway('away')
 
     vars(request)['on_success'] = on_success
-    stage.gate._handing.guard_end(request)
+    stage.gate._pool_entry.guard_end(request)
     stage.log.clear()
     request.on_success('result')
     stage.look(1.1)
@@ -836,11 +836,11 @@ class TestReturnRunning:
         stage.receive(message)
         assert stage.dispatch(message) == ['pool']
         stage.log.clear()
-        stage.gate.return_running()
+        stage.gate.requeue_running()
         assert stage.log == []  # the pool has not begun it: it comes back by itself
         state.active_requests.add(stage.request)
-        stage.gate.return_running()
-        stage.gate.return_running()
+        stage.gate.requeue_running()
+        stage.gate.requeue_running()
         assert stage.log == expected
 
 
@@ -862,12 +862,12 @@ def test_green_threads_are_refused_before_the_worker_starts(
 class TestWhatWasNotRecorded:
     """Messages that a lost connection to Redis brought, when the worker ends."""
 
-    LEFT = Leftovers({'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})
+    LEFT = CarriedOver({'tag': '[{"headers": {"id": "m7"}}, "", "celery"]'})
 
     def test_it_is_restored(self) -> None:
         restored: list[str] = []
         broker: Any = SimpleNamespace(restore_own=restored.append)
-        restore_last(broker, 'n1', Leftovers())
+        restore_last(broker, 'n1', CarriedOver())
         assert restored == [], 'nothing is left, and the broker is not asked'
         restore_last(broker, 'n1', self.LEFT)
         assert restored == ['n1']
@@ -881,9 +881,9 @@ class TestWhatWasNotRecorded:
 def leased_consumer(stage: Bench, driver: str = 'redis') -> LeasedConsumer:
     """The stage's consumer, which follows lease and database."""
     job: Any = stage.job
-    left = Leftovers()
+    carried = CarriedOver()
     return LeasedConsumer(
-        stage.consumer, stage.gate, lambda: job, Listening(left, False), left, driver, 10.0
+        stage.consumer, stage.gate, lambda: job, LoopWatch(carried, False), carried, driver, 10.0
     )
 
 
@@ -983,7 +983,7 @@ class TestRefusals:
         leased = leased_consumer(stage, 'amqp')
         leased.connected()
         returned: list[str] = []
-        monkeypatch.setattr(stage.gate, 'return_running', lambda: returned.append('all'))
+        monkeypatch.setattr(stage.gate, 'requeue_running', lambda: returned.append('all'))
         stage.job.pausing.refused(self.FULL, stage.clock.time)
         leased.follow()
         stage.job.leased = False

@@ -18,8 +18,8 @@ from kombu.exceptions import EncodeError, OperationalError
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery.tasks import once as once_module
-from jobsync_celery.tasks.coming_back import ComesBack
 from jobsync_celery.tasks.once import COME_BACK_SEC
+from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import (
     ClaimLost,
@@ -122,10 +122,12 @@ def check_message_stays(
     ledger.begin_error = ExecutionRunning()
     task = task_of(app)
     monkeypatch.setattr(Task, 'apply_async', broken(error))
-    with pytest.raises(ComesBack) as raised:
+    with pytest.raises(RequeueLater) as raised:
         in_worker(task)
     again = pickle.loads(pickle.dumps(raised.value))  # as a process of the pool tells its worker
-    assert type(again) is ComesBack and again.requeue and type(error).__name__ in str(again.reason)
+    assert (
+        type(again) is RequeueLater and again.requeue and type(error).__name__ in str(again.reason)
+    )
 
 
 def check_duplicate_rule(app: Celery, ledger: FakeLedger) -> None:

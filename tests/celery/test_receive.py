@@ -23,8 +23,8 @@ from kombu.transport import virtual
 from redis.connection import Connection as RedisConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.channel import receive_atomically
-from jobsync_celery.redis.leftovers import Leftovers
 from tests.support.brokers import RedisServer
 from tests.support.waiting import eventually
 
@@ -47,12 +47,12 @@ class _Desk:
         prefix: str = '',
         url: str | None = None,
         hub: Any = None,
-        left: Leftovers | None = None,
+        carried: CarriedOver | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
         _DESKS.append(self)
         self.server, self.space = server, space
-        self.left = left or Leftovers()
+        self.carried = carried or CarriedOver()
         self.events: list[int] = []
         self.received: list[Any] = []
         self.client = server.client(space)
@@ -61,7 +61,7 @@ class _Desk:
                 url or server.url(space),
                 transport_options={'global_keyprefix': prefix, **(more or {})},
             ),
-            self.left,
+            self.carried,
             hub,
         )
         self.queue = Queue(_QUEUE)(self.connection.default_channel)
@@ -176,7 +176,7 @@ def test_what_waits_is_recorded_when_it_is_taken(
     _break_append(monkeypatch)
     with pytest.raises(_Broken):
         eventually(desk.drain)  # the answer has come, and nothing after it
-    assert (desk.waiting(), desk.unacked(), desk.left.unrecorded) == (2, 1, {})
+    assert (desk.waiting(), desk.unacked(), desk.carried.unrecorded) == (2, 1, {})
     monkeypatch.undo()
     (tag,) = desk.client.hkeys(f'{prefix}unacked')
     desk.connection.default_channel.qos.restore_by_tag(tag)
@@ -310,9 +310,9 @@ class TestWaiting:
         desk.publish(1)
         with pytest.raises(_Broken):
             eventually(desk.drain)
-        assert (desk.waiting(), desk.unacked(), len(desk.left.unrecorded)) == (0, 0, 1)
+        assert (desk.waiting(), desk.unacked(), len(desk.carried.unrecorded)) == (0, 0, 1)
         monkeypatch.undo()
-        ((tag, message),) = desk.left.unrecorded.items()
+        ((tag, message),) = desk.carried.unrecorded.items()
         desk.client.hsetnx('unacked', tag, message)
         channel.qos.restore_by_tag(tag)
         assert (desk.waiting(), desk.unacked()) == (1, 0)
@@ -446,9 +446,9 @@ class TestAcknowledging:
             desk.channel._brpop_start()
         for message in desk.received:
             message.ack()
-        assert desk.left.acknowledged == {message.delivery_tag for message in desk.received}
+        assert desk.carried.acknowledged == {message.delivery_tag for message in desk.received}
         eventually(lambda: desk.unacked() == 0)
-        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        eventually(lambda: desk.turn() or not desk.carried.acknowledged)
         desk.publish(7)
         eventually(lambda: desk.turn() or len(desk.received) == 4)
         desk.received[3].ack()
@@ -473,7 +473,7 @@ class TestAcknowledging:
         desk.channel._empty = False
         desk.channel._brpop_start()
         assert None not in desk.channel.due
-        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        eventually(lambda: desk.turn() or not desk.carried.acknowledged)
         assert (len(desk.received), desk.waiting(), desk.unacked()) == (2, 1, 2)
 
     def test_a_pop_that_waits_does_not_hold_it_up(
@@ -516,14 +516,14 @@ class TestAcknowledging:
         assert len(desk.channel.due) == 2
         eventually(lambda: desk.turn() or not desk.channel._can_wait)
         assert 'allow CLIENT TRACKING' in caplog.text
-        assert (desk.unacked(), desk.left.acknowledged) == (0, set())
+        assert (desk.unacked(), desk.carried.acknowledged) == (0, set())
 
     def test_another_thread_waits_for_the_answer(self, desk: _Desk) -> None:
         self._receive(desk, 1)
         thread = Thread(target=desk.received[0].ack)
         thread.start()
         thread.join()
-        assert (desk.unacked(), desk.left.acknowledged, list(desk.channel.due)) == (0, set(), [])
+        assert (desk.unacked(), desk.carried.acknowledged, list(desk.channel.due)) == (0, set(), [])
 
     def test_a_connection_that_breaks_before_the_answer_does_not_bring_the_message_back(
         self, desk: _Desk
@@ -535,14 +535,14 @@ class TestAcknowledging:
         desk.channel.client.connection._sock.shutdown(socket.SHUT_RDWR)
         with pytest.raises(RedisConnectionError):
             first.ack()
-        assert (desk.unacked(), desk.left.acknowledged) == (2, {first.delivery_tag})
-        successor = _Desk(desk.server, desk.space, 'shop:', hub=Hub(), left=desk.left)
+        assert (desk.unacked(), desk.carried.acknowledged) == (2, {first.delivery_tag})
+        successor = _Desk(desk.server, desk.space, 'shop:', hub=Hub(), carried=desk.carried)
         desk.connection.release()  # gives back what it holds
         assert desk.client.hkeys('shop:unacked') == [first.delivery_tag]
         successor.consumer.consume()
         eventually(lambda: successor.turn() or len(successor.received) == 1)
         assert successor.received[0].payload == second.payload
-        eventually(lambda: successor.turn() or not successor.left.acknowledged)
+        eventually(lambda: successor.turn() or not successor.carried.acknowledged)
         assert (desk.waiting(), desk.unacked()) == (0, 1)
 
     def test_the_connection_is_not_checked_between_answers(self, desk: _Desk) -> None:
@@ -552,7 +552,7 @@ class TestAcknowledging:
         for message in desk.received:
             connection.next_health_check = 0.0  # long ago
             message.ack()
-        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        eventually(lambda: desk.turn() or not desk.carried.acknowledged)
         assert desk.unacked() == 0
 
     def test_what_redis_refuses_is_made_again(self, desk: _Desk) -> None:
@@ -561,7 +561,7 @@ class TestAcknowledging:
         desk.client.script_flush()
         for message in desk.received:
             message.ack()
-        eventually(lambda: desk.turn() or not desk.left.acknowledged)
+        eventually(lambda: desk.turn() or not desk.carried.acknowledged)
         assert desk.unacked() == 0
 
     def test_a_channel_that_closes_has_acknowledged(self, desk: _Desk) -> None:
@@ -569,13 +569,13 @@ class TestAcknowledging:
         for message in desk.received:
             message.ack()
         desk.connection.release()
-        assert (desk.waiting(), desk.unacked(), desk.left.acknowledged) == (0, 0, set())
+        assert (desk.waiting(), desk.unacked(), desk.carried.acknowledged) == (0, 0, set())
 
     def test_a_closed_channel_acknowledges_by_itself(self, desk: _Desk) -> None:
         self._receive(desk, 1)
         desk.channel.close()
         desk.received[0].ack()
-        assert not desk.left.acknowledged
+        assert not desk.carried.acknowledged
 
     def test_credentials_are_renewed_between_answers(
         self, desk: _Desk, monkeypatch: pytest.MonkeyPatch
@@ -615,11 +615,11 @@ def test_a_connection_is_cut_unless_an_answer_has_come(
     eventually(lambda: desk.drain() or desk.received)
     desk.channel._brpop_start()
     eventually(lambda: _readable(desk.channel._socket))
-    desk.left.cut()
+    desk.carried.cut()
     eventually(lambda: desk.drain() or len(desk.received) == 2)
     desk.received.pop().ack()
     eventually(lambda: desk.drain() or not desk.channel.due)
-    desk.left.cut()
+    desk.carried.cut()
     with pytest.raises(RedisConnectionError):
         eventually(desk.drain)
 
@@ -643,10 +643,10 @@ def test_an_acknowledgement_that_redis_refuses_for_now_is_made_again(
             'takes no acknowledgements for now' in caplog.text
             and 'a message can be lost' not in caplog.text
         )
-        assert (desk.unacked(), len(desk.left.acknowledged)) == (1, 1)
+        assert (desk.unacked(), len(desk.carried.acknowledged)) == (1, 1)
         desk.client.config_set('min-replicas-to-write', 0)
         eventually(lambda: desk.drain() or not desk.unacked())
-        assert not desk.left.acknowledged
+        assert not desk.carried.acknowledged
         _DESKS.pop().close()
 
 

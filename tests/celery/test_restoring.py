@@ -19,9 +19,9 @@ from jobsync_celery import JobSync
 from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker
 from jobsync_celery.incoming import read_record
+from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.channel import receive_atomically
 from jobsync_celery.redis.keys import node_options
-from jobsync_celery.redis.leftovers import Leftovers
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.incoming import Refused
 from tests.support.brokers import RedisServer
@@ -113,7 +113,7 @@ def _taken(
             server.url(space),
             transport_options={**node_options('shop_', _NODE), 'global_keyprefix': prefix},
         ),
-        Leftovers(),
+        CarriedOver(),
     )
     stack.callback(connection.release)
     received: list[Any] = []
@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_set_aside_once(
     application = Application.of(broker._app)
     assert application is not None
     broker = application.broker(
-        receiving=lambda connection: receive_atomically(connection, Leftovers())
+        receiving=lambda connection: receive_atomically(connection, CarriedOver())
     )
     stack.callback(broker.close)
     client.lpush(_QUEUE, entry)
@@ -279,7 +279,7 @@ def test_who_lost_messages_names_them() -> None:
     records = [
         json.dumps([_message(headers=headers), '', _QUEUE]) for headers in ({'id': 'm1'}, None, [1])
     ]
-    assert Leftovers(dict(zip('abc', records, strict=True))).ids() == ['m1', 'None', 'None']
+    assert CarriedOver(dict(zip('abc', records, strict=True))).ids() == ['m1', 'None', 'None']
 
 
 def test_a_record_of_kombus_own_is_read() -> None:

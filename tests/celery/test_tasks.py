@@ -19,7 +19,6 @@ from kombu.exceptions import OperationalError
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery.hooks import WorkerHooks
-from jobsync_celery.tasks.coming_back import ComesBack
 from jobsync_celery.tasks.coordinated import (
     TaskExited,
     guard_traces,
@@ -27,6 +26,7 @@ from jobsync_celery.tasks.coordinated import (
     odd_names,
     prepare_tasks,
 )
+from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
@@ -514,7 +514,7 @@ def test_an_end_that_cannot_be_told_now_brings_the_message_again(late: bool, in_
             return
         result, info, _, _ = guarded_trace(task)('m1', (), {}, {})
     error = result.exception
-    assert (type(getattr(error, 'exc', error)) is ComesBack, info.state) == (
+    assert (type(getattr(error, 'exc', error)) is RequeueLater, info.state) == (
         (True, 'REJECTED') if late else (False, 'FAILURE')
     )
 

@@ -60,7 +60,7 @@ CELERY_LAYERS = (
     {'redis'},
     {'tasks'},
     {'application'},
-    {'beat', 'children', 'cold_shutdown', 'configuring', 'gate', 'listening', 'producer'},
+    {'beat', 'children', 'cold_shutdown', 'configuring', 'gate', 'loop_watch', 'producer'},
     {'consuming'},
     {'hooks'},
     {'control', 'steps'},

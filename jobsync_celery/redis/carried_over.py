@@ -9,11 +9,11 @@ from kombu.utils.json import loads
 
 from jobsync_core.logs import shown
 
-__all__ = ['Leftovers']
+__all__ = ['CarriedOver']
 
 
 @dataclass
-class Leftovers:
+class CarriedOver:
     """What a node's connections to Redis leave for the next one when they break.
 
     Args:

@@ -15,9 +15,9 @@ from celery.worker import state
 from jobsync_core import clock
 
 if TYPE_CHECKING:
-    from .redis.leftovers import Leftovers
+    from .redis.carried_over import CarriedOver
 
-__all__ = ['Listening', 'Reconnecting']
+__all__ = ['LoopWatch', 'Reconnecting']
 
 #: Seconds that mingle and the like may take after a connection is made.
 _BEGIN_SEC = 30.0
@@ -25,16 +25,16 @@ _BEGIN_SEC = 30.0
 _FIRST_SEC, _MOST_SEC, _LOOK_SEC = 1.0, 15.0, 0.2
 
 
-class Listening:
+class LoopWatch:
     """What the event loop tells of itself; `silence` may be asked by any thread.
 
     Args:
-        left: Knows since when an answer of Redis has been due.
+        carried: Knows since when an answer of Redis has been due.
         solo: Tasks run in the event loop, which stands still while one does.
     """
 
-    def __init__(self, left: Leftovers, solo: bool) -> None:
-        self._left = left
+    def __init__(self, carried: CarriedOver, solo: bool) -> None:
+        self._carried = carried
         self._solo = solo
         self._turned = clock.now()
         self._lost: float | None = None
@@ -81,7 +81,7 @@ class Listening:
             return now - self._lost
         if self._solo and state.active_requests:
             return 0.0  # it is at work; whether the broker answers is found out afterwards
-        asked = self._left.asked_at
+        asked = self._carried.asked_at
         unanswered = now - asked if asked is not None else 0.0
         if self._beat:
             unanswered = max(unanswered, now - self._heard - self._beat)

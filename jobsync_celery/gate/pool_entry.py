@@ -15,11 +15,11 @@ from celery.worker import state
 
 from ..faults import is_its_fault
 from ..logs import get_logger
-from ..tasks.coming_back import ComesBack
-from ..tasks.lost import comes_back, count_lost
-from .holding import Holding
+from ..tasks.lost_members import comes_back, count_lost
+from ..tasks.resending import RequeueLater
+from .retries import Retries
 
-__all__ = ['Handing', 'expires']
+__all__ = ['PoolEntry', 'expires']
 
 logger = get_logger(__name__)
 
@@ -32,7 +32,7 @@ class _OutOfMemory(Exception):
 
 
 def expires(message: Any) -> bool:
-    """Whether RabbitMQ drops a message, some time, that is given back to it. Whoever waits for it
+    """Whether RabbitMQ drops a message, some time, that is requeued. Whoever waits for it
     would never hear of it.
     """
     return message.properties.get('expiration') is not None
@@ -85,14 +85,14 @@ class _Acceptance:
             return self._withdrawn
 
 
-class Handing:
+class PoolEntry:
     """The last step to the pool, in place of the worker's own.
 
     Args:
         consumer: Celery's consumer.
         refuse: Sets a message aside: the message, why, and what rejects it.
         again: Takes a message as if it had just come.
-        holding: Keeps what cannot be taken now.
+        retries: Keeps what cannot be taken now.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Handing:
         consumer: Any,
         refuse: Callable[[Any, str, Callable[[], object]], object],
         again: Callable[[Any], object],
-        holding: Holding,
+        retries: Retries,
     ) -> None:
         self._consumer = consumer
         self._refuse = refuse
         self._again = again
-        self._holding = holding
+        self._retries = retries
         self._controller: Any = consumer.controller
         self._process = self._controller._process_task
         # Looked up at each call, also for a request that has waited for a process: an exception
@@ -177,7 +177,7 @@ class Handing:
     def _hold(
         self, request: Any, error: BaseException, act: Callable[[], object] | None, stays: bool
     ) -> None:
-        self._holding.keep(
+        self._retries.keep(
             request.name, request.id, error, lambda: request.reject(requeue=True), act, stays
         )
 
@@ -211,7 +211,7 @@ class Handing:
 
         def on_failure(exc_info: Any, *args: Any, **kwargs: Any) -> object:
             error = _raised(exc_info)
-            if isinstance(error, ComesBack):
+            if isinstance(error, RequeueLater):
                 state.task_ready(request)
                 self._hold(
                     request,

@@ -15,7 +15,7 @@ from jobsync_core.logs import Repeats
 from ..logs import get_logger
 from ..tasks.once import come_back_sec
 
-__all__ = ['Holding']
+__all__ = ['Retries']
 
 logger = get_logger(__name__)
 
@@ -23,20 +23,20 @@ logger = get_logger(__name__)
 _LOOK_SEC = 0.1
 #: Seconds after which a look that is due is taken for lost.
 _LOST_SEC = 2.0
-#: Tries after which a message is given back.
+#: Tries after which a message is requeued.
 _EVERY = 10
 #: Messages of which is remembered how often they were held.
 _MOST_KNOWN = 1000
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Retry:
     """A message that is held.
 
     Attributes:
         name: Its task, for the log.
         act: What is done when its pause is over.
-        requeue: Returns it to the broker.
+        requeue: Returns it to its queue.
         due: When its pause is over, by JobSync's clock.
     """
 
@@ -46,7 +46,7 @@ class _Held:
     due: float
 
 
-class Holding:
+class Retries:
     """Keeps messages for a second, and twice as long each time that the same one comes again, up to
     a minute. Threads may share it.
 
@@ -66,7 +66,7 @@ class Holding:
         self._call_after = call_after
         self._count = count
         self._lock = threading.RLock()
-        self._held: list[_Held] = []
+        self._held: list[_Retry] = []
         self._looks_at: float | None = None
         self._times: dict[str, int] = {}
         self._repeats = Repeats()
@@ -89,9 +89,9 @@ class Holding:
             name: Its task.
             message_id: Its id.
             error: Why it cannot be taken now.
-            requeue: Returns it to the broker.
+            requeue: Returns it to its queue.
             act: What is tried when its pause is over; default: `requeue`.
-            stays: It is tried here until that works. Otherwise each tenth time it is given back:
+            stays: It is tried here until that works. Otherwise each tenth time it is requeued:
                 another worker may be better off. Not more often, as a quorum queue drops what comes
                 back twenty times.
         """
@@ -102,7 +102,7 @@ class Holding:
             self._times[str(message_id)] = times + 1
             pause = come_back_sec(times)
             todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else requeue
-            self._held.append(_Held(str(name), todo, requeue, clock.now() + pause))
+            self._held.append(_Retry(str(name), todo, requeue, clock.now() + pause))
             more = self._repeats.say((str(name), type(error)), clock.now())
             self._look_later()
         if more is not None:
@@ -137,8 +137,8 @@ class Holding:
         for item in due:
             self._do(item, item.act, 'returned' if item.act is item.requeue else 'retried')
 
-    def return_all(self) -> None:
-        """Return all of them to the broker."""
+    def requeue_all(self) -> None:
+        """Requeue all of them."""
         with self._lock:
             held, self._held = self._held, []
         for item in held:
@@ -149,7 +149,7 @@ class Holding:
         with self._lock:
             self._held, self._looks_at = [], None  # the timer's entries go with the connection
 
-    def _do(self, item: _Held, action: Callable[[], Any], event: str) -> None:
+    def _do(self, item: _Retry, action: Callable[[], Any], event: str) -> None:
         self._count(event)
         try:
             action()

@@ -13,13 +13,13 @@ from celery.exceptions import Reject
 
 from ..broker.publisher import BrokerAway, Publisher
 
-__all__ = ['ComesBack', 'send_again']
+__all__ = ['RequeueLater', 'send_again']
 
 #: Seconds that connecting, or sending, may take.
 _LIMIT_SEC = 5.0
 
 
-class ComesBack(Reject):  # type: ignore[misc]  # celery has no types
+class RequeueLater(Reject):  # type: ignore[misc]  # celery has no types
     """The message of the task goes back to the broker, after a pause. The worker makes the pause,
     which no process of a pool waits for.
     """

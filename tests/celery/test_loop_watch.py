@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobsync_celery.listening import Listening, Reconnecting
-from jobsync_celery.redis.leftovers import Leftovers
+from jobsync_celery.loop_watch import LoopWatch, Reconnecting
+from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_core import clock
 
 
@@ -18,26 +18,26 @@ def time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_what_comes_before_the_event_loop_is_no_silence(time: list[float]) -> None:
     """Mingle waits for neighbours, longer than a short heartbeat timeout."""
-    listening = Listening(Leftovers(), solo=False)
-    listening.connected()
+    loop_watch = LoopWatch(CarriedOver(), solo=False)
+    loop_watch.connected()
     time[0] += 20.0
-    assert listening.silence() == 0.0
+    assert loop_watch.silence() == 0.0
     time[0] += 20.0
-    assert listening.silence() == 40.0, 'but not for ever'
-    listening.turned(None)
-    assert listening.silence() == 0.0
+    assert loop_watch.silence() == 40.0, 'but not for ever'
+    loop_watch.turned(None)
+    assert loop_watch.silence() == 0.0
     time[0] += 3.0
-    assert listening.silence() == 3.0, 'once it has turned, it has to turn'
+    assert loop_watch.silence() == 3.0, 'once it has turned, it has to turn'
 
 
 def test_without_a_connection_it_is_deaf(time: list[float]) -> None:
-    listening = Listening(Leftovers(), solo=False)
-    listening.connected()
-    listening.disconnected()
+    loop_watch = LoopWatch(CarriedOver(), solo=False)
+    loop_watch.connected()
+    loop_watch.disconnected()
     time[0] += 4.0
-    assert listening.silence() == 4.0
-    listening.connected()
-    assert listening.silence() == 0.0
+    assert loop_watch.silence() == 4.0
+    loop_watch.connected()
+    assert loop_watch.silence() == 0.0
 
 
 def test_tries_that_come_to_nothing_are_made_less_and_less_often(time: list[float]) -> None:
