@@ -22,15 +22,12 @@ from ..broker.forwarding import Forwarder
 from ..faults import is_its_fault
 from ..logs import get_logger
 from .delivery import Delivery, unstamped
+from .timer import LookTimer
 
 __all__ = ['Placing']
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks at messages that wait in memory.
-_LOOK_SEC = 0.1
-#: Seconds after which a look that is due is taken for lost.
-_LOST_SEC = 2.0
 #: Seconds until a message that could not be sent on is tried again.
 _AGAIN_SEC = 1.0
 
@@ -68,7 +65,9 @@ class Placing:
         self._on_parked = on_parked
         self._lock = threading.RLock()
         self._waiting: list[Delivery] = []
-        self._looks_at: float | None = None
+        self._timer = LookTimer(
+            lambda seconds, call: consumer.timer.call_after(seconds, call), self.look
+        )
         self._repeats = Repeats()
 
     def __len__(self) -> int:
@@ -170,15 +169,8 @@ class Placing:
         """Hold a message, and ask again in a moment; False."""
         with self._lock:
             self._waiting.append(item)
-            # One timer for all of them; should its entry have been lost, another one.
-            if self._looks_at is None or clock.now() > self._looks_at + _LOST_SEC:
-                self._looks_at = clock.now() + _LOOK_SEC
-                self._consumer.timer.call_after(_LOOK_SEC, self._time_has_come)
+            self._timer.set()
         return False
-
-    def _time_has_come(self) -> None:
-        self._looks_at = None
-        self.look()
 
     def look(self) -> None:
         """Try the waiting messages again."""
@@ -193,7 +185,7 @@ class Placing:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
             self._waiting.clear()
-            self._looks_at = None  # the timer's entries go with the connection
+            self._timer.forget()
 
     def requeue_all(self) -> None:
         """Requeue what waits."""

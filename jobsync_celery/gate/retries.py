@@ -14,15 +14,12 @@ from jobsync_core.logs import Repeats
 
 from ..logs import get_logger
 from ..tasks.once import come_back_sec
+from .timer import LookTimer
 
 __all__ = ['Retries']
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks at what is held.
-_LOOK_SEC = 0.1
-#: Seconds after which a look that is due is taken for lost.
-_LOST_SEC = 2.0
 #: Tries after which a message is requeued.
 _EVERY = 10
 #: Messages of which is remembered how often they were held.
@@ -63,11 +60,10 @@ class Retries:
         call_after: Callable[[float, Callable[[], None]], object],
         count: Callable[[str], object],
     ) -> None:
-        self._call_after = call_after
         self._count = count
         self._lock = threading.RLock()
         self._held: list[_Retry] = []
-        self._looks_at: float | None = None
+        self._timer = LookTimer(call_after, self.look)
         self._times: dict[str, int] = {}
         self._repeats = Repeats()
 
@@ -104,7 +100,7 @@ class Retries:
             todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else requeue
             self._held.append(_Retry(str(name), todo, requeue, clock.now() + pause))
             more = self._repeats.say((str(name), type(error)), clock.now())
-            self._look_later()
+            self._timer.set()
         if more is not None:
             logger.warning(
                 'Task %s[%s] cannot be taken now, and is tried again in %g s: %s: %s%s',
@@ -116,16 +112,6 @@ class Retries:
                 more,
             )
 
-    def _look_later(self) -> None:
-        # One timer for all of them; should its entry have been lost, another one.
-        if self._looks_at is None or clock.now() > self._looks_at + _LOST_SEC:
-            self._looks_at = clock.now() + _LOOK_SEC
-            self._call_after(_LOOK_SEC, self._time_has_come)
-
-    def _time_has_come(self) -> None:
-        self._looks_at = None
-        self.look()
-
     def look(self) -> None:
         """Try again those whose pause is over."""
         now = clock.now()
@@ -133,7 +119,7 @@ class Retries:
             due = [item for item in self._held if item.due <= now]
             self._held = [item for item in self._held if item.due > now]
             if self._held:
-                self._look_later()
+                self._timer.set()
         for item in due:
             self._do(item, item.act, 'returned' if item.act is item.requeue else 'retried')
 
@@ -147,7 +133,8 @@ class Retries:
     def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         with self._lock:
-            self._held, self._looks_at = [], None  # the timer's entries go with the connection
+            self._held.clear()
+            self._timer.forget()
 
     def _do(self, item: _Retry, action: Callable[[], Any], event: str) -> None:
         self._count(event)

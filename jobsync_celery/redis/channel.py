@@ -3,9 +3,9 @@
 kombu takes a message off its list first and records it as unacknowledged in a second trip: what is
 in between when the worker, the connection or Redis itself is killed is lost. Here one script does
 both; one trip less for each message is a welcome effect. A script cannot wait, and kombu's blocking
-BRPOP takes while it waits: so on empty queues a listener (key_changes.py) tells of the next
-message. Where Redis refuses a part of this, kombu's way is the fallback, and a warning says so;
-what that brings and cannot be recorded any more is kept until there is a connection again.
+BRPOP takes while it waits: so on empty queues a listener tells of the next message
+(empty_queues.py). Where Redis refuses a part of this, kombu's way is the fallback, and a warning
+says so; what that brings and cannot be recorded any more is kept until there is a connection again.
 
 An acknowledgement goes out on the same connection, ahead of the next look, and is not waited for,
 as with AMQP; one that was not confirmed when the connection broke is made again.
@@ -35,7 +35,7 @@ from ..incoming import read_raw
 from ..logs import get_logger
 from .carried_over import CarriedOver
 from .client import is_redis, with_channel
-from .key_changes import KeyChangeListener
+from .empty_queues import LOOK_SEC, EmptyQueues
 from .keys import record_keys
 from .qos import RecordedQoS, UndecodedMessage
 from .restoring import RestoringChannel
@@ -47,9 +47,6 @@ logger = get_logger(__name__)
 # kombu has no types.
 plain_qos: Any = virtual.QoS
 _execute: Any = Redis.execute_command
-
-#: Seconds after which empty queues are looked at even if no change was heard of.
-LOOK_SEC = 1.0
 
 
 class _Channel(RestoringChannel):
@@ -69,18 +66,12 @@ class _Channel(RestoringChannel):
     _thread = 0
     #: kombu's event loop, to hear of changes; None: this channel does not wait.
     hub: Any = None
-    # The script found nothing the last time; and when it looks again, should a change have been
-    # missed.
-    _empty = False
-    _look_at = 0.0
     # Until when Redis is not asked in kombu's way, as it takes no writes for now.
     _rest_until = 0.0
-    _listener: KeyChangeListener | None = None
-    _can_wait = True
-    _changes = _changes_known = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.due = deque()
+        self.empty = EmptyQueues(self.hub)
         self._without_ack: set[str] = set()
         # Acknowledgements that Redis has refused for now, and when they are made again.
         self._again: set[str | bytes] = set()
@@ -109,43 +100,16 @@ class _Channel(RestoringChannel):
 
     def _wait(self) -> None:
         """The queues are empty: hear of it when that changes."""
-        # A change between the look and its answer was what came in between.
-        self._empty, self._look_at = self._changes == self._changes_known, monotonic() + LOOK_SEC
+        self.empty.nothing(monotonic())
         connection = self.client.connection
-        if (
-            self.hub is None
-            or not self._can_wait
-            or (self._listener is not None and self._listener.belongs_to(connection))
-        ):
-            return
-        self._drop_listener()
-        self._read_due()
-        try:
-            another = self.pool.connection_class(**self.pool.connection_kwargs)
-            self._listener = KeyChangeListener(
-                connection, another, self.connection.cycle, self.hub, self._key_changed
+        if self.empty.wants_listener(connection):
+            self.empty.close()
+            self._read_due()
+            self.empty.listen(
+                connection,
+                lambda: self.pool.connection_class(**self.pool.connection_kwargs),
+                self.connection.cycle,
             )
-        except ResponseError as error:
-            self._can_wait = False
-            logger.warning(
-                'JobSync: Redis does not tell of changes, so a message can be lost when Redis or '
-                'this worker is killed just '
-                'while it is received on empty queues; use Redis 6 or newer, and allow CLIENT '
-                'TRACKING and SUBSCRIBE to '
-                '__redis__:invalidate: %s',
-                error,
-            )
-            return
-        self._empty = False  # what came before it listens is found by another look
-
-    def _key_changed(self) -> None:
-        self._changes += 1
-        self._empty = False
-
-    def _drop_listener(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
 
     def _arguments(self, queues: list[str]) -> list[Any]:
         lists = [
@@ -182,21 +146,21 @@ class _Channel(RestoringChannel):
         elif self.due and not plain_qos.can_consume(self.qos):
             return
         self._acknowledge_again()
-        if self._script is None or (self._empty and self._listener is None):
+        if self._script is None or self.empty.nobody_tells():
             if monotonic() < self._rest_until:
                 return
             self._read_due()
             self.carried.asked_at = clock.now()
             super()._brpop_start(*(() if timeout is None else (timeout,)))
             return
-        if self._empty and monotonic() < self._look_at:
+        if self.empty.is_waiting(monotonic()):
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
         self._in_poll = connection
         self._brpop_sent_at = monotonic()
-        self._changes_known = self._changes
+        self.empty.asked()
         self._send(None, *self._arguments(queues))
 
     def _cut(self) -> None:
@@ -249,7 +213,7 @@ class _Channel(RestoringChannel):
                 raise Empty from None
             finally:
                 self.carried.asked_at = None
-            self._empty = False
+            self.empty.found()
             return found
         asked, reply = None in self.due, None
         tag: str | bytes | None = ''
@@ -263,7 +227,7 @@ class _Channel(RestoringChannel):
             if not reply:
                 self._wait()
                 raise Empty
-            self._empty = False
+            self.empty.found()
             self._queue_cycle.rotate(bytes_to_str(reply[0]))
             self._deliver(reply)
             return True
@@ -412,7 +376,7 @@ class _Channel(RestoringChannel):
             self._read_due()
         except (Empty, RedisError, OSError) as error:
             logger.debug('the last acknowledgements of a channel: %r', error)
-        self._drop_listener()
+        self.empty.close()
         super().close()
 
 

@@ -50,7 +50,7 @@ class KeyChangeListener:
         self._poller = poller
         self._hub = hub
         self._changed = changed
-        self.handlers = {_KIND: self._hear}
+        self.handlers = {_KIND: self.hear}
         connection.connect()
         try:
             connection.send_command('CLIENT', 'ID')
@@ -60,11 +60,11 @@ class KeyChangeListener:
             tracked.send_command('CLIENT', 'TRACKING', 'ON', 'REDIRECT', number, 'NOLOOP')
             tracked.read_response()
             self._tracked = tracked._sock
-            self._socket = connection._sock
-            self._socket.setblocking(False)
-            self._number = self._socket.fileno()
-            poller.poller.register(self._number, poller.eventflags)
-            poller._fd_to_chan[self._number] = self, _KIND
+            self.socket = connection._sock
+            self.socket.setblocking(False)
+            self.number = self.socket.fileno()
+            poller.poller.register(self.number, poller.eventflags)
+            poller._fd_to_chan[self.number] = self, _KIND
         except BaseException:
             connection.disconnect()
             raise
@@ -89,24 +89,30 @@ class KeyChangeListener:
         """
         return connection._sock is self._tracked
 
-    def _hear(self) -> None:
+    def hear(self) -> None:
+        """Read what Redis has told.
+
+        Raises:
+            Empty: What kombu's poller expects of a socket that brought no message.
+            ConnectionError: Redis has closed the connection.
+        """
         try:
-            heard = self._socket.recv(_BYTES)
+            heard = self.socket.recv(_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             raise Empty from None
         if not heard:
             raise ConnectionError(_CUT)
         self._changed()
-        raise Empty  # what kombu's poller expects of a socket that brought no message
+        raise Empty
 
     def close(self) -> None:
         """Hear no more."""
-        entry = self._poller._fd_to_chan.get(self._number)
+        entry = self._poller._fd_to_chan.get(self.number)
         if entry is None or entry[0] is self:
-            self._poller._fd_to_chan.pop(self._number, None)
-            self._hub.remove_reader(self._number)
+            self._poller._fd_to_chan.pop(self.number, None)
+            self._hub.remove_reader(self.number)
             with contextlib.suppress(
                 KeyError, ValueError, OSError
             ):  # the loop has dropped it with its connection
-                self._poller.poller.unregister(self._number)
+                self._poller.poller.unregister(self.number)
         self._connection.disconnect()

@@ -89,8 +89,8 @@ class _Desk:
     @property
     def readers(self) -> set[int]:
         """What the event loop reads of this desk's listener."""
-        listener = self.channel._listener
-        return {listener._number} & set(self._hub.readers) if listener is not None else set()
+        listener = self.channel.empty.listener
+        return {listener.number} & set(self._hub.readers) if listener is not None else set()
 
     def turn(self) -> bool:
         """One turn of the event loop, which waits for a moment at most."""
@@ -109,8 +109,8 @@ class _Desk:
             lambda: (
                 self.turn()
                 or (
-                    self.channel._empty
-                    and self.channel._listener is not None
+                    self.channel.empty.known
+                    and self.channel.empty.listener is not None
                     and not self.channel._in_poll
                 )
             )
@@ -218,7 +218,7 @@ class TestWaiting:
 
     @pytest.fixture(autouse=True)
     def without_looking_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr('jobsync_celery.redis.channel.LOOK_SEC', 1000.0)
+        monkeypatch.setattr('jobsync_celery.redis.empty_queues.LOOK_SEC', 1000.0)
 
     @_PREFIXES
     def test_the_next_message_is_heard_of_and_taken_by_the_script(
@@ -236,7 +236,7 @@ class TestWaiting:
             eventually(partial(desk.receives, number))
         assert [message.payload['number'] for message in desk.received] == list(range(5))
         assert (desk.waiting(), desk.unacked()) == (0, 5)
-        number = desk.channel._listener._number
+        number = desk.channel.empty.listener.number
         assert desk.readers == {number}
         desk.connection.release()
         assert not desk.readers and number not in desk.connection_poller._fd_to_chan
@@ -248,14 +248,14 @@ class TestWaiting:
         desk.consumer.consume()
         desk.wait()
         channel = desk.channel
-        channel._look_at = 0.0
+        channel.empty.look_at = 0.0
         channel._brpop_start()
         eventually(lambda: _readable(channel.client.connection._sock))
         desk.publish(1)
         # The change is heard of before the answer, "nothing", is read.
-        eventually(lambda: _readable(channel._listener._socket))
+        eventually(lambda: _readable(channel.empty.listener.socket))
         with contextlib.suppress(Empty):
-            channel._listener._hear()
+            channel.empty.listener.hear()
         with contextlib.suppress(Empty):
             channel._brpop_read()
         eventually(lambda: desk.turn() or desk.received)
@@ -280,9 +280,12 @@ class TestWaiting:
         # need not get the number of the old one.
         desk.connection_poller._fd_to_chan.pop(desk.channel.client.connection._sock.fileno())
         _disconnect(desk.channel.client.connection)
-        desk.channel._look_at = 0.0
+        desk.channel.empty.look_at = 0.0
         eventually(
-            lambda: desk.turn() or desk.channel._listener.belongs_to(desk.channel.client.connection)
+            lambda: (
+                desk.turn()
+                or desk.channel.empty.listener.belongs_to(desk.channel.client.connection)
+            )
         )
         desk.wait()
         desk.publish(1)
@@ -293,9 +296,9 @@ class TestWaiting:
     ) -> None:
         desk = _Desk(redis_server, space, url=_without_tracking(redis_server, space), hub=Hub())
         desk.consumer.consume()
-        eventually(lambda: desk.turn() or not desk.channel._can_wait)
+        eventually(lambda: desk.turn() or not desk.channel.empty.can_listen)
         assert 'allow CLIENT TRACKING' in caplog.text and 'secret' not in caplog.text
-        eventually(lambda: desk.turn() or (desk.channel._empty and desk.channel._in_poll))
+        eventually(lambda: desk.turn() or (desk.channel.empty.known and desk.channel._in_poll))
         desk.publish(1)
         eventually(lambda: desk.turn() or desk.received)
 
@@ -305,7 +308,7 @@ class TestWaiting:
         desk = _Desk(redis_server, space)  # no event loop, no listener
         desk.consumer.consume()
         channel = desk.channel
-        eventually(lambda: desk.drain() or (channel._empty and channel._in_poll))
+        eventually(lambda: desk.drain() or (channel.empty.known and channel._in_poll))
         _break_append(monkeypatch)
         desk.publish(1)
         with pytest.raises(_Broken):
@@ -362,11 +365,11 @@ class TestWithoutTheLoop:
         monkey.prefetch_count, monkey._dirty = 1, {'another'}  # what is delivered fills it
         monkey._delivered['another'] = desk.received[0]
         desk.publish(2)
-        eventually(lambda: desk.turn() or desk.channel._changes > 0)
-        rings = desk.channel._changes
+        eventually(lambda: desk.turn() or desk.channel.empty.changes > 0)
+        rings = desk.channel.empty.changes
         for _ in range(5):
             desk.turn()
-        assert desk.channel._changes == rings and len(desk.received) == 1
+        assert desk.channel.empty.changes == rings and len(desk.received) == 1
 
 
 class TestWithoutAcknowledgement:
@@ -442,7 +445,7 @@ class TestAcknowledging:
         self._receive(desk, 3)
         desk.wait()
         if not idle:
-            desk.channel._look_at = 0.0
+            desk.channel.empty.look_at = 0.0
             desk.channel._brpop_start()
         for message in desk.received:
             message.ack()
@@ -470,7 +473,7 @@ class TestAcknowledging:
         desk.received.pop().ack()
         desk.consumer.qos(prefetch_count=1)
         desk.publish(7)
-        desk.channel._empty = False
+        desk.channel.empty.known = False
         desk.channel._brpop_start()
         assert None not in desk.channel.due
         eventually(lambda: desk.turn() or not desk.carried.acknowledged)
@@ -483,7 +486,7 @@ class TestAcknowledging:
         desk.consumer.consume()
         desk.publish(1)
         eventually(lambda: desk.drain() or desk.received)
-        eventually(lambda: desk.drain() or (desk.channel._empty and desk.channel._in_poll))
+        eventually(lambda: desk.drain() or (desk.channel.empty.known and desk.channel._in_poll))
         desk.received[0].ack()
         assert desk.unacked() == 0
         desk.publish(2)
@@ -514,7 +517,7 @@ class TestAcknowledging:
         desk.channel._brpop_start()
         desk.received[0].ack()
         assert len(desk.channel.due) == 2
-        eventually(lambda: desk.turn() or not desk.channel._can_wait)
+        eventually(lambda: desk.turn() or not desk.channel.empty.can_listen)
         assert 'allow CLIENT TRACKING' in caplog.text
         assert (desk.unacked(), desk.carried.acknowledged) == (0, set())
 
