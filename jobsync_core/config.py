@@ -284,7 +284,8 @@ class CoordinationConfig:
         cls, environ: Mapping[str, str] = os.environ, prefix: str = PREFIX, **settings: object
     ) -> CoordinationConfig:
         """Read `JOBSYNC_DATABASE_URL` and `JOBSYNC_<FIELD>` for each field, for example
-        `JOBSYNC_TOTAL_TOKENS=50000`.
+        `JOBSYNC_TOTAL_TOKENS=50000`. connection_options have no variable: the URL has them,
+        `?sslmode=require`.
 
         Args:
             environ: Where to look.

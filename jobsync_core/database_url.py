@@ -15,7 +15,7 @@ __all__ = ['parse_database_url']
 _FORM = 'use postgresql://user:password@host:port/dbname'
 _ENCODE = (
     'write special characters of user, password and dbname percent-encoded: @ as %40, / as '
-    '%2F, : as %3A, # as %23, ? as %3F'
+    '%2F, : as %3A, # as %23, ? as %3F, [ as %5B, ] as %5D'
 )
 #: Schemes that people mistake for the right one. No other is repeated.
 _OTHERS = frozenset(
@@ -84,6 +84,9 @@ def _split(url: object) -> SplitResult:
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
     except ValueError:
+        # A bracket that belongs to no IPv6 address, or a character that looks like one of a URL's.
+        if isinstance(url, str) and url.lower().startswith(('postgresql', 'postgres')):
+            raise ConfigurationError(f'the database URL cannot be taken apart: {_ENCODE}') from None
         parts = None
     if parts is None or (not parts.scheme and not parts.netloc):
         raise ConfigurationError(f'the database URL cannot be read: {_FORM}')

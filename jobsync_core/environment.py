@@ -34,6 +34,8 @@ ADAPTER_VARIABLES = frozenset(
         'weight',
     }
 )
+#: Settings that no variable gives, and where to write them instead.
+_ELSEWHERE = {'connection_options': 'write them into the database URL, as in ?sslmode=require'}
 #: Kubernetes makes such variables for a service that is called jobsync.
 _SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
 #: How alike two names are if one is probably the other misspelt.
@@ -63,17 +65,22 @@ def check_variables(environ: Mapping[str, str], names: Set[str]) -> None:
             or _SERVICE.fullmatch(name)
         ):
             continue
+        elsewhere = _ELSEWHERE.get(name.lower())
         near = difflib.get_close_matches(name.lower(), sorted(known), 1, _ALIKE)
-        if near:
+        if near and elsewhere is None:
             raise ConfigurationError(
                 f'the environment variable {variable!r} is no setting: did you mean '
                 f'{PREFIX}{near[0].upper()}? Rename it, or remove it'
             )
         if variable not in _unknown:
             _unknown.add(variable)
-            logger.warning(
-                'the environment variable %r is no setting of JobSync and is ignored', variable
-            )
+            if elsewhere is None:
+                problem = 'is no setting of JobSync and is ignored'
+            else:
+                problem = (
+                    f'is ignored: {name.lower()} cannot be given by the environment; {elsewhere}'
+                )
+            logger.warning('the environment variable %r %s', variable, problem)
 
 
 def from_text(variable: str, raw: str, default: object, *, whole: bool = False) -> object:

@@ -205,6 +205,18 @@ def test_no_part_of_a_url_that_cannot_be_read_is_repeated(url: str) -> None:
     )
 
 
+@pytest.mark.parametrize('password', ['s3c[ret', 's3c]ret', '[s3cret'])
+def test_a_bracket_in_a_password_is_to_be_percent_encoded(password: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r'percent-encoded.*\[ as %5B, \] as %5D'
+    ) as caught:
+        CoordinationConfig.from_url(f'postgresql://u:{password}@localhost/x')
+    assert 's3' not in str(caught.value)
+    encoded = password.replace('[', '%5B').replace(']', '%5D')
+    config = CoordinationConfig.from_url(f'postgresql://u:{encoded}@localhost/x')
+    assert config.password == password
+
+
 @quick
 @given(st.text('ab:/@?#%[] =&,.S\n', max_size=30))
 def test_whatever_is_given_as_a_url_is_read_or_refused_and_what_is_read_is_no_guess(
@@ -356,6 +368,20 @@ def test_a_variable_that_is_no_setting_is_named_once(caplog: pytest.LogCaptureFi
     ]
 
 
+def test_what_no_variable_gives_is_told_where_to_be_written(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {'JOBSYNC_CONNECTION_OPTIONS': 'password=s3cret'}
+    assert CoordinationConfig.from_env(environ) == CoordinationConfig()
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "the environment variable 'JOBSYNC_CONNECTION_OPTIONS' is ignored: connection_options "
+            'cannot be given by the environment; write them into the database URL, as in '
+            '?sslmode=require'
+        )
+    ]
+
+
 def test_what_kubernetes_sets_for_a_service_called_jobsync_is_no_setting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -385,7 +411,8 @@ def test_several_hosts_share_a_port_or_have_one_each() -> None:
 
 
 passwords = st.text(st.characters(exclude_characters='\0', codec='utf-8'), min_size=1, max_size=12)
-names = passwords.filter(str.isprintable)
+#: A user or a database that is called like a URL is refused.
+names = passwords.filter(lambda text: text.isprintable() and '://' not in text)
 
 
 @quick
