@@ -337,7 +337,8 @@ def resolve(host: str, port: int, deadline: float) -> list[str | None]:
 def explain(config: CoordinationConfig, where: str, error: Exception) -> str:
     text = text_of(error)
     if config.unset:
-        text += f'. {config.unset} is not set, so that the default place was tried'
+        # libpq's own text may end in a question mark.
+        text += f' ({config.unset} is not set, so that the default place was tried)'
     # Before a connection is there, libpq tells no SQLSTATE.
     if f'database "{config.dbname}" does not exist' in text:
         return (

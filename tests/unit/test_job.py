@@ -94,7 +94,9 @@ def test_what_libpq_knows_is_accepted() -> None:
 def test_what_nothing_names_is_said_where_it_cannot_be_reached() -> None:
     error = psycopg2.OperationalError('refused')
     lacking = CoordinationConfig.from_env({}, appname='shop_')
-    assert 'JOBSYNC_DATABASE_URL is not set' in options.explain(lacking, 'localhost:5432', error)
+    assert options.explain(lacking, 'localhost:5432', error).endswith(
+        ': refused (JOBSYNC_DATABASE_URL is not set, so that the default place was tried)'
+    )
     missing = psycopg2.OperationalError('database "jobsync" does not exist')
     assert 'JOBSYNC_DATABASE_URL, which is not set' in options.explain(
         lacking, 'localhost:5432', missing
