@@ -2,6 +2,16 @@
 owns them.
 """
 
+try:
+    import celery  # noqa: F401
+    import click  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'jobsync_celery: {error.name} is missing; install it with: pip install '
+        "'jobsync-workers[celery]'",
+        name=error.name,
+    ) from error
+
 from jobsync_core.ledger.execution import current_execution
 
 from .plugin import JobSync

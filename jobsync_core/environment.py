@@ -34,8 +34,13 @@ ADAPTER_VARIABLES = frozenset(
         'weight',
     }
 )
-#: Settings that no variable gives, and where to write them instead.
-_ELSEWHERE = {'connection_options': 'write them into the database URL, as in ?sslmode=require'}
+#: What is said of a setting that no variable gives.
+_ELSEWHERE = {
+    'connection_options': (
+        'is ignored: connection_options cannot be given by the environment; write them into the '
+        'database URL, as in ?sslmode=require'
+    )
+}
 #: Kubernetes makes such variables for a service that is called jobsync.
 _SERVICE = re.compile(r'SERVICE_(HOST|PORT.*)|PORT_\d+_.*')
 #: How alike two names are if one is probably the other misspelt.
@@ -65,21 +70,15 @@ def check_variables(environ: Mapping[str, str], names: Set[str]) -> None:
             or _SERVICE.fullmatch(name)
         ):
             continue
-        elsewhere = _ELSEWHERE.get(name.lower())
         near = difflib.get_close_matches(name.lower(), sorted(known), 1, _ALIKE)
-        if near and elsewhere is None:
+        if near:
             raise ConfigurationError(
                 f'the environment variable {variable!r} is no setting: did you mean '
                 f'{PREFIX}{near[0].upper()}? Rename it, or remove it'
             )
         if variable not in _unknown:
             _unknown.add(variable)
-            if elsewhere is None:
-                problem = 'is no setting of JobSync and is ignored'
-            else:
-                problem = (
-                    f'is ignored: {name.lower()} cannot be given by the environment; {elsewhere}'
-                )
+            problem = _ELSEWHERE.get(name.lower(), 'is no setting of JobSync and is ignored')
             logger.warning('the environment variable %r %s', variable, problem)
 
 

@@ -7,8 +7,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'jobsync_core.metrics: {error.name} is missing; install it with: pip install '
+        "'jobsync-workers[metrics]'",
+        name=error.name,
+    ) from error
 
 from .job import Job
 

@@ -296,6 +296,40 @@ def test_the_import_loads_nothing_but_psycopg2_and_the_standard_library() -> Non
     assert (done.returncode, done.stdout.split()) == (0, ['1'])
 
 
+@pytest.mark.parametrize(
+    ('module', 'lacking', 'extra'),
+    [
+        ('jobsync_celery', ('celery', 'click'), 'celery'),
+        ('jobsync_celery', ('click',), 'celery'),
+        ('jobsync_celery.beat', ('celery',), 'celery'),
+        ('jobsync_dramatiq', ('dramatiq',), 'dramatiq'),
+        ('jobsync_core.metrics', ('prometheus_client',), 'metrics'),
+    ],
+)
+def test_what_needs_an_extra_names_it(module: str, lacking: Sequence[str], extra: str) -> None:
+    program = (
+        'import sys\n'
+        'class Finder:\n'
+        '    def find_spec(name, path=None, target=None):\n'
+        f'        if name in {lacking!r}:\n'
+        '            raise ModuleNotFoundError(name=name)\n'
+        'sys.meta_path.insert(0, Finder)\n'
+        f'import {module}\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == (
+        f'ModuleNotFoundError: {module.removesuffix(".beat")}: {lacking[0]} is missing; '
+        f"install it with: pip install 'jobsync-workers[{extra}]'"
+    )
+
+
 def test_the_layers_are_those_of_the_documentation() -> None:
     text = (ROOT / 'docs' / 'ARCHITECTURE.md').read_text(encoding='utf-8')
     rows = text.partition('| layer |')[2].partition('\n\n')[0].splitlines()[2:]
