@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from celery import Celery
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
+from jobsync_core.logs import shown
 from jobsync_core.worker.lookup import OwnerLookup
 
 from .application import Application
@@ -17,9 +19,6 @@ from .producer import install_producer
 from .settings import CelerySettings
 from .steps import GateStep, NodeStep
 from .tasks.coordinated import Tasks, watch_tasks
-
-if TYPE_CHECKING:
-    from celery import Celery
 
 __all__ = ['JobSync']
 
@@ -35,10 +34,15 @@ class JobSync:
             read when they are needed first.
 
     Raises:
-        ConfigurationError: The app has the plugin already.
+        ConfigurationError: The app has the plugin already, or is none.
     """
 
     def __init__(self, app: Celery, **settings: Any) -> None:
+        if not isinstance(app, Celery):
+            raise ConfigurationError(
+                f"JobSync({shown(app, 100)}): give the Celery app: app = Celery('proj'), then "
+                'JobSync(app)'
+            )
         if '_jobsync' in vars(app):
             raise ConfigurationError(
                 f'JobSync(app) was called before for the app {app.main!r}: once is enough'

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from ..errors import DuplicateExecution, ExecutionRunning, JobSyncError
+from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, JobSyncError
 from ..ledger import once as core
 from ..ledger.current import message_ledger
 from ..ledger.execution import Execution, running
@@ -115,7 +115,12 @@ class CoordinatedTasks:
         return found
 
     def _build(self, name: str, task: Declared) -> Coordination | None:
-        pin = task.pin or self._settings.pins.get(name)
+        if task.pin is not None and not task.pin:
+            raise ConfigurationError(
+                f"{name}: jobsync_pin={task.pin!r} is empty: give at least one pattern ('%' "
+                'matches every node), or None for no pin'
+            )
+        pin = task.pin if task.pin is not None else self._settings.pins.get(name)
         everything = self._settings.coordinate == 'all' and not task.internal
         if task.once is None and task.key is None and pin is None and not everything:
             return None

@@ -161,6 +161,12 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize('given', ['proj', None, Celery])
+def test_what_is_no_app_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r'give the Celery app: .* JobSync\(app\)'):
+        JobSync(given)
+
+
 class TestLateAcknowledgement:
     @pytest.mark.parametrize('make', WAYS)
     def test_whichever_way_a_task_is_made(self, app: Celery, make: Callable[[Celery], str]) -> None:
