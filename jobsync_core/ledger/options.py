@@ -220,8 +220,8 @@ class ExactlyOnce:
         found = source()
         if found is None:
             raise ConfigurationError(
-                f'{self.name} was called outside of a message, whose id is its key: give '
-                '@exactly_once a key over its arguments'
+                f'{self.name} was called outside of a message, whose id is its key: send it as a '
+                'message, or give @exactly_once a key over its arguments'
             )
         return found
 
@@ -248,8 +248,11 @@ class ExactlyOnce:
 
     def attempt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attempt:
         """The attempt of a call, which is not begun yet."""
-        ledger, keys = self.ledger(), self._make(args, kwargs)
-        return Attempt(ledger, self._scoped(keys.key), self.retention_sec, self._former_keys(keys))
+        # The key first: without one, no ledger would help.
+        keys = self._make(args, kwargs)
+        return Attempt(
+            self.ledger(), self._scoped(keys.key), self.retention_sec, self._former_keys(keys)
+        )
 
     def judge(self, attempt: Attempt, error: BaseException) -> End:
         """Note how an attempt has ended whose function raised; returns what its call does after the

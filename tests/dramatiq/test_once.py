@@ -435,3 +435,9 @@ def test_without_a_job_it_names_what_works() -> None:
     )
     with pytest.raises(NotEntered, match=r'\.send\(\).*with Job.*JobSync\(\).*middleware'):
         actor(3)
+
+
+def test_without_a_key_it_cannot_be_called_and_says_so() -> None:
+    actor = dramatiq.actor(actor_name='double', broker=StubBroker())(exactly_once()(double))
+    with pytest.raises(ConfigurationError, match=r'send it as a message, or .* a key over its arg'):
+        actor(3)

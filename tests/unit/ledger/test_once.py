@@ -448,6 +448,8 @@ class TestFailures:
     def test_a_process_outside_of_a_job_gets_a_clear_error(self) -> None:
         with pytest.raises(NotEntered, match='has entered no Job'):
             exactly_once(key='{order_id}')(plain)(1)
+        with pytest.raises(ConfigurationError, match=r'outside of a message.*send it as a message'):
+            exactly_once(default_key=lambda: None)(plain)(1)
         with pytest.raises(NotEntered, match='has entered no Job'):
             current_ledger()
         with pytest.raises(NotEntered, match='no execution is running here'):

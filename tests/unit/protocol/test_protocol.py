@@ -10,7 +10,15 @@ from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.errors import ClusterNotFormed, ConfigMismatch, DuplicateNodeName
 from jobsync_core.process import Process
-from jobsync_core.protocol.effects import Effect, Entered, Failed, Left, RebalanceEvent, Release
+from jobsync_core.protocol.effects import (
+    Effect,
+    Entered,
+    Failed,
+    Left,
+    Note,
+    RebalanceEvent,
+    Release,
+)
 from jobsync_core.protocol.messages import Reply, Request
 from jobsync_core.protocol.messages.connection import Connect, ConnectReply, RecordHistory
 from jobsync_core.protocol.messages.handover import (
@@ -414,6 +422,32 @@ def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_th
     node.passes(0.3)
     node.hears(Refresh('me', 'life-1'), holdings(row(0, 5)))
     assert isinstance(node.asks(), Lead)
+
+
+@pytest.mark.parametrize(
+    ('reply', 'told'),
+    [
+        (
+            RoundReply(True, 2, moved=7, blocked=3),
+            Note('info', 'led a rebalance', {'node': 'me', 'version': 2, 'moved': 7, 'blocked': 3}),
+        ),
+        (
+            RoundReply(True, 2, moved=10, blocked=10),
+            Note(
+                'info',
+                'led a rebalance: no node is left that may own tokens',
+                {'node': 'me', 'version': 2},
+            ),
+        ),
+    ],
+)
+def test_a_round_that_the_node_led_is_noted(reply: RoundReply, told: Note) -> None:
+    node = leader()
+    node.effects()
+    round_ = node.asks()
+    assert isinstance(round_, Lead)
+    node.protocol.reply(round_, reply, node.now)
+    assert told in node.effects()
 
 
 def test_whatever_was_under_way_is_dropped_after_an_unforeseen_error_and_read_anew() -> None:
