@@ -89,12 +89,12 @@ def test_the_guide(config: CoordinationConfig, redis_server: BrokerServer, tmp_p
             after={
                 'dramatiq proj -p 2': lambda: nodes(config, 3),
                 'import charge\n': printed('250 250\n'),
-                'import render': printed('\ngpu-primary-'),
+                'import render': printed('\ngpu-primary@'),
                 'import refund, transfer': charges,
                 'import add, report': sums,
                 'import fetch': printed('feed of 2024-05-01\n'),
                 'jobsync undrain': printed(
-                    'gpu-primary-', 'order:17', 'gives its tokens away now', 'takes part again'
+                    'gpu-primary@', 'order:17', 'gives its tokens away now', 'takes part again'
                 ),
                 '/health/ready': printed('"lease": true', 'jobsync_messages_total'),
             },

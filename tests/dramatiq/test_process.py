@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jobsync_core.assignment.patterns import NodeNames
 from jobsync_dramatiq import process
 
 
@@ -25,6 +26,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     )
     monkeypatch.setattr(logging, 'disable', lambda level: None)
     return found
+
+
+@pytest.mark.parametrize('pattern', ['gpu-primary-01', '%-01', 'gpu-%'])
+def test_a_pattern_without_at_means_a_machine(pattern: str) -> None:
+    name = process.new_node_name('gpu-primary-01')
+    assert NodeNames([name, process.new_node_name('other')]).eligible([pattern]) == {name}
 
 
 @pytest.mark.parametrize('gone', [True, False])
