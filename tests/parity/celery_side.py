@@ -192,8 +192,9 @@ KINDS = [
     _kind('countdown', _one('echo', 1, countdown=0.7)),
     _kind('eta', _one('echo', 1, eta=lambda: _ago(-0.7))),
     _kind('eta_past', _one('echo', 1, eta=lambda: _ago(5))),
-    _kind('expires', _one('echo', 1, countdown=1.2, expires=0.4), 0, 'REVOKED'),
-    _kind('expires_date', _one('echo', 1, countdown=1.2, expires=lambda: _ago(-0.4)), 0, 'REVOKED'),
+    # RabbitMQ drops what expires before a worker has taken it: there is time for that.
+    _kind('expires', _one('echo', 1, countdown=3.5, expires=2.5), 0, 'REVOKED'),
+    _kind('expires_date', _one('echo', 1, countdown=3.5, expires=lambda: _ago(-2.5)), 0, 'REVOKED'),
     _kind('expires_later', _one('echo', 1, expires=600)),
     _kind('revoked', _revoked, 0, 'REVOKED'),
     _kind('priority', _one('seen', priority=6)),
