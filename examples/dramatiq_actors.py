@@ -20,7 +20,7 @@ from examples.demo_queues import count_once, end_with_the_demo
 from jobsync_dramatiq import JobSync, current_execution, exactly_once
 
 #: A node's name goes on after that of its worker.
-PIN = '%-gpu-%'
+PIN = '%-gpu'
 
 
 class _Lifeline(Middleware):

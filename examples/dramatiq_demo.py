@@ -32,7 +32,7 @@ class DramatiqDemo(QueueDemo):
     """One run with Dramatiq workers."""
 
     framework: ClassVar[str] = 'Dramatiq'
-    pin: ClassVar[str] = '%-gpu-%'
+    pin: ClassVar[str] = '%-gpu'
 
     @staticmethod
     def environment(redis: EmbeddedRedis) -> dict[str, str]:
@@ -40,7 +40,7 @@ class DramatiqDemo(QueueDemo):
 
     def worker_of(self, node: str) -> str:
         # The master's process id, the number of its child, and the child's start follow.
-        return re.sub(r'-\d+-\d+-[0-9a-f]+$', '', node)
+        return re.sub(r'@\d+-\d+-[0-9a-f]+$', '', node)
 
     def command(self, name: str) -> list[str]:
         return ['-m', 'dramatiq', 'examples.dramatiq_actors', '-p', '1', '-t', str(SLOTS)]

@@ -18,7 +18,7 @@ from .harness import Adapter, Outcome, Place
 __all__ = ['DramatiqAdapter']
 
 #: What a node's name has after that of its worker: master, process, start.
-_START = re.compile(r'-\d+-\d+-[0-9a-f]+$')
+_START = re.compile(r'@\d+-\d+-[0-9a-f]+$')
 
 
 class DramatiqAdapter(Adapter):

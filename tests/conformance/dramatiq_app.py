@@ -167,7 +167,7 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
     actor('plain', work.plain)
     actor('routed', work.routed, jobsync_key='r:{n}')
     actor('pinned', work.pinned, jobsync_pin=['gpu-%'])
-    actor('preferred', work.pinned, jobsync_pin=['best-%', 'gpu-%', '%'])
+    actor('preferred', work.pinned, jobsync_pin=['best', 'gpu-%', '%'])
     actor('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
     actor('reveal', _reveal, jobsync_key='v:{n}', queue_name='second')
     actor('flaky', once(key='f:{n}')(work.flaky), queue_name='second', **quick)

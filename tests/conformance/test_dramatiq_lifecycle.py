@@ -156,7 +156,7 @@ def test_retries_across_a_rebalance_are_attempts_of_one_message(
     cluster['alpha'].stop()
     cluster.finish()
     by_key: dict[str, list[object]] = {}
-    places: dict[str, set[str]] = {}
+    places: dict[str, set[str | None]] = {}
     for note in cluster.notes.of('start'):
         by_key.setdefault(note.key, []).append(note.more)
         places.setdefault(note.key, set()).add(cluster.worker_of(note.node))

@@ -43,7 +43,7 @@ def test_the_verdict_is_good(place: Path) -> None:
         ('ok', 'keys', 'completed', '100'),
         ('ok', 'lost', '0'),
         ('ok', 'tasks', 'with', 'the', 'right', 'result', '110', 'of', '110'),
-        ('ok', 'pinned', 'to', '%-gpu-%,', 'on', 'such', 'a', 'node', '10', 'of', '10'),
+        ('ok', 'pinned', 'to', '%-gpu,', 'on', 'such', 'a', 'node', '10', 'of', '10'),
     } <= verdict, output
     assert 'is killed (SIGKILL)' in output
     assert 'FAIL' not in output

@@ -71,9 +71,9 @@ def test_the_plain_example_charges_each_order_once(
     ) == [(n, 1, 100 + n) for n in range(20)]
     assert f'charged {total} and again {total}\n' in printed
     drawn = next(line for line in printed.splitlines() if line.startswith('drawn on'))
-    assert [name.partition('-')[0] for name in drawn.split()[2:]] == ['gpu']
+    assert [name.partition('@')[0] for name in drawn.split()[2:]] == ['gpu']
     status = programs.run('jobsync --appname shop_ status')
-    assert 'gpu-' in status and 'cluster shop_:' in status, status
+    assert 'gpu@' in status and 'cluster shop_:' in status, status
 
 
 def test_the_django_example_books_each_payment_once(

@@ -20,7 +20,7 @@ jobsync = JobSync(
     appname='shop_',
     # A pinned actor, as an alternative to the option `jobsync_pin` of the actor itself: first those
     # machines, else any node.
-    pins={'draw': ['gpu-%', '%']},
+    pins={'draw': ['gpu', '%']},
 )
 broker.add_middleware(jobsync)
 broker.add_middleware(Results(backend=RedisBackend(url=URL)))
