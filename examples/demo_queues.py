@@ -205,8 +205,8 @@ def verdict(demo: QueueDemo, repeats: list[str]) -> bool:
     )[0]
     pinned, astray = query(
         demo.config,
-        'SELECT count(*)::int, count(*) FILTER (WHERE node NOT LIKE %s)::int FROM result WHERE '
-        'path LIKE %s',
+        "SELECT count(*)::int, count(*) FILTER (WHERE split_part(node, '@', 1) NOT LIKE %s)::int "
+        'FROM result WHERE path LIKE %s',
         (demo.pin, PINNED + '%'),
     )[0]
     functions, classes, lines = query(

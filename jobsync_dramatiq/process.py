@@ -24,9 +24,8 @@ _ORPHAN_SEC = 5.0
 
 
 def new_node_name(given: str | None) -> str:
-    """`<given or host>@<master>-<number>-<start>`, so that a pattern without `@` means a machine, as
-    it does of Celery's nodes. Unique for each start: a reload keeps the master and the process
-    numbers.
+    """`<given or host>@<master>-<number>-<start>`: a pattern without `@` means a machine, as with
+    Celery. Unique for each start: a reload keeps the master and the process numbers.
     """
     start = f'{time.time_ns() // 1_000_000:x}'[-8:]
     return f'{given or socket.gethostname()}@{os.getppid()}-{process_number()}-{start}'
