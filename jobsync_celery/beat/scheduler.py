@@ -68,6 +68,7 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         self._pruned = float('-inf')
         self._trouble: dict[str, str] = {}
         self._hold_until = 0.0
+        self._collects = False
         self._failed: Exception | None = None
         try:
             self._config = read_config(app)
@@ -285,7 +286,11 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         producer, self._failed = self._publisher.connect(), None
         # Not apply_async: Sentry, for its monitors of periodic tasks, and others like it wrap this
         # one.
-        self.apply_entry(message, producer=producer)
+        self._collects = True
+        try:
+            self.apply_entry(message, producer=producer)
+        finally:
+            self._collects = False
         error, self._failed = self._failed, None
         if error is None:
             self._relieve('broker')
@@ -306,6 +311,8 @@ class JobSyncScheduler(Scheduler):  # type: ignore[misc]  # Celery has no types
         try:
             return super().apply_async(*args, **kwargs)
         except Exception as error:
+            if not self._collects:
+                raise
             self._failed = error
             return None
 

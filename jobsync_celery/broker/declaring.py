@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from amqp.exceptions import PreconditionFailed
+from amqp.exceptions import NotFound, PreconditionFailed
+from kombu.entity import Queue
 
 from jobsync_core.errors import ConfigurationError
 
@@ -64,6 +65,7 @@ def declare_queue(connection: Any, queue: Any, empty: Callable[[], object] | Non
             _declare(connection, queue)
         except PreconditionFailed as error:
             reason = error.message
+            _have(connection, queue)
         else:
             logger.warning(
                 'JobSync: the queue %s had other arguments than the configuration gives now, and '
@@ -85,6 +87,21 @@ def declare_queue(connection: Any, queue: Any, empty: Callable[[], object] | Non
     )
     _close(channel)
     return False
+
+
+def _have(connection: Any, queue: Any) -> None:
+    """Make a queue without arguments if it is not there: RabbitMQ refuses those that it was to
+    have, as a quorum queue has no priorities.
+    """
+    channel = connection.channel()
+    try:
+        channel.queue_declare(queue.name, passive=True)
+    except NotFound:
+        _declare(
+            connection,
+            Queue(queue.name, queue.exchange, routing_key=queue.routing_key, durable=True),
+        )
+    _close(channel)
 
 
 def _declare(connection: Any, queue: Any) -> None:

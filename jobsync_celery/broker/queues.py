@@ -56,6 +56,7 @@ class Queues:
     def __init__(self, app: Celery, driver: str, appname: str) -> None:
         self._app = app
         self._ours = node_queue(appname, '')
+        self._priorities: dict[str, int | None] = {}
         self.driver = driver
         self.appname = appname
         self.parked, self.unknown = parked_queue(appname), unknown_queue(appname)
@@ -79,7 +80,7 @@ class Queues:
 
     def make(self, name: str, declare: bool = True) -> Queue:
         """A queue of the cluster: durable, never deleted by the broker, never expiring."""
-        highest = self._highest_priority() if self.driver == 'amqp' else None
+        highest = self._highest_priority(name) if self.driver == 'amqp' else None
         return Queue(
             name,
             self.exchange,
@@ -90,10 +91,19 @@ class Queues:
             no_declare=not declare,
         )
 
-    def _highest_priority(self) -> int | None:
+    def _highest_priority(self, name: str) -> int | None:
         """The most that a queue of the app's own has, wherever that is said: what overtook others
-        there overtakes them in the queue of a node as well.
+        there overtakes them in the queue of a node as well. It is found once for each, as RabbitMQ
+        refuses another answer; and not for the shared ones, which apps of other queues share.
         """
+        if name in (self.parked, self.unknown):
+            most: int | None = self._app.conf.task_queue_max_priority
+            return most
+        if name not in self._priorities:
+            self._priorities[name] = self._highest_of_all()
+        return self._priorities[name]
+
+    def _highest_of_all(self) -> int | None:
         own = [
             queue for name, queue in self._app.amqp.queues.items() if not self.is_of_cluster(name)
         ]

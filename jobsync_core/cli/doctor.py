@@ -215,6 +215,8 @@ def _blockers(connection: PgConnection, tables: Tables) -> Check:
 def _writes(connection: PgConnection, tables: Tables) -> Check:
     if ProbeStore(connection, tables).missing_tables():
         return Check('writes', 'ok', 'there are no tables yet')
+    if ProbeStore(connection, tables).read_only():
+        return Check('writes', 'bad', 'none is taken', 'see `writable`')
     try:
         ProbeStore(connection, tables).try_write()
     except MissingPrivilege:

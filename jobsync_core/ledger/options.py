@@ -14,6 +14,7 @@ from ..errors import (
     ExecutionRunning,
     Fenced,
     JobSyncError,
+    StatementRefused,
 )
 from ..logs import get_logger
 from .attempt import Attempt
@@ -266,11 +267,11 @@ class ExactlyOnce:
             attempt.succeed()
             return End(None)
         attempt.fail(error)
-        if isinstance(error, UNRECORDED) and self.refuse is not None:
-            return End(
-                lambda: self.unrecorded(error)
-            )  # the ledger's own transaction in the body: no failure of the task
-        return End(None)
+        # What the ledger's own transaction in the body raises is no failure of the task. What the
+        # server refuses of the body's other calls on the Job is one: again it would do the same.
+        if isinstance(error, StatementRefused) or self.refuse is None:
+            return End(None)
+        return End(lambda: self.unrecorded(error)) if isinstance(error, UNRECORDED) else End(None)
 
     def unrecorded(self, error: JobSyncError) -> Any:
         """What a call returns that ran and whose completion is not recorded, or its exception."""

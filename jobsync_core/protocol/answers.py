@@ -150,16 +150,11 @@ class Answers:
         self.parts.handover.heard_of(reply.version, now)
         for conflict in reply.conflicts:
             self.parts.effects.note('warning', 'locks in conflict', conflict=conflict)
-        if reply.moved and reply.blocked == self.settings.total_tokens:
+        if reply.moved:
+            nobody = reply.blocked == self.settings.total_tokens
             self.parts.effects.note(
                 'info',
-                'led a rebalance: no node is left that may own tokens',
-                version=reply.version,
-            )
-        elif reply.moved:
-            self.parts.effects.note(
-                'info',
-                'led a rebalance',
+                'led a rebalance' + (': no node may own any token now' if nobody else ''),
                 version=reply.version,
                 moved=reply.moved,
                 blocked=reply.blocked,

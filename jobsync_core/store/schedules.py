@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from hashlib import blake2b
 
 from ..config import CoordinationConfig
-from ..errors import DatabaseUnavailable
+from ..errors import DatabaseRefused, DatabaseUnavailable
 from .base import Store
 from .connection import Connection
 from .tables import Tables
@@ -109,6 +109,8 @@ class ActiveScheduler:
             return True
         try:
             self._held = self._ask()
+        except DatabaseRefused:  # another session would hear the same
+            raise
         except DatabaseUnavailable:  # perhaps only this session was ended
             self.resign()
             self._held = self._ask()

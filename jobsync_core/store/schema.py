@@ -44,6 +44,8 @@ _PATIENCE_SEC = 60.0
 #: too, queues behind it. The second is for now and then while a vacuum has the lock: an automatic
 #: one gives way after a second, and not before.
 _LOCK_SEC, _VACUUM_SEC = 0.1, 1.5
+#: SQLSTATE of a table that is not there.
+_NO_TABLE = '42P01'
 #: Seconds for which the cluster's lock is tried before it is waited for, and that such a wait takes
 #: at most.
 _TRY_SEC, _WAIT_SEC = 3.0, 1.0
@@ -179,9 +181,9 @@ def _bring_up_to_date(
             session.rollback()
             if now - progress > _PATIENCE_SEC:
                 raise StoreTimeout(_in_the_way(tables, newest, found)) from error
-        except MissingTable:
+        except MissingTable as error:
             session.rollback()
-            if whole:
+            if whole or error.sqlstate != _NO_TABLE:
                 raise
             # somebody has dropped one: from the beginning, at once, as what is made over meanwhile
             # must not be seen

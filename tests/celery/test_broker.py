@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu import compression
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import DecodeError
 from kombu.message import Message
 
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker
+from jobsync_celery.broker.declaring import declare_exchange, declare_queue
 from jobsync_celery.broker.forwarding import Forwarder
 from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
@@ -37,13 +38,14 @@ def space(rabbitmq_server: RabbitServer) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ('priorities', 'conf'),
+    ('priorities', 'shared', 'conf'),
     [
-        (None, {'task_queues': [Queue('celery')]}),
-        (10, {'task_queue_max_priority': 10}),
-        (10, {'task_queues': [Queue('celery', queue_arguments={'x-max-priority': 10})]}),
+        (None, None, {'task_queues': [Queue('celery')]}),
+        (10, 10, {'task_queue_max_priority': 10}),
+        (10, None, {'task_queues': [Queue('celery', queue_arguments={'x-max-priority': 10})]}),
         (
             9,
+            3,
             {
                 'task_queues': [Queue('celery'), Queue('urgent', max_priority=9)],
                 'task_queue_max_priority': 3,
@@ -52,7 +54,11 @@ def space(rabbitmq_server: RabbitServer) -> Iterator[str]:
     ],
 )
 def test_queues_are_declared_alike_each_time_and_strays_are_parked(
-    rabbitmq_server: RabbitServer, space: str, priorities: int | None, conf: dict[str, Any]
+    rabbitmq_server: RabbitServer,
+    space: str,
+    priorities: int | None,
+    shared: int | None,
+    conf: dict[str, Any],
 ) -> None:
     app = Celery('declaring', broker=rabbitmq_server.url(space), set_as_current=False)
     app.conf.update(conf)
@@ -61,20 +67,38 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
         broker.declare(_QUEUE)
+        app.amqp.queues.add(Queue('added at run time', max_priority=20))
         broker.declare(_QUEUE)
-        arguments = {} if priorities is None else {'x-max-priority': priorities}
+        own, common = (
+            {} if most is None else {'x-max-priority': most} for most in (priorities, shared)
+        )
         found = {
             item['name']: item['arguments']
             for item in rabbitmq_server.api('GET', f'queues/{space}?disable_stats=true')
         }
         for given in found.values():
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
-        assert found == {_QUEUE: arguments, _PARKED: arguments, _UNKNOWN: arguments}
+        assert found == {_QUEUE: own, _PARKED: common, _UNKNOWN: common}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
             for queue in (_QUEUE, 'jobsync.shop_.gone'):
                 producer.publish({}, exchange='jobsync.shop_', routing_key=queue, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
+
+
+def test_a_queue_whose_arguments_rabbitmq_refuses_is_there_without_them(
+    rabbitmq_server: RabbitServer, space: str
+) -> None:
+    app = Celery('refused', broker=rabbitmq_server.url(space), set_as_current=False)
+    exchange = Exchange('jobsync.shop_', type='direct', durable=True)
+    arguments = {'x-queue-type': 'quorum', 'x-max-priority': 10}
+    queue = Queue(_QUEUE, exchange, routing_key=_QUEUE, queue_arguments=arguments)
+    with app.connection_for_write() as connection:
+        declare_exchange(connection, exchange)
+        for _ in range(2):
+            assert not declare_queue(connection, queue, lambda: None)
+        connection.Producer().publish({}, exchange=exchange, routing_key=_QUEUE, retry=False)
+    eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1})
 
 
 def test_a_broker_that_came_back_empty_parks_strays_again(
@@ -181,11 +205,16 @@ def test_what_a_lost_connection_had_acknowledged_is_not_given_back(
 
 
 @pytest.mark.parametrize(
-    ('home', 'arrives'),
-    [('celery', 'celery'), ('own', 'own'), ('gone', 'celery'), (_QUEUE, _QUEUE)],
+    ('given', 'home', 'arrives'),
+    [
+        ('celery', 'celery', 'celery'),
+        ('own', 'own', 'own'),
+        ('gone', 'gone', 'celery'),
+        (_QUEUE, 'celery', 'celery'),
+    ],
 )
 def test_what_goes_home_arrives_there(
-    rabbitmq_server: RabbitServer, space: str, home: str, arrives: str
+    rabbitmq_server: RabbitServer, space: str, given: str, home: str, arrives: str
 ) -> None:
     """Not through the exchange of the node queues, and not to a queue that is gone: that would lose
     it.
@@ -204,7 +233,7 @@ def test_what_goes_home_arrives_there(
                 [[1], {}, {}],
                 exchange='',
                 routing_key='source',
-                headers={'task': 'nobody', 'id': 'm1', HOME: home},
+                headers={'task': 'nobody', 'id': 'm1', HOME: given},
                 retry=False,
             )
         delivery = broker.take('source')

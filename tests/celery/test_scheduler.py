@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.beat import Scheduler
+from celery.beat import Scheduler, SchedulingError
 from celery.schedules import crontab
 from celery.signals import before_task_publish
 
@@ -150,6 +150,18 @@ def test_what_wraps_celery_s_apply_entry_sees_each_slot(
     assert world.run(scheduler, 10) == [('a', 30)]
     assert seen == [('a', slot.isoformat()) for _, slot in world.sent]
     assert 'monitor' not in (scheduler.schedule['a'].options.get('headers') or {})
+
+
+def test_whoever_sends_an_entry_by_hand_hears_of_an_error(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SchedulingError('refused')
+
+    scheduler = world.scheduler({'a': 10})
+    monkeypatch.setattr(Scheduler, 'apply_async', refuse)
+    with pytest.raises(SchedulingError, match='refused'):
+        scheduler.apply_async(scheduler.schedule['a'])
 
 
 def test_celery_s_own_entry_is_there(world: World) -> None:

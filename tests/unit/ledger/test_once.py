@@ -20,12 +20,15 @@ import pytest
 from jobsync_core.errors import (
     ClaimLost,
     ConfigurationError,
+    DatabaseRefused,
     DatabaseUnavailable,
     DuplicateExecution,
     ExecutionRunning,
     Fenced,
     JobSyncError,
+    MissingPrivilege,
     NotEntered,
+    StatementRefused,
 )
 from jobsync_core.ledger.cluster import UNCOORDINATED, ClusterLedger
 from jobsync_core.ledger.current import current_ledger, message_ledger, set_current_ledger
@@ -36,6 +39,7 @@ from jobsync_core.ledger.results import MAX_RESULT_BYTES
 from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.ledger.state import Unsettled
 from jobsync_core.store.tables import Tables
+from jobsync_core.testing.memory import MemoryLedger
 
 
 class FakeLedger(SingleLedger):
@@ -746,6 +750,34 @@ class TestAMessagesLedger:
 
         assert [sync(1), asyncio.run(later(1))] == ['later', 'later']
         assert [type(error) for error in refused] == [ClaimLost, ClaimLost]
+
+    @pytest.mark.parametrize(
+        ('error', 'comes_back'),
+        [
+            (DatabaseUnavailable('away'), True),
+            (DatabaseRefused('disk full', '53100', True), True),
+            (MissingPrivilege('permission denied for table lock', '42501', True), False),
+            (StatementRefused('a trigger says no', 'P0001'), False),
+        ],
+    )
+    def test_what_the_server_refuses_to_the_body_fails_its_message(
+        self, error: JobSyncError, comes_back: bool
+    ) -> None:
+        runs = 0
+
+        def refuse(options: ExactlyOnce, error: JobSyncError, ran: bool) -> str:
+            assert ran
+            return 'later'
+
+        @exactly_once(key='{order_id}', scope='test', refuse=refuse, ledger=MemoryLedger)
+        def sync(order_id: int) -> None:
+            nonlocal runs
+            runs += 1
+            raise error
+
+        with contextlib.nullcontext() if comes_back else pytest.raises(type(error)):
+            assert sync(1) == 'later'
+        assert runs == 1
 
     def test_uncoordinated_everything_runs(self) -> None:
         set_current_ledger(self.ledger(UNCOORDINATED, leased=False))

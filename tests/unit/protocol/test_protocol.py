@@ -435,8 +435,8 @@ def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_th
             RoundReply(True, 2, moved=10, blocked=10),
             Note(
                 'info',
-                'led a rebalance: no node is left that may own tokens',
-                {'node': 'me', 'version': 2},
+                'led a rebalance: no node may own any token now',
+                {'node': 'me', 'version': 2, 'moved': 10, 'blocked': 10},
             ),
         ),
     ],
