@@ -25,9 +25,11 @@ from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.cli import doctor
 from jobsync_core.cli.main import jobsync
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.embedded.postgres import EmbeddedPostgres
 from jobsync_core.store.layout import render_schema
 from jobsync_core.store.locks import LockStore
 from jobsync_core.store.tables import Tables
+from tests.support.cluster import query
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -561,6 +563,21 @@ class TestDoctor:
         ):
             assert name in shown
         assert ' bad ' not in shown
+
+    def test_at_a_standby_all_the_rest_is_looked_at(self, own_server: EmbeddedPostgres) -> None:
+        config = own_server.config('postgres')
+        runner = CliRunner(env={'JOBSYNC_DATABASE_URL': url_of(config), 'COLUMNS': '200'})
+        good(runner.invoke(jobsync, ['init-db']))
+        ((directory,),) = query(config, "SELECT current_setting('data_directory')")
+        own_server.kill()
+        signal_file = Path(directory, 'standby.signal')
+        signal_file.touch()
+        signal_file.chmod(0o666)
+        own_server.start()
+        result = runner.invoke(jobsync, ['doctor'])
+        bad(result)
+        for name in ('writable', 'writes', 'locks of tasks', 'rights', 'durability'):
+            assert name in result.stdout, result.stdout
 
     def test_missing_tables_are_fine_as_long_as_a_node_may_create_them(
         self, run: Callable[..., Result]
