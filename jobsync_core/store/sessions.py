@@ -105,17 +105,30 @@ class Sessions:
             yield connection
             connection.commit()
         except BaseException as error:
-            cause = error.__cause__ if isinstance(error, StatementRefused) else error
-            ours = isinstance(cause, psycopg2.Error) and self._translate(
-                cause, connection, limited, users
-            )
+            ours = self._explain(error, connection, limited, users)
             self._roll_back(connection)
             if ours:
-                raise ours from cause
+                raise ours from ours.__cause__
             raise
         finally:
             connection.translate = None
             pool.give_back(connection)
+
+    def _explain(
+        self, error: BaseException, connection: GuardedConnection, limited: bool, users: bool
+    ) -> DatabaseUnavailable | None:
+        """What an error out of a session means, with the driver's as its cause; None where it is to
+        be raised as it is.
+        """
+        # Not in the frame of the session: an exception that a frame of its own traceback refers to
+        # would live on, and with it the connection.
+        cause = error.__cause__ if isinstance(error, StatementRefused) else error
+        if not isinstance(cause, psycopg2.Error):
+            return None
+        ours = self._translate(cause, connection, limited, users)
+        if ours is not None:
+            ours.__cause__ = cause
+        return ours
 
     def _prologue(self, connection: GuardedConnection, users: bool) -> str:
         """What goes before the first statement of each transaction."""
