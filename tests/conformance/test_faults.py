@@ -227,10 +227,12 @@ def test_a_worker_stopped_beyond_its_lease_runs_nothing_that_others_took_over(
 
     eventually(alpha_works, 60, every=1.0)
     cluster.finish()
-    # It may not begin anything of what it had read before.
+    # It may not begin anything of what it had read before. Where a key completes once, it may have
+    # begun before it was stopped, and come to the first line of the task now: its end is refused,
+    # and a new attempt of a key that is complete is none.
     assert not [
         note
-        for note in cluster.notes.of('start', keys)
+        for note in cluster.notes.of('start', {key for key in keys if key.startswith('k:')})
         if note.at > woken and cluster.worker_of(note.node) == 'alpha'
     ]
 
