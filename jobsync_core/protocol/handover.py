@@ -149,9 +149,12 @@ class HandOver:
             self.refresh_at = min(self.refresh_at, look_at)
 
     def beat_answered(self, version: int, now: float) -> None:
-        """A heartbeat tells the version as well."""
+        """A heartbeat tells the version as well. If it is news, the lease counts when the rows
+        have been read: whose rows somebody has deleted must not claim for longer for having heard
+        of it.
+        """
         if version != self.version:
-            self.refresh_at = now
+            self.must_refresh = True
         elif self.entered and self.refresh_at > now:
             # The version says that nothing has changed: as good as a look at the rows.
             self.refresh_at = max(self.refresh_at, now + self._settings.check_interval)

@@ -190,6 +190,28 @@ def test_the_lease_counts_from_the_sending_of_the_heartbeat() -> None:
     assert node.ownership.deadline == sent + 13.5
 
 
+def test_a_lease_that_comes_with_a_new_version_counts_when_its_rows_have_been_read() -> None:
+    """Somebody may have deleted rows: their owner must not go on for longer for having heard it."""
+    node = follower()
+    before = node.ownership.deadline
+    node.passes(5.0)
+    sent = node.now
+    node.beat(2, older=LEADER)
+    assert node.ownership.deadline == before
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), version=2))
+    assert node.ownership.deadline == sent + 13.5 and node.may_claim() == [0, 1, 2]
+
+
+def test_the_rows_of_a_new_version_are_read_before_a_long_gain_is_asked_about() -> None:
+    node = follower()
+    node.protocol.notified('plan 2', node.now)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 9), version=2))
+    node.passes(5.0)
+    node.beat(3, older=LEADER)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 9), version=3))
+    assert isinstance(node.asks(), Take)
+
+
 def test_without_an_answer_it_stops_claiming_before_anybody_may_call_it_dead() -> None:
     node = follower()
     last_beat = node.ownership.deadline - 13.5
