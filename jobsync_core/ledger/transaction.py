@@ -103,10 +103,13 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
 
     def _commit(self, connection: TransactionConnection) -> None:
         mine, encoded = self._mine, self._mine.encoded
-        with self._transactions.end(connection, mine.key):
+
+        def complete() -> None:
             if not self._transactions.complete(connection, mine.completion, self._began):
                 raise self._why_not(connection)
             connection.commit()
+
+        self._transactions.end(connection, mine.key, complete)
         mine.complete(encoded)
 
     def _why_not(self, connection: TransactionConnection) -> JobSyncError:

@@ -5,11 +5,10 @@ transaction.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import psycopg2
@@ -277,9 +276,16 @@ class Transactions:
             connection.close()
         return lost
 
-    @contextlib.contextmanager
-    def end(self, connection: TransactionConnection, key: str) -> Iterator[None]:
-        """Around the statement that completes a key, and the commit.
+    def end(
+        self, connection: TransactionConnection, key: str, complete: Callable[[], None]
+    ) -> None:
+        """Run the statement that completes a key, and the commit. Not as a context manager made of
+        a generator: what strikes there can keep the connection open.
+
+        Args:
+            connection: The connection.
+            key: The key.
+            complete: Runs them.
 
         Raises:
             DatabaseUnavailable: The connection was lost, or the server refused.
@@ -288,7 +294,7 @@ class Transactions:
             psycopg2.Error: It is the user's own: of a constraint or trigger that was deferred.
         """
         try:
-            yield
+            complete()
         except psycopg2.Error as error:
             said = self._explain_end(error, connection, key)
             if said is None:
