@@ -154,14 +154,17 @@ def test_retries_across_a_rebalance_are_attempts_of_one_message(
     eventually(lambda: len(cluster.notes.of('error')) >= 40, 20)
     cluster.start('beta')
     cluster['alpha'].stop()
+    stopped = moment()
     cluster.finish()
     by_key: dict[str, list[object]] = {}
-    places: dict[str, set[str | None]] = {}
     for note in cluster.notes.of('start'):
         by_key.setdefault(note.key, []).append(note.more)
-        places.setdefault(note.key, set()).add(cluster.worker_of(note.node))
     assert all(attempts == [0, 1, 2, 3] for attempts in by_key.values()), by_key
-    assert any(place == {'alpha', 'beta'} for place in places.values()), places
+    later = [note for note in cluster.notes.of('start') if note.at > stopped]
+    assert {cluster.worker_of(note.node) for note in later} == {'beta'}
+    assert {note.key for note in later if note.more} & {
+        note.key for note in cluster.notes.of('error') if cluster.worker_of(note.node) == 'alpha'
+    }, 'retries of what had been tried on alpha'
 
 
 @on_threads
