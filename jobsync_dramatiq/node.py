@@ -19,7 +19,7 @@ from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.node import Framework, WorkerNode, node_status, tell_uncoordinated
 from jobsync_core.worker.parts import missing
-from jobsync_core.worker.routing import node_queue
+from jobsync_core.worker.routing import old_node_queue
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_core.worker.startup import wait_for_server
 
@@ -105,7 +105,7 @@ class WorkerProcess:
 
     def _make_node(self, broker: WorkerBroker, consuming: Consuming, patience: float) -> WorkerNode:
         actors, name = self._producer.actors, new_node_name(self._settings.node_name)
-        queue = node_queue(self._settings.config.appname, name)
+        queue = old_node_queue(self._settings.config.appname, name)
 
         def route_of(delivery: Any) -> str | None:
             return actors.route_of(delivery.message)

@@ -13,7 +13,7 @@ from kombu.entity import Exchange, Queue
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.incoming import Stamps
-from jobsync_core.worker.routing import node_queue, parked_queue, unknown_queue
+from jobsync_core.worker.routing import old_node_queue, old_parked_queue, unknown_queue
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -55,11 +55,11 @@ class Queues:
 
     def __init__(self, app: Celery, driver: str, appname: str) -> None:
         self._app = app
-        self._ours = node_queue(appname, '')
+        self._ours = old_node_queue(appname, '')
         self._priorities: dict[str, int | None] = {}
         self.driver = driver
         self.appname = appname
-        self.parked, self.unknown = parked_queue(appname), unknown_queue(appname)
+        self.parked, self.unknown = old_parked_queue(appname), unknown_queue(appname)
         name = f'jobsync.{appname}'
         self.stray = Exchange(f'{name}.unrouted', type='fanout', durable=True)
         self.exchange = (
@@ -72,7 +72,7 @@ class Queues:
 
     def name_of(self, node: str) -> str:
         """The name of a node's queue."""
-        return node_queue(self.appname, node)
+        return old_node_queue(self.appname, node)
 
     def is_of_cluster(self, queue: str) -> bool:
         """Whether a queue is one of the cluster's, by its name."""

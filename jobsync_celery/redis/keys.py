@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jobsync_core.worker.routing import node_queue
+from jobsync_core.worker.routing import old_node_queue
 
 __all__ = ['SHARED', 'VISIBILITY_SEC', 'key_pattern', 'node_options', 'queue_of_key', 'record_keys']
 
@@ -29,7 +29,7 @@ _SUFFIX = re.compile(r'\.unacked(_index|_mutex)?$')
 
 def node_options(appname: str, node: str) -> dict[str, Any]:
     """Transport options that keep what a node has taken apart from what others have."""
-    place = f'{node_queue(appname, node)}{_RECORD}'
+    place = f'{old_node_queue(appname, node)}{_RECORD}'
     return {
         'unacked_key': place,
         'unacked_index_key': f'{place}_index',

@@ -20,7 +20,7 @@ from ..store.queues import QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .broker import Broker, Delivery
-from .routing import mark_key, parked_queue, unknown_queue
+from .routing import mark_key, old_parked_queue, unknown_queue
 
 __all__ = ['Evacuable', 'Evacuated', 'evacuate']
 
@@ -94,8 +94,8 @@ def evacuate(
         with sessions.session() as connection:
             known = dict(QueueStore(connection, tables).known(broker.kind))
         dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
-        prefix = f'{parked_queue(config.appname).rpartition(".")[0]}.'
-        shared = parked_queue(config.appname), unknown_queue(config.appname)
+        prefix = f'{old_parked_queue(config.appname).rpartition(".")[0]}.'
+        shared = old_parked_queue(config.appname), unknown_queue(config.appname)
         for name in broker.places():
             if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
                 known.setdefault(name, name[len(prefix) :])

@@ -14,7 +14,7 @@ from ..store.tables import Tables
 from . import inbox
 from .inbox import Here, Outcome, Received, Rules
 from .owners import OwnerMap
-from .routing import parked_queue, unknown_queue
+from .routing import old_parked_queue, unknown_queue
 from .settings import PluginSettings
 
 __all__ = ['Gate']
@@ -36,7 +36,7 @@ class Gate:
         self.sessions = Sessions(config, f'jobsync duties {job.node_name}')
         self.owners = OwnerMap(self.sessions, Tables.of(config))
         self.rules = Rules(
-            parked_queue(config.appname),
+            old_parked_queue(config.appname),
             unknown_queue(config.appname),
             settings.max_hops,
             settings.on_unclaimed == 'drop',

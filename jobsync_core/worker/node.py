@@ -22,7 +22,7 @@ from .consuming import SelfDrain
 from .duties.node import NodeDuties
 from .entering import make_job
 from .gate import Gate
-from .routing import node_queue
+from .routing import old_node_queue
 from .settings import PluginSettings
 from .startup import wait_for_database
 
@@ -116,7 +116,7 @@ class WorkerNode:
         self._settings = settings
         self._framework = framework
         self.name = name
-        self.queue = node_queue(settings.config.appname, name)
+        self.queue = old_node_queue(settings.config.appname, name)
         self._job = job = make_job(
             settings,
             name,

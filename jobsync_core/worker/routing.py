@@ -15,6 +15,7 @@ from ..errors import ConfigurationError
 from ..ledger.keys import key_maker
 from ..ledger.limits import check_key
 from ..ledger.once import ExactlyOnce
+from ..logs import shown
 
 __all__ = [
     'HOME',
@@ -26,8 +27,12 @@ __all__ = [
     'WAITS',
     'Coordination',
     'check_pins',
+    'home_of_queue',
+    'is_of_cluster',
     'mark_key',
     'node_queue',
+    'old_node_queue',
+    'old_parked_queue',
     'parked_queue',
     'pin_locks',
     'pin_route',
@@ -50,7 +55,7 @@ REFUSED = 'jobsync_refused'
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept
 #: beside each queue.
-_RESERVED = frozenset({'broker', 'parked', 'unknown', 'unrouted'})
+_RESERVED = frozenset({'broker', 'nodes', 'parked', 'unknown', 'unrouted'})
 _RESERVED_ENDINGS = (
     '.unacked',
     '.unacked_index',
@@ -64,12 +69,35 @@ _RESERVED_ENDINGS = (
 QUEUE_BYTES = 240
 
 
-def node_queue(appname: str, node: str) -> str:
-    """Name of a node's own queue.
+def node_queue(home: str, appname: str, node: str) -> str:
+    """Name of a node's queue for the messages of one home queue. Policies of a broker that match
+    the home queue by the beginning of its name match this one.
+
+    Args:
+        home: The queue that its messages are sent to; '': as `old_node_queue`.
+        appname: The cluster's.
+        node: The node's name.
 
     Raises:
         ConfigurationError: A queue of that name has another meaning, or the name is too long for a
             broker.
+    """
+    queue = f'{home}.{old_node_queue(appname, node)}' if home else old_node_queue(appname, node)
+    size = len(queue.encode())
+    if size > QUEUE_BYTES:
+        raise ConfigurationError(
+            f'queue {shown(home, 60)}, node_name={node!r}: the name of the queue of this node for '
+            f'it has {size} bytes, and brokers take {QUEUE_BYTES}; shorten one of the two names'
+        )
+    return queue
+
+
+def old_node_queue(appname: str, node: str) -> str:
+    """Name of a node's one queue in the layout of versions that knew no queue groups. It stands
+    for the node as well, where something is kept for all of its queues.
+
+    Raises:
+        ConfigurationError: As for `node_queue`.
     """
     queue = f'jobsync.{appname}.{node}'
     if node in _RESERVED or node.endswith(_RESERVED_ENDINGS):
@@ -85,9 +113,32 @@ def node_queue(appname: str, node: str) -> str:
     return queue
 
 
-def parked_queue(appname: str) -> str:
-    """Name of the queue of messages that nobody owns."""
+def parked_queue(home: str, appname: str) -> str:
+    """Name of the queue of those messages of a home queue that nobody takes now; of '': as
+    `old_parked_queue`.
+    """
+    return f'{home}.{old_parked_queue(appname)}' if home else old_parked_queue(appname)
+
+
+def old_parked_queue(appname: str) -> str:
+    """Name of the queue of parked messages in the layout of versions that knew no queue groups."""
     return f'jobsync.{appname}.parked'
+
+
+def home_of_queue(queue: str, appname: str) -> str | None:
+    """The home queue that a queue of a cluster belongs to, by its name: '' for one of the old
+    layout and for that of unknown tasks; None where it is no queue of the cluster.
+    """
+    mark = f'jobsync.{appname}.'
+    if queue.startswith(mark):
+        return ''
+    home, found, _ = queue.partition(f'.{mark}')
+    return home if found and home else None
+
+
+def is_of_cluster(queue: str, appname: str) -> bool:
+    """Whether a queue is one of a cluster's own, by its name."""
+    return home_of_queue(queue, appname) is not None
 
 
 def mark_key(appname: str) -> str:

@@ -14,7 +14,7 @@ from ..config import CoordinationConfig
 from ..environment import from_text
 from ..errors import ConfigurationError
 from ..job import Job
-from .routing import check_pins, node_queue
+from .routing import check_pins, old_node_queue
 
 __all__ = ['PluginSettings', 'combined']
 
@@ -83,7 +83,7 @@ class PluginSettings:
     def __post_init__(self) -> None:
         if self.node_name is not None:
             check_name(self.node_name)
-            node_queue(self.config.appname, self.node_name)  # says what is wrong with the name
+            old_node_queue(self.config.appname, self.node_name)  # says what is wrong with the name
         for name, least in (
             ('weight', 1e-6),
             ('wait_on_enter', 0),

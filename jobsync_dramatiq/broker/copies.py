@@ -8,7 +8,7 @@ from dramatiq import Message
 from dramatiq.common import q_name, xq_name
 
 from jobsync_core.worker.incoming import Refused, read_stamps
-from jobsync_core.worker.routing import HOME, HOPS, KEY, parked_queue
+from jobsync_core.worker.routing import HOME, HOPS, KEY, old_parked_queue
 
 from ..incoming import homes_in
 from .interface import Origins
@@ -45,7 +45,7 @@ def dead_letters(queue: str, data: bytes, appname: str, origins: Origins) -> str
     """
     if not queue.startswith('jobsync.'):
         return xq_name(q_name(queue))
-    return xq_name(origins.home_of_unreadable(homes_in(data)) or parked_queue(appname))
+    return xq_name(origins.home_of_unreadable(homes_in(data)) or old_parked_queue(appname))
 
 
 def copy_for(

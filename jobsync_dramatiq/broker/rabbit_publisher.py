@@ -20,7 +20,7 @@ from dramatiq.errors import ConnectionClosed
 from pika.exceptions import UnroutableError
 
 from jobsync_core.logs import get_logger
-from jobsync_core.worker.routing import parked_queue, unknown_queue
+from jobsync_core.worker.routing import old_parked_queue, unknown_queue
 
 from ..incoming import priority_of
 from .copies import copy_for, dead_letters, home_of
@@ -51,7 +51,7 @@ class RabbitPublisher:
         self._appname = appname
         self._origins = origins
         self._exchange = f'jobsync.{appname}'
-        self._parked, self._unknown = parked_queue(appname), unknown_queue(appname)
+        self._parked, self._unknown = old_parked_queue(appname), unknown_queue(appname)
         self._state = threading.local()
         #: Dead letters that this user may not write to.
         self._refused: set[str] = set()

@@ -20,7 +20,7 @@ from redis.exceptions import TimeoutError as RedisSilent
 from jobsync_core.logs import get_logger, shown
 from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused
-from jobsync_core.worker.routing import node_queue
+from jobsync_core.worker.routing import old_node_queue
 
 from ..errors import BrokerAway
 from ..incoming import read_message
@@ -178,7 +178,7 @@ class RedisWorkerBroker:
         messages.
         """
         owner, moved = broker_id(self._appname, node), 0
-        sources = self._keys.sources(node_queue(self._appname, node))
+        sources = self._keys.sources(old_node_queue(self._appname, node))
         for raw in self.native.client.smembers(sources):
             queue = text_of(raw)
             keys = [self._keys.taken(owner, queue), self._keys.queue(queue)]
@@ -241,7 +241,7 @@ class RedisWorkerBroker:
         found by the next one.
         """
         name = f'evacuation-{os.getpid()}'
-        self.join(name, node_queue(self._appname, name))
+        self.join(name, old_node_queue(self._appname, name))
 
     def places(self) -> Iterable[str]:
         """Names of this plugin's queues at Redis: there may be some that no table knows of."""

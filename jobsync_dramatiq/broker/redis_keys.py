@@ -12,7 +12,7 @@ from typing import Any
 
 from dramatiq.common import xq_name
 
-from jobsync_core.worker.routing import mark_key, node_queue
+from jobsync_core.worker.routing import mark_key, old_node_queue
 
 __all__ = ['MESSAGES', 'REDIS_ID', 'RedisKeys', 'broker_id', 'redis_id', 'text_of']
 
@@ -29,7 +29,7 @@ def broker_id(appname: str, node: str) -> str:
     """The id under which Redis keeps what a node has taken and not acknowledged; '|' ends it, so
     that none begins another.
     """
-    return f'{node_queue(appname, node)}|'
+    return f'{old_node_queue(appname, node)}|'
 
 
 def redis_id(message: Any) -> str:
@@ -56,7 +56,7 @@ class RedisKeys:
         self.signs = f'{space}:__heartbeats__'
         #: The cluster's mark.
         self.mark = f'{space}:{mark_key(appname)}'
-        self._nodes = f'{space}:{node_queue(appname, "")}'
+        self._nodes = f'{space}:{old_node_queue(appname, "")}'
 
     def queue(self, queue: str) -> str:
         """The list of a queue."""

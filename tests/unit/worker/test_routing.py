@@ -14,7 +14,11 @@ from jobsync_core.worker.routing import (
     KEY,
     Coordination,
     check_pins,
+    home_of_queue,
+    is_of_cluster,
     node_queue,
+    old_node_queue,
+    old_parked_queue,
     parked_queue,
     pin_locks,
     pin_route,
@@ -31,14 +35,42 @@ def once(**options: Any) -> ExactlyOnce:
 
 
 class TestNames:
-    def test_queues_carry_the_cluster_and_the_node(self) -> None:
-        assert node_queue('shop_', 'celery@host-1') == 'jobsync.shop_.celery@host-1'
-        assert parked_queue('shop_') == 'jobsync.shop_.parked'
+    def test_queues_carry_home_cluster_and_node(self) -> None:
+        assert node_queue('gpu', 'shop_', 'celery@host-1') == 'gpu.jobsync.shop_.celery@host-1'
+        assert parked_queue('gpu', 'shop_') == 'gpu.jobsync.shop_.parked'
+
+    def test_queues_of_the_old_layout_keep_their_names(self) -> None:
+        assert old_node_queue('shop_', 'celery@host-1') == 'jobsync.shop_.celery@host-1'
+        assert old_parked_queue('shop_') == 'jobsync.shop_.parked'
+        assert node_queue('', 'shop_', 'n1') == old_node_queue('shop_', 'n1')
+        assert parked_queue('', 'shop_') == old_parked_queue('shop_')
+
+    @pytest.mark.parametrize(
+        ('queue', 'home'),
+        [
+            ('gpu.jobsync.shop_.n1', 'gpu'),
+            ('a.b.jobsync.shop_.parked', 'a.b'),
+            ('gpu.jobsync.shop_.n1.XQ', 'gpu'),
+            ('gpu.jobsync.shop_.n.jobsync.shop_.x', 'gpu'),
+            ('jobsync.shop_.n1', ''),
+            ('jobsync.shop_.unknown', ''),
+            ('jobsync.shop_.n.jobsync.shop_.x', ''),
+            ('.jobsync.shop_.n1', None),
+            ('gpu.jobsync.other_.n1', None),
+            ('gpujobsync.shop_.n1', None),
+            ('gpu', None),
+            ('', None),
+        ],
+    )
+    def test_the_home_of_a_queue_is_in_its_name(self, queue: str, home: str | None) -> None:
+        assert home_of_queue(queue, 'shop_') == home
+        assert is_of_cluster(queue, 'shop_') is (home is not None)
 
     @pytest.mark.parametrize(
         'node',
         [
             'parked',
+            'nodes',
             'unrouted',
             'n1.unacked',
             'n1.unacked_index',
@@ -53,7 +85,14 @@ class TestNames:
         self, node: str
     ) -> None:
         with pytest.raises(ConfigurationError, match=r'node_name.*(another name|shorten)'):
-            node_queue('shop_', node)
+            node_queue('', 'shop_', node)
+        with pytest.raises(ConfigurationError, match=r'node_name.*(another name|shorten)'):
+            node_queue('gpu', 'shop_', node)
+
+    def test_a_name_that_the_home_queue_makes_too_long_names_both(self) -> None:
+        assert node_queue('h' * 223, 'shop_', 'n1')
+        with pytest.raises(ConfigurationError, match=r"queue .*hhh.*node_name='n1'.*241 bytes"):
+            node_queue('h' * 224, 'shop_', 'n1')
 
     def test_names_that_are_in_messages_stay(self) -> None:
         """Another version of the plugin has written them."""
