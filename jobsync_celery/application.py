@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jobsync_core.config import CoordinationConfig
 
 from .broker.broker import CeleryBroker
+from .broker.counting import CeleryCounter
 from .broker.forwarding import Forwarder
 from .broker.queues import Queues, driver_of
 from .broker.rabbit import RabbitBroker
@@ -124,6 +125,14 @@ class Application:
             return RedisBroker(self.app, self.queues, forwarder, route_of, carried, receiving)
         kind = RabbitBroker if self.driver == 'amqp' else CeleryBroker
         return kind(self.app, self.queues, forwarder, route_of)
+
+    def counter(self) -> CeleryCounter:
+        """Who counts what waits at the broker."""
+        if self.driver == 'redis':
+            from .redis.counting import RedisCounter
+
+            return RedisCounter(self.app, self.queues)
+        return CeleryCounter(self.app, self.queues)
 
 
 def _plain(app: Any) -> Any:

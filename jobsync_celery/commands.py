@@ -41,6 +41,8 @@ else:
         a command needs it.
         """
 
+        has_plugin = True
+
         def __init__(self, app: Celery) -> None:
             super().__init__()
             self._app = app

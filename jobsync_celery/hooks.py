@@ -140,6 +140,7 @@ class WorkerHooks:
                 application=application.name,
                 comes_back=True,
                 log=logger,
+                counter=application.counter(),
             ),
         )
         self._app.amqp.queues.select_add(application.queues.make(queue))

@@ -10,6 +10,7 @@ from celery import Celery
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.logs import shown
+from jobsync_core.worker.backlog import QueueCounter
 from jobsync_core.worker.lookup import OwnerLookup
 
 from .application import Application
@@ -110,3 +111,7 @@ class JobSync:
     def evacuable(self) -> CeleryBroker:
         """The broker, for `jobsync evacuate`."""
         return self._application.broker()
+
+    def countable(self) -> QueueCounter:
+        """The broker, for `jobsync backlog` and `jobsync purge`."""
+        return self._application.counter()

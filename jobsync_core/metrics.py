@@ -4,8 +4,8 @@ works while it is away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 from .job import Job
 
-__all__ = ['JobCollector', 'MessageCollector']
+__all__ = ['BacklogCollector', 'JobCollector', 'MessageCollector']
 
 #: Key of Job.local_status, name of the metric, what it is.
 _GAUGES = (
@@ -52,6 +52,33 @@ _COUNTERS = (
         'Calls of on_rebalance and on_release that took longer than a second',
     ),
 )
+#: Attribute of a queue's backlog, name of the metric, what it is.
+_BACKLOG = (
+    ('ready', 'jobsync_backlog_ready', 'Messages in a queue, and in those that nodes have for it'),
+    ('parked', 'jobsync_backlog_parked', 'Messages of a queue that no live node may take'),
+    (
+        'unacknowledged',
+        'jobsync_backlog_unacknowledged',
+        'Messages of a queue that workers have taken, where the broker tells',
+    ),
+    (
+        'delayed',
+        'jobsync_backlog_delayed',
+        'Messages of a queue that wait for their time, where the broker tells',
+    ),
+    (
+        'oldest_sec',
+        'jobsync_backlog_oldest_seconds',
+        'Age of the message of a queue that is next, where the broker tells',
+    ),
+)
+
+
+class Waiting(Protocol):
+    """What waits for one queue: an attribute for each of the gauges; None is not shown."""
+
+    @property
+    def queue(self) -> str: ...
 
 
 class JobCollector(Collector):
@@ -96,3 +123,26 @@ class MessageCollector(Collector):
         for event, number in sorted(self._counts().items()):
             family.add_metric([self._node, event], number)
         yield family
+
+
+class BacklogCollector(Collector):
+    """Gauges `jobsync_backlog_*` with the label `queue`, which is the queue that messages were
+    sent to.
+
+    Args:
+        latest: Gives the numbers that are known, without asking anybody.
+    """
+
+    def __init__(self, latest: Callable[[], Iterable[Waiting]]) -> None:
+        self._latest = latest
+
+    def collect(self) -> Iterator[Metric]:
+        """Called at each scrape."""
+        waiting = list(self._latest())
+        for name, metric, text in _BACKLOG:
+            family = GaugeMetricFamily(metric, text, labels=['queue'])
+            for each in waiting:
+                value = getattr(each, name)
+                if value is not None:
+                    family.add_metric([each.queue], value)
+            yield family

@@ -8,6 +8,7 @@ from dramatiq.middleware import Middleware
 
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
+from jobsync_core.worker.backlog import QueueCounter
 from jobsync_core.worker.node import node_status
 from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.settings import PluginSettings
@@ -15,6 +16,7 @@ from jobsync_core.worker.settings import PluginSettings
 from .actors import OPTIONS, ActorOptions, check_actor, read_settings
 from .broker.in_memory import InMemory, is_in_memory
 from .broker.interface import WorkerBroker
+from .broker.opening import open_counter
 from .consumer import GatedConsumer, WatchedConsumer
 from .errors import DeclarationRefused
 from .gate import WorkerGate
@@ -187,6 +189,15 @@ class JobSync(Middleware):
         broker = self.producer.broker
         broker.begin_evacuation()
         return broker
+
+    def countable(self) -> QueueCounter:
+        """The broker, for `jobsync backlog` and `jobsync purge`.
+
+        Raises:
+            ConfigurationError: The broker is neither of Redis nor of RabbitMQ, or there is none.
+        """
+        _ = self.producer  # one without a broker is refused here
+        return open_counter(self._broker, self.settings.config.appname)
 
     def local_status(self) -> dict[str, Any]:
         """The node as it sees itself, as plain values."""

@@ -24,6 +24,7 @@ from jobsync_core.worker.settings import PluginSettings
 from jobsync_core.worker.startup import wait_for_server
 
 from .broker.interface import WorkerBroker
+from .broker.opening import open_counter
 from .errors import BootFailed, BrokerAway, DeclarationRefused
 from .gate import WorkerGate
 from .hooks import Consumers, attach
@@ -127,6 +128,7 @@ class WorkerProcess:
                 on_tick=self._tick,
                 route=route_of,
                 log=logger,
+                counter=open_counter(self._native, self._settings.config.appname),
             ),
         )
 

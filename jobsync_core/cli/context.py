@@ -35,6 +35,9 @@ class Database:
     appname: str | None = None
     schema: str | None = None
 
+    #: Whether it belongs to an application, whose plugin `plugin` gives.
+    has_plugin = False
+
     def plugin(self) -> Any:
         """The application's plugin, for commands that need its broker.
 
@@ -42,8 +45,8 @@ class Database:
             JobSyncError: This program knows none.
         """
         raise JobSyncError(
-            'which broker? Use `celery -A proj jobsync evacuate`, or name the JobSync object: '
-            '--app MODULE:NAME'
+            'which broker? Use `celery -A proj jobsync …`, or name the JobSync object of the '
+            'application: --app MODULE:NAME, or JOBSYNC_APP'
         )
 
     def config(self) -> CoordinationConfig:

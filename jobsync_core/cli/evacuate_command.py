@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
-from typing import Any
 
 import click
 
-from ..errors import JobSyncError
 from ..worker.evacuation import evacuate
+from .application import app_option, plugin_of
 from .context import Database, database_options, printable
 
 __all__ = ['evacuate_command']
 
 
 @click.command('evacuate')
-@click.option(
-    '--app',
-    'place',
-    metavar='MODULE:NAME',
-    help='Where the JobSync object of the application is (not with `celery -A proj`).',
-)
 @click.option('--json', 'as_json', is_flag=True, help='Only the counts, as JSON.')
+@app_option
 @database_options
 @click.pass_obj
 def evacuate_command(database: Database, place: str | None, as_json: bool) -> None:
@@ -34,7 +25,7 @@ def evacuate_command(database: Database, place: str | None, as_json: bool) -> No
     Queues of live nodes are left alone, so stop the workers first to take the plugin out. It can be
     repeated at any time; the exit code is 2 while something was left behind.
     """
-    plugin = database.plugin() if place is None else _plugin_at(place)
+    plugin = plugin_of(database, place)
     broker = plugin.evacuable()
     try:
         done = evacuate(
@@ -69,23 +60,3 @@ def evacuate_command(database: Database, place: str | None, as_json: bool) -> No
         if not as_json:
             click.echo('not complete: see above; run it once more when that is over', err=True)
         raise SystemExit(2)
-
-
-def _plugin_at(place: str) -> Any:
-    module, _, name = place.partition(':')
-    if not module or not name or module.startswith('.'):
-        raise click.UsageError(f'--app {place!r}: give MODULE:NAME, such as proj:jobsync')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split('.'):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise JobSyncError(f'--app {place!r}: {error}') from None
-    if not hasattr(found, 'evacuable'):
-        raise JobSyncError(
-            f'--app {place!r} is a {type(found).__name__}: name the JobSync object of the '
-            'application'
-        )
-    return found

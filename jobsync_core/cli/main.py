@@ -21,6 +21,7 @@ from ..store.sessions import Sessions
 from ..store.status import StatusStore
 from ..store.tables import Tables
 from . import doctor, status_view
+from .backlog_commands import backlog_command, purge_command
 from .context import Database, Group, console, database_options, describe, printable
 from .evacuate_command import evacuate_command
 from .locks_commands import locks_group
@@ -324,6 +325,8 @@ def doctor_command(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
+jobsync.add_command(backlog_command)
 jobsync.add_command(evacuate_command)
 jobsync.add_command(locks_group)
+jobsync.add_command(purge_command)
 jobsync.add_command(simulate_command)

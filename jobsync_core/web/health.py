@@ -11,16 +11,17 @@ import re
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 from .. import clock
 from ..errors import ConfigurationError
 from ..job import Job
 from ..logs import get_logger
 
-__all__ = ['HealthServer', 'node_metrics', 'split_address']
+__all__ = ['HealthServer', 'backlog_metrics', 'node_metrics', 'split_address']
 
 logger = get_logger(__name__)
 
@@ -50,28 +51,46 @@ def split_address(address: object) -> tuple[str, int]:
     return found['name'] or found['six'] or '', int(found['port'])
 
 
-def node_metrics(job: Job, counts: Callable[[], Mapping[str, int]]) -> Callable[[], bytes] | None:
+def node_metrics(
+    job: Job, counts: Callable[[], Mapping[str, int]], waiting: Callable[[], Iterable[Any]] = tuple
+) -> Callable[[], bytes] | None:
     """What renders a node's metrics; None without the extra `metrics`.
 
     Args:
         job: The node.
         counts: Gives the adapter's counters by event.
+        waiting: Gives what waits for each queue, as far as it is known.
     """
     try:
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        from ..metrics import JobCollector, MessageCollector
+        from ..metrics import BacklogCollector, JobCollector, MessageCollector
     except ImportError:
         return None
+    return _rendered(
+        JobCollector(job), MessageCollector(job.node_name, counts), BacklogCollector(waiting)
+    )
+
+
+def backlog_metrics(waiting: Callable[[], Iterable[Any]]) -> Callable[[], bytes] | None:
+    """What renders what waits for each queue; None without the extra `metrics`."""
+    try:
+        from ..metrics import BacklogCollector
+    except ImportError:
+        return None
+    return _rendered(BacklogCollector(waiting))
+
+
+def _rendered(*collectors: Any) -> Callable[[], bytes]:
+    from prometheus_client import CollectorRegistry, generate_latest
+
     registry = CollectorRegistry()
-    registry.register(JobCollector(job))
-    registry.register(MessageCollector(job.node_name, counts))
+    for collector in collectors:
+        registry.register(collector)
     return lambda: generate_latest(registry)
 
 
 class HealthServer:
-    """Serves `/health/live`, `/health/ready` and `/metrics` from a thread of its own, until
-    `close()`. Forked children do not serve.
+    """Serves `/health/live`, `/health/ready`, `/metrics` and `/backlog` from a thread of its own,
+    until `close()`. Forked children do not serve.
 
     Args:
         address: Where to listen; port 0 picks a free one.
@@ -80,6 +99,8 @@ class HealthServer:
         metrics: Renders the metrics; None: the extra is not installed.
         live: Whether the node can still come back by itself; where it cannot, `/health/live`
             answers 503: restart the process.
+        backlog: Gives what waits for the queue that `/backlog?queue=NAME` names, or for all; None:
+            there is nobody who counts.
 
     Raises:
         ConfigurationError: The address is none, or cannot be listened on.
@@ -92,6 +113,7 @@ class HealthServer:
         ready: Callable[[], Mapping[str, object]],
         metrics: Callable[[], bytes] | None,
         live: Callable[[], bool] = lambda: True,
+        backlog: Callable[[str | None], Mapping[str, object]] | None = None,
     ) -> None:
         host, port = split_address(address)
 
@@ -99,6 +121,7 @@ class HealthServer:
             status = staticmethod(ready)
             is_live = staticmethod(live)
             render = staticmethod(metrics) if metrics is not None else None
+            count = staticmethod(backlog) if backlog is not None else None
 
         class Server(_Server):
             address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
@@ -212,6 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
     status: Callable[[], Mapping[str, object]]
     is_live: Callable[[], bool]
     render: Callable[[], bytes] | None
+    count: Callable[[str | None], Mapping[str, object]] | None
 
     def do_GET(self) -> None:
         path = self.path.partition('?')[0].rstrip('/')
@@ -236,13 +260,32 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(
                 200 if ready else 503, {'status': 'ready' if ready else 'not_ready', **found}
             )
+        if path == '/backlog' and self.count is not None:
+            return self._backlog(self.count)
         if path != '/metrics':
-            return _json(404, {'error': 'there are /health/live, /health/ready and /metrics'})
+            return _json(
+                404, {'error': 'there are /health/live, /health/ready, /metrics and /backlog'}
+            )
         if self.render is None:
             return _json(
                 501, {'error': "metrics need the extra: pip install 'jobsync-workers[metrics]'"}
             )
         return 200, _TEXT, self.render()
+
+    def _backlog(
+        self, count: Callable[[str | None], Mapping[str, object]]
+    ) -> tuple[int, str, bytes]:
+        given = parse_qs(self.path.partition('?')[2], keep_blank_values=True)
+        if set(given) - {'queue'} or len(given.get('queue', [])) > 1 or given.get('queue') == ['']:
+            return _json(400, {'error': 'ask for /backlog, or for /backlog?queue=NAME'})
+        try:
+            return _json(200, count(given['queue'][0] if given else None))
+        except Exception as error:  # whatever the broker's client raises
+            # Without its text, which may name an address with a password.
+            logger.warning('/backlog cannot be answered: %r', error)
+            return _json(
+                503, {'error': f'{type(error).__name__}; the log of the process tells more'}
+            )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith('do_'):  # any other method

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from .. import clock
@@ -17,6 +18,7 @@ from ..job import Job
 from ..ledger.cluster import UNCOORDINATED
 from ..logs import get_logger
 from ..protocol.effects import RebalanceEvent
+from .backlog import BacklogWatch, QueueCounter, read_backlog
 from .broker import Broker, Delivery
 from .consuming import SelfDrain
 from .duties.node import NodeDuties
@@ -70,6 +72,7 @@ class Framework:
         comes_back: A worker of the same name is the same node, so that it restores what its former
             life had taken.
         log: Where lines of the worker's life go.
+        counter: Counts what waits at the broker, for autoscalers and metrics.
     """
 
     kind: str
@@ -90,6 +93,7 @@ class Framework:
     application: str = ''
     comes_back: bool = False
     log: logging.Logger = field(default_factory=lambda: get_logger(__name__))
+    counter: QueueCounter | None = None
 
 
 class WorkerNode:
@@ -155,12 +159,22 @@ class WorkerNode:
 
         host, port = split_address(self._settings.http)
         port += port_offset if port else 0
-        job = self._job
+        job, counter = self._job, self._framework.counter
+        read = partial(read_backlog, counter, self._settings.config) if counter else None
+        watch = BacklogWatch(read) if read else None
         self._http = HealthServer(
             f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
             ready=self.ready,
             live=lambda: job.alive,
-            metrics=node_metrics(job, lambda: dict(self.gate.counts)),
+            metrics=node_metrics(
+                job,
+                lambda: dict(self.gate.counts),
+                # One node shows the numbers, which are those of all: they may be summed up.
+                lambda: (
+                    watch.latest() if watch is not None and job.local_status()['is_leader'] else ()
+                ),
+            ),
+            backlog=watch.answer if watch is not None else None,
         )
 
     def wait_for_database(self, check: Callable[[], object]) -> None:

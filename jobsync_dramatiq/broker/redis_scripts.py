@@ -17,6 +17,7 @@ __all__ = [
     'DROP_SOURCE',
     'FETCH',
     'PASS_ON',
+    'PURGE',
     'RESTORE',
     'ScriptConnection',
 ]
@@ -101,6 +102,20 @@ if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
     redis.call('zadd', KEYS[3], ARGV[2], ARGV[1])
     redis.call('hset', KEYS[3] .. MESSAGES, ARGV[1], ARGV[3])
 end
+"""
+)
+# KEYS: the queue; ARGV: how many at most. What was taken keeps its data.
+PURGE = (
+    _BEGIN
+    + """
+local count = 0
+for _ = 1, tonumber(ARGV[1]) do
+    local id = redis.call('lpop', KEYS[1])
+    if not id then break end
+    redis.call('hdel', KEYS[1] .. MESSAGES, id)
+    count = count + 1
+end
+return count
 """
 )
 # KEYS: names of the queues that a node takes from, what it has taken from this one; ARGV: the

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,43 @@ def test_a_worker_tells_of_itself(programs: Programs, port: int) -> None:
     programs.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(('127.0.0.1', port), 5)
+
+
+def test_what_waits_can_be_seen_and_deleted(programs: Programs, port: int) -> None:
+    for number in range(3):
+        programs.run(f"{CELERY} call shop.tasks.charge --args '[{number}, 1]' --queue later")
+
+    def run(words: str) -> dict[str, Any]:
+        text = programs.run(f'{CELERY} jobsync {words}')
+        found: dict[str, Any] = json.loads(text[text.index('\n{') :])
+        return found
+
+    later = run('backlog --queue later --json')
+    assert (later['known'], later['backlog'], later['parked']) == (True, 3, 0)
+    assert 'celery' in [each['queue'] for each in run('backlog --json')['queues']]
+    code, text = ask(port, '/backlog?queue=later')
+    assert (code, json.loads(text)['backlog']) == (200, 3)
+    eventually(lambda: 'jobsync_backlog_ready{queue="celery"} ' in ask(port, '/metrics')[1], 30)
+    assert run('purge later --yes --json')['home'] == 3
+    eventually(lambda: json.loads(ask(port, '/backlog?queue=later')[1])['backlog'] == 0, 30)
+    assert 'redis://' not in programs.run(f'{CELERY} jobsync backlog')
+
+
+def test_a_server_of_its_own_counts_while_no_worker_is_there(programs: Programs, port: int) -> None:
+    programs.end()
+    counting = programs.start(
+        f'{CELERY} jobsync backlog --http 127.0.0.1:{port}', 'serving /backlog'
+    )
+    assert json.loads(ask(port, '/backlog?queue=celery')[1])['backlog'] == 0
+    eventually(lambda: 'jobsync_backlog_ready{queue="celery"} 0.0' in ask(port, '/metrics')[1], 30)
+    programs.broker.stop()
+    try:
+        eventually(lambda: ask(port, '/backlog')[0] == 503, 30)
+        assert ask(port, '/health/ready')[0] == 200 == ask(port, '/metrics')[0]
+    finally:
+        programs.broker.start()
+    eventually(lambda: ask(port, '/backlog')[0] == 200, 30)
+    assert 'Traceback' not in counting.log
 
 
 def test_a_command_that_does_not_exist_is_refused_with_the_others_named(programs: Programs) -> None:

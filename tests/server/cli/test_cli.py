@@ -406,6 +406,15 @@ class TestLocks:
     def test_a_module_that_is_relative_is_none(self, run: Callable[..., Result]) -> None:
         assert 'MODULE:NAME' in bad(run('evacuate', '--app', '..:x'), 2)
 
+    @pytest.mark.parametrize('words', [('backlog',), ('purge', 'q', '--yes'), ('evacuate',)])
+    def test_a_command_that_needs_the_broker_says_how_to_name_it(
+        self, run: Callable[..., Result], words: tuple[str, ...]
+    ) -> None:
+        assert 'celery -A proj' in bad(run(*words)) and 'JOBSYNC_APP' in bad(run(*words))
+
+    def test_a_purge_that_prints_json_asks_nothing(self, run: Callable[..., Result]) -> None:
+        assert '--yes' in bad(run('purge', 'q', '--json'), 2)
+
     def test_clear_asks_first_and_no_means_no(self, rows: Rows, run: Callable[..., Result]) -> None:
         good(run('locks', 'add', 'a', 'x'))
         bad(run('locks', 'clear', '--all', input='n\n'))

@@ -77,13 +77,41 @@ def serve() -> Iterator[Callable[..., HealthServer]]:
         ready: Callable[[], Mapping[str, object]] = lambda: READY,
         metrics: Callable[[], bytes] | None = lambda: b'# none\n',
         address: str | int = '127.0.0.1:0',
+        backlog: Callable[[str | None], Mapping[str, object]] | None = None,
     ) -> HealthServer:
-        started.append(HealthServer(address, ready=ready, metrics=metrics))
+        started.append(HealthServer(address, ready=ready, metrics=metrics, backlog=backlog))
         return started[-1]
 
     yield start
     for server in started:
         server.close()
+
+
+class TestBacklog:
+    def test_one_queue_or_all(self, serve: Callable[..., HealthServer]) -> None:
+        server = serve(backlog=lambda queue: {'asked': queue})
+        assert ask(server, '/backlog').json == {'asked': None}
+        assert ask(server, '/backlog?queue=high%20prio').json == {'asked': 'high prio'}
+
+    @pytest.mark.parametrize('query', ['queue=', 'queue=a&queue=b', 'name=a', 'queue=a&x=1'])
+    def test_another_question_is_refused(
+        self, serve: Callable[..., HealthServer], query: str
+    ) -> None:
+        server = serve(backlog=lambda queue: {'asked': queue})
+        assert ask(server, f'/backlog?{query}').code == 400
+
+    def test_a_broker_that_is_away_is_no_empty_queue(
+        self, serve: Callable[..., HealthServer], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def away(queue: str | None) -> Mapping[str, object]:
+            raise ConnectionError('amqp://user:password@host is away')
+
+        answer = ask(serve(backlog=away), '/backlog?queue=a')
+        assert answer.code == 503
+        assert 'ConnectionError' in answer.json['error'] and b'password' not in answer.body
+
+    def test_a_server_without_a_broker_has_none(self, serve: Callable[..., HealthServer]) -> None:
+        assert ask(serve(), '/backlog').code == 404
 
 
 class TestAddress:

@@ -1,0 +1,72 @@
+"""What waits in queues, as a broker tells it through kombu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from jobsync_core.worker.backlog import QueueCount
+
+from .forwarding import CONNECT_SEC
+from .queues import Queues
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from kombu.connection import Connection
+
+__all__ = ['CeleryCounter']
+
+
+class CeleryCounter:
+    """Counts and empties queues, on a connection that is opened for each question.
+
+    Args:
+        app: The app.
+        queues: The cluster's.
+    """
+
+    #: The plugin's name.
+    kind = 'celery'
+
+    def __init__(self, app: Celery, queues: Queues) -> None:
+        self._app: Any = app
+        self._queues = queues
+
+    def homes(self) -> Iterable[str]:
+        """The queues that the app names."""
+        return [str(name) for name in self._app.amqp.queues if not self._queues.is_of_cluster(name)]
+
+    def count(self, queues: Sequence[str], nodes: Mapping[str, str]) -> Mapping[str, QueueCount]:
+        """What is ready in queues; AMQP does not tell what was taken."""
+        with self._connect() as connection:
+            found = {queue: _ready(connection, queue) for queue in queues}
+        return {queue: QueueCount(ready) for queue, ready in found.items() if ready is not None}
+
+    def purge(self, queue: str) -> int:
+        """Delete what is ready in a queue; how many messages. What was taken stays."""
+        with self._connect() as connection, connection.channel() as channel:
+            try:
+                return int(channel.queue_purge(queue) or 0)
+            except connection.channel_errors:
+                if _ready(connection, queue) is None:
+                    return 0
+                raise
+
+    @contextmanager
+    def _connect(self) -> Iterator[Connection]:
+        with self._app.connection_for_write(connect_timeout=CONNECT_SEC) as connection:
+            connection.connect()  # once: a channel would be tried for again and again
+            yield connection
+
+
+def _ready(connection: Connection, queue: str) -> int | None:
+    """How many messages are ready in a queue; None where there is none."""
+    # A channel of its own: RabbitMQ closes it where there is no such queue.
+    try:
+        with connection.channel() as channel:
+            return int(channel.queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors as error:
+        if getattr(error, 'code', None) == 404:
+            return None
+        raise
