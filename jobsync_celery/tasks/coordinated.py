@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 NO_STAMPS = Stamps()
-#: What `@app.task` understands of JobSync's; the last one is its own.
-_OPTIONS = ('jobsync_key', 'jobsync_pin', 'jobsync_arguments')
+#: What `@app.task` understands of JobSync's; the last two are its own.
+_OPTIONS = ('jobsync_key', 'jobsync_pin', 'jobsync_arguments', 'jobsync_dump')
 _STATES = (states.FAILURE, states.REJECTED)
 _LATE = ('acks_late', 'reject_on_worker_lost')
 
@@ -230,6 +230,10 @@ def watch_tasks(app: Celery) -> None:
     def task_from_fun(fun: Any, *args: Any, **options: Any) -> Any:
         if options.get('pydantic') is True:
             options['jobsync_arguments'] = staticmethod(_validator(app, fun, options))
+            options['jobsync_dump'] = {
+                'mode': 'json',
+                **(options.get('pydantic_dump_kwargs') or {}),
+            }
         return make(fun, *args, **options)
 
     def task(*args: Any, **options: Any) -> Any:

@@ -215,11 +215,16 @@ class _CeleryOnce(MessageOnce):
             or task.ignore_result
         ):
             return
-        if hasattr(task, 'jobsync_arguments') and hasattr(result, 'model_dump'):
-            return  # Celery makes plain values of it
+        result = self.as_sent(result)
         # Redis is no KeyValueStoreBackend; all of Celery's own encode what they store.
         if isinstance(task.backend, Backend) and not isinstance(task.backend, DisabledBackend):
             task.backend.encode(task.backend.prepare_value(result))
+
+    def as_sent(self, result: Any) -> Any:
+        # As Celery does with what a task with `pydantic=True` returns.
+        options = getattr(current_task, 'jobsync_dump', None)
+        dump = getattr(result, 'model_dump', None)
+        return dump(**options) if options is not None and dump is not None else result
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         task, request = current_task, _request()

@@ -115,6 +115,7 @@ def exactly_once(
     ledger: Callable[[], Ledger] = current_ledger,
     completes: Callable[[Execution, BaseException], bool] | None = None,
     check_result: Callable[[Any], object] | None = None,
+    as_sent: Callable[[Any], Any] | None = None,
     named_later: bool = False,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster:
@@ -138,8 +139,8 @@ def exactly_once(
             raises ExecutionRunning; so does 'requeue', which a queue's adapter translates: the
             message comes back later.
         store_result: Store what the function returns, as JSON; it comes back equal, tuples as
-            tuples. What is no JSON, or longer than 1 MB, is not stored: a warning says so once, and
-            duplicates get None.
+            tuples; dates, times, Decimal, UUID and bytes too. What else is no JSON, or is longer
+            than 1 MB, is not stored: a warning says so once, and duplicates get None.
         scope: What keys begin with. The default, the function's qualified name, keeps two functions
             apart that use the same key; '' lets them share it. Whoever renames or moves the
             function gives the old name here, or all of its keys are forgotten. It is required where
@@ -152,8 +153,10 @@ def exactly_once(
         ledger: For adapters: gives the ledger of the call.
         completes: For adapters: tells of an exception that ended the function whether the key is
             complete by it.
-        check_result: For adapters: called with a result that the ledger does not store; what it
-            raises fails the attempt.
+        check_result: For adapters: called with a result that is not plain JSON in the ledger; what
+            it raises fails the attempt.
+        as_sent: For adapters: makes of what the function returned what the framework sends; that is
+            stored.
         named_later: For adapters: the function gets a name, which is its scope, from
             `ExactlyOnce.adopt`.
 
@@ -182,6 +185,7 @@ def exactly_once(
             ledger,
             completes,
             check_result,
+            as_sent,
             named_later,
         )
         wrapper = (

@@ -56,6 +56,7 @@ class ExactlyOnce:
         ledger: Gives the ledger of a call.
         completes: Tells of an exception that ended the function whether the key is complete by it.
         check_result: Raises where the caller of the function cannot be given what it returned.
+        as_sent: Makes of what the function returned what the caller is given.
 
     Raises:
         ConfigurationError: A value cannot work.
@@ -75,6 +76,7 @@ class ExactlyOnce:
         ledger: Callable[[], Ledger] = current_ledger,
         completes: Callable[[Execution, BaseException], bool] | None = None,
         check_result: Callable[[Any], object] | None = None,
+        as_sent: Callable[[Any], Any] | None = None,
         named_later: bool = False,
     ) -> None:
         self.name = name_of(function)
@@ -110,6 +112,7 @@ class ExactlyOnce:
         self.ledger = ledger
         self.completes = completes
         self.check_result = check_result
+        self.as_sent = as_sent
         self.has_key = key is not None
         self._warned = False
         self._make = (
@@ -289,12 +292,16 @@ class ExactlyOnce:
             self._check(result)
             return
         try:
-            execution.result = result
+            execution.result = self.as_sent(result) if self.as_sent is not None else result
         except ConfigurationError as error:
-            self._check(result)  # what the ledger can store, a caller can be given
+            self._check(result)
             if not self._warned:
                 self._warned = True
                 logger.warning('function=%s completes without its results: %s', self.name, error)
+        else:
+            # Any framework sends what is plain JSON.
+            if not execution.is_plain:
+                self._check(result)
 
     def _check(self, result: Any) -> None:
         if self.check_result is not None and result is not None:

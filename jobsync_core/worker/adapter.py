@@ -179,6 +179,7 @@ class MessageOnce(ABC):
                 ledger=self.ledger,
                 completes=self.completes,
                 check_result=self.check_result,
+                as_sent=self.as_sent,
                 named_later=True,
             )(function)
             made.append(vars(wrapper)['exactly_once'])
@@ -239,9 +240,13 @@ class MessageOnce(ABC):
         return result
 
     def check_result(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to check
-        """Called with a result that the ledger does not store, before the key is complete. What
-        this raises fails the attempt.
+        """Called with a result that is not plain JSON in the ledger, before the key is complete.
+        What this raises fails the attempt.
         """
+
+    def as_sent(self, result: Any) -> Any:
+        """What the framework sends for what a function returned: the ledger stores that."""
+        return result
 
     def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         if not self.is_processing() or not self._is_own(options):

@@ -533,11 +533,21 @@ class TestResultsThatCannotBeSent:
         in_worker(task)
         assert ledger.ends == ['done None']
 
-    def test_what_the_backend_can_store_is_no_fault(self, app: Celery, ledger: Recording) -> None:
-        """A datetime is no JSON of the ledger's, but of Celery's."""
+    def test_what_celery_s_json_carries_is_stored(self, app: Celery, ledger: Recording) -> None:
         task = app.task(name='when', shared=False)(exactly_once(key='d:{n}', scope='')(when))
         assert in_worker(task) == when(3)
-        assert ledger.ends == ['done None']
+        assert ledger.ends == [f'done {when(3)}']
+
+    def test_what_the_ledger_stores_and_the_backend_cannot_is_a_fault(
+        self, app: Celery, ledger: Recording
+    ) -> None:
+        def pairs(n: int) -> Any:
+            return {(1, 2): n}
+
+        task = app.task(name='pairs', shared=False)(exactly_once(key='d:{n}', scope='')(pairs))
+        with pytest.raises(EncodeError):
+            in_worker(task)
+        assert [end.partition(' ')[0] for end in ledger.ends] == ['failed']
 
 
 def odd(n: int) -> Any:

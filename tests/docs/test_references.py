@@ -82,6 +82,7 @@ def test_the_usage_guide_names_every_option_of_exactly_once() -> None:
             'ledger',
             'completes',
             'check_result',
+            'as_sent',
             'named_later',
         )
     ]
