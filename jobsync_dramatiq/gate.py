@@ -151,17 +151,17 @@ class WorkerGate:
     def _requeue(self, source: QueueConsumer, also: Callable[[Any], bool]) -> int:
         with self._lock:
             found = [
-                (message, note)
+                (message, note, number in self._begun)
                 for number, message in self._in_hand.items()
                 if (note := note_of(message)) is not None
                 and note.source is source
                 and not note.sent_on
                 and (number not in self._begun or also(message))
             ]
-            for _, note in found:
+            for _, note, _ in found:
                 note.sent_on = True
-        for message, _ in found:
-            source.requeue(message)
+        for message, _, begun in found:
+            source.requeue(message, begun)
         if found:
             self.count('returned', len(found))
         return len(found)

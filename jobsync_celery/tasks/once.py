@@ -10,6 +10,7 @@ A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from celery import current_task, states
@@ -69,6 +70,12 @@ class _CeleryOnce(MessageOnce):
     def is_processing(self) -> bool:
         request = _request()
         return request is not None and not request.called_directly
+
+    def came_before(self) -> bool:
+        request = _request()
+        place = getattr(request, 'delivery_info', None)
+        redelivered = isinstance(place, Mapping) and place.get('redelivered') is True
+        return redelivered or _waits(request) > 0
 
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         return options_of(current_task) is options

@@ -215,6 +215,12 @@ class MessageOnce(ABC):
         """Whether the function was called for a message, and not by the user's own code."""
         return self.message_id() is not None
 
+    @abstractmethod
+    def came_before(self) -> bool:
+        """Whether the message that is being processed may have been processed before: its broker
+        delivers it again, or it has come back.
+        """
+
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         """Whether these are the options of the very task that the message is for."""
         return True
@@ -263,7 +269,9 @@ class MessageOnce(ABC):
                 raise error
             self.replay(error)
             return error.result if options.on_duplicate == 'result' else None
-        if isinstance(error, ExecutionRunning) and options.on_running != 'requeue':
+        # What runs may be this very message's, on a worker that is dead and not known to be yet.
+        other = isinstance(error, ExecutionRunning) and not self.came_before()
+        if other and options.on_running != 'requeue':
             if options.on_running == 'skip':
                 return None
             raise error

@@ -125,8 +125,8 @@ class RabbitQueueConsumer:
         else:
             self._settle(message, partial(self._channel.basic_nack, requeue=False))
 
-    def requeue(self, message: Any) -> None:
-        """Requeue a message."""
+    def requeue(self, message: Any, begun: bool = False) -> None:
+        """Requeue a message. RabbitMQ says of each that it came before."""
         self._settle(message, partial(self._channel.basic_nack, requeue=True))
 
     def pause(self) -> None:

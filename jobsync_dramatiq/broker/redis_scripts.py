@@ -16,6 +16,7 @@ __all__ = [
     'DELETE',
     'DROP_SOURCE',
     'FETCH',
+    'MARK',
     'PASS_ON',
     'RESTORE',
     'ScriptConnection',
@@ -100,6 +101,15 @@ if redis.call('srem', KEYS[1], ARGV[1]) > 0 then
     redis.call('hdel', KEYS[2] .. MESSAGES, ARGV[1])
     redis.call('zadd', KEYS[3], ARGV[2], ARGV[1])
     redis.call('hset', KEYS[3] .. MESSAGES, ARGV[1], ARGV[3])
+end
+"""
+)
+# KEYS: as for FETCH; ARGV: id, data.
+MARK = (
+    _BEGIN
+    + """
+if redis.call('sismember', KEYS[1], ARGV[1]) > 0 then
+    redis.call('hset', KEYS[2] .. MESSAGES, ARGV[1], ARGV[2])
 end
 """
 )

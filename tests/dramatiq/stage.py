@@ -52,8 +52,8 @@ class FakeConsumer:
     def nack(self, message: Any) -> None:
         self._log.append(f'nack {message.queue_name}')
 
-    def requeue(self, message: Any) -> None:
-        self._log.append('requeue')
+    def requeue(self, message: Any, begun: bool = False) -> None:
+        self._log.append('requeue begun' if begun else 'requeue')
 
     def pause(self) -> None:
         self._log.append('pause')
