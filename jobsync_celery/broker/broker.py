@@ -26,8 +26,8 @@ __all__ = ['CeleryBroker', 'RouteOf']
 
 
 class RouteOf(Protocol):
-    """Makes the route of a message: None where its task is not coordinated, a reason where it can
-    have none. Raises nothing.
+    """Makes the route of a message: None where its task has no affinity or is not coordinated, a
+    reason where it can have none. Raises nothing.
     """
 
     def __call__(

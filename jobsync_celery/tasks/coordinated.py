@@ -17,6 +17,7 @@ from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.worker.affinity import check_affinity
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.misspelt import misspelt
 
@@ -68,6 +69,9 @@ def prepare_task(task: Any) -> None:
     """
     _check(_run_of(task), task.name)
     once = once_of(_run_of(task))
+    check_affinity(
+        task.name, once, {option: getattr(task, option, None) for option in _OPTIONS[:2]}
+    )
     if once is not None:
         once.adopt(task.name)
     for option in _LATE:
@@ -314,8 +318,8 @@ class Tasks(CoordinatedTasks):
         message_id: object,
         stamps: Stamps = NO_STAMPS,
     ) -> str | Refused | None:
-        """The route of a message: None where its task is not coordinated, a reason where it can
-        have none. Raises nothing.
+        """The route of a message: None where its task has no affinity or is not coordinated, a
+        reason where it can have none. Raises nothing.
 
         Args:
             name: The task's name.

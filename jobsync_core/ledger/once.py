@@ -117,6 +117,7 @@ def exactly_once(
     check_result: Callable[[Any], object] | None = None,
     as_sent: Callable[[Any], Any] | None = None,
     named_later: bool = False,
+    affinity: bool | None = None,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster:
     `@exactly_once(key='order:{order_id}')`.
@@ -159,6 +160,8 @@ def exactly_once(
             stored.
         named_later: For adapters: the function gets a name, which is its scope, from
             `ExactlyOnce.adopt`.
+        affinity: For adapters: whether messages of the task go to the owner of their key; None: as
+            the settings say.
 
     Raises:
         ConfigurationError: At decoration: an option cannot work, the key names an argument that the
@@ -187,6 +190,7 @@ def exactly_once(
             check_result,
             as_sent,
             named_later,
+            affinity,
         )
         wrapper = (
             _async_wrapper(function, options) if is_async(function) else _wrapper(function, options)

@@ -49,6 +49,8 @@ class ExactlyOnce:
         store_result: Whether results are stored.
         scope: What keys begin with; None is the function's qualified name, '' nothing.
         named_later: A framework gives the function a name, which is the scope then: see `adopt`.
+        affinity: False: messages of the task run where they are taken; True: on the owner of their
+            key; None: as the framework's settings say.
         default_key: Gives the key where `key` is None: the id of the message that is being
             processed.
         refuse: Called with these options, an error and whether the function ran, instead of raising
@@ -78,6 +80,7 @@ class ExactlyOnce:
         check_result: Callable[[Any], object] | None = None,
         as_sent: Callable[[Any], Any] | None = None,
         named_later: bool = False,
+        affinity: bool | None = None,
     ) -> None:
         self.name = name_of(function)
         self.retention_sec = retention_seconds(retention)
@@ -93,6 +96,11 @@ class ExactlyOnce:
             raise ConfigurationError(
                 f'store_result={store_result!r} of {self.name}: give True or False'
             )
+        if affinity is not None and not isinstance(affinity, bool):
+            raise ConfigurationError(
+                f'affinity={affinity!r} of {self.name}: give True or False, or None for what the '
+                'settings say'
+            )
         if on_duplicate == 'result' and not store_result:
             raise ConfigurationError(
                 f"on_duplicate='result' of {self.name} needs store_result=True"
@@ -105,6 +113,7 @@ class ExactlyOnce:
         self.on_duplicate = on_duplicate
         self.on_running = on_running
         self.store_result = store_result
+        self.affinity = affinity
         self.scope = self.name if scope is None else scope
         self._is_scoped = scope is not None
         self._task: str | None = None

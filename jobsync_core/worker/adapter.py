@@ -18,6 +18,7 @@ from ..ledger.execution import Execution, running
 from ..ledger.interface import Ledger
 from ..ledger.limits import DEFAULT_RETENTION
 from ..ledger.once import ExactlyOnce
+from .affinity import has_affinity
 from .routing import Coordination
 from .settings import PluginSettings
 
@@ -120,14 +121,24 @@ class CoordinatedTasks:
                 f"{name}: jobsync_pin={task.pin!r} is empty: give at least one pattern ('%' "
                 'matches every node), or None for no pin'
             )
-        pin = task.pin if task.pin is not None else self._settings.pins.get(name)
+        given = self._settings.pins.get(name)
+        pin = task.pin if task.pin is not None else given
         everything = self._settings.coordinate == 'all' and not task.internal
         if task.once is None and task.key is None and pin is None and not everything:
             return None
+        places = {'jobsync_key': task.key, 'jobsync_pin': task.pin, f'pins[{name!r}]': given}
+        affinity = has_affinity(name, task.once, places, self._settings)
         if task.once is not None:
             task.once.adopt(name)
         return Coordination(
-            name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare
+            name,
+            task.function,
+            task.once,
+            task.key,
+            pin,
+            self._settings.pin_slots,
+            task.prepare,
+            affinity,
         )
 
 
@@ -143,6 +154,7 @@ class MessageOnce(ABC):
         on_running: str = 'requeue',
         store_result: bool = True,
         scope: str | None = None,
+        affinity: bool | None = None,
     ) -> Callable[[F], F]:
         """Make a task (an actor) complete once per key: put it below the framework's own decorator.
 
@@ -157,6 +169,8 @@ class MessageOnce(ABC):
                 'skip' returns None, 'raise' raises ExecutionRunning.
             store_result: Store what the function returns, as JSON.
             scope: What keys begin with; default: the task's (the actor's) name.
+            affinity: False: a message runs where it is taken from its queue; True: on the node that
+                owns its key; default: as the setting `affinity` says.
 
         Raises:
             ConfigurationError: An option cannot work.
@@ -181,6 +195,7 @@ class MessageOnce(ABC):
                 check_result=self.check_result,
                 as_sent=self.as_sent,
                 named_later=True,
+                affinity=affinity,
             )(function)
             made.append(vars(wrapper)['exactly_once'])
             return wrapper
