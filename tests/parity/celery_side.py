@@ -281,10 +281,17 @@ _LIMITS = ('hard_limit',)  # a hard limit needs processes
 _NO_LIMITS = (*_LIMITS, 'soft_limit', 'soft_limit_call')
 _DEAD = Exchange('dead', type='fanout')
 _DEAD_ARGUMENTS = {'x-dead-letter-exchange': 'dead'}
+_DEAD_QUEUES = {
+    'task_queues': [
+        Queue('celery', Exchange('celery'), routing_key='celery', queue_arguments=_DEAD_ARGUMENTS),
+        Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
+        Queue('dead.XQ', _DEAD),
+    ]
+}
 _AMQP, _REDIS = ('rabbitmq',), ('redis',)
 
 CONFIGURATIONS = [
-    Configuration('default', modes=('idle', 'all', 'once')),
+    Configuration('default', modes=('idle', 'all', 'once', 'free')),
     Configuration('threads', options=('-P', 'threads'), without=_NO_LIMITS, modes=('all', 'once')),
     Configuration(
         'solo', options=('-P', 'solo'), without=(*_NO_LIMITS, 'reject_requeue'), soak=True
@@ -431,21 +438,19 @@ CONFIGURATIONS = [
     ),
     Configuration(
         'dead letters',
-        {
-            'task_queues': [
-                Queue(
-                    'celery',
-                    Exchange('celery'),
-                    routing_key='celery',
-                    queue_arguments=_DEAD_ARGUMENTS,
-                ),
-                Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
-                Queue('dead.XQ', _DEAD),
-            ]
-        },
+        _DEAD_QUEUES,
         options=('-Q', f'celery,{OTHER_QUEUE}'),
         brokers=_AMQP,
         kinds=(*_FEW, 'other_queue'),
+    ),
+    Configuration(
+        'dead letters of what is rejected',
+        _DEAD_QUEUES,
+        options=('-Q', f'celery,{OTHER_QUEUE}'),
+        brokers=_AMQP,
+        kinds=('plain', 'reject', 'reject_requeue', 'other_queue'),
+        modes=('free',),
+        left={'dead.XQ': 1},
     ),
 ]
 
