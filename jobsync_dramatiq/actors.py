@@ -18,6 +18,7 @@ from jobsync_core.logs import Repeats, get_logger, shown
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.worker.affinity import check_affinity
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
+from jobsync_core.worker.misspelt import said_elsewhere
 from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
 from jobsync_core.worker.settings import PluginSettings, combined
 
@@ -108,7 +109,8 @@ class _Known(set[str]):
         unknown = set(given).difference(self)
         for name in sorted(unknown):
             if str(name).startswith('jobsync'):
-                raise DeclarationRefused(f'unknown actor option {name!r}{_near(name, self._ours)}')
+                hint = said_elsewhere(name) or _near(name, self._ours)
+                raise DeclarationRefused(f'unknown actor option {name!r}{hint}')
         return unknown
 
 

@@ -20,7 +20,7 @@ from dramatiq.errors import ConnectionClosed
 from pika.exceptions import UnroutableError
 
 from jobsync_core.logs import get_logger
-from jobsync_core.worker.routing import parked_queue, unknown_queue
+from jobsync_core.worker.routing import WAITS, parked_queue, unknown_queue
 
 from ..incoming import priority_of
 from .copies import copy_for, dead_letters, home_of
@@ -63,7 +63,10 @@ class RabbitPublisher:
             ConnectionClosed: It is not known to be there.
         """
         own = queue.startswith(f'{self._exchange}.')
-        self._publish(self._exchange if own else '', queue, copy_for(queue, message, route, hops))
+        copy = copy_for(queue, message, route, hops)
+        if getattr(message, 'redelivered', False):
+            copy.options.setdefault(WAITS, 1)  # RabbitMQ does not say of a copy that it came before
+        self._publish(self._exchange if own else '', queue, copy)
 
     def bury(self, message: Any) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue.

@@ -223,7 +223,6 @@ class TestDeclaration:
     def test_a_contradiction_is_refused_where_it_is_written(
         self, app: Celery, options: dict[str, Any]
     ) -> None:
-        app.finalize()
         with pytest.raises(ConfigurationError, match=r'^pay: jobsync_.* take out one of the two$'):
             app.task(name='pay', shared=False, **options)(
                 exactly_once(key='{n}', affinity=False)(_pay)

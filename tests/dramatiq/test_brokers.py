@@ -816,6 +816,19 @@ class TestRabbit:
         eventually(parked, 10)
         assert node.take(N2) is None
 
+    def test_what_is_passed_on_says_still_that_it_came_before(self, rabbit: Place) -> None:
+        node, two = rabbit.node('n1'), rabbit.node('n2')
+        consumer = node.consume(N1, 10, 50)
+        rabbit.put(node, N1)
+        first = next_of(consumer)
+        node.send(first, N2, None)
+        in_thread(lambda: consumer.requeue(first))
+        again = next_of(consumer)
+        node.send(again, N2, None)
+        found = rabbit.take_all(two, N2)
+        assert [read_stamps(each.options).waits for each in found] == [0, 1]
+        consumer.close([])
+
     def test_a_producer_that_is_the_first_of_all_loses_nothing(self, rabbit: Place) -> None:
         producer = rabbit.producer()
         rabbit.put(producer, N2)  # nobody has made the exchange
