@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from celery.exceptions import Ignore
 from celery.worker import state
 
 from jobsync_celery import JobSync, exactly_once
+from jobsync_celery.broker.broker import CeleryBroker
+from jobsync_celery.broker.queues import Queues
 from jobsync_celery.gate.delivery import Note
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.config import CoordinationConfig
@@ -160,6 +163,17 @@ def test_without_the_fence_the_check_fails(
     remove(monkeypatch)
     with bench(monkeypatch) as stage, pytest.raises(AssertionError):
         check(stage)
+
+
+@pytest.mark.parametrize('queue', ['jobsync.shop_.n2', 'jobsync.shop_.parked'])
+def test_in_another_s_queue_or_the_parked_one_its_place_is_home(stage: Bench, queue: str) -> None:
+    """What survivors do with a dead node's queue, and with what is parked."""
+    queues: Any = Queues(stage.app, 'memory', 'shop_')
+    broker = CeleryBroker(stage.app, queues, SimpleNamespace(), stage.tasks.route_of)  # type: ignore[arg-type]  # it forwards nothing
+    for message, route in ((anywhere('other', 2), None), (Message('other', 2), 'other')):
+        message.headers[HOME] = 'celery'
+        message.delivery_info = {'exchange': '', 'routing_key': queue}
+        assert broker.address_of(message) == (route, 'celery')
 
 
 class TestProducer:
