@@ -80,6 +80,12 @@ def _revoked(sender: Sender) -> Mapping[str, Any]:
     return {'': result}
 
 
+def _dead_letter(sender: Sender) -> Mapping[str, Any]:
+    with sender.app.connection_for_write() as connection:
+        Queue('graveyard', _DEAD)(connection.default_channel).declare()
+    return {'': sender.send('rejecting', 'dead_letter')}
+
+
 def _chain(sender: Sender) -> Mapping[str, Any]:
     return {
         '': chain(
@@ -245,6 +251,7 @@ KINDS = [
     _kind('replace', _replace, 2, 'SUCCESS instead'),
     _kind('ignore', _one('ignoring'), 1, ''),
     _kind('reject', _one('rejecting'), 1, ''),
+    _kind('dead_letter', _dead_letter, 1, '', brokers=('rabbitmq',)),
     _kind('reject_requeue', _one('rejecting_once'), 2, 'SUCCESS'),
     _kind('by_name', _by_name, 1, 'SUCCESS 3'),
     _kind('same_id', _same_id, 2, 'SUCCESS 1', modes=_ALL_BUT_ONCE),
@@ -448,9 +455,9 @@ CONFIGURATIONS = [
         _DEAD_QUEUES,
         options=('-Q', f'celery,{OTHER_QUEUE}'),
         brokers=_AMQP,
-        kinds=('plain', 'reject', 'reject_requeue', 'other_queue'),
+        kinds=('plain', 'dead_letter', 'reject_requeue', 'other_queue'),
         modes=('free',),
-        left={'dead.XQ': 1},
+        left={'graveyard': 1},
     ),
 ]
 
