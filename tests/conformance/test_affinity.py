@@ -34,11 +34,7 @@ _PLACED = ('routed', 'reveal')
 
 def _behind_a_long_task(cluster: Cluster, task: str) -> float:
     """Seconds until twelve short tasks have ended that were sent while a long one ran."""
-    for name in _WORKERS:
-        cluster.launch(name, concurrency=1, **cluster.adapter.one_at_a_time)
-    for name in _WORKERS:
-        cluster[name].wait_ready()
-    cluster.settle()
+    cluster.start(*_WORKERS, concurrency=1, **cluster.adapter.one_at_a_time)
     cluster.send(task, 0, _LONG_SEC)
     letter = task[0]
     eventually(lambda: cluster.notes.of('start'), 20)
@@ -72,9 +68,7 @@ def test_what_a_killed_worker_was_running_completes_once(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
     cluster = make_cluster(setup)
-    for name in _WORKERS:
-        cluster.launch(name, concurrency=1, **cluster.adapter.one_at_a_time)
-    cluster.start(settle=True)
+    cluster.start(*_WORKERS, concurrency=1, **cluster.adapter.one_at_a_time)
     cluster.send('loose', 0, 3)
     eventually(lambda: cluster.notes.of('start'), 20)
     for n in range(1, _SHORT_ONES + 1):
