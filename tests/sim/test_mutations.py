@@ -422,12 +422,14 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
 def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
     original = HandOver.refreshed
 
-    def mutated(self: HandOver, reply: RefreshReply, life: Life, now: float) -> None:
+    def mutated(
+        self: HandOver, reply: RefreshReply, life: Life, claimable: TokenSet, now: float
+    ) -> None:
         segments = tuple(
             replace(s, moving_to=life.name) if s.moving and s.moving_to is None else s
             for s in reply.segments
         )
-        original(self, replace(reply, segments=segments), life, now)
+        original(self, replace(reply, segments=segments), life, claimable, now)
 
     patch.setattr(HandOver, 'refreshed', mutated)
 
