@@ -248,7 +248,7 @@ def unsettled(world: World) -> str | None:
     members = store.members()
     present = cut_by_group(store.segments, store.total_tokens)
     for name, group in store.groups.items():
-        receivers = {m.name for m in members if m.state == 'active' and group in m.groups}
+        receivers = {m.name: m.weight for m in members if m.state == 'active' and group in m.groups}
         rows = present.get(group, [])
         ring = {token: row for row in rows for token in range(row.lo, row.hi)}
         first = group * GROUP_SPAN
@@ -262,7 +262,7 @@ def unsettled(world: World) -> str | None:
 def _unsettled_ring(
     world: World,
     group: str,
-    receivers: Set[str],
+    receivers: Mapping[str, float],
     ring: Mapping[int, Segment],
     claimable: Mapping[int, SimNode],
 ) -> str | None:
@@ -283,7 +283,7 @@ def _unsettled_ring(
             return f'token {token} is still moving: {segment}'
         patterns = locks.get(token, [])
         if len(patterns) == 1:
-            allowed = eligible(patterns[0], receivers)
+            allowed = eligible(patterns[0], [*receivers])
             if segment.node is None and not allowed and segment.blocked:
                 continue
             if segment.node not in allowed:
@@ -296,4 +296,9 @@ def _unsettled_ring(
             return f'token {token} belongs to {segment.node}, which takes no part'
         if token not in claimable:
             return f'token {token} of {segment.node} is claimed by nobody'
+    whole = sum(receivers.values())
+    for name, weight in receivers.items() if not locks else ():
+        count = sum(row.node == name for row in ring.values())
+        if abs(count - store.total_tokens * weight / whole) >= 1 + 1e-9:
+            return f'{name} with weight {weight:g} of {whole:g} has {count} tokens'
     return None

@@ -17,7 +17,7 @@ from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent,
 from jobsync_core.protocol.messages import Reply, Request
 from jobsync_core.protocol.messages.connection import Connect, ConnectReply
 from jobsync_core.protocol.messages.handover import Give, Refresh, Take
-from jobsync_core.protocol.messages.leadership import Evict, Lead, StepDown
+from jobsync_core.protocol.messages.leadership import Evict, Lead, RoundReply, StepDown
 from jobsync_core.protocol.messages.membership import HeartbeatReply, Leave
 from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
 from jobsync_core.protocol.ownership import Ownership
@@ -172,6 +172,7 @@ class SimNode:
         self._release_free_at = 0.0
         self._recent: deque[float] = deque(maxlen=_MOST_REQUESTS)
         self._failing_since: float | None = None
+        self._writes_plan = False  # in pieces, each of which takes a request
         self.op_timeout = max(0.5, min(settings.interval, settings.timeout / 5))
         self.connect_timeout = self.op_timeout
 
@@ -274,7 +275,8 @@ class SimNode:
                 f'no-spin: {self} sent {_MOST_REQUESTS} requests within {now - recent[0]:.3f} s, '
                 f'last {request}'
             )
-        recent.append(now)
+        if not (self._writes_plan and isinstance(request, (Lead, Refresh))):
+            recent.append(now)
         self.sent[type(request).__name__] += 1
         if (
             isinstance(request, (Take, Give, Evict, Lead, StepDown))
@@ -327,6 +329,8 @@ class SimNode:
                 self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout
             )
         self._failing_since = None
+        if isinstance(reply, RoundReply):
+            self._writes_plan = reply.more
         self.world.trace(self, 'hears', reply)
         self.protocol.reply(request, reply, self.local())
         self._run_effects()

@@ -471,8 +471,9 @@ def enrolling(run: Run) -> None:
     network.slow = rng.choice((0.0, 0.1))
     network.lost_reply = network.late = rng.choice((0.0, 0.05))
     network.lost_notification = rng.choice((0.0, 0.3, 1.0))
-    for time in _times(run, start * 0.3, 3 * TIMEOUT, 12, 4):
+    for time in _times(run, start * 0.3, 3 * TIMEOUT, 8, 4):
         run.at(time, run.enroll)
+        run.at(time + rng.random() * 0.05, run.enroll)  # perhaps while a plan is being written
     for time in _times(run, start, 2.5 * TIMEOUT, 3, 0):
         run.at(
             time,
@@ -528,6 +529,9 @@ def forgotten(run: Run) -> None:
     _with_groups(run)
     start = _cluster(run)
     rng = run.world.rng
+    who = rng.choice(('promoted', 'failed over', 'restored'))
+    if who == 'promoted':
+        run.world.store.tells_history = True  # else nobody can know of it, behind a pooler
     for name in run.names:
         run.groups_of[name] = run.some_groups() if rng.random() < 0.3 else frozenset()
     standby: list[SimStore] = []
@@ -541,7 +545,6 @@ def forgotten(run: Run) -> None:
         how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
         run.at(moment + rng.random() * TIMEOUT, how, _duration(run), name)
     moment += TIMEOUT * (1 + rng.random() / 4)
-    who = rng.choice(('promoted', 'failed over', 'restored'))
     if who == 'promoted':
         run.at(moment, run.promote, standby)
     elif who == 'failed over':
@@ -678,6 +681,7 @@ def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
     )
     run = Run(seed, family, world, settings)
     world.spawn = run.respawn
+    world.store.piece = rng.choice((None, None, 4, 8))
     if rng.random() < 0.4:
         _with_groups(run)
     FAMILIES[family](run)

@@ -52,6 +52,7 @@ from jobsync_core.protocol.messages.membership import (
 )
 from jobsync_core.protocol.messages.signs import Sign
 
+from .drafts import Draft
 from .masks import mask_of
 
 __all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'task_key', 'token_of']
@@ -127,6 +128,9 @@ class SimStore:
     `recorded` is the one that the cluster's row names. `groups` are the ids of queue groups, and
     `formed` those that a plan has written rows of.
 
+    `piece` is how many rows of a plan one request writes; None: all of them at once. `drafts` are
+    the plans that leaders write, each in its process.
+
     Of the process that asks: `asker_clock` measures durations, `asker_is_old` tells that it knows
     of no groups. `gaps` is what leaders remember of rows that are missing, each in its process.
     `timeout` is that of heartbeats.
@@ -155,6 +159,8 @@ class SimStore:
     asker_is_old: bool = False
     gaps: dict[str, tuple[int, TokenSet, float]] = field(default_factory=dict)
     timeout: float = 0.0
+    piece: int | None = None
+    drafts: dict[str, Draft] = field(default_factory=dict)
     on_plan: Callable[[list[Member], list[Segment], list[Pin], Decision], None] | None = None
 
     def __post_init__(self) -> None:
@@ -262,7 +268,7 @@ class SimStore:
             set(self.audits),
         )
         other.promises = set(self.promises)
-        other.groups, other.gaps = dict(self.groups), dict(self.gaps)
+        other.groups, other.gaps, other.drafts = dict(self.groups), dict(self.gaps), {}
         return other
 
     @property
@@ -597,14 +603,44 @@ class SimStore:
         for task in expired:
             del self.locks[task]
         self.lock_version += bool(expired)
-        missing = self.missing()
+        draft = self.drafts.pop(request.incarnation, None)
+        if draft is not None and not self.still_counts(draft):
+            draft = None
+        # While a plan is written the rows that it fills in are missing; any other is noticed.
+        missing = TokenSet() if draft is not None and draft.begun else self.missing()
         if missing and not self.may_fill(request, missing):
             self._open_gap(request, missing)
             return RoundReply(True, self.version)
         if self.fingerprint() == self.planned and not missing:
             return RoundReply(True, self.version)
-        decision = self.plan()
+        if draft is not None or self.piece is None:
+            return self._write_plan(request, draft or self.plan())
+        self.drafts[request.incarnation] = self.plan()
+        return RoundReply(True, self.version, more=True)
+
+    def _write_plan(self, request: Lead, draft: Draft) -> Reply:
+        """Write the next piece, or all of it."""
+        rows = draft.written(self.segments, self.version + 1, self.piece)
+        if rows is None:
+            return RoundReply(True, self.version, more=True)
+        self.version += 1
+        decision = draft.decision
+        for name in decision.activate:
+            self.nodes[name].state = 'active'
+        self.write(rows)
+        if not draft.is_written:
+            self.planned, draft.seen = None, self.fingerprint()
+            self.drafts[request.incarnation] = draft
+            return RoundReply(True, self.version, more=True)
+        self.planned = self.fingerprint()
+        unknown = self.formed - {PLAIN} if self.asker_is_old else frozenset()
+        self.formed = frozenset(decision.formed) | unknown
+        self.outbox.append(f'plan {self.version}')
         return RoundReply(True, self.version, decision.moved, decision.blocked, decision.conflicts)
+
+    def still_counts(self, draft: Draft) -> bool:
+        """Whether nodes and locks are those of the plan."""
+        return draft.seen == self.fingerprint()
 
     def may_fill(self, request: Lead, missing: TokenSet) -> bool:
         """Whether a timeout ago all nodes were told to look at their rows, as these are missing."""
@@ -630,8 +666,9 @@ class SimStore:
         """The leader's re-check: the row still looks as it was seen."""
         return self._looks_so(sign)
 
-    def plan(self) -> Decision:
-        members, before = self.members(), self.segments
+    def plan(self) -> Draft:
+        """What a leader makes of the tables."""
+        members = self.members()
         pins = [
             Pin(
                 task,
@@ -642,22 +679,17 @@ class SimStore:
             )
             for task, lock in sorted(self.locks.items())
         ]
-        beside = self.out_of_sight(before)
+        hidden = self.out_of_sight(self.segments)
+        before = [row for row in self.segments if row not in hidden]
+        known = before
         if self.asker_is_old:
             members = [replace(member, groups=(PLAIN,)) for member in members]
-            before = [row for row in before if group_of(row.lo) == PLAIN]
-        self.version += 1
-        decision = decide(members, before, pins, self.total_tokens, self.version)
+            known = [row for row in before if group_of(row.lo) == PLAIN]
+        version = self.version + 1
+        decision = decide(members, known, pins, self.total_tokens, version)
         if self.on_plan is not None:
-            self.on_plan(members, before, pins, decision)
-        for name in decision.activate:
-            self.nodes[name].state = 'active'
-        self.write([*decision.segments, *beside])
-        kept = self.formed - {PLAIN} if self.asker_is_old else frozenset()
-        self.formed = frozenset(decision.formed) | kept
-        self.planned = self.fingerprint()
-        self.outbox.append(f'plan {self.version}')
-        return decision
+            self.on_plan(members, known, pins, decision)
+        return Draft(self.fingerprint(), version, before, decision)
 
     def out_of_sight(self, rows: Iterable[Segment]) -> list[Segment]:
         """What a leader that knows of no groups is not shown, so that it does not delete it."""

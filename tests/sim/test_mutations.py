@@ -33,6 +33,7 @@ from jobsync_core.protocol.parts import Parts
 from jobsync_core.protocol.taken_tasks import TakenTasks
 
 from . import node, scenarios
+from .drafts import Draft
 from .invariants import Violation
 from .node import SimNode, SimOwnership
 from .scenarios import run
@@ -462,6 +463,15 @@ def _enter_with_plans_of_groups_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimStore, 'fingerprint', lambda self, of_groups=True: original(self))
 
 
+def _write_whatever_the_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Draft, 'are_as_read', staticmethod(lambda gone, rows: True))
+    patch.setattr(SimStore, 'check_exclusion', lambda self, segments: None)
+
+
+def _write_plans_of_other_nodes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, 'still_counts', lambda self, draft: True)
+
+
 def _every_group_is_formed(patch: pytest.MonkeyPatch) -> None:
     original = SimStore.missing
 
@@ -746,7 +756,19 @@ MUTATIONS = (
         _enter_with_plans_of_groups_alone,
         ('entering',),
     ),
-    Mutation('a new group waits for nobody', ('single',), _every_group_is_formed, ('I3',)),
+    Mutation(
+        'a piece of a plan replaces rows that are as they were read',
+        ('enrolling',),
+        _write_whatever_the_rows,
+        ('I1', 'I3', 'I4'),
+    ),
+    Mutation(
+        'a piece of a plan is written for the nodes that it was made for',
+        ('enrolling',),
+        _write_plans_of_other_nodes,
+        ('I1', 'I3', 'I4', 'groups'),
+    ),
+    Mutation('a new group waits for nobody', ('single',), _every_group_is_formed, ('I3', 'I4')),
     Mutation(
         'tokens without a row wait until nobody can hold them',
         ('erased',),
