@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import pytest
 
-from jobsync_core.protocol.node import Settings
+from jobsync_core.protocol.node import Protocol, Settings
 
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode
@@ -218,3 +218,9 @@ def test_the_search_finds_a_lease_that_is_too_long() -> None:
     world.leases_checked = False
     with pytest.raises(Violation, match='I1'):
         _explore(world, 0, _Faults())
+
+
+def test_the_search_finds_a_queue_that_is_left_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Protocol, 'holds', lambda self, group: False)
+    with pytest.raises(Violation, match='groups: b#2 claims'):
+        _explore(_formed(groups=_GROUPS), 0, _Faults(outage=False, change=True))
