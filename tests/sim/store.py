@@ -361,7 +361,11 @@ class SimStore:
         self.outbox.append('locks')
 
     def _delete(self, name: str) -> None:
-        """Delete a node row; foreign keys set what refers to it to NULL."""
+        """Delete a node row; foreign keys set what refers to it to NULL. The plan is out of date,
+        even if a Join that comes late brings the same life back before the next one: its tokens
+        are nobody's.
+        """
+        self.planned = None
         del self.nodes[name]
         for index, segment in enumerate(self.segments):
             if name in (segment.node, segment.moving_to):
