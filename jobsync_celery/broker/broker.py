@@ -86,6 +86,7 @@ class CeleryBroker:
     kind = 'celery'
     #: See `jobsync_core.worker.broker`.
     catches_strays = False
+    requeue_is_free = True
 
     def __init__(
         self, app: Celery, queues: Queues, forwarder: Forwarder, route_of: RouteOf

@@ -1,12 +1,14 @@
 """Which queues a cluster has at its app's broker, and where a message came from.
 
 On RabbitMQ node queues hang on an exchange of their own, whose alternate exchange leads to the
-parked queue: a message for a queue that has gone is parked, not lost. On Redis a queue is a list,
-and publishing to it always succeeds.
+parked queue: a message for a queue that has gone is parked, not lost. Celery knows them on a second
+exchange, a topic one, since its native delayed delivery can bind to no direct one. On Redis a queue
+is a list, and publishing to it always succeeds.
 """
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from kombu.entity import Exchange, Queue
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ['Queues', 'driver_of']
 
 _DRIVERS = ('redis', 'amqp', 'memory')
+#: Words of a binding's key that stand for others.
+_WILDCARDS = frozenset('*#')
 
 
 def driver_of(app: Celery) -> str:
@@ -51,6 +55,8 @@ class Queues:
         parked: Name of the queue of messages that nobody takes now.
         unknown: Name of the queue of messages whose task no live node knows.
         exchange: Where node queues hang.
+        topic: Where Celery knows them.
+        stray: Where messages for queues that are gone come out.
     """
 
     def __init__(self, app: Celery, driver: str, appname: str) -> None:
@@ -62,13 +68,16 @@ class Queues:
         self.parked, self.unknown = parked_queue(appname), unknown_queue(appname)
         name = f'jobsync.{appname}'
         self.stray = Exchange(f'{name}.unrouted', type='fanout', durable=True)
-        self.exchange = (
-            Exchange(
-                name, type='direct', durable=True, arguments={'alternate-exchange': self.stray.name}
-            )
+        plain = Exchange('', type='direct')
+        self.exchange, self.topic = (
+            (self._exchange(name, 'direct'), self._exchange(f'{name}.nodes', 'topic'))
             if driver == 'amqp'
-            else Exchange('', type='direct')
+            else (plain, plain)
         )
+
+    def _exchange(self, name: str, kind: str) -> Exchange:
+        alternate = {'alternate-exchange': self.stray.name}
+        return Exchange(name, type=kind, durable=True, arguments=alternate)
 
     def name_of(self, node: str) -> str:
         """The name of a node's queue."""
@@ -83,13 +92,26 @@ class Queues:
         highest = self._highest_priority(name) if self.driver == 'amqp' else None
         return Queue(
             name,
-            self.exchange,
-            routing_key=name,
+            self.topic,
+            routing_key=self._key_of(name),
             durable=True,
             auto_delete=False,
             queue_arguments={'x-max-priority': highest} if highest else None,
             no_declare=not declare,
         )
+
+    def _key_of(self, name: str) -> str:
+        """The key of a queue on the topic exchange: its name, unless that has wildcards."""
+        if self.driver == 'amqp' and not _WILDCARDS.isdisjoint(name.split('.')):
+            return f'{self._ours}{sha256(name.encode()).hexdigest()}'
+        return name
+
+    def bindings_of(self, name: str) -> list[tuple[str, str]]:
+        """The ways into a queue of the cluster: (exchange, routing key). Celery adds the last one,
+        for native delayed delivery.
+        """
+        key = self._key_of(name)
+        return [(self.exchange.name, name), (self.topic.name, key), (self.topic.name, f'#.{key}')]
 
     def _highest_priority(self, name: str) -> int | None:
         """The most that a queue of the app's own has, wherever that is said: what overtook others
@@ -138,4 +160,8 @@ class Queues:
     def is_of_node(self, message: Any) -> bool:
         """Whether a message came from the queue of a node on RabbitMQ: it has no dead letters."""
         place = message.delivery_info or {}
-        return self.driver == 'amqp' and place.get('exchange') == self.exchange.name
+        return self.driver == 'amqp' and self.is_node_exchange(place.get('exchange'))
+
+    def is_node_exchange(self, name: object) -> bool:
+        """Whether an exchange is one of those of node queues."""
+        return bool(name) and name in (self.exchange.name, self.topic.name)

@@ -85,6 +85,7 @@ class RabbitWorkerBroker:
     """
 
     catches_strays = True
+    requeue_is_free = False
     kind = 'dramatiq'
     parts = frozenset({RABBITMQ})
 
