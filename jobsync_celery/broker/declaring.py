@@ -11,6 +11,7 @@ from amqp.exceptions import NotFound, PreconditionFailed
 from kombu.entity import Queue
 
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.worker.consumer_timeout import ARGUMENT
 
 from ..logs import get_logger
 
@@ -18,7 +19,8 @@ __all__ = ['declare_exchange', 'declare_queue', 'delete_empty', 'is_no_queue']
 
 logger = get_logger(__name__)
 
-_PRIORITY = 'x-max-priority'
+#: Arguments that RabbitMQ refuses for one type of queues, and what they are for.
+_NOT_ALL_TAKE = {'x-max-priority': 'priorities', ARGUMENT: 'limit for acknowledgements'}
 
 
 def declare_exchange(connection: Any, exchange: Any) -> None:
@@ -57,8 +59,8 @@ def declare_queue(
         bindings: The ways into it: exchange and routing key.
 
     Returns:
-        Whether it has the arguments that the configuration gives; if not, it is used as it is. A
-        quorum queue has no priorities, which are taken out of its arguments here.
+        Whether it has the arguments that the configuration gives; if not, it is used as it is.
+        What its type does not take is left out of its arguments here.
     """
     try:
         _declare(connection, queue)
@@ -66,11 +68,12 @@ def declare_queue(
     except PreconditionFailed as error:
         reason = error.message
     arguments = dict(queue.queue_arguments or {})
-    if f"invalid arg '{_PRIORITY}'" in reason and _PRIORITY in arguments:
-        del arguments[_PRIORITY]
-        queue.queue_arguments = arguments
-        logger.info('JobSync: the queue %s is a quorum queue, without priorities', queue.name)
-        return declare_queue(connection, queue, empty, bindings)
+    for name, meaning in _NOT_ALL_TAKE.items():
+        if f"invalid arg '{name}'" in reason and name in arguments:
+            del arguments[name]
+            queue.queue_arguments = arguments
+            logger.info('JobSync: the queue %s has no %s, by its type', queue.name, meaning)
+            return declare_queue(connection, queue, empty, bindings)
     if empty is not None:
         try:
             empty()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kombu.entity import Exchange, Queue
 
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.worker.consumer_timeout import ARGUMENT, LONGEST_MS
 from jobsync_core.worker.incoming import Stamps
 from jobsync_core.worker.routing import node_queue, parked_queue, unknown_queue
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ['Queues', 'driver_of']
 
+_PRIORITY = 'x-max-priority'
 _DRIVERS = ('redis', 'amqp', 'memory')
 #: Words of a binding's key that stand for others.
 _WILDCARDS = frozenset('*#')
@@ -62,7 +64,7 @@ class Queues:
     def __init__(self, app: Celery, driver: str, appname: str) -> None:
         self._app = app
         self._ours = node_queue(appname, '')
-        self._priorities: dict[str, int | None] = {}
+        self._arguments: dict[str, dict[str, int]] = {}
         self.driver = driver
         self.appname = appname
         self.parked, self.unknown = parked_queue(appname), unknown_queue(appname)
@@ -89,14 +91,13 @@ class Queues:
 
     def make(self, name: str, declare: bool = True) -> Queue:
         """A queue of the cluster: durable, never deleted by the broker, never expiring."""
-        highest = self._highest_priority(name) if self.driver == 'amqp' else None
         return Queue(
             name,
             self.topic,
             routing_key=self._key_of(name),
             durable=True,
             auto_delete=False,
-            queue_arguments={'x-max-priority': highest} if highest else None,
+            queue_arguments=self._arguments_of(name) if self.driver == 'amqp' else None,
             no_declare=not declare,
         )
 
@@ -113,17 +114,19 @@ class Queues:
         key = self._key_of(name)
         return [(self.exchange.name, name), (self.topic.name, key), (self.topic.name, f'#.{key}')]
 
-    def _highest_priority(self, name: str) -> int | None:
-        """The most that a queue of the app's own has, wherever that is said: what overtook others
-        there overtakes them in the queue of a node as well. It is found once for each, as RabbitMQ
-        refuses another answer; and not for the shared ones, which apps of other queues share.
+    def _arguments_of(self, name: str) -> dict[str, int]:
+        """What overtook others in a queue of the app's own overtakes them in the queue of a node as
+        well, and what may take long there may here. It is found once for each, as RabbitMQ refuses
+        another answer; and not for the shared ones, which apps of other queues share.
         """
         if name in (self.parked, self.unknown):
             most: int | None = self._app.conf.task_queue_max_priority
-            return most
-        if name not in self._priorities:
-            self._priorities[name] = self._highest_of_all()
-        return self._priorities[name]
+            return {_PRIORITY: most} if most else {}
+        if name not in self._arguments:
+            highest = self._highest_of_all()
+            patience = {ARGUMENT: self._longest_of_all()}
+            self._arguments[name] = {_PRIORITY: highest, **patience} if highest else patience
+        return dict(self._arguments[name])  # Celery writes into what it gets
 
     def _highest_of_all(self) -> int | None:
         own = [
@@ -132,9 +135,17 @@ class Queues:
         given = [
             self._app.conf.task_queue_max_priority,
             *(queue.max_priority for queue in own),
-            *((queue.queue_arguments or {}).get('x-max-priority') for queue in own),
+            *((queue.queue_arguments or {}).get(_PRIORITY) for queue in own),
         ]
         return max((most for most in given if most), default=None)
+
+    def _longest_of_all(self) -> int:
+        given = (
+            (queue.queue_arguments or {}).get(ARGUMENT)
+            for name, queue in self._app.amqp.queues.items()
+            if not self.is_of_cluster(name)
+        )
+        return max((limit for limit in given if limit), default=LONGEST_MS)
 
     def home_of(self, message: Any) -> str:
         """The queue that a message was taken from, as far as it shows: of a node's queue it is the

@@ -8,11 +8,16 @@ from typing import Any
 from amqp.exceptions import AccessRefused
 from kombu.entity import Queue
 
+from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
+
+from ..logs import get_logger
 from .broker import CeleryBroker
 from .declaring import declare_exchange, declare_queue, delete_empty
 from .forwarding import CONNECT_SEC
 
 __all__ = ['RabbitBroker']
+
+logger = get_logger(__name__)
 
 #: Where Celery's native delayed delivery puts what is due.
 _DELAYED = 'celery_delayed_delivery'
@@ -51,6 +56,7 @@ class RabbitBroker(CeleryBroker):
         own: Any = self._queues.make(queue)
         with self._app.connection_for_write() as connection:
             self._declare_shared(connection)
+            self._warn_of_old(connection)
             as_wanted = declare_queue(
                 connection,
                 own,
@@ -62,6 +68,16 @@ class RabbitBroker(CeleryBroker):
             if mine is not None:
                 # Its consumer declares it as well, and what RabbitMQ refuses would end the worker.
                 mine.queue_arguments, mine.no_declare = own.queue_arguments, not as_wanted
+
+    def _warn_of_old(self, connection: Any) -> None:
+        version = connection.connection.server_properties.get('version')
+        if not is_heeded(version):
+            logger.warning(
+                'JobSync: RabbitMQ %s delivers the message of a task that outlasts its '
+                'consumer_timeout, 30 minutes by default, a second time. To prevent it, %s',
+                version,
+                REMEDY,
+            )
 
     def _declare_shared(self, connection: Any) -> None:
         parked: Any

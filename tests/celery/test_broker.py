@@ -84,6 +84,8 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         }
         for given in found.values():
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
+        # Longer than any task: the app gives none of its own queues a limit.
+        assert found[_QUEUE].pop('x-consumer-timeout') == 365 * 24 * 60 * 60 * 1000
         assert found == {_QUEUE: own, _PARKED: common, _UNKNOWN: common}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
@@ -218,6 +220,7 @@ class TestQuorum:
     ) -> None:
         app: Any = broker._app
         own = app.amqp.queues.select_add(broker._queues.make(_QUEUE))
+        assert own.queue_arguments.pop('x-consumer-timeout')
         assert own.queue_arguments == {'x-queue-type': 'quorum', 'x-max-priority': 5}
         assert broker.delete(_QUEUE)
         for _ in range(2):
