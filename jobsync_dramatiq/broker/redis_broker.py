@@ -99,10 +99,18 @@ class RedisWorkerBroker:
 
     @property
     def place(self) -> str:
-        """The address of the server, the number of its database, and the namespace."""
-        known = self.native.client.connection_pool.connection_kwargs
+        """The address of the server, the number of its database, and the namespace; no password."""
+        space = self.native.namespace
+        pool = getattr(self.native.client, 'connection_pool', None)
+        if pool is None:
+            return f'Redis Cluster ({space})'
+        known = pool.connection_kwargs
+        if master := getattr(pool, 'service_name', None):
+            return (
+                f'Redis, the master {shown(master, 100)} of Sentinel/{known.get("db", 0)} ({space})'
+            )
         address = known.get('path') or f'{known.get("host", "localhost")}:{known.get("port", 6379)}'
-        return f'redis://{address}/{known.get("db", 0)} ({self.native.namespace})'
+        return f'redis://{address}/{known.get("db", 0)} ({space})'
 
     def reach(self) -> None:
         """Look whether Redis answers.

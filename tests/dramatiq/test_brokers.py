@@ -21,6 +21,7 @@ from pika.exceptions import UnroutableError
 from redis import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
+from redis.sentinel import Sentinel
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.incoming import read_stamps
@@ -158,6 +159,20 @@ def in_thread(action: Callable[[], Any]) -> None:
     thread.start()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_where_a_broker_is_names_what_decides_and_no_password() -> None:
+    untyped: Any = Sentinel
+    sentinel = untyped(
+        [('127.0.0.1', 1)], sentinel_kwargs={'password': 'secret1'}, password='secret2'
+    )
+    by_sentinel = RedisBroker(client=sentinel.master_for('shop', db=3), namespace='jobs')
+    with_tls = RedisBroker(url='rediss://u:secret1@h:7/3?ssl_password=secret2', namespace='jobs')
+    places = [
+        open_broker(native, CoordinationConfig(appname='shop_')).place
+        for native in (by_sentinel, with_tls)
+    ]
+    assert places == ['Redis, the master shop of Sentinel/3 (jobs)', 'redis://h:7/3 (jobs)']
 
 
 class TestBothBrokers:
