@@ -87,6 +87,8 @@ class CeleryBroker:
     #: See `jobsync_core.worker.broker`.
     catches_strays = False
     requeue_is_free = True
+    #: Of the connection on which messages are taken, whatever the app's say.
+    _transport_options: Mapping[str, Any] = {}
 
     def __init__(
         self, app: Celery, queues: Queues, forwarder: Forwarder, route_of: RouteOf
@@ -227,7 +229,9 @@ class CeleryBroker:
     def _open(self) -> Any:
         if self._channel is None:
             self._connection = self._prepare(
-                self._app.connection_for_write(connect_timeout=CONNECT_SEC)
+                self._app.connection_for_write(
+                    connect_timeout=CONNECT_SEC, transport_options=dict(self._transport_options)
+                )
             )
             self._channel = self._connection.default_channel
         return self._channel

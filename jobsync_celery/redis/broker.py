@@ -37,6 +37,9 @@ class RedisBroker(CeleryBroker):
         receiving: Lets a connection that has not been opened yet take messages without losing one.
     """
 
+    #: An app may want no records; what an evacuation has in hand needs one.
+    _transport_options: Mapping[str, Any] = {'ack_emulation': True}
+
     def __init__(
         self,
         app: Celery,
@@ -73,7 +76,7 @@ class RedisBroker(CeleryBroker):
             node: The node.
             carried: What its lost connections left.
         """
-        options = node_options(self._queues.appname, node)
+        options = {**self._transport_options, **node_options(self._queues.appname, node)}
         with restoring(self._app.connection_for_write(transport_options=options)) as connection:
             channel = connection.default_channel
             while carried and carried.acknowledged:
@@ -105,8 +108,6 @@ class RedisBroker(CeleryBroker):
             How many messages were restored.
         """
         channel = self._open()
-        if not channel.ack_emulation:
-            return 0
         qos: Any = RestoringQoS(channel)
         qos._on_collect.cancel()  # it delivers nothing
         count = 0
