@@ -166,12 +166,10 @@ class CeleryBroker:
         return math.inf
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Nodes that may have left something, of those that are gone.
-
-        On RabbitMQ queues say so themselves, and are deleted when they are empty.
+        """Queues that nodes that are gone may have left something in: here, all.
 
         Args:
-            queues: Each node, and its queue.
+            queues: Each queue, and its node.
         """
         return frozenset(queues)
 

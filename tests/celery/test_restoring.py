@@ -240,14 +240,14 @@ def test_a_record_that_cannot_be_read_goes_and_keeps_nobody_waiting(
     client.hset(_UNACKED, 'tag', json.dumps([_message(), '', _QUEUE]))
     client.zadd('unacked_index', {'old': 1, 'tag': 2})
     client.hset('unacked', mapping={'old': record, 'tag': json.dumps([_message(), '', _QUEUE])})
-    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == {_NODE}
+    assert broker.left({'jobsync.shop_.n1': _NODE}) == {'jobsync.shop_.n1'}
     with caplog.at_level(logging.WARNING):
         assert broker.restore(_NODE) == 2
         assert broker.restore(_NODE) == 0
         assert broker.restore_shared({'visibility_timeout': 10}) == 2
         assert broker.restore_shared({'visibility_timeout': 10}) == 0
     assert [entry.levelname for entry in caplog.records] == ['ERROR', 'ERROR']
-    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == frozenset()
+    assert broker.left({'jobsync.shop_.n1': _NODE}) == frozenset()
     assert client.llen(_QUEUE) == 2 and not client.exists('unacked')
 
 
