@@ -87,8 +87,6 @@ class CeleryBroker:
     #: See `jobsync_core.worker.broker`.
     catches_strays = False
     requeue_is_free = True
-    #: Of the connection on which messages are taken, whatever the app's say.
-    _transport_options: Mapping[str, Any] = {}
 
     def __init__(
         self, app: Celery, queues: Queues, forwarder: Forwarder, route_of: RouteOf
@@ -166,10 +164,12 @@ class CeleryBroker:
         return math.inf
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Queues that nodes that are gone may have left something in: here, all.
+        """Nodes that may have left something, of those that are gone.
+
+        On RabbitMQ queues say so themselves, and are deleted when they are empty.
 
         Args:
-            queues: Each queue, and its node.
+            queues: Each node, and its queue.
         """
         return frozenset(queues)
 
@@ -227,9 +227,7 @@ class CeleryBroker:
     def _open(self) -> Any:
         if self._channel is None:
             self._connection = self._prepare(
-                self._app.connection_for_write(
-                    connect_timeout=CONNECT_SEC, transport_options=dict(self._transport_options)
-                )
+                self._app.connection_for_write(connect_timeout=CONNECT_SEC)
             )
             self._channel = self._connection.default_channel
         return self._channel

@@ -6,7 +6,6 @@ the node table is an orphan: its messages are for whoever owns them now.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,30 +117,14 @@ class QueueStore(Store):
         )
         return bool(held)
 
-    def hold_all(self, nodes: Collection[str]) -> frozenset[str]:
-        """As `hold`, for several nodes; those that are held now."""
-        rows = self._rows(
-            'queue.hold_all',
-            {
-                'silent': f'{_HOLD_SEC}s',
-                'what': f'jobsync {self._tables.label} ',
-                'nodes': sorted(nodes),
-            },
-        )
-        return frozenset(node for node, _, held in rows if held)
-
-    def gone(self, nodes: Collection[str]) -> frozenset[str]:
-        """Those that are not in the node table."""
-        return frozenset(row[0] for row in self._rows('queue.gone', {'nodes': sorted(nodes)}))
-
     def is_gone(self, node: str) -> bool:
         """Whether the node is not in the node table."""
         ((gone,),) = self._rows('queue.is_gone', {'node': node})
         return bool(gone)
 
-    def forget(self, names: Sequence[str]) -> None:
-        """These queues are gone, and so are their nodes."""
-        self._run('queue.forget', {'names': list(names)})
+    def forget(self, name: str) -> None:
+        """The queue is gone, and so is its node."""
+        self._run('queue.forget', {'name': name})
 
     def owners(
         self, known: int

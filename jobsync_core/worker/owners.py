@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
@@ -44,7 +44,6 @@ class _Copy:
     #: Every owner has a queue. One that has none may be about to get it, which makes no other
     #: version.
     whole: bool = True
-    nodes: int = 0
 
 
 class OwnerMap:
@@ -71,11 +70,6 @@ class OwnerMap:
     def version(self) -> int:
         """Version of the assignment that the copy shows; -1 before the first."""
         return self._copy.version
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes own something, as far as is known."""
-        return self._copy.nodes
 
     def find(self, route: str) -> Place | None:
         """The owner by the copy at hand; None where nobody owns the route, or nothing is known."""
@@ -127,9 +121,14 @@ class OwnerMap:
 
     def reread(self) -> bool:
         """As `refresh`, even where the version is the same: a node's queue is new."""
-        self._copy = replace(self._copy, version=-1)
-        self._pause_until = float('-inf')
+        self._copy, self._pause_until = _Copy(-1, *_rest(self._copy)), float('-inf')
         return self.refresh()
+
+
+def _rest(
+    copy: _Copy,
+) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tuple[int, ...], tuple[Place, ...]]:
+    return copy.total_tokens, copy.hash_of, copy.starts, copy.ends, copy.places
 
 
 def _why(error: Exception) -> str:
@@ -154,5 +153,4 @@ def _copy(
         tuple(row[1] for row in rows),
         tuple(Place(row[2], row[3]) for row in rows),
         all(row[3] is not None for row in rows),
-        len({row[2] for row in rows}),
     )

@@ -4,7 +4,7 @@ tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -18,7 +18,8 @@ from .broker import Broker
 
 __all__ = ['CLOSE_SEC', 'QueueRegistry', 'Registry', 'restore_former_life']
 
-#: Seconds for which what was left is looked after closely: a message may be on its way to it.
+#: Seconds for which every node looks after what was left, and not the leader alone: a message may
+#: be on its way to it.
 CLOSE_SEC = 15.0
 #: Seconds for which a new life of a node waits until its former one is swept, and between two
 #: looks.
@@ -49,11 +50,8 @@ class Registry(Protocol):
         where somebody does.
         """
 
-    def all_held(self, nodes: Collection[str]) -> AbstractContextManager[frozenset[str]]:
-        """Hold what several nodes left; gives those that are held, and gone."""
-
-    def forget(self, queues: Sequence[str]) -> None:
-        """These queues are gone, and so are their nodes."""
+    def forget(self, queue: str) -> None:
+        """A queue is gone, and so is its node."""
 
 
 class QueueRegistry:
@@ -105,19 +103,10 @@ class QueueRegistry:
         with self._sessions.session() as connection:
             yield QueueStore(connection, self._tables).hold(node)
 
-    @contextmanager
-    def all_held(self, nodes: Collection[str]) -> Iterator[frozenset[str]]:
-        """As Registry says; for as long as the block runs."""
-        with self._sessions.session() as holding:
-            held = QueueStore(holding, self._tables).hold_all(nodes)
-            with self._sessions.session() as connection:
-                gone = QueueStore(connection, self._tables).gone(held)
-            yield gone
-
-    def forget(self, queues: Sequence[str]) -> None:
+    def forget(self, queue: str) -> None:
         """As Registry says."""
         with self._sessions.session() as connection:
-            QueueStore(connection, self._tables).forget(queues)
+            QueueStore(connection, self._tables).forget(queue)
 
 
 def restore_former_life(

@@ -186,9 +186,6 @@ class RedisServer(BrokerServer):
         durable: Every command is on disk before it is answered, so that a server that was killed
             comes back with all its data.
 
-    Attributes:
-        program: The path of the program.
-
     Raises:
         BrokerUnavailable: There is no redis-server.
     """
@@ -197,7 +194,7 @@ class RedisServer(BrokerServer):
 
     def __init__(self, durable: bool = False) -> None:
         try:
-            self.program = redis_program()
+            self._program = redis_program()
         except EmbeddedServerError as error:
             raise BrokerUnavailable(str(error)) from error
         self._durable = durable
@@ -248,9 +245,8 @@ class RedisServer(BrokerServer):
         with contextlib.closing(self.client()) as client:
             return int(client.execute_command('CLIENT', 'KILL', 'TYPE', 'normal', 'SKIPME', 'yes'))
 
-    def _options(self) -> dict[str, object]:
-        """Its configuration."""
-        return {
+    def _launch(self) -> None:
+        options = {
             'port': self.port,
             'bind': _HOST,
             'dir': self.home,
@@ -263,11 +259,11 @@ class RedisServer(BrokerServer):
             'loglevel': 'warning',
             'logfile': '',
         }
-
-    def _launch(self) -> None:
-        options = self._options().items()
         self._process = self._spawn(
-            [self.program, *(part for name, value in options for part in (f'--{name}', str(value)))]
+            [
+                self._program,
+                *(part for name, value in options.items() for part in (f'--{name}', str(value))),
+            ]
         )
 
     def _answers(self) -> bool:

@@ -68,25 +68,14 @@ ORDER BY q.name
 SELECT set_config('idle_in_transaction_session_timeout', %(silent)s, true),
     pg_try_advisory_xact_lock(hashtextextended(%(what)s, 0))
 
--- name: hold_all
--- The same for what several nodes left.
-SELECT asked.name, set_config('idle_in_transaction_session_timeout', %(silent)s, true),
-    pg_try_advisory_xact_lock(hashtextextended(%(what)s || asked.name, 0))
-FROM unnest(%(nodes)s::text[]) AS asked(name)
-
--- name: gone
--- Those nodes that are not in the node table.
-SELECT asked.name FROM unnest(%(nodes)s::text[]) AS asked(name)
-WHERE NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = asked.name)
-
 -- name: is_gone
 -- Whether a node is not in the node table.
 SELECT NOT EXISTS (SELECT FROM {node} WHERE name = %(node)s)
 
 -- name: forget
--- Removes queues whose nodes are gone.
+-- Removes a queue whose node is gone.
 DELETE FROM {queue} AS q
-WHERE name = ANY(%(names)s) AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
+WHERE name = %(name)s AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
 
 -- name: owners
 -- Who owns which tokens, or is about to, by token; nothing where the version is the known one.

@@ -60,8 +60,7 @@ class NodeDuties:
         self._job = job = gate.job
         self._broker = broker
         self._sessions = gate.sessions
-        self._owners = owners = gate.owners
-        config, node = gate.settings.config, gate.job.node_name
+        config, owners, node = gate.settings.config, gate.owners, gate.job.node_name
         unknown, interval = unknown_queue(config.appname), config.rebalance_check_interval_sec
         self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
         passage = Passage(broker, node)
@@ -147,13 +146,7 @@ class NodeDuties:
 
     def _look(self) -> Moment:
         job = self._job
-        return Moment(
-            clock.now(),
-            job.am_i_healthy(),
-            job.token_version,
-            job.am_i_leader(),
-            self._owners.nodes,
-        )
+        return Moment(clock.now(), job.am_i_healthy(), job.token_version, job.am_i_leader())
 
     def _close_idle(self) -> None:
         self._sessions.trim()
