@@ -100,6 +100,11 @@ class Ownership:
             token for token in range(self.total_tokens) if bits[token >> 3] >> (token & 7) & 1
         )
 
+    @property
+    def plain(self) -> TokenSet:
+        """Those of the plain Job alone."""
+        return self.tokens & self._plain
+
     def may_claim(self, token: int, now: float) -> bool:
         """Whether the set holds the token and the lease has not run out. Tokens of queue groups are
         known to the node's own process alone: its children answer False.
