@@ -43,6 +43,9 @@ SELECT lower(tokens) AS first, upper(tokens) - 1 AS last, blocked FROM sync_assi
 SELECT node AS owner, moving_to, sum(upper(tokens) - lower(tokens)) AS tokens
 FROM sync_assignment WHERE moving GROUP BY node, moving_to ORDER BY node, moving_to;
 
+-- Tokens per node in each queue group.
+SELECT queue_group, node, count(*) AS tokens FROM sync_group_token GROUP BY queue_group, node ORDER BY queue_group, node;
+
 -- Does every token have exactly one row? (The database itself refuses two.)
 SELECT c.total_tokens, sum(upper(a.tokens) - lower(a.tokens)) AS assigned
 FROM sync_cluster AS c LEFT JOIN sync_assignment AS a ON true GROUP BY c.total_tokens;

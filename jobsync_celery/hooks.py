@@ -26,6 +26,7 @@ from .consuming import LeasedConsumer
 from .gate.gate import ConsumerGate
 from .logs import get_logger
 from .loop_watch import LoopWatch, Reconnecting
+from .outlasted import survive
 from .parts import check_parts
 from .redis.carried_over import CarriedOver
 from .signals import rebalanced, released
@@ -210,6 +211,8 @@ class WorkerHooks:
             )
 
         consumer.connection_for_read = connect
+        if application.driver == 'amqp':
+            consumer.loop = survive(consumer.loop)
 
     def receiving(self, connection: Connection, hub: Any = None) -> Connection:
         """A connection that has not been opened yet, on which messages are received; with an event

@@ -137,10 +137,15 @@ PARTS: tuple[Part, ...] = (
             'on_invalid_task',
             'on_unknown_message',
             'channel_errors',
+            'loop',
         ),
     ),
     Part(GATE, 'celery.worker.consumer.connection:Connection', ('connection',)),
-    Part(GATE, 'amqp.connection:Connection', ('bytes_recv', 'heartbeat', 'collect')),
+    Part(
+        GATE,
+        'amqp.connection:Connection',
+        ('bytes_recv', 'heartbeat', 'collect', 'server_properties'),
+    ),
     Part(
         GATE,
         'celery.worker.state',

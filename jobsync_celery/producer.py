@@ -142,8 +142,9 @@ class _Addresser:
             options.pop(place, None)
         options.update(queue=declared, routing_key=queue)
         options.setdefault('declare', ())  # its node has declared it
-        if declared.exchange.name:
-            options['exchange'] = declared.exchange.name
+        exchange = self._application.queues.exchange
+        if exchange.name:
+            options['exchange'] = exchange.name
 
     def _queue_of(self, route: str) -> str | None:
         try:
@@ -173,9 +174,7 @@ class _Addresser:
         """
         queues, exchange = self._application.queues, options.get('exchange')
         places = (_name_of(options.get('queue')) or '', _name_of(exchange) or '')
-        if not queues.is_of_cluster(places[0]) and (
-            not places[1] or places[1] != queues.exchange.name
-        ):
+        if not queues.is_of_cluster(places[0]) and not queues.is_node_exchange(places[1]):
             return
         request = current_task.request if current_task else None
         home = read_stamps({HOME: getattr(request, HOME, None)}).home

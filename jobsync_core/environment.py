@@ -16,6 +16,7 @@ PREFIX = 'JOBSYNC_'
 #: What the adapters and the test kit read from the environment, besides the settings of a cluster.
 ADAPTER_VARIABLES = frozenset(
     {
+        'affinity',
         'application',
         'clear_existing_locks',
         'coordinate',

@@ -15,6 +15,7 @@ from .assignment.arguments import (
     check_creator,
     check_date,
     check_flags,
+    check_groups,
     check_locks,
     check_name,
     check_number,
@@ -64,6 +65,8 @@ class Job(NodeView):
         resume: If this node is the first one of its cluster: tasks that a cluster before, which has
             ended, audited for the date do not run again. By default they do; while a cluster lives
             they do not, whatever this says.
+        groups: Names of the queue groups that this node belongs to at first. In each the tasks have
+            owners of their own, among its members alone.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -83,6 +86,7 @@ class Job(NodeView):
         on_release: Callable[[TokenSet], object] | None = None,
         weight: float = 1.0,
         resume: bool = False,
+        groups: Iterable[str] = (),
     ) -> None:
         self.node_name = check_name(node_name)
         if coordination_config is not None and not isinstance(
@@ -107,6 +111,7 @@ class Job(NodeView):
             clear_existing_locks,
             has_gate=lock_provider is not None or clear_existing_locks,
             has_release=on_release is not None,
+            groups=check_groups(groups),
         )
         self._lock_provider = lock_provider
         #: What this node belongs to; whoever makes the Job of a worker sets it before entering.
@@ -290,12 +295,24 @@ class Job(NodeView):
         self._check_entered()
         self._node.undrain()
 
+    def enroll(self, groups: Iterable[str]) -> None:
+        """Belong to these queue groups, and no others, as soon as the database knows. Of a group
+        that is left, what this node owns is handed over before: see `holds`.
+
+        Raises:
+            ConfigurationError: One of these can be no queue's name.
+        """
+        self._check_member()
+        self._node.enroll(check_groups(groups))
+
     def register_lock(
         self,
         task_id: Hashable,
         node_patterns: str | Sequence[str],
         reason: str | None = None,
         expires_in_days: float | None = None,
+        *,
+        queue: str | None = None,
     ) -> None:
         """Pin a task to nodes by SQL LIKE patterns, tried in order; replaces the task's lock.
 
@@ -304,12 +321,13 @@ class Job(NodeView):
             node_patterns: A pattern or several; the first that matches a live node counts.
             reason: For people.
             expires_in_days: Days until the lock ends; None never.
+            queue: The queue group in which it counts; None in all, and in `can_claim_task`.
         """
-        self.register_locks_bulk([(task_id, node_patterns, reason, expires_in_days)])
+        self.register_locks_bulk([(task_id, node_patterns, reason, expires_in_days, queue)])
 
     def register_locks_bulk(self, locks: Iterable[Sequence[Any]]) -> int:
         """Pin many tasks in one statement: tuples (task_id, node_patterns, reason[,
-        expires_in_days]); returns how many.
+        expires_in_days[, queue]]); returns how many.
 
         Raises:
             ConfigurationError: A tuple is malformed; the message names it and nothing is

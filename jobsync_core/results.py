@@ -32,7 +32,8 @@ class LockInfo(TypedDict):
     """One of `Job.list_locks()`: a task that is pinned to nodes.
 
     `node_patterns` are SQL LIKE patterns, the preferred one first; `created_by` is a node's name;
-    `expires_at` is None where the lock does not end.
+    `expires_at` is None where the lock does not end; `queue` is the queue group in which it counts,
+    None where it counts in all.
     """
 
     task_id: str
@@ -41,6 +42,7 @@ class LockInfo(TypedDict):
     created_at: datetime.datetime
     created_by: str | None
     expires_at: datetime.datetime | None
+    queue: str | None
 
 
 class _NodeName(TypedDict):

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from dramatiq import GenericActor
@@ -16,7 +16,9 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.logs import Repeats, get_logger, shown
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.worker.affinity import check_affinity
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
+from jobsync_core.worker.misspelt import said_elsewhere
 from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
 from jobsync_core.worker.settings import PluginSettings, combined
 
@@ -107,7 +109,8 @@ class _Known(set[str]):
         unknown = set(given).difference(self)
         for name in sorted(unknown):
             if str(name).startswith('jobsync'):
-                raise DeclarationRefused(f'unknown actor option {name!r}{_near(name, self._ours)}')
+                hint = said_elsewhere(name) or _near(name, self._ours)
+                raise DeclarationRefused(f'unknown actor option {name!r}{hint}')
         return unknown
 
 
@@ -151,7 +154,8 @@ class Actors(CoordinatedTasks):
         return message.actor_name in self._broker.actors
 
     def route_of(self, message: Any) -> str | None:
-        """The route of a message that is being sent; None where its actor is not coordinated.
+        """The route of a message that is being sent; None where its actor has no affinity or is not
+        coordinated.
 
         Raises:
             ConfigurationError, TypeError, InvalidTaskId: The arguments make no key.
@@ -164,8 +168,8 @@ class Actors(CoordinatedTasks):
         )
 
     def read_route(self, message: Any, stamps: Stamps) -> str | Refused | None:
-        """The route of a message that was received, or why it has none; None where its actor is not
-        coordinated.
+        """The route of a message that was received, or why it has none; None where its actor has no
+        affinity or is not coordinated.
 
         Args:
             message: The message.
@@ -177,11 +181,9 @@ class Actors(CoordinatedTasks):
             return None if self.is_known(message) else stamps.key
         route = find_route(found, message.args, message.kwargs, message.message_id, stamps)
         once = found.once if found.once is not None and found.once.has_key else None
-        if (
-            isinstance(route, str)
-            and once is not None
-            and (self._keys_differ(message.actor_name) or len(route) > _SURELY_SHORT)
-        ):
+        if isinstance(route, Refused) or once is None:
+            return route
+        if route is None or self._keys_differ(message.actor_name) or len(route) > _SURELY_SHORT:
             return self._ledger_problem(once, message) or route
         return route
 
@@ -248,10 +250,16 @@ class Actors(CoordinatedTasks):
         actor = self._broker.actors.get(name)
         if actor is None:
             return None
-        key, once = actor.options.get('jobsync_key'), once_of_actor(actor)
-        if key is None and once is not None and once.has_key and isinstance(actor.fn, GenericActor):
-            key = _without_self(once, actor.fn)
-        return Declared(function_of(actor), once, key, actor.options.get('jobsync_pin'))
+        key, prepare = actor.options.get('jobsync_key'), None
+        if key is None and isinstance(actor.fn, GenericActor):
+            prepare = _with_self(actor.fn)
+        return Declared(
+            function_of(actor),
+            once_of_actor(actor),
+            key,
+            actor.options.get('jobsync_pin'),
+            prepare=prepare,
+        )
 
 
 def once_of_actor(actor: Any) -> ExactlyOnce | None:
@@ -264,8 +272,8 @@ def check_actor(actor: Any) -> None:
     now on, also where it is called.
 
     Raises:
-        DeclarationRefused: It is not the plugin's own, another actor has the same function, or the
-            name can be another one's.
+        DeclarationRefused: It is not the plugin's own, it says affinity=False beside a key or a
+            pin, another actor has the same function, or the name can be another one's.
     """
     once = once_of_actor(actor)
     if once is None:
@@ -278,14 +286,15 @@ def check_actor(actor: Any) -> None:
             '@dramatiq.actor'
         )
     try:
+        places = {name: actor.options.get(name) for name in OPTIONS}
+        check_affinity(actor.actor_name, once, places)
         once.adopt(actor.actor_name)
     except ConfigurationError as error:
         raise DeclarationRefused(str(error)) from error
 
 
-def _without_self(once: ExactlyOnce, instance: object) -> Callable[..., str]:
+def _with_self(
+    instance: object,
+) -> Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]:
     # A method's options were made from a function that takes `self`; a message has none.
-    def key(*args: Any, **kwargs: Any) -> str:
-        return once.key_of((instance, *args), kwargs)
-
-    return key
+    return lambda args, kwargs: ((instance, *args), kwargs)

@@ -202,7 +202,7 @@ class GatedConsumer(Consumer):
         gate = self._gate
         until = gate.now() + gate.park_sec
         note = receive(message, self._source, gate.actors, gate.job.incarnation, until)
-        if note.received.route is not None:
+        if gate.is_coordinated(message, note):
             gate.count('received')
 
     def _handed(self, message: Any) -> Any:

@@ -19,7 +19,7 @@ from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
 from .actors import Actors
 from .broker.interface import QueueConsumer, WorkerBroker
 from .errors import Unroutable
-from .notes import note_of, requeue_instead
+from .notes import Note, note_of, requeue_instead
 
 __all__ = ['WorkerGate']
 
@@ -93,8 +93,15 @@ class WorkerGate:
             self.count('returned')
             note.unseen = True
             raise requeue_instead(message, note)
-        if note.received.route is not None:
+        if self.is_coordinated(message, note):
             self.count('run')
+
+    def is_coordinated(self, message: Any, note: Note) -> bool:
+        """Whether a message has an owner, or completes once wherever it runs: those are counted."""
+        received = note.received
+        return received.route is not None or (
+            not received.problem and self._completes_once(message)
+        )
 
     def refuse(self, message: Any) -> None:
         """Have a message fail that nobody can tell where it may run; called when all middleware
@@ -151,17 +158,17 @@ class WorkerGate:
     def _requeue(self, source: QueueConsumer, also: Callable[[Any], bool]) -> int:
         with self._lock:
             found = [
-                (message, note)
+                (message, note, number in self._begun)
                 for number, message in self._in_hand.items()
                 if (note := note_of(message)) is not None
                 and note.source is source
                 and not note.sent_on
                 and (number not in self._begun or also(message))
             ]
-            for _, note in found:
+            for _, note, _ in found:
                 note.sent_on = True
-        for message, _ in found:
-            source.requeue(message)
+        for message, _, begun in found:
+            source.requeue(message, begun)
         if found:
             self.count('returned', len(found))
         return len(found)

@@ -49,6 +49,11 @@ class _DramatiqOnce(MessageOnce):
         found = processing.get()
         return found[1].message_id if found is not None else None
 
+    def came_before(self) -> bool:
+        _, message = _current()
+        redelivered = getattr(message, 'redelivered', False) is True
+        return redelivered or read_stamps(message.options).waits > 0
+
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         found = processing.get()
         actor = found[0].actors.get(found[1].actor_name) if found is not None else None

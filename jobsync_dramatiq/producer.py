@@ -101,6 +101,8 @@ class Producer:
         try:
             route = self.actors.route_of(message)
             if route is None:
+                if self.actors.is_known(message):
+                    message.options.pop(KEY, None)
                 return None
             message.options[KEY] = route
             _ = self.broker  # one of another kind is refused here

@@ -14,6 +14,7 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from tests.support.brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
+from tests.support.newer_rabbitmq import newer_rabbitmq as newer_rabbitmq_program
 from tests.support.pgbouncer import PgBouncer, PgBouncerUnavailable
 
 #: Times that make a cluster's life quick to watch.
@@ -137,6 +138,14 @@ def rabbitmq_server() -> Iterator[BrokerServer]:
     for `own_rabbitmq`.
     """
     yield from _broker(RabbitServer)
+
+
+@pytest.fixture(scope='session')
+def newer_rabbitmq() -> Iterator[BrokerServer]:
+    """A RabbitMQ of version 3.12 or later that all tests of this process share: take a space of it,
+    never kill or pause it.
+    """
+    yield from _broker(lambda: RabbitServer(newer_rabbitmq_program()))
 
 
 @pytest.fixture

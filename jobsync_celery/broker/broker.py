@@ -26,8 +26,8 @@ __all__ = ['CeleryBroker', 'RouteOf']
 
 
 class RouteOf(Protocol):
-    """Makes the route of a message: None where its task is not coordinated, a reason where it can
-    have none. Raises nothing.
+    """Makes the route of a message: None where its task has no affinity or is not coordinated, a
+    reason where it can have none. Raises nothing.
     """
 
     def __call__(
@@ -86,6 +86,7 @@ class CeleryBroker:
     kind = 'celery'
     #: See `jobsync_core.worker.broker`.
     catches_strays = False
+    requeue_is_free = True
 
     def __init__(
         self, app: Celery, queues: Queues, forwarder: Forwarder, route_of: RouteOf

@@ -12,6 +12,7 @@ from jobsync_core.worker.routing import REDELIVERED
 
 from .abandoning import abandon
 from .circuit import Circuit
+from .declaring import is_no_queue
 from .queues import Queues
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ class Forwarder:
             try:
                 channel.queue_declare(queue, passive=True)
                 return '', queue
-            except NotFound:
+            except NotFound as error:
+                if not is_no_queue(error):
+                    raise
                 self._drop()
                 queue, channel = str(self._app.conf.task_default_queue), self._open().channel
         known[queue](channel).declare()

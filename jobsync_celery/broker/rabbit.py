@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from amqp.exceptions import AccessRefused
 from kombu.entity import Queue
 
+from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
+
+from ..logs import get_logger
 from .broker import CeleryBroker
-from .declaring import declare_exchange, declare_queue
+from .declaring import declare_exchange, declare_queue, delete_empty
 from .forwarding import CONNECT_SEC
 
 __all__ = ['RabbitBroker']
+
+logger = get_logger(__name__)
+
+#: Where Celery's native delayed delivery puts what is due.
+_DELAYED = 'celery_delayed_delivery'
 
 
 class RabbitBroker(CeleryBroker):
     """Node queues hang on an exchange whose alternate exchange leads to the parked queue."""
 
     catches_strays = True
+    requeue_is_free = False  # a queue does not tell whether it is a quorum queue
 
     def identify(self, make: bool) -> str | None:
         """The name of its cluster of servers, and the virtual host."""
@@ -41,22 +52,39 @@ class RabbitBroker(CeleryBroker):
 
     def declare(self, queue: str) -> None:
         """Make a node's queue, the exchange it hangs on, and the shared queues."""
-        parked, own = self._queues.parked, self._queues.make(queue)
+        parked: str = self._queues.parked
+        own: Any = self._queues.make(queue)
         with self._app.connection_for_write() as connection:
             self._declare_shared(connection)
+            self._warn_of_old(connection)
+            as_wanted = declare_queue(
+                connection,
+                own,
+                lambda: self._park_all(queue, parked),
+                self._queues.bindings_of(queue),
+            )
+            self._bind(connection, queue)
             mine = self._app.amqp.queues.get(queue)
-            if (
-                not declare_queue(connection, own, lambda: self._park_all(queue, parked))
-                and mine is not None
-            ):
-                mine.no_declare = True  # its consumer would end the worker
+            if mine is not None:
+                # Its consumer declares it as well, and what RabbitMQ refuses would end the worker.
+                mine.queue_arguments, mine.no_declare = own.queue_arguments, not as_wanted
+
+    def _warn_of_old(self, connection: Any) -> None:
+        version = connection.connection.server_properties.get('version')
+        if not is_heeded(version):
+            logger.warning(
+                'JobSync: RabbitMQ %s delivers the message of a task that outlasts its '
+                'consumer_timeout, 30 minutes by default, a second time. To prevent it, %s',
+                version,
+                REMEDY,
+            )
 
     def _declare_shared(self, connection: Any) -> None:
         parked: Any
         parked, unknown = (
             self._queues.make(name) for name in (self._queues.parked, self._queues.unknown)
         )
-        for exchange in (self._queues.stray, self._queues.exchange):
+        for exchange in (self._queues.stray, self._queues.exchange, self._queues.topic):
             declare_exchange(connection, exchange)
         # The shared ones are never deleted: what comes just then would be lost. Their arguments
         # mean little.
@@ -71,6 +99,12 @@ class RabbitBroker(CeleryBroker):
         )
         for each in (parked, unknown):
             declare_queue(connection, each)
+            self._bind(connection, each.name)
+
+    def _bind(self, connection: Any, queue: str) -> None:
+        """Hang a queue where messages for it are sent to."""
+        with connection.channel() as channel:
+            channel.queue_bind(queue, self._queues.exchange.name, queue)
 
     def _park_all(self, queue: str, parked: str) -> None:
         """Move a queue's messages to the parked ones; no more than there are at first."""
@@ -79,6 +113,26 @@ class RabbitBroker(CeleryBroker):
             if delivery is None:
                 return
             delivery.forward(parked)
+
+    def delete(self, queue: str) -> bool:
+        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
+        self._open()
+        assert self._connection is not None
+        with self._connection.channel() as channel:
+            bindings = self._queues.bindings_of(queue)
+            gone = delete_empty(channel, queue, bindings)
+        if gone:
+            self._unbind_delayed(bindings[-1][1])
+        return gone
+
+    def _unbind_delayed(self, key: str) -> None:
+        """Take out what Celery has put in for native delayed delivery to a queue that is gone: of
+        nodes that come and go more and more would stay.
+        """
+        assert self._connection is not None
+        # This user may do what JobSync needs, and no more.
+        with contextlib.suppress(AccessRefused), self._connection.channel() as channel:
+            channel.exchange_unbind(self._queues.topic.name, _DELAYED, key)
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue; 0 where there is no such queue."""

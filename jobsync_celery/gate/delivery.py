@@ -43,7 +43,8 @@ class Note:
 
     Attributes:
         name: Its task.
-        key: The route that goes with it when it is passed on; '' for none.
+        key: The route that goes with it when it is passed on, and whose token it runs on; '' for
+            none.
         home: The queue that it was sent to.
         received: What its way is decided by.
     """

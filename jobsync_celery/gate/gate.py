@@ -316,7 +316,7 @@ class ConsumerGate:
         token_of = self._gate.job.task_to_token
         reserved = state.reserved_requests
         return any(
-            request in reserved and token_of(note.key) in tokens
+            note.key and request in reserved and token_of(note.key) in tokens
             for request, note in list(self._dispatched.items())
         )
 

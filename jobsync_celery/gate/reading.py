@@ -65,8 +65,10 @@ class Reader:
             return self._refused(name, message_id)
         stamps = self._stamps(found, message)
         route = self._tasks.route_of(name, found.args, found.kwargs, message_id, stamps)
-        if route is None or isinstance(route, Refused):
-            return self._refused(name, route or Refused('its task is not coordinated any more'))
+        if route is None and self._tasks.find(name) is None:
+            route = Refused('its task is not coordinated any more')
+        if isinstance(route, Refused):
+            return self._refused(name, route)
         home = self._queues.own_home(stamps, message)
         received = Received(self._job.incarnation, route, stamps.hops, clock.now() + self._park_sec)
         if self._is_pinned_late(name):
@@ -74,7 +76,7 @@ class Reader:
                 name, message, 'was pinned after this worker began, and its pin is not registered'
             )
             received = replace(received, route=None, known=False)
-        return Note(name, route, home, received)
+        return Note(name, route or '', home, received)
 
     def unknown(self, found: Incoming, message: Any) -> Note:
         """What is known of a message whose task nobody here knows."""

@@ -17,6 +17,7 @@ from celery.exceptions import Reject, WorkerShutdown, WorkerTerminate
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
 from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
+from jobsync_core.worker.affinity import check_affinity
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.misspelt import misspelt
 
@@ -40,8 +41,10 @@ __all__ = [
 ]
 
 NO_STAMPS = Stamps()
-#: What `@app.task` understands of JobSync's; the last one is its own.
-_OPTIONS = ('jobsync_key', 'jobsync_pin', 'jobsync_arguments')
+#: What `@app.task` understands of JobSync's; the last two are its own.
+_OPTIONS = ('jobsync_key', 'jobsync_pin', 'jobsync_arguments', 'jobsync_dump')
+#: Those that say where a task's messages run.
+_PLACES = _OPTIONS[:2]
 _STATES = (states.FAILURE, states.REJECTED)
 _LATE = ('acks_late', 'reject_on_worker_lost')
 
@@ -68,6 +71,7 @@ def prepare_task(task: Any) -> None:
     """
     _check(_run_of(task), task.name)
     once = once_of(_run_of(task))
+    check_affinity(task.name, once, {option: getattr(task, option, None) for option in _PLACES})
     if once is not None:
         once.adopt(task.name)
     for option in _LATE:
@@ -230,16 +234,20 @@ def watch_tasks(app: Celery) -> None:
     def task_from_fun(fun: Any, *args: Any, **options: Any) -> Any:
         if options.get('pydantic') is True:
             options['jobsync_arguments'] = staticmethod(_validator(app, fun, options))
+            options['jobsync_dump'] = {
+                'mode': 'json',
+                **(options.get('pydantic_dump_kwargs') or {}),
+            }
         return make(fun, *args, **options)
 
     def task(*args: Any, **options: Any) -> Any:
         if len(args) == 1:
-            _check_declared(args[0])
+            _check_declared(args[0], options)
             return declare(*args, **options)
         decorator = declare(*args, **options)
 
         def decorate(fun: Any) -> Any:
-            _check_declared(fun)
+            _check_declared(fun, options)
             return decorator(fun)
 
         return decorate
@@ -247,8 +255,13 @@ def watch_tasks(app: Celery) -> None:
     app._task_from_fun, app.task = task_from_fun, task
 
 
-def _check_declared(fun: Any) -> None:
-    """What is wrong shows where it is written, not when the app is used first."""
+def _check_declared(fun: Any, given: Mapping[str, Any]) -> None:
+    """What is wrong shows where it is written, not when the app is used first.
+
+    Args:
+        fun: What is to become a task.
+        given: The options of `@app.task`.
+    """
     if inspect.isclass(fun) and issubclass(fun, Task):
         if once_of(getattr(fun, 'run', None)) is not None:
             raise ConfigurationError(
@@ -256,7 +269,9 @@ def _check_declared(fun: Any) -> None:
                 f'app.register_task({fun.__qualname__}()) below it'
             )
         return
-    _check(fun, getattr(fun, '__qualname__', repr(fun)))
+    name = str(given.get('name') or getattr(fun, '__qualname__', repr(fun)))
+    _check(fun, name)
+    check_affinity(name, once_of(fun), {option: given.get(option) for option in _PLACES})
 
 
 def _prepare_bound(task: Any) -> None:
@@ -310,8 +325,8 @@ class Tasks(CoordinatedTasks):
         message_id: object,
         stamps: Stamps = NO_STAMPS,
     ) -> str | Refused | None:
-        """The route of a message: None where its task is not coordinated, a reason where it can
-        have none. Raises nothing.
+        """The route of a message: None where its task has no affinity or is not coordinated, a
+        reason where it can have none. Raises nothing.
 
         Args:
             name: The task's name.

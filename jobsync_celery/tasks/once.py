@@ -10,6 +10,7 @@ A task that ends by `raise Ignore()` or `self.replace(…)` has done its work: i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from celery import current_task, states
@@ -69,6 +70,12 @@ class _CeleryOnce(MessageOnce):
     def is_processing(self) -> bool:
         request = _request()
         return request is not None and not request.called_directly
+
+    def came_before(self) -> bool:
+        request = _request()
+        place = getattr(request, 'delivery_info', None)
+        redelivered = isinstance(place, Mapping) and place.get('redelivered') is True
+        return redelivered or _waits(request) > 0
 
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         return options_of(current_task) is options
@@ -215,11 +222,16 @@ class _CeleryOnce(MessageOnce):
             or task.ignore_result
         ):
             return
-        if hasattr(task, 'jobsync_arguments') and hasattr(result, 'model_dump'):
-            return  # Celery makes plain values of it
+        result = self.as_sent(result)
         # Redis is no KeyValueStoreBackend; all of Celery's own encode what they store.
         if isinstance(task.backend, Backend) and not isinstance(task.backend, DisabledBackend):
             task.backend.encode(task.backend.prepare_value(result))
+
+    def as_sent(self, result: Any) -> Any:
+        # As Celery does with what a task with `pydantic=True` returns.
+        options = getattr(current_task, 'jobsync_dump', None)
+        dump = getattr(result, 'model_dump', None)
+        return dump(**options) if options is not None and dump is not None else result
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         task, request = current_task, _request()

@@ -15,6 +15,8 @@ Range: TypeAlias = 'tuple[int, int]'
 class Member:
     """One row of the node table. `created_on` orders nodes by age; it is compared with others of
     its kind only.
+
+    groups: ids of the queue groups that it belongs to, in order; 0 is always one of them.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Member:
     created_on: float
     state: str  # joining | active | draining
     weight: float
+    groups: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

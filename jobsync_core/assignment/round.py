@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .groups import GROUP_SPAN, PLAIN, cut_by_group, shifted
 from .model import Member, Segment
 from .patterns import NodeNames
 from .planner import Owned, plan
@@ -19,12 +20,16 @@ __all__ = ['Decision', 'Pin', 'decide']
 class Pin:
     """A lock as the planner sees it. `created_at` orders locks by age; it is compared with others
     of its kind only.
+
+    token: where its task hashes to, counted within each group. group: the one in which it counts;
+    None: it counts in all.
     """
 
     task_id: str
     token: int
     patterns: tuple[str, ...]
     created_at: float
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,15 @@ class Decision:
     """The whole new assignment, and what changes.
 
     Args:
-        segments: Sorted, covering all tokens. Rows that stay as they were keep their version.
+        segments: Sorted. Of a group that has rows they cover all tokens, so that tokens without a
+            row are missing rows there; in other groups nobody owns anything. Rows that stay as
+            they were keep their version.
         activate: Joining nodes that become active.
         moved: Tokens that a live owner is newly asked to give away, or whose receiver changed.
         assigned: Unowned tokens that get an owner at once.
         blocked: Tokens that no live node may own.
         conflicts: What is wrong with the locks, and the remedy, for people.
+        formed: Groups that have rows.
     """
 
     segments: tuple[Segment, ...]
@@ -46,6 +54,7 @@ class Decision:
     assigned: int
     blocked: int
     conflicts: tuple[str, ...]
+    formed: tuple[int, ...] = (0,)
 
 
 def decide(
@@ -54,8 +63,9 @@ def decide(
     pins: Sequence[Pin],
     total_tokens: int,
     version: int,
+    names: Mapping[int, str] | None = None,
 ) -> Decision:
-    """Plan for the live members.
+    """Plan for the live members, each queue group by itself.
 
     A live owner keeps a token until it gives it: its row is marked as moving. Tokens without a live
     owner change hands at once.
@@ -64,17 +74,66 @@ def decide(
         members: The node table without the dead.
         segments: The assignment table.
         pins: All locks.
-        total_tokens: Tokens of the cluster.
+        total_tokens: Tokens of each group.
         version: Stamped on each row that changes.
+        names: Of groups by id, for people.
     """
     live = frozenset(member.name for member in members)
-    activate = _activated(members, segments)
-    weights = {
-        member.name: member.weight
-        for member in members
-        if (member.state == 'active' or member.name in activate) and member.weight > 0
+    present = cut_by_group(segments, total_tokens)
+    activate = _activated(members, present.get(PLAIN, ()))
+    weights = _weights(members, activate)
+    locks = sorted(pins, key=lambda pin: (pin.created_at, pin.task_id))
+    rings = {
+        group: _plan_ring(
+            present.get(group, ()),
+            live,
+            weights.get(group, {}),
+            [pin for pin in locks if pin.group is None or pin.group == group],
+            total_tokens,
+            version,
+            _described(group, names or {}),
+        )
+        for group in sorted({PLAIN, *present, *weights})
+        if group in weights or _has_rows(group, present.get(group, ()), live)
     }
-    allowed, conflicts = _allowed(pins, weights, total_tokens)
+    return Decision(
+        tuple(
+            shifted(row, group * GROUP_SPAN) for group, ring in rings.items() for row in ring.rows
+        ),
+        activate,
+        sum(ring.moved for ring in rings.values()),
+        sum(ring.assigned for ring in rings.values()),
+        sum(ring.blocked for ring in rings.values()),
+        tuple(conflict for ring in rings.values() for conflict in ring.conflicts),
+        tuple(rings),
+    )
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """What a Decision says, of one group alone."""
+
+    rows: tuple[Segment, ...]
+    moved: int
+    assigned: int
+    blocked: int
+    conflicts: tuple[str, ...]
+
+
+def _plan_ring(
+    segments: Iterable[Segment],
+    live: frozenset[str],
+    weights: Mapping[str, float],
+    pins: Iterable[Pin],
+    total_tokens: int,
+    version: int,
+    where: str,
+) -> _Ring:
+    """Plan one group, whose tokens count from 0, for those of its members that take part.
+
+    Where none does its live owners are still asked to give what they have, to nobody.
+    """
+    allowed, conflicts = _allowed(pins, weights, total_tokens, where)
     present = _present(segments, live, total_tokens)
     owners = list(_owners(present, live, weights, allowed))
     planned = plan(owners, weights, allowed, total_tokens)
@@ -91,7 +150,30 @@ def decide(
         if changed and row.node in live and target != owner:
             moved += tokens
         _append(rows, Segment(lo, hi, *wanted, version if changed else row.version))
-    return Decision(tuple(rows), activate, moved, assigned, blocked, conflicts)
+    return _Ring(tuple(rows), moved, assigned, blocked, conflicts)
+
+
+def _weights(members: Iterable[Member], activate: tuple[str, ...]) -> dict[int, dict[str, float]]:
+    """The weights of the members that take part, by group."""
+    found: dict[int, dict[str, float]] = {}
+    for member in members:
+        if (member.state == 'active' or member.name in activate) and member.weight > 0:
+            for group in member.groups:
+                found.setdefault(group, {})[member.name] = member.weight
+    return found
+
+
+def _has_rows(group: int, rows: Iterable[Segment], live: frozenset[str]) -> bool:
+    """Whether a group in which nobody takes part has rows: while somebody who lives owns tokens.
+    Without rows they would count as new, and go to the next member at once. The plain Job's tokens
+    always have rows.
+    """
+    return group == PLAIN or any(row.node in live for row in rows)
+
+
+def _described(group: int, names: Mapping[int, str]) -> str:
+    """Which group is meant, for people who may know of none."""
+    return '' if group == PLAIN else f' of queue group {names.get(group, str(group))!r}'
 
 
 def _activated(members: Iterable[Member], segments: Iterable[Segment]) -> tuple[str, ...]:
@@ -107,15 +189,15 @@ def _activated(members: Iterable[Member], segments: Iterable[Segment]) -> tuple[
 
 
 def _allowed(
-    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int
+    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int, where: str
 ) -> tuple[dict[int, frozenset[str]], tuple[str, ...]]:
-    """The nodes that may own each locked token, and the conflicts among locks."""
+    """The nodes that may own each locked token, and the conflicts among locks, the oldest first."""
     live = NodeNames(weights)
     known: dict[tuple[str, ...], frozenset[str]] = {}
     allowed: dict[int, frozenset[str]] = {}
     first: dict[int, Pin] = {}
     conflicts: list[str] = []
-    for pin in sorted(pins, key=lambda pin: (pin.created_at, pin.task_id)):
+    for pin in pins:
         if not 0 <= pin.token < total_tokens:
             continue
         if pin.patterns not in known:
@@ -128,7 +210,7 @@ def _allowed(
             allowed[pin.token] &= names
         elif allowed[pin.token] or names:
             conflicts.append(
-                f'token {pin.token}: no live node may own both task {older.task_id!r} (lock '
+                f'token {pin.token}{where}: no live node may own both task {older.task_id!r} (lock '
                 f'{", ".join(older.patterns)}) and task '
                 f'{pin.task_id!r} (lock {", ".join(pin.patterns)}), which hash to it; the older '
                 f'lock, of {older.task_id!r}, counts: '
@@ -147,7 +229,7 @@ def _present(segments: Iterable[Segment], live: frozenset[str], total_tokens: in
             continue
         if lo > at:
             found.append(Segment(at, lo, None))
-        found.append(replace(row, lo=lo, hi=hi))
+        found.append(row if (lo, hi) == (row.lo, row.hi) else replace(row, lo=lo, hi=hi))
         at = hi
     if at < total_tokens:
         found.append(Segment(at, total_tokens, None))

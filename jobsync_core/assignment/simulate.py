@@ -4,15 +4,16 @@ real planner, no database.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from ..errors import ConfigurationError
 from .hashing import HASH_FUNCTIONS
-from .model import Segment
+from .model import Range, Segment
 from .planner import plan
 
 __all__ = ['Change', 'Move', 'Share', 'Simulation', 'holder', 'moves', 'simulate']
@@ -72,7 +73,7 @@ def holder(segment: Segment) -> str | None:
 
 def moves(before: Iterable[Segment], after: Iterable[Segment]) -> list[Move]:
     """What changes hands between two assignments, summed for each pair of nodes, the largest
-    first.
+    first. Tokens without a row are nobody's, as are those of a queue group without members.
     """
     return _moves(
         [(s.lo, s.hi, holder(s)) for s in before], [(s.lo, s.hi, holder(s)) for s in after]
@@ -182,19 +183,25 @@ def _lookup(owners: Owners) -> Callable[[int], str | None]:
 
 def _moves(before: Owners, after: Owners) -> list[Move]:
     found: Counter[tuple[str | None, str | None]] = Counter()
-    old, new = sorted(before, key=lambda r: r[0]), sorted(after, key=lambda r: r[0])
-    i = j = 0
-    while i < len(old) and j < len(new):
-        lo, hi = max(old[i][0], new[j][0]), min(old[i][1], new[j][1])
-        if lo < hi and old[i][2] != new[j][2]:
-            found[old[i][2], new[j][2]] += hi - lo
-        if old[i][1] <= new[j][1]:
-            i += 1
-        else:
-            j += 1
+    ends = {end for lo, hi, _ in (*before, *after) for end in (lo, hi)}
+    old, new = _pieces(before, ends), _pieces(after, ends)
+    for piece in {**old, **new}:
+        source, target = old.get(piece), new.get(piece)
+        if source != target:
+            found[source, target] += piece[1] - piece[0]
     return [
         Move(source, target, tokens)
         for (source, target), tokens in sorted(
             found.items(), key=lambda item: (-item[1], item[0][0] or '', item[0][1] or '')
         )
     ]
+
+
+def _pieces(owners: Owners, ends: Collection[int]) -> dict[Range, str | None]:
+    """The owners by range, cut wherever a range of either assignment ends."""
+    cuts = sorted(ends)
+    return {
+        piece: owner
+        for lo, hi, owner in owners
+        for piece in pairwise(cuts[bisect_left(cuts, lo) : bisect_right(cuts, hi)])
+    }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CompletedAlready, ConfigurationError, Fenced, JobSyncError, NotEntered
 from .cursors import count, elsewhere, send
 from .interface import Ledger
-from .results import encode_result
+from .results import encode_result, is_plain
 from .state import Unsettled
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Execution:
     @property
     def result(self) -> Any:
         """What duplicates of the key get: it comes back equal. Set it to anything that json.dumps
-        takes; tuples stay tuples.
+        takes, and to dates, times, Decimal, UUID and bytes; tuples stay tuples.
 
         Raises:
             ConfigurationError: On setting: it is no JSON (NaN and infinity are none), or longer
@@ -70,6 +70,11 @@ class Execution:
     def result(self, value: Any) -> None:
         self._mine.encoded = None if value is None else encode_result(value)
         self._mine.result = value
+
+    @property
+    def is_plain(self) -> bool:
+        """The result is plain JSON, or there is none."""
+        return self._mine.encoded is None or is_plain(self._mine.encoded)
 
     def transaction(self) -> AbstractContextManager[PgConnection]:
         """A transaction whose commit carries the completion: `with execution.transaction() as

@@ -115,7 +115,9 @@ def exactly_once(
     ledger: Callable[[], Ledger] = current_ledger,
     completes: Callable[[Execution, BaseException], bool] | None = None,
     check_result: Callable[[Any], object] | None = None,
+    as_sent: Callable[[Any], Any] | None = None,
     named_later: bool = False,
+    affinity: bool | None = None,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster:
     `@exactly_once(key='order:{order_id}')`.
@@ -138,8 +140,8 @@ def exactly_once(
             raises ExecutionRunning; so does 'requeue', which a queue's adapter translates: the
             message comes back later.
         store_result: Store what the function returns, as JSON; it comes back equal, tuples as
-            tuples. What is no JSON, or longer than 1 MB, is not stored: a warning says so once, and
-            duplicates get None.
+            tuples; dates, times, Decimal, UUID and bytes too. What else is no JSON, or is longer
+            than 1 MB, is not stored: a warning says so once, and duplicates get None.
         scope: What keys begin with. The default, the function's qualified name, keeps two functions
             apart that use the same key; '' lets them share it. Whoever renames or moves the
             function gives the old name here, or all of its keys are forgotten. It is required where
@@ -152,10 +154,14 @@ def exactly_once(
         ledger: For adapters: gives the ledger of the call.
         completes: For adapters: tells of an exception that ended the function whether the key is
             complete by it.
-        check_result: For adapters: called with a result that the ledger does not store; what it
-            raises fails the attempt.
+        check_result: For adapters: called with a result that is not plain JSON in the ledger; what
+            it raises fails the attempt.
+        as_sent: For adapters: makes of what the function returned what the framework sends; that is
+            stored.
         named_later: For adapters: the function gets a name, which is its scope, from
             `ExactlyOnce.adopt`.
+        affinity: For adapters: whether messages of the task go to the owner of their key; None: as
+            the settings say.
 
     Raises:
         ConfigurationError: At decoration: an option cannot work, the key names an argument that the
@@ -182,7 +188,9 @@ def exactly_once(
             ledger,
             completes,
             check_result,
+            as_sent,
             named_later,
+            affinity,
         )
         wrapper = (
             _async_wrapper(function, options) if is_async(function) else _wrapper(function, options)

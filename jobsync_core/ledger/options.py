@@ -49,6 +49,8 @@ class ExactlyOnce:
         store_result: Whether results are stored.
         scope: What keys begin with; None is the function's qualified name, '' nothing.
         named_later: A framework gives the function a name, which is the scope then: see `adopt`.
+        affinity: False: messages of the task run where they are taken; True: on the owner of their
+            key; None: as the framework's settings say.
         default_key: Gives the key where `key` is None: the id of the message that is being
             processed.
         refuse: Called with these options, an error and whether the function ran, instead of raising
@@ -56,6 +58,7 @@ class ExactlyOnce:
         ledger: Gives the ledger of a call.
         completes: Tells of an exception that ended the function whether the key is complete by it.
         check_result: Raises where the caller of the function cannot be given what it returned.
+        as_sent: Makes of what the function returned what the caller is given.
 
     Raises:
         ConfigurationError: A value cannot work.
@@ -75,7 +78,9 @@ class ExactlyOnce:
         ledger: Callable[[], Ledger] = current_ledger,
         completes: Callable[[Execution, BaseException], bool] | None = None,
         check_result: Callable[[Any], object] | None = None,
+        as_sent: Callable[[Any], Any] | None = None,
         named_later: bool = False,
+        affinity: bool | None = None,
     ) -> None:
         self.name = name_of(function)
         self.retention_sec = retention_seconds(retention)
@@ -91,6 +96,11 @@ class ExactlyOnce:
             raise ConfigurationError(
                 f'store_result={store_result!r} of {self.name}: give True or False'
             )
+        if affinity is not None and not isinstance(affinity, bool):
+            raise ConfigurationError(
+                f'affinity={affinity!r} of {self.name}: give True or False, or None for what the '
+                'settings say'
+            )
         if on_duplicate == 'result' and not store_result:
             raise ConfigurationError(
                 f"on_duplicate='result' of {self.name} needs store_result=True"
@@ -103,6 +113,7 @@ class ExactlyOnce:
         self.on_duplicate = on_duplicate
         self.on_running = on_running
         self.store_result = store_result
+        self.affinity = affinity
         self.scope = self.name if scope is None else scope
         self._is_scoped = scope is not None
         self._task: str | None = None
@@ -110,6 +121,7 @@ class ExactlyOnce:
         self.ledger = ledger
         self.completes = completes
         self.check_result = check_result
+        self.as_sent = as_sent
         self.has_key = key is not None
         self._warned = False
         self._make = (
@@ -289,12 +301,16 @@ class ExactlyOnce:
             self._check(result)
             return
         try:
-            execution.result = result
+            execution.result = self.as_sent(result) if self.as_sent is not None else result
         except ConfigurationError as error:
-            self._check(result)  # what the ledger can store, a caller can be given
+            self._check(result)
             if not self._warned:
                 self._warned = True
                 logger.warning('function=%s completes without its results: %s', self.name, error)
+        else:
+            # Any framework sends what is plain JSON.
+            if not execution.is_plain:
+                self._check(result)
 
     def _check(self, result: Any) -> None:
         if self.check_result is not None and result is not None:

@@ -3,21 +3,26 @@ or is not stored at all.
 
 PostgreSQL's jsonb holds most results as they are. It has no NUL character, no lone surrogates and
 no negative zero, and writes 1e22 as an integer; JSON itself knows neither tuples nor keys that are
-no strings. Such values stand in the stored document as small objects of one entry, `{"$tuple": [1,
+no strings, and none of the types that queue frameworks add to it (dates, times, Decimal, UUID,
+bytes). Such values stand in the stored document as small objects of one entry, `{"$tuple": [1,
 2]}`, below an outer `{"$jobsync": ...}`; everything else reads as before.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
 import json
 import re
+import uuid
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from ..errors import ConfigurationError, JobSyncError
 from ..logs import shown
 
-__all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result', 'read_result']
+__all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result', 'is_plain', 'read_result']
 
 #: Longest result that is stored, in bytes of JSON.
 MAX_RESULT_BYTES = 1_000_000
@@ -42,7 +47,8 @@ def encode_result(result: object) -> str:
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigurationError(
             f'a result of type {type(result).__name__} is no JSON ({error}): '
-            'return what json.dumps takes, or use store_result=False'
+            'return what json.dumps takes, dates, times, Decimal, UUID or bytes, or use '
+            'store_result=False'
         ) from None
     if len(text) > MAX_RESULT_BYTES:
         raise ConfigurationError(
@@ -50,6 +56,11 @@ def encode_result(result: object) -> str:
             'store it elsewhere and return where it is'
         )
     return text
+
+
+def is_plain(text: str) -> bool:
+    """Whether what `encode_result` gave is the result as any JSON encoder writes it."""
+    return not text.startswith(f'{{"{_OUTER}"')
 
 
 def _plain(result: object) -> str | None:
@@ -80,7 +91,7 @@ def read_result(key: str, text: str | None) -> Any:
     """
     try:
         return decode_result(json.loads(text)) if text is not None else None
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise JobSyncError(
             f'the key {key!r} is complete, and its result in the ledger cannot be read: somebody '
             f'has changed it ({type(error).__name__}: {shown(str(error), 100)}); set it to NULL'
@@ -109,6 +120,15 @@ def _same(back: Any, given: Any) -> bool:
             and len(back) == len(given)
             and all(key in back and _same(back[key], value) for key, value in given.items())
         )
+    if isinstance(given, (datetime.datetime, datetime.time)):
+        moment = datetime.time if isinstance(given, datetime.time) else datetime.datetime
+        # Not by ==, which never holds in the hour that a zone has twice.
+        return isinstance(back, moment) and back.isoformat() == given.isoformat()
+    if isinstance(given, Decimal):
+        return isinstance(back, Decimal) and str(back) == str(given)
+    for plain in (datetime.date, uuid.UUID, bytes):
+        if isinstance(given, plain):
+            return isinstance(back, plain) and bool(back == given)
     return False
 
 
@@ -133,6 +153,9 @@ def _tag(value: object) -> object:
         ):
             return {str.__str__(key): _tag(each) for key, each in value.items()}
         return {'$dict': [[_tag(key), _tag(each)] for key, each in value.items()]}
+    for kind, name, text_of, _ in _TYPES:
+        if isinstance(value, kind):
+            return {name: text_of(value)}
     raise TypeError(f'{type(value).__name__} is not JSON serializable')
 
 
@@ -152,9 +175,25 @@ def _untag(value: Any) -> Any:
     return {key: _untag(each) for key, each in value.items()}
 
 
+#: Types that both frameworks, or one of them, carry in results: what they are called in a document,
+#: how they are written, and read. A datetime is a date as well, so that it comes first.
+_TYPES: tuple[tuple[type, str, Callable[[Any], str], Callable[[Any], Any]], ...] = (
+    (datetime.datetime, '$datetime', datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    (datetime.date, '$date', datetime.date.isoformat, datetime.date.fromisoformat),
+    (datetime.time, '$time', datetime.time.isoformat, datetime.time.fromisoformat),
+    (Decimal, '$decimal', str, Decimal),
+    (uuid.UUID, '$uuid', str, lambda text: uuid.UUID(str(text))),
+    (
+        bytes,
+        '$bytes',
+        lambda value: base64.b64encode(value).decode('ascii'),
+        lambda text: base64.b64decode(text, validate=True),
+    ),
+)
 _TAGS: Mapping[str, Callable[[Any], Any]] = {
     '$text': json.loads,
     '$float': float,
     '$tuple': lambda inner: tuple(_untag(each) for each in inner),
     '$dict': lambda inner: {_untag(key): _untag(each) for key, each in inner},
+    **{name: read for _, name, _, read in _TYPES},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,8 @@ from ..agent.agent import Agent
 from ..agent.callbacks import Callbacks
 from ..agent.housekeeper import Housekeeper
 from ..agent.task_claims import TaskClaims
+from ..assignment.arguments import LockRow
+from ..assignment.groups import GROUP_SPAN
 from ..assignment.hashing import check_task_id
 from ..assignment.tokens import TokenSet
 from ..belonging import Belonging, stranger
@@ -243,8 +245,19 @@ class ClusterNode:
     def disown(self, mark: str) -> None:
         self.ownership.incarnation = mark
 
-    def owns(self, task_id: object) -> bool:
-        return self.ownership.may_claim(self.tasks.token_of(task_id_of(task_id)), clock.now())
+    def owns(self, task_id: object, group: str = '') -> bool:
+        token = self.group_token_of(task_id, group)
+        return token is not None and self.ownership.may_claim(token, clock.now())
+
+    def enroll(self, groups: Iterable[str]) -> None:
+        self.agent.post(lambda: self.protocol.enroll(groups, clock.now()))
+
+    def holds(self, group: str) -> bool:
+        return self.protocol.holds(group)
+
+    def group_token_of(self, task_id: object, group: str) -> int | None:
+        number = self.protocol.groups.get(group)
+        return None if number is None else number * GROUP_SPAN + self.token_of(task_id)
 
     def add(self, task: object) -> None:
         self.tasks.add(task)
@@ -273,7 +286,7 @@ class ClusterNode:
 
     @property
     def tokens(self) -> TokenSet:
-        return self.ownership.tokens if self.has_lease else TokenSet()
+        return self.ownership.plain if self.has_lease else TokenSet()
 
     @property
     def version(self) -> int:
@@ -364,9 +377,7 @@ class ClusterNode:
     def undrain(self) -> None:
         self.agent.post(lambda: self.protocol.undrain(clock.now()))
 
-    def register_locks(
-        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
-    ) -> int:
+    def register_locks(self, rows: Sequence[LockRow]) -> int:
         with self._sessions.session() as connection:
             return LockStore(connection, self._tables).register(rows, self._name)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from ..assignment.arguments import LockRow
 from ..assignment.tokens import TokenSet
 from ..ledger.interface import Ledger
 from ..protocol.pausing import Pausing
@@ -57,8 +58,19 @@ class Node(Protocol):
     def can_claim(self, task: object) -> bool:
         """Whether it may process the task now: a memory look-up. False where it is not a member."""
 
-    def owns(self, task_id: object) -> bool:
-        """Whether it owns the task and its lease is valid, at this moment."""
+    def owns(self, task_id: object, group: str = '') -> bool:
+        """Whether it owns the task in the queue group, and its lease is valid, at this moment."""
+
+    def enroll(self, groups: Iterable[str]) -> None:
+        """Belong to these queue groups and no others, as soon as that is possible."""
+
+    def holds(self, group: str) -> bool:
+        """Whether it has tokens of the queue group, or may get some."""
+
+    def group_token_of(self, task_id: object, group: str) -> int | None:
+        """The token that an id hashes to in the queue group, on the number line of all groups; None
+        where it does not know the group.
+        """
 
     def add(self, task: object) -> None:
         """Record that it processes the task, and remember it for the audit."""
@@ -150,9 +162,7 @@ class Node(Protocol):
     def undrain(self) -> None:
         """Take part again."""
 
-    def register_locks(
-        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
-    ) -> int:
+    def register_locks(self, rows: Sequence[LockRow]) -> int:
         """Register locks that were checked; returns how many."""
 
     def list_locks(self) -> list[LockInfo]:

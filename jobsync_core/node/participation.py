@@ -19,6 +19,7 @@ class Participation:
         clears_locks: Whether locks that a node of this name created go when it enters.
         has_gate: Whether something is to be done before tokens are given out.
         has_release: Whether the user is told before tokens go.
+        groups: Names of its queue groups, in order.
     """
 
     date: datetime.date
@@ -29,6 +30,7 @@ class Participation:
     clears_locks: bool
     has_gate: bool
     has_release: bool
+    groups: tuple[str, ...] = ()
 
     def settings(self, config: CoordinationConfig) -> Settings:
         """What the protocol must know of it, and of the cluster."""
@@ -45,4 +47,5 @@ class Participation:
             hash_function=config.hash_function,
             has_release=self.has_release,
             has_gate=self.has_gate,
+            groups=self.groups,
         )

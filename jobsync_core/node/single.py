@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..assignment.arguments import LockRow
 from ..assignment.hashing import check_task_id
 from ..assignment.tokens import TokenSet
 from ..errors import ConfigurationError
@@ -57,8 +58,17 @@ class SingleNode:
         check_task_id(task_id_of(task))
         return True
 
-    def owns(self, task_id: object) -> bool:
+    def owns(self, task_id: object, group: str = '') -> bool:
         return True
+
+    def enroll(self, groups: Iterable[str]) -> None:
+        """It belongs to every queue group."""
+
+    def holds(self, group: str) -> bool:
+        return True
+
+    def group_token_of(self, task_id: object, group: str) -> int | None:
+        return 0
 
     def add(self, task: object) -> None:
         check_task_id(task_id_of(task))
@@ -151,9 +161,7 @@ class SingleNode:
     def undrain(self) -> None:
         """Nothing to do."""
 
-    def register_locks(
-        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
-    ) -> int:
+    def register_locks(self, rows: Sequence[LockRow]) -> int:
         return 0
 
     def list_locks(self) -> list[LockInfo]:

@@ -26,11 +26,29 @@ class NodeView:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def owns(self, task_id: Task | Hashable) -> bool:
+    def owns(self, task_id: Task | Hashable, group: str = '') -> bool:
         """Whether this node owns the task and its lease is valid, at this moment; no promise goes
         with it, unlike can_claim_task.
+
+        Args:
+            task_id: The task.
+            group: The queue group in which it is asked for; '' is that of can_claim_task. In other
+                groups forked children own nothing.
         """
-        return self._node.owns(task_id)
+        return self._node.owns(task_id, group)
+
+    def holds(self, group: str) -> bool:
+        """Whether this node has tokens of the queue group, or may get some: from its first wish to
+        belong to it until, after it has left, all is given away.
+        """
+        return self._node.holds(group)
+
+    def token_of(self, task_id: Task | Hashable, group: str = '') -> int | None:
+        """The token that a task id hashes to in a queue group, as `on_release` is given it: on the
+        number line of all groups. None where this node does not know the group, and owns nothing
+        there.
+        """
+        return self._node.group_token_of(task_id, group)
 
     @property
     def has_lease(self) -> bool:

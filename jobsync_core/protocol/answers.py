@@ -7,6 +7,7 @@ from .effects import Failed, Left
 from .membership import Phase
 from .messages import Reply, Request
 from .messages.connection import ConnectReply
+from .messages.groups import Enroll, EnrollReply
 from .messages.handover import GiveReply, LivesReply, RefreshReply, Take, TakeReply
 from .messages.leadership import Evict, EvictReply, ObserveReply, RoundReply, StepDown
 from .messages.membership import (
@@ -78,7 +79,10 @@ class Answers:
             self._on_stepped_down(now)
         elif isinstance(request, Drain):
             self.parts.membership.told('draining' if request.draining else 'active')
-            self.parts.handover.drain_changed(now)
+            self.parts.handover.state_changed(now)
+        elif isinstance(request, Enroll) and isinstance(reply, EnrollReply):
+            self.parts.enrollment.enrolled(request, reply)
+            self.parts.handover.state_changed(now)
 
     def _on_connected(self, reply: ConnectReply, now: float) -> None:
         self.parts.handover.must_refresh = True
@@ -91,6 +95,7 @@ class Answers:
         error = None
         if isinstance(reply, JoinReply):
             self.parts.handover.joined(reply.version, now)
+            self.parts.enrollment.joined(reply)
             self.parts.leadership.start_anew()
             self.parts.leadership.look_at = now
             self.parts.membership.joined(request, now)
@@ -124,7 +129,9 @@ class Answers:
             self.parts.membership.beat_at = now
             return
         self.parts.membership.told(reply.state)
-        self.parts.handover.refreshed(reply, self.parts.membership.life, now)
+        self.parts.enrollment.refreshed(reply)
+        claimable = self.parts.enrollment.tokens
+        self.parts.handover.refreshed(reply, self.parts.membership.life, claimable, now)
 
     def _on_activated(self, reply: ActivateReply, now: float) -> None:
         error = self.parts.membership.activated(reply)

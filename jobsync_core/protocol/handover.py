@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..assignment.groups import PLAIN, window
 from ..assignment.tokens import TokenSet
 from .agenda import NEVER, NOW, Due
 from .effects import Effects, Entered, RebalanceEvent, Release
@@ -79,6 +80,7 @@ class HandOver:
         self._effects = effects
         self._promises = promises
         self._taken_tasks = TakenTasks(name, ownership)
+        self._plain = TokenSet([window(PLAIN, settings.total_tokens)])
         self._outgoing: _Outgoing | None = None
         self._releases = 0
         # the lease that the last answered heartbeat gives, as soon as the node's tokens are known
@@ -177,8 +179,10 @@ class HandOver:
         self._settle_until = now + 2 * self._settings.timeout + self._settings.release_timeout
         self.refresh_at = now
 
-    def refreshed(self, reply: RefreshReply, life: Life, now: float) -> None:
-        """What the rows say."""
+    def refreshed(self, reply: RefreshReply, life: Life, claimable: TokenSet, now: float) -> None:
+        """What the rows say. Of the tokens that they give this node it claims those alone that are
+        claimable: of its queue groups.
+        """
         if self.version != reply.version:
             self._taken_tasks.plan_changed()
         self.version = reply.version
@@ -201,9 +205,10 @@ class HandOver:
             and not reply.segments
             and not reply.incoming
         )
+        kept &= claimable
         self._shrink(kept)
         self._follow_moves(moving, now)
-        self._taken_tasks.owns(kept)
+        self._take_in(kept)
         self._extend(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
 
@@ -226,6 +231,15 @@ class HandOver:
         """Take out of the local set what is leaving, before anybody else can be told."""
         if not self._ownership.tokens <= kept:
             self._ownership.replace(self._ownership.tokens & kept)
+
+    def _take_in(self, kept: TokenSet) -> None:
+        """What others have taken is asked of the plain Job's tokens, before they are claimed.
+        Those of queue groups are for messages, which have the ledger.
+        """
+        plain = kept & self._plain
+        self._taken_tasks.owns(plain)
+        if not kept - plain <= self._ownership.tokens:
+            self._ownership.replace(self._ownership.tokens | (kept - plain))
 
     def _follow_moves(self, moving: TokenSet, now: float) -> None:
         outgoing = self._outgoing
@@ -274,8 +288,8 @@ class HandOver:
         self._outgoing = None
         self.refresh_at = now
 
-    def drain_changed(self, now: float) -> None:
-        """The row says something else about draining."""
+    def state_changed(self, now: float) -> None:
+        """The row says something else about draining, or about the node's queue groups."""
         self.emptied = False
         self.refresh_at = now
 

@@ -111,14 +111,20 @@ class Membership:
         """Whether the node has a row, or had one that somebody may still count on."""
         return self.phase is not Phase.JOINING or self._rejoins
 
-    def join(self) -> Due:
-        """The row is inserted."""
-        return self._join_at, self._join
+    def join(self, groups: tuple[str, ...]) -> Due:
+        """The row is inserted; it names these queue groups."""
+        return self._join_at, lambda: self._join(groups)
 
-    def _join(self) -> Join:
+    def _join(self, groups: tuple[str, ...]) -> Join:
         active = self._rejoins and self._wait_until == NEVER
         return Join(
-            *self.life, self._process, self._settings.weight, active, self._replace, self._reap
+            *self.life,
+            self._process,
+            self._settings.weight,
+            active,
+            self._replace,
+            self._reap,
+            groups,
         )
 
     def beat(self, number: Callable[[], tuple[int, int]]) -> Due:

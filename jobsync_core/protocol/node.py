@@ -5,13 +5,14 @@ calls `failed`), passes on notifications, and runs the effects. The agent drives
 PostgreSQL, the simulator against a simulated store in virtual time: it is the same code. The form
 is that of sans-I/O protocols (httpcore's connection pool, psycopg 3's generators).
 
-Four parts know what there is to do: the connection, the membership, the hand-over of tokens and the
-leadership. Each gives `Due` values, a time and a request in one; parts.py puts them in order.
+Five parts know what there is to do: the connection, the membership, the enrollment in queue
+groups, the hand-over of tokens and the leadership. Each gives `Due` values, a time and a request in
+one; parts.py puts them in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from ..assignment.tokens import TokenSet
 from ..process import Process
@@ -22,6 +23,7 @@ from .leadership import Duty
 from .membership import Phase
 from .messages import Reply, Request
 from .messages.connection import RecordHistory
+from .messages.groups import Enroll
 from .messages.leadership import Evict, Lead, Observe, StepDown
 from .messages.membership import Join
 from .ownership import Ownership
@@ -30,9 +32,9 @@ from .settings import Settings
 
 __all__ = ['BESIDE', 'Phase', 'Protocol', 'Settings']
 
-#: What the oldest nodes do beside their heartbeats: where it fails and the connection is good, all
-#: the rest goes on.
-BESIDE = (Observe, Evict, Lead, StepDown, RecordHistory)
+#: What nodes, above all the oldest, do beside their heartbeats: where it fails and the connection
+#: is good, all the rest goes on.
+BESIDE = (Observe, Evict, Lead, StepDown, RecordHistory, Enroll)
 
 
 class Protocol:
@@ -129,6 +131,13 @@ class Protocol:
         return self._parts.handover.owned
 
     @property
+    def groups(self) -> Mapping[str, int]:
+        """The queue groups that this node knows of, by name: where their tokens are on the number
+        line, as its rows showed it last.
+        """
+        return self._parts.enrollment.ids
+
+    @property
     def entered(self) -> bool:
         """Whether the user's code may run."""
         return self._parts.handover.entered
@@ -172,6 +181,16 @@ class Protocol:
         """Take part again."""
         self._parts.membership.want_drain(False)
 
+    def enroll(self, groups: Iterable[str], now: float) -> None:
+        """Belong to these queue groups, and no others; the plain Job's is always one of them."""
+        self._parts.enrollment.want(groups)
+
+    def holds(self, group: str) -> bool:
+        """Whether this node has tokens of the queue group, or may get some: as long as it belongs
+        to it, and after it has left, until all is given away.
+        """
+        return not self._parts.membership.ended and self._parts.enrollment.holds(group)
+
     def notified(self, payload: str, now: float) -> None:
         """A notification arrived. It only makes this node look earlier: all of them may be lost."""
         kind, _, detail = payload.partition(' ')
@@ -204,6 +223,8 @@ class Protocol:
         self._pending = None
         if isinstance(request, Join):
             self._parts.membership.join_refused(now)
+        elif isinstance(request, Enroll):
+            self._parts.enrollment.refused(now)
         self._blame(request, now)
 
     def _blame(self, request: Request, now: float) -> None:

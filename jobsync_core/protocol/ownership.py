@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+from ..assignment.groups import PLAIN, window
 from ..assignment.model import Range
 from ..assignment.tokens import TokenSet
 from . import pausing
@@ -68,6 +69,7 @@ class Ownership:
         self.pausing = pausing.Pausing(view[_PAUSE:_HEADER])
         self.bits = view[_HEADER:]
         self._tokens = TokenSet()
+        self._plain = TokenSet([window(PLAIN, total_tokens)])
         self.exclusions = Exclusions(total_tokens, lock)
 
     @property
@@ -88,7 +90,9 @@ class Ownership:
 
     @property
     def tokens(self) -> TokenSet:
-        """The tokens in the set, whether the lease is valid or not."""
+        """The tokens in the set, whether the lease is valid or not; in forked children without
+        those of queue groups.
+        """
         if os.getpid() == self._pid:
             return self._tokens
         bits = self.bits
@@ -96,8 +100,17 @@ class Ownership:
             token for token in range(self.total_tokens) if bits[token >> 3] >> (token & 7) & 1
         )
 
+    @property
+    def plain(self) -> TokenSet:
+        """Those of the plain Job alone."""
+        return self.tokens & self._plain
+
     def may_claim(self, token: int, now: float) -> bool:
-        """Whether the set holds the token and the lease has not run out."""
+        """Whether the set holds the token and the lease has not run out. Tokens of queue groups are
+        known to the node's own process alone: its children answer False.
+        """
+        if token >= self.total_tokens:
+            return now < self.lease[0] and token in self._tokens and os.getpid() == self._pid
         return (
             now < self.lease[0]
             and bool(self.bits[token >> 3] >> (token & 7) & 1)
@@ -130,9 +143,11 @@ class Ownership:
         """Put another set in place of this one. When this returns, no later answer comes from the
         old set.
         """
-        lost, self._tokens = self._tokens - tokens, tokens
-        tokens.write_bitmap(self.bits, self.total_tokens)
-        if lost and not tokens:
+        plain = tokens & self._plain
+        lost = (self._tokens & self._plain) - plain
+        self._tokens = tokens
+        plain.write_bitmap(self.bits, self.total_tokens)
+        if lost and not plain:
             self.exclusions.clear()
         elif lost and len(self.exclusions):
             self.exclusions.replace(lost.ranges, array('Q'))

@@ -1,4 +1,4 @@
-"""The four parts of a node together: which of them goes first, and what concerns several."""
+"""The five parts of a node together: which of them goes first, and what concerns several."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..process import Process
 from .agenda import NEVER, Due
 from .connection import Connection
 from .effects import Effects, Failed, Left
+from .enrollment import Enrollment
 from .handover import HandOver
 from .leadership import Leadership
 from .liveness import Liveness
@@ -20,13 +21,13 @@ __all__ = ['Parts']
 
 
 class Parts:
-    """A node's connection, membership, hand-over and leadership. The arguments are those of
-    `Protocol`.
+    """A node's connection, membership, enrollment, hand-over and leadership. The arguments are
+    those of `Protocol`.
 
     Attributes:
         effects: What the driver is asked to do.
         ownership: What `can_claim_task` reads.
-        connection, membership, handover, leadership: The parts.
+        connection, membership, enrollment, handover, leadership: The parts.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Parts:
             new_incarnation=new_incarnation,
             is_known_dead=is_known_dead,
         )
+        self.enrollment = Enrollment(settings.groups, settings.total_tokens, settings.timeout / 8)
         self.handover = HandOver(name, settings, ownership, self.effects, promises)
         self.leadership = Leadership(liveness, settings.timeout, settings.max_gap, settings.poll)
         self.ownership = ownership
@@ -68,7 +70,7 @@ class Parts:
             yield connection.connect()
             return
         if membership.phase is Phase.JOINING:
-            yield membership.join()
+            yield membership.join(self.enrollment.wanted)
             return
         if membership.phase is Phase.LEAVING and handover.released:
             yield membership.leave()
@@ -82,6 +84,7 @@ class Parts:
             yield connection.record_history(life)
         yield membership.activate(connection.quarantined, now)
         yield membership.drain()
+        yield self.enrollment.enroll(life)
         if not connection.quarantined:
             yield from handover.agenda(life, seen, now)
         yield from self.leadership.agenda(life, now, handover.has_lease(now))
@@ -116,6 +119,7 @@ class Parts:
             self.finish(Left())
             return
         self.handover.evicted(now)
+        self.enrollment.evicted()
         self.membership.evicted(now)
         self.ownership.incarnation = self.membership.life.incarnation
         self.connection.begin_life()

@@ -13,7 +13,8 @@ class Settings:
 
     All times in seconds; `lease` counts from the sending of a heartbeat. has_release: somebody
     wants to be told before tokens are handed over. has_gate: the grace period does not end before
-    `open_gate` is called (locks are registered first).
+    `open_gate` is called (locks are registered first). groups: names of the queue groups that the
+    node belongs to from its start.
     """
 
     interval: float = 5.0
@@ -28,6 +29,7 @@ class Settings:
     hash_function: str = 'double_sha256'
     has_release: bool = False
     has_gate: bool = False
+    groups: tuple[str, ...] = ()
 
     @property
     def poll(self) -> float:

@@ -12,6 +12,7 @@ import datetime
 from ..config import CoordinationConfig
 from ..protocol.messages import Reply, Request
 from ..protocol.messages.connection import RecordHistory
+from ..protocol.messages.groups import Enroll
 from ..protocol.messages.handover import Give, Lives, Refresh, Take
 from ..protocol.messages.leadership import Evict, Lead, Observe, StepDown
 from ..protocol.messages.membership import Activate, Beat, Drain, Join, Leave
@@ -85,6 +86,8 @@ class ClusterStore:
             return self.nodes.activate(connection, request)
         if isinstance(request, Drain):
             return self.nodes.drain(connection, request)
+        if isinstance(request, Enroll):
+            return self.nodes.enroll(connection, request)
         if isinstance(request, Leave):
             return self.nodes.leave(connection, request)
         if isinstance(request, StepDown):

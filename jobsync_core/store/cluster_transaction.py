@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from ..assignment.groups import PLAIN
 from ..assignment.model import Member
 from ..errors import StoreTimeout
 from ..protocol.messages.signs import Sign
@@ -34,8 +35,9 @@ def read_members(text: str | None) -> tuple[Member, ...]:
             created / 1e6,
             state,
             1.0 if isinstance(weight, str) else weight,
+            (PLAIN, *groups),
         )
-        for name, incarnation, beat, created, state, weight in json.loads(text or '[]')
+        for name, incarnation, beat, created, state, weight, groups in json.loads(text or '[]')
     )
 
 

@@ -10,7 +10,7 @@ from ..errors import SchemaConflict
 from .base import Store
 from .location import PINNED_PATH, default_scope
 from .statements import read_migration
-from .tables import RELATIONS, Tables, quote_name
+from .tables import RELATIONS, VIEWS, Tables, quote_name
 
 __all__ = ['MIGRATIONS', 'SCHEMA_VERSION', 'LayoutStore', 'Migration', 'render_schema']
 
@@ -52,6 +52,7 @@ MIGRATIONS = (
     Migration(7, '07_epochs'),
     Migration(8, '08_queue_belonging'),
     Migration(9, '09_former_keys'),
+    Migration(10, '10_queue_groups'),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 
@@ -112,7 +113,7 @@ class LayoutStore(Store):
             )
         for name, quoted in tables.all.items():
             kind, columns = relations[quoted]
-            expected = version > 0 and kind in (('v',) if name == 'token' else ('r', 'p'))
+            expected = version > 0 and kind in (('v',) if name in VIEWS else ('r', 'p'))
             if kind and not (
                 expected and (version < newest or columns >= set(RELATIONS[name].split()))
             ):

@@ -4,6 +4,7 @@ difference only, in pieces (plans.py).
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _EXPIRED = 20_000
 class _State:
     """What the cluster's row says before the plan; `seen` is the fingerprint of nodes and locks.
 
-    gap: a plan has been made, and yet there are tokens without a row.
+    gap: the tokens that have no row though a plan has been made; '' where there are none.
     """
 
     version: int
@@ -47,7 +48,7 @@ class _State:
     lock_version: int
     seen: str
     planned: bool
-    gap: bool
+    gap: str
 
     @property
     def locks_at(self) -> LocksAt:
@@ -110,21 +111,21 @@ class LeaderStore:
         self._check_every = config.rebalance_check_interval_sec
         self._check_at = 0.0
         # Since when all nodes have been told to look at their rows again, as some are gone: the
-        # cluster's version then, and the time.
-        self._gap: tuple[int, float] | None = None
+        # cluster's version then, the tokens of these rows, and the time.
+        self._gap: tuple[int, str, float] | None = None
 
     def observe(self, connection: Connection) -> ObserveReply | None:
         """All nodes, and what there is to do; None before the first node."""
         # Whether tokens have no row is asked now and then only: it reads all rows.
-        pieces = {} if time.monotonic() >= self._check_at else {'gap': 'false'}
+        pieces = {} if time.monotonic() >= self._check_at else {'gap': "''"}
         rows = connection.execute(self._tables.sql('leader.observe', **pieces))
         if not rows:
             return None
         version, stale, gap, next_expiry, members = rows[0]
         self._checked_gap(gap)
-        return ObserveReply(read_members(members), version, stale or gap, next_expiry)
+        return ObserveReply(read_members(members), version, stale or bool(gap), next_expiry)
 
-    def _checked_gap(self, gap: bool) -> None:
+    def _checked_gap(self, gap: str) -> None:
         now = time.monotonic()
         if gap:
             self._check_at = 0.0
@@ -189,7 +190,7 @@ class LeaderStore:
                 if not _is_eldest(request, members):
                     return RoundReply(False, version)
                 state = self._prepare(steps)
-                waiting = state.gap and not self._may_fill(state)
+                waiting = bool(state.gap) and not self._may_fill(state)
                 if waiting:
                     version = self._open_gap(steps, state)
                 elif state.planned and not state.gap:
@@ -202,7 +203,7 @@ class LeaderStore:
             return RoundReply(True, version, more=True)
         if waiting:
             if version != state.version:
-                self._gap = version, time.monotonic()
+                self._gap = version, state.gap, time.monotonic()
             self._draft = None
             return RoundReply(True, version)
         self._draft = self._plan(connection, began + self.portions.patience / 2)
@@ -216,13 +217,13 @@ class LeaderStore:
         """
         return (
             self._gap is not None
-            and self._gap[0] == state.version
-            and time.monotonic() - self._gap[1] >= self._timeout
+            and self._gap[:2] == (state.version, state.gap)
+            and time.monotonic() - self._gap[2] >= self._timeout
         )
 
     def _open_gap(self, steps: ClusterTransaction, state: _State) -> int:
-        """Tell all nodes, once; the version that they look for."""
-        if self._gap is not None and self._gap[0] == state.version:
+        """Tell all nodes, once for the rows that are gone; the version that they look for."""
+        if self._gap is not None and self._gap[:2] == (state.version, state.gap):
             return state.version
         version = state.version + 1
         steps.run(
@@ -233,7 +234,7 @@ class LeaderStore:
             'tokens have no row in %s, as somebody has deleted some: they get an owner in %g s, '
             'when nobody can hold them '
             'any more',
-            self._tables.assignment,
+            self._tables.ring,
             self._timeout,
         )
         return version
@@ -260,19 +261,21 @@ class LeaderStore:
             return draft
         # The fingerprint is of the very moment at which the nodes are read. What is read after it
         # may have changed meanwhile: then no piece is written.
-        ((text, *values),) = connection.execute(self._tables.sql('leader.read'))
+        ((text, groups, *values),) = connection.execute(self._tables.sql('leader.read'))
         state, members = _State(*values), read_members(text)
+        ids: dict[str, int] = dict(json.loads(groups or '[]'))
         before = read_assignment(connection, self._tables)
         if not self.locks.read(connection, state.locks_at, until):
             return None
-        version, pins = state.version + 1, self.locks.pins
+        version, pins = state.version + 1, self.locks.placed(ids)
+        names = {number: name for name, number in ids.items()}
 
         def make() -> Draft:
             return Draft(
                 state.seen,
                 version,
                 before,
-                decide(members, before, pins, state.total_tokens, version),
+                decide(members, before, pins, state.total_tokens, version, names),
                 len(members),
             )
 

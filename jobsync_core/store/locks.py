@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from ..assignment.arguments import LockRow
 from ..errors import ConfigurationError
 from ..results import LockInfo
 from .base import Store
@@ -25,17 +26,12 @@ LOCKS = 250_000
 class LockStore(Store):
     """The locks of a cluster."""
 
-    def register(
-        self,
-        rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]],
-        created_by: str,
-        pin: bool = False,
-    ) -> int:
+    def register(self, rows: Sequence[LockRow], created_by: str, pin: bool = False) -> int:
         """Write locks; one that exists is replaced, but keeps its age. Of several rows for one task
         the last counts.
 
         Args:
-            rows: Task id as text, ordered patterns, reason, days until it expires (None: never).
+            rows: What to write.
             created_by: Who registers them; `clear_by_creator` finds them by it.
             pin: They are a worker's, for its pinned tasks.
 
@@ -48,7 +44,7 @@ class LockStore(Store):
         if not rows:
             return 0
         encoded: dict[tuple[str, ...], str] = {}
-        for _, patterns, _, _ in rows:
+        for _, patterns, *_ in rows:
             if patterns not in encoded:
                 encoded[patterns] = json.dumps(patterns)
         self._take_turn()
@@ -59,6 +55,7 @@ class LockStore(Store):
                 'patterns': [encoded[row[1]] for row in rows],
                 'reasons': [row[2] for row in rows],
                 'days': [row[3] for row in rows],
+                'queues': [row[4] for row in rows],
                 'creator': created_by,
                 'pin': pin,
             },

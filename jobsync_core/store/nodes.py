@@ -11,6 +11,7 @@ from ..assignment.model import Segment
 from ..config import CoordinationConfig
 from ..process import Process
 from ..protocol.messages.connection import RecordHistory
+from ..protocol.messages.groups import Enroll, EnrollReply, Ids
 from ..protocol.messages.handover import Refresh, RefreshReply
 from ..protocol.messages.leadership import StepDown
 from ..protocol.messages.membership import (
@@ -79,7 +80,7 @@ class NodeStore:
         )
         if not rows:
             return None
-        version, state, planned, incoming, segments, history, same = rows[0]
+        version, state, planned, incoming, segments, history, same, groups, ids = rows[0]
         return RefreshReply(
             version,
             state,
@@ -88,6 +89,8 @@ class NodeStore:
             incoming,
             history,
             same,
+            tuple(json.loads(groups or '[]')),
+            _ids(ids),
         )
 
     def join(self, connection: Connection, request: Join) -> JoinReply | Occupied | Mismatch:
@@ -112,7 +115,7 @@ class NodeStore:
             signs = {row[0]: Sign(*row[:3]) for row in members}
             mine = signs.get(request.name)
             if mine is not None and mine.incarnation == request.incarnation:
-                return JoinReply(version)
+                return JoinReply(version, self._ids_of(steps, request))
             if mine is not None and request.replace != (mine.incarnation, mine.beat):
                 return Occupied(
                     mine, next(_process(row[3:]) for row in members if row[0] == request.name)
@@ -124,9 +127,14 @@ class NodeStore:
                 steps.delete_unchanged([mine])
             if not others:
                 version = self._form(steps, anew=not request.active and not self._epochs.resumes)
+            steps.run('node.give_ids', {'groups': list(request.groups)})
             steps.run('node.insert', self._row(request))
             self._epochs.joined(others, request.active, version)
-            return JoinReply(version)
+            return JoinReply(version, self._ids_of(steps, request))
+
+    def _ids_of(self, steps: ClusterTransaction, request: Join) -> Ids:
+        rows = steps.run('node.ids', {'name': request.name, 'incarnation': request.incarnation})
+        return tuple((name, number) for name, number in rows)
 
     def _join_at_once(self, connection: Connection, request: Join) -> JoinReply | None:
         """The usual case in one message: the cluster's row is held for no round trip, so that many
@@ -147,11 +155,11 @@ class NodeStore:
         )
         if not rows:
             return None
-        version, others = rows[0]
+        version, others, ids = rows[0]
         self._epochs.joined(
             [Sign(*values) for values in json.loads(others)], request.active, version
         )
-        return JoinReply(version)
+        return JoinReply(version, _ids(ids))
 
     def _form(self, steps: ClusterTransaction, anew: bool) -> int:
         """The first node of an empty cluster sets what the others must agree with; the cluster's
@@ -180,6 +188,7 @@ class NodeStore:
             'pid_namespace': process.pid_namespace,
             'pid': process.pid,
             'started': process.started,
+            'groups': list(request.groups),
             'channel': self._tables.channel,
         }
 
@@ -210,6 +219,15 @@ class NodeStore:
         )
         return True if rows else None
 
+    def enroll(self, connection: Connection, request: Enroll) -> EnrollReply | None:
+        """Let the node's row name queue groups; None as for `beat`."""
+        sql = self._tables.sql('node.enroll')
+        rows = connection.execute(
+            f'{connection.local_limits}; {sql}',
+            {**self._who(request), **lock_key(self._tables), 'groups': list(request.groups)},
+        )
+        return EnrollReply(_ids(rows[0][0])) if rows else None
+
     def leave(self, connection: Connection, request: Leave) -> bool:
         """Remove the node."""
         connection.execute(
@@ -231,7 +249,7 @@ class NodeStore:
         )
         return True
 
-    def _who(self, request: Drain | Leave | StepDown) -> dict[str, object]:
+    def _who(self, request: Drain | Enroll | Leave | StepDown) -> dict[str, object]:
         return {
             'name': request.name,
             'incarnation': request.incarnation,
@@ -246,6 +264,10 @@ def _is_settled(history: str, recorded: str | None) -> bool:
     return (
         not history or recorded == history or recorded is None and history.endswith(FIRST_TIMELINE)
     )
+
+
+def _ids(text: str | None) -> Ids:
+    return tuple((name, number) for name, number in json.loads(text or '[]'))
 
 
 def _process(values: Sequence[Any]) -> Process:

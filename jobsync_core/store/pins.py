@@ -5,7 +5,8 @@ them are there for many plans.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..assignment.hashing import task_to_token
 from ..assignment.patterns import PATTERN_BYTES, read_patterns
@@ -39,13 +40,14 @@ class _Reading:
         self.after = ''
         self.number = 0
         self.pins: list[Pin] = []
+        self.queues: dict[str, str] = {}
         self.broken: list[str] = []
         self._patterns: dict[str, tuple[str, ...]] = {}
 
-    def take(self, rows: Sequence[tuple[str, str, float]]) -> None:
+    def take(self, rows: Sequence[tuple[str, str, float, str | None]]) -> None:
         """The next ones, in the order of their tasks."""
         _, total_tokens, hash_function = self.at
-        for text, encoded, created_at in rows:
+        for text, encoded, created_at, queue in rows:
             self.number += 1
             self.after = text
             if self.number > self.most:
@@ -62,6 +64,8 @@ class _Reading:
                 self.pins.append(
                     Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at)
                 )
+                if queue is not None:
+                    self.queues[text] = queue
             except Exception as error:  # whatever is in the row, it concerns this lock alone
                 self.broken.append(
                     f'the lock on task {text[:200]!r} is ignored: {error}; clear it, or register '
@@ -78,11 +82,12 @@ class PinReader:
         most: How many locks count; the others are complained of.
 
     Attributes:
-        pins: Those that were read last, the oldest lock first.
+        pins: Those that were read last, the oldest lock first, as if each counted in all groups.
     """
 
     def __init__(self, tables: Tables, page: int = _PAGE, most: int = LOCKS) -> None:
         self.pins: tuple[Pin, ...] = ()
+        self._queues: dict[str, str] = {}
         self._tables = tables
         self._page = page
         self._most = most
@@ -116,8 +121,27 @@ class PinReader:
                 return False
         reading.pins.sort(key=lambda pin: (pin.created_at, pin.task_id))
         self.pins, self._broken = tuple(reading.pins), reading.broken
+        self._queues = reading.queues
         self._at, self._reading = at, None
         return True
+
+    def placed(self, ids: Mapping[str, int]) -> tuple[Pin, ...]:
+        """The pins, each where it counts: a lock on a queue in that queue group alone, and nowhere
+        while no node has named it.
+
+        Args:
+            ids: Of the queue groups, by name.
+        """
+        if not self._queues:
+            return self.pins
+        found: list[Pin] = []
+        for pin in self.pins:
+            queue = self._queues.get(pin.task_id)
+            if queue is None:
+                found.append(pin)
+            elif queue in ids:
+                found.append(replace(pin, group=ids[queue]))
+        return tuple(found)
 
     def complaints(self, conflicts: tuple[str, ...]) -> tuple[str, ...]:
         """What is wrong with the locks and has not been said since it began: each once, and not too

@@ -152,12 +152,18 @@ class Draft:
 
     def _conclude(self, steps: ClusterTransaction, version: int, last: bool) -> None:
         """Let the first piece's nodes take part, raise the cluster's version, and after the last
-        piece say that the plan is made.
+        piece say that the plan is made, and which queue groups have rows.
         """
         activate = () if self._begun else self.decision.activate
         ((now, matches),) = steps.run(
             'plan.conclude',
-            {'activate': list(activate), 'version': version, 'seen': self.seen, 'last': last},
+            {
+                'activate': list(activate),
+                'version': version,
+                'seen': self.seen,
+                'last': last,
+                'formed': list(self.decision.formed),
+            },
         )
         # Whoever has changed its state meanwhile is planned for again.
         self.seen = now if matches else ''

@@ -1,18 +1,23 @@
 """Who owns what, for routers; and the queues that belong to nodes.
 
-AMQP cannot list queues, so the table `queue` remembers which there are. A row whose node is not in
-the node table is an orphan: its messages are for whoever owns them now.
+AMQP cannot list queues, so the table `node_queue` remembers which there are: one for each node and
+home queue. A row whose node is not in the node table is an orphan: its messages are for whoever
+owns them now. The table `queue` holds those of earlier versions, which had one for each node.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..assignment.groups import PLAIN
 from ..belonging import Belonging, Peer
 from .base import Store
 
-__all__ = ['Orphan', 'QueueStore']
+__all__ = ['Orphan', 'Owners', 'QueueStore']
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.
 _HOLD_SEC = 600
@@ -20,36 +25,66 @@ _HOLD_SEC = 600
 
 @dataclass(frozen=True)
 class Orphan:
-    """A queue of a node that is gone, and for how many seconds that has been known."""
+    """A queue of a node that is gone, and for how many seconds that has been known.
+
+    home: The home queue that it is for; '' for one of an earlier version, which was for all.
+    """
 
     queue: str
     node: str
     age: float
+    home: str = ''
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Who owns what.
+
+    Attributes:
+        version, total_tokens, hash_function: Those of the cluster.
+        groups: Queue groups that have a node or tokens, by name: their ids. '' is among them.
+        deserted: Those that no node names any more.
+        rows: First token, end, owner and whether it is blocked, by token on the number line of all
+            groups. Tokens that move belong to their receiver. The owner is None where nobody has
+            one yet, or, where it is blocked, none of the live nodes may.
+        queues: By node and home queue, of nodes in the node table; the home queue of one of an
+            earlier version is ''.
+    """
+
+    version: int
+    total_tokens: int
+    hash_function: str
+    groups: Mapping[str, int]
+    deserted: frozenset[str]
+    rows: tuple[tuple[int, int, str | None, bool], ...]
+    queues: Mapping[tuple[str, str], str]
 
 
 class QueueStore(Store):
     """Queues, their nodes, and who owns which tokens."""
 
-    def record(self, name: str, node: str, belonging: Belonging) -> bool:
-        """Note that `node` has a queue of that name, and what it belongs to; True where the queue
-        was not known before.
+    def identify(self, node: str, belonging: Belonging) -> bool:
+        """Note what `node` belongs to, before it has a queue; True where that was not known."""
+        row = self._row('queue.identify', {'node': node, **dataclasses.asdict(belonging)})
+        return row is not None and bool(row[0])
+
+    def record(self, name: str, node: str, home: str, belonging: Belonging) -> bool:
+        """Note that `node` has a queue of that name for a home queue, '' where it is for all, and
+        what it belongs to; True where the queue was not known before.
         """
         row = self._row(
-            'queue.record',
-            {
-                'name': name,
-                'node': node,
-                'kind': belonging.kind,
-                'broker': belonging.broker,
-                'place': belonging.place,
-                'application': belonging.application,
-            },
+            'queue.record' if home else 'queue.record_for_all',
+            {'name': name, 'node': node, 'home': home, **dataclasses.asdict(belonging)},
         )
         return row is not None and bool(row[0])
 
-    def withdraw(self, name: str, node: str) -> None:
-        """Take back what `record` noted, for a node that may not join: it made no queue."""
-        self._run('queue.withdraw', {'name': name, 'node': node})
+    def withdraw(self, node: str) -> None:
+        """Take back what `identify` noted, for a node that may not join: it made no queue."""
+        self._run('queue.withdraw', {'node': node})
+
+    def withdraw_queue(self, name: str, node: str) -> None:
+        """Take back what `record` noted: the node's queue is gone."""
+        self._run('queue.withdraw_queue', {'name': name, 'node': node})
 
     def peers(self, node: str, timeout: float) -> list[Peer]:
         """The other nodes that seem to live, oldest first, and what they belong to.
@@ -71,10 +106,10 @@ class QueueStore(Store):
         Which these are is written down here.
         """
         found = self._rows('queue.orphans', {'kind': kind, 'young': young})
-        fresh = [name for name, _, age in found if age is None]
+        fresh = [name for name, _, age, _ in found if age is None]
         if fresh:
             self._run('queue.note_orphans', {'names': fresh})
-        return [Orphan(queue, node, age or 0.0) for queue, node, age in found]
+        return [Orphan(queue, node, age or 0.0, home) for queue, node, age, home in found]
 
     def old_orphans(self, kind: str, young: float) -> list[Orphan]:
         """Queues of nodes that have been gone for longer, the newest first."""
@@ -82,9 +117,11 @@ class QueueStore(Store):
             Orphan(*row) for row in self._rows('queue.old_orphans', {'kind': kind, 'young': young})
         ]
 
-    def known(self, kind: str) -> list[tuple[str, str]]:
-        """All queues that a plugin's nodes have, or had when they were seen last: (queue, node)."""
-        return [(row[0], row[1]) for row in self._rows('queue.known', {'kind': kind})]
+    def known(self, kind: str) -> list[tuple[str, str, str]]:
+        """All queues that a plugin's nodes have, or had when they were seen last: each with its
+        node and its home queue.
+        """
+        return [(row[0], row[1], row[2]) for row in self._rows('queue.known', {'kind': kind})]
 
     def heartbeats(self) -> dict[str, tuple[Any, ...]]:
         """A sign of life of each node in the node table; another one after each heartbeat."""
@@ -95,7 +132,7 @@ class QueueStore(Store):
         in there is for others by now.
         """
         rows = self._rows('queue.draining', {'kind': kind, 'me': me})
-        return [Orphan(queue, node, 0.0) for queue, node in rows]
+        return [Orphan(queue, node, 0.0, home) for queue, node, home in rows]
 
     def hold(self, node: str) -> bool:
         """Hold what a node left behind: nobody else sweeps it meanwhile, and a new life of the node
@@ -126,22 +163,19 @@ class QueueStore(Store):
         """The queue is gone, and so is its node."""
         self._run('queue.forget', {'name': name})
 
-    def owners(
-        self, known: int
-    ) -> tuple[int, int, str, list[tuple[int, int, str, str | None]]] | None:
-        """Who owns which tokens, or is about to; None where the version is still `known`.
-
-        Returns:
-            Version, total_tokens, hash_function, and rows (first token, end, node, the node's queue
-                or None) by token.
-        """
-        rows = self._rows('queue.owners', {'known': known})
-        if not rows:
+    def owners(self, known: int) -> Owners | None:
+        """Who owns which tokens, or is about to; None where the version is still `known`."""
+        row = self._row('queue.owners', {'known': known})
+        if row is None:
             return None
-        version, total, function = rows[0][:3]
-        return (
+        version, total, function, groups, queues, rows = row
+        named = json.loads(groups or '[]')
+        return Owners(
             version,
             total,
             function,
-            [(row[3], row[4], row[5], row[6]) for row in rows if row[3] is not None],
+            {'': PLAIN, **{name: number for name, number, _ in named}},
+            frozenset(name for name, _, is_named in named if not is_named),
+            tuple((lo, hi, node, blocked) for lo, hi, node, blocked in json.loads(rows or '[]')),
+            {(node, home): name for node, home, name in json.loads(queues or '[]')},
         )

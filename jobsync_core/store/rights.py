@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 from ..errors import ConfigurationError, JobSyncError
 from .base import Store
-from .tables import Tables
+from .tables import VIEWS, Tables
 
 __all__ = ['Right', 'RightStore', 'check_role', 'describe', 'grants', 'needed']
 
 _TABLE_RIGHTS = ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
-_VIEWS = frozenset({'token'})
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def needed(tables: Tables, dbname: str) -> list[Right]:
         *(
             Right(privilege, 'TABLE', schema, prefix + name)
             for name in tables.all
-            for privilege in (('SELECT',) if name in _VIEWS else _TABLE_RIGHTS)
+            for privilege in (('SELECT',) if name in VIEWS else _TABLE_RIGHTS)
         ),
         *(
             Right('EXECUTE', 'FUNCTION', schema, prefix + name, arguments)

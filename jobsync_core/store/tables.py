@@ -12,7 +12,7 @@ from ..errors import JobSyncError
 from .location import Location, locate, location_of
 from .statements import catalog, fill
 
-__all__ = ['FUNCTIONS', 'INDEXES', 'RELATIONS', 'Tables', 'quote_name']
+__all__ = ['FUNCTIONS', 'INDEXES', 'RELATIONS', 'VIEWS', 'Tables', 'quote_name']
 
 #: Tables and views, with the columns that this version uses.
 RELATIONS: Mapping[str, str] = {
@@ -22,11 +22,14 @@ RELATIONS: Mapping[str, str] = {
     ),
     'node': (
         'name created_on last_heartbeat beat incarnation state weight lease_sec host pid '
-        'boot_id pid_namespace started'
+        'boot_id pid_namespace started groups'
     ),
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
+    'ring': 'tokens node moving moving_to blocked version assigned_at',
+    'queue_group': 'id name formed',
     'token': 'token_id node assigned_at version',
-    'lock': 'task_id node_patterns reason created_at created_by expires_at pin',
+    'group_token': 'queue_group token_id node assigned_at version',
+    'lock': 'task_id node_patterns reason created_at created_by expires_at pin queue',
     'rebalance': (
         'id triggered_at trigger_reason leader_node nodes_before nodes_after '
         'tokens_moved duration_ms'
@@ -38,8 +41,11 @@ RELATIONS: Mapping[str, str] = {
         'attempts started_at finished_at result error expires_at'
     ),
     'queue': 'name node created_at kind gone_at broker place application',
+    'node_queue': 'node home name kind broker place application created_at gone_at',
     'schedule': 'name slot total_run_count entry updated_at',
 }
+#: Those of them that are views.
+VIEWS = frozenset({'token', 'group_token'})
 #: Functions, with the types of their arguments. Each pins its search_path, and names tables with
 #: their schema. Processes of earlier versions go on calling a name while a newer text stands behind
 #: it: a text that takes, gives or means something else gets another name, with its version
@@ -71,7 +77,10 @@ class Tables:
     appname: str
     node: str
     assignment: str
+    ring: str
+    queue_group: str
     token: str
+    group_token: str
     lock: str
     rebalance: str
     claim: str
@@ -79,6 +88,7 @@ class Tables:
     execution: str
     cluster: str
     queue: str
+    node_queue: str
     schedule: str
     begin_execution: str
     finish_execution: str

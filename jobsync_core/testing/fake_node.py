@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..assignment.arguments import LockRow
 from ..assignment.hashing import check_task_id, task_to_token
 from ..assignment.tokens import TokenSet
 from ..errors import ClaimLost, ConfigurationError
@@ -153,8 +154,19 @@ class FakeNode:
         self.asked.append(task_id_of(task))
         return self.leased and token in self.owned
 
-    def owns(self, task_id: object) -> bool:
+    def owns(self, task_id: object, group: str = '') -> bool:
+        """In every queue group the same."""
         return self._is_entered and self.leased and self.token_of(task_id) in self.owned
+
+    def enroll(self, groups: Iterable[str]) -> None:
+        """It belongs to every queue group."""
+
+    def holds(self, group: str) -> bool:
+        return self._is_entered
+
+    def group_token_of(self, task_id: object, group: str) -> int | None:
+        """In every queue group the same."""
+        return self.token_of(task_id)
 
     def add(self, task: object) -> None:
         """Remember it for the test.
@@ -299,12 +311,10 @@ class FakeNode:
             before, self._drained = self._drained, None
             self.own(before)
 
-    def register_locks(
-        self, rows: Sequence[tuple[str, tuple[str, ...], str | None, float | None]]
-    ) -> int:
+    def register_locks(self, rows: Sequence[LockRow]) -> int:
         """The fake's ownership does not follow them."""
         now = datetime.datetime.now(datetime.timezone.utc)
-        for task_id, patterns, reason, days in rows:
+        for task_id, patterns, reason, days, queue in rows:
             self.locks[task_id] = {
                 'task_id': task_id,
                 'node_patterns': list(patterns),
@@ -312,6 +322,7 @@ class FakeNode:
                 'created_at': now,
                 'created_by': self._name,
                 'expires_at': now + datetime.timedelta(days=days) if days is not None else None,
+                'queue': queue,
             }
         return len(rows)
 

@@ -18,6 +18,7 @@ from ..ledger.execution import Execution, running
 from ..ledger.interface import Ledger
 from ..ledger.limits import DEFAULT_RETENTION
 from ..ledger.once import ExactlyOnce
+from .affinity import has_affinity
 from .routing import Coordination
 from .settings import PluginSettings
 
@@ -120,14 +121,24 @@ class CoordinatedTasks:
                 f"{name}: jobsync_pin={task.pin!r} is empty: give at least one pattern ('%' "
                 'matches every node), or None for no pin'
             )
-        pin = task.pin if task.pin is not None else self._settings.pins.get(name)
+        given = self._settings.pins.get(name)
+        pin = task.pin if task.pin is not None else given
         everything = self._settings.coordinate == 'all' and not task.internal
         if task.once is None and task.key is None and pin is None and not everything:
             return None
+        places = {'jobsync_key': task.key, 'jobsync_pin': task.pin, f'pins[{name!r}]': given}
+        affinity = has_affinity(name, task.once, places, self._settings)
         if task.once is not None:
             task.once.adopt(name)
         return Coordination(
-            name, task.function, task.once, task.key, pin, self._settings.pin_slots, task.prepare
+            name,
+            task.function,
+            task.once,
+            task.key,
+            pin,
+            self._settings.pin_slots,
+            task.prepare,
+            affinity,
         )
 
 
@@ -143,6 +154,7 @@ class MessageOnce(ABC):
         on_running: str = 'requeue',
         store_result: bool = True,
         scope: str | None = None,
+        affinity: bool | None = None,
     ) -> Callable[[F], F]:
         """Make a task (an actor) complete once per key: put it below the framework's own decorator.
 
@@ -157,6 +169,8 @@ class MessageOnce(ABC):
                 'skip' returns None, 'raise' raises ExecutionRunning.
             store_result: Store what the function returns, as JSON.
             scope: What keys begin with; default: the task's (the actor's) name.
+            affinity: False: a message runs where it is taken from its queue; True: on the node that
+                owns its key; default: as the setting `affinity` says.
 
         Raises:
             ConfigurationError: An option cannot work.
@@ -179,7 +193,9 @@ class MessageOnce(ABC):
                 ledger=self.ledger,
                 completes=self.completes,
                 check_result=self.check_result,
+                as_sent=self.as_sent,
                 named_later=True,
+                affinity=affinity,
             )(function)
             made.append(vars(wrapper)['exactly_once'])
             return wrapper
@@ -214,6 +230,12 @@ class MessageOnce(ABC):
         """Whether the function was called for a message, and not by the user's own code."""
         return self.message_id() is not None
 
+    @abstractmethod
+    def came_before(self) -> bool:
+        """Whether the message that is being processed may have been processed before: its broker
+        delivers it again, or it has come back.
+        """
+
     def is_task_of_message(self, options: ExactlyOnce) -> bool:
         """Whether these are the options of the very task that the message is for."""
         return True
@@ -239,9 +261,13 @@ class MessageOnce(ABC):
         return result
 
     def check_result(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to check
-        """Called with a result that the ledger does not store, before the key is complete. What
-        this raises fails the attempt.
+        """Called with a result that is not plain JSON in the ledger, before the key is complete.
+        What this raises fails the attempt.
         """
+
+    def as_sent(self, result: Any) -> Any:
+        """What the framework sends for what a function returned: the ledger stores that."""
+        return result
 
     def _refuse(self, options: ExactlyOnce, error: JobSyncError, ran: bool) -> Any:
         if not self.is_processing() or not self._is_own(options):
@@ -258,7 +284,9 @@ class MessageOnce(ABC):
                 raise error
             self.replay(error)
             return error.result if options.on_duplicate == 'result' else None
-        if isinstance(error, ExecutionRunning) and options.on_running != 'requeue':
+        # What runs may be this very message's, on a worker that is dead and not known to be yet.
+        other = isinstance(error, ExecutionRunning) and not self.came_before()
+        if other and options.on_running != 'requeue':
             if options.on_running == 'skip':
                 return None
             raise error

@@ -40,6 +40,9 @@ class Broker(Protocol):
     #: A message that is sent to a deleted queue is kept (in the parked queue), not lost and not
     #: stranded.
     catches_strays: bool
+    #: What is taken off a queue and requeued is as it was. A quorum queue of RabbitMQ counts how
+    #: often that happens, and drops a message at its limit.
+    requeue_is_free: bool
 
     def mark(self, mark: str) -> None:
         """Write the cluster's mark, by which its nodes know that they are at one broker, where the

@@ -80,7 +80,7 @@ def make_job(
         def note(belonging: Belonging) -> bool:
             job.belonging = belonging
             with job.session(pinned=True) as connection:
-                return QueueStore(connection, tables).record(queue, name, belonging)
+                return QueueStore(connection, tables).record(queue, name, '', belonging)
 
         def belong(mark: str) -> None:
             belonging = Belonging(kind, mark, place, settings.application or application)
@@ -88,7 +88,7 @@ def make_job(
             if found is not None:
                 if is_new:
                     with job.session(pinned=True) as connection:
-                        QueueStore(connection, tables).withdraw(queue, name)
+                        QueueStore(connection, tables).withdraw_queue(queue, name)
                 raise ConfigurationError(found)
             note(belonging)
 

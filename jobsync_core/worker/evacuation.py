@@ -92,7 +92,8 @@ def evacuate(
     done = Evacuated()
     try:
         with sessions.session() as connection:
-            known = dict(QueueStore(connection, tables).known(broker.kind))
+            found = QueueStore(connection, tables).known(broker.kind)
+            known = {queue: node for queue, node, _ in found}
         dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
         prefix = f'{old_parked_queue(config.appname).rpartition(".")[0]}.'
         shared = old_parked_queue(config.appname), unknown_queue(config.appname)

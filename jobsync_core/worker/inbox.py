@@ -32,8 +32,8 @@ class Received:
 
     Attributes:
         incarnation: The life of this node that received it.
-        route: The task id that its owner is found by; None: its task is not coordinated, or nobody
-            here knows.
+        route: The task id that its owner is found by; None: its task has no affinity or is not
+            coordinated, or nobody here knows.
         hops: How often it was handed on.
         until: When it is parked if nobody owns it by then, in seconds on the monotonic clock.
         known: This node's consumers know its task.
@@ -127,11 +127,13 @@ def place(delivery: Received, here: Here, rules: Rules, now: float) -> Outcome:
         return Outcome(Action.REQUEUE, event='returned', reason='of an earlier life')
     # 3. No owner to look for, or this node is the owner. Another node may know the task, or this
     #    one after an upgrade.
-    if delivery.route is None or here.mine:
-        if delivery.known:
-            return _RUN
+    anywhere = delivery.route is None
+    if (anywhere or here.mine) and not delivery.known:
         return Outcome(Action.SEND, rules.unknown, 0, 'unknown', 'its task is not known here')
-    # 4. The lease watch stops the consumer, and what waits goes back.
+    if here.mine or (anywhere and here.leased):
+        return _RUN
+    # 4. The lease watch stops the consumer, and what waits goes back. What may run anywhere may
+    #    not run here either: others may be about to restore it.
     if not here.leased:
         return Outcome(Action.WAIT, reason='no lease')
     # 5. Never to oneself: the owner map is older, or younger, than the local set, and will agree

@@ -136,13 +136,15 @@ def read_id(value: object) -> str | Refused:
 
 def find_route(
     found: Coordination, args: object, kwargs: object, message_id: object, stamps: Stamps
-) -> str | Refused:
+) -> str | Refused | None:
     """The route of a message, made from its arguments, as what the message itself says of it may be
     forged or old.
 
     Its stamp counts only where its arguments make no key here: where the key needs what only the
     sender had. For a pinned task it has to be one of the task's own virtual keys, so that no
     message goes around a pin.
+
+    None is the route of what runs wherever it is taken, whatever an older sender has stamped on it.
 
     Args:
         found: How the message's task is coordinated.
@@ -160,7 +162,7 @@ def find_route(
         Exception
     ) as error:  # whatever a key function raises, or the attributes and texts of the arguments do
         if stamps.key is not None and found.is_route(stamps.key):
-            return stamps.key
+            return stamps.key if found.affinity else None
         return Refused(f'no key can be made for it: {type(error).__name__}: {shown(_text(error))}')
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 
 from ..logs import shown
 
-__all__ = ['misspelt']
+__all__ = ['misspelt', 'said_elsewhere']
 
 #: How alike two names have to be, from 0 to 1, for one of them to be meant.
 _ALIKE = 0.8
+#: What is said in another place, and how.
+_ELSEWHERE = {'jobsync_affinity': 'write @exactly_once(affinity=…) in its place'}
 
 
 def misspelt(
@@ -37,7 +39,7 @@ def misspelt(
         for name in sorted(set(names) - set(right)):
             near = _nearest(name, right, _ALIKE)
             if near or name.startswith('jobsync'):
-                hint = _hint(near or _nearest(name, right))
+                hint = said_elsewhere(name) or _hint(near or _nearest(name, right))
                 found.append(
                     f'{what} {shown(task, 100)}: its option {shown(name, 100)} means nothing{hint}'
                 )
@@ -47,6 +49,12 @@ def misspelt(
             f'pins: there is no {what} {shown(name, 100)} here{_hint(_nearest(name, there))}'
         )
     return found
+
+
+def said_elsewhere(name: str) -> str:
+    """How to say what an option that there is not would say; '' where nothing does."""
+    remedy = _ELSEWHERE.get(name)
+    return f': {remedy}' if remedy else ''
 
 
 def _nearest(name: str, known: list[str], alike: float = 0.6) -> str:

@@ -11,7 +11,7 @@ from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable, MissingPrivilege, MissingSchema, MissingTable
 from ..logs import Repeats, get_logger
-from ..store.queues import QueueStore
+from ..store.queues import Owners, QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
 
@@ -114,7 +114,7 @@ class OwnerMap:
                 return False
             self._read_at = now
             if found is not None:
-                self._copy = _copy(*found)
+                self._copy = _copy(found)
             return True
         finally:
             self._reading.release()
@@ -142,15 +142,18 @@ def _why(error: Exception) -> str:
     return 'while the database is away; messages go to their home queues'
 
 
-def _copy(
-    version: int, total: int, function: str, rows: list[tuple[int, int, str, str | None]]
-) -> _Copy:
+def _copy(found: Owners) -> _Copy:
+    rows = [
+        (first, end, Place(node, found.queues.get((node, ''))))
+        for first, end, node, _ in found.rows
+        if node is not None and end <= found.total_tokens
+    ]
     return _Copy(
-        version,
-        total,
-        HASH_FUNCTIONS[function],
-        tuple(row[0] for row in rows),
-        tuple(row[1] for row in rows),
-        tuple(Place(row[2], row[3]) for row in rows),
-        all(row[3] is not None for row in rows),
+        found.version,
+        found.total_tokens,
+        HASH_FUNCTIONS[found.hash_function],
+        tuple(first for first, _, _ in rows),
+        tuple(end for _, end, _ in rows),
+        tuple(place for _, _, place in rows),
+        all(place.queue is not None for _, _, place in rows),
     )

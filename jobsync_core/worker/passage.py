@@ -19,7 +19,7 @@ __all__ = ['Destination', 'Owners', 'Passage', 'Passed', 'destination_of']
 logger = get_logger(__name__)
 
 #: Messages that stay and are kept in hand until the end of a pass; what more there is goes to the
-#: end of the queue at once.
+#: end of the queue at once. So does each where requeueing is not free.
 IN_HAND = 1000
 #: Messages that fail one after another: then it is the broker that fails.
 _IN_A_ROW = 3
@@ -109,6 +109,7 @@ class Passage:
                 was in hand goes back to the queue, at once or with the connection.
         """
         passed, kept, in_a_row = Passed(), list[Delivery](), 0
+        in_hand = IN_HAND if self._broker.requeue_is_free else 0
         try:
             for _ in range(self._broker.size(queue)):
                 if stop():
@@ -118,7 +119,7 @@ class Passage:
                 if delivery is None:
                     break
                 target = where(delivery)
-                if target is None and len(kept) < IN_HAND:
+                if target is None and len(kept) < in_hand:
                     kept.append(delivery)
                     continue
                 try:

@@ -73,7 +73,7 @@ class QueueRegistry:
     def record(self, queue: str, belonging: Belonging) -> None:
         """Note that this node has a queue of that name, and what it belongs to."""
         with self._sessions.session() as connection:
-            QueueStore(connection, self._tables).record(queue, self._node, belonging)
+            QueueStore(connection, self._tables).record(queue, self._node, '', belonging)
 
     def orphans(self, young: float) -> list[Orphan]:
         """As Registry says."""

@@ -179,6 +179,7 @@ class Coordination:
         pin: Ordered patterns of the nodes that may run the task.
         slots: Virtual keys of a pinned task.
         prepare: Makes of a message's arguments those that the key is made of, where they differ.
+        affinity: False: its messages have no route, and run where they are taken.
 
     Raises:
         ConfigurationError: The key or the pin cannot work.
@@ -196,8 +197,10 @@ class Coordination:
             [Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]
         ]
         | None = None,
+        affinity: bool = True,
     ) -> None:
         self.name = name
+        self.affinity = affinity
         self._prepare = prepare
         self.once = once
         self.pin = check_patterns(pin) if pin is not None else None
@@ -223,8 +226,11 @@ class Coordination:
             and int(slot) < self._slots
         )
 
-    def route_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object) -> str:
-        """The route of a message.
+    def route_of(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object
+    ) -> str | None:
+        """The route of a message; None where it runs wherever it is taken. Its key is made all the
+        same: without one it could run nowhere.
 
         Raises:
             ConfigurationError: The arguments make no key.
@@ -239,6 +245,8 @@ class Coordination:
                     *(self._prepare(args, kwargs) if self._prepare is not None else (args, kwargs))
                 )
             )
+        if not self.affinity:
+            return None
         return pin_route(self.name, key, self._slots) if self.pin is not None else key
 
 

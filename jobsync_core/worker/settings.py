@@ -45,6 +45,8 @@ class PluginSettings:
         required: False: a worker that cannot enter runs uncoordinated, and says so.
         coordinate: 'keyed': tasks with a key or a pin; 'all': every task, by its message's id where
             it has no key.
+        affinity: False: a message of an `exactly_once` task runs where it is taken from its queue,
+            unless the task says otherwise; True: on the node that owns its key.
         pins: Task name -> ordered patterns of the nodes that may run it.
         pin_slots: Virtual keys of a pinned task.
         on_unclaimed: 'forward' what belongs to another node, or 'drop' it (broadcast queues, where
@@ -71,6 +73,7 @@ class PluginSettings:
     wait_for_database_sec: float = 60.0
     required: bool = True
     coordinate: str = 'keyed'
+    affinity: bool = True
     pins: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pin_slots: int = 64
     on_unclaimed: str = 'forward'
@@ -115,9 +118,19 @@ class PluginSettings:
                 f'application={self.application!r}: give a name of at most {_NAME_LENGTH} '
                 'printable characters'
             )
-        for name in ('required', 'route_producers', 'clear_existing_locks', 'resume'):
+        for name in ('required', 'route_producers', 'clear_existing_locks', 'resume', 'affinity'):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f'{name}={getattr(self, name)!r}: give True or False')
+        if not self.affinity and self.coordinate == 'all':
+            raise ConfigurationError(
+                "coordinate='all' sends each message to the node that owns it, and affinity=False "
+                'lets it run where it is taken: take one of the two out'
+            )
+        if not self.affinity and self.on_unclaimed == 'drop':
+            raise ConfigurationError(
+                "on_unclaimed='drop' drops what another node owns, and with affinity=False no node "
+                'owns a message, so that all of them would take it up: take one of the two out'
+            )
         object.__setattr__(self, 'pins', check_pins(self.pins))
 
     @classmethod

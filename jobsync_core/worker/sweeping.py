@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import clock
+from ..errors import JobSyncError
 from ..logs import Repeats, get_logger
 from ..store.queues import Orphan
 from .broker import Broker, Delivery
@@ -20,7 +21,7 @@ logger = get_logger(__name__)
 
 #: Seconds for which a queue that made trouble is left alone: more with each failure.
 _ASIDE_FIRST, _ASIDE_MOST = 1.0, 600.0
-#: Queues that fail one after another: then it is the broker that fails.
+#: Queues that fail one after another: then the broker is asked whether it is the one that fails.
 _IN_A_ROW = 3
 
 
@@ -148,7 +149,8 @@ class Sweeping:
         """Do something with each: whatever goes wrong with one keeps nobody from the others.
 
         Raises:
-            Exception: What the last of several in a row raised: it is the broker that fails.
+            JobSyncError, Exception: The database or the broker fails: several in a row have
+                failed, and the broker does not answer.
         """
         in_a_row = 0
         for orphan in orphans:
@@ -160,7 +162,12 @@ class Sweeping:
                 self._leave_aside(orphan, error)
                 in_a_row += 1
                 if in_a_row == _IN_A_ROW:
-                    raise
+                    in_a_row = 0
+                    if isinstance(error, JobSyncError):
+                        raise  # the database
+                    # Raises where it is the broker that fails; else it is these queues, and those
+                    # behind them go on.
+                    self._broker.size(self._parked)
             else:
                 self._aside.pop(orphan.queue, None)
                 in_a_row = 0

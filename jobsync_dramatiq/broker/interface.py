@@ -76,8 +76,13 @@ class QueueConsumer(Protocol):
     def nack(self, message: Any) -> None:
         """Put the message among the dead letters of the queue that its actor was declared with."""
 
-    def requeue(self, message: Any) -> None:
-        """Requeue the message."""
+    def requeue(self, message: Any, begun: bool = False) -> None:
+        """Requeue the message.
+
+        Args:
+            message: The message.
+            begun: An attempt of it goes on here: who takes it next can tell that it came before.
+        """
 
     def pause(self) -> None:
         """Requeue what was taken and not handed out, and take nothing more."""

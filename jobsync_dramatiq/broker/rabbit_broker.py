@@ -32,14 +32,13 @@ from ..parts import RABBITMQ
 from .copies import route_and_home
 from .interface import Origins, QueueConsumer
 from .rabbit_consumer import RabbitQueueConsumer
-from .rabbit_errors import BROKEN, translated
-from .rabbit_publisher import RabbitPublisher
+from .rabbit_errors import BROKEN, is_absent, translated
+from .rabbit_publisher import RabbitPublisher, RawDelivery
 
 __all__ = ['RabbitWorkerBroker']
 
 #: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
 _BLOCKED_SEC = 30.0
-_NOT_FOUND, _PRECONDITION_FAILED = 404, 406
 
 
 class _Taken:
@@ -49,11 +48,11 @@ class _Taken:
         self,
         publisher: RabbitPublisher,
         channel: Any,
-        tag: int,
+        raw: RawDelivery,
         message: Message[Any],
         origins: Origins,
     ) -> None:
-        self._publisher, self._channel, self._tag = publisher, channel, tag
+        self._publisher, self._channel, self._raw = publisher, channel, raw
         self.message = message
         self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None
@@ -63,12 +62,18 @@ class _Taken:
         """Publish it to a queue, then acknowledge it here. The acknowledgement fails if publishing
         had to change the connection: then the message comes again.
         """
-        self._publisher.publish(self.message, queue, self.route, 0)
-        self._channel.basic_ack(self._tag)
+        if queue == self._raw.queue:
+            self._publisher.publish_again(self._raw)
+        else:
+            self._publisher.publish(self.message, queue, self.route, 0)
+        self._channel.basic_ack(self._raw.tag)
 
     def requeue(self) -> None:
         """Requeue it."""
-        self._channel.basic_nack(self._tag, requeue=True)
+        if self._publisher.requeues_anew(self._raw):
+            self._channel.basic_ack(self._raw.tag)
+        else:
+            self._channel.basic_nack(self._raw.tag, requeue=True)
 
 
 class RabbitWorkerBroker:
@@ -85,6 +90,7 @@ class RabbitWorkerBroker:
     """
 
     catches_strays = True
+    requeue_is_free = False
     kind = 'dramatiq'
     parts = frozenset({RABBITMQ})
 
@@ -152,7 +158,7 @@ class RabbitWorkerBroker:
         self.native.confirm_delivery = True
         try:
             self.reset()  # a channel that was opened before has no confirms
-            self._publisher.declare_node(queue)
+            self._publisher.queues.declare_node(queue)
         except BROKEN as error:
             raise ConnectionClosed(
                 RuntimeError(
@@ -165,7 +171,7 @@ class RabbitWorkerBroker:
         try:
             with translated():
                 if queue == self._node_queue:
-                    self._publisher.declare_node(queue)
+                    self._publisher.queues.declare_node(queue)
                 else:
                     self.native.declare_queue(queue, ensure=True)
         except ConnectionClosed:
@@ -202,31 +208,27 @@ class RabbitWorkerBroker:
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue; 0 where there is none."""
-        try:
-            return int(self.native.channel.queue_declare(queue, passive=True).method.message_count)
-        except ChannelClosedByBroker as error:
-            self.reset()
-            if error.reply_code == _NOT_FOUND:
-                return 0
-            raise
+        found = self._publisher.queues.count(queue)
+        return found[0] if found is not None else 0
 
     def take(self, queue: str) -> Delivery | None:
         """The next message of a queue; None where it is empty or there is none."""
         channel = self.native.channel
         while True:
             try:
-                method, _, body = channel.basic_get(queue)
+                method, properties, body = channel.basic_get(queue)
             except ChannelClosedByBroker as error:
                 self.reset()
-                if error.reply_code == _NOT_FOUND:
+                if is_absent(error):
                     return None
                 raise
             if method is None:
                 return None
-            tag, message = method.delivery_tag, read_message(body)
+            raw = RawDelivery.of(queue, method, properties, body)
+            message = read_message(body)
             if not isinstance(message, Refused):
-                return _Taken(self._publisher, channel, tag, message, self._origins)
-            self._publisher.set_aside(channel, queue, tag, body, message.reason)
+                return _Taken(self._publisher, channel, raw, message, self._origins)
+            self._publisher.set_aside(channel, queue, raw.tag, body, message.reason)
 
     def begin_evacuation(self) -> None:
         """Publish with confirms: a message is acknowledged when its copy is confirmed."""
@@ -242,15 +244,10 @@ class RabbitWorkerBroker:
         self.native.close()
 
     def delete(self, queue: str) -> bool:
-        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
-        try:
-            self.native.channel.queue_delete(queue, if_unused=True, if_empty=True)
-        except ChannelClosedByBroker as error:
-            self.reset()
-            if error.reply_code == _PRECONDITION_FAILED:
-                return False
-            raise
-        return True
+        """Delete a queue of the cluster if it is empty and nobody consumes it; whether it is
+        gone.
+        """
+        return self._publisher.queues.delete(queue)
 
     def reset(self) -> None:
         """Drop this thread's connection; the next use opens another."""

@@ -17,7 +17,7 @@ from jobsync_core.worker.incoming import Refused
 
 from ..incoming import read_message
 from .rabbit_errors import translated
-from .rabbit_publisher import RabbitPublisher
+from .rabbit_publisher import RabbitPublisher, RawDelivery
 
 __all__ = ['RabbitQueueConsumer']
 
@@ -31,9 +31,9 @@ _LOOK_SEC = 0.05
 class _Tagged(MessageProxy):
     """A message with what RabbitMQ calls it; `redelivered` is Dramatiq's name."""
 
-    def __init__(self, message: Message[Any], tag: int, redelivered: bool) -> None:
+    def __init__(self, message: Message[Any], raw: RawDelivery, redelivered: bool) -> None:
         super().__init__(message)
-        self.tag = tag
+        self.raw = raw
         self.redelivered = redelivered
 
 
@@ -84,7 +84,7 @@ class RabbitQueueConsumer:
                 return None
         with translated():
             try:
-                method, _, body = next(self._deliveries)
+                method, properties, body = next(self._deliveries)
             except StopIteration:
                 raise AMQPChannelError(
                     'RabbitMQ has ended the consumer: its queue was deleted, or its server is '
@@ -96,14 +96,14 @@ class RabbitQueueConsumer:
                 raise
         if method is None:
             return None
-        tag = method.delivery_tag
+        raw = RawDelivery.of(self.queue, method, properties, body)
         found = read_message(body)
         if isinstance(found, Refused):
             with translated():
-                self._publisher.set_aside(self._channel, self.queue, tag, body, found.reason)
+                self._publisher.set_aside(self._channel, self.queue, raw.tag, body, found.reason)
             return None
-        self._tags.add(tag)
-        return _Tagged(found, tag, method.redelivered)
+        self._tags.add(raw.tag)
+        return _Tagged(found, raw, method.redelivered)
 
     def idle(self, seconds: float) -> None:
         """Wait: actors that end meanwhile acknowledge by this connection."""
@@ -125,14 +125,27 @@ class RabbitQueueConsumer:
         else:
             self._settle(message, partial(self._channel.basic_nack, requeue=False))
 
-    def requeue(self, message: Any) -> None:
-        """Requeue a message."""
-        self._settle(message, partial(self._channel.basic_nack, requeue=True))
+    def requeue(self, message: Any, begun: bool = False) -> None:
+        """Requeue a message. RabbitMQ says of each that it came before."""
+        if self._claim(message):
+            if self._publisher.requeues_anew(message.raw):
+                self._tell(message, self._channel.basic_ack)
+            else:
+                self._tell(message, partial(self._channel.basic_nack, requeue=True))
 
     def pause(self) -> None:
         """Have RabbitMQ send no more; what was sent and not handed out goes back."""
         with translated():
+            sent = []
+            while self._channel.get_waiting_message_count():
+                method, properties, body = next(self._deliveries)
+                sent.append(RawDelivery.of(self.queue, method, properties, body))
             self._channel.cancel()
+            for raw in sent:
+                if self._publisher.requeues_anew(raw):
+                    self._channel.basic_ack(raw.tag)
+                else:
+                    self._channel.basic_nack(raw.tag, requeue=True)
 
     def resume(self) -> None:
         """Have RabbitMQ send messages again."""
@@ -154,12 +167,20 @@ class RabbitQueueConsumer:
             self.connection.close()
 
     def _settle(self, message: Any, how: Callable[[int], object]) -> None:
+        if self._claim(message):
+            self._tell(message, how)
+
+    def _claim(self, message: Any) -> bool:
+        """Whether no other thread has just settled a message."""
         try:
-            self._tags.remove(message.tag)
-        except KeyError:  # another thread has just settled it
-            return
+            self._tags.remove(message.raw.tag)
+        except KeyError:
+            return False
+        return True
+
+    def _tell(self, message: Any, how: Callable[[int], object]) -> None:
         try:
-            self.connection.add_callback_threadsafe(partial(how, message.tag))
+            self.connection.add_callback_threadsafe(partial(how, message.raw.tag))
         # Whatever is wrong with the connection. The worker would try for ever; exactly_once tells
         # the next delivery from the first.
         except Exception as error:

@@ -1,33 +1,27 @@
-"""How messages get into queues at RabbitMQ, and how the plugin's own queues and exchanges are
-declared.
-
-Node queues hang on an exchange of their own, whose alternate exchange leads to the parked queue. So
-a message for a node's queue that has just been deleted is parked by RabbitMQ itself. Dramatiq
-publishes to the default exchange, which would lose it, or, with confirms, would declare the dead
-node's queue again and leave the message there.
-"""
+"""How messages get into queues at RabbitMQ."""
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pika
 from dramatiq import Message
-from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
 from dramatiq.common import q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 from pika.exceptions import UnroutableError
 
 from jobsync_core.logs import get_logger
-from jobsync_core.worker.routing import old_parked_queue, unknown_queue
+from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.routing import WAITS, old_parked_queue
 
-from ..incoming import priority_of
+from ..incoming import priority_of, read_message
 from .copies import copy_for, dead_letters, home_of
 from .interface import Origins
+from .rabbit_declaring import RabbitDeclarations
 from .rabbit_errors import BROKEN
 
-__all__ = ['RabbitPublisher']
+__all__ = ['RabbitPublisher', 'RawDelivery']
 
 logger = get_logger(__name__)
 
@@ -37,6 +31,32 @@ _ATTEMPTS = 3
 _ACCESS_REFUSED = 403
 
 
+@dataclass(frozen=True)
+class RawDelivery:
+    """A delivery as RabbitMQ sent it.
+
+    Attributes:
+        queue: Where it came from.
+        tag: What its channel calls it.
+        data: The message.
+        priority: Its priority.
+        counted: It went back before, to a queue that counts that: a quorum queue.
+    """
+
+    queue: str
+    tag: int
+    data: bytes
+    priority: int | None
+    counted: bool
+
+    @classmethod
+    def of(cls, queue: str, method: Any, properties: Any, data: bytes) -> RawDelivery:
+        """Of what pika gives."""
+        count = (properties.headers or {}).get('x-delivery-count')
+        counted = isinstance(count, int) and count > 0
+        return cls(queue, method.delivery_tag, data, properties.priority, counted)
+
+
 class RabbitPublisher:
     """Publishes and declares, on the connection that Dramatiq's broker keeps for each thread.
 
@@ -44,15 +64,17 @@ class RabbitPublisher:
         native: The RabbitmqBroker.
         appname: The cluster.
         origins: What this process knows of actors.
+
+    Attributes:
+        queues: Declares and deletes the plugin's own queues.
     """
 
     def __init__(self, native: Any, appname: str, origins: Origins) -> None:
         self._native = native
         self._appname = appname
         self._origins = origins
-        self._exchange = f'jobsync.{appname}'
-        self._parked, self._unknown = old_parked_queue(appname), unknown_queue(appname)
-        self._state = threading.local()
+        self._parked = old_parked_queue(appname)
+        self.queues = RabbitDeclarations(native, appname)
         #: Dead letters that this user may not write to.
         self._refused: set[str] = set()
 
@@ -62,8 +84,37 @@ class RabbitPublisher:
         Raises:
             ConnectionClosed: It is not known to be there.
         """
-        own = queue.startswith(f'{self._exchange}.')
-        self._publish(self._exchange if own else '', queue, copy_for(queue, message, route, hops))
+        copy = copy_for(queue, message, route, hops)
+        if getattr(message, 'redelivered', False):
+            copy.options.setdefault(WAITS, 1)  # RabbitMQ does not say of a copy that it came before
+        self._publish(self._exchange_of(queue), queue, copy)
+
+    def publish_again(self, raw: RawDelivery) -> None:
+        """Publish a message to the end of the queue that it came from, as it is.
+
+        Raises:
+            ConnectionClosed: It is not known to be there.
+        """
+        self._publish_raw(self._exchange_of(raw.queue), raw.queue, raw.data, raw.priority)
+
+    def requeues_anew(self, raw: RawDelivery) -> bool:
+        """Where a queue counts what goes back, publish a message anew that went back before: at its
+        limit the queue would drop it. Whether it is there, and is to be acknowledged.
+        """
+        if not raw.counted:
+            return False
+        try:
+            self.publish_again(replace(raw, data=_come_before(raw.data)))
+        except ConnectionClosed as error:
+            logger.warning(
+                'queue=%s: a message goes back, and that is counted: %s', raw.queue, error
+            )
+            return False
+        return True
+
+    def _exchange_of(self, queue: str) -> str:
+        own = queue.startswith(f'{self.queues.exchange}.')
+        return self.queues.exchange if own else ''
 
     def bury(self, message: Any) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue.
@@ -116,7 +167,7 @@ class RabbitPublisher:
         for _ in range(_ATTEMPTS):
             try:
                 if exchange:
-                    channel = self._declared()
+                    channel = self.queues.channel()
                 else:
                     # Asks RabbitMQ only where the queue was missed before.
                     self._native._ensure_queue(q_name(queue))
@@ -132,7 +183,8 @@ class RabbitPublisher:
             except UnroutableError as error:
                 # The queue was deleted, or never made. declare_queue would have this worker consume
                 # it.
-                broken, self._state.channel = error, None
+                broken = error
+                self.queues.forget()
                 if not exchange:
                     self.miss(queue)
             except BROKEN as error:
@@ -150,45 +202,11 @@ class RabbitPublisher:
         """Drop this thread's connection; the next use opens another."""
         del self._native.connection
 
-    def _declared(self) -> Any:
-        """This thread's channel; the exchanges and the parked queue are there."""
-        channel = self._native.channel
-        if getattr(self._state, 'channel', None) is not channel:
-            unrouted = f'{self._exchange}.unrouted'
-            channel.exchange_declare(unrouted, 'fanout', durable=True)
-            channel.exchange_declare(
-                self._exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted}
-            )
-            self._declare_queue(channel, self._parked)
-            self._declare_queue(channel, self._unknown)
-            channel.queue_bind(self._parked, unrouted)
-            self._state.channel = channel
-        return channel
 
-    def declare_node(self, queue: str) -> None:
-        """Declare a node's queue, and all that it hangs on.
-
-        Raises whatever pika raises.
-        """
-        try:
-            self._declare_queue(self._declared(), queue)
-        except BROKEN:
-            # As in _publish_raw: the connection was idle, or broke together with that of the
-            # consumer.
-            self.reset()
-            self._declare_queue(self._declared(), queue)
-        self._native.queues_pending.discard(queue)  # Dramatiq would declare it in its own way
-
-    def _declare_queue(self, channel: Any, queue: str) -> None:
-        # What cannot be decoded is rejected: it goes to one queue of dead letters, as Dramatiq's
-        # own do, for as long.
-        dead = xq_name(self._parked)
-        channel.queue_declare(dead, durable=True, arguments={'x-message-ttl': DEAD_MESSAGE_TTL})
-        arguments: dict[str, Any] = {
-            'x-dead-letter-exchange': '',
-            'x-dead-letter-routing-key': dead,
-        }
-        if self._native.max_priority and queue not in (self._parked, self._unknown):
-            arguments['x-max-priority'] = self._native.max_priority
-        channel.queue_declare(queue, durable=True, arguments=arguments)
-        channel.queue_bind(queue, self._exchange, queue)
+def _come_before(data: bytes) -> bytes:
+    """A message that says itself that it came before, as RabbitMQ does not say it of a copy."""
+    found = read_message(data)
+    if isinstance(found, Refused):
+        return data
+    found.options.setdefault(WAITS, 1)
+    return found.encode()

@@ -78,6 +78,7 @@ class RedisWorkerBroker:
     """
 
     catches_strays = False
+    requeue_is_free = True
     kind = 'dramatiq'
     parts = frozenset({REDIS})
 

@@ -175,9 +175,9 @@ class RedisQueueConsumer:
         self._settle(number)
         self._in_hand.discard(number)
 
-    def requeue(self, message: Any) -> None:
+    def requeue(self, message: Any, begun: bool = False) -> None:
         """Requeue a message."""
-        self._queues.requeue([(self.queue, redis_id(message))])
+        self._queues.requeue([(self.queue, redis_id(message))], begun)
         self._settle(redis_id(message))
 
     def pause(self) -> None:

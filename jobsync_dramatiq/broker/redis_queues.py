@@ -15,16 +15,20 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from dramatiq import Message
 from dramatiq.common import current_millis, xq_name
 from redis.exceptions import RedisError
 
 from jobsync_core import clock
 from jobsync_core.logs import get_logger
+from jobsync_core.worker.incoming import read_stamps
+from jobsync_core.worker.routing import WAITS
 
+from ..incoming import read_message
 from . import redis_scripts as scripts
 from .copies import copy_for, dead_letters, home_of
 from .interface import Origins
-from .redis_keys import RedisKeys, redis_id, text_of
+from .redis_keys import MESSAGES, RedisKeys, redis_id, text_of
 from .redis_scripts import ScriptConnection
 
 __all__ = ['RedisQueues']
@@ -57,10 +61,13 @@ class RedisQueues:
         register = native.client.register_script
         self._fetch, self._ack = register(scripts.FETCH), register(scripts.ACK)
         self._pass_on, self._bury = register(scripts.PASS_ON), register(scripts.BURY)
+        self._mark = register(scripts.MARK)
         #: What threads of this process work on or keep for later, by queue.
         self.in_hand: dict[str, set[str]] = {}
         #: Queues and Redis ids of what is to go back, and could not yet.
         self._failed: list[tuple[str, str]] = []
+        #: Those of them of which an attempt goes on here.
+        self._begun: set[tuple[str, str]] = set()
         #: Queues of which a lost answer may have brought messages: until when they are looked at,
         #: and when next.
         self._doubtful: dict[str, tuple[float, float]] = {}
@@ -200,24 +207,40 @@ class RedisQueues:
             )
             self._native.do_requeue(queue, *lost)
 
-    def requeue(self, items: list[tuple[str, str]]) -> None:
-        """Requeue messages, by their queues and Redis ids; what cannot go back now is tried again
-        by `requeue_failed`.
+    def requeue(self, items: list[tuple[str, str]], begun: bool = False) -> None:
+        """Requeue messages; what cannot go back now is tried again by `requeue_failed`.
+
+        Args:
+            items: Their queues and Redis ids.
+            begun: Attempts of them go on here.
         """
         with self._lock:
             self._failed.extend(items)
+            if begun:
+                self._begun.update(items)
         self.requeue_failed()
 
     def requeue_failed(self) -> None:
         """Requeue what could not go back before."""
         with self._lock:
             while self._failed:
-                queue, number = self._failed[-1]
+                queue, number = item = self._failed[-1]
                 try:
+                    if item in self._begun:
+                        self._mark_begun(queue, number)
                     self._native.do_requeue(queue, number)
                 # Dramatiq would end the consumer's thread for what redis-py raises.
                 except Exception as error:
                     logger.warning('messages=%d cannot go back now: %r', len(self._failed), error)
                     return
                 self._failed.pop()
+                self._begun.discard(item)
                 self.in_hand.get(queue, set()).discard(number)
+
+    def _mark_begun(self, queue: str, number: str) -> None:
+        """Write on a message that it came before. RabbitMQ says so itself."""
+        data = self._native.client.hget(f'{self._keys.queue(queue)}{MESSAGES}', number)
+        found = read_message(data) if data is not None else None
+        if isinstance(found, Message):
+            found.options[WAITS] = read_stamps(found.options).waits + 1
+            self._mark(keys=self._places(queue), args=[number, found.encode()])

@@ -16,6 +16,7 @@ __all__ = [
     'DELETE',
     'DROP_SOURCE',
     'FETCH',
+    'MARK',
     'PASS_ON',
     'PURGE',
     'RESTORE',
@@ -116,6 +117,15 @@ for _ = 1, tonumber(ARGV[1]) do
     count = count + 1
 end
 return count
+"""
+)
+# KEYS: as for FETCH; ARGV: id, data.
+MARK = (
+    _BEGIN
+    + """
+if redis.call('sismember', KEYS[1], ARGV[1]) > 0 then
+    redis.call('hset', KEYS[2] .. MESSAGES, ARGV[1], ARGV[2])
+end
 """
 )
 # KEYS: names of the queues that a node takes from, what it has taken from this one; ARGV: the

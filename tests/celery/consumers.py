@@ -119,6 +119,8 @@ class Bench:
         self.app.task(name='keyed', shared=False, jobsync_key='{n}')(_task)
         self.app.task(name='plain', shared=False)(_task)
         self.app.task(name='once', shared=False)(exactly_once(key='{n}')(_task))
+        anywhere = exactly_once(key='{n}', affinity=False)(_anywhere)
+        self.app.task(name='anywhere', shared=False)(anywhere)
         config = CoordinationConfig(appname='shop_')
         self.settings = CelerySettings(config=config, **settings)
         core: Any = Gate(self.settings, self.job)  # type: ignore[arg-type]  # all that it needs
@@ -218,6 +220,10 @@ class Bench:
 
 def _task(n: int) -> None:
     """A task."""
+
+
+def _anywhere(n: int) -> None:
+    """A task that runs where it is taken."""
 
 
 @contextmanager

@@ -20,7 +20,13 @@ from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.backlog import HomeBacklog, purge, read_backlog
-from jobsync_core.worker.routing import HOME, node_queue, old_node_queue, parked_queue
+from jobsync_core.worker.routing import (
+    HOME,
+    home_of_queue,
+    node_queue,
+    old_node_queue,
+    parked_queue,
+)
 from tests.support.brokers import BrokerServer
 
 _PARKED = parked_queue('reports', 'sync_')
@@ -53,7 +59,9 @@ class Place:
         with sessions.session() as connection:
             store = QueueStore(connection, Tables.of(config))
             for queue, node in ((_N1, 'n1'), (_N2, 'n2'), (_OLD, 'n0')):
-                store.record(queue, node, Belonging('celery'))
+                store.record(
+                    queue, node, home_of_queue(queue, config.appname) or '', Belonging('celery')
+                )
 
     def put(self, queue: str, number: int, **headers: object) -> None:
         with self.app.connection_for_write() as connection:

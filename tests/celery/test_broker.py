@@ -14,15 +14,21 @@ from kombu import compression
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import DecodeError
 from kombu.message import Message
+from kombu.transport.native_delayed_delivery import (
+    bind_queue_to_native_delayed_delivery_exchange,
+    declare_native_delayed_delivery_exchanges_and_queues,
+)
 
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker
-from jobsync_celery.broker.declaring import declare_exchange, declare_queue
+from jobsync_celery.broker.declaring import _is_idle, declare_exchange, declare_queue
 from jobsync_celery.broker.forwarding import Forwarder
+from jobsync_celery.broker.queues import Queues
 from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.worker.passage import Passage
 from jobsync_core.worker.routing import HOME, KEY
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
 from tests.support.waiting import eventually
@@ -78,6 +84,8 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
         }
         for given in found.values():
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
+        # Longer than any task: the app gives none of its own queues a limit.
+        assert found[_QUEUE].pop('x-consumer-timeout') == 365 * 24 * 60 * 60 * 1000
         assert found == {_QUEUE: own, _PARKED: common, _UNKNOWN: common}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
@@ -96,9 +104,154 @@ def test_a_queue_whose_arguments_rabbitmq_refuses_is_there_without_them(
     with app.connection_for_write() as connection:
         declare_exchange(connection, exchange)
         for _ in range(2):
-            assert not declare_queue(connection, queue, lambda: None)
+            assert declare_queue(connection, queue, lambda: None)
         connection.Producer().publish({}, exchange=exchange, routing_key=_QUEUE, retry=False)
     eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1})
+
+
+@pytest.fixture
+def broker(
+    rabbitmq_server: RabbitServer, space: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CeleryBroker]:
+    """The broker of a cluster whose queues are quorum ones, as they are by default."""
+    app = Celery('quorum', broker=rabbitmq_server.url(space), set_as_current=False)
+    app.conf.task_queue_max_priority = 5
+    plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    broker = plugin.evacuable()
+    make = broker._queues.make
+
+    def quorum(name: str, declare: bool = True) -> Any:
+        queue: Any = make(name, declare)
+        queue.queue_arguments = {**(queue.queue_arguments or {}), 'x-queue-type': 'quorum'}
+        return queue
+
+    monkeypatch.setattr(broker._queues, 'make', quorum)
+    broker.declare(_QUEUE)
+    yield broker
+    broker.close()
+
+
+def _bindings(server: RabbitServer, space: str, name: str) -> set[tuple[str, str]]:
+    return {
+        (item['source'], item['routing_key'])
+        for item in server.api('GET', f'bindings/{space}')
+        if item['destination'] == name and item['source']
+    }
+
+
+def _put(broker: CeleryBroker, queue: str, *ids: str) -> None:
+    with broker._app.connection_for_write() as connection:
+        for number in ids:
+            headers = {'task': 'gone', 'id': number, KEY: number}
+            connection.Producer().publish({}, routing_key=queue, headers=headers, retry=False)
+
+
+class TestQuorum:
+    def test_one_that_is_empty_is_deleted_and_another_is_not(
+        self, rabbitmq_server: RabbitServer, space: str, broker: CeleryBroker
+    ) -> None:
+        _put(broker, _QUEUE, '1')
+        eventually(lambda: broker.size(_QUEUE) == 1)
+        assert not broker.delete(_QUEUE)
+        delivery = broker.take(_QUEUE)
+        assert delivery is not None
+        with broker._app.connection_for_write() as connection:
+            plugin = JobSync.of(broker._app)
+            assert plugin is not None
+            other = plugin.evacuable()
+            with contextlib.closing(other):
+                assert not other.delete(_QUEUE), 'somebody has a message of it in hand'
+            delivery.forward(_PARKED)
+            consumer = connection.Consumer(Queue(_QUEUE, no_declare=True), on_message=id)
+            consumer.consume()
+            assert not broker.delete(_QUEUE), 'somebody consumes it'
+        eventually(lambda: broker.delete(_QUEUE))
+        assert rabbitmq_server.queues(space) == {_PARKED, _UNKNOWN}
+        assert broker.delete(_QUEUE), 'it is gone'
+        assert broker.size(_PARKED) == 1, 'the connection is of use still'
+
+    def test_what_comes_while_it_is_deleted_is_parked_and_what_came_before_stays(
+        self,
+        rabbitmq_server: RabbitServer,
+        space: str,
+        broker: CeleryBroker,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ways = _bindings(rabbitmq_server, space, _QUEUE)
+        assert ways == {('jobsync.shop_', _QUEUE), ('jobsync.shop_.nodes', _QUEUE)}
+        looks: list[bool] = []
+
+        def is_idle(channel: Any, name: str) -> bool:
+            looks.append(_is_idle(channel, name))
+            if len(looks) % 2:
+                _put(broker, _QUEUE, '1')  # past all exchanges, as a client of its own may
+                eventually(lambda: broker.size(_QUEUE) == 1)
+            else:
+                for exchange in ('jobsync.shop_', 'jobsync.shop_.nodes'):
+                    with broker._app.connection_for_write() as connection:
+                        connection.Producer().publish(
+                            {}, exchange=exchange, routing_key=_QUEUE, retry=False
+                        )
+            return looks[-1]
+
+        monkeypatch.setattr('jobsync_celery.broker.declaring._is_idle', is_idle)
+        assert not broker.delete(_QUEUE)
+        assert looks == [True, False]
+        eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 2})
+        assert _bindings(rabbitmq_server, space, _QUEUE) >= ways
+
+    def test_what_stays_parked_is_given_back_to_nobody_and_keeps_its_order(
+        self, broker: CeleryBroker
+    ) -> None:
+        _put(broker, _PARKED, *'1234')
+        eventually(lambda: broker.size(_PARKED) == 4)
+        passage = Passage(broker, 'n1')
+        for _ in range(3):
+            passed = passage.go(_PARKED, lambda delivery: None, lambda: False)
+            assert (passed.moved, passed.stayed, passed.whole) == (0, 4, True)
+        found = []
+        while (message := broker._get(_PARKED)) is not None:
+            found.append((message.headers['id'], message.headers.get('x-delivery-count', 0)))
+            message.ack()
+        assert found == [(number, 0) for number in '1234']
+
+    def test_priorities_are_left_out(
+        self, broker: CeleryBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        app: Any = broker._app
+        own = app.amqp.queues.select_add(broker._queues.make(_QUEUE))
+        assert own.queue_arguments.pop('x-consumer-timeout')
+        assert own.queue_arguments == {'x-queue-type': 'quorum', 'x-max-priority': 5}
+        assert broker.delete(_QUEUE)
+        for _ in range(2):
+            broker.declare(_QUEUE)
+            assert not own.no_declare
+            with app.connection_for_write() as connection:
+                own(connection.default_channel).declare()
+        assert 'was made anew' not in caplog.text
+
+
+def test_what_native_delayed_delivery_keeps_of_a_node_goes_with_its_queue(
+    rabbitmq_server: RabbitServer, space: str
+) -> None:
+    app: Any = Celery('delaying', broker=rabbitmq_server.url(space), set_as_current=False)
+    plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    broker = plugin.evacuable()
+    with contextlib.closing(broker), app.connection_for_write() as connection:
+        broker.declare(_QUEUE)
+        declare_native_delayed_delivery_exchanges_and_queues(connection, 'quorum')
+        bind_queue_to_native_delayed_delivery_exchange(connection, broker._queues.make(_QUEUE))
+        nodes = _bindings(rabbitmq_server, space, 'jobsync.shop_.nodes')
+        assert nodes == {('celery_delayed_delivery', f'#.{_QUEUE}')}
+        assert broker.delete(_QUEUE)
+        assert not _bindings(rabbitmq_server, space, 'jobsync.shop_.nodes')
+
+
+def test_a_node_whose_name_has_wildcards_gets_its_own_messages_alone() -> None:
+    app = Celery('wild', broker='amqp://', set_as_current=False)
+    queues = Queues(app, 'amqp', 'shop_')
+    for name in ('jobsync.shop_.a.#', 'jobsync.shop_.*'):
+        assert set(queues.make(name).routing_key.split('.')).isdisjoint('*#')
 
 
 def test_a_broker_that_came_back_empty_parks_strays_again(

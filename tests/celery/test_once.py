@@ -116,6 +116,15 @@ def broken(error: Exception) -> Callable[..., None]:
     return fail
 
 
+def check_never_skipped(app: Celery, ledger: FakeLedger, **came: Any) -> None:
+    """What runs may be the message's own attempt, on a worker that was killed a moment ago."""
+    ledger.begin_error = ExecutionRunning()
+    for option in ('skip', 'raise'):
+        app.tasks.pop('double', None)
+        with pytest.raises(Ignore):
+            in_worker(task_of(app, on_running=option), **came)
+
+
 def check_message_stays(
     app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -303,6 +312,37 @@ class TestComeBack:
         with pytest.raises(ExecutionRunning):
             in_worker(task_of(app, on_running='raise'))
         assert published == []
+
+    @pytest.mark.parametrize(
+        'came',
+        [{'delivery_info': {'redelivered': True}}, {WAITS: 1}, {WAITS: MAX_WAITS}],
+        ids=['redelivered', 'came back', 'often'],
+    )
+    def test_a_message_that_came_before_is_not_skipped_for_its_own_attempt(
+        self, app: Celery, ledger: FakeLedger, published: list[dict[str, Any]], came: dict[str, Any]
+    ) -> None:
+        check_never_skipped(app, ledger, **came)
+        waits = came.get(WAITS, 0) + 1
+        assert [headers[WAITS] for headers in published] == [waits, waits]
+
+    @pytest.mark.parametrize('place', [{}, {'redelivered': False}, {'redelivered': None}, None])
+    def test_one_that_comes_for_the_first_time_is(
+        self,
+        app: Celery,
+        ledger: FakeLedger,
+        published: list[dict[str, Any]],
+        place: dict[str, Any] | None,
+    ) -> None:
+        ledger.begin_error = ExecutionRunning()
+        assert in_worker(task_of(app, on_running='skip'), delivery_info=place) is None
+        assert published == []
+
+    def test_without_that_a_redelivered_message_is_lost(
+        self, app: Celery, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(type(once_module._once), 'came_before', lambda self: False)
+        with pytest.raises(pytest.fail.Exception, match='DID NOT RAISE'):
+            check_never_skipped(app, ledger, delivery_info={'redelivered': True})
 
 
 class TestWithoutWorker:
@@ -533,11 +573,21 @@ class TestResultsThatCannotBeSent:
         in_worker(task)
         assert ledger.ends == ['done None']
 
-    def test_what_the_backend_can_store_is_no_fault(self, app: Celery, ledger: Recording) -> None:
-        """A datetime is no JSON of the ledger's, but of Celery's."""
+    def test_what_celery_s_json_carries_is_stored(self, app: Celery, ledger: Recording) -> None:
         task = app.task(name='when', shared=False)(exactly_once(key='d:{n}', scope='')(when))
         assert in_worker(task) == when(3)
-        assert ledger.ends == ['done None']
+        assert ledger.ends == [f'done {when(3)}']
+
+    def test_what_the_ledger_stores_and_the_backend_cannot_is_a_fault(
+        self, app: Celery, ledger: Recording
+    ) -> None:
+        def pairs(n: int) -> Any:
+            return {(1, 2): n}
+
+        task = app.task(name='pairs', shared=False)(exactly_once(key='d:{n}', scope='')(pairs))
+        with pytest.raises(EncodeError):
+            in_worker(task)
+        assert [end.partition(' ')[0] for end in ledger.ends] == ['failed']
 
 
 def odd(n: int) -> Any:

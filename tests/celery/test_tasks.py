@@ -4,6 +4,7 @@ addressed.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core import exactly_once as core_once
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.ledger.current import set_current_ledger
+from jobsync_core.testing import MemoryLedger
 from jobsync_core.worker.incoming import Refused
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.routing import HOME, HOPS, KEY
@@ -404,6 +407,27 @@ class TestPydantic:
         self._task(app, bind).delay({'id': 5})
         assert published[0][KEY] == 'order:5'
         assert plugin_of(app).tasks.route_of('book', [], {'order': {'id': 6}}, 'm') == 'order:6'
+
+    def test_a_duplicate_gets_the_model_as_celery_sends_it(self, app: Celery) -> None:
+        pydantic = pytest.importorskip('pydantic', reason='pydantic is not installed')
+        self._task(app)
+        paid = pydantic.create_model('Paid', at=(datetime.date, ...), note=(Any, None))
+
+        def pay(n: int) -> Any:
+            return paid(at=datetime.date(2026, 1, n))
+
+        pay.__annotations__['return'] = paid
+        ledger = MemoryLedger()
+        set_current_ledger(ledger)
+        try:
+            task = app.task(
+                name='pay', shared=False, pydantic=True, pydantic_dump_kwargs={'exclude_none': True}
+            )(exactly_once(key='pay:{n}', scope='')(pay))
+            assert task(3) == {'at': '2026-01-03'}
+            assert ledger.completed == {'pay:3': {'at': '2026-01-03'}}
+            assert task(3) == {'at': '2026-01-03'}
+        finally:
+            set_current_ledger(None)
 
     def test_what_is_no_model_has_no_key(self, app: Celery) -> None:
         self._task(app)

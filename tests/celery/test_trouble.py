@@ -45,7 +45,12 @@ class Stage:
     """
 
     def __init__(
-        self, config: CoordinationConfig, broker: BrokerServer, results: RedisServer, place: Path
+        self,
+        config: CoordinationConfig,
+        broker: BrokerServer,
+        results: RedisServer,
+        place: Path,
+        **settings: object,
     ) -> None:
         self.broker, self.place = broker, place
         self.space, own = broker.new_space(), results.new_space()
@@ -57,7 +62,7 @@ class Stage:
         self.results = self._stack.enter_context(Proxy('127.0.0.1', results.port))
         self.writing = self._stack.enter_context(Proxy('127.0.0.1', broker.port))
         url = f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}'
-        self.settings = {'database_url': url, 'route_producers': False, **_TIMES}
+        self.settings = {'database_url': url, 'route_producers': False, **_TIMES, **settings}
         self._sender = {
             'TEST_BROKER': broker.url(self.space),
             'TEST_RESULTS': results.url(own),

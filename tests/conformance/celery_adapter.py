@@ -28,6 +28,9 @@ class CeleryAdapter(Adapter):
         'single': 'solo',
     }
     replaces_processes = True
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {
+        'conf': {'worker_prefetch_multiplier': 1, 'task_acks_late': True}
+    }
 
     def __init__(
         self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()

@@ -53,7 +53,10 @@ def make_app(order: Order) -> Celery:
         JobSync(app, database_url=order.database, **order.settings)
         decorate = exactly_once
     _add_tasks(
-        app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))}
+        app,
+        decorate,
+        {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))},
+        'homeless' in order.loose,
     )
     return app
 
@@ -117,7 +120,9 @@ def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None:
+def _add_tasks(
+    app: Celery, once: Callable[..., Any], without: set[str], free: bool = False
+) -> None:
     retry = {
         'autoretry_for': (Flaky,),
         'max_retries': 5,
@@ -138,7 +143,12 @@ def _add_tasks(app: Celery, once: Callable[..., Any], without: set[str]) -> None
     task('routed', work.routed, jobsync_key='r:{n}')
     task('pinned', work.pinned, jobsync_pin=['gpu-%'])
     task('preferred', work.pinned, jobsync_pin=['best', 'gpu-%', '%'])
-    task('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    if free:
+        task('homeless', once(key='g:{n}', affinity=False)(work.pinned))
+    else:
+        task('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    task('loose', once(key='l:{n}', affinity=False)(work.loose))
+    task('hasty', once(key='h:{n}', affinity=False, on_running='skip')(work.hasty))
     task('reveal', _reveal, jobsync_key='v:{n}')
     task('flaky', once(key='f:{n}')(work.flaky), **retry)
     task('retrying', once(key='f:{n}')(_retrying))

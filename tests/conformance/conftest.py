@@ -19,6 +19,7 @@ from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
 
 #: Files whose scenarios take long, and run on every framework and broker.
 _HALVED = (
+    'test_affinity',
     'test_celery_broker',
     'test_celery_kills',
     'test_dramatiq_lifecycle',

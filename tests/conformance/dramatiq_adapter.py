@@ -27,6 +27,7 @@ class DramatiqAdapter(Adapter):
     framework = 'dramatiq'
     pools: ClassVar[Mapping[str, str]] = {'processes': 'processes', 'threads': 'threads'}
     replaces_processes = False
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {'environment': {'dramatiq_queue_prefetch': '1'}}
 
     def __init__(
         self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()

@@ -76,7 +76,10 @@ def make_app(order: Order) -> App:
     ):
         broker.add_middleware(middleware)
     _add_actors(
-        app, decorate, {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))}
+        app,
+        decorate,
+        {*order.without, *({'pinned', 'preferred', 'homeless'} - set(order.pins))},
+        'homeless' in order.loose,
     )
     return app
 
@@ -142,7 +145,7 @@ def _reveal(n: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
+def _add_actors(app: App, once: Callable[..., Any], without: set[str], free: bool = False) -> None:
     quick = {'min_backoff': 50, 'max_backoff': 200, 'max_retries': 5}
 
     def actor(name: str, function: Callable[..., Any], **options: Any) -> None:
@@ -168,7 +171,12 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str]) -> None:
     actor('routed', work.routed, jobsync_key='r:{n}')
     actor('pinned', work.pinned, jobsync_pin=['gpu-%'])
     actor('preferred', work.pinned, jobsync_pin=['best', 'gpu-%', '%'])
-    actor('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    if free:
+        actor('homeless', once(key='g:{n}', affinity=False)(work.pinned))
+    else:
+        actor('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    actor('loose', once(key='l:{n}', affinity=False)(work.loose))
+    actor('hasty', once(key='h:{n}', affinity=False, on_running='skip')(work.hasty))
     actor('reveal', _reveal, jobsync_key='v:{n}', queue_name='second')
     actor('flaky', once(key='f:{n}')(work.flaky), queue_name='second', **quick)
     actor('retrying', once(key='f:{n}')(_retrying), **quick)

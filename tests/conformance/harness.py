@@ -107,16 +107,24 @@ class Worker:
         order: What it is told.
         log: Where its output goes.
         ready: What each of its nodes prints when it is ready.
+        environment: Further environment variables.
     """
 
     def __init__(
-        self, name: str, nodes: int, command: Sequence[str], order: Order, log: Path, ready: str
+        self,
+        name: str,
+        nodes: int,
+        command: Sequence[str],
+        order: Order,
+        log: Path,
+        ready: str,
+        environment: Mapping[str, str],
     ) -> None:
         self.name = name
         self.nodes = nodes
         self._log = log
         self._ready = ready
-        environment = {
+        inherited = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(('JOBSYNC_', 'CELERY_', 'PYTEST_'))
@@ -125,7 +133,7 @@ class Worker:
             self.process = subprocess.Popen(
                 list(command),
                 cwd=_ROOT,
-                env={**environment, **order.environment(), 'PYTHONUNBUFFERED': '1'},
+                env={**inherited, **environment, **order.environment(), 'PYTHONUNBUFFERED': '1'},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -242,6 +250,8 @@ class Adapter(ABC):
     #: A process of the pool that dies is replaced, and the worker goes on; otherwise the worker
     #: ends.
     replaces_processes: ClassVar[bool]
+    #: Options of `Cluster.launch` with which a worker takes no message before it can run it.
+    one_at_a_time: ClassVar[Mapping[str, Any]]
 
     def __init__(
         self, place: Place, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()
@@ -380,6 +390,8 @@ class Cluster:
         results: str | None = None,
         conf: dict[str, Any] | None = None,
         without: Iterable[str] = (),
+        environment: Mapping[str, str] | None = None,
+        loose: Iterable[str] = (),
         pause: float = 0.0,
         torn: int = 0,
         **settings: Any,
@@ -395,6 +407,8 @@ class Cluster:
             results: Another result backend.
             conf: The framework's settings.
             without: Tasks that it does not know.
+            environment: Further environment variables.
+            loose: Pinned tasks that are not pinned on it, and have no affinity.
             pause: Seconds that every task takes longer on it.
             torn: The task during whose writing into a pipe it gets SIGQUIT.
             settings: JobSync's settings.
@@ -403,6 +417,7 @@ class Cluster:
             self.adapter.order,
             node=self.adapter.node_of(name),
             without=list(without),
+            loose=list(loose),
             conf=conf or {},
             pause=pause,
             torn=torn,
@@ -423,6 +438,7 @@ class Cluster:
             order,
             log,
             self.adapter.ready(name),
+            environment or {},
         )
         self._started.append(worker)
         self.workers[name] = worker
@@ -621,6 +637,8 @@ _LETTERS = {
     'pinned': 'g',
     'preferred': 'g',
     'homeless': 'g',
+    'loose': 'l',
+    'hasty': 'h',
     'flaky': 'f',
     'retrying': 'f',
     'sour': 's',

@@ -210,7 +210,7 @@ def check(sent: Sequence[Sent], notes: Notes, ledger: Ledger, coordinated: bool 
     effects = Counter(key for key, _, _ in ledger.effects())
     twice = {key: count for key, count in effects.items() if count > 1}
     assert not twice, f'completed more than once: {twice}'
-    transactional = {key for key in done if key.startswith('k:')}
+    transactional = {key for key in done if key.startswith(('k:', 'l:', 'h:'))}
     assert not transactional - set(effects), (
         f'without an effect: {sorted(transactional - set(effects))[:10]}'
     )

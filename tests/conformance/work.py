@@ -24,7 +24,9 @@ __all__ = [
     'body',
     'by_id',
     'flaky',
+    'hasty',
     'keyed',
+    'loose',
     'node',
     'order',
     'overdue',
@@ -57,6 +59,7 @@ class Order:
         without: Names of tasks that this worker does not know.
         pins: Names of pinned tasks that the cluster has: where no node matches a pin, it blocks
             tokens that other keys have too.
+        loose: Names of those of them that are not pinned here, and have no affinity.
         pause: Seconds that every task takes longer on this worker.
         torn: The worker gets SIGQUIT while it writes this task into a process's pipe; 0 for none.
     """
@@ -71,6 +74,7 @@ class Order:
     conf: dict[str, Any] = field(default_factory=dict)
     without: list[str] = field(default_factory=list)
     pins: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
     pause: float = 0.0
     torn: int = 0
 
@@ -129,7 +133,20 @@ def _noted(key: str, end: bool = True) -> Iterator[None]:
 
 def keyed(n: int, sleep: float = 0.0) -> dict[str, Any]:
     """Its effect is written in the transaction that carries its completion."""
-    key = f'k:{n}'
+    return _effect(f'k:{n}', n, sleep)
+
+
+def loose(n: int, sleep: float = 0.0) -> dict[str, Any]:
+    """The same, without affinity."""
+    return _effect(f'l:{n}', n, sleep)
+
+
+def hasty(n: int, sleep: float = 0.0) -> dict[str, Any]:
+    """The same; a message whose key is running is skipped."""
+    return _effect(f'h:{n}', n, sleep)
+
+
+def _effect(key: str, n: int, sleep: float) -> dict[str, Any]:
     with _noted(key, end=False):
         time.sleep(sleep)
         row = (key, now.message_id(), node(), os.getpid())

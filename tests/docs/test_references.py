@@ -82,7 +82,9 @@ def test_the_usage_guide_names_every_option_of_exactly_once() -> None:
             'ledger',
             'completes',
             'check_result',
+            'as_sent',
             'named_later',
+            'affinity',
         )
     ]
     assert [name for name in options if not re.search(rf'^\| `{name}` ', GUIDE, re.MULTILINE)] == []

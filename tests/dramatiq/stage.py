@@ -52,8 +52,8 @@ class FakeConsumer:
     def nack(self, message: Any) -> None:
         self._log.append(f'nack {message.queue_name}')
 
-    def requeue(self, message: Any) -> None:
-        self._log.append('requeue')
+    def requeue(self, message: Any, begun: bool = False) -> None:
+        self._log.append('requeue begun' if begun else 'requeue')
 
     def pause(self) -> None:
         self._log.append('pause')
@@ -93,6 +93,8 @@ class Stage:
         for name, options in actors.items():
             dramatiq.actor(actor_name=name, broker=self.broker, **options)(self._run)
         dramatiq.actor(actor_name='once', broker=self.broker)(exactly_once(key='{n}')(self._run))
+        anywhere = exactly_once(key='{n}', affinity=False)(self._run_anywhere)
+        dramatiq.actor(actor_name='anywhere', broker=self.broker)(anywhere)
         core: Any = Gate(PluginSettings(config=config, **settings), self.job)  # type: ignore[arg-type]  # all that it needs
         core.owners = self.owners
         self.counts: dict[str, int] = core.counts
@@ -111,6 +113,9 @@ class Stage:
         self.consumer = GatedConsumer(self.gate, queue, lambda: self.source)
 
     def _run(self, n: int) -> None:
+        self.log.append('run')
+
+    def _run_anywhere(self, n: int) -> None:
         self.log.append('run')
 
     def _send(

@@ -24,7 +24,7 @@ from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
 from jobsync_core.worker.backlog import HomeBacklog, purge, read_backlog
-from jobsync_core.worker.routing import node_queue, parked_queue
+from jobsync_core.worker.routing import home_of_queue, node_queue, parked_queue
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.broker.redis_keys import broker_id
 from tests.support.brokers import BrokerServer
@@ -62,7 +62,9 @@ class Place:
         with sessions.session() as connection:
             store = QueueStore(connection, Tables.of(config))
             for queue, node in ((_N1, 'n1'), (_N2, 'n2')):
-                store.record(queue, node, Belonging('dramatiq'))
+                store.record(
+                    queue, node, home_of_queue(queue, config.appname) or '', Belonging('dramatiq')
+                )
 
     def put(self, queue: str, number: int) -> None:
         for _ in range(number):

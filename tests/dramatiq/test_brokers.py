@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.worker.incoming import read_stamps
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.actors import Actors
@@ -138,6 +139,10 @@ def message(n: int, **options: Any) -> Any:
 
 def next_of(consumer: Any) -> Any:
     return eventually(lambda: consumer.next(patient=True), 10)
+
+
+def came_before(found: Any) -> bool:
+    return getattr(found, 'redelivered', False) or read_stamps(found.options).waits > 0
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -297,6 +302,19 @@ class TestBothBrokers:
         found = next_of(consumer)
         in_thread(lambda: consumer.requeue(found))
         assert next_of(consumer).message_id == found.message_id
+        consumer.close([])
+
+    def test_what_is_given_back_while_it_runs_says_that_it_came_before(self, place: Place) -> None:
+        node = place.node('n1')
+        consumer = node.consume(N1, 10, 50)
+        place.put(node, N1)
+        found = next_of(consumer)
+        assert not came_before(found)
+        in_thread(lambda: consumer.requeue(found, begun=True))
+        again = next_of(consumer)
+        assert again.message_id == found.message_id and again.args == found.args
+        assert came_before(again)
+        consumer.ack(again)
         consumer.close([])
 
     def test_a_closed_consumer_leaves_nothing_in_hand(self, place: Place) -> None:
@@ -797,6 +815,19 @@ class TestRabbit:
 
         eventually(parked, 10)
         assert node.take(N2) is None
+
+    def test_what_is_passed_on_says_still_that_it_came_before(self, rabbit: Place) -> None:
+        node, two = rabbit.node('n1'), rabbit.node('n2')
+        consumer = node.consume(N1, 10, 50)
+        rabbit.put(node, N1)
+        first = next_of(consumer)
+        node.send(first, N2, None)
+        in_thread(lambda: consumer.requeue(first))
+        again = next_of(consumer)
+        node.send(again, N2, None)
+        found = rabbit.take_all(two, N2)
+        assert [read_stamps(each.options).waits for each in found] == [0, 1]
+        consumer.close([])
 
     def test_a_producer_that_is_the_first_of_all_loses_nothing(self, rabbit: Place) -> None:
         producer = rabbit.producer()

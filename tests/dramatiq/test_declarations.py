@@ -89,6 +89,7 @@ class TestOptions:
             ('jobsync_keys', "unknown actor option 'jobsync_keys': did you mean 'jobsync_key'?"),
             ('jobsync_pins', "unknown actor option 'jobsync_pins': did you mean 'jobsync_pin'?"),
             ('jobsync', "unknown actor option 'jobsync': "),
+            ('jobsync_affinity', 'write @exactly_once(affinity=…) in its place'),
             ('jobsync_zzz', ': there are jobsync_key, jobsync_pin'),
         ],
     )

@@ -333,7 +333,7 @@ class TestLease:
         assert stage.log == ['requeue', 'pause', 'resume']
 
     @pytest.mark.parametrize(
-        ('actor', 'log'), [('once', ['requeue', 'pause']), ('keyed', ['pause', 'ack'])]
+        ('actor', 'log'), [('once', ['requeue begun', 'pause']), ('keyed', ['pause', 'ack'])]
     )
     def test_what_runs_goes_back_once_if_it_completes_once(
         self, stage: Stage, actor: str, log: list[str]
@@ -465,7 +465,7 @@ class TestRefusals:
         stage.job.leased = False
         stage.look()
         stage.look()
-        assert stage.log == ['pause', 'requeue']
+        assert stage.log == ['pause', 'requeue begun']
 
 
 def check_one_tries(stage: Stage) -> None:

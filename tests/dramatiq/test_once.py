@@ -32,7 +32,9 @@ from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.logs import Repeats
 from jobsync_core.testing import MemoryLedger
 from jobsync_core.worker.inbox import Received
+from jobsync_core.worker.routing import WAITS
 from jobsync_dramatiq import JobSync, exactly_once
+from jobsync_dramatiq import once as once_module
 from jobsync_dramatiq.groups import mark_members
 from jobsync_dramatiq.notes import Note
 from tests.support.fakes import FakeLedger, duplicate
@@ -126,6 +128,22 @@ def check_group_counts_once(bench: Bench, ledger: FakeLedger) -> None:
     ledger.begin_error = duplicate()
     bench.run(actor, delivered(members[1]))
     assert len(bench.sent) == 1
+
+
+def check_never_skipped(
+    stamps: dict[str, Any] | None = None, redelivered: bool = False
+) -> list[Any]:
+    """What runs may be the message's own attempt, on a worker that was killed a moment ago."""
+    sent: list[Any] = []
+    for option in ('skip', 'raise'):
+        bench = Bench()
+        actor = bench.actor(on_running=option)
+        found = delivered(actor.message(3).copy(options=stamps or {}))
+        vars(found)['redelivered'] = redelivered  # as Dramatiq's and the plugin's consumers
+        with pytest.raises(SkipMessage):
+            bench.run(actor, found)
+        sent += [each for each, _ in bench.sent]
+    return sent
 
 
 class TestDuplicates:
@@ -303,6 +321,21 @@ class TestComingBack:
         actor = bench.actor(on_running='raise')
         with pytest.raises(ExecutionRunning):
             bench.run(actor, delivered(actor.message(3)))
+
+    @pytest.mark.parametrize('came', [{'redelivered': True}, {'stamps': {WAITS: 1}}])
+    def test_a_message_that_came_before_is_not_skipped_for_its_own_attempt(
+        self, ledger: FakeLedger, came: dict[str, Any]
+    ) -> None:
+        ledger.begin_error = ExecutionRunning()
+        assert len(check_never_skipped(**came)) == 2
+
+    def test_without_that_a_redelivered_message_is_lost(
+        self, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ledger.begin_error = ExecutionRunning()
+        monkeypatch.setattr(type(once_module._once), 'came_before', lambda self: False)
+        with pytest.raises(pytest.fail.Exception, match='DID NOT RAISE'):
+            check_never_skipped(redelivered=True)
 
 
 class TestKeys:

@@ -58,11 +58,11 @@ def make_app(order: Order, conf: dict[str, Any], plugin: bool) -> Celery:
         JobSync(
             app,
             database_url=order.database,
-            coordinate='keyed' if order.mode == 'idle' else 'all',
+            coordinate='keyed' if order.mode in ('idle', 'free') else 'all',
             **order.settings,
         )
-        if order.mode == 'once':
-            once = exactly_once()
+        if order.mode in ('once', 'free'):
+            once = exactly_once(affinity=False if order.mode == 'free' else None)
     _add_tasks(app, order, once)
     return app
 

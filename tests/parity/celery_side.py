@@ -80,6 +80,12 @@ def _revoked(sender: Sender) -> Mapping[str, Any]:
     return {'': result}
 
 
+def _dead_letter(sender: Sender) -> Mapping[str, Any]:
+    with sender.app.connection_for_write() as connection:
+        Queue('graveyard', _DEAD)(connection.default_channel).declare()
+    return {'': sender.send('rejecting', 'dead_letter')}
+
+
 def _chain(sender: Sender) -> Mapping[str, Any]:
     return {
         '': chain(
@@ -245,6 +251,7 @@ KINDS = [
     _kind('replace', _replace, 2, 'SUCCESS instead'),
     _kind('ignore', _one('ignoring'), 1, ''),
     _kind('reject', _one('rejecting'), 1, ''),
+    _kind('dead_letter', _dead_letter, 1, '', brokers=('rabbitmq',)),
     _kind('reject_requeue', _one('rejecting_once'), 2, 'SUCCESS'),
     _kind('by_name', _by_name, 1, 'SUCCESS 3'),
     _kind('same_id', _same_id, 2, 'SUCCESS 1', modes=_ALL_BUT_ONCE),
@@ -281,10 +288,17 @@ _LIMITS = ('hard_limit',)  # a hard limit needs processes
 _NO_LIMITS = (*_LIMITS, 'soft_limit', 'soft_limit_call')
 _DEAD = Exchange('dead', type='fanout')
 _DEAD_ARGUMENTS = {'x-dead-letter-exchange': 'dead'}
+_DEAD_QUEUES = {
+    'task_queues': [
+        Queue('celery', Exchange('celery'), routing_key='celery', queue_arguments=_DEAD_ARGUMENTS),
+        Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
+        Queue('dead.XQ', _DEAD),
+    ]
+}
 _AMQP, _REDIS = ('rabbitmq',), ('redis',)
 
 CONFIGURATIONS = [
-    Configuration('default', modes=('idle', 'all', 'once')),
+    Configuration('default', modes=('idle', 'all', 'once', 'free')),
     Configuration('threads', options=('-P', 'threads'), without=_NO_LIMITS, modes=('all', 'once')),
     Configuration(
         'solo', options=('-P', 'solo'), without=(*_NO_LIMITS, 'reject_requeue'), soak=True
@@ -431,21 +445,19 @@ CONFIGURATIONS = [
     ),
     Configuration(
         'dead letters',
-        {
-            'task_queues': [
-                Queue(
-                    'celery',
-                    Exchange('celery'),
-                    routing_key='celery',
-                    queue_arguments=_DEAD_ARGUMENTS,
-                ),
-                Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
-                Queue('dead.XQ', _DEAD),
-            ]
-        },
+        _DEAD_QUEUES,
         options=('-Q', f'celery,{OTHER_QUEUE}'),
         brokers=_AMQP,
         kinds=(*_FEW, 'other_queue'),
+    ),
+    Configuration(
+        'dead letters of what is rejected',
+        _DEAD_QUEUES,
+        options=('-Q', f'celery,{OTHER_QUEUE}'),
+        brokers=_AMQP,
+        kinds=('plain', 'dead_letter', 'reject_requeue', 'other_queue'),
+        modes=('free',),
+        left={'graveyard': 1},
     ),
 ]
 

@@ -43,12 +43,12 @@ def make_broker(order: Order, conf: dict[str, Any], plugin: bool) -> Any:
         broker.add_middleware(
             JobSync(
                 database_url=order.database,
-                coordinate='keyed' if order.mode == 'idle' else 'all',
+                coordinate='keyed' if order.mode in ('idle', 'free') else 'all',
                 **order.settings,
             )
         )
-        if order.mode == 'once':
-            once = exactly_once()
+        if order.mode in ('once', 'free'):
+            once = exactly_once(affinity=False if order.mode == 'free' else None)
     broker.add_middleware(Results(backend=RedisBackend(url=order.results), store_results=True))
     broker.add_middleware(GroupCallbacks(Counters(url=order.results)))
     broker.add_middleware(AsyncIO())

@@ -128,7 +128,7 @@ KINDS = [
 _FEW = ('plain', 'many', 'delay', 'other', 'sour', 'retrying', 'pipeline', 'group')
 _REDIS, _AMQP = ('redis',), ('rabbitmq',)
 CONFIGURATIONS = [
-    Configuration('default', modes=('idle', 'all', 'once'), without=('priority',)),
+    Configuration('default', modes=('idle', 'all', 'once', 'free'), without=('priority',)),
     Configuration(
         'one thread', options=('-t', '1'), kinds=(*_FEW, 'exhausted', 'coroutine'), soak=True
     ),

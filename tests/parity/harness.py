@@ -58,8 +58,8 @@ _ROOT = Path(__file__).parents[2]
 _VARIABLE = 'PARITY_ORDER'
 _START_SEC, _STOP_SEC, _SETTLE_SEC = 40.0, 60.0, 40.0
 #: How the plugin takes part. 'idle': no task is coordinated; 'all': each is, by its message's id;
-#: 'once': each completes once, too.
-MODES = ('idle', 'all', 'once')
+#: 'once': each completes once, too; 'free': the last without the rest, as affinity=False says.
+MODES = ('idle', 'all', 'once', 'free')
 #: The note of a message that is sent at the end, which is not compared.
 LAST = 'last'
 _LAST_COUNT = 6

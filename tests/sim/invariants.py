@@ -4,13 +4,16 @@ ceased.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
+from jobsync_core.assignment.groups import GROUP_SPAN, PLAIN, cut_by_group
 from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.patterns import eligible
 from jobsync_core.assignment.round import Decision, Pin
 from jobsync_core.protocol.node import Phase
+
+from .masks import tokens_in
 
 if TYPE_CHECKING:
     from .node import SimNode
@@ -23,14 +26,10 @@ class Violation(Exception):
     """An invariant does not hold."""
 
 
-def tokens_in(mask: int) -> list[int]:
-    """The tokens of a bit mask, for messages."""
-    return [token for token in range(mask.bit_length()) if mask >> token & 1]
-
-
 def check_one_claimer(world: World) -> None:
-    """I1: at most one process answers True for a token, paused and partitioned ones included. I2:
-    nobody holds a lease too long.
+    """I1: at most one process answers True for a token of a queue group, paused and partitioned
+    ones included. I2: nobody holds a lease too long. Groups: nobody claims in one whose queue it
+    does not consume.
     """
     seen = 0
     now = world.now
@@ -48,17 +47,23 @@ def check_one_claimer(world: World) -> None:
                 f'I2: {node} answers True at {local:.3f}, its last answered heartbeat entitled it '
                 f'until {node.lease_bound:.3f}'
             )
-        if mask & seen:
+        named = world.named(node, mask)
+        if named & seen:
             others = [
                 str(n)
                 for n in world.holders
-                if n is not node and n.ownership.answers(n.local()) & mask
+                if n is not node and world.named(n, n.ownership.answers(n.local())) & named
             ]
             raise Violation(
-                f'I1: tokens {tokens_in(mask & seen)} are claimable on {node} and on '
+                f'I1: tokens {world.tokens_in(named & seen)} are claimable on {node} and on '
                 f'{", ".join(others)}'
             )
-        seen |= mask
+        seen |= named
+        if named & ~node.consumed:
+            raise Violation(
+                f'groups: {node} claims {world.tokens_in(named & ~node.consumed)} and consumes '
+                f'{sorted(node.consumes)}'
+            )
         if world.owner_checked:
             row = world.store.nodes.get(node.name)
             owned = (
@@ -94,40 +99,58 @@ def check_plan(
     decision: Decision,
     total: int,
 ) -> None:
-    """I4: a plan covers every token once, is balanced, and moves no more than balance forces."""
-    receivers = {
-        m.name: m.weight for m in members if m.state == 'active' or m.name in decision.activate
-    }
+    """I4: the plan of each group covers every token once, is balanced over its members, and moves
+    no more than balance forces. A group with neither members nor owners has no rows.
+    """
+    old, new = cut_by_group(before, total), cut_by_group(decision.segments, total)
+    names = {member.name for member in members}
+    taking_part = [m for m in members if m.state == 'active' or m.name in decision.activate]
+    if sum(row.hi - row.lo for row in decision.segments) != sum(
+        row.hi - row.lo for rows in new.values() for row in rows
+    ):
+        raise Violation(f'I4: rows of the plan lie beside all groups: {decision.segments}')
+    for group in sorted({PLAIN, *old, *new, *(g for m in members for g in m.groups)}):
+        receivers = {m.name: m.weight for m in taking_part if group in m.groups}
+        rows = old.get(group, [])
+        has_owner = any(row.node in names for row in rows)
+        planned = new.get(group, [])
+        if bool(planned) != (group in decision.formed):
+            raise Violation(f'groups: {group} has rows {planned}, formed: {decision.formed}')
+        if group == PLAIN or receivers or has_owner:
+            locks = [pin for pin in pins if pin.group in (None, group)]
+            _check_ring(receivers, names, rows, planned, locks, total)
+        elif planned:
+            raise Violation(f'I4: group {group}, which has nobody, has rows: {planned}')
+
+
+def _check_ring(
+    receivers: Mapping[str, float],
+    names: Set[str],
+    before: Sequence[Segment],
+    after: Sequence[Segment],
+    pins: Sequence[Pin],
+    total: int,
+) -> None:
+    """The plan of one group, whose tokens count from 0."""
+    for row in before:
+        for token in range(row.lo, row.hi) if row.node in names else ():
+            if not any(s.lo <= token < s.hi and s.node == row.node for s in after):
+                raise Violation(f'I1: the plan takes {token} of {row} from its live owner: {after}')
     at = 0
-    for segment in decision.segments:
+    for segment in after:
         if segment.lo != at or segment.hi <= segment.lo:
-            raise Violation(f'I4: the plan does not cover the tokens once: {decision.segments}')
+            raise Violation(f'I4: the plan does not cover the tokens once: {after}')
         at = segment.hi
     if at != total:
         raise Violation(f'I4: the plan covers {at} of {total} tokens')
-    names = {m.name for m in members}
-    for segment in decision.segments:
-        if (
-            segment.node is not None
-            and segment.node not in names
-            or segment.moving_to is not None
-            and segment.moving_to not in receivers
-        ):
-            raise Violation(f'I4: the plan names a node that is not there: {segment}')
-    for lo, hi, owner in _pieces(before):
-        for segment in decision.segments:
-            if (
-                owner is not None
-                and owner in names
-                and segment.lo < hi
-                and lo < segment.hi
-                and segment.node != owner
-            ):
-                raise Violation(f'I1: the plan takes {segment} from its live owner {owner}')
+    for segment in after:
+        target = segment.moving_to if segment.moving else segment.node
+        if target is not None and target not in receivers:
+            raise Violation(f'groups: {segment} goes to who takes no part: {sorted(receivers)}')
     if pins or not receivers:
         return
     planned = dict.fromkeys(receivers, 0)
-    for segment in decision.segments:
+    for segment in after:
         target = segment.moving_to if segment.moving else segment.node
         if target is None:
             raise Violation(
@@ -147,29 +170,25 @@ def check_plan(
     for segment in before:
         holder = segment.moving_to if segment.moving_to in receivers else segment.node
         size = segment.hi - segment.lo
-        if holder in receivers:
+        if holder is not None and holder in receivers:
             had[holder] += size
         elif holder in names:
-            homeless += size  # of a draining node: every one of them moves
+            homeless += size  # of a node that takes no part any more: every one of them moves
     order = sorted(receivers)
     least = (
         least_moves([had[name] for name in order], [receivers[name] for name in order], total)
         + homeless
     )
-    moved = _moved(before, decision.segments, receivers, names)
+    moved = _moved(before, after, receivers, names)
     if moved != least:
         raise Violation(f'I4: the plan moves {moved} tokens, {least} would do; had {had}')
-
-
-def _pieces(segments: Sequence[Segment]) -> list[tuple[int, int, str | None]]:
-    return [(s.lo, s.hi, s.node) for s in segments]
 
 
 def _moved(
     before: Sequence[Segment],
     after: Sequence[Segment],
-    receivers: dict[str, float],
-    names: set[str],
+    receivers: Mapping[str, float],
+    names: Set[str],
 ) -> int:
     count = 0
     for old in before:
@@ -209,6 +228,14 @@ def unsettled(world: World) -> str | None:
             return f'{node} is not connected'
         if node.local() >= node.ownership.lease[0]:
             return f'{node} has no lease'
+        if {*row.groups} != node.wants or node.consumes != {'', *node.wants}:
+            return (
+                f'{node} wants the groups {sorted(node.wants)}, its row names {row.groups}, and it '
+                f'consumes {sorted(node.consumes)}'
+            )
+        for name in node.wants:
+            if protocol.groups.get(name) != store.groups[name]:
+                return f'{node} knows the groups {protocol.groups}, they are {store.groups}'
         for token in tokens_in(node.ownership.mask):
             claimable[token] = node
     for row in store.nodes.values():
@@ -218,16 +245,45 @@ def unsettled(world: World) -> str | None:
             return f'{row.sign} has entered and is still joining in the table'
     if store.planned != store.fingerprint():
         return 'the latest plan does not know the present nodes and locks'
-    receivers = {row.name for row in store.nodes.values() if row.state == 'active'}
+    members = store.members()
+    present = cut_by_group(store.segments, store.total_tokens)
+    for name, group in store.groups.items():
+        receivers = {m.name: m.weight for m in members if m.state == 'active' and group in m.groups}
+        rows = present.get(group, [])
+        ring = {token: row for row in rows for token in range(row.lo, row.hi)}
+        first = group * GROUP_SPAN
+        owners = {token - first: node for token, node in claimable.items() if token >= first}
+        reason = _unsettled_ring(world, name, receivers, ring, owners)
+        if reason is not None:
+            return f'group {name!r}: {reason}'
+    return None
+
+
+def _unsettled_ring(
+    world: World,
+    group: str,
+    receivers: Mapping[str, float],
+    ring: Mapping[int, Segment],
+    claimable: Mapping[int, SimNode],
+) -> str | None:
+    """Why one group, whose tokens count from 0, is not whole."""
+    store = world.store
     locks: dict[int, list[tuple[str, ...]]] = {}
     for lock in store.locks.values():
-        locks.setdefault(lock.token, []).append(lock.patterns)
-    for token, segment in store.per_token().items():
+        if lock.group in (None, group):
+            locks.setdefault(lock.token, []).append(lock.patterns)
+    if group and not receivers:
+        owned = [row for row in ring.values() if row.node is not None]
+        return f'it has no members, and {owned[0]}' if owned else None
+    for token in range(store.total_tokens):
+        if token not in ring:
+            return f'token {token} has no row'
+        segment = ring[token]
         if segment.moving:
             return f'token {token} is still moving: {segment}'
         patterns = locks.get(token, [])
         if len(patterns) == 1:
-            allowed = eligible(patterns[0], receivers)
+            allowed = eligible(patterns[0], [*receivers])
             if segment.node is None and not allowed and segment.blocked:
                 continue
             if segment.node not in allowed:
@@ -236,11 +292,13 @@ def unsettled(world: World) -> str | None:
             continue
         if segment.node is None:
             return f'token {token} has no owner: {segment}'
-        if store.nodes[segment.node].state != 'active':
-            return (
-                f'token {token} belongs to {segment.node}, which is '
-                f'{store.nodes[segment.node].state}'
-            )
+        if segment.node not in receivers:
+            return f'token {token} belongs to {segment.node}, which takes no part'
         if token not in claimable:
             return f'token {token} of {segment.node} is claimed by nobody'
+    whole = sum(receivers.values())
+    for name, weight in receivers.items() if not locks else ():
+        count = sum(row.node == name for row in ring.values())
+        if abs(count - store.total_tokens * weight / whole) >= 1 + 1e-9:
+            return f'{name} with weight {weight:g} of {whole:g} has {count} tokens'
     return None

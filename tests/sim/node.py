@@ -9,20 +9,22 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from jobsync_core.assignment.groups import PLAIN, window
 from jobsync_core.assignment.model import Range
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.process import Process
 from jobsync_core.protocol.effects import Entered, Failed, Left, RebalanceEvent, Release
 from jobsync_core.protocol.messages import Reply, Request
 from jobsync_core.protocol.messages.connection import Connect, ConnectReply
-from jobsync_core.protocol.messages.handover import Give, Take
-from jobsync_core.protocol.messages.leadership import Evict, Lead, StepDown
+from jobsync_core.protocol.messages.handover import Give, Refresh, Take
+from jobsync_core.protocol.messages.leadership import Evict, Lead, RoundReply, StepDown
 from jobsync_core.protocol.messages.membership import HeartbeatReply, Leave
 from jobsync_core.protocol.node import BESIDE, Phase, Protocol, Settings
 from jobsync_core.protocol.ownership import Ownership
 
 from .invariants import Violation
-from .store import mask_of, task_key, token_of
+from .masks import bit_of, mask_of, window_mask
+from .store import task_key, token_of
 
 if TYPE_CHECKING:
     from .world import World
@@ -32,6 +34,8 @@ __all__ = ['LEASE_FRACTION', 'TASKS_PER_TOKEN', 'MappedOwnership', 'SimOwnership
 #: Requests that one node may send within one poll interval; more is a busy loop.
 _MOST_REQUESTS = 40
 LEASE_FRACTION = 0.9
+#: Ids of queue groups that a simulation gives at most.
+_GROUPS = 6
 TASKS_PER_TOKEN = 2
 
 
@@ -51,7 +55,7 @@ class SimOwnership(Ownership):
         return self._tokens
 
     def may_claim(self, token: int, now: float) -> bool:
-        return now < self.lease[0] and bool(self.mask >> token & 1)
+        return now < self.lease[0] and bool(self.mask >> bit_of(token) & 1)
 
     def replace(self, tokens: TokenSet) -> None:
         self._tokens = tokens
@@ -79,7 +83,8 @@ class MappedOwnership(Ownership):
 
     @property
     def mask(self) -> int:
-        return int.from_bytes(bytes(self.bits), 'little')
+        others = self.tokens - TokenSet([window(PLAIN, self.total_tokens)])
+        return int.from_bytes(bytes(self.bits), 'little') | mask_of(others.ranges)
 
     def excludes(self, task: str) -> bool:
         """Whether the task is excluded."""
@@ -87,7 +92,12 @@ class MappedOwnership(Ownership):
 
     def answers(self, now: float) -> int:
         """The tokens for which `may_claim` says True, as bits."""
-        return sum(1 << token for token in range(self.total_tokens) if self.may_claim(token, now))
+        return sum(
+            1 << bit_of(token)
+            for group in range(_GROUPS)
+            for token in range(*window(group, self.total_tokens))
+            if self.may_claim(token, now)
+        )
 
 
 class SimNode:
@@ -103,6 +113,7 @@ class SimNode:
         offset: float,
         machine: int,
         release_times: Callable[[], float],
+        is_old: bool = False,
     ) -> None:
         self.world = world
         self.name = name
@@ -126,6 +137,13 @@ class SimNode:
         self.running = True
         self.paused = False
         self.error: Exception | None = None
+        #: It runs a version that knows of no queue groups.
+        self.is_old = is_old
+        #: The queue groups that its user wants, and those whose queues it consumes.
+        self.wants: frozenset[str] = frozenset(settings.groups)
+        self.consumes: frozenset[str] = frozenset()
+        self.consumed = 0
+        self._consume(self.wants | {''})
         self.wanted = True  # a supervisor starts it again when it ends by itself
         self.cut_up = self.cut_down = False
         self.deaf = False
@@ -154,6 +172,7 @@ class SimNode:
         self._release_free_at = 0.0
         self._recent: deque[float] = deque(maxlen=_MOST_REQUESTS)
         self._failing_since: float | None = None
+        self._writes_plan = False  # in pieces, each of which takes a request
         self.op_timeout = max(0.5, min(settings.interval, settings.timeout / 5))
         self.connect_timeout = self.op_timeout
 
@@ -175,6 +194,33 @@ class SimNode:
     def _is_known_dead(self, process: Process) -> bool:
         return process.host == self.process.host and self.world.is_gone(process)
 
+    @property
+    def asks_for_rows(self) -> bool:
+        """Whether it waits for an answer to a Refresh."""
+        return isinstance(self._request, Refresh)
+
+    def _consume(self, groups: frozenset[str]) -> None:
+        if groups != self.consumes:
+            self.consumes = groups
+            slots = (self.world.slot(group) for group in groups)
+            self.consumed = sum(window_mask(slot) for slot in slots)
+
+    def enroll(self, groups: frozenset[str]) -> None:
+        """The user has it consume these queues; what it leaves it goes on to consume while it holds
+        something there.
+        """
+        if self.running and not self.paused and not self.is_old:
+            self.wants = groups
+            self._consume(self.consumes | groups)
+            self.world.trace(self, 'enrolls', sorted(groups))
+            self.protocol.enroll(groups, self.local())
+            self.step()
+
+    def _stop_consuming(self) -> None:
+        if self.consumes - self.wants - {''}:
+            left = {g for g in self.consumes - self.wants if not self.protocol.holds(g)}
+            self._consume(self.consumes - left)
+
     def step(self) -> None:
         """What the agent does when it wakes: ask the protocol, send or wait."""
         if not self.running or self.paused or self._request is not None:
@@ -185,6 +231,7 @@ class SimNode:
         now = self.local()
         request = protocol.next(now)
         self._run_effects()
+        self._stop_consuming()
         if protocol.phase in (Phase.LEFT, Phase.FAILED):
             self._end()
         elif request is None:
@@ -228,7 +275,8 @@ class SimNode:
                 f'no-spin: {self} sent {_MOST_REQUESTS} requests within {now - recent[0]:.3f} s, '
                 f'last {request}'
             )
-        recent.append(now)
+        if not (self._writes_plan and isinstance(request, (Lead, Refresh))):
+            recent.append(now)
         self.sent[type(request).__name__] += 1
         if (
             isinstance(request, (Take, Give, Evict, Lead, StepDown))
@@ -281,9 +329,12 @@ class SimNode:
                 self.lease_bound, self._sent_local + LEASE_FRACTION * self.settings.timeout
             )
         self._failing_since = None
+        if isinstance(reply, RoundReply):
+            self._writes_plan = reply.more
         self.world.trace(self, 'hears', reply)
         self.protocol.reply(request, reply, self.local())
         self._run_effects()
+        self._stop_consuming()
         self.step()
 
     def _note_history(self, reply: Reply, origin: int) -> None:

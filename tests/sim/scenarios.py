@@ -13,6 +13,8 @@ from collections.abc import Callable
 from jobsync_core.protocol.messages.leadership import Evict, Lead, Observe
 from jobsync_core.protocol.node import Phase, Settings
 
+from .beginnings import have_groups, some_duration, some_times, start_cluster
+from .group_scenarios import deserted, enrolling, erased, forgotten, upgrades
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode
 from .schedule import TIMEOUT, Run
@@ -22,74 +24,40 @@ from .world import World
 __all__ = ['FAMILIES', 'Run', 'play', 'run']
 
 
-def _cluster(run: Run, count: int | None = None, *, spread: float = 1.0) -> float:
-    """Start a cluster; returns when it should be formed."""
-    rng = run.world.rng
-    count = count or rng.choice((2, 3, 3, 4, 4, 5, 6))
-    weighted = rng.random() < 0.2
-    for index in range(count):
-        name = f'n{index}'
-        run.names.append(name)
-        run.spawn(
-            name,
-            delay=rng.random() * spread,
-            weight=rng.choice((0.5, 1.0, 2.0, 3.0)) if weighted else None,
-        )
-    return spread + run.settings.wait_on_enter + 2.0
-
-
-def _times(run: Run, start: float, length: float, most: int, least: int = 1) -> list[float]:
-    rng = run.world.rng
-    return sorted(start + rng.random() * length for _ in range(rng.randint(least, most)))
-
-
-def _duration(run: Run) -> float:
-    """Lengths around the times that matter: a hiccup, near the lease, near the timeout, long."""
-    rng = run.world.rng
-    return rng.choice(
-        (
-            rng.random() * 0.2 * TIMEOUT,
-            rng.uniform(0.8, 1.2) * LEASE_FRACTION * TIMEOUT,
-            rng.uniform(0.9, 1.3) * TIMEOUT,
-            rng.uniform(1, 3) * TIMEOUT,
-        )
-    )
-
-
 def pauses(run: Run) -> None:
     """Processes stop and go on, now and then with a request under way."""
-    start = _cluster(run)
+    start = start_cluster(run)
     run.world.network.slow = run.world.rng.choice((0.0, 0.2))
-    for time in _times(run, start, 3 * TIMEOUT, 4):
-        run.at(time, run.pause, _duration(run))
+    for time in some_times(run, start, 3 * TIMEOUT, 4):
+        run.at(time, run.pause, some_duration(run))
     run.faults_end += 3 * TIMEOUT
 
 
 def partitions(run: Run) -> None:
     """Links fail, both ways or one way, and come back; some are slow."""
-    start = _cluster(run)
+    start = start_cluster(run)
     run.world.network.slow = run.world.rng.choice((0.0, 0.2))
-    for time in _times(run, start, 3 * TIMEOUT, 4):
-        run.at(time, run.cut, _duration(run), run.world.rng.choice(('both', 'up', 'down')))
+    for time in some_times(run, start, 3 * TIMEOUT, 4):
+        run.at(time, run.cut, some_duration(run), run.world.rng.choice(('both', 'up', 'down')))
     run.faults_end += 3 * TIMEOUT
 
 
 def crashes(run: Run) -> None:
     """Processes die; most come back under their name, on the same machine or another."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 3 * TIMEOUT, 4):
+    for time in some_times(run, start, 3 * TIMEOUT, 4):
         run.at(time, run.crash, None, rng.choice((None, 0.05, rng.random() * 2 * TIMEOUT)))
     run.faults_end += 2 * TIMEOUT
 
 
 def rolling(run: Run) -> None:
     """Joins, leaves and restarts, one after another."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 2.66667 * TIMEOUT, 5):
+    for time in some_times(run, start, 2.66667 * TIMEOUT, 5):
         run.at(time, run.leave, None, rng.choice((None, 0.05, rng.random() * 2)))
-    for index, time in enumerate(_times(run, start, 2.66667 * TIMEOUT, 2, 0)):
+    for index, time in enumerate(some_times(run, start, 2.66667 * TIMEOUT, 2, 0)):
         run.names.append(f'm{index}')
         run.at(time, run.spawn, f'm{index}')
     run.faults_end += 2
@@ -98,20 +66,20 @@ def rolling(run: Run) -> None:
 def outages(run: Run) -> None:
     """The database restarts or hangs, for any length; no node is to blame for it."""
     run.keeps = True
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 3 * TIMEOUT, 2):
+    for time in some_times(run, start, 3 * TIMEOUT, 2):
         run.at(
             time,
             rng.choice((run.restart_server, run.restart_server, run.freeze_server)),
-            _duration(run),
+            some_duration(run),
         )
     run.faults_end += 3 * TIMEOUT
 
 
 def lossy(run: Run) -> None:
     """Slow and lost replies, statements carried out late, notifications that never come."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng, network = run.world.rng, run.world.network
     network.slow, network.lost_reply, network.late = (
         rng.random() * 0.1,
@@ -119,43 +87,43 @@ def lossy(run: Run) -> None:
         rng.random() * 0.05,
     )
     network.lost_notification = rng.choice((0.0, 0.3, 1.0))
-    for time in _times(run, start, 3 * TIMEOUT, 3):
+    for time in some_times(run, start, 3 * TIMEOUT, 3):
         run.at(time, rng.choice((run.deafen, run.leave, run.crash)))
     run.faults_end += 2
 
 
 def locks(run: Run) -> None:
     """Locks come, expire and go while nodes come and go."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start * 0.3, 3 * TIMEOUT, 12, 3):
+    for time in some_times(run, start * 0.3, 3 * TIMEOUT, 12, 3):
         run.at(time, run.change_locks)
-    for time in _times(run, start, 2.66667 * TIMEOUT, 2, 0):
+    for time in some_times(run, start, 2.66667 * TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, 1.0)
     run.at(start + 4 * TIMEOUT, run.expire_locks)
 
 
 def drains(run: Run) -> None:
     """Nodes are drained by themselves and by an operator."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 2.66667 * TIMEOUT, 6):
+    for time in some_times(run, start, 2.66667 * TIMEOUT, 6):
         run.at(time, run.drain, rng.choice(('node', 'operator')), rng.random() < 0.7)
-    for time in _times(run, start, 2.66667 * TIMEOUT, 2, 0):
+    for time in some_times(run, start, 2.66667 * TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, 1.0)
     run.at(start + 3 * TIMEOUT, run.undrain_all)
 
 
 def names(run: Run) -> None:
     """Two processes of one name, one of them paused, cut off or alive."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
-    for time in _times(run, start, 2 * TIMEOUT, 2):
+    for time in some_times(run, start, 2 * TIMEOUT, 2):
         name = rng.choice(run.names)
         run.at(
             time,
             rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name))),
-            _duration(run),
+            some_duration(run),
             name,
         )
         run.at(time + rng.random(), run.spawn, name)
@@ -164,27 +132,29 @@ def names(run: Run) -> None:
 
 def failovers(run: Run) -> None:
     """A standby that lacks the last writes is promoted, old leases still running."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
     standby: list[SimStore] = []
-    for time in _times(run, start, 1.33333 * TIMEOUT, 3, 0):
+    for time in some_times(run, start, 1.33333 * TIMEOUT, 3, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, None)
     moment = start + rng.random() * 2 * TIMEOUT
     run.at(moment, run.remember, standby)
     for index in range(rng.choice((0, 1, 2))):
         run.at(max(0.0, moment - 2 + rng.random() * 2.5), run.spawn, f'm{index}')
     run.at(moment + rng.random() * 1.5, run.fail_over, standby, rng.random() * 2)
-    for time in _times(run, moment, TIMEOUT, 2, 0):
-        run.at(time, run.pause, _duration(run))
+    for time in some_times(run, moment, TIMEOUT, 2, 0):
+        run.at(time, run.pause, some_duration(run))
     run.faults_end += 3 * TIMEOUT
 
 
 def single(run: Run) -> None:
     """One fault in a whole cluster, and the time that it may cost."""
     rng = run.world.rng
-    start = _cluster(run, rng.choice((3, 4, 5))) + run.settings.timeout
+    start = start_cluster(run, rng.choice((3, 4, 5))) + run.settings.timeout
     slack = run.settings.poll + 0.25
-    kind = rng.choice(('kill', 'leave', 'join', 'pause', 'cut', 'outage', 'lock', 'drain'))
+    kind = rng.choice(
+        ('kill', 'leave', 'join', 'pause', 'cut', 'outage', 'lock', 'drain', 'enroll', 'withdraw')
+    )
     run.faults_end = start
     if kind == 'kill':
         run.bound = TIMEOUT * 1.01 + slack
@@ -197,7 +167,7 @@ def single(run: Run) -> None:
         run.names.append('late')
         run.at(start, run.spawn, 'late')
     elif kind in ('pause', 'cut'):
-        seconds = _duration(run)
+        seconds = some_duration(run)
         run.bound = 5.0
         run.at(start, run.pause, seconds) if kind == 'pause' else run.at(
             start, run.cut, seconds, rng.choice(('both', 'up', 'down'))
@@ -212,6 +182,10 @@ def single(run: Run) -> None:
     elif kind == 'lock':
         run.bound = 1.0 + run.settings.release_timeout
         run.at(start, run.pin_somewhere)
+    elif kind in ('enroll', 'withdraw'):
+        run.bound = run.settings.release_timeout + 0.5 + slack
+        groups = frozenset({'new'} if kind == 'enroll' else ())
+        run.at(start, run.enroll, rng.choice(run.names), groups)
     else:
         run.bound = run.settings.release_timeout + slack
         run.at(start, run.drain, 'node', True)
@@ -222,14 +196,14 @@ def restores(run: Run) -> None:
     """The database comes back from a backup of the same server, long after all leases have run
     out.
     """
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
     standby: list[SimStore] = []
     moment = start + rng.random() * TIMEOUT
     run.at(moment, run.remember, standby)
-    for time in _times(run, moment, TIMEOUT, 3):
+    for time in some_times(run, moment, TIMEOUT, 3):
         run.at(time, rng.choice((run.leave, run.change_locks, run.change_locks)))
-    for time in _times(run, moment - 0.3, 0.05 * TIMEOUT, 3):
+    for time in some_times(run, moment - 0.3, 0.05 * TIMEOUT, 3):
         run.at(time, run.pin_somewhere)
     for index in range(rng.choice((0, 1, 2))):
         run.at(max(0.0, moment - rng.random() * 2.5), run.spawn, f'm{index}')
@@ -244,7 +218,7 @@ def flapping(run: Run) -> None:
     """A lock wanders from node to node while hand-overs are carried out late and notifications get
     lost.
     """
-    start = _cluster(run, 3)
+    start = start_cluster(run, 3)
     rng, network = run.world.rng, run.world.network
     network.late_gives, network.lateness, network.lost_notification = 0.6, 2 * TIMEOUT, 0.7
     time = start
@@ -259,7 +233,7 @@ def headless(run: Run) -> None:
     anew.
     """
     run.settings = Settings(**{**vars(run.settings), 'has_release': False})
-    start = _cluster(run, 4) + TIMEOUT
+    start = start_cluster(run, 4) + TIMEOUT
     rng = run.world.rng
     token, receiver = rng.randrange(run.world.store.total_tokens), rng.choice(run.names)
     run.at(start, run.pause_owner, token, rng.uniform(0.6, 2.0))
@@ -271,10 +245,10 @@ def headless(run: Run) -> None:
 
 def revivals(run: Run) -> None:
     """A node comes back just when it is found dead, and the leader's statement takes its time."""
-    start = _cluster(run, rng_count(run))
+    start = start_cluster(run, rng_count(run))
     rng, network = run.world.rng, run.world.network
     network.late_leads = 0.5
-    for time in _times(run, start, 2 * TIMEOUT, 3):
+    for time in some_times(run, start, 2 * TIMEOUT, 3):
         run.at(
             time,
             rng.choice((run.pause, lambda seconds: run.cut(seconds, 'both'))),
@@ -290,15 +264,15 @@ def rng_count(run: Run) -> int:
 
 def meddling(run: Run) -> None:
     """Another session writes assignment rows that overlap; the database refuses them."""
-    start = _cluster(run)
-    for time in _times(run, start, 2 * TIMEOUT, 5):
+    start = start_cluster(run)
+    for time in some_times(run, start, 2 * TIMEOUT, 5):
         run.at(time, run.meddle)
     run.faults_end += TIMEOUT
 
 
 def everything(run: Run) -> None:
     """All of it at once, but failovers."""
-    start = _cluster(run)
+    start = start_cluster(run)
     rng, network = run.world.rng, run.world.network
     network.slow, network.lost_reply, network.late = (
         rng.random() * 0.05,
@@ -307,12 +281,12 @@ def everything(run: Run) -> None:
     )
     network.lost_notification = rng.choice((0.0, 0.1, 0.5))
     choices: list[Callable[[], object]] = [
-        lambda: run.pause(_duration(run)),
-        lambda: run.cut(_duration(run), rng.choice(('both', 'up', 'down'))),
+        lambda: run.pause(some_duration(run)),
+        lambda: run.cut(some_duration(run), rng.choice(('both', 'up', 'down'))),
         lambda: run.crash(None, rng.choice((None, 0.05, 2.0))),
         lambda: run.leave(None, rng.choice((None, 0.05, 2.0))),
-        lambda: run.restart_server(_duration(run)),
-        lambda: run.freeze_server(_duration(run)),
+        lambda: run.restart_server(some_duration(run)),
+        lambda: run.freeze_server(some_duration(run)),
         run.change_locks,
         run.deafen,
         lambda: run.drain(rng.choice(('node', 'operator')), rng.random() < 0.5),
@@ -320,7 +294,7 @@ def everything(run: Run) -> None:
         lambda: run.spawn(rng.choice(run.names)),
         lambda: run.spawn(f'm{rng.randrange(3)}'),
     ]
-    for time in _times(run, 0.5, start + 3 * TIMEOUT, 9, 2):
+    for time in some_times(run, 0.5, start + 3 * TIMEOUT, 9, 2):
         run.at(time, rng.choice(choices))
     run.at(run.faults_end + 3 * TIMEOUT, run.undrain_all)
     run.at(run.faults_end, run.expire_locks)
@@ -339,14 +313,14 @@ def promotions(run: Run) -> None:
     are new and have nothing to compare.
     """
     run.world.store.tells_history = True
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
     standby: list[SimStore] = []
     moment = start + rng.random() * TIMEOUT
     run.at(_copied(run, moment), run.remember, standby)
     for name in rng.sample(run.names, rng.randint(1, len(run.names))):
         how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
-        run.at(moment - rng.random() * 0.5, how, _duration(run), name)
+        run.at(moment - rng.random() * 0.5, how, some_duration(run), name)
     if rng.random() < 0.5:
         run.at(moment, run.promote, standby)
     else:
@@ -366,13 +340,13 @@ def reused(run: Run) -> None:
     """
     run.world.store.tells_history = True
     run.world.network.slow = run.world.rng.choice((0.0, 0.2))
-    start = _cluster(run)
+    start = start_cluster(run)
     rng = run.world.rng
     moment = start + rng.random() * TIMEOUT
     standbys: list[list[SimStore]] = [[] for _ in range(rng.choice((2, 2, 3)))]
     for standby in standbys:
         run.at(_copied(run, moment), run.remember, standby)
-    for time in _times(run, start, TIMEOUT, 2, 0):
+    for time in some_times(run, start, TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, rng.choice((None, 0.5)))
     for standby in standbys:
         for name in rng.sample(run.names, rng.randint(0, len(run.names))):
@@ -384,7 +358,7 @@ def reused(run: Run) -> None:
                     ),
                 )
             )
-            run.at(moment - 0.5 + rng.random() * TIMEOUT, how, _duration(run), name)
+            run.at(moment - 0.5 + rng.random() * TIMEOUT, how, some_duration(run), name)
         if rng.random() < 0.6:
             run.at(moment, run.promote, standby)
         else:
@@ -400,7 +374,7 @@ def failbacks(run: Run) -> None:
     heard of the other one.
     """
     run.world.store.tells_history = True
-    start = _cluster(run) + rng_count(run)
+    start = start_cluster(run) + rng_count(run)
     rng = run.world.rng
     standby: list[SimStore] = []
     old: list[SimStore] = []
@@ -408,11 +382,11 @@ def failbacks(run: Run) -> None:
     run.at(start, run.remember, old)
     run.at(start, run.promote, standby)
     back = start + 2 * TIMEOUT + rng.random()
-    for time in _times(run, start + TIMEOUT + 0.5, TIMEOUT * 0.9, 3, 1):
+    for time in some_times(run, start + TIMEOUT + 0.5, TIMEOUT * 0.9, 3, 1):
         run.at(time, run.pin_somewhere)
     for name in rng.sample(run.names, rng.randint(1, len(run.names))):
         how = rng.choice((run.pause, lambda seconds, name: run.cut(seconds, 'both', name)))
-        run.at(back - rng.random() * 0.5, how, _duration(run), name)
+        run.at(back - rng.random() * 0.5, how, some_duration(run), name)
     run.at(back, run.fail_back, old)
     run.at(back + 2 * TIMEOUT, run.expire_locks)
     run.faults_end += 3 * TIMEOUT
@@ -422,7 +396,7 @@ def together(run: Run) -> None:
     """The two or three oldest nodes die at once: found as soon as one alone."""
     rng = run.world.rng
     count = rng.choice((2, 3))
-    start = _cluster(run, count + rng.choice((1, 2, 3))) + 2 * TIMEOUT + rng.random()
+    start = start_cluster(run, count + rng.choice((1, 2, 3))) + 2 * TIMEOUT + rng.random()
     run.at(start, run.crash_oldest, count)
     run.bound = TIMEOUT * 1.01 + run.settings.poll + 0.25
     run.step = 0.05
@@ -433,7 +407,7 @@ def refusals(run: Run) -> None:
     for one node for ever.
     """
     rng = run.world.rng
-    start = _cluster(run, rng.choice((3, 4, 5))) + TIMEOUT
+    start = start_cluster(run, rng.choice((3, 4, 5))) + TIMEOUT
     if rng.random() < 0.5:
         run.at(start, run.refuse, (Lead,))
         run.at(start + 0.1, rng.choice((run.crash, lambda: run.crash_oldest(1))))
@@ -482,6 +456,11 @@ FAMILIES: dict[str, Callable[[Run], None]] = {
         refusals,
         reused,
         failbacks,
+        enrolling,
+        deserted,
+        forgotten,
+        erased,
+        upgrades,
     )
 }
 
@@ -510,7 +489,13 @@ def prepare(seed: int, family: str | None = None, *, tracing: int = 0) -> Run:
     )
     run = Run(seed, family, world, settings)
     world.spawn = run.respawn
+    world.store.piece = rng.choice((None, None, 4, 8))
+    if rng.random() < 0.4:
+        have_groups(run)
     FAMILIES[family](run)
+    if run.groups and not run.bound:
+        for time in some_times(run, 1.0, run.faults_end - 1.0, 4, 0):
+            run.at(time, run.enroll)
     world.at(1.0, run.use, run.faults_end + TIMEOUT)
     run.bound = run.bound or 4.5 * TIMEOUT + settings.check_interval + 2 * settings.release_timeout
     return run

@@ -36,6 +36,11 @@ class Run:
     step: float = 0.25
     #: No node may be evicted and no token may move.
     keeps: bool = False
+    #: The queue groups that nodes may belong to, and those of each name at its start.
+    groups: tuple[str, ...] = ()
+    groups_of: dict[str, frozenset[str]] = field(default_factory=dict)
+    #: Names of nodes that know of no groups.
+    old: frozenset[str] = frozenset()
 
     def spawn(
         self,
@@ -53,6 +58,10 @@ class Run:
         settings = self.settings
         if weight is not None:
             settings = Settings(**{**vars(settings), 'weight': weight})
+        is_old = name in self.old
+        groups = self.groups_of.setdefault(name, self.some_groups())
+        if groups and not is_old:
+            settings = Settings(**{**vars(settings), 'groups': tuple(sorted(groups))})
         slow = rng.random() < 0.15
         self.world.add(
             SimNode(
@@ -65,6 +74,7 @@ class Run:
                 release_times=lambda: (
                     rng.random() * settings.release_timeout * (2.5 if slow else 0.5)
                 ),
+                is_old=is_old,
             )
         )
 
@@ -72,6 +82,24 @@ class Run:
         """What a supervisor does with a process that ended by itself."""
         if not any(other.name == node.name for other in self.world.nodes):
             self._spawn(node.name, node.machine, node.settings.weight)
+
+    def some_groups(self) -> frozenset[str]:
+        """None of the groups, one, or several."""
+        return frozenset(group for group in self.groups if self.world.rng.random() < 0.5)
+
+    def enroll(self, name: str | None = None, groups: frozenset[str] | None = None) -> None:
+        """Somebody has a worker consume other queues."""
+        node = self.any_node() if name is None else self.node(name)
+        if node is not None:
+            wanted = self.some_groups() if groups is None else groups
+            self.groups_of[node.name] = wanted  # as its supervisor starts it from now on
+            node.enroll(wanted)
+
+    def desert(self, group: str) -> None:
+        """Everybody leaves a group."""
+        for node in list(self.world.nodes):
+            if group in node.wants:
+                self.enroll(node.name, node.wants - {group})
 
     def at(self, time: float, action: Callable[..., object], *args: object) -> None:
         """Plan a fault."""
@@ -176,18 +204,19 @@ class Run:
             token = rng.randrange(store.total_tokens)
             names = [*self.names, '%', 'nobody', 'n%']
             patterns = tuple(rng.sample(names, rng.choice((1, 1, 2))))
+            group = rng.choice(self.groups) if self.groups and rng.random() < 0.3 else None
             expires = store.clock + rng.uniform(0.2, 3 * TIMEOUT) if rng.random() < 0.4 else None
             store.add_lock(
                 f'{token}.{rng.randrange(TASKS_PER_TOKEN)}',
-                Lock(token, patterns, store.clock, expires),
+                Lock(token, patterns, store.clock, expires, group),
             )
         world.deliver_notifications()
 
     def pin_somewhere(self) -> None:
         """Pin one token to one live node."""
         node = self.any_node()
-        assert node is not None
-        self.pin(self.world.rng.randrange(self.world.store.total_tokens), node.name)
+        if node is not None:
+            self.pin(self.world.rng.randrange(self.world.store.total_tokens), node.name)
 
     def pin(self, token: int, name: str) -> None:
         """Pin one token to one node, in place of another lock."""
@@ -201,6 +230,13 @@ class Run:
         owner = self.world.store.per_token()[token].node
         if owner is not None:
             self.pause(seconds, owner)
+
+    def replace(self, name: str) -> None:
+        """End a process of an old version, if it is still there."""
+        self.old -= {name}
+        node = self.node(name)
+        if node is not None and node.is_old:
+            node.crash()
 
     def pause_leader(self, seconds: float) -> None:
         """Pause the oldest node."""
@@ -219,6 +255,28 @@ class Run:
         except Overlap:
             self.world.trace(node, 'refused', lo)
         store.version += 1  # everybody looks
+
+    def erase(self, lo: int | None = None) -> None:
+        """Somebody deletes a row of the assignment."""
+        store = self.world.store
+        self.world.owner_checked = self.world.tasks_checked = False
+        if store.segments:
+            store.erase(self.world.rng.choice(store.segments).lo if lo is None else lo)
+
+    def cut_on_refresh(self, name: str, until: float) -> None:
+        """Cut a node off for long, just when it asks for its rows."""
+        node = self.node(name)
+        if node is not None and node.asks_for_rows:
+            self.cut(TIMEOUT * 1.3, 'both', name)
+        elif self.world.now < until:
+            self.world.at(self.world.now + 0.001, self.cut_on_refresh, name, until)
+
+    def erase_of(self, name: str) -> None:
+        """Somebody deletes a row of a node that is cut off as soon as it looks for it."""
+        rows = [row for row in self.world.store.segments if row.node == name]
+        if rows:
+            self.erase(self.world.rng.choice(rows).lo)
+            self.cut_on_refresh(name, self.world.now + 2 * self.settings.interval)
 
     def restore(self, standby: list[SimStore], seconds: float) -> None:
         """Restore a backup; `seconds` pass before the server is there again."""
@@ -268,6 +326,12 @@ class Run:
         """The oldest nodes die at once."""
         for name in self.by_age()[:count]:
             self.crash(name)
+
+    def check_entered(self, name: str) -> None:
+        """By now this process must have entered."""
+        node = self.node(name)
+        if node is not None and not node.paused and not node.entered:
+            raise Violation(f'entering: {node} has not entered: {node.protocol.phase.value}')
 
     def check_evicted(self) -> None:
         """By now every process that died must be out of the node table."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 import copy
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from jobsync_core.assignment.groups import PLAIN, group_of, window
 from jobsync_core.assignment.hashing import task_digest
-from jobsync_core.assignment.model import Member, Range, Segment
+from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.round import Decision, Pin, decide
+from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Reply, Request
 from jobsync_core.protocol.messages.connection import RecordHistory
+from jobsync_core.protocol.messages.groups import Enroll, EnrollReply, Ids
 from jobsync_core.protocol.messages.handover import (
     Give,
     GiveReply,
@@ -49,7 +52,10 @@ from jobsync_core.protocol.messages.membership import (
 )
 from jobsync_core.protocol.messages.signs import Sign
 
-__all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'mask_of', 'task_key', 'token_of']
+from .drafts import Draft
+from .masks import mask_of
+
+__all__ = ['Lock', 'Overlap', 'Row', 'SimStore', 'task_key', 'token_of']
 
 #: Rows after which the answer to a Take ends: small, so that most gains come in pieces.
 _ROWS = 3
@@ -57,14 +63,6 @@ _ROWS = 3
 
 class Overlap(Exception):
     """Two rows of the assignment table share a token: the exclusion constraint refuses them."""
-
-
-def mask_of(ranges: Iterable[Range]) -> int:
-    """The tokens of the ranges as the bits of an int."""
-    mask = 0
-    for lo, hi in ranges:
-        mask |= (1 << hi) - (1 << lo)
-    return mask
 
 
 def task_key(text: str, total_tokens: int) -> int:
@@ -88,6 +86,7 @@ class Row:
     created_on: float
     state: str
     weight: float
+    groups: tuple[str, ...] = ()
     beat: int = 0
     last_heartbeat: float = 0.0
 
@@ -95,21 +94,18 @@ class Row:
     def sign(self) -> Sign:
         return Sign(self.name, self.incarnation, self.beat)
 
-    @property
-    def member(self) -> Member:
-        return Member(
-            self.name, self.incarnation, self.beat, self.created_on, self.state, self.weight
-        )
-
 
 @dataclass(frozen=True)
 class Lock:
-    """One row of the lock table; `expires_at` by the database's clock."""
+    """One row of the lock table; `expires_at` by the database's clock. group: the queue group in
+    which it counts; None: it counts in all.
+    """
 
     token: int
     patterns: tuple[str, ...]
     created_at: float
     expires_at: float | None = None
+    group: str | None = None
 
 
 def microseconds(created_on: float) -> int:
@@ -117,8 +113,9 @@ def microseconds(created_on: float) -> int:
     return int(created_on * 1e6)
 
 
-#: What a plan depends on: nodes with their lives, states and weights, and the version of the locks.
-Fingerprint = tuple[tuple[tuple[str, str, str, float], ...], int]
+#: What a plan depends on: nodes with their lives, states, weights and queue groups, and the version
+#: of the locks.
+Fingerprint = tuple[tuple[tuple[str, str, str, float, tuple[str, ...]], ...], int]
 
 
 @dataclass
@@ -128,7 +125,15 @@ class SimStore:
     `clock` is the database's wall clock, which the world sets before each request; it may jump.
     `outbox` holds the notifications of the last request. `on_plan` is told of each plan before it
     is written. `server` names the history of the database itself, as far as its timeline does;
-    `recorded` is the one that the cluster's row names.
+    `recorded` is the one that the cluster's row names. `groups` are the ids of queue groups, and
+    `formed` those that a plan has written rows of.
+
+    `piece` is how many rows of a plan one request writes; None: all of them at once. `drafts` are
+    the plans that leaders write, each in its process.
+
+    Of the process that asks: `asker_clock` measures durations, `asker_is_old` tells that it knows
+    of no groups. `gaps` is what leaders remember of rows that are missing, each in its process.
+    `timeout` is that of heartbeats.
     """
 
     total_tokens: int
@@ -148,6 +153,14 @@ class SimStore:
     server: str = 'history-1'
     tells_history: bool = True
     recorded: str | None = None
+    groups: dict[str, int] = field(default_factory=lambda: {'': PLAIN})
+    formed: frozenset[int] = frozenset()
+    asker_clock: float = 0.0
+    asker_is_old: bool = False
+    gaps: dict[str, tuple[int, TokenSet, float]] = field(default_factory=dict)
+    timeout: float = 0.0
+    piece: int | None = None
+    drafts: dict[str, Draft] = field(default_factory=dict)
     on_plan: Callable[[list[Member], list[Segment], list[Pin], Decision], None] | None = None
 
     def __post_init__(self) -> None:
@@ -176,6 +189,8 @@ class SimStore:
             return self.activate(request)
         if isinstance(request, Drain):
             return self.drain(request)
+        if isinstance(request, Enroll):
+            return self.enroll(request)
         if isinstance(request, Evict):
             return self.evict(request)
         if isinstance(request, StepDown):
@@ -234,6 +249,10 @@ class SimStore:
         """A session that knows nothing of the protocol inserts a row."""
         self.write([*self.segments, segment])
 
+    def erase(self, lo: int) -> None:
+        """A session that knows nothing of the protocol deletes the row that begins here."""
+        self.write(segment for segment in self.segments if segment.lo != lo)
+
     def owned_mask(self, name: str) -> int:
         """The tokens whose owner is `name`, as bits."""
         return mask_of((s.lo, s.hi) for s in self.segments if s.node == name)
@@ -249,6 +268,7 @@ class SimStore:
             set(self.audits),
         )
         other.promises = set(self.promises)
+        other.groups, other.gaps, other.drafts = dict(self.groups), dict(self.gaps), {}
         return other
 
     @property
@@ -293,18 +313,59 @@ class SimStore:
         held = self.claims.get(task)
         return held if held is not None and self._row(*held) is not None else None
 
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self, *, of_groups: bool = True) -> Fingerprint:
+        """What the nodes and locks are. A leader that knows of no groups leaves them out."""
         rows = sorted(self.nodes.values(), key=lambda row: row.name)
         return tuple(
-            (row.name, row.incarnation, row.state, row.weight) for row in rows
+            (
+                row.name,
+                row.incarnation,
+                row.state,
+                row.weight,
+                row.groups if of_groups and not self.asker_is_old else ('unknown',),
+            )
+            for row in rows
         ), self.lock_version
+
+    def members(self) -> list[Member]:
+        """All rows of the node table, the oldest first."""
+        rows = sorted(self.nodes.values(), key=lambda row: (row.created_on, row.name))
+        return [
+            Member(
+                row.name,
+                row.incarnation,
+                row.beat,
+                row.created_on,
+                row.state,
+                row.weight,
+                tuple(sorted(number for _, number in self._ids(('', *row.groups)))),
+            )
+            for row in rows
+        ]
+
+    def missing(self) -> TokenSet:
+        """Tokens of groups that are formed, and yet have no row."""
+        formed = self.formed & {PLAIN} if self.asker_is_old else self.formed
+        return TokenSet(window(group, self.total_tokens) for group in formed) - TokenSet(
+            (row.lo, row.hi) for row in self.segments
+        )
+
+    def _ids(self, groups: Iterable[str]) -> Ids:
+        """The ids of these groups; who has none gets one."""
+        for name in groups:
+            self.groups.setdefault(name, max(self.groups.values()) + 1)
+        return tuple((name, self.groups[name]) for name in groups)
 
     def _locks_changed(self) -> None:
         self.lock_version += 1
         self.outbox.append('locks')
 
     def _delete(self, name: str) -> None:
-        """Delete a node row; foreign keys set what refers to it to NULL."""
+        """Delete a node row; foreign keys set what refers to it to NULL. The plan is out of date,
+        even if a Join that comes late brings the same life back before the next one: its tokens
+        are nobody's.
+        """
+        self.planned = None
         del self.nodes[name]
         for index, segment in enumerate(self.segments):
             if name in (segment.node, segment.moving_to):
@@ -334,7 +395,7 @@ class SimStore:
                 self._delete(sign.name)
         row = self.nodes.get(request.name)
         if row is not None and row.incarnation == request.incarnation:
-            return JoinReply(self.version)
+            return JoinReply(self.version, self._ids(row.groups))
         if row is not None:
             if request.replace != (row.incarnation, row.beat):
                 return Occupied(row.sign, row.process)
@@ -346,12 +407,13 @@ class SimStore:
             self._youngest(),
             'active' if request.active else 'joining',
             request.weight,
+            request.groups,
             last_heartbeat=self.clock,
         )
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
-        return JoinReply(self.version)
+        return JoinReply(self.version, self._ids(request.groups))
 
     def beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)
@@ -402,10 +464,22 @@ class SimStore:
             self.version,
             row.state,
             mine,
-            self.planned == self.fingerprint(),
+            # The plan of a leader that knows of no groups is one for whom it is enough to enter.
+            self.planned in (self.fingerprint(), self.fingerprint(of_groups=False)),
             incoming,
             self._history,
             self.continues(row, request),
+            row.groups,
+            self._ids_of(row, mine),
+        )
+
+    def _ids_of(self, row: Row, mine: Iterable[Segment]) -> Ids:
+        """Of the groups that the row names, and of those that it has tokens of."""
+        held = {group_of(segment.lo) for segment in mine} - {PLAIN}
+        return tuple(
+            (name, number)
+            for name, number in self.groups.items()
+            if name in row.groups or number in held
         )
 
     def take(self, request: Take) -> Reply:
@@ -491,15 +565,20 @@ class SimStore:
         self.outbox.append(f'drain {row.name}')
         return True
 
+    def enroll(self, request: Enroll) -> Reply:
+        row = self._row(request.name, request.incarnation)
+        if row is None:
+            return None
+        row.groups = request.groups
+        self.outbox.append(f'enroll {row.name}')
+        return EnrollReply(self._ids(row.groups))
+
     def observe(self) -> Reply:
-        members = sorted(
-            (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
-        )
         expiries = [lock.expires_at for lock in self.locks.values() if lock.expires_at is not None]
         return ObserveReply(
-            tuple(members),
+            tuple(self.members()),
             self.version,
-            self.planned != self.fingerprint(),
+            self.planned != self.fingerprint() or bool(self.missing()),
             min(expiries) - self.clock if expiries else None,
         )
 
@@ -528,10 +607,60 @@ class SimStore:
         for task in expired:
             del self.locks[task]
         self.lock_version += bool(expired)
-        if self.fingerprint() == self.planned:
+        draft = self.drafts.pop(request.incarnation, None)
+        if draft is not None and not self.still_counts(draft):
+            draft = None
+        # While a plan is written the rows that it fills in are missing; any other is noticed.
+        missing = TokenSet() if draft is not None and draft.begun else self.missing()
+        if missing and not self.may_fill(request, missing):
+            self._open_gap(request, missing)
             return RoundReply(True, self.version)
-        decision = self.plan()
+        if self.fingerprint() == self.planned and not missing:
+            return RoundReply(True, self.version)
+        if draft is not None or self.piece is None:
+            return self._write_plan(request, draft or self.plan())
+        self.drafts[request.incarnation] = self.plan()
+        return RoundReply(True, self.version, more=True)
+
+    def _write_plan(self, request: Lead, draft: Draft) -> Reply:
+        """Write the next piece, or all of it."""
+        rows = draft.written(self.segments, self.version + 1, self.piece)
+        if rows is None:
+            return RoundReply(True, self.version, more=True)
+        self.version += 1
+        decision = draft.decision
+        for name in decision.activate:
+            self.nodes[name].state = 'active'
+        self.write(rows)
+        if not draft.is_written:
+            self.planned, draft.seen = None, self.fingerprint()
+            self.drafts[request.incarnation] = draft
+            return RoundReply(True, self.version, more=True)
+        self.planned = self.fingerprint()
+        unknown = self.formed - {PLAIN} if self.asker_is_old else frozenset()
+        self.formed = frozenset(decision.formed) | unknown
+        self.outbox.append(f'plan {self.version}')
         return RoundReply(True, self.version, decision.moved, decision.blocked, decision.conflicts)
+
+    def still_counts(self, draft: Draft) -> bool:
+        """Whether nodes and locks are those of the plan."""
+        return draft.seen == self.fingerprint()
+
+    def may_fill(self, request: Lead, missing: TokenSet) -> bool:
+        """Whether a timeout ago all nodes were told to look at their rows, as these are missing."""
+        told = self.gaps.get(request.incarnation)
+        return (
+            told is not None
+            and told[:2] == (self.version, missing)
+            and self.asker_clock - told[2] >= self.timeout
+        )
+
+    def _open_gap(self, request: Lead, missing: TokenSet) -> None:
+        told = self.gaps.get(request.incarnation)
+        if told is None or told[:2] != (self.version, missing):
+            self.version += 1
+            self.gaps[request.incarnation] = self.version, missing, self.asker_clock
+            self.outbox.append(f'plan {self.version}')
 
     def is_eldest(self, row: Row, dead: tuple[Sign, ...]) -> bool:
         living = [r for r in self.nodes.values() if r.sign not in dead]
@@ -541,30 +670,37 @@ class SimStore:
         """The leader's re-check: the row still looks as it was seen."""
         return self._looks_so(sign)
 
-    def plan(self) -> Decision:
-        members = sorted(
-            (r.member for r in self.nodes.values()), key=lambda m: (m.created_on, m.name)
-        )
+    def plan(self) -> Draft:
+        """What a leader makes of the tables."""
+        members = self.members()
         pins = [
-            Pin(task, lock.token, lock.patterns, lock.created_at)
+            Pin(
+                task,
+                lock.token,
+                lock.patterns,
+                lock.created_at,
+                None if lock.group is None else dict(self._ids([lock.group]))[lock.group],
+            )
             for task, lock in sorted(self.locks.items())
         ]
-        self.version += 1
-        decision = decide(members, self.segments, pins, self.total_tokens, self.version)
+        hidden = self.out_of_sight(self.segments)
+        before = [row for row in self.segments if row not in hidden]
+        known = before
+        if self.asker_is_old:
+            members = [replace(member, groups=(PLAIN,)) for member in members]
+            known = [row for row in before if group_of(row.lo) == PLAIN]
+        version = self.version + 1
+        decision = decide(members, known, pins, self.total_tokens, version)
         if self.on_plan is not None:
-            self.on_plan(members, self.segments, pins, decision)
-        for name in decision.activate:
-            self.nodes[name].state = 'active'
-        self.write(decision.segments)
-        self.planned = self.fingerprint()
-        self.outbox.append(f'plan {self.version}')
-        return decision
+            self.on_plan(members, known, pins, decision)
+        return Draft(self.fingerprint(), version, before, decision)
 
-    def _iter_tokens(self) -> Iterator[tuple[int, Segment]]:
-        for segment in self.segments:
-            for token in range(segment.lo, segment.hi):
-                yield token, segment
+    def out_of_sight(self, rows: Iterable[Segment]) -> list[Segment]:
+        """What a leader that knows of no groups is not shown, so that it does not delete it."""
+        return [row for row in rows if self.asker_is_old and group_of(row.lo) != PLAIN]
 
     def per_token(self) -> dict[int, Segment]:
         """Each token's row."""
-        return dict(self._iter_tokens())
+        return {
+            token: segment for segment in self.segments for token in range(segment.lo, segment.hi)
+        }

@@ -1,5 +1,5 @@
 """Small scope, all of it: three nodes and two tokens, at most one pause, one crash and one database
-outage, at every point of a grid.
+outage, or one change of queue groups in place of the outage, at every point of a grid.
 
 The search shares prefixes: it runs to a point, keeps a snapshot of the whole world, and takes each
 choice from there.
@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import pickle
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import pytest
 
-from jobsync_core.protocol.node import Settings
+from jobsync_core.protocol.node import Protocol, Settings
 
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode
@@ -30,7 +32,20 @@ _STEP = TIMEOUT / 3.3
 #: A hiccup; longer than the lease and shorter than the timeout; longer than both.
 _PAUSES = (TIMEOUT * 0.4, TIMEOUT * 0.96, TIMEOUT * 1.4)
 _OUTAGES = (TIMEOUT * 0.2, TIMEOUT * 1.3)
+#: Where there are groups: one of the two members leaves, or the third node joins.
+_GROUPS = {'a': frozenset('g'), 'b': frozenset('g'), 'c': frozenset[str]()}
+_CHANGES = (('b', frozenset[str]()), ('c', frozenset('g')))
 _BOUND = 3.5 * TIMEOUT
+
+
+#: Who is paused for how long, who crashes and whether it comes back, how long the database is gone,
+#: and who belongs to which groups from now on.
+_Choice: TypeAlias = tuple[
+    'tuple[str, float] | None',
+    'tuple[str, bool] | None',
+    'float | None',
+    'tuple[str, frozenset[str]] | None',
+]
 
 
 class _Even:
@@ -47,6 +62,7 @@ class _Faults:
     pause: bool = True
     crash: bool = True
     outage: bool = True
+    change: bool = False
     done: tuple[str, ...] = ()
 
 
@@ -54,7 +70,12 @@ def _no_time() -> float:
     return 0.0
 
 
-def _start(world: World, name: str, lease: float = LEASE_FRACTION * TIMEOUT) -> None:
+def _start(
+    world: World,
+    name: str,
+    lease: float = LEASE_FRACTION * TIMEOUT,
+    groups: frozenset[str] = frozenset(),
+) -> None:
     settings = Settings(
         interval=TIMEOUT / 3,
         timeout=TIMEOUT,
@@ -62,6 +83,7 @@ def _start(world: World, name: str, lease: float = LEASE_FRACTION * TIMEOUT) -> 
         check_interval=2 * TIMEOUT,
         release_timeout=1.0,
         total_tokens=2,
+        groups=tuple(sorted(groups)),
     )
     # The leader's clock is the fastest, so that it is the first to call somebody dead; the other
     # two are slow.
@@ -71,25 +93,26 @@ def _start(world: World, name: str, lease: float = LEASE_FRACTION * TIMEOUT) -> 
     )
 
 
-def _formed(lease: float = LEASE_FRACTION * TIMEOUT) -> World:
+def _formed(
+    lease: float = LEASE_FRACTION * TIMEOUT, groups: Mapping[str, frozenset[str]] | None = None
+) -> World:
     world = World(0, 2)
     world.rng = _Even()  # type: ignore[assignment]  # all that the world asks of it
     for name in _NAMES:
-        _start(world, name, lease)
+        _start(world, name, lease, (groups or {}).get(name, frozenset()))
     world.run(2.5)
     assert world.whole() is None
     return world
 
 
-def _choices(
-    faults: _Faults,
-) -> list[tuple[tuple[str, float] | None, tuple[str, bool] | None, float | None]]:
+def _choices(faults: _Faults) -> list[_Choice]:
     pauses = [None, *itertools.product(_NAMES, _PAUSES)] if faults.pause else [None]
     crashes = [None, *itertools.product(_NAMES, (False, True))] if faults.crash else [None]
     outages = [None, *_OUTAGES] if faults.outage else [None]
+    changes = [None, *_CHANGES] if faults.change else [None]
     return [
-        (pause, crash, outage)
-        for pause, crash, outage in itertools.product(pauses, crashes, outages)
+        (pause, crash, outage, change)
+        for pause, crash, outage, change in itertools.product(pauses, crashes, outages, changes)
         if crash is None or pause is None or pause[0] != crash[0]
     ]
 
@@ -100,9 +123,13 @@ def _apply(
     pause: tuple[str, float] | None,
     crash: tuple[str, bool] | None,
     outage: float | None,
+    change: tuple[str, frozenset[str]] | None,
 ) -> _Faults:
     nodes = {node.name: node for node in world.nodes}
     done = list(faults.done)
+    if change is not None and change[0] in nodes:
+        nodes[change[0]].enroll(change[1])
+        done.append(f'{world.now:.2f} {change[0]} belongs to {sorted(change[1])}')
     if pause is not None and pause[0] in nodes:
         nodes[pause[0]].pause()
         world.at(world.now + pause[1], nodes[pause[0]].resume)
@@ -111,7 +138,8 @@ def _apply(
         name, restarts = crash
         nodes[name].crash()
         if restarts:
-            world.at(world.now + 0.3, _start, world, name)
+            lease = nodes[name].settings.lease
+            world.at(world.now + 0.3, _start, world, name, lease, nodes[name].wants)
         done.append(f'{world.now:.2f} crash {name}{" and restart" if restarts else ""}')
     if outage is not None:
         world.stop_server()
@@ -122,6 +150,7 @@ def _apply(
         pause=faults.pause and pause is None,
         crash=faults.crash and crash is None,
         outage=faults.outage and outage is None,
+        change=faults.change and change is None,
         done=tuple(done),
     )
 
@@ -139,7 +168,7 @@ def _finish(world: World) -> None:
 
 def _explore(world: World, slot: int, faults: _Faults) -> int:
     """All schedules from here on; returns how many."""
-    if slot == _SLOTS or not (faults.pause or faults.crash or faults.outage):
+    if slot == _SLOTS or not (faults.pause or faults.crash or faults.outage or faults.change):
         try:
             _finish(world)
         except Violation as violation:
@@ -168,6 +197,13 @@ def test_every_schedule_of_the_small_scope() -> None:
     assert count == 7_677
 
 
+@pytest.mark.timeout(300)
+def test_every_schedule_of_the_small_scope_with_a_queue_group() -> None:
+    count = _explore(_formed(groups=_GROUPS), 0, _Faults(outage=False, change=True))
+    print(f'{count} schedules of one pause, one crash and one change of groups over three nodes')
+    assert count == 7_677
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_every_schedule_of_a_longer_scope(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +218,9 @@ def test_the_search_finds_a_lease_that_is_too_long() -> None:
     world.leases_checked = False
     with pytest.raises(Violation, match='I1'):
         _explore(world, 0, _Faults())
+
+
+def test_the_search_finds_a_queue_that_is_left_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Protocol, 'holds', lambda self, group: False)
+    with pytest.raises(Violation, match='groups: b#2 claims'):
+        _explore(_formed(groups=_GROUPS), 0, _Faults(outage=False, change=True))

@@ -6,8 +6,8 @@ A fence that nothing notices would be either superfluous or untested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,24 +30,10 @@ from jobsync_core.protocol.parts import Parts
 from jobsync_core.protocol.taken_tasks import TakenTasks
 
 from . import node, scenarios
-from .invariants import Violation
+from .mutation import Mutation
 from .node import SimNode, SimOwnership
-from .scenarios import run
 from .store import SimStore
 from .world import World
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One fence, how it is switched off, which families of schedules show it, and what they must
-    report.
-    """
-
-    fence: str
-    families: tuple[str, ...]
-    apply: Callable[[pytest.MonkeyPatch], None]
-    reports: tuple[str, ...]
-    schedules: int = 300
 
 
 def _without_lease_deadline(patch: pytest.MonkeyPatch) -> None:
@@ -404,7 +390,9 @@ def _plan_on_a_stale_look(patch: pytest.MonkeyPatch) -> None:
 
 
 def _plan_though_nothing_changed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SimStore, 'fingerprint', lambda self: (((str(self.version), '', '', 0.0),), 0))
+    patch.setattr(
+        SimStore, 'fingerprint', lambda self, **how: (((str(self.version), '', '', 0.0),), 0)
+    )
 
 
 def _round_after_round(patch: pytest.MonkeyPatch) -> None:
@@ -422,12 +410,14 @@ def _round_after_round(patch: pytest.MonkeyPatch) -> None:
 def _give_to_nobody(patch: pytest.MonkeyPatch) -> None:
     original = HandOver.refreshed
 
-    def mutated(self: HandOver, reply: RefreshReply, life: Life, now: float) -> None:
+    def mutated(
+        self: HandOver, reply: RefreshReply, life: Life, claimable: TokenSet, now: float
+    ) -> None:
         segments = tuple(
             replace(s, moving_to=life.name) if s.moving and s.moving_to is None else s
             for s in reply.segments
         )
-        original(self, replace(reply, segments=segments), life, now)
+        original(self, replace(reply, segments=segments), life, claimable, now)
 
     patch.setattr(HandOver, 'refreshed', mutated)
 
@@ -594,16 +584,4 @@ MUTATIONS = (
 def test_without_the_fence_an_invariant_breaks(
     mutation: Mutation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mutation.apply(monkeypatch)
-    for seed in range(mutation.schedules):
-        for family in mutation.families:
-            try:
-                run(seed, family)
-            except Violation as violation:
-                if not str(violation.__cause__).startswith(mutation.reports):
-                    pytest.fail(f'found, but by another invariant: {violation}')
-                return
-    pytest.fail(
-        f'{mutation.schedules * len(mutation.families)} schedules of {mutation.families} did not '
-        'notice'
-    )
+    mutation.must_be_noticed(monkeypatch)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jobsync_core.assignment.groups import GROUP_SPAN, group_of
 from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.round import Decision, Pin
 from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
@@ -26,6 +27,7 @@ from jobsync_core.protocol.messages.leadership import Lead
 from jobsync_core.protocol.messages.membership import Beat
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
+from .masks import renamed, tokens_in
 from .node import LEASE_FRACTION, MappedOwnership, SimNode, SimOwnership
 from .store import SimStore
 
@@ -87,6 +89,7 @@ class World:
             tuple[SimNode, Request, int, float, int | None]
         ] = []  # statements that reached a frozen server
         self._gone: set[int] = set()
+        self.slots = {'': 0}
         self._last_end: dict[str, float] = {}
         self._answers: dict[str, tuple[SimNode, str]] = {}
         self._owned: dict[str, int] = {}
@@ -108,6 +111,22 @@ class World:
             check_one_claimer(self)
         self.now = until
 
+    def slot(self, group: str) -> int:
+        """The place of a queue group in masks that are compared, whatever its id."""
+        return self.slots.setdefault(group, len(self.slots))
+
+    def named(self, node: SimNode, mask: int) -> int:
+        """A mask of one node with the groups by their names, as this node knows them."""
+        return renamed(mask, node.protocol.groups, self.slots)
+
+    def tokens_in(self, named: int) -> list[str]:
+        """The tokens of such a mask, for messages."""
+        names = {slot: group for group, slot in self.slots.items()}
+        return [
+            f'{names.get(group_of(token), "unknown")}:{token % GROUP_SPAN}'
+            for token in tokens_in(named)
+        ]
+
     def trace(self, node: SimNode | None, what: str, *details: object) -> None:
         """Remember an event for the report of a failure. Its details become text only then."""
         if self._tracing:
@@ -127,6 +146,7 @@ class World:
         self.nodes.append(node)
         self.holders.append(node)
         self.longest_timeout = max(self.longest_timeout, node.settings.timeout)
+        self.store.timeout = self.longest_timeout
         self.trace(node, 'starts', '')
         self.at(self.now, node.step)
         return node
@@ -285,7 +305,9 @@ class World:
     def _answer(self, node: SimNode, request: Request) -> Reply:
         store = self.store
         store.clock = self.now + self.database_offset
+        store.asker_clock, store.asker_is_old = node.local(), node.is_old
         reply = store.handle(request)
+        store.asker_is_old = False
         if (
             isinstance(request, (Beat, Refresh))
             and reply is not None

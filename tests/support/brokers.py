@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,14 @@ from typing import Any
 from jobsync_core.embedded.errors import EmbeddedServerError
 from jobsync_core.embedded.redis import redis_program
 
-__all__ = ['BrokerServer', 'BrokerUnavailable', 'RabbitServer', 'RedisServer']
+__all__ = [
+    'BrokerServer',
+    'BrokerUnavailable',
+    'RabbitProgram',
+    'RabbitServer',
+    'RedisServer',
+    'rabbit_program',
+]
 
 _HOST = '127.0.0.1'
 # Below the range that systems lend to outgoing connections, and away from that of the embedded
@@ -268,9 +276,26 @@ class RedisServer(BrokerServer):
             return False
 
 
+@dataclass(frozen=True)
+class RabbitProgram:
+    """An installed RabbitMQ.
+
+    Attributes:
+        script: What starts it.
+        erlang: Where its Erlang is; None: on PATH.
+    """
+
+    script: str
+    erlang: Path | None = None
+
+
 class RabbitServer(BrokerServer):
-    """A RabbitMQ server with its own epmd, of the scripts that the installed rabbitmq-server
-    brings.
+    """A RabbitMQ server with its own epmd.
+
+    Args:
+        program: Which one; by default that of the installed rabbitmq-server.
+        settings: Lines of its configuration, by name, in addition.
+        variables: Values of its Erlang application `rabbit` that have no such line.
 
     Raises:
         BrokerUnavailable: It is not installed.
@@ -278,8 +303,14 @@ class RabbitServer(BrokerServer):
 
     kind = 'rabbitmq'
 
-    def __init__(self) -> None:
-        self._script = _rabbit_script()
+    def __init__(
+        self,
+        program: RabbitProgram | None = None,
+        settings: Mapping[str, object] | None = None,
+        variables: Mapping[str, int] | None = None,
+    ) -> None:
+        self._program = program or rabbit_program()
+        self._variables = dict(variables or {})
         super().__init__()
         self._management, self._epmd_port, self._dist = free_port(), free_port(), free_port()
         self._epmd: subprocess.Popen[bytes] | None = None
@@ -293,6 +324,7 @@ class RabbitServer(BrokerServer):
                     'vm_memory_high_watermark.absolute = 2GB',
                     'disk_free_limit.absolute = 1MB',
                     'log.file.level = warning',
+                    *(f'{name} = {value}' for name, value in (settings or {}).items()),
                     '',
                 ]
             )
@@ -300,10 +332,16 @@ class RabbitServer(BrokerServer):
         (self.home / 'enabled_plugins').write_text('[rabbitmq_management].\n')
         (self.home / 'environment').write_text('')
 
-    def new_space(self) -> str:
+    def new_space(self, default_queue_type: str = '') -> str:
+        """As of every server.
+
+        Args:
+            default_queue_type: Of the queues whose type nobody says; from version 3.12 on.
+        """
         self._count += 1
         space = f'test{self._count}'
-        self.api('PUT', f'vhosts/{space}', {})
+        kind = {'default_queue_type': default_queue_type} if default_queue_type else {}
+        self.api('PUT', f'vhosts/{space}', kind)
         self.api(
             'PUT', f'permissions/{space}/guest', {'configure': '.*', 'write': '.*', 'read': '.*'}
         )
@@ -356,7 +394,7 @@ class RabbitServer(BrokerServer):
     def control(self, *words: str) -> str:
         """Run `rabbitmqctl`; what it printed."""
         done = subprocess.run(
-            [str(Path(self._script).with_name('rabbitmqctl')), *words],
+            [str(Path(self._program.script).with_name('rabbitmqctl')), *words],
             env=self.environment(),
             cwd=self.home,
             stdin=subprocess.DEVNULL,
@@ -389,7 +427,7 @@ class RabbitServer(BrokerServer):
         """What its own command-line tools need."""
         home = self.home
         return {
-            'PATH': os.environ.get('PATH', os.defpath),
+            'PATH': self._path(),
             'HOME': str(home),
             'LC_ALL': 'C.UTF-8',
             'ERL_EPMD_ADDRESS': _HOST,
@@ -411,19 +449,25 @@ class RabbitServer(BrokerServer):
                 '+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio '
                 'none -kernel inet_dist_use_interface '
                 '{127,0,0,1}'
+                + ''.join(f' -rabbit {name} {value}' for name, value in self._variables.items())
             ),
         }
+
+    def _path(self) -> str:
+        path = os.environ.get('PATH', os.defpath)
+        erlang = self._program.erlang
+        return f'{erlang}{os.pathsep}{path}' if erlang is not None else path
 
     def _launch(self) -> None:
         environment = self.environment()
         if self._epmd is None:
-            epmd = shutil.which('epmd')
+            epmd = shutil.which('epmd', path=self._path())
             if epmd is None:
                 raise BrokerUnavailable('no epmd on PATH, which RabbitMQ needs')
             self._epmd = self._spawn(
                 [epmd, '-port', str(self._epmd_port), '-address', _HOST], environment
             )
-        self._process = self._spawn([self._script], environment)
+        self._process = self._spawn([self._program.script], environment)
 
     def _answers(self) -> bool:
         try:
@@ -475,12 +519,17 @@ def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     process.wait()
 
 
-def _rabbit_script() -> str:
+def rabbit_program() -> RabbitProgram:
+    """The installed RabbitMQ.
+
+    Raises:
+        BrokerUnavailable: There is none.
+    """
     # Debian's wrapper on PATH wants to be root or its own user; the script behind it runs as
     # anybody.
     beside = shutil.which('rabbitmq-server')
     places = [*_RABBIT_SCRIPTS, *([Path(beside).resolve().parent] if beside else [])]
     for place in places:
         if (place / 'rabbitmq-server').exists() and (place / 'rabbitmq-env').exists():
-            return str(place / 'rabbitmq-server')
+            return RabbitProgram(str(place / 'rabbitmq-server'))
     raise BrokerUnavailable('rabbitmq-server is not installed')

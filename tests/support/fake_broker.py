@@ -27,12 +27,14 @@ class Contents:
     Attributes:
         queues: Messages by queue, the next one first.
         held: Messages by node.
+        requeued: How many messages went back to the queue that they were taken off.
         on_forward: Called before a message is sent on; what it raises is the broker's error.
     """
 
     queues: dict[str, list[Item]] = field(default_factory=dict)
     held: dict[str, list[Item]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    requeued: int = 0
     on_forward: Callable[[Item], object] = lambda item: None
 
     def put(self, queue: str, *routes: str | None) -> None:
@@ -79,6 +81,7 @@ class FakeDelivery:
             self._contents.queues.setdefault(queue, []).append(self._item)
 
     def requeue(self) -> None:
+        self._contents.requeued += 1
         with self._contents.lock:
             self._contents.queues.setdefault(self._source, []).insert(0, self._item)
 
@@ -88,12 +91,15 @@ class FakeBroker:
 
     Args:
         contents: The broker.
-        catches_strays: As Broker says.
+        catches_strays, requeue_is_free: As Broker says.
     """
 
-    def __init__(self, contents: Contents, catches_strays: bool = False) -> None:
+    def __init__(
+        self, contents: Contents, catches_strays: bool = False, requeue_is_free: bool = True
+    ) -> None:
         self.contents = contents
         self.catches_strays = catches_strays
+        self.requeue_is_free = requeue_is_free
         #: What was done: nodes restored, queues deleted, marks written, messages taken by queue.
         self.restored: list[str] = []
         self.deleted: list[str] = []
@@ -105,6 +111,7 @@ class FakeBroker:
         #: Errors that the next calls of `restore` raise.
         self.errors: list[Exception] = []
         self.on_restore: Callable[[str], object] = lambda node: None
+        self.on_size: Callable[[str], object] = lambda queue: None
         self.on_take: Callable[[str], object] = lambda queue: None
         self.on_delete: Callable[[str], object] = lambda queue: None
 
@@ -133,6 +140,7 @@ class FakeBroker:
             )
 
     def size(self, queue: str) -> int:
+        self.on_size(queue)
         return self.contents.size(queue)
 
     def take(self, queue: str) -> Delivery | None:

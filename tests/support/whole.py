@@ -241,8 +241,10 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
     try:
         with Job('n1', config, wait_on_enter=0) as job:
             with sessions.session() as connection:
-                QueueStore(connection, tables).record('queue of n1', 'n1', Belonging('celery'))
-                QueueStore(connection, tables).record('queue of gone', 'gone', Belonging('celery'))
+                QueueStore(connection, tables).record('queue of n1', 'n1', '', Belonging('celery'))
+                QueueStore(connection, tables).record(
+                    'queue of gone', 'gone', '', Belonging('celery')
+                )
                 assert QueueStore(connection, tables).peers('n2', 60) == [
                     Peer('n1', Belonging('celery'))
                 ]

@@ -82,6 +82,26 @@ class TestDramatiq:
         assert not [name for message in messages for name in message.options if 'jobsync' in name]
         assert {message.queue_name for message in messages} == {'default'}
 
+    @pytest.mark.parametrize('affinity', [True, False])
+    def test_affinity_makes_no_difference_there_and_in_direct_calls(
+        self, jobsync_job: FakeJob, stub: Stub, affinity: bool
+    ) -> None:
+        @dramatiq_once(key='{n}', scope='s', affinity=affinity)
+        def run(n: int) -> int:
+            stub.log.append(n)
+            return n + 1
+
+        actor = stub.actor(run)
+        stub.start()
+        messages = [actor.send(3), actor.send(3)]
+        assert [message.get_result(block=True) for message in messages] == [4, 4]
+        assert [actor(3), actor(4), actor(4)] == [4, 5, 5]
+        jobsync_job.ledger.hold('s:5')
+        with pytest.raises(ExecutionRunning):
+            actor(5)
+        assert stub.log == [3, 4]
+        assert not [name for message in messages for name in message.options if 'jobsync' in name]
+
     def test_the_plugin_shows_the_job_and_leaves_it_as_it_was(
         self, jobsync_job: FakeJob, stub: Stub
     ) -> None:
@@ -227,6 +247,27 @@ class TestCelery:
             assert (first.get(timeout=20), second.get(timeout=20)) == (9, 9)
         assert ran == [3]
         assert jobsync_node.am_i_healthy() and len(jobsync_node.my_tokens) == 10_000
+
+    @pytest.mark.parametrize('affinity', [True, False])
+    def test_affinity_makes_no_difference_there_and_in_direct_calls(
+        self, jobsync_job: FakeJob, app: Celery, affinity: bool
+    ) -> None:
+        ran: list[int] = []
+
+        @app.task(shared=False)  # type: ignore[untyped-decorator]
+        @celery_once(key='{n}', scope='s', affinity=affinity)
+        def run(n: int) -> int:
+            ran.append(n)
+            return n + 1
+
+        with start_worker(app, perform_ping_check=False):
+            results = [run.delay(3), run.delay(3)]
+            assert [result.get(timeout=10) for result in results] == [4, 4]
+        assert [run(3), run(4), run.apply((4,)).get()] == [4, 5, 5]
+        jobsync_job.ledger.hold('s:5')
+        with pytest.raises(ExecutionRunning):
+            run(5)
+        assert ran == [3, 4]
 
     def test_eager_tasks_are_answered_as_in_a_worker(
         self, jobsync_job: FakeJob, app: Celery

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from .connection import Connect, ConnectReply, RecordHistory
+from .groups import Enroll, EnrollReply
 from .handover import Give, GiveReply, Lives, LivesReply, Refresh, RefreshReply, Take, TakeReply
 from .leadership import Evict, EvictReply, Lead, Observe, ObserveReply, RoundReply, StepDown
 from .membership import (
@@ -39,6 +40,7 @@ Request: TypeAlias = (
     | Give
     | Activate
     | Drain
+    | Enroll
     | Leave
     | Observe
     | Evict
@@ -57,6 +59,7 @@ Reply: TypeAlias = (
     | LivesReply
     | GiveReply
     | ActivateReply
+    | EnrollReply
     | ObserveReply
     | EvictReply
     | RoundReply

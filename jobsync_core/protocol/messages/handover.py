@@ -8,6 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from ...assignment.model import Range, Segment
+from .groups import Ids
 
 __all__ = [
     'Refresh',
@@ -39,7 +40,8 @@ class RefreshReply:
     """The rows of this node, and what is on its way here.
 
     planned: the latest plan took the present nodes and locks into account. incoming: tokens on
-    their way to this node. history, same: as in HeartbeatReply.
+    their way to this node. history, same: as in HeartbeatReply. groups: names of the queue groups
+    that the node's row names. ids: of these, and of those in which rows name this node.
     """
 
     version: int
@@ -49,6 +51,8 @@ class RefreshReply:
     incoming: int
     history: str = ''
     same: bool = True
+    groups: tuple[str, ...] = ()
+    ids: Ids = ()
 
 
 @dataclass(frozen=True)

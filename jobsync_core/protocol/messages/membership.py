@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...process import Process
+from .groups import Ids
 from .signs import Sign
 
 __all__ = [
@@ -32,8 +33,9 @@ class Join:
 
     active: skip the grace period (a node that comes back after an eviction). replace: (incarnation,
     beat) of a row of this name that is known dead; it is deleted if it still looks so. reap: nodes
-    seen dead; deleted if they still look so, before the settings are compared. A Join whose
-    incarnation is in the table already succeeded earlier: JoinReply.
+    seen dead; deleted if they still look so, before the settings are compared. groups: names of its
+    queue groups; one that has no id gets one. A Join whose incarnation is in the table already
+    succeeded earlier: JoinReply.
     """
 
     name: str
@@ -43,11 +45,15 @@ class Join:
     active: bool
     replace: tuple[str, int] | None = None
     reap: tuple[Sign, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class JoinReply:
+    """ids: of the queue groups that the row names."""
+
     version: int
+    ids: Ids = ()
 
 
 @dataclass(frozen=True)

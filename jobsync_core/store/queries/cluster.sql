@@ -7,7 +7,22 @@ SELECT FROM {cluster} FOR UPDATE
 
 -- piece: fingerprint
 -- What a plan depends on, as text; `c` is the cluster's row. The bytes of a float8: how it becomes
--- text depends on settings of the session.
+-- text depends on settings of the session. Where no node names a queue group it is that of nodes
+-- which know of none.
+(
+    SELECT encode(sha256(convert_to(concat(
+        json_agg(json_build_array(f.name, f.incarnation, f.state, float8send(f.weight))
+            ORDER BY f.name)::text,
+        c.lock_version, {named_groups}), 'UTF8')), 'hex')
+    FROM {node} AS f)
+
+-- piece: named_groups
+-- The queue groups of nodes `f`, as text; NULL where none has any.
+(json_agg(json_build_array(f.name, f.groups) ORDER BY f.name)
+    FILTER (WHERE cardinality(f.groups) > 0))::text
+
+-- piece: plain_fingerprint
+-- The fingerprint as a leader makes it that knows of no queue groups.
 (
     SELECT encode(sha256(convert_to(concat(
         json_agg(json_build_array(f.name, f.incarnation, f.state, float8send(f.weight))
@@ -15,11 +30,39 @@ SELECT FROM {cluster} FOR UPDATE
         c.lock_version), 'UTF8')), 'hex')
     FROM {node} AS f)
 
+-- piece: give_ids
+-- Gives each of these queue groups an id that has none; those that nobody names and that have no
+-- tokens lose theirs. Whoever sends it holds the cluster's row.
+DELETE FROM {queue_group} AS g
+WHERE NOT g.formed AND g.name <> ALL(%(groups)s::text[])
+    AND NOT %(groups)s::text[] <@ ARRAY(SELECT k.name FROM {queue_group} AS k)
+    AND NOT EXISTS (SELECT FROM {node} AS n WHERE g.name = ANY(n.groups))
+    AND NOT EXISTS (
+        SELECT FROM {ring} AS r
+        WHERE r.tokens && int4range(g.id << 20, (g.id << 20) + 1000000));
+INSERT INTO {queue_group} (id, name)
+SELECT free.id, new.name
+FROM (
+    SELECT w.name, row_number() OVER (ORDER BY w.name) AS place
+    FROM unnest(%(groups)s::text[]) AS w (name)
+    WHERE NOT EXISTS (SELECT FROM {queue_group} AS k WHERE k.name = w.name)) AS new
+JOIN (
+    SELECT i.id, row_number() OVER (ORDER BY i.id) AS place
+    FROM generate_series(1, 2047 + cardinality(%(groups)s::text[])) AS i (id)
+    WHERE NOT EXISTS (SELECT FROM {queue_group} AS k WHERE k.id = i.id)) AS free USING (place)
+
+-- piece: ids
+-- The ids of these queue groups, as JSON text.
+(
+    SELECT json_agg(json_build_array(g.name, g.id) ORDER BY g.name)::text
+    FROM {queue_group} AS g WHERE g.name = ANY(%(groups)s::text[]))
+
 -- piece: members
 -- The node table, the eldest first, as JSON text. Microseconds, not seconds, for the same reason.
 (
     SELECT json_agg(json_build_array(m.name, m.incarnation, m.beat,
-            (extract(epoch FROM m.created_on) * 1000000)::bigint, m.state, m.weight)
+            (extract(epoch FROM m.created_on) * 1000000)::bigint, m.state, m.weight,
+            ARRAY(SELECT g.id FROM {queue_group} AS g WHERE g.name = ANY(m.groups) ORDER BY g.id))
         ORDER BY m.created_on, m.name)::text
     FROM {node} AS m)
 

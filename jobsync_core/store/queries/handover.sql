@@ -24,7 +24,7 @@ WHERE NOT EXISTS (
 WITH me AS (
     SELECT name FROM {node} WHERE name = %(name)s AND incarnation = %(incarnation)s
 ), given AS (
-    UPDATE {assignment} AS a
+    UPDATE {ring} AS a
     SET node = a.moving_to, moving = false, moving_to = NULL, blocked = a.moving_to IS NULL,
         version = c.version + 1, assigned_at = now()
     FROM {cluster} AS c, me

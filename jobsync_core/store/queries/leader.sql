@@ -1,9 +1,20 @@
 -- A leader's round.
 
 -- piece: gap
--- Whether tokens of the cluster `c` have no row though a plan has been made.
-CASE WHEN c.planned IS NULL THEN false ELSE c.total_tokens > (
-    SELECT coalesce(sum(upper(g.tokens) - lower(g.tokens)), 0) FROM {assignment} AS g) END
+-- The tokens of the cluster `c` that have no row though a plan has been made, as text; '' where there
+-- are none. A queue group that is not formed has no rows.
+(
+    SELECT CASE WHEN c.planned IS NULL OR f.number * c.total_tokens <= (
+            SELECT coalesce(sum(upper(r.tokens) - lower(r.tokens)), 0)
+            FROM {ring} AS r WHERE r.tokens <@ f.windows)
+        THEN '' ELSE (f.windows - coalesce(
+            (SELECT range_agg(r.tokens) FROM {ring} AS r), int4multirange()))::text END
+    FROM (
+        SELECT range_agg(int4range(w.first, w.first + c.total_tokens)) AS windows,
+            count(*) AS number
+        FROM (
+            SELECT 0 AS first UNION ALL
+            SELECT g.id << 20 FROM {queue_group} AS g WHERE g.formed) AS w) AS f)
 
 -- piece: plan_state
 -- What the cluster's row says before the plan.
@@ -42,8 +53,9 @@ UPDATE {cluster} SET lock_version = lock_version + 1 WHERE EXISTS (SELECT FROM e
 SELECT {plan_state}
 
 -- name: read
--- All nodes, and the cluster's row at the very moment at which they are read.
-SELECT {members}, {plan_state}
+-- All nodes, the queue groups, and the cluster's row at the very moment at which they are read.
+SELECT {members},
+    (SELECT json_agg(json_build_array(g.name, g.id))::text FROM {queue_group} AS g), {plan_state}
 
 -- name: record
 -- Adds a plan to the history of plans if it changed anything, and tells all nodes of it.
@@ -60,5 +72,5 @@ SELECT pg_notify(%(channel)s, %(payload)s)
 -- A page of the locks, in the order of their tasks. Patterns that are too long are left out.
 SELECT task_id,
     CASE WHEN octet_length(node_patterns::text) <= %(size)s THEN node_patterns::text END,
-    extract(epoch FROM created_at)::float8
+    extract(epoch FROM created_at)::float8, queue
 FROM {lock} WHERE task_id > %(after)s ORDER BY task_id LIMIT %(limit)s

@@ -16,12 +16,12 @@ greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' F
 -- piece: new_columns
 -- What a node writes when it joins.
 (name, created_on, last_heartbeat, incarnation, state, weight, lease_sec, host, boot_id,
-    pid_namespace, pid, started)
+    pid_namespace, pid, started, groups)
 
 -- piece: new_values
 -- The values of these columns. Nodes are ordered by the moment of joining.
 %(name)s, {youngest}, clock_timestamp(), %(incarnation)s, %(state)s, %(weight)s, %(lease)s,
-    %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s
+    %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s, %(started)s, %(groups)s::text[]
 
 -- piece: tell_of_active
 -- Notifies of a node that takes part at once. One that waits is seen soon enough: hundreds that start
@@ -51,17 +51,23 @@ RETURNING (SELECT c.version FROM {cluster} AS c), n.state,
     {history}, (SELECT c.history FROM {cluster} AS c), n.beat % 2 = 0
 
 -- name: refresh
--- A node's state and its ranges.
-SELECT c.version, n.state, c.planned IS NOT DISTINCT FROM {fingerprint},
+-- A node's state, its ranges and its queue groups. The plan of a leader that knows of no groups is
+-- one for whom it is enough to enter.
+SELECT c.version, n.state,
+    c.planned IS NOT DISTINCT FROM {fingerprint}
+        OR c.planned IS NOT DISTINCT FROM {plain_fingerprint},
     (SELECT coalesce(sum(upper(i.tokens) - lower(i.tokens)), 0)::bigint
-        FROM {assignment} AS i WHERE i.moving_to = n.name AND i.node IS DISTINCT FROM n.name),
-    (SELECT json_agg(
+        FROM {ring} AS i WHERE i.moving_to = n.name AND i.node IS DISTINCT FROM n.name),
+    mine.segments, {history}, {continues}, to_json(n.groups)::text,
+    (SELECT json_agg(json_build_array(g.name, g.id) ORDER BY g.name)::text
+        FROM {queue_group} AS g WHERE g.name = ANY(n.groups) OR g.id = ANY(mine.groups))
+FROM {node} AS n CROSS JOIN {cluster} AS c CROSS JOIN LATERAL (
+    SELECT json_agg(
             json_build_array(lower(a.tokens), upper(a.tokens), a.node, a.moving, a.moving_to,
                 a.blocked, a.version)
-            ORDER BY a.tokens)::text
-        FROM {assignment} AS a WHERE a.node = n.name),
-    {history}, {continues}
-FROM {node} AS n CROSS JOIN {cluster} AS c
+            ORDER BY a.tokens)::text AS segments,
+        array_agg(DISTINCT lower(a.tokens) >> 20) AS groups
+    FROM {ring} AS a WHERE a.node = n.name) AS mine
 WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s
 
 -- name: open_cluster
@@ -77,6 +83,15 @@ SELECT version, total_tokens, hash_function FROM {cluster} FOR UPDATE
 SELECT name, incarnation, beat, host, boot_id, pid_namespace, pid, started FROM {node}
 ORDER BY created_on, name
 
+-- name: give_ids
+-- Gives each of a node's queue groups an id that has none.
+{give_ids}
+
+-- name: ids
+-- The ids of the queue groups that a node's row names.
+SELECT g.name, g.id FROM {queue_group} AS g JOIN {node} AS n ON g.name = ANY(n.groups)
+WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s ORDER BY g.name
+
 -- name: insert
 -- Registers a node.
 INSERT INTO {node} {new_columns} VALUES ({new_values}) RETURNING {tell_of_active}
@@ -85,6 +100,7 @@ INSERT INTO {node} {new_columns} VALUES ({new_values}) RETURNING {tell_of_active
 -- Registers a node beside others, in one round trip; nothing where no other node is there, the name
 -- is taken, or the settings are others.
 {take_turn};
+{give_ids};
 WITH inserted AS (
     INSERT INTO {node} {new_columns}
     SELECT {new_values} FROM {cluster} AS c
@@ -95,16 +111,19 @@ WITH inserted AS (
     RETURNING {tell_of_active}
 )
 SELECT c.version,
-    (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {node} AS o)
+    (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {node} AS o),
+    {ids}
 FROM {cluster} AS c, inserted
 
 -- name: form
 -- Sets what the nodes of an empty cluster must agree with. What was audited before counts no longer
--- where it begins anew, nor where tasks have other tokens from now on.
-DELETE FROM {assignment}
+-- where it begins anew, nor where tasks have other tokens from now on. Nobody holds a token of a
+-- queue group.
+DELETE FROM {ring}
 WHERE upper(tokens) > %(total)s
     OR EXISTS (
         SELECT FROM {cluster} WHERE (total_tokens, hash_function) <> (%(total)s, %(hash)s));
+UPDATE {queue_group} SET formed = false WHERE formed;
 UPDATE {cluster} SET
     total_tokens = %(total)s, hash_function = %(hash)s, planned = NULL,
     version = version
@@ -135,6 +154,14 @@ SELECT nodes, present, included, (SELECT count(*) FROM activated) FROM counted
 -- Makes a node give its tokens away and stay, or take part again.
 UPDATE {node} SET state = %(state)s WHERE name = %(name)s AND incarnation = %(incarnation)s
 RETURNING pg_notify(%(channel)s, 'drain ' || name)::text
+
+-- name: enroll
+-- Makes a node's row name these queue groups; their ids.
+{take_turn};
+{give_ids};
+UPDATE {node} SET groups = %(groups)s::text[]
+WHERE name = %(name)s AND incarnation = %(incarnation)s
+RETURNING {ids}, pg_notify(%(channel)s, 'enroll ' || name)::text
 
 -- name: leave
 -- Removes a node.

@@ -17,13 +17,13 @@ lower(a.tokens) = o.lo AND upper(a.tokens) = o.hi AND a.version = o.version
                     ELSE f.state END,
                 float8send(f.weight))
             ORDER BY f.name)::text,
-        c.lock_version), 'UTF8')), 'hex')
+        c.lock_version, {named_groups}), 'UTF8')), 'hex')
     FROM {node} AS f)
 
 -- name: read
 -- All rows, in order.
 SELECT lower(tokens), upper(tokens), node, moving, moving_to, blocked, version
-FROM {assignment} ORDER BY tokens
+FROM {ring} ORDER BY tokens
 
 -- name: replace
 -- Deletes the rows that go, and changes in place those that keep their tokens: that costs no index.
@@ -36,32 +36,42 @@ WITH o AS MATERIALIZED (
         AS o (lo, hi, node, moving, moving_to, blocked, version, keeps, new_node, new_moving,
             new_to, new_blocked)
 ), changed AS (
-    UPDATE {assignment} AS a
+    UPDATE {ring} AS a
     SET node = o.new_node, moving = o.new_moving, moving_to = o.new_to, blocked = o.new_blocked,
         version = %(version)s,
         assigned_at = CASE WHEN o.new_node IS NOT DISTINCT FROM a.node THEN a.assigned_at
             ELSE now() END
     FROM o WHERE o.keeps AND {same} RETURNING NULL::int, NULL::text
 ), deleted AS (
-    DELETE FROM {assignment} AS a USING o WHERE NOT o.keeps AND {same}
+    DELETE FROM {ring} AS a USING o WHERE NOT o.keeps AND {same}
     RETURNING lower(a.tokens), a.assigned_at::text
 )
 SELECT * FROM changed UNION ALL SELECT * FROM deleted
 
 -- name: insert
--- Adds rows.
-INSERT INTO {assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
-SELECT int4range(lo, hi), node, moving, moving_to, blocked, version, coalesce(since, now())
-FROM unnest(
-        %(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[],
-        %(blocked)s::bool[], %(versions)s::bigint[], %(since)s::timestamptz[])
-    AS t (lo, hi, node, moving, moving_to, blocked, version, since)
+-- Adds rows: those of the plain Job's tokens where nodes of every version see them.
+WITH fresh AS MATERIALIZED (
+    SELECT int4range(lo, hi) AS tokens, node, moving, moving_to, blocked, version,
+        coalesce(since, now()) AS assigned_at
+    FROM unnest(
+            %(lo)s::int[], %(hi)s::int[], %(node)s::text[], %(moving)s::bool[], %(to)s::text[],
+            %(blocked)s::bool[], %(versions)s::bigint[], %(since)s::timestamptz[])
+        AS t (lo, hi, node, moving, moving_to, blocked, version, since)
+), plain AS (
+    INSERT INTO {assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
+    SELECT * FROM fresh WHERE lower(tokens) < 1 << 20
+)
+INSERT INTO {ring} (tokens, node, moving, moving_to, blocked, version, assigned_at)
+SELECT * FROM fresh WHERE lower(tokens) >= 1 << 20
 
 -- name: conclude
 -- Lets nodes take part, raises the cluster's version, and after the last piece says that the plan is
--- made; the fingerprint now, and whether what the plan was made from is still so.
+-- made, and which queue groups have rows; the fingerprint now, and whether what the plan was made
+-- from is still so.
 UPDATE {node} SET state = 'active' WHERE name = ANY(%(activate)s::text[]) AND state = 'joining';
 UPDATE {cluster} AS c SET
     version = %(version)s,
     planned = CASE WHEN %(last)s AND {fingerprint_as_seen} = %(seen)s THEN {fingerprint} END;
+UPDATE {queue_group} SET formed = NOT formed
+WHERE %(last)s AND formed <> (id = ANY(%(formed)s::int[]));
 SELECT {fingerprint}, {fingerprint_as_seen} = %(seen)s FROM {cluster} AS c

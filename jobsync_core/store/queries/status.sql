@@ -58,11 +58,11 @@ WITH me AS (
 SELECT pg_notify(%(channel)s, 'drain ' || name) FROM me
 
 -- name: pins
--- The locks in force, oldest first; of those that the leader looks at. Patterns that are too long
+-- The locks in force on the plain Job's tokens, oldest first; of those that the leader looks at. Patterns that are too long
 -- are left out, as the leader ignores them.
 SELECT task_id,
     CASE WHEN octet_length(node_patterns::text) <= %(size)s THEN node_patterns::text END AS encoded,
     created_at
 FROM (SELECT * FROM {lock} ORDER BY task_id LIMIT %(most)s) AS l
-WHERE {in_force}
+WHERE ({in_force}) AND queue IS NULL
 ORDER BY created_at, task_id

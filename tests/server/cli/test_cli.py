@@ -215,7 +215,7 @@ class TestStatus:
         rows.node('a')
         with rows.sessions.session() as connection:
             LockStore(connection, rows.tables).register(
-                [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None)], 'x'
+                [('\x1b[2Jtask', ('[red]a[/red]',), '\x1b]0;evil\x07', None, None)], 'x'
             )
         shown = good(run('locks', 'list'))
         assert '\x1b' not in shown
@@ -398,7 +398,7 @@ class TestLocks:
 
     def test_clear_by_creator(self, rows: Rows, run: Callable[..., Result]) -> None:
         with rows.sessions.session() as connection:
-            LockStore(connection, rows.tables).register([('t', ('a',), None, None)], 'node-1')
+            LockStore(connection, rows.tables).register([('t', ('a',), None, None, None)], 'node-1')
         assert good(run('locks', 'clear', '--creator', 'node-2', '--yes')) == '0 locks deleted\n'
         assert good(run('locks', 'clear', '--creator', 'node-1', '--yes')) == '1 lock deleted\n'
         assert 'UTF-8' in bad(run('locks', 'clear', '--creator', '\udcff', '--yes'), 2)

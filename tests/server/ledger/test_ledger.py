@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import json
 import logging
 import os
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -486,6 +489,20 @@ class TestCompleteInTheUsersTransaction:
         with pytest.raises(DuplicateExecution) as caught:
             by_hand.begin(ledger, 'k', 60)
         assert vars(caught.value)['result'] == [1]
+
+    def test_types_of_frameworks_come_back(self, ledger: ClusterLedger, own: Any) -> None:
+        result = {
+            'at': datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.timezone.utc),
+            'price': Decimal('1.10'),
+            'ids': [uuid.UUID(int=7)],
+            'data': b'\0\xff',
+        }
+        with once(ledger, 'k') as execution:
+            execution.complete(own, result=result)
+            own.commit()
+        with pytest.raises(DuplicateExecution) as caught:
+            by_hand.begin(ledger, 'k', 60)
+        assert vars(caught.value)['result'] == result
 
     def test_a_connection_without_execute_will_do(
         self, ledger: ClusterLedger, rows: Rows, own: Any

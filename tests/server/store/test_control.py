@@ -445,7 +445,7 @@ class TestRefresh:
         store.join('b')
         store.join('c', active=False)
         with store.rows.sessions.session() as connection:
-            LockStore(connection, store.tables).register([('old', ('%',), None, None)], 'x')
+            LockStore(connection, store.tables).register([('old', ('%',), None, None, None)], 'x')
         store.lead('a')
         assert store.refresh('a').planned and not store.ask(Observe()).stale
         if change == 'join':
@@ -454,7 +454,7 @@ class TestRefresh:
             store.ask(Leave('b', 'life of b'))
         elif change == 'lock':
             with store.rows.sessions.session() as connection:
-                LockStore(connection, store.tables).register([('t', ('a',), None, None)], 'x')
+                LockStore(connection, store.tables).register([('t', ('a',), None, None, None)], 'x')
         elif change == 'clear':
             with store.rows.sessions.session() as connection:
                 LockStore(connection, store.tables).clear_all()
@@ -840,7 +840,7 @@ class TestLead:
         store.lead('a')
         before = written()
         with store.rows.sessions.session() as connection:
-            LockStore(connection, store.tables).register([('t', ('a', 'b'), None, None)], 'x')
+            LockStore(connection, store.tables).register([('t', ('a', 'b'), None, None, None)], 'x')
         store.lead('a')
         after = written()
         assert sum(before.get(lo) == row for lo, row in after.items()) >= len(before) - 2
@@ -929,7 +929,7 @@ class TestLead:
         other = 'b' if owner == 'a' else 'a'
         with store.rows.sessions.session() as connection:
             LockStore(connection, store.tables).register(
-                [('t', (other,), None, 1.0), ('u', ('nobody',), None, None)], 'x'
+                [('t', (other,), None, 1.0, None), ('u', ('nobody',), None, None, None)], 'x'
             )
         assert 0 < store.ask(Observe()).next_expiry <= 86400
         assert store.lead('a').blocked == 1
@@ -1152,7 +1152,7 @@ class TestCost:
             store.join(name)
         with store.rows.sessions.session() as connection:
             LockStore(connection, store.tables).register(
-                [(f't{n}', (f'n{n % 50:02}',), None, None) for n in range(10_000)], 'x'
+                [(f't{n}', (f'n{n % 50:02}',), None, None, None) for n in range(10_000)], 'x'
             )
         began = time.monotonic()
         led = store.lead('n00')

@@ -27,7 +27,7 @@ def register(
     rows: Rows, *locked: tuple[str, tuple[str, ...], str | None, float | None], by: str = 'a'
 ) -> int:
     with rows.sessions.session() as connection:
-        return LockStore(connection, rows.tables).register(locked, by)
+        return LockStore(connection, rows.tables).register([(*row, None) for row in locked], by)
 
 
 def listed(rows: Rows) -> dict[str, LockInfo]:
@@ -132,7 +132,7 @@ class TestRegister:
             self._burst(rows)
 
     def _burst(self, rows: Rows) -> None:
-        many = [(f'task-{number}', ('gpu-%', '%'), 'burst', None) for number in range(10_000)]
+        many = [(f'task-{number}', ('gpu-%', '%'), 'burst', None, None) for number in range(10_000)]
         failures: list[BaseException] = []
 
         def node(name: str) -> None:
@@ -200,7 +200,9 @@ class TestClear:
         tasks = 'shop.pay', 'shop.pay#1', 'shop.render'
         with rows.sessions.session() as connection:
             pins = [
-                (f'{task}#{slot}', ('%gpu',), 'pin', None) for task in tasks for slot in (3, 12)
+                (f'{task}#{slot}', ('%gpu',), 'pin', None, None)
+                for task in tasks
+                for slot in (3, 12)
             ]
             LockStore(connection, rows.tables).register(pins, 'worker', pin=True)
         # A user's own, whatever its reason says.
@@ -238,13 +240,13 @@ def test_more_locks_than_a_plan_can_bear_are_refused_and_none_of_them_is_registe
     monkeypatch.setattr('jobsync_core.store.locks.LOCKS', 5)
     with rows.sessions.session() as connection:
         LockStore(connection, rows.tables).register(
-            [(f't{n}', ('a',), None, None) for n in range(5)], 'x'
+            [(f't{n}', ('a',), None, None, None) for n in range(5)], 'x'
         )
     with (
         pytest.raises(ConfigurationError, match='would be 6 locks, 5 at most'),
         rows.sessions.session() as connection,
     ):
-        LockStore(connection, rows.tables).register([('more', ('a',), None, None)], 'x')
+        LockStore(connection, rows.tables).register([('more', ('a',), None, None, None)], 'x')
     with rows.sessions.session() as connection:
-        LockStore(connection, rows.tables).register([('t1', ('b',), None, None)], 'x')
+        LockStore(connection, rows.tables).register([('t1', ('b',), None, None, None)], 'x')
     assert rows.value(f'SELECT count(*) FROM {rows.tables.lock}') == 5

@@ -57,7 +57,7 @@ class Leader:
     def lock(self, count: int) -> None:
         with self.rows.sessions.session() as connection:
             LockStore(connection, self.tables).register(
-                [(f't{n}', ('abc'[n % 3],), None, None) for n in range(count)], 'x'
+                [(f't{n}', ('abc'[n % 3],), None, None, None) for n in range(count)], 'x'
             )
 
     def lead(self) -> RoundReply:
@@ -289,7 +289,9 @@ def test_of_more_locks_than_there_may_be_the_first_count_and_the_leader_says_so(
 def test_locks_are_read_on_from_where_a_request_had_to_end(leader: Leader) -> None:
     tables = leader.tables
     locks = leader.control.leader.locks = PinReader(tables, page=1000)
-    ((_, _, total, function, version, *_),) = leader.connection.execute(tables.sql('leader.read'))
+    ((_, _, _, total, function, version, *_),) = leader.connection.execute(
+        tables.sql('leader.read')
+    )
     at = (version, total, function)
     assert [locks.read(leader.connection, at, 0.0) for _ in range(4)] == [False, False, False, True]
     assert len(locks.pins) == 3000

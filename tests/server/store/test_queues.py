@@ -39,7 +39,7 @@ def rows(config: CoordinationConfig) -> list[tuple[Any, ...]]:
 def record(sessions: Sessions, tables: Tables, *found: tuple[str, str, str]) -> None:
     with sessions.session() as connection:
         for name, node, kind in found:
-            QueueStore(connection, tables).record(name, node, Belonging(kind))
+            QueueStore(connection, tables).record(name, node, '', Belonging(kind))
 
 
 YOUNG = 50.0
@@ -149,10 +149,10 @@ def test_live_peers_are_told_with_what_they_belong_to_and_dead_ones_are_not(
 ) -> None:
     shop = Belonging('celery', 'mark', 'redis://h/0', 'shop')
     with sessions.session() as connection:
-        QueueStore(connection, tables).record('q2', 'gone', shop)
+        QueueStore(connection, tables).record('q2', 'gone', '', shop)
     with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
         assert QueueStore(connection, tables).peers('n2', 60) == [Peer('n1', Belonging())]
-        QueueStore(connection, tables).record('q1', 'n1', shop)
+        QueueStore(connection, tables).record('q1', 'n1', '', shop)
         assert QueueStore(connection, tables).peers('n2', 60) == [Peer('n1', shop)]
         assert QueueStore(connection, tables).peers('n1', 60) == []
         assert QueueStore(connection, tables).peers('n2', 0) == []
@@ -231,15 +231,15 @@ class TestOwners:
     ) -> None:
         with Job('n1', config, wait_on_enter=0) as job:
             eventually(lambda: len(job.my_tokens) == config.total_tokens)
-            version = self.read(sessions, tables)[0]
+            version = self.read(sessions, tables).version
             assert self.read(sessions, tables, version) is None
-            assert self.read(sessions, tables, version - 1)[0] == version
+            assert self.read(sessions, tables, version - 1).version == version
 
     def test_nobody_owns_an_empty_cluster(
         self, config: CoordinationConfig, sessions: Sessions, tables: Tables
     ) -> None:
         found = self.read(sessions, tables)
-        assert found is None or found[3] == []
+        assert found is None or found.rows in ((), ((0, config.total_tokens, None, False),))
 
     def test_a_moving_row_is_where_it_is_going_and_a_blocked_one_nobody_s(
         self, config: CoordinationConfig, sessions: Sessions, tables: Tables
@@ -270,11 +270,16 @@ class TestOwners:
                     'VALUES (int4range(%s, %s), %s, %s, %s, %s, 1, now())',
                     (low, high, node, moving, moving_to, blocked),
                 )
-            assert QueueStore(connection, tables).owners(-1)[3] == [  # type: ignore[index]  # there is a cluster
-                (0, 10, 'n1', None),
-                (10, 20, 'n2', 'q2'),
-                (20, 30, 'n1', None),
-            ]
+            found = QueueStore(connection, tables).owners(-1)
+            assert found is not None and found.rows == (
+                (0, 10, 'n1', False),
+                (10, 20, 'n2', False),
+                (20, 30, 'n1', False),
+                (30, 40, None, True),
+                (40, 50, None, False),
+            )
+            assert found.queues == {('n2', ''): 'q2'}
+            assert (found.groups, found.deserted) == ({'': 0}, frozenset())
             connection.rollback()
 
 

@@ -34,7 +34,9 @@ def ask(rows: Rows, question: Callable[..., Any], *args: object) -> Any:
 
 def lock(rows: Rows, task_id: str, *patterns: str) -> None:
     with rows.sessions.session() as connection:
-        LockStore(connection, rows.tables).register([(task_id, patterns, 'why', None)], 'tester')
+        LockStore(connection, rows.tables).register(
+            [(task_id, patterns, 'why', None, None)], 'tester'
+        )
 
 
 def test_nodes_come_oldest_first_with_their_tokens_and_the_eldest_live_one_leads(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.assignment.groups import GROUP_SPAN
 from jobsync_core.assignment.hashing import task_to_token
 from jobsync_core.assignment.model import Segment
 from jobsync_core.assignment.simulate import Move, holder, moves, simulate
@@ -108,3 +109,9 @@ class TestMoves:
         assert holder(Segment(0, 5, 'a', moving=True, blocked=True)) is None
         assert holder(Segment(0, 5, 'a')) == 'a'
         assert moves([Segment(0, 5, 'a', moving=True, moving_to='b')], [Segment(0, 5, 'b')]) == []
+
+    def test_tokens_without_a_row_are_nobodys(self) -> None:
+        before = [Segment(0, 10, 'a')]
+        after = [Segment(0, 10, 'a'), Segment(GROUP_SPAN, GROUP_SPAN + 10, 'b')]
+        assert moves(before, after) == [Move(None, 'b', 10)]
+        assert moves(after, before) == [Move('b', None, 10)]

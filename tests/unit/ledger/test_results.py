@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import datetime
 import enum
 import json
 import math
+import uuid
+import zoneinfo
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,9 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobsync_core.errors import ConfigurationError, JobSyncError
-from jobsync_core.ledger.results import MAX_RESULT_BYTES, decode_result, encode_result, read_result
+from jobsync_core.ledger.results import (
+    MAX_RESULT_BYTES,
+    decode_result,
+    encode_result,
+    is_plain,
+    read_result,
+)
 
 Point = collections.namedtuple('Point', 'x y')
+
+
+#: Of a time of day: a zone has an offset only with a date.
+ZONE = datetime.timezone(datetime.timedelta(hours=-3))
 
 
 class Colour(enum.IntEnum):
@@ -28,8 +42,6 @@ def as_jsonb(text: str) -> str:
     """
 
     def number(written: str) -> Any:
-        from decimal import Decimal
-
         value = Decimal(written)
         if not value:
             value = abs(value)  # there is no negative zero
@@ -85,6 +97,14 @@ leaves = st.one_of(
     st.text(),
     st.text(st.characters()),
     st.characters(categories=['Cs']),
+    st.datetimes(timezones=st.sampled_from([None, datetime.timezone.utc, ZONE])).map(
+        lambda moment: moment.replace(fold=0)
+    ),
+    st.dates(),
+    st.times().map(lambda time: time.replace(fold=0)),
+    st.decimals(allow_nan=False),
+    st.uuids(),
+    st.binary(),
     st.sampled_from([-0.0, 1e22, 5e-324, 1.7e308, '\0', '\ud800', '$']),
 )
 values = st.recursive(
@@ -153,6 +173,40 @@ def test_an_ordinary_result_is_stored_as_plain_json(value: Any) -> None:
     assert json.loads(encode_result(value)) == value
 
 
+@pytest.mark.parametrize(
+    'value',
+    [
+        datetime.datetime(2026, 1, 2, 3, 4, 5, 678),
+        datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
+        [datetime.date(2026, 1, 2), datetime.time(3, 4), datetime.time(3, tzinfo=ZONE)],
+        {'price': Decimal('1.10'), 'least': Decimal('-0'), 'most': Decimal('Infinity')},
+        {uuid.UUID(int=7): b'\0\xff'},
+        {'$date': '2026-01-02'},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_types_that_frameworks_carry_come_back(value: Any) -> None:
+    assert typed(there_and_back(value)) == typed(value)
+    assert not is_plain(encode_result(value))
+
+
+def test_a_moment_of_a_zone_comes_back_as_the_same_moment_with_the_same_offset() -> None:
+    zone = zoneinfo.ZoneInfo('Europe/Berlin')
+    for fold in (0, 1):  # this hour comes twice
+        there = datetime.datetime(2026, 10, 25, 2, 30, tzinfo=zone, fold=fold)
+        back = there_and_back(there)
+        assert back.timestamp() == there.timestamp()
+        assert back.utcoffset() == there.utcoffset()
+
+
+@pytest.mark.parametrize(
+    ('value', 'plain'),
+    [(None, True), ([1, {'a': 'b'}], True), ({'$jobsync': 1}, False), ((1,), False), (1e22, False)],
+)
+def test_plain_is_what_any_json_encoder_writes(value: Any, plain: bool) -> None:
+    assert is_plain(encode_result(value)) is plain
+
+
 def test_subclasses_come_back_as_equal_plain_values() -> None:
     assert there_and_back(Point(1, (2,))) == (1, (2,))
     assert there_and_back([Colour.RED]) == [1]
@@ -168,7 +222,6 @@ def test_subclasses_come_back_as_equal_plain_values() -> None:
         {'x': math.nan},
         object(),
         {1, 2},
-        b'bytes',
         1j,
         10**5000,
         (-(10**5000),),
@@ -197,6 +250,12 @@ def test_what_contains_itself_and_what_is_too_long_is_refused() -> None:
         '{"$jobsync": {"$dict": [[{"a": 1}, 2]]}}',
         '{"$jobsync": {"$dict": 7}}',
         '{"$jobsync": {"$text": 5}}',
+        '{"$jobsync": {"$date": 5}}',
+        '{"$jobsync": {"$datetime": "soon"}}',
+        '{"$jobsync": {"$decimal": "x"}}',
+        '{"$jobsync": {"$decimal": {}}}',
+        '{"$jobsync": {"$uuid": 7}}',
+        '{"$jobsync": {"$bytes": "*"}}',
         '{"$jobsync": {"$text": "no JSON"}}',
         '9' * 5_000,
         '[' * 5_000 + ']' * 5_000,

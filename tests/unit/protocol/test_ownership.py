@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobsync_core.assignment.groups import GROUP_SPAN
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.protocol.ownership import Ownership
 
@@ -130,6 +131,30 @@ def test_tasks_are_excluded_with_their_tokens_and_forgotten_with_them() -> None:
     ]
     ownership.replace(TokenSet())
     assert not exclusions.excludes(1, 'a') and not len(exclusions)
+
+
+def test_tokens_of_queue_groups_are_known_to_the_nodes_own_process_alone() -> None:
+    ownership = Ownership(8)
+    token = 2 * GROUP_SPAN + 5
+    ownership.replace(TokenSet([(3, 4), (token, token + 2)]))
+    ownership.extend(10.0)
+    assert ownership.may_claim(token, 5.0) and not ownership.may_claim(token + 2, 5.0)
+    assert not ownership.may_claim(token, 10.0)
+    assert not in_child(lambda: ownership.may_claim(token, 5.0))
+    assert in_child(lambda: ownership.may_claim(3, 5.0) and ownership.tokens == TokenSet([(3, 4)]))
+    ownership.replace(TokenSet([(3, 4)]))
+    assert not ownership.may_claim(token, 5.0)
+
+
+def test_what_is_excluded_is_of_the_plain_jobs_tokens_whatever_happens_in_groups() -> None:
+    ownership = Ownership(8)
+    exclusions = ownership.exclusions
+    ownership.replace(TokenSet([(3, 4), (GROUP_SPAN, GROUP_SPAN + 8)]))
+    ownership.exclude(((3, 4),), exclusions.keys_of([(3, 'a')]))
+    ownership.replace(TokenSet([(3, 4)]))
+    assert exclusions.excludes(3, 'a')
+    ownership.replace(TokenSet([(GROUP_SPAN, GROUP_SPAN + 8)]))
+    assert not exclusions.excludes(3, 'a') and not len(exclusions)
 
 
 def test_children_of_a_node_that_leaves_claim_nothing() -> None:

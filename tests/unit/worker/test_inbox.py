@@ -14,6 +14,7 @@ from jobsync_core.worker.inbox import Action, Here, Outcome, Received, Rules, ma
 DELIVERY = Received('life-1', 'order-1', until=102.0)
 HERE = Here('n1', 'life-1', mine=False, leased=True, owner='n2', queue='q2')
 MINE = replace(HERE, mine=True, owner='n1', queue='q1')
+AWAY = replace(HERE, leased=False)
 NOBODY = replace(HERE, owner=None, queue=None)
 RULES = Rules('parked', 'unknown')
 LATE = replace(DELIVERY, until=99.0)
@@ -35,6 +36,7 @@ TABLE: list[tuple[str, Received, Here, Rules, Outcome]] = [
     ('mine after many hops', replace(DELIVERY, hops=99), MINE, RULES, Outcome(Action.RUN)),
     ('mine, of an unknown task', replace(DELIVERY, known=False), MINE, RULES, _UNKNOWN),
     ('no route', replace(DELIVERY, route=None), HERE, RULES, Outcome(Action.RUN)),
+    ('no route, no lease', replace(DELIVERY, route=None), AWAY, RULES, _wait('no lease')),
     ('no route, no task', replace(DELIVERY, route=None, known=False), HERE, RULES, _UNKNOWN),
     (
         'its owner may know the task',
@@ -174,6 +176,14 @@ def every_case() -> list[tuple[Received, Here, Rules, float]]:
             'what runs may begin, if the lease holds',
             lambda delivery, here, rules, outcome: (
                 outcome.action is not Action.RUN or not here.leased or may_begin(delivery, here)
+            ),
+        ),
+        (
+            'what nobody has to own runs under a lease alone, and goes to no other node',
+            lambda delivery, here, rules, outcome: (
+                delivery.route is not None
+                or (outcome.action is not Action.RUN or here.leased or here.mine)
+                and outcome.event not in ('forwarded', 'parked', 'dropped')
             ),
         ),
         (

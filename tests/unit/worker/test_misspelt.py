@@ -34,6 +34,15 @@ KNOWN = ('jobsync_key', 'jobsync_pin')
             ['jobsync_exclusive_rights_of_men'],
             ['task pay: its option jobsync_exclusive_rights_of_men means nothing'],
         ),
+        (
+            ['jobsync_affinity'],
+            [
+                (
+                    'task pay: its option jobsync_affinity means nothing: write '
+                    '@exactly_once(affinity=…) in its place'
+                )
+            ],
+        ),
         (['jobsync_key', 'jobsync_pin', 'key', 'pin', 'rate_limit', 'job'], []),
     ],
 )

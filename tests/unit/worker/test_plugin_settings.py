@@ -39,6 +39,7 @@ def test_the_defaults_are_those_of_the_documents() -> None:
         'on_release': None,
         'required': True,
         'coordinate': 'keyed',
+        'affinity': True,
         'pins': {},
         'pin_slots': 64,
         'on_unclaimed': 'forward',
@@ -138,6 +139,7 @@ class TestEnvironment:
             ('0.5', 'park_sec', 0.5),
             ('all', 'coordinate', 'all'),
             ('drop', 'on_unclaimed', 'drop'),
+            ('off', 'affinity', False),
             ('no', 'required', False),
             ('TRUE', 'required', True),
             ('off', 'route_producers', False),
@@ -210,7 +212,7 @@ BAD: list[tuple[str, object, str]] = [
     *(('on_unclaimed', value, "use one of 'forward', 'drop'") for value in ('reject', None)),
     *(
         (name, value, 'give True or False')
-        for name in ('required', 'route_producers', 'clear_existing_locks')
+        for name in ('required', 'route_producers', 'clear_existing_locks', 'affinity')
         for value in (1, 'yes', None)
     ),
     *(('pins', value, 'give a mapping such as') for value in (['a'], 'a', 5)),
@@ -293,3 +295,14 @@ class TestPassword:
         with pytest.raises(ConfigurationError, match='password') as caught:
             read({'password': password})
         assert 's3cret' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('coordinate', 'all'), ('on_unclaimed', 'drop')])
+def test_without_affinity_what_sends_messages_to_their_owners_is_refused(
+    name: str, value: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read({'affinity': False, name: value})
+    text = str(caught.value)
+    assert f'{name}={value!r}' in text and 'affinity=False' in text
+    assert text.endswith('take one of the two out')

@@ -73,6 +73,16 @@ class TestParked:
         assert stage.time.run(stage.parked)
         assert stage.contents.order('q.n1') == ROUTES and stage.counts == {'released': 40}
 
+    def test_where_the_broker_counts_what_is_given_back_what_stays_is_published_again(
+        self, stage: Stage
+    ) -> None:
+        stage.broker.requeue_is_free = False
+        routes = ['x-1', 'a', 'x-2', 'x-3']
+        stage.contents.put(PARKED, *routes)
+        stage.time.run(stage.parked)
+        assert stage.contents.order(PARKED) == ['x-1', 'x-2', 'x-3']
+        assert stage.contents.requeued == 0
+
     def test_without_a_lease_nothing_is_looked_at(self, stage: Stage) -> None:
         stage.time.leased = False
         stage.parked.note()

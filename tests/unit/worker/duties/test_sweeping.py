@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.worker.duties.drained import Drained
 from jobsync_core.worker.duties.leftovers import Leftovers
 from jobsync_core.worker.duties.rescue import Rescue
@@ -144,8 +145,37 @@ class TestRescue:
         stage.registry.gone = {node: float(number) for number, node in enumerate(nodes)}
         for node in nodes:
             stage.contents.put(f'q.{node}', node)
-        stage.refuse(*nodes)
+        tried: list[str] = []
+
+        def refuse(name: str) -> None:
+            tried.append(name)
+            raise ConnectionError('the broker is away')
+
+        stage.broker.on_restore = stage.broker.on_size = refuse
         with pytest.raises(ConnectionError):
+            stage.time.run(stage.rescue)
+        assert tried == [*nodes[:3], 'parked']
+
+    def test_where_many_fail_and_the_broker_answers_the_others_go_on(self, stage: Stage) -> None:
+        nodes = [f'g{number}' for number in range(9)]
+        stage.registry.gone = {node: float(number) for number, node in enumerate(nodes)}
+        for node in nodes:
+            stage.contents.put(f'q.{node}', node)
+        stage.refuse(*nodes[:7])
+        stage.time.run(stage.rescue)
+        assert stage.contents.routes('q.n1') == nodes[7:]
+
+    def test_where_the_database_fails_nobody_goes_on(self, stage: Stage) -> None:
+        nodes = [f'g{number}' for number in range(9)]
+        stage.registry.gone = {node: float(number) for number, node in enumerate(nodes)}
+        for node in nodes:
+            stage.contents.put(f'q.{node}', node)
+
+        def away(name: str) -> None:
+            raise DatabaseUnavailable('away')
+
+        stage.broker.on_restore = away
+        with pytest.raises(DatabaseUnavailable):
             stage.time.run(stage.rescue)
         assert stage.broker.restored == nodes[:3]
 

@@ -1,0 +1,190 @@
+"""How the plugin's own queues and exchanges are declared at RabbitMQ, and deleted.
+
+Node queues hang on an exchange of their own, whose alternate exchange leads to the parked queue. So
+a message for a node's queue that has just been deleted is parked by RabbitMQ itself. Dramatiq
+publishes to the default exchange, which would lose it, or, with confirms, would declare the dead
+node's queue again and leave the message there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
+from dramatiq.common import xq_name
+from pika.exceptions import ChannelClosedByBroker
+
+from jobsync_core.logs import get_logger
+from jobsync_core.worker import consumer_timeout
+from jobsync_core.worker.routing import old_parked_queue, unknown_queue
+
+from .rabbit_errors import BROKEN, is_absent
+
+__all__ = ['RabbitDeclarations']
+
+logger = get_logger(__name__)
+
+_PRECONDITION_FAILED = 406
+_TYPE, _PRIORITIES = 'x-queue-type', 'x-max-priority'
+#: Arguments that not every type of queue takes.
+_OPTIONAL = frozenset({_PRIORITIES, consumer_timeout.ARGUMENT})
+#: Seconds from taking a queue off its exchange to counting what is in it: what RabbitMQ had routed
+#: to it by then has come there. Its processes hand a message on in less than a millisecond.
+_SETTLE_SEC = 0.05
+
+
+class RabbitDeclarations:
+    """Declares and deletes on the connection that Dramatiq's broker keeps for each thread.
+
+    Args:
+        native: The RabbitmqBroker.
+        appname: The cluster.
+
+    Attributes:
+        exchange: Where the cluster's own queues hang.
+    """
+
+    def __init__(self, native: Any, appname: str) -> None:
+        self._native = native
+        self.exchange = f'jobsync.{appname}'
+        self._parked, self._unknown = old_parked_queue(appname), unknown_queue(appname)
+        self._state = threading.local()
+        #: Queues of which it was said that they are not as configured.
+        self._told: set[str] = set()
+
+    def channel(self) -> Any:
+        """This thread's channel; the exchanges and the parked queue are there.
+
+        Raises whatever pika raises.
+        """
+        channel = self._native.channel
+        if getattr(self._state, 'channel', None) is not channel:
+            unrouted = f'{self.exchange}.unrouted'
+            channel.exchange_declare(unrouted, 'fanout', durable=True)
+            channel.exchange_declare(
+                self.exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted}
+            )
+            self._declare(self._parked)
+            self._declare(self._unknown)
+            channel.queue_bind(self._parked, unrouted)
+            self._state.channel = channel
+        return channel
+
+    def forget(self) -> None:
+        """This thread knows of nothing that is there."""
+        self._state.channel = None
+
+    def declare_node(self, queue: str) -> None:
+        """Declare a node's queue, and all that it hangs on.
+
+        Raises whatever pika raises.
+        """
+        try:
+            self.channel()
+            self._declare(queue)
+        except BROKEN:
+            # The connection was idle, or broke together with that of the consumer.
+            del self._native.connection
+            self.channel()
+            self._declare(queue)
+        self._native.queues_pending.discard(queue)  # Dramatiq would declare it in its own way
+
+    def _declare(self, queue: str) -> None:
+        # What cannot be decoded is rejected: it goes to one queue of dead letters, as Dramatiq's
+        # own do, for as long.
+        dead = xq_name(self._parked)
+        self._make(dead, {'x-message-ttl': DEAD_MESSAGE_TTL})
+        arguments: dict[str, Any] = {
+            'x-dead-letter-exchange': '',
+            'x-dead-letter-routing-key': dead,
+        }
+        # What the user's own queues are, a node's queue is too; a subclass may say it.
+        theirs = self._native._build_queue_arguments(queue)
+        kept: tuple[str, ...] = (_TYPE,)
+        if queue not in (self._parked, self._unknown):
+            kept = (_TYPE, _PRIORITIES)
+            arguments[consumer_timeout.ARGUMENT] = consumer_timeout.LONGEST_MS
+        self._make(queue, {**arguments, **{name: theirs[name] for name in kept if name in theirs}})
+        self._native.channel.queue_bind(queue, self.exchange, queue)
+
+    def _make(self, queue: str, arguments: dict[str, Any]) -> None:
+        """Make a queue. One that is there with other arguments is used as it is, and what a type
+        of queue does not have is left out; RabbitMQ may choose the type.
+        """
+        while True:
+            try:
+                self._try_to_make(queue, arguments)
+                return
+            except ChannelClosedByBroker as error:
+                if error.reply_code != _PRECONDITION_FAILED:
+                    raise
+                text = error.reply_text
+                refused = {name for name in _OPTIONAL if f"invalid arg '{name}'" in text}
+                if not refused & set(arguments):
+                    if self.count(queue) is None:
+                        raise
+                    self._tell(queue, 'is there with other arguments, and is used as it is', text)
+                    return
+            if _PRIORITIES in refused:
+                self._tell(queue, 'is made without priorities', text)
+            arguments = {name: value for name, value in arguments.items() if name not in refused}
+
+    def _try_to_make(self, queue: str, arguments: dict[str, Any]) -> None:
+        # A refusal closes the channel, with all that was taken by it.
+        channel = self._native.connection.channel()
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+        channel.close()
+
+    def _tell(self, queue: str, what: str, text: str) -> None:
+        if queue not in self._told:
+            self._told.add(queue)
+            logger.warning('queue=%s %s: RabbitMQ says %s', queue, what, text)
+
+    def count(self, queue: str) -> tuple[int, int] | None:
+        """How many messages wait in a queue, and how many consumers it has; None where there is
+        none.
+
+        Raises whatever pika raises, for one too that is there and cannot be asked now.
+        """
+        try:
+            found = self._native.channel.queue_declare(queue, passive=True).method
+        except ChannelClosedByBroker as error:
+            del self._native.channel
+            if is_absent(error):
+                return None
+            raise
+        return int(found.message_count), int(found.consumer_count)
+
+    def delete(self, queue: str) -> bool:
+        """Delete a queue of the cluster if it is empty and nobody consumes it; whether it is gone.
+
+        RabbitMQ deletes no quorum queue on these conditions. So the queue is taken off its exchange
+        first: what is sent to it from then on is parked.
+
+        Raises whatever pika raises.
+        """
+        found = self.count(queue)
+        if found is None:
+            return True
+        messages, consumers = found
+        if consumers:
+            return False
+        channel = self._native.channel
+        channel.queue_unbind(queue, self.exchange, queue)
+        if messages:
+            return False
+        time.sleep(_SETTLE_SEC)
+        messages, consumers = self.count(queue) or (0, 0)
+        if consumers:  # its node has come back
+            channel.queue_bind(queue, self.exchange, queue)
+        if messages or consumers:
+            return False
+        # A quorum queue without a leader counts as empty, but does not answer this.
+        method, _, _ = channel.basic_get(queue)
+        if method is not None:
+            channel.basic_nack(method.delivery_tag)
+            return False
+        channel.queue_delete(queue)
+        return True
