@@ -67,6 +67,7 @@ def _ready(connection: Connection, queue: str) -> int | None:
         with connection.channel() as channel:
             return int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors as error:
-        if getattr(error, 'code', None) == 404:
+        # "Not found" is what RabbitMQ says as well of a queue whose server is down.
+        if 'no queue' in str(error):
             return None
         raise

@@ -23,8 +23,8 @@ from .status_view import table
 __all__ = ['backlog_command', 'purge_command']
 
 _UNSORTED = (
-    '{:,} messages are in queues of a layout without queue groups, and were left: upgraded '
-    'workers, or `jobsync evacuate`, move them to their own queues'
+    '{:,} messages are in queues of the cluster that belong to no queue in particular, and were '
+    'left: workers that run, or `jobsync evacuate`, move them to where they belong'
 )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..assignment.hashing import HASH_FUNCTIONS
 from ..assignment.simulate import Change, Share, Simulation, simulate
-from .context import console
+from .context import console, printable
 from .status_view import table
 
 __all__ = ['simulate_command']
@@ -46,11 +46,46 @@ _NODES_SHOWN = 40
     show_default=True,
     type=click.Choice(sorted(HASH_FUNCTIONS)),
 )
-def simulate_command(nodes: int, tasks: int, tokens: int, hash_function: str) -> None:
+@click.option(
+    '--group',
+    'groups',
+    multiple=True,
+    metavar='NAME=NODES',
+    help='A queue group, and how many of the nodes consume it; may be given again. Each has tokens '
+    'of its own, and as many tasks.',
+)
+def simulate_command(
+    nodes: int, tasks: int, tokens: int, hash_function: str, groups: tuple[str, ...]
+) -> None:
     """Show how evenly tasks would spread and how much would move, without a database."""
-    found = simulate(nodes, tasks, tokens, hash_function)
     out = console()
-    out.print(f'{nodes} nodes, {tasks:,} tasks, {tokens:,} tokens, {hash_function}')
+    members = [_group(text, nodes) for text in groups]
+    if len({name for name, _ in members}) < len(members):
+        raise click.UsageError('--group: give each name once')
+    for name, consuming in members:
+        # Each group is planned by itself, over its own members.
+        _print(out, consuming, tasks, tokens, hash_function, f'queue group {name}: ')
+    if not members:
+        _print(out, nodes, tasks, tokens, hash_function)
+
+
+def _group(text: str, nodes: int) -> tuple[str, int]:
+    name, _, number = text.rpartition('=')
+    if not name or not (number.isascii() and number.isdecimal()) or not 0 < int(number) <= nodes:
+        raise click.UsageError(
+            f'--group {text!r}: give NAME=NODES, such as gpu=2, with no more nodes than --nodes '
+            f'says ({nodes})'
+        )
+    return name, int(number)
+
+
+def _print(
+    out: Console, nodes: int, tasks: int, tokens: int, hash_function: str, what: str = ''
+) -> None:
+    found = simulate(nodes, tasks, tokens, hash_function)
+    out.print(
+        f'{printable(what)}{nodes} nodes, {tasks:,} tasks, {tokens:,} tokens, {hash_function}'
+    )
     _print_shares(out, found)
     _print_change(out, found, found.joined, 'joins', tokens // (nodes + 1))
     if found.left is not None:

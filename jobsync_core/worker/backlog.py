@@ -134,7 +134,8 @@ class Backlog:
     Attributes:
         queues: By home queue, in the order of their names.
         others: Messages in queues of the cluster that belong to no queue in particular: of tasks
-            that no worker knows, and of a former layout; empty ones left out.
+            that no worker knows, of nodes that have just gone, and of the layout that knew no queue
+            groups; empty ones left out.
     """
 
     queues: tuple[HomeBacklog, ...]
@@ -282,8 +283,8 @@ class Purged:
         home: Messages of the queue itself.
         nodes: Messages of the queues that nodes have for it, by queue.
         parked: Messages that were parked.
-        unsorted: Messages that stay in queues of the layout that knew no queue groups; they may be
-            of any queue.
+        unsorted: Messages that stay in queues of the cluster that belong to no queue in particular:
+            they may be of any.
     """
 
     home: int

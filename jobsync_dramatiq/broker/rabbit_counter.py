@@ -81,7 +81,8 @@ def _ready(connection: Any, queue: str) -> int | None:
     try:
         count = int(channel.queue_declare(queue, passive=True).method.message_count)
     except ChannelClosedByBroker as error:
-        if error.reply_code == _NOT_FOUND:
+        # "Not found" is what RabbitMQ says as well of a queue whose server is down.
+        if error.reply_code == _NOT_FOUND and 'no queue' in error.reply_text:
             return None
         raise
     channel.close()

@@ -295,6 +295,11 @@ def test_celery_guide(stage: Stage, redis_server: BrokerServer, tmp_path: Path) 
                 ),
             },
         )
+        run_blocks(
+            project,
+            ROOT / 'docs' / 'QUEUES.md',
+            after={'jobsync purge': printed('"known": true', 'messages of celery deleted')},
+        )
         # Taking it out: the project of this guide, once its workers have ended.
         project.programs.end()
         run_blocks(
@@ -426,6 +431,7 @@ def test_every_document_is_tested_and_every_block_has_a_known_language() -> None
         'INTERNALS.md',
         SPECIFICATION.name,
         'IN_AND_OUT.md',
+        'QUEUES.md',
         'DRAMATIQ.md',
         'TESTING.md',
     }  # in tests/dramatiq and tests/testing

@@ -555,6 +555,21 @@ class TestSimulate:
     def test_numbers_out_of_range_are_refused(self) -> None:
         bad(CliRunner().invoke(jobsync, ['simulate', '--nodes', '0']), code=2)
 
+    def test_each_queue_group_spreads_over_its_own_nodes(self) -> None:
+        words = ['simulate', '--nodes', '4', '--tokens', '1000', '--group', 'mail=4']
+        shown = good(CliRunner().invoke(jobsync, [*words, '--group', 'a=b=2']))
+        mail, other = shown.split('queue group a=b: 2 nodes')
+        assert 'queue group mail: 4 nodes' in mail
+        assert 'node-5 joins: 200 tokens move' in mail and 'node-3 joins: 333 tokens' in other
+
+    @pytest.mark.parametrize('group', ['gpu', '=2', 'gpu=0', 'gpu=6', 'gpu=²', 'gpu=-1'])
+    def test_a_group_that_cannot_be_is_refused(self, group: str) -> None:
+        assert 'NAME=NODES' in bad(CliRunner().invoke(jobsync, ['simulate', '--group', group]), 2)
+
+    def test_a_group_that_is_given_twice_is_refused(self) -> None:
+        words = ['simulate', '--group', 'a=1', '--group', 'a=2']
+        assert 'once' in bad(CliRunner().invoke(jobsync, words), 2)
+
 
 class TestDoctor:
     def test_a_good_server_passes(self, rows: Rows, run: Callable[..., Result]) -> None:
