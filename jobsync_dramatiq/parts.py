@@ -57,6 +57,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(RABBITMQ, 'dramatiq.brokers.rabbitmq', ('DEAD_MESSAGE_TTL',)),
     Part(RABBITMQ, 'pika:BlockingConnection', ('_impl',)),
+    Part(RABBITMQ, 'pika.adapters.blocking_connection:BlockingChannel', ('_closing_reason',)),
     Part(RABBITMQ, 'pika.connection:Connection', ('server_properties',)),
     Part(RABBITMQ, 'pika.adapters.utils.connection_workflow', ('AMQPConnectorException',)),
 )

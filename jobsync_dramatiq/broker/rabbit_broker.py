@@ -22,8 +22,9 @@ from pika.exceptions import (
 )
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.logs import shown
+from jobsync_core.logs import get_logger, shown
 from jobsync_core.worker.broker import Delivery
+from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
 from jobsync_core.worker.incoming import Refused
 
 from ..errors import BrokerAway
@@ -36,6 +37,8 @@ from .rabbit_errors import BROKEN, is_absent, translated
 from .rabbit_publisher import RabbitPublisher, RawDelivery
 
 __all__ = ['RabbitWorkerBroker']
+
+logger = get_logger(__name__)
 
 #: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
 _BLOCKED_SEC = 30.0
@@ -132,13 +135,15 @@ class RabbitWorkerBroker:
         """The name of RabbitMQ's cluster, which it tells with each connection, and the virtual
         host.
         """
-        known = (
-            getattr(getattr(self.native.connection, '_impl', None), 'server_properties', None) or {}
-        )
-        name = known.get('cluster_name')
+        name = self._properties().get('cluster_name')
         parameters = self.native.parameters
         first = parameters[0] if isinstance(parameters, list) else parameters
         return f'{name} {first.virtual_host}' if name else ''
+
+    def _properties(self) -> Mapping[str, Any]:
+        """What RabbitMQ tells of itself with this thread's connection."""
+        connection = getattr(self.native.connection, '_impl', None)
+        return getattr(connection, 'server_properties', None) or {}
 
     def mark(self, mark: str) -> None:
         """Nothing: RabbitMQ does not lose its name."""
@@ -159,12 +164,20 @@ class RabbitWorkerBroker:
         try:
             self.reset()  # a channel that was opened before has no confirms
             self._publisher.queues.declare_node(queue)
+            version = self._properties().get('version')
         except BROKEN as error:
             raise ConnectionClosed(
                 RuntimeError(
                     f'RabbitMQ at {_places(self.native.parameters)} cannot be used: {error!r}'
                 )
             ) from error
+        if not is_heeded(version):
+            logger.warning(
+                'RabbitMQ %s delivers the message of an actor that outlasts its consumer_timeout, '
+                '30 minutes by default, a second time. To prevent it, %s',
+                version,
+                REMEDY,
+            )
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> QueueConsumer:
         """Begin to consume a queue, which is declared if it is not there."""
