@@ -104,6 +104,8 @@ class RabbitWorkerBroker:
         # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
         self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
         self._node_queue = ''
+        #: A channel of the thread that does the node's duties.
+        self._looking: Any = None
         self.consumer_parameters = native.parameters
 
     @property
@@ -216,8 +218,20 @@ class RabbitWorkerBroker:
         return 0
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """All of them: the queues themselves say so, and are deleted when they are empty."""
-        return frozenset(queues)
+        """Queues that nodes that are gone may have left something in: one trip for each."""
+        return frozenset(queue for queue in sorted(queues) if self._may_hold(queue))
+
+    def _may_hold(self, queue: str) -> bool:
+        """Whether something waits in a queue, or the queue makes trouble; on a channel of its own,
+        as the answer that there is none closes it.
+        """
+        if self._looking is None or not self._looking.is_open:
+            self._looking = self.native.connection.channel()
+        try:
+            found = self._looking.queue_declare(queue, passive=True)
+        except ChannelClosedByBroker as error:
+            return not is_absent(error)
+        return bool(found.method.message_count)
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue; 0 where there is none."""
@@ -264,6 +278,7 @@ class RabbitWorkerBroker:
 
     def reset(self) -> None:
         """Drop this thread's connection; the next use opens another."""
+        self._looking = None
         self._publisher.reset()
 
 
