@@ -109,6 +109,7 @@ class WorkerHooks:
         application = self._application
         settings = application.read_again(**({'weight': weight} if weight is not None else {}))
         self._solo = 'solo' in _checked_pool(worker)
+        _check_records(self._app.conf, application.driver)
         self._atomic = check_parts(application.driver, settings.redis_atomic)
         name = node or settings.node_name or worker.hostname
         queue = application.queues.name_of(name)
@@ -346,6 +347,20 @@ def _checked_pool(worker: Any) -> str:
             'use --pool prefork, threads or solo'
         )
     return pool
+
+
+def _check_records(conf: Any, driver: str) -> None:
+    """Look whether what the worker takes from Redis is recorded.
+
+    Raises:
+        ConfigurationError: It is not, and would be lost with the worker.
+    """
+    if driver == 'redis' and not (conf.broker_transport_options or {}).get('ack_emulation', True):
+        raise ConfigurationError(
+            "broker_transport_options['ack_emulation'] is False: Redis keeps no record of what a "
+            'worker has taken, and all of it would be lost when the worker is killed; take the '
+            'option out'
+        )
 
 
 def restore_last(broker: CeleryBroker, node: str, carried: CarriedOver) -> None:

@@ -40,7 +40,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(REDIS, 'redis:Redis', ('connection_pool', 'register_script')),
     Part(REDIS, 'redis:ConnectionPool', ('connection_class', 'connection_kwargs')),
-    Part(REDIS, 'redis.connection:Connection', ('send_command', 'read_response')),
+    Part(REDIS, 'redis.connection:Connection', ('connect', 'send_command', 'read_response')),
     Part(REDIS, 'redis.commands.core:Script', ('sha', 'script')),
     Part(
         RABBITMQ,
@@ -57,6 +57,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(RABBITMQ, 'dramatiq.brokers.rabbitmq', ('DEAD_MESSAGE_TTL',)),
     Part(RABBITMQ, 'pika:BlockingConnection', ('_impl',)),
+    Part(RABBITMQ, 'pika.adapters.blocking_connection:BlockingChannel', ('_closing_reason',)),
     Part(RABBITMQ, 'pika.connection:Connection', ('server_properties',)),
     Part(RABBITMQ, 'pika.adapters.utils.connection_workflow', ('AMQPConnectorException',)),
 )

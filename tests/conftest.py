@@ -14,6 +14,7 @@ import pytest
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from tests.support.brokers import BrokerServer, BrokerUnavailable, RabbitServer, RedisServer
+from tests.support.impatience import impatient_rabbitmq as make_impatient_rabbitmq
 from tests.support.newer_rabbitmq import newer_rabbitmq as newer_rabbitmq_program
 from tests.support.pgbouncer import PgBouncer, PgBouncerUnavailable
 
@@ -146,6 +147,12 @@ def newer_rabbitmq() -> Iterator[BrokerServer]:
     never kill or pause it.
     """
     yield from _broker(lambda: RabbitServer(newer_rabbitmq_program()))
+
+
+@pytest.fixture(scope='session')
+def impatient_rabbitmq() -> Iterator[BrokerServer]:
+    """As newer_rabbitmq, with a `consumer_timeout` of three seconds in place of 30 minutes."""
+    yield from _broker(make_impatient_rabbitmq)
 
 
 @pytest.fixture

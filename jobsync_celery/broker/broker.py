@@ -87,6 +87,8 @@ class CeleryBroker:
     #: See `jobsync_core.worker.broker`.
     catches_strays = False
     requeue_is_free = True
+    #: Of the connection on which messages are taken, whatever the app's say.
+    _transport_options: Mapping[str, Any] = {}
 
     def __init__(
         self, app: Celery, queues: Queues, forwarder: Forwarder, route_of: RouteOf
@@ -164,12 +166,10 @@ class CeleryBroker:
         return math.inf
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Nodes that may have left something, of those that are gone.
-
-        On RabbitMQ queues say so themselves, and are deleted when they are empty.
+        """Queues that nodes that are gone may have left something in: here, all.
 
         Args:
-            queues: Each node, and its queue.
+            queues: Each queue, and its node.
         """
         return frozenset(queues)
 
@@ -227,7 +227,9 @@ class CeleryBroker:
     def _open(self) -> Any:
         if self._channel is None:
             self._connection = self._prepare(
-                self._app.connection_for_write(connect_timeout=CONNECT_SEC)
+                self._app.connection_for_write(
+                    connect_timeout=CONNECT_SEC, transport_options=dict(self._transport_options)
+                )
             )
             self._channel = self._connection.default_channel
         return self._channel

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
-from amqp.exceptions import AccessRefused
+from amqp.exceptions import AccessRefused, NotFound
+from kombu.connection import Connection
 from kombu.entity import Queue
 
 from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
@@ -19,6 +21,8 @@ __all__ = ['RabbitBroker']
 
 logger = get_logger(__name__)
 
+#: Seconds after which an answer is not waited for any more.
+_ANSWER_SEC = 10.0
 #: Where Celery's native delayed delivery puts what is due.
 _DELAYED = 'celery_delayed_delivery'
 
@@ -28,6 +32,7 @@ class RabbitBroker(CeleryBroker):
 
     catches_strays = True
     requeue_is_free = False  # a queue does not tell whether it is a quorum queue
+    _looking: Any = None
 
     def identify(self, make: bool) -> str | None:
         """The name of its cluster of servers, and the virtual host."""
@@ -106,6 +111,12 @@ class RabbitBroker(CeleryBroker):
         with connection.channel() as channel:
             channel.queue_bind(queue, self._queues.exchange.name, queue)
 
+    def _prepare(self, connection: Connection) -> Connection:
+        """A broker that is stuck must not keep the duties from others for ever."""
+        bounds = {'read_timeout': _ANSWER_SEC, 'write_timeout': _ANSWER_SEC}
+        connection.transport_options = {**bounds, **(connection.transport_options or {})}
+        return connection
+
     def _park_all(self, queue: str, parked: str) -> None:
         """Move a queue's messages to the parked ones; no more than there are at first."""
         for _ in range(self.size(queue)):
@@ -133,6 +144,30 @@ class RabbitBroker(CeleryBroker):
         # This user may do what JobSync needs, and no more.
         with contextlib.suppress(AccessRefused), self._connection.channel() as channel:
             channel.exchange_unbind(self._queues.topic.name, _DELAYED, key)
+
+    def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        """Queues that nodes that are gone may have left something in: one trip for each."""
+        return frozenset(queue for queue in sorted(queues) if self._may_hold(queue))
+
+    def _may_hold(self, queue: str) -> bool:
+        """Whether something waits in a queue, or the queue makes trouble; on a channel of its own,
+        as the answer that there is none closes it.
+        """
+        self._open()
+        if self._looking is None or not self._looking.is_open:
+            self._looking = self._connection.channel()  # type: ignore[union-attr]  # it is open
+        try:
+            return bool(self._looking.queue_declare(queue, passive=True).message_count)
+        except NotFound:
+            return False
+        except self._missing() as error:
+            logger.debug('queue=%s cannot be looked at: %r', queue, error)
+            return True
+
+    def reset(self) -> None:
+        """Drop the connection after an error; the next call opens another."""
+        self._looking = None
+        super().reset()
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue; 0 where there is no such queue."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kombu.connection import Connection
 from kombu.utils.uuid import uuid
 from redis import Redis
 
+from jobsync_core.worker.broker import search
 from jobsync_core.worker.routing import mark_key
 
 from ..broker.broker import CeleryBroker, RouteOf
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ['RedisBroker']
 
 _execute: Any = Redis.execute_command
-#: Nodes about which Redis is asked with one command.
-_NODES_AT_ONCE = 100
 
 
 class RedisBroker(CeleryBroker):
@@ -36,6 +35,9 @@ class RedisBroker(CeleryBroker):
         carried: What this node's lost connections left.
         receiving: Lets a connection that has not been opened yet take messages without losing one.
     """
+
+    #: An app may want no records; what an evacuation has in hand needs one.
+    _transport_options: Mapping[str, Any] = {'ack_emulation': True}
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class RedisBroker(CeleryBroker):
             node: The node.
             carried: What its lost connections left.
         """
-        options = node_options(self._queues.appname, node)
+        options = {**self._transport_options, **node_options(self._queues.appname, node)}
         with restoring(self._app.connection_for_write(transport_options=options)) as connection:
             channel = connection.default_channel
             while carried and carried.acknowledged:
@@ -105,8 +107,6 @@ class RedisBroker(CeleryBroker):
             How many messages were restored.
         """
         channel = self._open()
-        if not channel.ack_emulation:
-            return 0
         qos: Any = RestoringQoS(channel)
         qos._on_collect.cancel()  # it delivers nothing
         count = 0
@@ -134,20 +134,24 @@ class RedisBroker(CeleryBroker):
         return max(1.0, min(30.0, float(timeout) / 2))
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Nodes that may have left something: in few trips, however many they are."""
+        """Queues that nodes that are gone may have left something in: in few trips, however many
+        they are.
+        """
         channel = self._open()
-        found: set[str] = set()
-        for group in _groups(sorted(queues), _NODES_AT_ONCE):
-            places = {
-                node: [
-                    node_options(self._queues.appname, node)['unacked_key'],
-                    *(channel._q_for_pri(queues[node], step) for step in channel.priority_steps),
-                ]
-                for node in group
-            }
-            if _command(channel, 'EXISTS', *(place for node in group for place in places[node])):
-                found.update(node for node in group if _command(channel, 'EXISTS', *places[node]))
-        return frozenset(found)
+
+        def any_of(group: Sequence[str]) -> bool:
+            taken = (
+                node_options(self._queues.appname, queues[each])['unacked_key'] for each in group
+            )
+            lists = (key for each in group for key in _lists(channel, each))
+            return bool(_command(channel, 'EXISTS', *taken, *lists))
+
+        return search(sorted(queues), any_of)
+
+    def size(self, queue: str) -> int:
+        """How many messages wait in a queue; of one that is empty, in one command."""
+        channel = self._open()
+        return super().size(queue) if _command(channel, 'EXISTS', *_lists(channel, queue)) else 0
 
     def places(self) -> Iterable[str]:
         """Names of queues of this plugin that Redis knows of; there may be some that no table knows
@@ -167,6 +171,11 @@ class RedisBroker(CeleryBroker):
         return self._receiving(restoring(connection))
 
 
+def _lists(channel: Any, queue: str) -> list[str]:
+    """The lists of a queue, one for each priority."""
+    return [channel._q_for_pri(queue, step) for step in channel.priority_steps]
+
+
 def _command(channel: Any, name: str, *keys: str, after: tuple[str, ...] = ()) -> Any:
     """A command past kombu's client, which knows of the app's key prefix in some commands only."""
     prefix = getattr(channel, 'global_keyprefix', None) or ''
@@ -181,8 +190,3 @@ def _record_command(channel: Any, command: str, *arguments: str) -> Any:
         return _execute(
             client, command, f'{channel.global_keyprefix}{channel.unacked_key}', *arguments
         )
-
-
-def _groups(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,14 +154,30 @@ class QueueStore(Store):
         )
         return bool(held)
 
+    def hold_all(self, nodes: Collection[str]) -> frozenset[str]:
+        """As `hold`, for several nodes; those that are held now."""
+        rows = self._rows(
+            'queue.hold_all',
+            {
+                'silent': f'{_HOLD_SEC}s',
+                'what': f'jobsync {self._tables.label} ',
+                'nodes': sorted(nodes),
+            },
+        )
+        return frozenset(node for node, _, held in rows if held)
+
+    def gone(self, nodes: Collection[str]) -> frozenset[str]:
+        """Those that are not in the node table."""
+        return frozenset(row[0] for row in self._rows('queue.gone', {'nodes': sorted(nodes)}))
+
     def is_gone(self, node: str) -> bool:
         """Whether the node is not in the node table."""
         ((gone,),) = self._rows('queue.is_gone', {'node': node})
         return bool(gone)
 
-    def forget(self, name: str) -> None:
-        """The queue is gone, and so is its node."""
-        self._run('queue.forget', {'name': name})
+    def forget(self, names: Sequence[str]) -> None:
+        """These queues are gone, and so are their nodes."""
+        self._run('queue.forget', {'names': list(names)})
 
     def owners(self, known: int) -> Owners | None:
         """Who owns which tokens, or is about to; None where the version is still `known`."""

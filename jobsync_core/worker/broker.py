@@ -4,10 +4,10 @@ of its brokers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-__all__ = ['Delivery', 'Broker']
+__all__ = ['Broker', 'Delivery', 'search']
 
 
 class Delivery(Protocol):
@@ -55,11 +55,11 @@ class Broker(Protocol):
         """
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """Nodes that may have left something, of those that are gone: in few trips, however many
-        they are.
+        """Queues of nodes that are gone in which something may wait, or whose node may have taken
+        something and not acknowledged it: in few trips, however many they are.
 
         Args:
-            queues: Each node, and its queue.
+            queues: Each queue, and its node.
         """
 
     def size(self, queue: str) -> int:
@@ -77,3 +77,27 @@ class Broker(Protocol):
 
     def reset(self) -> None:
         """Drop the connection after an error; the next call opens another."""
+
+
+def search(
+    items: Sequence[str], any_of: Callable[[Sequence[str]], bool], at_once: int = 100
+) -> frozenset[str]:
+    """Find the few of many items for which something holds, with few questions.
+
+    Args:
+        items: The items.
+        any_of: Whether it holds for any of some items.
+        at_once: Items about which it is asked at first.
+    """
+    found: set[str] = set()
+    groups = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    while groups:
+        group = groups.pop()
+        if not any_of(group):
+            continue
+        if len(group) == 1:
+            found.update(group)
+        else:
+            middle = len(group) // 2
+            groups += [group[:middle], group[middle:]]
+    return frozenset(found)

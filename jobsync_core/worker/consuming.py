@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 
 #: Seconds after which a trouble that lasts is told again.
 _SAY_AGAIN_SEC = 60.0
+#: Looks for which each node waits for one whose turn is before its own.
+_LOOKS = 3
 
 
 class Consuming:
@@ -124,6 +126,8 @@ class SelfDrain:
         #: This has drained the node; an operator's drain is not touched.
         self.drained = False
         self._alone = False
+        #: Looks in a row at which no node was active.
+        self._deserted = 0
         self._repeats = Repeats()
 
     def start(self) -> None:
@@ -164,6 +168,15 @@ class SelfDrain:
             logger.warning('node=%s takes messages again, and keys', self._job.node_name)
             self._job.undrain()
             self.drained = False
+        elif self.drained and self._is_deserted():
+            # Those who look at one moment all find another one that is active, and all drain.
+            logger.warning(
+                'node=%s takes its keys back before it takes messages, as all other nodes have '
+                'given away theirs, too',
+                self._job.node_name,
+            )
+            self._job.undrain()
+            self.drained, self._alone = False, True
         if silence <= self._timeout:
             self._alone = False
 
@@ -173,6 +186,22 @@ class SelfDrain:
             node['name'] != self._job.node_name and node['state'] == 'active'
             for node in self._job.get_active_nodes()
         )
+
+    def _is_deserted(self) -> bool:
+        """Whether no node is active, and it is this one's turn to be so again: one after the other,
+        as some may have been drained by an operator.
+        """
+        states = {node['name']: node['state'] for node in self._job.get_active_nodes()}
+        states.pop(self._job.node_name, None)
+        if 'active' in states.values():
+            self._deserted = 0
+            return False
+        self._deserted += 1
+        before = sum(name < self._job.node_name for name in states)
+        if self._deserted <= _LOOKS * before:
+            return False
+        self._deserted = 0
+        return True
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self._timeout / 5)):

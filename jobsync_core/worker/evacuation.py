@@ -182,7 +182,7 @@ def _leave_node(
         deleted = broker.delete(queue)
         if deleted:
             done.deleted.append(queue)
-            QueueStore(connection, tables).forget(queue)
+            QueueStore(connection, tables).forget([queue])
         return f'{restored} restored, {moved} moved home' + (', deleted' if deleted else '')
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import clock
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
@@ -44,6 +44,7 @@ class _Copy:
     #: Every owner has a queue. One that has none may be about to get it, which makes no other
     #: version.
     whole: bool = True
+    nodes: int = 0
 
 
 class OwnerMap:
@@ -70,6 +71,11 @@ class OwnerMap:
     def version(self) -> int:
         """Version of the assignment that the copy shows; -1 before the first."""
         return self._copy.version
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes own something, as far as is known."""
+        return self._copy.nodes
 
     def find(self, route: str) -> Place | None:
         """The owner by the copy at hand; None where nobody owns the route, or nothing is known."""
@@ -121,14 +127,9 @@ class OwnerMap:
 
     def reread(self) -> bool:
         """As `refresh`, even where the version is the same: a node's queue is new."""
-        self._copy, self._pause_until = _Copy(-1, *_rest(self._copy)), float('-inf')
+        self._copy = replace(self._copy, version=-1)
+        self._pause_until = float('-inf')
         return self.refresh()
-
-
-def _rest(
-    copy: _Copy,
-) -> tuple[int, Callable[[bytes], int], tuple[int, ...], tuple[int, ...], tuple[Place, ...]]:
-    return copy.total_tokens, copy.hash_of, copy.starts, copy.ends, copy.places
 
 
 def _why(error: Exception) -> str:
@@ -156,4 +157,5 @@ def _copy(found: Owners) -> _Copy:
         tuple(end for _, end, _ in rows),
         tuple(place for _, _, place in rows),
         all(place.queue is not None for _, _, place in rows),
+        len({place.node for _, _, place in rows}),
     )

@@ -4,7 +4,7 @@ tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -18,8 +18,7 @@ from .broker import Broker
 
 __all__ = ['CLOSE_SEC', 'QueueRegistry', 'Registry', 'restore_former_life']
 
-#: Seconds for which every node looks after what was left, and not the leader alone: a message may
-#: be on its way to it.
+#: Seconds for which what was left is looked after closely: a message may be on its way to it.
 CLOSE_SEC = 15.0
 #: Seconds for which a new life of a node waits until its former one is swept, and between two
 #: looks.
@@ -50,8 +49,11 @@ class Registry(Protocol):
         where somebody does.
         """
 
-    def forget(self, queue: str) -> None:
-        """A queue is gone, and so is its node."""
+    def all_held(self, nodes: Collection[str]) -> AbstractContextManager[frozenset[str]]:
+        """Hold what several nodes left; gives those that are held, and gone."""
+
+    def forget(self, queues: Sequence[str]) -> None:
+        """These queues are gone, and so are their nodes."""
 
 
 class QueueRegistry:
@@ -103,10 +105,19 @@ class QueueRegistry:
         with self._sessions.session() as connection:
             yield QueueStore(connection, self._tables).hold(node)
 
-    def forget(self, queue: str) -> None:
+    @contextmanager
+    def all_held(self, nodes: Collection[str]) -> Iterator[frozenset[str]]:
+        """As Registry says; for as long as the block runs."""
+        with self._sessions.session() as holding:
+            held = QueueStore(holding, self._tables).hold_all(nodes)
+            with self._sessions.session() as connection:
+                gone = QueueStore(connection, self._tables).gone(held)
+            yield gone
+
+    def forget(self, queues: Sequence[str]) -> None:
         """As Registry says."""
         with self._sessions.session() as connection:
-            QueueStore(connection, self._tables).forget(queue)
+            QueueStore(connection, self._tables).forget(queues)
 
 
 def restore_former_life(

@@ -81,9 +81,9 @@ class Sweeping:
         here = self.without_trouble(orphans)
         if not here:
             return
-        left = self._broker.left({orphan.node: orphan.queue for orphan in here})
+        left = self._broker.left({orphan.queue: orphan.node for orphan in here})
         self.each(
-            [orphan for orphan in here if orphan.node in left],
+            [orphan for orphan in here if orphan.queue in left],
             lambda orphan: self.sweep_one(orphan, stop),
             stop,
         )

@@ -22,8 +22,9 @@ from pika.exceptions import (
 )
 
 from jobsync_core.config import CoordinationConfig
-from jobsync_core.logs import shown
+from jobsync_core.logs import get_logger, shown
 from jobsync_core.worker.broker import Delivery
+from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
 from jobsync_core.worker.incoming import Refused
 
 from ..errors import BrokerAway
@@ -36,6 +37,8 @@ from .rabbit_errors import BROKEN, is_absent, translated
 from .rabbit_publisher import RabbitPublisher, RawDelivery
 
 __all__ = ['RabbitWorkerBroker']
+
+logger = get_logger(__name__)
 
 #: Seconds for which RabbitMQ may refuse to take messages in before a publish fails.
 _BLOCKED_SEC = 30.0
@@ -101,6 +104,8 @@ class RabbitWorkerBroker:
         # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
         self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
         self._node_queue = ''
+        #: A channel of the thread that does the node's duties.
+        self._looking: Any = None
         self.consumer_parameters = native.parameters
 
     @property
@@ -132,13 +137,15 @@ class RabbitWorkerBroker:
         """The name of RabbitMQ's cluster, which it tells with each connection, and the virtual
         host.
         """
-        known = (
-            getattr(getattr(self.native.connection, '_impl', None), 'server_properties', None) or {}
-        )
-        name = known.get('cluster_name')
+        name = self._properties().get('cluster_name')
         parameters = self.native.parameters
         first = parameters[0] if isinstance(parameters, list) else parameters
         return f'{name} {first.virtual_host}' if name else ''
+
+    def _properties(self) -> Mapping[str, Any]:
+        """What RabbitMQ tells of itself with this thread's connection."""
+        connection = getattr(self.native.connection, '_impl', None)
+        return getattr(connection, 'server_properties', None) or {}
 
     def mark(self, mark: str) -> None:
         """Nothing: RabbitMQ does not lose its name."""
@@ -159,12 +166,20 @@ class RabbitWorkerBroker:
         try:
             self.reset()  # a channel that was opened before has no confirms
             self._publisher.queues.declare_node(queue)
+            version = self._properties().get('version')
         except BROKEN as error:
             raise ConnectionClosed(
                 RuntimeError(
                     f'RabbitMQ at {_places(self.native.parameters)} cannot be used: {error!r}'
                 )
             ) from error
+        if not is_heeded(version):
+            logger.warning(
+                'RabbitMQ %s delivers the message of an actor that outlasts its consumer_timeout, '
+                '30 minutes by default, a second time. To prevent it, %s',
+                version,
+                REMEDY,
+            )
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> QueueConsumer:
         """Begin to consume a queue, which is declared if it is not there."""
@@ -203,8 +218,20 @@ class RabbitWorkerBroker:
         return 0
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
-        """All of them: the queues themselves say so, and are deleted when they are empty."""
-        return frozenset(queues)
+        """Queues that nodes that are gone may have left something in: one trip for each."""
+        return frozenset(queue for queue in sorted(queues) if self._may_hold(queue))
+
+    def _may_hold(self, queue: str) -> bool:
+        """Whether something waits in a queue, or the queue makes trouble; on a channel of its own,
+        as the answer that there is none closes it.
+        """
+        if self._looking is None or not self._looking.is_open:
+            self._looking = self.native.connection.channel()
+        try:
+            found = self._looking.queue_declare(queue, passive=True)
+        except ChannelClosedByBroker as error:
+            return not is_absent(error)
+        return bool(found.method.message_count)
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue; 0 where there is none."""
@@ -251,6 +278,7 @@ class RabbitWorkerBroker:
 
     def reset(self) -> None:
         """Drop this thread's connection; the next use opens another."""
+        self._looking = None
         self._publisher.reset()
 
 

@@ -13,6 +13,7 @@ from dramatiq.broker import MessageProxy
 from pika.exceptions import AMQPChannelError, ChannelClosedByBroker
 
 from jobsync_core.logs import get_logger
+from jobsync_core.worker.consumer_timeout import REMEDY, is_timeout
 from jobsync_core.worker.incoming import Refused
 
 from ..incoming import read_message
@@ -93,6 +94,7 @@ class RabbitQueueConsumer:
             except ChannelClosedByBroker as error:
                 if error.reply_code == _NOT_FOUND:
                     self._publisher.miss(self.queue)  # the next consumer declares it
+                self._tell_of_timeout(error)
                 raise
         if method is None:
             return None
@@ -111,7 +113,20 @@ class RabbitQueueConsumer:
             if self._channel.is_open:
                 self.connection.process_data_events(time_limit=seconds)
             if not self._channel.is_open:
-                raise AMQPChannelError('the channel is closed')
+                reason = self._channel._closing_reason
+                self._tell_of_timeout(reason)
+                raise AMQPChannelError(f'the channel is closed: {reason}')
+
+    def _tell_of_timeout(self, reason: object) -> None:
+        code, text = getattr(reason, 'reply_code', None), getattr(reason, 'reply_text', None)
+        if is_timeout(code, text):
+            logger.warning(
+                'queue=%s: an actor or a delay outlasted the consumer_timeout of RabbitMQ, which '
+                'delivers its message again. The actor goes on; without exactly_once it runs '
+                'twice. To prevent it, %s',
+                self.queue,
+                REMEDY,
+            )
 
     def ack(self, message: Any) -> None:
         """Acknowledge a message."""

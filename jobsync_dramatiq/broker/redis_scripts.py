@@ -190,6 +190,8 @@ class ScriptConnection:
     def _do(
         connection: Any, command: str, script: Any, keys: Sequence[str], args: Sequence[Any]
     ) -> Any:
-        # Whatever goes wrong here ends the connection; the next command makes another one.
+        # Whatever goes wrong here ends the connection; the next command makes another one. Not left
+        # to `send_command`, which does not ask Sentinel where the master is now.
+        connection.connect()
         connection.send_command(command, script, len(keys), *keys, *args)
         return connection.read_response()

@@ -859,6 +859,19 @@ def test_green_threads_are_refused_before_the_worker_starts(
     )
 
 
+def test_a_worker_whose_messages_redis_would_not_record_does_not_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = Celery('bare', broker='redis://127.0.0.1:1/0', set_as_current=False)
+    app.conf.broker_transport_options = {'ack_emulation': False}
+    JobSync(app, config=CoordinationConfig(appname='shop_'))
+    worker = SimpleNamespace(app=app, pool_cls='celery.concurrency.solo:TaskPool', hostname='w@x')
+    with pytest.raises(WorkerShutdown) as ended:
+        NodeStep(worker)
+    assert ended.value.code == 1
+    assert "['ack_emulation'] is False" in caplog.text and 'take the option out' in caplog.text
+
+
 class TestWhatWasNotRecorded:
     """Messages that a lost connection to Redis brought, when the worker ends."""
 

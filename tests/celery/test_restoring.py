@@ -85,13 +85,13 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 def _broker(
-    server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = ''
+    server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str = '', **options: Any
 ) -> CeleryBroker:
     app = Celery(
         'restoring',
         broker=server.url(space),
         set_as_current=False,
-        broker_transport_options={'global_keyprefix': prefix},
+        broker_transport_options={'global_keyprefix': prefix, **options},
     )
     broker = JobSync(
         app, config=CoordinationConfig(appname='shop_'), route_producers=False
@@ -240,15 +240,47 @@ def test_a_record_that_cannot_be_read_goes_and_keeps_nobody_waiting(
     client.hset(_UNACKED, 'tag', json.dumps([_message(), '', _QUEUE]))
     client.zadd('unacked_index', {'old': 1, 'tag': 2})
     client.hset('unacked', mapping={'old': record, 'tag': json.dumps([_message(), '', _QUEUE])})
-    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == {_NODE}
+    assert broker.left({'jobsync.shop_.n1': _NODE}) == {'jobsync.shop_.n1'}
     with caplog.at_level(logging.WARNING):
         assert broker.restore(_NODE) == 2
         assert broker.restore(_NODE) == 0
         assert broker.restore_shared({'visibility_timeout': 10}) == 2
         assert broker.restore_shared({'visibility_timeout': 10}) == 0
     assert [entry.levelname for entry in caplog.records] == ['ERROR', 'ERROR']
-    assert broker.left({_NODE: 'jobsync.shop_.n1'}) == frozenset()
+    assert broker.left({'jobsync.shop_.n1': _NODE}) == frozenset()
     assert client.llen(_QUEUE) == 2 and not client.exists('unacked')
+
+
+@pytest.mark.parametrize('prefix', ['', 'shop:', '{jobs}:'])
+def test_what_a_plain_worker_had_taken_comes_back_under_the_prefix(
+    redis_server: RedisServer, space: str, stack: contextlib.ExitStack, prefix: str
+) -> None:
+    broker = _broker(redis_server, space, stack, prefix)
+    options = {'global_keyprefix': prefix, 'visibility_timeout': 1}
+    # It is killed: nothing of it is called any more, so that it gives nothing back.
+    plain = Connection(redis_server.url(space), transport_options=options)
+    channel: Any = stack.enter_context(plain).channel()
+    stack.callback(channel.qos._delivered.clear)
+    client = stack.enter_context(contextlib.closing(redis_server.client(space)))
+    client.lpush(f'{prefix}{_QUEUE}', json.dumps(_message()))
+    assert Queue(_QUEUE)(channel).get() is not None
+    assert client.hlen(f'{prefix}unacked') == 1 and not client.exists(f'{prefix}{_QUEUE}')
+    eventually(lambda: broker.restore_shared(options) == 1, 10)
+    assert client.llen(f'{prefix}{_QUEUE}') == 1
+    assert not client.exists(f'{prefix}unacked', f'{prefix}unacked_index')
+    assert all(key.startswith(prefix) for key in client.scan_iter())
+
+
+def test_an_evacuation_records_what_it_takes_though_the_app_wants_no_records(
+    redis_server: RedisServer, space: str, stack: contextlib.ExitStack
+) -> None:
+    broker = _broker(redis_server, space, stack, ack_emulation=False)
+    client = stack.enter_context(contextlib.closing(redis_server.client(space)))
+    client.lpush(_QUEUE, json.dumps(_message()))
+    delivery = broker.take(_QUEUE)
+    assert delivery is not None and client.hkeys('unacked') == ['tag']
+    delivery.forward('large')
+    assert client.llen('large') == 1 and not client.exists('unacked', _QUEUE)
 
 
 def test_where_bindings_are_gone_the_routing_key_names_the_queue(

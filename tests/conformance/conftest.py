@@ -5,7 +5,7 @@ database and directory.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,12 +93,15 @@ def _factory(
         settings: dict[str, Any] | None = None,
         *,
         own: bool = False,
+        server: BrokerServer | None = None,
+        conf: Mapping[str, Any] | None = None,
         postgres: EmbeddedPostgres | None = None,
         pins: Sequence[str] = (),
     ) -> Cluster:
-        server: BrokerServer = request.getfixturevalue(
+        server = server or request.getfixturevalue(
             f'own_{setup.broker}' if own else f'{setup.broker}_server'
         )
+        assert server is not None
         results: BrokerServer = request.getfixturevalue('redis_server')
         database: EmbeddedPostgres = postgres or request.getfixturevalue('postgres')
         name = f'conformance_{uuid.uuid4().hex[:12]}'
@@ -113,6 +116,7 @@ def _factory(
             results.url(results.new_space()),
             database.config(name, total_tokens=chosen['total_tokens']),
             directories.mktemp(setup.name),
+            conf or {},
         )
         return stack.enter_context(
             Cluster(ADAPTERS[setup.framework](place, JOBSYNC, chosen, pins), setup.pool)
@@ -130,8 +134,8 @@ def _drop(postgres: EmbeddedPostgres, name: str) -> None:
 def make_cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Cluster]]:
-    """Makes clusters that end with the test: `make_cluster(setup, settings, own=..., postgres=...,
-    pins=...)`.
+    """Makes clusters that end with the test: `make_cluster(setup, settings, own=..., server=...,
+    conf=..., postgres=..., pins=...)`.
     """
     with ExitStack() as stack:
         yield _factory(stack, request, tmp_path_factory)

@@ -15,7 +15,7 @@ import subprocess
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -62,6 +62,7 @@ class Place:
         results: URL of the result backend.
         config: The test's database.
         directory: For logs and notes.
+        conf: The framework's settings, of workers and senders alike.
     """
 
     server: BrokerServer
@@ -69,6 +70,7 @@ class Place:
     results: str
     config: CoordinationConfig
     directory: Path
+    conf: Mapping[str, Any] = field(default_factory=dict)
 
     def order(self, jobsync: bool, settings: dict[str, Any], pins: Sequence[str] = ()) -> Order:
         """What a process of this place is told."""
@@ -81,6 +83,7 @@ class Place:
             database=f'postgresql://{config.user}:{config.password}@{config.host}:{config.port}/{config.dbname}',
             settings=settings,
             pins=list(pins),
+            conf=dict(self.conf),
         )
 
 
@@ -418,7 +421,7 @@ class Cluster:
             node=self.adapter.node_of(name),
             without=list(without),
             loose=list(loose),
-            conf=conf or {},
+            conf={**self.adapter.order.conf, **(conf or {})},
             pause=pause,
             torn=torn,
             settings={**self.adapter.order.settings, **settings},

@@ -1,6 +1,6 @@
 """Redis as fleets have it, and what is reported of Celery's workers on it: a server that refuses
 writes for a while, connections that break in mingle or are never answered again, lost bindings, key
-prefixes, few rights, priorities, Sentinel.
+prefixes, few rights, priorities.
 
 Nothing is lost or doubled, and workers go on.
 """
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
-from tests.support.brokers import RedisServer, die_with_parent
+from tests.support.brokers import RedisServer
 from tests.support.proxy import Proxy
 from tests.support.waiting import eventually
 
@@ -284,96 +283,3 @@ def test_a_server_that_ends_idle_connections_costs_nothing(
         'Connection to broker lost' not in worker.log() for worker in cluster.workers.values()
     )
     _check_atomic(cluster)
-
-
-@_ON_PROCESSES
-def test_a_failover_by_sentinel_is_followed(setup: Setup, make_cluster: MakeCluster) -> None:
-    cluster = make_cluster(setup, own=True)
-    first = _server(cluster)
-    with contextlib.ExitStack() as stack:
-        second = stack.enter_context(RedisServer())
-        assert isinstance(second, RedisServer)
-        with contextlib.closing(second.client()) as client:
-            client.execute_command('REPLICAOF', '127.0.0.1', first.port)
-            eventually(lambda: client.info('replication')['master_link_status'] == 'up', 20)
-        sentinel = stack.enter_context(_Sentinel(first.port))
-        url, options = (
-            f'sentinel://127.0.0.1:{sentinel.port}/{cluster.place.space}',
-            {'master_name': 'shop'},
-        )
-        conf = {'broker_transport_options': options}
-        for name in ('alpha', 'beta'):
-            cluster.launch(name, conf=conf, broker=url)
-        for worker in cluster.workers.values():
-            worker.wait_ready()
-        cluster.settle()
-        _send(cluster, 40)
-        cluster.wait_progress(5)
-        with contextlib.closing(second.client()) as client:
-            # What an order that nobody has confirmed could lose is no matter of the workers'.
-            eventually(lambda: client.info('replication')['master_link_status'] == 'up')
-            sentinel.fail_over()
-            eventually(lambda: client.info('replication')['role'] == 'master', 30)
-        cluster.wait_ended({item.key for item in cluster.sent}, 60)
-        with contextlib.closing(second.client(cluster.place.space)) as client:
-            eventually(
-                lambda: (
-                    not any(
-                        client.llen(key)
-                        for key in client.keys('celery*')
-                        if client.type(key) == 'list'
-                    )
-                ),
-                20,
-            )
-            eventually(lambda: not client.keys('*unacked'), 20)
-        _check_atomic(cluster)
-
-
-class _Sentinel:
-    """A Redis Sentinel of one, which is enough to decide.
-
-    Args:
-        master: The port of the master, named 'shop'.
-    """
-
-    def __init__(self, master: int) -> None:
-        self._server = RedisServer()
-        self.port = self._server.port
-        path = self._server.home / 'sentinel.conf'
-        path.write_text(
-            f'port {self.port}\nbind 127.0.0.1\nsentinel monitor shop 127.0.0.1 {master} 1\n'
-            'sentinel down-after-milliseconds shop 1000\nsentinel failover-timeout shop 5000\n'
-        )
-        with (self._server.home / 'output').open('ab') as output:
-            self._process = subprocess.Popen(
-                [self._server._program, str(path), '--sentinel'],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=die_with_parent(),
-            )
-
-    def __enter__(self) -> _Sentinel:
-        eventually(lambda: self._ask('PING') is not None, 20)
-        eventually(lambda: self._ask('SENTINEL', 'REPLICAS', 'shop'), 30)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._server.close()
-
-    def fail_over(self) -> None:
-        """Make the replica the master; the other one becomes its replica."""
-        self._ask('SENTINEL', 'FAILOVER', 'shop')
-
-    def _ask(self, *words: str) -> Any:
-        from redis import ConnectionError as RedisConnectionError
-
-        with contextlib.closing(self._server.client()) as client:
-            try:
-                return client.execute_command(*words)
-            except RedisConnectionError:
-                return None

@@ -21,6 +21,7 @@ from pika.exceptions import UnroutableError
 from redis import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
+from redis.sentinel import Sentinel
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.incoming import read_stamps
@@ -160,6 +161,20 @@ def in_thread(action: Callable[[], Any]) -> None:
     assert not thread.is_alive()
 
 
+def test_where_a_broker_is_names_what_decides_and_no_password() -> None:
+    untyped: Any = Sentinel
+    sentinel = untyped(
+        [('127.0.0.1', 1)], sentinel_kwargs={'password': 'secret1'}, password='secret2'
+    )
+    by_sentinel = RedisBroker(client=sentinel.master_for('shop', db=3), namespace='jobs')
+    with_tls = RedisBroker(url='rediss://u:secret1@h:7/3?ssl_password=secret2', namespace='jobs')
+    places = [
+        open_broker(native, CoordinationConfig(appname='shop_')).place
+        for native in (by_sentinel, with_tls)
+    ]
+    assert places == ['Redis, the master shop of Sentinel/3 (jobs)', 'redis://h:7/3 (jobs)']
+
+
 class TestBothBrokers:
     def test_a_broker_is_known_again_and_another_part_of_it_is_another(
         self, place: Place, server: BrokerServer
@@ -182,9 +197,12 @@ class TestBothBrokers:
 
     def test_what_nodes_that_are_gone_left_is_seen_and_nothing_else(self, place: Place) -> None:
         gone, opened = place.node('gone'), place.node('n1')
-        queues = {'gone': 'jobsync.shop_.gone', 'n2': N2}
-        rabbit = place.server.kind == 'rabbitmq'
-        assert opened.left(queues) == (set(queues) if rabbit else set())
+        queues = {
+            'jobsync.shop_.gone': 'gone',
+            N2: 'n2',
+            **{f'jobsync.shop_.never-{each}': f'never-{each}' for each in range(210)},
+        }
+        assert opened.left(queues) == set()
         place.put(gone, 'jobsync.shop_.gone', 2)
         eventually(lambda: opened.size('jobsync.shop_.gone') == 2)
         assert opened.size('jobsync.shop_.never') == 0
@@ -196,7 +214,19 @@ class TestBothBrokers:
         ) and opened.size('jobsync.shop_.gone') == 1
         delivery.requeue()
         eventually(lambda: opened.size('jobsync.shop_.gone') == 2)
-        assert opened.left(queues) == (set(queues) if rabbit else {'gone'})
+        assert opened.left(queues) == {'jobsync.shop_.gone'}
+
+    def test_what_a_node_that_is_gone_had_taken_is_seen_where_the_broker_does_not_return_it(
+        self, place: Place
+    ) -> None:
+        gone, opened = place.node('gone'), place.node('n1')
+        place.put(gone, 'default', 1)
+        consumer = gone.consume('default', 1, 1000)
+        eventually(lambda: consumer.next(True) is not None)
+        redis = place.server.kind == 'redis'
+        queue = 'jobsync.shop_.gone'
+        assert opened.left({queue: 'gone', N2: 'n2'}) == ({queue} if redis else set())
+        consumer.close([])
 
     def test_a_copy_comes_out_as_it_was_sent(self, place: Place) -> None:
         node = place.node('n1')

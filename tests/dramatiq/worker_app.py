@@ -118,6 +118,15 @@ def lasting(n: int) -> None:
 
 
 @dramatiq.actor(max_retries=0)
+@exactly_once(key='held:{n}')
+def held(n: int) -> None:
+    note(f'held:{n}')
+    while not log.exists('go'):
+        time.sleep(0.02)
+    note(f'heldend:{n}')
+
+
+@dramatiq.actor(max_retries=0)
 def long(seconds: float) -> None:
     note('long')
     time.sleep(seconds)

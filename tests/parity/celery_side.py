@@ -425,12 +425,6 @@ CONFIGURATIONS = [
         soak=True,
     ),
     Configuration(
-        'no acknowledgements',
-        {'broker_transport_options': {'ack_emulation': False}},
-        brokers=_REDIS,
-        kinds=_FEW,
-    ),
-    Configuration(
         'priorities',
         {'task_queue_max_priority': 10, 'task_default_priority': 3},
         brokers=_AMQP,

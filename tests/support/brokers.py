@@ -186,6 +186,9 @@ class RedisServer(BrokerServer):
         durable: Every command is on disk before it is answered, so that a server that was killed
             comes back with all its data.
 
+    Attributes:
+        program: The path of the program.
+
     Raises:
         BrokerUnavailable: There is no redis-server.
     """
@@ -194,7 +197,7 @@ class RedisServer(BrokerServer):
 
     def __init__(self, durable: bool = False) -> None:
         try:
-            self._program = redis_program()
+            self.program = redis_program()
         except EmbeddedServerError as error:
             raise BrokerUnavailable(str(error)) from error
         self._durable = durable
@@ -245,8 +248,9 @@ class RedisServer(BrokerServer):
         with contextlib.closing(self.client()) as client:
             return int(client.execute_command('CLIENT', 'KILL', 'TYPE', 'normal', 'SKIPME', 'yes'))
 
-    def _launch(self) -> None:
-        options = {
+    def _options(self) -> dict[str, object]:
+        """Its configuration."""
+        return {
             'port': self.port,
             'bind': _HOST,
             'dir': self.home,
@@ -259,11 +263,11 @@ class RedisServer(BrokerServer):
             'loglevel': 'warning',
             'logfile': '',
         }
+
+    def _launch(self) -> None:
+        options = self._options().items()
         self._process = self._spawn(
-            [
-                self._program,
-                *(part for name, value in options.items() for part in (f'--{name}', str(value))),
-            ]
+            [self.program, *(part for name, value in options for part in (f'--{name}', str(value)))]
         )
 
     def _answers(self) -> bool:

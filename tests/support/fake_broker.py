@@ -106,8 +106,9 @@ class FakeBroker:
         self.marks: list[str] = []
         self.taken: list[str] = []
         self.resets = 0
-        #: How many nodes each question was about.
+        #: How many queues each question was about that was about several; how many questions.
         self.asked: list[int] = []
+        self.questions = 0
         #: Errors that the next calls of `restore` raise.
         self.errors: list[Exception] = []
         self.on_restore: Callable[[str], object] = lambda node: None
@@ -116,6 +117,7 @@ class FakeBroker:
         self.on_delete: Callable[[str], object] = lambda queue: None
 
     def mark(self, mark: str) -> None:
+        self.questions += 1
         self.marks.append(mark)
 
     def restore(self, node: str) -> int:
@@ -129,17 +131,17 @@ class FakeBroker:
             return len(items)
 
     def left(self, queues: Mapping[str, str]) -> frozenset[str]:
+        self.questions += 1
         self.asked.append(len(queues))
         with self.contents.lock:
             return frozenset(
-                node
-                for node, queue in queues.items()
-                if self.catches_strays
-                or self.contents.queues.get(queue)
-                or self.contents.held.get(node)
+                queue
+                for queue, node in queues.items()
+                if self.contents.queues.get(queue) or self.contents.held.get(node)
             )
 
     def size(self, queue: str) -> int:
+        self.questions += 1
         self.on_size(queue)
         return self.contents.size(queue)
 

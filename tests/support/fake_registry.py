@@ -4,7 +4,7 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,14 +27,15 @@ class Time:
     now: float = 1000.0
     version: int = 1
     leased: bool = True
-    leads: bool = False
+    leads: bool = True
+    nodes: int = 1
 
     def __call__(self) -> float:
         return self.now
 
     @property
     def moment(self) -> Moment:
-        return Moment(self.now, self.leased, self.version, self.leads)
+        return Moment(self.now, self.leased, self.version, self.leads, self.nodes)
 
     def run(self, duty: Duty, stop: Callable[[], bool] = never) -> bool:
         """Run a duty if it is due; whether it was."""
@@ -54,6 +55,8 @@ class FakeRegistry:
         back: Nodes that have come back since.
         busy: What others hold.
         held_by_me: What this node has held.
+        transactions: How many there were.
+        on_hold: Called when several are held.
     """
 
     gone: dict[str, float] = field(default_factory=dict)
@@ -61,8 +64,11 @@ class FakeRegistry:
     back: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     held_by_me: list[str] = field(default_factory=list)
+    transactions: int = 0
+    on_hold: Callable[[], object] = lambda: None
 
     def _left(self, kept: Callable[[float], bool]) -> list[Orphan]:
+        self.transactions += 1
         ages = sorted((age, node) for node, age in self.gone.items() if kept(age))
         return [Orphan(f'q.{node}', node, age) for age, node in ages]
 
@@ -73,19 +79,30 @@ class FakeRegistry:
         return self._left(lambda age: age >= young)
 
     def draining(self) -> list[Orphan]:
+        self.transactions += 1
         return [Orphan(f'q.{node}', node, 0.0) for node in self.drained]
 
     def is_gone(self, node: str) -> bool:
+        self.transactions += 1
         return node not in self.back
 
     @contextmanager
     def held(self, node: str) -> Iterator[bool]:
+        self.transactions += 1
         if node not in self.busy:
             self.held_by_me.append(node)
         yield node not in self.busy
 
-    def forget(self, queue: str) -> None:
-        del self.gone[queue.removeprefix('q.')]
+    @contextmanager
+    def all_held(self, nodes: Collection[str]) -> Iterator[frozenset[str]]:
+        self.transactions += 2
+        self.on_hold()
+        yield frozenset(nodes) - self.busy - self.back
+
+    def forget(self, queues: Sequence[str]) -> None:
+        self.transactions += 1
+        for queue in queues:
+            del self.gone[queue.removeprefix('q.')]
 
 
 class FakeOwners:

@@ -256,7 +256,7 @@ def _sweep_and_schedule(config: CoordinationConfig) -> None:
                 assert QueueStore(connection, tables).hold('gone') and QueueStore(
                     connection, tables
                 ).is_gone('gone')
-                QueueStore(connection, tables).forget('queue of gone')
+                QueueStore(connection, tables).forget(['queue of gone'])
             owners = OwnerMap(sessions, tables)
             owners.refresh()
             place = owners.find('some route')

@@ -112,23 +112,34 @@ ORDER BY q.name
 SELECT set_config('idle_in_transaction_session_timeout', %(silent)s, true),
     pg_try_advisory_xact_lock(hashtextextended(%(what)s, 0))
 
+-- name: hold_all
+-- The same for what several nodes left.
+SELECT asked.name, set_config('idle_in_transaction_session_timeout', %(silent)s, true),
+    pg_try_advisory_xact_lock(hashtextextended(%(what)s || asked.name, 0))
+FROM unnest(%(nodes)s::text[]) AS asked(name)
+
+-- name: gone
+-- Those nodes that are not in the node table.
+SELECT asked.name FROM unnest(%(nodes)s::text[]) AS asked(name)
+WHERE NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = asked.name)
+
 -- name: is_gone
 -- Whether a node is not in the node table.
 SELECT NOT EXISTS (SELECT FROM {node} WHERE name = %(node)s)
 
 -- name: forget
--- Removes a queue whose node is gone; and with the last one what the node belonged to.
+-- Removes queues whose nodes are gone; and with the last one what the node belonged to.
 DELETE FROM {queue} AS q
-WHERE name = %(name)s AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node);
+WHERE name = ANY(%(names)s) AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node);
 WITH gone AS (
     DELETE FROM {node_queue} AS q
-    WHERE q.name = %(name)s AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
+    WHERE q.name = ANY(%(names)s) AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
     RETURNING q.node, q.home
 )
 DELETE FROM {node_queue} AS q USING gone
 WHERE q.node = gone.node AND q.home = '' AND NOT EXISTS (
     SELECT FROM {node_queue} AS o
-    WHERE o.node = gone.node AND o.home <> '' AND o.home <> gone.home)
+    WHERE o.node = gone.node AND o.home <> '' AND NOT o.name = ANY(%(names)s))
 
 -- name: owners
 -- Who owns which tokens, or is about to, by token, in all queue groups; these, with whether a node

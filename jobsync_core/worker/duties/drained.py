@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ... import clock
@@ -15,8 +16,11 @@ __all__ = ['Drained']
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks: who has an older map still sends to such a node.
-_LOOK_SEC = 2.0
+#: Seconds between two looks after a plan or where something was found, as who has an older map
+#: still sends to such a node; for how long; and between two looks later.
+_BUSY_SEC, _CLOSE_SEC, _LOOK_SEC = 5.0, 15.0, 10.0
+#: How many of the leader's pauses pass until one of the others looks.
+_SHARE = 5.0
 
 
 class Drained:
@@ -46,25 +50,32 @@ class Drained:
         self._node = node
         self._registry = registry
         self._sweeping = sweeping
-        self._interval = min(_LOOK_SEC, interval)
+        self._interval = interval
         self._count = count
         self._now = now
-        self._pace = Pace()
+        self._pace = Pace(_SHARE)
+        self._version = -1
+        self._busy_until = -math.inf
 
     def due(self, moment: Moment) -> float:
-        """After each plan, and once in a while."""
+        """For the leader after each plan, and once in a while."""
         return self._pace.due(moment)
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Pass on what is there."""
         self._pace.begin(moment)
+        if moment.version != self._version:
+            self._version, self._busy_until = moment.version, moment.now + _CLOSE_SEC
         drained = self._sweeping.without_trouble(self._registry.draining())
         self._sweeping.each(drained, lambda orphan: self._pass_on(orphan, stop), stop)
-        self._pace.rest(self._now() + self._interval)
+        now = self._now()
+        pause = _BUSY_SEC if now < self._busy_until else _LOOK_SEC
+        self._pace.rest(now + min(pause, self._interval))
 
     def _pass_on(self, orphan: Orphan, stop: Callable[[], bool]) -> None:
         moved = self._sweeping.drain(orphan.queue, stop)
         if moved:
+            self._busy_until = self._now() + _CLOSE_SEC
             self._count('rescued', moved)
             logger.info(
                 'node=%s passed on %d messages of node=%s, which owns nothing now',

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ['Duty', 'Every', 'Moment', 'Pace']
+__all__ = ['Duty', 'Every', 'Moment', 'Pace', 'turn_of']
+
+#: Seconds after a plan within which one of all followers looks, whether the leader does its part.
+_SOON_SEC = 1.0
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,14 @@ class Moment:
         leased: The node has a valid lease.
         version: Version of the assignment that the node has seen: another one is another plan.
         leads: The node is the leader.
+        nodes: How many nodes own something.
     """
 
     now: float
     leased: bool
     version: int
     leads: bool = False
+    nodes: int = 1
 
 
 class Duty(Protocol):
@@ -50,26 +56,85 @@ class Duty(Protocol):
         """
 
 
-class Pace:
-    """When a duty is due that needs the lease: after each plan, and after a pause."""
+def turn_of(
+    moment: Moment, seconds: float, share: float = 1.0, chance: Callable[[], float] = random.random
+) -> float:
+    """Seconds that one node pauses, where the leader pauses for so many: what all followers do
+    together is the same however many they are. One that looks at random is not kept off by the same
+    other one each time.
 
-    def __init__(self) -> None:
-        self._version = -1
+    Args:
+        moment: What is so.
+        seconds: The leader's pause.
+        share: How many times that passes, on average, until one of all followers looks.
+        chance: A number from 0 to 1.
+    """
+    if moment.leads:
+        return seconds
+    return seconds * share * max(1, moment.nodes - 1) * 2 * chance()
+
+
+class Pace:
+    """When a duty is due that needs the lease: for the leader after each plan, and after a pause.
+    For the others less often, so that what one leaves undone is done by another all the same: a
+    leader may be cut off from the broker, or be stuck with one queue.
+
+    Args:
+        share: How many of the leader's pauses pass until one of the followers looks.
+        first: Seconds until a leader would look for the first time; None: each node looks at once,
+            and after each plan.
+        chance: A number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        share: float = 1.0,
+        first: float | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._share = share
+        self._first = first
+        self._chance = chance
+        self._began: Moment | None = None
+        self._noted = -1
         self._at = -math.inf
 
     def due(self, moment: Moment) -> float:
         """Seconds until it is."""
         if not moment.leased:
             return math.inf
-        return 0.0 if moment.version != self._version else self._at - moment.now
+        before = self._began
+        if before is None:
+            return self._due_first(moment)
+        if moment.leads and not before.leads:
+            return 0.0  # whoever led may have left it in the middle
+        if self._first is None and moment.version != before.version:
+            if moment.leads:
+                return 0.0
+            if moment.version != self._noted:
+                self._noted = moment.version
+                soon = moment.now + turn_of(moment, _SOON_SEC, 1.0, self._chance)
+                self._at = min(self._at, soon)
+        return self._at - moment.now
+
+    def _due_first(self, moment: Moment) -> float:
+        if self._first is None or moment.leads:
+            return 0.0
+        if self._at == -math.inf:
+            self._at = moment.now + turn_of(moment, self._first, self._share, self._chance)
+        return self._at - moment.now
 
     def begin(self, moment: Moment) -> None:
         """The duty runs; should it fail, it is due still."""
-        self._version, self._at = moment.version, moment.now
+        self._began, self._at = moment, moment.now
 
     def rest(self, until: float) -> None:
-        """The duty has run, and is due again at this moment if no plan comes before."""
-        self._at = until
+        """The duty has run, and is due again at this moment if no plan comes before; where another
+        node leads, later.
+        """
+        if self._began is not None:
+            pause = until - self._began.now
+            self._at = self._began.now + turn_of(self._began, pause, self._share, self._chance)
 
 
 class Every:

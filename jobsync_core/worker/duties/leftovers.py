@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
+from ... import clock
 from ...store.queues import Orphan
 from ..broker import Broker
 from ..registry import CLOSE_SEC, Registry
 from ..sweeping import Sweeping
-from .duty import Moment
+from .duty import Moment, Pace
 
 __all__ = ['Leftovers']
 
@@ -18,64 +18,76 @@ __all__ = ['Leftovers']
 _KEEP_SEC = 3600.0
 #: Empty queues that one run deletes: a run is to be short.
 _DELETIONS = 50
+#: How many of the leader's pauses pass until one of the others looks.
+_SHARE = 2.0
 
 
 class Leftovers:
-    """The leader's alone, in few trips: most of it is empty.
+    """The leader's, in few trips: most of it is empty. The others look whether the leader does it.
 
     Args:
         broker: The broker.
         registry: Who left what.
         sweeping: Brings it back.
         interval: Seconds between two looks.
+        now: The clock.
     """
 
     name = 'leftovers'
 
     def __init__(
-        self, broker: Broker, registry: Registry, sweeping: Sweeping, interval: float
+        self,
+        broker: Broker,
+        registry: Registry,
+        sweeping: Sweeping,
+        interval: float,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         self._broker = broker
         self._registry = registry
         self._sweeping = sweeping
         self._interval = interval
-        self._at = -math.inf
+        self._now = now
+        self._pace = Pace(_SHARE, interval)
 
     def due(self, moment: Moment) -> float:
-        """Once in a while, where this node leads."""
-        return self._at - moment.now if moment.leased and moment.leads else math.inf
+        """Once in a while."""
+        return self._pace.due(moment)
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Bring back what came late, then delete what is empty."""
-        self._at = moment.now + self._interval
+        self._pace.begin(moment)
+        self._pace.rest(self._now() + self._interval)
         old = self._registry.old_orphans(CLOSE_SEC)
         self._sweeping.sweep(old, stop)
         self._delete(old, stop)
         if stop():
-            self._at = moment.now  # it was cut off: the rest in the next turn
+            self._pace.begin(moment)  # it was cut off: the rest in the next turn
 
     def _delete(self, orphans: Sequence[Orphan], stop: Callable[[], bool]) -> None:
-        """Delete queues that have been empty for long, and forget them."""
+        """Delete queues that have been empty for long, and forget them: many at once, in three
+        transactions.
+        """
         due = [
             orphan
             for orphan in orphans
             if (self._broker.catches_strays or orphan.age >= _KEEP_SEC)
             and not self._sweeping.made_trouble(orphan)
-        ]
-        if not due:
+        ][:_DELETIONS]
+        if not due or stop():
             return
-        left = (
-            self._broker.left({orphan.node: orphan.queue for orphan in due})
-            if not self._broker.catches_strays
-            else frozenset()
-        )
-        empty = [orphan for orphan in due if orphan.node not in left][:_DELETIONS]
-        self._sweeping.each(empty, self.delete_one, stop)
+        deleted: list[str] = []
 
-    def delete_one(self, orphan: Orphan) -> None:
-        """Delete one node's queue if nothing is in it, and forget it."""
-        with self._registry.held(orphan.node) as held:
-            if not held or not self._registry.is_gone(orphan.node):
-                return
+        def delete(orphan: Orphan) -> None:
             if self._broker.delete(orphan.queue):
-                self._registry.forget(orphan.queue)
+                deleted.append(orphan.queue)
+
+        with self._registry.all_held({orphan.node for orphan in due}) as held:
+            ours = [orphan for orphan in due if orphan.node in held]
+            left = self._broker.left({orphan.queue: orphan.node for orphan in ours})
+            empty = [orphan for orphan in ours if orphan.queue not in left]
+            try:
+                self._sweeping.each(empty, delete, stop)
+            finally:
+                if deleted:
+                    self._registry.forget(deleted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .duty import Moment
+from .duty import Moment, turn_of
 
 __all__ = ['BrokerMark']
 
@@ -36,5 +36,5 @@ class BrokerMark:
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Look."""
-        self._at = moment.now + _LOOK_SEC
+        self._at = moment.now + turn_of(moment, _LOOK_SEC)
         self._write(self._mark())

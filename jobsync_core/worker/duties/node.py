@@ -60,7 +60,8 @@ class NodeDuties:
         self._job = job = gate.job
         self._broker = broker
         self._sessions = gate.sessions
-        config, owners, node = gate.settings.config, gate.owners, gate.job.node_name
+        self._owners = owners = gate.owners
+        config, node = gate.settings.config, gate.job.node_name
         unknown, interval = unknown_queue(config.appname), config.rebalance_check_interval_sec
         self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
         passage = Passage(broker, node)
@@ -146,7 +147,13 @@ class NodeDuties:
 
     def _look(self) -> Moment:
         job = self._job
-        return Moment(clock.now(), job.am_i_healthy(), job.token_version, job.am_i_leader())
+        return Moment(
+            clock.now(),
+            job.am_i_healthy(),
+            job.token_version,
+            job.am_i_leader(),
+            self._owners.nodes,
+        )
 
     def _close_idle(self) -> None:
         self._sessions.trim()

@@ -14,14 +14,19 @@ __all__ = ['Rescue']
 #: Seconds between two looks at what was left just now: a message may be on its way to it.
 _BUSY_SEC = 0.5
 #: The same where nothing was.
-_LOOK_SEC = 2.0
+_LOOK_SEC = 3.0
+#: How many of the leader's pauses pass until one of the others looks.
+_SHARE = 5.0
+#: Seconds until the next look, for each second that one took: with many queues at a broker that is
+#: far away a look takes long.
+_REST = 5.0
 
 
 class Rescue:
     """One node's part in it.
 
-    Every node looks closely at what has been left in the last seconds, the newest first, so that it
-    comes back soon whoever lives. What is older is the leader's.
+    The leader looks closely at what has been left in the last seconds, the newest first, so that it
+    comes back soon. The others look whether it does; what they find, they bring back themselves.
 
     Args:
         registry: Who left what.
@@ -43,10 +48,10 @@ class Rescue:
         self._sweeping = sweeping
         self._interval = min(_LOOK_SEC, interval)
         self._now = now
-        self._pace = Pace()
+        self._pace = Pace(_SHARE)
 
     def due(self, moment: Moment) -> float:
-        """After each plan, and soon after a look that found something."""
+        """For the leader after each plan, and soon after a look that found something."""
         return self._pace.due(moment)
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
@@ -54,4 +59,6 @@ class Rescue:
         self._pace.begin(moment)
         fresh = self._registry.orphans(CLOSE_SEC)
         self._sweeping.sweep(fresh, stop)
-        self._pace.rest(self._now() + (_BUSY_SEC if fresh else self._interval))
+        now = self._now()
+        pause = max(_BUSY_SEC if fresh else self._interval, _REST * (now - moment.now))
+        self._pace.rest(now + pause)

@@ -132,9 +132,9 @@ def test_an_orphan_is_forgotten_and_a_live_node_s_queue_is_not(
     with Job('n1', config, wait_on_enter=0):
         record(sessions, tables, ('q1', 'n1', 'celery'), ('q', 'gone', 'celery'))
         with sessions.session() as connection:
-            QueueStore(connection, tables).forget('q1')
-            QueueStore(connection, tables).forget('q')
-            QueueStore(connection, tables).forget('never')
+            QueueStore(connection, tables).forget(['q1'])
+            QueueStore(connection, tables).forget(['q'])
+            QueueStore(connection, tables).forget(['never'])
         assert [row[0] for row in rows(config)] == ['q1']
 
 

@@ -148,3 +148,60 @@ class TestSelfDrain:
         node.other = 'active'
         made.look()
         assert node.log == ['drain']
+
+    @pytest.mark.parametrize('by_operator', [None, 'n1', 'n3'])
+    def test_of_those_that_drain_at_one_moment_one_takes_its_keys_back(
+        self, by_operator: str | None
+    ) -> None:
+        """The broker is away: each has found others that were active."""
+        states = dict.fromkeys(('n1', 'n2', 'n3', 'n4'), 'active')
+        before = dict(states)
+        nodes = [Seeing(name, states) for name in states]
+        drains = [SelfDrain(node, lambda: silence[0], 10) for node in nodes]  # type: ignore[arg-type]
+        silence = [99.0]
+        for node in nodes:
+            node.seen = before  # all look before one of them drains
+        if by_operator is not None:
+            states[by_operator] = 'draining'
+        for drain in drains:
+            drain.look()
+        assert [*states.values()] == ['draining'] * 4
+        for node in nodes:
+            node.seen = states
+        for _ in range(10):
+            for drain in drains:
+                drain.look()
+            assert [*states.values()].count('active') <= 1
+        kept = 'n1' if by_operator != 'n1' else 'n2'
+        assert [name for name, state in states.items() if state == 'active'] == [kept]
+        silence[0] = 0.0
+        for drain in drains:
+            drain.look()
+        expected = dict.fromkeys(states, 'active')
+        assert states == {**expected, **({by_operator: 'draining'} if by_operator else {})}
+
+
+class Seeing(Node):
+    """A node of several.
+
+    Args:
+        name: Its name.
+        states: What each of them is, as the database has it.
+    """
+
+    def __init__(self, name: str, states: dict[str, str]) -> None:
+        super().__init__()
+        self.node_name = name
+        self.states = self.seen = states
+
+    def local_status(self) -> dict[str, Any]:
+        return {'state': self.states[self.node_name]}
+
+    def get_active_nodes(self) -> list[dict[str, Any]]:
+        return [{'name': name, 'state': state} for name, state in self.seen.items()]
+
+    def drain(self, timeout: float) -> None:
+        self.states[self.node_name] = 'draining'
+
+    def undrain(self) -> None:
+        self.states[self.node_name] = 'active'

@@ -41,7 +41,7 @@ class Stage:
             now=self.time,
         )
         self.rescue = Rescue(self.registry, self.sweeping, 30, self.time)
-        self.leftovers = Leftovers(self.broker, self.registry, self.sweeping, 30)
+        self.leftovers = Leftovers(self.broker, self.registry, self.sweeping, 30, self.time)
         self.drained = Drained('n1', self.registry, self.sweeping, 30, self.count, self.time)
 
     def count(self, event: str, number: int) -> None:
@@ -82,7 +82,7 @@ class TestRescue:
         self, stage: Stage
     ) -> None:
         assert stage.time.run(stage.rescue)
-        assert stage.rescue.due(stage.time.moment) == 2.0
+        assert stage.rescue.due(stage.time.moment) == 3.0
         stage.time.version += 1
         stage.registry.gone = {'gone': 1.0}
         assert stage.time.run(stage.rescue)
@@ -235,23 +235,47 @@ class TestLeftovers:
     def test_a_queue_that_made_trouble_or_whose_node_has_come_back_is_not_deleted(self) -> None:
         stage = Stage(catches_strays=True)
         stage.refuse('bad')
+        stage.contents.put('q.bad', 'a')
         stage.registry.gone = {'bad': 60.0, 'back': 61.0}
         stage.registry.back = {'back'}
         stage.time.run(stage.leftovers)
         assert stage.broker.deleted == []
 
-    def test_a_run_deletes_some_and_the_next_one_others(self) -> None:
+    def test_a_run_deletes_some_in_four_transactions_and_the_next_one_others(self) -> None:
         stage = Stage(catches_strays=True)
         stage.registry.gone = {f'old-{number}': 60.0 + number for number in range(120)}
         stage.time.run(stage.leftovers)
-        assert len(stage.broker.deleted) == 50
+        assert len(stage.broker.deleted) == 50 and stage.registry.transactions == 4
+
+    def test_what_another_node_holds_is_not_deleted(self) -> None:
+        stage = Stage(catches_strays=True)
+        stage.registry.gone, stage.registry.busy = {'a': 60.0, 'busy': 61.0}, {'busy'}
+        stage.time.run(stage.leftovers)
+        assert stage.broker.deleted == ['q.a']
+
+    def test_what_comes_between_the_look_and_the_hold_is_not_deleted(self) -> None:
+        stage = Stage()
+        stage.registry.gone = {'a': 4000.0}
+        stage.registry.on_hold = lambda: stage.contents.put('q.a', 'late')
+        stage.broker.on_delete = lambda queue: stage.contents.queues.clear()
+        stage.time.run(stage.leftovers)
+        assert stage.broker.deleted == [] and stage.contents.routes('q.a') == ['late']
+
+    def test_where_the_broker_fails_in_the_middle_what_is_deleted_is_forgotten(self) -> None:
+        stage = Stage(catches_strays=True)
+        stage.refuse('q.b', 'q.c', 'q.d', 'parked')
+        stage.broker.on_size = stage.broker.on_delete
+        stage.registry.gone = {node: 60.0 + age for age, node in enumerate('abcde')}
+        with pytest.raises(ConnectionError):
+            stage.time.run(stage.leftovers)
+        assert list(stage.registry.gone) == ['b', 'c', 'd', 'e']
 
 
 def test_what_waits_for_a_drained_node_is_passed_on(stage: Stage) -> None:
     stage.registry.drained = ['away']
     stage.contents.put('q.away', *ROUTES)
     stage.contents.held['away'] = [Item('held')]
-    assert stage.time.run(stage.drained) and stage.drained.due(stage.time.moment) == 2.0
+    assert stage.time.run(stage.drained) and stage.drained.due(stage.time.moment) == 5.0
     assert stage.contents.routes('q.n1') == sorted(ROUTES) and stage.counts == {'rescued': 40}
     assert stage.contents.held, 'what it has in hand is its own: it lives'
 
