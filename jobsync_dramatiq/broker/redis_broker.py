@@ -205,7 +205,7 @@ class RedisWorkerBroker:
             nodes = sorted({queues[each] for each in group})
             # All take from the same few queues.
             sources = client.sunion(
-                [self._keys.sources(node_queue(appname, each)) for each in nodes]
+                [self._keys.sources(old_node_queue(appname, each)) for each in nodes]
             )
             owners = [broker_id(appname, node) for node in nodes]
             taken = (self._keys.taken(owner, text_of(raw)) for owner in owners for raw in sources)

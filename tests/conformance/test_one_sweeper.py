@@ -20,7 +20,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import node_queue, parked_queue
+from jobsync_core.worker.routing import old_node_queue, old_parked_queue
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq.broker.opening import open_broker
 from tests.support.brokers import BrokerServer, RedisServer
@@ -34,7 +34,7 @@ _LEFT, _SECONDS = 500, 20.0
 def _celery(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
     app = Celery('sweeping', broker=url, set_as_current=False)
     broker = jobsync_celery.JobSync(app, config=config, route_producers=False).evacuable()
-    return broker, lambda node: broker.declare(node_queue(config.appname, node))
+    return broker, lambda node: broker.declare(old_node_queue(config.appname, node))
 
 
 def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
@@ -43,7 +43,7 @@ def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str]
 
     native: Any = (RedisBroker if url.startswith('redis') else RabbitmqBroker)(url=url)
     broker = open_broker(native, config)
-    return broker, lambda node: broker.join(node, node_queue(config.appname, node))
+    return broker, lambda node: broker.join(node, old_node_queue(config.appname, node))
 
 
 _OPEN = {'celery': _celery, 'dramatiq': _dramatiq}
@@ -78,7 +78,7 @@ class Fleet:
                 """INSERT INTO "{}queue" (name, node, kind, gone_at)
                    VALUES (%s, %s, %s, now() - make_interval(secs => %s))""",
                 (
-                    node_queue(self.config.appname, node),
+                    old_node_queue(self.config.appname, node),
                     node,
                     self.kind,
                     60 if node in gone else None,
@@ -98,8 +98,8 @@ class Fleet:
             gate,
             broker,
             self.kind,
-            node_queue(self.config.appname, job.node_name),
-            parked_queue(self.config.appname),
+            old_node_queue(self.config.appname, job.node_name),
+            old_parked_queue(self.config.appname),
             on_lease=lambda leased: None,
             on_change=lambda: None,
         )
