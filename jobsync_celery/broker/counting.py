@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jobsync_core.worker.backlog import QueueCount
+from jobsync_core.worker.routing import is_of_cluster
 
 from .forwarding import CONNECT_SEC
 from .queues import Queues
@@ -35,7 +36,13 @@ class CeleryCounter:
 
     def homes(self) -> Iterable[str]:
         """The queues that the app names."""
-        return [str(name) for name in self._app.amqp.queues if not self._queues.is_of_cluster(name)]
+        return [
+            str(name)
+            for name, queue in self._app.amqp.queues.items()
+            # The queues of a broadcast are one for each worker, with names that say nothing.
+            if queue.exchange.type != 'fanout'
+            and not is_of_cluster(str(name), self._queues.appname)
+        ]
 
     def count(self, queues: Sequence[str], nodes: Mapping[str, str]) -> Mapping[str, QueueCount]:
         """What is ready in queues; AMQP does not tell what was taken."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.common import Broadcast
 from kombu.entity import Queue
 
 from jobsync_celery import JobSync
@@ -49,7 +50,7 @@ class Place:
         space = server.new_space()
         stack.callback(server.drop_space, space)
         self.app = Celery('backlog', broker=server.url(space), set_as_current=False)
-        self.app.conf.task_queues = [Queue('celery'), Queue('reports')]
+        self.app.conf.task_queues = [Queue('celery'), Queue('reports'), Broadcast('news')]
         if prefix and self.kind == 'redis':
             self.app.conf.broker_transport_options = {'global_keyprefix': prefix}
         self.counter = JobSync(self.app, config=config).countable()
@@ -103,6 +104,7 @@ def test_all_places_of_a_queue_are_counted(place: Place) -> None:
         place.take(stack, _N1, 'n1')
         place.take(stack, _N1, 'n1')
         found = read_backlog(place.counter, place.config)
+        assert [each.queue for each in found.queues] == ['celery', 'reports']
         reports = found.of('reports')
         assert (reports.ready, reports.parked) == (2 + 3 + 7, 2)
         # AMQP does not tell.
