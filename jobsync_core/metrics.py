@@ -101,6 +101,14 @@ class JobCollector(Collector):
                 family = kind(name, text, labels=['node'])
                 family.add_metric([self._job.node_name], float(status[key]))
                 yield family
+        family = GaugeMetricFamily(
+            'jobsync_group_tokens',
+            'Tokens of a queue group that this node may claim now',
+            labels=['node', 'queue_group'],
+        )
+        for group, tokens in status.get('groups', {}).items():
+            family.add_metric([self._job.node_name, group], tokens)
+        yield family
 
 
 class MessageCollector(Collector):

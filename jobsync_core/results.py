@@ -54,7 +54,9 @@ class NodeInfo(_NodeName, total=False):
 
     `state` is 'joining', 'active' or 'draining'; `tokens` counts those that it owns, `leaving`
     those of them that are to be handed over; `age_sec` is the seconds since its last heartbeat;
-    `incarnation` and `beat` tell this life of the node, and how often its heart has beaten.
+    `incarnation` and `beat` tell this life of the node, and how often its heart has beaten;
+    `groups` names the queue groups that it belongs to, besides that of the plain Job, of which all
+    counts here are.
     """
 
     created_on: datetime.datetime
@@ -71,6 +73,7 @@ class NodeInfo(_NodeName, total=False):
     lease_sec: float
     host: str | None
     pid: int | None
+    groups: list[str]
 
 
 class NodeEvent(TypedDict):
@@ -101,6 +104,7 @@ class CoordinationStatus(_CoordinationEnabled, total=False):
     healthy: bool
     active_nodes: int | None
     my_tokens: int
+    groups: dict[str, int]
     token_version: int
     total_tokens: int
     last_heartbeat: datetime.datetime | None

@@ -7,12 +7,22 @@ Group 0 has the tokens of the plain Job; every node belongs to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .model import Range, Segment
+from .tokens import TokenSet
 
-__all__ = ['GROUP_SPAN', 'MOST_GROUPS', 'PLAIN', 'cut_by_group', 'group_of', 'shifted', 'window']
+__all__ = [
+    'GROUP_SPAN',
+    'MOST_GROUPS',
+    'PLAIN',
+    'cut_by_group',
+    'group_of',
+    'shifted',
+    'tokens_by_group',
+    'window',
+]
 
 #: From the first token of one group to that of the next: more than a cluster may have tokens.
 GROUP_SPAN = 1 << 20
@@ -51,6 +61,21 @@ def cut_by_group(rows: Iterable[Segment], total_tokens: int) -> dict[int, list[S
             if lo < hi:
                 found.setdefault(group, []).append(_moved(row, lo - first, hi - first))
     return found
+
+
+def tokens_by_group(held: TokenSet, ids: Mapping[str, int], total_tokens: int) -> dict[str, int]:
+    """How many of these tokens are of each queue group; without that of the plain Job.
+
+    Args:
+        held: Tokens on the number line.
+        ids: Of the groups, by name.
+        total_tokens: Tokens of each group.
+    """
+    return {
+        name: len(held & TokenSet([window(group, total_tokens)]))
+        for name, group in sorted(ids.items())
+        if group != PLAIN
+    }
 
 
 def _moved(row: Segment, lo: int, hi: int) -> Segment:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..assignment.patterns import NodeNames
 from ..results import NodeInfo
-from ..store.status import BlockedRange, ClusterRow, RebalanceRow, StatusStore
+from ..store.status import BlockedRange, ClusterRow, GroupRow, RebalanceRow, StatusStore
 from .context import printable
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Snapshot(TypedDict):
     cluster: ClusterRow | None
     leader: str | None
     nodes: list[NodeInfo]
+    groups: list[GroupRow]
     unowned_tokens: int
     moving_tokens: int
     blocked_tokens: int
@@ -51,6 +52,7 @@ def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> S
         'cluster': cluster,
         'leader': next((node['name'] for node in nodes if node['is_leader']), None),
         'nodes': nodes,
+        'groups': StatusStore(connection, tables).groups(),
         # Tokens without any row are nobody's, too.
         'unowned_tokens': max(0, cluster['total_tokens'] - owned)
         if cluster and (segments or nodes)
@@ -107,6 +109,12 @@ def render(found: Snapshot, appname: str) -> RenderableType:
             parts.append(Text(f'{count:,} tokens {what}', style=style))
     if _locks_block(found):
         parts += _blocked_lines(found['blocked'])
+    if found['groups']:
+        parts += [
+            Text('\nqueue groups: the nodes that consume a queue own the keys in it'),
+            _group_table(found['groups'], cluster['total_tokens']),
+            *_group_lines(found['groups']),
+        ]
     if found['rebalances']:
         parts += [Text('\nlast rebalances'), rebalance_table(found['rebalances'])]
     return Stack(*parts)
@@ -142,6 +150,38 @@ def _node_table(nodes: Sequence[NodeInfo], total: int) -> Table:
             style='' if node['alive'] else 'red',
         )
     return result
+
+
+def _group_table(groups: Sequence[GroupRow], total: int) -> Table:
+    result = table('queue group', 'node', 'tokens', 'share', right=('tokens', 'share'))
+    for group in groups:
+        name = printable(group['queue_group'])
+        for number, (node, tokens) in enumerate(group['nodes'].items()):
+            leaves = '' if node in group['members'] else ' (gives them away)'
+            result.add_row(
+                '' if number else name,
+                printable(node) + leaves,
+                f'{tokens:,}',
+                f'{tokens / total:.1%}',
+            )
+    return result
+
+
+def _group_lines(groups: Sequence[GroupRow]) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for group in groups:
+        name = printable(group['queue_group'])
+        if not group['members']:
+            lines.append(Text(f'{name}: no node consumes it: its messages stay in their queue'))
+            continue
+        for count, what, style in (
+            (group['moving_tokens'], 'on their way to another node', ''),
+            (group['unowned_tokens'], 'without an owner', 'yellow'),
+            (group['blocked_tokens'], 'blocked: no live node of it matches their locks', 'red'),
+        ):
+            if count:
+                lines.append(Text(f'{name}: {count:,} tokens {what}', style=style))
+    return lines
 
 
 def patterns(value: object) -> str:

@@ -15,7 +15,7 @@ from ..agent.callbacks import Callbacks
 from ..agent.housekeeper import Housekeeper
 from ..agent.task_claims import TaskClaims
 from ..assignment.arguments import LockRow
-from ..assignment.groups import GROUP_SPAN
+from ..assignment.groups import GROUP_SPAN, tokens_by_group
 from ..assignment.hashing import check_task_id
 from ..assignment.tokens import TokenSet
 from ..belonging import Belonging, stranger
@@ -330,6 +330,11 @@ class ClusterNode:
             'is_leader': entered and self.leads,
             'healthy': entered and self.is_healthy,
             'my_tokens': len(self.tokens),
+            'groups': tokens_by_group(
+                self.ownership.tokens if self.has_lease else TokenSet(),
+                self.protocol.groups,
+                self._config.total_tokens,
+            ),
             'token_version': self.version,
             'total_tokens': self._config.total_tokens,
             'last_heartbeat': self.agent.last_beat,

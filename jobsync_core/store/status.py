@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, cast
 
+from ..assignment.groups import GROUP_SPAN, PLAIN, cut_by_group
 from ..assignment.hashing import HASH_FUNCTIONS
 from ..assignment.model import Member, Segment
 from ..assignment.patterns import PATTERN_BYTES, check_patterns, matched_pattern, read_patterns
@@ -21,7 +23,7 @@ from .base import Store
 from .locks import LOCKS, LockStore
 from .tasks import TaskStore
 
-__all__ = ['BlockedRange', 'BlockingLock', 'ClusterRow', 'RebalanceRow', 'StatusStore']
+__all__ = ['BlockedRange', 'BlockingLock', 'ClusterRow', 'GroupRow', 'RebalanceRow', 'StatusStore']
 
 
 class ClusterRow(TypedDict):
@@ -63,6 +65,21 @@ class BlockedRange(TypedDict):
     locks: list[BlockingLock]
 
 
+class GroupRow(TypedDict):
+    """A queue group: the nodes that consume its queues, and what they own of its tokens.
+
+    Its tokens are counted as those of the plain Job: `nodes` are the members, oldest first, and
+    whoever owns something still; a group without a live member routes nothing.
+    """
+
+    queue_group: str
+    members: list[str]
+    nodes: dict[str, int]
+    unowned_tokens: int
+    moving_tokens: int
+    blocked_tokens: int
+
+
 class StatusStore(Store):
     """What there is, for people."""
 
@@ -86,6 +103,40 @@ class StatusStore(Store):
         """Every row of the assignment table, by token."""
         return [Segment(**row) for row in self._dicts('status.assignment')]
 
+    def groups(self) -> list[GroupRow]:
+        """The queue groups, by name, but for those that nobody belongs to and that own nothing."""
+        ids, nodes, cluster = self._groups(), self.nodes(), self.cluster()
+        if not ids or cluster is None:
+            return []
+        rings = cut_by_group(self._ring(), cluster['total_tokens'])
+        found = [
+            _group_row(name, nodes, rings.get(number, ()), cluster['total_tokens'])
+            for name, number in ids.items()
+        ]
+        return [row for row in found if row['nodes']]
+
+    def _groups(self) -> dict[str, int]:
+        return dict(self._rows('status.groups'))
+
+    def _ring(self) -> list[Segment]:
+        """Every row of all queue groups, by token."""
+        return [Segment(**row) for row in self._dicts('status.ring')]
+
+    def group_id(self, group: str) -> int:
+        """The id of a queue group.
+
+        Raises:
+            JobSyncError: There is none of that name.
+        """
+        ids = self._groups()
+        if group and group not in ids:
+            names = ', '.join(map(repr, ids)) or 'none, as no node consumes a queue'
+            raise JobSyncError(
+                f'there is no queue group {group!r}; there are: {names}. It has the name of its '
+                'queue, unless the setting queue_groups gives it another'
+            )
+        return ids.get(group, PLAIN)
+
     def rebalances(self, limit: int = 20) -> list[RebalanceRow]:
         """The last plans, newest first."""
         return cast(list[RebalanceRow], self._dicts('status.rebalances', {'limit': limit}))
@@ -99,7 +150,7 @@ class StatusStore(Store):
         segments = [segment for segment in self.assignment() if segment.blocked]
         if not segments:
             return []
-        pins = self._pins()
+        pins = [pin for pin in self._pins() if pin.group in (None, PLAIN)]
         return [
             {
                 'lo': segment.lo,
@@ -119,12 +170,16 @@ class StatusStore(Store):
         row = self._row('status.owner', {'token': token})
         return row[0] if row else None
 
-    def explain(self, text: str, token: int) -> Explanation:
+    def explain(self, text: str, token: int, group: str = '') -> Explanation:
         """Who owns a task and why.
 
         Args:
             text: The task's id as text.
             token: What it hashes to.
+            group: The queue group in which it is asked for; '': that of the plain Job.
+
+        Raises:
+            JobSyncError: There is no such group.
 
         Returns:
             task_id, token, owner, since, version, blocked, moving_to, lock (its row, or None),
@@ -133,11 +188,15 @@ class StatusStore(Store):
                 went), owner_silent_sec (where the owner missed its lease), ledger (the row of a key
                 of that text, or None), audit and claim (as TaskStore.history tells them).
         """
-        found = self._dicts('status.ownership', {'token': token})
+        number = self.group_id(group)
+        place = number * GROUP_SPAN + token
+        found = self._dicts('status.ownership', {'token': place})
         row: Mapping[str, Any] = found[0] if found else {}
+        members = [member for member in self._members() if number in member.groups]
+        pins = [pin for pin in self._pins() if pin.group in (None, number)]
         lock = LockStore(self.connection, self._tables).of_task(text)
-        members = self._members()
-        pins = self._pins()
+        if lock is not None and lock['queue'] not in (None, group):
+            lock = None  # it counts in another group
         node = row.get('node')
         audit, claim = TaskStore(self.connection, self._tables).history(text)
         receivers = [member.name for member in members if member.state == 'active']
@@ -154,7 +213,7 @@ class StatusStore(Store):
             'ledger': self._execution(text),
             'owner_silent_sec': self._silence(node),
             'others': [pin.task_id for pin in pins if pin.token == token and pin.task_id != text],
-            'next': self._next_owner(members, pins, token, row.get('moving_to') or node),
+            'next': self._next_owner(place, row.get('moving_to') or node),
             'audit': audit,
             'claim': claim,
         }
@@ -214,21 +273,20 @@ class StatusStore(Store):
         _check_name({member.name: member.state for member in members}, name)
         if settings is None:
             return []
-        before = self.assignment()
+        before = self._ring()
         return moves(before, _without(members, before, self._pins(), settings, name))
 
-    def _next_owner(
-        self, members: Sequence[Member], pins: Sequence[Pin], token: int, current: str | None
-    ) -> str | None:
+    def _next_owner(self, token: int, current: str | None) -> str | None:
         settings = self.cluster()
         if settings is None or current is None:
             return None
-        after = _without(members, self.assignment(), pins, settings, current)
+        after = _without(self._members(), self._ring(), self._pins(), settings, current)
         return next(
             (holder(segment) for segment in after if segment.lo <= token < segment.hi), None
         )
 
     def _members(self, keep: str | None = None) -> list[Member]:
+        ids = self._groups()
         return [
             Member(
                 row['name'],
@@ -237,6 +295,7 @@ class StatusStore(Store):
                 row['created_on'].timestamp(),
                 row['state'],
                 row['weight'],
+                (PLAIN, *sorted(ids[name] for name in row['groups'] if name in ids)),
             )
             for row in self.nodes()
             if row['alive'] or row['name'] == keep
@@ -248,14 +307,17 @@ class StatusStore(Store):
             return []
         hash_function, total = HASH_FUNCTIONS[settings['hash_function']], settings['total_tokens']
         pins: list[Pin] = []
-        for text, encoded, created_at in self._rows(
+        ids = self._groups()
+        for text, encoded, created_at, queue in self._rows(
             'status.pins', {'size': PATTERN_BYTES, 'most': LOCKS}
         ):
+            if queue is not None and queue not in ids:
+                continue  # it counts in a group that no node has named
             # The leader ignores a row that is none as well, and says so.
             with contextlib.suppress(ConfigurationError):
                 patterns = read_patterns(encoded)
                 token = hash_function(text.encode()) % total
-                pins.append(Pin(text, token, patterns, created_at.timestamp()))
+                pins.append(Pin(text, token, patterns, created_at.timestamp(), ids.get(queue)))
         return pins
 
 
@@ -274,19 +336,27 @@ def _without(
     name: str,
 ) -> tuple[Segment, ...]:
     rest = [
-        member
-        if member.name != name
-        else Member(
-            member.name,
-            member.incarnation,
-            member.beat,
-            member.created_on,
-            'draining',
-            member.weight,
-        )
-        for member in members
+        member if member.name != name else replace(member, state='draining') for member in members
     ]
     return decide(rest, before, pins, settings['total_tokens'], settings['version'] + 1).segments
+
+
+def _group_row(
+    name: str, nodes: Sequence[NodeInfo], rows: Sequence[Segment], total: int
+) -> GroupRow:
+    members = [node['name'] for node in nodes if name in node['groups']]
+    owned = dict.fromkeys(members, 0)
+    for row in rows:
+        if row.node is not None:
+            owned[row.node] = owned.get(row.node, 0) + row.hi - row.lo
+    return {
+        'queue_group': name,
+        'members': members,
+        'nodes': owned,
+        'unowned_tokens': total - sum(owned.values()),
+        'moving_tokens': sum(row.hi - row.lo for row in rows if row.moving),
+        'blocked_tokens': sum(row.hi - row.lo for row in rows if row.blocked),
+    }
 
 
 def _check_name(found: Mapping[str, object], name: str) -> None:

@@ -303,6 +303,7 @@ class WorkerNode:
             'lease': leased,
             'coordinated': self.coordinated,
             'node': self.name,
+            **({'groups': groups} if (groups := self._job.local_status().get('groups')) else {}),
             **({'reason': problem} if problem else {}),
         }
 

@@ -7,7 +7,8 @@ SELECT n.name, n.created_on, n.last_heartbeat, n.state, n.weight, n.incarnation,
     extract(epoch FROM clock_timestamp() - n.last_heartbeat)::float8 AS age_sec,
     clock_timestamp() - n.last_heartbeat
         < make_interval(secs => coalesce(%(timeout)s, n.lease_sec / %(lease)s)) AS alive,
-    coalesce(a.tokens, 0) AS tokens, coalesce(a.leaving, 0) AS leaving, false AS is_leader
+    coalesce(a.tokens, 0) AS tokens, coalesce(a.leaving, 0) AS leaving, false AS is_leader,
+    coalesce(n.groups, ARRAY[]::text[]) AS groups
 FROM {node} AS n LEFT JOIN (
     SELECT node, sum(upper(tokens) - lower(tokens))::int AS tokens,
         coalesce(sum(upper(tokens) - lower(tokens)) FILTER (WHERE moving), 0)::int AS leaving
@@ -19,6 +20,15 @@ ORDER BY n.created_on, n.name
 -- Every row of the assignment table, by token.
 SELECT lower(tokens) AS lo, upper(tokens) AS hi, node, moving, moving_to, blocked, version
 FROM {assignment} ORDER BY tokens
+
+-- name: ring
+-- Every row of all queue groups, by token.
+SELECT lower(tokens) AS lo, upper(tokens) AS hi, node, moving, moving_to, blocked, version
+FROM {ring} ORDER BY tokens
+
+-- name: groups
+-- The queue groups, and their ids; besides that of the plain Job.
+SELECT name, id FROM {queue_group} ORDER BY name
 
 -- name: rebalances
 -- The last plans, newest first.
@@ -36,7 +46,7 @@ SELECT node FROM {assignment} WHERE tokens @> %(token)s::int
 
 -- name: ownership
 -- The row of a token, with since when its node owns it.
-SELECT node, assigned_at, version, blocked, moving, moving_to FROM {assignment}
+SELECT node, assigned_at, version, blocked, moving, moving_to FROM {ring}
 WHERE tokens @> %(token)s::int
 
 -- name: execution
@@ -58,11 +68,11 @@ WITH me AS (
 SELECT pg_notify(%(channel)s, 'drain ' || name) FROM me
 
 -- name: pins
--- The locks in force on the plain Job's tokens, oldest first; of those that the leader looks at. Patterns that are too long
+-- The locks in force, oldest first, with the queue group in which each counts; of those that the leader looks at. Patterns that are too long
 -- are left out, as the leader ignores them.
 SELECT task_id,
     CASE WHEN octet_length(node_patterns::text) <= %(size)s THEN node_patterns::text END AS encoded,
-    created_at
+    created_at, queue
 FROM (SELECT * FROM {lock} ORDER BY task_id LIMIT %(most)s) AS l
-WHERE ({in_force}) AND queue IS NULL
+WHERE {in_force}
 ORDER BY created_at, task_id

@@ -537,6 +537,43 @@ class TestSchema:
         assert ' a ' in good(run('--appname', 'SYNC_', 'status'))
 
 
+class TestQueueGroups:
+    @pytest.fixture
+    def groups(self, config: CoordinationConfig) -> Iterator[None]:
+        """Two nodes: one of `mail`, and one of `mail` and `gpu`."""
+        with (
+            Job('n1', config, wait_on_enter=0, groups=['mail']) as one,
+            Job('n2', config, wait_on_enter=0, groups=['mail', 'gpu']) as two,
+        ):
+
+            def tokens(job: Job) -> dict[str, int]:
+                return job.local_status()['groups']
+
+            eventually(
+                lambda: (
+                    tokens(one) == {'mail': 5_000} and tokens(two) == {'gpu': 10_000, 'mail': 5_000}
+                ),
+                30,
+            )
+            yield
+
+    def test_status_shows_who_owns_what_of_each(
+        self, groups: None, run: Callable[..., Result]
+    ) -> None:
+        shown = good(run('status'))
+        assert re.search(r'gpu +n2 +10,000 +100.0%', shown), shown
+        assert re.search(r'mail +n1 +5,000 +50.0%\s+n2 +5,000 +50.0%', shown), shown
+        found = json.loads(good(run('status', '--json')))
+        assert [row['queue_group'] for row in found['groups']] == ['gpu', 'mail']
+
+    def test_who_tells_the_owner_in_a_queue(self, groups: None, run: Callable[..., Result]) -> None:
+        shown = good(run('who', 't', '--queue', 'gpu'))
+        assert re.search(r'^queue +gpu$', shown, re.MULTILINE)
+        assert re.search(r'^owner +n2$', shown, re.MULTILINE)
+        assert '--queue, one of gpu, mail' in good(run('who', 't'))
+        assert "'gpu', 'mail'" in bad(run('who', 't', '--queue', 'celery'))
+
+
 class TestSimulate:
     def test_it_needs_no_database(self) -> None:
         result = CliRunner(

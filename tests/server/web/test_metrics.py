@@ -26,6 +26,16 @@ def test_a_scrape_shows_the_node(config: CoordinationConfig) -> None:
     assert registry.get_sample_value('jobsync_tokens', {'node': 'n1'}) == 0.0
 
 
+def test_a_scrape_shows_the_tokens_of_each_queue_group(config: CoordinationConfig) -> None:
+    registry = CollectorRegistry()
+    labels = {'node': 'n1', 'queue_group': 'mail'}
+    with Job('n1', config, wait_on_enter=0, groups=['mail']) as job:
+        registry.register(JobCollector(job))
+        eventually(
+            lambda: registry.get_sample_value('jobsync_group_tokens', labels) == 10_000.0, 30
+        )
+
+
 def test_a_scrape_works_while_the_database_is_away(own_server: EmbeddedPostgres) -> None:
     own_server.create_database('metrics')
     config = own_server.config(
