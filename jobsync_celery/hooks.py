@@ -127,7 +127,7 @@ class WorkerHooks:
             Framework(
                 kind='celery',
                 broker=broker,
-                declare=lambda: broker.declare(queue),
+                declare=lambda home, queue: broker.declare(queue),
                 tasks=lambda: list(self._app.tasks),
                 pins=self._pins,
                 busy=self._busy,
@@ -165,8 +165,8 @@ class WorkerHooks:
         # It is as any worker without the plugin: what it takes is where the others of its kind
         # look.
         self._configuration.undo()
-        self._app.amqp.queues.consume_from.pop(self.node.queue, None)
-        self._app.amqp.queues.pop(self.node.queue, None)
+        self._app.amqp.queues.consume_from.pop(self.node.queues[''], None)
+        self._app.amqp.queues.pop(self.node.queues[''], None)
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""

@@ -101,7 +101,7 @@ class WorkerProcess:
         self._producer.lookup.use(node.gate.owners)
         self.gate = gate = WorkerGate(node.gate, broker, actors, consuming, node.parked_something)
         self._undo.append(attach(self._native, gate))
-        self._consume_node_queue(worker, node.queue)
+        self._consume_node_queue(worker, node.queues[''])
         return gate
 
     def _make_node(self, broker: WorkerBroker, consuming: Consuming, patience: float) -> WorkerNode:
@@ -117,7 +117,7 @@ class WorkerProcess:
             Framework(
                 kind='dramatiq',
                 broker=broker,
-                declare=lambda: broker.join(name, queue),
+                declare=lambda home, queue: broker.join(name, queue),
                 tasks=lambda: frozenset(self._native.actors),
                 pins=actors.pins(),
                 busy=self._busy,

@@ -143,7 +143,7 @@ class Placing:
         logger.debug('Task %s: %s to %s: %s', note.name, outcome.event, queue, outcome.reason)
         self._tell(f'task-{outcome.event}', message, queue)
         self._end(item, item.ack, outcome.event)
-        if queue == self._gate.rules.parked:
+        if queue == self._gate.rules.parked(item.received.home):
             self._on_parked()
         return True
 

@@ -78,6 +78,16 @@ class QueueStore(Store):
         )
         return row is not None and bool(row[0])
 
+    def retire(self, node: str, keep: Collection[str]) -> None:
+        """Note that a node, which lives, has these queues and none besides: its others count as
+        those of nodes that are gone, until it records them again.
+        """
+        self._run('queue.retire', {'node': node, 'keep': list(keep)})
+
+    def left(self, names: Collection[str]) -> frozenset[str]:
+        """Those of these queues whose node is gone, or lives and has left them alone."""
+        return frozenset(row[0] for row in self._rows('queue.left', {'names': list(names)}))
+
     def withdraw(self, node: str) -> None:
         """Take back what `identify` noted, for a node that may not join: it made no queue."""
         self._run('queue.withdraw', {'node': node})
@@ -165,10 +175,6 @@ class QueueStore(Store):
             },
         )
         return frozenset(node for node, _, held in rows if held)
-
-    def gone(self, nodes: Collection[str]) -> frozenset[str]:
-        """Those that are not in the node table."""
-        return frozenset(row[0] for row in self._rows('queue.gone', {'nodes': sorted(nodes)}))
 
     def is_gone(self, node: str) -> bool:
         """Whether the node is not in the node table."""

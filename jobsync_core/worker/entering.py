@@ -33,7 +33,7 @@ _NO_MARK = '(none)'
 def make_job(
     settings: PluginSettings,
     name: str,
-    queue: str,
+    queues: Mapping[str, str],
     kind: str,
     pins: Mapping[str, Sequence[str]],
     *,
@@ -41,6 +41,7 @@ def make_job(
     place: str = '',
     application: str = '',
     known: Iterable[str] = (),
+    groups: Iterable[str] = (),
     prepare: Callable[[], object],
     busy: Callable[[TokenSet], bool],
     on_rebalance: Callable[[RebalanceEvent], object],
@@ -51,7 +52,7 @@ def make_job(
     Args:
         settings: The plugin's.
         name: The node's name.
-        queue: The node's queue; recorded before the node owns anything.
+        queues: Home queue -> the node's queue for it; recorded before the node owns anything.
         kind: The plugin's name; one cluster has one plugin.
         pins: Pinned tasks.
         identify: Gives the mark of the broker, '' where it has none; makes one where it is asked
@@ -60,7 +61,8 @@ def make_job(
         application: What the framework takes for the application's name, unless the settings name
             it.
         known: All tasks of the worker: those that are pinned no longer lose their locks.
-        prepare: Makes the node's queue at the broker; called while entering.
+        groups: The queue groups that the node belongs to.
+        prepare: Makes the node's queues at the broker; called while entering.
         busy: Whether work on one of these tokens is running.
         on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
     """
@@ -77,25 +79,35 @@ def make_job(
             with job.session(pinned=True) as connection:
                 return QueueStore(connection, tables).peers(name, config.heartbeat_timeout_sec)
 
-        def note(belonging: Belonging) -> bool:
+        def note(belonging: Belonging) -> list[str]:
+            """Record the queues; those that were not known before."""
             job.belonging = belonging
             with job.session(pinned=True) as connection:
-                return QueueStore(connection, tables).record(queue, name, '', belonging)
+                store = QueueStore(connection, tables)
+                store.identify(name, belonging)
+                return [
+                    queue
+                    for home, queue in queues.items()
+                    if store.record(queue, name, home, belonging)
+                ]
 
         def belong(mark: str) -> None:
             belonging = Belonging(kind, mark, place, settings.application or application)
             found = stranger(belonging, others, config.appname)
             if found is not None:
-                if is_new:
-                    with job.session(pinned=True) as connection:
-                        QueueStore(connection, tables).withdraw_queue(queue, name)
+                with job.session(pinned=True) as connection:
+                    store = QueueStore(connection, tables)
+                    for queue in new:
+                        store.withdraw_queue(queue, name)
+                    if len(new) == len(queues):
+                        store.withdraw(name)
                 raise ConfigurationError(found)
             note(belonging)
 
-        # The row comes first: whatever happens next, what is left at the broker is known. And it is
+        # The rows come first: whatever happens next, what is left at the broker is known. And it is
         # what others wait for below: the first plan of a cluster makes workers active that have not
         # recorded yet what they are.
-        is_new = note(Belonging(kind))
+        new = note(Belonging(kind))
         others = peers()
         limit = time.monotonic() + _MARK_SEC
         while any(not peer.belonging.kind for peer in others) and time.monotonic() < limit:
@@ -104,6 +116,9 @@ def make_job(
         belong('')
         prepare()
         belong(_mark_of_broker(job, identify, others))
+        with job.session(pinned=True) as connection:
+            # What an earlier life of this name had and this one has not, others bring back.
+            QueueStore(connection, tables).retire(name, [*queues.values()])
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
             with job.session(pinned=True) as connection:
@@ -145,6 +160,7 @@ def make_job(
         on_release=released,
         weight=settings.weight,
         resume=settings.resume,
+        groups=[group for group in groups if group],
     )
     job.belonging = Belonging(kind)
     return job

@@ -20,7 +20,7 @@ from ..store.queues import QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
 from .broker import Broker, Delivery
-from .routing import mark_key, old_parked_queue, unknown_queue
+from .routing import home_of_queue, mark_key, node_queue, parked_queue, unknown_queue
 
 __all__ = ['Evacuable', 'Evacuated', 'evacuate']
 
@@ -93,13 +93,19 @@ def evacuate(
     try:
         with sessions.session() as connection:
             found = QueueStore(connection, tables).known(broker.kind)
-            known = {queue: node for queue, node, _ in found}
+        known = {queue: node for queue, node, _ in found}
+        unknown = unknown_queue(config.appname)
+        shared = {parked_queue(home, config.appname) for home in ('', *(row[2] for row in found))}
         dead = _dead(sessions, tables, config.heartbeat_timeout_sec, tell)
-        prefix = f'{old_parked_queue(config.appname).rpartition(".")[0]}.'
-        shared = old_parked_queue(config.appname), unknown_queue(config.appname)
         for name in broker.places():
-            if name.startswith(prefix) and name not in (*shared, mark_key(config.appname)):
-                known.setdefault(name, name[len(prefix) :])
+            home = home_of_queue(name, config.appname)
+            if home is None or name in (unknown, mark_key(config.appname)):
+                continue
+            if name == parked_queue(home, config.appname):
+                shared.add(name)
+            else:
+                before = node_queue(home, config.appname, '')
+                known.setdefault(name, name[len(before) :])
         for queue, node in sorted(known.items()):
             _guarded(
                 broker,
@@ -108,8 +114,10 @@ def evacuate(
                 tell,
                 partial(_leave_node, broker, sessions, tables, queue, node, dead, done),
             )
-        for queue in shared:
-            leave = partial(_leave_shared, broker, sessions, tables, queue, done)
+        for queue in [*sorted(shared), unknown]:
+            # As the nodes hold it that look after it.
+            held = queue if home_of_queue(queue, config.appname) else ''
+            leave = partial(_leave_shared, broker, sessions, tables, queue, held, done)
             _guarded(broker, done, queue, tell, leave)
         return done
     finally:
@@ -171,10 +179,10 @@ def _leave_node(
 ) -> str:
     with sessions.session() as connection:
         if not QueueStore(connection, tables).hold(node):
-            done.busy.append(node)
+            _note_busy(done, node)
             return 'somebody else is sweeping it; once more, later'
         if _is_alive(sessions, tables, node, dead):
-            done.busy.append(node)
+            _note_busy(done, node)
             return f'left alone: its node {node} is alive'
         restored = broker.restore(node)
         done.restored += restored
@@ -187,13 +195,18 @@ def _leave_node(
 
 
 def _leave_shared(
-    broker: Evacuable, sessions: Sessions, tables: Tables, queue: str, done: Evacuated
+    broker: Evacuable, sessions: Sessions, tables: Tables, queue: str, held: str, done: Evacuated
 ) -> str:
     with sessions.session() as connection:
-        if not QueueStore(connection, tables).hold(''):
-            done.busy.append('')
+        if not QueueStore(connection, tables).hold(held):
+            _note_busy(done, held)
             return 'a node is looking at it; once more, later'
         return f'{_move(broker, queue, done)} moved home'
+
+
+def _note_busy(done: Evacuated, what: str) -> None:
+    if what not in done.busy:  # a node has several queues
+        done.busy.append(what)
 
 
 def _move(broker: Evacuable, queue: str, done: Evacuated) -> int:

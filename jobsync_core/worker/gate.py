@@ -5,7 +5,7 @@ of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..job import Job
@@ -14,7 +14,7 @@ from ..store.tables import Tables
 from . import inbox
 from .inbox import Here, Outcome, Received, Rules
 from .owners import OwnerMap
-from .routing import old_parked_queue, unknown_queue
+from .pinned import Pinned
 from .settings import PluginSettings
 
 __all__ = ['Gate']
@@ -26,21 +26,28 @@ class Gate:
     Args:
         settings: The plugin's.
         job: The node.
+        pin_of: The patterns of a pinned task; None where a task has no pin.
+        in_groups: As for OwnerMap.
     """
 
-    def __init__(self, settings: PluginSettings, job: Job) -> None:
+    def __init__(
+        self,
+        settings: PluginSettings,
+        job: Job,
+        pin_of: Callable[[str], Sequence[str] | None] = lambda name: None,
+        in_groups: bool = True,
+    ) -> None:
         self.job = job
         self.settings = settings
         config = settings.config
         #: Of the gate and of the duties: they hardly ever need one at the same moment.
         self.sessions = Sessions(config, f'jobsync duties {job.node_name}')
-        self.owners = OwnerMap(self.sessions, Tables.of(config))
-        self.rules = Rules(
-            old_parked_queue(config.appname),
-            unknown_queue(config.appname),
-            settings.max_hops,
-            settings.on_unclaimed == 'drop',
-        )
+        self._pinned = Pinned(pin_of)
+        tables = Tables.of(config)
+        self.owners = OwnerMap(self.sessions, tables, settings.group_of, self._pinned, in_groups)
+        self.rules = Rules(config.appname, settings.max_hops, settings.on_unclaimed == 'drop')
+        #: Whether this worker consumes a home queue, and is a member of its group soon.
+        self.consumes: Callable[[str], bool] = lambda home: False
         self.counts: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -51,32 +58,53 @@ class Gate:
             delivery: What is known of it.
             now: The moment, in seconds on the monotonic clock.
         """
-        return inbox.place(delivery, self.here(delivery.route), self.rules, now)
+        here = self.here(delivery.route, delivery.home)
+        outcome = inbox.place(delivery, here, self.rules, now)
+        if here.unmatched and outcome.event == 'parked' and delivery.route is not None:
+            self._pinned.tell(delivery.route, delivery.home)
+        return outcome
 
     def may_begin(self, delivery: Received) -> bool:
         """The last look, right before a task runs: whether it may run here still. No I/O."""
-        return inbox.may_begin(delivery, self._glance(delivery.route))
+        return inbox.may_begin(delivery, self._glance(delivery.route, delivery.home))
 
-    def here(self, route: str | None) -> Here:
-        """What is so on this node at this moment, of one route; None where there is no owner to
-        look for.
+    def here(self, route: str | None, home: str = '') -> Here:
+        """What is so on this node at this moment.
+
+        Args:
+            route: The route; None where there is no owner to look for.
+            home: The queue that the message was sent to.
         """
-        seen = self._glance(route)
+        seen = self._glance(route, home)
         if route is None or seen.mine or not seen.leased:
             return seen
         if self.owners.version != self.job.token_version:
             self.owners.refresh()
-        place = self.owners.find(route)
-        if place is not None and place.queue is None:
-            place = self.owners.find_fresh(route) or place  # it may have one by now
-        # The look-up may have waited for the database: the lease may be over by now.
-        seen = replace(seen, leased=self.job.am_i_healthy())
-        return seen if place is None else replace(seen, owner=place.node, queue=place.queue)
+        place = self.owners.find(route, home)
+        if place.node is not None and place.queue is None:
+            place = self.owners.find_fresh(route, home) or place  # it may have one by now
+        return replace(
+            seen,
+            # The look-up may have waited for the database: the lease may be over by now.
+            leased=self.job.am_i_healthy(),
+            owner=place.node,
+            queue=place.queue,
+            unmatched=place.unmatched,
+            deserted=place.deserted and not self.consumes(home),
+        )
 
-    def _glance(self, route: str | None) -> Here:
+    def group_of(self, home: str) -> str:
+        """The queue group of a home queue."""
+        return self.settings.group_of(home)
+
+    def _glance(self, route: str | None, home: str) -> Here:
         """The same without the owner."""
         job = self.job
-        mine = route is not None and job.owns(route)
+        mine = (
+            route is not None
+            and job.owns(route, self.group_of(home))
+            and self._pinned.allows(route, job.node_name)
+        )
         return Here(job.node_name, job.incarnation, mine, mine or job.am_i_healthy())
 
     def admits(self, completes_once: Callable[[], bool], now: float) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from .routing import parked_queue, unknown_queue
+
 __all__ = ['Action', 'Here', 'Outcome', 'Received', 'Rules', 'may_begin', 'place']
 
 
@@ -38,6 +40,7 @@ class Received:
         until: When it is parked if nobody owns it by then, in seconds on the monotonic clock.
         known: This node's consumers know its task.
         problem: Why no route can be made for it; '' where one can.
+        home: The queue that it was sent to.
     """
 
     incarnation: str
@@ -46,11 +49,12 @@ class Received:
     until: float = 0.0
     known: bool = True
     problem: str = ''
+    home: str = ''
 
 
 @dataclass(frozen=True)
 class Here:
-    """What is so on this node at this moment, of one route.
+    """What is so on this node at this moment, of one route in one queue.
 
     Attributes:
         node: The node's name.
@@ -59,6 +63,8 @@ class Here:
         leased: It has a valid lease.
         owner: Who owns the route, or is about to; None where nobody does.
         queue: The owner's queue; None where it has none.
+        unmatched: It has a pin, or a lock, that no node matches which consumes the queue.
+        deserted: No node consumes the queue, this one neither.
     """
 
     node: str
@@ -67,6 +73,8 @@ class Here:
     leased: bool
     owner: str | None = None
     queue: str | None = None
+    unmatched: bool = False
+    deserted: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,17 +82,24 @@ class Rules:
     """What the cluster's settings say.
 
     Attributes:
-        parked: Name of the queue of messages that nobody owns.
-        unknown: Name of the queue of messages whose task nobody knew.
+        appname: The cluster's.
         max_hops: How often a message may be handed on; more is a sign of nodes that disagree, and
             time lets them agree.
         drop: Other nodes get each message too: what is another's is dropped.
     """
 
-    parked: str
-    unknown: str
+    appname: str
     max_hops: int = 4
     drop: bool = False
+
+    @property
+    def unknown(self) -> str:
+        """Name of the queue of messages whose task nobody knew."""
+        return unknown_queue(self.appname)
+
+    def parked(self, home: str) -> str:
+        """Name of the queue of those messages of a home queue that nobody takes now."""
+        return parked_queue(home, self.appname)
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ def place(delivery: Received, here: Here, rules: Rules, now: float) -> Outcome:
 
     Args:
         delivery: What is known of it.
-        here: What is so on this node, of its route.
+        here: What is so on this node, of its route in its queue.
         rules: What the settings say.
         now: The moment, in seconds on the monotonic clock.
     """
@@ -136,15 +151,22 @@ def place(delivery: Received, here: Here, rules: Rules, now: float) -> Outcome:
     #    not run here either: others may be about to restore it.
     if not here.leased:
         return Outcome(Action.WAIT, reason='no lease')
-    # 5. Never to oneself: the owner map is older, or younger, than the local set, and will agree
+    # 5. Nobody consumes its queue any more: there it waits for who will.
+    if here.deserted:
+        return Outcome(Action.SEND, delivery.home, 0, 'sent_home', 'nobody consumes its queue')
+    # 6. No node that there is will own it: it keeps no place of others here.
+    if here.unmatched:
+        reason = 'no node matches its pin'
+        return Outcome(Action.SEND, rules.parked(delivery.home), 0, 'parked', reason)
+    # 7. Never to oneself: the owner map is older, or younger, than the local set, and will agree
     #    with it in a moment.
     if here.owner is None or here.owner == here.node:
         reason = 'no owner yet' if here.owner is None else 'not here yet'
         return _park(delivery, rules, now, reason)
-    # 6. The owner got it too.
+    # 8. The owner got it too.
     if rules.drop:
         return Outcome(Action.DROP, event='dropped', reason=f'belongs to {here.owner}')
-    # 7. It goes to its owner, if it can.
+    # 9. It goes to its owner, if it can.
     if here.queue is None:
         return _park(delivery, rules, now, f'{here.owner} takes no messages')
     if delivery.hops >= rules.max_hops:
@@ -158,7 +180,7 @@ def _park(delivery: Received, rules: Rules, now: float, reason: str) -> Outcome:
     """Wait a moment in memory for an owner, then at the broker."""
     if now < delivery.until:
         return Outcome(Action.WAIT, reason=reason)
-    return Outcome(Action.SEND, rules.parked, 0, 'parked', reason)
+    return Outcome(Action.SEND, rules.parked(delivery.home), 0, 'parked', reason)
 
 
 def may_begin(delivery: Received, here: Here) -> bool:

@@ -6,25 +6,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from .. import clock
-from ..assignment.tokens import TokenSet
-from ..errors import JobSyncError
+from ..errors import ConfigurationError, JobSyncError
 from ..job import Job
 from ..ledger.cluster import UNCOORDINATED
-from ..logs import get_logger
-from ..protocol.effects import RebalanceEvent
-from .backlog import BacklogWatch, QueueCounter, read_backlog
-from .broker import Broker, Delivery
+from ..store.tables import Tables
+from .backlog import BacklogWatch, read_backlog
 from .consuming import SelfDrain
+from .duties.homes import Homes
 from .duties.node import NodeDuties
 from .entering import make_job
+from .framework import Framework, NodeBroker
 from .gate import Gate
-from .routing import old_node_queue
+from .queue_groups import divided, whole_groups
+from .registry import QueueRegistry
+from .routing import node_queue
 from .settings import PluginSettings
 from .startup import wait_for_database
 
@@ -32,68 +32,6 @@ __all__ = ['Framework', 'NodeBroker', 'WorkerNode', 'node_status', 'refusal', 't
 
 #: Seconds within which the duties' thread ends.
 _STOP_SEC = 5.0
-
-
-class NodeBroker(Broker, Protocol):
-    """The broker, as a node needs it."""
-
-    @property
-    def place(self) -> str:
-        """Its address, without a password."""
-
-    def identify(self, make: bool) -> str | None:
-        """The broker's mark, '' where it has none of its own; makes one where it is asked to, else
-        None where there is none yet.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Framework:
-    """What an adapter hands over of its framework and its worker.
-
-    Args:
-        kind: The plugin's name; one cluster has one plugin.
-        broker: The broker; but for entering, used by the duties' thread alone.
-        declare: Makes the node's queue at the broker: while entering, and when there is a lease
-            again, as the empty queue of a node that is taken for dead may be deleted.
-        tasks: The names of the tasks, or actors, that the worker knows at this moment.
-        pins: Pinned tasks.
-        busy: Whether work on one of these tokens is running.
-        problem: Why the worker takes no messages; '' where it does.
-        silence: Seconds for which it has taken none.
-        patience: Seconds of silence after which the node gives its keys to others.
-        on_lease: Called with False when the lease has run out, and with True when there is one
-            again; again, if it raises.
-        on_change: Called after each change of plan, when the owner map is up to date.
-        on_tick: Called once a second.
-        on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
-        route: Makes the route of a message that does not tell it; None where it needs none.
-        application: What the framework takes for the application's name.
-        comes_back: A worker of the same name is the same node, so that it restores what its former
-            life had taken.
-        log: Where lines of the worker's life go.
-        counter: Counts what waits at the broker, for autoscalers and metrics.
-    """
-
-    kind: str
-    broker: NodeBroker
-    declare: Callable[[], object]
-    tasks: Callable[[], Iterable[str]]
-    pins: Mapping[str, Sequence[str]]
-    busy: Callable[[TokenSet], bool]
-    problem: Callable[[], str]
-    silence: Callable[[], float]
-    patience: float
-    on_lease: Callable[[bool], object]
-    on_change: Callable[[], object] = lambda: None
-    on_tick: Callable[[], object] = lambda: None
-    on_rebalance: Callable[[RebalanceEvent], object] = lambda event: None
-    on_release: Callable[[TokenSet], object] = lambda tokens: None
-    route: Callable[[Delivery], str | None] = lambda delivery: delivery.route
-    application: str = ''
-    comes_back: bool = False
-    log: logging.Logger = field(default_factory=lambda: get_logger(__name__))
-    counter: QueueCounter | None = None
 
 
 class WorkerNode:
@@ -107,42 +45,95 @@ class WorkerNode:
 
     Attributes:
         name: The node's name.
-        queue: The name of its own queue.
         gate: Decides on its messages, and counts.
         job: The node; None when it is none any more.
         coordinated: False: it could not enter, and the worker runs all the same.
 
     Raises:
-        ConfigurationError: The node cannot have that name.
+        ConfigurationError: The node cannot have that name, or the worker consumes a part of a queue
+            group.
     """
 
     def __init__(self, settings: PluginSettings, name: str, framework: Framework) -> None:
         self._settings = settings
         self._framework = framework
         self.name = name
-        self.queue = old_node_queue(settings.config.appname, name)
+        problem = divided(settings.queue_groups, framework.homes)
+        if problem:
+            raise ConfigurationError(problem)
+        appname = settings.config.appname
+        queues = {home: node_queue(home, appname, name) for home in framework.homes}
         self._job = job = make_job(
             settings,
             name,
-            self.queue,
+            queues,
             framework.kind,
             framework.pins,
             known=list(framework.tasks()),
             identify=framework.broker.identify,
             place=framework.broker.place,
             application=framework.application,
-            prepare=framework.declare,
+            groups=whole_groups(settings.queue_groups, framework.homes),
+            prepare=self._declare,
             busy=framework.busy,
             on_rebalance=framework.on_rebalance,
             on_release=framework.on_release,
         )
         job.prepare_fork()
         self.job: Job | None = job
-        self.gate = Gate(settings, job)
+        self.gate = Gate(settings, job, framework.pins.get, '' not in framework.homes)
+        self._homes = self._make_homes(job)
+        self.gate.consumes = lambda home: home in self._homes.wanted
         self.coordinated = True
         self._duties: NodeDuties | None = None
         self._self_drain: SelfDrain | None = None
         self._http: Any = None
+
+    def _make_homes(self, job: Job) -> Homes:
+        settings, gate, kind = self._settings, self.gate, self._framework.kind
+        tables = Tables.of(settings.config)
+        registry = QueueRegistry(gate.sessions, tables, kind, self.name)
+        return Homes(
+            self._framework.homes,
+            name_of=lambda home: node_queue(home, settings.config.appname, self.name),
+            groups=lambda homes: whole_groups(settings.queue_groups, homes),
+            record=lambda home, queue: registry.record({home: queue}, job.belonging),
+            declare=self._framework.declare,
+            enroll=job.enroll,
+            holds=lambda home: job.holds(settings.group_of(home)),
+            retire=registry.retire,
+            problem=lambda homes: divided(settings.queue_groups, homes),
+        )
+
+    @property
+    def queues(self) -> Mapping[str, str]:
+        """Each home queue of the worker, and the node's own queue for it."""
+        return self._homes.queues
+
+    def add_home(self, home: str, ready: Callable[[str], object]) -> None:
+        """The worker consumes another home queue. Returns at once.
+
+        Args:
+            home: The queue.
+            ready: Called with the node's own queue for it, by the duties' thread, when the worker
+                is to consume that too; again, if it raises, and where the worker had begun to drop
+                it.
+
+        Raises:
+            ConfigurationError: The node's own queue would have a name that cannot be.
+        """
+        self._homes.add(home, ready)
+
+    def drop_home(self, home: str, done: Callable[[str], object]) -> None:
+        """The worker consumes a home queue no more. Returns at once: until all of it is given away,
+        the node's own queue for it has to be consumed.
+
+        Args:
+            home: The queue.
+            done: Called with the node's own queue, by the duties' thread, when the worker is to
+                stop consuming that too; again, if it raises.
+        """
+        self._homes.drop(home, done)
 
     def serve(self, port_offset: int = 0) -> None:
         """Answer probes, while the worker joins as well, and where it goes on without coordination.
@@ -211,8 +202,7 @@ class WorkerNode:
             self.gate,
             framework.broker,
             framework.kind,
-            self.queue,
-            self.gate.rules.parked,
+            self._homes,
             on_lease=self._lease_changed,
             on_change=framework.on_change,
             on_tick=framework.on_tick,
@@ -279,14 +269,18 @@ class WorkerNode:
             self._duties = None
         self._job.__exit__(None, None, None)
 
-    def parked_something(self) -> None:
-        """A message went into the parked queue."""
+    def parked_something(self, home: str = '') -> None:
+        """A message went into the parked queue of a home queue."""
         if self._duties is not None:
-            self._duties.parked_something()
+            self._duties.parked_something(home)
+
+    def _declare(self) -> None:
+        for home, queue in self.queues.items():
+            self._framework.declare(home, queue)
 
     def _lease_changed(self, leased: bool) -> None:
         if leased:
-            self._framework.declare()
+            self._declare()
             if self._framework.comes_back and self._duties is not None:
                 self._duties.restore_former()
         self._framework.on_lease(leased)

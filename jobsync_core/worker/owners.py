@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from .. import clock
+from ..assignment.groups import window
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
 from ..errors import DatabaseUnavailable, MissingPrivilege, MissingSchema, MissingTable
 from ..logs import Repeats, get_logger
 from ..store.queues import Owners, QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
+from .pinned import Pinned
 
 __all__ = ['OwnerMap', 'Place']
 
@@ -25,26 +27,48 @@ FRESH_SEC, PAUSE_SEC = 1.0, 5.0
 
 @dataclass(frozen=True)
 class Place:
-    """An owner, and the queue where its messages go; None where it takes none."""
+    """What is known of a route in a home queue.
 
-    node: str
-    queue: str | None
+    Attributes:
+        node: Who owns it, or is about to; None: nobody yet, or nothing is known.
+        queue: The queue where the node takes messages of this home queue; None where it takes none.
+        unmatched: It has a pin, or a lock, that no node of its queue group matches.
+        deserted: Its queue group has no members: nobody consumes the home queue.
+    """
+
+    node: str | None = None
+    queue: str | None = None
+    unmatched: bool = False
+    deserted: bool = False
+
+
+_NOBODY, _UNMATCHED, _DESERTED = Place(), Place(unmatched=True), Place(deserted=True)
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """One version of the map; immutable, and swapped as a whole."""
+    """One version of the map; immutable, and swapped as a whole. Rows are on the number line, where
+    each group has a window.
+    """
 
     version: int = -1
     total_tokens: int = 1
     hash_of: Callable[[bytes], int] = HASH_FUNCTIONS['double_sha256']
     starts: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
-    places: tuple[Place, ...] = ()
-    #: Every owner has a queue. One that has none may be about to get it, which makes no other
-    #: version.
-    whole: bool = True
-    nodes: int = 0
+    #: The owner of each row; None where nobody is, and whether a pin, or a lock, keeps it so.
+    nodes: tuple[str | None, ...] = ()
+    blocked: tuple[bool, ...] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)
+    deserted: frozenset[str] = frozenset()
+    queues: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    number_of_nodes: int = 0
+
+    def lacks(self, group: str) -> bool:
+        """Whether it is known that a group has no members. That of the plain Job has all nodes."""
+        if self.version < 0 or not group:
+            return False
+        return group not in self.groups or group in self.deserted
 
 
 class OwnerMap:
@@ -56,12 +80,29 @@ class OwnerMap:
     Args:
         sessions: Connections to the database.
         tables: Names of the tables.
+        group_of: The queue group of a home queue.
+        pinned: The pins that this process knows.
+        in_groups: Messages of a home queue belong to its group; False: all to that of the plain
+            Job.
     """
 
-    def __init__(self, sessions: Sessions, tables: Tables) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        tables: Tables,
+        group_of: Callable[[str], str] = lambda home: home,
+        pinned: Pinned | None = None,
+        in_groups: bool = True,
+    ) -> None:
         self._sessions = sessions
         self._tables = tables
+        self._group_of = group_of
+        self._in_groups = in_groups
+        self._pinned = pinned if pinned is not None else Pinned()
         self._copy = _Copy()
+        #: An owner without a queue was found. It may be about to get one, which makes no other
+        #: version.
+        self._lacking = False
         self._read_at = float('-inf')
         self._pause_until = float('-inf')
         self._reading = threading.Lock()
@@ -75,40 +116,79 @@ class OwnerMap:
     @property
     def nodes(self) -> int:
         """How many nodes own something, as far as is known."""
-        return self._copy.nodes
+        return self._copy.number_of_nodes
 
-    def find(self, route: str) -> Place | None:
-        """The owner by the copy at hand; None where nobody owns the route, or nothing is known."""
-        copy = self._copy
-        if not copy.starts:
-            return None
-        token = copy.hash_of(check_task_id(route).encode()) % copy.total_tokens
+    def find(self, route: str, home: str = '') -> Place:
+        """What the copy at hand knows of a route.
+
+        Args:
+            route: The route.
+            home: The queue that the message was sent to.
+
+        Raises:
+            InvalidTaskId: The route is no task id.
+        """
+        home = home if self._in_groups else ''
+        copy, group = self._copy, self._group_of(home)
+        # First, as a route that is no task id is so in any group.
+        offset = copy.hash_of(check_task_id(route).encode()) % copy.total_tokens
+        if copy.version < 0:
+            return _NOBODY
+        if copy.lacks(group):
+            return _DESERTED
+        number = copy.groups.get(group)
+        if number is None:
+            return _NOBODY
+        token = window(number, copy.total_tokens)[0] + offset
         at = bisect_right(copy.starts, token) - 1
-        return copy.places[at] if at >= 0 and token < copy.ends[at] else None
+        if at < 0 or token >= copy.ends[at]:
+            return _NOBODY
+        node = copy.nodes[at]
+        if node is None:
+            return _UNMATCHED if copy.blocked[at] else _NOBODY
+        if not self._pinned.allows(route, node):
+            return _UNMATCHED
+        queue = copy.queues.get((node, home))
+        if queue is None:
+            self._lacking = True
+        return Place(node, queue)
 
-    def find_fresh(self, route: str) -> Place | None:
+    def is_deserted(self, home: str) -> bool:
+        """Whether it is known that no node consumes a home queue."""
+        return self._in_groups and self._copy.lacks(self._group_of(home))
+
+    def find_fresh(self, route: str, home: str = '') -> Place | None:
         """As `find`, by a copy that is not older than a second; None while the database is away."""
         if clock.now() - self._read_at > FRESH_SEC and not self.refresh():
             return None
-        return self.find(route)
+        return self.find(route, home)
 
     def refresh(self) -> bool:
         """Read the map again if it has changed; whether the database answered. Of several threads
         one asks.
         """
-        if not self._reading.acquire(blocking=self._copy.version < 0):
+        return self._read(wait=self._copy.version < 0)
+
+    def reread(self) -> bool:
+        """As `refresh`, even where the version is the same: a node's queue is new."""
+        self._lacking, self._pause_until = True, float('-inf')
+        return self._read(wait=True)
+
+    def _read(self, wait: bool) -> bool:
+        if not self._reading.acquire(blocking=wait):
             return True
         try:
             now = clock.now()
             if now < self._pause_until:
                 return False
+            # First the flag: a thread that misses a queue in the old copy meanwhile sets it again.
+            known, self._lacking = -1 if self._lacking else self._copy.version, False
             try:
                 with self._sessions.session() as connection:
-                    found = QueueStore(connection, self._tables).owners(
-                        self._copy.version if self._copy.whole else -1
-                    )
+                    found = QueueStore(connection, self._tables).owners(known)
             except DatabaseUnavailable as error:
                 self._pause_until = clock.now() + PAUSE_SEC
+                self._lacking = self._lacking or known < 0
                 again = self._repeats.say(type(error).__name__, now)
                 if again is not None:
                     logger.warning(
@@ -125,12 +205,6 @@ class OwnerMap:
         finally:
             self._reading.release()
 
-    def reread(self) -> bool:
-        """As `refresh`, even where the version is the same: a node's queue is new."""
-        self._copy = replace(self._copy, version=-1)
-        self._pause_until = float('-inf')
-        return self.refresh()
-
 
 def _why(error: Exception) -> str:
     if isinstance(error, (MissingTable, MissingSchema)):
@@ -144,18 +218,16 @@ def _why(error: Exception) -> str:
 
 
 def _copy(found: Owners) -> _Copy:
-    rows = [
-        (first, end, Place(node, found.queues.get((node, ''))))
-        for first, end, node, _ in found.rows
-        if node is not None and end <= found.total_tokens
-    ]
     return _Copy(
         found.version,
         found.total_tokens,
         HASH_FUNCTIONS[found.hash_function],
-        tuple(first for first, _, _ in rows),
-        tuple(end for _, end, _ in rows),
-        tuple(place for _, _, place in rows),
-        all(place.queue is not None for _, _, place in rows),
-        len({place.node for _, _, place in rows}),
+        tuple(row[0] for row in found.rows),
+        tuple(row[1] for row in found.rows),
+        tuple(row[2] for row in found.rows),
+        tuple(row[3] for row in found.rows),
+        found.groups,
+        found.deserted,
+        found.queues,
+        len({row[2] for row in found.rows if row[2] is not None}),
     )

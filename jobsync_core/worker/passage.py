@@ -32,8 +32,11 @@ class Owners(Protocol):
     def version(self) -> int:
         """Version of the assignment that is known."""
 
-    def find(self, route: str) -> Place | None:
-        """The owner of a route; None where nobody is."""
+    def find(self, route: str, home: str) -> Place:
+        """Who owns a route in a home queue, and what else is so of it."""
+
+    def is_deserted(self, home: str) -> bool:
+        """Whether it is known that nobody consumes a home queue."""
 
     def refresh(self) -> bool:
         """Read it anew where it has changed; whether the database answered."""
@@ -49,21 +52,27 @@ class Destination:
     Attributes:
         queue: The queue.
         soon: Its owner has no queue yet, and may get one without another plan.
+        deserted: It goes home, as no node consumes its queue.
     """
 
     queue: str | None
     soon: bool = False
+    deserted: bool = False
 
 
 def destination_of(owners: Owners, delivery: Delivery) -> Destination:
-    """Where a message belongs by the map at hand: to the owner of its route; home without one."""
+    """Where a message belongs by the map at hand: to the owner of its route in its
+    queue; home without a route, and where nobody consumes its queue.
+    """
     if delivery.route is None:
         return Destination(delivery.home)
     try:
-        place = owners.find(delivery.route)
+        place = owners.find(delivery.route, delivery.home)
     except JobSyncError:  # no key of ours: the consumer at home sets it aside
         return Destination(delivery.home)
-    return Destination(None) if place is None else Destination(place.queue, place.queue is None)
+    if place.deserted:
+        return Destination(delivery.home, deserted=True)
+    return Destination(place.queue, place.node is not None and place.queue is None)
 
 
 @dataclass

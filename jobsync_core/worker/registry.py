@@ -4,7 +4,7 @@ tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -44,16 +44,19 @@ class Registry(Protocol):
     def is_gone(self, node: str) -> bool:
         """Whether a node is gone."""
 
+    def is_left(self, queue: str) -> bool:
+        """Whether the node of a queue is gone, or lives and has left this queue alone."""
+
     def held(self, node: str) -> AbstractContextManager[bool]:
         """Hold what a node left, '' for what is parked: nobody else sweeps it meanwhile. False
         where somebody does.
         """
 
-    def all_held(self, nodes: Collection[str]) -> AbstractContextManager[frozenset[str]]:
-        """Hold what several nodes left; gives those that are held, and gone."""
+    def all_held(self, orphans: Collection[Orphan]) -> AbstractContextManager[frozenset[str]]:
+        """Hold what the nodes of these queues left; gives those queues that are held, and left."""
 
     def forget(self, queues: Sequence[str]) -> None:
-        """These queues are gone, and so are their nodes."""
+        """These queues are gone, and nobody has them."""
 
 
 class QueueRegistry:
@@ -72,10 +75,25 @@ class QueueRegistry:
         self._kind = kind
         self._node = node
 
-    def record(self, queue: str, belonging: Belonging) -> None:
-        """Note that this node has a queue of that name, and what it belongs to."""
+    def record(self, queues: Mapping[str, str], belonging: Belonging) -> None:
+        """Note that this node has these queues, and what it belongs to.
+
+        Args:
+            queues: Home queue -> the node's queue for it.
+            belonging: What the node belongs to.
+        """
         with self._sessions.session() as connection:
-            QueueStore(connection, self._tables).record(queue, self._node, '', belonging)
+            store = QueueStore(connection, self._tables)
+            store.identify(self._node, belonging)
+            for home, queue in queues.items():
+                store.record(queue, self._node, home, belonging)
+
+    def retire(self, queues: Sequence[str]) -> None:
+        """This node has these queues, and none besides: others that are recorded of it are swept
+        as those of nodes that are gone.
+        """
+        with self._sessions.session() as connection:
+            QueueStore(connection, self._tables).retire(self._node, queues)
 
     def orphans(self, young: float) -> list[Orphan]:
         """As Registry says."""
@@ -99,6 +117,11 @@ class QueueRegistry:
         with self._sessions.session() as connection:
             return QueueStore(connection, self._tables).is_gone(node)
 
+    def is_left(self, queue: str) -> bool:
+        """As Registry says; never on the connection that holds, neither."""
+        with self._sessions.session() as connection:
+            return bool(QueueStore(connection, self._tables).left([queue]))
+
     @contextmanager
     def held(self, node: str) -> Iterator[bool]:
         """As Registry says; for as long as the block runs."""
@@ -106,13 +129,14 @@ class QueueRegistry:
             yield QueueStore(connection, self._tables).hold(node)
 
     @contextmanager
-    def all_held(self, nodes: Collection[str]) -> Iterator[frozenset[str]]:
+    def all_held(self, orphans: Collection[Orphan]) -> Iterator[frozenset[str]]:
         """As Registry says; for as long as the block runs."""
         with self._sessions.session() as holding:
-            held = QueueStore(holding, self._tables).hold_all(nodes)
+            held = QueueStore(holding, self._tables).hold_all({orphan.node for orphan in orphans})
+            queues = [orphan.queue for orphan in orphans if orphan.node in held]
             with self._sessions.session() as connection:
-                gone = QueueStore(connection, self._tables).gone(held)
-            yield gone
+                left = QueueStore(connection, self._tables).left(queues)
+            yield left
 
     def forget(self, queues: Sequence[str]) -> None:
         """As Registry says."""

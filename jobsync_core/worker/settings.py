@@ -14,6 +14,7 @@ from ..config import CoordinationConfig
 from ..environment import from_text
 from ..errors import ConfigurationError
 from ..job import Job
+from .queue_groups import check_queue_groups, group_of
 from .routing import check_pins, old_node_queue
 
 __all__ = ['PluginSettings', 'combined']
@@ -49,6 +50,8 @@ class PluginSettings:
             unless the task says otherwise; True: on the node that owns its key.
         pins: Task name -> ordered patterns of the nodes that may run it.
         pin_slots: Virtual keys of a pinned task.
+        queue_groups: Name -> queues that share one ring of tokens, so that a key has one owner
+            whichever of them it comes through; each other queue is a group of its own.
         on_unclaimed: 'forward' what belongs to another node, or 'drop' it (broadcast queues, where
             every node gets every message).
         max_hops: How often a message is handed on before it is parked.
@@ -76,6 +79,7 @@ class PluginSettings:
     affinity: bool = True
     pins: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pin_slots: int = 64
+    queue_groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     on_unclaimed: str = 'forward'
     max_hops: int = 4
     park_sec: float = 2.0
@@ -132,6 +136,11 @@ class PluginSettings:
                 'owns a message, so that all of them would take it up: take one of the two out'
             )
         object.__setattr__(self, 'pins', check_pins(self.pins))
+        object.__setattr__(self, 'queue_groups', check_queue_groups(self.queue_groups))
+
+    def group_of(self, home: str) -> str:
+        """The queue group of a home queue: its own name, unless the settings say another."""
+        return group_of(self.queue_groups, home)
 
     @classmethod
     def read(cls: type[S], values: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S:

@@ -4,7 +4,7 @@ present owners. A queue that makes trouble is left aside, and the others go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .. import clock
@@ -40,9 +40,9 @@ class Sweeping:
         passage: For passing over queues.
         registry: Who has which queue, and who is gone.
         owners: Who owns what.
-        parked: Name of the parked queue.
+        parked: Name of the parked queue of a home queue.
         count: Counts events.
-        stray: Called when something was parked.
+        stray: Called with a home queue of which something was parked.
         now: The clock.
     """
 
@@ -53,10 +53,10 @@ class Sweeping:
         passage: Passage,
         registry: Registry,
         owners: Owners,
-        parked: str,
+        parked: Callable[[str], str],
         *,
         count: Callable[[str, int], object],
-        stray: Callable[[], object],
+        stray: Callable[[str], object],
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._node = node
@@ -93,9 +93,11 @@ class Sweeping:
         back.
         """
         with self._registry.held(orphan.node) as held:
-            if not held or not self._registry.is_gone(orphan.node):
+            if not held or not self._registry.is_left(orphan.queue):
                 return
-            restored = self._broker.restore(orphan.node)
+            # A node that lives has left this queue alone: what it has in hand is its own.
+            is_gone = self._registry.is_gone(orphan.node)
+            restored = self._broker.restore(orphan.node) if is_gone else 0
             moved = self.drain(orphan.queue, stop)
         if restored or moved:
             self._count('rescued', restored + moved)
@@ -116,13 +118,26 @@ class Sweeping:
                 stale = True
                 return None
             if found.queue is None:
-                self._stray()
-            return found.queue or self._parked
+                self._stray(delivery.home)
+            return found.queue or self._parked(delivery.home)
 
         passed = self._passage.go(queue, where, lambda: stale or stop())
         if stale:
             self._owners.reread()
         return passed.moved
+
+    def bring_home(self, homes: Iterable[str], stop: Callable[[], bool]) -> None:
+        """Send home what is parked of home queues that nobody consumes any more."""
+        for home in sorted(homes):
+            if stop():
+                return
+            queue = self._parked(home)
+            if self._owners.is_deserted(home) and self._broker.size(queue):
+                with self._registry.held(queue) as held:
+                    moved = self.drain(queue, stop) if held else 0
+                if moved:
+                    self._count('sent_home', moved)
+                    logger.info('node=%s queue=%s sent_home=%d', self._node, queue, moved)
 
     def without_trouble(self, orphans: Sequence[Orphan]) -> list[Orphan]:
         """Those that are not left aside at this moment."""
@@ -167,7 +182,7 @@ class Sweeping:
                         raise  # the database
                     # Raises where it is the broker that fails; else it is these queues, and those
                     # behind them go on.
-                    self._broker.size(self._parked)
+                    self._broker.size(self._parked(''))
             else:
                 self._aside.pop(orphan.queue, None)
                 in_a_row = 0

@@ -20,11 +20,12 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import old_node_queue, old_parked_queue
+from jobsync_core.worker.routing import old_node_queue
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq.broker.opening import open_broker
 from tests.support.brokers import BrokerServer, RedisServer
 from tests.support.cluster import query
+from tests.support.homes import fixed_homes
 from tests.support.waiting import eventually
 
 #: How many queues others have left, and for how long it is counted.
@@ -88,7 +89,7 @@ class Fleet:
             self._start(job)
 
     def _start(self, job: Job) -> None:
-        gate = Gate(PluginSettings(config=self.config), job)
+        gate = Gate(PluginSettings(config=self.config), job, in_groups=False)
         broker, make = _OPEN[self.kind](self.url, self.config)
         make(job.node_name)
         self._count(gate.sessions, 'session')
@@ -98,8 +99,7 @@ class Fleet:
             gate,
             broker,
             self.kind,
-            old_node_queue(self.config.appname, job.node_name),
-            old_parked_queue(self.config.appname),
+            fixed_homes(job, [''], lambda home: old_node_queue(self.config.appname, job.node_name)),
             on_lease=lambda leased: None,
             on_change=lambda: None,
         )

@@ -47,12 +47,13 @@ class Time:
 
 @dataclass
 class FakeRegistry:
-    """Ages of what nodes left, by node; the queue of `n1` is `q.n1`.
+    """Ages of what nodes left, by node; the queue of `n1` is `q.n1`, for the home queue `home`.
 
     Attributes:
         gone: Nodes that are gone, and for how many seconds.
         drained: Nodes that live and own nothing.
         back: Nodes that have come back since.
+        retired: Nodes that live, and have left their queue alone.
         busy: What others hold.
         held_by_me: What this node has held.
         transactions: How many there were.
@@ -62,6 +63,7 @@ class FakeRegistry:
     gone: dict[str, float] = field(default_factory=dict)
     drained: list[str] = field(default_factory=list)
     back: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     held_by_me: list[str] = field(default_factory=list)
     transactions: int = 0
@@ -70,7 +72,7 @@ class FakeRegistry:
     def _left(self, kept: Callable[[float], bool]) -> list[Orphan]:
         self.transactions += 1
         ages = sorted((age, node) for node, age in self.gone.items() if kept(age))
-        return [Orphan(f'q.{node}', node, age) for age, node in ages]
+        return [Orphan(f'q.{node}', node, age, 'home') for age, node in ages]
 
     def orphans(self, young: float) -> list[Orphan]:
         return self._left(lambda age: age < young)
@@ -80,11 +82,15 @@ class FakeRegistry:
 
     def draining(self) -> list[Orphan]:
         self.transactions += 1
-        return [Orphan(f'q.{node}', node, 0.0) for node in self.drained]
+        return [Orphan(f'q.{node}', node, 0.0, 'home') for node in self.drained]
 
     def is_gone(self, node: str) -> bool:
         self.transactions += 1
-        return node not in self.back
+        return node not in self.back | self.retired
+
+    def is_left(self, queue: str) -> bool:
+        self.transactions += 1
+        return queue.removeprefix('q.') not in self.back
 
     @contextmanager
     def held(self, node: str) -> Iterator[bool]:
@@ -94,10 +100,11 @@ class FakeRegistry:
         yield node not in self.busy
 
     @contextmanager
-    def all_held(self, nodes: Collection[str]) -> Iterator[frozenset[str]]:
+    def all_held(self, orphans: Collection[Orphan]) -> Iterator[frozenset[str]]:
         self.transactions += 2
         self.on_hold()
-        yield frozenset(nodes) - self.busy - self.back
+        nodes = {orphan.queue: orphan.node for orphan in orphans}
+        yield frozenset(queue for queue, node in nodes.items() if node not in self.busy | self.back)
 
     def forget(self, queues: Sequence[str]) -> None:
         self.transactions += 1
@@ -108,18 +115,28 @@ class FakeRegistry:
 class FakeOwners:
     """An owner map. Whatever it has no place for belongs to `n1`, unless it begins with `x`, which
     belongs to nobody.
+
+    Attributes:
+        places: By route.
+        deserted: Home queues that nobody consumes.
     """
 
     def __init__(self) -> None:
         self.version = 1
-        self.places: dict[str, Place | None] = {}
+        self.places: dict[str, Place] = {}
+        self.deserted: set[str] = set()
         self.rereads = 0
         self.on_reread: Callable[[], object] = lambda: None
 
-    def find(self, route: str) -> Place | None:
+    def find(self, route: str, home: str) -> Place:
+        if home in self.deserted:
+            return Place(deserted=True)
         if route in self.places:
             return self.places[route]
-        return None if route.startswith('x') else Place('n1', 'q.n1')
+        return Place() if route.startswith('x') else Place('n1', 'q.n1')
+
+    def is_deserted(self, home: str) -> bool:
+        return home in self.deserted
 
     def refresh(self) -> bool:
         return True

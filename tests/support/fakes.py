@@ -35,7 +35,7 @@ class FakeJob:
         self.incarnation = 'life-1'
         self.pausing = Pausing()
 
-    def owns(self, route: str) -> bool:
+    def owns(self, route: str, group: str = '') -> bool:
         return route in self.mine and self.leased
 
     def am_i_healthy(self) -> bool:
@@ -57,10 +57,10 @@ class FakeOwners:
     def refresh(self) -> bool:
         return True
 
-    def find(self, route: str) -> Place | None:
+    def find(self, route: str, home: str = '') -> Place:
         if self.error is not None:
             raise self.error
-        return self.places.get(route)
+        return self.places.get(route, Place())
 
 
 class FakeLedger(SingleLedger):

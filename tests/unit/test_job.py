@@ -141,7 +141,7 @@ def worker(settings: PluginSettings) -> Job:
     return make_job(
         settings,
         'a',
-        'q',
+        {'': 'q'},
         'celery',
         {},
         identify=lambda make: '',

@@ -29,6 +29,14 @@ ON CONFLICT (name) DO UPDATE SET
     place = excluded.place, application = excluded.application
 RETURNING xmax = 0
 
+-- name: retire
+-- Notes that a node which lives has none but these queues. A queue with a time counts as that of a
+-- node that is gone, until it is recorded again.
+UPDATE {node_queue} AS q SET gone_at = clock_timestamp()
+WHERE q.node = %(node)s AND q.name <> '' AND q.name <> ALL(%(keep)s::text[]) AND q.gone_at IS NULL;
+UPDATE {queue} AS q SET gone_at = clock_timestamp()
+WHERE q.node = %(node)s AND q.name <> ALL(%(keep)s::text[]) AND q.gone_at IS NULL
+
 -- name: identify
 -- Notes what a node belongs to, before it has a queue; true where it was not known before. Those that
 -- have been gone for long and left no queue are forgotten.
@@ -71,8 +79,8 @@ ORDER BY n.created_on, n.name
 SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8, q.home
 FROM {queues} AS q
 WHERE q.kind = %(kind)s
-    AND (q.gone_at IS NULL OR q.gone_at > clock_timestamp() - make_interval(secs => %(young)s))
-    AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
+    AND (q.gone_at > clock_timestamp() - make_interval(secs => %(young)s)
+        OR q.gone_at IS NULL AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node))
 ORDER BY q.gone_at DESC NULLS FIRST, q.name
 
 -- name: note_orphans
@@ -89,7 +97,6 @@ WHERE q.name = ANY(%(names)s) AND q.gone_at IS NULL
 SELECT q.name, q.node, extract(epoch FROM clock_timestamp() - q.gone_at)::float8, q.home
 FROM {queues} AS q
 WHERE q.kind = %(kind)s AND q.gone_at <= clock_timestamp() - make_interval(secs => %(young)s)
-    AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
 ORDER BY q.gone_at DESC, q.name
 
 -- name: known
@@ -118,10 +125,11 @@ SELECT asked.name, set_config('idle_in_transaction_session_timeout', %(silent)s,
     pg_try_advisory_xact_lock(hashtextextended(%(what)s || asked.name, 0))
 FROM unnest(%(nodes)s::text[]) AS asked(name)
 
--- name: gone
--- Those nodes that are not in the node table.
-SELECT asked.name FROM unnest(%(nodes)s::text[]) AS asked(name)
-WHERE NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = asked.name)
+-- name: left
+-- Those queues that nobody has: the node is gone, or has left the queue alone.
+SELECT q.name FROM {queues} AS q
+WHERE q.name = ANY(%(names)s)
+    AND (q.gone_at IS NOT NULL OR NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node))
 
 -- name: is_gone
 -- Whether a node is not in the node table.
@@ -130,14 +138,17 @@ SELECT NOT EXISTS (SELECT FROM {node} WHERE name = %(node)s)
 -- name: forget
 -- Removes queues whose nodes are gone; and with the last one what the node belonged to.
 DELETE FROM {queue} AS q
-WHERE name = ANY(%(names)s) AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node);
+WHERE name = ANY(%(names)s)
+    AND (q.gone_at IS NOT NULL OR NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node));
 WITH gone AS (
     DELETE FROM {node_queue} AS q
-    WHERE q.name = ANY(%(names)s) AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node)
+    WHERE q.name = ANY(%(names)s)
+        AND (q.gone_at IS NOT NULL OR NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node))
     RETURNING q.node, q.home
 )
 DELETE FROM {node_queue} AS q USING gone
-WHERE q.node = gone.node AND q.home = '' AND NOT EXISTS (
+WHERE q.node = gone.node AND q.home = ''
+    AND NOT EXISTS (SELECT FROM {node} AS n WHERE n.name = q.node) AND NOT EXISTS (
     SELECT FROM {node_queue} AS o
     WHERE o.node = gone.node AND o.home <> '' AND NOT o.name = ANY(%(names)s))
 
@@ -152,7 +163,8 @@ SELECT c.version, c.total_tokens, c.hash_function,
             FROM {queue_group} AS g) AS k
         WHERE k.named OR k.formed),
     (SELECT json_agg(json_build_array(q.node, q.home, q.name))::text
-        FROM {queues} AS q JOIN {node} AS n ON n.name = q.node),
+        FROM {queues} AS q JOIN {node} AS n ON n.name = q.node
+        WHERE q.gone_at IS NULL),
     (SELECT json_agg(json_build_array(lower(a.tokens), upper(a.tokens), a.owner, a.blocked)
             ORDER BY a.tokens)::text
         FROM (

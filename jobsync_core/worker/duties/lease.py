@@ -14,8 +14,8 @@ class LeaseWatch:
     """Tells the worker when the lease runs out and when there is one again.
 
     Args:
-        record: Records the node's queue: while the node was taken for dead, its empty queue may
-            have been deleted and forgotten.
+        record: Records the node's queues: while the node was taken for dead, empty ones may have
+            been deleted and forgotten.
         on_lease: Called with True when there is a lease again, and with False when it has run out;
             again, if it raises.
     """

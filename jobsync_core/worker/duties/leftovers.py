@@ -60,6 +60,7 @@ class Leftovers:
         self._pace.rest(self._now() + self._interval)
         old = self._registry.old_orphans(CLOSE_SEC)
         self._sweeping.sweep(old, stop)
+        self._sweeping.bring_home({orphan.home for orphan in old}, stop)
         self._delete(old, stop)
         if stop():
             self._pace.begin(moment)  # it was cut off: the rest in the next turn
@@ -82,8 +83,8 @@ class Leftovers:
             if self._broker.delete(orphan.queue):
                 deleted.append(orphan.queue)
 
-        with self._registry.all_held({orphan.node for orphan in due}) as held:
-            ours = [orphan for orphan in due if orphan.node in held]
+        with self._registry.all_held(due) as held:
+            ours = [orphan for orphan in due if orphan.queue in held]
             left = self._broker.left({orphan.queue: orphan.node for orphan in ours})
             empty = [orphan for orphan in ours if orphan.queue not in left]
             try:

@@ -10,10 +10,10 @@ from ..broker import Broker, Delivery
 from ..gate import Gate
 from ..passage import Passage
 from ..registry import QueueRegistry, restore_former_life
-from ..routing import unknown_queue
 from ..sweeping import Sweeping
 from .drained import Drained
 from .duty import Every, Moment
+from .homes import Homes
 from .lease import LeaseWatch
 from .leftovers import Leftovers
 from .mark import BrokerMark
@@ -33,8 +33,7 @@ class NodeDuties:
         gate: The node's gate.
         broker: The broker; used by the runner's thread alone.
         kind: The plugin's name.
-        queue: Name of the node's own queue.
-        parked: Name of the parked queue.
+        homes: The node's home queues.
         on_lease: Called with True when there is a lease again, and with False when it has run out;
             again, if it raises.
         on_change: Called after each change of plan, when the owner map is up to date.
@@ -48,8 +47,7 @@ class NodeDuties:
         gate: Gate,
         broker: Broker,
         kind: str,
-        queue: str,
-        parked: str,
+        homes: Homes,
         *,
         on_lease: Callable[[bool], object],
         on_change: Callable[[], object],
@@ -62,7 +60,12 @@ class NodeDuties:
         self._sessions = gate.sessions
         self._owners = owners = gate.owners
         config, node = gate.settings.config, gate.job.node_name
-        unknown, interval = unknown_queue(config.appname), config.rebalance_check_interval_sec
+        unknown, in_groups = gate.rules.unknown, '' not in homes.wanted
+        interval = config.rebalance_check_interval_sec
+
+        def parked(home: str) -> str:
+            return gate.rules.parked(home if in_groups else '')
+
         self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
         passage = Passage(broker, node)
         self._parked = Parked(
@@ -70,6 +73,7 @@ class NodeDuties:
             passage,
             registry,
             owners,
+            lambda: homes.wanted,
             parked,
             unknown,
             interval=interval,
@@ -84,13 +88,14 @@ class NodeDuties:
             owners,
             parked,
             count=gate.count,
-            stray=self._parked.note,
+            stray=lambda home: self._parked.note(home if in_groups else ''),
         )
         self.runner = Runner(
             node,
             (
-                LeaseWatch(lambda: registry.record(queue, job.belonging), on_lease),
+                LeaseWatch(lambda: registry.record(homes.queues, job.belonging), on_lease),
                 PlanWatch(owners.reread, on_change),
+                homes,
                 # Rescue never waits behind what is parked.
                 Rescue(registry, sweeping, interval),
                 Leftovers(broker, registry, sweeping, interval),
@@ -127,9 +132,9 @@ class NodeDuties:
         self.runner.stop(timeout)
         self._sessions.close_all()
 
-    def parked_something(self) -> None:
-        """A message was put into the parked queue."""
-        self._parked.note()
+    def parked_something(self, home: str) -> None:
+        """A message was put into the parked queue of a home queue."""
+        self._parked.note(home)
 
     def restore_former(self) -> int:
         """Restore what an earlier life of this node had taken; before it consumes.

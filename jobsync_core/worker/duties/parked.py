@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ... import clock
 from ...logs import get_logger
@@ -15,16 +17,37 @@ __all__ = ['Parked']
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks at how many there are.
-_LOOK_SEC = 2.0
+#: Seconds between two looks at how many there are; and where none are parked any more but what was
+#: sent to a queue that is gone.
+_LOOK_SEC, _OLD_LOOK_SEC = 2.0, 5.0
 #: Seconds until they are passed over again, for each second that a pass took; and at least.
 _REST, _REST_LEAST = 10.0, 5.0
 #: Seconds until the next try, where another node is at it.
 _HELD_SEC = 1.0
 
 
+@dataclass
+class _Queue:
+    """What is remembered of one parked queue.
+
+    Attributes:
+        stray: Something was parked, or may be handed out without another plan.
+        released: Version of the plan for which it was passed over last.
+        left: Messages that this left.
+        not_before: When it may be passed over again without another plan.
+        looked: When it was looked at last.
+    """
+
+    stray: bool = False
+    released: int = -1
+    left: int = -1
+    not_before: float = 0.0
+    looked: float = -math.inf
+
+
 class Parked:
-    """One node's part in it. One node at a time does it.
+    """One node's part in it: it looks after the parked messages of the home queues that it
+    consumes, and after those of the layout that knew no queue groups. One node at a time does it.
 
     They are passed over once for each plan, and when their number is not what the last pass left.
 
@@ -33,7 +56,8 @@ class Parked:
         passage: For passing over queues.
         registry: Whether another node is at it.
         owners: Who owns what.
-        parked: Name of the parked queue.
+        homes: The home queues that this node consumes, at this moment.
+        parked: Name of the parked queue of a home queue.
         unknown: Name of the queue of messages whose task nobody knew.
         interval: The longest time between two looks, in seconds.
         tasks: The names of the tasks that this node's consumers know, at this moment.
@@ -49,7 +73,8 @@ class Parked:
         passage: Passage,
         registry: Registry,
         owners: Owners,
-        parked: str,
+        homes: Callable[[], frozenset[str]],
+        parked: Callable[[str], str],
         unknown: str,
         *,
         interval: float,
@@ -61,74 +86,105 @@ class Parked:
         self._passage = passage
         self._registry = registry
         self._owners = owners
+        self._homes = homes
         self._parked, self._unknown = parked, unknown
         self._interval = min(_LOOK_SEC, interval)
         self._tasks = tasks
         self._count = count
         self._now = now
         self._pace = Pace()
-        self._stray = False
-        self._released, self._left = -1, -1
-        self._not_before = 0.0
+        self._queues: dict[str, _Queue] = {}
 
-    def note(self) -> None:
-        """Something was parked: a plan may have come meanwhile. Called by any thread."""
-        self._stray = True
+    def note(self, home: str) -> None:
+        """A message of a home queue was parked: a plan may have come meanwhile. Called by any
+        thread.
+        """
+        self._queues.setdefault(home, _Queue()).stray = True
 
     def due(self, moment: Moment) -> float:
         """After each plan, once in a while, and where something was parked."""
         due = self._pace.due(moment)
-        return min(due, self._not_before - moment.now) if self._stray and moment.leased else due
+        if not moment.leased:
+            return due
+        here = self._homes() | {''}
+        stray = [
+            queue.not_before - moment.now
+            for home, queue in list(self._queues.items())
+            if queue.stray and home in here
+        ]
+        return min([due, *stray])
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Look at how many there are, and hand them out if there is a reason to."""
         self._pace.begin(moment)
-        size = self._broker.size(self._parked)
-        # A new plan is followed at once; whatever else happens comes again and again.
-        rested = moment.now >= self._not_before
-        if size and (
-            self._released != self._owners.version
-            or (rested and (self._stray or size != self._left))
-        ):
-            self._hand_out(stop)
-        elif not size:
-            self._stray, self._released, self._left = False, self._owners.version, 0
+        here = self._homes() | {''}
+        for home in list(self._queues):
+            if home not in here:  # somebody else looks after it
+                del self._queues[home]
+        for home in sorted(here):
+            if stop():
+                return
+            queue = self._queues.setdefault(home, _Queue())
+            if (
+                home
+                or queue.stray
+                or queue.released != self._owners.version
+                or moment.now >= queue.looked + _OLD_LOOK_SEC
+                or '' in self._homes()
+            ):
+                queue.looked = moment.now
+                self._look(home, queue, moment, stop)
         self._pace.rest(self._now() + self._interval)
 
-    def _hand_out(self, stop: Callable[[], bool]) -> None:
-        with self._registry.held('') as held:
+    def _look(self, home: str, queue: _Queue, moment: Moment, stop: Callable[[], bool]) -> None:
+        size = self._broker.size(self._parked(home))
+        # A new plan is followed at once; whatever else happens comes again and again.
+        rested = moment.now >= queue.not_before
+        if size and (
+            queue.released != self._owners.version
+            or (rested and (queue.stray or size != queue.left))
+        ):
+            self._hand_out(home, queue, stop)
+        elif not size:
+            queue.stray, queue.released, queue.left = False, self._owners.version, 0
+
+    def _hand_out(self, home: str, queue: _Queue, stop: Callable[[], bool]) -> None:
+        name = self._parked(home)
+        # What '' stands for is what nodes of other versions hold for it.
+        with self._registry.held(name if home else '') as held:
             began = self._now()
             if not held:
-                self._not_before = began + _HELD_SEC
+                queue.not_before = began + _HELD_SEC
                 return
-            self._stray = False
+            queue.stray = False
             try:
                 self._owners.refresh()
                 version = self._owners.version
-                passed = self._passage.go(self._parked, self._destination, stop)
+                passed = self._passage.go(
+                    name, lambda delivery: self._destination(delivery, queue), stop
+                )
             except BaseException:
-                self._stray = True
+                queue.stray = True
                 raise
             finally:
                 ended = self._now()
-                self._not_before = ended + max(_REST_LEAST, (ended - began) * _REST)
+                queue.not_before = ended + max(_REST_LEAST, (ended - began) * _REST)
             if passed.moved:
                 self._count('released', passed.moved)
                 logger.info(
-                    'queue=%s released=%d still_parked=%d',
-                    self._parked,
-                    passed.moved,
-                    passed.stayed,
+                    'queue=%s released=%d still_parked=%d', name, passed.moved, passed.stayed
                 )
             if passed.whole:
-                self._released, self._left = version, passed.stayed
+                queue.released, queue.left = version, passed.stayed
             else:
-                self._stray = True
+                queue.stray = True
 
-    def _destination(self, delivery: Delivery) -> str | None:
+    def _destination(self, delivery: Delivery, queue: _Queue) -> str | None:
         if delivery.route is None and delivery.task not in self._tasks():
             return self._unknown
         found = destination_of(self._owners, delivery)
+        if found.deserted and delivery.home in self._homes():
+            return None  # this node is about to be a member: at home it would take it again
         if found.soon:
-            self._stray = True
+            queue.stray = True
         return found.queue

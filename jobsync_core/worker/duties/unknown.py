@@ -36,7 +36,7 @@ class UnknownTasks:
         passage: For passing over queues.
         registry: Whether another node is at it.
         owners: Who owns what.
-        parked: Name of the parked queue.
+        parked: Name of the parked queue of a home queue.
         unknown: Name of the queue of these messages.
         interval: The longest time between two looks, in seconds.
         tasks: The names of the tasks that this node's consumers know, at this moment.
@@ -54,7 +54,7 @@ class UnknownTasks:
         passage: Passage,
         registry: Registry,
         owners: Owners,
-        parked: str,
+        parked: Callable[[str], str],
         unknown: str,
         *,
         interval: float,
@@ -127,4 +127,4 @@ class UnknownTasks:
             # arguments that make no key: the consumer of its queue sets it aside, and says so
             except Exception as error:
                 logger.debug('id=%s task=%s has no key: %r', delivery.id, delivery.task, error)
-        return destination_of(self._owners, delivery).queue or self._parked
+        return destination_of(self._owners, delivery).queue or self._parked(delivery.home)

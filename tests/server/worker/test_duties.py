@@ -14,14 +14,15 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import unknown_queue
+from jobsync_core.worker.routing import parked_queue, unknown_queue
 from jobsync_core.worker.settings import PluginSettings
 from tests.support.cluster import query
 from tests.support.fake_broker import Contents, FakeBroker, Item
+from tests.support.homes import fixed_homes
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
 
-PARKED = 'parked'
+ROUTES = [f'order-{number}' for number in range(40)]
 
 
 @dataclass
@@ -37,12 +38,14 @@ class Node:
 
 
 class World:
-    """Nodes on one database and one broker; `n1` has the queue `q.n1`."""
+    """Nodes on one database and one broker; all consume the home queue `home`, for which `n1` has
+    the queue `q.n1`."""
 
     def __init__(self, config: CoordinationConfig, stack: ExitStack) -> None:
         self.config = config
         self.contents = Contents()
         self.unknown = unknown_queue(config.appname)
+        self.parked = parked_queue('home', config.appname)
         #: What nodes know, other than the task that all know.
         self.tasks: dict[str, set[str]] = {}
         self._stack = stack
@@ -59,7 +62,7 @@ class World:
     ) -> Node:
         """A node that has entered; its queue is recorded."""
         config = config or self.config
-        job = Job(name, config, wait_on_enter=0)
+        job = Job(name, config, wait_on_enter=0, groups=['home'])
         job.belonging = Belonging(kind)
         self._stack.enter_context(job)
         self.queue(name, kind)
@@ -80,8 +83,7 @@ class World:
             gate,
             broker,
             kind,
-            f'q.{name}',
-            PARKED,
+            fixed_homes(job, ['home'], lambda home: f'q.{name}'),
             on_lease=leased,
             on_change=changed,
             tasks=lambda: frozenset(self.tasks.get(name, {'known'})),
@@ -95,20 +97,28 @@ class World:
         """Record a node's queue; of a node that is gone for so many seconds."""
         query(
             self.config,
-            """INSERT INTO "{}queue" (name, node, kind, gone_at)
-                              VALUES ('q.' || %s, %s, %s, now() - make_interval(secs => %s))
-                              ON CONFLICT (name) DO UPDATE SET gone_at = excluded.gone_at""",
+            """INSERT INTO "{}node_queue" (name, home, node, kind, gone_at)
+               VALUES ('q.' || %s, 'home', %s, %s, now() - make_interval(secs => %s))
+               ON CONFLICT (node, home) DO UPDATE SET gone_at = excluded.gone_at""",
             (node, node, kind, age),
         )
 
     def recorded(self) -> list[str]:
-        return [row[0] for row in query(self.config, 'SELECT name FROM "{}queue" ORDER BY 1')]
+        return [
+            row[0]
+            for row in query(
+                self.config, """SELECT name FROM "{}node_queue" WHERE home <> '' ORDER BY 1"""
+            )
+        ]
 
     def settle(self, *nodes: Node) -> None:
         eventually(
             lambda: (
                 sum(len(node.job.my_tokens) for node in nodes) == self.config.total_tokens
                 and all(node.job.my_tokens for node in nodes)
+                and all(
+                    sum(node.job.owns(route, 'home') for node in nodes) == 1 for route in ROUTES
+                )
             ),
             30,
         )
@@ -118,9 +128,6 @@ class World:
 def world(config: CoordinationConfig) -> Iterator[World]:
     with ExitStack() as stack:
         yield World(config, stack)
-
-
-ROUTES = [f'order-{number}' for number in range(40)]
 
 
 class TestRescue:
@@ -134,7 +141,7 @@ class TestRescue:
         eventually(lambda: world.contents.size('q.n1') + world.contents.size('q.n2') == len(ROUTES))
         for name, node in zip(('q.n1', 'q.n2'), nodes, strict=True):
             assert world.contents.routes(name) == sorted(
-                route for route in ROUTES if node.job.owns(route)
+                route for route in ROUTES if node.job.owns(route, 'home')
             )
         assert world.contents.routes('home') == ['held-1', 'held-2'], 'they pass the gates again'
         eventually(
@@ -178,7 +185,7 @@ class TestRescue:
 
 class TestParked:
     def test_it_is_released_by_a_plan(self, world: World) -> None:
-        world.contents.put(PARKED, *ROUTES)
+        world.contents.put(world.parked, *ROUTES)
         first = world.node('n1')
         eventually(lambda: world.contents.routes('q.n1') == sorted(ROUTES))
         assert first.gate.counts['released'] == len(ROUTES)
@@ -189,27 +196,27 @@ class TestParked:
         first = world.node('n1')
         world.settle(first)
         eventually(lambda: first.gate.owners.version == first.job.token_version)
-        world.contents.put(PARKED, 'a')
-        first.duties.parked_something()
+        world.contents.put(world.parked, 'a')
+        first.duties.parked_something('home')
         eventually(lambda: world.contents.routes('q.n1') == ['a'])
-        world.contents.put(PARKED, 'b')
+        world.contents.put(world.parked, 'b')
         # nobody tells of it: the next look sees that the queue has grown
         eventually(lambda: world.contents.routes('q.n1') == ['a', 'b'], 40)
 
     def test_an_owner_s_queue_is_found_when_it_is_recorded_late(self, world: World) -> None:
         first, second = world.node('n1', start=False), world.node('n2', start=False)
         world.settle(first, second)
-        theirs = next(route for route in ROUTES if second.job.owns(route))
-        query(world.config, """DELETE FROM "{}queue" WHERE node = 'n2'""")
+        theirs = next(route for route in ROUTES if second.job.owns(route, 'home'))
+        query(world.config, """DELETE FROM "{}node_queue" WHERE node = 'n2'""")
         first.gate.owners.reread()
-        here = first.gate.here(theirs)
+        here = first.gate.here(theirs, 'home')
         assert (here.owner, here.queue) == ('n2', None)
-        world.contents.put(PARKED, theirs)
+        world.contents.put(world.parked, theirs)
         first.duties.start()
         eventually(lambda: first.broker.taken)
-        assert world.contents.routes(PARKED) == [theirs]
+        assert world.contents.routes(world.parked) == [theirs]
         world.queue('n2')
-        eventually(lambda: first.gate.here(theirs).queue == 'q.n2')
+        eventually(lambda: first.gate.here(theirs, 'home').queue == 'q.n2')
         eventually(lambda: world.contents.routes('q.n2') == [theirs], 30)
 
 
@@ -269,7 +276,7 @@ class TestLease:
             proxy.switch(Mode.HOLD)
             eventually(lambda: behind.leases == [False], 30)
             # What happens to a node that is away for long.
-            query(config, 'DELETE FROM "{}queue"')
+            query(config, 'DELETE FROM "{}node_queue"')
             proxy.switch(Mode.PASS)
             eventually(lambda: behind.leases == [False, True, True], 30)
             assert world.recorded() == ['q.n1']
@@ -294,7 +301,7 @@ class TestLease:
                 world.contents.held['gone'] = [Item('a')]
                 behind.broker.on_restore = lambda node: proxy.switch(Mode.HOLD)
             else:
-                world.contents.put(PARKED, 'a')
+                world.contents.put(world.parked, 'a')
                 behind.broker.on_take = lambda queue: proxy.switch(Mode.HOLD)
             behind.duties.start()
             eventually(lambda: behind.leases == [False], 30)

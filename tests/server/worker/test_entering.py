@@ -33,7 +33,7 @@ def _worker(
     return make_job(
         PluginSettings(config=config, pin_slots=4, wait_on_enter=wait),
         name,
-        f'q.{name}',
+        {'': f'q.{name}'},
         kind,
         pins or {},
         known=['render', 'charge'],
@@ -106,7 +106,7 @@ def test_a_mark_that_the_broker_lost_is_waited_for(config: CoordinationConfig) -
         late = make_job(
             PluginSettings(config=config),
             'two',
-            'q.two',
+            {'': 'q.two'},
             'celery',
             {},
             prepare=lambda: None,
@@ -150,7 +150,7 @@ def test_workers_that_enter_together_are_not_taken_for_plain_jobs(
     first = make_job(
         PluginSettings(config=config, lock_provider=slow),
         'one',
-        'q.one',
+        {'': 'q.one'},
         'celery',
         {},
         prepare=lambda: None,

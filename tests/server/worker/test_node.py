@@ -43,7 +43,14 @@ class Stage:
         self.problem = ''
         self._stack = stack
 
-    def node(self, name: str = 'n1', *, comes_back: bool = False, **settings: Any) -> WorkerNode:
+    def node(
+        self,
+        name: str = 'n1',
+        *,
+        homes: tuple[str, ...] = ('home',),
+        comes_back: bool = False,
+        **settings: Any,
+    ) -> WorkerNode:
         broker = NodeBroker(self.contents)
         found = {'config': self.config, **settings}
         made = WorkerNode(
@@ -52,9 +59,10 @@ class Stage:
             Framework(
                 kind='celery',
                 broker=broker,
-                declare=lambda: self.log.append('declare'),
+                homes=homes,
+                declare=lambda home, queue: self.log.append(f'declare {home}'),
                 tasks=lambda: ['known'],
-                pins={},
+                pins=found.get('pins', {}),
                 busy=lambda tokens: False,
                 problem=lambda: self.problem,
                 silence=lambda: 0.0,
@@ -97,11 +105,11 @@ def ready(port: int) -> dict[str, Any]:
 def test_a_node_lives_from_enter_to_leave(stage: Stage) -> None:
     node = stage.entered()
     job = node.job
-    assert job is not None and node.queue == f'jobsync.{stage.config.appname}.n1'
+    assert job is not None and node.queues == {'home': f'home.jobsync.{stage.config.appname}.n1'}
     eventually(lambda: len(job.my_tokens) == stage.config.total_tokens)
-    stage.contents.put(node.gate.rules.parked, 'a')
-    node.parked_something()
-    eventually(lambda: stage.contents.order(node.queue) == ['a'])
+    stage.contents.put(node.gate.rules.parked('home'), 'a')
+    node.parked_something('home')
+    eventually(lambda: stage.contents.order(node.queues['home']) == ['a'])
     status = node.status(job, waiting=2)
     assert status['messages'] == {'released': 1, 'waiting': 2} and status['consuming'] is True
     assert json.loads(json.dumps(status)) == status, 'plain values'
@@ -115,12 +123,12 @@ def test_a_node_lives_from_enter_to_leave(stage: Stage) -> None:
 def test_a_name_that_comes_back_restores_what_its_former_life_had_taken(stage: Stage) -> None:
     stage.contents.held['n1'] = [Item('a')]
     stage.entered(comes_back=True)
-    assert stage.log == ['declare', 'restore n1'] and stage.contents.order('home') == ['a']
+    assert stage.log == ['declare home', 'restore n1'] and stage.contents.order('home') == ['a']
 
 
 def test_one_that_does_not_leaves_it_to_the_others(stage: Stage) -> None:
     stage.entered()
-    assert stage.log == ['declare']
+    assert stage.log == ['declare home']
 
 
 def test_with_the_lease_back_the_queue_is_made_again_before_the_worker_hears_of_it(
@@ -141,7 +149,7 @@ def test_with_the_lease_back_the_queue_is_made_again_before_the_worker_hears_of_
         }
         proxy.switch(Mode.PASS)
         eventually(lambda: True in stage.log, 30)
-        assert stage.log == [False, 'declare', 'restore n1', True]
+        assert stage.log == [False, 'declare home', 'restore n1', True]
 
 
 class TestHttp:
@@ -222,9 +230,9 @@ class TestLookup:
         node = stage.entered()
         settings = PluginSettings(config=stage.config)
         lookup = OwnerLookup(lambda: settings, lambda: None)
-        eventually(lambda: lookup.queue_of('order-1') == node.queue)
+        eventually(lambda: lookup.queue_of('order-1', 'home') == node.queues['home'])
         quiet = replace(settings, route_producers=False)
-        assert OwnerLookup(lambda: quiet, lambda: None).queue_of('order-1') is None
+        assert OwnerLookup(lambda: quiet, lambda: None).queue_of('order-1', 'home') is None
 
     def test_a_node_without_a_lease_does_not_ask(self, stage: Stage) -> None:
         settings = PluginSettings(config=stage.config)
@@ -233,4 +241,4 @@ class TestLookup:
         lookup = OwnerLookup(lambda: settings, lambda: job)
         owners: Any = object()  # that nobody can ask
         lookup.use(owners)
-        assert lookup.queue_of('order-1') is None
+        assert lookup.queue_of('order-1', 'home') is None

@@ -104,13 +104,13 @@ def test_before_the_first_look_it_knows_nothing(
     make_map: Callable[..., OwnerMap], statements: list[int]
 ) -> None:
     found = make_map()
-    assert (found.version, found.find('a'), statements) == (-1, None, [])
+    assert (found.version, found.find('a'), statements) == (-1, Place(), [])
 
 
 def test_nobody_owns_anything_in_a_cluster_without_nodes(make_map: Callable[..., OwnerMap]) -> None:
     found = make_map()
     assert found.refresh()
-    assert found.find_fresh('a') is None
+    assert found.find_fresh('a') == Place()
 
 
 def test_a_new_plan_is_seen_with_the_next_look(
@@ -123,10 +123,10 @@ def test_a_new_plan_is_seen_with_the_next_look(
         before = found.version
         with Job('n2', config, wait_on_enter=0) as second:
             settle(config, first, second)
-            assert {place.node for route in ROUTES if (place := found.find(route))} == {'n1'}
+            assert {found.find(route).node for route in ROUTES} == {'n1'}
             assert found.refresh()
             assert found.version > before
-            assert {place.node for route in ROUTES if (place := found.find(route))} == {'n1', 'n2'}
+            assert {found.find(route).node for route in ROUTES} == {'n1', 'n2'}
 
 
 def test_while_tokens_move_the_map_shows_where_they_go(
@@ -138,9 +138,7 @@ def test_while_tokens_move_the_map_shows_where_they_go(
     def look(tokens: TokenSet) -> None:
         found.refresh()
         seen.extend(
-            place.node if (place := found.find(route)) else None
-            for route in ROUTES
-            if first.task_to_token(route) in tokens
+            found.find(route).node for route in ROUTES if first.task_to_token(route) in tokens
         )
 
     with Job('n1', config, wait_on_enter=0, on_release=look) as first:

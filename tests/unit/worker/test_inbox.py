@@ -11,12 +11,13 @@ import pytest
 from jobsync_core.worker.inbox import Action, Here, Outcome, Received, Rules, may_begin, place
 
 #: A message that belongs to n2 and is here at n1 for the first time; the time is 100.
-DELIVERY = Received('life-1', 'order-1', until=102.0)
+DELIVERY = Received('life-1', 'order-1', until=102.0, home='jobs')
 HERE = Here('n1', 'life-1', mine=False, leased=True, owner='n2', queue='q2')
 MINE = replace(HERE, mine=True, owner='n1', queue='q1')
 AWAY = replace(HERE, leased=False)
 NOBODY = replace(HERE, owner=None, queue=None)
-RULES = Rules('parked', 'unknown')
+UNMATCHED = replace(NOBODY, unmatched=True)
+RULES = Rules('shop_')
 LATE = replace(DELIVERY, until=99.0)
 
 
@@ -25,10 +26,10 @@ def _wait(reason: str) -> Outcome:
 
 
 def _parked(reason: str) -> Outcome:
-    return Outcome(Action.SEND, 'parked', 0, 'parked', reason)
+    return Outcome(Action.SEND, 'jobs.jobsync.shop_.parked', 0, 'parked', reason)
 
 
-_UNKNOWN = Outcome(Action.SEND, 'unknown', 0, 'unknown', 'its task is not known here')
+_UNKNOWN = Outcome(Action.SEND, 'jobsync.shop_.unknown', 0, 'unknown', 'its task is not known here')
 
 #: (what is so, the delivery, this node, the rules, what becomes of it)
 TABLE: list[tuple[str, Received, Here, Rules, Outcome]] = [
@@ -96,6 +97,22 @@ TABLE: list[tuple[str, Received, Here, Rules, Outcome]] = [
         RULES,
         Outcome(Action.DEAD_LETTER, reason='no account'),
     ),
+    ('no node matches its pin', DELIVERY, UNMATCHED, RULES, _parked('no node matches its pin')),
+    ('that without a lease', DELIVERY, replace(UNMATCHED, leased=False), RULES, _wait('no lease')),
+    (
+        'nobody consumes its queue',
+        replace(DELIVERY, hops=3),
+        replace(NOBODY, deserted=True),
+        RULES,
+        Outcome(Action.SEND, 'jobs', 0, 'sent_home', 'nobody consumes its queue'),
+    ),
+    (
+        'that without a lease',
+        DELIVERY,
+        replace(NOBODY, deserted=True, leased=False),
+        RULES,
+        _wait('no lease'),
+    ),
     (
         'all nodes got it',
         DELIVERY,
@@ -134,15 +151,21 @@ def test_what_becomes_of_a_delivery(
 def every_case() -> list[tuple[Received, Here, Rules, float]]:
     """All that can be so."""
     deliveries = [
-        Received('life-1', route, hops, 100.0, known, problem)
+        Received('life-1', route, hops, 100.0, known, problem, 'jobs')
         for route, hops, known, problem in itertools.product(
             ('order-1', None), (0, 3, 4, 99), (True, False), ('', 'bad')
         )
     ]
     nodes = [
-        Here('n1', life, mine, leased, owner, queue)
-        for life, mine, leased, owner, queue in itertools.product(
-            ('life-1', 'life-2'), (True, False), (True, False), ('n1', 'n2', None), ('q', None)
+        Here('n1', life, mine, leased, owner, queue, unmatched, deserted)
+        for life, mine, leased, owner, queue, unmatched, deserted in itertools.product(
+            ('life-1', 'life-2'),
+            (True, False),
+            (True, False),
+            ('n1', 'n2', None),
+            ('q', None),
+            (True, False),
+            (True, False),
         )
     ]
     rules = [replace(RULES, drop=drop) for drop in (True, False)]
@@ -207,9 +230,15 @@ def every_case() -> list[tuple[Received, Here, Rules, float]]:
             ),
         ),
         (
+            'what no node matches waits in no memory',
+            lambda delivery, here, rules, outcome: (
+                not here.unmatched or not here.leased or outcome.action is not Action.WAIT
+            ),
+        ),
+        (
             'without a lease nothing is sent that has an owner',
             lambda delivery, here, rules, outcome: (
-                here.leased or outcome.event not in ('forwarded', 'parked')
+                here.leased or outcome.event not in ('forwarded', 'parked', 'sent_home')
             ),
         ),
     ],

@@ -42,6 +42,7 @@ def test_the_defaults_are_those_of_the_documents() -> None:
         'affinity': True,
         'pins': {},
         'pin_slots': 64,
+        'queue_groups': {},
         'on_unclaimed': 'forward',
         'max_hops': 4,
         'park_sec': 2.0,

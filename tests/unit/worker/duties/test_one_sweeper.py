@@ -34,6 +34,10 @@ def _same_chances() -> Iterator[None]:
     random.setstate(state)
 
 
+def parked_of(home: str) -> str:
+    return f'{home}.parked'
+
+
 class Node:
     """A node of a fleet, with all duties that look at what others left."""
 
@@ -57,9 +61,9 @@ class Node:
             passage,
             registry,
             owners,
-            'parked',
+            parked_of,
             count=count,
-            stray=lambda: None,
+            stray=lambda home: None,
             now=now,
         )
         self.duties: list[Duty] = [
@@ -71,7 +75,8 @@ class Node:
                 passage,
                 registry,
                 owners,
-                'parked',
+                lambda: frozenset({'home'}),
+                parked_of,
                 'unknown',
                 interval=_INTERVAL,
                 tasks=no_tasks,
@@ -83,7 +88,7 @@ class Node:
                 passage,
                 registry,
                 owners,
-                'parked',
+                parked_of,
                 'unknown',
                 interval=_INTERVAL,
                 tasks=no_tasks,

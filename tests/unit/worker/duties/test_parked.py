@@ -14,18 +14,24 @@ from tests.support.fake_broker import Contents, FakeBroker, Item
 from tests.support.fake_registry import FakeOwners, FakeRegistry, Time
 
 ROUTES = [f'order-{number}' for number in range(40)]
-PARKED, UNKNOWN = 'parked', 'unknown'
+PARKED, UNKNOWN = 'home.parked', 'unknown'
+
+
+def parked_of(home: str) -> str:
+    return f'{home}.parked'
 
 
 class Stage:
-    """A node `n1` that knows one task, `known`, and owns whatever does not begin with `x`."""
+    """A node `n1` that consumes the queue `home`, knows one task, `known`, and owns whatever does
+    not begin with `x`.
+    """
 
     def __init__(self) -> None:
         self.time = Time()
         self.contents = Contents()
         self.broker = FakeBroker(self.contents)
         self.registry, self.owners = FakeRegistry(), FakeOwners()
-        self.tasks = {'known'}
+        self.tasks, self.homes = {'known'}, {'home'}
         self.counts: dict[str, int] = {}
         passage = Passage(self.broker, 'n1')
         self.parked = Parked(
@@ -33,7 +39,8 @@ class Stage:
             passage,
             self.registry,
             self.owners,
-            PARKED,
+            lambda: frozenset(self.homes),
+            parked_of,
             UNKNOWN,
             interval=30,
             tasks=lambda: frozenset(self.tasks),
@@ -45,7 +52,7 @@ class Stage:
             passage,
             self.registry,
             self.owners,
-            PARKED,
+            parked_of,
             UNKNOWN,
             interval=30,
             tasks=lambda: frozenset(self.tasks),
@@ -85,7 +92,7 @@ class TestParked:
 
     def test_without_a_lease_nothing_is_looked_at(self, stage: Stage) -> None:
         stage.time.leased = False
-        stage.parked.note()
+        stage.parked.note('home')
         assert not stage.time.run(stage.parked)
 
     def test_as_long_as_nothing_changes_nothing_is_touched(self, stage: Stage) -> None:
@@ -103,7 +110,7 @@ class TestParked:
         """While a node that is gone is swept, each sweep may park something."""
         for number in range(10):
             stage.contents.put(PARKED, f'x{number}')
-            stage.parked.note()
+            stage.parked.note('home')
             stage.time.run(stage.parked)
             stage.time.now += 0.5
         assert len(stage.broker.taken) == 1, 'there was no second pass'
@@ -121,7 +128,7 @@ class TestParked:
         stage.broker.on_take = slow
         stage.contents.put(PARKED, 'x1')
         stage.time.run(stage.parked)
-        stage.parked.note()
+        stage.parked.note('home')
         assert stage.parked.due(stage.time.moment) == min(2.0, 20.0)
         stage.time.now += 19
         stage.time.run(stage.parked)
@@ -131,9 +138,9 @@ class TestParked:
         assert len(stage.broker.taken) == 2
 
     def test_while_another_node_is_at_it_nobody_asks_in_a_loop(self, stage: Stage) -> None:
-        stage.registry.busy = {''}
+        stage.registry.busy = {PARKED}
         stage.contents.put(PARKED, 'a')
-        stage.parked.note()
+        stage.parked.note('home')
         stage.time.run(stage.parked)
         assert stage.parked.due(stage.time.moment) == 1.0
         stage.registry.busy = set()
@@ -164,7 +171,7 @@ class TestParked:
         stage.contents.on_forward = fails
         stage.contents.put(PARKED, 'a', 'poison', 'b')
         for _ in range(3):
-            stage.parked.note()
+            stage.parked.note('home')
             stage.time.run(stage.parked)
             stage.time.now += 5
         assert stage.contents.order('q.n1') == ['a', 'b']
@@ -199,7 +206,7 @@ class TestParked:
         """Somebody has died, perhaps: his messages do not wait behind those that are parked."""
         looks = itertools.count()
         stage.contents.put(PARKED, *ROUTES)
-        stage.time.run(stage.parked, lambda: next(looks) == 4)
+        stage.time.run(stage.parked, lambda: next(looks) == 6)
         assert stage.contents.size('q.n1') == 4
         stage.plan()
         stage.time.run(stage.parked)
@@ -212,7 +219,7 @@ class TestParked:
         stage.contents.put(PARKED, 'x1')
         stage.time.run(stage.parked)
         stage.owners.places['x1'] = Place('n1', 'q.n1')  # its owner's queue was recorded late
-        stage.parked.note()
+        stage.parked.note('home')
         stage.time.now += 5
         if why == 'failed':
             stage.broker.on_take = lambda queue: 1 / 0
@@ -224,6 +231,46 @@ class TestParked:
         stage.time.now += 5
         stage.time.run(stage.parked)
         assert stage.contents.order('q.n1') == ['x1']
+
+    def test_a_node_looks_after_the_queues_that_it_consumes_and_after_those_of_the_old_layout(
+        self, stage: Stage
+    ) -> None:
+        stage.homes = {'home', 'mail'}
+        for queue in (PARKED, 'mail.parked', '.parked', 'other.parked'):
+            stage.contents.put(queue, queue)
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['.parked', PARKED, 'mail.parked']
+        assert sorted(stage.registry.held_by_me) == ['', PARKED, 'mail.parked']
+
+    def test_one_that_another_node_is_at_holds_up_no_other(self, stage: Stage) -> None:
+        stage.homes, stage.registry.busy = {'home', 'mail'}, {PARKED}
+        stage.contents.put(PARKED, 'a')
+        stage.contents.put('mail.parked', 'b')
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['b']
+
+    def test_what_was_parked_of_a_queue_that_is_dropped_is_no_reason_to_run(
+        self, stage: Stage
+    ) -> None:
+        stage.time.run(stage.parked)
+        stage.parked.note('home')
+        stage.homes = set()
+        assert stage.parked.due(stage.time.moment) == 2.0
+
+    def test_what_nobody_consumes_goes_home_unless_this_node_is_about_to(
+        self, stage: Stage
+    ) -> None:
+        """At home it would take it again, and park it, for ever."""
+        stage.owners.deserted = {'home', 'home of new'}
+        stage.contents.put(PARKED, 'a')
+        stage.contents.queues['.parked'] = [Item('b', 'home of new')]
+        stage.time.run(stage.parked)
+        assert stage.contents.order(PARKED) == ['a']
+        assert stage.contents.order('home of new') == ['b']
+        stage.owners.deserted.clear()
+        stage.plan()
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['a']
 
     def test_one_of_an_unknown_task_leaves_those_that_have_an_owner_alone(
         self, stage: Stage

@@ -35,7 +35,7 @@ class Stage:
             Passage(self.broker, 'n1'),
             self.registry,
             self.owners,
-            'parked',
+            lambda home: f'{home}.parked',
             count=self.count,
             stray=self.stray,
             now=self.time,
@@ -47,7 +47,7 @@ class Stage:
     def count(self, event: str, number: int) -> None:
         self.counts[event] = self.counts.get(event, 0) + number
 
-    def stray(self) -> None:
+    def stray(self, home: str) -> None:
         self.strays += 1
 
     def refuse(self, *names: str) -> None:
@@ -75,7 +75,7 @@ class TestRescue:
         assert stage.time.run(stage.rescue)
         assert stage.contents.routes('home') == [None, 'held'], 'they pass the gates again'
         assert stage.contents.routes('q.n1') == ['a']
-        assert stage.contents.routes('parked') == ['x-nobody'] and stage.strays == 1
+        assert stage.contents.routes('home.parked') == ['x-nobody'] and stage.strays == 1
         assert stage.counts == {'rescued': 4}
 
     def test_it_is_due_after_each_plan_and_soon_after_it_found_something(
@@ -154,7 +154,7 @@ class TestRescue:
         stage.broker.on_restore = stage.broker.on_size = refuse
         with pytest.raises(ConnectionError):
             stage.time.run(stage.rescue)
-        assert tried == [*nodes[:3], 'parked']
+        assert tried == [*nodes[:3], '.parked']
 
     def test_where_many_fail_and_the_broker_answers_the_others_go_on(self, stage: Stage) -> None:
         nodes = [f'g{number}' for number in range(9)]
@@ -185,8 +185,34 @@ class TestRescue:
         stage.time.run(stage.rescue, lambda: len(stage.broker.taken) == 4)
         assert stage.contents.size('q.n1') == 4 and stage.contents.total() == len(ROUTES)
 
+    def test_a_queue_that_its_node_has_left_alone_is_emptied_and_what_the_node_holds_is_its_own(
+        self, stage: Stage
+    ) -> None:
+        stage.contents.put('q.n2', 'a')
+        stage.contents.held['n2'] = [Item('held')]
+        stage.registry.gone, stage.registry.retired = {'n2': 1.0}, {'n2'}
+        stage.time.run(stage.rescue)
+        assert stage.contents.routes('q.n1') == ['a'] and stage.contents.held
+
+    def test_what_belongs_to_a_queue_that_nobody_consumes_goes_home(self, stage: Stage) -> None:
+        stage.contents.put('q.gone', *ROUTES)
+        stage.registry.gone, stage.owners.deserted = {'gone': 1.0}, {'home'}
+        stage.time.run(stage.rescue)
+        assert stage.contents.order('home') == ROUTES and not stage.strays
+
 
 class TestLeftovers:
+    def test_what_is_parked_of_a_queue_that_nobody_consumes_goes_home(self, stage: Stage) -> None:
+        stage.contents.put('home.parked', *ROUTES)
+        stage.registry.gone = {'old': 60.0}
+        stage.time.run(stage.leftovers)
+        assert stage.contents.size('home.parked') == len(ROUTES), 'its members look after it'
+        stage.owners.deserted = {'home'}
+        stage.time.now += 30
+        stage.time.run(stage.leftovers)
+        assert stage.contents.order('home') == ROUTES and stage.counts == {'sent_home': 40}
+        assert 'home.parked' in stage.registry.held_by_me
+
     def test_only_the_leader_looks_once_in_a_while_and_asks_the_broker_once(
         self, stage: Stage
     ) -> None:
@@ -263,7 +289,7 @@ class TestLeftovers:
 
     def test_where_the_broker_fails_in_the_middle_what_is_deleted_is_forgotten(self) -> None:
         stage = Stage(catches_strays=True)
-        stage.refuse('q.b', 'q.c', 'q.d', 'parked')
+        stage.refuse('q.b', 'q.c', 'q.d', '.parked')
         stage.broker.on_size = stage.broker.on_delete
         stage.registry.gone = {node: 60.0 + age for age, node in enumerate('abcde')}
         with pytest.raises(ConnectionError):

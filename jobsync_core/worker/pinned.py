@@ -1,0 +1,78 @@
+"""Pinned tasks: which nodes may run them, and what is said of one that none may run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from .. import clock
+from ..assignment.patterns import matches
+from ..logs import Repeats, get_logger
+
+__all__ = ['Pinned']
+
+logger = get_logger(__name__)
+
+
+class Pinned:
+    """The pins that a process knows.
+
+    A pin is a lock on the task's virtual keys. The rows follow it where a node of the queue group
+    matches; where none does, it is held here: the tokens of these keys have other keys as well,
+    which have to go on.
+
+    Args:
+        pin_of: The patterns of a task; None where it has no pin.
+    """
+
+    def __init__(self, pin_of: Callable[[str], Sequence[str] | None] = lambda name: None) -> None:
+        self._pin_of = pin_of
+        self._repeats = Repeats()
+
+    def patterns_of(self, route: str) -> tuple[str, ...] | None:
+        """The patterns that hold for a route; None where it is none of a pinned task."""
+        name, found, slot = route.rpartition('#')
+        if not found or not slot.isdecimal():
+            return None
+        patterns = self._pin_of(name)
+        return tuple(patterns) if patterns is not None else None
+
+    def allows(self, route: str, node: str) -> bool:
+        """Whether a node may run what has this route, as far as pins are concerned."""
+        patterns = self.patterns_of(route)
+        return patterns is None or _matches(patterns, node)
+
+    def tell(self, route: str, home: str) -> None:
+        """Say, once in a while for each task and queue, that its messages are parked.
+
+        Args:
+            route: The route of one of them.
+            home: The queue that it was sent to.
+        """
+        patterns = self.patterns_of(route)
+        what = f'task={route.rpartition("#")[0]}' if patterns is not None else f'key={route}'
+        again = self._repeats.say((what, home), clock.now())
+        if again is None:
+            return
+        if patterns is None:
+            logger.warning(
+                'queue=%s %s: its lock names no live node that consumes this queue; messages are '
+                'parked until there is one%s',
+                home,
+                what,
+                again,
+            )
+        else:
+            logger.warning(
+                'queue=%s %s: no live node that consumes this queue matches its pin %s; its '
+                'messages are parked until there is one%s',
+                home,
+                what,
+                ', '.join(map(repr, patterns)),
+                again,
+            )
+
+
+@lru_cache(maxsize=4096)
+def _matches(patterns: tuple[str, ...], node: str) -> bool:
+    return any(matches(pattern, node) for pattern in patterns)
