@@ -13,6 +13,7 @@ import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from tests.support.brokers import BrokerServer
+from tests.support.taking import take
 
 from .harness import Cluster, Place
 from .setups import ADAPTERS, BROKERS, JOBSYNC, QUICK, Setup
@@ -98,16 +99,15 @@ def _factory(
         postgres: EmbeddedPostgres | None = None,
         pins: Sequence[str] = (),
     ) -> Cluster:
-        server = server or request.getfixturevalue(
-            f'own_{setup.broker}' if own else f'{setup.broker}_server'
+        server, new_space = (
+            (server, server.new_space) if server else take(request, setup.broker, own)
         )
-        assert server is not None
         results: BrokerServer = request.getfixturevalue('redis_server')
         database: EmbeddedPostgres = postgres or request.getfixturevalue('postgres')
         name = f'conformance_{uuid.uuid4().hex[:12]}'
         database.create_database(name)
         stack.callback(_drop, database, name)
-        space = server.new_space()
+        space = new_space()
         stack.callback(server.drop_space, space)
         chosen = {**QUICK, **(settings or {})}
         place = Place(

@@ -27,7 +27,7 @@ class Setup:
 
     Attributes:
         framework: A key of ADAPTERS.
-        broker: 'redis' or 'rabbitmq'.
+        broker: 'redis', 'rabbitmq', or 'quorum' (see `tests.support.taking`).
         kind: Of pool: 'processes', 'threads' or 'single'.
     """
 

@@ -31,6 +31,8 @@ def cursor(make_config: Callable[..., CoordinationConfig]) -> Iterator[Cursor]:
     """On the tables of two nodes at work."""
     config = make_config()
     with entered(config, 'worker-01', 'worker-02@host') as (first, second):
+        first.enroll(['mail'])
+        eventually(lambda: first.owns('report-9', 'mail'))
         first.register_lock('render-1', 'gpu-%', 'no such node', expires_in_days=0.5)
         first.register_lock('report-9', 'worker-%', 'matches')
         eventually(lambda: first.explain('render-1')['blocked'])

@@ -80,10 +80,13 @@ def _revoked(sender: Sender) -> Mapping[str, Any]:
     return {'': result}
 
 
-def _dead_letter(sender: Sender) -> Mapping[str, Any]:
-    with sender.app.connection_for_write() as connection:
-        Queue('graveyard', _DEAD)(connection.default_channel).declare()
-    return {'': sender.send('rejecting', 'dead_letter')}
+def _to_graveyard(task: str) -> Send:
+    def send(sender: Sender, name: str = '') -> Mapping[str, Any]:
+        with sender.app.connection_for_write() as connection:
+            Queue('graveyard', _DEAD)(connection.default_channel).declare()
+        return {'': sender.send(task, name)}
+
+    return send
 
 
 def _chain(sender: Sender) -> Mapping[str, Any]:
@@ -196,6 +199,7 @@ KINDS = [
     _kind('large', _one('echo', 'x' * 300_000)),
     _kind('unicode', _one('echo', 'Grüße, 世界 \u2603 \\ " \n')),
     _kind('countdown', _one('echo', 1, countdown=0.7)),
+    _kind('whole_seconds', _one('echo', 1, countdown=2)),
     _kind('eta', _one('echo', 1, eta=lambda: _ago(-0.7))),
     _kind('eta_past', _one('echo', 1, eta=lambda: _ago(5))),
     # RabbitMQ drops what expires before a worker has taken it: there is time for that.
@@ -251,7 +255,7 @@ KINDS = [
     _kind('replace', _replace, 2, 'SUCCESS instead'),
     _kind('ignore', _one('ignoring'), 1, ''),
     _kind('reject', _one('rejecting'), 1, ''),
-    _kind('dead_letter', _dead_letter, 1, '', brokers=('rabbitmq',)),
+    _kind('dead_letter', _to_graveyard('rejecting'), 1, '', brokers=('rabbitmq',)),
     _kind('reject_requeue', _one('rejecting_once'), 2, 'SUCCESS'),
     _kind('by_name', _by_name, 1, 'SUCCESS 3'),
     _kind('same_id', _same_id, 2, 'SUCCESS 1', modes=_ALL_BUT_ONCE),
@@ -294,6 +298,13 @@ _DEAD_QUEUES = {
         Queue(OTHER_QUEUE, queue_arguments=_DEAD_ARGUMENTS),
         Queue('dead.XQ', _DEAD),
     ]
+}
+#: As Celery's chapter on quorum queues says.
+_QUORUM = {
+    'task_default_queue_type': 'quorum',
+    'task_default_exchange_type': 'topic',
+    'worker_detect_quorum_queues': True,
+    'broker_transport_options': {'confirm_publish': True},
 }
 _AMQP, _REDIS = ('rabbitmq',), ('redis',)
 
@@ -452,6 +463,40 @@ CONFIGURATIONS = [
         kinds=('plain', 'dead_letter', 'reject_requeue', 'other_queue'),
         modes=('free',),
         left={'graveyard': 1},
+    ),
+    Configuration(
+        'a queue with priorities and another without',
+        {
+            'task_queues': [
+                Queue('celery', Exchange('celery'), routing_key='celery', max_priority=10),
+                Queue(OTHER_QUEUE),
+            ]
+        },
+        options=('-Q', f'celery,{OTHER_QUEUE}'),
+        brokers=_AMQP,
+        kinds=(*_FEW, 'priority', 'other_queue'),
+        soak=True,
+    ),
+    Configuration(
+        'quorum by default',
+        {'broker_transport_options': {'confirm_publish': True}},
+        brokers=('quorum',),
+        kinds=(*_FEW, 'other_queue', 'route', 'eta', 'group', 'reject_requeue', 'large'),
+        modes=('all', 'once', 'free'),
+    ),
+    # Plain Celery's delayed delivery knows whole seconds alone.
+    Configuration(
+        'quorum by configuration',
+        _QUORUM,
+        brokers=('quorum',),
+        kinds=(
+            *(each for each in _FEW if each not in ('countdown', 'retry')),
+            'whole_seconds',
+            'other_queue',
+            'route',
+            'group',
+        ),
+        modes=('once',),
     ),
 ]
 

@@ -140,6 +140,13 @@ CONFIGURATIONS = [
         'maintenance', {'maintenance_chance': 1_000_000}, brokers=_REDIS, kinds=_FEW, soak=True
     ),
     Configuration('priorities', {'max_priority': 10}, brokers=_AMQP, kinds=(*_FEW, 'priority')),
+    Configuration(
+        'quorum by default',
+        {'confirm_delivery': True},
+        brokers=('quorum',),
+        kinds=(*_FEW, 'exhausted', 'wrong_arguments', 'old', 'large', 'skipping'),
+        modes=('all', 'once', 'free'),
+    ),
     Configuration('confirmed', {'confirm_delivery': True}, brokers=_AMQP, kinds=_FEW, soak=True),
 ]
 

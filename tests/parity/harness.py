@@ -112,7 +112,7 @@ class Kind:
         runs: Notes that there are in the end.
         outcomes: What the plain framework's senders see, by label; compared as far as it is given.
         modes: The modes in which the plugin promises the same.
-        brokers: The brokers on which it exists.
+        brokers: The brokers on which it exists; what does on 'rabbitmq' does on 'quorum'.
     """
 
     name: str
@@ -133,7 +133,8 @@ class Configuration:
         options: Of the worker's command line.
         kinds: Names of the kinds that are sent; None: all.
         without: Names of kinds that mean something else here.
-        brokers: The brokers on which it exists.
+        brokers: The brokers on which it exists: 'redis', 'rabbitmq', 'quorum': a RabbitMQ 4 whose
+            queues are quorum queues.
         modes: The modes that are compared with the plain side.
         broker: Query that is added to the broker's URL.
         left: What is left in queues in the end, by queue: dead letters.
@@ -162,7 +163,7 @@ class Configuration:
             for kind in kinds
             if (self.kinds is None or kind.name in self.kinds)
             and kind.name not in self.without
-            and broker in kind.brokers
+            and {broker, *(['rabbitmq'] if broker == 'quorum' else [])} & {*kind.brokers}
             and (mode == 'plain' or mode in kind.modes)
         ]
 
@@ -174,17 +175,19 @@ class EndState:
     Attributes:
         outcomes: What senders see, by kind and label.
         runs: Notes by label.
-        left: Messages by queue, dead letters among them.
+        left: Messages by queue, Celery's dead letters among them.
+        dead: Dramatiq's dead letters, by queue.
     """
 
     outcomes: Mapping[str, str]
     runs: Mapping[str, int]
     left: Mapping[str, int]
+    dead: Mapping[str, int]
 
     def differences(self, other: EndState) -> list[str]:
         """Where another one differs; one line for each."""
         found = []
-        for name in ('outcomes', 'runs', 'left'):
+        for name in ('outcomes', 'runs', 'left', 'dead'):
             mine, others = getattr(self, name), getattr(other, name)
             found += [
                 f'{name} {key}: {mine.get(key)!r} against {others.get(key)!r}'
@@ -329,7 +332,12 @@ class Side(ABC):
         )
         runs = Counter(Path(self.order.notes).read_text().splitlines())
         del runs[LAST]
-        return EndState(outcomes, dict(runs), self.server.depths(self.space))
+        return EndState(
+            outcomes,
+            dict(runs),
+            self.server.depths(self.space),
+            self.server.dead_letters(self.space),
+        )
 
     def finish(self) -> None:
         """Send a few messages more, and wait for them: what would have come twice has come by
@@ -428,6 +436,7 @@ def compare(
             {key: value for key, value in right.outcomes.items() if key.partition('.')[0] in names},
             {key: value for key, value in right.runs.items() if key.partition('.')[0] in names},
             right.left,
+            right.dead,
         )
         with make(mode) as side:
             side.send(chosen)

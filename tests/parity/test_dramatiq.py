@@ -10,6 +10,7 @@ import pytest
 
 from jobsync_core.embedded.postgres import EmbeddedPostgres
 from tests.support.brokers import BrokerServer
+from tests.support.taking import take
 
 from .dramatiq_side import CONFIGURATIONS, KINDS, DramatiqSide
 from .harness import Configuration, Side, cases, compare, order_of
@@ -32,14 +33,14 @@ def test_dramatiq_does_the_same_with_and_without(
     postgres: EmbeddedPostgres,
     tmp_path: Path,
 ) -> None:
-    server = cast(BrokerServer, request.getfixturevalue(f'{broker}_server'))
+    server, new_space = take(request, broker)
     results = cast(BrokerServer, request.getfixturevalue('redis_server'))
     name = f'parity_{uuid.uuid4().hex[:12]}'
     postgres.create_database(name)
     spaces = []
 
     def make(mode: str) -> Side:
-        space, own = server.new_space(), results.new_space()
+        space, own = new_space(), results.new_space()
         spaces.extend([(server, space), (results, own)])
         order = order_of(
             mode,

@@ -126,13 +126,14 @@ def erased(run: Run) -> None:
 
 
 def upgrades(run: Run) -> None:
-    """The oldest nodes know of no groups, and lead; new ones come beside them and in their
-    place.
+    """The oldest nodes know of no groups; new ones come beside them and in their place, and lead,
+    but where somebody has locked the rows of those.
     """
     have_groups(run)
     rng = run.world.rng
     run.old = frozenset(f'n{number}' for number in range(rng.randint(1, 3)))
     start = start_cluster(run, len(run.old))
+    run.world.store.old_rows_locked = rng.random() < 0.5
     calm = rng.random() < 0.5  # while the new ones enter
     for index in range(rng.randint(1, 3)):
         run.names.append(f'm{index}')

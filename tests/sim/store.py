@@ -89,6 +89,7 @@ class Row:
     groups: tuple[str, ...] = ()
     beat: int = 0
     last_heartbeat: float = 0.0
+    is_old: bool = False
 
     @property
     def sign(self) -> Sign:
@@ -132,8 +133,9 @@ class SimStore:
     the plans that leaders write, each in its process.
 
     Of the process that asks: `asker_clock` measures durations, `asker_is_old` tells that it knows
-    of no groups. `gaps` is what leaders remember of rows that are missing, each in its process.
-    `timeout` is that of heartbeats.
+    of no groups. `old_rows_locked` tells that rows of such nodes stay as they are when a new one
+    joins. `gaps` is what leaders remember of rows that are missing, each in its process. `timeout`
+    is that of heartbeats.
     """
 
     total_tokens: int
@@ -157,6 +159,7 @@ class SimStore:
     formed: frozenset[int] = frozenset()
     asker_clock: float = 0.0
     asker_is_old: bool = False
+    old_rows_locked: bool = False
     gaps: dict[str, tuple[int, TokenSet, float]] = field(default_factory=dict)
     timeout: float = 0.0
     piece: int | None = None
@@ -409,11 +412,20 @@ class SimStore:
             request.weight,
             request.groups,
             last_heartbeat=self.clock,
+            is_old=self.asker_is_old,
         )
+        if not self.asker_is_old and not self.old_rows_locked:
+            self.let_old_ones_follow(self.nodes[request.name])
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
         return JoinReply(self.version, self._ids(request.groups))
+
+    def let_old_ones_follow(self, new: Row) -> None:
+        """Nodes that know of no groups become younger than one that does."""
+        for row in self.nodes.values():
+            if row.is_old:
+                row.created_on = new.created_on + 1e-6
 
     def beat(self, request: Beat) -> Reply:
         row = self._row(request.name, request.incarnation)

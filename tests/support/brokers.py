@@ -151,6 +151,10 @@ class BrokerServer(ABC):
         """
 
     @abstractmethod
+    def dead_letters(self, space: str) -> dict[str, int]:
+        """Dramatiq's dead letters by queue, without the suffix; empty ones are left out."""
+
+    @abstractmethod
     def _launch(self) -> None:
         """Start the process."""
 
@@ -242,6 +246,13 @@ class RedisServer(BrokerServer):
                 elif kind == 'set' and '__acks__' in key:
                     found[f'{key} (unacked)'] = client.scard(key)
         return {key: count for key, count in found.items() if count}
+
+    def dead_letters(self, space: str) -> dict[str, int]:
+        with contextlib.closing(self.client(space)) as client:
+            return {
+                key.removesuffix('.XQ.msgs').partition(':')[2]: client.hlen(key)
+                for key in client.scan_iter('*.XQ.msgs', count=1000)
+            }
 
     def drop_connections(self) -> int:
         """Close every client's connection; returns how many there were."""
@@ -373,6 +384,14 @@ class RabbitServer(BrokerServer):
             {f'{item["name"]} (unacked)': item.get('messages_unacknowledged', 0) for item in mine}
         )
         return {name: count for name, count in found.items() if count}
+
+    def dead_letters(self, space: str) -> dict[str, int]:
+        queues = self.api('GET', f'queues/{space}?disable_stats=true&enable_queue_totals=true')
+        return {
+            item['name'].removesuffix('.XQ'): item['messages_ready']
+            for item in queues
+            if item['name'].endswith('.XQ') and item.get('messages_ready')
+        }
 
     def queues(self, space: str) -> set[str]:
         """Names of the queues that exist."""

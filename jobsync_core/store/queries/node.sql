@@ -28,6 +28,14 @@ greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' F
 -- wake nobody.
 CASE WHEN state = 'active' THEN pg_notify(%(channel)s, 'join ' || %(name)s)::text END
 
+-- piece: let_old_ones_follow
+-- Makes nodes of earlier versions younger than the one that was `inserted`: those that lead plan no
+-- queue groups. A row that somebody has locked is left as it is.
+UPDATE {node} AS o SET created_on = inserted.created_on + interval '1 microsecond'
+FROM inserted, (
+    SELECT name FROM {node} WHERE groups IS NULL FOR NO KEY UPDATE SKIP LOCKED) AS old
+WHERE o.name = old.name
+
 -- name: beat
 -- A heartbeat. What it reads must not grow with the number of nodes, nor with row versions that
 -- somebody's open transaction keeps: its own row by name, and from `since` on a few by age.
@@ -94,7 +102,12 @@ WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s ORDER BY g.name
 
 -- name: insert
 -- Registers a node.
-INSERT INTO {node} {new_columns} VALUES ({new_values}) RETURNING {tell_of_active}
+WITH inserted AS (
+    INSERT INTO {node} {new_columns} VALUES ({new_values}) RETURNING created_on, {tell_of_active}
+), followed AS (
+    {let_old_ones_follow}
+)
+SELECT FROM inserted
 
 -- name: join_at_once
 -- Registers a node beside others, in one round trip; nothing where no other node is there, the name
@@ -108,7 +121,9 @@ WITH inserted AS (
         AND (c.history IS NOT NULL OR NOT {first_history})
         AND EXISTS (SELECT FROM {node})
     ON CONFLICT (name) DO NOTHING
-    RETURNING {tell_of_active}
+    RETURNING created_on, {tell_of_active}
+), followed AS (
+    {let_old_ones_follow}
 )
 SELECT c.version,
     (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {node} AS o),

@@ -1,4 +1,4 @@
-"""A process of the released version 3 runs beside one of this version: while the tables are brought
+"""A process of an earlier version runs beside one of this version: while the tables are brought
 forward under it, it goes on, and neither does what the other has done.
 """
 
@@ -22,13 +22,13 @@ from tests.support.cluster import query
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[3]
-#: The last commit of schema version 3.
-COMMIT = '304afc4'
+#: The last commits of schema versions that processes may run with.
+COMMITS = {3: '304afc4', 9: '3d2fb40'}
 PROGRAM = """
 import json, sys
 from jobsync_core import CoordinationConfig, DuplicateExecution, Job
-from jobsync_core.store.schema import SCHEMA_VERSION
-assert SCHEMA_VERSION == 3
+from jobsync_core.store.schema import MIGRATIONS
+assert len(MIGRATIONS) == int(sys.argv[1])
 with Job('old', CoordinationConfig(**json.loads(sys.stdin.readline())), wait_on_enter=0) as job:
     print('entered', flush=True)
     for line in sys.stdin:
@@ -49,16 +49,18 @@ print('left', flush=True)
 
 
 class OldProcess:
-    """A node of version 3.
+    """A node of an earlier version.
 
     Args:
         code: Where its code is.
         config: The cluster.
+        version: Of its tables.
     """
 
-    def __init__(self, code: Path, config: CoordinationConfig) -> None:
+    def __init__(self, code: Path, config: CoordinationConfig, version: int) -> None:
+        self.version = version
         self._process = subprocess.Popen(
-            [sys.executable, '-c', PROGRAM],
+            [sys.executable, '-c', PROGRAM, str(version)],
             cwd=code,
             env={**os.environ, 'PYTHONPATH': str(code)},
             stdin=subprocess.PIPE,
@@ -86,11 +88,13 @@ class OldProcess:
         self._process.communicate()
 
 
-@pytest.fixture
-def old(tmp_path: Path, config: CoordinationConfig) -> Iterator[OldProcess]:
+@pytest.fixture(params=COMMITS)
+def old(
+    request: pytest.FixtureRequest, tmp_path: Path, config: CoordinationConfig
+) -> Iterator[OldProcess]:
     git = shutil.which('git')
     done = git and subprocess.run(
-        [git, 'archive', '--format=zip', COMMIT, 'jobsync_core'],
+        [git, 'archive', '--format=zip', COMMITS[request.param], 'jobsync_core'],
         cwd=ROOT,
         capture_output=True,
         check=False,
@@ -99,7 +103,7 @@ def old(tmp_path: Path, config: CoordinationConfig) -> Iterator[OldProcess]:
         pytest.skip('the history of the repository is not here')
     with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
         archive.extractall(tmp_path)
-    process = OldProcess(tmp_path, config)
+    process = OldProcess(tmp_path, config, request.param)
     yield process
     process.kill()
 
@@ -112,11 +116,11 @@ def test_it_shares_the_tokens_and_the_ledger_with_a_node_of_this_version(
     old: OldProcess, config: CoordinationConfig
 ) -> None:
     eventually(lambda: old.tokens == config.total_tokens)
-    assert (version(config), old.ask('once first')) == (3, 'ran')
+    assert (version(config), old.ask('once first')) == (old.version, 'ran')
     with Job('new', config, wait_on_enter=0) as job:
         assert version(config) == SCHEMA_VERSION
         eventually(lambda: len(job.my_tokens) + old.tokens == config.total_tokens and old.tokens)
-        assert len(job.my_tokens) > 0, 'the old node leads, and gives to the new one'
+        assert len(job.my_tokens) > 0
         with pytest.raises(DuplicateExecution), job.once('first'):
             pass
         with job.once('second'):
@@ -135,3 +139,38 @@ def test_its_tokens_and_keys_go_over_when_it_is_killed(
         old.kill()
         eventually(lambda: len(job.my_tokens) == config.total_tokens)
         assert job.am_i_leader()
+
+
+def owns_all(job: Job, group: str) -> bool:
+    return all(job.owns(f'task-{number}', group) for number in range(100))
+
+
+def test_it_makes_room_for_a_leader_that_plans_queue_groups(
+    old: OldProcess, config: CoordinationConfig
+) -> None:
+    eventually(lambda: old.tokens == config.total_tokens)
+    with Job('new', config, wait_on_enter=0, groups=['mail']) as job:
+        eventually(lambda: owns_all(job, 'mail') and job.am_i_leader())
+        eventually(lambda: len(job.my_tokens) + old.tokens == config.total_tokens and old.tokens)
+
+
+def test_where_it_leads_nobody_loses_what_it_does_not_know(
+    old: OldProcess, config: CoordinationConfig
+) -> None:
+    eventually(lambda: old.tokens == config.total_tokens)
+    with Job('new', config, wait_on_enter=0, groups=['mail']) as job:
+        eventually(lambda: owns_all(job, 'mail'))
+        query(
+            config,
+            """UPDATE "{}node" SET created_on = now() - interval '1 hour' WHERE name = 'old'""",
+        )
+        eventually(lambda: not job.am_i_leader())
+        mine = next(f'task-{number}' for number in range(100) if job.owns(f'task-{number}'))
+        job.register_lock(mine, 'old')  # takes a plan
+        eventually(lambda: job.explain(mine)['owner'] == 'old')
+        assert not job.am_i_leader()
+        assert owns_all(job, 'mail')
+        assert query(config, 'SELECT DISTINCT node FROM ONLY "{}ring"') == [('new',)]
+        job.enroll(['mail', 'fast'])
+        assert old.ask('leave') == 'left'
+        eventually(lambda: owns_all(job, 'mail') and owns_all(job, 'fast'))
