@@ -22,7 +22,8 @@ class Pin:
     of its kind only.
 
     token: where its task hashes to, counted within each group. group: the one in which it counts;
-    None: it counts in all.
+    None: it counts in all. loose: a pin of workers, whose gates hold what it pins: in a queue group
+    of which no member matches it the token goes to anybody, as it has other tasks as well.
     """
 
     task_id: str
@@ -30,6 +31,7 @@ class Pin:
     patterns: tuple[str, ...]
     created_at: float
     group: int | None = None
+    loose: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def decide(
             total_tokens,
             version,
             _described(group, names or {}),
+            loose=group != PLAIN,
         )
         for group in sorted({PLAIN, *present, *weights})
         if group in weights or _has_rows(group, present.get(group, ()), live)
@@ -128,12 +131,14 @@ def _plan_ring(
     total_tokens: int,
     version: int,
     where: str,
+    *,
+    loose: bool,
 ) -> _Ring:
     """Plan one group, whose tokens count from 0, for those of its members that take part.
 
     Where none does its live owners are still asked to give what they have, to nobody.
     """
-    allowed, conflicts = _allowed(pins, weights, total_tokens, where)
+    allowed, conflicts = _allowed(pins, weights, total_tokens, where, loose)
     present = _present(segments, live, total_tokens)
     owners = list(_owners(present, live, weights, allowed))
     planned = plan(owners, weights, allowed, total_tokens)
@@ -189,7 +194,7 @@ def _activated(members: Iterable[Member], segments: Iterable[Segment]) -> tuple[
 
 
 def _allowed(
-    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int, where: str
+    pins: Iterable[Pin], weights: Mapping[str, float], total_tokens: int, where: str, loose: bool
 ) -> tuple[dict[int, frozenset[str]], tuple[str, ...]]:
     """The nodes that may own each locked token, and the conflicts among locks, the oldest first."""
     live = NodeNames(weights)
@@ -203,6 +208,8 @@ def _allowed(
         if pin.patterns not in known:
             known[pin.patterns] = live.eligible(pin.patterns)
         names = known[pin.patterns]
+        if loose and pin.loose and not names:
+            continue
         older = first.setdefault(pin.token, pin)
         if older is pin:
             allowed[pin.token] = names

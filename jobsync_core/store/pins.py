@@ -44,10 +44,10 @@ class _Reading:
         self.broken: list[str] = []
         self._patterns: dict[str, tuple[str, ...]] = {}
 
-    def take(self, rows: Sequence[tuple[str, str, float, str | None]]) -> None:
+    def take(self, rows: Sequence[tuple[str, str, float, str | None, bool]]) -> None:
         """The next ones, in the order of their tasks."""
         _, total_tokens, hash_function = self.at
-        for text, encoded, created_at, queue in rows:
+        for text, encoded, created_at, queue, loose in rows:
             self.number += 1
             self.after = text
             if self.number > self.most:
@@ -61,9 +61,8 @@ class _Reading:
                 known = self._patterns.get(encoded)
                 if known is None:
                     known = self._patterns[encoded] = read_patterns(encoded)
-                self.pins.append(
-                    Pin(text, task_to_token(text, total_tokens, hash_function), known, created_at)
-                )
+                token = task_to_token(text, total_tokens, hash_function)
+                self.pins.append(Pin(text, token, known, created_at, loose=loose))
                 if queue is not None:
                     self.queues[text] = queue
             except Exception as error:  # whatever is in the row, it concerns this lock alone

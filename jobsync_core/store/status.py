@@ -308,7 +308,7 @@ class StatusStore(Store):
         hash_function, total = HASH_FUNCTIONS[settings['hash_function']], settings['total_tokens']
         pins: list[Pin] = []
         ids = self._groups()
-        for text, encoded, created_at, queue in self._rows(
+        for text, encoded, created_at, queue, loose in self._rows(
             'status.pins', {'size': PATTERN_BYTES, 'most': LOCKS}
         ):
             if queue is not None and queue not in ids:
@@ -317,7 +317,9 @@ class StatusStore(Store):
             with contextlib.suppress(ConfigurationError):
                 patterns = read_patterns(encoded)
                 token = hash_function(text.encode()) % total
-                pins.append(Pin(text, token, patterns, created_at.timestamp(), ids.get(queue)))
+                pins.append(
+                    Pin(text, token, patterns, created_at.timestamp(), ids.get(queue), loose)
+                )
         return pins
 
 

@@ -72,5 +72,5 @@ SELECT pg_notify(%(channel)s, %(payload)s)
 -- A page of the locks, in the order of their tasks. Patterns that are too long are left out.
 SELECT task_id,
     CASE WHEN octet_length(node_patterns::text) <= %(size)s THEN node_patterns::text END,
-    extract(epoch FROM created_at)::float8, queue
+    extract(epoch FROM created_at)::float8, queue, pin
 FROM {lock} WHERE task_id > %(after)s ORDER BY task_id LIMIT %(limit)s

@@ -72,7 +72,7 @@ SELECT pg_notify(%(channel)s, 'drain ' || name) FROM me
 -- are left out, as the leader ignores them.
 SELECT task_id,
     CASE WHEN octet_length(node_patterns::text) <= %(size)s THEN node_patterns::text END AS encoded,
-    created_at, queue
+    created_at, queue, pin
 FROM (SELECT * FROM {lock} ORDER BY task_id LIMIT %(most)s) AS l
 WHERE {in_force}
 ORDER BY created_at, task_id

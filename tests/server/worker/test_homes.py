@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from jobsync_core import ConfigurationError, CoordinationConfig
+from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node import WorkerNode
 from jobsync_core.worker.routing import node_queue, old_node_queue, parked_queue
@@ -148,6 +149,19 @@ def test_a_pin_that_no_consumer_of_the_queue_matches_is_parked_by_the_producer(
         ),
         30,
     )
+
+
+def test_a_pin_keeps_no_other_key_from_a_queue_that_its_node_does_not_consume(stage: Stage) -> None:
+    """With few tokens each of them has a virtual key of the pinned task."""
+    gpu = stage.entered('gpu-1', homes=('gpu',), pins={'render': ['gpu-%']})
+    cpu = stage.entered('cpu-1', homes=('mail',), pins={'render': ['gpu-%']})
+    eventually(lambda: shared('gpu', gpu) and shared('mail', cpu), 30)
+    received = [
+        Received(cpu.gate.job.incarnation, f'render#{slot}', home='mail') for slot in range(64)
+    ]
+    outcomes = [cpu.gate.place(delivery, 0.0) for delivery in received]
+    assert {outcome.queue for outcome in outcomes} == {cpu.gate.rules.parked('mail')}
+    assert {gpu.gate.here(f'render#{slot}', 'gpu').mine for slot in range(64)} == {True}
 
 
 def test_a_worker_that_would_divide_a_group_does_not_start(stage: Stage) -> None:

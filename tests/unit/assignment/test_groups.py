@@ -251,6 +251,19 @@ def test_a_lock_that_matches_nobody_of_a_group_blocks_its_token_there() -> None:
     assert Segment(5, 6, None, False, None, True, 1) in rows_of(decision, 1, 8)
 
 
+def test_a_pin_of_workers_that_no_member_of_a_group_matches_blocks_no_other_task_there() -> None:
+    """Their gates hold what it pins."""
+    members = [member('gpu-1', 2), member('cpu-1', 1), member('cpu-2', 1)]
+    pins = [Pin('t#3', 5, ('gpu-%',), 1.0, loose=True)]
+    decision = decide(members, [], pins, 8, 1)
+    assert decision.blocked == 0 and counts_of(decision, 1, 8) == {'cpu-1': 4, 'cpu-2': 4}
+    # A lock of somebody else on the same token counts, whichever is older.
+    both = decide(members, [], [*pins, Pin('u', 5, ('cpu-2',), 2.0)], 8, 1)
+    assert next(row.node for row in rows_of(both, 1, 8) if row.lo <= 5 < row.hi) == 'cpu-2'
+    # In the plain Job's group nobody holds it: there it is a lock as any other.
+    assert decide([member('cpu-1')], [], pins, 8, 1).blocked == 1
+
+
 def test_a_conflict_names_the_group_in_which_it_is_one() -> None:
     pins = [Pin('t', 3, ('a',), 1.0), Pin('u', 3, ('b',), 2.0)]
     found = decide([member('a', 1), member('b', 1)], [], pins, 8, 1, {1: 'heavy'}).conflicts
