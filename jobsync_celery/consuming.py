@@ -78,6 +78,15 @@ class LeasedConsumer:
         """The worker shuts down: nothing is consumed any more."""
         self._connected = self._consuming = False
 
+    def queues_changed(self) -> None:
+        """Another queue is consumed: with a lease, and not without."""
+        consumer = self._consumer.task_consumer
+        if consumer is not None and self._connected:
+            if self._consuming:
+                consumer.consume()
+            else:
+                consumer.cancel()
+
     @property
     def consumes(self) -> bool:
         """Whether messages are taken, as far as is known."""

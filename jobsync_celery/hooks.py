@@ -24,6 +24,7 @@ from .children import PoolChildren
 from .configuring import NodeConfiguration
 from .consuming import LeasedConsumer
 from .gate.gate import ConsumerGate
+from .home_queues import HomeQueues
 from .logs import get_logger
 from .loop_watch import LoopWatch, Reconnecting
 from .outlasted import survive
@@ -112,7 +113,7 @@ class WorkerHooks:
         _check_records(self._app.conf, application.driver)
         self._atomic = check_parts(application.driver, settings.redis_atomic)
         name = node or settings.node_name or worker.hostname
-        queue = application.queues.name_of(name)
+        homes = application.queues.homes()
         self._configuration = NodeConfiguration(application, name, self._solo)
         self._broker = broker = application.broker(self._carried, self.receiving)
         self._children = PoolChildren(worker)
@@ -127,7 +128,8 @@ class WorkerHooks:
             Framework(
                 kind='celery',
                 broker=broker,
-                declare=lambda home, queue: broker.declare(queue),
+                homes=homes,
+                declare=broker.declare,
                 tasks=lambda: list(self._app.tasks),
                 pins=self._pins,
                 busy=self._busy,
@@ -145,7 +147,8 @@ class WorkerHooks:
                 counter=application.counter(),
             ),
         )
-        self._app.amqp.queues.select_add(application.queues.make(queue))
+        for queue in self._node.queues.values():
+            self._app.amqp.queues.select_add(application.queues.make(queue))
 
     def wait_for_servers(self, check: Callable[[], object]) -> None:
         """Wait for a broker and a database that are not up yet; `check` raises where the worker is
@@ -165,8 +168,9 @@ class WorkerHooks:
         # It is as any worker without the plugin: what it takes is where the others of its kind
         # look.
         self._configuration.undo()
-        self._app.amqp.queues.consume_from.pop(self.node.queues[''], None)
-        self._app.amqp.queues.pop(self.node.queues[''], None)
+        for queue in self.node.queues.values():
+            self._app.amqp.queues.consume_from.pop(queue, None)
+            self._app.amqp.queues.pop(queue, None)
 
     def attach(self, consumer: Any) -> None:
         """The consumer exists; it has no connection and no strategies yet."""
@@ -193,6 +197,13 @@ class WorkerHooks:
             self._carried,
             application.driver,
             application.settings.config.heartbeat_timeout_sec,
+        )
+        HomeQueues(
+            self._app,
+            consumer,
+            application.queues,
+            lambda: self._node if self._own_job() is not None else None,
+            self._leased.queues_changed,
         )
         if application.driver == 'redis':
             from redis.exceptions import MasterDownError, ReadOnlyError

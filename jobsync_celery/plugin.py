@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -57,7 +58,8 @@ class JobSync:
 
         watch_tasks(app)
         install_producer(
-            self._application, OwnerLookup(lambda: self._application.settings, lambda: self.job)
+            self._application,
+            OwnerLookup(lambda: self._application.settings, lambda: self.job, self._pin_of),
         )
         app.steps['worker'].add(NodeStep)
         app.steps['consumer'].add(GateStep)
@@ -71,6 +73,10 @@ class JobSync:
                 ('--jobsync-weight',), type=float, help='Share of this node relative to the others.'
             )
         )
+
+    def _pin_of(self, name: str) -> Sequence[str] | None:
+        found = self._application.tasks.find(name)
+        return found.pin if found is not None else None
 
     def __repr__(self) -> str:
         return f'<JobSync of {self.app.main!r}: {self.job!r}>'

@@ -21,6 +21,7 @@ from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
 
 from .application import Application
+from .broker.homes import home_name
 from .logs import get_logger
 from .redis.client import keep_client
 
@@ -124,15 +125,13 @@ class _Addresser:
         if route is None:
             return
         headers[KEY] = route
-        home = _name_of(options.get('queue')) or (
-            None if options.get('exchange') else self._app.conf.task_default_queue
-        )
+        home = self._home_of(options)
         if home is None:
             # with an exchange and no queue: native delayed delivery, or a place that the caller
             # chose
             return
         headers[HOME] = home
-        queue = self._queue_of(route)
+        queue = self._queue_of(route, home)
         if queue is None:
             return
         declared = self._node_queues.get(queue) or self._node_queues.setdefault(
@@ -140,15 +139,24 @@ class _Addresser:
         )
         for place in _PLACE:
             options.pop(place, None)
-        options.update(queue=declared, routing_key=queue)
+        exchange, key = self._application.queues.way_to(queue)
+        options.update(queue=declared, routing_key=key)
         options.setdefault('declare', ())  # its node has declared it
-        exchange = self._application.queues.exchange
-        if exchange.name:
-            options['exchange'] = exchange.name
+        if exchange:
+            options['exchange'] = exchange
 
-    def _queue_of(self, route: str) -> str | None:
+    def _home_of(self, options: dict[str, Any]) -> str | None:
+        queue = options.get('queue')
+        if queue:
+            queues = self._app.amqp.queues
+            if isinstance(queue, str):
+                queue = queues.aliases.get(queue) or queues.get(queue) or queue
+            return queue if isinstance(queue, str) else home_name(queue)
+        return None if options.get('exchange') else str(self._app.conf.task_default_queue)
+
+    def _queue_of(self, route: str, home: str) -> str | None:
         try:
-            return self._owners.queue_of(route)
+            return self._owners.queue_of(route, home)
         except JobSyncError as error:
             logger.debug('a message goes to its home queue: %s', error)
             return None

@@ -12,7 +12,7 @@ from kombu.serialization import prepare_accept_content
 from jobsync_core.logs import shown
 from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused, Stamps, read_name, read_stamps
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, parked_queue
 
 from ..incoming import read_delivery
 from .abandoning import abandon
@@ -38,7 +38,7 @@ class RouteOf(Protocol):
 class CeleryDelivery:
     """A message that was taken off a queue and is not acknowledged yet."""
 
-    def __init__(self, broker: CeleryBroker, message: Any) -> None:
+    def __init__(self, broker: CeleryBroker, message: Any, queue: str) -> None:
         self._broker = broker
         self._message = message
         headers = message.headers if isinstance(message.headers, Mapping) else {}
@@ -51,7 +51,7 @@ class CeleryDelivery:
         task = read_name(headers.get('task'), 'its task')
         self.task = '' if isinstance(task, Refused) else task
         self.route: str | None
-        self.route, self.home = broker.address_of(message)
+        self.route, self.home = broker.address_of(message, queue)
 
     def forward(self, queue: str) -> None:
         """Publish it durably to a queue, then acknowledge it here."""
@@ -118,21 +118,26 @@ class CeleryBroker:
     def mark(self, mark: str) -> None:
         """Write the cluster's mark where the broker has lost it."""
 
-    def declare(self, queue: str) -> None:
-        """Make a node's queue, the exchange it hangs on, and the shared queues."""
+    def declare(self, home: str, queue: str) -> None:
+        """Make a node's queue for a home queue, the parked one for it, and what they hang on."""
+        parked = parked_queue(home, self._queues.appname)
         with self._app.connection_for_write() as connection:
-            for name in (self._queues.parked, self._queues.unknown, queue):
+            for name in (self._queues.parked, self._queues.unknown, parked, queue):
                 self._queues.make(name)(connection.default_channel).declare()
 
-    def address_of(self, message: Any) -> tuple[str | None, str]:
+    def address_of(self, message: Any, queue: str) -> tuple[str | None, str]:
         """The route of a message, made from its arguments where its task is known here, and its
         home queue.
 
         None as its route is what has none, or cannot be right: it goes home, where a gate sets it
         aside or runs it.
+
+        Args:
+            message: Kombu's message.
+            queue: Where it was taken from.
         """
         stamps = read_stamps(message.headers)
-        home = self._queues.own_home(stamps, message)
+        home = self._queues.own_home(stamps, message, queue)
         found = read_delivery(message)
         if isinstance(found, Refused):
             return None, home
@@ -190,7 +195,7 @@ class CeleryBroker:
         except self._missing():
             self.reset()
             return None
-        return CeleryDelivery(self, message) if message is not None else None
+        return CeleryDelivery(self, message, queue) if message is not None else None
 
     def _get(self, queue: str) -> Any:
         """As kombu's `Queue.get`, which raises where a message cannot be decompressed here: its

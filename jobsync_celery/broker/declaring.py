@@ -125,7 +125,8 @@ def delete_empty(channel: Any, name: str, bindings: Sequence[tuple[str, str]]) -
             return False
         for exchange, key in bindings:
             channel.queue_unbind(name, exchange, key)
-        if not _is_idle(channel, name):  # a message, or a consumer, has come
+        if not _is_idle(channel, name) or not _gives_none(channel, name):
+            # a message, or a consumer, has come
             for exchange, key in bindings:
                 channel.queue_bind(name, exchange, key)
             return False
@@ -134,6 +135,17 @@ def delete_empty(channel: Any, name: str, bindings: Sequence[tuple[str, str]]) -
         if not is_no_queue(error):
             raise  # its server is down
     return True
+
+
+def _gives_none(channel: Any, name: str) -> bool:
+    """Whether nothing is in a queue, by itself. Of a quorum queue whose leader is away RabbitMQ
+    says that it has no messages, and deletes it with all that it has.
+    """
+    message = channel.basic_get(name)
+    if message is None:
+        return True
+    channel.basic_reject(message.delivery_tag, requeue=True)
+    return False
 
 
 def is_no_queue(error: NotFound) -> bool:

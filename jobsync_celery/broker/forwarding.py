@@ -133,11 +133,11 @@ class Forwarder:
         )
 
     def _way_to(self, queue: str) -> tuple[str, str]:
-        """Exchange and routing key. Node queues have an exchange of their own; every other queue
+        """Exchange and routing key. Node queues have exchanges of their own; every other queue
         hangs on the default one.
         """
         if not self._confirms or self._queues.is_of_cluster(queue):
-            return self._queues.exchange.name, queue
+            return self._queues.way_to(queue)
         known = self._app.amqp.queues
         channel = (self._producer or self._open()).channel
         if queue not in known:

@@ -1,9 +1,10 @@
 """Which queues a cluster has at its app's broker, and where a message came from.
 
-On RabbitMQ node queues hang on an exchange of their own, whose alternate exchange leads to the
-parked queue: a message for a queue that has gone is parked, not lost. Celery knows them on a second
-exchange, a topic one, since its native delayed delivery can bind to no direct one. On Redis a queue
-is a list, and publishing to it always succeeds.
+A node has a queue of its own for each home queue that it consumes, with the home queue's own
+arguments. On RabbitMQ these hang on an exchange of the cluster, whose alternate exchange leads to a
+parked queue: a message for a queue that has gone is parked, not lost. It is a topic exchange, since
+Celery's native delayed delivery can bind to no direct one. The queues of the old layout, one for
+each node, hang on a direct one. On Redis a queue is a list, and publishing to it always succeeds.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from kombu.entity import Exchange, Queue
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.consumer_timeout import ARGUMENT, LONGEST_MS
 from jobsync_core.worker.incoming import Stamps
-from jobsync_core.worker.routing import old_node_queue, old_parked_queue, unknown_queue
+from jobsync_core.worker.routing import (
+    home_of_queue,
+    old_node_queue,
+    old_parked_queue,
+    parked_queue,
+    unknown_queue,
+)
+
+from .homes import arguments_for, home_name, is_way_into
 
 if TYPE_CHECKING:
     from celery import Celery
 
 __all__ = ['Queues', 'driver_of']
 
-_PRIORITY = 'x-max-priority'
 _DRIVERS = ('redis', 'amqp', 'memory')
 #: Words of a binding's key that stand for others.
 _WILDCARDS = frozenset('*#')
@@ -54,17 +62,21 @@ class Queues:
         appname: The cluster's.
 
     Attributes:
-        parked: Name of the queue of messages that nobody takes now.
+        parked: Name of the queue of parked messages in the old layout; it is there still, for
+            messages whose queue has gone.
         unknown: Name of the queue of messages whose task no live node knows.
-        exchange: Where node queues hang.
-        topic: Where Celery knows them.
+        exchange: Where queues of the old layout hang.
+        topic: Where node queues hang.
         stray: Where messages for queues that are gone come out.
     """
 
     def __init__(self, app: Celery, driver: str, appname: str) -> None:
         self._app = app
         self._ours = old_node_queue(appname, '')
-        self._arguments: dict[str, dict[str, int]] = {}
+        #: Home queues by the routing keys of the queues that stand for them.
+        self._homes: dict[str, str] = {}
+        #: What RabbitMQ takes of a queue's arguments, and whether it has other ones.
+        self._settled: dict[str, tuple[dict[str, Any] | None, bool]] = {}
         self.driver = driver
         self.appname = appname
         self.parked, self.unknown = old_parked_queue(appname), unknown_queue(appname)
@@ -81,98 +93,128 @@ class Queues:
         alternate = {'alternate-exchange': self.stray.name}
         return Exchange(name, type=kind, durable=True, arguments=alternate)
 
-    def name_of(self, node: str) -> str:
-        """The name of a node's queue."""
-        return old_node_queue(self.appname, node)
+    def homes(self) -> list[str]:
+        """The home queues that this worker consumes."""
+        consumed = self._app.amqp.queues.consume_from
+        return [
+            home_name(queue) for name, queue in consumed.items() if not self.is_of_cluster(name)
+        ]
 
     def is_of_cluster(self, queue: str) -> bool:
         """Whether a queue is one of the cluster's, by its name."""
-        return queue.startswith(self._ours)
+        return self._home_of_name(queue) is not None
+
+    def _home_of_name(self, queue: str) -> str | None:
+        return home_of_queue(queue, self.appname)
 
     def make(self, name: str, declare: bool = True) -> Queue:
         """A queue of the cluster: durable, never deleted by the broker, never expiring."""
+        key, home = self.way_to(name)[1], self._home_of_name(name)
+        if home:
+            self._homes[key] = home
+        arguments, other = self._settled.get(name) or (self._arguments(name, home), False)
         return Queue(
             name,
             self.topic,
-            routing_key=self._key_of(name),
+            routing_key=key,
             durable=True,
             auto_delete=False,
-            queue_arguments=self._arguments_of(name) if self.driver == 'amqp' else None,
-            no_declare=not declare,
+            queue_arguments=arguments or None,
+            no_declare=other or not declare,
         )
 
-    def _key_of(self, name: str) -> str:
-        """The key of a queue on the topic exchange: its name, unless that has wildcards."""
-        if self.driver == 'amqp' and not _WILDCARDS.isdisjoint(name.split('.')):
-            return f'{self._ours}{sha256(name.encode()).hexdigest()}'
-        return name
+    def settle(self, name: str, arguments: dict[str, Any] | None, as_wanted: bool) -> None:
+        """A queue has been declared: its consumer declares it as well, and what RabbitMQ refuses
+        would end the worker.
+
+        Args:
+            name: The queue.
+            arguments: What RabbitMQ takes.
+            as_wanted: It has these.
+        """
+        self._settled[name] = arguments, not as_wanted
+        mine = self._app.amqp.queues.get(name)
+        if mine is not None:
+            mine.queue_arguments, mine.no_declare = arguments, not as_wanted
+
+    def _arguments(self, name: str, home: str | None) -> dict[str, Any]:
+        if self.driver != 'amqp':
+            return {}
+        if not home:  # shared ones, which apps of other queues share
+            most = self._app.conf.task_queue_max_priority
+            return {'x-max-priority': most} if most else {}
+        queues = self._app.amqp.queues
+        # Another app's queue may not be known here: it is not for this one to make.
+        own = queues.aliases.get(home) or queues.get(home)
+        found = arguments_for(own) if own is not None else {}
+        if name != parked_queue(home, self.appname):
+            found.setdefault(ARGUMENT, LONGEST_MS)  # what may take long at home may here
+        return found
+
+    def way_to(self, name: str) -> tuple[str, str]:
+        """Exchange and routing key of messages for a queue of the cluster."""
+        if self.driver != 'amqp':
+            return '', name
+        home = self._home_of_name(name)
+        if not home:
+            return self.exchange.name, name
+        return self.topic.name, self._key_of(name, home)
+
+    def _key_of(self, name: str, home: str) -> str:
+        """The key of a queue on the topic exchange: its name, where nothing but that is meant by
+        it. Celery binds `#.<key>` as well, by which the queue of `b` would get what is for `a.b`.
+        """
+        rest = name[len(home) + 1 :]
+        if '.' in home or home in _WILDCARDS:
+            home = _short(home)
+        return f'{home}.{rest if _WILDCARDS.isdisjoint(rest.split(".")) else _short(rest)}'
 
     def bindings_of(self, name: str) -> list[tuple[str, str]]:
         """The ways into a queue of the cluster: (exchange, routing key). Celery adds the last one,
         for native delayed delivery.
         """
-        key = self._key_of(name)
+        key = self.way_to(name)[1]
         return [(self.exchange.name, name), (self.topic.name, key), (self.topic.name, f'#.{key}')]
 
-    def _arguments_of(self, name: str) -> dict[str, int]:
-        """What overtook others in a queue of the app's own overtakes them in the queue of a node as
-        well, and what may take long there may here. It is found once for each, as RabbitMQ refuses
-        another answer; and not for the shared ones, which apps of other queues share.
-        """
-        if name in (self.parked, self.unknown):
-            most: int | None = self._app.conf.task_queue_max_priority
-            return {_PRIORITY: most} if most else {}
-        if name not in self._arguments:
-            highest = self._highest_of_all()
-            patience = {ARGUMENT: self._longest_of_all()}
-            self._arguments[name] = {_PRIORITY: highest, **patience} if highest else patience
-        return dict(self._arguments[name])  # Celery writes into what it gets
-
-    def _highest_of_all(self) -> int | None:
-        own = [
-            queue for name, queue in self._app.amqp.queues.items() if not self.is_of_cluster(name)
-        ]
-        given = [
-            self._app.conf.task_queue_max_priority,
-            *(queue.max_priority for queue in own),
-            *((queue.queue_arguments or {}).get(_PRIORITY) for queue in own),
-        ]
-        return max((most for most in given if most), default=None)
-
-    def _longest_of_all(self) -> int:
-        given = (
-            (queue.queue_arguments or {}).get(ARGUMENT)
-            for name, queue in self._app.amqp.queues.items()
-            if not self.is_of_cluster(name)
-        )
-        return max((limit for limit in given if limit), default=LONGEST_MS)
-
     def home_of(self, message: Any) -> str:
-        """The queue that a message was taken from, as far as it shows: of a node's queue it is the
-        app's default one.
-        """
+        """The home queue of the queue that a message was taken from, as far as it shows."""
         place = message.delivery_info or {}
-        exchange, key = place.get('exchange') or '', place.get('routing_key')
-        for name, queue in self._app.amqp.queues.consume_from.items():
-            if not self.is_of_cluster(name) and (
-                (not exchange and name == key)
-                or (exchange == queue.exchange.name and key == queue.routing_key)
-            ):
-                return str(name)
-        return str(self._app.conf.task_default_queue)
+        exchange, key = place.get('exchange') or '', str(place.get('routing_key') or '')
+        own = self._homes.get(key) or self._home_of_name(key)
+        if own and (not exchange or self.is_node_exchange(exchange)):
+            return own
+        queues = self._app.amqp.queues.consume_from
+        mine = [queue for name, queue in queues.items() if not self.is_of_cluster(name)]
+        found = [queue for queue in mine if is_way_into(queue, exchange, key)]
+        if not found and len(mine) == 1 and own is None:
+            found = mine
+        return home_name(found[0]) if found else str(self._app.conf.task_default_queue)
 
-    def own_home(self, stamps: Stamps, message: Any) -> str:
+    def own_home(self, stamps: Stamps, message: Any, queue: str = '') -> str:
         """The queue that a message was sent to: what it says itself, unless that is a queue of the
         cluster, to which it would be sent back again and again.
+
+        Args:
+            stamps: What it says.
+            message: Kombu's message.
+            queue: The queue that it was taken from; '' where that is not known.
         """
         home = stamps.home
-        return home if home and not self.is_of_cluster(home) else self.home_of(message)
+        if home and not self.is_of_cluster(home):
+            return home
+        return self._home_of_name(queue) or self.home_of(message)
 
     def is_of_node(self, message: Any) -> bool:
-        """Whether a message came from the queue of a node on RabbitMQ: it has no dead letters."""
+        """Whether a message came from the queue of a node on RabbitMQ: its dead letters are those
+        of its home queue.
+        """
         place = message.delivery_info or {}
         return self.driver == 'amqp' and self.is_node_exchange(place.get('exchange'))
 
     def is_node_exchange(self, name: object) -> bool:
         """Whether an exchange is one of those of node queues."""
         return bool(name) and name in (self.exchange.name, self.topic.name)
+
+
+def _short(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:12]

@@ -11,6 +11,7 @@ from kombu.connection import Connection
 from kombu.entity import Queue
 
 from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
+from jobsync_core.worker.routing import parked_queue
 
 from ..logs import get_logger
 from .broker import CeleryBroker
@@ -33,6 +34,7 @@ class RabbitBroker(CeleryBroker):
     catches_strays = True
     requeue_is_free = False  # a queue does not tell whether it is a quorum queue
     _looking: Any = None
+    _warned = False
 
     def identify(self, make: bool) -> str | None:
         """The name of its cluster of servers, and the virtual host."""
@@ -55,28 +57,26 @@ class RabbitBroker(CeleryBroker):
             with self._app.connection_for_write(connect_timeout=CONNECT_SEC) as connection:
                 self._declare_shared(connection)
 
-    def declare(self, queue: str) -> None:
-        """Make a node's queue, the exchange it hangs on, and the shared queues."""
-        parked: str = self._queues.parked
-        own: Any = self._queues.make(queue)
+    def declare(self, home: str, queue: str) -> None:
+        """Make a node's queue for a home queue, the parked one for it, and what they hang on."""
+        parked = parked_queue(home, self._queues.appname)
         with self._app.connection_for_write() as connection:
             self._declare_shared(connection)
             self._warn_of_old(connection)
-            as_wanted = declare_queue(
-                connection,
-                own,
-                lambda: self._park_all(queue, parked),
-                self._queues.bindings_of(queue),
-            )
-            self._bind(connection, queue)
-            mine = self._app.amqp.queues.get(queue)
-            if mine is not None:
-                # Its consumer declares it as well, and what RabbitMQ refuses would end the worker.
-                mine.queue_arguments, mine.no_declare = own.queue_arguments, not as_wanted
+            for name in (parked, queue):
+                own: Any = self._queues.make(name)
+                # The parked ones are shared, and never deleted: what comes just then would be lost.
+                empty = None if name == parked else lambda: self._park_all(queue, parked)
+                bindings = self._queues.bindings_of(name)
+                as_wanted = declare_queue(connection, own, empty, bindings)
+                self._queues.settle(name, own.queue_arguments, as_wanted)
+            if not home:
+                self._bind(connection, queue)
 
     def _warn_of_old(self, connection: Any) -> None:
         version = connection.connection.server_properties.get('version')
-        if not is_heeded(version):
+        if not is_heeded(version) and not self._warned:
+            self._warned = True
             logger.warning(
                 'JobSync: RabbitMQ %s delivers the message of a task that outlasts its '
                 'consumer_timeout, 30 minutes by default, a second time. To prevent it, %s',
@@ -91,8 +91,7 @@ class RabbitBroker(CeleryBroker):
         )
         for exchange in (self._queues.stray, self._queues.exchange, self._queues.topic):
             declare_exchange(connection, exchange)
-        # The shared ones are never deleted: what comes just then would be lost. Their arguments
-        # mean little.
+        # Never deleted, either; and their arguments mean little.
         declare_queue(
             connection,
             Queue(

@@ -30,6 +30,7 @@ from .placing import Placing
 from .pool_entry import PoolEntry, expires
 from .reading import Reader
 from .refusal import Refusals, is_refused
+from .requeueing import requeue
 from .retries import Retries
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ConsumerGate:
         pinned: Names of the tasks whose pins the node registered when it entered.
         solo: Tasks run in the event loop.
         is_node: Whether the worker is a node; one that runs uncoordinated is none.
-        on_parked: Called when a message went into the parked queue.
+        on_parked: Called with its home queue when a message went into a parked queue.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ConsumerGate:
         pinned: Container[str] = (),
         solo: bool = False,
         is_node: Callable[[], bool] = lambda: True,
-        on_parked: Callable[[], object] = lambda: None,
+        on_parked: Callable[[str], object] = lambda home: None,
     ) -> None:
         self._app = app
         self._gate = gate
@@ -206,6 +207,7 @@ class ConsumerGate:
             )
 
         def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
+            reject = self._refusals.rejecting(message, reject)
             note = self._reader.note(name, message)
             received = note.received
             if received.known and not received.problem:
@@ -222,7 +224,7 @@ class ConsumerGate:
                     message,
                     lambda: strategy(message, body, ack, reject, callbacks),
                     lambda: ack(logger, errors),
-                    lambda: reject(logger, errors, True),
+                    lambda: self._requeue(message, note, lambda: reject(logger, errors, True)),
                     lambda: reject(logger, errors, False),
                 )
             )
@@ -249,7 +251,9 @@ class ConsumerGate:
                 message,
                 lambda: None,
                 lambda: message.ack_log_error(logger, errors),
-                lambda: message.reject_log_error(logger, errors, True),
+                lambda: self._requeue(
+                    message, note, lambda: message.reject_log_error(logger, errors, True)
+                ),
                 lambda: message.reject_log_error(logger, errors),
             )
         )
@@ -295,7 +299,9 @@ class ConsumerGate:
             request.message,
             run,
             done(request.acknowledge),
-            done(lambda: request.reject(requeue=True)),
+            done(
+                lambda: self._requeue(request.message, note, lambda: request.reject(requeue=True))
+            ),
             done(lambda: request.reject(requeue=False)),
             late=True,
         )
@@ -303,6 +309,9 @@ class ConsumerGate:
             self._placing.wait(item)
         else:
             self._placing.place(item)
+
+    def _requeue(self, message: Any, note: Note, plainly: Callable[[], object]) -> None:
+        requeue(message, note.home, self._forwarder, plainly)
 
     def _admits(self, name: str) -> bool:
         return self._gate.admits(lambda: self._completes_once(name), clock.now())
@@ -313,10 +322,12 @@ class ConsumerGate:
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens is at the pool."""
-        token_of = self._gate.job.task_to_token
-        reserved = state.reserved_requests
+        job, group_of, reserved = self._gate.job, self._gate.group_of, state.reserved_requests
         return any(
-            note.key and request in reserved and token_of(note.key) in tokens
+            note.key
+            and request in reserved
+            and (token := job.token_of(note.key, group_of(note.home))) is not None
+            and token in tokens
             for request, note in list(self._dispatched.items())
         )
 

@@ -42,7 +42,7 @@ class Placing:
         refuse: Sets a message aside: the message, why, the class of the error, what rejects it.
         failed: Takes a message that could not be run: the message in hand and the error.
         admits: Whether a task may go to the pool, as far as the database is concerned.
-        on_parked: Called when a message went into the parked queue.
+        on_parked: Called with its home queue when a message went into a parked queue.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Placing:
         refuse: Callable[[Any, str, type[MessageRefused], Callable[[], object] | None], object],
         failed: Callable[[Delivery, Exception], object],
         admits: Callable[[str], bool],
-        on_parked: Callable[[], object],
+        on_parked: Callable[[str], object],
     ) -> None:
         self._consumer = consumer
         self._gate = gate
@@ -144,7 +144,7 @@ class Placing:
         self._tell(f'task-{outcome.event}', message, queue)
         self._end(item, item.ack, outcome.event)
         if queue == self._gate.rules.parked(item.received.home):
-            self._on_parked()
+            self._on_parked(item.received.home)
         return True
 
     def _end(self, item: Delivery, action: Callable[[], object], event: str) -> None:

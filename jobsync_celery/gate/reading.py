@@ -70,7 +70,8 @@ class Reader:
         if isinstance(route, Refused):
             return self._refused(name, route)
         home = self._queues.own_home(stamps, message)
-        received = Received(self._job.incarnation, route, stamps.hops, clock.now() + self._park_sec)
+        until = clock.now() + self._park_sec
+        received = Received(self._job.incarnation, route, stamps.hops, until, home=home)
         if self._is_pinned_late(name):
             self._tell_unknown(
                 name, message, 'was pinned after this worker began, and its pin is not registered'
@@ -83,9 +84,8 @@ class Reader:
         stamps = self._stamps(found, message)
         home = self._queues.own_home(stamps, message)
         self._tell_unknown(found.task, message, 'is not registered here')
-        return Note(
-            found.task, stamps.key or '', home, Received(self._job.incarnation, None, known=False)
-        )
+        received = Received(self._job.incarnation, None, known=False, home=home)
+        return Note(found.task, stamps.key or '', home, received)
 
     def later(self, received: Received, seconds: float | None = None) -> Received:
         """The same, which waits from now on.

@@ -94,6 +94,29 @@ class Refusals:
             plainly, reject = reject, lambda: self._reject_at_home(message, plainly)
         _set_aside(self._app, self._consumer, message, cause, reason, reject)
 
+    def rejecting(self, message: Any, reject: Callable[..., object]) -> Callable[..., object]:
+        """What rejects a message when its task does, so that its dead letter is one of its own
+        queue.
+
+        Args:
+            message: Kombu's message.
+            reject: What Celery gives: called with a logger, the connection's errors, and whether
+                it is to be requeued.
+        """
+        if not self._queues.is_of_node(message):
+            return reject
+
+        def at_home(log: Any, errors: Any, requeue: bool = False) -> None:
+            if requeue:
+                reject(log, errors, requeue)
+            else:
+                # Where threads run tasks, this is one of them: a connection is the event loop's.
+                self._consumer.call_soon(
+                    self._reject_at_home, message, lambda: reject(log, errors, requeue)
+                )
+
+        return at_home
+
     def in_place_of(self, name: str) -> Callable[..., object]:
         """What sets messages aside in place of one of the consumer's methods.
 
@@ -123,8 +146,9 @@ class Refusals:
         message.reject_log_error(logger, self._consumer.connection_errors)
 
     def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
-        """Send a message back to its own queue, to be rejected there: a node's queue has no dead
-        letters.
+        """Send a message back to its own queue, to be rejected there: so its dead letter is as any
+        other of that queue, whether its arguments or a policy say where those go. Where that cannot
+        be done it is rejected in the queue of its node, which knows what the arguments say.
         """
         try:
             self._forwarder.send(

@@ -159,13 +159,14 @@ class RedisBroker(CeleryBroker):
         """
         channel = self._open()
         prefix = channel.global_keyprefix
-        pattern = key_pattern(f'{prefix}jobsync.{self._queues.appname}.')
+        pattern = '*' + key_pattern(f'jobsync.{self._queues.appname}.')
         with channel.conn_or_acquire() as client:
             found = [
                 key.decode() if isinstance(key, bytes) else str(key)
-                for key in client.scan_iter(match=pattern, count=1000)
+                for key in client.scan_iter(match=key_pattern(prefix)[:-1] + pattern, count=1000)
             ]
-        return sorted({queue_of_key(key[len(prefix) :], channel.sep) for key in found})
+        names = {queue_of_key(key[len(prefix) :], channel.sep) for key in found}
+        return sorted(filter(self._queues.is_of_cluster, names))
 
     def _prepare(self, connection: Connection) -> Connection:
         return self._receiving(restoring(connection))

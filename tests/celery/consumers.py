@@ -156,7 +156,7 @@ class Bench:
             Queues(self.app, 'memory', 'shop_'),
             forwarder,
             is_node=lambda: self.is_node,
-            on_parked=lambda: self.log.append('stray'),
+            on_parked=lambda home: self.log.append('stray'),
         )
 
     def _process_task(self, request: Any) -> None:

@@ -173,7 +173,7 @@ def test_in_another_s_queue_or_the_parked_one_its_place_is_home(stage: Bench, qu
     for message, route in ((anywhere('other', 2), None), (Message('other', 2), 'other')):
         message.headers[HOME] = 'celery'
         message.delivery_info = {'exchange': '', 'routing_key': queue}
-        assert broker.address_of(message) == (route, 'celery')
+        assert broker.address_of(message, queue) == (route, 'celery')
 
 
 class TestProducer:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from kombu.transport.native_delayed_delivery import (
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker
-from jobsync_celery.broker.declaring import _is_idle, declare_exchange, declare_queue
+from jobsync_celery.broker.declaring import _is_idle, declare_exchange, declare_queue, delete_empty
 from jobsync_celery.broker.forwarding import Forwarder
 from jobsync_celery.broker.queues import Queues
 from jobsync_celery.redis.carried_over import CarriedOver
@@ -33,7 +34,9 @@ from jobsync_core.worker.routing import HOME, KEY
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
 from tests.support.waiting import eventually
 
-_QUEUE, _PARKED, _UNKNOWN = 'jobsync.shop_.n1', 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
+_HOME, _QUEUE = 'celery', 'celery.jobsync.shop_.n1'
+_HOME_PARKED = 'celery.jobsync.shop_.parked'
+_PARKED, _UNKNOWN = 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def space(rabbitmq_server: RabbitServer) -> Iterator[str]:
             9,
             3,
             {
-                'task_queues': [Queue('celery'), Queue('urgent', max_priority=9)],
+                'task_queues': [Queue('celery', max_priority=9), Queue('slow')],
                 'task_queue_max_priority': 3,
             },
         ),
@@ -72,9 +75,8 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_QUEUE)
-        app.amqp.queues.add(Queue('added at run time', max_priority=20))
-        broker.declare(_QUEUE)
+        broker.declare(_HOME, _QUEUE)
+        broker.declare(_HOME, _QUEUE)
         own, common = (
             {} if most is None else {'x-max-priority': most} for most in (priorities, shared)
         )
@@ -86,11 +88,13 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
             given.pop('x-queue-type', None)  # RabbitMQ 4.3 shows its default
         # Longer than any task: the app gives none of its own queues a limit.
         assert found[_QUEUE].pop('x-consumer-timeout') == 365 * 24 * 60 * 60 * 1000
-        assert found == {_QUEUE: own, _PARKED: common, _UNKNOWN: common}
+        shared_ones = {_PARKED: common, _UNKNOWN: common}
+        assert found == {_QUEUE: own, _HOME_PARKED: own, **shared_ones}
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             producer = connection.Producer()
-            for queue in (_QUEUE, 'jobsync.shop_.gone'):
-                producer.publish({}, exchange='jobsync.shop_', routing_key=queue, retry=False)
+            for queue in (_QUEUE, 'celery.jobsync.shop_.gone'):
+                exchange, key = broker._queues.way_to(queue)
+                producer.publish({}, exchange=exchange, routing_key=key, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
 
 
@@ -126,7 +130,7 @@ def broker(
         return queue
 
     monkeypatch.setattr(broker._queues, 'make', quorum)
-    broker.declare(_QUEUE)
+    broker.declare(_HOME, _QUEUE)
     yield broker
     broker.close()
 
@@ -166,7 +170,7 @@ class TestQuorum:
             consumer.consume()
             assert not broker.delete(_QUEUE), 'somebody consumes it'
         eventually(lambda: broker.delete(_QUEUE))
-        assert rabbitmq_server.queues(space) == {_PARKED, _UNKNOWN}
+        assert rabbitmq_server.queues(space) == {_PARKED, _HOME_PARKED, _UNKNOWN}
         assert broker.delete(_QUEUE), 'it is gone'
         assert broker.size(_PARKED) == 1, 'the connection is of use still'
 
@@ -178,7 +182,7 @@ class TestQuorum:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         ways = _bindings(rabbitmq_server, space, _QUEUE)
-        assert ways == {('jobsync.shop_', _QUEUE), ('jobsync.shop_.nodes', _QUEUE)}
+        assert ways == {('jobsync.shop_.nodes', _QUEUE)}
         looks: list[bool] = []
 
         def is_idle(channel: Any, name: str) -> bool:
@@ -199,6 +203,25 @@ class TestQuorum:
         assert looks == [True, False]
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 2})
         assert _bindings(rabbitmq_server, space, _QUEUE) >= ways
+
+    def test_one_whose_leader_is_away_is_not_taken_for_empty(self) -> None:
+        """RabbitMQ says of it that nothing is in it, and would delete it with all that it has."""
+        log: list[str] = []
+        messages: list[Any] = [SimpleNamespace(delivery_tag='1')]
+        channel = SimpleNamespace(
+            queue_declare=lambda *args, **options: SimpleNamespace(
+                message_count=0, consumer_count=0
+            ),
+            queue_unbind=lambda *args: log.append('unbind'),
+            queue_bind=lambda *args: log.append('bind'),
+            basic_get=lambda name: messages.pop() if messages else None,
+            basic_reject=lambda tag, requeue: log.append(f'requeue {tag}'),
+            queue_delete=lambda name: log.append('delete'),
+        )
+        assert not delete_empty(channel, _QUEUE, [('exchange', 'key')])
+        assert log == ['unbind', 'requeue 1', 'bind']
+        assert delete_empty(channel, _QUEUE, [('exchange', 'key')])
+        assert log[3:] == ['unbind', 'delete']
 
     def test_what_stays_parked_is_given_back_to_nobody_and_keeps_its_order(
         self, broker: CeleryBroker
@@ -224,7 +247,7 @@ class TestQuorum:
         assert own.queue_arguments == {'x-queue-type': 'quorum', 'x-max-priority': 5}
         assert broker.delete(_QUEUE)
         for _ in range(2):
-            broker.declare(_QUEUE)
+            broker.declare(_HOME, _QUEUE)
             assert not own.no_declare
             with app.connection_for_write() as connection:
                 own(connection.default_channel).declare()
@@ -238,7 +261,7 @@ def test_what_native_delayed_delivery_keeps_of_a_node_goes_with_its_queue(
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
     broker = plugin.evacuable()
     with contextlib.closing(broker), app.connection_for_write() as connection:
-        broker.declare(_QUEUE)
+        broker.declare(_HOME, _QUEUE)
         declare_native_delayed_delivery_exchanges_and_queues(connection, 'quorum')
         bind_queue_to_native_delayed_delivery_exchange(connection, broker._queues.make(_QUEUE))
         nodes = _bindings(rabbitmq_server, space, 'jobsync.shop_.nodes')
@@ -250,7 +273,7 @@ def test_what_native_delayed_delivery_keeps_of_a_node_goes_with_its_queue(
 def test_a_node_whose_name_has_wildcards_gets_its_own_messages_alone() -> None:
     app = Celery('wild', broker='amqp://', set_as_current=False)
     queues = Queues(app, 'amqp', 'shop_')
-    for name in ('jobsync.shop_.a.#', 'jobsync.shop_.*'):
+    for name in ('celery.jobsync.shop_.a.#', 'celery.jobsync.shop_.*'):
         assert set(queues.make(name).routing_key.split('.')).isdisjoint('*#')
 
 
@@ -262,7 +285,7 @@ def test_a_broker_that_came_back_empty_parks_strays_again(
     broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_QUEUE)
+        broker.declare(_HOME, _QUEUE)
         broker.mark('the cluster')
         for queue in (_PARKED, _UNKNOWN):
             rabbitmq_server.api('DELETE', f'queues/{space}/{queue}')
@@ -274,7 +297,7 @@ def test_a_broker_that_came_back_empty_parks_strays_again(
                 {}, exchange='jobsync.shop_', routing_key='jobsync.shop_.gone', retry=False
             )
         eventually(lambda: rabbitmq_server.depths(space) == {_PARKED: 1})
-    assert rabbitmq_server.queues(space) == {_QUEUE, _PARKED, _UNKNOWN}
+    assert rabbitmq_server.queues(space) == {_QUEUE, _HOME_PARKED, _PARKED, _UNKNOWN}
 
 
 @pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
@@ -378,7 +401,7 @@ def test_what_goes_home_arrives_there(
     ).evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_QUEUE)
+        broker.declare(_HOME, _QUEUE)
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('own', durable=True)(connection.default_channel).declare()
             Queue('source', durable=True)(connection.default_channel).declare()
@@ -430,7 +453,7 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(
         body=b'[[1], {}, {}]', content_type='application/json', content_encoding='utf-8'
     )
     message.headers = {**headers, 'id': 'm1'} if headers else headers
-    assert broker.address_of(message) == expected
+    assert broker.address_of(message, '') == expected
 
 
 @contextlib.contextmanager
@@ -472,7 +495,7 @@ def check_compressed(
     with contextlib.ExitStack() as stack:
         stack.callback(server.drop_space, space)
         stack.callback(broker.close)
-        broker.declare(_QUEUE)
+        broker.declare(_HOME, _QUEUE)
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('celery', durable=True)(connection.default_channel).declare()
             with known(method) if odd else contextlib.nullcontext():

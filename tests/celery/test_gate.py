@@ -44,7 +44,7 @@ from tests.support.waiting import eventually
 
 from .consumers import Bench, Message, Request, bench
 
-PARKED = 'send jobsync.shop_.parked hops=0'
+PARKED = 'send celery.jobsync.shop_.parked hops=0'
 UNKNOWN = 'send jobsync.shop_.unknown hops=0'
 
 

@@ -274,7 +274,9 @@ class TestAddressing:
     @pytest.fixture
     def routed(self, app: Celery, monkeypatch: pytest.MonkeyPatch) -> Celery:
         plugin_of(app)
-        monkeypatch.setattr(OwnerLookup, 'queue_of', lambda self, route: f'jobsync.sync_.{route}')
+        monkeypatch.setattr(
+            OwnerLookup, 'queue_of', lambda self, route, home: f'{home}.jobsync.sync_.{route}'
+        )
         return app
 
     def test_a_key_is_made_once_for_each_message(
@@ -292,7 +294,7 @@ class TestAddressing:
         assert (headers[KEY], headers[HOME], headers['routing_key']) == (
             'd:7',
             'celery',
-            'jobsync.sync_.d:7',
+            'celery.jobsync.sync_.d:7',
         )
 
     def test_without_a_key_it_goes_to_its_id_s_owner(
@@ -301,7 +303,7 @@ class TestAddressing:
         routed.task(name='by_id', shared=False)(exactly_once()(double)).apply_async(
             (1,), task_id='id-5'
         )
-        assert published[0]['routing_key'] == 'jobsync.sync_.id-5'
+        assert published[0]['routing_key'] == 'celery.jobsync.sync_.id-5'
 
     @pytest.mark.parametrize('options', [{'queue': 'gpu'}, {'routing_key': 'gpu', 'queue': 'gpu'}])
     def test_its_own_queue_is_remembered(
@@ -310,7 +312,9 @@ class TestAddressing:
         routed.task(name='keyed', shared=False, jobsync_key='d:{n}')(double).apply_async(
             (1,), **options
         )
-        assert published[0][HOME] == 'gpu' and published[0]['routing_key'] == 'jobsync.sync_.d:1'
+        assert (
+            published[0][HOME] == 'gpu' and published[0]['routing_key'] == 'gpu.jobsync.sync_.d:1'
+        )
 
     def test_stamps_of_the_sender_s_are_replaced(
         self, app: Celery, published: list[dict[str, Any]]

@@ -175,7 +175,8 @@ class Ledger:
 
     def node_queues(self) -> dict[str, str | None]:
         """Recorded node queues and their nodes."""
-        return dict(query(self.config, 'SELECT name, node FROM "{}queue"'))
+        found = 'SELECT name, node FROM "{}queue" UNION SELECT name, node FROM "{}node_queue"'
+        return dict(query(self.config, f"SELECT name, node FROM ({found}) q WHERE name <> ''"))
 
 
 def check(sent: Sequence[Sent], notes: Notes, ledger: Ledger, coordinated: bool = True) -> str:

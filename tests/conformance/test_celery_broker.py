@@ -175,7 +175,7 @@ def test_queues_with_other_arguments_than_configured_are_made_anew_or_used_as_th
     cluster.settle()
     for n in range(20):
         cluster.send('routed', n, routed=True)
-    eventually(lambda: server.depths(space).get('jobsync.sync_.alpha@test', 0) > 0)
+    eventually(lambda: server.depths(space).get('celery.jobsync.sync_.alpha@test', 0) > 0)
     cluster['alpha'].crash()
     server.api(
         'DELETE', f'queues/{space}/celery'
@@ -186,7 +186,7 @@ def test_queues_with_other_arguments_than_configured_are_made_anew_or_used_as_th
         arguments = {
             item['name']: item['arguments'] for item in server.api('GET', f'queues/{space}')
         }
-        assert arguments['jobsync.sync_.alpha@test'] == {'x-max-priority': 10}
+        assert arguments['celery.jobsync.sync_.alpha@test']['x-max-priority'] == 10
         assert arguments['jobsync.sync_.parked'] == {}
         log = worker.log()
         assert 'jobsync.sync_.parked has other arguments' in log and 'evacuate' in log

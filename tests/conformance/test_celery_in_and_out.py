@@ -109,9 +109,7 @@ def test_what_an_uncoordinated_worker_held_is_where_plain_workers_look(
     _send(cluster)
     eventually(lambda: _unacked(cluster) >= 4)
     assert not [
-        name
-        for name in cluster.place.server.depths(cluster.place.space)
-        if name.startswith('jobsync.')
+        name for name in cluster.place.server.depths(cluster.place.space) if 'jobsync.' in name
     ]
     worker.crash()
     _with_plugin(cluster, False)
@@ -132,7 +130,10 @@ def test_after_an_evacuation_plain_workers_run_everything(
     for n in range(4):
         cluster.send('homeless', n)
     eventually(
-        lambda: cluster.place.server.depths(cluster.place.space) == {'jobsync.sync_.parked': 4}, 20
+        lambda: (
+            cluster.place.server.depths(cluster.place.space) == {'celery.jobsync.sync_.parked': 4}
+        ),
+        20,
     )
     _send(cluster, 'routed')
     eventually(

@@ -35,7 +35,7 @@ _LEFT, _SECONDS = 500, 20.0
 def _celery(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
     app = Celery('sweeping', broker=url, set_as_current=False)
     broker = jobsync_celery.JobSync(app, config=config, route_producers=False).evacuable()
-    return broker, lambda node: broker.declare(old_node_queue(config.appname, node))
+    return broker, lambda node: broker.declare('', old_node_queue(config.appname, node))
 
 
 def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:

@@ -70,7 +70,7 @@ CELERY_LAYERS = (
         'outlasted',
         'producer',
     },
-    {'consuming'},
+    {'consuming', 'home_queues'},
     {'hooks'},
     {'control', 'steps'},
     {'plugin'},

@@ -1,0 +1,41 @@
+"""Giving a message back that cannot run here now, through no fault of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobsync_core.worker.routing import HOME
+
+from ..broker.forwarding import Forwarder
+from ..logs import get_logger
+
+__all__ = ['requeue']
+
+logger = get_logger(__name__)
+
+#: A quorum queue counts with it how often a message was given back, and drops it at a limit (20 by
+#: default, from RabbitMQ 4 on), or makes a dead letter of it.
+_COUNT = 'x-delivery-count'
+
+
+def requeue(message: Any, home: str, forwarder: Forwarder, plainly: Callable[[], object]) -> None:
+    """Requeue a message. One that has been given back already, to a queue that counts that, is
+    published to its own queue in place of it, so that a database that is away for long costs no
+    message. What a task itself gives back is counted: that limit is its user's.
+
+    Args:
+        message: Kombu's message.
+        home: The queue that it was sent to.
+        forwarder: Passes messages on.
+        plainly: Requeues it, unless it is acknowledged.
+    """
+    headers = message.headers if isinstance(message.headers, Mapping) else {}
+    count = headers.get(_COUNT)
+    if home and isinstance(count, int) and count > 0 and not message.acknowledged:
+        try:
+            forwarder.send(home, message, {**headers, HOME: home})
+            message.ack()
+        except Exception as error:  # the broker takes nothing just now, for one
+            logger.debug('given back, and counted: %r', error)
+    plainly()

@@ -1,0 +1,106 @@
+"""Which queues a worker consumes: its home queues, and one of its node for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jobsync_core.errors import ConfigurationError
+from jobsync_core.worker.node import WorkerNode
+
+from .broker.homes import home_name
+from .broker.queues import Queues
+from .logs import get_logger
+
+__all__ = ['HomeQueues']
+
+logger = get_logger(__name__)
+
+
+class HomeQueues:
+    """What `control add_consumer` and `cancel_consumer` do to a node. In the event loop, but for
+    what the duties call.
+
+    A home queue that is added is consumed at once, and so is the queue of this node as soon as it
+    is there. Of one that is cancelled nothing more is taken at once; the queue of this node is
+    consumed until all of its keys are given away.
+
+    Args:
+        app: The app.
+        consumer: Celery's consumer; two of its methods are replaced.
+        queues: The cluster's.
+        node: This worker's node; None where it has none any more.
+        changed: Called when another queue is to be consumed.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        consumer: Any,
+        queues: Queues,
+        node: Callable[[], WorkerNode | None],
+        changed: Callable[[], object],
+    ) -> None:
+        self._app = app
+        self._consumer = consumer
+        self._queues = queues
+        self._node = node
+        self._changed = changed
+        #: Queues of this node: whether each is to be consumed. The event loop keeps no order among
+        #: its calls.
+        self._wanted: dict[str, bool] = {}
+        self._add, self._cancel = consumer.add_task_queue, consumer.cancel_task_queue
+        consumer.add_task_queue, consumer.cancel_task_queue = self.add, self.cancel
+
+    def add(self, queue: str, *args: Any, **options: Any) -> None:
+        """In place of the consumer's add_task_queue."""
+        self._add(queue, *args, **options)
+        self._changed()  # Celery consumes all of them now, with a lease or without
+        node, home = self._node(), self._home_of(queue)
+        if node is None or home is None:
+            return
+        try:
+            node.add_home(home, self._ready)
+        except ConfigurationError as error:
+            self._cancel(queue)
+            logger.error('JobSync: the queue %s is not consumed: %s', queue, error)
+
+    def cancel(self, queue: str) -> None:
+        """In place of the consumer's cancel_task_queue."""
+        home = self._home_of(queue)
+        self._cancel(queue)
+        node = self._node()
+        if node is not None and home is not None:
+            node.drop_home(home, self._done)
+
+    def _home_of(self, queue: str) -> str | None:
+        """The home queue of that name or alias; None where it is none."""
+        if self._queues.is_of_cluster(queue):
+            return None
+        known = self._app.amqp.queues
+        found = known.aliases.get(queue) or known.get(queue)
+        return home_name(found) if found is not None else queue
+
+    def _ready(self, queue: str) -> None:
+        self._want(queue, True)
+
+    def _done(self, queue: str) -> None:
+        self._want(queue, False)
+
+    def _want(self, queue: str, wanted: bool) -> None:
+        """By the duties' thread."""
+        self._wanted[queue] = wanted
+        self._consumer.call_soon(self._follow, queue)
+
+    def _follow(self, queue: str) -> None:
+        wanted = self._wanted.get(queue)
+        if wanted:
+            queues, consumer = self._app.amqp.queues, self._consumer.task_consumer
+            if queue not in queues.consume_from:
+                queues.select_add(self._queues.make(queue))
+            if consumer is not None and not consumer.consuming_from(queue):
+                consumer.add_queue(queues[queue])
+                self._changed()
+        elif wanted is False:
+            del self._wanted[queue]
+            self._cancel(queue)
