@@ -118,7 +118,28 @@ def test_a_lock_counts_where_it_says(rows: Rows, queue: str | None, seen_in: lis
         if ask(rows, StatusStore.explain, 't', _TOKEN, group)['lock'] is not None
     ]
     assert found == seen_in
-    assert ask(rows, StatusStore.blocked) == []
+    rows.run(f'UPDATE {rows.tables.assignment} SET blocked = true')
+    (blocked,) = ask(rows, StatusStore.blocked)
+    assert bool(blocked['locks']) is ('' in seen_in)
+
+
+def test_a_lock_is_matched_by_nodes_that_consume_the_queue(rows: Rows) -> None:
+    lock(rows, 't', 'n1', None)
+    found = {group: ask(rows, StatusStore.explain, 't', _TOKEN, group)['pattern'] for group in 'ab'}
+    assert found == {'a': 'n1', 'b': None}
+
+
+@pytest.mark.parametrize(('pin', 'heir'), [(False, None), (True, 'n2')])
+def test_a_pin_that_no_member_matches_leaves_its_token_to_anybody(
+    rows: Rows, pin: bool, heir: str | None
+) -> None:
+    with rows.sessions.session() as connection:
+        LockStore(connection, rows.tables).register(
+            [('t', ('gpu',), 'why', None, None)], 'tester', pin
+        )
+    own(rows, 3, 0, 10_000, 'n1')
+    rows.run(f"UPDATE {rows.tables.node} SET groups = '{{a,c}}'")
+    assert ask(rows, StatusStore.explain, 't', _TOKEN, 'c')['next'] == heir
 
 
 def test_what_a_drain_would_move_is_of_all_groups(rows: Rows) -> None:
