@@ -98,6 +98,8 @@ class ConsumerGate:
             lambda message, reason, reject: self._refusals.refuse(message, reason, reject=reject),
             lambda message: self._receive(message),
             self._retries,
+            self._may_begin,
+            self._come_late,
         )
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
@@ -304,6 +306,28 @@ class ConsumerGate:
         else:
             self._placing.place(item)
 
+    def _may_begin(self, request: Any) -> bool:
+        note = note_of(request.message)
+        return note is None or self._gate.may_begin(note.received)
+
+    def _come_late(self, request: Any) -> None:
+        """A request that waited for a process or a thread may not run here any more."""
+        if self._dispatched.pop(request, None) is not None:
+            self._gate.count('run', -1)
+        self.dispatch(request)
+
+    def recall(self) -> None:
+        """What waits for a process or a thread, and belongs to others by now, goes on to them. In
+        the event loop.
+        """
+        for request, note in list(self._dispatched.items()):
+            if (
+                request in state.reserved_requests
+                and not self._gate.may_begin(note.received)
+                and self._pool_entry.withdraw(request)
+            ):
+                self._come_late(request)
+
     def _admits(self, name: str) -> bool:
         return self._gate.admits(lambda: self._completes_once(name), clock.now())
 
@@ -312,11 +336,14 @@ class ConsumerGate:
         return found is not None and found.once is not None
 
     def busy(self, tokens: TokenSet) -> bool:
-        """Whether a task on one of these tokens is at the pool."""
+        """Whether a task on one of these tokens runs, or may begin at any moment."""
         token_of = self._gate.job.task_to_token
         reserved = state.reserved_requests
         return any(
-            note.key and request in reserved and token_of(note.key) in tokens
+            note.key
+            and request in reserved
+            and self._pool_entry.has_begun(request)
+            and token_of(note.key) in tokens
             for request, note in list(self._dispatched.items())
         )
 
@@ -326,7 +353,8 @@ class ConsumerGate:
         )
 
     def look(self) -> None:
-        """Try the waiting messages again."""
+        """Try the waiting messages again, and pass on what the pool has not begun."""
+        self.recall()
         self._placing.look()
         self._retries.look()
 

@@ -8,7 +8,7 @@ from .membership import Phase
 from .messages import Reply, Request
 from .messages.connection import ConnectReply
 from .messages.groups import Enroll, EnrollReply
-from .messages.handover import GiveReply, LivesReply, RefreshReply, Take, TakeReply
+from .messages.handover import Give, GiveReply, LivesReply, RefreshReply, Take, TakeReply
 from .messages.leadership import Evict, EvictReply, ObserveReply, RoundReply, StepDown
 from .messages.membership import (
     ActivateReply,
@@ -65,8 +65,8 @@ class Answers:
             self.parts.handover.taken(request, reply, sent_at, now)
         elif isinstance(reply, LivesReply):
             self.parts.handover.lives_over(reply)
-        elif isinstance(reply, GiveReply):
-            self.parts.handover.given(now)
+        elif isinstance(request, Give) and isinstance(reply, GiveReply):
+            self.parts.handover.given(request, now)
         elif isinstance(reply, ActivateReply):
             self._on_activated(reply, now)
         elif isinstance(reply, ObserveReply):

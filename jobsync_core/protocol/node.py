@@ -203,6 +203,10 @@ class Protocol:
         """`on_release` has returned."""
         self._parts.handover.release_ended(number)
 
+    def release_went_on(self, number: int, used: TokenSet, now: float) -> None:
+        """`on_release` runs still, and these tokens are in use: the others can go."""
+        self._parts.handover.release_went_on(number, used)
+
     def disconnected(self, now: float) -> None:
         """The control connection is gone."""
         self._parts.connection.lost(now)

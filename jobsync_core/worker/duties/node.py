@@ -12,6 +12,7 @@ from ..passage import Passage
 from ..registry import QueueRegistry, restore_former_life
 from ..routing import unknown_queue
 from ..sweeping import Sweeping
+from .backlog import Backlog
 from .drained import Drained
 from .duty import Every, Moment
 from .lease import LeaseWatch
@@ -91,6 +92,9 @@ class NodeDuties:
             (
                 LeaseWatch(lambda: registry.record(queue, job.belonging), on_lease),
                 PlanWatch(owners.reread, on_change),
+                Backlog(
+                    node, broker, passage, lambda: (queue,), owners, owns=job.owns, count=gate.count
+                ),
                 # Rescue never waits behind what is parked.
                 Rescue(registry, sweeping, interval),
                 Leftovers(broker, registry, sweeping, interval),

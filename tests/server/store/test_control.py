@@ -642,7 +642,7 @@ class TestGive:
             {'version': 0},
             {'ranges': ((0, 9), (11, 30)), 'version': 0},
             {'ranges': ()},
-            {'ranges': ((1, 10),)},
+            {'ranges': ((1, 10),), 'version': 0},
             {'ranges': ((10, 20),)},
             {'ranges': ((30, 1000),)},
         ],
@@ -652,6 +652,17 @@ class TestGive:
         assert moving.give('a', **late) in (GiveReply(0), None)
         assert (moving.give('a', **late) is None) == ('life' in late)
         assert (moving.assignment(), moving.version()) == (before, version)
+
+    def test_a_row_of_which_a_part_is_in_use_is_cut(self, moving: Store) -> None:
+        before = moving.version()
+        assert moving.give('a', ranges=((0, 3), (5, 10), (12, 14))) == GiveReply(8)
+        assert moving.assignment()[:4] == [
+            Segment(0, 3, 'b', version=before + 1),
+            Segment(3, 5, 'a', True, 'b', version=1),
+            Segment(5, 10, 'b', version=before + 1),
+            Segment(10, 20, 'a', version=1),
+        ]
+        assert moving.give('a', ranges=((3, 5),)) == GiveReply(2)
 
     def test_adjacent_ranges_cover_a_row(self, moving: Store) -> None:
         assert moving.give('a', ranges=((0, 4), (4, 10))) == GiveReply(10)
