@@ -78,7 +78,7 @@ class Answers:
         elif isinstance(request, StepDown):
             self._on_stepped_down(now)
         elif isinstance(request, Drain):
-            self.parts.membership.told('draining' if request.draining else 'active')
+            self.parts.membership.drained(request, bool(reply))
             self.parts.handover.state_changed(now)
         elif isinstance(request, Enroll) and isinstance(reply, EnrollReply):
             self.parts.enrollment.enrolled(request, reply)

@@ -577,10 +577,11 @@ class SimNode:
         else:
             self.step()
 
-    def drain(self, draining: bool) -> None:
-        """`job.drain()` or `job.undrain()`."""
+    def drain(self, draining: bool, by_itself: bool = False) -> None:
+        """`job.drain()` or `job.undrain()`; by itself, `job.stand_aside()`."""
         if self.running and not self.paused:
-            self.protocol.drain(self.local()) if draining else self.protocol.undrain(self.local())
+            change = self.protocol.drain if draining else self.protocol.undrain
+            change(self.local(), by_itself)
             self.step()
 
     def crash(self) -> None:

@@ -91,6 +91,7 @@ class Row:
     beat: int = 0
     last_heartbeat: float = 0.0
     is_old: bool = False
+    held: bool = False
 
     @property
     def sign(self) -> Sign:
@@ -222,7 +223,7 @@ class SimStore:
         """What the command line's `drain NODE` does."""
         row = self.nodes.get(name)
         if row is not None and row.state != 'joining':
-            row.state = 'draining' if draining else 'active'
+            row.state, row.held = ('draining' if draining else 'active'), draining
             self.outbox.append(f'drain {name}')
 
     def claim(self, name: str, incarnation: str, task: str) -> bool:
@@ -587,8 +588,11 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        row.state = 'draining' if request.draining else 'active'
         self.outbox.append(f'drain {row.name}')
+        if request.by_itself and row.held:
+            return request.draining
+        row.state = 'draining' if request.draining else 'active'
+        row.held = request.draining and not request.by_itself
         return True
 
     def enroll(self, request: Enroll) -> Reply:

@@ -759,6 +759,22 @@ class TestLife:
         assert store.ask(Drain('a', 'life of a', False)) is True
         assert store.beat('a').state == 'active'
 
+    @pytest.mark.parametrize('before', [False, True])
+    def test_what_a_user_drains_does_not_take_part_again_by_itself(
+        self, store: Store, before: bool
+    ) -> None:
+        store.join('a')
+        if before:
+            assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', True)) is True
+        assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is False
+        assert store.beat('a').state == 'draining'
+        assert store.ask(Drain('a', 'life of a', False)) is True
+        assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is True
+        assert store.beat('a').state == 'active'
+
     def test_leaving_takes_this_life_only_and_tells_the_others(self, store: Store) -> None:
         store.join('a')
         store.lead('a')

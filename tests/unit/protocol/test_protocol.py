@@ -632,6 +632,22 @@ def test_who_changes_his_mind_while_the_wish_is_on_its_way_gets_what_he_wished_l
     node.hears(Drain('me', 'life-1', not draining), True)
 
 
+def test_a_node_that_drained_itself_takes_part_again_unless_somebody_holds_it() -> None:
+    node = follower()
+    node.protocol.drain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', True, by_itself=True), True)
+    node.protocol.undrain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', False, by_itself=True), True)
+    assert node.protocol.state == 'active'
+    node.protocol.drain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', True, by_itself=True), True)
+    node.protocol.drain(node.now)  # the user holds it: the row has to know
+    node.hears(Drain('me', 'life-1', True), True)
+    node.protocol.undrain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', False, by_itself=True), False)
+    assert node.protocol.state == 'draining' and not isinstance(node.asks(), Drain)
+
+
 def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
     node = follower()
     node.protocol.drain(node.now)
