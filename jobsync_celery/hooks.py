@@ -140,7 +140,7 @@ class WorkerHooks:
                 on_change=self._look_again,
                 on_tick=self._tick,
                 on_rebalance=self._rebalanced,
-                on_release=lambda tokens: released.send(sender=self._app, tokens=tokens),
+                on_release=self._released,
                 application=application.name,
                 comes_back=True,
                 log=logger,
@@ -292,6 +292,10 @@ class WorkerHooks:
                 'removed': event.tokens_removed,
             }
             self._consumer.call_soon(self._send_event, 'jobsync-rebalanced', fields)
+
+    def _released(self, tokens: TokenSet) -> None:
+        released.send(sender=self._app, tokens=tokens)
+        self._look_again()
 
     def _send_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         dispatcher = getattr(self._consumer, 'event_dispatcher', None)

@@ -295,6 +295,17 @@ class Job(NodeView):
         self._check_entered()
         self._node.undrain()
 
+    def stand_aside(self, aside: bool = True) -> None:
+        """Give all tokens away for as long as this node cannot use them, as a worker does that is
+        cut off from its broker; or take part again, unless an operator or `drain` has drained the
+        node meanwhile. Not waited for.
+
+        Args:
+            aside: False: take part again.
+        """
+        self._check_entered()
+        self._node.stand_aside(aside)
+
     def enroll(self, groups: Iterable[str]) -> None:
         """Belong to these queue groups, and no others, as soon as the database knows. Of a group
         that is left, what this node owns is handed over before: see `holds`.

@@ -13,7 +13,7 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.logs import Repeats, get_logger
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.inbox import Outcome, Received
+from jobsync_core.worker.inbox import Action, Outcome, Received
 from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
 
 from .actors import Actors
@@ -172,6 +172,54 @@ class WorkerGate:
         if found:
             self.count('returned', len(found))
         return len(found)
+
+    def recall(self) -> None:
+        """What waits for a thread, and belongs to others by now, goes on to them. On the node's own
+        thread.
+        """
+        with self._lock:
+            found = [
+                (message, note)
+                for number, message in self._in_hand.items()
+                if number not in self._begun
+                and (note := note_of(message)) is not None
+                and not note.sent_on
+                and note.received.route is not None
+                and not self._gate.may_begin(note.received)
+            ]
+            for _, note in found:
+                note.sent_on = True  # no thread begins it any more
+        for message, note in found:
+            self._pass_on(message, note)
+
+    def _pass_on(self, message: Any, note: Note) -> None:
+        outcome = self.place(note.received)
+        if outcome.action is not Action.SEND:
+            note.source.requeue(message)  # its owner is not known yet: the consumer takes it again
+            self.count('returned')
+            return
+        try:
+            self.broker.send(message, outcome.queue, note.received.route, outcome.hops)
+        # the brokers' clients have no common ancestor; the message is as it was
+        except Exception as error:
+            logger.warning(
+                'id=%s cannot be sent to %s now, and goes back: %r',
+                message.message_id,
+                outcome.queue,
+                error,
+            )
+            note.source.requeue(message)
+            self.count('returned')
+            return
+        self.count(outcome.event)
+        try:
+            note.source.ack(message)
+        except Exception as error:  # it comes again; exactly_once tells the two apart
+            logger.warning(
+                'id=%s: %s, but not acknowledged: %r', message.message_id, outcome.event, error
+            )
+        if outcome.event == 'parked':
+            self.on_parked()
 
     def look(self) -> Consume:
         """Whether messages are taken now."""

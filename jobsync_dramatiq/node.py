@@ -125,6 +125,7 @@ class WorkerProcess:
                 silence=lambda: consuming.silence(queue),
                 patience=patience,
                 on_lease=_tell_lease,
+                on_change=self._recall,
                 on_tick=self._tick,
                 route=route_of,
                 log=logger,
@@ -205,7 +206,12 @@ class WorkerProcess:
     def _busy(self, tokens: TokenSet) -> bool:
         return self.gate is not None and self.gate.busy(tokens)
 
+    def _recall(self) -> None:
+        if self.gate is not None:
+            self.gate.recall()
+
     def _tick(self) -> None:
+        self._recall()
         self._orphans.look(self._leaving)
         self._producer.broker.requeue_failed()
 

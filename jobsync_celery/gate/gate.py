@@ -99,6 +99,8 @@ class ConsumerGate:
             lambda message, reason, reject: self._refusals.refuse(message, reason, reject=reject),
             lambda message: self._receive(message),
             self._retries,
+            self._may_begin,
+            self._come_late,
         )
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
@@ -313,6 +315,28 @@ class ConsumerGate:
     def _requeue(self, message: Any, note: Note, plainly: Callable[[], object]) -> None:
         requeue(message, note.home, self._forwarder, plainly)
 
+    def _may_begin(self, request: Any) -> bool:
+        note = note_of(request.message)
+        return note is None or self._gate.may_begin(note.received)
+
+    def _come_late(self, request: Any) -> None:
+        """A request that waited for a process or a thread may not run here any more."""
+        if self._dispatched.pop(request, None) is not None:
+            self._gate.count('run', -1)
+        self.dispatch(request)
+
+    def recall(self) -> None:
+        """What waits for a process or a thread, and belongs to others by now, goes on to them. In
+        the event loop.
+        """
+        for request, note in list(self._dispatched.items()):
+            if (
+                request in state.reserved_requests
+                and not self._gate.may_begin(note.received)
+                and self._pool_entry.withdraw(request)
+            ):
+                self._come_late(request)
+
     def _admits(self, name: str) -> bool:
         return self._gate.admits(lambda: self._completes_once(name), clock.now())
 
@@ -321,11 +345,12 @@ class ConsumerGate:
         return found is not None and found.once is not None
 
     def busy(self, tokens: TokenSet) -> bool:
-        """Whether a task on one of these tokens is at the pool."""
+        """Whether a task on one of these tokens runs, or may begin at any moment."""
         job, group_of, reserved = self._gate.job, self._gate.group_of, state.reserved_requests
         return any(
             note.key
             and request in reserved
+            and self._pool_entry.has_begun(request)
             and (token := job.token_of(note.key, group_of(note.home))) is not None
             and token in tokens
             for request, note in list(self._dispatched.items())
@@ -337,7 +362,8 @@ class ConsumerGate:
         )
 
     def look(self) -> None:
-        """Try the waiting messages again."""
+        """Try the waiting messages again, and pass on what the pool has not begun."""
+        self.recall()
         self._placing.look()
         self._retries.look()
 

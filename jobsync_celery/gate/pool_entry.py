@@ -5,6 +5,7 @@ comes to the end that is right.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -62,10 +63,19 @@ class _Acceptance:
     """Whether a thread of the pool has begun a request, or may not any more.
 
     An executor queues the work before it starts a thread for it: where that fails, another thread
-    may run it all the same.
+    may run it all the same; and where all threads are busy, it waits for long.
+
+    Args:
+        request: The request.
+        begins: The last look: whether it may begin.
+        late: Called when it may not.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(
+        self, request: Any, begins: Callable[[], bool], late: Callable[[], object]
+    ) -> None:
+        self._request = request
+        self._begins, self._late = begins, late
         self._lock = threading.Lock()
         self._begun = self._withdrawn = False
         self._accepted = request.on_accepted
@@ -75,7 +85,10 @@ class _Acceptance:
         with self._lock:
             if self._withdrawn:
                 raise TaskRevokedError('its message goes back')
-            self._begun = True
+            self._begun = self._begins()
+        if not self._begun:
+            self._late()
+            raise TaskRevokedError('its message goes on')
         return self._accepted(*args, **kwargs)
 
     def withdraw(self) -> bool:
@@ -83,6 +96,13 @@ class _Acceptance:
         with self._lock:
             self._withdrawn = not self._begun
             return self._withdrawn
+
+    def take_back(self) -> bool:
+        """The same, for a request that may come again; False where that was done before, too."""
+        if self._withdrawn or not self.withdraw():
+            return False
+        self._request.on_accepted = self._accepted
+        return True
 
 
 class PoolEntry:
@@ -93,6 +113,8 @@ class PoolEntry:
         refuse: Sets a message aside: the message, why, and what rejects it.
         again: Takes a message as if it had just come.
         retries: Keeps what cannot be taken now.
+        may_begin: Whether a request may run here still; a look into memory.
+        late: Takes a request that may not, in the event loop.
     """
 
     def __init__(
@@ -101,8 +123,17 @@ class PoolEntry:
         refuse: Callable[[Any, str, Callable[[], object]], object],
         again: Callable[[Any], object],
         retries: Retries,
+        may_begin: Callable[[Any], bool] = lambda request: True,
+        late: Callable[[Any], object] = lambda request: None,
     ) -> None:
         self._consumer = consumer
+        self._may_begin, self._late = may_begin, late
+        #: Requests that the pool has, or threads of it have begun; those that wait for a process or
+        #: for a thread; and how often one that waits was withdrawn.
+        self._begun: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._withdrawn: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._acceptances: weakref.WeakKeyDictionary[Any, _Acceptance] = weakref.WeakKeyDictionary()
         self._refuse = refuse
         self._again = again
         self._retries = retries
@@ -113,12 +144,65 @@ class PoolEntry:
         self._controller._process_task = self.process
         before = consumer.on_task_request
         self._takes_slot = getattr(before, '__name__', '') == '_process_task_sem'
-        self.to_pool: Callable[[Any], object] = before if self._takes_slot else self.process
+        self._enter: Callable[[Any], object] = before if self._takes_slot else self.process
+
+    def to_pool(self, request: Any) -> None:
+        """Hand a request to the pool, or let it wait for a process of it."""
+        self._waiting.add(request)
+        self._enter(request)
+
+    def has_begun(self, request: Any) -> bool:
+        """Whether a request runs, or may run at any moment."""
+        return request in self._begun
+
+    def withdraw(self, request: Any) -> bool:
+        """Take back a request that waits for a process or a thread; False where it has begun. In
+        the event loop.
+        """
+        if request in self._begun:
+            return False
+        acceptance = self._acceptances.get(request)
+        if acceptance is not None:
+            return acceptance.take_back()
+        if request not in self._waiting:
+            return False
+        self._waiting.discard(request)
+        self._withdrawn[request] = self._withdrawn.get(request, 0) + 1
+        return True
+
+    def _begins(self, request: Any) -> bool:
+        """First as running, then the look: who gives the token away meanwhile waits for it."""
+        self._begun.add(request)
+        if self._may_begin(request):
+            return True
+        self._begun.discard(request)
+        return False
+
+    def _release_slot(self) -> None:
+        # Not here: it may take the next one, which may fail too, and so on.
+        if self._takes_slot:
+            self._consumer.call_soon(self._controller._quick_release)
 
     def process(self, request: Any) -> None:
         """In place of `_process_task`. Raises nothing but what ends a worker."""
-        pool = self._controller.pool
-        acceptance = _Acceptance(request) if hasattr(pool, 'executor') else None
+        withdrawn = self._withdrawn.get(request, 0)
+        if withdrawn:
+            self._withdrawn[request] = withdrawn - 1
+            self._release_slot()
+            return
+        self._waiting.discard(request)
+        pool, acceptance = self._controller.pool, None
+        if hasattr(pool, 'executor'):
+            acceptance = _Acceptance(
+                request,
+                lambda: self._begins(request),
+                lambda: self._consumer.call_soon(self._late, request),
+            )
+            self._acceptances[request] = acceptance
+        elif not self._begins(request):
+            self._release_slot()
+            self._late(request)
+            return
         try:
             self._process(request)
         except MemoryError:
@@ -126,9 +210,7 @@ class PoolEntry:
         except Exception as error:
             if acceptance is None or acceptance.withdraw():
                 self.failed(request, error)
-                if self._takes_slot:
-                    # Not here: it may take the next one, which may fail too, and so on.
-                    self._consumer.call_soon(self._controller._quick_release)
+                self._release_slot()
 
     def failed(self, request: Any, error: Exception) -> None:
         """A request did not get into the pool, or a pool that runs it at once has raised. Raises

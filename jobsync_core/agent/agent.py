@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .. import clock
+from ..assignment.tokens import TokenSet
 from ..config import CoordinationConfig
 from ..errors import (
     DatabaseRefused,
@@ -378,7 +379,10 @@ class Agent:
         def done() -> None:
             self.post(lambda: self.protocol.released(effect.number, clock.now()))
 
-        self._callbacks.release(effect.tokens, done)
+        def went_on(used: TokenSet) -> None:
+            self.post(lambda: self.protocol.release_went_on(effect.number, used, clock.now()))
+
+        self._callbacks.release(effect.tokens, done, went_on)
 
     def _close_connection(self) -> None:
         connection, self._connection = self._connection, None

@@ -7,8 +7,9 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 from .. import clock
 from ..assignment.tokens import TokenSet
@@ -27,13 +28,25 @@ _BINDING_SEC = 1.0
 _LOOK_FIRST, _LOOK_LAST = 0.0005, 0.02
 
 
+@dataclass
+class _Leaving:
+    """Tokens that are about to be handed over, and who is told of it."""
+
+    tokens: TokenSet
+    done: Callable[[], object]
+    went_on: Callable[[TokenSet], object]
+    steps: Iterator[TokenSet | None] | None = None
+
+
 class Callbacks:
     """The callback thread. It lives only while there is something to run, so that a steady node has
     one thread.
 
     Args:
         on_rebalance: Called with a RebalanceEvent, or without arguments if it takes none.
-        on_release: Called with the tokens that are about to be handed over.
+        on_release: Called with the tokens that are about to be handed over. A generator tells with
+            each value which of them are still in use, so that the others go at once; None: as
+            before. Other callbacks have their turns between its steps.
 
     Raises:
         ConfigurationError: One of them cannot be called so.
@@ -50,7 +63,7 @@ class Callbacks:
         self._on_release = on_release
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._queue: deque[RebalanceEvent | tuple[TokenSet, Callable[[], object]]] = deque()
+        self._queue: deque[RebalanceEvent | _Leaving] = deque()
         self._running = False
         self._thread_refused = False
         self._returned = threading.Event()
@@ -93,10 +106,17 @@ class Callbacks:
             self._on_rebalance = None
             self._returned.set()
 
-    def release(self, tokens: TokenSet, done: Callable[[], object]) -> None:
-        """Queue `on_release(tokens)`; `done` is called when it has returned or raised."""
+    def release(
+        self,
+        tokens: TokenSet,
+        done: Callable[[], object],
+        went_on: Callable[[TokenSet], object] = lambda used: None,
+    ) -> None:
+        """Queue `on_release(tokens)`; `done` is called when it has returned or raised, `went_on`
+        before, with those that are still in use.
+        """
         with self._lock:
-            self._queue.append((tokens, done))
+            self._queue.append(_Leaving(tokens, done, went_on))
             self._ensure_thread()
 
     def wait_idle(self, timeout: float) -> bool:
@@ -145,9 +165,26 @@ class Callbacks:
                 self._wait_bound()
                 self._call('on_rebalance', self._on_rebalance, item)
             else:
-                tokens, done = item
-                self._call('on_release', self._on_release, tokens)
-                done()
+                if self._call('on_release', self._step, item):
+                    with self._lock:
+                        self._queue.append(item)
+                else:
+                    item.done()
+
+    def _step(self, leaving: _Leaving) -> bool:
+        """Run on_release, or the next step of it; whether there are more."""
+        if leaving.steps is None:
+            found = self._on_release(leaving.tokens) if self._on_release is not None else None
+            if not inspect.isgenerator(found):
+                return False
+            leaving.steps = cast('Iterator[TokenSet | None]', found)
+        try:
+            used = next(leaving.steps)
+        except StopIteration:
+            return False
+        if used is not None:
+            leaving.went_on(used)
+        return True
 
     def _wait_bound(self) -> None:
         """The callback may use the name that `with Job(...) as job` binds, which happens after
@@ -161,12 +198,14 @@ class Callbacks:
             pause = min(2 * pause, _LOOK_LAST)
         self._is_bound = None
 
-    def _call(self, name: str, function: Callable[[Any], object] | None, argument: object) -> None:
+    def _call(
+        self, name: str, function: Callable[[Any], object] | None, argument: object
+    ) -> object:
         if function is None:
-            return
-        began = clock.now()
+            return None
+        began, found = clock.now(), None
         try:
-            function(argument)
+            found = function(argument)
         except BaseException as error:
             # SystemExit and its like, too: they are meant for a whole program, and would end this
             # thread without a word.
@@ -176,6 +215,7 @@ class Callbacks:
         if took > SLOW_SEC:
             self.slow += 1
             logger.warning('%s took %.1f s: delegate long work to a thread of your own', name, took)
+        return found
 
 
 def with_event(function: Callable[..., object]) -> Callable[[RebalanceEvent], object]:

@@ -107,11 +107,6 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
                 f'{printable(node)} '
                 f'{"gives its tokens away now" if changed else "was draining already"}'
             )
-            if not changed:
-                click.echo(
-                    'a worker that drained itself, as it is cut off from its broker, takes part '
-                    'again when it is connected: drain it then, or stop it'
-                )
             if not any(
                 row['alive'] and row['state'] == 'active' and row['name'] != node for row in known
             ):

@@ -382,6 +382,10 @@ class ClusterNode:
     def undrain(self) -> None:
         self.agent.post(lambda: self.protocol.undrain(clock.now()))
 
+    def stand_aside(self, aside: bool) -> None:
+        change = self.protocol.drain if aside else self.protocol.undrain
+        self.agent.post(lambda: change(clock.now(), by_itself=True))
+
     def register_locks(self, rows: Sequence[LockRow]) -> int:
         with self._sessions.session() as connection:
             return LockStore(connection, self._tables).register(rows, self._name)

@@ -162,6 +162,11 @@ class Node(Protocol):
     def undrain(self) -> None:
         """Take part again."""
 
+    def stand_aside(self, aside: bool) -> None:
+        """Give all tokens away for as long as this node itself cannot use them, or take part again
+        unless somebody else has drained it. Not waited for.
+        """
+
     def register_locks(self, rows: Sequence[LockRow]) -> int:
         """Register locks that were checked; returns how many."""
 

@@ -161,6 +161,9 @@ class SingleNode:
     def undrain(self) -> None:
         """Nothing to do."""
 
+    def stand_aside(self, aside: bool) -> None:
+        """Nobody could take its place."""
+
     def register_locks(self, rows: Sequence[LockRow]) -> int:
         return 0
 

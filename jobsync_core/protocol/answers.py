@@ -8,7 +8,7 @@ from .membership import Phase
 from .messages import Reply, Request
 from .messages.connection import ConnectReply
 from .messages.groups import Enroll, EnrollReply
-from .messages.handover import GiveReply, LivesReply, RefreshReply, Take, TakeReply
+from .messages.handover import Give, GiveReply, LivesReply, RefreshReply, Take, TakeReply
 from .messages.leadership import Evict, EvictReply, ObserveReply, RoundReply, StepDown
 from .messages.membership import (
     ActivateReply,
@@ -65,8 +65,8 @@ class Answers:
             self.parts.handover.taken(request, reply, sent_at, now)
         elif isinstance(reply, LivesReply):
             self.parts.handover.lives_over(reply)
-        elif isinstance(reply, GiveReply):
-            self.parts.handover.given(now)
+        elif isinstance(request, Give) and isinstance(reply, GiveReply):
+            self.parts.handover.given(request, now)
         elif isinstance(reply, ActivateReply):
             self._on_activated(reply, now)
         elif isinstance(reply, ObserveReply):
@@ -78,7 +78,7 @@ class Answers:
         elif isinstance(request, StepDown):
             self._on_stepped_down(now)
         elif isinstance(request, Drain):
-            self.parts.membership.told('draining' if request.draining else 'active')
+            self.parts.membership.drained(request, bool(reply))
             self.parts.handover.state_changed(now)
         elif isinstance(request, Enroll) and isinstance(reply, EnrollReply):
             self.parts.enrollment.enrolled(request, reply)

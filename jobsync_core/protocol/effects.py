@@ -29,7 +29,9 @@ class RebalanceEvent:
 
 @dataclass(frozen=True)
 class Release:
-    """Run `on_release(tokens)`, then call `Protocol.released(number)`."""
+    """Run `on_release(tokens)`, then call `Protocol.released(number)`; before, if it tells which
+    tokens are still in use, `Protocol.release_went_on(number, used)`.
+    """
 
     number: int
     tokens: TokenSet

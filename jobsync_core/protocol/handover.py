@@ -8,7 +8,7 @@ that come go in two: ask what others have taken of them, into the set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..assignment.groups import PLAIN, window
 from ..assignment.tokens import TokenSet
@@ -27,17 +27,32 @@ __all__ = ['HandOver']
 #: While a node enters, it looks for its first tokens again after so many seconds, then less and
 #: less often: notifications may be lost.
 _ENTRY_POLL = 0.25
+#: Seconds for which a node that enters, and has tokens, waits for those that others still use.
+_REST_SEC = 0.5
 
 
 @dataclass
 class _Outgoing:
-    """Tokens on their way out: already out of the local set, given away once `ready`."""
+    """Tokens on their way out: already out of the local set, given away once `ready`, but for those
+    that are still in use.
+    """
 
     number: int
     tokens: TokenSet
     version: int
     ready: bool
     deadline: float
+    used: TokenSet = field(default_factory=TokenSet)
+
+    @property
+    def free(self) -> TokenSet:
+        """What can be given now."""
+        return self.tokens - self.used if self.ready else TokenSet()
+
+    @property
+    def released(self) -> bool:
+        """Whether nothing of it is waited for."""
+        return self.ready and not self.tokens & self.used
 
 
 class HandOver:
@@ -81,12 +96,13 @@ class HandOver:
         self._promises = promises
         self._taken_tasks = TakenTasks(name, ownership)
         self._plain = TokenSet([window(PLAIN, settings.total_tokens)])
-        self._outgoing: _Outgoing | None = None
+        self._outgoing: list[_Outgoing] = []
         self._releases = 0
         # the lease that the last answered heartbeat gives, as soon as the node's tokens are known
         self._granted = 0.0
         self._settle_until: float | None = None  # None: the node does not take part yet
         self._entry_looks = 0
+        self._rest_until: float | None = None  # None: nothing has come yet
         self._announced = TokenSet()
         self._initial_announced = False
 
@@ -97,7 +113,7 @@ class HandOver:
     @property
     def released(self) -> bool:
         """Whether nothing waits for `on_release`."""
-        return self._outgoing is None or self._outgoing.ready
+        return all(outgoing.released for outgoing in self._outgoing)
 
     def reread(self, life: Life, seen: int) -> Due:
         """The rows, before anything is claimed."""
@@ -109,26 +125,28 @@ class HandOver:
         def ask() -> Request | None:
             return self._taken_tasks.next(now)
 
-        outgoing = self._outgoing
+        free = next((outgoing for outgoing in self._outgoing if outgoing.free), None)
         yield NOW if self._taken_tasks.gain else NEVER, ask
-        if outgoing is not None and outgoing.ready:
-            yield NOW, lambda: self._give(life, outgoing)
+        if free is not None:
+            yield NOW, lambda: self._give(life, free)
         yield self.refresh_at, lambda: Refresh(*life, seen)
         yield self._taken_tasks.wake_at, ask
 
     def _give(self, life: Life, outgoing: _Outgoing) -> Give:
-        tokens = outgoing.tokens
+        tokens = outgoing.free
         return Give(*life, tokens.ranges, outgoing.version, self._promises(tokens))
 
     @property
     def release_until(self) -> float:
         """When `on_release` is waited for no longer."""
-        return NEVER if self.released or self._outgoing is None else self._outgoing.deadline
+        waits = (outgoing.deadline for outgoing in self._outgoing if not outgoing.released)
+        return min(waits, default=NEVER)
 
     def end_release(self, now: float) -> None:
         """The hand-over waits no longer."""
-        assert self._outgoing is not None
-        self._outgoing.ready = True
+        for outgoing in self._outgoing:
+            if now >= outgoing.deadline:
+                outgoing.ready, outgoing.used = True, TokenSet()
         self._effects.note(
             'warning',
             'handing over, though on_release or work on these tokens has not ended',
@@ -210,7 +228,18 @@ class HandOver:
         self._follow_moves(moving, now)
         self._take_in(kept)
         self._extend(now)
+        if reply.planned and kept and not self.entered:
+            self._await_rest(now)
         self._consider_entered(reply.planned and not reply.incoming, now)
+
+    def _await_rest(self, now: float) -> None:
+        """Some tokens have come, and work for them may wait. Those that are in use elsewhere may
+        come much later.
+        """
+        if self._rest_until is None:
+            self._rest_until = now + _REST_SEC
+        if now < self._rest_until:
+            self.refresh_at = min(self.refresh_at, self._rest_until)
 
     def _entry_poll(self, life: Life) -> float:
         """Seconds until a node that has not entered looks for its tokens again. A heartbeat tells
@@ -242,25 +271,30 @@ class HandOver:
             self._ownership.replace(self._ownership.tokens | (kept - plain))
 
     def _follow_moves(self, moving: TokenSet, now: float) -> None:
-        outgoing = self._outgoing
-        if outgoing is not None:
+        for outgoing in self._outgoing:
             outgoing.tokens &= moving
             outgoing.version = self.version
-            if not outgoing.tokens:
-                self._outgoing = None
-        if self._outgoing is None and moving:
+            moving -= outgoing.tokens
+        self._forget_given()
+        # What is in use may hold up others for long: those do not wait for it.
+        if moving and all(outgoing.ready for outgoing in self._outgoing):
             self._send_out(moving, now)
+
+    def _forget_given(self) -> None:
+        self._outgoing = [outgoing for outgoing in self._outgoing if outgoing.tokens]
 
     def _send_out(self, tokens: TokenSet, now: float) -> None:
         self._releases += 1
         if self._settings.has_release:
             self._effects.add(Release(self._releases, tokens))
-        self._outgoing = _Outgoing(
-            self._releases,
-            tokens,
-            self.version,
-            not self._settings.has_release,
-            now + self._settings.release_timeout,
+        self._outgoing.append(
+            _Outgoing(
+                self._releases,
+                tokens,
+                self.version,
+                not self._settings.has_release,
+                now + self._settings.release_timeout,
+            )
         )
 
     def taken(self, request: Take, reply: TakeReply, sent_at: float, now: float) -> None:
@@ -280,12 +314,19 @@ class HandOver:
 
     def release_ended(self, number: int) -> None:
         """`on_release` has returned."""
-        if self._outgoing is not None and self._outgoing.number == number:
-            self._outgoing.ready = True
+        self.release_went_on(number, TokenSet())
 
-    def given(self, now: float) -> None:
-        """The rows of the outgoing tokens are given away."""
-        self._outgoing = None
+    def release_went_on(self, number: int, used: TokenSet) -> None:
+        """These tokens are still in use; the others can go."""
+        for outgoing in self._outgoing:
+            if outgoing.number == number:
+                outgoing.ready, outgoing.used = True, used
+
+    def given(self, request: Give, now: float) -> None:
+        """The rows of these tokens are given away; what is still in use goes later."""
+        for outgoing in self._outgoing:
+            outgoing.tokens -= TokenSet(request.ranges)
+        self._forget_given()
         self.refresh_at = now
 
     def state_changed(self, now: float) -> None:
@@ -303,7 +344,7 @@ class HandOver:
         self.stop_claiming()
         self.owned = TokenSet()
         self.emptied = False
-        self._outgoing = None
+        self._outgoing = []
         self.announce(now)
 
     def leave(self, tokens: TokenSet, now: float) -> None:
@@ -316,7 +357,7 @@ class HandOver:
     def end(self) -> None:
         """The node has nothing more to hand over."""
         self.stop_claiming()
-        self._outgoing = None
+        self._outgoing = []
 
     def stop_claiming(self) -> None:
         """Claim nothing, from now on."""
@@ -333,8 +374,9 @@ class HandOver:
     def _consider_entered(self, settled: bool, now: float) -> None:
         if self.entered or self._settle_until is None or not self.has_lease(now):
             return
-        if (settled and not self._taken_tasks.gain) or now >= self._settle_until:
-            if not settled:
+        some = self._rest_until is not None and now >= self._rest_until
+        if ((settled or some) and not self._taken_tasks.gain) or now >= self._settle_until:
+            if not settled and not some:
                 self._effects.note('warning', 'entered before the first plan had settled')
             self.entered = True
             self.announce(now)

@@ -100,6 +100,9 @@ class Membership:
         self._gate_open = not settings.has_gate
         self._since = 0
         self._wants_drain: bool | None = None
+        self._wants_by_itself = False
+        #: It has drained itself, by what it knows: an operator may have drained it since.
+        self._stands_aside = False
 
     @property
     def ended(self) -> bool:
@@ -145,20 +148,29 @@ class Membership:
         """The row says what the user wants. It is asked for after a heartbeat, with nothing on its
         way: only then is it known what the row says.
         """
-        if self._wants_drain == (self.state == 'draining'):
+        if self._wants_drain == (self.state == 'draining') and (
+            self._wants_by_itself or not self._stands_aside
+        ):
             self._wants_drain = None  # it is so; from here on an operator may decide otherwise
         wanted = self._wants_drain
         if wanted is None or self.phase is not Phase.ACTIVE:
             return NOTHING
-        return NOW, lambda: Drain(*self.life, wanted)
+        return NOW, lambda: Drain(*self.life, wanted, self._wants_by_itself)
 
     def leave(self) -> Due:
         """The row is deleted."""
         return NOW, lambda: Leave(*self.life)
 
-    def want_drain(self, draining: bool) -> None:
+    def want_drain(self, draining: bool, by_itself: bool) -> None:
         """Give all tokens away and stay alive, or take part again."""
-        self._wants_drain = draining
+        self._wants_drain, self._wants_by_itself = draining, by_itself
+
+    def drained(self, request: Drain, done: bool) -> None:
+        """The row says what was asked for, or somebody's drain stays."""
+        if not done and (self._wants_drain, self._wants_by_itself) == (request.draining, True):
+            self._wants_drain = None
+        self.told('draining' if request.draining or not done else 'active')
+        self._stands_aside = request.draining and request.by_itself
 
     def open_gate(self) -> None:
         """The node may become active as soon as its grace period is over."""
@@ -167,6 +179,7 @@ class Membership:
     def told(self, state: str) -> None:
         """What the row says."""
         self.state = state
+        self._stands_aside = self._stands_aside and state == 'draining'
 
     def connected(self, now: float) -> None:
         """There is a new connection."""
@@ -273,7 +286,8 @@ class Membership:
         """The row is gone: the node comes back as somebody new."""
         self.evictions += 1
         if self.state == 'draining' and self._wants_drain is None:
-            self._wants_drain = True  # an operator's drain outlives the eviction
+            # an operator's drain outlives the eviction
+            self.want_drain(True, self._stands_aside)
         self._effects.note('warning', 'evicted; joining again', incarnation=self.life.incarnation)
         self.life = Life(self.life.name, self._new_incarnation())
         self._mine.add(self.life.incarnation)

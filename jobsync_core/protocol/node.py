@@ -173,13 +173,18 @@ class Protocol:
         """The node may become active as soon as its grace period is over."""
         self._parts.membership.open_gate()
 
-    def drain(self, now: float) -> None:
-        """Give all tokens away and stay alive."""
-        self._parts.membership.want_drain(True)
+    def drain(self, now: float, by_itself: bool = False) -> None:
+        """Give all tokens away and stay alive.
 
-    def undrain(self, now: float) -> None:
-        """Take part again."""
-        self._parts.membership.want_drain(False)
+        Args:
+            now: The time.
+            by_itself: The node does so by what it finds itself, as in `undrain`.
+        """
+        self._parts.membership.want_drain(True, by_itself)
+
+    def undrain(self, now: float, by_itself: bool = False) -> None:
+        """Take part again; by itself only where nobody else has drained it."""
+        self._parts.membership.want_drain(False, by_itself)
 
     def enroll(self, groups: Iterable[str], now: float) -> None:
         """Belong to these queue groups, and no others; the plain Job's is always one of them."""
@@ -202,6 +207,10 @@ class Protocol:
     def released(self, number: int, now: float) -> None:
         """`on_release` has returned."""
         self._parts.handover.release_ended(number)
+
+    def release_went_on(self, number: int, used: TokenSet, now: float) -> None:
+        """`on_release` runs still, and these tokens are in use: the others can go."""
+        self._parts.handover.release_went_on(number, used)
 
     def disconnected(self, now: float) -> None:
         """The control connection is gone."""

@@ -212,12 +212,18 @@ class NodeStore:
         return ActivateReply(included or nodes >= request.minimum_nodes, nodes) if present else None
 
     def drain(self, connection: Connection, request: Drain) -> bool | None:
-        """Have the node's tokens given away, or take part again; None as for `beat`."""
+        """Have the node's tokens given away, or take part again; whether its row says so now, or
+        None as for `beat`.
+        """
         rows = connection.execute(
             self._tables.sql('node.set_state'),
-            {**self._who(request), 'state': 'draining' if request.draining else 'active'},
+            {
+                **self._who(request),
+                'state': 'draining' if request.draining else 'active',
+                'by_itself': request.by_itself,
+            },
         )
-        return True if rows else None
+        return bool(rows[0][0]) if rows else None
 
     def enroll(self, connection: Connection, request: Enroll) -> EnrollReply | None:
         """Let the node's row name queue groups; None as for `beat`."""

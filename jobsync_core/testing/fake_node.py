@@ -311,6 +311,9 @@ class FakeNode:
             before, self._drained = self._drained, None
             self.own(before)
 
+    def stand_aside(self, aside: bool) -> None:
+        """A worker does so that is cut off from its broker; a test's is no worker's."""
+
     def register_locks(self, rows: Sequence[LockRow]) -> int:
         """The fake's ownership does not follow them."""
         now = datetime.datetime.now(datetime.timezone.utc)

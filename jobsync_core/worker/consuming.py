@@ -162,11 +162,11 @@ class SelfDrain:
                     self._job.node_name,
                     silence,
                 )
-                self._job.drain(0)
+                self._job.stand_aside()
                 self.drained = True
         elif self.drained and silence <= self._timeout:
             logger.warning('node=%s takes messages again, and keys', self._job.node_name)
-            self._job.undrain()
+            self._job.stand_aside(False)
             self.drained = False
         elif self.drained and self._is_deserted():
             # Those who look at one moment all find another one that is active, and all drain.
@@ -175,7 +175,7 @@ class SelfDrain:
                 'given away theirs, too',
                 self._job.node_name,
             )
-            self._job.undrain()
+            self._job.stand_aside(False)
             self.drained, self._alone = False, True
         if silence <= self._timeout:
             self._alone = False

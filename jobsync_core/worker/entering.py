@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..agent.callbacks import check_release, with_event
 from ..assignment.arguments import check_locks
@@ -139,14 +139,17 @@ def make_job(
         if users_rebalance is not None:
             users_rebalance(event)
 
-    def released(tokens: TokenSet) -> None:
+    def released(tokens: TokenSet) -> Iterator[TokenSet | None]:
         if settings.on_release is not None:
             settings.on_release(tokens)
         on_release(tokens)
         # Work that is running on these tokens ends before another node starts on them; the agent
-        # bounds the wait.
+        # bounds the wait. The other tokens do not wait for it.
         limit = time.monotonic() + config.release_timeout_sec
-        while busy(tokens) and time.monotonic() < limit:
+        waits = tokens
+        while (used := in_use(waits, busy)) and time.monotonic() < limit:
+            yield used if used != waits else None
+            waits = used
             time.sleep(0.02)
 
     job = Job(
@@ -164,6 +167,23 @@ def make_job(
     )
     job.belonging = Belonging(kind)
     return job
+
+
+def in_use(tokens: TokenSet, busy: Callable[[TokenSet], bool]) -> TokenSet:
+    """Which of some tokens are busy; asked by halves, as few are."""
+    if not tokens or not busy(tokens):
+        return TokenSet()
+    if len(tokens) == 1:
+        return tokens
+    ranges = tokens.ranges
+    if len(ranges) == 1:
+        first, end = ranges[0]
+        middle = (first + end) // 2
+        halves = TokenSet([(first, middle)]), TokenSet([(middle, end)])
+    else:
+        half = len(ranges) // 2
+        halves = TokenSet(ranges[:half]), TokenSet(ranges[half:])
+    return in_use(halves[0], busy) | in_use(halves[1], busy)
 
 
 def _mark_of_broker(

@@ -97,14 +97,15 @@ class Gate:
         """The queue group of a home queue."""
         return self.settings.group_of(home)
 
+    def owns(self, route: str, home: str) -> bool:
+        """Whether a message that was sent to a home queue may run on this node by its route."""
+        job = self.job
+        return job.owns(route, self.group_of(home)) and self._pinned.allows(route, job.node_name)
+
     def _glance(self, route: str | None, home: str) -> Here:
         """The same without the owner."""
         job = self.job
-        mine = (
-            route is not None
-            and job.owns(route, self.group_of(home))
-            and self._pinned.allows(route, job.node_name)
-        )
+        mine = route is not None and self.owns(route, home)
         return Here(job.node_name, job.incarnation, mine, mine or job.am_i_healthy())
 
     def admits(self, completes_once: Callable[[], bool], now: float) -> bool:

@@ -213,7 +213,11 @@ class WorkerNode:
         if framework.comes_back:
             duties.restore_former()
         duties.start()
-        self._self_drain = SelfDrain(job, framework.silence, framework.patience)
+        began = clock.now()
+        # Nothing could be consumed while the node entered.
+        self._self_drain = SelfDrain(
+            job, lambda: min(framework.silence(), clock.now() - began), framework.patience
+        )
         self._self_drain.start()
         framework.log.info(
             'JobSync: node %s of %s* with %d tokens',

@@ -104,6 +104,11 @@ def without_late_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         ConsumerGate, 'dispatch', lambda self, request: self._pool_entry.to_pool(request)
     )
+    without_look_at_the_slot(monkeypatch)
+
+
+def without_look_at_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PoolEntry, '_begins', lambda self, request: True)
 
 
 FENCES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Bench], None]]] = [

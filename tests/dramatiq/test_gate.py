@@ -550,3 +550,42 @@ def test_a_message_that_came_by_the_node_s_queue_does_not_need_its_own_queue_s_c
     assert consumers['home'] is consumers['node'] is consumers['elsewhere'] is ready
     early.consumer = object()
     assert consumers['home'] is early
+
+
+def check_recalled(stage: Stage) -> None:
+    found = stage.receive(message('mine'))
+    assert found is not None and stage.log == []
+    stage.job.mine.clear()
+    stage.owners.places['mine'] = Place('n2', 'q2')
+    stage.gate.recall()
+    assert stage.log == ['send q2 hops=1', 'ack'], 'no thread is free'
+    assert stage.process(found) == [], 'its copy runs elsewhere'
+
+
+class TestRecall:
+    """What waits for a thread while the key is given away."""
+
+    def test_it_goes_on_published_before_it_is_acknowledged(self, stage: Stage) -> None:
+        check_recalled(stage)
+        assert stage.counts['forwarded'] == 1
+
+    def test_what_is_mine_still_stays(self, stage: Stage) -> None:
+        found = stage.receive(message('mine'))
+        stage.gate.recall()
+        assert stage.log == []
+        assert stage.process(found) == ['run', 'ack']
+
+    def test_what_cannot_be_sent_goes_back_and_is_not_begun(self, stage: Stage) -> None:
+        found = stage.receive(message('mine'))
+        stage.job.mine.clear()
+        stage.owners.places['mine'] = Place('n2', 'q2')
+        stage.send_error = ConnectionError('the broker is away')
+        stage.gate.recall()
+        assert stage.log == ['requeue'] and stage.process(found) == []
+
+    def test_what_has_no_owner_yet_goes_back(self, stage: Stage) -> None:
+        stage.receive(message('mine'))
+        stage.job.mine.clear()
+        stage.owners.places.pop('mine', None)
+        stage.gate.recall()
+        assert stage.log == ['requeue'] and stage.counts['returned'] == 1

@@ -484,7 +484,19 @@ class SimNode:
         )
         start = max(self.world.now, self._release_free_at)
         self._release_free_at = start + self._release_times()
+        if effect.number % 2:
+            # One that tells what is still in use: half of it.
+            used = TokenSet(effect.tokens.ranges[: (len(effect.tokens.ranges) + 1) // 2])
+            self.world.at(start, self._release_went_on, effect.number, used)
         self.world.at(self._release_free_at, self._released, effect.number)
+
+    def _release_went_on(self, number: int, used: TokenSet) -> None:
+        if not self.running or self.paused or number not in self._releases:
+            return
+        self._releases[number] = mask_of(used.ranges), self._releases[number][1]
+        self.world.trace(self, 'release went on', number)
+        self.protocol.release_went_on(number, used, self.local())
+        self.step()
 
     def _released(self, number: int) -> None:
         if not self.running:
@@ -565,10 +577,11 @@ class SimNode:
         else:
             self.step()
 
-    def drain(self, draining: bool) -> None:
-        """`job.drain()` or `job.undrain()`."""
+    def drain(self, draining: bool, by_itself: bool = False) -> None:
+        """`job.drain()` or `job.undrain()`; by itself, `job.stand_aside()`."""
         if self.running and not self.paused:
-            self.protocol.drain(self.local()) if draining else self.protocol.undrain(self.local())
+            change = self.protocol.drain if draining else self.protocol.undrain
+            change(self.local(), by_itself)
             self.step()
 
     def crash(self) -> None:

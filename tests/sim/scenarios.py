@@ -104,11 +104,11 @@ def locks(run: Run) -> None:
 
 
 def drains(run: Run) -> None:
-    """Nodes are drained by themselves and by an operator."""
+    """Nodes are drained by their users, by themselves and by an operator."""
     start = start_cluster(run)
     rng = run.world.rng
     for time in some_times(run, start, 2.66667 * TIMEOUT, 6):
-        run.at(time, run.drain, rng.choice(('node', 'operator')), rng.random() < 0.7)
+        run.at(time, run.drain, rng.choice(('node', 'itself', 'operator')), rng.random() < 0.7)
     for time in some_times(run, start, 2.66667 * TIMEOUT, 2, 0):
         run.at(time, rng.choice((run.leave, run.crash)), None, 1.0)
     run.at(start + 3 * TIMEOUT, run.undrain_all)
@@ -289,7 +289,7 @@ def everything(run: Run) -> None:
         lambda: run.freeze_server(some_duration(run)),
         run.change_locks,
         run.deafen,
-        lambda: run.drain(rng.choice(('node', 'operator')), rng.random() < 0.5),
+        lambda: run.drain(rng.choice(('node', 'itself', 'operator')), rng.random() < 0.5),
         run.jump_clock,
         lambda: run.spawn(rng.choice(run.names)),
         lambda: run.spawn(f'm{rng.randrange(3)}'),

@@ -179,8 +179,8 @@ class Run:
         node = self.any_node()
         if node is None:
             return
-        if how == 'node':
-            node.drain(draining)
+        if how != 'operator':
+            node.drain(draining, by_itself=how == 'itself')
         elif self.world.up:
             self.world.store.set_draining(node.name, draining)
             self.world.deliver_notifications()

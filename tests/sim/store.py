@@ -9,6 +9,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from jobsync_core.assignment.groups import PLAIN, group_of, window
 from jobsync_core.assignment.hashing import task_digest
@@ -90,6 +91,7 @@ class Row:
     beat: int = 0
     last_heartbeat: float = 0.0
     is_old: bool = False
+    held: bool = False
 
     @property
     def sign(self) -> Sign:
@@ -221,7 +223,7 @@ class SimStore:
         """What the command line's `drain NODE` does."""
         row = self.nodes.get(name)
         if row is not None and row.state != 'joining':
-            row.state = 'draining' if draining else 'active'
+            row.state, row.held = ('draining' if draining else 'active'), draining
             self.outbox.append(f'drain {name}')
 
     def claim(self, name: str, incarnation: str, task: str) -> bool:
@@ -525,12 +527,25 @@ class SimStore:
             and self.version_fits(segment, request)
         )
 
+    def _cut(self, segment: Segment, request: Give) -> list[Segment]:
+        """The pieces of a row of which a part may be given."""
+        if segment.node != request.name or not segment.moving:
+            return [segment]
+        if not self.version_fits(segment, request):
+            return [segment]
+        ends = {end for range_ in request.ranges for end in range_ if segment.lo < end < segment.hi}
+        edges = [segment.lo, *sorted(ends), segment.hi]
+        return [replace(segment, lo=lo, hi=hi) for lo, hi in pairwise(edges)]
+
     def version_fits(self, segment: Segment, request: Give) -> bool:
         return segment.version <= request.version
 
     def give(self, request: Give) -> Reply:
         if self._row(request.name, request.incarnation) is None:
             return None
+        pieces = [piece for s in self.segments for piece in self._cut(s, request)]
+        if len(pieces) > len(self.segments):
+            self.write(pieces)
         given = [s for s in self.segments if self._may_give(s, request)]
         owned = self.owned_mask(request.name)
         for task, token in request.promised:
@@ -573,8 +588,11 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
-        row.state = 'draining' if request.draining else 'active'
         self.outbox.append(f'drain {row.name}')
+        if request.by_itself and row.held:
+            return request.draining
+        row.state = 'draining' if request.draining else 'active'
+        row.held = request.draining and not request.by_itself
         return True
 
     def enroll(self, request: Enroll) -> Reply:

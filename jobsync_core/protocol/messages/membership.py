@@ -138,11 +138,18 @@ class ActivateReply:
 
 @dataclass(frozen=True)
 class Drain:
-    """Set or clear this node's draining state; replies True, or None when evicted."""
+    """Set or clear this node's draining state; replies whether the row says so now, or None when
+    evicted.
+
+    Attributes:
+        by_itself: The node drains, or takes part again, by what it finds itself: somebody else's
+            drain stays.
+    """
 
     name: str
     incarnation: str
     draining: bool
+    by_itself: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,5 +51,7 @@ CREATE TABLE IF NOT EXISTS {node_queue} (
 ALTER TABLE {lock} ADD COLUMN IF NOT EXISTS queue text COLLATE "C";
 -- Names of the node's queue groups, in order; NULL: the node is of an earlier version, and knows of none.
 ALTER TABLE {node} ADD COLUMN IF NOT EXISTS groups text[] COLLATE "C";
+-- The node was drained by an operator or its program, who alone take it back; not by itself, for as long as it is cut off from its broker.
+ALTER TABLE {node} ADD COLUMN IF NOT EXISTS held boolean NOT NULL DEFAULT false;
 
 UPDATE {cluster} SET schema_version = 10 WHERE schema_version < 10;

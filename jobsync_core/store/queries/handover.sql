@@ -19,6 +19,32 @@ ON CONFLICT (task_id, date) DO UPDATE SET
 WHERE NOT EXISTS (
     SELECT FROM {node} AS n WHERE n.name = c.node AND n.incarnation = c.incarnation)
 
+-- piece: given_ranges
+-- The tokens that are given, as a multirange.
+(SELECT range_agg(int4range(r.lo, r.hi))
+    FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi))
+
+-- piece: cutting
+-- Cuts rows of which a part is given, and the rest is not yet: it is in use.
+WITH cut AS (
+    DELETE FROM {ring} AS a USING {node} AS me
+    WHERE me.name = %(name)s AND me.incarnation = %(incarnation)s AND a.node = me.name
+        AND a.moving AND a.version <= %(version)s
+        AND a.tokens && {given_ranges} AND NOT a.tokens <@ {given_ranges}
+    RETURNING a.tokens, a.node, a.moving, a.moving_to, a.blocked, a.version, a.assigned_at
+), pieces AS MATERIALIZED (
+    SELECT p.tokens, cut.node, cut.moving, cut.moving_to, cut.blocked, cut.version,
+        cut.assigned_at
+    FROM cut CROSS JOIN LATERAL (
+        SELECT unnest(int4multirange(cut.tokens) * {given_ranges}) AS tokens
+        UNION ALL SELECT unnest(int4multirange(cut.tokens) - {given_ranges})) AS p
+), plain AS (
+    INSERT INTO {assignment} (tokens, node, moving, moving_to, blocked, version, assigned_at)
+    SELECT * FROM pieces WHERE lower(tokens) < 1 << 20
+)
+INSERT INTO {ring} (tokens, node, moving, moving_to, blocked, version, assigned_at)
+SELECT * FROM pieces WHERE lower(tokens) >= 1 << 20
+
 -- piece: giving
 -- Gives tokens of a node to where the plan wants them; whether the node is registered, and how many.
 WITH me AS (
@@ -30,9 +56,7 @@ WITH me AS (
     FROM {cluster} AS c, me
     WHERE a.node = me.name AND a.moving AND (a.moving_to IS NOT NULL OR a.blocked)
         AND a.version <= %(version)s
-        AND a.tokens <@ (
-            SELECT range_agg(int4range(r.lo, r.hi))
-            FROM unnest(%(los)s::int[], %(his)s::int[]) AS r (lo, hi))
+        AND a.tokens <@ {given_ranges}
     RETURNING a.tokens, a.node
 ), bumped AS (
     UPDATE {cluster} SET version = version + 1 WHERE EXISTS (SELECT FROM given) RETURNING version
@@ -52,12 +76,14 @@ FROM told
 -- name: give
 -- Gives tokens.
 {take_turn};
+{cutting};
 {giving}
 
 -- name: promise_and_give
 -- Gives tokens, and records before what their owner has promised.
 {take_turn};
 {promising};
+{cutting};
 {giving}
 
 -- name: lives_gone

@@ -166,9 +166,13 @@ WITH counted AS (
 SELECT nodes, present, included, (SELECT count(*) FROM activated) FROM counted
 
 -- name: set_state
--- Makes a node give its tokens away and stay, or take part again.
-UPDATE {node} SET state = %(state)s WHERE name = %(name)s AND incarnation = %(incarnation)s
-RETURNING pg_notify(%(channel)s, 'drain ' || name)::text
+-- Makes a node give its tokens away and stay, or take part again; whether its row says so now. What
+-- somebody has drained does not take part again by itself.
+UPDATE {node} SET
+    state = CASE WHEN %(by_itself)s AND held THEN state ELSE %(state)s END,
+    held = CASE WHEN %(by_itself)s THEN held ELSE %(state)s = 'draining' END
+WHERE name = %(name)s AND incarnation = %(incarnation)s
+RETURNING state = %(state)s, pg_notify(%(channel)s, 'drain ' || name)::text
 
 -- name: enroll
 -- Makes a node's row name these queue groups; their ids.

@@ -59,11 +59,14 @@ WHERE key = %(key)s
 SELECT name, state FROM {node} ORDER BY name
 
 -- name: change_state
--- Moves a node from one state to another. Not during a leader's round, which would take the change
--- into the plan's fingerprint and not into the plan.
+-- Moves a node from one state to another, or holds one that has drained itself. Not during a
+-- leader's round, which would take the change into the plan's fingerprint and not into the plan.
 SELECT pg_advisory_xact_lock_shared(%(first)s, %(second)s);
 WITH me AS (
-    UPDATE {node} SET state = %(to)s WHERE name = %(name)s AND state = %(from)s RETURNING name
+    UPDATE {node} SET state = %(to)s, held = %(to)s = 'draining'
+    WHERE name = %(name)s
+        AND (state = %(from)s OR state = 'draining' AND %(to)s = 'draining' AND NOT held)
+    RETURNING name
 )
 SELECT pg_notify(%(channel)s, 'drain ' || name) FROM me
 

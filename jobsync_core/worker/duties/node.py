@@ -11,6 +11,7 @@ from ..gate import Gate
 from ..passage import Passage
 from ..registry import QueueRegistry, restore_former_life
 from ..sweeping import Sweeping
+from .backlog import Backlog
 from .drained import Drained
 from .duty import Every, Moment
 from .homes import Homes
@@ -96,6 +97,15 @@ class NodeDuties:
                 LeaseWatch(lambda: registry.record(homes.queues, job.belonging), on_lease),
                 PlanWatch(owners.reread, on_change),
                 homes,
+                Backlog(
+                    node,
+                    broker,
+                    passage,
+                    lambda: tuple(homes.queues.values()),
+                    owners,
+                    owns=gate.owns,
+                    count=gate.count,
+                ),
                 # Rescue never waits behind what is parked.
                 Rescue(registry, sweeping, interval),
                 Leftovers(broker, registry, sweeping, interval),

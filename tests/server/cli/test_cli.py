@@ -465,7 +465,7 @@ class TestDrain:
         assert 'gives its tokens away' in shown
         assert 'no other node can take' not in shown and 'takes part again' not in shown
         again = good(run('drain', 'alpha'))
-        assert 'draining already' in again and 'takes part again when it is connected' in again
+        assert 'draining already' in again
         assert 'no other node can take' in good(run('drain', 'beta'))
         assert 'takes part again' in good(run('undrain', 'beta'))
         assert 'takes part again' in good(run('undrain', 'alpha'))

@@ -642,7 +642,7 @@ class TestGive:
             {'version': 0},
             {'ranges': ((0, 9), (11, 30)), 'version': 0},
             {'ranges': ()},
-            {'ranges': ((1, 10),)},
+            {'ranges': ((1, 10),), 'version': 0},
             {'ranges': ((10, 20),)},
             {'ranges': ((30, 1000),)},
         ],
@@ -652,6 +652,17 @@ class TestGive:
         assert moving.give('a', **late) in (GiveReply(0), None)
         assert (moving.give('a', **late) is None) == ('life' in late)
         assert (moving.assignment(), moving.version()) == (before, version)
+
+    def test_a_row_of_which_a_part_is_in_use_is_cut(self, moving: Store) -> None:
+        before = moving.version()
+        assert moving.give('a', ranges=((0, 3), (5, 10), (12, 14))) == GiveReply(8)
+        assert moving.assignment()[:4] == [
+            Segment(0, 3, 'b', version=before + 1),
+            Segment(3, 5, 'a', True, 'b', version=1),
+            Segment(5, 10, 'b', version=before + 1),
+            Segment(10, 20, 'a', version=1),
+        ]
+        assert moving.give('a', ranges=((3, 5),)) == GiveReply(2)
 
     def test_adjacent_ranges_cover_a_row(self, moving: Store) -> None:
         assert moving.give('a', ranges=((0, 4), (4, 10))) == GiveReply(10)
@@ -746,6 +757,22 @@ class TestLife:
         assert store.beat('a').state == 'draining'
         assert store.ask(Drain('a', 'a former life', False)) is None
         assert store.ask(Drain('a', 'life of a', False)) is True
+        assert store.beat('a').state == 'active'
+
+    @pytest.mark.parametrize('before', [False, True])
+    def test_what_a_user_drains_does_not_take_part_again_by_itself(
+        self, store: Store, before: bool
+    ) -> None:
+        store.join('a')
+        if before:
+            assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', True)) is True
+        assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is False
+        assert store.beat('a').state == 'draining'
+        assert store.ask(Drain('a', 'life of a', False)) is True
+        assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is True
         assert store.beat('a').state == 'active'
 
     def test_leaving_takes_this_life_only_and_tells_the_others(self, store: Store) -> None:

@@ -171,6 +171,7 @@ def test_where_it_leads_nobody_loses_what_it_does_not_know(
         assert not job.am_i_leader()
         assert owns_all(job, 'mail')
         assert query(config, 'SELECT DISTINCT node FROM ONLY "{}ring"') == [('new',)]
+        job.clear_all_locks()
         job.enroll(['mail', 'fast'])
         assert old.ask('leave') == 'left'
         eventually(lambda: owns_all(job, 'mail') and owns_all(job, 'fast'))

@@ -186,6 +186,14 @@ class TestDrain:
         assert ask(rows, StatusStore.set_drain, 'a', False) is False
         assert rows.value(f'SELECT state FROM {rows.tables.node}') == 'active'
 
+    def test_a_node_that_has_drained_itself_is_held(self, rows: Rows) -> None:
+        rows.node('a', state='draining')
+        assert ask(rows, StatusStore.set_drain, 'a', True) is True
+        assert ask(rows, StatusStore.set_drain, 'a', True) is False
+        assert rows.run(f'SELECT state, held FROM {rows.tables.node}') == [('draining', True)]
+        assert ask(rows, StatusStore.set_drain, 'a', False) is True
+        assert rows.run(f'SELECT state, held FROM {rows.tables.node}') == [('active', False)]
+
     def test_a_joining_node_is_refused(self, rows: Rows) -> None:
         rows.node('a', state='joining')
         with pytest.raises(JobSyncError, match='still joining'):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -33,6 +34,23 @@ def test_events_arrive_in_order() -> None:
     go.set()
     assert callbacks.wait_idle(WAIT)
     assert seen == [-3, 0, 7]
+
+
+def test_a_generator_tells_what_is_in_use_and_others_have_their_turns_between_its_steps() -> None:
+    seen: list[object] = []
+    go = threading.Event()
+
+    def on_release(tokens: TokenSet) -> Iterator[TokenSet | None]:
+        yield TokenSet([(1, 2)])
+        while not go.is_set():
+            yield None
+        seen.append('end')
+
+    callbacks = Callbacks(lambda e: go.set(), on_release)
+    callbacks.release(TokenSet([(0, 3)]), lambda: seen.append('done'), seen.append)
+    callbacks.rebalanced(event(7))
+    assert callbacks.wait_idle(WAIT)
+    assert seen == [TokenSet([(1, 2)]), 'end', 'done']
 
 
 def test_events_that_wait_are_merged_into_one() -> None:

@@ -632,6 +632,22 @@ def test_who_changes_his_mind_while_the_wish_is_on_its_way_gets_what_he_wished_l
     node.hears(Drain('me', 'life-1', not draining), True)
 
 
+def test_a_node_that_drained_itself_takes_part_again_unless_somebody_holds_it() -> None:
+    node = follower()
+    node.protocol.drain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', True, by_itself=True), True)
+    node.protocol.undrain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', False, by_itself=True), True)
+    assert node.protocol.state == 'active'
+    node.protocol.drain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', True, by_itself=True), True)
+    node.protocol.drain(node.now)  # the user holds it: the row has to know
+    node.hears(Drain('me', 'life-1', True), True)
+    node.protocol.undrain(node.now, by_itself=True)
+    node.hears(Drain('me', 'life-1', False, by_itself=True), False)
+    assert node.protocol.state == 'draining' and not isinstance(node.asks(), Drain)
+
+
 def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
     node = follower()
     node.protocol.drain(node.now)
@@ -641,6 +657,32 @@ def test_a_node_is_not_drained_while_a_plan_may_still_send_it_tokens() -> None:
     node.protocol.notified('plan 3', node.now)
     node.hears(Refresh('me', 'life-1'), holdings(version=3, state='draining'))
     assert node.protocol.drained
+
+
+def test_what_is_in_use_holds_up_no_other_token() -> None:
+    node = follower(has_release=True, release_timeout=2.0)
+    node.protocol.notified('plan 2', node.now)
+    node.hears(
+        Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2)
+    )
+    (release,) = (effect for effect in node.effects() if isinstance(effect, Release))
+    node.protocol.release_went_on(release.number, TokenSet([(4, 5)]), node.now)
+    node.hears(Give('me', 'life-1', ((3, 4),), 2, (('task-3', 3),)), GiveReply(2))
+    still = row(4, 5, 'second', version=2)
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 3), still, version=2))
+    assert node.asks() is None
+    # Another plan moves other tokens: they do not wait either.
+    node.protocol.notified('plan 3', node.now)
+    rows = row(0, 2), row(2, 3, 'second', version=3), still
+    node.hears(Refresh('me', 'life-1'), holdings(*rows, version=3))
+    (second,) = (effect for effect in node.effects() if isinstance(effect, Release))
+    assert second.tokens == {2} and node.may_claim() == [0, 1]
+    node.protocol.released(second.number, node.now)
+    node.hears(Give('me', 'life-1', ((2, 3),), 3, ()), GiveReply(3))
+    node.hears(Refresh('me', 'life-1'), holdings(row(0, 2), still, version=3))
+    assert node.asks() is None
+    node.protocol.released(release.number, node.now)
+    assert node.asks() == Give('me', 'life-1', ((4, 5),), 3, ())
 
 
 def test_leaving_stops_claiming_at_once_and_deletes_the_row_after_on_release() -> None:

@@ -35,13 +35,9 @@ class Node:
     def get_active_nodes(self) -> list[dict[str, Any]]:
         return [{'name': 'n1', 'state': self.state}, {'name': 'n2', 'state': self.other}]
 
-    def drain(self, timeout: float) -> None:
-        self.log.append('drain')
-        self.state = 'draining'
-
-    def undrain(self) -> None:
-        self.log.append('undrain')
-        self.state = 'active'
+    def stand_aside(self, aside: bool = True) -> None:
+        self.log.append('drain' if aside else 'undrain')
+        self.state = 'draining' if aside else 'active'
 
 
 class TestConsuming:
@@ -200,8 +196,5 @@ class Seeing(Node):
     def get_active_nodes(self) -> list[dict[str, Any]]:
         return [{'name': name, 'state': state} for name, state in self.seen.items()]
 
-    def drain(self, timeout: float) -> None:
-        self.states[self.node_name] = 'draining'
-
-    def undrain(self) -> None:
-        self.states[self.node_name] = 'active'
+    def stand_aside(self, aside: bool = True) -> None:
+        self.states[self.node_name] = 'draining' if aside else 'active'
