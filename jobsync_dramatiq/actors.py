@@ -19,7 +19,7 @@ from jobsync_core.worker.adapter import CoordinatedTasks, Declared, once_of
 from jobsync_core.worker.affinity import check_affinity
 from jobsync_core.worker.incoming import Refused, Stamps, find_route
 from jobsync_core.worker.misspelt import said_elsewhere
-from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS
+from jobsync_core.worker.routing import HOME, HOPS, KEY, WAITS, is_of_cluster
 from jobsync_core.worker.settings import PluginSettings, combined
 
 from .errors import DeclarationRefused
@@ -143,11 +143,20 @@ class Actors(CoordinatedTasks):
     Args:
         broker: The broker.
         settings: The plugin's.
+
+    Attributes:
+        appname: The cluster.
     """
 
     def __init__(self, broker: Any, settings: PluginSettings) -> None:
         super().__init__(settings, self._declaration, lambda: broker.actors)
         self._broker = broker
+        self.appname = settings.config.appname
+
+    def pin_of(self, name: str) -> Sequence[str] | None:
+        """The patterns of a pinned actor; None where an actor has no pin."""
+        found = self.find(name)
+        return found.pin if found is not None else None
 
     def is_known(self, message: Any) -> bool:
         """Whether this process has the message's actor."""
@@ -191,7 +200,7 @@ class Actors(CoordinatedTasks):
         """Whether a queue, or a delay queue, is one of the user's that are declared here."""
         return (
             q_name(name) in self._broker.queues
-            and not name.startswith('jobsync.')
+            and not is_of_cluster(name, self.appname)
             and not name.endswith('.XQ')  # of which Dramatiq's q_name cuts off the end as well
         )
 
@@ -208,7 +217,7 @@ class Actors(CoordinatedTasks):
         actor = self._broker.actors.get(message.actor_name)
         if actor is not None:
             return str(actor.queue_name)
-        return stamp if stamp is not None and not stamp.startswith('jobsync.') else 'default'
+        return stamp if stamp is not None and not is_of_cluster(stamp, self.appname) else 'default'
 
     def home_of_unreadable(self, said: Said) -> str | None:
         """The queue to which a message was sent that no worker can have; None where nothing tells.

@@ -264,7 +264,7 @@ class GatedConsumer(Consumer):
         except Exception as error:  # it comes again; exactly_once tells the two apart
             logger.warning('id=%s: %s, but not acknowledged: %r', message.message_id, event, error)
         if event == 'parked':
-            gate.on_parked()
+            gate.on_parked(note.received.home)
         return True
 
     def _gone(self, note: Note, event: str) -> bool:

@@ -34,7 +34,7 @@ class WorkerGate:
         broker: The broker.
         actors: Its coordinated actors.
         consuming: What is told of the consumers.
-        on_parked: Called when a message went into the parked queue.
+        on_parked: Called when a message of a home queue went into the parked one.
         now: The monotonic clock.
     """
 
@@ -44,7 +44,7 @@ class WorkerGate:
         broker: WorkerBroker,
         actors: Actors,
         consuming: Consuming,
-        on_parked: Callable[[], object],
+        on_parked: Callable[[str], object],
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._gate = gate
@@ -135,10 +135,12 @@ class WorkerGate:
         """Whether an actor runs on one of these tokens."""
         with self._lock:
             running = [self._in_hand[number] for number in self._begun]
-        routes = [
-            note.received.route for message in running if (note := note_of(message)) is not None
-        ]
-        return any(self.job.task_to_token(route) in tokens for route in routes if route is not None)
+        found = [note.received for message in running if (note := note_of(message)) is not None]
+        return any(
+            self.job.token_of(each.route, self._gate.group_of(each.home)) in tokens
+            for each in found
+            if each.route is not None
+        )
 
     def requeue_unleased(self, source: QueueConsumer) -> None:
         """Without a lease, requeue what came from a consumer: what has not begun, and what runs if
@@ -219,7 +221,7 @@ class WorkerGate:
                 'id=%s: %s, but not acknowledged: %r', message.message_id, outcome.event, error
             )
         if outcome.event == 'parked':
-            self.on_parked()
+            self.on_parked(note.received.home)
 
     def look(self) -> Consume:
         """Whether messages are taken now."""

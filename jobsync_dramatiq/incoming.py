@@ -101,6 +101,7 @@ def _is_queue(name: str) -> bool:
         _QUEUE.fullmatch(q_name(name)) is not None
         and len(name) <= QUEUE_BYTES
         and not name.startswith('jobsync.')
+        and '.jobsync.' not in name
         and not name.endswith('.XQ')
     )
 

@@ -104,6 +104,11 @@ class JobSync(Middleware):
         self._install(broker)
         check_actor(broker.actors[actor] if isinstance(actor, str) else actor)
 
+    def after_declare_queue(self, broker: Any, queue_name: str) -> None:
+        """A worker that runs begins to consume another queue, and to own keys in it."""
+        if isinstance(self._worker, WorkerProcess):
+            self._worker.add_queue(queue_name)
+
     def _install(self, broker: Any) -> None:
         check_broker(self._broker, broker, JobSync)
         if self._broker is broker:

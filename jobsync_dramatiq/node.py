@@ -19,10 +19,11 @@ from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming
 from jobsync_core.worker.node import Framework, WorkerNode, node_status, tell_uncoordinated
 from jobsync_core.worker.parts import missing
-from jobsync_core.worker.routing import old_node_queue
+from jobsync_core.worker.routing import is_of_cluster, node_queue
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_core.worker.startup import wait_for_server
 
+from .broker.declared import own_queues
 from .broker.interface import WorkerBroker
 from .broker.opening import open_counter
 from .errors import BootFailed, BrokerAway, DeclarationRefused
@@ -60,6 +61,7 @@ class WorkerProcess:
         self._orphans = OrphanWatch()
         self._leaving = False
         self._undo: list[Callable[[], object]] = []
+        self._worker: Any = None
 
     @property
     def job(self) -> Job | None:
@@ -85,6 +87,7 @@ class WorkerProcess:
             )
         broker, actors = self._producer.broker, self._producer.actors
         check_parts(broker)
+        self._worker = worker
         self._orphans = OrphanWatch(worker.stop)
         for text in actors.unknown_pins():
             logger.warning('JobSync: %s', text)
@@ -101,12 +104,17 @@ class WorkerProcess:
         self._producer.lookup.use(node.gate.owners)
         self.gate = gate = WorkerGate(node.gate, broker, actors, consuming, node.parked_something)
         self._undo.append(attach(self._native, gate))
-        self._consume_node_queue(worker, node.queues[''])
+        worker.consumers = Consumers(worker.consumers)
+        for queue in node.queues.values():
+            self._allow(queue)
         return gate
 
     def _make_node(self, broker: WorkerBroker, consuming: Consuming, patience: float) -> WorkerNode:
         actors, name = self._producer.actors, new_node_name(self._settings.node_name)
-        queue = old_node_queue(self._settings.config.appname, name)
+
+        def declare(home: str, queue: str) -> None:
+            broker.join(name)
+            broker.declare(home, queue)
 
         def route_of(delivery: Any) -> str | None:
             return actors.route_of(delivery.message)
@@ -117,12 +125,13 @@ class WorkerProcess:
             Framework(
                 kind='dramatiq',
                 broker=broker,
-                declare=lambda home, queue: broker.join(name, queue),
+                homes=self._homes(),
+                declare=declare,
                 tasks=lambda: frozenset(self._native.actors),
                 pins=actors.pins(),
                 busy=self._busy,
                 problem=consuming.problem,
-                silence=lambda: consuming.silence(queue),
+                silence=self._silence,
                 patience=patience,
                 on_lease=_tell_lease,
                 on_change=self._recall,
@@ -133,12 +142,51 @@ class WorkerProcess:
             ),
         )
 
-    def _consume_node_queue(self, worker: Any, queue: str) -> None:
-        worker.consumers = Consumers(worker.consumers)
-        if worker.consumer_whitelist:
-            worker.consumer_whitelist.add(queue)
+    def _homes(self) -> list[str]:
+        """The user's queues that the worker consumes."""
+        declared = own_queues(self._native, self._settings.config.appname)
+        return [queue for queue in declared if self._consumes(queue)]
+
+    def _consumes(self, queue: str) -> bool:
+        chosen = self._worker.consumer_whitelist  # None, or empty, for all
+        return not chosen or queue in chosen
+
+    def add_queue(self, home: str) -> None:
+        """A queue was declared while the worker runs."""
+        node, consuming, appname = self._node, self.consuming, self._settings.config.appname
+        if (
+            node is None
+            or consuming is None
+            or is_of_cluster(home, appname)
+            or home in node.queues
+            or not self._consumes(home)
+        ):
+            return
+        consuming.rests(node_queue(home, appname, node.name))  # nobody could look at it before
+        node.add_home(home, self._begin)
+
+    def _begin(self, queue: str) -> None:
+        """Consume another queue of the node's."""
+        self._allow(queue)
+        self._native.emit_after('declare_queue', queue)  # Dramatiq's worker begins by that
+
+    def _allow(self, queue: str) -> None:
+        """Have the worker consume a queue of the node's, from its start or the queue's
+        declaration.
+        """
+        if self._worker.consumer_whitelist:
+            self._worker.consumer_whitelist.add(queue)
         self._native.queues.add(queue)  # no delay queue: delays wait on the actor's own
         self._undo.append(lambda: self._native.queues.discard(queue))
+
+    def _silence(self) -> float:
+        """Seconds for which one of the node's queues was not looked at: the others would send keys
+        to it that nobody gets.
+        """
+        node, consuming = self._node, self.consuming
+        if node is None or consuming is None:
+            return 0.0
+        return max((consuming.silence(queue) for queue in node.queues.values()), default=0.0)
 
     def _wait_for_servers(self, broker: WorkerBroker, node: WorkerNode) -> None:
         """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for

@@ -53,6 +53,7 @@ PARTS: tuple[Part, ...] = (
             'queues_pending',
             '_ensure_queue',
             '_build_queue_arguments',
+            '_declare_xq_queue',
         ),
     ),
     Part(RABBITMQ, 'dramatiq.brokers.rabbitmq', ('DEAD_MESSAGE_TTL',)),

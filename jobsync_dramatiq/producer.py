@@ -44,7 +44,7 @@ class Producer:
         self._broker: WorkerBroker | None = None
         self._repeats = Repeats()
         self.job: Job | None = None
-        self.lookup = OwnerLookup(settings, lambda: self.job)
+        self.lookup = OwnerLookup(settings, lambda: self.job, lambda name: self.actors.pin_of(name))
 
     @property
     def actors(self) -> Actors:
@@ -106,7 +106,7 @@ class Producer:
                 return None
             message.options[KEY] = route
             _ = self.broker  # one of another kind is refused here
-            return self.lookup.queue_of(route)
+            return self.lookup.queue_of(route, message.queue_name)
         # whatever a key function raises: the actor will say what is wrong with its arguments
         except Exception as error:
             message.options.pop(KEY, None)

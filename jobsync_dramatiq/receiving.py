@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from dramatiq.common import q_name
+
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.incoming import Refused, Stamps
-from jobsync_core.worker.routing import WAITS
+from jobsync_core.worker.routing import WAITS, home_of_queue
 
 from .actors import Actors
 from .broker.interface import QueueConsumer
@@ -43,9 +45,11 @@ def receive(
         )
     if stamps.waits:
         message.options[WAITS] = stamps.waits
-    if source.queue.startswith('jobsync.'):
+    home = home_of_queue(source.queue, actors.appname)
+    if home is not None:
         # To all middleware, and to who asks for the result, it is in its actor's own queue.
-        message._message = message.copy(queue_name=actors.home_of(message, stamps.home))
+        home = home or actors.home_of(message, stamps.home)
+        message._message = message.copy(queue_name=home)
     elif not actors.has_queue(message.queue_name):
         # A retry would go where nobody looks.
         message._message = message.copy(queue_name=source.queue)
@@ -60,6 +64,7 @@ def receive(
             until,
             actors.is_known(message),
             problem,
+            home if home is not None else q_name(source.queue),
         ),
     )
     attach_note(message, note)

@@ -8,7 +8,7 @@ from dramatiq import Message
 from dramatiq.common import q_name, xq_name
 
 from jobsync_core.worker.incoming import Refused, read_stamps
-from jobsync_core.worker.routing import HOME, HOPS, KEY, old_parked_queue
+from jobsync_core.worker.routing import HOME, HOPS, KEY, home_of_queue, old_parked_queue
 
 from ..incoming import homes_in
 from .interface import Origins
@@ -21,16 +21,21 @@ def home_of(message: Any) -> str:
     return str(read_stamps(message.options).home or message.queue_name)
 
 
-def route_and_home(origins: Origins, message: Any) -> tuple[str | None, str]:
-    """The route of a message that lies in a node's or the parked queue, and its home queue.
+def route_and_home(
+    origins: Origins, message: Any, queue: str, appname: str
+) -> tuple[str | None, str]:
+    """The route of a message that lies in a queue of the cluster, and its home queue.
 
     Args:
         origins: What the process knows of actors.
         message: The message.
+        queue: Where it lies.
+        appname: The cluster.
     """
     stamps = read_stamps(message.options)
     route = origins.read_route(message, stamps)
-    return None if isinstance(route, Refused) else route, origins.home_of(message, stamps.home)
+    home = home_of_queue(queue, appname) or origins.home_of(message, stamps.home)
+    return None if isinstance(route, Refused) else route, home
 
 
 def dead_letters(queue: str, data: bytes, appname: str, origins: Origins) -> str:
@@ -43,8 +48,11 @@ def dead_letters(queue: str, data: bytes, appname: str, origins: Origins) -> str
         appname: The cluster.
         origins: What the process knows of actors.
     """
-    if not queue.startswith('jobsync.'):
+    home = home_of_queue(queue, appname)
+    if home is None:
         return xq_name(q_name(queue))
+    if home:
+        return xq_name(home)
     return xq_name(origins.home_of_unreadable(homes_in(data)) or old_parked_queue(appname))
 
 

@@ -124,8 +124,20 @@ class WorkerBroker(Evacuable, Protocol):
             make: Make one where it has none; else None then.
         """
 
-    def join(self, node: str, queue: str) -> None:
-        """Make the node's queue; called before the node owns anything.
+    def join(self, node: str) -> None:
+        """This process is a node from here on; it may be called again.
+
+        Raises:
+            BrokerConnectionError: The broker cannot be reached.
+        """
+
+    def declare(self, home: str, queue: str) -> None:
+        """Make a queue of the node, and the parked one beside it; called before the node owns
+        anything that comes by it.
+
+        Args:
+            home: The home queue whose messages it is for.
+            queue: The node's queue.
 
         Raises:
             BrokerConnectionError: The broker cannot be reached.

@@ -54,12 +54,13 @@ class _Taken:
         raw: RawDelivery,
         message: Message[Any],
         origins: Origins,
+        appname: str,
     ) -> None:
         self._publisher, self._channel, self._raw = publisher, channel, raw
         self.message = message
         self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None
-        self.route, self.home = route_and_home(origins, message)
+        self.route, self.home = route_and_home(origins, message, raw.queue, appname)
 
     def forward(self, queue: str) -> None:
         """Publish it to a queue, then acknowledge it here. The acknowledgement fails if publishing
@@ -103,7 +104,10 @@ class RabbitWorkerBroker:
         self._publisher = RabbitPublisher(native, config.appname, origins)
         # So that RabbitMQ takes back soon what a stopped or unreachable worker holds.
         self._heartbeat = max(2, math.ceil(config.heartbeat_timeout_sec))
-        self._node_queue = ''
+        self._appname = config.appname
+        #: The node's queues, and whose messages they are for.
+        self._homes: dict[str, str] = {}
+        self._joined = False
         #: A channel of the thread that does the node's duties.
         self._looking: Any = None
         self.consumer_parameters = native.parameters
@@ -150,22 +154,29 @@ class RabbitWorkerBroker:
     def mark(self, mark: str) -> None:
         """Nothing: RabbitMQ does not lose its name."""
 
-    def join(self, node: str, queue: str) -> None:
-        """Make the node's queue. From here on this process publishes with confirms, the worker's
-        own retries and delays included.
-
-        Raises:
-            ConnectionClosed: RabbitMQ cannot be used.
+    def join(self, node: str) -> None:
+        """From here on this process publishes with confirms, the worker's own retries and delays
+        included.
         """
-        self._node_queue = queue
+        if self._joined:
+            return
+        self._joined = True
         self.native.parameters = _adjusted(
             self.native.parameters, blocked_connection_timeout=_BLOCKED_SEC
         )
         self.consumer_parameters = _adjusted(self.native.parameters, heartbeat=self._heartbeat)
         self.native.confirm_delivery = True
+        self.reset()  # a channel that was opened before has no confirms
+
+    def declare(self, home: str, queue: str) -> None:
+        """Make a queue of the node, and the parked one beside it.
+
+        Raises:
+            ConnectionClosed: RabbitMQ cannot be used.
+        """
+        first, self._homes[queue] = not self._homes, home
         try:
-            self.reset()  # a channel that was opened before has no confirms
-            self._publisher.queues.declare_node(queue)
+            self._publisher.queues.declare_node(home, queue)
             version = self._properties().get('version')
         except BROKEN as error:
             raise ConnectionClosed(
@@ -173,7 +184,7 @@ class RabbitWorkerBroker:
                     f'RabbitMQ at {_places(self.native.parameters)} cannot be used: {error!r}'
                 )
             ) from error
-        if not is_heeded(version):
+        if first and not is_heeded(version):
             logger.warning(
                 'RabbitMQ %s delivers the message of an actor that outlasts its consumer_timeout, '
                 '30 minutes by default, a second time. To prevent it, %s',
@@ -185,8 +196,8 @@ class RabbitWorkerBroker:
         """Begin to consume a queue, which is declared if it is not there."""
         try:
             with translated():
-                if queue == self._node_queue:
-                    self._publisher.queues.declare_node(queue)
+                if queue in self._homes:
+                    self._publisher.queues.declare_node(self._homes[queue], queue)
                 else:
                     self.native.declare_queue(queue, ensure=True)
         except ConnectionClosed:
@@ -254,7 +265,7 @@ class RabbitWorkerBroker:
             raw = RawDelivery.of(queue, method, properties, body)
             message = read_message(body)
             if not isinstance(message, Refused):
-                return _Taken(self._publisher, channel, raw, message, self._origins)
+                return _Taken(self._publisher, channel, raw, message, self._origins, self._appname)
             self._publisher.set_aside(channel, queue, raw.tag, body, message.reason)
 
     def begin_evacuation(self) -> None:

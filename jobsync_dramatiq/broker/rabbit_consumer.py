@@ -58,7 +58,7 @@ class RabbitQueueConsumer:
         self._publisher = publisher
         self.queue = queue
         self._timeout = timeout
-        self._own = queue.startswith('jobsync.')
+        self._own = publisher.is_own(queue)
         #: What was handed out and is not done: tags of a connection that is gone mean nothing.
         self._tags: set[int] = set()
         with translated():

@@ -18,7 +18,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from jobsync_core.logs import get_logger
 from jobsync_core.worker import consumer_timeout
-from jobsync_core.worker.routing import old_parked_queue, unknown_queue
+from jobsync_core.worker.routing import old_parked_queue, parked_queue, unknown_queue
 
 from .rabbit_errors import BROKEN, is_absent
 
@@ -30,6 +30,11 @@ _PRECONDITION_FAILED = 406
 _TYPE, _PRIORITIES = 'x-queue-type', 'x-max-priority'
 #: Arguments that not every type of queue takes.
 _OPTIONAL = frozenset({_PRIORITIES, consumer_timeout.ARGUMENT})
+#: Arguments of the user's own queue that a node's queue has not: a length is one of the home queue
+#: alone, and what waits for a node that is gone must not expire with its queue.
+_NOT_KEPT = frozenset(
+    {'x-expires', 'x-max-length', 'x-max-length-bytes', 'x-overflow', 'x-single-active-consumer'}
+)
 #: Seconds from taking a queue off its exchange to counting what is in it: what RabbitMQ had routed
 #: to it by then has come there. Its processes hand a message on in less than a millisecond.
 _SETTLE_SEC = 0.05
@@ -48,6 +53,7 @@ class RabbitDeclarations:
 
     def __init__(self, native: Any, appname: str) -> None:
         self._native = native
+        self._appname = appname
         self.exchange = f'jobsync.{appname}'
         self._parked, self._unknown = old_parked_queue(appname), unknown_queue(appname)
         self._state = threading.local()
@@ -66,8 +72,8 @@ class RabbitDeclarations:
             channel.exchange_declare(
                 self.exchange, 'direct', durable=True, arguments={'alternate-exchange': unrouted}
             )
-            self._declare(self._parked)
-            self._declare(self._unknown)
+            self._declare_shared(self._parked)
+            self._declare_shared(self._unknown)
             channel.queue_bind(self._parked, unrouted)
             self._state.channel = channel
         return channel
@@ -76,37 +82,57 @@ class RabbitDeclarations:
         """This thread knows of nothing that is there."""
         self._state.channel = None
 
-    def declare_node(self, queue: str) -> None:
-        """Declare a node's queue, and all that it hangs on.
+    def declare_node(self, home: str, queue: str) -> None:
+        """Declare a node's queue for a home queue, the parked one beside it, and all that they hang
+        on.
+
+        Args:
+            home: The home queue.
+            queue: The node's queue.
 
         Raises whatever pika raises.
         """
         try:
-            self.channel()
-            self._declare(queue)
+            self._declare_node(home, queue)
         except BROKEN:
             # The connection was idle, or broke together with that of the consumer.
             del self._native.connection
-            self.channel()
-            self._declare(queue)
+            self._declare_node(home, queue)
         self._native.queues_pending.discard(queue)  # Dramatiq would declare it in its own way
 
-    def _declare(self, queue: str) -> None:
+    def _declare_node(self, home: str, queue: str) -> None:
+        self._declare_dead_letters(home)
+        self.channel()
+        # What is so of the user's own queue is so of a node's, its dead letters among it; a
+        # subclass may say it.
+        theirs = self._native._build_queue_arguments(home)
+        kept = {name: value for name, value in theirs.items() if name not in _NOT_KEPT}
+        self._make(queue, {consumer_timeout.ARGUMENT: consumer_timeout.LONGEST_MS, **kept})
+        self._make(parked_queue(home, self._appname), kept)
+        for each in (queue, parked_queue(home, self._appname)):
+            self._native.channel.queue_bind(each, self.exchange, each)
+
+    def _declare_dead_letters(self, home: str) -> None:
+        """What is rejected in a node's queue goes there, perhaps before anybody consumes the home
+        queue.
+        """
+        try:
+            self._native._declare_xq_queue(home)
+        except ChannelClosedByBroker as error:
+            del self._native.channel
+            if error.reply_code != _PRECONDITION_FAILED:  # it is there with other arguments
+                raise
+
+    def _declare_shared(self, queue: str) -> None:
         # What cannot be decoded is rejected: it goes to one queue of dead letters, as Dramatiq's
         # own do, for as long.
         dead = xq_name(self._parked)
         self._make(dead, {'x-message-ttl': DEAD_MESSAGE_TTL})
-        arguments: dict[str, Any] = {
-            'x-dead-letter-exchange': '',
-            'x-dead-letter-routing-key': dead,
-        }
-        # What the user's own queues are, a node's queue is too; a subclass may say it.
+        arguments = {'x-dead-letter-exchange': '', 'x-dead-letter-routing-key': dead}
         theirs = self._native._build_queue_arguments(queue)
-        kept: tuple[str, ...] = (_TYPE,)
-        if queue not in (self._parked, self._unknown):
-            kept = (_TYPE, _PRIORITIES)
-            arguments[consumer_timeout.ARGUMENT] = consumer_timeout.LONGEST_MS
-        self._make(queue, {**arguments, **{name: theirs[name] for name in kept if name in theirs}})
+        self._make(
+            queue, {**arguments, **{name: theirs[name] for name in (_TYPE,) if name in theirs}}
+        )
         self._native.channel.queue_bind(queue, self.exchange, queue)
 
     def _make(self, queue: str, arguments: dict[str, Any]) -> None:

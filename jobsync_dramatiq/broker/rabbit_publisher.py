@@ -13,7 +13,7 @@ from pika.exceptions import UnroutableError
 
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.incoming import Refused
-from jobsync_core.worker.routing import WAITS, old_parked_queue
+from jobsync_core.worker.routing import WAITS, home_of_queue, is_of_cluster, old_parked_queue
 
 from ..incoming import priority_of, read_message
 from .copies import copy_for, dead_letters, home_of
@@ -113,8 +113,11 @@ class RabbitPublisher:
         return True
 
     def _exchange_of(self, queue: str) -> str:
-        own = queue.startswith(f'{self.queues.exchange}.')
-        return self.queues.exchange if own else ''
+        return self.queues.exchange if self.is_own(queue) else ''
+
+    def is_own(self, queue: str) -> bool:
+        """Whether a queue is one of the cluster's."""
+        return is_of_cluster(queue, self._appname)
 
     def bury(self, message: Any) -> None:
         """Put a message that came from a node's queue among the dead letters of its home queue.
@@ -126,11 +129,12 @@ class RabbitPublisher:
         self._publish('', xq_name(home), copy_for(home, message, None))
 
     def set_aside(self, channel: Any, queue: str, tag: int, data: bytes, reason: str) -> None:
-        """Put what no worker can have among the dead letters, as it is. From the user's own queue
-        RabbitMQ does so itself.
+        """Put what no worker can have among the dead letters, as it is. From the user's own queue,
+        and from those that have its dead letters, RabbitMQ does so itself.
         """
         dead, own = dead_letters(queue, data, self._appname, self._origins), xq_name(self._parked)
-        sends = queue.startswith('jobsync.') and dead not in (own, *self._refused)
+        shared = home_of_queue(queue, self._appname) == ''
+        sends = shared and dead not in (own, *self._refused)
         if sends:
             try:
                 self._publish_raw('', dead, data)
@@ -146,12 +150,7 @@ class RabbitPublisher:
                     own,
                 )
                 sends = False
-        logger.error(
-            'queue=%s goes to %s: %s',
-            queue,
-            dead if sends or not queue.startswith('jobsync.') else own,
-            reason,
-        )
+        logger.error('queue=%s goes to %s: %s', queue, dead if sends or not shared else own, reason)
         if sends:
             channel.basic_ack(tag)
         else:

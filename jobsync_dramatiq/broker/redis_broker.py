@@ -47,11 +47,12 @@ class _Taken:
         number: str,
         message: Message[Any],
         origins: Origins,
+        appname: str,
     ) -> None:
         self._broker, self._queue, self._number, self.message = broker, queue, number, message
         self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None
-        self.route, self.home = route_and_home(origins, message)
+        self.route, self.home = route_and_home(origins, message, queue, appname)
 
     def forward(self, queue: str) -> None:
         """Publish it to a queue, then acknowledge it here."""
@@ -86,13 +87,12 @@ class RedisWorkerBroker:
         self.native = native
         self._appname = appname
         self._origins = origins
-        self._queue = ''
         self._keys = RedisKeys(native.namespace, appname)
         self.queues = RedisQueues(native, self._keys, appname, origins)
         register = native.client.register_script
         self._restore, self._delete = register(scripts.RESTORE), register(scripts.DELETE)
         self._drop = register(scripts.DROP_SOURCE)
-        #: Queues that are named among those which this node takes from.
+        #: Queues that the node's own thread has taken from, and that are named as such.
         self._sources: set[str] = set()
         #: Queues that the node's own thread takes from, and nobody consumes here.
         self._swept: set[str] = set()
@@ -136,20 +136,21 @@ class RedisWorkerBroker:
         """Write the mark where there is none."""
         self.native.client.set(self._keys.mark, mark, nx=True)
 
-    def join(self, node: str, queue: str) -> None:
-        """Take messages under the node's broker id; a list needs no making."""
-        self._queue = queue
+    def join(self, node: str) -> None:
+        """Take messages under the node's broker id."""
+        self.queues.node = node
         self.native.broker_id = broker_id(self._appname, node)
+
+    def declare(self, home: str, queue: str) -> None:
+        """Nothing: a list needs no making."""
 
     def consume(self, queue: str, prefetch: int, timeout: int) -> QueueConsumer:
         """Begin to consume a queue; what this process had taken from it, and lost, goes back."""
-        self._sources.discard(queue)  # Redis may have been restarted with nothing in it
         if queue.endswith('.DQ'):
             # The worker forgets what waited for its time when a consumer breaks; nobody else holds
             # any of it.
             self.queues.in_hand.pop(queue, None)
         try:
-            self._note_source(queue)
             self.queues.requeue_lost(queue)
         except (RedisError, OSError) as error:
             raise ConnectionClosed(error) from error
@@ -187,7 +188,7 @@ class RedisWorkerBroker:
         messages.
         """
         owner, moved = broker_id(self._appname, node), 0
-        sources = self._keys.sources(old_node_queue(self._appname, node))
+        sources = self._keys.sources(node)
         for raw in self.native.client.smembers(sources):
             queue = text_of(raw)
             keys = [self._keys.taken(owner, queue), self._keys.queue(queue)]
@@ -204,9 +205,7 @@ class RedisWorkerBroker:
         def any_of(group: Sequence[str]) -> bool:
             nodes = sorted({queues[each] for each in group})
             # All take from the same few queues.
-            sources = client.sunion(
-                [self._keys.sources(old_node_queue(appname, each)) for each in nodes]
-            )
+            sources = client.sunion([self._keys.sources(each) for each in nodes])
             owners = [broker_id(appname, node) for node in nodes]
             taken = (self._keys.taken(owner, text_of(raw)) for owner in owners for raw in sources)
             return bool(client.exists(*map(self._keys.queue, group), *taken))
@@ -222,14 +221,14 @@ class RedisWorkerBroker:
         if not self.size(queue):
             self._drop_source(queue)
             return None
-        self._note_source(queue)
+        self._sources.add(queue)
         self._swept.add(queue)
         while found := self.queues.fetch(queue, 1):
             number, data = found[0]
             try:
                 message = read_message(data)
                 if not isinstance(message, Refused):
-                    return _Taken(self, queue, number, message, self._origins)
+                    return _Taken(self, queue, number, message, self._origins, self._appname)
                 self.queues.set_aside(queue, number, data, message.reason)
             except BaseException:
                 self.queues.doubt(queue)  # it is taken, and nobody has it
@@ -241,15 +240,14 @@ class RedisWorkerBroker:
         # orphans.
         if queue in self._sources and queue not in self.queues.in_hand:
             taken = self._keys.taken(self.native.broker_id, queue)
-            self._drop(keys=[self._keys.sources(self._queue), taken], args=[queue])
+            self._drop(keys=[self._keys.sources(self.queues.node), taken], args=[queue])
             self._sources.discard(queue)
 
     def begin_evacuation(self) -> None:
         """Take messages under a name like a node's: what is in hand when this is interrupted is
         found by the next one.
         """
-        name = f'evacuation-{os.getpid()}'
-        self.join(name, old_node_queue(self._appname, name))
+        self.join(f'evacuation-{os.getpid()}')
 
     def places(self) -> Iterable[str]:
         """Names of this plugin's queues at Redis: there may be some that no table knows of."""
@@ -269,14 +267,11 @@ class RedisWorkerBroker:
 
     def delete(self, queue: str) -> bool:
         """Delete a queue if it is empty; whether it is gone."""
-        return bool(self._delete(keys=[self._keys.queue(queue), self._keys.sources(queue)]))
+        node = queue.partition(old_node_queue(self._appname, ''))[2]
+        owner = broker_id(self._appname, node) if node else ''
+        keys = [self._keys.queue(queue), self._keys.sources(node)]
+        return bool(self._delete(keys=keys, args=[self._keys.taken_by(owner)]))
 
     def reset(self) -> None:
         """Nothing is known of Redis any more; redis-py drops broken connections by itself."""
         self._sources.clear()
-
-    def _note_source(self, queue: str) -> None:
-        # Before anything is taken from it.
-        if queue not in self._sources:
-            self.native.client.sadd(self._keys.sources(self._queue), queue)
-            self._sources.add(queue)

@@ -44,7 +44,7 @@ class RedisQueueConsumer:
         self.queue = queue
         self._prefetch = prefetch
         self._timeout = timeout
-        self._own = queue.startswith('jobsync.')
+        self._own = queues.is_own(queue)
         #: Redis ids and data of what was fetched and not handed out.
         self._cache: deque[tuple[str, bytes]] = deque()
         #: Redis ids of what was handed out and is not done.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dramatiq.common import xq_name
 
-from jobsync_core.worker.routing import mark_key, old_node_queue
+from jobsync_core.worker.routing import is_of_cluster, mark_key, old_node_queue
 
 __all__ = ['MESSAGES', 'REDIS_ID', 'RedisKeys', 'broker_id', 'redis_id', 'text_of']
 
@@ -20,6 +20,8 @@ __all__ = ['MESSAGES', 'REDIS_ID', 'RedisKeys', 'broker_id', 'redis_id', 'text_o
 REDIS_ID = 'redis_message_id'
 #: What the hash with a queue's messages ends with, and the set of queues that a node takes from.
 MESSAGES, _SOURCES = '.msgs', '.sources'
+#: What the sets of what was taken begin with.
+_TAKEN = '__acks__.'
 _ENDINGS = re.compile(f'({re.escape(MESSAGES)}|{re.escape(_SOURCES)})$')
 #: What the names of queues with dead letters contain.
 _DEAD = xq_name('')
@@ -56,7 +58,7 @@ class RedisKeys:
         self.signs = f'{space}:__heartbeats__'
         #: The cluster's mark.
         self.mark = f'{space}:{mark_key(appname)}'
-        self._nodes = f'{space}:{old_node_queue(appname, "")}'
+        self._appname = appname
 
     def queue(self, queue: str) -> str:
         """The list of a queue."""
@@ -64,17 +66,30 @@ class RedisKeys:
 
     def taken(self, owner: str, queue: str) -> str:
         """What a broker id has taken from a queue and not acknowledged."""
-        return f'{self._space}:__acks__.{owner}.{queue}'
+        return f'{self.taken_by(owner)}{queue}'
 
-    def sources(self, queue: str) -> str:
-        """The names of the queues that the owner of a node's queue takes from."""
-        return f'{self._space}:{queue}{_SOURCES}'
+    def taken_by(self, owner: str) -> str:
+        """What the names of all that a broker id has taken begin with; a queue's name ends them."""
+        return f'{self._space}:{_TAKEN}{owner}.'
+
+    def sources(self, node: str) -> str:
+        """The names of the queues that a node takes from."""
+        return f'{self._space}:{old_node_queue(self._appname, node)}{_SOURCES}'
 
     @property
     def pattern(self) -> str:
         """A pattern of all keys of this plugin's queues."""
-        return re.sub(r'([*?\[\]\\])', r'\\\1', self._nodes) + '*'
+        space, mark = (
+            re.sub(r'([*?\[\]\\])', r'\\\1', part)
+            for part in (f'{self._space}:', old_node_queue(self._appname, ''))
+        )
+        return f'{space}*{mark}*'
 
     def queue_of(self, key: str) -> str | None:
-        """The queue that a key of such a pattern belongs to; None for one of dead letters."""
-        return None if _DEAD in key else _ENDINGS.sub('', key[len(self._space) + 1 :])
+        """The queue that a key of such a pattern belongs to; None for one of dead letters, or of
+        what was taken.
+        """
+        queue = _ENDINGS.sub('', key[len(self._space) + 1 :])
+        if _DEAD in key or queue.startswith(_TAKEN) or not is_of_cluster(queue, self._appname):
+            return None
+        return queue

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from jobsync_core import clock
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.incoming import read_stamps
-from jobsync_core.worker.routing import WAITS
+from jobsync_core.worker.routing import WAITS, is_of_cluster
 
 from ..incoming import read_message
 from . import redis_scripts as scripts
@@ -62,6 +62,8 @@ class RedisQueues:
         self._fetch, self._ack = register(scripts.FETCH), register(scripts.ACK)
         self._pass_on, self._bury = register(scripts.PASS_ON), register(scripts.BURY)
         self._mark = register(scripts.MARK)
+        #: The node that this process is.
+        self.node = ''
         #: What threads of this process work on or keep for later, by queue.
         self.in_hand: dict[str, set[str]] = {}
         #: Queues and Redis ids of what is to go back, and could not yet.
@@ -72,6 +74,10 @@ class RedisQueues:
         #: and when next.
         self._doubtful: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
+
+    def is_own(self, queue: str) -> bool:
+        """Whether a queue is one of the cluster's."""
+        return is_of_cluster(queue, self._appname)
 
     @property
     def doubtful(self) -> frozenset[str]:
@@ -92,10 +98,10 @@ class RedisQueues:
         """
         if random.randrange(_MILLION) < self._native.maintenance_chance:
             self._maintain(queue)
-        keys = [*self._places(queue), self._keys.signs]
+        keys = [*self._places(queue), self._keys.signs, self._keys.sources(self.node)]
         try:
             found = self.connection.run(
-                self._fetch, keys, [current_millis(), self._native.broker_id, number]
+                self._fetch, keys, [current_millis(), self._native.broker_id, number, queue]
             )
         except BaseException:
             self.doubt(queue)

@@ -28,9 +28,9 @@ __all__ = [
 _ANSWER_SEC = 10.0
 
 _BEGIN = f"local MESSAGES = '{MESSAGES}'"
-# KEYS: what this process has taken from the queue, the queue, the signs of life; ARGV: the time,
-# the process, how many. As Dramatiq's own, with the ids: what a message says of itself may be
-# wrong, or unreadable.
+# KEYS: what this process has taken from the queue, the queue, the signs of life, the names of the
+# queues that its node takes from; ARGV: the time, the process, how many, the queue's name. As
+# Dramatiq's own, with the ids: what a message says of itself may be wrong, or unreadable.
 FETCH = (
     _BEGIN
     + """
@@ -46,6 +46,7 @@ for _ = 1, tonumber(ARGV[3]) do
         found[#found + 1] = data
     end
 end
+if #found > 0 then redis.call('sadd', KEYS[4], ARGV[4]) end
 return found
 """
 )
@@ -64,12 +65,17 @@ redis.call('del', KEYS[1])
 return moved
 """
 )
-# KEYS: the queue, the names of the queues that its owner takes from.
+# KEYS: the queue, the names of the queues that its owner takes from, which go with it where the
+# owner has nothing in hand; ARGV: what the names of what it has taken begin with.
 DELETE = (
     _BEGIN
     + """
 if redis.call('llen', KEYS[1]) > 0 or redis.call('hlen', KEYS[1] .. MESSAGES) > 0 then return 0 end
-redis.call('del', KEYS[1], KEYS[1] .. MESSAGES, KEYS[2])
+redis.call('del', KEYS[1], KEYS[1] .. MESSAGES)
+for _, name in ipairs(redis.call('smembers', KEYS[2])) do
+    if redis.call('exists', ARGV[1] .. name) > 0 then return 1 end
+end
+redis.call('del', KEYS[2])
 return 1
 """
 )

@@ -44,7 +44,7 @@ def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str]
 
     native: Any = (RedisBroker if url.startswith('redis') else RabbitmqBroker)(url=url)
     broker = open_broker(native, config)
-    return broker, lambda node: broker.join(node, old_node_queue(config.appname, node))
+    return broker, lambda node: broker.declare('default', old_node_queue(config.appname, node))
 
 
 _OPEN = {'celery': _celery, 'dramatiq': _dramatiq}

@@ -18,7 +18,7 @@ import pytest
 
 from jobsync_core.store.sessions import Sessions
 from jobsync_core.store.tables import Tables
-from jobsync_core.worker.owners import OwnerMap
+from jobsync_core.worker.owners import OwnerMap, Place
 from tests.support.brokers import BrokerServer
 from tests.support.waiting import eventually
 
@@ -35,7 +35,7 @@ class Workers:
         self._folder, self._environment = folder, environment
         config = app.plugin.settings.config
         self._sessions = Sessions(config, 'jobsync test')
-        self.owners: Any = OwnerMap(self._sessions, Tables.of(config))
+        self.owners: Any = OwnerMap(self._sessions, Tables.of(config), app.plugin.settings.group_of)
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(
@@ -73,13 +73,22 @@ class Workers:
     def output(self) -> str:
         return '\n'.join(path.read_text() for path in sorted(self._folder.glob('worker*')))
 
-    def wait_for_nodes(self, number: int) -> None:
-        eventually(lambda: len(self.queues()) == number, 30)
+    def wait_for_nodes(self, number: int, home: str = 'default') -> None:
+        """Wait until so many nodes own all keys of a home queue."""
 
-    def queues(self) -> set[str]:
-        """The queues of the nodes that own something."""
+        def found() -> bool:
+            places = self._places(home)
+            return all(place.queue for place in places) and len({p.node for p in places}) == number
+
+        eventually(found, 30)
+
+    def queues(self, home: str = 'default') -> set[str]:
+        """The queues of the nodes that own keys of a home queue."""
+        return {place.queue for place in self._places(home) if place.queue}
+
+    def _places(self, home: str) -> list[Place]:
         self.owners.reread()
-        return {place.queue for place in self.owners._copy.places if place.queue}
+        return [self.owners.find(f'probe:{n}', home) for n in range(100)]
 
     def depth(self, queue: str) -> int:
         """Messages in a queue, those that were taken and not acknowledged included."""

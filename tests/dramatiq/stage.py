@@ -105,7 +105,7 @@ class Stage:
             worker_broker,
             self.plugin.producer.actors,
             self.consuming,
-            lambda: self.log.append('stray'),
+            lambda home: self.log.append('stray'),
             clock.now,
         )
         attach(self.broker, self.gate)
@@ -187,7 +187,7 @@ def message(key: str | None, hops: Any = None, actor: str = 'keyed', **options: 
         options = {HOPS: hops, HOME: 'default', **options}
     args = options.pop('args', (7 if key is None else key,))
     return dramatiq.Message(
-        queue_name='default' if hops is None else 'jobsync.shop_.n1',
+        queue_name='default' if hops is None else 'default.jobsync.shop_.n1',
         actor_name=actor,
         args=args,
         kwargs={},
@@ -196,7 +196,7 @@ def message(key: str | None, hops: Any = None, actor: str = 'keyed', **options: 
 
 
 @contextmanager
-def stage(queue: str = 'jobsync.shop_.n1', **settings: Any) -> Iterator[Stage]:
+def stage(queue: str = 'default.jobsync.shop_.n1', **settings: Any) -> Iterator[Stage]:
     """A gate whose node is `n1`; `n2` has the queue `q2`, and owns the route 'other'."""
     clock = Clock()
     made = Stage(clock, settings, queue)

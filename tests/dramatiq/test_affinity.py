@@ -153,8 +153,9 @@ def test_without_the_fence_the_check_fails(
 def test_in_another_s_queue_or_the_parked_one_its_place_is_home(stage: Stage) -> None:
     """What survivors do with a dead node's queue, and with what is parked."""
     found = anywhere('other', 2)
-    assert route_and_home(stage.plugin.producer.actors, found) == (None, 'default')
-    assert route_and_home(stage.plugin.producer.actors, message('other', 2))[0] == 'other'
+    actors, queue = stage.plugin.producer.actors, 'default.jobsync.shop_.n2'
+    assert route_and_home(actors, found, queue, 'shop_') == (None, 'default')
+    assert route_and_home(actors, message('other', 2), queue, 'shop_')[0] == 'other'
 
 
 class TestProducer:

@@ -307,7 +307,7 @@ class TestSending:
             """Nothing to do."""
 
         vars(plugin.producer)['_broker'] = Away()
-        vars(plugin.producer.lookup)['queue_of'] = lambda route: 'jobsync.sync_.n1'
+        vars(plugin.producer.lookup)['queue_of'] = lambda route, home: f'{home}.jobsync.sync_.n1'
         for number in range(3):
             update.send(str(number))
         assert found.queues['default'].qsize() == 3

@@ -49,7 +49,9 @@ def test_all_messages_go_home_and_none_is_lost(workers: Workers) -> None:
         workers.app.slow.send(n)
     for n in range(3):
         workers.app.homeless.send(n)
-    eventually(lambda: workers.depth('jobsync.sync_.parked') == 3 and workers.lines('slowend:'), 30)
+    eventually(
+        lambda: workers.depth('default.jobsync.sync_.parked') == 3 and workers.lines('slowend:'), 30
+    )
     busy = evacuate(workers)
     assert (busy['complete'], len(busy['busy'])) == (False, 1), busy
     os.killpg(worker.pid, signal.SIGKILL)

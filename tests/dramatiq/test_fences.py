@@ -144,7 +144,8 @@ def check_rescue_spares_the_living(server: BrokerServer) -> None:
     nodes = [RedisWorkerBroker(broker, 'shop_', UnknownOrigins()) for broker in brokers]
     try:
         for number, node in enumerate(nodes):
-            node.join(f'n{number}', f'jobsync.shop_.n{number}')
+            node.join(f'n{number}')
+            node.declare('default', f'default.jobsync.shop_.n{number}')
         for _ in range(3):
             nodes[0].send(message(None), 'default', None)
         assert all(node.take('default') is not None for node in nodes)

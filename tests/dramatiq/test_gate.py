@@ -25,7 +25,7 @@ from jobsync_dramatiq.hooks import Consumers
 from .stage import Stage, message
 from .stage import stage as make_stage
 
-PARKED = 'send jobsync.shop_.parked hops=0'
+PARKED = 'send default.jobsync.shop_.parked hops=0'
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ from tests.support.waiting import eventually
 
 from .conftest import Workers
 
-PARKED, UNKNOWN = 'jobsync.shop_.parked', 'jobsync.shop_.unknown'
-N1, N2 = 'jobsync.shop_.n1', 'jobsync.shop_.n2'
+PARKED, UNKNOWN = 'default.jobsync.shop_.parked', 'jobsync.shop_.unknown'
+N1, N2 = 'default.jobsync.shop_.n1', 'default.jobsync.shop_.n2'
+OLD_PARKED = 'jobsync.shop_.parked'
 
 
 class QuorumBroker(RabbitmqBroker):
@@ -66,7 +67,8 @@ class Space:
         native = kind(url=self.server.url(self.name), **options)
         self._stack.callback(native.close)
         opened: Any = open_broker(native, CoordinationConfig(appname='shop_'))
-        opened.join(name, f'jobsync.shop_.{name}')
+        opened.join(name)
+        opened.declare('default', f'default.jobsync.shop_.{name}')
         return opened
 
     def kinds(self) -> dict[str, str]:
@@ -116,7 +118,7 @@ class TestQueues:
         put(node, N1, 7)
         put(node, 'default', 8)
         kinds = quorum.kinds()
-        assert {kinds[name] for name in (N1, PARKED, UNKNOWN, 'default')} == {'quorum'}
+        assert {kinds[name] for name in (N1, PARKED, OLD_PARKED, UNKNOWN, 'default')} == {'quorum'}
         assert take_all(node, N1) == [7]
 
     def test_an_empty_queue_is_deleted_and_a_full_or_a_consumed_one_stays(
@@ -144,7 +146,7 @@ class TestQueues:
             other = quorum.node('n2')
             until = time.monotonic() + 20
             while not other.delete(N1) and time.monotonic() < until:
-                put(other, PARKED, *take_and_ack(other, N1))
+                put(other, OLD_PARKED, *take_and_ack(other, N1))
             deleted.set()  # or it never was, as the queue is still on its exchange
 
         thread = threading.Thread(target=delete)
@@ -155,13 +157,13 @@ class TestQueues:
             sent += 1
             after += deleted.is_set()
         thread.join(20)
-        eventually(lambda: node.size(PARKED) == sent, 10)
-        assert set(take_all(node, PARKED)) == set(range(sent)) and N1 not in quorum.kinds()
+        eventually(lambda: node.size(OLD_PARKED) == sent, 10)
+        assert set(take_all(node, OLD_PARKED)) == set(range(sent)) and N1 not in quorum.kinds()
 
     def test_one_whose_node_comes_back_meanwhile_is_reached_again(self, quorum: Space) -> None:
         node = quorum.node('n1')
         node.native.channel.queue_unbind(N1, 'jobsync.shop_', N1)
-        node.join('n1', N1)
+        node.declare('default', N1)
         put(node, N1, 3)
         assert take_all(node, N1) == [3]
 
@@ -225,7 +227,7 @@ class TestOtherArguments:
         self, by_default: Space, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = RabbitmqBroker(url=by_default.server.url(by_default.name))
-        for queue in (PARKED, UNKNOWN, f'{PARKED}.XQ'):
+        for queue in (OLD_PARKED, UNKNOWN, PARKED):
             first.channel.queue_declare(queue, durable=True, arguments={'x-queue-type': 'classic'})
         first.close()
         node = by_default.node('n1')

@@ -35,7 +35,8 @@ def test_each_message_runs_once_on_its_owner(workers: Workers) -> None:
     owners = workers.owners
     late = [line for line in workers.lines('keyed:') if int(line.split()[0].split(':')[1]) >= 100]
     assert all(
-        owners.find('k:' + line.split()[0].split(':')[1]).node == line.split()[1] for line in late
+        owners.find('k:' + line.split()[0].split(':')[1], 'default').node == line.split()[1]
+        for line in late
     )
     assert len({line.split()[1] for line in late}) == 2
 
@@ -87,7 +88,7 @@ def test_workers_hand_on_what_is_not_theirs(workers: Workers) -> None:
     assert set(workers.counts('routed:').values()) == {1}
     owners = workers.owners
     assert all(
-        owners.find('r:' + line.split()[0].split(':')[1]).node == line.split()[1]
+        owners.find('r:' + line.split()[0].split(':')[1], 'default').node == line.split()[1]
         for line in workers.lines('routed:')
     )
 
@@ -148,15 +149,16 @@ def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work
 def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(
     workers: Workers,
 ) -> None:
-    workers.start(1, '--queues', 'other')
-    workers.wait_for_nodes(1)
+    workers.start(1, '--queues', 'second')
+    workers.wait_for_nodes(1, 'second')
     workers.app.keyed.send(1)
-    eventually(
-        lambda: workers.counts('keyed:') == {'keyed:1': 1}, 10
-    )  # by the node's own queue, which the producer chose
     workers.app.homeless.send(1)
+    workers.app.on_second.send(1)
+    eventually(lambda: workers.counts('second:') == {'second:1': 1}, 10)
+    assert workers.depth('default') == 2 and workers.lines('keyed:') == []
     workers.start(1)
-    eventually(lambda: workers.depth('jobsync.sync_.parked') == 1, 20)
+    eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 20)
+    eventually(lambda: workers.depth('default.jobsync.sync_.parked') == 1, 20)
     assert workers.lines('homeless:') == []
     workers._environment['JOBSYNC_NODE_NAME'] = 'gpu-1'
     workers.start(1)
@@ -215,7 +217,7 @@ def test_a_producer_that_rabbitmq_refuses_the_exchange_sends_to_the_home_queue(
     plugin = JobSync(config=config)
     broker.add_middleware(plugin)
     actor: Any = dramatiq.actor(actor_name='keyed', broker=broker, jobsync_key='k')(lambda: None)
-    owners: Any = SimpleNamespace(find_fresh=lambda route: Place('n1', 'jobsync.sync_.n1'))
+    owners: Any = SimpleNamespace(find_fresh=lambda route, home: Place('n1', 'jobsync.sync_.n1'))
     plugin.producer.lookup.use(owners)
     rabbitmq_server.api(
         'PUT', f'permissions/{space}/guest', {'configure': '^default', 'write': '.*', 'read': '.*'}

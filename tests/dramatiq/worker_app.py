@@ -153,6 +153,41 @@ def on_second(n: int) -> None:
     note(f'second:{n}')
 
 
+@dramatiq.actor(queue_name='second', max_retries=0)
+@exactly_once(key='slow_second:{n}')
+def slow_second(n: int) -> None:
+    note(f'slow_second:{n}')
+    time.sleep(0.2)
+    note(f'slow_second_end:{n}')
+
+
+@dramatiq.actor(queue_name='second', max_retries=0)
+@exactly_once(key='failing:{n}')
+def failing(n: int) -> None:
+    raise ValueError('it fails')
+
+
+@dramatiq.actor(max_retries=0)
+def declare_late() -> None:
+    """Declare an actor, and its queue, while the worker runs."""
+    _declare_late()
+
+
+def _declare_late() -> Any:
+    if 'late' not in broker.actors:
+
+        @dramatiq.actor(queue_name='late', max_retries=0)
+        @exactly_once(key='late:{n}')
+        def late(n: int) -> None:
+            note(f'late:{n}')
+
+    return broker.actors['late']
+
+
+def send_late(n: int) -> None:
+    _declare_late().send(n)
+
+
 @dramatiq.actor(max_retries=0)
 def plain(n: Any) -> None:
     note(f'plain:{n}')

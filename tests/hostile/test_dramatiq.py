@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from dramatiq.common import current_millis
 
+from jobsync_core.worker.routing import is_of_cluster
 from tests.support.waiting import eventually
 
 from ..dramatiq.conftest import Workers, options, server, workers
@@ -27,7 +28,7 @@ from .messages import Hostile, bad_arguments, bad_stamps, forged_keys, random_st
 __all__ = ['options', 'server', 'workers']
 
 SEED = 20
-PARKED = 'jobsync.sync_.parked'
+PARKED, OLD_PARKED = 'default.jobsync.sync_.parked', 'jobsync.sync_.parked'
 
 
 class Wire:
@@ -50,7 +51,7 @@ class Wire:
             self._broker.client.hset(f'dramatiq:{queue}.msgs', number, data)
             self._broker.client.rpush(f'dramatiq:{queue}', number)
         else:
-            exchange = 'jobsync.sync_' if queue.startswith('jobsync.') else ''
+            exchange = 'jobsync.sync_' if is_of_cluster(queue, 'sync_') else ''
             self._broker.channel.basic_publish(exchange, queue, data)
 
     def dead(self, queue: str) -> list[bytes]:
@@ -119,7 +120,7 @@ def check(workers: Workers, wire: Wire, run: list[str], unroutable: int, unreada
     dead = eventually(
         lambda: found if len(found := wire.dead('default')) >= unroutable + unreadable else [], 10
     )
-    assert wire.dead(PARKED) == []  # the users of `default` look at its own dead letters
+    assert wire.dead(OLD_PARKED) == []  # the users of `default` look at its own dead letters
     assert len(dead) == unroutable + unreadable
     assert sorted(data for data in dead if data in UNREADABLE.values()) == sorted(
         UNREADABLE.values()
@@ -155,7 +156,7 @@ def test_what_lies_in_parked_and_orphaned_queues_harms_nobody_either(workers: Wo
     (orphan,) = wire.nodes()
     os.killpg(first.pid, signal.SIGKILL)  # its processes, too
     first.wait()
-    expected = mixed(wire, [orphan, PARKED])
+    expected = mixed(wire, [orphan, PARKED, OLD_PARKED])
     workers.start(2)
     workers.started.remove(first)
     check(workers, wire, *expected)

@@ -152,7 +152,7 @@ def test_what_grows_too_old_while_it_is_parked_is_among_the_dead_letters_of_its_
     workers.wait_for_nodes(1)
     for n in range(3):
         workers.app.aged.send(n)
-    eventually(lambda: workers.depth('jobsync.sync_.parked') == 3, 20)
+    eventually(lambda: workers.depth('default.jobsync.sync_.parked') == 3, 20)
     workers._environment['JOBSYNC_NODE_NAME'] = 'gpu-1'
     workers.start(1)
     eventually(lambda: not left(workers), 30)

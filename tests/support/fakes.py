@@ -44,6 +44,9 @@ class FakeJob:
     def task_to_token(self, route: str) -> int:
         return len(route)
 
+    def token_of(self, route: str, group: str = '') -> int:
+        return self.task_to_token(route)
+
 
 class FakeOwners:
     """An owner map that a test writes."""
