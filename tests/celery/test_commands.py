@@ -58,6 +58,7 @@ def ask(port: int, path: str) -> tuple[int, str]:
 def test_the_cluster_can_be_looked_at_and_steered(programs: Programs) -> None:
     assert 'red' in programs.run(f'{CELERY} jobsync status')
     assert 'red' in programs.run(f'{CELERY} jobsync who order-7')
+    assert 'red' in programs.run(f'{CELERY} jobsync who order-7 --queue celery')
     assert '%' in programs.run(f'{CELERY} jobsync locks list')
     programs.run(f'{CELERY} jobsync drain red')
     eventually(lambda: 'drain' in programs.run(f'{CELERY} jobsync status'), 30)
@@ -71,14 +72,18 @@ def test_a_worker_tells_of_itself(programs: Programs, port: int) -> None:
     assert status['node_name'] == 'red' and status['consuming'] is True
     assert ask(port, '/health/live')[0] == 200
     eventually(lambda: ask(port, '/health/ready')[0] == 200)
+    groups = {'celery': status['total_tokens']}
+    eventually(lambda: json.loads(ask(port, '/health/ready')[1]).get('groups') == groups)
     assert json.loads(ask(port, '/health/ready')[1]) == {
         'status': 'ready',
         'lease': True,
         'consuming': True,
         'coordinated': True,
         'node': 'red',
+        'groups': groups,
     }
     code, metrics = ask(port, '/metrics')
+    assert 'jobsync_group_tokens{node="red",queue_group="celery"}' in metrics
     assert code == 200 and 'jobsync_healthy{' in metrics and 'node="red"' in metrics
     programs.close()
     with pytest.raises(ConnectionRefusedError):

@@ -145,6 +145,7 @@ def test_with_the_lease_back_the_queue_is_made_again_before_the_worker_hears_of_
             'lease': False,
             'coordinated': True,
             'node': 'n1',
+            'groups': {'home': 0},
             'reason': 'no lease',
         }
         proxy.switch(Mode.PASS)
@@ -163,12 +164,15 @@ class TestHttp:
         assert (fetch(port, '/health/ready')[0], ready(port)['reason']) == (503, 'no lease')
         node.enter()
         node.start()
+        tokens = stage.config.total_tokens
+        eventually(lambda: ready(port).get('groups') == {'home': tokens})
         assert ready(port) == {
             'status': 'ready',
             'consuming': True,
             'lease': True,
             'coordinated': True,
             'node': 'n1',
+            'groups': {'home': tokens},
         }
         stage.problem = 'stopped'
         assert (fetch(port, '/health/ready')[0], ready(port)['reason']) == (503, 'stopped')
