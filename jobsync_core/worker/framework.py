@@ -61,6 +61,7 @@ class Framework:
 
     kind: str
     broker: NodeBroker
+    homes: Sequence[str]
     declare: Callable[[str, str], object]
     tasks: Callable[[], Iterable[str]]
     pins: Mapping[str, Sequence[str]]
@@ -69,7 +70,6 @@ class Framework:
     silence: Callable[[], float]
     patience: float
     on_lease: Callable[[bool], object]
-    homes: Sequence[str] = ('',)
     on_change: Callable[[], object] = lambda: None
     on_tick: Callable[[], object] = lambda: None
     on_rebalance: Callable[[RebalanceEvent], object] = lambda event: None

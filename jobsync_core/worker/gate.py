@@ -27,7 +27,6 @@ class Gate:
         settings: The plugin's.
         job: The node.
         pin_of: The patterns of a pinned task; None where a task has no pin.
-        in_groups: As for OwnerMap.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class Gate:
         settings: PluginSettings,
         job: Job,
         pin_of: Callable[[str], Sequence[str] | None] = lambda name: None,
-        in_groups: bool = True,
     ) -> None:
         self.job = job
         self.settings = settings
@@ -44,7 +42,7 @@ class Gate:
         self.sessions = Sessions(config, f'jobsync duties {job.node_name}')
         self._pinned = Pinned(pin_of)
         tables = Tables.of(config)
-        self.owners = OwnerMap(self.sessions, tables, settings.group_of, self._pinned, in_groups)
+        self.owners = OwnerMap(self.sessions, tables, settings.group_of, self._pinned)
         self.rules = Rules(config.appname, settings.max_hops, settings.on_unclaimed == 'drop')
         #: Whether this worker consumes a home queue, and is a member of its group soon.
         self.consumes: Callable[[str], bool] = lambda home: False

@@ -81,7 +81,7 @@ class WorkerNode:
         )
         job.prepare_fork()
         self.job: Job | None = job
-        self.gate = Gate(settings, job, framework.pins.get, '' not in framework.homes)
+        self.gate = Gate(settings, job, framework.pins.get)
         self._homes = self._make_homes(job)
         self.gate.consumes = lambda home: home in self._homes.wanted
         self.coordinated = True

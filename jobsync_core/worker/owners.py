@@ -82,8 +82,6 @@ class OwnerMap:
         tables: Names of the tables.
         group_of: The queue group of a home queue.
         pinned: The pins that this process knows.
-        in_groups: Messages of a home queue belong to its group; False: all to that of the plain
-            Job.
     """
 
     def __init__(
@@ -92,12 +90,10 @@ class OwnerMap:
         tables: Tables,
         group_of: Callable[[str], str] = lambda home: home,
         pinned: Pinned | None = None,
-        in_groups: bool = True,
     ) -> None:
         self._sessions = sessions
         self._tables = tables
         self._group_of = group_of
-        self._in_groups = in_groups
         self._pinned = pinned if pinned is not None else Pinned()
         self._copy = _Copy()
         #: An owner without a queue was found. It may be about to get one, which makes no other
@@ -128,7 +124,6 @@ class OwnerMap:
         Raises:
             InvalidTaskId: The route is no task id.
         """
-        home = home if self._in_groups else ''
         copy, group = self._copy, self._group_of(home)
         # First, as a route that is no task id is so in any group.
         offset = copy.hash_of(check_task_id(route).encode()) % copy.total_tokens
@@ -155,7 +150,7 @@ class OwnerMap:
 
     def is_deserted(self, home: str) -> bool:
         """Whether it is known that no node consumes a home queue."""
-        return self._in_groups and self._copy.lacks(self._group_of(home))
+        return self._copy.lacks(self._group_of(home))
 
     def find_fresh(self, route: str, home: str = '') -> Place | None:
         """As `find`, by a copy that is not older than a second; None while the database is away."""

@@ -20,7 +20,7 @@ from jobsync_core import CoordinationConfig, Job
 from jobsync_core.belonging import Belonging
 from jobsync_core.worker.duties.node import NodeDuties
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.routing import old_node_queue
+from jobsync_core.worker.routing import node_queue
 from jobsync_core.worker.settings import PluginSettings
 from jobsync_dramatiq.broker.opening import open_broker
 from tests.support.brokers import BrokerServer, RedisServer
@@ -30,12 +30,14 @@ from tests.support.waiting import eventually
 
 #: How many queues others have left, and for how long it is counted.
 _LEFT, _SECONDS = 500, 20.0
+#: The home queue of all of them.
+_HOME = 'jobs'
 
 
 def _celery(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
     app = Celery('sweeping', broker=url, set_as_current=False)
     broker = jobsync_celery.JobSync(app, config=config, route_producers=False).evacuable()
-    return broker, lambda node: broker.declare('', old_node_queue(config.appname, node))
+    return broker, lambda node: broker.declare(_HOME, node_queue(_HOME, config.appname, node))
 
 
 def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
@@ -44,7 +46,12 @@ def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str]
 
     native: Any = (RedisBroker if url.startswith('redis') else RabbitmqBroker)(url=url)
     broker = open_broker(native, config)
-    return broker, lambda node: broker.declare('default', old_node_queue(config.appname, node))
+
+    def make(node: str) -> None:
+        broker.join(node)
+        broker.declare(_HOME, node_queue(_HOME, config.appname, node))
+
+    return broker, make
 
 
 _OPEN = {'celery': _celery, 'dramatiq': _dramatiq}
@@ -63,7 +70,9 @@ class Fleet:
 
     def start(self, number: int, left: int) -> None:
         """Start nodes beside the queues of others, who have been gone for a minute."""
-        jobs = [Job(f'n{each}', self.config, wait_on_enter=0) for each in range(number)]
+        jobs = [
+            Job(f'n{each}', self.config, wait_on_enter=0, groups=[_HOME]) for each in range(number)
+        ]
         for job in jobs:
             job.belonging = Belonging(self.kind)
             self.stack.enter_context(job)
@@ -76,11 +85,12 @@ class Fleet:
         for node in (*gone, *(job.node_name for job in jobs)):
             query(
                 self.config,
-                """INSERT INTO "{}queue" (name, node, kind, gone_at)
-                   VALUES (%s, %s, %s, now() - make_interval(secs => %s))""",
+                """INSERT INTO "{}node_queue" (name, node, home, kind, gone_at)
+                   VALUES (%s, %s, %s, %s, now() - make_interval(secs => %s))""",
                 (
-                    old_node_queue(self.config.appname, node),
+                    node_queue(_HOME, self.config.appname, node),
                     node,
+                    _HOME,
                     self.kind,
                     60 if node in gone else None,
                 ),
@@ -89,7 +99,7 @@ class Fleet:
             self._start(job)
 
     def _start(self, job: Job) -> None:
-        gate = Gate(PluginSettings(config=self.config), job, in_groups=False)
+        gate = Gate(PluginSettings(config=self.config), job)
         broker, make = _OPEN[self.kind](self.url, self.config)
         make(job.node_name)
         self._count(gate.sessions, 'session')
@@ -99,7 +109,9 @@ class Fleet:
             gate,
             broker,
             self.kind,
-            fixed_homes(job, [''], lambda home: old_node_queue(self.config.appname, job.node_name)),
+            fixed_homes(
+                job, [_HOME], lambda home: node_queue(home, self.config.appname, job.node_name)
+            ),
             on_lease=lambda leased: None,
             on_change=lambda: None,
         )
@@ -123,7 +135,9 @@ class Fleet:
 
     @property
     def remembered(self) -> int:
-        return int(query(self.config, 'SELECT count(*) FROM "{}queue"')[0][0])
+        return int(
+            query(self.config, """SELECT count(*) FROM "{}node_queue" WHERE home <> ''""")[0][0]
+        )
 
 
 @pytest.fixture(params=sorted(_OPEN))

@@ -61,12 +61,8 @@ class NodeDuties:
         self._sessions = gate.sessions
         self._owners = owners = gate.owners
         config, node = gate.settings.config, gate.job.node_name
-        unknown, in_groups = gate.rules.unknown, '' not in homes.wanted
+        unknown, parked = gate.rules.unknown, gate.rules.parked
         interval = config.rebalance_check_interval_sec
-
-        def parked(home: str) -> str:
-            return gate.rules.parked(home if in_groups else '')
-
         self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
         passage = Passage(broker, node)
         self._parked = Parked(
@@ -89,7 +85,7 @@ class NodeDuties:
             owners,
             parked,
             count=gate.count,
-            stray=lambda home: self._parked.note(home if in_groups else ''),
+            stray=self._parked.note,
         )
         self.runner = Runner(
             node,

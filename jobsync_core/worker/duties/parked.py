@@ -130,7 +130,6 @@ class Parked:
                 or queue.stray
                 or queue.released != self._owners.version
                 or moment.now >= queue.looked + _OLD_LOOK_SEC
-                or '' in self._homes()
             ):
                 queue.looked = moment.now
                 self._look(home, queue, moment, stop)

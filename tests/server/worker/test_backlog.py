@@ -72,6 +72,7 @@ def node_of(config: CoordinationConfig) -> Iterator[Any]:
                 Framework(
                     kind='celery',
                     broker=Broker(Contents()),
+                    homes=['reports'],
                     declare=lambda *_: None,
                     tasks=lambda: ['known'],
                     pins={},
