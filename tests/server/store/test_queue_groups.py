@@ -234,6 +234,7 @@ class TestMissingRows:
         store.rows.run(f'DELETE FROM {store.tables.ring} WHERE tokens @> {first}')
         times[0] += 0.6
         assert store.lead('a').version == version + 1, 'nodes are told of these as well'
+        assert 1 not in store.held('a')
         times[0] += 0.6
         assert store.lead('a').version == version + 1
         times[0] += 0.6
