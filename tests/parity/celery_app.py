@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task
@@ -212,6 +213,14 @@ def _add_tasks(app: Celery, order: Order, once: Callable[[Any], Any]) -> None:
     def rejecting(label: str) -> None:
         order.note(label)
         raise Reject('no', requeue=False)
+
+    @task('poisonous', acks_late=True)
+    def poisonous(label: str) -> None:
+        # How often it runs is not compared: what a quorum queue counts begins anew where a message
+        # is sent on to another.
+        if label not in Path(order.notes).read_text().splitlines():
+            order.note(label)
+        raise Reject('once more', requeue=True)
 
     @task('rejecting_once', bind=True, acks_late=True)
     def rejecting_once(self: Any, label: str) -> str:

@@ -80,11 +80,13 @@ def _revoked(sender: Sender) -> Mapping[str, Any]:
     return {'': result}
 
 
-def _to_graveyard(task: str) -> Send:
+def _to_graveyard(task: str, count: int) -> Send:
+    """So many that some are sent on to the queue of a node, and some are not."""
+
     def send(sender: Sender, name: str = '') -> Mapping[str, Any]:
         with sender.app.connection_for_write() as connection:
             Queue('graveyard', _DEAD)(connection.default_channel).declare()
-        return {'': sender.send(task, name)}
+        return {str(n): sender.send(task, f'{name}.{n}') for n in range(count)}
 
     return send
 
@@ -255,7 +257,8 @@ KINDS = [
     _kind('replace', _replace, 2, 'SUCCESS instead'),
     _kind('ignore', _one('ignoring'), 1, ''),
     _kind('reject', _one('rejecting'), 1, ''),
-    _kind('dead_letter', _to_graveyard('rejecting'), 1, '', brokers=('rabbitmq',)),
+    _kind('dead_letter', _to_graveyard('rejecting', 8), 8, {}, brokers=('rabbitmq',)),
+    _kind('poison', _to_graveyard('poisonous', 6), 6, {}, brokers=('quorum',)),
     _kind('reject_requeue', _one('rejecting_once'), 2, 'SUCCESS'),
     _kind('by_name', _by_name, 1, 'SUCCESS 3'),
     _kind('same_id', _same_id, 2, 'SUCCESS 1', modes=_ALL_BUT_ONCE),
@@ -299,11 +302,24 @@ _DEAD_QUEUES = {
         Queue('dead.XQ', _DEAD),
     ]
 }
+_LIMITED = {
+    'x-queue-type': 'quorum',
+    'x-delivery-limit': 2,
+    'x-dead-letter-exchange': 'dead',
+    'x-dead-letter-strategy': 'at-most-once',
+}
 #: As Celery's chapter on quorum queues says.
 _QUORUM = {
     'task_default_queue_type': 'quorum',
     'task_default_exchange_type': 'topic',
     'worker_detect_quorum_queues': True,
+    'broker_transport_options': {'confirm_publish': True},
+}
+_LIMITED_QUEUES = {
+    'task_queues': [
+        Queue('celery', Exchange('celery'), routing_key='celery', queue_arguments=_LIMITED),
+        Queue(OTHER_QUEUE, queue_arguments=_LIMITED),
+    ],
     'broker_transport_options': {'confirm_publish': True},
 }
 _AMQP, _REDIS = ('rabbitmq',), ('redis',)
@@ -461,8 +477,17 @@ CONFIGURATIONS = [
         options=('-Q', f'celery,{OTHER_QUEUE}'),
         brokers=_AMQP,
         kinds=('plain', 'dead_letter', 'reject_requeue', 'other_queue'),
-        modes=('free',),
-        left={'graveyard': 1},
+        modes=('all', 'once', 'free'),
+        left={'graveyard': 8},
+    ),
+    Configuration(
+        'what cannot be delivered',
+        _LIMITED_QUEUES,
+        options=('-Q', f'celery,{OTHER_QUEUE}'),
+        brokers=('quorum',),
+        kinds=('plain', 'poison', 'dead_letter', 'reject_requeue', 'other_queue'),
+        modes=('all', 'once', 'free'),
+        left={'graveyard': 14},
     ),
     Configuration(
         'a queue with priorities and another without',
