@@ -28,6 +28,7 @@ from jobsync_core.worker.routing import home_of_queue, node_queue, parked_queue
 from jobsync_dramatiq import JobSync
 from jobsync_dramatiq.broker.redis_keys import broker_id
 from tests.support.brokers import BrokerServer
+from tests.support.waiting import eventually
 
 from .conftest import ROOT, Workers, options, server, workers
 
@@ -171,3 +172,23 @@ def test_the_command_finds_the_broker_by_its_name(workers: Workers) -> None:
     assert json.loads(jobsync('purge', 'default', '--yes', '--json'))['home'] == 3
     assert '0 messages of default deleted' in jobsync('purge', 'default', '--yes')
     assert 'is a str' in jobsync('backlog', '--app', 'tests.dramatiq.worker_app:ADDRESS', code=1)
+
+
+def test_what_waits_behind_a_busy_worker_is_counted_and_deleted(workers: Workers) -> None:
+    workers.start(1)
+    workers.wait_for_nodes(1)
+    for n in range(60):
+        workers.app.slow.send(n)
+    config = workers.app.plugin.settings.config
+    counter = workers.app.plugin.countable()
+
+    def found() -> HomeBacklog:
+        return read_backlog(counter, config).of('default')
+
+    own = f'default.jobsync.{config.appname}.'
+    eventually(lambda: any(place.startswith(own) for place in found().places), 30)
+    done = purge(counter, config, 'default')
+    assert done.total and sum(done.nodes.values()) == done.total - done.home
+    eventually(lambda: not found().backlog, 30)
+    # What was taken runs, and nothing else does.
+    eventually(lambda: len(workers.counts('slowend:')) == 60 - done.total, 60)
