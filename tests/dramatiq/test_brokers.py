@@ -518,6 +518,17 @@ class TestRedis:
             for queue in ('default', 'default.DQ', N1, PARKED)
         } == {'default': 2, 'default.DQ': 2, N1: 2, PARKED: 2}
 
+    def test_who_deletes_one_of_a_node_s_queues_leaves_what_it_has_taken_from_others(
+        self, redis: Place
+    ) -> None:
+        one, two = redis.node('n1'), redis.node('n2')
+        redis.put(one, 'default')
+        assert next_of(one.consume('default', 1, 50)) is not None
+        assert two.delete('second.jobsync.shop_.n1')  # which it does not consume any more
+        assert two.restore('n1') == 1
+        assert two.delete(N1)
+        assert [text for text in two.native.client.scan_iter() if b'.sources' in text] == []
+
     def test_what_is_passed_on_is_acknowledged_with_it(self, redis: Place) -> None:
         node = redis.node('n1')
         redis.put(node, 'default', 4)

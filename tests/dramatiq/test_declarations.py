@@ -292,6 +292,24 @@ class TestClasses:
 
 
 class TestSending:
+    def test_a_message_goes_to_its_owner_s_queue_for_the_queue_that_it_is_sent_to(self) -> None:
+        sent: list[str] = []
+
+        class Recording:
+            def send(self, message: Any, queue: str, *_: Any) -> None:
+                sent.append(queue)
+
+        plugin = JobSync(config=CONFIG)
+        found = StubBroker(middleware=[plugin])
+        actor: Any = dramatiq.actor(
+            actor_name='mail', queue_name='mail', broker=found, jobsync_key='{n}'
+        )(lambda n: None)
+        vars(plugin.producer)['_broker'] = Recording()
+        vars(plugin.producer.lookup)['queue_of'] = lambda route, home: f'{home}.of.{route}'
+        actor.send(1)
+        found.enqueue(actor.message(2).copy(queue_name='other'))
+        assert sent == ['mail.of.1', 'other.of.2']
+
     def test_that_messages_go_to_their_home_queue_is_said_once(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

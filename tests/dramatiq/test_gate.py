@@ -519,6 +519,12 @@ class TestBeforeTheActor:
         stage.gate.end(found)
         assert not stage.gate.busy(TokenSet([(4, 5)]))
 
+    def test_the_token_is_that_of_the_queue_s_group(self, stage: Stage) -> None:
+        vars(stage.job)['token_of'] = lambda route, group: {'default': 100}[group] + len(route)
+        stage.gate.begin(stage.receive(message('mine')))
+        assert stage.gate.busy(TokenSet([(104, 105)]))
+        assert not stage.gate.busy(TokenSet([(4, 5)]))
+
 
 class OtherBroker(dramatiq.Broker):
     """Of neither kind that the plugin knows."""
