@@ -42,7 +42,7 @@ def test_a_task_in_the_queue_of_its_node_may_take_as_long_as_it_needs(
     stage.module.once.delay(1, 'go')
     stage.wait_notes(['began 1'])
     (place,) = stage.broker.depths(stage.space)
-    assert place.startswith('jobsync.'), place
+    assert '.jobsync.' in place, place
     outlast(stage.broker.url(stage.space))
     (stage.place / 'go').touch()
     stage.check_nothing_lost()
