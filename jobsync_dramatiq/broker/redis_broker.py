@@ -58,6 +58,7 @@ class _Taken:
         """Publish it to a queue, then acknowledge it here."""
         self._broker.send(self.message, queue, self.route)
         self._broker.native.do_ack(self._queue, self._number)
+        self._broker.queues.let_go(self._queue, self._number)
 
     def requeue(self) -> None:
         """Requeue it. What cannot go back now does later: Redis gives nothing back
@@ -94,7 +95,7 @@ class RedisWorkerBroker:
         self._drop = register(scripts.DROP_SOURCE)
         #: Queues that the node's own thread has taken from, and that are named as such.
         self._sources: set[str] = set()
-        #: Queues that the node's own thread takes from, and nobody consumes here.
+        #: Queues that the node's own thread takes from.
         self._swept: set[str] = set()
 
     @property
@@ -180,7 +181,9 @@ class RedisWorkerBroker:
             RedisError, OSError: Redis cannot be asked; it is tried again.
         """
         self.queues.requeue_failed()
-        for queue in self._swept & self.queues.doubtful:
+        self.queues.let_all_go()
+        # What is consumed here its consumer looks after: it alone knows what it has fetched.
+        for queue in (self._swept & self.queues.doubtful) - self.queues.in_hand.keys():
             self.queues.recheck(queue)
 
     def restore(self, node: str) -> int:
@@ -223,8 +226,8 @@ class RedisWorkerBroker:
             return None
         self._sources.add(queue)
         self._swept.add(queue)
-        while found := self.queues.fetch(queue, 1):
-            number, data = found[0]
+        while found := self.queues.take(queue):
+            number, data = found
             try:
                 message = read_message(data)
                 if not isinstance(message, Refused):
@@ -232,7 +235,9 @@ class RedisWorkerBroker:
                 self.queues.set_aside(queue, number, data, message.reason)
             except BaseException:
                 self.queues.doubt(queue)  # it is taken, and nobody has it
+                self.queues.let_go(queue, number)
                 raise
+            self.queues.let_go(queue, number)
         return None
 
     def _drop_source(self, queue: str) -> None:

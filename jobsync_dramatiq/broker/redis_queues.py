@@ -66,6 +66,11 @@ class RedisQueues:
         self.node = ''
         #: What threads of this process work on or keep for later, by queue.
         self.in_hand: dict[str, set[str]] = {}
+        #: Queues and Redis ids of what the node's own thread has taken, perhaps from a queue that
+        #: is consumed here as well.
+        self._held: set[tuple[str, str]] = set()
+        #: Held while that thread takes something, and while is looked for what was lost.
+        self._taking = threading.Lock()
         #: Queues and Redis ids of what is to go back, and could not yet.
         self._failed: list[tuple[str, str]] = []
         #: Those of them of which an attempt goes on here.
@@ -107,6 +112,32 @@ class RedisQueues:
             self.doubt(queue)
             raise
         return [(text_of(found[place]), found[place + 1]) for place in range(0, len(found), 2)]
+
+    def take(self, queue: str) -> tuple[str, bytes] | None:
+        """Take one message for the node's own thread: Redis id and data. It is in that thread's
+        hand until it is let go or requeued.
+
+        Raises:
+            RedisError, OSError: As for `fetch`.
+        """
+        with self._taking:
+            found = self.fetch(queue, 1)
+            if not found:
+                return None
+            self._held.add((queue, found[0][0]))
+            return found[0]
+
+    def let_go(self, queue: str, number: str) -> None:
+        """The node's own thread is done with a message."""
+        self._held.discard((queue, number))
+
+    def let_all_go(self) -> None:
+        """The node's own thread has nothing in hand, but for what could not go back yet."""
+        with self._lock:
+            dropped = self._held.difference(self._failed)
+            self._held -= dropped
+        for queue in {queue for queue, _ in dropped}:
+            self.doubt(queue)  # an error came in between: it is taken, and nobody has it
 
     def _maintain(self, queue: str) -> None:
         """What Dramatiq's own fetches do for one in a thousand: look after workers that died, of
@@ -205,13 +236,16 @@ class RedisQueues:
         Raises:
             RedisError, OSError: Redis cannot be asked.
         """
-        found = self._native.client.smembers(self._keys.taken(self._native.broker_id, queue))
-        lost = {text_of(number) for number in found} - self.in_hand.get(queue, set())
-        if lost:
-            logger.warning(
-                'queue=%s: %d messages that this process had lost go back', queue, len(lost)
-            )
-            self._native.do_requeue(queue, *lost)
+        taken = self._keys.taken(self._native.broker_id, queue)
+        with self._taking:
+            found = {text_of(number) for number in self._native.client.smembers(taken)}
+            held = {number for place, number in list(self._held) if place == queue}
+            lost = found - self.in_hand.get(queue, set()) - held
+            if lost:
+                logger.warning(
+                    'queue=%s: %d messages that this process had lost go back', queue, len(lost)
+                )
+                self._native.do_requeue(queue, *lost)
 
     def requeue(self, items: list[tuple[str, str]], begun: bool = False) -> None:
         """Requeue messages; what cannot go back now is tried again by `requeue_failed`.
@@ -241,6 +275,7 @@ class RedisQueues:
                     return
                 self._failed.pop()
                 self._begun.discard(item)
+                self._held.discard(item)
                 self.in_hand.get(queue, set()).discard(number)
 
     def _mark_begun(self, queue: str, number: str) -> None:
