@@ -66,9 +66,9 @@ class RedisCounter:
             others = 1 if queue in nodes else len(everybody)
             ready, taken = next(answers), sum(islice(answers, others))
             delayed = sum(islice(answers, others + 1))
-            firsts[queue] = next(answers)
+            first = next(answers)
             if ready or taken or delayed:
-                found[queue] = QueueCount(ready, taken, delayed)
+                found[queue], firsts[queue] = QueueCount(ready, taken, delayed), first
         for queue, age in self._ages(firsts).items():
             found[queue] = replace(found[queue], oldest_sec=age)
         return found
