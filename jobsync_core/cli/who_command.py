@@ -20,7 +20,8 @@ __all__ = ['who_command']
     '--queue',
     metavar='Q',
     default='',
-    help='Who owns it for messages of this queue: the name of the queue, or of its queue group.',
+    help='Who owns it for messages of this queue; where queue_groups gives the queue one: the name '
+    'of its group.',
 )
 @database_options
 @click.pass_obj
