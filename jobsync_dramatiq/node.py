@@ -62,6 +62,8 @@ class WorkerProcess:
         self._leaving = False
         self._undo: list[Callable[[], object]] = []
         self._worker: Any = None
+        #: The node's queues that are not consumed yet: nothing is owned that comes by them.
+        self._coming: set[str] = set()
 
     @property
     def job(self) -> Job | None:
@@ -153,20 +155,22 @@ class WorkerProcess:
 
     def add_queue(self, home: str) -> None:
         """A queue was declared while the worker runs."""
-        node, consuming, appname = self._node, self.consuming, self._settings.config.appname
+        node, appname = self._node, self._settings.config.appname
         if (
             node is None
-            or consuming is None
             or is_of_cluster(home, appname)
             or home in node.queues
             or not self._consumes(home)
         ):
             return
-        consuming.rests(node_queue(home, appname, node.name))  # nobody could look at it before
+        self._coming.add(node_queue(home, appname, node.name))
         node.add_home(home, self._begin)
 
     def _begin(self, queue: str) -> None:
         """Consume another queue of the node's."""
+        if self.consuming is not None:
+            self.consuming.rests(queue)  # nobody could look at it before
+        self._coming.discard(queue)
         self._allow(queue)
         self._native.emit_after('declare_queue', queue)  # Dramatiq's worker begins by that
 
@@ -186,7 +190,8 @@ class WorkerProcess:
         node, consuming = self._node, self.consuming
         if node is None or consuming is None:
             return 0.0
-        return max((consuming.silence(queue) for queue in node.queues.values()), default=0.0)
+        queues = {*node.queues.values()} - self._coming
+        return max((consuming.silence(queue) for queue in queues), default=0.0)
 
     def _wait_for_servers(self, broker: WorkerBroker, node: WorkerNode) -> None:
         """Wait for a broker that is not up yet, for as long as it takes, as Dramatiq does; then for
