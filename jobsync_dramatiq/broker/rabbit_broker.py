@@ -26,6 +26,7 @@ from jobsync_core.logs import get_logger, shown
 from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
 from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.routing import WAITS
 
 from ..errors import BrokerAway
 from ..incoming import read_message
@@ -58,6 +59,10 @@ class _Taken:
     ) -> None:
         self._publisher, self._channel, self._raw = publisher, channel, raw
         self.message = message
+        if raw.redelivered:
+            message.options.setdefault(
+                WAITS, 1
+            )  # RabbitMQ does not say of a copy that it came before
         self.id, self.task = shown(message.message_id), message.actor_name
         self.route: str | None
         self.route, self.home = route_and_home(origins, message, raw.queue, appname)

@@ -41,6 +41,7 @@ class RawDelivery:
         data: The message.
         priority: Its priority.
         counted: It went back before, to a queue that counts that: a quorum queue.
+        redelivered: Somebody had taken it before.
     """
 
     queue: str
@@ -48,13 +49,15 @@ class RawDelivery:
     data: bytes
     priority: int | None
     counted: bool
+    redelivered: bool
 
     @classmethod
     def of(cls, queue: str, method: Any, properties: Any, data: bytes) -> RawDelivery:
         """Of what pika gives."""
         count = (properties.headers or {}).get('x-delivery-count')
         counted = isinstance(count, int) and count > 0
-        return cls(queue, method.delivery_tag, data, properties.priority, counted)
+        redelivered = bool(method.redelivered)
+        return cls(queue, method.delivery_tag, data, properties.priority, counted, redelivered)
 
 
 class RabbitPublisher:
@@ -95,7 +98,8 @@ class RabbitPublisher:
         Raises:
             ConnectionClosed: It is not known to be there.
         """
-        self._publish_raw(self._exchange_of(raw.queue), raw.queue, raw.data, raw.priority)
+        data = _come_before(raw.data) if raw.redelivered else raw.data
+        self._publish_raw(self._exchange_of(raw.queue), raw.queue, data, raw.priority)
 
     def requeues_anew(self, raw: RawDelivery) -> bool:
         """Where a queue counts what goes back, publish a message anew that went back before: at its
