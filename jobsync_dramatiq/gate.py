@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -192,7 +193,14 @@ class WorkerGate:
             for _, note in found:
                 note.sent_on = True  # no thread begins it any more
         for message, note in found:
-            self._pass_on(message, note)
+            try:
+                self._pass_on(message, note)
+            except Exception:  # it keeps none behind it in hand, which no thread would begin
+                logger.exception(
+                    'id=%s: the gate failed; the message goes back', message.message_id
+                )
+                with contextlib.suppress(Exception):  # then it goes back with its connection
+                    note.source.requeue(message)
 
     def _pass_on(self, message: Any, note: Note) -> None:
         outcome = self.place(note.received)

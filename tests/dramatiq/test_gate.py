@@ -589,6 +589,25 @@ class TestRecall:
         stage.gate.recall()
         assert stage.log == ['requeue'] and stage.process(found) == []
 
+    def test_one_that_fails_keeps_none_behind_it_in_hand(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stage.job.mine.add('odd')
+        for key in ('odd', 'mine'):
+            stage.receive(message(key))
+        stage.job.mine.clear()
+        stage.owners.places['mine'] = Place('n2', 'q2')
+        find = stage.owners.find
+
+        def find_badly(route: str, home: str = '') -> Place:
+            if route == 'odd':
+                raise RuntimeError('nobody foresaw it')
+            return find(route, home)
+
+        monkeypatch.setattr(stage.owners, 'find', find_badly)
+        stage.gate.recall()
+        assert stage.log == ['requeue', 'send q2 hops=1', 'ack']
+
     def test_what_has_no_owner_yet_goes_back(self, stage: Stage) -> None:
         stage.receive(message('mine'))
         stage.job.mine.clear()
