@@ -239,8 +239,9 @@ class RedisQueues:
         taken = self._keys.taken(self._native.broker_id, queue)
         with self._taking:
             found = {text_of(number) for number in self._native.client.smembers(taken)}
-            held = {number for place, number in list(self._held) if place == queue}
-            lost = found - self.in_hand.get(queue, set()) - held
+            known = (*list(self._held), *list(self._failed))  # what could not go back yet, does
+            lost = found - self.in_hand.get(queue, set())
+            lost -= {number for place, number in known if place == queue}
             if lost:
                 logger.warning(
                     'queue=%s: %d messages that this process had lost go back', queue, len(lost)

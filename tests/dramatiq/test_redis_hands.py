@@ -1,5 +1,5 @@
 """Two threads of a worker take from one of the node's own queues at Redis, its consumer and the
-node's own: neither takes for lost what the other has in hand.
+node's own: neither takes for lost what the other has in hand, or puts back what went back already.
 """
 
 from __future__ import annotations
@@ -123,3 +123,22 @@ def test_what_an_error_made_the_nodes_own_thread_drop_goes_back(
     assert broker.take(_OWN) is not None
     broker.requeue_failed()
     assert [consumer.next(patient=False) is not None for _ in range(4)] == [True] * 4
+
+
+def test_what_could_not_go_back_goes_back_once(
+    native: _Native, broker: RedisWorkerBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = broker.consume(_OWN, 8, 1)
+    assert consumer.next(patient=False) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(native, 'do_requeue', raising)
+        consumer.close([])  # three are fetched and not handed out
+    consumer = broker.consume(_OWN, 8, 1)  # Redis is back, before the node's own thread has looked
+    taken = [consumer.next(patient=False)]
+    broker.requeue_failed()
+    taken += [consumer.next(patient=False) for _ in range(4)]
+    assert sorted(each.args[0] for each in taken if each is not None) == [1, 2, 3]
+
+
+def raising(*_: object) -> None:
+    raise ConnectionError('Redis is away')
