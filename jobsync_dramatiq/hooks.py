@@ -32,7 +32,9 @@ class Consumers(dict[str, Any]):
     def __getitem__(self, queue: str) -> Any:
         own = self.get(queue)
         if own is None or own.consumer is None:
-            return next((found for found in self.values() if found.consumer is not None), own)
+            # As it is: a queue that is declared now gets its consumer by another thread.
+            others = list(self.values())
+            return next((found for found in others if found.consumer is not None), own)
         return own
 
 

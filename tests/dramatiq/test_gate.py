@@ -558,6 +558,17 @@ def test_a_message_that_came_by_the_node_s_queue_does_not_need_its_own_queue_s_c
     assert consumers['home'] is early
 
 
+def test_a_consumer_that_comes_meanwhile_is_no_error() -> None:
+    class Early:
+        @property
+        def consumer(self) -> None:
+            consumers['late'] = SimpleNamespace(consumer=object())
+
+    ready = SimpleNamespace(consumer=object())
+    consumers = Consumers(early=Early(), ready=ready)
+    assert consumers['elsewhere'] is ready
+
+
 def check_recalled(stage: Stage) -> None:
     found = stage.receive(message('mine'))
     assert found is not None and stage.log == []
