@@ -107,6 +107,8 @@ class RabbitDeclarations:
         # subclass may say it.
         theirs = self._native._build_queue_arguments(home)
         kept = {name: value for name, value in theirs.items() if name not in _NOT_KEPT}
+        if kept.get('x-dead-letter-strategy') == 'at-least-once':
+            kept['x-overflow'] = 'reject-publish'  # RabbitMQ wants both
         self._make(queue, {consumer_timeout.ARGUMENT: consumer_timeout.LONGEST_MS, **kept})
         self._make(parked_queue(home, self._appname), kept)
         for each in (queue, parked_queue(home, self._appname)):
