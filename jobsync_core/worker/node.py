@@ -296,12 +296,13 @@ class WorkerNode:
         leased = self._job.am_i_healthy()
         problem = 'no lease' if self.coordinated and not leased else ''
         problem = problem or refusal(self._job, clock.now()) or self._framework.problem()
+        groups = self._job.local_status().get('groups') if self.coordinated else None
         return {
             'consuming': not problem,
             'lease': leased,
             'coordinated': self.coordinated,
             'node': self.name,
-            **({'groups': groups} if (groups := self._job.local_status().get('groups')) else {}),
+            **({'groups': groups} if groups else {}),
             **({'reason': problem} if problem else {}),
         }
 
