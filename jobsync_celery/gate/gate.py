@@ -329,7 +329,7 @@ class ConsumerGate:
         """What waits for a process or a thread, and belongs to others by now, goes on to them. In
         the event loop.
         """
-        for request, note in list(self._dispatched.items()):
+        for request, note in self._at_the_pool():
             if (
                 request in state.reserved_requests
                 and not self._gate.may_begin(note.received)
@@ -353,8 +353,16 @@ class ConsumerGate:
             and self._pool_entry.has_begun(request)
             and (token := job.token_of(note.key, group_of(note.home))) is not None
             and token in tokens
-            for request, note in list(self._dispatched.items())
+            for request, note in self._at_the_pool()
         )
+
+    def _at_the_pool(self) -> list[tuple[Any, Note]]:
+        """What was handed to the pool. Any thread may ask while the event loop hands it more: the
+        references are copied in one step, the dictionary's items are not.
+        """
+        requests = (reference() for reference in self._dispatched.keyrefs())
+        found = ((each, self._dispatched.get(each)) for each in requests if each is not None)
+        return [(request, note) for request, note in found if note is not None]
 
     def _not_run(self, item: Delivery, error: Exception) -> None:
         self._not_taken(
@@ -381,7 +389,7 @@ class ConsumerGate:
         """Requeue what is executed here, if its task completes once: others execute it, and this
         attempt's end does not count.
         """
-        for request, note in list(self._dispatched.items()):
+        for request, note in self._at_the_pool():
             if request not in state.active_requests or request.acknowledged:
                 continue
             try:

@@ -4,6 +4,8 @@ owner when the key is given away, and holds up no hand-over meanwhile.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -103,6 +105,32 @@ class TestProcesses:
         stage.give_away()
         stage.gate.recall()
         assert stage.log == ['pool'], 'it runs'
+
+    def test_a_hand_over_may_ask_while_the_event_loop_hands_more_to_the_pool(
+        self, stage: Slots
+    ) -> None:
+        wait_for_a_slot(stage)
+        stage.free()
+        ended = threading.Event()
+        before = sys.getswitchinterval()
+
+        def hand_over_more() -> None:
+            while not ended.is_set():
+                message = Message('mine')
+                stage.receive(message)
+                stage.consumer.on_task_request(Request(stage, message))
+                if len(stage.waiting) > 200:
+                    stage.waiting.popleft()
+
+        loop = threading.Thread(target=hand_over_more)
+        sys.setswitchinterval(1e-5)
+        loop.start()
+        try:
+            assert all(stage.busy() for _ in range(500))
+        finally:
+            sys.setswitchinterval(before)
+            ended.set()
+            loop.join()
 
     def test_what_cannot_be_sent_waits_and_runs_here_once_if_the_key_comes_back(
         self, stage: Slots
