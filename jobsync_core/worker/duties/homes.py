@@ -128,6 +128,8 @@ class Homes:
     def _begin(self, home: str, ready: Callable[[str], object]) -> None:
         queue = self._name_of(home)
         with self._lock:
+            if self._adding.get(home) is not ready:
+                return  # it was dropped meanwhile, or added once more
             self.queues = MappingProxyType({**self.queues, home: queue})
         self._record(home, queue)
         self._declare(home, queue)

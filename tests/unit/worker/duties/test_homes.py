@@ -113,6 +113,14 @@ def test_one_that_is_dropped_while_it_is_added_ends(stage: Stage) -> None:
     assert stage.homes.wanted == {'mail'} == {*stage.homes.queues}
 
 
+def test_one_that_is_dropped_before_its_turn_comes_is_not_begun(stage: Stage) -> None:
+    stage.on_ready = lambda queue: stage.homes.drop('web', stage.done)
+    stage.homes.add('gpu', stage.ready)
+    stage.homes.add('web', stage.ready)
+    assert 'consume web.jobsync.shop_.n1' not in stage.run()
+    assert {*stage.homes.queues} == {'mail', 'gpu'}
+
+
 def test_one_that_is_added_again_as_it_ends_is_there(stage: Stage) -> None:
     def done(queue: str) -> None:
         stage.log.append('stop')
