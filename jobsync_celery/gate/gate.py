@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
@@ -75,7 +76,7 @@ class ConsumerGate:
         self._gate = gate
         self._consumer = consumer
         self._tasks = tasks
-        self._forwarder = forwarder
+        self._queues, self._forwarder = queues, forwarder
         self._refusals = Refusals(app, consumer, gate.count, queues, forwarder)
         self._solo = solo
         self._is_node = is_node
@@ -313,7 +314,10 @@ class ConsumerGate:
             self._placing.place(item)
 
     def _requeue(self, message: Any, note: Note, plainly: Callable[[], object]) -> None:
-        requeue(message, note.home, self._forwarder, plainly)
+        # A node that was taken for dead: others may have deleted its queue.
+        evicted = note.received.incarnation != self._gate.job.incarnation
+        deleted = evicted and self._queues.is_of_node(message)
+        requeue(message, note.home, self._forwarder, plainly, deleted)
 
     def _may_begin(self, request: Any) -> bool:
         note = note_of(request.message)
@@ -399,7 +403,14 @@ class ConsumerGate:
                         request.name,
                         request.id,
                     )
-                    request.reject(requeue=True)
+                    message = request.message
+                    requeue(
+                        message,
+                        note.home,
+                        self._forwarder,
+                        partial(request.reject, requeue=True),
+                        self._queues.is_of_node(message),
+                    )
             except Exception as error:  # each on its own
                 logger.warning('Task %s[%s] does not go back: %r', request.name, request.id, error)
 

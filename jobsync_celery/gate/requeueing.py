@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobsync_core.worker.routing import HOME
+from jobsync_core.worker.routing import HOME, REDELIVERED
 
 from ..broker.forwarding import Forwarder
 from ..logs import get_logger
@@ -19,22 +19,31 @@ logger = get_logger(__name__)
 _COUNT = 'x-delivery-count'
 
 
-def requeue(message: Any, home: str, forwarder: Forwarder, plainly: Callable[[], object]) -> None:
+def requeue(
+    message: Any,
+    home: str,
+    forwarder: Forwarder,
+    plainly: Callable[[], object],
+    deleted: bool = False,
+) -> None:
     """Requeue a message. One that has been given back already, to a queue that counts that, is
     published to its own queue in place of it, so that a database that is away for long costs no
-    message. What a task itself gives back is counted: that limit is its user's.
+    message. So is one whose queue may have been deleted meanwhile: RabbitMQ drops what is requeued
+    to such a queue. What a task itself gives back is counted: that limit is its user's.
 
     Args:
         message: Kombu's message.
         home: The queue that it was sent to.
         forwarder: Passes messages on.
         plainly: Requeues it, unless it is acknowledged.
+        deleted: The queue that it came from may be gone.
     """
     headers = message.headers if isinstance(message.headers, Mapping) else {}
     count = headers.get(_COUNT)
-    if home and isinstance(count, int) and count > 0 and not message.acknowledged:
+    counted = isinstance(count, int) and count > 0
+    if home and (counted or deleted) and not message.acknowledged:
         try:
-            forwarder.send(home, message, {**headers, HOME: home})
+            forwarder.send(home, message, {**headers, HOME: home, REDELIVERED: True})
             message.ack()
         except Exception as error:  # the broker takes nothing just now, for one
             logger.debug('given back, and counted: %r', error)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.worker import state
 
+from jobsync_celery.broker.queues import Queues
 from jobsync_celery.gate.requeueing import requeue
-from jobsync_core.worker.routing import HOME
+from jobsync_core.worker.routing import HOME, REDELIVERED
 
 from .consumers import Message, bench
 
@@ -21,7 +23,9 @@ class _Message:
         self.acknowledged = True
 
 
-def _requeue(message: Any, home: str = 'jobs', error: Exception | None = None) -> list[Any]:
+def _requeue(
+    message: Any, home: str = 'jobs', error: Exception | None = None, deleted: bool = False
+) -> list[Any]:
     log: list[Any] = []
 
     def send(queue: str, message: Any, headers: dict[str, Any]) -> None:
@@ -33,7 +37,7 @@ def _requeue(message: Any, home: str = 'jobs', error: Exception | None = None) -
         log.append('requeued' if not message.acknowledged else 'done')
 
     forwarder: Any = SimpleNamespace(send=send)
-    requeue(message, home, forwarder, plainly)
+    requeue(message, home, forwarder, plainly, deleted)
     return log
 
 
@@ -48,6 +52,12 @@ def test_the_next_time_it_is_published_anew() -> None:
     message = _Message({'x-delivery-count': 1, 'id': 'm1'})
     ((queue, headers), done) = _requeue(message)
     assert (queue, headers[HOME], headers['id'], done) == ('jobs', 'jobs', 'm1', 'done')
+
+
+def test_to_a_queue_that_may_be_deleted_it_is_published_the_first_time() -> None:
+    ((queue, headers), done) = _requeue(_Message({'id': 'm1'}), deleted=True)
+    assert (queue, headers[HOME], headers[REDELIVERED], done) == ('jobs', 'jobs', True, 'done')
+    assert _requeue(_Message({}), deleted=True, error=OSError('away')) == ['requeued']
 
 
 def test_where_that_cannot_be_it_goes_back_all_the_same() -> None:
@@ -69,4 +79,34 @@ def test_the_gate_gives_back_like_that(monkeypatch: pytest.MonkeyPatch, late: bo
             stage.dispatch(message)
         stage.log.clear()
         stage.gate.requeue_waiting()
+        assert stage.log[:2] == ['send celery hops=0', 'acknowledged']
+
+
+@pytest.mark.parametrize(
+    ('of_node', 'expected'), [(True, 'send celery hops=0'), (False, 'requeue')]
+)
+def test_what_an_earlier_life_has_from_its_own_queue_is_not_lost_with_that(
+    monkeypatch: pytest.MonkeyPatch, of_node: bool, expected: str
+) -> None:
+    monkeypatch.setattr(Queues, 'is_of_node', lambda self, message: of_node)
+    with bench(monkeypatch) as stage:
+        message = Message('mine', hops=0)
+        vars(message)['ack'] = lambda: stage.log.append('acknowledged')
+        stage.receive(message)
+        stage.job.incarnation = 'another life'  # its ETA has come, after an eviction
+        assert stage.dispatch(message)[0] == expected
+
+
+def test_what_runs_without_a_lease_is_not_lost_with_its_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Queues, 'is_of_node', lambda self, message: True)
+    with bench(monkeypatch) as stage:
+        message = Message('mine', hops=0, task='once')
+        vars(message)['ack'] = lambda: stage.log.append('acknowledged')
+        stage.receive(message)
+        stage.dispatch(message)
+        stage.log.clear()
+        state.active_requests.add(stage.request)
+        stage.gate.requeue_running()
         assert stage.log[:2] == ['send celery hops=0', 'acknowledged']
