@@ -133,6 +133,7 @@ class WorkerHooks:
                 tasks=lambda: list(self._app.tasks),
                 pins=self._pins,
                 busy=self._busy,
+                in_hand=self._in_hand,
                 problem=lambda: '' if self._consumes() else 'not consuming',
                 silence=loop_watch.silence,
                 patience=settings.config.heartbeat_timeout_sec + _LOOP_SEC,
@@ -280,6 +281,9 @@ class WorkerHooks:
 
     def _busy(self, tokens: TokenSet) -> bool:
         return self._gate is not None and self._gate.busy(tokens)
+
+    def _in_hand(self, home: str) -> bool:
+        return self._gate is not None and self._gate.in_hand(home)
 
     def _rebalanced(self, event: RebalanceEvent) -> None:
         rebalanced.send(sender=self._app, event=event)

@@ -91,6 +91,8 @@ class ConsumerGate:
             on_parked=on_parked,
         )
         self._dispatched: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
+        #: Messages from queues of this node on RabbitMQ, and the home queue of each.
+        self._of_node: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._retries = Retries(
             lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count
         )
@@ -117,6 +119,8 @@ class ConsumerGate:
         handle = self._make_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
+            if self._queues.is_of_node(message):
+                self._of_node[message] = self._queues.home_of(message)
             if is_refused(message):
                 self._refusals.reject_refused(message)
                 return
@@ -368,6 +372,16 @@ class ConsumerGate:
         found = ((each, self._dispatched.get(each)) for each in requests if each is not None)
         return [(request, note) for request, note in found if note is not None]
 
+    def in_hand(self, home: str) -> bool:
+        """Whether a message from this node's queue for a home queue is not acknowledged yet, and
+        would be lost with that queue. Redis has a record of each.
+        """
+        messages = (reference() for reference in self._of_node.keyrefs())
+        return any(
+            each is not None and not each.acknowledged and self._of_node.get(each) == home
+            for each in messages
+        )
+
     def _not_run(self, item: Delivery, error: Exception) -> None:
         self._not_taken(
             item.message, error, lambda: self._placing.place(item), item.refuse, item.requeue
@@ -381,6 +395,7 @@ class ConsumerGate:
 
     def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
+        self._of_node.clear()
         self._placing.disconnected()
         self._retries.disconnected()
 

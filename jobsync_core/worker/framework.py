@@ -43,6 +43,8 @@ class Framework:
         tasks: The names of the tasks, or actors, that the worker knows at this moment.
         pins: Pinned tasks.
         busy: Whether work on one of these tokens is running.
+        in_hand: Whether the worker has a message that is not acknowledged from the node's queue for
+            a home queue, and the broker would lose it with that queue.
         problem: Why the worker takes no messages; '' where it does.
         silence: Seconds for which it has taken none.
         patience: Seconds of silence after which the node gives its keys to others.
@@ -70,6 +72,7 @@ class Framework:
     silence: Callable[[], float]
     patience: float
     on_lease: Callable[[bool], object]
+    in_hand: Callable[[str], bool] = lambda home: False
     on_change: Callable[[], object] = lambda: None
     on_tick: Callable[[], object] = lambda: None
     on_rebalance: Callable[[RebalanceEvent], object] = lambda event: None

@@ -100,7 +100,8 @@ class WorkerNode:
             record=lambda home, queue: registry.record({home: queue}, job.belonging),
             declare=self._framework.declare,
             enroll=job.enroll,
-            holds=lambda home: job.holds(settings.group_of(home)),
+            # A sweeper deletes a queue that looks empty: what has an ETA would go with it.
+            holds=lambda home: job.holds(settings.group_of(home)) or self._framework.in_hand(home),
             retire=registry.retire,
             problem=lambda homes: divided(settings.queue_groups, homes),
         )

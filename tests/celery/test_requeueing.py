@@ -110,3 +110,20 @@ def test_what_runs_without_a_lease_is_not_lost_with_its_queue(
         state.active_requests.add(stage.request)
         stage.gate.requeue_running()
         assert stage.log[:2] == ['send celery hops=0', 'acknowledged']
+
+
+@pytest.mark.parametrize('of_node', [True, False])
+def test_what_is_in_hand_from_the_queue_of_this_node_is_known_until_it_is_acknowledged(
+    monkeypatch: pytest.MonkeyPatch, of_node: bool
+) -> None:
+    monkeypatch.setattr(Queues, 'is_of_node', lambda self, message: of_node)
+    with bench(monkeypatch) as stage:
+        message, lost = Message('mine'), Message('mine')
+        receive = stage.consumer.create_task_handler()
+        receive(message)
+        assert stage.gate.in_hand('celery') == of_node and not stage.gate.in_hand('gpu')
+        message.state = 'ack'
+        assert not stage.gate.in_hand('celery')
+        receive(lost)
+        stage.gate.disconnected()
+        assert not stage.gate.in_hand('celery'), 'the broker has it back'

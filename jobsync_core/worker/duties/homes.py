@@ -32,7 +32,8 @@ class Homes:
         record: Writes down that the node has a queue: the home queue, the queue.
         declare: Makes it at the broker.
         enroll: Belong to these groups, and no others; returns at once.
-        holds: Whether the node has something of the group of a home queue, or may get some.
+        holds: Whether the node has something of the group of a home queue, or may get some, or has
+            something in hand from its queue for it.
         retire: The node has these queues and none besides.
         problem: What is wrong with a worker that consumes these home queues; '' for nothing.
 
