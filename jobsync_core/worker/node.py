@@ -98,7 +98,7 @@ class WorkerNode:
             name_of=lambda home: node_queue(home, settings.config.appname, self.name),
             groups=lambda homes: whole_groups(settings.queue_groups, homes),
             record=lambda home, queue: registry.record({home: queue}, job.belonging),
-            declare=self._framework.declare,
+            declare=partial(self._declare_unswept, registry),
             enroll=job.enroll,
             # A sweeper deletes a queue that looks empty: what has an ETA would go with it.
             holds=lambda home: job.holds(settings.group_of(home)) or self._framework.in_hand(home),
@@ -283,11 +283,19 @@ class WorkerNode:
         for home, queue in self.queues.items():
             self._framework.declare(home, queue)
 
+    def _declare_unswept(self, registry: QueueRegistry, home: str, queue: str) -> None:
+        # Who began to sweep it when it was nobody's may be about to delete it.
+        with registry.held(self.name) as held:
+            if not held:
+                raise JobSyncError(f'{queue!r} is being swept; it is consumed after that')
+            self._framework.declare(home, queue)
+
     def _lease_changed(self, leased: bool) -> None:
         if leased:
-            self._declare()
+            # This waits for who sweeps what is this node's, and may be about to delete its queues.
             if self._framework.comes_back and self._duties is not None:
                 self._duties.restore_former()
+            self._declare()
         self._framework.on_lease(leased)
 
     def ready(self) -> dict[str, object]:

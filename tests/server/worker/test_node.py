@@ -150,7 +150,7 @@ def test_with_the_lease_back_the_queue_is_made_again_before_the_worker_hears_of_
         }
         proxy.switch(Mode.PASS)
         eventually(lambda: True in stage.log, 30)
-        assert stage.log == [False, 'declare home', 'restore n1', True]
+        assert stage.log == [False, 'restore n1', 'declare home', True]
 
 
 class TestHttp:
