@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from amqp.exceptions import ChannelError, RecoverableConnectionError
+
 from jobsync_core import clock
 from jobsync_core.job import Job
 from jobsync_core.worker.when_to_consume import Consume, WhenToConsume
@@ -83,7 +85,7 @@ class LeasedConsumer:
         consumer = self._consumer.task_consumer
         if consumer is not None and self._connected:
             if self._consuming:
-                consumer.consume()
+                self._consume_again(consumer)
             else:
                 consumer.cancel()
 
@@ -113,7 +115,7 @@ class LeasedConsumer:
             self._stop(found)
         elif found is Consume.NOW and not self._consuming:
             self._consuming = True
-            consumer.consume()
+            self._consume_again(consumer)
             if self._stopped_by is Consume.NO_LEASE:
                 logger.info('JobSync: the lease is valid again; consuming goes on')
         elif found is Consume.PAUSED:
@@ -124,6 +126,18 @@ class LeasedConsumer:
             # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
             # comes from.
             self._gate.requeue_running()
+
+    def _consume_again(self, consumer: Any) -> None:
+        """Others may have deleted the queues of a node that was taken for dead. The duties make
+        them again, perhaps not as soon as this. A timer of the event loop only logs what RabbitMQ
+        says of a queue that is not there, and nothing would be consumed from then on.
+        """
+        try:
+            if self._is_rabbit and self._stopped_by is Consume.NO_LEASE:
+                self._gate.declare_own(consumer)
+            consumer.consume()
+        except ChannelError as error:
+            raise RecoverableConnectionError(str(error)) from error  # so it connects anew
 
     def _stop(self, why: Consume) -> None:
         self._consuming, self._stopped_by = False, why

@@ -393,6 +393,12 @@ class ConsumerGate:
         self._placing.look()
         self._retries.look()
 
+    def declare_own(self, consumer: Any) -> None:
+        """Make the queues of this node that a consumer of kombu's has."""
+        for queue in consumer.queues:
+            if self._queues.is_of_cluster(queue.name):
+                queue.declare()
+
     def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
         self._of_node.clear()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from amqp.exceptions import NotFound, RecoverableConnectionError
 from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.exceptions import (
@@ -916,6 +917,41 @@ def test_a_reconnect_leaves_one_look_at_the_lease(stage: Bench) -> None:
         assert sum(entry.live for entry in looks) == 1
         leased.disconnected()
         assert sum(entry.live for entry in looks) == 0
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_queues_that_others_have_deleted_are_made_before_they_are_consumed_again(
+    stage: Bench, there: bool
+) -> None:
+    """The lease comes back on RabbitMQ. Is one deleted even now, the worker connects anew."""
+
+    def queue(name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, declare=lambda: stage.log.append(f'declare {name}'))
+
+    def consume() -> None:
+        if not there:
+            raise NotFound('no queue')
+        stage.log.append('consume')
+
+    stage.consumer.task_consumer = SimpleNamespace(
+        queues=[queue('celery'), queue('celery.jobsync.shop_.n1')],
+        cancel=lambda: stage.log.append('cancel'),
+        consume=consume,
+    )
+    stage.consumer.timer.call_repeatedly = lambda seconds, call: None
+    stage.consumer.connection = None
+    leased = leased_consumer(stage, 'amqp')
+    leased.connected()
+    stage.job.leased = False
+    leased.follow()
+    stage.job.leased = True
+    if there:
+        leased.follow()
+        assert stage.log == ['cancel', 'declare celery.jobsync.shop_.n1', 'consume']
+    else:
+        for consume_again in (leased.follow, leased.queues_changed):
+            with pytest.raises(RecoverableConnectionError):
+                consume_again()
 
 
 class TestRefusals:
