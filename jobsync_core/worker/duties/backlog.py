@@ -20,7 +20,8 @@ logger = get_logger(__name__)
 #: Seconds after a plan at which the queues are looked at once more: who has an older map still
 #: sends to them.
 _AGAIN_SEC = 1.0
-#: Seconds after which a look ends, however much there is: other duties wait.
+#: Seconds after which a look ends, however much there is: other duties wait. Where it has passed
+#: something on, another one follows.
 _LONGEST_SEC = 5.0
 
 
@@ -74,10 +75,13 @@ class Backlog:
         again = moment.now + _AGAIN_SEC if moment.version != self._version else float('inf')
         self._version, self._at = moment.version, moment.now
         for queue in self._queues():
-            self._pass_on(queue, lambda: stop() or self._now() > moment.now + _LONGEST_SEC)
+            if self._pass_on(queue, lambda: stop() or self._now() > moment.now + _LONGEST_SEC):
+                again = moment.now + _AGAIN_SEC
         self._at = again
 
-    def _pass_on(self, queue: str, stop: Callable[[], bool]) -> None:
+    def _pass_on(self, queue: str, stop: Callable[[], bool]) -> bool:
+        """Whether there is more that belongs elsewhere, as far as that shows."""
+
         def where(delivery: Delivery) -> str | None:
             if delivery.route is None:
                 return None
@@ -100,3 +104,4 @@ class Backlog:
                 passed.moved,
                 passed.stayed,
             )
+        return passed.moved > 0 and not passed.whole

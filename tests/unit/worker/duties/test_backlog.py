@@ -101,6 +101,33 @@ def test_it_takes_no_more_than_was_there_and_not_for_long(stage: Stage) -> None:
     assert stage.contents.size('q.n1') == 3 + 6
 
 
+def test_more_than_one_look_can_pass_on_takes_several(stage: Stage) -> None:
+    def takes_long(item: Any) -> None:
+        stage.time.now += 1
+
+    stage.contents.on_forward = takes_long
+    stage.contents.put('q.n2', *map(str, range(30)))
+    looks = 0
+    while stage.run():
+        looks += 1
+        stage.time.now += 1
+    assert stage.contents.size('q.n1') == 30 and 5 <= looks <= 7
+
+
+def test_a_look_that_passes_on_nothing_is_not_repeated_for_ever(stage: Stage) -> None:
+    stage.mine = {'a'}
+    stage.contents.put('q.n2', *'a' * 30)
+
+    def takes_long(queue: str) -> None:
+        stage.time.now += 1
+
+    stage.broker.on_take = takes_long
+    assert stage.run()
+    assert stage.run()
+    stage.time.now += 3600
+    assert not stage.run()
+
+
 def test_what_cannot_be_sent_stays(stage: Stage) -> None:
     def fails(item: Any) -> None:
         if item.route == '2':
