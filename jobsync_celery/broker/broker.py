@@ -47,6 +47,8 @@ class CeleryDelivery:
             for name, value in headers.items()
             if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED)
         }
+        if headers.get(REDELIVERED) is True:
+            message.delivery_info['redelivered'] = True  # what was true of it stays true
         self.id = shown(headers.get('id'))
         task = read_name(headers.get('task'), 'its task')
         self.task = '' if isinstance(task, Refused) else task

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from redis.exceptions import ResponseError
 
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
+from jobsync_celery.broker.broker import CeleryDelivery
 from jobsync_celery.gate.delivery import mark_redelivered, unstamped
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
@@ -207,3 +209,22 @@ def test_after_a_lost_connection_the_next_one_is_used(
             message.ack()
             redis_server.drop_connections()
         assert [desk.stored().payload, desk.stored().payload] == [0, 1]
+
+
+@pytest.mark.parametrize('stamp', [True, None, 'odd'])
+def test_a_duty_passes_on_that_a_message_was_redelivered(stamp: object) -> None:
+    sent: list[tuple[Any, dict[str, Any]]] = []
+    broker: Any = SimpleNamespace(
+        address_of=lambda message, queue: ('key', 'jobs'),
+        forwarder=SimpleNamespace(
+            send=lambda queue, message, headers: sent.append((message, headers))
+        ),
+    )
+    message: Any = SimpleNamespace(
+        headers={'id': 'm1', 'task': 'keyed', REDELIVERED: stamp},
+        delivery_info={'redelivered': False},
+        ack=lambda: None,
+    )
+    CeleryDelivery(broker, message, 'jobs.jobsync.shop_.parked').forward('jobs.jobsync.shop_.n1')
+    ((copied, headers),) = sent
+    assert copied.delivery_info['redelivered'] is (stamp is True) and REDELIVERED not in headers
