@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -63,6 +64,8 @@ class _Copy:
     deserted: frozenset[str] = frozenset()
     queues: Mapping[tuple[str, str], str] = field(default_factory=dict)
     number_of_nodes: int = 0
+    #: How many nodes have a queue for each home queue.
+    consumers: Mapping[str, int] = field(default_factory=dict)
 
     def lacks(self, group: str) -> bool:
         """Whether it is known that a group has no members. That of the plain Job has all nodes."""
@@ -113,6 +116,10 @@ class OwnerMap:
     def nodes(self) -> int:
         """How many nodes own something, as far as is known."""
         return self._copy.number_of_nodes
+
+    def consumers_of(self, home: str) -> int:
+        """How many nodes consume a home queue, as far as is known."""
+        return self._copy.consumers.get(home, 0)
 
     def find(self, route: str, home: str = '') -> Place:
         """What the copy at hand knows of a route.
@@ -225,4 +232,5 @@ def _copy(found: Owners) -> _Copy:
         found.deserted,
         found.queues,
         len({row[2] for row in found.rows if row[2] is not None}),
+        Counter(home for _, home in found.queues),
     )

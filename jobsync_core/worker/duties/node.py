@@ -76,6 +76,7 @@ class NodeDuties:
             interval=interval,
             tasks=tasks,
             count=gate.count,
+            consumers=owners.consumers_of,
         )
         sweeping = Sweeping(
             node,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ... import clock
 from ...logs import get_logger
@@ -36,6 +36,7 @@ class _Queue:
         left: Messages that this left.
         not_before: When it may be passed over again without another plan.
         looked: When it was looked at last.
+        pace: When it is looked at.
     """
 
     stray: bool = False
@@ -43,6 +44,7 @@ class _Queue:
     left: int = -1
     not_before: float = 0.0
     looked: float = -math.inf
+    pace: Pace = field(default_factory=Pace)
 
 
 class Parked:
@@ -62,6 +64,8 @@ class Parked:
         interval: The longest time between two looks, in seconds.
         tasks: The names of the tasks that this node's consumers know, at this moment.
         count: Counts events.
+        consumers: How many nodes consume a home queue: they alone look after it, so that each
+            does the more often the fewer they are; 0 where that is not known.
         now: The clock.
     """
 
@@ -80,6 +84,7 @@ class Parked:
         interval: float,
         tasks: Callable[[], frozenset[str]],
         count: Callable[[str, int], object],
+        consumers: Callable[[str], int] = lambda home: 0,
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._broker = broker
@@ -91,8 +96,8 @@ class Parked:
         self._interval = min(_LOOK_SEC, interval)
         self._tasks = tasks
         self._count = count
+        self._consumers = consumers
         self._now = now
-        self._pace = Pace()
         self._queues: dict[str, _Queue] = {}
 
     def note(self, home: str) -> None:
@@ -103,28 +108,32 @@ class Parked:
 
     def due(self, moment: Moment) -> float:
         """After each plan, once in a while, and where something was parked."""
-        due = self._pace.due(moment)
         if not moment.leased:
-            return due
-        here = self._homes() | {''}
-        stray = [
-            queue.not_before - moment.now
-            for home, queue in list(self._queues.items())
-            if queue.stray and home in here
-        ]
-        return min([due, *stray])
+            return math.inf
+        return min(self._due(home, moment) for home in self._homes() | {''})
+
+    def _due(self, home: str, moment: Moment) -> float:
+        queue = self._queues.setdefault(home, _Queue())
+        due = queue.pace.due(self._of(home, moment))
+        return min(due, queue.not_before - moment.now) if queue.stray else due
+
+    def _of(self, home: str, moment: Moment) -> Moment:
+        consumers = self._consumers(home) if home else 0
+        # None of them need be the leader.
+        return replace(moment, nodes=consumers + 1) if consumers else moment
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Look at how many there are, and hand them out if there is a reason to."""
-        self._pace.begin(moment)
         here = self._homes() | {''}
         for home in list(self._queues):
             if home not in here:  # somebody else looks after it
                 del self._queues[home]
-        for home in sorted(here):
+        due = [home for home in sorted(here) if self._due(home, moment) <= 0]
+        for home in due:
             if stop():
                 return
-            queue = self._queues.setdefault(home, _Queue())
+            queue = self._queues[home]
+            queue.pace.begin(self._of(home, moment))
             if (
                 home
                 or queue.stray
@@ -133,7 +142,9 @@ class Parked:
             ):
                 queue.looked = moment.now
                 self._look(home, queue, moment, stop)
-        self._pace.rest(self._now() + self._interval)
+        now = self._now()
+        for home in due:
+            self._queues[home].pace.rest(now + self._interval)
 
     def _look(self, home: str, queue: _Queue, moment: Moment, stop: Callable[[], bool]) -> None:
         size = self._broker.size(self._parked(home))

@@ -78,6 +78,11 @@ def test_a_route_is_looked_up_in_the_group_of_its_queue(database: Database) -> N
     assert found.find(LOW) == Place('plain', 'q0')
 
 
+def test_it_is_known_how_many_consume_a_queue(database: Database) -> None:
+    found = owner_map(database)
+    assert [found.consumers_of(home) for home in ('gpu', 'mail', 'left')] == [1, 1, 0]
+
+
 def test_queues_of_one_group_have_one_owner_and_a_queue_each(database: Database) -> None:
     found = owner_map(database, group_of=lambda home: 'gpu')
     assert found.find(LOW, 'mail') == Place('n1', 'q1.mail')

@@ -32,6 +32,7 @@ class Stage:
         self.broker = FakeBroker(self.contents)
         self.registry, self.owners = FakeRegistry(), FakeOwners()
         self.tasks, self.homes = {'known'}, {'home'}
+        self.consumers = 0
         self.counts: dict[str, int] = {}
         passage = Passage(self.broker, 'n1')
         self.parked = Parked(
@@ -45,6 +46,7 @@ class Stage:
             interval=30,
             tasks=lambda: frozenset(self.tasks),
             count=self.count,
+            consumers=lambda home: self.consumers,
             now=self.time,
         )
         self.unknown = UnknownTasks(
@@ -120,6 +122,19 @@ class TestParked:
         stage.plan()
         stage.time.run(stage.parked)
         assert len(stage.broker.taken) == 21
+
+    def test_the_few_that_consume_a_queue_hand_out_what_is_parked_of_it_as_soon_in_a_large_cluster(
+        self, stage: Stage
+    ) -> None:
+        stage.time.nodes, stage.time.leads, stage.consumers = 200, False, 1
+        stage.time.run(stage.parked)
+        for _ in range(20):
+            stage.contents.put(PARKED, 'a')
+            stage.plan()
+            assert stage.parked.due(stage.time.moment) <= 2.0, 'a second on average'
+            stage.time.now += 2.0
+            stage.time.run(stage.parked)
+            assert stage.contents.order(PARKED) == []
 
     def test_the_rest_is_as_long_as_the_pass_took_ten_times(self, stage: Stage) -> None:
         def slow(queue: str) -> None:
