@@ -485,8 +485,8 @@ class SimNode:
         start = max(self.world.now, self._release_free_at)
         self._release_free_at = start + self._release_times()
         if effect.number % 2:
-            # One that tells what is still in use: half of it.
-            used = TokenSet(effect.tokens.ranges[: (len(effect.tokens.ranges) + 1) // 2])
+            # One that tells what is still in use: half of it, in parts of rows.
+            used = TokenSet.of([*effect.tokens][::2])
             self.world.at(start, self._release_went_on, effect.number, used)
         self.world.at(self._release_free_at, self._released, effect.number)
 

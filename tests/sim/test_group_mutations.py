@@ -10,8 +10,9 @@ import pytest
 
 from jobsync_core.assignment import round as round_module
 from jobsync_core.assignment.groups import PLAIN
-from jobsync_core.assignment.model import Member
+from jobsync_core.assignment.model import Member, Segment
 from jobsync_core.assignment.tokens import TokenSet
+from jobsync_core.protocol import handover
 from jobsync_core.protocol.enrollment import Enrollment
 from jobsync_core.protocol.handover import HandOver
 from jobsync_core.protocol.messages import Reply, Request
@@ -167,7 +168,68 @@ def _give_before_shrinking_in_groups(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Protocol, 'reply', mutated)
 
 
+def _give_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        handover._Outgoing, 'free', property(lambda self: self.tokens if self.ready else TokenSet())
+    )
+
+
+def _leave_while_work_goes_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(handover._Outgoing, 'released', property(lambda self: self.ready))
+
+
+def _give_whole_rows(patch: pytest.MonkeyPatch) -> None:
+    def mutated(self: SimStore, segment: Segment, request: Give) -> bool:
+        parts = ((max(lo, segment.lo), min(hi, segment.hi)) for lo, hi in request.ranges)
+        part = next(((lo, hi) for lo, hi in parts if lo < hi), None)
+        whole = part and replace(segment, lo=part[0], hi=part[1])
+        return whole is not None and original(self, whole, request)
+
+    original = SimStore._may_give
+    patch.setattr(SimStore, '_cut', lambda self, segment, request: [segment])
+    patch.setattr(SimStore, '_may_give', mutated)
+
+
+def _give_no_parts_of_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SimStore, '_cut', lambda self, segment, request: [segment])
+
+
+def _lose_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    original = SimStore._cut
+
+    def mutated(self: SimStore, segment: Segment, request: Give) -> list[Segment]:
+        pieces = original(self, segment, request)
+        return [piece for piece in pieces if len(pieces) == 1 or self._may_give(piece, request)]
+
+    patch.setattr(SimStore, '_cut', mutated)
+
+
 MUTATIONS = (
+    Mutation('what is in use is not given', ('rolling',), _give_what_is_in_use, ('on_release',)),
+    Mutation(
+        'who leaves waits for what is in use',
+        ('rolling',),
+        _leave_while_work_goes_on,
+        ('on_release',),
+    ),
+    Mutation(
+        'of a row the part is given that is asked for',
+        ('rolling', 'enrolling'),
+        _give_whole_rows,
+        ('hand-over',),
+    ),
+    Mutation(
+        'a part of a row can be given',
+        ('rolling', 'enrolling'),
+        _give_no_parts_of_rows,
+        ('I3', 'no-spin'),
+    ),
+    Mutation(
+        'what is not given of a row stays',
+        ('rolling', 'enrolling'),
+        _lose_what_is_in_use,
+        ('I1', 'I3', 'hand-over'),
+    ),
     Mutation('only members take part in a group', ('enrolling',), _plan_for_everybody, ('groups',)),
     Mutation(
         'rows of a group stay while somebody owns tokens',

@@ -27,7 +27,7 @@ from jobsync_core.protocol.messages.leadership import Lead
 from jobsync_core.protocol.messages.membership import Beat
 
 from .invariants import Violation, check_one_claimer, check_plan, unsettled
-from .masks import renamed, tokens_in
+from .masks import mask_of, renamed, tokens_in
 from .node import LEASE_FRACTION, MappedOwnership, SimNode, SimOwnership
 from .store import SimStore
 
@@ -306,8 +306,13 @@ class World:
         store = self.store
         store.clock = self.now + self.database_offset
         store.asker_clock, store.asker_is_old = node.local(), node.is_old
+        had = self.owned(node.name)
         reply = store.handle(request)
         store.asker_is_old = False
+        if isinstance(request, Give):
+            more = had & ~self.owned(node.name) & ~mask_of(request.ranges)
+            if more:
+                raise Violation(f'hand-over: {tokens_in(more)} go as well with {request} of {node}')
         if (
             isinstance(request, (Beat, Refresh))
             and reply is not None
