@@ -58,6 +58,11 @@ class Decision:
     conflicts: tuple[str, ...]
     formed: tuple[int, ...] = (0,)
 
+    @property
+    def is_for_nobody(self) -> bool:
+        """Whether no token of any group may have an owner."""
+        return 0 < self.blocked == sum(row.hi - row.lo for row in self.segments)
+
 
 def decide(
     members: Sequence[Member],

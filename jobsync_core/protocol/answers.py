@@ -158,10 +158,10 @@ class Answers:
         for conflict in reply.conflicts:
             self.parts.effects.note('warning', 'locks in conflict', conflict=conflict)
         if reply.moved:
-            nobody = reply.blocked == self.settings.total_tokens
+            nobody = ': no node may own any token now' if reply.for_nobody else ''
             self.parts.effects.note(
                 'info',
-                'led a rebalance' + (': no node may own any token now' if nobody else ''),
+                f'led a rebalance{nobody}',
                 version=reply.version,
                 moved=reply.moved,
                 blocked=reply.blocked,

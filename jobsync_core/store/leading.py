@@ -302,6 +302,7 @@ class LeaderStore:
             decision.moved + decision.assigned,
             decision.blocked,
             self.locks.complaints(decision.conflicts),
+            for_nobody=decision.is_for_nobody,
         )
 
     def _record(

@@ -84,6 +84,7 @@ class RoundReply:
     """led: this node was the oldest of those not seen dead. moved: tokens that the plan moves.
 
     more: the round is not over, since plans of many rows are written in pieces: ask again at once.
+    for_nobody: no token of any queue group may have an owner now.
     """
 
     led: bool
@@ -92,6 +93,7 @@ class RoundReply:
     blocked: int = 0
     conflicts: tuple[str, ...] = ()
     more: bool = False
+    for_nobody: bool = False
 
 
 @dataclass(frozen=True)

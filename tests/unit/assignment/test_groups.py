@@ -271,3 +271,13 @@ def test_a_conflict_names_the_group_in_which_it_is_one() -> None:
         'token 3:',
         "token 3 of queue group 'heavy':",
     ]
+
+
+def test_a_queue_that_nobody_consumes_any_more_does_not_count_for_all_of_them() -> None:
+    drained = member('a-1', 1, state='draining')
+    before = [Segment(0, 8, 'a-1'), *(shifted(row, GROUP_SPAN) for row in [Segment(0, 8, 'a-1')])]
+    decision = decide([drained, member('b-1')], before, [], 8, 2)
+    assert decision.blocked == 8 and not decision.is_for_nobody
+    alone = decide([drained], before, [], 8, 2)
+    assert alone.blocked == 16 and alone.is_for_nobody
+    assert not decide([member('b-1')], [], [], 8, 2).is_for_nobody

@@ -454,7 +454,13 @@ def test_a_refused_round_leaves_the_connection_the_lease_and_the_heartbeat_as_th
             Note('info', 'led a rebalance', {'node': 'me', 'version': 2, 'moved': 7, 'blocked': 3}),
         ),
         (
-            RoundReply(True, 2, moved=10, blocked=10),
+            RoundReply(True, 2, moved=10, blocked=10),  # of a queue group that nobody consumes
+            Note(
+                'info', 'led a rebalance', {'node': 'me', 'version': 2, 'moved': 10, 'blocked': 10}
+            ),
+        ),
+        (
+            RoundReply(True, 2, moved=10, blocked=10, for_nobody=True),
             Note(
                 'info',
                 'led a rebalance: no node may own any token now',
