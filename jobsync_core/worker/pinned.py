@@ -43,31 +43,32 @@ class Pinned:
         return patterns is None or _matches(patterns, node)
 
     def tell(self, route: str, home: str) -> None:
-        """Say, once in a while for each task and queue, that its messages are parked.
+        """Say, once in a while for each pinned task and queue, that its messages are parked; of all
+        other keys together, once for the queue: it may be all of its keys.
 
         Args:
             route: The route of one of them.
             home: The queue that it was sent to.
         """
         patterns = self.patterns_of(route)
-        what = f'task={route.rpartition("#")[0]}' if patterns is not None else f'key={route}'
-        again = self._repeats.say((what, home), clock.now())
+        task = route.rpartition('#')[0] if patterns is not None else None
+        again = self._repeats.say((task, home), clock.now())
         if again is None:
             return
         if patterns is None:
             logger.warning(
-                'queue=%s %s: its lock names no live node that consumes this queue; messages are '
-                'parked until there is one%s',
+                'queue=%s key=%s: no live node that consumes this queue may own this key: they '
+                'drain, or its lock names none of them; its messages are parked until one may%s',
                 home,
-                what,
+                route,
                 again,
             )
         else:
             logger.warning(
-                'queue=%s %s: no live node that consumes this queue matches its pin %s; its '
+                'queue=%s task=%s: no live node that consumes this queue matches its pin %s; its '
                 'messages are parked until there is one%s',
                 home,
-                what,
+                task,
                 ', '.join(map(repr, patterns)),
                 again,
             )

@@ -25,11 +25,14 @@ def test_a_pin_holds_for_the_virtual_keys_of_its_task(route: str, node: str, all
     assert Pinned(PINS.get).allows(route, node) is allowed
 
 
-def test_it_is_said_once_for_each_task_with_the_pattern(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_said_once_for_each_pinned_task_and_once_for_all_other_keys(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     pinned = Pinned(PINS.get)
     for slot in range(50):
         pinned.tell(f'proj.render#{slot}', 'gpu')
-    pinned.tell('order-1', 'gpu')
+    for number in range(1, 50):  # the only node that consumes the queue drains
+        pinned.tell(f'order-{number}', 'gpu')
     first, second = (record.getMessage() for record in caplog.records)
     assert 'queue=gpu task=proj.render:' in first and "'gpu-1', '%-gpu'" in first
-    assert 'queue=gpu key=order-1:' in second and 'lock' in second
+    assert 'queue=gpu key=order-1:' in second and 'lock' in second and 'drain' in second
