@@ -166,6 +166,8 @@ class LeaderStore:
                 return EvictReply(False)
             evicted = steps.delete_unlocked(request.targets)
             self._epochs.evicting(steps, request.dead, evicted)
+        if evicted:
+            self._draft = None  # it counts on their tokens, even if the same life comes back
         self._epochs.evicted(evicted)
         return EvictReply(True, evicted)
 

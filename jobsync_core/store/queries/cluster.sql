@@ -84,15 +84,21 @@ RETURNING n.name
 
 -- name: delete_unlocked
 -- The same, but a node whose row somebody else has locked is left for another time, and holds up no
--- other.
-DELETE FROM {node} AS n USING (
-    SELECT m.name FROM {node} AS m
-    JOIN unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[])
-        AS s (name, incarnation, beat)
-        ON m.name = s.name AND m.incarnation = s.incarnation AND m.beat = s.beat
-    FOR UPDATE OF m SKIP LOCKED) AS d
-WHERE n.name = d.name
-RETURNING n.name
+-- other. The plan is out of date then, even if a Join that comes late brings the same life back
+-- before the next one. Not NULL: tokens without a row are missing rows as before.
+WITH gone AS (
+    DELETE FROM {node} AS n USING (
+        SELECT m.name FROM {node} AS m
+        JOIN unnest(%(names)s::text[], %(lives)s::text[], %(beats)s::bigint[])
+            AS s (name, incarnation, beat)
+            ON m.name = s.name AND m.incarnation = s.incarnation AND m.beat = s.beat
+        FOR UPDATE OF m SKIP LOCKED) AS d
+    WHERE n.name = d.name
+    RETURNING n.name
+), outdated AS (
+    UPDATE {cluster} SET planned = '' WHERE planned IS NOT NULL AND EXISTS (SELECT FROM gone)
+)
+SELECT name FROM gone
 
 -- name: begin_epoch
 -- Begins another epoch, if no plan and no hand-over has come since a version.

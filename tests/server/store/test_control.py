@@ -947,6 +947,17 @@ class TestLead:
         )
         assert row == (4, 2, 500)
 
+    def test_a_life_that_was_evicted_and_joins_again_is_planned_for(self, store: Store) -> None:
+        """Its answers were lost for a timeout, and it goes on asking under the same life."""
+        store.join('a')
+        store.join('b')
+        store.settle()
+        assert store.evict('a', store.sign('b')) == EvictReply(True, ('b',))
+        store.join('b')
+        assert store.ask(Observe()).stale and not store.refresh('b').planned
+        store.settle()
+        assert store.owned() == {'a': 500, 'b': 500}
+
     def test_locks_move_tokens_and_an_expired_one_no_longer(self, store: Store) -> None:
         for name in 'ab':
             store.join(name)
