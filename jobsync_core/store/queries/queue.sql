@@ -31,11 +31,13 @@ RETURNING xmax = 0
 
 -- name: retire
 -- Notes that a node which lives has none but these queues. A queue with a time counts as that of a
--- node that is gone, until it is recorded again.
+-- node that is gone, until it is recorded again. That of an earlier version is no longer under the
+-- name of its node: producers of that version, which look for no time, would go on sending there.
 UPDATE {node_queue} AS q SET gone_at = clock_timestamp()
 WHERE q.node = %(node)s AND q.name <> '' AND q.name <> ALL(%(keep)s::text[]) AND q.gone_at IS NULL;
-UPDATE {queue} AS q SET gone_at = clock_timestamp()
-WHERE q.node = %(node)s AND q.name <> ALL(%(keep)s::text[]) AND q.gone_at IS NULL
+UPDATE {queue} AS q
+SET gone_at = coalesce(q.gone_at, clock_timestamp()), node = q.node || ' (earlier version)'
+WHERE q.node = %(node)s AND q.name <> ALL(%(keep)s::text[])
 
 -- name: identify
 -- Notes what a node belongs to, before it has a queue; true where it was not known before. Those that

@@ -138,6 +138,23 @@ def test_an_orphan_is_forgotten_and_a_live_node_s_queue_is_not(
         assert [row[0] for row in rows(config)] == ['q1']
 
 
+@pytest.mark.parametrize('noted', [False, True])
+def test_the_queue_of_an_earlier_version_is_not_the_live_node_s_any_more(
+    config: CoordinationConfig, sessions: Sessions, tables: Tables, noted: bool
+) -> None:
+    record(sessions, tables, ('old', 'n1', 'celery'))
+    if noted:  # between the two lives of the node
+        assert [row[:2] for row in orphans(sessions, tables)] == [('old', 'n1')]
+    with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
+        QueueStore(connection, tables).retire('n1', ['mail.n1'])
+        connection.commit()
+        assert query(config, 'SELECT name FROM "{}queue" WHERE node = %s', ('n1',)) == []
+        assert [row[:2] for row in orphans(sessions, tables)] == [('old', 'n1 (earlier version)')]
+        assert QueueStore(connection, tables).left(['old']) == {'old'}
+        QueueStore(connection, tables).forget(['old'])
+    assert rows(config) == []
+
+
 def test_who_is_gone(config: CoordinationConfig, sessions: Sessions, tables: Tables) -> None:
     with Job('n1', config, wait_on_enter=0), sessions.session() as connection:
         assert not QueueStore(connection, tables).is_gone('n1')
