@@ -312,15 +312,18 @@ class HandOver:
         """Nodes are gone that had taken tasks."""
         self._taken_tasks.gone(reply)
 
-    def release_ended(self, number: int) -> None:
+    def release_ended(self, number: int, now: float) -> None:
         """`on_release` has returned."""
-        self.release_went_on(number, TokenSet())
+        self.release_went_on(number, TokenSet(), now)
 
-    def release_went_on(self, number: int, used: TokenSet) -> None:
-        """These tokens are still in use; the others can go."""
+    def release_went_on(self, number: int, used: TokenSet, now: float) -> None:
+        """These tokens are still in use; the others can go. It comes too late where they are waited
+        for no longer.
+        """
         for outgoing in self._outgoing:
             if outgoing.number == number:
-                outgoing.ready, outgoing.used = True, used
+                late = now >= outgoing.deadline
+                outgoing.ready, outgoing.used = True, TokenSet() if late else used
 
     def given(self, request: Give, now: float) -> None:
         """The rows of these tokens are given away; what is still in use goes later."""

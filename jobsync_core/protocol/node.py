@@ -206,11 +206,11 @@ class Protocol:
 
     def released(self, number: int, now: float) -> None:
         """`on_release` has returned."""
-        self._parts.handover.release_ended(number)
+        self._parts.handover.release_ended(number, now)
 
     def release_went_on(self, number: int, used: TokenSet, now: float) -> None:
         """`on_release` runs still, and these tokens are in use: the others can go."""
-        self._parts.handover.release_went_on(number, used)
+        self._parts.handover.release_went_on(number, used, now)
 
     def disconnected(self, now: float) -> None:
         """The control connection is gone."""

@@ -691,6 +691,26 @@ def test_what_is_in_use_holds_up_no_other_token() -> None:
     assert node.asks() == Give('me', 'life-1', ((4, 5),), 3, ())
 
 
+def test_what_is_still_in_use_after_the_time_is_waited_for_no_more() -> None:
+    """The database was away when the time was over, and on_release goes on for a moment."""
+    node = follower(has_release=True, release_timeout=2.0)
+    node.protocol.notified('plan 2', node.now)
+    node.hears(
+        Refresh('me', 'life-1'), holdings(row(0, 3), row(3, 5, 'second', version=2), version=2)
+    )
+    (release,) = (effect for effect in node.effects() if isinstance(effect, Release))
+    node.protocol.release_went_on(release.number, TokenSet([(3, 5)]), node.now)
+    assert node.asks() is None
+    node.passes(2.0)
+    give = node.asks()
+    assert isinstance(give, Give) and give.ranges == ((3, 5),)
+    assert [effect.level for effect in node.effects() if isinstance(effect, Note)] == ['warning']
+    node.protocol.release_went_on(release.number, TokenSet([(4, 5)]), node.now)
+    node.protocol.refused(give, node.now)
+    node.asks()
+    assert not node.effects()
+
+
 def test_leaving_stops_claiming_at_once_and_deletes_the_row_after_on_release() -> None:
     node = follower(has_release=True)
     node.protocol.leave(node.now)
