@@ -118,14 +118,13 @@ class LeasedConsumer:
             self._consume_again(consumer)
             if self._stopped_by is Consume.NO_LEASE:
                 logger.info('JobSync: the lease is valid again; consuming goes on')
-        elif found is Consume.PAUSED:
+        elif found is not Consume.NOW:
             self._gate.requeue_waiting()  # whose time has come meanwhile
-        elif (
-            found is Consume.NO_LEASE and self._is_rabbit and now - self._leased_at > self._timeout
-        ):
-            # On Redis the survivors take what is running here; RabbitMQ gives it only to whom it
-            # comes from.
-            self._gate.requeue_running()
+            lost = found is Consume.NO_LEASE and now - self._leased_at > self._timeout
+            if lost and self._is_rabbit:
+                # On Redis the survivors take what is running here; RabbitMQ gives it only to whom
+                # it comes from.
+                self._gate.requeue_running()
 
     def _consume_again(self, consumer: Any) -> None:
         """Others may have deleted the queues of a node that was taken for dead. The duties make

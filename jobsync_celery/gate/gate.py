@@ -406,7 +406,8 @@ class ConsumerGate:
         self._retries.disconnected()
 
     def requeue_waiting(self) -> None:
-        """Requeue what waits."""
+        """Requeue what waits; without a lease also what waits for a process or a thread."""
+        self.recall()
         self._placing.requeue_all()
         self._retries.requeue_all()
 

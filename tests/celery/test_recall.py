@@ -21,6 +21,7 @@ from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.worker.owners import Place
 
 from .consumers import Bench, Message, Request, bench
+from .test_gate import leased_consumer
 
 
 class Slots(Bench):
@@ -105,6 +106,28 @@ class TestProcesses:
         stage.give_away()
         stage.gate.recall()
         assert stage.log == ['pool'], 'it runs'
+
+    def test_without_a_lease_it_goes_back_at_once(self, stage: Slots) -> None:
+        wait_for_a_slot(stage)
+        stage.job.mine.clear()
+        stage.job.leased = False
+        stage.gate.requeue_waiting()
+        assert stage.log == ['requeue'] and stage.free() == []
+
+    def test_what_comes_late_while_there_is_no_lease_goes_back_too(self, stage: Slots) -> None:
+        stage.consumer.task_consumer = SimpleNamespace(cancel=lambda: None, consume=lambda: None)
+        stage.consumer.timer.call_repeatedly = lambda seconds, call: None
+        leased = leased_consumer(stage)
+        leased.connected()
+        stage.job.leased = False
+        leased.follow()
+        stage.job.leased = True
+        wait_for_a_slot(stage)
+        stage.job.mine.clear()
+        stage.job.leased = False
+        assert stage.free() == [], 'it waits in memory'
+        leased.follow()
+        assert stage.log == ['requeue']
 
     def test_a_hand_over_may_ask_while_the_event_loop_hands_more_to_the_pool(
         self, stage: Slots
