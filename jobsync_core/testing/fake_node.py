@@ -50,6 +50,7 @@ class FakeNode:
         self._on_rebalance = on_rebalance
         self._on_release = on_release
         self._is_entered = False
+        self._groups: tuple[str, ...] = ()
         self._drained: TokenSet | None = None
         self._initial: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -159,7 +160,8 @@ class FakeNode:
         return self._is_entered and self.leased and self.token_of(task_id) in self.owned
 
     def enroll(self, groups: Iterable[str]) -> None:
-        """It belongs to every queue group."""
+        """It belongs to every queue group; these are told of."""
+        self._groups = tuple(sorted({*groups} - {''}))
 
     def holds(self, group: str) -> bool:
         return self._is_entered
@@ -257,6 +259,7 @@ class FakeNode:
             'is_leader': entered and self.leads,
             'healthy': entered and self.leased,
             'my_tokens': len(self.tokens),
+            'groups': {group: len(self.tokens) for group in self._groups},
             'token_version': self.version,
             'total_tokens': self._total_tokens,
             'last_heartbeat': None,
