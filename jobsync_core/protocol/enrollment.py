@@ -48,9 +48,14 @@ class Enrollment:
 
     def enroll(self, life: Life) -> Due:
         """The row names what the user wants."""
-        if self._told == self.wanted:
+        if self.is_told:
             return NEVER, lambda: None
         return self._retry.not_before, lambda: Enroll(*life, self.wanted)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the row names what the user wants, as far as is known."""
+        return self._told == self.wanted
 
     def want(self, groups: Iterable[str]) -> None:
         """Belong to these groups, and no others."""

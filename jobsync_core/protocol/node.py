@@ -189,6 +189,10 @@ class Protocol:
     def enroll(self, groups: Iterable[str], now: float) -> None:
         """Belong to these queue groups, and no others; the plain Job's is always one of them."""
         self._parts.enrollment.want(groups)
+        if self._parts.enrollment.is_told:
+            # What was wanted before was not asked for, so that no answer comes: the rows tell that
+            # nothing of it is held.
+            self._parts.handover.refresh_at = now
 
     def holds(self, group: str) -> bool:
         """Whether this node has tokens of the queue group, or may get some: as long as it belongs

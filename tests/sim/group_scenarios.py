@@ -8,7 +8,7 @@ from .beginnings import have_groups, some_duration, some_times, start_cluster
 from .schedule import TIMEOUT, Run
 from .store import SimStore
 
-__all__ = ['deserted', 'enrolling', 'erased', 'forgotten', 'upgrades']
+__all__ = ['deserted', 'enrolling', 'erased', 'forgotten', 'renamed', 'upgrades']
 
 
 def enrolling(run: Run) -> None:
@@ -68,6 +68,29 @@ def deserted(run: Run) -> None:
         last = rng.choice(others)
         run.at(time, run.enroll, last, frozenset({group}))
         time += rng.random() * TIMEOUT
+    run.faults_end += 2 * TIMEOUT
+
+
+def renamed(run: Run) -> None:
+    """Workers consume one queue after another, so that ids of groups become free and others get
+    them; now and then one takes back at once what it has begun.
+    """
+    run.groups = ('a', 'b', 'c', 'd', 'e')
+    run.groups_of = {f'n{number}': frozenset('ab'[number % 2]) for number in range(6)}
+    start = start_cluster(run)
+    rng, network = run.world.rng, run.world.network
+    run.world.store.piece = rng.choice((None, 1, 4))
+    network.slow = rng.choice((0.0, 0.1))
+    network.late = network.late_leads = rng.choice((0.0, 0.05))
+    network.lost_notification = rng.choice((0.0, 0.3, 1.0))
+    for time in some_times(run, start, 3 * TIMEOUT, 8, 4):
+        for name in run.names if rng.random() < 0.3 else [rng.choice(run.names)]:
+            run.at(time + 2 * rng.random(), run.enroll, name, frozenset(rng.choice(run.groups)))
+    for time in some_times(run, start, 3 * TIMEOUT, 2, 0):
+        run.at(time, rng.choice((run.pause, lambda seconds: run.cut(seconds, 'both'))), TIMEOUT / 2)
+    end = run.faults_end + TIMEOUT
+    for _ in range(8):
+        run.at(end + rng.random() * TIMEOUT, run.reconsider)
     run.faults_end += 2 * TIMEOUT
 
 

@@ -14,7 +14,7 @@ from jobsync_core.protocol.messages.leadership import Evict, Lead, Observe
 from jobsync_core.protocol.node import Phase, Settings
 
 from .beginnings import have_groups, some_duration, some_times, start_cluster
-from .group_scenarios import deserted, enrolling, erased, forgotten, upgrades
+from .group_scenarios import deserted, enrolling, erased, forgotten, renamed, upgrades
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode
 from .schedule import TIMEOUT, Run
@@ -459,6 +459,7 @@ FAMILIES: dict[str, Callable[[Run], None]] = {
         enrolling,
         deserted,
         forgotten,
+        renamed,
         erased,
         upgrades,
     )

@@ -95,6 +95,14 @@ class Run:
             self.groups_of[node.name] = wanted  # as its supervisor starts it from now on
             node.enroll(wanted)
 
+    def reconsider(self) -> None:
+        """Somebody has a worker consume a queue more, and takes that back at once."""
+        node = self.any_node()
+        if node is not None:
+            wanted = node.wants
+            node.enroll(wanted | {self.world.rng.choice(self.groups)})
+            node.enroll(wanted)
+
     def desert(self, group: str) -> None:
         """Everybody leaves a group."""
         for node in list(self.world.nodes):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -356,10 +356,26 @@ class SimStore:
         )
 
     def _ids(self, groups: Iterable[str]) -> Ids:
-        """The ids of these groups; who has none gets one."""
-        for name in groups:
-            self.groups.setdefault(name, max(self.groups.values()) + 1)
-        return tuple((name, self.groups[name]) for name in groups)
+        """The ids of these groups; who has none gets the least that is free. Those of groups that
+        nobody names, and that have no tokens, are free then.
+        """
+        wanted = [*groups]
+        fresh = sorted({*wanted} - {*self.groups})
+        if fresh:
+            for name in self.unneeded({*wanted}):
+                del self.groups[name]
+        for name in fresh:
+            taken = {*self.groups.values()}
+            self.groups[name] = next(n for n in itertools.count() if n not in taken)
+        return tuple((name, self.groups[name]) for name in wanted)
+
+    def unneeded(self, wanted: Set[str]) -> list[str]:
+        """Groups whose ids others may get."""
+        named = wanted.union(*(row.groups for row in self.nodes.values()))
+        held = {PLAIN, *self.formed, *(group_of(row.lo) for row in self.segments)}
+        return [
+            name for name, number in self.groups.items() if name not in named and number not in held
+        ]
 
     def _locks_changed(self) -> None:
         self.lock_version += 1
@@ -709,9 +725,10 @@ class SimStore:
                 lock.token,
                 lock.patterns,
                 lock.created_at,
-                None if lock.group is None else dict(self._ids([lock.group]))[lock.group],
+                None if lock.group is None else self.groups[lock.group],
             )
             for task, lock in sorted(self.locks.items())
+            if lock.group is None or lock.group in self.groups
         ]
         hidden = self.out_of_sight(self.segments)
         before = [row for row in self.segments if row not in hidden]

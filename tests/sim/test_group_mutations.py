@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +137,18 @@ def _keep_the_first_ids(patch: pytest.MonkeyPatch) -> None:
 
 def _claim_in_every_group(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Enrollment, 'tokens', property(lambda self: TokenSet([(0, 2**31 - 1)])))
+
+
+def _give_ids_away_at_once(patch: pytest.MonkeyPatch) -> None:
+    def mutated(self: SimStore, wanted: Set[str]) -> list[str]:
+        named = wanted.union(*(row.groups for row in self.nodes.values()))
+        return [name for name, number in self.groups.items() if number and name not in named]
+
+    patch.setattr(SimStore, 'unneeded', mutated)
+
+
+def _look_at_no_rows_after_a_wish(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protocol, 'enroll', lambda self, groups, now: self._parts.enrollment.want(groups))
 
 
 def _stop_consuming_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -297,6 +309,18 @@ MUTATIONS = (
         ('forgotten',),
         _keep_the_first_ids,
         ('I1', 'I3', 'groups'),
+    ),
+    Mutation(
+        'an id is free when nothing is left of its group',
+        ('renamed',),
+        _give_ids_away_at_once,
+        ('I1', 'I3', 'groups'),
+    ),
+    Mutation(
+        'a group that was wanted for a moment is not held for ever',
+        ('renamed',),
+        _look_at_no_rows_after_a_wish,
+        ('I3',),
     ),
     Mutation(
         'membership before claiming', ('forgotten', 'enrolling'), _claim_in_every_group, ('groups',)

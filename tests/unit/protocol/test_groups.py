@@ -157,6 +157,18 @@ def test_a_group_is_left_in_two_steps() -> None:
     assert node.asks() is None
 
 
+def test_a_group_that_was_wanted_for_a_moment_is_not_held_for_ever() -> None:
+    """The row never named it, so that nothing in the cluster changes."""
+    node = member()
+    node.protocol.enroll(['heavy', 'light'], node.now)
+    node.protocol.enroll(['heavy'], node.now)
+    assert node.protocol.holds('light'), 'a request may be on its way'
+    own = row(0, 5), row(FIRST + 5, FIRST + 10)
+    node.hears(Refresh('me', 'life-1'), rows(*own, groups=('heavy',), ids=HEAVY))
+    assert node.protocol.holds('heavy') and not node.protocol.holds('light')
+    assert node.asks() is None
+
+
 def test_the_last_member_gives_its_tokens_to_nobody() -> None:
     node = member()
     node.protocol.enroll([], node.now)
