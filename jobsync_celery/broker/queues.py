@@ -178,31 +178,48 @@ class Queues:
 
     def home_of(self, message: Any) -> str:
         """The home queue of the queue that a message was taken from, as far as it shows."""
+        found = self._taken_from(message)
+        if found is None:
+            mine = self._consumed()
+            found = home_name(mine[0]) if len(mine) == 1 else None
+        return found or str(self._app.conf.task_default_queue)
+
+    def _consumed(self) -> list[Any]:
+        """Those of the user's own queues that this worker consumes."""
+        queues = self._app.amqp.queues.consume_from
+        return [queue for name, queue in queues.items() if not self.is_of_cluster(name)]
+
+    def _taken_from(self, message: Any) -> str | None:
+        """The home queue of the queue that a message was taken from, where the message tells."""
         place = message.delivery_info or {}
         exchange, key = place.get('exchange') or '', str(place.get('routing_key') or '')
         own = self._homes.get(key) or self._home_of_name(key)
         if own and (not exchange or self.is_node_exchange(exchange)):
             return own
-        queues = self._app.amqp.queues.consume_from
-        mine = [queue for name, queue in queues.items() if not self.is_of_cluster(name)]
-        found = [queue for queue in mine if is_way_into(queue, exchange, key)]
-        if not found and len(mine) == 1 and own is None:
-            found = mine
-        return home_name(found[0]) if found else str(self._app.conf.task_default_queue)
+        found = (queue for queue in self._consumed() if is_way_into(queue, exchange, key))
+        return next((home_name(queue) for queue in found), None)
 
     def own_home(self, stamps: Stamps, message: Any, queue: str = '') -> str:
-        """The queue that a message was sent to: what it says itself, unless that is a queue of the
-        cluster, to which it would be sent back again and again.
+        """The queue that a message was sent to: that it was taken from, or whose queue of a node
+        that is. What the message itself says counts for queues that serve several, since anybody
+        may say it: a message that names a queue that nobody consumes would be sent there.
 
         Args:
             stamps: What it says.
             message: Kombu's message.
             queue: The queue that it was taken from; '' where that is not known.
         """
+        named = self._home_of_name(queue) if queue else self._taken_from(message)
+        if named:
+            return named
+        if queue and named is None:
+            return queue
         home = stamps.home
-        if home and not self.is_of_cluster(home):
+        if home and (
+            not self.is_of_cluster(home) if queue else home in map(home_name, self._consumed())
+        ):
             return home
-        return self._home_of_name(queue) or self.home_of(message)
+        return self.home_of(message)
 
     def is_of_node(self, message: Any) -> bool:
         """Whether a message came from the queue of a node on RabbitMQ: its dead letters are those

@@ -162,7 +162,11 @@ def test_queues_of_the_old_layout_are_sent_to_as_before() -> None:
 @pytest.mark.parametrize(
     ('home', 'place', 'queue', 'expected'),
     [
-        ('heavy', ('', 'light'), '', 'heavy'),
+        ('heavy', ('', 'light'), '', 'light'),
+        ('light', ('elsewhere', 'key'), '', 'light'),
+        ('nobodys', ('elsewhere', 'key'), '', 'celery'),
+        ('heavy', ('', 'light'), 'jobsync.shop_.unknown', 'heavy'),
+        ('heavy', ('', 'light'), 'light', 'light'),
         (None, ('', 'light'), '', 'light'),
         ('light.jobsync.shop_.n1', ('', 'light'), '', 'light'),
         (None, ('jobsync.shop_.nodes', 'heavy.jobsync.shop_.n1'), '', 'heavy'),
