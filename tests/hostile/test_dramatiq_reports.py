@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -153,6 +154,8 @@ def test_what_grows_too_old_while_it_is_parked_is_among_the_dead_letters_of_its_
     for n in range(3):
         workers.app.aged.send(n)
     eventually(lambda: workers.depth('default.jobsync.sync_.parked') == 3, 20)
+    too_old = time.monotonic() + workers.app.aged.options['max_age'] / 1000
+    eventually(lambda: time.monotonic() > too_old, 20)
     workers._environment['JOBSYNC_NODE_NAME'] = 'gpu-1'
     workers.start(1)
     eventually(lambda: not left(workers), 30)
