@@ -371,7 +371,7 @@ class SimStore:
 
     def unneeded(self, wanted: Set[str]) -> list[str]:
         """Groups whose ids others may get."""
-        named = wanted.union(*(row.groups for row in self.nodes.values()))
+        named = {*wanted}.union(*(row.groups for row in self.nodes.values()))
         held = {PLAIN, *self.formed, *(group_of(row.lo) for row in self.segments)}
         return [
             name for name, number in self.groups.items() if name not in named and number not in held

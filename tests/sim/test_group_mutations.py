@@ -141,7 +141,7 @@ def _claim_in_every_group(patch: pytest.MonkeyPatch) -> None:
 
 def _give_ids_away_at_once(patch: pytest.MonkeyPatch) -> None:
     def mutated(self: SimStore, wanted: Set[str]) -> list[str]:
-        named = wanted.union(*(row.groups for row in self.nodes.values()))
+        named = {*wanted}.union(*(row.groups for row in self.nodes.values()))
         return [name for name, number in self.groups.items() if number and name not in named]
 
     patch.setattr(SimStore, 'unneeded', mutated)
