@@ -44,16 +44,16 @@ class Rows:
         weight: float = 1.0,
         incarnation: str | None = None,
     ) -> None:
-        """A node; `age` is seconds since its heartbeat. Nodes are as old as the order of these
-        calls.
+        """A node without queue groups; `age` is seconds since its heartbeat. Nodes are as old as the
+        order of these calls.
         """
         self.run(
             f"""INSERT INTO {self.tables.node} (name, created_on, last_heartbeat, incarnation, beat,
                 state, weight, lease_sec,
-                                                host, boot_id, pid_namespace, pid, started)
+                                                host, boot_id, pid_namespace, pid, started, groups)
                 VALUES (%s, clock_timestamp(), clock_timestamp() - make_interval(secs => %s), %s, 1,
                     %s, %s, %s,
-                        'here', 'boot', 'ns', 7, '1')""",
+                        'here', 'boot', 'ns', 7, '1', '{{}}')""",
             name,
             age,
             incarnation or f'life of {name}',
