@@ -228,8 +228,8 @@ def test_messages_of_a_task_that_nobody_knew_wait_for_a_node_that_does(world: Wo
     world.tasks['n2'] = {'known', 'new'}
     second = world.node('n2')
     eventually(lambda: world.contents.tasks('home of new') == ['new', 'new'], 30)
+    eventually(lambda: second.gate.counts.get('known_again') == 2)
     assert world.contents.tasks(world.unknown) == ['gone']
-    assert second.gate.counts['known_again'] == 2
 
 
 class TestDeletion:
