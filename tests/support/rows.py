@@ -44,8 +44,8 @@ class Rows:
         weight: float = 1.0,
         incarnation: str | None = None,
     ) -> None:
-        """A node without queue groups; `age` is seconds since its heartbeat. Nodes are as old as the
-        order of these calls.
+        """A node without queue groups; `age` is seconds since its heartbeat. Nodes are as old as
+        the order of these calls.
         """
         self.run(
             f"""INSERT INTO {self.tables.node} (name, created_on, last_heartbeat, incarnation, beat,

@@ -110,12 +110,21 @@ class Homes:
         return self._look_at - moment.now if self._dropping else math.inf
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
-        """Carry out what was asked for."""
+        """Carry out what was asked for: one queue that makes trouble is tried again, and holds up
+        no other.
+
+        Raises:
+            Exception: What the first one raised, after all have had their turn.
+        """
         self._look_at = moment.now + _LOOK_SEC
+        trouble: dict[str, Exception] = {}
         for home, ready in list(self._adding.items()):
-            self._begin(home, ready)
+            try:
+                self._begin(home, ready)
+            except Exception as error:  # the broker refuses this one, for example
+                trouble[home] = error
         # After what is consumed from now on; before what is consumed until it is given away.
-        groups = tuple(self._groups(self.wanted))
+        groups = tuple(self._groups(self.wanted - trouble.keys()))
         if groups != self._enrolled:
             self._enroll(groups)
             self._enrolled = groups
@@ -123,8 +132,14 @@ class Homes:
             if problem:
                 logger.warning('%s; it owns no keys of this group now', problem)
         for home, done in list(self._dropping.items()):
-            if not self._holds(home):
+            if self._holds(home):
+                continue
+            try:
                 self._end(home, done)
+            except Exception as error:
+                trouble[home] = error
+        for first in trouble.values():
+            raise first
 
     def _begin(self, home: str, ready: Callable[[str], object]) -> None:
         queue = self._name_of(home)

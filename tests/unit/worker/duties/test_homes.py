@@ -170,3 +170,31 @@ def test_a_name_that_cannot_be_is_refused_at_once(stage: Stage) -> None:
     with pytest.raises(ConfigurationError):
         stage.homes.add('h' * 240, stage.ready)
     assert stage.homes.wanted == {'mail'}
+
+
+def test_one_that_makes_trouble_holds_up_no_other_and_is_not_owned(stage: Stage) -> None:
+    def refuse(queue: str) -> None:
+        raise OSError('access refused')
+
+    def run() -> list[object]:
+        stage.log.clear()
+        with pytest.raises(OSError, match='access refused'):
+            stage.time.run(stage.homes)
+        return stage.log
+
+    stage.homes.add('closed', refuse)
+    stage.homes.add('gpu', stage.ready)
+    stage.homes.drop('mail', stage.done)
+    assert run() == [
+        'record closed',
+        'declare closed',
+        'record gpu',
+        'declare gpu',
+        'consume gpu.jobsync.shop_.n1',
+        ('enroll', 'gpu'),
+        'stop mail.jobsync.shop_.n1',
+        ('retire all but', 'closed.jobsync.shop_.n1', 'gpu.jobsync.shop_.n1'),
+    ]
+    assert run() == ['record closed', 'declare closed']
+    stage.homes.drop('closed', stage.done)
+    assert stage.run()[:1] == ['stop closed.jobsync.shop_.n1']
