@@ -101,7 +101,7 @@ class Membership:
         self._since = 0
         self._wants_drain: bool | None = None
         self._wants_by_itself = False
-        #: It has drained itself, by what it knows: an operator may have drained it since.
+        #: It has drained itself, and nobody else has drained it, as far as is known.
         self._stands_aside = False
 
     @property
@@ -176,10 +176,10 @@ class Membership:
         """The node may become active as soon as its grace period is over."""
         self._gate_open = True
 
-    def told(self, state: str) -> None:
-        """What the row says."""
+    def told(self, state: str, held: bool = False) -> None:
+        """What the row says; `held`: somebody else has drained the node."""
         self.state = state
-        self._stands_aside = self._stands_aside and state == 'draining'
+        self._stands_aside = self._stands_aside and state == 'draining' and not held
 
     def connected(self, now: float) -> None:
         """There is a new connection."""
@@ -262,7 +262,7 @@ class Membership:
         else:
             self.beat_at = sent_at + self._settings.interval
             self._since = 0  # what was older than this in the other history says nothing
-        self.told(reply.state)
+        self.told(reply.state, reply.held)
 
     def _beat_delay(self, ages: tuple[float, ...]) -> float:
         interval = self._settings.interval
@@ -286,7 +286,7 @@ class Membership:
         """The row is gone: the node comes back as somebody new."""
         self.evictions += 1
         if self.state == 'draining' and self._wants_drain is None:
-            # an operator's drain outlives the eviction
+            # a drain outlives the eviction, an operator's as such
             self.want_drain(True, self._stands_aside)
         self._effects.note('warning', 'evicted; joining again', incarnation=self.life.incarnation)
         self.life = Life(self.life.name, self._new_incarnation())

@@ -59,7 +59,7 @@ class NodeStore:
         )
         if not rows or rows[0][0] is None:
             return None
-        version, state, created, text, history, recorded, same = rows[0]
+        version, state, created, text, history, recorded, same, held = rows[0]
         older = json.loads(text or '[]')
         return HeartbeatReply(
             version,
@@ -70,6 +70,7 @@ class NodeStore:
             history,
             _is_settled(history, recorded),
             same,
+            held,
         )
 
     def refresh(self, connection: Connection, request: Refresh) -> RefreshReply | None:

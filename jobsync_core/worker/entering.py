@@ -143,13 +143,8 @@ def make_job(
         if settings.on_release is not None:
             settings.on_release(tokens)
         on_release(tokens)
-        # Work that is running on these tokens ends before another node starts on them; the agent
-        # bounds the wait. The other tokens do not wait for it.
-        limit = time.monotonic() + config.release_timeout_sec
-        waits = tokens
-        while (used := in_use(waits, busy)) and time.monotonic() < limit:
-            yield used if used != waits else None
-            waits = used
+        for used in still_in_use(tokens, busy, config.release_timeout_sec):
+            yield used
             time.sleep(0.02)
 
     job = Job(
@@ -167,6 +162,29 @@ def make_job(
     )
     job.belonging = Belonging(kind)
     return job
+
+
+def still_in_use(
+    tokens: TokenSet,
+    busy: Callable[[TokenSet], bool],
+    timeout: float,
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[TokenSet | None]:
+    """Which of the tokens that leave are in use, look by look, until none is; None where nothing
+    has changed. Work that is running on them ends before another node starts on them; the others
+    do not wait for it. Nor does what leaves later: so the first look is told in any case.
+
+    Args:
+        tokens: Those that leave.
+        busy: Whether work on one of some tokens is running.
+        timeout: Seconds after which nobody looks any more; the agent waits no longer than that.
+        now: The clock.
+    """
+    limit = now() + timeout
+    told: TokenSet | None = None
+    while (used := in_use(told if told is not None else tokens, busy)) and now() < limit:
+        yield used if used != told else None
+        told = used
 
 
 def in_use(tokens: TokenSet, busy: Callable[[TokenSet], bool]) -> TokenSet:

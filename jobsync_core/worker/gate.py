@@ -40,7 +40,7 @@ class Gate:
         config = settings.config
         #: Of the gate and of the duties: they hardly ever need one at the same moment.
         self.sessions = Sessions(config, f'jobsync duties {job.node_name}')
-        self._pinned = Pinned(pin_of)
+        self._pinned = Pinned(pin_of, lambda: settings.pin_slots)
         tables = Tables.of(config)
         self.owners = OwnerMap(self.sessions, tables, settings.group_of, self._pinned)
         self.rules = Rules(config.appname, settings.max_hops, settings.on_unclaimed == 'drop')

@@ -33,7 +33,7 @@ class OwnerLookup:
     ) -> None:
         self._settings = settings
         self._job = job
-        self._pinned = Pinned(pin_of)
+        self._pinned = Pinned(pin_of, lambda: settings().pin_slots)
         self._map: tuple[int, OwnerMap] | None = None
 
     def use(self, owners: OwnerMap | None) -> None:

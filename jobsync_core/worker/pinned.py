@@ -8,6 +8,7 @@ from functools import lru_cache
 from .. import clock
 from ..assignment.patterns import matches
 from ..logs import Repeats, get_logger
+from .routing import pinned_task
 
 __all__ = ['Pinned']
 
@@ -23,18 +24,23 @@ class Pinned:
 
     Args:
         pin_of: The patterns of a task; None where it has no pin.
+        slots: Gives how many virtual keys a pinned task has. A key that reads like one of them is
+            one.
     """
 
-    def __init__(self, pin_of: Callable[[str], Sequence[str] | None] = lambda name: None) -> None:
+    def __init__(
+        self,
+        pin_of: Callable[[str], Sequence[str] | None] = lambda name: None,
+        slots: Callable[[], int] = lambda: 64,
+    ) -> None:
         self._pin_of = pin_of
+        self._slots = slots
         self._repeats = Repeats()
 
     def patterns_of(self, route: str) -> tuple[str, ...] | None:
         """The patterns that hold for a route; None where it is none of a pinned task."""
-        name, found, slot = route.rpartition('#')
-        if not found or not slot.isdecimal():
-            return None
-        patterns = self._pin_of(name)
+        name = pinned_task(route, self._slots())
+        patterns = self._pin_of(name) if name is not None else None
         return tuple(patterns) if patterns is not None else None
 
     def allows(self, route: str, node: str) -> bool:

@@ -36,6 +36,7 @@ __all__ = [
     'parked_queue',
     'pin_locks',
     'pin_route',
+    'pinned_task',
     'unknown_queue',
 ]
 
@@ -156,6 +157,14 @@ def pin_route(name: str, key: str, slots: int) -> str:
     return f'{name}#{task_key(key) % slots}'
 
 
+def pinned_task(route: str, slots: int) -> str | None:
+    """The name of the pinned task that a route may be a virtual key of; None where it is a key."""
+    name, _, slot = route.rpartition('#')
+    if not name or not slot.isascii() or not slot.isdecimal() or slot != str(int(slot[:9])):
+        return None
+    return name if int(slot) < slots else None
+
+
 def pin_locks(
     pins: Mapping[str, Sequence[str]], slots: int
 ) -> list[tuple[str, tuple[str, ...], str]]:
@@ -217,14 +226,7 @@ class Coordination:
         """Whether a text may be the route of a message of this task, as far as that shows."""
         if self.pin is None:
             return True
-        name, _, slot = text.rpartition('#')
-        return (
-            name == self.name
-            and slot.isascii()
-            and slot.isdecimal()
-            and slot == str(int(slot[:9]))
-            and int(slot) < self._slots
-        )
+        return pinned_task(text, self._slots) == self.name
 
     def route_of(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], message_id: object

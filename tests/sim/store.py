@@ -432,8 +432,7 @@ class SimStore:
             last_heartbeat=self.clock,
             is_old=self.asker_is_old,
         )
-        if not self.asker_is_old and not self.old_rows_locked:
-            self.let_old_ones_follow(self.nodes[request.name])
+        self.let_old_ones_follow(self.nodes[request.name])
         self.changes += 1
         if request.active:
             self.outbox.append(f'join {request.name}')
@@ -441,8 +440,10 @@ class SimStore:
 
     def let_old_ones_follow(self, new: Row) -> None:
         """Nodes that know of no groups become younger than one that does."""
+        if self.asker_is_old or self.old_rows_locked:
+            return
         for row in self.nodes.values():
-            if row.is_old:
+            if row.is_old and row.created_on <= new.created_on:
                 row.created_on = new.created_on + 1e-6
 
     def beat(self, request: Beat) -> Reply:
@@ -468,6 +469,7 @@ class SimStore:
             self._history,
             self._settled,
             same,
+            row.held,
         )
 
     def _youngest(self) -> float:
@@ -592,6 +594,7 @@ class SimStore:
         row = self._row(request.name, request.incarnation)
         if row is None:
             return None
+        self.let_old_ones_follow(row)
         nodes = len(self.nodes) - sum(self._looks_so(sign) for sign in request.dead)
         if nodes < request.minimum_nodes and row.state != 'active':
             return ActivateReply(False, nodes)

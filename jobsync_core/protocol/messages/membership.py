@@ -105,7 +105,8 @@ class HeartbeatReply:
     '' where this role may not ask for it. settled: the cluster's row names this history: since it
     began, somebody has waited until no lease of another one can be valid. So it is where the row
     names none and the server was never promoted. same: this is the history of the last answer. If
-    not, it is another one, whatever its name.
+    not, it is another one, whatever its name. held: the node was drained by somebody else than
+    itself, or by its program: it does not take part again by itself.
     """
 
     version: int
@@ -116,6 +117,7 @@ class HeartbeatReply:
     history: str = ''
     settled: bool = True
     same: bool = True
+    held: bool = False
 
 
 @dataclass(frozen=True)

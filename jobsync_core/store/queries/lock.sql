@@ -22,7 +22,7 @@ WITH given AS (
     SELECT given.*, old.task_id IS NULL OR old.expires_at <= now() AS fresh,
         old.task_id IS NULL OR old.expires_at <= now()
             OR old.node_patterns <> given.node_patterns
-            OR old.queue IS DISTINCT FROM given.queue AS replan,
+            OR old.queue IS DISTINCT FROM given.queue OR old.pin <> %(pin)s AS replan,
         (old.node_patterns, old.reason, old.created_by, old.expires_at, old.pin, old.queue)
             IS DISTINCT FROM
             (given.node_patterns, given.reason, %(creator)s, given.expires_at, %(pin)s,

@@ -29,12 +29,12 @@ greatest(clock_timestamp(), (SELECT max(created_on) + interval '1 microsecond' F
 CASE WHEN state = 'active' THEN pg_notify(%(channel)s, 'join ' || %(name)s)::text END
 
 -- piece: let_old_ones_follow
--- Makes nodes of earlier versions younger than the one that was `inserted`: those that lead plan no
--- queue groups. A row that somebody has locked is left as it is.
-UPDATE {node} AS o SET created_on = inserted.created_on + interval '1 microsecond'
-FROM inserted, (
+-- Makes nodes of earlier versions younger than `this` one: those that lead plan no queue groups. A row
+-- that somebody has locked is left as it is.
+UPDATE {node} AS o SET created_on = this.created_on + interval '1 microsecond'
+FROM this, (
     SELECT name FROM {node} WHERE groups IS NULL FOR NO KEY UPDATE SKIP LOCKED) AS old
-WHERE o.name = old.name
+WHERE o.name = old.name AND o.created_on <= this.created_on
 
 -- name: beat
 -- A heartbeat. What it reads must not grow with the number of nodes, nor with row versions that
@@ -56,7 +56,7 @@ RETURNING (SELECT c.version FROM {cluster} AS c), n.state,
                 AND o.created_on
                     >= timestamptz 'epoch' + %(since)s * interval '1 microsecond'
             ORDER BY o.created_on, o.name LIMIT %(elders)s) AS o),
-    {history}, (SELECT c.history FROM {cluster} AS c), n.beat % 2 = 0
+    {history}, (SELECT c.history FROM {cluster} AS c), n.beat % 2 = 0, n.held
 
 -- name: refresh
 -- A node's state, its ranges and its queue groups. The plan of a leader that knows of no groups is
@@ -102,19 +102,19 @@ WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s ORDER BY g.name
 
 -- name: insert
 -- Registers a node.
-WITH inserted AS (
+WITH this AS (
     INSERT INTO {node} {new_columns} VALUES ({new_values}) RETURNING created_on, {tell_of_active}
 ), followed AS (
     {let_old_ones_follow}
 )
-SELECT FROM inserted
+SELECT FROM this
 
 -- name: join_at_once
 -- Registers a node beside others, in one round trip; nothing where no other node is there, the name
 -- is taken, or the settings are others.
 {take_turn};
 {give_ids};
-WITH inserted AS (
+WITH this AS (
     INSERT INTO {node} {new_columns}
     SELECT {new_values} FROM {cluster} AS c
     WHERE (c.total_tokens, c.hash_function) = (%(total)s, %(hash)s)
@@ -128,7 +128,7 @@ WITH inserted AS (
 SELECT c.version,
     (SELECT json_agg(json_build_array(o.name, o.incarnation, o.beat))::text FROM {node} AS o),
     {ids}
-FROM {cluster} AS c, inserted
+FROM {cluster} AS c, this
 
 -- name: form
 -- Sets what the nodes of an empty cluster must agree with. What was audited before counts no longer
@@ -149,7 +149,8 @@ RETURNING version
 
 -- name: activate
 -- Lets a node take part if there are enough that live; how many there are, whether it is registered,
--- and whether a plan has included it already.
+-- and whether a plan has included it already. Nodes of earlier versions whose rows were locked as it
+-- joined follow it now.
 WITH counted AS (
     SELECT count(*)::int AS nodes,
         coalesce(bool_or(n.name = %(name)s AND n.incarnation = %(incarnation)s), false) AS present,
@@ -162,6 +163,11 @@ WITH counted AS (
     WHERE n.name = %(name)s AND n.incarnation = %(incarnation)s AND n.state = 'joining'
         AND counted.nodes >= %(minimum)s
     RETURNING pg_notify(%(channel)s, 'join ' || n.name)::text
+), this AS (
+    SELECT created_on FROM {node}
+    WHERE name = %(name)s AND incarnation = %(incarnation)s AND groups IS NOT NULL
+), followed AS (
+    {let_old_ones_follow}
 )
 SELECT nodes, present, included, (SELECT count(*) FROM activated) FROM counted
 

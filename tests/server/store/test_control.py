@@ -119,6 +119,15 @@ class Store:
     def evict(self, name: str, *dead: Sign) -> Any:
         return self.ask(Evict(name, f'life of {name}', dead))
 
+    def by_age(self) -> list[str]:
+        """Names of the nodes, oldest first."""
+        return [
+            name
+            for (name,) in self.rows.run(
+                f'SELECT name FROM {self.tables.node} ORDER BY created_on, name'
+            )
+        ]
+
     def sign(self, name: str) -> Sign:
         return next(
             Sign(m.name, m.incarnation, m.beat)
@@ -751,6 +760,22 @@ class TestLife:
         store.join('c', active=False)
         assert store.ask(Activate('c', 'life of c', 3)) == ActivateReply(False, 2)
 
+    def test_old_nodes_whose_rows_were_locked_follow_who_joined_when_it_takes_part(
+        self, store: Store
+    ) -> None:
+        store.join('old')
+        store.rows.run(f"UPDATE {store.tables.node} SET groups = NULL WHERE name = 'old'")
+        with store.rows.sessions.session() as holder, holder.cursor() as cursor:
+            cursor.execute(f'SELECT FROM {store.tables.node} FOR UPDATE')
+            store.join('new', active=False)
+        assert store.by_age() == ['old', 'new']
+        store.ask(Activate('new', 'life of new', 1))
+        assert store.by_age() == ['new', 'old']
+        age = f"SELECT created_on FROM {store.tables.node} WHERE name = 'old'"
+        before = store.rows.run(age)
+        store.ask(Activate('new', 'life of new', 1))
+        assert store.rows.run(age) == before, 'it follows already'
+
     def test_draining_is_set_and_cleared_for_this_life_only(self, store: Store) -> None:
         store.join('a')
         assert store.ask(Drain('a', 'life of a', True)) is True
@@ -769,9 +794,10 @@ class TestLife:
         assert store.ask(Drain('a', 'life of a', True)) is True
         assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
         assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is False
-        assert store.beat('a').state == 'draining'
+        assert (store.beat('a').state, store.beat('a').held) == ('draining', True)
         assert store.ask(Drain('a', 'life of a', False)) is True
         assert store.ask(Drain('a', 'life of a', True, by_itself=True)) is True
+        assert (store.beat('a').state, store.beat('a').held) == ('draining', False)
         assert store.ask(Drain('a', 'life of a', False, by_itself=True)) is True
         assert store.beat('a').state == 'active'
 

@@ -79,6 +79,19 @@ class TestRegister:
         register(rows, ('t', ('a', 'b'), None, None))
         assert rows.lock_version == 2
 
+    @pytest.mark.parametrize('pin', [True, False])
+    def test_a_lock_that_becomes_a_pin_and_a_pin_that_becomes_a_lock_ask_for_a_plan(
+        self, rows: Rows, pin: bool
+    ) -> None:
+        """Where no node of a queue group matches, a lock blocks its token and a pin does not."""
+        row = ('render#3', ('gpu-%',), 'pin', None, None)
+        with rows.sessions.session() as connection:
+            store = LockStore(connection, rows.tables)
+            store.register([row], 'a', pin=pin)
+            store.register([row], 'a', pin=not pin)
+            store.register([row], 'a', pin=not pin)
+        assert rows.lock_version == 2
+
     def test_registering_the_same_again_asks_for_no_plan(self, rows: Rows) -> None:
         register(rows, ('t', ('a',), 'r', 1.0), ('u', ('b',), None, None))
         version = rows.lock_version

@@ -297,6 +297,25 @@ def test_an_evicted_node_clears_first_and_comes_back_as_somebody_new() -> None:
     assert node.may_claim() == []
 
 
+@pytest.mark.parametrize('held', [False, True])
+def test_a_drain_outlives_an_eviction_and_an_operators_as_such(held: bool) -> None:
+    """An operator drains a node that has drained itself: it must not take part by itself."""
+    node = follower()
+    node.protocol.drain(node.now, by_itself=True)
+    node.passes(5.0)
+    node.beat(older=LEADER)
+    node.hears(Drain('me', 'life-1', True, True), True)
+    node.hears(Refresh('me', 'life-1'), holdings(state='draining'))
+    node.passes(5.0)
+    reply = HeartbeatReply(1, 'draining', LEADER, held=held)
+    node.hears(Beat('me', 'life-1'), reply)
+    node.passes(40.0)
+    node.hears(Beat('me', 'life-1'), None)
+    node.hears(Join('me', 'life-2', ME, 1.0, True), JoinReply(3))
+    node.beat(3, 'active', LEADER, life='life-2')
+    assert node.asks() == Drain('me', 'life-2', True, by_itself=not held)
+
+
 def test_a_name_is_taken_over_when_its_sign_stood_for_a_timeout() -> None:
     node = Node()
     node.hears(Connect(), ConnectReply('server'))

@@ -18,6 +18,10 @@ PINS = {'proj.render': ['gpu-1', '%-gpu']}
         ('proj.other#3', 'cpu-1', True),
         ('proj.render', 'cpu-1', True),
         ('proj.render#x', 'cpu-1', True),
+        ('proj.render#63', 'cpu-1', False),
+        ('proj.render#64', 'cpu-1', True),
+        ('proj.render#07', 'cpu-1', True),
+        ('proj.render#\u0663', 'cpu-1', True),
         ('order-1', 'cpu-1', True),
     ],
 )
