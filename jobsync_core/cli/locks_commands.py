@@ -7,7 +7,7 @@ import socket
 
 import click
 
-from ..assignment.arguments import check_lock
+from ..assignment.arguments import check_group, check_lock
 from ..assignment.hashing import check_task_id
 from ..assignment.patterns import eligible
 from ..results import LockInfo
@@ -27,7 +27,8 @@ def locks_group() -> None:
 
 #: Locks that are listed unless more are asked for; characters of each cell.
 _LISTED = 100
-_WIDTHS = (60, 80, 60, 40, 19, 19)
+_WIDTHS = (60, 80, 40, 60, 40, 19, 19)
+_ALL_QUEUES = '(all)'
 
 
 @locks_group.command('list')
@@ -56,7 +57,7 @@ def list_command(database: Database, limit: int, everything: bool, json_wanted: 
         click.echo('no locks')
         return
     rows = [_cells(lock) for lock in found]
-    names = ('task', 'patterns', 'reason', 'created by', 'created', 'expires')
+    names = ('task', 'patterns', 'queue', 'reason', 'created by', 'created', 'expires')
     widths = [
         max(len(name), *map(len, column))
         for name, column in zip(names, zip(*rows, strict=True), strict=True)
@@ -80,6 +81,7 @@ def _cells(lock: LockInfo) -> tuple[str, ...]:
     cells = (
         lock['task_id'],
         shown,
+        _ALL_QUEUES if lock['queue'] is None else lock['queue'],
         lock['reason'] or '',
         lock['created_by'] or '',
         f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
@@ -95,6 +97,12 @@ def _cut(text: str, width: int) -> str:
 @locks_group.command('add')
 @click.argument('task_id')
 @click.argument('patterns_given', metavar='PATTERN...', nargs=-1, required=True)
+@click.option(
+    '--queue',
+    metavar='Q',
+    help='Only for messages of this queue; where queue_groups gives the queue one: the name of its '
+    'group. Without it the lock counts in all queues.',
+)
 @click.option('--reason', help='Why the task is pinned.')
 @click.option(
     '--expires-in-days',
@@ -107,13 +115,14 @@ def add_command(
     database: Database,
     task_id: str,
     patterns_given: tuple[str, ...],
+    queue: str | None,
     reason: str | None,
     expires_in_days: float | None,
 ) -> None:
     """Pin TASK_ID to nodes that match the first PATTERN with a live match (% any text, _ any
-    character).
+    character). It replaces the task's lock, that of another queue, too.
     """
-    row = check_lock((task_id, list(patterns_given), reason, expires_in_days))
+    row = check_lock((task_id, list(patterns_given), reason, expires_in_days, queue))
     text, checked = row[:2]
     creator = f'{getpass.getuser()}@{socket.gethostname()}'
     with database.session() as (connection, tables):
@@ -121,11 +130,16 @@ def add_command(
         live = [
             node['name']
             for node in StatusStore(connection, tables).nodes()
-            if node['alive'] and node['state'] != 'draining'
+            if node['alive']
+            and node['state'] != 'draining'
+            and (queue is None or queue in node['groups'])
         ]
     matching = sorted(eligible(checked, live))
-    click.echo(f'locked {printable(text)} to {", ".join(map(printable, checked))}')
-    if matching:
+    where = f' in the queue {printable(queue)}' if queue is not None else ''
+    click.echo(f'locked {printable(text)} to {", ".join(map(printable, checked))}{where}')
+    if queue is not None and not live:
+        click.echo(f'no live node consumes the queue {printable(queue)}', err=True)
+    elif matching:
         click.echo(f'matching now: {", ".join(map(printable, matching))}')
     else:
         click.echo('no live node matches: the task is blocked until one joins', err=True)
@@ -133,6 +147,7 @@ def add_command(
 
 @locks_group.command('clear')
 @click.option('--creator', help='Locks that this node or user registered.')
+@click.option('--queue', metavar='Q', help='Locks that count in this queue, or group, alone.')
 @click.option(
     '--all',
     'everything',
@@ -157,15 +172,16 @@ def add_command(
 def clear_command(
     database: Database,
     creator: str | None,
+    queue: str | None,
     everything: bool,
     pins: bool,
     task_ids: tuple[str, ...],
     yes: bool,
 ) -> None:
     """Delete locks."""
-    if sum((creator is not None, everything or pins, bool(task_ids))) != 1:
+    if sum((creator is not None, queue is not None, everything or pins, bool(task_ids))) != 1:
         raise click.UsageError(
-            'give one of --creator, --all (with or without --pins), --pins and --task'
+            'give one of --creator, --queue, --all (with or without --pins), --pins and --task'
         )
     if everything:
         what = 'every lock' + (
@@ -175,12 +191,12 @@ def clear_command(
         )
     elif pins:
         what = 'the pins of tasks: their messages go to any node'
+    elif creator is not None:
+        what = f'the locks of {creator}'
+    elif queue is not None:
+        what = f'the locks that count in the queue {queue} alone'
     else:
-        what = (
-            f'the locks of {creator}'
-            if creator is not None
-            else f'the locks on {", ".join(task_ids)}'
-        )
+        what = f'the locks on {", ".join(task_ids)}'
     if not yes:
         click.confirm(f'Delete {printable(what)}?', abort=True)
     if creator is not None:
@@ -193,6 +209,8 @@ def clear_command(
             deleted = LockStore(connection, tables).clear_kind(locks=everything, pins=pins)
         elif creator is not None:
             deleted = LockStore(connection, tables).clear_by_creator(creator)
+        elif queue is not None:
+            deleted = LockStore(connection, tables).clear_queue(check_group(queue))
         else:
             deleted = LockStore(connection, tables).clear_tasks(
                 [check_task_id(task_id) for task_id in task_ids]

@@ -100,6 +100,10 @@ class LockStore(Store):
         """Delete the locks that `creator` registered; returns how many."""
         return self._delete('lock.delete_by_creator', {'creator': creator})
 
+    def clear_queue(self, queue: str) -> int:
+        """Delete the locks that count in one queue group alone; returns how many."""
+        return self._delete('lock.delete_queue', {'queue': queue})
+
     def clear_all(self) -> int:
         """Delete every lock; returns how many."""
         return self._delete('lock.delete_all', {})

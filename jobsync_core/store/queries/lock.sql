@@ -87,6 +87,10 @@ WHERE task_id = %(task)s AND ({in_force})
 -- Removes what somebody has registered.
 DELETE FROM {lock} WHERE created_by = %(creator)s
 
+-- name: delete_queue
+-- Removes what counts in one queue group alone.
+DELETE FROM {lock} WHERE queue = %(queue)s
+
 -- name: delete_all
 -- Removes every lock.
 DELETE FROM {lock} WHERE true

@@ -396,6 +396,38 @@ class TestLocks:
         assert good(run('locks', 'clear', '--all', '--yes')) == '1 lock deleted\n'
         assert good(run('locks', 'list')) == 'no locks\n'
 
+    def test_a_lock_on_one_queue_is_added_shown_and_cleared_as_such(
+        self, rows: Rows, run: Callable[..., Result]
+    ) -> None:
+        for name, groups in (('gpu-1', '{gpu,mail}'), ('gpu-2', '{mail}')):
+            rows.node(name)
+            rows.run(f'UPDATE {rows.tables.node} SET groups = %s WHERE name = %s', groups, name)
+        added = good(run('locks', 'add', 'a', 'gpu-%', '--queue', 'gpu'))
+        assert added == 'locked a to gpu-% in the queue gpu\nmatching now: gpu-1\n'
+        good(run('locks', 'add', 'b', 'gpu-%'))
+        header, first, second = good(run('locks', 'list')).splitlines()
+        assert header.split()[:3] == ['task', 'patterns', 'queue']
+        assert first.split()[:3] == ['a', 'gpu-%', 'gpu']
+        assert second.split()[:3] == ['b', 'gpu-%', '(all)']
+        assert json.loads(good(run('locks', 'list', '--json')))[0]['queue'] == 'gpu'
+        nowhere = run('locks', 'add', 'c', 'gpu-%', '--queue', 'none')
+        assert good(nowhere) and 'no live node consumes the queue none' in nowhere.stderr
+        asked = run('locks', 'clear', '--queue', 'gpu', input='n\n')
+        assert 'the locks that count in the queue gpu alone' in asked.output
+        assert good(run('locks', 'clear', '--queue', 'gpu', '--yes')) == '1 lock deleted\n'
+        assert good(run('locks', 'add', 'b', 'gpu-%', '--queue', 'mail')), 'it replaces the other'
+        assert [lock['queue'] for lock in json.loads(good(run('locks', 'list', '--json')))] == [
+            'mail',
+            'none',
+        ]
+
+    @pytest.mark.parametrize('queue', ['', 'x' * 300, '\udcff'])
+    def test_a_lock_on_what_is_no_queue_is_refused(
+        self, rows: Rows, run: Callable[..., Result], queue: str
+    ) -> None:
+        assert 'queue' in bad(run('locks', 'add', 'a', 'x', '--queue', queue))
+        assert 'queue' in bad(run('locks', 'clear', '--queue', queue, '--yes'))
+
     def test_clear_by_creator(self, rows: Rows, run: Callable[..., Result]) -> None:
         with rows.sessions.session() as connection:
             LockStore(connection, rows.tables).register([('t', ('a',), None, None, None)], 'node-1')
@@ -421,7 +453,10 @@ class TestLocks:
         assert 'x' in good(run('locks', 'list'))
         assert '1 lock deleted' in good(run('locks', 'clear', '--all', input='y\n'))
 
-    @pytest.mark.parametrize('words', [(), ('--all', '--task', 'a'), ('--creator', 'a', '--all')])
+    @pytest.mark.parametrize(
+        'words',
+        [(), ('--all', '--task', 'a'), ('--creator', 'a', '--all'), ('--queue', 'a', '--pins')],
+    )
     def test_clear_wants_one_selection(
         self, rows: Rows, run: Callable[..., Result], words: tuple[str, ...]
     ) -> None:
