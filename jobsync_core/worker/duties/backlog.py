@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 #: sends to them.
 _AGAIN_SEC = 1.0
 #: Seconds after which a look ends, however much there is: other duties wait. Where it has passed
-#: something on, another one follows.
+#: something on, or has not come to all queues, another one follows.
 _LONGEST_SEC = 5.0
 
 
@@ -63,6 +63,11 @@ class Backlog:
         self._now = now
         self._version = -1
         self._at = float('inf')
+        #: All queues are looked at once more after a plan.
+        self._again = False
+        #: Queues that the last look did not come to, and behind them those where it left something:
+        #: they come first in the next one.
+        self._left: tuple[str, ...] = ()
 
     def due(self, moment: Moment) -> float:
         """After each plan, and a moment later."""
@@ -72,12 +77,24 @@ class Backlog:
 
     def run(self, moment: Moment, stop: Callable[[], bool]) -> None:
         """Pass on what was there when this began."""
-        again = moment.now + _AGAIN_SEC if moment.version != self._version else float('inf')
+        is_new = moment.version != self._version
         self._version, self._at = moment.version, moment.now
-        for queue in self._queues():
-            if self._pass_on(queue, lambda: stop() or self._now() > moment.now + _LONGEST_SEC):
-                again = moment.now + _AGAIN_SEC
-        self._at = again
+
+        def over() -> bool:
+            return stop() or self._now() > moment.now + _LONGEST_SEC
+
+        queues = self._queues()
+        todo = [queue for queue in self._left if queue in queues]
+        if is_new or self._again:
+            todo += [queue for queue in queues if queue not in todo]
+        self._again = is_new
+        unfinished = []
+        while todo and not over():
+            queue = todo.pop(0)
+            if self._pass_on(queue, over):
+                unfinished.append(queue)
+        self._left = (*todo, *unfinished)
+        self._at = moment.now + _AGAIN_SEC if self._left or self._again else float('inf')
 
     def _pass_on(self, queue: str, stop: Callable[[], bool]) -> bool:
         """Whether there is more that belongs elsewhere, as far as that shows."""

@@ -20,8 +20,9 @@ logger = get_logger(__name__)
 #: Seconds between two looks at how many there are; and where none are parked any more but what was
 #: sent to a queue that is gone.
 _LOOK_SEC, _OLD_LOOK_SEC = 2.0, 5.0
-#: Seconds until they are passed over again, for each second that a pass took; and at least.
-_REST, _REST_LEAST = 10.0, 5.0
+#: Seconds until they are passed over again, for each second that a pass took; and at least. Twice
+#: as long after each pass that had nothing to hand out and no new plan: up to so many seconds.
+_REST, _REST_LEAST, _REST_MOST = 10.0, 5.0, 60.0
 #: Seconds until the next try, where another node is at it.
 _HELD_SEC = 1.0
 
@@ -34,6 +35,8 @@ class _Queue:
         stray: Something was parked, or may be handed out without another plan.
         released: Version of the plan for which it was passed over last.
         left: Messages that this left.
+        in_vain: Passes in a row that had no new plan, and nothing to hand out. So it is where
+            producers park what no node matches: the number rises, and nothing can go.
         not_before: When it may be passed over again without another plan.
         looked: When it was looked at last.
         pace: When it is looked at.
@@ -42,6 +45,7 @@ class _Queue:
     stray: bool = False
     released: int = -1
     left: int = -1
+    in_vain: int = 0
     not_before: float = 0.0
     looked: float = -math.inf
     pace: Pace = field(default_factory=Pace)
@@ -51,7 +55,8 @@ class Parked:
     """One node's part in it: it looks after the parked messages of the home queues that it
     consumes, and after those of the layout that knew no queue groups. One node at a time does it.
 
-    They are passed over once for each plan, and when their number is not what the last pass left.
+    They are passed over once for each plan, and when their number is not what the last pass left:
+    the less often, the longer that is in vain. Who parks by an older map does so soon after a plan.
 
     Args:
         broker: The broker.
@@ -167,6 +172,7 @@ class Parked:
                 queue.not_before = began + _HELD_SEC
                 return
             queue.stray = False
+            in_vain, queue.in_vain = queue.in_vain, 0
             try:
                 self._owners.refresh()
                 version = self._owners.version
@@ -178,7 +184,12 @@ class Parked:
                 raise
             finally:
                 ended = self._now()
-                queue.not_before = ended + max(_REST_LEAST, (ended - began) * _REST)
+                rest = max(_REST_LEAST, (ended - began) * _REST)
+                queue.not_before = ended + rest
+            if not passed.moved and version == queue.released:
+                queue.in_vain = in_vain + 1
+                rest = min(rest * 2 ** min(queue.in_vain, 9), max(rest, _REST_MOST))
+                queue.not_before = ended + rest
             if passed.moved:
                 self._count('released', passed.moved)
                 logger.info(

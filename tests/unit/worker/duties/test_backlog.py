@@ -25,12 +25,13 @@ class Stage:
         self.broker = FakeBroker(self.contents)
         self.owners = FakeOwners()
         self.mine: set[str] = set()
+        self.queues: tuple[str, ...] = ('q.n2', 'other.n2')
         self.counts: dict[str, int] = {}
         self.backlog = Backlog(
             'n2',
             self.broker,
             Passage(self.broker, 'n2'),
-            lambda: ('q.n2', 'other.n2'),
+            lambda: self.queues,
             self.owners,
             owns=self.owns,
             count=self.count,
@@ -126,6 +127,46 @@ def test_a_look_that_passes_on_nothing_is_not_repeated_for_ever(stage: Stage) ->
     assert stage.run()
     stage.time.now += 3600
     assert not stage.run()
+
+
+def test_each_queue_has_its_turn_however_long_the_others_take(stage: Stage) -> None:
+    """All of them together take longer than a look may, and the first has more and more."""
+    stage.queues = 'q.n2', 'other.n2', 'third.n2'
+
+    def takes_long(item: Any) -> None:
+        stage.time.now += 1
+        if len(item.route) == 1:
+            stage.contents.put('q.n2', '1')
+
+    stage.contents.on_forward = takes_long
+    stage.contents.put('q.n2', *'1' * 50)
+    stage.contents.put('other.n2', *map(str, range(10, 19)))
+    stage.contents.put('third.n2', *map(str, range(20, 24)))
+    for _ in range(8):
+        assert stage.run()
+        stage.time.now += 1
+    assert stage.contents.size('other.n2') == stage.contents.size('third.n2') == 0
+
+
+def test_queues_that_take_long_and_have_nothing_to_pass_on_all_have_a_late_look(
+    stage: Stage,
+) -> None:
+    stage.queues = 'q.n2', 'other.n2', 'third.n2'
+    stage.mine = {'a'}
+    looked: list[str] = []
+
+    def takes_long(queue: str) -> None:
+        stage.time.now += 6
+        looked.append(queue)
+
+    stage.broker.on_take = takes_long
+    for queue in stage.queues:
+        stage.contents.put(queue, 'a')
+    while stage.run():
+        stage.time.now += 1
+        assert len(looked) < 10
+    assert set(looked) == {*stage.queues} and len(looked) <= 2 * len(stage.queues)
+    assert 'q.n2' in looked[1:], 'it was looked at at once, and by an older map more may have come'
 
 
 def test_what_cannot_be_sent_stays(stage: Stage) -> None:

@@ -123,6 +123,38 @@ class TestParked:
         stage.time.run(stage.parked)
         assert len(stage.broker.taken) == 21
 
+    def test_what_producers_park_in_vain_is_passed_over_less_and_less_until_a_plan_comes(
+        self, stage: Stage
+    ) -> None:
+        """No node matches its pin: the number rises, and nothing can go."""
+        passes, began = [], stage.time.now
+        while stage.time.now < began + 400:
+            before = len(stage.broker.taken)
+            stage.contents.put(PARKED, 'x1')
+            stage.time.run(stage.parked)
+            if len(stage.broker.taken) > before:
+                passes.append(stage.time.now - began)
+            stage.time.now += 1
+        rests = [after - before for before, after in itertools.pairwise(passes)]
+        assert len(passes) < 14 and rests[0] <= 8 and max(rests) <= 62, rests
+        assert rests == sorted(rests)
+        stage.plan()
+        stage.contents.put(PARKED, 'a')
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['a'], 'at once'
+        stage.contents.put(PARKED, 'b')  # whoever sent it had not heard of the plan
+        stage.time.now += 7.5
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['a', 'b'], 'the rest is the shortest again'
+        for _ in range(2):
+            stage.contents.put(PARKED, 'x2')
+            stage.time.now += 7.5
+            stage.time.run(stage.parked)
+        stage.contents.put(PARKED, 'c')
+        stage.time.now += 12.5
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['a', 'b', 'c'], 'and grows from there'
+
     def test_the_few_that_consume_a_queue_hand_out_what_is_parked_of_it_as_soon_in_a_large_cluster(
         self, stage: Stage
     ) -> None:
