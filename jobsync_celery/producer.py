@@ -21,7 +21,7 @@ from jobsync_core.worker.node_of_tests import node_of_tests
 from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
 
 from .application import Application
-from .broker.homes import home_name
+from .broker.homes import home_name, is_only_place
 from .logs import get_logger
 from .redis.client import keep_client
 
@@ -127,8 +127,8 @@ class _Addresser:
         headers[KEY] = route
         home = self._home_of(options)
         if home is None:
-            # with an exchange and no queue: native delayed delivery, or a place that the caller
-            # chose
+            # an exchange decides, for any number of queues: that of native delayed delivery, or one
+            # that the caller or the settings chose
             return
         headers[HOME] = home
         queue = self._queue_of(route, home)
@@ -146,13 +146,16 @@ class _Addresser:
             options['exchange'] = exchange
 
     def _home_of(self, options: dict[str, Any]) -> str | None:
-        queue = options.get('queue')
-        if queue:
-            queues = self._app.amqp.queues
-            if isinstance(queue, str):
-                queue = queues.aliases.get(queue) or queues.get(queue) or queue
-            return queue if isinstance(queue, str) else home_name(queue)
-        return None if options.get('exchange') else str(self._app.conf.task_default_queue)
+        queue, queues = options.get('queue'), self._app.amqp.queues
+        if not queue:
+            if options.get('exchange'):
+                return None
+            queue = str(self._app.conf.task_default_queue)
+        if isinstance(queue, str):
+            queue = queues.aliases.get(queue) or queues.get(queue) or queue
+        if not is_only_place(queue, queues.values(), options):
+            return None
+        return queue if isinstance(queue, str) else home_name(queue)
 
     def _queue_of(self, route: str, home: str) -> str | None:
         try:

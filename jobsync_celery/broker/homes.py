@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ['arguments_for', 'home_name', 'is_way_into']
+__all__ = ['arguments_for', 'home_name', 'is_only_place', 'is_way_into']
 
 #: What is kept as it is. The others are no matter of one message or one node:
 #: a length is one of the whole home queue, and a node's share of it would lose messages that the
@@ -38,6 +38,34 @@ def home_name(queue: Any) -> str:
     """
     is_broadcast = queue.exchange is not None and queue.exchange.type == 'fanout'
     return str((is_broadcast and queue.alias) or queue.name)
+
+
+def is_only_place(queue: Any, known: Iterable[Any], options: Mapping[str, Any]) -> bool:
+    """Whether what Celery sends with these options goes to this queue and to no other one.
+
+    Otherwise an exchange says which queues get it, each a copy, and those may be anybody's.
+
+    Args:
+        queue: Kombu's queue, or the name of one that is not known.
+        known: All queues of the app.
+        options: Of `apply_async`, with what the app's routes add: `exchange`, `routing_key`,
+            `exchange_type`.
+    """
+    exchange: Any = getattr(queue, 'exchange', None)
+    kind = options.get('exchange_type') or getattr(exchange, 'type', None) or 'direct'
+    if kind == 'direct':
+        return not (options.get('exchange') and options.get('routing_key'))
+    if options.get('exchange') or options.get('routing_key'):
+        return False
+    if kind == 'fanout':
+        return bool(queue.alias)  # a broadcast, whose queues are one group
+    # As `task_default_exchange_type='topic'` makes them: an exchange for this queue alone.
+    others = (other for other in known if other.name != queue.name)
+    return kind == 'topic' and not any(
+        getattr(each.exchange, 'name', None) == exchange.name
+        for other in others
+        for each in (other, *(other.bindings or ()))
+    )
 
 
 def arguments_for(home: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu.common import Broadcast
-from kombu.entity import Exchange, Queue
+from kombu.entity import Exchange, Queue, binding
 
-from jobsync_celery.broker.homes import arguments_for, home_name, is_way_into
+from jobsync_celery.broker.homes import arguments_for, home_name, is_only_place, is_way_into
 from jobsync_celery.broker.queues import Queues
 from jobsync_celery.home_queues import HomeQueues
 from jobsync_core.errors import ConfigurationError
@@ -183,6 +183,37 @@ def test_the_home_of_a_message(
     queues = _queues(Queue('light'), Queue('topical', _TOPIC, routing_key='go.#'))
     message = SimpleNamespace(delivery_info={'exchange': place[0], 'routing_key': place[1]})
     assert queues.own_home(read_stamps({HOME: home}), message, queue) == expected
+
+
+@pytest.mark.parametrize(
+    ('queue', 'options', 'expected'),
+    [
+        (Queue('light'), {}, True),
+        ('unheard', {}, True),
+        (Queue('light'), {'routing_key': 'key'}, True),
+        (Queue('light'), {'exchange': 'tasks'}, True),  # Celery takes neither without the other
+        (Queue('light'), {'exchange': 'tasks', 'routing_key': 'go.a'}, False),
+        (Queue('light'), {'exchange': 'tasks', 'exchange_type': 'topic'}, False),
+        (Queue('light', _DIRECT, 'key'), {}, True),
+        (Queue('topical', _TOPIC, 'go.#'), {}, False),
+        (Queue('own', Exchange('own', 'topic'), 'own'), {}, True),
+        (Queue('own', Exchange('own', 'topic'), 'own'), {'routing_key': 'own.a'}, False),
+        (Queue('bound', Exchange('bound', 'topic'), 'bound'), {}, False),
+        (Queue('all', Exchange('all', 'fanout')), {}, False),
+        (Queue('some', Exchange('some', 'headers')), {}, False),
+        (Broadcast('news'), {}, True),
+    ],
+)
+def test_only_what_no_other_queue_gets_is_sent_straight_to_a_node(
+    queue: Any, options: dict[str, str], expected: bool
+) -> None:
+    known = [
+        Queue('topical', _TOPIC, routing_key='go.#'),
+        Queue('other', _TOPIC, routing_key='go.#'),
+        Queue('own', Exchange('own', 'topic'), 'own'),
+        Queue('several', [binding(Exchange('bound', 'topic'), 'bound')]),
+    ]
+    assert is_only_place(queue, known, options) is expected
 
 
 class _Consumer:

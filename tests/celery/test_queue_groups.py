@@ -184,6 +184,25 @@ def test_a_queue_is_added_and_cancelled_while_its_messages_come(
     assert len(numbers) == len(set(numbers))
 
 
+@pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
+def test_each_queue_of_an_exchange_gets_its_copy(
+    make_stage: Callable[[str, str], Stage], kind: str
+) -> None:
+    stage = make_stage(
+        kind,
+        "task_queues=[Queue(name, Exchange('events', 'topic'), 'user.#') "
+        "for name in ('light', 'heavy')],",
+    )
+    stage.worker('one', 'light')
+    stage.worker('two', 'heavy')
+    stage.send('light', 0, 10)
+    stage.send('heavy', 10, 20, exchange='events', routing_key='user.new')
+    eventually(lambda: len(stage.notes()) == 40, 60)
+    assert {(worker, number) for worker, number in stage.notes()} == {
+        (worker, str(number)) for worker in ('one@test', 'two@test') for number in range(20)
+    }
+
+
 _tries = itertools.count(3000, 20)
 
 
