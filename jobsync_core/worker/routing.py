@@ -7,6 +7,7 @@ becomes of it on the node that receives it is decided by its route, in `inbox`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..assignment.hashing import check_task_id, task_key
@@ -126,6 +127,7 @@ def old_parked_queue(appname: str) -> str:
     return f'jobsync.{appname}.parked'
 
 
+@lru_cache(maxsize=4096)  # asked several times for each message, of the same few queues
 def home_of_queue(queue: str, appname: str) -> str | None:
     """The home queue that a queue of a cluster belongs to, by its name: '' for one of the old
     layout and for that of unknown tasks; None where it is no queue of the cluster.
@@ -159,6 +161,8 @@ def pin_route(name: str, key: str, slots: int) -> str:
 
 def pinned_task(route: str, slots: int) -> str | None:
     """The name of the pinned task that a route may be a virtual key of; None where it is a key."""
+    if '#' not in route:
+        return None  # as nearly every key
     name, _, slot = route.rpartition('#')
     if not name or not slot.isascii() or not slot.isdecimal() or slot != str(int(slot[:9])):
         return None
