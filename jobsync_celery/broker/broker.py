@@ -14,7 +14,7 @@ from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused, Stamps, read_name, read_stamps
 from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, parked_queue
 
-from ..incoming import read_delivery
+from ..incoming import Incoming, read_delivery
 from .abandoning import abandon
 from .forwarding import CONNECT_SEC, Forwarder
 from .queues import Queues
@@ -49,9 +49,13 @@ class CeleryDelivery:
         }
         if headers.get(REDELIVERED) is True:
             message.delivery_info['redelivered'] = True  # what was true of it stays true
-        self.id = shown(headers.get('id'))
-        task = read_name(headers.get('task'), 'its task')
-        self.task = '' if isinstance(task, Refused) else task
+        found = read_delivery(message)
+        if isinstance(found, Incoming):  # the headers of protocol 1 say nothing of it
+            self.id, self.task = shown(found.id), found.task
+        else:
+            self.id = shown(headers.get('id'))
+            task = read_name(headers.get('task'), 'its task')
+            self.task = '' if isinstance(task, Refused) else task
         self.route: str | None
         self.route, self.home = broker.address_of(message, queue)
 

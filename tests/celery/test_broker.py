@@ -22,7 +22,7 @@ from kombu.transport.native_delayed_delivery import (
 
 from jobsync_celery import JobSync
 from jobsync_celery.application import Application
-from jobsync_celery.broker.broker import CeleryBroker
+from jobsync_celery.broker.broker import CeleryBroker, CeleryDelivery
 from jobsync_celery.broker.declaring import _is_idle, declare_exchange, declare_queue, delete_empty
 from jobsync_celery.broker.forwarding import Forwarder
 from jobsync_celery.broker.queues import Queues
@@ -456,6 +456,30 @@ def test_a_route_is_made_from_the_arguments_where_the_task_is_known(
     )
     message.headers = {**headers, 'id': 'm1'} if headers else headers
     assert broker.address_of(message, '') == expected
+
+
+@pytest.mark.parametrize(
+    ('headers', 'body', 'known'),
+    [
+        ({'task': 'keyed', 'id': 'm1'}, b'[[1], {}, {}]', ('keyed', 'm1')),
+        # Protocol 1: its headers say nothing of the task.
+        ({}, b'{"task": "keyed", "id": "m1", "args": [1]}', ('keyed', 'm1')),
+        ({KEY: 'k:1'}, b'{"task": "nobody", "id": "m1", "args": [1]}', ('nobody', 'm1')),
+        # A worker that knows it sets it aside.
+        ({'task': 'keyed', 'id': 'm1'}, b'{', ('keyed', 'm1')),
+        ({}, b'{', ('', 'None')),
+    ],
+)
+def test_a_message_that_is_taken_tells_its_task_in_either_protocol(
+    headers: dict[str, Any], body: bytes, known: tuple[str, str]
+) -> None:
+    app = Celery('addressing', broker='memory://', set_as_current=False)
+    app.task(name='keyed', shared=False, jobsync_key='k:{n}')(_task)
+    broker = JobSync(app, config=CoordinationConfig(), route_producers=False).evacuable()
+    message = Message(body=body, content_type='application/json', content_encoding='utf-8')
+    message.headers = headers
+    taken = CeleryDelivery(broker, message, 'jobsync.sync_.unknown')
+    assert (taken.task, taken.id) == known
 
 
 @contextlib.contextmanager
