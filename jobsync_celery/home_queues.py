@@ -9,6 +9,7 @@ from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.node import WorkerNode
 
 from .broker.homes import home_name
+from .broker.presence import Presence
 from .broker.queues import Queues
 from .logs import get_logger
 
@@ -31,6 +32,7 @@ class HomeQueues:
         queues: The cluster's.
         node: This worker's node; None where it has none any more.
         changed: Called when another queue is to be consumed.
+        presence: The worker's at the queues of its node; None where that is not shown.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class HomeQueues:
         queues: Queues,
         node: Callable[[], WorkerNode | None],
         changed: Callable[[], object],
+        presence: Presence | None = None,
     ) -> None:
         self._app = app
         self._consumer = consumer
         self._queues = queues
         self._node = node
         self._changed = changed
+        self._presence = presence
         #: Queues of this node: whether each is to be consumed. The event loop keeps no order among
         #: its calls.
         self._wanted: dict[str, bool] = {}
@@ -99,8 +103,12 @@ class HomeQueues:
             if queue not in queues.consume_from:
                 queues.select_add(self._queues.make(queue))
             if consumer is not None and not consumer.consuming_from(queue):
+                if self._presence is not None:
+                    self._presence.announce()
                 consumer.add_queue(queues[queue])
                 self._changed()
         elif wanted is False:
             del self._wanted[queue]
             self._cancel(queue)
+            if self._presence is not None:
+                self._presence.withdraw(queue)

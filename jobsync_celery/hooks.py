@@ -19,6 +19,7 @@ from jobsync_core.worker.node_of_tests import node_of_tests
 
 from .application import Application
 from .broker.broker import CeleryBroker
+from .broker.presence import Presence
 from .broker.startup import wait_for_broker
 from .children import PoolChildren
 from .configuring import NodeConfiguration
@@ -61,6 +62,7 @@ class WorkerHooks:
         self._consumer: Any = None
         self._gate: ConsumerGate | None = None
         self._leased: LeasedConsumer | None = None
+        self._presence: Presence | None = None
         self._carried = CarriedOver()
         self._reconnecting = Reconnecting()
         self._pins: Mapping[str, Sequence[str]] = {}
@@ -199,12 +201,15 @@ class WorkerHooks:
             application.driver,
             application.settings.config.heartbeat_timeout_sec,
         )
+        if application.driver == 'amqp':
+            self._presence = Presence(self._app, consumer, application.queues)
         HomeQueues(
             self._app,
             consumer,
             application.queues,
             lambda: self._node if self._own_job() is not None else None,
             self._leased.queues_changed,
+            self._presence,
         )
         if application.driver == 'redis':
             from redis.exceptions import MasterDownError, ReadOnlyError
@@ -252,6 +257,8 @@ class WorkerHooks:
                     'JobSync: what the lost connection held is not given back yet: %r', error
                 )
         self._reconnects = True
+        if job is not None and self._presence is not None:
+            self._presence.announce()
         self._leased.connected()
 
     def disconnected(self) -> None:

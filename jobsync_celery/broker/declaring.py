@@ -46,7 +46,7 @@ def declare_exchange(connection: Any, exchange: Any) -> None:
 def declare_queue(
     connection: Any,
     queue: Any,
-    empty: Callable[[], object] | None = None,
+    empty: Callable[[], bool] | None = None,
     bindings: Sequence[tuple[str, str]] = (),
 ) -> bool:
     """Make a queue and bind it. Where it is there with other arguments, it is made anew, if that is
@@ -55,7 +55,8 @@ def declare_queue(
     Args:
         connection: Each failure closes a channel of it.
         queue: The queue; its exchange is there.
-        empty: Moves its messages elsewhere; None: it is never made anew.
+        empty: Moves its messages elsewhere, and tells whether it may be deleted then; None: it is
+            never made anew.
         bindings: The ways into it: exchange and routing key.
 
     Returns:
@@ -76,10 +77,11 @@ def declare_queue(
             return declare_queue(connection, queue, empty, bindings)
     if empty is not None:
         try:
-            empty()
-            channel = connection.channel()
-            gone = delete_empty(channel, queue.name, bindings)
-            _close(channel)
+            gone = empty()
+            if gone:
+                channel = connection.channel()
+                gone = delete_empty(channel, queue.name, bindings)
+                _close(channel)
             if gone:
                 _declare(connection, queue)
         except PreconditionFailed as error:

@@ -11,12 +11,14 @@ from kombu.connection import Connection
 from kombu.entity import Queue
 
 from jobsync_core.worker.consumer_timeout import REMEDY, is_heeded
+from jobsync_core.worker.presence import presence_queue
 from jobsync_core.worker.routing import parked_queue
 
 from ..logs import get_logger
 from .broker import CeleryBroker
 from .declaring import declare_exchange, declare_queue, delete_empty
 from .forwarding import CONNECT_SEC
+from .presence import is_present
 
 __all__ = ['RabbitBroker']
 
@@ -66,7 +68,7 @@ class RabbitBroker(CeleryBroker):
             for name in (parked, queue):
                 own: Any = self._queues.make(name)
                 # The parked ones are shared, and never deleted: what comes just then would be lost.
-                empty = None if name == parked else lambda: self._park_all(queue, parked)
+                empty = None if name == parked else lambda: self._empty(queue, parked)
                 bindings = self._queues.bindings_of(name)
                 as_wanted = declare_queue(connection, own, empty, bindings)
                 self._queues.settle(name, own.queue_arguments, as_wanted)
@@ -116,22 +118,34 @@ class RabbitBroker(CeleryBroker):
         connection.transport_options = {**bounds, **(connection.transport_options or {})}
         return connection
 
-    def _park_all(self, queue: str, parked: str) -> None:
-        """Move a queue's messages to the parked ones; no more than there are at first."""
+    def _empty(self, queue: str, parked: str) -> bool:
+        """Move a queue's messages to the parked ones, no more than there are at first; False where
+        something of it may be in the hands of a former life of its node.
+        """
+        self._open()
+        if is_present(self._connection, queue):
+            return False
         for _ in range(self.size(queue)):
             delivery = self.take(queue)
             if delivery is None:
-                return
+                break
             delivery.forward(parked)
+        return True
 
     def delete(self, queue: str) -> bool:
-        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
+        """Delete a queue if it is empty and nobody consumes it, nor has anything of it in hand;
+        whether it is gone.
+        """
         self._open()
         assert self._connection is not None
+        if is_present(self._connection, queue):
+            return False
         with self._connection.channel() as channel:
             bindings = self._queues.bindings_of(queue)
             gone = delete_empty(channel, queue, bindings)
         if gone:
+            with self._connection.channel() as channel:
+                channel.queue_delete(presence_queue(queue))
             self._unbind_delayed(bindings[-1][1])
         return gone
 

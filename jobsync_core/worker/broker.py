@@ -73,7 +73,9 @@ class Broker(Protocol):
         """
 
     def delete(self, queue: str) -> bool:
-        """Delete a queue if it is empty and nobody consumes it; whether it is gone."""
+        """Delete a queue if it is empty, and nobody consumes it or has anything of it in hand;
+        whether it is gone.
+        """
 
     def reset(self) -> None:
         """Drop the connection after an error; the next call opens another."""

@@ -66,6 +66,7 @@ _RESERVED_ENDINGS = (
     '.DQ',
     '.XQ',
     '.msgs',
+    '.present',
 )
 #: RabbitMQ takes names of up to 255 bytes; some are left for endings.
 QUEUE_BYTES = 240

@@ -15,6 +15,7 @@ from pika.exceptions import AMQPChannelError, ChannelClosedByBroker
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consumer_timeout import REMEDY, is_timeout
 from jobsync_core.worker.incoming import Refused
+from jobsync_core.worker.presence import ARGUMENTS, presence_queue
 
 from ..incoming import read_message
 from .rabbit_errors import translated
@@ -24,7 +25,7 @@ __all__ = ['RabbitQueueConsumer']
 
 logger = get_logger(__name__)
 
-_NOT_FOUND = 404
+_ACCESS_REFUSED, _NOT_FOUND = 403, 404
 #: Seconds between two looks while messages wait.
 _LOOK_SEC = 0.05
 
@@ -61,15 +62,47 @@ class RabbitQueueConsumer:
         self._own = publisher.is_own(queue)
         #: What was handed out and is not done: tags of a connection that is gone mean nothing.
         self._tags: set[int] = set()
+        self._unseen = False
         with translated():
             self.connection: Any = pika.BlockingConnection(parameters)
             try:
                 self._channel: Any = self.connection.channel()
                 self._channel.basic_qos(prefetch_count=prefetch)
+                if self._own:
+                    self._announce()
             except BaseException:
                 self.close([])
                 raise
         self._consume()
+
+    def _announce(self) -> None:
+        """Show for as long as the channel lives that what comes by it may be in hand, also while it
+        does not consume: see `jobsync_core.worker.presence`.
+        """
+        name = presence_queue(self.queue)
+        try:
+            with self.connection.channel() as channel:
+                channel.queue_declare(name, durable=True, arguments=ARGUMENTS)
+        except ChannelClosedByBroker as error:
+            if error.reply_code != _ACCESS_REFUSED:
+                raise
+            logger.warning(
+                'RabbitMQ refuses the queue %s (%s): should this worker be cut off from the '
+                'database for long and then die, what it was running is lost. Let the user '
+                'configure, write and read names as the documentation says',
+                name,
+                error.reply_text,
+            )
+            return
+        self._channel.add_on_cancel_callback(self._lose_presence)
+        self._channel.basic_consume(name, lambda *message: None, auto_ack=True)
+
+    def _lose_presence(self, frame: Any) -> None:
+        self._unseen = True
+
+    def _check_presence(self) -> None:
+        if self._unseen:
+            raise AMQPChannelError(f'RabbitMQ has deleted {presence_queue(self.queue)}')
 
     def _consume(self) -> None:
         with translated():
@@ -84,6 +117,7 @@ class RabbitQueueConsumer:
             if not self._channel.get_waiting_message_count():
                 return None
         with translated():
+            self._check_presence()
             try:
                 method, properties, body = next(self._deliveries)
             except StopIteration:
@@ -112,6 +146,7 @@ class RabbitQueueConsumer:
         with translated():
             if self._channel.is_open:
                 self.connection.process_data_events(time_limit=seconds)
+            self._check_presence()
             if not self._channel.is_open:
                 reason = self._channel._closing_reason
                 self._tell_of_timeout(reason)

@@ -18,6 +18,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from jobsync_core.logs import get_logger
 from jobsync_core.worker import consumer_timeout
+from jobsync_core.worker.presence import presence_queue
 from jobsync_core.worker.routing import old_parked_queue, parked_queue, unknown_queue
 
 from .rabbit_errors import BROKEN, is_absent
@@ -186,7 +187,8 @@ class RabbitDeclarations:
         return int(found.message_count), int(found.consumer_count)
 
     def delete(self, queue: str) -> bool:
-        """Delete a queue of the cluster if it is empty and nobody consumes it; whether it is gone.
+        """Delete a queue of the cluster if it is empty and nobody consumes it, nor has anything of
+        it in hand; whether it is gone.
 
         RabbitMQ deletes no quorum queue on these conditions. So the queue is taken off its exchange
         first: what is sent to it from then on is parked.
@@ -197,7 +199,7 @@ class RabbitDeclarations:
         if found is None:
             return True
         messages, consumers = found
-        if consumers:
+        if consumers or self._has_present(queue):
             return False
         channel = self._native.channel
         channel.queue_unbind(queue, self.exchange, queue)
@@ -215,4 +217,10 @@ class RabbitDeclarations:
             channel.basic_nack(method.delivery_tag)
             return False
         channel.queue_delete(queue)
+        channel.queue_delete(presence_queue(queue))
         return True
+
+    def _has_present(self, queue: str) -> bool:
+        """Whether somebody may have taken messages from a queue and not acknowledged them."""
+        found = self.count(presence_queue(queue))
+        return found is not None and bool(found[1])

@@ -25,6 +25,7 @@ from jobsync_celery.application import Application
 from jobsync_celery.broker.broker import CeleryBroker, CeleryDelivery
 from jobsync_celery.broker.declaring import _is_idle, declare_exchange, declare_queue, delete_empty
 from jobsync_celery.broker.forwarding import Forwarder
+from jobsync_celery.broker.presence import Presence
 from jobsync_celery.broker.queues import Queues
 from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
@@ -108,7 +109,7 @@ def test_a_queue_whose_arguments_rabbitmq_refuses_is_there_without_them(
     with app.connection_for_write() as connection:
         declare_exchange(connection, exchange)
         for _ in range(2):
-            assert declare_queue(connection, queue, lambda: None)
+            assert declare_queue(connection, queue, lambda: True)
         connection.Producer().publish({}, exchange=exchange, routing_key=_QUEUE, retry=False)
     eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1})
 
@@ -203,6 +204,26 @@ class TestQuorum:
         assert looks == [True, False]
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 2})
         assert _bindings(rabbitmq_server, space, _QUEUE) >= ways
+
+    def test_one_whose_consumer_has_stopped_and_is_connected_still_is_left_alone(
+        self, space: str, broker: CeleryBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        app: Any = broker._app
+        app.amqp.queues.select_add(broker._queues.make(_QUEUE))
+        with app.connection_for_read() as connection:
+            presence = Presence(app, SimpleNamespace(connection=connection), broker._queues)
+            for _ in range(2):
+                presence.announce()
+            assert not broker.delete(_QUEUE)
+            # Nor is it made anew: a former life of the node may be running something of it.
+            app.amqp.queues[_QUEUE].queue_arguments = None
+            broker._queues.settle(_QUEUE, {'x-max-length': 5}, True)
+            broker.declare(_HOME, _QUEUE)
+            assert 'is used as it is' in caplog.text
+            presence.withdraw(_QUEUE)
+            eventually(lambda: broker.delete(_QUEUE))
+            presence.announce()
+        eventually(lambda: broker.delete(_QUEUE))
 
     def test_one_whose_leader_is_away_is_not_taken_for_empty(self) -> None:
         """RabbitMQ says of it that nothing is in it, and would delete it with all that it has."""

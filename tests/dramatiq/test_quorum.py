@@ -15,9 +15,11 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.errors import ConnectionClosed
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.passage import Passage
+from jobsync_core.worker.presence import presence_queue
 from jobsync_dramatiq.broker.opening import open_broker
 from jobsync_dramatiq.broker.rabbit_errors import BROKEN
 from tests.support.brokers import RabbitServer
@@ -135,6 +137,29 @@ class TestQueues:
         eventually(lambda: node.delete(N2), 10)
         assert N2 not in quorum.kinds() and node.delete(N2)
         assert node.native.connection is connection and connection.is_open
+
+    def test_one_whose_consumer_takes_nothing_and_has_something_in_hand_is_left_alone(
+        self, quorum: Space
+    ) -> None:
+        node = quorum.node('n1')
+        consumer = quorum.node('n2').consume(N2, 1, 50)
+        put(node, N2, 1)
+        assert eventually(lambda: consumer.next(patient=True), 10)
+        consumer.pause()
+        for _ in range(2):
+            assert not node.delete(N2)
+            consumer.idle(0.05)
+        consumer.close([])
+        assert eventually(lambda: node.size(N2), 10) == 1
+
+    def test_a_consumer_whose_presence_was_deleted_begins_anew(self, quorum: Space) -> None:
+        node = quorum.node('n1')
+        consumer = quorum.node('n2').consume(N2, 1, 50)
+        assert consumer.next(patient=True) is None
+        node.native.channel.queue_delete(presence_queue(N2))
+        with pytest.raises(ConnectionClosed):
+            consumer.idle(5)
+        consumer.close([])
 
     def test_what_is_sent_to_a_queue_while_it_is_deleted_is_there_or_parked(
         self, quorum: Space

@@ -103,6 +103,8 @@ class FakeBroker:
         #: What was done: nodes restored, queues deleted, marks written, messages taken by queue.
         self.restored: list[str] = []
         self.deleted: list[str] = []
+        #: Queues of which somebody has something in hand.
+        self.in_use: set[str] = set()
         self.marks: list[str] = []
         self.taken: list[str] = []
         self.resets = 0
@@ -155,7 +157,7 @@ class FakeBroker:
     def delete(self, queue: str) -> bool:
         self.on_delete(queue)
         with self.contents.lock:
-            if self.contents.queues.get(queue):
+            if self.contents.queues.get(queue) or queue in self.in_use:
                 return False
             self.contents.queues.pop(queue, None)
         self.deleted.append(queue)

@@ -49,6 +49,9 @@ class Leftovers:
         self._interval = interval
         self._now = now
         self._pace = Pace(_SHARE, interval)
+        #: In which run each queue was last due for deletion.
+        self._tried: dict[str, int] = {}
+        self._runs = 0
 
     def due(self, moment: Moment) -> float:
         """Once in a while."""
@@ -69,14 +72,19 @@ class Leftovers:
         """Delete queues that have been empty for long, and forget them: many at once, in three
         transactions.
         """
-        due = [
+        could = [
             orphan
             for orphan in orphans
             if (self._broker.catches_strays or orphan.age >= _KEEP_SEC)
             and not self._sweeping.made_trouble(orphan)
-        ][:_DELETIONS]
+        ]
+        # Those that stay, as somebody has something of them in hand, keep none behind them waiting.
+        due = sorted(could, key=lambda orphan: self._tried.get(orphan.queue, 0))[:_DELETIONS]
         if not due or stop():
             return
+        self._runs += 1
+        self._tried = {each.queue: self._tried.get(each.queue, 0) for each in could}
+        self._tried.update({each.queue: self._runs for each in due})
         deleted: list[str] = []
 
         def delete(orphan: Orphan) -> None:

@@ -162,6 +162,16 @@ class TestCost:
         assert took < 330 and fleet.registry.transactions / (took / 60) <= 60
         assert sum(len(node.broker.deleted) for node in fleet.nodes) == 500
 
+    def test_those_that_are_in_use_still_keep_no_others_from_being_deleted(self) -> None:
+        fleet = Fleet(1, catches_strays=True)
+        fleet.left(200, age=60)  # the newest come first
+        fleet.nodes[0].broker.in_use = {f'q.gone-{each}' for each in range(120)}
+        fleet.pass_time(10 * _INTERVAL, lambda: len(fleet.registry.gone) == 120)
+        assert len(fleet.registry.gone) == 120
+        fleet.nodes[0].broker.in_use.clear()
+        fleet.pass_time(10 * _INTERVAL, lambda: not fleet.registry.gone)
+        assert not fleet.registry.gone
+
 
 class TestRescue:
     def test_the_leader_brings_back_what_was_left_just_now_at_once(self) -> None:
