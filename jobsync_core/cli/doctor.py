@@ -8,10 +8,7 @@ import select
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from ..config import CoordinationConfig
 from ..errors import JobSyncError, MissingPrivilege, StatementRefused
@@ -20,16 +17,19 @@ from ..store.blockers import BlockerStore, name_all
 from ..store.connection import Connection
 from ..store.layout import SCHEMA_VERSION
 from ..store.probe import ProbeStore, pooling
+from ..store.queues import QueueStore
 from ..store.rights import RightStore
 from ..store.rights import describe as describe_rights
 from ..store.sessions import Sessions
 from ..store.tables import Tables
-from .context import console, describe, printable
+from ..worker.queue_groups import REMEDY, disagreements
+from .check import Check
+from .context import describe
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-__all__ = ['Check', 'examine', 'show']
+__all__ = ['examine']
 
 _OLDEST_SERVER = 140_000
 _NOTIFY_WAIT = 3.0
@@ -38,16 +38,6 @@ _NAMED = 5
 #: Beyond this many seconds the dates of audits and the times in logs mislead. JobSync itself
 #: compares no clocks.
 _CLOCK_OFFSET = 5.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was tried. `warn` is worth knowing, `bad` must be mended."""
-
-    name: str
-    verdict: Literal['ok', 'warn', 'bad']
-    found: str
-    remedy: str = ''
 
 
 def examine(config: CoordinationConfig) -> list[Check]:
@@ -72,20 +62,6 @@ def examine(config: CoordinationConfig) -> list[Check]:
     return checks
 
 
-def show(checks: list[Check]) -> None:
-    """Print the findings."""
-    out = console()
-    for check in checks:
-        style = {'ok': 'green', 'warn': 'yellow', 'bad': 'red'}[check.verdict]
-        out.print(
-            Text(f'{check.verdict:<5}', style=style)
-            + Text(f'{check.name}: {printable(check.found)}'),
-            soft_wrap=True,
-        )
-        if check.remedy:
-            out.print(f'     {printable(check.remedy)}', soft_wrap=True)
-
-
 def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> Iterator[Check]:
     begun = time.monotonic()
     with sessions.session():
@@ -104,6 +80,7 @@ def _checks(config: CoordinationConfig, tables: Tables, sessions: Sessions) -> I
         _blockers,
         _writes,
         _locks,
+        _queue_groups,
         _rights,
         _neighbours,
         _durability,
@@ -246,6 +223,15 @@ def _locks(connection: PgConnection, tables: Tables) -> Check:
         f'{", ".join(task[:100] for task in found[:_NAMED])}{more}',
         'clear them (`jobsync locks clear --task TASK_ID`), or register them again',
     )
+
+
+def _queue_groups(connection: PgConnection, tables: Tables) -> Check:
+    if ProbeStore(connection, tables).missing_tables():
+        return Check('queue groups', 'ok', 'there are no tables yet')
+    found = disagreements(QueueStore(connection, tables).divided())
+    if found:
+        return Check('queue groups', 'warn', '; '.join(found), REMEDY)
+    return Check('queue groups', 'ok', 'all nodes group their queues in one way')
 
 
 def _rights(connection: PgConnection, tables: Tables) -> Check:

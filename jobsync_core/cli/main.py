@@ -20,6 +20,7 @@ from ..store.status import StatusStore
 from ..store.tables import Tables
 from . import doctor, status_view
 from .backlog_commands import backlog_command, purge_command
+from .check import show
 from .context import Database, Group, console, database_options, describe, printable
 from .evacuate_command import evacuate_command
 from .locks_commands import locks_group
@@ -207,7 +208,7 @@ def schema_command(database: Database, sql: bool) -> None:
 def doctor_command(ctx: click.Context) -> None:
     """Try everything that a node needs of the database, and say what to mend."""
     checks = doctor.examine(ctx.ensure_object(Database).config())
-    doctor.show(checks)
+    show(checks)
     if any(check.verdict == 'bad' for check in checks):
         ctx.exit(1)
 

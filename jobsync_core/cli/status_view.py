@@ -15,7 +15,9 @@ from rich.text import Text
 
 from ..assignment.patterns import NodeNames
 from ..results import NodeInfo
+from ..store.queues import QueueStore
 from ..store.status import BlockedRange, ClusterRow, GroupRow, RebalanceRow, StatusStore
+from ..worker.queue_groups import REMEDY, disagreements
 from .context import printable
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Snapshot(TypedDict):
     leader: str | None
     nodes: list[NodeInfo]
     groups: list[GroupRow]
+    disagreements: list[str]
     unowned_tokens: int
     moving_tokens: int
     blocked_tokens: int
@@ -53,6 +56,7 @@ def snapshot(connection: PgConnection, tables: Tables, rebalances: int = 5) -> S
         'leader': next((node['name'] for node in nodes if node['is_leader']), None),
         'nodes': nodes,
         'groups': StatusStore(connection, tables).groups(),
+        'disagreements': disagreements(QueueStore(connection, tables).divided()),
         # Tokens without any row are nobody's, too.
         'unowned_tokens': max(0, cluster['total_tokens'] - owned)
         if cluster and (segments or nodes)
@@ -114,6 +118,10 @@ def render(found: Snapshot, appname: str) -> RenderableType:
             Text('\nqueue groups: the nodes that consume a queue own the keys in it'),
             _group_table(found['groups'], cluster['total_tokens']),
             *_group_lines(found['groups']),
+            *(
+                Text(f'{printable(problem)}: {REMEDY}', style='red')
+                for problem in found['disagreements']
+            ),
         ]
     if found['rebalances']:
         parts += [Text('\nlast rebalances'), rebalance_table(found['rebalances'])]

@@ -17,7 +17,7 @@ from ..assignment.groups import PLAIN
 from ..belonging import Belonging, Peer
 from .base import Store
 
-__all__ = ['Orphan', 'Owners', 'QueueStore']
+__all__ = ['Division', 'Orphan', 'Owners', 'QueueStore']
 
 #: Seconds for which whoever holds what a node left may be silent, while the broker works.
 _HOLD_SEC = 600
@@ -34,6 +34,17 @@ class Orphan:
     node: str
     age: float
     home: str = ''
+
+
+@dataclass(frozen=True)
+class Division:
+    """One of several queue groups that nodes give a home queue, and these nodes. Their settings
+    differ: a key has an owner in each of the groups.
+    """
+
+    home: str
+    group: str
+    nodes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -68,15 +79,28 @@ class QueueStore(Store):
         row = self._row('queue.identify', {'node': node, **dataclasses.asdict(belonging)})
         return row is not None and bool(row[0])
 
-    def record(self, name: str, node: str, home: str, belonging: Belonging) -> bool:
-        """Note that `node` has a queue of that name for a home queue, '' where it is for all, and
-        what it belongs to; True where the queue was not known before.
+    def record(
+        self, name: str, node: str, home: str, belonging: Belonging, group: str = ''
+    ) -> bool:
+        """Note that `node` has a queue of that name for a home queue, '' where it is for all, what
+        it belongs to, and which queue group the home queue has by its settings; True where the
+        queue was not known before.
         """
         row = self._row(
             'queue.record' if home else 'queue.record_for_all',
-            {'name': name, 'node': node, 'home': home, **dataclasses.asdict(belonging)},
+            {
+                'name': name,
+                'node': node,
+                'home': home,
+                'group': group,
+                **dataclasses.asdict(belonging),
+            },
         )
         return row is not None and bool(row[0])
+
+    def divided(self) -> list[Division]:
+        """Home queues that nodes in the node table give different queue groups, by name."""
+        return [Division(*row) for row in self._rows('queue.divided')]
 
     def retire(self, node: str, keep: Collection[str]) -> None:
         """Note that a node, which lives, has these queues and none besides: its others count as

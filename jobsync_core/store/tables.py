@@ -41,7 +41,7 @@ RELATIONS: Mapping[str, str] = {
         'attempts started_at finished_at result error expires_at'
     ),
     'queue': 'name node created_at kind gone_at broker place application',
-    'node_queue': 'node home name kind broker place application created_at gone_at',
+    'node_queue': ('node home name kind broker place application created_at gone_at queue_group'),
     'schedule': 'name slot total_run_count entry updated_at',
 }
 #: Those of them that are views.

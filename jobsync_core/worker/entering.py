@@ -16,6 +16,7 @@ from ..protocol.effects import RebalanceEvent
 from ..store.locks import LockStore
 from ..store.queues import QueueStore
 from ..store.tables import Tables
+from .queue_groups import REMEDY, disagreements
 from .routing import pin_locks
 from .settings import PluginSettings
 
@@ -88,7 +89,7 @@ def make_job(
                 return [
                     queue
                     for home, queue in queues.items()
-                    if store.record(queue, name, home, belonging)
+                    if store.record(queue, name, home, belonging, settings.group_of(home))
                 ]
 
         def belong(mark: str) -> None:
@@ -119,6 +120,9 @@ def make_job(
         with job.session(pinned=True) as connection:
             # What an earlier life of this name had and this one has not, others bring back.
             QueueStore(connection, tables).retire(name, [*queues.values()])
+            differ = QueueStore(connection, tables).divided()
+        for problem in disagreements(each for each in differ if each.home in queues):
+            logger.warning('node=%s %s: %s', name, problem, REMEDY)
         locks = pin_locks(pins, settings.pin_slots)
         if locks:
             with job.session(pinned=True) as connection:

@@ -92,7 +92,7 @@ class WorkerNode:
     def _make_homes(self, job: Job) -> Homes:
         settings, gate, kind = self._settings, self.gate, self._framework.kind
         tables = Tables.of(settings.config)
-        registry = QueueRegistry(gate.sessions, tables, kind, self.name)
+        registry = QueueRegistry(gate.sessions, tables, kind, self.name, gate.group_of)
         return Homes(
             self._framework.homes,
             name_of=lambda home: node_queue(home, settings.config.appname, self.name),

@@ -7,9 +7,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import ConfigurationError
+from ..store.queues import Division
 
-__all__ = ['check_queue_groups', 'divided', 'group_of', 'whole_groups']
+__all__ = ['check_queue_groups', 'disagreements', 'divided', 'group_of', 'whole_groups']
 
+#: What there is to do where nodes group a queue in different ways.
+REMEDY = (
+    'give all workers that consume these queues the same queue_groups; docs/QUEUES.md tells in '
+    'which order to change it'
+)
+#: Nodes that are named of each group.
+_NAMED = 3
 _EXAMPLE = "give a mapping such as {'fast': ['high', 'low']}"
 
 
@@ -96,6 +104,24 @@ def whole_groups(groups: Mapping[str, Collection[str]], homes: Iterable[str]) ->
     consumed = {*homes}
     mine = {group_of(groups, home) for home in consumed}
     return tuple(sorted(name for name in mine if consumed.issuperset(groups.get(name, ()))))
+
+
+def disagreements(found: Iterable[Division]) -> list[str]:
+    """A sentence for each home queue that nodes give different queue groups.
+
+    Args:
+        found: What each of the nodes gives it.
+    """
+    told: dict[str, list[str]] = {}
+    for each in found:
+        more = len(each.nodes) - _NAMED
+        nodes = ', '.join(each.nodes[:_NAMED]) + (f' and {more} more' if more > 0 else '')
+        told.setdefault(each.home, []).append(f'{each.group!r} for {nodes}')
+    return [
+        f'the queue {home!r} is in the group {" and ".join(groups)} (queue_groups): each of its '
+        'keys has an owner in each of them, and may run on both at a time'
+        for home, groups in told.items()
+    ]
 
 
 def _names(queues: Iterable[str]) -> str:

@@ -67,9 +67,18 @@ class QueueRegistry:
         tables: Names of the tables.
         kind: The plugin's name.
         node: This node's name.
+        group_of: The queue group of a home queue.
     """
 
-    def __init__(self, sessions: Sessions, tables: Tables, kind: str, node: str) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        tables: Tables,
+        kind: str,
+        node: str,
+        group_of: Callable[[str], str] = lambda home: '',
+    ) -> None:
+        self._group_of = group_of
         self._sessions = sessions
         self._tables = tables
         self._kind = kind
@@ -86,7 +95,7 @@ class QueueRegistry:
             store = QueueStore(connection, self._tables)
             store.identify(self._node, belonging)
             for home, queue in queues.items():
-                store.record(queue, self._node, home, belonging)
+                store.record(queue, self._node, home, belonging, self._group_of(home))
 
     def retire(self, queues: Sequence[str]) -> None:
         """This node has these queues, and none besides: others that are recorded of it are swept

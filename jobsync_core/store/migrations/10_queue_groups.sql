@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS {node_queue} (
     application text NOT NULL DEFAULT '',
     created_at timestamptz NOT NULL DEFAULT now(),
     gone_at timestamptz,
+    -- the queue group of the home queue by this node's settings; '' where it has not said
+    queue_group text COLLATE "C" NOT NULL DEFAULT '',
     PRIMARY KEY (node, home)
 );
 

@@ -15,9 +15,10 @@ name = excluded.name, kind = excluded.kind, gone_at = NULL, broker = excluded.br
 -- name: record
 -- Notes that a node has a queue for a home queue, and what it belongs to; true where the queue was not
 -- known before.
-INSERT INTO {node_queue} (node, home, name, kind, broker, place, application)
-VALUES (%(node)s, %(home)s, %(name)s, %(kind)s, %(broker)s, %(place)s, %(application)s)
-ON CONFLICT (node, home) DO UPDATE SET {keep}
+INSERT INTO {node_queue} (node, home, name, kind, broker, place, application, queue_group)
+VALUES (%(node)s, %(home)s, %(name)s, %(kind)s, %(broker)s, %(place)s, %(application)s,
+    %(group)s)
+ON CONFLICT (node, home) DO UPDATE SET {keep}, queue_group = excluded.queue_group
 RETURNING xmax = 0
 
 -- name: record_for_all
@@ -28,6 +29,17 @@ ON CONFLICT (name) DO UPDATE SET
     node = excluded.node, kind = excluded.kind, gone_at = NULL, broker = excluded.broker,
     place = excluded.place, application = excluded.application
 RETURNING xmax = 0
+
+-- name: divided
+-- Home queues that nodes in the node table give different queue groups: each of these, and its nodes.
+SELECT q.home, q.queue_group, array_agg(q.node ORDER BY q.node)
+FROM {node_queue} AS q JOIN {node} AS n ON n.name = q.node
+WHERE q.queue_group <> '' AND q.gone_at IS NULL AND q.home = ANY(ARRAY(
+    SELECT o.home FROM {node_queue} AS o JOIN {node} AS m ON m.name = o.node
+    WHERE o.queue_group <> '' AND o.gone_at IS NULL
+    GROUP BY o.home HAVING count(DISTINCT o.queue_group) > 1))
+GROUP BY q.home, q.queue_group
+ORDER BY q.home, q.queue_group
 
 -- name: retire
 -- Notes that a node which lives has none but these queues. A queue with a time counts as that of a

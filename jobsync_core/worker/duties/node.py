@@ -63,7 +63,9 @@ class NodeDuties:
         config, node = gate.settings.config, gate.job.node_name
         unknown, parked = gate.rules.unknown, gate.rules.parked
         interval = config.rebalance_check_interval_sec
-        self._registry = registry = QueueRegistry(gate.sessions, Tables.of(config), kind, node)
+        self._registry = registry = QueueRegistry(
+            gate.sessions, Tables.of(config), kind, node, gate.group_of
+        )
         passage = Passage(broker, node)
         self._parked = Parked(
             broker,

@@ -8,6 +8,10 @@ from contextlib import ExitStack
 import pytest
 
 from jobsync_core import ConfigurationError, CoordinationConfig
+from jobsync_core.cli.doctor import examine
+from jobsync_core.cli.status_view import snapshot
+from jobsync_core.store.sessions import Sessions
+from jobsync_core.store.tables import Tables
 from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node import WorkerNode
@@ -171,3 +175,30 @@ def test_a_worker_that_would_divide_a_group_does_not_start(stage: Stage) -> None
     node = stage.entered(homes=('high', 'low'), queue_groups=groups)
     eventually(lambda: shared('high', node) and shared('low', node))
     assert node.gate.group_of('low') == 'fast'
+
+
+def test_workers_that_group_a_queue_in_different_ways_are_told_of(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = stage.entered('n1', homes=('high', 'low'))
+    assert 'queue_groups' not in caplog.text
+    shared_ring = {'fast': ['high', 'low']}
+    two = stage.entered('n2', homes=('high', 'low'), queue_groups=shared_ring)
+    said = [record.message for record in caplog.records if 'queue_groups' in record.message]
+    assert len(said) == 2, 'a line for each queue, of the newer node'
+    assert all('node=n2' in line and 'docs/QUEUES.md' in line for line in said)
+    assert "the queue 'high' is in the group 'fast' for n2 and 'high' for n1" in said[0]
+    sessions = Sessions(stage.config, 'test')
+    with sessions.session() as connection:
+        found = snapshot(connection, Tables.of(stage.config))['disagreements']
+        assert len(found) == 2 and "'low'" in found[1]
+    sessions.close_all()
+    (check,) = [check for check in examine(stage.config) if check.name == 'queue groups']
+    assert check.verdict == 'warn' and "'high'" in check.found and 'order' in check.remedy
+    one.leave()
+    (check,) = [check for check in examine(stage.config) if check.name == 'queue groups']
+    assert check.verdict == 'ok'
+    caplog.clear()
+    three = stage.entered('n3', homes=('high', 'low'), queue_groups=shared_ring)
+    eventually(lambda: shared('high', two, three), 30)
+    assert 'queue_groups' not in caplog.text

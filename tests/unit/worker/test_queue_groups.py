@@ -8,7 +8,14 @@ import pytest
 
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import ConfigurationError
-from jobsync_core.worker.queue_groups import check_queue_groups, divided, group_of, whole_groups
+from jobsync_core.store.queues import Division
+from jobsync_core.worker.queue_groups import (
+    check_queue_groups,
+    disagreements,
+    divided,
+    group_of,
+    whole_groups,
+)
 from jobsync_core.worker.settings import PluginSettings
 
 GROUPS = {'fast': ('high', 'low'), 'odd': ('one',)}
@@ -67,3 +74,11 @@ def test_a_worker_belongs_to_the_groups_of_which_it_consumes_all() -> None:
     assert whole_groups(GROUPS, ['low', 'high', 'one', 'mail']) == ('fast', 'mail', 'odd')
     assert whole_groups(GROUPS, ['low', 'mail']) == ('mail',)
     assert whole_groups({}, ['', 'mail']) == ('', 'mail')
+
+
+def test_of_many_nodes_that_group_a_queue_in_different_ways_some_are_named() -> None:
+    nodes = [f'n{number}' for number in range(9)]
+    found = [Division('high', 'fast', nodes), Division('high', 'high', ['m'])]
+    (told,) = disagreements([*found])
+    assert "'fast' for n0, n1, n2 and 6 more and 'high' for m" in told
+    assert disagreements([]) == []
