@@ -25,7 +25,7 @@ from jobsync_core.store import leading
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
 from jobsync_core.store.locks import LockStore
-from jobsync_core.store.queues import Owners, QueueStore
+from jobsync_core.store.queues import Division, Owners, QueueStore
 from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
@@ -341,6 +341,25 @@ class TestNodeQueues:
         assert _counted(queues, count) == [('a', 3), ('gone', 2)]
         queues.forget(['fast.gone'])
         assert _counted(queues, count) == [('a', 3)]
+
+    def test_nodes_that_give_a_queue_different_groups_are_told_while_they_consume_it(
+        self, store: Store, queues: QueueStore
+    ) -> None:
+        for node, group in (('a', 'fast'), ('b', 'mail'), ('gone', 'third'), ('older', '')):
+            if node != 'gone':
+                store.join(node)
+            queues.record(f'mail.{node}', node, 'mail', SHOP, group)
+            queues.record(f'same.{node}', node, 'same', SHOP, 'same')
+        fast, mail = Division('mail', 'fast', ['a']), Division('mail', 'mail', ['b'])
+        assert queues.divided() == [fast, mail]
+        store.join('c')
+        queues.record('mail.c', 'c', 'mail', SHOP, 'third')
+        queues.retire('b', ['same.b'])
+        assert queues.divided() == [fast, Division('mail', 'third', ['c'])]
+        queues.retire('c', [])
+        assert queues.divided() == []
+        queues.record('mail.b', 'b', 'mail', SHOP, 'fast')
+        assert queues.divided() == []
 
     def test_what_a_drained_node_has_is_told_when_it_owns_nothing_in_any_group(
         self, store: Store
