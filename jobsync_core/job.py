@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .agent.callbacks import Callbacks
 from .assignment.arguments import (
     check_callables,
-    check_creator,
     check_date,
     check_flags,
     check_groups,
-    check_locks,
     check_name,
     check_number,
 )
@@ -32,16 +30,16 @@ from .ledger.limits import DEFAULT_RETENTION
 from .ledger.once import once
 from .node.cluster import ClusterNode
 from .node.interface import Node
+from .node.locks import LockView
 from .node.participation import Participation
 from .node.single import SingleNode
-from .node.view import NodeView
-from .results import AuditedTask, CoordinationStatus, Explanation, LockInfo, NodeInfo
+from .results import AuditedTask, CoordinationStatus, Explanation, NodeInfo
 from .task import Task, task_id_of
 
 __all__ = ['Job']
 
 
-class Job(NodeView):
+class Job(LockView):
     """One node: enter it, ask it which tasks are yours, leave it.
 
     Args:
@@ -315,55 +313,6 @@ class Job(NodeView):
         """
         self._check_member()
         self._node.enroll(check_groups(groups))
-
-    def register_lock(
-        self,
-        task_id: Hashable,
-        node_patterns: str | Sequence[str],
-        reason: str | None = None,
-        expires_in_days: float | None = None,
-        *,
-        queue: str | None = None,
-    ) -> None:
-        """Pin a task to nodes by SQL LIKE patterns, tried in order; replaces the task's lock.
-
-        Args:
-            task_id: The task.
-            node_patterns: A pattern or several; the first that matches a live node counts.
-            reason: For people.
-            expires_in_days: Days until the lock ends; None never.
-            queue: The queue group in which it counts; None in all, and in `can_claim_task`.
-        """
-        self.register_locks_bulk([(task_id, node_patterns, reason, expires_in_days, queue)])
-
-    def register_locks_bulk(self, locks: Iterable[Sequence[Any]]) -> int:
-        """Pin many tasks in one statement: tuples (task_id, node_patterns, reason[,
-        expires_in_days[, queue]]); returns how many.
-
-        Raises:
-            ConfigurationError: A tuple is malformed; the message names it and nothing is
-                registered.
-        """
-        self._check_member()
-        rows = check_locks(locks)
-        return self._node.register_locks(rows) if rows else 0
-
-    def list_locks(self) -> list[LockInfo]:
-        """All locks: dicts with task_id, node_patterns, reason, created_at, created_by,
-        expires_at.
-        """
-        self._check_member()
-        return self._node.list_locks()
-
-    def clear_locks_by_creator(self, creator: str) -> int:
-        """Delete the locks that the node named `creator` registered; returns how many."""
-        self._check_member()
-        return self._node.clear_locks(check_creator(creator))
-
-    def clear_all_locks(self) -> int:
-        """Delete all locks; returns how many."""
-        self._check_member()
-        return self._node.clear_locks()
 
     def am_i_healthy(self) -> bool:
         """Whether this node holds a valid lease, that is: it has reached the database recently

@@ -38,14 +38,12 @@ from ..store.status import StatusStore
 from ..store.tables import Tables
 from ..store.tasks import TaskStore
 from ..task import task_id_of
+from .audited import tell_audited
 from .participation import Participation
 
 __all__ = ['ClusterNode']
 
 logger = get_logger(__name__)
-
-#: Audited tasks beyond which the line about them says this number.
-_MOST_COUNTED = 1_000_000
 
 
 class ClusterNode:
@@ -132,7 +130,14 @@ class ClusterNode:
             if not is_worker:
                 self._refuse_workers()
             self._join(provide)
-            self._tell_audited()
+            tell_audited(
+                self._name,
+                self._participation.date,
+                self._sessions,
+                self._tables,
+                begun=self._control.epochs.begun,
+                taken=len(self.ownership.exclusions),
+            )
         except BaseException:
             self._callbacks.drop()
             self._go()
@@ -160,32 +165,6 @@ class ClusterNode:
                 provide()
                 self.agent.post(self.protocol.open_gate)
         self.agent.wait_entered()
-
-    def _tell_audited(self) -> None:
-        """One line where tasks of the date were audited before: whether they run again must not
-        come as a surprise.
-        """
-        date = self._participation.date
-        with contextlib.suppress(JobSyncError):
-            if self._control.epochs.begun:
-                with self._sessions.session() as connection:
-                    number = TaskStore(connection, self._tables).count_audits(date, _MOST_COUNTED)
-                if number:
-                    logger.info(
-                        'node=%s date=%s: %d tasks were audited by a cluster that has ended, and '
-                        'run again; resume=True keeps them',
-                        self._name,
-                        date,
-                        number,
-                    )
-            elif len(self.ownership.exclusions):
-                logger.info(
-                    'node=%s date=%s: %d tasks of its tokens are audited already or taken by '
-                    'others, and do not run again here',
-                    self._name,
-                    date,
-                    len(self.ownership.exclusions),
-                )
 
     def entered(self, is_bound: Callable[[], bool]) -> None:
         self._callbacks.go_on(is_bound)
