@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jobsync_core.assignment.arguments import check_group
 from jobsync_core.errors import ConfigurationError
+from jobsync_core.logs import shown
 from jobsync_core.worker.node import WorkerNode
 
 from .broker.homes import home_name
@@ -58,29 +60,52 @@ class HomeQueues:
 
     def add(self, queue: str, *args: Any, **options: Any) -> None:
         """In place of the consumer's add_task_queue."""
-        self._add(queue, *args, **options)
-        self._changed()  # Celery consumes all of them now, with a lease or without
-        node, home = self._node(), self._home_of(queue)
-        if node is None or home is None:
-            return
+        node = self._node()
         try:
-            node.add_home(home, self._ready)
+            if node is not None:
+                # Before anything is declared: the broker may take a name that the database does
+                # not, or make one up for none.
+                self._check(queue)
+            self._add(queue, *args, **options)
+            self._changed()  # Celery consumes all of them now, with a lease or without
+            if node is not None:
+                self._begin(node, queue)
         except ConfigurationError as error:
-            self._cancel(queue)
-            logger.error('JobSync: the queue %s is not consumed: %s', queue, error)
+            logger.error('JobSync: the queue %s is not consumed: %s', shown(queue), error)
 
     def cancel(self, queue: str) -> None:
         """In place of the consumer's cancel_task_queue."""
+        node = self._node()
+        if node is None:
+            self._cancel(queue)
+            return
+        try:
+            # Its keys are this node's all the same: what is sent for them would wait for ever.
+            self._check(queue)
+        except ConfigurationError as error:
+            logger.error('JobSync: the queue %s is not cancelled: %s', shown(queue), error)
+            return
         home = self._home_of(queue)
         self._cancel(queue)
-        node = self._node()
-        if node is not None and home is not None:
-            node.drop_home(home, self._done)
+        node.drop_home(home, self._done)
 
-    def _home_of(self, queue: str) -> str | None:
-        """The home queue of that name or alias; None where it is none."""
+    def _begin(self, node: WorkerNode, queue: str) -> None:
+        try:
+            node.add_home(self._home_of(queue), self._ready)
+        except ConfigurationError:
+            self._cancel(queue)
+            raise
+
+    def _check(self, queue: str) -> None:
+        check_group(queue)
         if self._queues.is_of_cluster(queue):
-            return None
+            raise ConfigurationError(
+                "it is one of JobSync's own, which are looked after by themselves; name the queue "
+                'that it is for'
+            )
+
+    def _home_of(self, queue: str) -> str:
+        """The home queue of that name or alias."""
         known = self._app.amqp.queues
         found = known.aliases.get(queue) or known.get(queue)
         return home_name(found) if found is not None else queue

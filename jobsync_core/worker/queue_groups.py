@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from ..assignment.arguments import check_group
 from ..errors import ConfigurationError
 from ..store.queues import Division
 
@@ -32,8 +33,9 @@ def check_queue_groups(value: object) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     seen: dict[str, str] = {}
     for name, queues in value.items():
-        if not isinstance(name, str) or not name or '\0' in name:
+        if not isinstance(name, str) or not name:
             raise ConfigurationError(f'queue_groups: {name!r} is no name; {_EXAMPLE}')
+        _check(name)
         if isinstance(queues, str) or not isinstance(queues, Collection) or not queues:
             raise ConfigurationError(
                 f'queue_groups: {name!r} has {queues!r} in place of a list of queues; {_EXAMPLE}'
@@ -41,6 +43,7 @@ def check_queue_groups(value: object) -> dict[str, tuple[str, ...]]:
         for queue in queues:
             if not isinstance(queue, str) or not queue:
                 raise ConfigurationError(f'queue_groups: {queue!r} in {name!r} is no queue')
+            _check(queue)
             if queue in seen:
                 raise ConfigurationError(
                     f'queue_groups: the queue {queue!r} is in {seen[queue]!r} and in {name!r}; a '
@@ -55,6 +58,13 @@ def check_queue_groups(value: object) -> dict[str, tuple[str, ...]]:
                 f'{seen[name]!r}; give the group another name'
             )
     return found
+
+
+def _check(name: str) -> None:
+    try:
+        check_group(name)
+    except ConfigurationError as error:
+        raise ConfigurationError(f'queue_groups: {error}') from None
 
 
 def group_of(groups: Mapping[str, Collection[str]], home: str) -> str:

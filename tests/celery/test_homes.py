@@ -330,7 +330,25 @@ class TestHomeQueues:
         assert stage.consumer.consumed == {'light'}
         assert 'its name is too long' in caplog.text
 
-    def test_queues_of_the_cluster_are_no_homes(self, stage: Any) -> None:
-        stage.consumer.add_task_queue('light.jobsync.shop_.n2')
-        stage.consumer.cancel_task_queue('light.jobsync.shop_.n2')
+    @pytest.mark.parametrize(
+        'queue', ['light.jobsync.shop_.n1', 'light.jobsync.shop_.parked', 'jobsync.shop_.unknown']
+    )
+    def test_queues_of_the_cluster_are_no_homes(
+        self, stage: Any, caplog: pytest.LogCaptureFixture, queue: str
+    ) -> None:
+        stage.consumer.add_task_queue(queue)
+        assert stage.consumer.consumed == {'light'} and 'is not consumed' in caplog.text
+        # Whatever `inspect active_queues` shows: what is for keys of this node would wait there.
+        stage.consumer.consumed.add(queue)
+        stage.consumer.cancel_task_queue(queue)
+        assert queue in stage.consumer.consumed and 'is not cancelled' in caplog.text
         assert stage.node.calls == []
+
+    @pytest.mark.parametrize('queue', ['', 'a\0b', '\ud800', 'x' * 256, 7])
+    def test_what_can_be_no_queue_is_not_begun_with(
+        self, stage: Any, caplog: pytest.LogCaptureFixture, queue: Any
+    ) -> None:
+        stage.consumer.add_task_queue(queue)
+        assert stage.consumer.consumed == {'light'} and stage.node.calls == []
+        stage.consumer.cancel_task_queue(queue)
+        assert caplog.text.count('give the name of a queue') == 2
