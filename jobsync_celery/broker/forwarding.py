@@ -12,6 +12,7 @@ from jobsync_core.worker.routing import REDELIVERED
 
 from .abandoning import abandon
 from .circuit import Circuit
+from .deaths import of_copy
 from .declaring import is_no_queue
 from .queues import Queues
 
@@ -111,11 +112,10 @@ class Forwarder:
         # What a broker adds to headers is not the message's own; nor is the compression of a body
         # that has been decompressed here.
         foreign = {
-            'x-death',
             'x-delivery-count',
             *(() if getattr(message, 'errors', None) else ('compression',)),
         }
-        headers = {name: value for name, value in headers.items() if name not in foreign}
+        headers = {name: value for name, value in of_copy(headers).items() if name not in foreign}
         confirm = {'confirm_timeout': self._limit} if self._confirms else {}
         exchange, queue = self._way_to(queue)
         producer = self._producer or self._open()

@@ -21,6 +21,7 @@ from jobsync_core.logs import shown
 from jobsync_core.worker.gate import Gate
 from jobsync_core.worker.incoming import Refused
 
+from ..broker.deaths import show_deaths
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
 from ..faults import is_its_fault
@@ -124,6 +125,7 @@ class ConsumerGate:
             if is_refused(message):
                 self._refusals.reject_refused(message)
                 return
+            show_deaths(message)
             found = self._reader.read(message)
             if isinstance(found, Refused):
                 self._refusals.refuse(message, found.reason)

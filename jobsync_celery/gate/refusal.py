@@ -16,6 +16,7 @@ from jobsync_core.logs import one_line, shown
 from jobsync_core.worker.incoming import read_stamps
 from jobsync_core.worker.routing import REFUSED
 
+from ..broker.deaths import DEATHS, of_copy
 from ..broker.forwarding import Forwarder
 from ..broker.queues import Queues
 from ..incoming import context_of
@@ -31,8 +32,6 @@ __all__ = ['Refusals', 'as_refused', 'is_refused']
 logger = get_logger(__name__)
 
 _ID_LENGTH = 200
-#: Header in which RabbitMQ tells where a message was a dead letter.
-_DEATHS = 'x-death'
 
 
 def is_refused(message: Any) -> bool:
@@ -40,13 +39,12 @@ def is_refused(message: Any) -> bool:
     own one. One that comes from there, as somebody has sent it again, is a message like any other.
     """
     headers = message.headers
-    return isinstance(headers, dict) and headers.get(REFUSED) is True and _DEATHS not in headers
+    return isinstance(headers, dict) and headers.get(REFUSED) is True and DEATHS not in headers
 
 
 def as_refused(message: Any) -> dict[str, Any]:
     """The headers with which a message goes home to be rejected there."""
-    headers = {name: value for name, value in unstamped(message).items() if name != _DEATHS}
-    return {**headers, REFUSED: True}
+    return {**of_copy(unstamped(message)), REFUSED: True}
 
 
 class Refusals:

@@ -51,6 +51,14 @@ def keyed(self, n, seconds=0):
 def rejected(self, n):
     note(self, n)
     raise Reject('no', requeue=False)
+
+
+@app.task(bind=True, jobsync_key='{{n}}', acks_late=True)
+def tried(self, n):
+    note(self, n)
+    deaths = self.request.get('x-death') or []
+    if sum(death['count'] for death in deaths if death['queue'] == 'heavy') < 3:
+        raise Reject('later', requeue=False)
 """
 _SEND = """
 import sys
@@ -251,6 +259,25 @@ def test_what_a_task_rejects_is_a_dead_letter_of_its_own_queue(
     eventually(lambda: _size(server, space, 'dead.XQ') == 20, 40)
     assert stage.where(0, 20) == {'one@test', 'two@test'} and len(stage.notes()) == 20
     eventually(lambda: not stage.depths())
+
+
+def test_a_task_sees_how_often_its_message_was_a_dead_letter(
+    make_stage: Callable[[str, str], Stage],
+) -> None:
+    """The message waits in a queue that nobody consumes, and comes back when it expires there."""
+    arguments = {'x-dead-letter-exchange': '', 'x-dead-letter-routing-key': 'wait'}
+    stage = make_stage('rabbitmq', f"task_queues=[Queue('heavy', queue_arguments={arguments})],")
+    back = {**arguments, 'x-dead-letter-routing-key': 'heavy', 'x-message-ttl': 100}
+    cast(RabbitServer, stage.programs.broker).api(
+        'PUT', f'queues/{stage.programs.space}/wait', {'durable': True, 'arguments': back}
+    )
+    stage.worker('one', 'heavy')
+    stage.worker('two', 'heavy')
+    stage.send('heavy', 0, 12, task='tried')
+    eventually(lambda: len(stage.notes()) >= 48 and not stage.depths(), 60)
+    assert sorted(number for _, number in stage.notes()) == sorted(
+        str(number) for number in range(12) for _ in range(4)
+    )
 
 
 def _size(server: RabbitServer, space: str, queue: str) -> int:
