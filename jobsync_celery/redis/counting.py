@@ -9,7 +9,9 @@ from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
+from redis.exceptions import ResponseError
 
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.backlog import QueueCount
 
 from ..broker.counting import CeleryCounter
@@ -40,6 +42,16 @@ class RedisCounter(CeleryCounter):
             for queue in queues
             if ready[queue] or taken[queue]
         }
+
+    def purge(self, queue: str) -> int:
+        """As of every broker. Kombu deletes what has the name, be it a record of taken messages.
+
+        Raises:
+            ConfigurationError: It is no queue.
+        """
+        with self._connect() as connection:
+            _lengths(connection.default_channel, [queue])
+        return super().purge(queue)
 
     def _taken(self, channel: Any, nodes: Iterable[str]) -> Counter[str]:
         options = self._app.conf.broker_transport_options or {}
@@ -83,14 +95,26 @@ class RedisCounter(CeleryCounter):
 
 
 def _lengths(channel: Any, queues: Sequence[str]) -> dict[str, int]:
-    """How many messages are ready in queues, in one trip."""
+    """How many messages are ready in queues, in one trip.
+
+    Raises:
+        ConfigurationError: One of them is no queue.
+    """
     steps = channel.priority_steps
     with channel.conn_or_acquire() as client:
         pipe = client.pipeline(transaction=False)
         for queue in queues:
             for step in steps:
                 pipe.llen(channel._q_for_pri(queue, step))
-        lengths = pipe.execute()
+        lengths = pipe.execute(raise_on_error=False)
+    for number, found in enumerate(lengths):
+        if isinstance(found, ResponseError) and str(found).startswith('WRONGTYPE'):
+            raise ConfigurationError(
+                f'{queues[number // len(steps)]!r} is no queue: Redis keeps something else under '
+                'this name'
+            )
+        if isinstance(found, Exception):
+            raise found
     return {
         queue: sum(lengths[number * len(steps) : (number + 1) * len(steps)])
         for number, queue in enumerate(queues)

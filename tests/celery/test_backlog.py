@@ -16,6 +16,7 @@ from jobsync_celery import JobSync
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.belonging import Belonging
 from jobsync_core.config import CoordinationConfig
+from jobsync_core.errors import ConfigurationError
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.schema import create_schema
 from jobsync_core.store.sessions import Sessions
@@ -124,6 +125,18 @@ def test_a_purge_deletes_what_waits_and_nothing_else(place: Place) -> None:
             assert place.found('reports').unacknowledged == 1
     assert purge(place.counter, place.config, 'nobody knows it').total == 0
     assert (place.found('celery').backlog, place.found('nobody knows it').known) == (4, False)
+
+
+@pytest.mark.parametrize('place', ['redis', 'redis with a prefix'], indirect=True)
+def test_what_is_no_queue_is_neither_counted_nor_deleted(place: Place) -> None:
+    place.put('reports', 3)
+    with ExitStack() as stack:
+        place.take(stack, 'reports')
+        for ask in (purge, read_backlog):
+            with pytest.raises(ConfigurationError, match="'unacked' is no queue"):
+                ask(place.counter, place.config, 'unacked')
+        found = place.found('reports')
+        assert (found.ready, found.unacknowledged) == (2, 1)
 
 
 @pytest.mark.parametrize('place', ['redis', 'redis with a prefix'], indirect=True)
