@@ -36,8 +36,16 @@ def plugin_of(database: Database, place: str | None) -> Any:
 
     Raises:
         JobSyncError: There is none.
+        click.UsageError: An option says where the tables are: the plugin says so itself.
     """
-    return database.plugin() if place is None or database.has_plugin else plugin_at(place)
+    plugin = database.plugin() if place is None or database.has_plugin else plugin_at(place)
+    for name in ('url', 'appname', 'schema'):
+        if getattr(database, name):
+            raise click.UsageError(
+                f'--{name}: this command asks the application, whose settings say where its '
+                'cluster is; leave the option out'
+            )
+    return plugin
 
 
 def plugin_at(place: str) -> Any:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import click
@@ -443,6 +444,20 @@ class TestLocks:
         self, run: Callable[..., Result], words: tuple[str, ...]
     ) -> None:
         assert 'celery -A proj' in bad(run(*words)) and 'JOBSYNC_APP' in bad(run(*words))
+
+    @pytest.mark.parametrize('words', [('backlog',), ('purge', 'q', '--yes'), ('evacuate',)])
+    @pytest.mark.parametrize('option', ['--url', '--appname', '--schema'])
+    def test_a_command_that_asks_the_application_is_for_no_other_cluster(
+        self,
+        run: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        words: tuple[str, ...],
+        option: str,
+    ) -> None:
+        plugin = SimpleNamespace(evacuable=None)  # any use of it would raise
+        monkeypatch.setitem(sys.modules, 'proj_here', SimpleNamespace(jobsync=plugin))
+        asked = ('--app', 'proj_here:jobsync', option, 'other_')
+        assert f'{option}: this command asks' in bad(run(*words, *asked), 2)
 
     def test_a_purge_that_prints_json_asks_nothing(self, run: Callable[..., Result]) -> None:
         assert '--yes' in bad(run('purge', 'q', '--json'), 2)
