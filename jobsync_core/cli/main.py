@@ -108,12 +108,15 @@ def drain_command(database: Database, node: str, dry_run: bool) -> None:
                 f'{printable(node)} '
                 f'{"gives its tokens away now" if changed else "was draining already"}'
             )
-            if not any(
-                row['alive'] and row['state'] == 'active' and row['name'] != node for row in known
-            ):
+            if not status_view.takers(known, node):
                 click.echo(
                     'no other node can take them: their tasks wait until one does; `jobsync '
                     'undrain` takes it back'
+                )
+            elif alone := status_view.left_to_nobody(known, node):
+                click.echo(
+                    f'no other node can take those of {", ".join(map(printable, alone))}: what is '
+                    'sent there waits until one consumes it; `jobsync undrain` takes it back'
                 )
             return
         moves = StatusStore(connection, tables).plan_without(node)

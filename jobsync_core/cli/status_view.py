@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from ..store.tables import Tables
 
-__all__ = ['as_json', 'patterns', 'rebalance_table', 'render', 'snapshot', 'table']
+__all__ = [
+    'as_json',
+    'left_to_nobody',
+    'patterns',
+    'rebalance_table',
+    'render',
+    'snapshot',
+    'table',
+    'takers',
+]
 
 _LOCKS_SHOWN = 5
 
@@ -117,7 +126,7 @@ def render(found: Snapshot, appname: str) -> RenderableType:
         parts += [
             Text('\nqueue groups: the nodes that consume a queue own the keys in it'),
             _group_table(found['groups'], cluster['total_tokens']),
-            *_group_lines(found['groups']),
+            *_group_lines(found['groups'], found['nodes']),
             *(
                 Text(f'{printable(problem)}: {REMEDY}', style='red')
                 for problem in found['disagreements']
@@ -175,21 +184,50 @@ def _group_table(groups: Sequence[GroupRow], total: int) -> Table:
     return result
 
 
-def _group_lines(groups: Sequence[GroupRow]) -> list[RenderableType]:
+def _group_lines(groups: Sequence[GroupRow], nodes: Sequence[NodeInfo]) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for group in groups:
         name = printable(group['queue_group'])
-        if not group['members']:
-            lines.append(Text(f'{name}: no node consumes it: its messages stay in their queue'))
+        live = [node for node in nodes if node['alive'] and node['name'] in group['members']]
+        if not live:
+            lines.append(
+                Text(f'{name}: no live node consumes it: its messages stay in their queue')
+            )
+            continue
+        if group['moving_tokens']:
+            lines.append(
+                Text(f'{name}: {group["moving_tokens"]:,} tokens on their way to another node')
+            )
+        if not any(node['state'] == 'active' for node in live):
+            lines.append(
+                Text(
+                    f'{name}: every live node that consumes it is draining or still joining: its '
+                    'messages wait; `jobsync undrain NODE` lets one take them',
+                    style='red',
+                )
+            )
             continue
         for count, what, style in (
-            (group['moving_tokens'], 'on their way to another node', ''),
             (group['unowned_tokens'], 'without an owner', 'yellow'),
             (group['blocked_tokens'], 'blocked: no live node of it matches their locks', 'red'),
         ):
             if count:
                 lines.append(Text(f'{name}: {count:,} tokens {what}', style=style))
     return lines
+
+
+def takers(nodes: Sequence[NodeInfo], node: str) -> list[NodeInfo]:
+    """The other nodes that may own tokens."""
+    return [
+        row for row in nodes if row['alive'] and row['state'] == 'active' and row['name'] != node
+    ]
+
+
+def left_to_nobody(nodes: Sequence[NodeInfo], node: str) -> list[str]:
+    """The queue groups of a node of which no other member may own tokens."""
+    others = {group for row in takers(nodes, node) for group in row['groups']}
+    mine = (group for row in nodes if row['name'] == node for group in row['groups'])
+    return sorted(set(mine) - others)
 
 
 def patterns(value: object) -> str:

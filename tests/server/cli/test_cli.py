@@ -267,7 +267,7 @@ def test_a_lock_is_not_blamed_for_tokens_that_no_node_could_take(
     rows.own(0, 10_000, None, blocked=True)
     good(run('locks', 'add', 'render', 'gpu-%'))
     shown = good(run('status'))
-    assert reason in shown and 'locks' not in shown and 'wants gpu-%' not in shown
+    assert reason in shown and 'their locks' not in shown and 'wants gpu-%' not in shown
 
 
 def test_a_node_that_matches_a_lock_and_is_draining_is_named(
@@ -622,6 +622,18 @@ class TestQueueGroups:
         assert re.search(r'^owner +n2$', shown, re.MULTILINE)
         assert '--queue, one of gpu, mail' in good(run('who', 't'))
         assert "'gpu', 'mail'" in bad(run('who', 't', '--queue', 'celery'))
+
+    def test_a_drained_last_node_of_a_queue_is_named_as_the_reason(
+        self, groups: None, run: Callable[..., Result]
+    ) -> None:
+        assert 'no other node can take those of gpu:' in good(run('drain', 'n2'))
+        reason = 'gpu: every live node that consumes it is draining'
+        eventually(lambda: 'nobody' in good(run('who', 't', '--queue', 'gpu')), 10)
+        shown = good(run('status'))
+        assert reason in shown and 'their locks' not in shown, shown
+        assert 'no other node can take them:' in good(run('drain', 'n1'))
+        eventually(lambda: 'mail: every live node' in good(run('status')), 10)
+        assert reason in good(run('status'))
 
 
 class TestSimulate:
