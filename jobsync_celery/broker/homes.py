@@ -94,8 +94,7 @@ def arguments_for(home: Any) -> dict[str, Any]:
 def _key_into(home: Any) -> str:
     """The routing key with which Celery sends to a queue."""
     exchange = home.exchange
-    wild = not {'*', '#'}.isdisjoint((home.routing_key or '').split('.'))
-    if exchange is None or exchange.type == 'direct' or wild:
+    if exchange is None or exchange.type == 'direct':
         return str(home.name)
     return str(home.routing_key or home.name)
 

@@ -50,7 +50,7 @@ _DELAY = '0.' * 26 + '1.0.'
             Queue(
                 'jobs', _TOPIC, routing_key='a.#', queue_arguments={'x-dead-letter-exchange': 'd'}
             ),
-            {'x-dead-letter-exchange': 'd', 'x-dead-letter-routing-key': 'jobs'},
+            {'x-dead-letter-exchange': 'd', 'x-dead-letter-routing-key': 'a.#'},
         ),
         (
             Queue(
