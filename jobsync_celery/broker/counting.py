@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 __all__ = ['CeleryCounter']
 
 
+def _routed_to(routes: Any) -> set[str]:
+    """The queues that `task_routes` names: a table, or a sequence of tables, pairs and others."""
+    if isinstance(routes, Mapping):
+        places = [
+            place.get('queue') if isinstance(place, Mapping) else place for place in routes.values()
+        ]
+        return {str(getattr(place, 'name', place)) for place in places if place}
+    if not isinstance(routes, (list, tuple)):
+        return set()
+    if len(routes) == 2 and isinstance(routes[0], str):
+        return _routed_to({routes[0]: routes[1]})
+    return set().union(*map(_routed_to, routes))
+
+
 class CeleryCounter:
     """Counts and empties queues, on a connection that is opened for each question.
 
@@ -36,13 +50,16 @@ class CeleryCounter:
 
     def homes(self) -> Iterable[str]:
         """The queues that the app names."""
-        return [
+        named = {
             str(name)
             for name, queue in self._app.amqp.queues.items()
             # The queues of a broadcast are one for each worker, with names that say nothing.
             if queue.exchange.type != 'fanout'
-            and not is_of_cluster(str(name), self._queues.appname)
-        ]
+        }
+        # What a route names, and nobody consumes, would wait unseen.
+        queues = self._app.amqp.queues
+        named |= _routed_to(self._app.conf.task_routes).difference(queues.aliases, queues)
+        return sorted(name for name in named if not is_of_cluster(name, self._queues.appname))
 
     def count(self, queues: Sequence[str], nodes: Mapping[str, str]) -> Mapping[str, QueueCount]:
         """What is ready in queues; AMQP does not tell what was taken."""

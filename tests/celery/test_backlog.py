@@ -13,6 +13,8 @@ from kombu.common import Broadcast
 from kombu.entity import Queue
 
 from jobsync_celery import JobSync
+from jobsync_celery.broker.counting import CeleryCounter
+from jobsync_celery.broker.queues import Queues
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.belonging import Belonging
 from jobsync_core.config import CoordinationConfig
@@ -111,6 +113,23 @@ def test_all_places_of_a_queue_are_counted(place: Place) -> None:
         # AMQP does not tell.
         assert reports.unacknowledged == (3 if place.kind == 'redis' else None)
         assert (found.of('celery').backlog, found.others) == (4, {'jobsync.sync_.unknown': 1})
+
+
+@pytest.mark.parametrize(
+    'routes',
+    [
+        {'feed.*': {'queue': 'feeds'}, 'x.*': 'reports', 'y.*': {'exchange': 'y'}},
+        [('feed.*', 'feeds'), lambda *_, **__: None],
+        [{'a.*': {'queue': Queue('feeds')}}, ('b.*', {'queue': 'news'})],
+        None,
+    ],
+)
+def test_a_queue_that_only_a_route_names_is_counted_too(routes: Any) -> None:
+    app = Celery('routes', broker='memory://', set_as_current=False)
+    app.conf.task_queues = [Queue('celery'), Queue('reports'), Broadcast('news')]
+    app.conf.task_routes = routes
+    expected = ['celery', 'feeds', 'reports'] if routes else ['celery', 'reports']
+    assert CeleryCounter(app, Queues(app, 'memory', 'sync_')).homes() == expected
 
 
 def test_a_purge_deletes_what_waits_and_nothing_else(place: Place) -> None:
