@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
@@ -27,6 +26,7 @@ from ..broker.queues import Queues
 from ..faults import is_its_fault
 from ..logs import get_logger
 from ..tasks.coordinated import Tasks, guard_traces, prepare_tasks
+from .at_pool import AtPool
 from .delivery import Delivery, Note, Strategies, note_of, settle_once
 from .placing import Placing
 from .pool_entry import PoolEntry, expires
@@ -91,7 +91,6 @@ class ConsumerGate:
             admits=self._admits,
             on_parked=on_parked,
         )
-        self._dispatched: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
         #: Messages from queues of this node on RabbitMQ, and the home queue of each.
         self._of_node: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._retries = Retries(
@@ -106,6 +105,7 @@ class ConsumerGate:
             self._may_begin,
             self._come_late,
         )
+        self._at_pool = AtPool(gate, tasks, queues, forwarder, self._pool_entry)
         consumer.strategies = Strategies(self._wrap)
         consumer.on_task_request = self.dispatch
         self._make_handler, self._update = consumer.create_task_handler, consumer.update_strategies
@@ -293,7 +293,7 @@ class ConsumerGate:
             return end
 
         def run() -> None:
-            self._dispatched[request] = note
+            self._at_pool.add(request, note)
             self._gate.count('run')
             self._pool_entry.guard_end(request)
             self._pool_entry.to_pool(request)
@@ -331,7 +331,7 @@ class ConsumerGate:
 
     def _come_late(self, request: Any) -> None:
         """A request that waited for a process or a thread may not run here any more."""
-        if self._dispatched.pop(request, None) is not None:
+        if self._at_pool.discard(request):
             self._gate.count('run', -1)
         self.dispatch(request)
 
@@ -339,40 +339,15 @@ class ConsumerGate:
         """What waits for a process or a thread, and belongs to others by now, goes on to them. In
         the event loop.
         """
-        for request, note in self._at_the_pool():
-            if (
-                request in state.reserved_requests
-                and not self._gate.may_begin(note.received)
-                and self._pool_entry.withdraw(request)
-            ):
-                self._come_late(request)
+        for request in self._at_pool.withdraw():
+            self._come_late(request)
 
     def _admits(self, name: str) -> bool:
-        return self._gate.admits(lambda: self._completes_once(name), clock.now())
-
-    def _completes_once(self, name: str) -> bool:
-        found = self._tasks.find(name)
-        return found is not None and found.once is not None
+        return self._gate.admits(lambda: self._tasks.completes_once(name), clock.now())
 
     def busy(self, tokens: TokenSet) -> bool:
         """Whether a task on one of these tokens runs, or may begin at any moment."""
-        job, group_of, reserved = self._gate.job, self._gate.group_of, state.reserved_requests
-        return any(
-            note.key
-            and request in reserved
-            and self._pool_entry.has_begun(request)
-            and (token := job.token_of(note.key, group_of(note.home))) is not None
-            and token in tokens
-            for request, note in self._at_the_pool()
-        )
-
-    def _at_the_pool(self) -> list[tuple[Any, Note]]:
-        """What was handed to the pool. Any thread may ask while the event loop hands it more: the
-        references are copied in one step, the dictionary's items are not.
-        """
-        requests = (reference() for reference in self._dispatched.keyrefs())
-        found = ((each, self._dispatched.get(each)) for each in requests if each is not None)
-        return [(request, note) for request, note in found if note is not None]
+        return self._at_pool.busy(tokens)
 
     def in_hand(self, home: str) -> bool:
         """Whether a message from this node's queue for a home queue is not acknowledged yet, and
@@ -414,29 +389,8 @@ class ConsumerGate:
         self._retries.requeue_all()
 
     def requeue_running(self) -> None:
-        """Requeue what is executed here, if its task completes once: others execute it, and this
-        attempt's end does not count.
-        """
-        for request, note in self._at_the_pool():
-            if request not in state.active_requests or request.acknowledged:
-                continue
-            try:
-                if self._completes_once(note.name):
-                    logger.warning(
-                        'Task %s[%s] is executed without a lease: its message goes back',
-                        request.name,
-                        request.id,
-                    )
-                    message = request.message
-                    requeue(
-                        message,
-                        note.home,
-                        self._forwarder,
-                        partial(request.reject, requeue=True),
-                        self._queues.is_of_node(message),
-                    )
-            except Exception as error:  # each on its own
-                logger.warning('Task %s[%s] does not go back: %r', request.name, request.id, error)
+        """Requeue what is executed here, if its task completes once."""
+        self._at_pool.requeue_running()
 
     def close(self) -> None:
         """Close the forwarder."""

@@ -338,6 +338,11 @@ class Tasks(CoordinatedTasks):
             return Refused(str(error))
         return find_route(found, args, kwargs, message_id, stamps) if found is not None else None
 
+    def completes_once(self, name: str) -> bool:
+        """Whether the ledger knows the task of that name."""
+        found = self.find(name)
+        return found is not None and found.once is not None
+
     def _declaration(self, name: str) -> Declared | None:
         task = self._app.tasks.get(name)
         if task is None:
