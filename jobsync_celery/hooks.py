@@ -11,7 +11,6 @@ from kombu.connection import Connection
 
 from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
-from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.protocol.effects import RebalanceEvent
 from jobsync_core.worker.node import Framework, WorkerNode, node_status
@@ -24,6 +23,7 @@ from .broker.startup import wait_for_broker
 from .children import PoolChildren
 from .configuring import NodeConfiguration
 from .consuming import LeasedConsumer
+from .entering import Entry
 from .gate.gate import ConsumerGate
 from .home_queues import HomeQueues
 from .logs import get_logger
@@ -33,6 +33,7 @@ from .parts import check_parts
 from .redis.carried_over import CarriedOver
 from .signals import rebalanced, released
 from .tasks.coordinated import odd_names
+from .worker_checks import check_records, checked_pool
 
 __all__ = ['WorkerHooks', 'restore_last']
 
@@ -48,9 +49,13 @@ class WorkerHooks:
 
     Args:
         application: The app.
+
+    Attributes:
+        entry: How far the node has entered; None before it begins to.
     """
 
     def __init__(self, application: Application) -> None:
+        self.entry: Entry | None = None
         self._application = application
         self._app: Any = application.app
         vars(application.app)[_NAME] = self
@@ -111,8 +116,8 @@ class WorkerHooks:
         """
         application = self._application
         settings = application.read_again(**({'weight': weight} if weight is not None else {}))
-        self._solo = 'solo' in _checked_pool(worker)
-        _check_records(self._app.conf, application.driver)
+        self._solo = 'solo' in checked_pool(worker)
+        check_records(self._app.conf, application.driver)
         self._atomic = check_parts(application.driver, settings.redis_atomic)
         name = node or settings.node_name or worker.hostname
         homes = application.queues.homes()
@@ -278,6 +283,8 @@ class WorkerHooks:
         node, self._node = self._node, None
         if node is None:
             return
+        if self.entry is not None:
+            self.entry.give_up()
         if node.job is not None and self._broker is not None:
             restore_last(self._broker, node.name, self._carried)
         node.leave()
@@ -356,37 +363,6 @@ class WorkerHooks:
 
     def _consumes(self) -> bool:
         return self._leased is not None and self._leased.consumes
-
-
-def _checked_pool(worker: Any) -> str:
-    """The name of a worker's pool.
-
-    Raises:
-        ConfigurationError: Its threads are green.
-    """
-    given = worker.pool_cls
-    pool = given if isinstance(given, str) else f'{given.__module__}:{given.__name__}'
-    if any(green in pool for green in ('gevent', 'eventlet')):
-        raise ConfigurationError(
-            f'pool {pool!r}: JobSync does not work with green threads, whose blocking '
-            'database calls would stop heartbeats; '
-            'use --pool prefork, threads or solo'
-        )
-    return pool
-
-
-def _check_records(conf: Any, driver: str) -> None:
-    """Look whether what the worker takes from Redis is recorded.
-
-    Raises:
-        ConfigurationError: It is not, and would be lost with the worker.
-    """
-    if driver == 'redis' and not (conf.broker_transport_options or {}).get('ack_emulation', True):
-        raise ConfigurationError(
-            "broker_transport_options['ack_emulation'] is False: Redis keeps no record of what a "
-            'worker has taken, and all of it would be lost when the worker is killed; take the '
-            'option out'
-        )
 
 
 def restore_last(broker: CeleryBroker, node: str, carried: CarriedOver) -> None:

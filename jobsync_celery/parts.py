@@ -146,7 +146,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         GATE,
         'amqp.connection:Connection',
-        ('bytes_recv', 'heartbeat', 'collect', 'server_properties'),
+        ('bytes_recv', 'heartbeat', 'collect', 'server_properties', 'send_heartbeat'),
     ),
     Part(
         GATE,

@@ -19,7 +19,7 @@ from .broker.broker import CeleryBroker
 from .hooks import WorkerHooks
 from .producer import install_producer
 from .settings import CelerySettings
-from .steps import GateStep, NodeStep
+from .steps import GateStep, NodeStep, ReadyStep
 from .tasks.coordinated import Tasks, watch_tasks
 
 __all__ = ['JobSync']
@@ -62,7 +62,7 @@ class JobSync:
             OwnerLookup(lambda: self._application.settings, lambda: self.job, self._pin_of),
         )
         app.steps['worker'].add(NodeStep)
-        app.steps['consumer'].add(GateStep)
+        app.steps['consumer'].update((GateStep, ReadyStep))
         app.user_options['worker'].add(
             click.Option(
                 ('--jobsync-node',), help="Name of this node (default: the worker's node name)."

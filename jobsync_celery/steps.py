@@ -4,7 +4,6 @@ ended.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from celery import bootsteps
@@ -15,10 +14,11 @@ from jobsync_core.errors import DatabaseUnavailable, JobSyncError
 from jobsync_core.worker.node_of_tests import node_of_tests
 
 from .cold_shutdown import ColdShutdown
+from .entering import Entry, KeepAlive
 from .hooks import WorkerHooks
 from .logs import get_logger
 
-__all__ = ['GateStep', 'NodeStep']
+__all__ = ['GateStep', 'NodeStep', 'ReadyStep']
 
 logger = get_logger(__name__)
 
@@ -26,7 +26,7 @@ _EX_FAILURE = 1
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
-    """Makes the Job before the pool forks, enters it after."""
+    """Makes the Job before the pool forks, begins to enter it after."""
 
     requires = ('celery.worker.components:Pool',)
 
@@ -51,7 +51,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
                 raise WorkerShutdown(_EX_FAILURE) from error
 
     def start(self, parent: Any) -> None:
-        """Enter the Job, before any message is consumed."""
+        """Register the node; it owns nothing before `ReadyStep`."""
         try:
             self._enter(parent)
         except BaseException as error:
@@ -63,44 +63,27 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
             raise WorkerShutdown(_EX_FAILURE) from error
 
     def _enter(self, parent: Any) -> None:
-        node = self._hooks.node
+        hooks, node = self._hooks, self._hooks.node
         node.serve()
         try:
-            self._hooks.wait_for_servers(state.maybe_shutdown)
+            hooks.wait_for_servers(state.maybe_shutdown)
         except DatabaseUnavailable as error:
-            if self._hooks.required:
+            if hooks.required:
                 raise
-            self._hooks.go_uncoordinated(error)
+            hooks.go_uncoordinated(error)
             return
-        failure: list[Exception] = []
-
-        def enter() -> None:
-            try:
-                node.enter()
-            except Exception as error:
-                failure.append(error)
-
-        thread = threading.Thread(target=enter, name='jobsync-enter', daemon=True)
-        thread.start()
+        hooks.entry = entry = Entry(node)
         try:
-            while thread.is_alive():
-                thread.join(0.1)
-                state.maybe_shutdown()
-        except BaseException:
-            node.give_up()
-            thread.join(10)
-            node.leave()
-            raise
-        if not failure:
-            try:
-                node.start()
-            except BaseException:
-                self._hooks.leave()
+            entry.register(state.maybe_shutdown)
+            if not hooks.required:
+                # Were it to fail later, its consumer would have the connection and the queues of a
+                # node.
+                entry.complete(state.maybe_shutdown)
+        except BaseException as error:
+            if hooks.required or not isinstance(error, Exception):
+                hooks.leave()
                 raise
-        elif self._hooks.required:
-            raise failure[0]
-        else:
-            self._hooks.go_uncoordinated(failure[0])
+            hooks.go_uncoordinated(error)
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
         """The event loop is about to begin, for the first connection or another."""
@@ -145,3 +128,39 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def shutdown(self, parent: Any) -> None:
         """The worker ends, and all of its tasks have: leave the cluster."""
         self._hooks.leave()
+
+
+class ReadyStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Has the node take part once the consumer has everything, mingle's second of silence among
+    it, and right before it takes messages: what owns keys before it can work on them makes them
+    wait.
+    """
+
+    requires = tuple(
+        f'celery.worker.consumer.{step}'
+        for step in ('tasks:Tasks', 'control:Control', 'gossip:Gossip', 'heart:Heart')
+    )
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        hooks = WorkerHooks.of(parent.app)
+        assert hooks is not None
+        self._hooks = hooks
+        self.enabled = node_of_tests() is None
+
+    def start(self, parent: Any) -> None:
+        """Wait for the node's first tokens; at the first connection alone."""
+        entry = self._hooks.entry
+        if entry is None or self._hooks.job is None:
+            return
+        keep_alive = KeepAlive(parent.connection)
+
+        def check() -> None:
+            state.maybe_shutdown()
+            keep_alive.look()
+
+        try:
+            entry.complete(check)
+        except Exception as error:
+            logger.critical('JobSync: %s', error)
+            raise WorkerShutdown(_EX_FAILURE) from error

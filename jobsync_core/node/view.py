@@ -51,6 +51,11 @@ class NodeView:
         return self._node.group_token_of(task_id, group)
 
     @property
+    def is_running(self) -> bool:
+        """Whether the node is a member, or about to become one; it has not failed, and not left."""
+        return self._node.is_running
+
+    @property
     def has_lease(self) -> bool:
         """Whether the node's lease is valid at this moment, in forked children too; without a
         database always True.

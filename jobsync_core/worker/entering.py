@@ -44,6 +44,7 @@ def make_job(
     known: Iterable[str] = (),
     groups: Iterable[str] = (),
     prepare: Callable[[], object],
+    ready: Callable[[Job], object] = lambda job: None,
     busy: Callable[[TokenSet], bool],
     on_rebalance: Callable[[RebalanceEvent], object],
     on_release: Callable[[TokenSet], object],
@@ -64,6 +65,8 @@ def make_job(
         known: All tasks of the worker: those that are pinned no longer lose their locks.
         groups: The queue groups that the node belongs to.
         prepare: Makes the node's queues at the broker; called while entering.
+        ready: Returns when the worker can take messages; called last, before the node owns
+            anything.
         busy: Whether work on one of these tokens is running.
         on_rebalance, on_release: The adapter's signals; the user's callbacks run as well.
     """
@@ -108,6 +111,7 @@ def make_job(
         # The rows come first: whatever happens next, what is left at the broker is known. And it is
         # what others wait for below: the first plan of a cluster makes workers active that have not
         # recorded yet what they are.
+        life = job.incarnation
         new = note(Belonging(kind))
         others = peers()
         limit = time.monotonic() + _MARK_SEC
@@ -137,6 +141,11 @@ def make_job(
                 )
         if settings.lock_provider is not None:
             settings.lock_provider(job)
+        ready(job)
+        if job.incarnation != life:
+            # It was taken for dead while it waited: its queues may have been deleted.
+            note(job.belonging)
+            prepare()
 
     def rebalanced(event: RebalanceEvent) -> None:
         on_rebalance(event)

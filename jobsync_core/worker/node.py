@@ -26,6 +26,7 @@ from .queue_groups import divided, whole_groups
 from .registry import QueueRegistry
 from .routing import node_queue
 from .settings import PluginSettings
+from .standby import Standby
 from .startup import wait_for_database
 
 __all__ = ['Framework', 'NodeBroker', 'WorkerNode', 'node_status', 'refusal', 'tell_uncoordinated']
@@ -61,6 +62,7 @@ class WorkerNode:
         problem = divided(settings.queue_groups, framework.homes)
         if problem:
             raise ConfigurationError(problem)
+        self._standby = Standby(settings.config.heartbeat_timeout_sec)
         appname = settings.config.appname
         queues = {home: node_queue(home, appname, name) for home in framework.homes}
         self._job = job = make_job(
@@ -75,6 +77,7 @@ class WorkerNode:
             application=framework.application,
             groups=whole_groups(settings.queue_groups, framework.homes),
             prepare=self._declare,
+            ready=self._standby.hold,
             busy=framework.busy,
             on_rebalance=framework.on_rebalance,
             on_release=framework.on_release,
@@ -185,12 +188,28 @@ class WorkerNode:
             settings.config, limit, check=check, sleep=time.sleep, log=self._framework.log
         )
 
-    def enter(self) -> None:
+    def enter(self, waits: bool = False) -> None:
         """Enter the cluster; takes as long as joining does. `start` comes next.
 
         Raises whatever keeps it from that.
+
+        Args:
+            waits: It registers, and owns nothing before `take_part` is called by another thread.
         """
+        if not waits:
+            self.take_part()
         self._job.__enter__()
+        self._standby.give_away(self._job)
+
+    @property
+    def registered(self) -> bool:
+        """Whether the node is known to the others, and has all that it needs to own tokens."""
+        return self._standby.registered
+
+    def take_part(self) -> None:
+        """The worker can take messages: plans may give it tokens."""
+        self._standby.end()
+        self._job.wake()
 
     def start(self) -> None:
         """Begin the node's duties, before any message is consumed; the node has been entered.
@@ -248,8 +267,9 @@ class WorkerNode:
 
     def drain(self) -> None:
         """The worker shuts down: give the tokens away while its tasks end."""
-        if self._self_drain is not None:
-            self._self_drain.stop()
+        if self._self_drain is None:
+            return  # it owns nothing yet
+        self._self_drain.stop()
         if self.job is not None:
             try:
                 self.job.drain(0)

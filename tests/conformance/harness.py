@@ -165,13 +165,14 @@ class Worker:
 
     def wait_ready(self, timeout: float = _START_SEC) -> Worker:
         """Wait until it consumes."""
-        eventually(lambda: self._is_ready() or not self.is_running(), timeout)
-        assert self._is_ready(), (
+        eventually(lambda: self.is_ready() or not self.is_running(), timeout)
+        assert self.is_ready(), (
             f'{self.name} ended with {self.process.returncode}:\n{self.log(3000)}'
         )
         return self
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether it has said that it consumes."""
         return self.log().count(self._ready) >= self.nodes
 
     def send_signal(self, number: signal.Signals) -> None:

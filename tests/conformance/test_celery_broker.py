@@ -102,7 +102,7 @@ def test_a_worker_cut_off_from_the_broker_alone_gives_its_keys_to_the_others(
     cluster = make_cluster(setup)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
-        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port))
+        cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port)).wait_ready()
         cluster.start('beta')
         proxy.switch(how)
         if how is Mode.REFUSE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -118,6 +119,97 @@ def test_a_node_lives_from_enter_to_leave(stage: Stage) -> None:
     node.leave()
     assert node.job is None and not query(stage.config, 'SELECT name FROM "{}node"')
     node.leave()
+
+
+class TestAWorkerThatCannotTakeMessagesYet:
+    """It has entered by a thread of its own, and waits."""
+
+    def started(self, stage: Stage) -> WorkerNode:
+        node = stage.node()
+
+        def enter() -> None:
+            node.enter(waits=True)
+            node.start()
+
+        self.thread = threading.Thread(target=enter, daemon=True)
+        self.thread.start()
+        eventually(lambda: node.registered)
+        return node
+
+    def entered(self) -> None:
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    @pytest.fixture
+    def other(self, stage: Stage) -> Job:
+        """A node that owns everything."""
+        job = stage.entered('n2').job
+        assert job is not None
+        eventually(lambda: len(job.my_tokens) == stage.config.total_tokens)
+        stage.log.clear()
+        return job
+
+    @pytest.fixture
+    def node(self, stage: Stage, other: Job) -> Iterator[WorkerNode]:
+        node = self.started(stage)
+        yield node
+        node.give_up()
+        self.entered()
+
+    def test_owns_nothing_though_its_queue_is_known_and_made(
+        self, stage: Stage, node: WorkerNode, other: Job
+    ) -> None:
+        assert stage.log == ['declare home']
+        found = query(stage.config, """SELECT node FROM "{}node_queue" WHERE home = 'home'""")
+        assert sorted(found) == [('n1',), ('n2',)]
+        assert self.states(stage) == {'n1': 'joining', 'n2': 'active'}
+        third = stage.entered('n3').job
+        assert third is not None
+        eventually(lambda: len(third.my_tokens) == stage.config.total_tokens // 2)
+        assert len(other.my_tokens) == len(third.my_tokens)
+
+    def test_owns_its_share_as_soon_as_it_can(self, stage: Stage, node: WorkerNode) -> None:
+        node.take_part()
+        self.entered()
+        assert node.job is not None
+        assert len(node.job.my_tokens) == stage.config.total_tokens // 2
+
+    def test_does_not_keep_for_long_what_the_first_plan_gave_it(self, stage: Stage) -> None:
+        node = self.started(stage)
+        total = stage.config.total_tokens
+        other = stage.entered('n2').job
+        assert other is not None and len(other.my_tokens) == total // 2
+        eventually(lambda: len(other.my_tokens) == total, 30)
+        assert self.states(stage) == {'n1': 'draining', 'n2': 'active'}
+        node.take_part()
+        eventually(lambda: len(other.my_tokens) == total // 2, 30)
+        assert self.states(stage) == {'n1': 'active', 'n2': 'active'}
+        self.entered()
+
+    def test_makes_its_queue_again_where_it_was_taken_for_dead_meanwhile(
+        self, stage: Stage, node: WorkerNode
+    ) -> None:
+        assert node.job is not None
+        job, life = node.job, node.job.incarnation
+        query(stage.config, """DELETE FROM "{}node_queue" WHERE node = 'n1'""")
+        query(stage.config, """DELETE FROM "{}node" WHERE name = 'n1'""")
+        eventually(lambda: job.incarnation != life and 'n1' in self.states(stage), 20)
+        node.take_part()
+        self.entered()
+        assert stage.log.count('declare home') >= 2
+        found = query(stage.config, """SELECT home FROM "{}node_queue" WHERE node = 'n1'""")
+        assert ('home',) in found
+
+    def test_leaves_when_it_is_given_up(self, stage: Stage, node: WorkerNode) -> None:
+        node.drain()  # there is nothing to give away
+        node.give_up()
+        self.entered()
+        node.leave()
+        assert self.states(stage) == {'n2': 'active'}
+
+    @staticmethod
+    def states(stage: Stage) -> dict[str, str]:
+        return dict(query(stage.config, 'SELECT name, state FROM "{}node"'))
 
 
 def test_a_name_that_comes_back_restores_what_its_former_life_had_taken(stage: Stage) -> None:
