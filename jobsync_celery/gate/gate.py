@@ -7,7 +7,6 @@ no worker can take is set aside, once, by `Refusals`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from ..logs import get_logger
 from ..tasks.coordinated import Tasks, guard_traces, prepare_tasks
 from .at_pool import AtPool
 from .delivery import Delivery, Note, Strategies, note_of, settle_once
+from .in_hand import InHand
 from .placing import Placing
 from .pool_entry import PoolEntry, expires
 from .reading import Reader
@@ -91,8 +91,7 @@ class ConsumerGate:
             admits=self._admits,
             on_parked=on_parked,
         )
-        #: Messages from queues of this node on RabbitMQ, and the home queue of each.
-        self._of_node: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._in_hand = InHand(queues)
         self._retries = Retries(
             lambda seconds, call: consumer.timer.call_after(seconds, call), gate.count
         )
@@ -120,8 +119,7 @@ class ConsumerGate:
         handle = self._make_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
-            if self._queues.is_of_node(message):
-                self._of_node[message] = self._queues.home_of(message)
+            self._in_hand.add(message)
             if is_refused(message):
                 self._refusals.reject_refused(message)
                 return
@@ -350,14 +348,8 @@ class ConsumerGate:
         return self._at_pool.busy(tokens)
 
     def in_hand(self, home: str) -> bool:
-        """Whether a message from this node's queue for a home queue is not acknowledged yet, and
-        would be lost with that queue. Redis has a record of each.
-        """
-        messages = (reference() for reference in self._of_node.keyrefs())
-        return any(
-            each is not None and not each.acknowledged and self._of_node.get(each) == home
-            for each in messages
-        )
+        """Whether a message from this node's queue for a home queue would be lost with it."""
+        return self._in_hand.holds(home)
 
     def _not_run(self, item: Delivery, error: Exception) -> None:
         self._not_taken(
@@ -378,7 +370,7 @@ class ConsumerGate:
 
     def disconnected(self) -> None:
         """The connection is gone, and the broker delivers again what was not acknowledged."""
-        self._of_node.clear()
+        self._in_hand.clear()
         self._placing.disconnected()
         self._retries.disconnected()
 
