@@ -37,6 +37,8 @@ class Gate:
     ) -> None:
         self.job = job
         self.settings = settings
+        #: The queue group of a home queue.
+        self.group_of: Callable[[str], str] = settings.group_of
         config = settings.config
         #: Of the gate and of the duties: they hardly ever need one at the same moment.
         self.sessions = Sessions(config, f'jobsync duties {job.node_name}')
@@ -90,10 +92,6 @@ class Gate:
             unmatched=place.unmatched,
             deserted=place.deserted and not self.consumes(home),
         )
-
-    def group_of(self, home: str) -> str:
-        """The queue group of a home queue."""
-        return self.settings.group_of(home)
 
     def owns(self, route: str, home: str) -> bool:
         """Whether a message that was sent to a home queue may run on this node by its route."""

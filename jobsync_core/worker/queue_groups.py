@@ -74,6 +74,8 @@ def group_of(groups: Mapping[str, Collection[str]], home: str) -> str:
         groups: The setting.
         home: The queue.
     """
+    if not groups:
+        return home
     return next((name for name, queues in groups.items() if home in queues), home)
 
 

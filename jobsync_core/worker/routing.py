@@ -162,8 +162,6 @@ def pin_route(name: str, key: str, slots: int) -> str:
 
 def pinned_task(route: str, slots: int) -> str | None:
     """The name of the pinned task that a route may be a virtual key of; None where it is a key."""
-    if '#' not in route:
-        return None  # as nearly every key
     name, _, slot = route.rpartition('#')
     if not name or not slot.isascii() or not slot.isdecimal() or slot != str(int(slot[:9])):
         return None

@@ -172,10 +172,17 @@ class ScriptConnection:
         connection = self._connection()
         if connection is None:
             return script(keys=keys, args=args)
+        if not self._own.connected:
+            # Not left to `send_command`, which does not ask Sentinel where the master is now; and
+            # not asked for before each command, which costs as much as packing it.
+            connection.connect()
+        self._own.connected = False  # whatever goes wrong from here on may have ended it
         try:
-            return self._do(connection, 'EVALSHA', script.sha, keys, args)
+            found = self._do(connection, 'EVALSHA', script.sha, keys, args)
         except NoScriptError:
-            return self._do(connection, 'EVAL', script.script, keys, args)
+            found = self._do(connection, 'EVAL', script.script, keys, args)
+        self._own.connected = True
+        return found
 
     def _connection(self) -> Any:
         found = getattr(self._own, 'connection', None)
@@ -190,14 +197,12 @@ class ScriptConnection:
             if known.get('socket_timeout') is None:
                 known['socket_timeout'] = _ANSWER_SEC
             found = self._own.connection = pool.connection_class(**known)
+            self._own.connected = False
         return found
 
     @staticmethod
     def _do(
         connection: Any, command: str, script: Any, keys: Sequence[str], args: Sequence[Any]
     ) -> Any:
-        # Whatever goes wrong here ends the connection; the next command makes another one. Not left
-        # to `send_command`, which does not ask Sentinel where the master is now.
-        connection.connect()
         connection.send_command(command, script, len(keys), *keys, *args)
         return connection.read_response()
