@@ -56,7 +56,7 @@ class NodeInfo(_NodeName, total=False):
     those of them that are to be handed over; `age_sec` is the seconds since its last heartbeat;
     `incarnation` and `beat` tell this life of the node, and how often its heart has beaten;
     `groups` names the queue groups that it belongs to, besides that of the plain Job, of which all
-    counts here are.
+    counts here are; `silent` tells that it has not reached its broker for a while.
     """
 
     created_on: datetime.datetime
@@ -74,6 +74,7 @@ class NodeInfo(_NodeName, total=False):
     host: str | None
     pid: int | None
     groups: list[str]
+    silent: bool
 
 
 class NodeEvent(TypedDict):

@@ -154,6 +154,8 @@ def _node_table(nodes: Sequence[NodeInfo], total: int) -> Table:
         state = ('leader, ' if node['is_leader'] else '') + (
             node['state'] if node['alive'] else 'silent'
         )
+        if node['alive'] and node['silent']:
+            state += ', without its broker'
         result.add_row(
             printable(node['name']),
             state,

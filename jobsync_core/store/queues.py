@@ -98,6 +98,10 @@ class QueueStore(Store):
         )
         return row is not None and bool(row[0])
 
+    def tell_silent(self, node: str, incarnation: str, silent: bool) -> None:
+        """Note whether this life of `node` does not reach its broker."""
+        self._run('queue.tell_silent', {'node': node, 'incarnation': incarnation, 'silent': silent})
+
     def divided(self) -> list[Division]:
         """Home queues that nodes in the node table give different queue groups, by name."""
         return [Division(*row) for row in self._rows('queue.divided')]

@@ -22,7 +22,7 @@ RELATIONS: Mapping[str, str] = {
     ),
     'node': (
         'name created_on last_heartbeat beat incarnation state weight lease_sec host pid '
-        'boot_id pid_namespace started groups held'
+        'boot_id pid_namespace started groups held silent'
     ),
     'assignment': 'tokens node moving moving_to blocked version assigned_at',
     'ring': 'tokens node moving moving_to blocked version assigned_at',

@@ -20,6 +20,9 @@ logger = get_logger(__name__)
 
 #: Seconds after which a trouble that lasts is told again.
 _SAY_AGAIN_SEC = 60.0
+#: The part of the timeout after which a silent node says so, and for which it waits for another one
+#: that does not. In an outage of the broker itself all say so before one of them drains.
+_EARLY = 0.4
 #: Looks for which each node waits for one whose turn is before its own.
 _LOOKS = 3
 
@@ -109,16 +112,27 @@ class Consuming:
 
 class SelfDrain:
     """A thread that drains a node which has not consumed for a heartbeat timeout, until it does
-    again.
+    again: where others consume. In an outage of the broker itself no keys move.
 
     Args:
         job: The node.
         silence: Seconds for which the node has not consumed.
         timeout: Seconds of silence after which the node gives its tokens away.
+        tell: Has the others know whether this node is silent.
     """
 
-    def __init__(self, job: Job, silence: Callable[[], float], timeout: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        silence: Callable[[], float],
+        timeout: float,
+        tell: Callable[[bool], object] = lambda silent: None,
+    ) -> None:
         self._job = job
+        self._tell = tell
+        self._told = False
+        #: The silence since which another node has been seen to consume; None: none was seen.
+        self._others_from: float | None = None
         self._silence = silence
         self._timeout = timeout
         self._end = threading.Event()
@@ -143,27 +157,14 @@ class SelfDrain:
     def look(self) -> None:
         """Drain or undrain the node, if it is time."""
         silence = self._silence()
-        if not self.drained and silence > self._timeout:
+        if silence <= _EARLY * self._timeout:
+            self._others_from = None
+            if self._told:
+                self._tell(False)
+                self._told = False
+        if not self.drained and silence > _EARLY * self._timeout:
             if self._job.am_i_healthy() and self._job.local_status()['state'] == 'active':
-                if not self._others():
-                    if not self._alone:
-                        logger.warning(
-                            'node=%s has taken no messages from the broker for %.0f s; it keeps '
-                            'its keys, as no other node '
-                            'could take them',
-                            self._job.node_name,
-                            silence,
-                        )
-                    self._alone = True
-                    return
-                logger.warning(
-                    'node=%s has taken no messages from the broker for %.0f s: it gives its keys '
-                    'away until it does',
-                    self._job.node_name,
-                    silence,
-                )
-                self._job.stand_aside()
-                self.drained = True
+                self._consider(silence)
         elif self.drained and silence <= self._timeout:
             logger.warning('node=%s takes messages again, and keys', self._job.node_name)
             self._job.stand_aside(False)
@@ -180,12 +181,41 @@ class SelfDrain:
         if silence <= self._timeout:
             self._alone = False
 
-    def _others(self) -> bool:
-        # Where the broker itself is away, all are silent: somebody has to keep the keys.
-        return any(
-            node['name'] != self._job.node_name and node['state'] == 'active'
-            for node in self._job.get_active_nodes()
-        )
+    def _consider(self, silence: float) -> None:
+        """Say that this node is silent, and drain it when it is time."""
+        nodes = {node['name']: node for node in self._job.get_active_nodes()}
+        mine = nodes.pop(self._job.node_name, None)
+        if mine is not None and not mine.get('silent'):
+            self._tell(True)
+            self._told = True
+        if not any(node['state'] == 'active' and not node.get('silent') for node in nodes.values()):
+            # Where the broker itself is away, all are silent: each keeps its keys.
+            self._others_from = None
+            self._keep(silence)
+            return
+        if self._others_from is None or self._others_from > silence:
+            self._others_from = silence
+        if silence > self._timeout and silence - self._others_from >= _EARLY * self._timeout:
+            logger.warning(
+                'node=%s has taken no messages from the broker for %.0f s: it gives its keys away '
+                'until it does',
+                self._job.node_name,
+                silence,
+            )
+            self._job.stand_aside()
+            self.drained = True
+
+    def _keep(self, silence: float) -> None:
+        if silence <= self._timeout:
+            return
+        if not self._alone:
+            logger.warning(
+                'node=%s has taken no messages from the broker for %.0f s; it keeps its keys, as '
+                'no other node takes any either',
+                self._job.node_name,
+                silence,
+            )
+        self._alone = True
 
     def _is_deserted(self) -> bool:
         """Whether no node is active, and it is this one's turn to be so again: one after the other,

@@ -14,6 +14,7 @@ from .. import clock
 from ..errors import ConfigurationError, JobSyncError
 from ..job import Job
 from ..ledger.cluster import UNCOORDINATED
+from ..store.queues import QueueStore
 from ..store.tables import Tables
 from .backlog import BacklogWatch, read_backlog
 from .consuming import SelfDrain
@@ -236,7 +237,10 @@ class WorkerNode:
         began = clock.now()
         # Nothing could be consumed while the node entered.
         self._self_drain = SelfDrain(
-            job, lambda: min(framework.silence(), clock.now() - began), framework.patience
+            job,
+            lambda: min(framework.silence(), clock.now() - began),
+            framework.patience,
+            self._tell_silent,
         )
         self._self_drain.start()
         framework.log.info(
@@ -245,6 +249,13 @@ class WorkerNode:
             self._settings.config.appname,
             len(job.my_tokens),
         )
+
+    def _tell_silent(self, silent: bool) -> None:
+        job = self._job
+        with job.session(pinned=True) as connection:
+            QueueStore(connection, Tables.of(self._settings.config)).tell_silent(
+                self.name, job.incarnation, silent
+            )
 
     def give_up(self) -> None:
         """End an `enter` that another thread waits in; `leave` is due then."""

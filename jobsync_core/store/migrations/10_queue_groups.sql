@@ -55,5 +55,7 @@ ALTER TABLE {lock} ADD COLUMN IF NOT EXISTS queue text COLLATE "C";
 ALTER TABLE {node} ADD COLUMN IF NOT EXISTS groups text[] COLLATE "C";
 -- The node was drained by an operator or its program, who alone take it back; not by itself, for as long as it is cut off from its broker.
 ALTER TABLE {node} ADD COLUMN IF NOT EXISTS held boolean NOT NULL DEFAULT false;
+-- The node has not reached its broker for a while, by what it finds itself.
+ALTER TABLE {node} ADD COLUMN IF NOT EXISTS silent boolean NOT NULL DEFAULT false;
 
 UPDATE {cluster} SET schema_version = 10 WHERE schema_version < 10;

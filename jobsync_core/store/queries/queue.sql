@@ -30,6 +30,11 @@ ON CONFLICT (name) DO UPDATE SET
     place = excluded.place, application = excluded.application
 RETURNING xmax = 0
 
+-- name: tell_silent
+-- Writes down whether a node reaches its broker.
+UPDATE {node} SET silent = %(silent)s
+WHERE name = %(node)s AND incarnation = %(incarnation)s AND silent <> %(silent)s
+
 -- name: divided
 -- Home queues that nodes in the node table give different queue groups: each of these, and its nodes.
 SELECT q.home, q.queue_group, array_agg(q.node ORDER BY q.node)

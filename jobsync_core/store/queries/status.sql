@@ -8,7 +8,7 @@ SELECT n.name, n.created_on, n.last_heartbeat, n.state, n.weight, n.incarnation,
     clock_timestamp() - n.last_heartbeat
         < make_interval(secs => coalesce(%(timeout)s, n.lease_sec / %(lease)s)) AS alive,
     coalesce(a.tokens, 0) AS tokens, coalesce(a.leaving, 0) AS leaving, false AS is_leader,
-    coalesce(n.groups, ARRAY[]::text[]) AS groups
+    coalesce(n.groups, ARRAY[]::text[]) AS groups, n.silent
 FROM {node} AS n LEFT JOIN (
     SELECT node, sum(upper(tokens) - lower(tokens))::int AS tokens,
         coalesce(sum(upper(tokens) - lower(tokens)) FILTER (WHERE moving), 0)::int AS leaving

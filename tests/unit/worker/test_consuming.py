@@ -25,6 +25,7 @@ class Node:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.healthy, self.state, self.other = True, 'active', 'active'
+        self.silent, self.other_silent = False, False
 
     def am_i_healthy(self) -> bool:
         return self.healthy
@@ -33,7 +34,14 @@ class Node:
         return {'state': self.state}
 
     def get_active_nodes(self) -> list[dict[str, Any]]:
-        return [{'name': 'n1', 'state': self.state}, {'name': 'n2', 'state': self.other}]
+        return [
+            {'name': 'n1', 'state': self.state, 'silent': self.silent},
+            {'name': 'n2', 'state': self.other, 'silent': self.other_silent},
+        ]
+
+    def tell(self, silent: bool) -> None:
+        self.log.append('silent' if silent else 'not silent')
+        self.silent = silent
 
     def stand_aside(self, aside: bool = True) -> None:
         self.log.append('drain' if aside else 'undrain')
@@ -103,10 +111,43 @@ class TestSelfDrain:
     def test_a_node_that_is_silent_for_the_timeout_drains_until_it_is_not(self, node: Node) -> None:
         silence = [9.0]
         made = self.drain(node, silence)
-        for value in (9.0, 11.0, 50.0, 0.1, 0.2):
+        for value in (5.0, 11.0, 50.0, 0.1, 0.2):
             silence[0] = value
             made.look()
         assert node.log == ['drain', 'undrain']
+
+    def test_it_says_so_before_and_says_when_it_is_over(self, node: Node) -> None:
+        silence = [3.0]
+        made = SelfDrain(node, lambda: silence[0], 10, node.tell)  # type: ignore[arg-type]
+        for value in (3.0, 5.0, 7.0, 3.0):
+            silence[0] = value
+            made.look()
+        assert node.log == ['silent', 'not silent']
+        silence[0] = 5.0
+        made.look()
+        node.silent = False  # it was evicted, and has another row
+        made.look()
+        assert node.log[2:] == ['silent', 'silent']
+
+    def test_where_all_are_silent_each_keeps_its_keys_and_the_first_that_is_not_moves_none(
+        self, node: Node
+    ) -> None:
+        """The broker itself is away; when it is back, some are connected before others."""
+        silence = [5.0]
+        made = SelfDrain(node, lambda: silence[0], 10, node.tell)  # type: ignore[arg-type]
+        made.look()
+        node.other_silent = True
+        for value in (7.0, 11.0, 50.0):
+            silence[0] = value
+            made.look()
+        node.other_silent = False
+        for value in (51.0, 54.0):
+            silence[0] = value
+            made.look()
+        assert node.log == ['silent']
+        silence[0] = 55.5  # by now it is this node alone
+        made.look()
+        assert node.log == ['silent', 'drain']
 
     def test_a_node_without_a_lease_has_nothing_to_give(self, node: Node) -> None:
         node.healthy = False
@@ -138,10 +179,13 @@ class TestSelfDrain:
 
     def test_the_last_one_keeps_its_keys(self, node: Node) -> None:
         node.other = 'draining'
-        made = self.drain(node, [99.0])
+        silence = [99.0]
+        made = self.drain(node, silence)
         made.look()
         assert (node.log, made.drained) == ([], False)
         node.other = 'active'
+        made.look()
+        silence[0] = 104.0
         made.look()
         assert node.log == ['drain']
 
@@ -157,6 +201,9 @@ class TestSelfDrain:
         silence = [99.0]
         for node in nodes:
             node.seen = before  # all look before one of them drains
+        for drain in drains:
+            drain.look()
+        silence[0] += 5
         if by_operator is not None:
             states[by_operator] = 'draining'
         for drain in drains:
