@@ -9,7 +9,6 @@ node's queue again and leave the message there.
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
@@ -36,9 +35,6 @@ _OPTIONAL = frozenset({_PRIORITIES, consumer_timeout.ARGUMENT})
 _NOT_KEPT = frozenset(
     {'x-expires', 'x-max-length', 'x-max-length-bytes', 'x-overflow', 'x-single-active-consumer'}
 )
-#: Seconds from taking a queue off its exchange to counting what is in it: what RabbitMQ had routed
-#: to it by then has come there. Its processes hand a message on in less than a millisecond.
-_SETTLE_SEC = 0.05
 
 
 class RabbitDeclarations:
@@ -187,40 +183,53 @@ class RabbitDeclarations:
         return int(found.message_count), int(found.consumer_count)
 
     def delete(self, queue: str) -> bool:
-        """Delete a queue of the cluster if it is empty and nobody consumes it, nor has anything of
+        """Delete a queue of the cluster if it is empty, and nobody consumes it or has anything of
         it in hand; whether it is gone.
 
         RabbitMQ deletes no quorum queue on these conditions. So the queue is taken off its exchange
-        first: what is sent to it from then on is parked.
+        first: what is sent to it from then on is parked. One that stays is hung up again: its node
+        may have come back meanwhile, and would get nothing any more.
 
         Raises whatever pika raises.
         """
-        found = self.count(queue)
-        if found is None:
-            return True
-        messages, consumers = found
-        if consumers or self._has_present(queue):
+        if self._has_present(queue):
             return False
-        channel = self._native.channel
-        channel.queue_unbind(queue, self.exchange, queue)
-        if messages:
-            return False
-        time.sleep(_SETTLE_SEC)
-        messages, consumers = self.count(queue) or (0, 0)
-        if consumers:  # its node has come back
-            channel.queue_bind(queue, self.exchange, queue)
-        if messages or consumers:
-            return False
-        # A quorum queue without a leader counts as empty, but does not answer this.
-        method, _, _ = channel.basic_get(queue)
-        if method is not None:
-            channel.basic_nack(method.delivery_tag)
-            return False
-        channel.queue_delete(queue)
-        channel.queue_delete(presence_queue(queue))
+        # Not the thread's own: the answer that there is no such queue closes it.
+        channel = self._native.connection.channel()
+        try:
+            if not _is_idle(channel, queue):
+                return False
+            channel.queue_unbind(queue, self.exchange, queue)
+            if not _is_idle(channel, queue) or not _gives_none(channel, queue):
+                channel.queue_bind(queue, self.exchange, queue)
+                return False
+            channel.queue_delete(queue)
+            channel.queue_delete(presence_queue(queue))
+        except ChannelClosedByBroker as error:
+            if not is_absent(error):
+                raise
+        finally:
+            if channel.is_open:
+                channel.close()
         return True
 
     def _has_present(self, queue: str) -> bool:
         """Whether somebody may have taken messages from a queue and not acknowledged them."""
         found = self.count(presence_queue(queue))
         return found is not None and bool(found[1])
+
+
+def _is_idle(channel: Any, queue: str) -> bool:
+    found = channel.queue_declare(queue, passive=True).method
+    return not found.message_count and not found.consumer_count
+
+
+def _gives_none(channel: Any, queue: str) -> bool:
+    """Whether nothing is in a queue, by itself: a quorum queue without a leader counts as empty,
+    but does not answer this.
+    """
+    method, _, _ = channel.basic_get(queue)
+    if method is None:
+        return True
+    channel.basic_nack(method.delivery_tag)
+    return False

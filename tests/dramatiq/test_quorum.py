@@ -21,6 +21,7 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.passage import Passage
 from jobsync_core.worker.presence import presence_queue
 from jobsync_dramatiq.broker.opening import open_broker
+from jobsync_dramatiq.broker.rabbit_declaring import _is_idle
 from jobsync_dramatiq.broker.rabbit_errors import BROKEN
 from tests.support.brokers import RabbitServer
 from tests.support.waiting import eventually
@@ -164,7 +165,7 @@ class TestQueues:
     def test_what_is_sent_to_a_queue_while_it_is_deleted_is_there_or_parked(
         self, quorum: Space
     ) -> None:
-        node, deleted = quorum.node('n1'), threading.Event()
+        node, deleted, gaps = quorum.node('n1'), threading.Event(), threading.Semaphore(0)
         sent = 0
 
         def delete() -> None:
@@ -172,7 +173,8 @@ class TestQueues:
             until = time.monotonic() + 20
             while not other.delete(N1) and time.monotonic() < until:
                 put(other, OLD_PARKED, *take_and_ack(other, N1))
-            deleted.set()  # or it never was, as the queue is still on its exchange
+                gaps.release()
+            deleted.set()
 
         thread = threading.Thread(target=delete)
         thread.start()
@@ -181,9 +183,31 @@ class TestQueues:
             put(node, N1, sent)
             sent += 1
             after += deleted.is_set()
+            # Deleted is what is empty at some moment; who sends without a pause keeps it.
+            gaps.acquire(timeout=0 if deleted.is_set() else 0.5)
         thread.join(20)
         eventually(lambda: node.size(OLD_PARKED) == sent, 10)
         assert set(take_all(node, OLD_PARKED)) == set(range(sent)) and N1 not in quorum.kinds()
+
+    def test_one_that_stays_is_reached_still(
+        self, quorum: Space, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = quorum.node('n1')
+        looks: list[bool] = []
+
+        def is_idle(channel: Any, queue: str) -> bool:
+            looks.append(_is_idle(channel, queue))
+            if len(looks) == 1:  # past the exchange, as a client of its own may
+                node.native.channel.basic_publish('', N1, b'', mandatory=True)
+                eventually(lambda: node.size(N1) == 1, 10)
+            return looks[-1]
+
+        monkeypatch.setattr('jobsync_dramatiq.broker.rabbit_declaring._is_idle', is_idle)
+        assert not node.delete(N1)
+        assert not node.delete(N1)
+        assert looks[0] and len(looks) == 3
+        put(node, N1, 5)
+        eventually(lambda: node.size(N1) == 2, 10)
 
     def test_one_whose_node_comes_back_meanwhile_is_reached_again(self, quorum: Space) -> None:
         node = quorum.node('n1')
