@@ -136,7 +136,7 @@ class WorkerHooks:
                 kind='celery',
                 broker=broker,
                 homes=homes,
-                declare=broker.declare,
+                declare=broker.declare_all,
                 tasks=lambda: list(self._app.tasks),
                 pins=self._pins,
                 busy=self._busy,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dramatiq.errors import BrokerError
@@ -114,9 +114,10 @@ class WorkerProcess:
     def _make_node(self, broker: WorkerBroker, consuming: Consuming, patience: float) -> WorkerNode:
         actors, name = self._producer.actors, new_node_name(self._settings.node_name)
 
-        def declare(home: str, queue: str) -> None:
+        def declare(queues: Mapping[str, str]) -> None:
             broker.join(name)
-            broker.declare(home, queue)
+            for home, queue in queues.items():
+                broker.declare(home, queue)
 
         def route_of(delivery: Any) -> str | None:
             return actors.route_of(delivery.message)

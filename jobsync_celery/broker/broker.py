@@ -126,9 +126,17 @@ class CeleryBroker:
 
     def declare(self, home: str, queue: str) -> None:
         """Make a node's queue for a home queue, the parked one for it, and what they hang on."""
-        parked = parked_queue(home, self._queues.appname)
+        self.declare_all({home: queue})
+
+    def declare_all(self, queues: Mapping[str, str]) -> None:
+        """The same for several home queues, over one connection.
+
+        Args:
+            queues: Home queue -> the node's queue for it.
+        """
+        parked = [parked_queue(home, self._queues.appname) for home in queues]
         with self._app.connection_for_write() as connection:
-            for name in (self._queues.parked, self._queues.unknown, parked, queue):
+            for name in (self._queues.parked, self._queues.unknown, *parked, *queues.values()):
                 self._queues.make(name)(connection.default_channel).declare()
 
     def address_of(self, message: Any, queue: str) -> tuple[str | None, str]:

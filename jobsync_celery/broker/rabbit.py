@@ -59,21 +59,25 @@ class RabbitBroker(CeleryBroker):
             with self._app.connection_for_write(connect_timeout=CONNECT_SEC) as connection:
                 self._declare_shared(connection)
 
-    def declare(self, home: str, queue: str) -> None:
-        """Make a node's queue for a home queue, the parked one for it, and what they hang on."""
-        parked = parked_queue(home, self._queues.appname)
+    def declare_all(self, queues: Mapping[str, str]) -> None:
+        """As its base's; queues that are there with other arguments are made anew."""
         with self._app.connection_for_write() as connection:
             self._declare_shared(connection)
             self._warn_of_old(connection)
-            for name in (parked, queue):
-                own: Any = self._queues.make(name)
-                # The parked ones are shared, and never deleted: what comes just then would be lost.
-                empty = None if name == parked else lambda: self._empty(queue, parked)
-                bindings = self._queues.bindings_of(name)
-                as_wanted = declare_queue(connection, own, empty, bindings)
-                self._queues.settle(name, own.queue_arguments, as_wanted)
-            if not home:
-                self._bind(connection, queue)
+            for home, queue in queues.items():
+                self._declare(connection, home, queue)
+
+    def _declare(self, connection: Any, home: str, queue: str) -> None:
+        parked = parked_queue(home, self._queues.appname)
+        for name in (parked, queue):
+            own: Any = self._queues.make(name)
+            # The parked ones are shared, and never deleted: what comes just then would be lost.
+            empty = None if name == parked else lambda: self._empty(queue, parked)
+            bindings = self._queues.bindings_of(name)
+            as_wanted = declare_queue(connection, own, empty, bindings)
+            self._queues.settle(name, own.queue_arguments, as_wanted)
+        if not home:
+            self._bind(connection, queue)
 
     def _warn_of_old(self, connection: Any) -> None:
         version = connection.connection.server_properties.get('version')

@@ -37,9 +37,9 @@ class Framework:
         kind: The plugin's name; one cluster has one plugin.
         broker: The broker; but for entering, used by the duties' thread alone.
         homes: The home queues that the worker consumes at its start.
-        declare: Makes the node's queue for a home queue at the broker, and the parked one beside
-            it: the home queue, the node's queue. While entering, where one is added, and when there
-            is a lease again, as empty queues of a node that is taken for dead may be deleted.
+        declare: Makes the node's queues at the broker, and the parked ones beside them: home queue
+            -> the node's queue for it. While entering, where one is added, and when there is a
+            lease again, as empty queues of a node that is taken for dead may be deleted.
         tasks: The names of the tasks, or actors, that the worker knows at this moment.
         pins: Pinned tasks.
         busy: Whether work on one of these tokens is running.
@@ -64,7 +64,7 @@ class Framework:
     kind: str
     broker: NodeBroker
     homes: Sequence[str]
-    declare: Callable[[str, str], object]
+    declare: Callable[[Mapping[str, str]], object]
     tasks: Callable[[], Iterable[str]]
     pins: Mapping[str, Sequence[str]]
     busy: Callable[[TokenSet], bool]

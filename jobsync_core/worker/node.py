@@ -311,15 +311,14 @@ class WorkerNode:
             self._duties.parked_something(home)
 
     def _declare(self) -> None:
-        for home, queue in self.queues.items():
-            self._framework.declare(home, queue)
+        self._framework.declare(self.queues)
 
     def _declare_unswept(self, registry: QueueRegistry, home: str, queue: str) -> None:
         # Who began to sweep it when it was nobody's may be about to delete it.
         with registry.held(self.name) as held:
             if not held:
                 raise JobSyncError(f'{queue!r} is being swept; it is consumed after that')
-            self._framework.declare(home, queue)
+            self._framework.declare({home: queue})
 
     def _lease_changed(self, leased: bool) -> None:
         if leased:

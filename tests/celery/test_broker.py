@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import amqp
 import pytest
 from celery import Celery
 from kombu import compression
@@ -97,6 +98,26 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
                 exchange, key = broker._queues.way_to(queue)
                 producer.publish({}, exchange=exchange, routing_key=key, retry=False)
         eventually(lambda: rabbitmq_server.depths(space) == {_QUEUE: 1, _PARKED: 1})
+
+
+def test_fifty_home_queues_take_one_connection(
+    rabbitmq_server: RabbitServer, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Celery('many', broker=rabbitmq_server.url(space), set_as_current=False)
+    plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
+    broker = plugin.evacuable()
+    opened: list[int] = []
+    establish = amqp.Connection.connect
+
+    def connect(self: Any, *args: Any, **options: Any) -> Any:
+        opened.append(1)
+        return establish(self, *args, **options)
+
+    monkeypatch.setattr(amqp.Connection, 'connect', connect)
+    with contextlib.closing(broker):
+        broker.declare_all({f'q{n}': f'q{n}.jobsync.shop_.n1' for n in range(50)})
+    assert len(opened) == 1
+    assert {f'q{n}.jobsync.shop_.n1' for n in range(50)} <= rabbitmq_server.queues(space)
 
 
 def test_a_queue_whose_arguments_rabbitmq_refuses_is_there_without_them(

@@ -61,7 +61,7 @@ class Stage:
                 kind='celery',
                 broker=broker,
                 homes=homes,
-                declare=lambda home, queue: self.log.append(f'declare {home}'),
+                declare=lambda queues: self.log.extend(f'declare {home}' for home in queues),
                 tasks=lambda: ['known'],
                 pins=found.get('pins', {}),
                 busy=lambda tokens: False,

@@ -38,7 +38,9 @@ class Stage:
                 kind='celery',
                 broker=broker,
                 homes=('mail',),
-                declare=lambda home, queue: self.log.append(f'declare {queue}'),
+                declare=lambda queues: self.log.extend(
+                    f'declare {queue}' for queue in queues.values()
+                ),
                 tasks=lambda: (),
                 pins={},
                 busy=lambda tokens: False,
