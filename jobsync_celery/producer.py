@@ -18,7 +18,7 @@ from jobsync_core.logs import Repeats
 from jobsync_core.worker.incoming import Refused, read_stamps
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node_of_tests import node_of_tests
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, RETURNS
 
 from .application import Application
 from .broker.homes import home_name, is_only_place
@@ -33,7 +33,7 @@ __all__ = ['install_producer']
 logger = get_logger(__name__)
 
 _PLACE = ('queue', 'exchange', 'routing_key', 'exchange_type')
-_STAMPS = (KEY, HOPS, HOME, REDELIVERED, REFUSED)
+_STAMPS = (KEY, HOPS, HOME, REDELIVERED, REFUSED, RETURNS)
 
 
 def install_producer(application: Application, owners: OwnerLookup) -> None:

@@ -12,7 +12,7 @@ from kombu.serialization import prepare_accept_content
 from jobsync_core.logs import shown
 from jobsync_core.worker.broker import Delivery
 from jobsync_core.worker.incoming import Refused, Stamps, read_name, read_stamps
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, parked_queue
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, RETURNS, parked_queue
 
 from ..incoming import Incoming, read_delivery
 from .abandoning import abandon
@@ -45,7 +45,7 @@ class CeleryDelivery:
         self.headers: dict[str, Any] = {
             name: value
             for name, value in headers.items()
-            if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED)
+            if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED, RETURNS)
         }
         if headers.get(REDELIVERED) is True:
             message.delivery_info['redelivered'] = True  # what was true of it stays true

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from amqp.exceptions import NotFound
 
 from jobsync_core import clock
-from jobsync_core.worker.routing import REDELIVERED
+from jobsync_core.worker.returns import COUNT, returns_of
+from jobsync_core.worker.routing import REDELIVERED, REFUSED, RETURNS
 
 from .abandoning import abandon
 from .circuit import Circuit
@@ -111,11 +112,11 @@ class Forwarder:
             given['expiration'] = float(properties['expiration']) / 1000
         # What a broker adds to headers is not the message's own; nor is the compression of a body
         # that has been decompressed here.
-        foreign = {
-            'x-delivery-count',
-            *(() if getattr(message, 'errors', None) else ('compression',)),
-        }
+        foreign = {COUNT, RETURNS, *(() if getattr(message, 'errors', None) else ('compression',))}
         headers = {name: value for name, value in of_copy(headers).items() if name not in foreign}
+        returns = returns_of(message.headers)
+        if returns and not headers.get(REFUSED):
+            headers[RETURNS] = returns
         confirm = {'confirm_timeout': self._limit} if self._confirms else {}
         exchange, queue = self._way_to(queue)
         producer = self._producer or self._open()

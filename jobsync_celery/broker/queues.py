@@ -9,6 +9,7 @@ each node, hang on a direct one. On Redis a queue is a list, and publishing to i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from kombu.entity import Exchange, Queue
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.worker.consumer_timeout import ARGUMENT, LONGEST_MS
 from jobsync_core.worker.incoming import Stamps
+from jobsync_core.worker.returns import limit_of
 from jobsync_core.worker.routing import (
     home_of_queue,
     old_node_queue,
@@ -122,6 +124,26 @@ class Queues:
             queue_arguments=arguments or None,
             no_declare=other or not declare,
         )
+
+    def counts(self, home: str) -> bool:
+        """Whether a home queue is known to count what comes back to it, and so are those that stand
+        for it.
+        """
+        return self._given(home).get('x-queue-type') == 'quorum'
+
+    def limit_of(self, home: str, version: object) -> int | None:
+        """How often a message may come back to a home queue: see `jobsync_core.worker.returns`.
+
+        Args:
+            home: The queue.
+            version: RabbitMQ's, as it says.
+        """
+        return limit_of(self._given(home), version)
+
+    def _given(self, home: str) -> Mapping[str, Any]:
+        queues = self._app.amqp.queues
+        own = queues.aliases.get(home) or queues.get(home)
+        return (own.queue_arguments if own is not None else None) or {}
 
     def settle(self, name: str, arguments: dict[str, Any] | None, as_wanted: bool) -> None:
         """A queue has been declared: its consumer declares it as well, and what RabbitMQ refuses

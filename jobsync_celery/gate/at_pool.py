@@ -100,6 +100,7 @@ class AtPool:
                         self._forwarder,
                         partial(request.reject, requeue=True),
                         self._queues.is_of_node(message),
+                        self._queues.counts(note.home),
                     )
             except Exception as error:  # each on its own
                 logger.warning('Task %s[%s] does not go back: %r', request.name, request.id, error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobsync_core.worker.inbox import Received
-from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED
+from jobsync_core.worker.routing import HOME, HOPS, KEY, REDELIVERED, REFUSED, RETURNS
 
 __all__ = [
     'Delivery',
@@ -94,7 +94,7 @@ def unstamped(message: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in (message.headers or {}).items()
-        if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED)
+        if name not in (KEY, HOPS, HOME, REDELIVERED, REFUSED, RETURNS)
     }
 
 

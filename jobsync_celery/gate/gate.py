@@ -123,6 +123,9 @@ class ConsumerGate:
             if is_refused(message):
                 self._refusals.reject_refused(message)
                 return
+            if self._refusals.is_worn_out(message):
+                self._refusals.reject_worn_out(message)
+                return
             show_deaths(message)
             found = self._reader.read(message)
             if isinstance(found, Refused):
@@ -321,7 +324,8 @@ class ConsumerGate:
         # A node that was taken for dead: others may have deleted its queue.
         evicted = note.received.incarnation != self._gate.job.incarnation
         deleted = evicted and self._queues.is_of_node(message)
-        requeue(message, note.home, self._forwarder, plainly, deleted)
+        counts = self._queues.counts(note.home)
+        requeue(message, note.home, self._forwarder, plainly, deleted, counts)
 
     def _may_begin(self, request: Any) -> bool:
         note = note_of(request.message)

@@ -14,6 +14,7 @@ from celery import signals, states
 from jobsync_core.errors import MessageRefused
 from jobsync_core.logs import one_line, shown
 from jobsync_core.worker.incoming import read_stamps
+from jobsync_core.worker.returns import earlier_returns, has_returned_too_often
 from jobsync_core.worker.routing import REFUSED
 
 from ..broker.deaths import DEATHS, of_copy
@@ -142,6 +143,30 @@ class Refusals:
             shown(message.headers.get('id'), 100),
         )
         message.reject_log_error(logger, self._consumer.connection_errors)
+
+    def is_worn_out(self, message: Any) -> bool:
+        """Whether a message has come back to queues more often than its own one allows."""
+        if not earlier_returns(message.headers):
+            return False
+        connection = self._consumer.connection.connection
+        version = getattr(connection, 'server_properties', {}).get('version')
+        home = self._queues.own_home(read_stamps(message.headers), message)
+        return has_returned_too_often(message.headers, self._queues.limit_of(home, version))
+
+    def reject_worn_out(self, message: Any) -> None:
+        """Make a dead letter of such a message, as its queue would have. It has no result then,
+        neither.
+        """
+        self._count('refused')
+        logger.warning(
+            'Task %s[%s] has come back too often for its queue, and is rejected there',
+            shown(message.headers.get('task'), 100),
+            shown(message.headers.get('id'), 100),
+        )
+        if self._queues.is_of_node(message):
+            self._reject_at_home(message, None)
+        else:
+            message.reject_log_error(logger, self._consumer.connection_errors)
 
     def _reject_at_home(self, message: Any, plainly: Callable[[], object] | None) -> None:
         """Send a message back to its own queue, to be rejected there: so its dead letter is as any

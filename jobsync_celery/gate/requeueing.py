@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobsync_core.worker.routing import HOME, REDELIVERED
+from jobsync_core.worker.returns import COUNT
+from jobsync_core.worker.routing import HOME, REDELIVERED, RETURNS
 
 from ..broker.forwarding import Forwarder
 from ..logs import get_logger
@@ -14,10 +15,6 @@ __all__ = ['requeue']
 
 logger = get_logger(__name__)
 
-#: A quorum queue counts with it how often a message was given back, and drops it at a limit (20 by
-#: default, from RabbitMQ 4 on), or makes a dead letter of it.
-_COUNT = 'x-delivery-count'
-
 
 def requeue(
     message: Any,
@@ -25,11 +22,12 @@ def requeue(
     forwarder: Forwarder,
     plainly: Callable[[], object],
     deleted: bool = False,
+    counts: bool = False,
 ) -> None:
-    """Requeue a message. One that has been given back already, to a queue that counts that, is
-    published to its own queue in place of it, so that a database that is away for long costs no
-    message. So is one whose queue may have been deleted meanwhile: RabbitMQ drops what is requeued
-    to such a queue. What a task itself gives back is counted: that limit is its user's.
+    """Requeue a message. One of a queue that counts what comes back is published to its own queue
+    in place of it, so that a database that is away for long costs no message. So is one whose queue
+    may have been deleted meanwhile: RabbitMQ drops what is requeued to such a queue. What a task
+    itself gives back is counted: that limit is its user's.
 
     Args:
         message: Kombu's message.
@@ -37,10 +35,11 @@ def requeue(
         forwarder: Passes messages on.
         plainly: Requeues it, unless it is acknowledged.
         deleted: The queue that it came from may be gone.
+        counts: The queue that it came from is known to count what comes back.
     """
     headers = message.headers if isinstance(message.headers, Mapping) else {}
-    count = headers.get(_COUNT)
-    counted = isinstance(count, int) and count > 0
+    # What came back before may be a quorum queue's that does not say 0.
+    counted = counts or isinstance(headers.get(COUNT), int) or RETURNS in headers
     if home and (counted or deleted) and not message.acknowledged:
         try:
             forwarder.send(home, message, {**headers, HOME: home, REDELIVERED: True})

@@ -25,6 +25,7 @@ __all__ = [
     'REFUSED',
     'KEY',
     'QUEUE_BYTES',
+    'RETURNS',
     'WAITS',
     'Coordination',
     'check_pins',
@@ -53,6 +54,8 @@ REDELIVERED = 'jobsync_redelivered'
 #: Of the one of a message that was set aside in a node's queue, and comes back to its own one to be
 #: rejected there.
 REFUSED = 'jobsync_refused'
+#: Of the one that carries how often a message came back to queues before the one that it is in.
+RETURNS = 'jobsync_returns'
 
 
 #: Parts of names at the broker that no node can have: the queues of a cluster, and what is kept

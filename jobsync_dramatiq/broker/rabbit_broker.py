@@ -74,7 +74,7 @@ class _Taken:
         if queue == self._raw.queue:
             self._publisher.publish_again(self._raw)
         else:
-            self._publisher.publish(self.message, queue, self.route, 0)
+            self._publisher.publish(self.message, queue, self.route, 0, self._raw)
         self._channel.basic_ack(self._raw.tag)
 
     def requeue(self) -> None:

@@ -133,6 +133,15 @@ class RabbitQueueConsumer:
         if method is None:
             return None
         raw = RawDelivery.of(self.queue, method, properties, body)
+        if self._publisher.is_worn_out(raw):
+            logger.warning(
+                'queue=%s: a message has come back too often for its queue, and goes to the dead '
+                'letters, as it would without being passed on',
+                self.queue,
+            )
+            with translated():
+                self._channel.basic_nack(raw.tag, requeue=False)
+            return None
         found = read_message(body)
         if isinstance(found, Refused):
             with translated():

@@ -18,6 +18,7 @@ from pika.exceptions import ChannelClosedByBroker
 from jobsync_core.logs import get_logger
 from jobsync_core.worker import consumer_timeout
 from jobsync_core.worker.presence import presence_queue
+from jobsync_core.worker.returns import limit_of
 from jobsync_core.worker.routing import old_parked_queue, parked_queue, unknown_queue
 
 from .rabbit_errors import BROKEN, is_absent
@@ -166,6 +167,18 @@ class RabbitDeclarations:
         if queue not in self._told:
             self._told.add(queue)
             logger.warning('queue=%s %s: RabbitMQ says %s', queue, what, text)
+
+    def counts(self, home: str) -> bool:
+        """Whether a home queue is known to count what comes back to it, and so are those that stand
+        for it.
+        """
+        return self._native._build_queue_arguments(home).get(_TYPE) == 'quorum'  # type: ignore[no-any-return]
+
+    def limit_of(self, home: str) -> int | None:
+        """How often a message may come back to a home queue: see `jobsync_core.worker.returns`."""
+        properties = getattr(self._native.connection, '_impl', None)
+        version = (getattr(properties, 'server_properties', None) or {}).get('version')
+        return limit_of(self._native._build_queue_arguments(home), version)
 
     def count(self, queue: str) -> tuple[int, int] | None:
         """How many messages wait in a queue, and how many consumers it has; None where there is

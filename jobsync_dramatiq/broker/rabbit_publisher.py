@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,14 @@ from pika.exceptions import UnroutableError
 
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.incoming import Refused
-from jobsync_core.worker.routing import WAITS, home_of_queue, is_of_cluster, old_parked_queue
+from jobsync_core.worker.returns import COUNT, earlier_returns, has_returned_too_often, returns_of
+from jobsync_core.worker.routing import (
+    RETURNS,
+    WAITS,
+    home_of_queue,
+    is_of_cluster,
+    old_parked_queue,
+)
 
 from ..incoming import priority_of, read_message
 from .copies import copy_for, dead_letters, home_of
@@ -40,7 +48,8 @@ class RawDelivery:
         tag: What its channel calls it.
         data: The message.
         priority: Its priority.
-        counted: It went back before, to a queue that counts that: a quorum queue.
+        counts: It comes from a queue that counts what comes back: a quorum queue.
+        headers: What RabbitMQ and the plugin wrote on it.
         redelivered: Somebody had taken it before.
     """
 
@@ -48,16 +57,18 @@ class RawDelivery:
     tag: int
     data: bytes
     priority: int | None
-    counted: bool
+    counts: bool
+    headers: Mapping[str, Any]
     redelivered: bool
 
     @classmethod
     def of(cls, queue: str, method: Any, properties: Any, data: bytes) -> RawDelivery:
         """Of what pika gives."""
-        count = (properties.headers or {}).get('x-delivery-count')
-        counted = isinstance(count, int) and count > 0
+        headers = properties.headers or {}
+        counts = isinstance(headers.get(COUNT), int)
         redelivered = bool(method.redelivered)
-        return cls(queue, method.delivery_tag, data, properties.priority, counted, redelivered)
+        tag, priority = method.delivery_tag, properties.priority
+        return cls(queue, tag, data, priority, counts, headers, redelivered)
 
 
 class RabbitPublisher:
@@ -81,7 +92,9 @@ class RabbitPublisher:
         #: Dead letters that this user may not write to.
         self._refused: set[str] = set()
 
-    def publish(self, message: Any, queue: str, route: str | None, hops: int) -> None:
+    def publish(
+        self, message: Any, queue: str, route: str | None, hops: int, raw: RawDelivery | None = None
+    ) -> None:
         """Publish a copy of a message to a queue; with confirms it returns when RabbitMQ has it.
 
         Raises:
@@ -90,7 +103,10 @@ class RabbitPublisher:
         copy = copy_for(queue, message, route, hops)
         if getattr(message, 'redelivered', False):
             copy.options.setdefault(WAITS, 1)  # RabbitMQ does not say of a copy that it came before
-        self._publish(self._exchange_of(queue), queue, copy)
+        raw = raw or getattr(message, 'raw', None)
+        returns = returns_of(raw.headers) if raw is not None else 0
+        priority = priority_of(copy.options)
+        self._publish_raw(self._exchange_of(queue), queue, copy.encode(), priority, returns)
 
     def publish_again(self, raw: RawDelivery) -> None:
         """Publish a message to the end of the queue that it came from, as it is.
@@ -99,13 +115,14 @@ class RabbitPublisher:
             ConnectionClosed: It is not known to be there.
         """
         data = _come_before(raw.data) if raw.redelivered else raw.data
-        self._publish_raw(self._exchange_of(raw.queue), raw.queue, data, raw.priority)
+        exchange, returns = self._exchange_of(raw.queue), returns_of(raw.headers)
+        self._publish_raw(exchange, raw.queue, data, raw.priority, returns)
 
     def requeues_anew(self, raw: RawDelivery) -> bool:
-        """Where a queue counts what goes back, publish a message anew that went back before: at its
-        limit the queue would drop it. Whether it is there, and is to be acknowledged.
+        """Where a queue counts what goes back, publish a message anew: at its limit the queue would
+        drop it. Whether it is there, and is to be acknowledged.
         """
-        if not raw.counted:
+        if not (raw.counts or self.queues.counts(self._home_of(raw.queue))):
             return False
         try:
             self.publish_again(replace(raw, data=_come_before(raw.data)))
@@ -115,6 +132,15 @@ class RabbitPublisher:
             )
             return False
         return True
+
+    def is_worn_out(self, raw: RawDelivery) -> bool:
+        """Whether a message has come back to queues more often than its own one allows."""
+        if not earlier_returns(raw.headers):
+            return False
+        return has_returned_too_often(raw.headers, self.queues.limit_of(self._home_of(raw.queue)))
+
+    def _home_of(self, queue: str) -> str:
+        return home_of_queue(queue, self._appname) or q_name(queue)
 
     def _exchange_of(self, queue: str) -> str:
         return self.queues.exchange if self.is_own(queue) else ''
@@ -164,7 +190,7 @@ class RabbitPublisher:
         self._publish_raw(exchange, queue, message.encode(), priority_of(message.options))
 
     def _publish_raw(
-        self, exchange: str, queue: str, data: bytes, priority: int | None = None
+        self, exchange: str, queue: str, data: bytes, priority: int | None = None, returns: int = 0
     ) -> None:
         broken: Exception | None = None
         for _ in range(_ATTEMPTS):
@@ -180,7 +206,11 @@ class RabbitPublisher:
                     queue,
                     data,
                     mandatory=self._native.confirm_delivery,
-                    properties=pika.BasicProperties(delivery_mode=2, priority=priority),
+                    properties=pika.BasicProperties(
+                        delivery_mode=2,
+                        priority=priority,
+                        headers={RETURNS: returns} if returns else None,
+                    ),
                 )
                 return
             except UnroutableError as error:

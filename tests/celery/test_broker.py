@@ -32,7 +32,7 @@ from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.passage import Passage
-from jobsync_core.worker.routing import HOME, KEY
+from jobsync_core.worker.routing import HOME, KEY, RETURNS
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
 from tests.support.waiting import eventually
 
@@ -245,6 +245,19 @@ class TestQuorum:
             eventually(lambda: broker.delete(_QUEUE))
             presence.announce()
         eventually(lambda: broker.delete(_QUEUE))
+
+    def test_how_often_a_message_came_back_goes_along(self, broker: CeleryBroker) -> None:
+        def take(queue: str) -> Any:
+            return eventually(lambda: broker.take(queue))
+
+        _put(broker, _QUEUE, '1')
+        take(_QUEUE).requeue()
+        take(_QUEUE).forward(_PARKED)
+        delivery = take(_PARKED)
+        assert delivery._message.headers[RETURNS] == 1
+        delivery.requeue()
+        take(_PARKED).forward(_HOME_PARKED)
+        assert take(_HOME_PARKED)._message.headers[RETURNS] == 2
 
     def test_one_whose_leader_is_away_is_not_taken_for_empty(self) -> None:
         """RabbitMQ says of it that nothing is in it, and would delete it with all that it has."""

@@ -10,7 +10,7 @@ from celery.worker import state
 
 from jobsync_celery.broker.queues import Queues
 from jobsync_celery.gate.requeueing import requeue
-from jobsync_core.worker.routing import HOME, REDELIVERED
+from jobsync_core.worker.routing import HOME, REDELIVERED, RETURNS
 
 from .consumers import Message, bench
 
@@ -41,15 +41,14 @@ def _requeue(
     return log
 
 
-@pytest.mark.parametrize(
-    'headers', [{}, None, {'x-delivery-count': 0}, {'x-delivery-count': 'many'}, ['odd']]
-)
-def test_the_first_time_it_goes_back_as_it_is(headers: Any) -> None:
+@pytest.mark.parametrize('headers', [{}, None, {'x-delivery-count': 'many'}, ['odd']])
+def test_to_a_queue_that_does_not_count_it_goes_back_as_it_is(headers: Any) -> None:
     assert _requeue(_Message(headers)) == ['requeued']
 
 
-def test_the_next_time_it_is_published_anew() -> None:
-    message = _Message({'x-delivery-count': 1, 'id': 'm1'})
+@pytest.mark.parametrize('count', [{'x-delivery-count': 0}, {'x-delivery-count': 1}, {RETURNS: 1}])
+def test_to_one_that_counts_it_is_published_anew(count: dict[str, int]) -> None:
+    message = _Message({**count, 'id': 'm1'})
     ((queue, headers), done) = _requeue(message)
     assert (queue, headers[HOME], headers['id'], done) == ('jobs', 'jobs', 'm1', 'done')
 

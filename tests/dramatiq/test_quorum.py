@@ -20,6 +20,7 @@ from dramatiq.errors import ConnectionClosed
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.passage import Passage
 from jobsync_core.worker.presence import presence_queue
+from jobsync_core.worker.returns import returns_of
 from jobsync_dramatiq.broker.opening import open_broker
 from jobsync_dramatiq.broker.rabbit_declaring import _is_idle
 from jobsync_dramatiq.broker.rabbit_errors import BROKEN
@@ -40,6 +41,13 @@ class QuorumBroker(RabbitmqBroker):
         arguments: dict[str, Any] = super()._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
         arguments.pop('x-max-priority', None)
         return {**arguments, 'x-queue-type': 'quorum'}
+
+
+class LimitedBroker(QuorumBroker):
+    """With a limit of how often a message may come back."""
+
+    def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
+        return {**super()._build_queue_arguments(queue_name), 'x-delivery-limit': 2}
 
 
 def make_quorum_by_default(server: Any, space: str) -> None:
@@ -66,7 +74,8 @@ class Space:
             make_quorum_by_default(server, self.name)
 
     def node(self, name: str, **options: Any) -> Any:
-        kind = QuorumBroker if self.how == 'a subclass' else RabbitmqBroker
+        kinds = {'a subclass': QuorumBroker, 'a limit': LimitedBroker}
+        kind = kinds.get(self.how, RabbitmqBroker)
         native = kind(url=self.server.url(self.name), **options)
         self._stack.callback(native.close)
         opened: Any = open_broker(native, CoordinationConfig(appname='shop_'))
@@ -261,6 +270,40 @@ class TestLimitOfReturns:
         found = [eventually(lambda: consumer.next(patient=True), 10) for _ in range(3)]
         assert {message.args[0] for message in found} == {0, 1, 2}
         consumer.close([])
+
+    @pytest.mark.parametrize('before', [1, 2])
+    def test_what_came_back_before_it_was_passed_on_counts(
+        self, rabbitmq_server: RabbitServer, before: int
+    ) -> None:
+        """It is taken as often in all as it would be from one queue: three times, for two."""
+        with ExitStack() as stack:
+            space = Space(rabbitmq_server, stack, 'a limit')
+            node, other = space.node('n1'), space.node('n2')
+            put(node, N1, 1)
+            for _ in range(before):
+                dies = node.consume(N1, 1, 50)
+                assert eventually(lambda: dies.next(patient=True), 10)  # noqa: B023
+                dies.close([])
+            eventually(lambda: other.take(N1), 10).forward(N2)
+            for _ in range(3 - before):
+                dies = other.consume(N2, 1, 50)
+                found = eventually(lambda: dies.next(patient=True), 10)  # noqa: B023
+                assert found.args == (1,)
+                dies.close([])
+            last = other.consume(N2, 1, 50)
+            eventually(lambda: last.next(patient=True) or other.size('default.XQ') == 1, 10)
+            assert other.size('default.XQ') == 1 and other.size(N2) == 0
+            last.close([])
+
+    def test_what_the_plugin_gives_back_does_not_count(self, rabbitmq_server: RabbitServer) -> None:
+        with ExitStack() as stack:
+            node = Space(rabbitmq_server, stack, 'a limit').node('n1')
+            put(node, N1, 1)
+            consumer = node.consume(N1, 1, 50)
+            for _ in range(6):
+                consumer.requeue(eventually(lambda: consumer.next(patient=True), 10))
+            assert returns_of(eventually(lambda: consumer.next(patient=True), 10).raw.headers) == 0
+            consumer.close([])
 
 
 class TestOtherArguments:
