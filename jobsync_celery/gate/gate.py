@@ -120,7 +120,7 @@ class ConsumerGate:
 
         def receive(message: Any) -> None:
             self._in_hand.add(message)
-            if is_refused(message):
+            if is_refused(message, self._queues.driver):
                 self._refusals.reject_refused(message)
                 return
             if self._refusals.is_worn_out(message):

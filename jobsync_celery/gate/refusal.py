@@ -35,12 +35,21 @@ logger = get_logger(__name__)
 _ID_LENGTH = 200
 
 
-def is_refused(message: Any) -> bool:
+def is_refused(message: Any, driver: str) -> bool:
     """Whether a message was set aside in a node's queue, and has come for the dead letters of its
     own one. One that comes from there, as somebody has sent it again, is a message like any other.
+
+    Args:
+        message: Kombu's message.
+        driver: The broker's. Redis has no dead letters: whatever a message says, it comes for none.
     """
     headers = message.headers
-    return isinstance(headers, dict) and headers.get(REFUSED) is True and DEATHS not in headers
+    return (
+        driver != 'redis'
+        and isinstance(headers, dict)
+        and headers.get(REFUSED) is True
+        and DEATHS not in headers
+    )
 
 
 def as_refused(message: Any) -> dict[str, Any]:

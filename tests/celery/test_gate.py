@@ -451,19 +451,24 @@ class TestOddMessages:
         (line,) = (record.getMessage() for record in caplog.records)
         assert line.startswith('Task keyed[m1] was set aside in the queue of a node')
 
+    def test_on_redis_nothing_comes_to_be_rejected_whatever_it_says(self, stage: Bench) -> None:
+        message = Message(None)
+        message.headers[REFUSED] = True
+        assert is_refused(message, 'amqp') and not is_refused(message, 'redis')
+
     def test_a_dead_letter_that_is_sent_again_is_a_message_like_any_other(
         self, stage: Bench
     ) -> None:
         message = Message('a')
         message.headers.update({REFUSED: True, 'x-death': [{'count': 1}]})
-        assert not is_refused(message)
+        assert not is_refused(message, 'amqp')
         assert REFUSED not in unstamped(message)
 
     def test_what_goes_home_to_be_rejected_is_known_there(self, stage: Bench) -> None:
         message = Message(None)
         message.headers['x-death'] = [{'count': 1}]  # on Redis, which writes none
         message.headers = as_refused(message)
-        assert is_refused(message)
+        assert is_refused(message, 'amqp')
 
     def test_what_celery_falls_over_is_set_aside(self, stage: Bench) -> None:
         check_celery_falls(stage)
