@@ -46,12 +46,13 @@ class RabbitBroker(CeleryBroker):
             return f'{name} {connection.virtual_host}' if name else ''
 
     def mark(self, mark: str) -> None:
-        """Make again where strays are parked, should RabbitMQ have come back empty: consumers make
-        no more than their own queues.
+        """Make again what node queues hang on and where strays are parked, should RabbitMQ have
+        come back empty, or somebody have deleted it: consumers make no more than their own queues.
         """
         channel = self._open()
         try:
-            channel.exchange_declare(self._queues.stray.name, 'fanout', passive=True)
+            for exchange in (self._queues.stray, self._queues.exchange, self._queues.topic):
+                channel.exchange_declare(exchange.name, exchange.type, passive=True)
             for shared in (self._queues.parked, self._queues.unknown):
                 channel.queue_declare(shared, passive=True)
         except self._missing():

@@ -346,12 +346,16 @@ def test_a_broker_that_came_back_empty_parks_strays_again(
             rabbitmq_server.api('DELETE', f'queues/{space}/{queue}')
         rabbitmq_server.api('DELETE', f'exchanges/{space}/jobsync.shop_.unrouted')
         broker.mark('the cluster')
+        for exchange in ('jobsync.shop_', 'jobsync.shop_.nodes'):
+            rabbitmq_server.api('DELETE', f'exchanges/{space}/{exchange}')
+            broker.mark('the cluster')
         broker.mark('the cluster')
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
-            connection.Producer().publish(
-                {}, exchange='jobsync.shop_', routing_key='jobsync.shop_.gone', retry=False
-            )
-        eventually(lambda: rabbitmq_server.depths(space) == {_PARKED: 1})
+            for exchange in ('jobsync.shop_', 'jobsync.shop_.nodes'):
+                connection.Producer().publish(
+                    {}, exchange=exchange, routing_key='jobsync.shop_.gone', retry=False
+                )
+        eventually(lambda: rabbitmq_server.depths(space) == {_PARKED: 2})
     assert rabbitmq_server.queues(space) == {_QUEUE, _HOME_PARKED, _PARKED, _UNKNOWN}
 
 
