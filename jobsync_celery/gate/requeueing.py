@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobsync_core.worker.returns import COUNT
-from jobsync_core.worker.routing import HOME, REDELIVERED, RETURNS
+from jobsync_core.worker.routing import HOME, REDELIVERED, REFUSED, RETURNS
 
 from ..broker.forwarding import Forwarder
 from ..logs import get_logger
@@ -41,8 +41,10 @@ def requeue(
     # What came back before may be a quorum queue's that does not say 0.
     counted = counts or isinstance(headers.get(COUNT), int) or RETURNS in headers
     if home and (counted or deleted) and not message.acknowledged:
+        # A dead letter that was sent again runs, and its copy would not: see `is_refused`.
+        rest = {name: value for name, value in headers.items() if name != REFUSED}
         try:
-            forwarder.send(home, message, {**headers, HOME: home, REDELIVERED: True})
+            forwarder.send(home, message, {**rest, HOME: home, REDELIVERED: True})
             message.ack()
         except Exception as error:  # the broker takes nothing just now, for one
             logger.debug('given back, and counted: %r', error)

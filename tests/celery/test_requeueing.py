@@ -10,7 +10,7 @@ from celery.worker import state
 
 from jobsync_celery.broker.queues import Queues
 from jobsync_celery.gate.requeueing import requeue
-from jobsync_core.worker.routing import HOME, REDELIVERED, RETURNS
+from jobsync_core.worker.routing import HOME, REDELIVERED, REFUSED, RETURNS
 
 from .consumers import Message, bench
 
@@ -51,6 +51,12 @@ def test_to_one_that_counts_it_is_published_anew(count: dict[str, int]) -> None:
     message = _Message({**count, 'id': 'm1'})
     ((queue, headers), done) = _requeue(message)
     assert (queue, headers[HOME], headers['id'], done) == ('jobs', 'jobs', 'm1', 'done')
+
+
+def test_a_dead_letter_that_was_sent_again_is_not_published_as_one_to_be_rejected() -> None:
+    message = _Message({REFUSED: True, 'x-death': [{'count': 1}], 'x-delivery-count': 0})
+    ((_, headers), _) = _requeue(message)
+    assert REFUSED not in headers and headers['x-death'] == [{'count': 1}]
 
 
 def test_to_a_queue_that_may_be_deleted_it_is_published_the_first_time() -> None:
