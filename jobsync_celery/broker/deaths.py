@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ['DEATHS', 'KEPT_DEATHS', 'deaths_of', 'of_copy', 'show_deaths']
+__all__ = ['DEATHS', 'KEPT_DEATHS', 'as_it_came', 'deaths_of', 'of_copy', 'show_deaths']
 
 #: The header of RabbitMQ, and the one in which a copy carries what its forerunners had in it.
 DEATHS, KEPT_DEATHS = 'x-death', 'jobsync_deaths'
+_CAME = 'jobsync_came'
 
 
 def deaths_of(headers: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -38,8 +39,14 @@ def show_deaths(message: Any) -> None:
     """Have a task see the deaths of all copies of its message, where it would see those of one."""
     headers = message.headers
     if isinstance(headers, dict) and KEPT_DEATHS in headers:
+        vars(message)[_CAME] = dict(headers)
         headers[DEATHS] = deaths_of(headers)
         del headers[KEPT_DEATHS]
+
+
+def as_it_came(message: Any) -> Any:
+    """The headers of a message before `show_deaths`: whether it is a dead letter itself."""
+    return getattr(message, _CAME, message.headers)
 
 
 def _read(deaths: object) -> Iterator[Mapping[str, Any]]:

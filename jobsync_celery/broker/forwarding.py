@@ -13,7 +13,7 @@ from jobsync_core.worker.routing import REDELIVERED, REFUSED, RETURNS
 
 from .abandoning import abandon
 from .circuit import Circuit
-from .deaths import of_copy
+from .deaths import as_it_came, of_copy
 from .declaring import is_no_queue
 from .queues import Queues
 
@@ -114,7 +114,7 @@ class Forwarder:
         # that has been decompressed here.
         foreign = {COUNT, RETURNS, *(() if getattr(message, 'errors', None) else ('compression',))}
         headers = {name: value for name, value in of_copy(headers).items() if name not in foreign}
-        returns = returns_of(message.headers)
+        returns = returns_of(as_it_came(message))
         if returns and not headers.get(REFUSED):
             headers[RETURNS] = returns
         confirm = {'confirm_timeout': self._limit} if self._confirms else {}
