@@ -59,9 +59,12 @@ def is_only_place(queue: Any, known: Iterable[Any], options: Mapping[str, Any]) 
         return False
     if kind == 'fanout':
         return bool(queue.alias)  # a broadcast, whose queues are one group
-    # As `task_default_exchange_type='topic'` makes them: an exchange for this queue alone.
+    # As `task_default_exchange_type='topic'` makes them: an exchange, or a key, for this queue
+    # alone. By other ones queues of other apps may get it as well, which nobody knows here.
+    if kind != 'topic' or exchange is None or queue.name not in (exchange.name, queue.routing_key):
+        return False
     others = (other for other in known if other.name != queue.name)
-    return kind == 'topic' and not any(
+    return not any(
         getattr(each.exchange, 'name', None) == exchange.name
         for other in others
         for each in (other, *(other.bindings or ()))
