@@ -93,8 +93,11 @@ class KeepAlive:
         self._due = clock.now() + _BEAT_SEC
 
     def look(self) -> None:
-        """Send one, if it is time. That the connection is lost, the event loop finds out."""
-        if self._connection is not None and clock.now() >= self._due:
+        """Send one, if it is time. That the connection is lost, the event loop finds out: kombu's
+        would be opened anew here, without the consumer's channel, and for seconds.
+        """
+        connection = self._connection
+        if connection is not None and clock.now() >= self._due and connection.connected:
             self._due = clock.now() + _BEAT_SEC
-            with contextlib.suppress(*self._connection.connection_errors):
-                self._connection.connection.send_heartbeat()
+            with contextlib.suppress(*connection.connection_errors):
+                connection.connection.send_heartbeat()
