@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import celery
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
@@ -23,6 +24,16 @@ __all__ = ['GateStep', 'NodeStep', 'ReadyStep']
 logger = get_logger(__name__)
 
 _EX_FAILURE = 1
+#: What a consumer has before it takes messages. Celery orders steps by what they require, and by
+#: chance else; the last one, of Celery 5.5, declares more than a hundred things at RabbitMQ.
+_BEFORE = (
+    'tasks:Tasks',
+    'control:Control',
+    'gossip:Gossip',
+    'heart:Heart',
+    'agent:Agent',
+    *(['delayed_delivery:DelayedDelivery'] if celery.VERSION[:2] >= (5, 5) else ()),
+)
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
@@ -136,10 +147,7 @@ class ReadyStep(bootsteps.StartStopStep):  # type: ignore[misc]
     wait.
     """
 
-    requires = tuple(
-        f'celery.worker.consumer.{step}'
-        for step in ('tasks:Tasks', 'control:Control', 'gossip:Gossip', 'heart:Heart')
-    )
+    requires = (GateStep, *(f'celery.worker.consumer.{step}' for step in _BEFORE))
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)

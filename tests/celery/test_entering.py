@@ -1,12 +1,15 @@
-"""What a worker does while its node waits for its first tokens."""
+"""When a worker's node waits for its first tokens, and what the worker does meanwhile."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from celery.worker.consumer import Consumer
+from kombu.utils.imports import symbol_by_name
 
 from jobsync_celery.entering import KeepAlive
+from jobsync_celery.steps import GateStep, ReadyStep
 from jobsync_core import clock
 from tests.support.fakes import Clock
 
@@ -52,3 +55,15 @@ def test_heartbeats_go_on_and_a_lost_connection_is_not_opened_anew(
         keep_alive.look()
         time.time += 0.5
     assert (connection.beats, connection.opened) == (3, 0)
+
+
+def _required(step: Any) -> set[Any]:
+    found = {symbol_by_name(each) for each in step.requires}
+    return found.union(*map(_required, found))
+
+
+def test_a_node_takes_part_after_all_that_comes_before_the_event_loop() -> None:
+    """Celery orders by chance what does not require one another."""
+    others = {symbol_by_name(step) for step in Consumer.Blueprint.default_steps}
+    left = others - _required(ReadyStep)
+    assert {step.__name__ for step in left} == {'Evloop'} and GateStep in _required(ReadyStep)
