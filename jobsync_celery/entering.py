@@ -85,19 +85,22 @@ class KeepAlive:
     """Sends heartbeats to RabbitMQ while no event loop does.
 
     Args:
-        connection: The consumer's connection; any broker's.
+        connections: The consumer's, and that of its events; any broker's, or None.
     """
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection if connection.transport.driver_type == 'amqp' else None
+    def __init__(self, *connections: Any) -> None:
+        found = (each for each in connections if each is not None)
+        self._connections = [each for each in found if each.transport.driver_type == 'amqp']
         self._due = clock.now() + _BEAT_SEC
 
     def look(self) -> None:
-        """Send one, if it is time. That the connection is lost, the event loop finds out: kombu's
+        """Send one, if it is time. That a connection is lost, the event loop finds out: kombu's
         would be opened anew here, without the consumer's channel, and for seconds.
         """
-        connection = self._connection
-        if connection is not None and clock.now() >= self._due and connection.connected:
-            self._due = clock.now() + _BEAT_SEC
-            with contextlib.suppress(*connection.connection_errors):
-                connection.connection.send_heartbeat()
+        if clock.now() < self._due:
+            return
+        self._due = clock.now() + _BEAT_SEC
+        for connection in self._connections:
+            if connection.connected:
+                with contextlib.suppress(*connection.connection_errors):
+                    connection.connection.send_heartbeat()

@@ -161,7 +161,8 @@ class ReadyStep(bootsteps.StartStopStep):  # type: ignore[misc]
         entry = self._hooks.entry
         if entry is None or self._hooks.job is None:
             return
-        keep_alive = KeepAlive(parent.connection)
+        events = getattr(parent.event_dispatcher, 'connection', None)
+        keep_alive = KeepAlive(parent.connection, events)
 
         def check() -> None:
             state.maybe_shutdown()

@@ -44,17 +44,17 @@ def test_heartbeats_go_on_and_a_lost_connection_is_not_opened_anew(
     time = Clock()
     monkeypatch.setattr(clock, 'now', time.now)
     connection, redis = _Connection(), _Connection('redis')
-    keep_alive, others = KeepAlive(connection), KeepAlive(redis)
+    events = _Connection()
+    keep_alive = KeepAlive(connection, events, redis, None)
     for _ in range(8):
         keep_alive.look()
-        others.look()
         time.time += 0.5
-    assert (connection.beats, redis.beats) == (3, 0)
+    assert (connection.beats, events.beats, redis.beats) == (3, 3, 0)
     connection.fails = True
     for _ in range(8):
         keep_alive.look()
         time.time += 0.5
-    assert (connection.beats, connection.opened) == (3, 0)
+    assert (connection.beats, events.beats, connection.opened) == (3, 7, 0)
 
 
 def _required(step: Any) -> set[Any]:
