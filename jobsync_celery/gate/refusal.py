@@ -154,11 +154,15 @@ class Refusals:
         message.reject_log_error(logger, self._consumer.connection_errors)
 
     def is_worn_out(self, message: Any) -> bool:
-        """Whether a message has come back to queues more often than its own one allows."""
-        if not earlier_returns(message.headers):
+        """Whether a message has come back to queues more often than its own one allows; of another
+        broker than RabbitMQ none has, whatever it says.
+        """
+        if self._queues.driver != 'amqp' or not earlier_returns(message.headers):
             return False
-        connection = self._consumer.connection.connection
-        version = getattr(connection, 'server_properties', {}).get('version')
+        connection = self._consumer.connection
+        if not connection.connected:
+            return False  # it comes again; asked for, kombu's would be opened anew here
+        version = getattr(connection.connection, 'server_properties', {}).get('version')
         home = self._queues.own_home(read_stamps(message.headers), message)
         return has_returned_too_often(message.headers, self._queues.limit_of(home, version))
 

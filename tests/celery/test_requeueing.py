@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from celery import Celery
 from celery.worker import state
+from kombu.entity import Queue
 
 from jobsync_celery.broker.queues import Queues
+from jobsync_celery.gate.refusal import Refusals
 from jobsync_celery.gate.requeueing import requeue
 from jobsync_core.worker.routing import HOME, REDELIVERED, REFUSED, RETURNS
 
@@ -132,3 +135,22 @@ def test_what_is_in_hand_from_the_queue_of_this_node_is_known_until_it_is_acknow
         receive(lost)
         stage.gate.disconnected()
         assert not stage.gate.in_hand('celery'), 'the broker has it back'
+
+
+@pytest.mark.parametrize(
+    ('driver', 'connected', 'expected'),
+    [('amqp', True, True), ('amqp', False, False), ('redis', True, False)],
+)
+def test_what_has_come_back_too_often_is_known_on_rabbitmq_alone(
+    driver: str, connected: bool, expected: bool
+) -> None:
+    app = Celery('worn', broker='memory://', set_as_current=False)
+    limit = {'x-queue-type': 'quorum', 'x-delivery-limit': 2}
+    app.conf.task_queues = [Queue('heavy', queue_arguments=limit)]
+    connection = SimpleNamespace(connected=connected, connection=object())
+    consumer, forwarder = SimpleNamespace(connection=connection), cast(Any, None)
+    queues = Queues(app, driver, 'shop_')
+    refusals = Refusals(app, consumer, lambda event: None, queues, forwarder)
+    message = Message('a')
+    message.headers.update({RETURNS: 3, HOME: 'heavy'})
+    assert refusals.is_worn_out(message) is expected
