@@ -31,7 +31,7 @@ class Entry:
 
     def __init__(self, node: WorkerNode) -> None:
         self._node = node
-        self._failure: list[Exception] = []
+        self._failure: list[BaseException] = []
         self._given_up = False
         self._thread = threading.Thread(target=self._enter, name='jobsync-enter', daemon=True)
 
@@ -70,7 +70,7 @@ class Entry:
             self._node.enter(waits=True)
             if not self._given_up:
                 self._node.start()
-        except Exception as error:
+        except BaseException as error:  # SystemExit of a lock_provider: nobody else hears of it
             self._failure.append(error)
 
     def _wait(self, enough: Callable[[], bool], check: Callable[[], object]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery.worker.consumer import Consumer
 from kombu.utils.imports import symbol_by_name
 
-from jobsync_celery.entering import KeepAlive
+from jobsync_celery.entering import Entry, KeepAlive
 from jobsync_celery.steps import GateStep, ReadyStep
 from jobsync_core import clock
 from tests.support.fakes import Clock
@@ -67,3 +68,14 @@ def test_a_node_takes_part_after_all_that_comes_before_the_event_loop() -> None:
     others = {symbol_by_name(step) for step in Consumer.Blueprint.default_steps}
     left = others - _required(ReadyStep)
     assert {step.__name__ for step in left} == {'Evloop'} and GateStep in _required(ReadyStep)
+
+
+@pytest.mark.parametrize('error', [OSError('away'), SystemExit(3)])
+def test_a_worker_hears_of_whatever_ends_the_thread_that_enters(error: BaseException) -> None:
+    def enter(waits: bool) -> None:
+        raise error
+
+    node: Any = SimpleNamespace(enter=enter, registered=False)
+    with pytest.raises(type(error)) as found:
+        Entry(node).register(lambda: None)
+    assert found.value is error
