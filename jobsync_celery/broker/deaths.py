@@ -15,6 +15,8 @@ __all__ = ['DEATHS', 'KEPT_DEATHS', 'as_it_came', 'deaths_of', 'of_copy', 'show_
 #: The header of RabbitMQ, and the one in which a copy carries what its forerunners had in it.
 DEATHS, KEPT_DEATHS = 'x-death', 'jobsync_deaths'
 _CAME = 'jobsync_came'
+#: The most that is counted; more than AMQP can write could not be passed on.
+_MOST = 2**31 - 1
 
 
 def deaths_of(headers: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def deaths_of(headers: Mapping[str, Any]) -> list[dict[str, Any]]:
         for death in _read(headers.get(part)):
             place = str(death.get('queue')), str(death.get('reason'))
             known = found.setdefault(place, {**death, 'count': 0})
-            known['count'] += death['count']
+            known['count'] = min(known['count'] + death['count'], _MOST)
     return list(found.values())
 
 
@@ -52,5 +54,6 @@ def as_it_came(message: Any) -> Any:
 def _read(deaths: object) -> Iterator[Mapping[str, Any]]:
     """Whoever sends a message may write anything there."""
     for death in deaths if isinstance(deaths, list) else ():
-        if isinstance(death, Mapping) and type(death.get('count')) is int:
+        count = death.get('count') if isinstance(death, Mapping) else None
+        if type(count) is int and count >= 0:
             yield death

@@ -32,6 +32,8 @@ def _death(queue: str, count: object, reason: str = 'rejected', **more: object) 
         # whatever somebody writes there
         ({DEATHS: 'many', KEPT_DEATHS: None}, []),
         ({DEATHS: [None, _death('work', '1'), _death('work', True), {'count': 1}]}, [{'count': 1}]),
+        ({DEATHS: [_death('work', -(2**63))]}, []),
+        ({KEPT_DEATHS: [_death('work', 2**63 - 1)] * 2}, [_death('work', 2**31 - 1)]),
     ],
 )
 def test_deaths_of_copies_are_added_up(
