@@ -8,6 +8,7 @@ from typing import Any
 from jobsync_core.worker.returns import COUNT
 from jobsync_core.worker.routing import HOME, REDELIVERED, REFUSED, RETURNS
 
+from ..broker.deaths import DEATHS
 from ..broker.forwarding import Forwarder
 from ..logs import get_logger
 
@@ -42,7 +43,8 @@ def requeue(
     counted = counts or isinstance(headers.get(COUNT), int) or RETURNS in headers
     if home and (counted or deleted) and not message.acknowledged:
         # A dead letter that was sent again runs, and its copy would not: see `is_refused`.
-        rest = {name: value for name, value in headers.items() if name != REFUSED}
+        drop = REFUSED if DEATHS in headers else ''
+        rest = {name: value for name, value in headers.items() if name != drop}
         try:
             forwarder.send(home, message, {**rest, HOME: home, REDELIVERED: True})
             message.ack()

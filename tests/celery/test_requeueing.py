@@ -60,6 +60,8 @@ def test_a_dead_letter_that_was_sent_again_is_not_published_as_one_to_be_rejecte
     message = _Message({REFUSED: True, 'x-death': [{'count': 1}], 'x-delivery-count': 0})
     ((_, headers), _) = _requeue(message)
     assert REFUSED not in headers and headers['x-death'] == [{'count': 1}]
+    ((_, headers), _) = _requeue(_Message({REFUSED: True, 'x-delivery-count': 0}))
+    assert headers[REFUSED] is True  # on its way to be rejected
 
 
 def test_to_a_queue_that_may_be_deleted_it_is_published_the_first_time() -> None:
