@@ -88,12 +88,15 @@ class Backlog:
         if is_new or self._again:
             todo += [queue for queue in queues if queue not in todo]
         self._again = is_new
-        unfinished = []
+        unfinished: list[str] = []
+        self._left = (*todo,)
         while todo and not over():
             queue = todo.pop(0)
+            # Should this raise, the queue is left for the next look.
+            self._left = (*todo, *unfinished, queue)
             if self._pass_on(queue, over):
                 unfinished.append(queue)
-        self._left = (*todo, *unfinished)
+            self._left = (*todo, *unfinished)
         self._at = moment.now + _AGAIN_SEC if self._left or self._again else float('inf')
 
     def _pass_on(self, queue: str, stop: Callable[[], bool]) -> bool:

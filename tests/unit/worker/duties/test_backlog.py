@@ -178,3 +178,21 @@ def test_what_cannot_be_sent_stays(stage: Stage) -> None:
     stage.contents.put('q.n2', *'123')
     stage.run()
     assert stage.contents.order('q.n1') == ['1', '3'] and stage.contents.order('q.n2') == ['2']
+
+
+def test_a_look_that_fails_again_and_again_is_made_until_it_succeeds(stage: Stage) -> None:
+    """The broker is away for a while after a plan."""
+
+    def fails(queue: str) -> None:
+        raise ConnectionError
+
+    works, stage.broker.on_size = stage.broker.on_size, fails
+    for queue in stage.queues:
+        stage.contents.put(queue, queue)
+    for _ in range(4):
+        with pytest.raises(ConnectionError):
+            stage.run()
+        stage.time.now += 1
+    stage.broker.on_size = works
+    assert stage.run()
+    assert sorted(stage.contents.order('q.n1'), key=str) == ['other.n2', 'q.n2']
