@@ -82,11 +82,13 @@ class Passed:
     Attributes:
         moved: Messages that went on.
         stayed: Messages that are still in the queue, of those that it looked at.
+        failed: Those of them that were to go on, and could not.
         whole: It came to the end of what was there when it began.
     """
 
     moved: int = 0
     stayed: int = 0
+    failed: int = 0
     whole: bool = True
 
 
@@ -136,6 +138,7 @@ class Passage:
                 except Exception as error:
                     kept.append(delivery)
                     in_a_row += 1
+                    passed.failed += 1
                     self._tell(queue, delivery, error)
                     if in_a_row == _IN_A_ROW:
                         raise

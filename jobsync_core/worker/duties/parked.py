@@ -186,7 +186,7 @@ class Parked:
                 ended = self._now()
                 rest = max(_REST_LEAST, (ended - began) * _REST)
                 queue.not_before = ended + rest
-            if not passed.moved and version == queue.released:
+            if passed.whole and not passed.moved and version == queue.released:
                 queue.in_vain = in_vain + 1
                 rest = min(rest * 2 ** min(queue.in_vain, 9), max(rest, _REST_MOST))
                 queue.not_before = ended + rest
@@ -197,8 +197,8 @@ class Parked:
                 )
             if passed.whole:
                 queue.released, queue.left = version, passed.stayed
-            else:
-                queue.stray = True
+            if passed.failed or not passed.whole:
+                queue.stray = True  # their number will be the same
 
     def _destination(self, delivery: Delivery, queue: _Queue) -> str | None:
         if delivery.route is None and delivery.task not in self._tasks():

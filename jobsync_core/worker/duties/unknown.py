@@ -102,7 +102,8 @@ class UnknownTasks:
                 self._unknown, lambda delivery: self._place(delivery, tasks), stop
             )
         if passed.whole:
-            self._known, self._looked, self._left = tasks, version, passed.stayed
+            self._known, self._looked = tasks, version
+            self._left = -1 if passed.failed else passed.stayed
         # They may come back at once: a node that does not know their task may own their keys.
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         self._pass_at = self._now() + self._pause

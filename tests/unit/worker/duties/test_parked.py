@@ -240,6 +240,39 @@ class TestParked:
         stage.time.run(stage.parked)
         assert stage.contents.order('q.n1') == ROUTES
 
+    def test_few_that_could_not_be_sent_are_tried_again_without_another_plan(
+        self, stage: Stage
+    ) -> None:
+        """Fewer than tell that it is the broker that fails."""
+        trouble = [ConnectionError()] * 2
+
+        def fails(item: Item) -> None:
+            if trouble:
+                raise trouble.pop()
+
+        stage.contents.on_forward = fails
+        stage.contents.put(PARKED, 'a', 'b')
+        stage.time.run(stage.parked)
+        assert stage.contents.order(PARKED) == ['a', 'b']
+        stage.time.now += 5
+        stage.time.run(stage.parked)
+        assert stage.contents.order('q.n1') == ['a', 'b']
+
+    def test_one_that_can_never_be_sent_is_tried_less_and_less(self, stage: Stage) -> None:
+        tries: list[float] = []
+
+        def fails(item: Item) -> None:
+            tries.append(stage.time.now)
+            raise ValueError('a header that the broker does not take')
+
+        stage.contents.on_forward = fails
+        stage.contents.put(PARKED, 'poison')
+        for _ in range(400):
+            stage.time.run(stage.parked)
+            stage.time.now += 1
+        rests = [after - before for before, after in itertools.pairwise(tries)]
+        assert rests[0] <= 7 and 60 <= max(rests) <= 62 and rests == sorted(rests), rests
+
     def test_a_pass_ends_with_what_was_there_when_it_began(self, stage: Stage) -> None:
         stage.contents.on_forward = lambda item: stage.contents.put(PARKED, f'{item.route}+')
         stage.contents.put(PARKED, 'a', 'b')
@@ -349,6 +382,20 @@ class TestUnknown:
         stage.contents.put_of(UNKNOWN, 'keyed')
         stage.time.run(stage.unknown)
         assert stage.contents.size('q.n1') == 1 and not stage.contents.size('home of keyed')
+
+    def test_one_that_could_not_be_sent_is_tried_again(self, stage: Stage) -> None:
+        trouble = [ConnectionError()]
+
+        def fails(item: Item) -> None:
+            if trouble:
+                raise trouble.pop()
+
+        stage.tasks, stage.contents.on_forward = {'new'}, fails
+        stage.contents.put_of(UNKNOWN, 'new')
+        for _ in range(3):
+            stage.time.run(stage.unknown)
+            stage.time.now += 5
+        assert stage.contents.tasks('home of new') == ['new']
 
     def test_a_node_that_knows_none_of_them_passes_once(self, stage: Stage) -> None:
         stage.contents.put_of(UNKNOWN, *['gone'] * 1500)
