@@ -40,7 +40,11 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(REDIS, 'redis:Redis', ('connection_pool', 'register_script')),
     Part(REDIS, 'redis:ConnectionPool', ('connection_class', 'connection_kwargs')),
-    Part(REDIS, 'redis.connection:Connection', ('connect', 'send_command', 'read_response')),
+    Part(
+        REDIS,
+        'redis.connection:Connection',
+        ('connect', 'disconnect', 'send_command', 'read_response'),
+    ),
     Part(REDIS, 'redis.commands.core:Script', ('sha', 'script')),
     Part(
         RABBITMQ,

@@ -173,6 +173,9 @@ class ScriptConnection:
         if connection is None:
             return script(keys=keys, args=args)
         if not self._own.connected:
+            # By Sentinel redis-py keeps a connection whose answer did not come in time, and would
+            # read it as that of the next command.
+            connection.disconnect()
             # Not left to `send_command`, which does not ask Sentinel where the master is now; and
             # not asked for before each command, which costs as much as packing it.
             connection.connect()
