@@ -84,6 +84,11 @@ class RabbitQueueConsumer:
             with self.connection.channel() as channel:
                 channel.queue_declare(name, durable=True, arguments=ARGUMENTS)
         except ChannelClosedByBroker as error:
+            if error.reply_code == _NOT_FOUND:
+                # It is on a server of the cluster that is down, and nobody deletes the queue of the
+                # node for as long. That one may be on several.
+                logger.warning('RabbitMQ cannot use the queue %s now: %s', name, error.reply_text)
+                return
             if error.reply_code != _ACCESS_REFUSED:
                 raise
             logger.warning(
