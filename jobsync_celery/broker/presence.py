@@ -62,6 +62,12 @@ class Presence:
             if not channel.is_open:
                 raise RecoverableConnectionError(str(error)) from error
             self._tell(name, error)
+        except NotFound as error:
+            if not channel.is_open:
+                raise RecoverableConnectionError(str(error)) from error
+            # It is on a server of the cluster that is down, and nobody deletes the queue of the
+            # node for as long. That one may be on several.
+            logger.warning('JobSync: RabbitMQ cannot use the queue %s now: %s', name, error)
         except ChannelError as error:
             raise RecoverableConnectionError(str(error)) from error
 
