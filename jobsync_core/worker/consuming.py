@@ -186,8 +186,8 @@ class SelfDrain:
         nodes = {node['name']: node for node in self._job.get_active_nodes()}
         mine = nodes.pop(self._job.node_name, None)
         if mine is not None and not mine.get('silent'):
+            self._told = True  # also where the answer is lost: it is to be taken back
             self._tell(True)
-            self._told = True
         if not any(node['state'] == 'active' and not node.get('silent') for node in nodes.values()):
             # Where the broker itself is away, all are silent: each keeps its keys.
             self._others_from = None

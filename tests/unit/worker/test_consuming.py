@@ -129,6 +129,24 @@ class TestSelfDrain:
         made.look()
         assert node.log[2:] == ['silent', 'silent']
 
+    def test_it_says_that_it_is_over_though_no_answer_came_when_it_said_so(
+        self, node: Node
+    ) -> None:
+        silence = [5.0]
+
+        def tell(silent: bool) -> None:
+            node.tell(silent)
+            if silent:
+                raise ConnectionError('the answer is lost')
+
+        made = SelfDrain(node, lambda: silence[0], 10, tell)  # type: ignore[arg-type]
+        with pytest.raises(ConnectionError):
+            made.look()
+        made.look()
+        silence[0] = 0.0
+        made.look()
+        assert node.log == ['silent', 'not silent'] and not node.silent
+
     def test_where_all_are_silent_each_keeps_its_keys_and_the_first_that_is_not_moves_none(
         self, node: Node
     ) -> None:
