@@ -159,9 +159,6 @@ class SelfDrain:
         silence = self._silence()
         if silence <= _EARLY * self._timeout:
             self._others_from = None
-            if self._told:
-                self._tell(False)
-                self._told = False
         if not self.drained and silence > _EARLY * self._timeout:
             if self._job.am_i_healthy() and self._job.local_status()['state'] == 'active':
                 self._consider(silence)
@@ -180,6 +177,10 @@ class SelfDrain:
             self.drained, self._alone = False, True
         if silence <= self._timeout:
             self._alone = False
+        # Last: it asks for a connection, which the database may refuse; the agent has one.
+        if self._told and silence <= _EARLY * self._timeout:
+            self._tell(False)
+            self._told = False
 
     def _consider(self, silence: float) -> None:
         """Say that this node is silent, and drain it when it is time."""

@@ -147,6 +147,27 @@ class TestSelfDrain:
         made.look()
         assert node.log == ['silent', 'not silent'] and not node.silent
 
+    def test_it_takes_keys_again_though_the_database_has_no_connection_left_to_say_so_by(
+        self, node: Node
+    ) -> None:
+        silence, refuses = [5.0], [False]
+
+        def tell(silent: bool) -> None:
+            if refuses[0]:
+                raise ConnectionError('too many clients already')
+            node.tell(silent)
+
+        made = SelfDrain(node, lambda: silence[0], 10, tell)  # type: ignore[arg-type]
+        for value in (5.0, 11.0):
+            silence[0] = value
+            made.look()
+        silence[0], refuses[0] = 0.0, True
+        with pytest.raises(ConnectionError):
+            made.look()
+        refuses[0] = False
+        made.look()
+        assert node.log == ['silent', 'drain', 'undrain', 'not silent']
+
     def test_where_all_are_silent_each_keeps_its_keys_and_the_first_that_is_not_moves_none(
         self, node: Node
     ) -> None:
