@@ -138,7 +138,9 @@ class RabbitQueueConsumer:
         if method is None:
             return None
         raw = RawDelivery.of(self.queue, method, properties, body)
-        if self._publisher.is_worn_out(raw):
+        with translated():  # it may ask RabbitMQ
+            worn_out = self._publisher.is_worn_out(raw)
+        if worn_out:
             logger.warning(
                 'queue=%s: a message has come back too often for its queue, and goes to the dead '
                 'letters, as it would without being passed on',
