@@ -142,7 +142,10 @@ def purge_command(
     if not yes:
         waiting = _asked(lambda: read_backlog(counter, config, queue)).of(queue)
         if not waiting.backlog:
-            click.echo(f'nothing waits for {printable(queue)}')
+            click.echo(
+                f'nothing waits for {printable(queue)}'
+                + ('' if waiting.known else ', which no application and no node names')
+            )
             return
         click.confirm(
             f'delete {waiting.backlog:,} messages of {printable(queue)} at the broker?', abort=True

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 
 import click
 
 from ..assignment.hashing import HASH_FUNCTIONS, check_task_id
+from ..errors import JobSyncError
+from ..results import Explanation
 from ..store.status import StatusStore
 from . import status_view
 from .context import Database, database_options, printable
 
 __all__ = ['who_command']
+
+#: Queues of which the owner is shown unasked.
+_GROUPS_SHOWN = 20
 
 
 @click.command('who')
@@ -31,12 +37,15 @@ def who_command(database: Database, task_id: str, queue: str) -> None:
     with database.session() as (connection, tables):
         settings = database.cluster(connection, tables)
         token = HASH_FUNCTIONS[settings['hash_function']](text.encode()) % settings['total_tokens']
-        found = StatusStore(connection, tables).explain(text, token, queue)
-        groups = [] if queue else StatusStore(connection, tables).groups()
+        store = StatusStore(connection, tables)
+        found = store.explain(text, token, queue)
+        groups = [] if queue else [row['queue_group'] for row in store.groups()]
+        elsewhere = []
+        for name in groups[:_GROUPS_SHOWN]:
+            with suppress(JobSyncError):  # it has just gone
+                elsewhere.append((name, store.explain(text, token, name)))
     lock = found['lock']
-    owner = found['owner'] or (
-        'nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment'
-    )
+    owner = _owner(found)
     if found['owner_silent_sec'] is not None:
         owner += (
             f' (no heartbeat for {found["owner_silent_sec"]:.0f} s: it is dead, or cut off; '
@@ -126,10 +135,22 @@ def who_command(database: Database, task_id: str, queue: str) -> None:
                     ),
                 )
             )
+    for name, there in elsewhere:
+        lines.append(('in queue', f'{name}: {_owner(there)}'))
     if groups:
-        names = ', '.join(row['queue_group'] for row in groups)
+        more = len(groups) - len(elsewhere)
         lines.append(
-            ('of queues', f'messages in a queue have owners of their own: --queue, one of {names}')
+            (
+                'of queues',
+                'messages in a queue have owners of their own; more of one with --queue'
+                + (f' ({more} further ones)' if more else ''),
+            )
         )
     for name, value in lines:
         click.echo(f'{name:<11}{printable(value)}')
+
+
+def _owner(found: Explanation) -> str:
+    return found['owner'] or (
+        'nobody: blocked, no live node may have it' if found['blocked'] else 'nobody at this moment'
+    )

@@ -620,7 +620,10 @@ class TestQueueGroups:
         shown = good(run('who', 't', '--queue', 'gpu'))
         assert re.search(r'^queue +gpu$', shown, re.MULTILINE)
         assert re.search(r'^owner +n2$', shown, re.MULTILINE)
-        assert '--queue, one of gpu, mail' in good(run('who', 't'))
+        shown = good(run('who', 't'))
+        assert re.search(r'^in queue +gpu: n2$', shown, re.MULTILINE)
+        assert re.search(r'^in queue +mail: n[12]$', shown, re.MULTILINE)
+        assert 'more of one with --queue' in shown
         assert "'gpu', 'mail'" in bad(run('who', 't', '--queue', 'celery'))
 
     def test_a_drained_last_node_of_a_queue_is_named_as_the_reason(
