@@ -74,8 +74,8 @@ class CeleryDelivery:
         self._message.ack()
 
     def requeue(self) -> None:
-        """Leave it in the queue that it came from."""
-        self._message.reject(requeue=True)
+        """Leave it in the queue that it came from, as it was."""
+        self._broker.put_back(self._message)
 
 
 class CeleryBroker:
@@ -159,6 +159,12 @@ class CeleryBroker:
             return stamps.key, home
         route = self._route_of(found.task, found.args, found.kwargs, found.id, stamps)
         return (None if isinstance(route, Refused) else route), home
+
+    def put_back(self, message: Any) -> None:
+        """Leave a message that was only looked at in its queue. RabbitMQ calls it redelivered from
+        then on, so that there such messages are published anew (`requeue_is_free`).
+        """
+        message.reject(requeue=True)
 
     def restore(self, node: str) -> int:
         """Restore what a node that is gone had taken and not acknowledged; how many messages.

@@ -68,6 +68,15 @@ class RedisBroker(CeleryBroker):
     def _write_mark(self, channel: Any, mark: str) -> None:
         _command(channel, 'SET', mark_key(self._queues.appname), after=(mark, 'NX'))
 
+    def put_back(self, message: Any) -> None:
+        """As its base's; it comes next, and is not marked as redelivered."""
+        channel = message.channel
+        channel.looked_at = message.delivery_tag
+        try:
+            message.reject(requeue=True)
+        finally:
+            channel.looked_at = None
+
     def restore(self, node: str, carried: CarriedOver | None = None) -> int:
         """Restore what a node had taken and not acknowledged; how many messages.
 

@@ -75,15 +75,22 @@ class RestoringChannel(transport.Channel):  # type: ignore[misc]
     """kombu's channel; restoring through it loses nothing."""
 
     QoS = RestoringQoS
+    #: Delivery tag of a message that goes back as it came and where it was, as it was only looked
+    #: at: a task may take `redelivered` for a sign that it has begun before, and killed its worker.
+    looked_at: str | None = None
 
     def _do_restore_message(
         self, payload: Any, exchange: Any, routing_key: Any, pipe: Any, leftmost: bool = False
     ) -> None:
         if payload.get('headers') is None:
             payload['headers'] = {}  # which is how kombu reads it
-        for marked in (payload['headers'], payload['properties']['delivery_info']):
-            if isinstance(marked, dict):
-                marked['redelivered'] = True
+        tag = payload['properties'].get('delivery_tag')
+        if self.looked_at is not None and tag == self.looked_at:
+            leftmost = False
+        else:
+            for marked in (payload['headers'], payload['properties']['delivery_info']):
+                if isinstance(marked, dict):
+                    marked['redelivered'] = True
         push = pipe.lpush if leftmost else pipe.rpush
         for queue in self._ways(exchange, routing_key):
             push(self._q_for_pri(queue, self._get_message_priority(payload)), dumps(payload))

@@ -32,7 +32,7 @@ from jobsync_celery.redis.carried_over import CarriedOver
 from jobsync_celery.redis.keys import node_options
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.worker.passage import Passage
-from jobsync_core.worker.routing import HOME, KEY, RETURNS
+from jobsync_core.worker.routing import HOME, KEY, REDELIVERED, RETURNS
 from tests.support.brokers import BrokerServer, RabbitServer, RedisServer
 from tests.support.waiting import eventually
 
@@ -478,6 +478,37 @@ def test_what_goes_home_arrives_there(
         assert (delivery.home, delivery.task, delivery.route) == (home, 'nobody', None)
         delivery.forward(delivery.home)
         eventually(lambda: rabbitmq_server.depths(space) == {arrives: 1})
+
+
+@pytest.mark.parametrize('kind', ['redis', 'rabbitmq'])
+@pytest.mark.parametrize('came_before', [False, True])
+def test_what_a_duty_has_looked_at_is_not_redelivered_by_that(
+    request: pytest.FixtureRequest, kind: str, came_before: bool
+) -> None:
+    """A task may take it for a sign that it has begun before."""
+    server: BrokerServer = request.getfixturevalue(f'{kind}_server')
+    space = server.new_space()
+    request.addfinalizer(lambda: server.drop_space(space))
+    app = Celery('looking', broker=server.url(space), set_as_current=False)
+    broker = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
+    marked = {'redelivered': True, REDELIVERED: True} if came_before else {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(broker.close)
+        broker.declare(_HOME, _QUEUE)
+        source = stack.enter_context(app.connection_for_write()).SimpleQueue(_HOME)
+        for number in range(3):
+            source.put([[number], {}, {}], headers={'task': 'nobody', 'id': f'm{number}', **marked})
+        eventually(lambda: broker.size(_HOME) == 3)
+        passed = Passage(broker, 'n1').go(_HOME, lambda delivery: None, lambda: False)
+        assert (passed.moved, passed.stayed) == (0, 3)
+        found = [source.get(timeout=20) for _ in range(3)]
+        assert [message.headers['id'] for message in found] == ['m0', 'm1', 'm2']
+        for message in found:
+            said = message.headers.get(REDELIVERED), message.headers.get('redelivered')
+            came = bool(message.delivery_info.get('redelivered') or said[0] or said[1])
+            assert came == came_before
 
 
 def _task(n: int) -> int:
