@@ -38,8 +38,11 @@ def fleet(workers: Workers, request: pytest.FixtureRequest) -> Workers:
     return workers
 
 
+_THREADS = 2
+
+
 def start(fleet: Workers, *queues: str) -> subprocess.Popen[bytes]:
-    return fleet.start(1, '-t', '2', '--queues', *queues)
+    return fleet.start(1, '-t', str(_THREADS), '--queues', *queues)
 
 
 def nodes_of(fleet: Workers, line: str) -> set[str]:
@@ -107,7 +110,11 @@ def test_what_a_killed_worker_left_runs_where_its_queue_is_consumed(fleet: Worke
     eventually(lambda: len(fleet.lines('slow_second:')) > 4, 20)
     os.killpg(victim.pid, signal.SIGKILL)
     eventually(all_ran(fleet, 'slow_second_end:', 40), 40)
-    assert set(fleet.counts('slow_second_end:').values()) == {1}
+    # What the victim had ended and not recorded yet, is done again.
+    ended = fleet.counts('slow_second_end:')
+    again = [line for line, number in ended.items() if number > 1]
+    assert len(again) <= _THREADS and max(ended.values()) <= 2
+    assert all(pids(victim) <= nodes_of(fleet, f'{line} ') for line in again)
     assert nodes_of(fleet, 'slow_second:') == pids(victim, other)
     # The last one of its group goes too: what comes then waits at home for the next one.
     os.killpg(other.pid, signal.SIGKILL)
