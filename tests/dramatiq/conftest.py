@@ -103,6 +103,21 @@ class Workers:
     def counts(self, start: str) -> Counter[str]:
         return Counter(line.split()[0] for line in self.lines(start))
 
+    def check_ends(self, line: str, victim: subprocess.Popen[bytes], threads: int) -> None:
+        """Each has ended once, but for what a killed worker had ended and not recorded yet: that is
+        done again.
+
+        Args:
+            line: How the lines of ends begin.
+            victim: The worker.
+            threads: How many it had.
+        """
+        ended = self.counts(line)
+        again = [one for one, number in ended.items() if number > 1]
+        assert len(again) <= threads and max(ended.values()) <= 2, again
+        for one in again:
+            assert any(f'@{victim.pid}-' in found for found in self.lines(f'{one} ')), one
+
     def stop(self) -> None:
         self._sessions.close_all()
         for process in self.started:

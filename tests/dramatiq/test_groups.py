@@ -110,11 +110,7 @@ def test_what_a_killed_worker_left_runs_where_its_queue_is_consumed(fleet: Worke
     eventually(lambda: len(fleet.lines('slow_second:')) > 4, 20)
     os.killpg(victim.pid, signal.SIGKILL)
     eventually(all_ran(fleet, 'slow_second_end:', 40), 40)
-    # What the victim had ended and not recorded yet, is done again.
-    ended = fleet.counts('slow_second_end:')
-    again = [line for line, number in ended.items() if number > 1]
-    assert len(again) <= _THREADS and max(ended.values()) <= 2
-    assert all(pids(victim) <= nodes_of(fleet, f'{line} ') for line in again)
+    fleet.check_ends('slow_second_end:', victim, _THREADS)
     assert nodes_of(fleet, 'slow_second:') == pids(victim, other)
     # The last one of its group goes too: what comes then waits at home for the next one.
     os.killpg(other.pid, signal.SIGKILL)
