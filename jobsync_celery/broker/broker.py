@@ -41,6 +41,7 @@ class CeleryDelivery:
     def __init__(self, broker: CeleryBroker, message: Any, queue: str) -> None:
         self._broker = broker
         self._message = message
+        self._failed = False
         headers = message.headers if isinstance(message.headers, Mapping) else {}
         self.headers: dict[str, Any] = {
             name: value
@@ -61,6 +62,7 @@ class CeleryDelivery:
 
     def forward(self, queue: str) -> None:
         """Publish it durably to a queue, then acknowledge it here."""
+        self._failed = True
         self._broker.forwarder.send(
             queue,
             self._message,
@@ -74,8 +76,13 @@ class CeleryDelivery:
         self._message.ack()
 
     def requeue(self) -> None:
-        """Leave it in the queue that it came from, as it was."""
-        self._broker.put_back(self._message)
+        """Leave it in the queue that it came from; what could not go on, behind all others there,
+        so that it keeps none waiting.
+        """
+        if self._failed:
+            self._message.reject(requeue=True)
+        else:
+            self._broker.put_back(self._message)
 
 
 class CeleryBroker:

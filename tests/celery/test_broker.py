@@ -511,6 +511,37 @@ def test_what_a_duty_has_looked_at_is_not_redelivered_by_that(
             assert came == came_before
 
 
+def test_what_cannot_be_sent_on_keeps_nothing_behind_it_waiting_on_redis(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = redis_server.new_space()
+    app = Celery('failing', broker=redis_server.url(space), set_as_current=False)
+    broker = JobSync(
+        app, config=CoordinationConfig(appname='shop_'), route_producers=False
+    ).evacuable()
+    send = broker.forwarder.send
+
+    def fails_for_three(queue: str, message: Any, headers: Any) -> None:
+        if headers['id'] in ('m0', 'm1', 'm2'):
+            raise ValueError(headers['id'])
+        send(queue, message, headers)
+
+    monkeypatch.setattr(broker.forwarder, 'send', fails_for_three)
+    with contextlib.ExitStack() as stack:
+        stack.callback(redis_server.drop_space, space)
+        stack.callback(broker.close)
+        connection = stack.enter_context(app.connection_for_write())
+        source, target = connection.SimpleQueue(_HOME), connection.SimpleQueue('target')
+        for number in range(5):
+            source.put([[], {}, {}], headers={'task': 'nobody', 'id': f'm{number}'})
+        passage = Passage(broker, 'n1')
+        with pytest.raises(ValueError, match='m2'):  # for all it knows the broker has failed
+            passage.go(_HOME, lambda delivery: 'target', lambda: False)
+        with contextlib.suppress(ValueError):
+            passage.go(_HOME, lambda delivery: 'target', lambda: False)
+        assert {target.get(timeout=20).headers['id'] for _ in range(2)} == {'m3', 'm4'}
+
+
 def _task(n: int) -> int:
     return n
 
