@@ -97,6 +97,12 @@ class Workers:
             return depths.get(f'dramatiq:{queue}.msgs', 0)
         return depths.get(queue, 0) + depths.get(f'{queue} (unacked)', 0)
 
+    def wait_until_empty(self) -> None:
+        """Wait until the broker has nothing more, what is not acknowledged included. A task's last
+        line comes before that: who is killed in between leaves a message behind.
+        """
+        eventually(lambda: not self.server.depths(self.space), 30)
+
     def lines(self, start: str) -> list[str]:
         return [line for line in self.app.log.lrange('log', 0, -1) if line.startswith(start)]
 

@@ -107,11 +107,11 @@ def test_what_a_killed_worker_left_runs_where_its_queue_is_consumed(fleet: Worke
     fleet.wait_for_nodes(2, HEAVY)
     for n in range(40):
         fleet.app.slow_second.send(n)
-    eventually(lambda: len(fleet.lines('slow_second:')) > 4, 20)
+    eventually(lambda: nodes_of(fleet, 'slow_second_end:') == pids(victim, other), 30)
     os.killpg(victim.pid, signal.SIGKILL)
     eventually(all_ran(fleet, 'slow_second_end:', 40), 40)
+    fleet.wait_until_empty()
     fleet.check_ends('slow_second_end:', victim, _THREADS)
-    assert nodes_of(fleet, 'slow_second:') == pids(victim, other)
     # The last one of its group goes too: what comes then waits at home for the next one.
     os.killpg(other.pid, signal.SIGKILL)
     for n in range(20):

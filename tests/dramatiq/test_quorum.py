@@ -370,6 +370,7 @@ class TestWorkers:
         os.killpg(victim.pid, signal.SIGKILL)
         eventually(lambda: len(workers.counts('slowend:')) == 40, 40)
         workers.check_ends('slowend:', victim, 2)
+        workers.wait_for_nodes(1)
         [left] = workers.queues()
         [gone] = before - {left}
         server: Any = workers.server
