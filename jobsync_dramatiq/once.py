@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 from dramatiq import GenericActor
 
 from jobsync_core import clock
-from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
+from jobsync_core.errors import DuplicateExecution, JobSyncError, NotEntered
 from jobsync_core.ledger.current import message_ledger
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
-from jobsync_core.logs import Repeats, get_logger
+from jobsync_core.logs import get_logger
 from jobsync_core.worker.adapter import MessageOnce, once_of
+from jobsync_core.worker.come_back import ComeBacks
 from jobsync_core.worker.incoming import read_stamps
 from jobsync_core.worker.routing import WAITS
 
@@ -30,11 +31,7 @@ __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
 logger = get_logger(__name__)
 
-#: Milliseconds until a message comes back that could not run; twice as many each time, up to the
-#: most: where its key is running, and where anything else is in the way (the database, an
-#: eviction), which is over for all at once and needs no long pause.
-_COME_BACK_MS, _MOST_RUNNING_MS, _MOST_TROUBLE_MS = 1000, 60_000, 15_000
-_repeats = Repeats()
+_come_backs = ComeBacks()
 
 #: The broker and the message that this thread, or task, works on.
 processing: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar(
@@ -94,24 +91,17 @@ class _DramatiqOnce(MessageOnce):
         broker, message = _current()
         note = note_of(message)
         if note is None or not note.sent_on:  # else it is back already
-            runs, waits = isinstance(error, ExecutionRunning), read_stamps(message.options).waits
-            delay = min(
-                _COME_BACK_MS * 2 ** min(waits, 20), _MOST_RUNNING_MS if runs else _MOST_TROUBLE_MS
-            )
-            # What is in the way of all messages is said once for each actor; a running key is one
-            # message's own.
-            more = _repeats.say(
-                (message.actor_name, type(error), getattr(error, 'key', None) if runs else None),
-                clock.now(),
-            )
-            if more is not None:
+            waits = read_stamps(message.options).waits
+            back = _come_backs.next(message.actor_name, error, waits, clock.now())
+            delay = round(back.delay_sec * 1000)
+            if back.more is not None:
                 logger.info(
                     'actor=%s id=%s comes back in %d ms: %s%s',
                     message.actor_name,
                     message.message_id,
                     delay,
                     error,
-                    more,
+                    back.more,
                 )
             try:
                 broker.enqueue(message.copy(options={WAITS: waits + 1}), delay=delay)

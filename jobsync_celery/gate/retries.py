@@ -11,15 +11,17 @@ from typing import Any
 
 from jobsync_core import clock
 from jobsync_core.logs import Repeats
+from jobsync_core.worker.come_back import come_back_sec
 
 from ..logs import get_logger
-from ..tasks.once import come_back_sec
 from .timer import LookTimer
 
 __all__ = ['Retries']
 
 logger = get_logger(__name__)
 
+#: Seconds that a message is kept at most.
+_MOST_SEC = 60.0
 #: Tries after which a message is requeued.
 _EVERY = 10
 #: Messages of which is remembered how often they were held.
@@ -96,7 +98,7 @@ class Retries:
             while len(self._times) >= _MOST_KNOWN:
                 self._times.pop(next(iter(self._times)))
             self._times[str(message_id)] = times + 1
-            pause = come_back_sec(times)
+            pause = come_back_sec(times, _MOST_SEC)
             todo = act if act is not None and (stays or times % _EVERY != _EVERY - 1) else requeue
             self._held.append(_Retry(str(name), todo, requeue, clock.now() + pause))
             more = self._repeats.say((str(name), type(error)), clock.now())

@@ -10,16 +10,18 @@ from typing import Any
 from billiard.exceptions import WorkerLostError
 from celery import states
 
+from jobsync_core.worker.come_back import come_back_sec
+
 from ..logs import get_logger
 from .chords import close_connections, count_member, waits_for_others
-from .once import come_back_sec, options_of
+from .once import options_of
 
 __all__ = ['comes_back', 'count_lost']
 
 logger = get_logger(__name__)
 
-#: How often the count is tried: for a day or so.
-_MAX_TRIES = 1440
+#: How often the count is tried, and the most seconds between two tries: for a day or so.
+_MAX_TRIES, _MOST_SEC = 1440, 60.0
 
 
 def comes_back(request: Any, exc_info: Any) -> bool:
@@ -88,7 +90,9 @@ def count_lost(request: Any, exc_info: Any, tries: int = 0) -> None:
     if not counted and tries < _MAX_TRIES:
         # Others are to end first, or a worker that may be dead is about to send the body. The
         # consumer's timer ends with its connection.
-        again = threading.Timer(come_back_sec(tries), count_lost, (request, exc_info, tries + 1))
+        again = threading.Timer(
+            come_back_sec(tries, _MOST_SEC), count_lost, (request, exc_info, tries + 1)
+        )
         again.daemon = True
         again.start()
 

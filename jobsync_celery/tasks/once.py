@@ -24,8 +24,8 @@ from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
 from jobsync_core.ledger.single import SingleLedger
-from jobsync_core.logs import Repeats
 from jobsync_core.worker.adapter import MessageOnce
+from jobsync_core.worker.come_back import ComeBacks, waited_sec
 from jobsync_core.worker.incoming import MAX_WAITS, read_stamps
 from jobsync_core.worker.routing import WAITS
 
@@ -33,17 +33,13 @@ from ..logs import get_logger
 from .chords import count_member
 from .resending import RequeueLater, send_again
 
-__all__ = ['COME_BACK_SEC', 'come_back_sec', 'exactly_once', 'made_here', 'options_of']
+__all__ = ['exactly_once', 'made_here', 'options_of']
 
 logger = get_logger(__name__)
 
-#: Seconds until a message comes back that could not run; twice as many each time, up to the most:
-#: where its key is running, and where anything else is in the way (the database, an eviction),
-#: which is over for all at once and needs no long pause.
-COME_BACK_SEC, MAX_COME_BACK_SEC, _MOST_TROUBLE_SEC = 1.0, 60.0, 15.0
 #: How often a duplicate waits for the result of a task that replaced the first one, before it goes
 #: without: an hour or so.
-_MAX_WAITS = 60
+_MAX_WAITS = 120
 #: What the ledger has for a result where the task was replaced: the id under which the replacement
 #: stores its own.
 _REPLACED = 'jobsync_replaced'
@@ -51,7 +47,7 @@ _REPLACED = 'jobsync_replaced'
 _REPLACED_TEXT = 'Replaced by new task'
 
 _local = SingleLedger()
-_repeats = Repeats()
+_come_backs = ComeBacks()
 
 
 class _CeleryOnce(MessageOnce):
@@ -158,7 +154,7 @@ class _CeleryOnce(MessageOnce):
         except Exception as error:  # a result backend is whatever the user configured
             trouble = f'the result backend does not tell about the chord {request.group}: {error!r}'
         # After its retention the key would be forgotten, and this message would run.
-        if waits >= MAX_WAITS or _waited_sec(waits) > options_of(task).retention_sec / 2:
+        if waits >= MAX_WAITS or waited_sec(waits) > options_of(task).retention_sec / 2:
             logger.warning(
                 'Task %s[%s] is counted no more, and its chord may wait for ever: %s',
                 task.name,
@@ -237,22 +233,24 @@ class _CeleryOnce(MessageOnce):
         task, request = current_task, _request()
         if request.is_eager:
             raise error
-        runs, waits = isinstance(error, ExecutionRunning), _waits(request)
-        delay = come_back_sec(waits) if runs else min(come_back_sec(waits), _MOST_TROUBLE_SEC)
-        # What is in the way of all messages is said once for each task; a running key is one
-        # message's own.
-        more = _repeats.say(
-            (task.name, type(error), getattr(error, 'key', None) if runs else None), clock.now()
-        )
-        if more is not None:
+        waits = _waits(request)
+        # Each process of a pool has a memory of its own; the first one that sent this message back
+        # has told of it.
+        back = _come_backs.next(task.name, error, waits, clock.now(), told=waits > 0)
+        if back.more is not None:
             logger.info(
-                'Task %s[%s] comes back in %g s: %s%s', task.name, request.id, delay, error, more
+                'Task %s[%s] comes back in %g s: %s%s',
+                task.name,
+                request.id,
+                back.delay_sec,
+                error,
+                back.more,
             )
         again = task.signature_from_request(
             request,
             request.args,
             request.kwargs,
-            countdown=delay,
+            countdown=back.delay_sec,
             retries=request.retries,
             headers={**(request.headers or {}), WAITS: waits + 1},
         )
@@ -278,17 +276,6 @@ def options_of(task: Any) -> Any:
 
 def _options_of(task: Any) -> Any:
     return getattr(getattr(task, '_orig_run', None) or task.run, 'exactly_once', None)
-
-
-def come_back_sec(waits: int) -> float:
-    """Seconds until something comes back that has waited `waits` times."""
-    return min(COME_BACK_SEC * float(2 ** min(waits, 20)), MAX_COME_BACK_SEC)
-
-
-def _waited_sec(waits: int) -> float:
-    """Seconds that a message has waited, at least, that came back `waits` times."""
-    growing = min(waits, 20)
-    return sum(come_back_sec(n) for n in range(growing)) + (waits - growing) * MAX_COME_BACK_SEC
 
 
 def _waits(request: Any) -> int:

@@ -32,7 +32,7 @@ __all__ = [
 
 #: The most that a counter in a message says: whatever is more is as good as this.
 MAX_COUNT = 1_000
-#: Higher numbers of waits, a minute each, are taken for this one: two months.
+#: Higher numbers of waits, half a minute each, are taken for this one: a month.
 MAX_WAITS = 100_000
 #: Longest name of a task, an actor or a queue, in characters; AMQP allows 255 bytes for a queue.
 MAX_NAME = 1_000

@@ -31,6 +31,7 @@ from jobsync_celery.tasks import coordinated as tasks_module
 from jobsync_celery.tasks import once as once_module
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import Unroutable
+from jobsync_core.worker import come_back as come_back_module
 from jobsync_core.worker import inbox
 from jobsync_core.worker.adapter import MessageOnce
 from jobsync_core.worker.inbox import place
@@ -143,7 +144,7 @@ def requeue_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries_module, 'come_back_sec', lambda times: 0.0)
+    monkeypatch.setattr(retries_module, 'come_back_sec', lambda times, most: 0.0)
 
 
 def keep_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_without_a_back_off_a_running_key_is_asked_for_every_second(
     check_back_off(app, ledger, published)
     app.tasks.pop('double')
     published.clear()
-    monkeypatch.setattr(once_module, 'MAX_COME_BACK_SEC', 1.0)
+    monkeypatch.setattr(come_back_module, 'come_back_sec', lambda waits: 1.0)
     with pytest.raises(AssertionError):
         check_back_off(app, ledger, published)
 

@@ -18,7 +18,6 @@ from kombu.exceptions import EncodeError, OperationalError
 
 from jobsync_celery import JobSync, exactly_once
 from jobsync_celery.tasks import once as once_module
-from jobsync_celery.tasks.once import COME_BACK_SEC
 from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import (
@@ -32,7 +31,7 @@ from jobsync_core.errors import (
 )
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.state import Unsettled
-from jobsync_core.logs import Repeats
+from jobsync_core.worker.come_back import ComeBacks
 from jobsync_core.worker.incoming import MAX_WAITS
 from jobsync_core.worker.routing import WAITS
 from tests.support.fakes import FakeLedger, duplicate
@@ -62,7 +61,7 @@ class Recording(FakeLedger):
 @pytest.fixture
 def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recording]:
     made = Recording()
-    monkeypatch.setattr(once_module, '_repeats', Repeats())
+    monkeypatch.setattr(once_module, '_come_backs', ComeBacks())
     set_current_ledger(made)
     yield made
     set_current_ledger(None)
@@ -228,7 +227,7 @@ class TestComeBack:
             2,
             True,
         )
-        assert COME_BACK_SEC == 1.0
+        assert delays(published) == [1]
 
     @pytest.mark.parametrize('error', [DatabaseUnavailable, Fenced])
     def test_a_completion_that_is_not_known_to_be_recorded_comes_back(
@@ -640,6 +639,19 @@ class TestBackOff:
             'Task double[0]'
         ]
 
+    def test_what_another_process_of_the_pool_sent_back_was_told_of(
+        self,
+        app: Celery,
+        ledger: Recording,
+        published: list[dict[str, Any]],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        caplog.set_level('INFO')
+        ledger.begin_error = ExecutionRunning()
+        with pytest.raises(Ignore):
+            in_worker(task_of(app), **{WAITS: 3})
+        assert len(published) == 1 and caplog.records == []
+
 
 def delays(published: list[dict[str, Any]]) -> list[float]:
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -656,7 +668,7 @@ def check_back_off(app: Celery, ledger: Recording, published: list[dict[str, Any
         with pytest.raises(Ignore):
             in_worker(task, **({WAITS: waits} if waits else {}))
     assert [headers[WAITS] for headers in published] == list(range(1, 10))
-    assert delays(published) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert delays(published) == [1, 2, 4, 8, 16, 30, 30, 30, 30]
 
 
 @pytest.mark.parametrize('error', [ClaimLost, DatabaseUnavailable])

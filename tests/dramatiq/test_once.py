@@ -29,8 +29,8 @@ from jobsync_core.errors import (
     StoreTimeout,
 )
 from jobsync_core.ledger.current import set_current_ledger
-from jobsync_core.logs import Repeats
 from jobsync_core.testing import MemoryLedger
+from jobsync_core.worker.come_back import ComeBacks
 from jobsync_core.worker.inbox import Received
 from jobsync_core.worker.routing import WAITS
 from jobsync_dramatiq import JobSync, exactly_once
@@ -225,7 +225,7 @@ class TestComingBack:
                 bench.sent.clear()
                 delays.append(delay)
                 message = delivered(again)
-        assert delays == [1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000, 60000]
+        assert delays == [1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 30000]
         assert (
             len([record for record in caplog.records if 'comes back in' in record.getMessage()])
             == 1
@@ -250,7 +250,7 @@ class TestComingBack:
         error: Any,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr('jobsync_dramatiq.once._repeats', Repeats())
+        monkeypatch.setattr('jobsync_dramatiq.once._come_backs', ComeBacks())
         bench = Bench()
         actor = bench.actor()
         setattr(ledger, f'{when}_error', error)
@@ -278,7 +278,7 @@ class TestComingBack:
         with pytest.raises(SkipMessage):
             bench.run(actor, delivered(actor.message_with_options(args=(3,), jobsync_waits=waits)))
         [(_, delay)] = bench.sent
-        assert delay in (1000, 60_000)
+        assert delay in (1000, 30_000)
 
     @pytest.mark.parametrize('error', [Fenced(), DatabaseUnavailable()])
     def test_so_does_what_ran_and_is_not_recorded(self, ledger: FakeLedger, error: Any) -> None:
