@@ -13,7 +13,7 @@ from ..store.sessions import Sessions
 from ..store.tables import Tables
 from . import inbox
 from .inbox import Here, Outcome, Received, Rules
-from .owners import OwnerMap
+from .owners import FRESH_SEC, OwnerMap
 from .pinned import Pinned
 from .settings import PluginSettings
 
@@ -79,10 +79,10 @@ class Gate:
         if route is None or seen.mine or not seen.leased:
             return seen
         if self.owners.version != self.job.token_version:
-            self.owners.refresh()
+            self.owners.catch_up()
         place = self.owners.find(route, home)
-        if place.node is not None and place.queue is None:
-            place = self.owners.find_fresh(route, home) or place  # it may have one by now
+        if place.node is not None and place.queue is None and self.owners.catch_up(FRESH_SEC):
+            place = self.owners.find(route, home)  # it may have one by now
         return replace(
             seen,
             # The look-up may have waited for the database: the lease may be over by now.

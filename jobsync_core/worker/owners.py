@@ -16,6 +16,7 @@ from ..logs import Repeats, get_logger
 from ..store.queues import Owners, QueueStore
 from ..store.sessions import Sessions
 from ..store.tables import Tables
+from .background import Background
 from .pinned import Pinned
 
 __all__ = ['OwnerMap', 'Place']
@@ -24,6 +25,9 @@ logger = get_logger(__name__)
 
 #: Seconds for which a copy is used without asking again, and for which nobody asks after a failure.
 FRESH_SEC, PAUSE_SEC = 1.0, 5.0
+#: Age in seconds up to which a producer uses a copy while it is read again; and seconds for which
+#: anybody waits for a database, once, until it answers again.
+STALE_SEC, WAIT_SEC = 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class _Copy:
 
 class OwnerMap:
     """Finds the owner of a route. One statement at most once a second, and none while nobody asks.
+    It is read in the background: a database that is silent is waited for once.
 
     A copy that is older than the cluster is harmless: the gate of the node that gets the message
     sends it on.
@@ -105,6 +110,7 @@ class OwnerMap:
         self._read_at = float('-inf')
         self._pause_until = float('-inf')
         self._reading = threading.Lock()
+        self._background = Background(self._read_behind, 'jobsync owner map', WAIT_SEC)
         self._repeats = Repeats()
 
     @property
@@ -160,10 +166,27 @@ class OwnerMap:
         return self._copy.lacks(self._group_of(home))
 
     def find_fresh(self, route: str, home: str = '') -> Place | None:
-        """As `find`, by a copy that is not older than a second; None while the database is away."""
-        if clock.now() - self._read_at > FRESH_SEC and not self.refresh():
-            return None
+        """As `find`, by a copy that is at most a few seconds old; None where there is none, as the
+        database is away.
+        """
+        age = self._age
+        if age > FRESH_SEC:
+            answered = self._ask(wait=age > STALE_SEC)
+            if not answered and self._age > STALE_SEC:
+                return None
         return self.find(route, home)
+
+    def catch_up(self, seconds: float = 0.0) -> bool:
+        """Have the map read again if it has changed; waits for that, but not for a database that is
+        known to be silent.
+
+        Args:
+            seconds: A copy that is not older than this is new enough.
+
+        Returns:
+            Whether the copy is new now.
+        """
+        return self._age <= seconds or self._ask(wait=True)
 
     def refresh(self) -> bool:
         """Read the map again if it has changed; whether the database answered. Of several threads
@@ -175,6 +198,24 @@ class OwnerMap:
         """As `refresh`, even where the version is the same: a node's queue is new."""
         self._lacking, self._pause_until = True, float('-inf')
         return self._read(wait=True)
+
+    @property
+    def _age(self) -> float:
+        return clock.now() - self._read_at
+
+    def _ask(self, wait: bool) -> bool:
+        return clock.now() >= self._pause_until and self._background.ask(wait)
+
+    def _read_behind(self) -> bool:
+        try:
+            return self._read(wait=True)
+        except Exception as error:  # settings that cannot work, for example
+            now = clock.now()
+            self._pause_until = now + PAUSE_SEC
+            again = self._repeats.say(type(error).__name__, now)
+            if again is not None:
+                logger.warning('owners are unknown; messages go home: %r%s', error, again)
+            return False
 
     def _read(self, wait: bool) -> bool:
         if not self._reading.acquire(blocking=wait):

@@ -60,6 +60,9 @@ class FakeOwners:
     def refresh(self) -> bool:
         return True
 
+    def catch_up(self, seconds: float = 0.0) -> bool:
+        return True
+
     def find(self, route: str, home: str = '') -> Place:
         if self.error is not None:
             raise self.error

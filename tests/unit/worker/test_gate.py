@@ -23,7 +23,7 @@ class SlowOwners(FakeOwners):
         super().__init__()
         self._job = job
 
-    def refresh(self) -> bool:
+    def catch_up(self, seconds: float = 0.0) -> bool:
         self._job.leased = False
         return True
 
