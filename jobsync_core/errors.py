@@ -28,6 +28,7 @@ __all__ = [
     'MissingPrivilege',
     'MissingSchema',
     'MissingTable',
+    'NoSuchExecution',
     'NotCommitted',
     'NotEntered',
     'SchemaConflict',
@@ -208,6 +209,10 @@ class ExecutionRunning(JobSyncError):
 
     key: str = ''
     requeue: bool = False
+
+
+class NoSuchExecution(JobSyncError, LookupError):
+    """The ledger does not have this key. It was never begun, or its retention is over."""
 
 
 class Fenced(JobSyncError):

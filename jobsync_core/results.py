@@ -11,11 +11,13 @@ from typing import Any, TypedDict
 __all__ = [
     'AuditedTask',
     'CoordinationStatus',
+    'ExecutionDetails',
     'ExecutionInfo',
     'Explanation',
     'LockInfo',
     'NodeEvent',
     'NodeInfo',
+    'RecordedExecution',
     'TaskAudit',
     'TaskClaim',
 ]
@@ -118,7 +120,9 @@ class CoordinationStatus(_CoordinationEnabled, total=False):
 
 
 class ExecutionInfo(TypedDict):
-    """What the ledger knows of a key: `state` is 'running', 'done' or 'failed'."""
+    """What the ledger knows of a key: `state` is 'running', 'lost', 'done' or 'failed'. What is
+    lost was running on a node that is gone: whoever gets its message takes it over.
+    """
 
     key: str
     state: str
@@ -127,6 +131,36 @@ class ExecutionInfo(TypedDict):
     started_at: datetime.datetime
     finished_at: datetime.datetime | None
     error: str | None
+
+
+class RecordedExecution(TypedDict):
+    """One row of the ledger, as operators see it; `state` as in ExecutionInfo.
+
+    `node`, `host` and `pid` tell who made the last attempt, `fence` is the number of that attempt,
+    which rises with each of the key, and `attempts` counts them; `expires_at` is when the row goes,
+    None while it stays. A time is None as well where it is none that Python has.
+    """
+
+    key: str
+    state: str
+    node: str | None
+    attempts: int
+    fence: int
+    host: str | None
+    pid: int | None
+    started_at: datetime.datetime | None
+    finished_at: datetime.datetime | None
+    expires_at: datetime.datetime | None
+    error: str | None
+
+
+class ExecutionDetails(RecordedExecution):
+    """The same with what is told of one key alone: its `result` as the JSON text that is stored,
+    and, of one that is running, for how many seconds its node has been silent.
+    """
+
+    result: str | None
+    silent_sec: float | None
 
 
 class TaskAudit(TypedDict):

@@ -23,6 +23,7 @@ from .backlog_commands import backlog_command, purge_command
 from .check import show
 from .context import Database, Group, console, database_options, describe, printable
 from .evacuate_command import evacuate_command
+from .executions_commands import executions_group
 from .locks_commands import locks_group
 from .simulate_view import simulate_command
 from .who_command import who_command
@@ -218,6 +219,7 @@ def doctor_command(ctx: click.Context) -> None:
 
 jobsync.add_command(backlog_command)
 jobsync.add_command(evacuate_command)
+jobsync.add_command(executions_group)
 jobsync.add_command(locks_group)
 jobsync.add_command(purge_command)
 jobsync.add_command(simulate_command)

@@ -60,6 +60,7 @@ def test_the_cluster_can_be_looked_at_and_steered(programs: Programs) -> None:
     assert 'red' in programs.run(f'{CELERY} jobsync who order-7')
     assert 'red' in programs.run(f'{CELERY} jobsync who order-7 --queue celery')
     assert '%' in programs.run(f'{CELERY} jobsync locks list')
+    assert 'no executions' in programs.run(f'{CELERY} jobsync executions list')
     programs.run(f'{CELERY} jobsync drain red')
     eventually(lambda: 'drain' in programs.run(f'{CELERY} jobsync status'), 30)
     programs.run(f'{CELERY} jobsync undrain red')

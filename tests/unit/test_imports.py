@@ -42,7 +42,7 @@ LAYERS = (
     {'protocol'},
     {'store'},
     {'agent', 'ledger'},
-    {'node'},
+    {'executions', 'node'},
     {'job'},
     {'metrics'},
     {'web'},

@@ -51,8 +51,8 @@ WHERE tokens @> %(token)s::int
 
 -- name: execution
 -- The ledger's row of a key.
-SELECT key, state, node, attempts, started_at, finished_at, error FROM {execution}
-WHERE key = %(key)s
+SELECT e.key, {state_shown} AS state, e.node, e.attempts, e.started_at, e.finished_at, e.error
+FROM {execution} AS e WHERE e.key = %(key)s
 
 -- name: states
 -- Each node's state.

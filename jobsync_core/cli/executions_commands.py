@@ -1,0 +1,376 @@
+"""`jobsync executions list | show | retry | forget | purge`: the ledger, and how it is mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
+from ..executions import STATES, ExecutionFilter, Executions
+from ..results import ExecutionDetails, RecordedExecution
+from .context import Database, console, database_options, printable
+from .status_view import as_json, table
+
+__all__ = ['executions_group']
+
+_Command = TypeVar('_Command', bound=Callable[..., Any])
+
+#: Rows that are listed unless more are asked for; rows of one table, and characters of a cell.
+_LISTED, _TOGETHER = 100, 1000
+#: States of what can be retried, and of what can be deleted.
+_RETRIED, _PURGED = ('failed', 'lost'), ('done', 'failed', 'lost')
+_KEY_WIDTH, _NODE_WIDTH, _ERROR_WIDTH, _RESULT_WIDTH = 80, 40, 60, 4000
+_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86_400}
+_AGE = re.compile(r'(\d+(?:\.\d+)?)\s*([smhd]?)')
+
+
+def _age(value: str) -> datetime.timedelta:
+    """A number of seconds, or of minutes, hours or days: 90, 90s, 15m, 2h, 7d."""
+    found = _AGE.fullmatch(value.strip())
+    try:
+        if found is not None:
+            return datetime.timedelta(seconds=float(found[1]) * _UNITS[found[2]])
+    except OverflowError:
+        pass
+    raise click.BadParameter(f'{value!r} is no age: give seconds, or 15m, 2h, 7d')
+
+
+def filter_options(command: _Command) -> _Command:
+    """Add --state, --key, --function, --node and --older-than to a command, which gets them as
+    `which`.
+    """
+
+    @functools.wraps(command)
+    def wrapped(
+        state: tuple[str, ...],
+        key: str | None,
+        function: str | None,
+        node: str | None,
+        older_than: datetime.timedelta | None,
+        **options: Any,
+    ) -> Any:
+        which = ExecutionFilter(state or None, key, function, node, older_than)
+        return command(**options, which=which)
+
+    result: Any = wrapped
+    for option in (
+        click.option(
+            '--older-than',
+            type=_age,
+            metavar='AGE',
+            help='Whose last attempt ended so long ago, or began and has no end: seconds, or 15m, '
+            '2h, 7d.',
+        ),
+        click.option('--node', metavar='NAME', help='Whose last attempt this node made.'),
+        click.option(
+            '--function',
+            metavar='NAME',
+            help='Of this task, actor or function, or scope: what the key begins with.',
+        ),
+        click.option(
+            '--key',
+            metavar='PATTERN',
+            help='Whose whole key matches: % any text, _ any character, \\ before one of these '
+            'that is meant as it stands.',
+        ),
+        click.option(
+            '--state',
+            type=click.Choice(STATES),
+            multiple=True,
+            help='In this state; may be repeated.',
+        ),
+    ):
+        result = option(result)
+    given: _Command = result
+    return given
+
+
+@click.group('executions')
+@database_options
+def executions_group() -> None:
+    """Look at the ledger of what runs exactly once, and mend it.
+
+    An execution is running, done, failed, or lost: it ran on a node that is gone, and whoever gets
+    its message takes it over.
+    """
+
+
+@executions_group.command('list')
+@filter_options
+@click.option(
+    '--limit',
+    type=click.IntRange(1),
+    help=f'How many, in the order of their keys.  [default: {_LISTED}; with --json all]',
+)
+@click.option('--all', 'everything', is_flag=True, help='All of them.')
+@click.option('--after', metavar='KEY', default='', help='Only those whose key comes behind KEY.')
+@click.option('--json', 'json_wanted', is_flag=True, help='JSON, with nothing cut.')
+@database_options
+@click.pass_obj
+def list_command(
+    database: Database,
+    which: ExecutionFilter,
+    limit: int | None,
+    everything: bool,
+    after: str,
+    json_wanted: bool,
+) -> None:
+    """List executions in the order of their keys. Long texts are cut."""
+    if limit is not None and everything:
+        raise click.UsageError('give --limit or --all')
+    with _opened(database) as executions:
+        if json_wanted:
+            _write_json(executions.find(which, limit=limit, after=after))
+            return
+        wanted = None if everything else limit or _LISTED
+        # one more tells whether there are more
+        found = executions.find(which, limit=None if wanted is None else wanted + 1, after=after)
+        shown, last = 0, ''
+        for rows in _batches(itertools.islice(found, wanted)):
+            _print_rows(rows)
+            shown, last = shown + len(rows), rows[-1]['key']
+        if not shown:
+            click.echo('no executions')
+        elif next(found, None) is not None:
+            click.echo(
+                f'and more: --after {_quoted(last)} goes on, --all lists all, --json with nothing '
+                'cut'
+            )
+
+
+@executions_group.command('show')
+@click.argument('key')
+@click.option('--json', 'json_wanted', is_flag=True, help='JSON, with nothing cut.')
+@database_options
+@click.pass_obj
+def show_command(database: Database, key: str, json_wanted: bool) -> None:
+    """Show all that is known of KEY."""
+    with _opened(database) as executions:
+        found = executions.show(key)
+    if json_wanted:
+        click.echo(as_json(found))
+        return
+    for name, value in _lines(found):
+        click.echo(f'{name:<10}{printable(value)}')
+
+
+@executions_group.command('retry')
+@click.argument('keys', metavar='[KEY]...', nargs=-1)
+@filter_options
+@click.option('--yes', is_flag=True, help='Do not ask, where a filter says which.')
+@click.option('--json', 'json_wanted', is_flag=True, help='JSON; with a filter it needs --yes.')
+@database_options
+@click.pass_obj
+def retry_command(
+    database: Database, keys: tuple[str, ...], which: ExecutionFilter, yes: bool, json_wanted: bool
+) -> None:
+    """Have KEYs that failed or were lost free for their next attempt, or all that a filter selects.
+
+    No message is sent: what the broker still has is taken by the workers, anything else has to be
+    sent again. The exit code is 1 where a key is not free.
+    """
+    _check_named(keys, which)
+    with _opened(database) as executions:
+        chosen: Iterable[str] = keys
+        if not keys:
+            wanted = _in_states(which, _RETRIED)
+            _ask(
+                yes,
+                json_wanted,
+                lambda: executions.count(wanted),
+                'Have {:,} executions free for their next attempt?',
+            )
+            chosen = (each['key'] for each in executions.find(wanted))
+        _each(
+            chosen,
+            executions.retry,
+            'is free: its next message begins an attempt at once; none is sent by this',
+            json_wanted,
+        )
+
+
+@executions_group.command('forget')
+@click.argument('keys', metavar='KEY...', nargs=-1, required=True)
+@click.option('--yes', is_flag=True, help='Do not ask.')
+@click.option('--json', 'json_wanted', is_flag=True, help='JSON; needs --yes.')
+@database_options
+@click.pass_obj
+def forget_command(database: Database, keys: tuple[str, ...], yes: bool, json_wanted: bool) -> None:
+    """Delete what the ledger knows of KEYs: when their messages come again, they run again.
+
+    The exit code is 1 where a key is not deleted, as a live node is at it, or is not there.
+    """
+    _ask(
+        yes,
+        json_wanted,
+        lambda: len(keys),
+        'Forget {:,} executions? When their messages come again, they run again.',
+    )
+    with _opened(database) as executions:
+        _each(keys, executions.forget, 'is forgotten', json_wanted)
+
+
+@executions_group.command('purge')
+@filter_options
+@click.option('--all', 'everything', is_flag=True, help='Whatever does not run.')
+@click.option('--yes', is_flag=True, help='Do not ask.')
+@click.option('--json', 'json_wanted', is_flag=True, help='Only the count, as JSON; needs --yes.')
+@database_options
+@click.pass_obj
+def purge_command(
+    database: Database, which: ExecutionFilter, everything: bool, yes: bool, json_wanted: bool
+) -> None:
+    """Delete all executions that a filter selects, but none that a live node is at.
+
+    When messages of deleted keys come again, they run again.
+    """
+    if everything is not which.selects_all:
+        raise click.UsageError('give a filter, or --all')
+    wanted = _in_states(which, _PURGED)
+    with _opened(database) as executions:
+        _ask(
+            yes,
+            json_wanted,
+            lambda: executions.count(wanted),
+            'Delete {:,} executions? When their messages come again, they run again.',
+        )
+        deleted = executions.purge(wanted)
+    if json_wanted:
+        click.echo(json.dumps({'deleted': deleted}))
+    else:
+        click.echo(f'{deleted:,} execution{"" if deleted == 1 else "s"} deleted')
+
+
+@contextmanager
+def _opened(database: Database) -> Iterator[Executions]:
+    executions = Executions(database.config())
+    try:
+        yield executions
+    finally:
+        executions.close()
+
+
+def _in_states(which: ExecutionFilter, allowed: tuple[str, ...]) -> ExecutionFilter:
+    """The filter for the states that a command is for."""
+    if which.state is None:
+        return dataclasses.replace(which, state=allowed)
+    for state in which.states:
+        if state not in allowed:
+            raise click.UsageError(f'--state {state}: this command is for {" and ".join(allowed)}')
+    return which
+
+
+def _check_named(keys: tuple[str, ...], which: ExecutionFilter) -> None:
+    if bool(keys) is not which.selects_all:
+        raise click.UsageError('give KEYs, or a filter')
+
+
+def _ask(yes: bool, json_wanted: bool, count: Callable[[], int], question: str) -> None:
+    """Ask before something is changed."""
+    if yes:
+        return
+    if json_wanted:
+        raise click.UsageError('--json asks nothing: give --yes as well')
+    click.confirm(question.format(count()), abort=True)
+
+
+def _each(
+    keys: Iterable[str], action: Callable[[str], RecordedExecution], done: str, json_wanted: bool
+) -> None:
+    """Do it for each key by itself: what one is refused for does not concern the others."""
+    changed, refused = 0, dict[str, str]()
+    for key in keys:
+        try:
+            action(key)
+        except (NoSuchExecution, ExecutionRunning, DuplicateExecution) as error:
+            refused[key] = str(error)
+            if not json_wanted:
+                click.echo(printable(error), err=True)
+        else:
+            changed += 1
+            if not json_wanted:
+                click.echo(f'{printable(key)} {done}')
+    if json_wanted:
+        click.echo(json.dumps({'changed': changed, 'refused': refused}))
+    if refused:
+        raise SystemExit(1)
+
+
+def _batches(rows: Iterator[RecordedExecution]) -> Iterator[list[RecordedExecution]]:
+    while batch := list(itertools.islice(rows, _TOGETHER)):
+        yield batch
+
+
+def _print_rows(rows: list[RecordedExecution]) -> None:
+    result = table(
+        'key', 'state', 'attempts', 'node', 'began', 'ended', 'error', right=('attempts',)
+    )
+    for row in rows:
+        result.add_row(
+            _cut(printable(row['key']), _KEY_WIDTH),
+            row['state'],
+            f'{row["attempts"]:,}',
+            _cut(printable(row['node'] or ''), _NODE_WIDTH),
+            _time(row['started_at']),
+            _time(row['finished_at']),
+            _cut(printable(row['error'] or ''), _ERROR_WIDTH),
+        )
+    console().print(result)
+
+
+def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
+    state = found['state']
+    if state == 'lost':
+        state = 'lost: its node is gone, and whoever gets its message takes it over'
+    elif found['silent_sec'] is not None:
+        state = f'running (last heartbeat of its node {found["silent_sec"]:.0f} s ago)'
+    lines = [
+        ('key', found['key']),
+        ('state', state),
+        ('attempts', f'{found["attempts"]:,} (the last one has the fence {found["fence"]})'),
+        ('node', found['node'] or 'unknown'),
+        ('process', f'{found["pid"]} on {found["host"] or "an unknown host"}'),
+        ('began', _time(found['started_at'])),
+    ]
+    if found['finished_at'] is not None:
+        lines.append(('ended', _time(found['finished_at'])))
+    if found['expires_at'] is not None:
+        lines.append(('kept until', _time(found['expires_at'])))
+    if found['error'] is not None:
+        lines.append(('error', found['error']))
+    if found['result'] is not None:
+        lines.append(('result', _cut(found['result'], _RESULT_WIDTH)))
+    return lines
+
+
+def _write_json(rows: Iterator[RecordedExecution]) -> None:
+    """A JSON array, written as it is read: it may be longer than memory."""
+    first = next(rows, None)
+    if first is None:
+        click.echo('[]')
+        return
+    click.echo(f'[{as_json(first, indent=None)}', nl=False)
+    for row in rows:
+        click.echo(f',\n {as_json(row, indent=None)}', nl=False)
+    click.echo(']')
+
+
+def _time(moment: datetime.datetime | None) -> str:
+    return f'{moment:%Y-%m-%d %H:%M:%S}' if moment is not None else ''
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f'{text[: width - 1]}…'
+
+
+def _quoted(text: str) -> str:
+    return f'{printable(text)!r}'
