@@ -109,6 +109,12 @@ SELECT key, attempts, error, finished_at FROM sync_execution WHERE state = 'fail
 -- One key.
 SELECT state, node, fence, attempts, started_at, finished_at, result, error, expires_at FROM sync_execution WHERE key = 'order:17';
 
+-- Attempts at one key that failed or were lost.
+SELECT number, outcome, node, host, pid, started_at, ended_at, error FROM sync_attempt WHERE key = 'order:17' ORDER BY fence;
+
+-- Functions whose attempts fail or are lost most.
+SELECT split_part(key, ':', 1) AS function, outcome, count(*) FROM sync_attempt GROUP BY 1, 2 ORDER BY 3 DESC LIMIT 20;
+
 -- == The server ==
 
 -- Connections of nodes and of the command line.

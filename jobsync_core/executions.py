@@ -24,7 +24,7 @@ from .config import CoordinationConfig
 from .errors import ConfigurationError, DuplicateExecution, ExecutionRunning, NoSuchExecution
 from .ledger.keys import escape
 from .ledger.limits import DEFAULT_RETENTION, check_key
-from .results import ExecutionDetails, RecordedExecution
+from .results import ExecutionDetails, FormerAttempt, RecordedExecution
 from .store.ledger import LedgerStore, Slice
 from .store.selection import Selection, check_text
 from .store.sessions import Sessions
@@ -35,6 +35,7 @@ __all__ = [
     'ExecutionDetails',
     'ExecutionFilter',
     'Executions',
+    'FormerAttempt',
     'NoSuchExecution',
     'RecordedExecution',
 ]

@@ -14,6 +14,7 @@ __all__ = [
     'ExecutionDetails',
     'ExecutionInfo',
     'Explanation',
+    'FormerAttempt',
     'LockInfo',
     'NodeEvent',
     'NodeInfo',
@@ -154,13 +155,31 @@ class RecordedExecution(TypedDict):
     error: str | None
 
 
+class FormerAttempt(TypedDict):
+    """An attempt at a key that did not complete it: `outcome` is 'failed' or 'lost'; `number`
+    counts from 1.
+    """
+
+    number: int
+    outcome: str
+    node: str | None
+    host: str | None
+    pid: int | None
+    fence: int
+    started_at: datetime.datetime | None
+    ended_at: datetime.datetime | None
+    error: str | None
+
+
 class ExecutionDetails(RecordedExecution):
     """The same with what is told of one key alone: its `result` as the JSON text that is stored,
-    and, of one that is running, for how many seconds its node has been silent.
+    of one that is running, for how many seconds its node has been silent, and in `history` the
+    attempts that failed or were lost, in their order: the last hundred.
     """
 
     result: str | None
     silent_sec: float | None
+    history: list[FormerAttempt]
 
 
 class TaskAudit(TypedDict):

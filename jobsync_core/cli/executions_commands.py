@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from rich.table import Table
 
 from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
 from ..executions import STATES, ExecutionFilter, Executions
-from ..results import ExecutionDetails, RecordedExecution
+from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
 from .context import Database, console, database_options, printable
 from .status_view import as_json, table
 
@@ -161,6 +162,9 @@ def show_command(database: Database, key: str, json_wanted: bool) -> None:
         return
     for name, value in _lines(found):
         click.echo(f'{name:<10}{printable(value)}')
+    if found['history']:
+        click.echo('\nattempts that failed or were lost')
+        console().print(_history_table(found['history']))
 
 
 @executions_group.command('retry')
@@ -325,6 +329,23 @@ def _print_rows(rows: list[RecordedExecution]) -> None:
             _cut(printable(row['error'] or ''), _ERROR_WIDTH),
         )
     console().print(result)
+
+
+def _history_table(history: list[FormerAttempt]) -> Table:
+    result = table(
+        'number', 'outcome', 'node', 'process', 'began', 'ended', 'error', right=('number',)
+    )
+    for each in history:
+        result.add_row(
+            f'{each["number"]:,}',
+            each['outcome'],
+            _cut(printable(each['node'] or ''), _NODE_WIDTH),
+            _cut(printable(f'{each["pid"]} on {each["host"]}'), _NODE_WIDTH),
+            _time(each['started_at']),
+            _time(each['ended_at']),
+            _cut(printable(each['error'] or ''), _ERROR_WIDTH),
+        )
+    return result
 
 
 def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:

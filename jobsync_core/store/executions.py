@@ -286,7 +286,7 @@ class ExecutionStore(Store):
         """Let others take over what a process of this incarnation was running (or its one `key`);
         returns how many keys.
         """
-        return self._run(
+        ((number,),) = self._rows(
             'execution.release',
             {
                 'node': node,
@@ -297,6 +297,7 @@ class ExecutionStore(Store):
                 'key': key,
             },
         )
+        return int(number)
 
 
 def _holding(holder: Holder) -> dict[str, object]:

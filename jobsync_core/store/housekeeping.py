@@ -80,6 +80,7 @@ class Chore:
 
 CHORES: tuple[Chore, ...] = (
     Chore('expired executions', 5.0, 'housekeeping.expired_executions'),
+    Chore('expired attempts', 60.0, 'housekeeping.expired_attempts'),
     Chore('executions of nodes that are gone', 60.0, 'housekeeping.lost_executions'),
     Chore('claims of nodes that are gone', 30.0, 'housekeeping.lost_claims'),
     Chore('promises that nobody came back to', 30.0, 'housekeeping.old_promises'),

@@ -53,6 +53,7 @@ MIGRATIONS = (
     Migration(8, '08_queue_belonging'),
     Migration(9, '09_former_keys'),
     Migration(10, '10_queue_groups'),
+    Migration(11, '11_attempts'),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 

@@ -37,8 +37,8 @@ class Page:
 
 
 class LedgerStore(Store):
-    """The ledger's rows, for people. Each call is one statement, and short, however long the table
-    is.
+    """The ledger's rows, for people. Each call is a statement or two, and short, however long the
+    table is.
     """
 
     def page(self, selection: Selection, after: str, limit: int) -> Page:
@@ -69,9 +69,12 @@ class LedgerStore(Store):
         return self._slice('ledger.purge', selection, after, CHANGED)
 
     def look(self, key: str) -> ExecutionDetails | None:
-        """One key's row."""
+        """One key's row, with its earlier attempts."""
         found = self._dicts('ledger.look', {'key': key})
-        return cast(ExecutionDetails, found[0]) if found else None
+        if not found:
+            return None
+        history = self._dicts('ledger.attempts', {'key': key})
+        return cast(ExecutionDetails, {**found[0], 'history': history})
 
     def free(self, key: str, fence: int, error: str, retention_sec: float) -> bool:
         """End a lost attempt as failed; False where it is another one now, not lost, or locked.

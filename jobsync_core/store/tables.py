@@ -40,6 +40,10 @@ RELATIONS: Mapping[str, str] = {
         'key state node incarnation host boot_id pid_namespace pid started fence '
         'attempts started_at finished_at result error expires_at'
     ),
+    'attempt': (
+        'key slot number fence outcome node incarnation host pid started_at ended_at error '
+        'expires_at'
+    ),
     'queue': 'name node created_at kind gone_at broker place application',
     'node_queue': ('node home name kind broker place application created_at gone_at queue_group'),
     'schedule': 'name slot total_run_count entry updated_at',
@@ -48,10 +52,14 @@ RELATIONS: Mapping[str, str] = {
 VIEWS = frozenset({'token', 'group_token'})
 #: Functions, with the types of their arguments. Each pins its search_path, and names tables with
 #: their schema. Processes of earlier versions go on calling a name while a newer text stands behind
-#: it: a text that takes, gives or means something else gets another name, with its version
-#: (`begin_execution_v3`), and the old one stays.
+#: it: a text that takes, gives or means something else, or needs another right, gets another name,
+#: and the old one stays.
 FUNCTIONS: Mapping[str, str] = {
-    'begin_execution': 'text, text, text, text, text, text, integer, text',
+    'begin_execution': 'text, text, text, text, text, text, integer, text',  # up to version 10
+    'begin_attempt': 'text, text, text, text, text, text, integer, text',
+    'file_lost_attempt': (
+        'text, integer, bigint, text, text, text, integer, timestamp with time zone, text'
+    ),
     'finish_execution': 'jsonb, double precision, text, bigint',
 }
 #: Not qualified, as in CREATE INDEX; elsewhere write {schema}.{name of the index}.
@@ -64,6 +72,7 @@ INDEXES = (
     'audit_token',
     'execution_running',
     'execution_expiry',
+    'attempt_expiry',
 )
 
 
@@ -86,11 +95,14 @@ class Tables:
     claim: str
     audit: str
     execution: str
+    attempt: str
     cluster: str
     queue: str
     node_queue: str
     schedule: str
     begin_execution: str
+    begin_attempt: str
+    file_lost_attempt: str
     finish_execution: str
 
     def __init__(self, appname: str, schema: str = 'public', scope: str = '') -> None:

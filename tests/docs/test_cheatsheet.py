@@ -41,6 +41,8 @@ def cursor(make_config: Callable[..., CoordinationConfig]) -> Iterator[Cursor]:
         first.write_audit()
         other = next(task for task in range(mine + 1, 100) if first.can_claim_task(task))
         first.add_task(other)
+        with pytest.raises(ZeroDivisionError), first.once('order:17'):
+            raise ZeroDivisionError
         with first.once('order:17') as execution:
             execution.result = {'rows': 1}
         with pytest.raises(ZeroDivisionError), second.once('order:18'):

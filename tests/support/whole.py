@@ -231,6 +231,15 @@ def _look(config: CoordinationConfig, first: Job) -> None:
     run('undrain', 'n2')
     eventually(lambda: len(first.my_tokens) == config.total_tokens // 2)
     assert 'n1' in run('rebalances')
+    assert 'own cursor' in run('executions', 'list', '--key', 'own%', '--state', 'done')
+    assert 'ZeroDivisionError' in run('executions', 'show', 'broken')
+    run('executions', 'forget', 'broken', '--yes')
+    assert json.loads(run('executions', 'purge', '--key', 'key:0:%', '--yes', '--json')) == {
+        'deleted': 4
+    }
+    with pytest.raises(ZeroDivisionError), first.once('broken'):
+        raise ZeroDivisionError
+    assert 'is free' in run('executions', 'retry', '--state', 'failed', '--yes')
     run('init-db')
     run('doctor')
 

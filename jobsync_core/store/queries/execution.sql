@@ -11,7 +11,7 @@ f.began, f.registered, f.state, f.free, f.fence, f.attempts, f.result::text, f.n
 -- Takes a key, if it is free; what was found. A key whose row is locked is waited for only shortly:
 -- whoever holds it is about to complete it, or will not soon.
 SELECT pg_catalog.set_config('lock_timeout', %(wait)s, true);
-SELECT {found} FROM {begin_execution}(
+SELECT {found} FROM {begin_attempt}(
     %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
     %(started)s) AS f
 
@@ -26,7 +26,7 @@ SELECT set_config('lock_timeout', '100ms', true)
 {hardly_wait};
 SELECT wanted.number, {found}
 FROM unnest(%(keys)s::text[]) WITH ORDINALITY AS wanted (key, number),
-    {begin_execution}(
+    {begin_attempt}(
         wanted.key, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
         %(started)s) AS f
 
@@ -45,17 +45,43 @@ FROM unnest(
         %(fences)s::bigint[])
     WITH ORDINALITY AS done (result, retention, key, fence, number)
 
+-- piece: filing
+-- An attempt that has ended is filed among the earlier ones of its key, in the statement that ends it.
+INSERT INTO {attempt}
+    (key, slot, number, fence, outcome, node, incarnation, host, pid, started_at, ended_at, error,
+        expires_at)
+
+-- piece: in_its_slot
+-- In place of the one a hundred before.
+ON CONFLICT (key, slot) DO UPDATE SET
+    number = excluded.number, fence = excluded.fence, outcome = excluded.outcome,
+    node = excluded.node, incarnation = excluded.incarnation, host = excluded.host,
+    pid = excluded.pid, started_at = excluded.started_at, ended_at = excluded.ended_at,
+    error = excluded.error, expires_at = excluded.expires_at
+
 -- name: take_over
 -- Takes a running key whose holder is dead, if its fence is still the same.
-UPDATE {execution} AS e
-SET node = me.name, incarnation = me.incarnation, host = %(host)s, boot_id = %(boot_id)s,
-    pid_namespace = %(pid_namespace)s, pid = %(pid)s, started = %(started)s,
-    fence = greatest(e.fence + 1, pg_current_xact_id()::text::bigint),
-    attempts = e.attempts + 1, started_at = now()
-FROM {node} AS me
-WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s
-    AND me.incarnation = %(incarnation)s
-RETURNING e.fence, e.attempts
+WITH former AS (
+    SELECT * FROM {execution} WHERE key = %(key)s AND fence = %(fence)s
+), taken AS (
+    UPDATE {execution} AS e
+    SET node = me.name, incarnation = me.incarnation, host = %(host)s, boot_id = %(boot_id)s,
+        pid_namespace = %(pid_namespace)s, pid = %(pid)s, started = %(started)s,
+        fence = greatest(e.fence + 1, pg_current_xact_id()::text::bigint),
+        attempts = e.attempts + 1, started_at = now()
+    FROM {node} AS me
+    WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s
+        AND me.incarnation = %(incarnation)s
+    RETURNING e.fence, e.attempts
+), filed AS (
+    {filing}
+    SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence, 'lost', f.node, f.incarnation, f.host,
+        f.pid, f.started_at, now(), 'its process was gone: ' || %(node)s || ' took the key over',
+        now() + interval '7 days'
+    FROM former AS f WHERE EXISTS (SELECT FROM taken)
+    {in_its_slot}
+)
+SELECT fence, attempts FROM taken
 
 -- piece: completing
 -- Completes a key in a transaction of the user's. Only a running attempt becomes complete there: with
@@ -162,15 +188,32 @@ WITH loose AS (
     SET state = 'failed', error = %(error)s, finished_at = now(),
         expires_at = now() + make_interval(secs => %(retention)s)
     FROM loose WHERE e.key = loose.key
-    RETURNING e.key
+    RETURNING e.*
+), filed AS (
+    {filing}
+    SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence, 'failed', f.node, f.incarnation, f.host,
+        f.pid, f.started_at, f.finished_at, f.error, f.expires_at
+    FROM failed AS f
+    {in_its_slot}
 )
 SELECT CASE WHEN EXISTS (SELECT FROM failed) THEN 'failed' ELSE e.state END
 FROM {execution} AS e WHERE e.key = %(key)s AND e.fence = %(fence)s
 
 -- name: release
--- Lets others take over what a process was running, or its one key.
-UPDATE {execution}
-SET state = 'failed', error = %(error)s, finished_at = now(),
-    expires_at = now() + make_interval(secs => %(retention)s)
-WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AND pid = %(pid)s
-    AND (%(key)s::text IS NULL OR key = %(key)s)
+-- Lets others take over what a process was running, or its one key; how many keys.
+WITH failed AS (
+    UPDATE {execution}
+    SET state = 'failed', error = %(error)s, finished_at = now(),
+        expires_at = now() + make_interval(secs => %(retention)s)
+    WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AND pid = %(pid)s
+        AND (%(key)s::text IS NULL OR key = %(key)s)
+    RETURNING *
+), filed AS (
+    {filing}
+    SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence,
+        CASE WHEN %(key)s::text IS NULL THEN 'lost' ELSE 'failed' END, f.node, f.incarnation,
+        f.host, f.pid, f.started_at, f.finished_at, f.error, f.expires_at
+    FROM failed AS f
+    {in_its_slot}
+)
+SELECT count(*) FROM failed

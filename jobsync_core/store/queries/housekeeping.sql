@@ -20,6 +20,18 @@ WITH gone AS (
 )
 SELECT count(*), max(expires_at)::text FROM gone
 
+-- name: expired_attempts
+-- Deletes earlier attempts that are past their time.
+WITH gone AS (
+    DELETE FROM {attempt} WHERE ctid = ANY(ARRAY(
+        SELECT a.ctid FROM {attempt} AS a
+        WHERE a.expires_at <= now()
+            AND a.expires_at >= coalesce(%(position)s::timestamptz, '-infinity')
+        ORDER BY a.expires_at LIMIT %(rows)s FOR UPDATE OF a SKIP LOCKED))
+    RETURNING expires_at
+)
+SELECT count(*), max(expires_at)::text FROM gone
+
 -- name: lost_executions
 -- Gives running rows of nodes that are gone an end: they may be taken over for as long as they are
 -- there. The lives (a node's name and incarnation) that have rows are each found by one step down

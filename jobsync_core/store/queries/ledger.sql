@@ -79,7 +79,9 @@ WITH {slice}, gone AS (
         SELECT e.ctid FROM slice, {execution} AS e
         WHERE {within} AND e.key <= slice.last AND {chosen} AND {ended}
         FOR UPDATE OF e SKIP LOCKED))
-    RETURNING 1
+    RETURNING key
+), former AS (
+    DELETE FROM {attempt} AS a USING gone WHERE a.key = gone.key
 )
 SELECT slice.last, slice.looked, (SELECT count(*) FROM gone) FROM slice
 
@@ -96,18 +98,40 @@ FROM {execution} AS e WHERE e.key = %(key)s
 WITH mine AS (
     SELECT e.key FROM {execution} AS e
     WHERE e.key = %(key)s AND e.fence = %(fence)s AND {is_lost} FOR UPDATE OF e SKIP LOCKED
+), failed AS (
+    UPDATE {execution} AS e
+    SET state = 'failed', error = %(error)s, finished_at = now(),
+        expires_at = now() + make_interval(secs => %(retention)s)
+    FROM mine WHERE e.key = mine.key
+    RETURNING e.*
+), filed AS (
+    {filing}
+    SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence, 'lost', f.node, f.incarnation, f.host,
+        f.pid, f.started_at, f.finished_at, f.error, f.expires_at
+    FROM failed AS f
+    {in_its_slot}
 )
-UPDATE {execution} AS e
-SET state = 'failed', error = %(error)s, finished_at = now(),
-    expires_at = now() + make_interval(secs => %(retention)s)
-FROM mine WHERE e.key = mine.key
+SELECT FROM failed
+
+-- name: attempts
+-- The earlier attempts of a key, in their order.
+SELECT a.number, a.outcome, a.node, a.host, a.pid, a.fence,
+    CASE WHEN a.started_at BETWEEN '0002-01-01' AND '9998-12-31' THEN a.started_at END AS started_at,
+    CASE WHEN a.ended_at BETWEEN '0002-01-01' AND '9998-12-31' THEN a.ended_at END AS ended_at,
+    a.error
+FROM {attempt} AS a WHERE a.key = %(key)s ORDER BY a.fence
 
 -- name: forget
--- Deletes the row of a key at which nobody is, if it is still of the same attempt and nobody
--- has locked it.
+-- Deletes the row of a key at which nobody is, and those of its earlier attempts, if it is still of
+-- the same attempt and nobody has locked it.
 WITH mine AS (
     SELECT e.key FROM {execution} AS e
     WHERE e.key = %(key)s AND e.fence = %(fence)s AND {ended}
     FOR UPDATE OF e SKIP LOCKED
+), gone AS (
+    DELETE FROM {execution} AS e USING mine WHERE e.key = mine.key
+    RETURNING e.key
+), former AS (
+    DELETE FROM {attempt} AS a USING gone WHERE a.key = gone.key
 )
-DELETE FROM {execution} AS e USING mine WHERE e.key = mine.key
+SELECT FROM gone

@@ -31,7 +31,7 @@ from tests.support.rows import Rows, rows_of
 from tests.support.waiting import eventually
 
 TODAY = datetime.date(2024, 5, 6)
-EXPIRED, LOST, CLAIMS, PROMISES, REBALANCES = CHORES
+EXPIRED, ATTEMPTS, LOST, CLAIMS, PROMISES, REBALANCES = CHORES
 
 
 @pytest.fixture
@@ -129,6 +129,18 @@ class TestWhatGoes:
         assert rows.run(
             f'SELECT node, count(*) FROM {rows.tables.execution} GROUP BY 1 ORDER BY 1'
         ) == [('endless', 2), ('fresh', 3)]
+
+    def test_attempts_past_their_time(self, rows: Rows, connection: Connection) -> None:
+        rows.run(
+            f'INSERT INTO {rows.tables.attempt} (key, slot, number, fence, outcome, ended_at, '
+            "expires_at) SELECT 'k' || n % 5, n, n, n, 'failed', now(), "
+            "now() + CASE WHEN n % 5 = 0 THEN interval '1 hour' ELSE '-1 second' END "
+            'FROM generate_series(1, 50) AS n'.replace('%', '%%')
+        )
+        tidy(connection, rows, ATTEMPTS, size=7)
+        assert rows.run(f'SELECT key, count(*) FROM {rows.tables.attempt} GROUP BY 1') == [
+            ('k0', 10)
+        ]
 
     def test_claims_of_nodes_that_are_gone(self, rows: Rows, connection: Connection) -> None:
         rows.node('a')
@@ -267,7 +279,7 @@ class TestCost:
                     f'{SETTINGS}; EXPLAIN {rows.tables.sql(chore.statement)}', parameters
                 )
             )
-            for table in ('execution', 'claim', 'rebalance'):
+            for table in ('execution', 'attempt', 'claim', 'rebalance'):
                 assert f'Seq Scan on {rows.tables.appname}{table}' not in plan, plan
             connection.execute('ANALYZE')  # and with statistics, too
 
