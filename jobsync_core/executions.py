@@ -43,7 +43,7 @@ __all__ = [
 #: What an execution can be. A lost one was running on a node that is gone: whoever gets its message
 #: takes it over.
 STATES = ('running', 'lost', 'done', 'failed')
-_PAGE = 1000
+_PAGE = 5000
 _RACES = 10
 
 T = TypeVar('T')
