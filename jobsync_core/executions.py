@@ -165,7 +165,17 @@ class Executions:
             which: Which ones.
             limit: How many at most; None: all.
             after: Only those whose key comes behind this one: where an earlier call left off.
+
+        Raises:
+            ConfigurationError: `after` cannot be a key.
         """
+        if after:
+            check_text('after', after)
+        return self._find(which, limit, after)
+
+    def _find(
+        self, which: ExecutionFilter, limit: int | None, after: str
+    ) -> Iterator[RecordedExecution]:
         selection, left = which.selection, math.inf if limit is None else limit
         while left > 0:
             size, at = int(min(left, _PAGE)), after

@@ -51,7 +51,9 @@ def run(config: CoordinationConfig) -> Run:
         f'/{config.dbname}'
     )
     runner = CliRunner(env={'JOBSYNC_DATABASE_URL': url, 'COLUMNS': '200'})
-    return lambda *words, **options: runner.invoke(jobsync, ['executions', *words], **options)
+    return lambda *words, command='executions', **options: runner.invoke(
+        jobsync, [command, *words], **options
+    )
 
 
 def good(result: Result) -> str:
@@ -198,6 +200,41 @@ class TestPurge:
     def test_what_cannot_be_meant(self, rows: Rows, run: Run, words: tuple[str, ...]) -> None:
         bad(run('purge', *words), 2)
         assert len(keys(rows)) == 4
+
+
+@pytest.mark.usefixtures('rows')
+def test_who_tells_that_it_is_lost(run: Run) -> None:
+    assert 'lost on gone' in good(run('mail:4', command='who'))
+
+
+def test_who_only_looks_needs_three_tables_and_the_doctor_names_what_is_missing(
+    rows: Rows, config: CoordinationConfig
+) -> None:
+    role = f'reader_{config.dbname}'
+    tables = rows.tables
+    rows.run(
+        f"CREATE ROLE {role} LOGIN PASSWORD 'look'; GRANT USAGE ON SCHEMA public TO {role}; "
+        f'GRANT SELECT ON {tables.node}, {tables.execution}, {tables.attempt} TO {role}'
+    )
+    try:
+        url = f'postgresql://{role}:look@{config.host}:{config.port}/{config.dbname}'
+        runner = CliRunner(env={'JOBSYNC_DATABASE_URL': url, 'COLUMNS': '200'})
+
+        def ask(*words: str) -> Result:
+            return runner.invoke(jobsync, list(words))
+
+        assert 'charge:1' in good(ask('executions', 'list'))
+        assert 'done' in good(ask('executions', 'show', 'charge:1'))
+        for words in (
+            ('forget', 'charge:1', '--yes'),
+            ('purge', '--all', '--yes'),
+            ('retry', 'mail:4'),
+        ):
+            assert 'jobsync doctor' in bad(ask('executions', *words)), words
+        assert f'DELETE on "public"."{config.appname}attempt"' in ask('doctor').output
+        assert len(keys(rows)) == 4
+    finally:
+        rows.run(f'DROP OWNED BY {role}; DROP ROLE {role}')
 
 
 def test_tables_that_are_not_there(run: Run) -> None:

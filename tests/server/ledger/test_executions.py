@@ -125,6 +125,13 @@ class TestFind:
         assert keys(executions, limit=2) == every[:2]
         assert keys(executions, limit=2, after='k0') == [key for key in every if key > 'k0'][:2]
 
+    @pytest.mark.parametrize('after', ['a\0', '\ud800'])
+    def test_a_place_to_go_on_from_that_can_be_no_key(
+        self, executions: Executions, after: str
+    ) -> None:
+        with pytest.raises(ValueError, match='after'):
+            executions.find(after=after)
+
     def test_keys_come_in_the_order_of_their_code_points(
         self, rows: Rows, executions: Executions
     ) -> None:
