@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from .config import CoordinationConfig
 from .errors import ConfigurationError, DuplicateExecution, ExecutionRunning, NoSuchExecution
@@ -46,6 +46,7 @@ STATES = ('running', 'lost', 'done', 'failed')
 _PAGE = 5000
 _RACES = 10
 
+P = ParamSpec('P')
 T = TypeVar('T')
 
 
@@ -178,8 +179,7 @@ class Executions:
     ) -> Iterator[RecordedExecution]:
         selection, left = which.selection, math.inf if limit is None else limit
         while left > 0:
-            size, at = int(min(left, _PAGE)), after
-            page = self._ask(lambda store: store.page(selection, at, size))  # noqa: B023
+            page = self._ask(LedgerStore.page, selection, after, int(min(left, _PAGE)))
             yield from page.rows
             left -= len(page.rows)
             if page.last is None:
@@ -188,8 +188,7 @@ class Executions:
 
     def count(self, which: ExecutionFilter = _ALL) -> int:
         """How many there are: it looks at each."""
-        selection = which.selection
-        return self._through(lambda store, after: store.count(selection, after))
+        return self._through(LedgerStore.count, which.selection)
 
     def show(self, key: str) -> ExecutionDetails:
         """What is known of one key.
@@ -198,7 +197,7 @@ class Executions:
             NoSuchExecution: The ledger does not have it.
         """
         check_key(key)
-        found = self._ask(lambda store: store.look(key))
+        found = self._ask(LedgerStore.look, key)
         if found is None:
             raise _unknown(key)
         return found
@@ -214,23 +213,7 @@ class Executions:
             ExecutionRunning: A live node is at it.
             DuplicateExecution: It is complete. `forget` makes it run again.
         """
-
-        def act(store: LedgerStore, found: ExecutionDetails) -> bool:
-            if found['state'] == 'done':
-                complete = DuplicateExecution(
-                    f'the key {key!r} is complete, and is not tried again; to have it run once '
-                    'more, forget it first'
-                )
-                complete.key = key
-                raise complete
-            return found['state'] == 'failed' or store.free(
-                key,
-                found['fence'],
-                f'its process was lost, and an operator freed the key (node {found["node"]})',
-                DEFAULT_RETENTION.total_seconds(),
-            )
-
-        self._change(key, act)
+        self._change(key, _free)
         return self.show(key)
 
     def forget(self, key: str) -> RecordedExecution:
@@ -241,7 +224,7 @@ class Executions:
             NoSuchExecution: The ledger does not have it.
             ExecutionRunning: A live node is at it.
         """
-        return self._change(key, lambda store, found: store.forget(key, found['fence']))
+        return self._change(key, _forget)
 
     def purge(self, which: ExecutionFilter) -> int:
         """Delete all that a filter selects, but none that a live node is at; how many.
@@ -257,8 +240,7 @@ class Executions:
                 "state='running': an execution that runs is not deleted; stop its node, then it is "
                 "'lost'"
             )
-        selection = which.selection
-        return self._through(lambda store, after: store.purge(selection, after))
+        return self._through(LedgerStore.purge, which.selection)
 
     def _change(
         self, key: str, act: Callable[[LedgerStore, ExecutionDetails], bool]
@@ -268,7 +250,7 @@ class Executions:
             found = self.show(key)
             if found['state'] == 'running':
                 raise _running(found)
-            if self._ask(lambda store: act(store, found)):  # noqa: B023
+            if self._ask(act, found):
                 return found
         busy = ExecutionRunning(
             f'others are changing the key {key!r} at this very moment: look at it again'
@@ -276,20 +258,46 @@ class Executions:
         busy.key = key
         raise busy
 
-    def _through(self, step: Callable[[LedgerStore, str], Slice]) -> int:
+    def _through(
+        self, step: Callable[[LedgerStore, Selection, str], Slice], selection: Selection
+    ) -> int:
+        """Take one step after the other through the table; the sum of what they did."""
         total, after = 0, ''
         while True:
-            at = after
-            done = self._ask(lambda store: step(store, at))  # noqa: B023
+            done = self._ask(step, selection, after)
             total += done.number
             if done.last is None:
                 return total
             after = done.last
 
-    def _ask(self, question: Callable[[LedgerStore], T]) -> T:
-        """One statement in a transaction of its own."""
+    def _ask(
+        self, question: Callable[Concatenate[LedgerStore, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Ask the store, in a transaction of its own."""
         with self._sessions.session() as connection:
-            return question(LedgerStore(connection, self._tables))
+            return question(LedgerStore(connection, self._tables), *args, **kwargs)
+
+
+def _free(store: LedgerStore, found: ExecutionDetails) -> bool:
+    """What `retry` does about a key that nobody is at."""
+    key = found['key']
+    if found['state'] == 'done':
+        complete = DuplicateExecution(
+            f'the key {key!r} is complete, and is not tried again; to have it run once more, '
+            'forget it first'
+        )
+        complete.key = key
+        raise complete
+    return found['state'] == 'failed' or store.free(
+        key,
+        found['fence'],
+        f'its node {found["node"]} was gone: an operator freed the key',
+        DEFAULT_RETENTION.total_seconds(),
+    )
+
+
+def _forget(store: LedgerStore, found: ExecutionDetails) -> bool:
+    return store.forget(found['key'], found['fence'])
 
 
 def _unknown(key: str) -> NoSuchExecution:

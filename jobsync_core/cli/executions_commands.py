@@ -161,7 +161,7 @@ def show_command(database: Database, key: str, json_wanted: bool) -> None:
         click.echo(as_json(found))
         return
     for name, value in _lines(found):
-        click.echo(f'{name:<10}{printable(value)}')
+        click.echo(f'{name:<11}{printable(value)}')
     if found['history']:
         click.echo('\nattempts that failed or were lost')
         console().print(_history_table(found['history']))

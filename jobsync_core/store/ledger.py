@@ -69,7 +69,7 @@ class LedgerStore(Store):
         return self._slice('ledger.purge', selection, after, CHANGED)
 
     def look(self, key: str) -> ExecutionDetails | None:
-        """One key's row, with its earlier attempts."""
+        """One key's row, with its attempts that failed or were lost."""
         found = self._dicts('ledger.look', {'key': key})
         if not found:
             return None

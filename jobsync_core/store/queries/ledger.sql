@@ -114,7 +114,7 @@ WITH mine AS (
 SELECT FROM failed
 
 -- name: attempts
--- The earlier attempts of a key, in their order.
+-- The attempts at a key that failed or were lost, in their order.
 SELECT a.number, a.outcome, a.node, a.host, a.pid, a.fence,
     CASE WHEN a.started_at BETWEEN '0002-01-01' AND '9998-12-31' THEN a.started_at END AS started_at,
     CASE WHEN a.ended_at BETWEEN '0002-01-01' AND '9998-12-31' THEN a.ended_at END AS ended_at,
