@@ -18,6 +18,7 @@ from rich.table import Table
 from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
 from ..executions import STATES, ExecutionFilter, Executions
 from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
+from .columns import columns, cut
 from .context import Database, console, database_options, printable
 from .status_view import as_json, table
 
@@ -315,20 +316,19 @@ def _batches(rows: Iterator[RecordedExecution]) -> Iterator[list[RecordedExecuti
 
 
 def _print_rows(rows: list[RecordedExecution]) -> None:
-    result = table(
-        'key', 'state', 'attempts', 'node', 'began', 'ended', 'error', right=('attempts',)
-    )
-    for row in rows:
-        result.add_row(
-            _cut(printable(row['key']), _KEY_WIDTH),
+    cells = [
+        (
+            cut(printable(row['key']), _KEY_WIDTH),
             row['state'],
             f'{row["attempts"]:,}',
-            _cut(printable(row['node'] or ''), _NODE_WIDTH),
+            cut(printable(row['node'] or ''), _NODE_WIDTH),
             _time(row['started_at']),
             _time(row['finished_at']),
-            _cut(printable(row['error'] or ''), _ERROR_WIDTH),
+            cut(printable(row['error'] or ''), _ERROR_WIDTH),
         )
-    console().print(result)
+        for row in rows
+    ]
+    click.echo(columns(('key', 'state', 'attempts', 'node', 'began', 'ended', 'error'), cells))
 
 
 def _history_table(history: list[FormerAttempt]) -> Table:
@@ -339,11 +339,11 @@ def _history_table(history: list[FormerAttempt]) -> Table:
         result.add_row(
             f'{each["number"]:,}',
             each['outcome'],
-            _cut(printable(each['node'] or ''), _NODE_WIDTH),
-            _cut(printable(f'{each["pid"]} on {each["host"]}'), _NODE_WIDTH),
+            cut(printable(each['node'] or ''), _NODE_WIDTH),
+            cut(printable(f'{each["pid"]} on {each["host"]}'), _NODE_WIDTH),
             _time(each['started_at']),
             _time(each['ended_at']),
-            _cut(printable(each['error'] or ''), _ERROR_WIDTH),
+            cut(printable(each['error'] or ''), _ERROR_WIDTH),
         )
     return result
 
@@ -369,7 +369,7 @@ def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
     if found['error'] is not None:
         lines.append(('error', found['error']))
     if found['result'] is not None:
-        lines.append(('result', _cut(found['result'], _RESULT_WIDTH)))
+        lines.append(('result', cut(found['result'], _RESULT_WIDTH)))
     return lines
 
 
@@ -387,10 +387,6 @@ def _write_json(rows: Iterator[RecordedExecution]) -> None:
 
 def _time(moment: datetime.datetime | None) -> str:
     return f'{moment:%Y-%m-%d %H:%M:%S}' if moment is not None else ''
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f'{text[: width - 1]}…'
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ from ..assignment.patterns import eligible
 from ..results import LockInfo
 from ..store.locks import LockStore
 from ..store.status import StatusStore
+from .columns import columns, cut
 from .context import Database, database_options, printable
 from .status_view import as_json, patterns
 
@@ -58,15 +59,7 @@ def list_command(database: Database, limit: int, everything: bool, json_wanted: 
         return
     rows = [_cells(lock) for lock in found]
     names = ('task', 'patterns', 'queue', 'reason', 'created by', 'created', 'expires')
-    widths = [
-        max(len(name), *map(len, column))
-        for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    ]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (names, *rows)
-    ]
-    click.echo('\n'.join(lines))
+    click.echo(columns(names, rows))
     if number > len(found):
         click.echo(
             f'and {number - len(found):,} more of {number:,}: --all lists them, --json with '
@@ -87,11 +80,7 @@ def _cells(lock: LockInfo) -> tuple[str, ...]:
         f'{lock["created_at"]:%Y-%m-%d %H:%M:%S}',
         f'{lock["expires_at"]:%Y-%m-%d %H:%M:%S}' if lock['expires_at'] else 'never',
     )
-    return tuple(_cut(printable(cell), width) for cell, width in zip(cells, _WIDTHS, strict=True))
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f'{text[: width - 1]}…'
+    return tuple(cut(printable(cell), width) for cell, width in zip(cells, _WIDTHS, strict=True))
 
 
 @locks_group.command('add')
