@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .. import clock
 from ..errors import (
@@ -49,6 +49,9 @@ _BUSY = Row(
     holder=None,
 )
 
+#: A key, who wants it, and how many attempts at it may be lost.
+_Wanted: TypeAlias = 'tuple[str, Holder, int | None]'
+
 T = TypeVar('T')
 R = TypeVar('R')
 
@@ -68,13 +71,21 @@ class LedgerCalls:
         self._sessions = sessions
         self._tables = tables
         # By process: a forked child begins with nothing of its parent's under way.
-        self._begins: dict[int, GroupCommit[tuple[str, Holder], Row]] = {}
+        self._begins: dict[int, GroupCommit[_Wanted, Row]] = {}
         self._finishes: dict[int, GroupCommit[Completion, bool]] = {}
         self._repeats = Repeats()
 
-    def begin(self, key: str, holder: Holder) -> Row:
-        """Take the key, if it can be taken."""
-        return self._grouped(self._begins, self._begin_one, self._begin_many).send((key, holder))
+    def begin(self, key: str, holder: Holder, max_lost: int | None = None) -> Row:
+        """Take the key, if it can be taken.
+
+        Args:
+            key: The key.
+            holder: Who takes it.
+            max_lost: Attempts at it that may be lost; then it is dead. None: any number.
+        """
+        return self._grouped(self._begins, self._begin_one, self._begin_many).send(
+            (key, holder, max_lost)
+        )
 
     def has_prefix(self, prefix: str) -> bool:
         """Whether there is any key that begins so; a prefix ends with ':'."""
@@ -141,28 +152,30 @@ class LedgerCalls:
             else groups.setdefault(pid, GroupCommit(one, many, 3 * self._sessions.longest_call_sec))
         )
 
-    def _begin_one(self, wanted: tuple[str, Holder]) -> Row:
+    def _begin_one(self, wanted: _Wanted) -> Row:
         return self._call(lambda store: self._claim(store, *wanted))
 
-    def _begin_many(self, wanted: Sequence[tuple[str, Holder]]) -> Sequence[Row | None]:
-        keys, holder = [key for key, _ in wanted], wanted[0][1]
-        if any(other != holder for _, other in wanted):
+    def _begin_many(self, wanted: Sequence[_Wanted]) -> Sequence[Row | None]:
+        keys, limits = [key for key, _, _ in wanted], [most for _, _, most in wanted]
+        holder = wanted[0][1]
+        if any(other != holder for _, other, _ in wanted):
             return [None] * len(wanted)  # this node has just got another incarnation
-        rows = self._call_many(lambda store: store.begin_many(keys, holder))
+        rows = self._call_many(lambda store: store.begin_many(keys, holder, limits))
         if rows is None:
             return [None] * len(wanted)
         return [
-            row if row.began or not row.registered or row.state == 'done' else None for row in rows
+            row if row.began or row.dead or not row.registered or row.state == 'done' else None
+            for row in rows
         ]
 
     def _finish_many(self, completions: Sequence[Completion]) -> Sequence[bool | None]:
         found = self._call_many(lambda store: store.finish_many(completions))
         return [None] * len(completions) if found is None else found
 
-    def _claim(self, store: ExecutionStore, key: str, holder: Holder) -> Row:
+    def _claim(self, store: ExecutionStore, key: str, holder: Holder, max_lost: int | None) -> Row:
         for _ in range(_RACES):
             try:
-                row = store.begin(key, holder)
+                row = store.begin(key, holder, max_lost)
             except LockNotAvailable:
                 self._check_table(store)
                 if store.state_of(key) == 'running':
@@ -172,13 +185,20 @@ class LedgerCalls:
                     'had locked its table',
                     _LOCKED,
                 ) from None
-            if row.began or not row.registered:
+            if row.began or row.dead or not row.registered:
                 return row
             if row.free or row.state is None:
                 continue
             if row.state == 'done' or not _is_gone(row, holder):
                 return row
-            taken = store.take_over(key, holder, row.fence)
+            # A row of this very process that it does not hold is an attempt whose begin was not
+            # answered: it has not run, and was not lost.
+            lost = row.holder != holder
+            if lost and max_lost is not None and row.lost >= max_lost:
+                if store.bury(key, holder, row.fence):
+                    return dataclasses.replace(row, dead=True)
+                continue
+            taken = store.take_over(key, holder, row.fence, lost)
             if taken is not None:
                 return dataclasses.replace(row, began=True, fence=taken[0], attempts=taken[1])
         return _BUSY
@@ -294,5 +314,4 @@ def _plain(text: str) -> str:
 
 
 def _is_gone(row: Row, me: Holder) -> bool:
-    # A row of this very process that it does not hold is an attempt whose reply was lost.
     return row.holder is not None and (row.holder == me or is_known_dead(row.holder.process))

@@ -46,10 +46,12 @@ class Row:
     Args:
         began: The caller holds the key now, by `fence`.
         registered: The caller's incarnation is in the node table; without that nothing is begun.
-        state: 'running', 'done' or 'failed'; None where there is no row.
+        state: 'running', 'done', 'failed' or 'dead', before this call; None where there is no row.
         free: The row may be taken over, but another process has just done so: ask again.
         result: JSON text.
         holder: Who holds or held the key.
+        lost: How many attempts at the key were lost; the one that was taken over is among them.
+        dead: Too many were lost: nothing begins the key.
     """
 
     began: bool
@@ -60,6 +62,8 @@ class Row:
     attempts: int
     result: str | None
     holder: Holder | None
+    lost: int = 0
+    dead: bool = False
 
 
 #: A statement with its parameters.
@@ -123,38 +127,74 @@ def steps(tables: Tables, completion: Completion, place: str) -> Steps:
 class ExecutionStore(Store):
     """The ledger."""
 
-    def begin(self, key: str, holder: Holder) -> Row:
+    def begin(self, key: str, holder: Holder, max_lost: int | None = None) -> Row:
         """Take the key if it is new, failed, expired, or running under an incarnation that is no
-        longer in the node table.
+        longer in the node table; where as many attempts at it were lost as may be, it is dead from
+        now on instead.
 
-        A row with `began` false and `free` true, or with no state, lost a race: ask again.
+        A row with `began` and `dead` false and `free` true, or with no state, lost a race: ask
+        again.
+
+        Args:
+            key: The key.
+            holder: Who takes it.
+            max_lost: Attempts that may be lost; None: there is no limit.
         """
-        (values,) = self._rows(
-            'execution.begin', {**_holding(holder), 'key': key, 'wait': f'{_BEGIN_WAIT_SEC}s'}
-        )
+        parameters = {'key': key, 'max_lost': max_lost, 'wait': f'{_BEGIN_WAIT_SEC}s'}
+        (values,) = self._rows('execution.begin', {**_holding(holder), **parameters})
         return _row(values)
 
-    def begin_many(self, keys: Sequence[str], holder: Holder) -> list[Row]:
+    def begin_many(
+        self, keys: Sequence[str], holder: Holder, limits: Sequence[int | None] = ()
+    ) -> list[Row]:
         """`begin` for several keys, each given once, in one transaction; their rows in the same
         order.
+
+        Args:
+            keys: The keys.
+            holder: Who takes them.
+            limits: Attempts that may be lost, for each key; where none are given there is no limit.
 
         Raises:
             StatementRefused: Nothing was begun; LockNotAvailable where one of the keys would have
                 to wait for another transaction.
         """
         order = sorted(range(len(keys)), key=keys.__getitem__)
+        limits = limits or [None] * len(keys)
         rows = self._rows(
-            'execution.begin_many', {**_holding(holder), 'keys': [keys[place] for place in order]}
+            'execution.begin_many',
+            {
+                **_holding(holder),
+                'keys': [keys[place] for place in order],
+                'limits': [limits[place] for place in order],
+            },
         )
         found = {order[number - 1]: _row(values) for number, *values in rows}
         return [found[place] for place in range(len(keys))]
 
-    def take_over(self, key: str, holder: Holder, fence: int) -> tuple[int, int] | None:
+    def take_over(
+        self, key: str, holder: Holder, fence: int, lost: bool = True
+    ) -> tuple[int, int] | None:
         """Take a running key whose holder is known to be dead, if its fence is still `fence`;
         returns the new fence and attempts.
+
+        Args:
+            key: The key.
+            holder: Who takes it.
+            fence: Of the attempt that had it.
+            lost: Whether that one was lost; otherwise it has not run.
         """
-        row = self._row('execution.take_over', {**_holding(holder), 'key': key, 'fence': fence})
+        row = self._row(
+            'execution.take_over', {**_holding(holder), 'key': key, 'fence': fence, 'lost': lost}
+        )
         return (row[0], row[1]) if row else None
+
+    def bury(self, key: str, holder: Holder, fence: int) -> bool:
+        """Have a running key be dead whose holder is known to be dead, as too many attempts at it
+        were lost; False where its fence is not `fence` any more.
+        """
+        row = self._row('execution.bury', {'key': key, 'fence': fence, 'node': holder.node})
+        return row is not None and bool(row[0])
 
     def begin_transaction(self) -> Began:
         """Begin a transaction of the user's: without the limits of short calls, and known, so that
@@ -333,6 +373,8 @@ def _row(values: Sequence[Any]) -> Row:
         pid_namespace,
         pid,
         started,
+        lost,
+        dead,
     ) = values
     holder = None
     if state is not None:
@@ -344,4 +386,15 @@ def _row(values: Sequence[Any]) -> Row:
             started=started or '',
         )
         holder = Holder(node or '', str(incarnation or ''), process)
-    return Row(began, registered, state, bool(free), fence or 0, attempts or 0, result, holder)
+    return Row(
+        began,
+        registered,
+        state,
+        bool(free),
+        fence or 0,
+        attempts or 0,
+        result,
+        holder,
+        lost or 0,
+        bool(dead),
+    )

@@ -38,7 +38,7 @@ RELATIONS: Mapping[str, str] = {
     'audit': 'created_on node task_id date token epoch',
     'execution': (
         'key state node incarnation host boot_id pid_namespace pid started fence '
-        'attempts started_at finished_at result error expires_at'
+        'attempts started_at finished_at result error expires_at lost message'
     ),
     'attempt': (
         'key slot number fence outcome node incarnation host pid started_at ended_at error '
@@ -56,7 +56,8 @@ VIEWS = frozenset({'token', 'group_token'})
 #: and the old one stays.
 FUNCTIONS: Mapping[str, str] = {
     'begin_execution': 'text, text, text, text, text, text, integer, text',  # up to version 10
-    'begin_attempt': 'text, text, text, text, text, text, integer, text',
+    'begin_attempt': 'text, text, text, text, text, text, integer, text, integer',
+    'bury_key': 'text, bigint, text, text',
     'file_lost_attempt': (
         'text, integer, bigint, text, text, text, integer, timestamp with time zone, text'
     ),
@@ -102,6 +103,7 @@ class Tables:
     schedule: str
     begin_execution: str
     begin_attempt: str
+    bury_key: str
     file_lost_attempt: str
     finish_execution: str
 

@@ -5,7 +5,7 @@
 -- rows of all keys of a batch, and one that it cannot read, as somebody has written it by hand, would
 -- fail them all.
 f.began, f.registered, f.state, f.free, f.fence, f.attempts, f.result::text, f.node, f.incarnation,
-    f.host, f.boot_id, f.pid_namespace, f.pid, f.started
+    f.host, f.boot_id, f.pid_namespace, f.pid, f.started, f.lost, f.dead
 
 -- name: begin
 -- Takes a key, if it is free; what was found. A key whose row is locked is waited for only shortly:
@@ -13,7 +13,7 @@ f.began, f.registered, f.state, f.free, f.fence, f.attempts, f.result::text, f.n
 SELECT pg_catalog.set_config('lock_timeout', %(wait)s, true);
 SELECT {found} FROM {begin_attempt}(
     %(key)s, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
-    %(started)s) AS f
+    %(started)s, %(max_lost)s) AS f
 
 -- piece: hardly_wait
 -- Several keys in one transaction hardly wait for any other, since all of them wait then.
@@ -25,10 +25,11 @@ SELECT set_config('lock_timeout', '100ms', true)
 -- ring.
 {hardly_wait};
 SELECT wanted.number, {found}
-FROM unnest(%(keys)s::text[]) WITH ORDINALITY AS wanted (key, number),
+FROM unnest(%(keys)s::text[], %(limits)s::integer[]) WITH ORDINALITY
+        AS wanted (key, max_lost, number),
     {begin_attempt}(
         wanted.key, %(node)s, %(incarnation)s, %(host)s, %(boot_id)s, %(pid_namespace)s, %(pid)s,
-        %(started)s) AS f
+        %(started)s, wanted.max_lost) AS f
 
 -- name: finish
 -- Records a completion, again if need be; a row, or none where another attempt holds the key.
@@ -60,7 +61,8 @@ ON CONFLICT (key, slot) DO UPDATE SET
     error = excluded.error, expires_at = excluded.expires_at
 
 -- name: take_over
--- Takes a running key whose holder is dead, if its fence is still the same.
+-- Takes a running key whose holder is dead, if its fence is still the same. It was lost, unless it is
+-- the taker's own, whose begin was not answered: that one has not run.
 WITH former AS (
     SELECT * FROM {execution} WHERE key = %(key)s AND fence = %(fence)s
 ), taken AS (
@@ -68,7 +70,8 @@ WITH former AS (
     SET node = me.name, incarnation = me.incarnation, host = %(host)s, boot_id = %(boot_id)s,
         pid_namespace = %(pid_namespace)s, pid = %(pid)s, started = %(started)s,
         fence = greatest(e.fence + 1, pg_current_xact_id()::text::bigint),
-        attempts = e.attempts + 1, started_at = now()
+        attempts = e.attempts + 1, started_at = now(),
+        lost = e.lost + CASE WHEN %(lost)s THEN 1 ELSE 0 END
     FROM {node} AS me
     WHERE e.key = %(key)s AND e.fence = %(fence)s AND e.state = 'running' AND me.name = %(node)s
         AND me.incarnation = %(incarnation)s
@@ -78,10 +81,14 @@ WITH former AS (
     SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence, 'lost', f.node, f.incarnation, f.host,
         f.pid, f.started_at, now(), 'its process was gone: ' || %(node)s || ' took the key over',
         now() + interval '7 days'
-    FROM former AS f WHERE EXISTS (SELECT FROM taken)
+    FROM former AS f WHERE %(lost)s AND EXISTS (SELECT FROM taken)
     {in_its_slot}
 )
 SELECT fence, attempts FROM taken
+
+-- name: bury
+-- Has a running key be dead whose holder is dead, if its fence is still the same; whether it did.
+SELECT {bury_key}(%(key)s, %(fence)s, 'running', %(node)s)
 
 -- piece: completing
 -- Completes a key in a transaction of the user's. Only a running attempt becomes complete there: with
@@ -200,11 +207,13 @@ SELECT CASE WHEN EXISTS (SELECT FROM failed) THEN 'failed' ELSE e.state END
 FROM {execution} AS e WHERE e.key = %(key)s AND e.fence = %(fence)s
 
 -- name: release
--- Lets others take over what a process was running, or its one key; how many keys.
+-- Lets others take over what a process was running, which was lost with it, or its one key, which may
+-- not have begun; how many keys.
 WITH failed AS (
     UPDATE {execution}
     SET state = 'failed', error = %(error)s, finished_at = now(),
-        expires_at = now() + make_interval(secs => %(retention)s)
+        expires_at = now() + make_interval(secs => %(retention)s),
+        lost = lost + CASE WHEN %(key)s::text IS NULL THEN 1 ELSE 0 END
     WHERE state = 'running' AND node = %(node)s AND incarnation = %(incarnation)s AND pid = %(pid)s
         AND (%(key)s::text IS NULL OR key = %(key)s)
     RETURNING *

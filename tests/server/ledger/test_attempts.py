@@ -4,10 +4,13 @@ completes its key costs nothing for that.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ from jobsync_core.config import CoordinationConfig
 from jobsync_core.executions import ExecutionFilter, Executions
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
+from jobsync_core.process import this_process
+from jobsync_core.store.executions import Completion, Holder, Row
 from tests.support import attempts as by_hand
 from tests.support.ledgers import MakeLedger, insert, state_of
 from tests.support.rows import Rows
@@ -129,6 +134,158 @@ class TestWhatIsFiled:
             fail(ledger)
         assert [number for number, _, _ in outcomes(executions)] == list(range(4, 104))
         assert number_filed(rows) == 101
+
+
+def begin_at_most(ledger: ClusterLedger, node: str, max_lost: int | None, key: str = 'k') -> Row:
+    """A begin as this node makes it, in a process of its own, which does not end the attempt."""
+    process = dataclasses.replace(this_process(), pid=next(_PIDS), host='elsewhere')
+    holder = Holder(node, f'life of {node}', process)
+    return ledger._calls.begin(key, holder, max_lost)
+
+
+def lost(rows: Rows, key: str = 'k') -> tuple[str, int]:
+    found = rows.run(f'SELECT state, lost FROM {rows.tables.execution} WHERE key = %s', key)
+    return str(found[0][0]), int(found[0][1])
+
+
+_PIDS = itertools.count(2**22)
+
+
+class TestWhatIsCounted:
+    def lose_one(self, rows: Rows, ledger: ClusterLedger, node: str, how: str) -> None:
+        """An attempt that runs is lost."""
+        if how == 'node':
+            lose(rows, node)
+            rows.node(node)
+            rows.run(f"UPDATE {rows.tables.execution} SET incarnation = 'a former one'")
+        elif how == 'process known dead':
+            child = subprocess.Popen([sys.executable, '-c', ''])
+            child.wait()
+            dead = dataclasses.replace(this_process(), pid=child.pid, started='1')
+            rows.run(
+                f'UPDATE {rows.tables.execution} SET pid = %s, started = %s, host = %s, '
+                'boot_id = %s, pid_namespace = %s',
+                *(dead.pid, dead.started, dead.host, dead.boot_id, dead.pid_namespace),
+            )
+        else:
+            pid = rows.value(f'SELECT pid FROM {rows.tables.execution}')
+            assert ledger.release(int(pid)) == 1
+
+    @pytest.mark.parametrize('how', ['node', 'process known dead', 'released'])
+    def test_each_lost_attempt_once_and_the_key_is_dead_after_the_last(
+        self, rows: Rows, make_ledger: MakeLedger, executions: Executions, how: str
+    ) -> None:
+        ledger = make_ledger('a')
+        for number in range(1, 4):
+            row = begin_at_most(ledger, 'a', 3)
+            assert (row.began, row.dead, row.attempts) == (True, False, number)
+            assert lost(rows) == ('running', number - 1)
+            self.lose_one(rows, ledger, 'a', how)
+        for _ in range(3):
+            row = begin_at_most(ledger, 'a', 3)
+            assert (row.began, row.dead, row.lost) == (False, True, 3)
+            assert lost(rows) == ('dead', 3)
+        assert outcomes(executions) == [(n, 'lost', 'a') for n in (1, 2, 3)]
+
+    @pytest.mark.parametrize('how', ['node', 'process known dead', 'released'])
+    def test_without_a_limit_nothing_dies(
+        self, rows: Rows, make_ledger: MakeLedger, how: str
+    ) -> None:
+        ledger = make_ledger('a')
+        for number in range(1, 7):
+            row = begin_at_most(ledger, 'a', None)
+            assert (row.began, row.dead, row.attempts) == (True, False, number)
+            self.lose_one(rows, ledger, 'a', how)
+
+    def test_attempts_that_raise_are_not_counted(self, rows: Rows, make_ledger: MakeLedger) -> None:
+        ledger = make_ledger('a')
+        for _ in range(5):
+            row = begin_at_most(ledger, 'a', 1)
+            assert row.began
+            assert ledger._calls.settle('k', row.fence, 'no', 60) == 'failed'
+        assert lost(rows) == ('failed', 0)
+
+    def test_what_was_lost_stays_counted_where_another_attempt_raises(
+        self, rows: Rows, make_ledger: MakeLedger
+    ) -> None:
+        ledger = make_ledger('a')
+        begin_at_most(ledger, 'a', 2)
+        self.lose_one(rows, ledger, 'a', 'node')
+        row = begin_at_most(ledger, 'a', 2)
+        assert ledger._calls.settle('k', row.fence, 'no', 60) == 'failed'
+        assert begin_at_most(ledger, 'a', 2).began
+        self.lose_one(rows, ledger, 'a', 'node')
+        assert begin_at_most(ledger, 'a', 2).dead
+
+    def test_a_begin_whose_answer_was_lost_is_no_lost_attempt(
+        self, rows: Rows, make_ledger: MakeLedger, executions: Executions
+    ) -> None:
+        ledger = make_ledger('a')
+        holder = Holder('a', 'life of a', this_process())
+        for number in range(1, 4):
+            row = ledger._calls.begin('k', holder, 1)
+            assert (row.began, row.attempts) == (True, number)
+        assert lost(rows) == ('running', 0)
+        assert outcomes(executions) == []
+
+    def test_a_completion_begins_the_count_anew(self, rows: Rows, make_ledger: MakeLedger) -> None:
+        ledger = make_ledger('a')
+        begin_at_most(ledger, 'a', 2)
+        self.lose_one(rows, ledger, 'a', 'node')
+        row = begin_at_most(ledger, 'a', 2)
+        assert ledger._calls.finish(Completion('k', row.fence, None, 60))
+        rows.run(f"UPDATE {rows.tables.execution} SET expires_at = now() - interval '1 second'")
+        assert begin_at_most(ledger, 'a', 2).began
+        assert lost(rows) == ('running', 0)
+
+    def test_an_attempt_that_lives_against_all_appearances_completes_no_dead_key(
+        self, rows: Rows, make_ledger: MakeLedger
+    ) -> None:
+        ledger = make_ledger('a')
+        row = begin_at_most(ledger, 'a', 1)
+        self.lose_one(rows, ledger, 'a', 'node')
+        assert begin_at_most(ledger, 'a', 1).dead
+        assert not ledger._calls.finish(Completion('k', row.fence, None, 60))
+        assert ledger._calls.settle('k', row.fence, 'no', 60) is None
+        assert lost(rows) == ('dead', 1)
+
+    def test_many_who_come_at_once_bury_once(
+        self, rows: Rows, make_ledger: MakeLedger, executions: Executions
+    ) -> None:
+        ledgers = [make_ledger(name) for name in 'abcd']
+        for number in range(5):
+            key = f'k{number}'
+            begin_at_most(ledgers[0], 'a', 1, key)
+            rows.run(f"UPDATE {rows.tables.execution} SET incarnation = 'a former one'")
+            with ThreadPoolExecutor(4) as pool:
+                found = list(
+                    pool.map(
+                        lambda place, key=key: begin_at_most(ledgers[place], 'abcd'[place], 1, key),
+                        range(4),
+                    )
+                )
+            assert not any(row.began for row in found)
+            assert begin_at_most(ledgers[0], 'a', 1, key).dead
+            assert lost(rows, key) == ('dead', 1)
+            assert outcomes(executions, key) == [(1, 'lost', 'a')]
+
+    def test_to_a_process_of_an_earlier_version_a_dead_key_runs_elsewhere(
+        self, rows: Rows, make_ledger: MakeLedger
+    ) -> None:
+        ledger = make_ledger('a')
+        old = (
+            'SELECT began, state, free, attempts FROM '
+            f"{rows.tables.begin_execution}('k', 'a', 'life of a', 'h', 'b', 'n', 1, 's')"
+        )
+        begin_at_most(ledger, 'a', 2)
+        self.lose_one(rows, ledger, 'a', 'node')
+        assert rows.run(old) == [(True, 'running', True, 2)]
+        assert lost(rows) == ('running', 1)
+        self.lose_one(rows, ledger, 'a', 'node')
+        assert begin_at_most(ledger, 'a', 2).dead
+        lose(rows, 'a')
+        rows.node('a')
+        assert rows.run(old) == [(False, 'dead', False, 2)]
 
 
 class TestTheUsualWay:

@@ -181,7 +181,7 @@ def test_every_statement_names_its_tables_with_their_schema_and_every_transactio
         for name, settings, source in functions:
             assert f'search_path={PINNED_PATH}' in settings, name
             assert set(re.findall(r'[^\s(]*\bshop_[a-z_]+', source)) <= {
-                f'"{place}"."shop_{table}' for table in Tables('shop_').all
+                f'"{place}"."shop_{name}' for name in (*Tables('shop_').all, *FUNCTIONS)
             }
 
 

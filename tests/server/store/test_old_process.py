@@ -22,8 +22,10 @@ from tests.support.cluster import query
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[3]
+#: Versions of processes that know of no queue groups.
+BEFORE_GROUPS = [3, 9]
 #: The last commits of schema versions that processes may run with.
-COMMITS = {3: '304afc4', 9: '3d2fb40'}
+COMMITS = {3: '304afc4', 9: '3d2fb40', 10: '437a725'}
 PROGRAM = """
 import json, sys
 from jobsync_core import CoordinationConfig, DuplicateExecution, Job
@@ -145,6 +147,7 @@ def owns_all(job: Job, group: str) -> bool:
     return all(job.owns(f'task-{number}', group) for number in range(100))
 
 
+@pytest.mark.parametrize('old', BEFORE_GROUPS, indirect=True)
 def test_it_makes_room_for_a_leader_that_plans_queue_groups(
     old: OldProcess, config: CoordinationConfig
 ) -> None:
@@ -154,6 +157,7 @@ def test_it_makes_room_for_a_leader_that_plans_queue_groups(
         eventually(lambda: len(job.my_tokens) + old.tokens == config.total_tokens and old.tokens)
 
 
+@pytest.mark.parametrize('old', BEFORE_GROUPS, indirect=True)
 def test_where_it_leads_nobody_loses_what_it_does_not_know(
     old: OldProcess, config: CoordinationConfig
 ) -> None:
