@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.support.cluster import query
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
 
-from .harness import Cluster, Worker
+from .harness import STEADY, Cluster, Worker
 from .setups import Setup, setups
 
 MakeCluster = Callable[..., Cluster]
@@ -25,18 +27,26 @@ def _states(cluster: Cluster) -> dict[str, str]:
     return dict(query(cluster.place.config, 'SELECT name, state FROM {}node'))
 
 
-def _mingling(cluster: Cluster, worker: Worker) -> None:
+@contextlib.contextmanager
+def _mingling(cluster: Cluster, worker: Worker) -> Iterator[None]:
+    """While it mingles; it is stopped for so long, as that takes a second."""
     eventually(lambda: _MINGLES in worker.log() or not worker.is_running(), 40)
-    assert _states(cluster)['beta@test'] == 'joining', worker.log(3000)
-    assert cluster.owning() == {'alpha'} and _ENTERED not in worker.log()
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        assert _states(cluster)['beta@test'] == 'joining', worker.log(3000)
+        assert cluster.owning() == {'alpha'} and _ENTERED not in worker.log()
+        yield
+    finally:
+        worker.send_signal(signal.SIGCONT)
 
 
 @_ALL
 def test_a_worker_that_mingles_owns_nothing_yet(setup: Setup, make_cluster: MakeCluster) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     cluster.start('alpha')
     worker = cluster.launch('beta')
-    _mingling(cluster, worker)
+    with _mingling(cluster, worker):
+        pass
     eventually(lambda: 'beta' in cluster.owning(), 30)
     assert 'mingle: sync' in worker.log()
     worker.wait_ready()
@@ -61,14 +71,14 @@ def test_one_that_mingles_with_nobody_owns_its_keys_when_it_is_ready(
 def test_a_worker_that_loses_its_broker_while_it_starts_owns_nothing_until_it_is_back(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     server = cluster.place.server
     cluster.start('alpha')
     with Proxy('127.0.0.1', server.port) as proxy:
         worker = cluster.launch('beta', broker=server.url(cluster.place.space, proxy.port))
-        _mingling(cluster, worker)
-        proxy.switch(Mode.REFUSE)
-        proxy.reset()
+        with _mingling(cluster, worker):
+            proxy.switch(Mode.REFUSE)
+            proxy.reset()
         eventually(lambda: 'rying' in worker.log() or not worker.is_running(), 40)
         for n in range(20):
             cluster.send('keyed', n, routed=True)
@@ -88,10 +98,11 @@ def test_a_worker_that_loses_its_broker_while_it_starts_owns_nothing_until_it_is
 def test_a_worker_that_is_ended_while_it_mingles_leaves_no_row(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     cluster.start('alpha')
     worker = cluster.launch('beta')
-    _mingling(cluster, worker)
-    assert worker.stop() == 0, worker.log(3000)
+    with _mingling(cluster, worker):
+        worker.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.log(3000)
     assert _states(cluster) == {'alpha@test': 'active'}
     assert 'Traceback' not in worker.log() and 'use it inside' not in worker.log()

@@ -13,7 +13,7 @@ from jobsync_core.embedded.supervisor import running
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
 
-from .harness import Cluster
+from .harness import STEADY, Cluster
 from .history import moment
 from .setups import Setup, setups
 
@@ -34,7 +34,7 @@ def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.05)
 def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     cluster.start('alpha', 'beta')
     before, pool = cluster.lives('alpha'), cluster['alpha'].children
     send_some(cluster, 100)
@@ -55,7 +55,7 @@ def test_a_reload_under_load_makes_new_nodes_and_loses_nothing(
 def test_orphans_whose_master_was_killed_finish_their_work_and_leave(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     cluster.start('alpha', 'beta')
     send_some(cluster, 40, sleep=0.3)
     cluster.wait_progress(5)
@@ -63,8 +63,8 @@ def test_orphans_whose_master_was_killed_finish_their_work_and_leave(
     assert len(orphans) == 2
     since = moment()
     cluster['alpha'].kill()
-    eventually(lambda: cluster.owning() == {'beta'}, 15)
-    eventually(lambda: not any(running(pid) for pid in orphans), 15)
+    eventually(lambda: cluster.owning() == {'beta'})
+    eventually(lambda: not any(running(pid) for pid in orphans))
     print(f'{setup}: the orphans were gone {moment() - since:.1f} s after the master')
     assert not cluster.lives('alpha')
     cluster.finish()
@@ -80,12 +80,12 @@ def test_a_worker_that_is_killed_by_a_second_signal_loses_nothing(
     # Dramatiq's AsyncIO middleware has a thread that outlives the second signal, with JobSync or
     # without.
     cluster.start('alpha', 'beta', conf={'asyncio': False})
-    send_some(cluster, 30, sleep=0.4)
+    send_some(cluster, 16, sleep=2.0)  # it is at it when the second signal comes
     cluster.wait_progress(4)
     cluster['alpha'].send_signal(signal.SIGTERM)
     eventually(lambda: 'Stopping worker process' in cluster['alpha'].log())
     since = moment()
-    assert cluster['alpha'].stop(signal.SIGTERM, timeout=15) != 0
+    assert cluster['alpha'].stop(signal.SIGTERM) != 0
     print(f'ended in {moment() - since:.1f} s')
     cluster.settle()
     cluster.finish()
@@ -115,7 +115,7 @@ def test_a_worker_that_is_stopped_while_it_joins_obeys_when_it_has_joined(
     # Dramatiq's master holds signals back until its processes have started.
     worker = cluster.launch('alpha', wait_on_enter=3)
     eventually(lambda: cluster.lives('alpha'), 30)
-    assert worker.stop(signal.SIGTERM, timeout=20) == 0
+    assert worker.stop(signal.SIGTERM) == 0
     assert not cluster.lives('alpha')
     cluster.start('beta')
     cluster.finish()
@@ -127,9 +127,9 @@ def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(
 ) -> None:
     cluster = make_cluster(setup)
     cluster.start('victim')
-    due = moment() + 4
+    due = moment() + 8
     for n in range(20):
-        cluster.send('keyed', n, delay=4, routed=n % 2 == 0)
+        cluster.send('keyed', n, delay=8, routed=n % 2 == 0)
     # A worker takes what is delayed at once, and holds it until it is due.
     eventually(
         lambda: sum(count for name, count in cluster.left().items() if 'unacked' in name) == 20
@@ -140,18 +140,18 @@ def test_delayed_messages_that_a_dead_node_had_taken_run_elsewhere_in_time(
     starts = cluster.notes.of('start')
     assert {cluster.worker_of(note.node) for note in starts} == {'alpha'}
     assert min(note.at for note in starts) >= due - 0.05
-    assert max(note.at for note in starts) < due + 5
+    assert max(note.at for note in starts) < due + 10
 
 
 @on_processes
 def test_retries_across_a_rebalance_are_attempts_of_one_message(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     cluster.start('alpha')
     for n in range(40):
-        cluster.send('flaky', n, 3, routed=n % 2 == 0, min_backoff=1500, max_backoff=3000)
-    eventually(lambda: len(cluster.notes.of('error')) >= 40, 20)
+        cluster.send('flaky', n, 3, routed=n % 2 == 0, min_backoff=3000, max_backoff=6000)
+    eventually(lambda: len(cluster.notes.of('error')) >= 40)
     cluster.start('beta')
     cluster['alpha'].stop()
     stopped = moment()
@@ -217,5 +217,5 @@ def test_a_worker_that_waits_for_its_broker_can_be_stopped(
             'alpha', broker=server.url(cluster.place.space, proxy.port), options=_SOON
         )
         eventually(lambda: 'waiting for it' in worker.log() or not worker.is_running(), 30)
-        assert worker.stop(timeout=20) == 0, worker.log(3000)
+        assert worker.stop() == 0, worker.log(3000)
         assert 'Traceback' not in worker.log()

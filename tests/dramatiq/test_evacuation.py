@@ -54,6 +54,11 @@ def test_all_messages_go_home_and_none_is_lost(workers: Workers) -> None:
     )
     busy = evacuate(workers)
     assert (busy['complete'], len(busy['busy'])) == (False, 1), busy
+    # The worker parks again what came home. While a message is on its way there are two of it, and
+    # a kill would leave both.
+    eventually(
+        lambda: workers.depth('default.jobsync.sync_.parked') == 3 and workers.depth('default') == 0
+    )
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     ended = len(workers.counts('slowend:'))

@@ -101,11 +101,12 @@ def test_a_worker_cut_off_from_the_broker_is_not_ready_and_gives_its_keys_to_oth
 def test_a_worker_that_shuts_down_is_not_ready(workers: Workers, proxy: Proxy) -> None:
     port = through(workers, proxy)
     eventually(lambda: probe(port)[0] == 200, 30)
-    workers.app.long.send(3.0)
-    eventually(lambda: workers.lines('long'), 20)
+    workers.app.held.send(1)
+    eventually(lambda: workers.lines('held:'))
     workers.started[0].terminate()
-    eventually(lambda: probe(port)[0] == 503, 10)
+    eventually(lambda: probe(port)[0] == 503)
     assert probe(port)[1]['reason'] == 'stopped'
+    workers.app.log.set('go', 1)
     assert workers.started[0].wait(30) == 0
 
 

@@ -20,7 +20,8 @@ from jobsync_dramatiq import JobSync, exactly_once
 URL = os.environ['TEST_REDIS']
 SHORT = {
     'heartbeat_interval_sec': 0.2,
-    'heartbeat_timeout_sec': 1.5,
+    # Long enough that a busy machine costs no lease: then keys run again.
+    'heartbeat_timeout_sec': 3.0,
     'rebalance_check_interval_sec': 0.5,
 }
 options = json.loads(os.environ.get('TEST_OPTIONS', '{}'))
@@ -193,7 +194,7 @@ def plain(n: Any) -> None:
     note(f'plain:{n}')
 
 
-@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100, time_limit=300)
+@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100, time_limit=1000)
 @exactly_once(key='limited:{n}')
 def limited(n: int) -> int:
     note(f'limited:{n}')
@@ -213,7 +214,7 @@ def notified(n: int) -> int:
     return n
 
 
-@dramatiq.actor(max_retries=0, max_age=1500, jobsync_pin=['gpu-%'])
+@dramatiq.actor(max_retries=0, max_age=4000, jobsync_pin=['gpu-%'])
 def aged(n: int) -> None:
     note(f'aged:{n}')
 

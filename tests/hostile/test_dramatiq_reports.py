@@ -79,13 +79,13 @@ def test_maintenance_in_every_call_gives_nobody_what_a_live_worker_holds(workers
     held that was busy.
     """
     workers._environment['TEST_BROKER_OPTIONS'] = json.dumps(
-        {'maintenance_chance': 1_000_000, 'heartbeat_timeout': 1500}
+        {'maintenance_chance': 1_000_000, 'heartbeat_timeout': 3000}
     )
     for _ in range(2):
         workers.start(1, '--threads', '2')
     workers.wait_for_nodes(2)
     for n in range(4):
-        workers.app.long.send(4.0)
+        workers.app.long.send(6.0)
         workers.app.slow.send(n)
     for n in range(30):
         workers.app.plain.send_with_options(args=(n,), delay=3000)
@@ -123,7 +123,7 @@ def test_an_attempt_that_a_shutdown_interrupts_is_made_again_elsewhere(workers: 
     workers.start(1)
     workers.wait_for_nodes(2)
     first.terminate()
-    assert first.wait(15) == 0
+    assert first.wait(30) == 0
     done(workers, 'notifiedend:', 3, 30)
     assert set(workers.counts('notified:').values()) == {2}
 

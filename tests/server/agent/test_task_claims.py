@@ -215,7 +215,7 @@ class TestWithoutTheDatabase:
                 began = time.monotonic()
                 for task in TASKS:
                     a.can_claim_task(task)
-                assert time.monotonic() - began < 0.5
+                assert time.monotonic() - began < 2
                 proxy.heal()
                 # Taken back in the background once the network is there again, and free for its new
                 # owner then.
@@ -231,7 +231,7 @@ class TestWithoutTheDatabase:
                 proxy.switch(Mode.SWALLOW)
                 began = time.monotonic()
                 assert not any(a.can_claim_task(task) for task in TASKS)
-                assert time.monotonic() - began < 0.5
+                assert time.monotonic() - began < 2
                 proxy.heal()
 
 

@@ -216,7 +216,7 @@ def test_its_migration_holds_nobody_up_behind_a_long_transaction(
         for _ in range(20):
             began = time.monotonic()
             rows.run(f'SELECT count(*) FROM {rows.tables.cluster}')
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 5  # not until the reader ends
         assert not migrating.done()
         reader.commit()
         migrating.result(20)

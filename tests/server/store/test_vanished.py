@@ -157,7 +157,7 @@ def test_a_forked_orphan_keeps_nothing_of_its_killed_parent(rows: Rows, kind: st
             assert is_there(rows.config, backend)
             parent.kill()
             parent.wait()
-            eventually(lambda: not is_there(rows.config, backend), timeout=3)
+            eventually(lambda: not is_there(rows.config, backend))
             assert query(rows.config, 'SELECT pg_try_advisory_xact_lock(4711)') == [(True,)]
             os.kill(orphan, 0)  # it lives
         finally:
@@ -242,7 +242,7 @@ class TestAMachineThatVanished:
                 "SET LOCAL statement_timeout = '20s'"
             )  # a failure of the test, not a hang
             cursor.execute('UPDATE account SET paid = paid + 1 WHERE id = 7')
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 15
         assert not is_there(rows.config, backend)
         assert rows.run('SELECT paid FROM account') == [(1,)]
         gone.cut_off()  # type: ignore[attr-defined]  # so that the end of the block has nobody to wait for
@@ -255,7 +255,7 @@ class TestAMachineThatVanished:
         connection.execute('SET idle_in_transaction_session_timeout = 0; BEGIN')
         ((backend,),) = connection.execute('SELECT pg_backend_pid()')
         vanish(connection.fileno())
-        eventually(lambda: not is_there(config, backend), timeout=8)
+        eventually(lambda: not is_there(config, backend))
 
     def test_behind_a_pooler_keeps_a_lock_for_a_second(
         self, config: CoordinationConfig, make_pgbouncer: Callable[..., PgBouncer]
@@ -273,7 +273,7 @@ class TestAMachineThatVanished:
             vanish(connection.fileno())
             eventually(
                 lambda: query(config, 'SELECT pg_try_advisory_xact_lock(4711)') == [(True,)],
-                timeout=5,
+                timeout=10,
             )
             connection.cut_off()  # type: ignore[attr-defined]  # so that the end of the block has nobody to wait for
         sessions.close_all()
@@ -294,7 +294,7 @@ class TestAStoppedProcess:
             assert ExecutionStore(connection, rows.tables).complete(
                 Completion('key', execution.fence, None, 60), began, 1000
             )
-            eventually(lambda: not is_there(rows.config, connection.info.backend_pid), timeout=5)
+            eventually(lambda: not is_there(rows.config, connection.info.backend_pid))
 
         with (
             pytest.raises(DatabaseUnavailable),
@@ -328,7 +328,7 @@ class TestAStoppedProcess:
         def hold(connection: psycopg2.extensions.connection) -> None:
             assert QueueStore(connection, rows.tables).hold('gone')
             assert not held()
-            eventually(held, timeout=5)
+            eventually(held)
 
         with pytest.raises(DatabaseUnavailable), one.session() as connection:
             hold(connection)
@@ -360,7 +360,7 @@ def test_whoever_begins_a_key_whose_row_is_locked_is_told_to_come_back_later(
         began = time.monotonic()
         with pytest.raises(ExecutionRunning):
             by_hand.begin(other, 'key', 60)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         connection.rollback()
     assert by_hand.begin(other, 'key', 60).attempts == 2
     sessions.close_all()
