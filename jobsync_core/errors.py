@@ -31,6 +31,7 @@ __all__ = [
     'NoSuchExecution',
     'NotCommitted',
     'NotEntered',
+    'ResultLost',
     'SchemaConflict',
     'StatementCanceled',
     'StatementRefused',
@@ -197,6 +198,13 @@ class DuplicateExecution(JobSyncError):
 
     key: str = ''
     result: Any = None
+
+
+class ResultLost(DuplicateExecution):
+    """The key was already completed, and its result is not known: the process of the attempt died
+    between the commit of its transaction and its end. Set `execution.result` within the
+    transaction, and its commit carries the result.
+    """
 
 
 class ExecutionRunning(JobSyncError):

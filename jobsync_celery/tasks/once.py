@@ -18,7 +18,13 @@ from celery.backends.base import Backend, DisabledBackend
 from celery.exceptions import Ignore
 
 from jobsync_core import clock
-from jobsync_core.errors import DuplicateExecution, ExecutionRunning, JobSyncError, NotEntered
+from jobsync_core.errors import (
+    DuplicateExecution,
+    ExecutionRunning,
+    JobSyncError,
+    NotEntered,
+    ResultLost,
+)
 from jobsync_core.ledger.current import current_ledger, message_ledger
 from jobsync_core.ledger.execution import Execution
 from jobsync_core.ledger.interface import Ledger
@@ -116,11 +122,17 @@ class _CeleryOnce(MessageOnce):
         if replaced is not None:
             error.result = self._result_of(replaced, error)
         # The same message again, whose result is stored: its link and its chain went out before
-        # that, and once is enough.
+        # that, and once is enough. Nor is that result to be taken for lost.
         if (
             request.is_eager
             or request.id is None
-            or not (request.callbacks or request.chain or request.chord or request.group)
+            or not (
+                request.callbacks
+                or request.chain
+                or request.chord
+                or request.group
+                or isinstance(error, ResultLost)
+            )
         ):
             return
         try:

@@ -18,6 +18,7 @@ from rich.table import Table
 from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
 from ..executions import STATES, ExecutionFilter, Executions
 from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
+from ..store.completions import PENDING
 from .columns import columns, cut
 from .context import Database, console, database_options, printable
 from .status_view import as_json, table
@@ -369,7 +370,9 @@ def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
     if found['error'] is not None:
         lines.append(('error', found['error']))
     if found['result'] is not None:
-        lines.append(('result', cut(found['result'], _RESULT_WIDTH)))
+        late = found['result'] == PENDING
+        shown = 'not told yet by its attempt' if late else cut(found['result'], _RESULT_WIDTH)
+        lines.append(('result', shown))
     return lines
 
 

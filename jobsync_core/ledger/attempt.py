@@ -32,6 +32,7 @@ class Attempt:
         key: The key.
         retention_sec: Seconds for which its completion is remembered.
         former: Keys under which earlier versions recorded the same call.
+        awaits_result: Its result may come after its completion.
 
     Attributes:
         unsettled: What is known of it, and left to do about it.
@@ -42,9 +43,14 @@ class Attempt:
     _execution: Execution | None = None
 
     def __init__(
-        self, ledger: Ledger, key: str, retention_sec: float, former: tuple[Former, ...] = ()
+        self,
+        ledger: Ledger,
+        key: str,
+        retention_sec: float,
+        former: tuple[Former, ...] = (),
+        awaits_result: bool = False,
     ) -> None:
-        self.unsettled = Unsettled(key, retention_sec, former)
+        self.unsettled = Unsettled(key, retention_sec, former, awaits_result)
         self._before: Execution | None = None
         self._ledger = ledger
 

@@ -22,7 +22,8 @@ from ..errors import (
 from ..logs import Repeats, get_logger
 from ..process import is_known_dead
 from ..store.blockers import BlockerStore, name_all
-from ..store.executions import Completion, ExecutionStore, Holder, Row
+from ..store.completions import PENDING, Completion
+from ..store.executions import ExecutionStore, Holder, Row
 from ..store.refusals import refusal
 from .batch import GroupCommit
 
@@ -93,7 +94,8 @@ class LedgerCalls:
 
     def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str | None] | None:
         """State and result of the first of these keys that is complete, else 'running' where one is
-        held by a live node. Those in `old` count only where an earlier version began them.
+        held by a live node, or one's result is still to come from it. Those in `old` count only
+        where an earlier version began them.
         """
         return self._call(lambda store: store.find(keys, old))
 
@@ -103,9 +105,21 @@ class LedgerCalls:
         """
         return self._grouped(self._finishes, self._finish_one, self._finish_many).send(completion)
 
-    def add_result(self, key: str, fence: int, result: str) -> None:
-        """Store the result of a completion that carried none."""
-        self._call(lambda store: store.add_result(key, fence, result))
+    def put_result(self, key: str, fence: int, result: str | None) -> None:
+        """Store the result of a completion that carried none, or that there is none; so, too,
+        where the database refuses the result.
+        """
+
+        def put(store: ExecutionStore) -> None:
+            try:
+                store.put_result(key, fence, result)
+            except BadData as error:
+                if result is None:
+                    raise
+                self._say_refused(key, error)
+                store.put_result(key, fence, None)
+
+        self._call(put)
 
     def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
         """End an attempt that did not complete; the state that it is in now. An error text that the
@@ -164,7 +178,12 @@ class LedgerCalls:
         if rows is None:
             return [None] * len(wanted)
         return [
-            row if row.began or row.dead or not row.registered or row.state == 'done' else None
+            row
+            if row.began
+            or row.dead
+            or not row.registered
+            or (row.state == 'done' and row.result != PENDING)
+            else None
             for row in rows
         ]
 
@@ -189,7 +208,16 @@ class LedgerCalls:
                 return row
             if row.free or row.state is None:
                 continue
-            if row.state == 'done' or not _is_gone(row, holder):
+            if row.state == 'done':
+                if row.result != PENDING or _is_gone(row, holder):
+                    return row
+                found = store.late_result(key, row.fence)
+                if found is None:
+                    continue
+                late, is_held = found
+                state = 'running' if late == PENDING and is_held else 'done'
+                return dataclasses.replace(row, state=state, result=late)
+            if not _is_gone(row, holder):
                 return row
             # A row of this very process that it does not hold is an attempt whose begin was not
             # answered: it has not run, and was not lost.
@@ -237,15 +265,18 @@ class LedgerCalls:
         except BadData as error:
             if completion.result is None:
                 raise
-            more = self._repeats.say('result', clock.now())
-            if more is not None:
-                logger.warning(
-                    'key=%s completed without its result, which the database refuses: %s%s',
-                    completion.key,
-                    error,
-                    more,
-                )
+            self._say_refused(completion.key, error)
             return store.finish(dataclasses.replace(completion, result=None))
+
+    def _say_refused(self, key: str, error: BadData) -> None:
+        more = self._repeats.say('result', clock.now())
+        if more is not None:
+            logger.warning(
+                'key=%s completed without its result, which the database refuses: %s%s',
+                key,
+                error,
+                more,
+            )
 
     def _call_many(self, action: Callable[[ExecutionStore], T]) -> T | None:
         """None where one of the keys would have had to wait for another transaction: nothing was

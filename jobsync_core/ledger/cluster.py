@@ -21,10 +21,12 @@ from ..errors import (
     DatabaseUnavailable,
     DuplicateExecution,
     ExecutionRunning,
+    ResultLost,
 )
 from ..process import this_process
 from ..protocol.pausing import Pausing
-from ..store.executions import Holder, Steps, steps
+from ..store.completions import PENDING, Steps, steps
+from ..store.executions import Holder
 from ..store.transactions import Transactions
 from .calls import LedgerCalls
 from .endings import Endings
@@ -219,7 +221,7 @@ class ClusterLedger:
 
     def steps_of(self, mine: Unsettled) -> Steps:
         """The statements of `Execution.complete`."""
-        return steps(self._tables, mine.completion, self._sessions.place)
+        return steps(self._tables, mine.complete_by_transaction(), self._sessions.place)
 
     def outcome_of(self, mine: Unsettled) -> tuple[str, Any] | None:
         """State and result of the attempt as everybody sees them; None where another attempt holds
@@ -259,6 +261,13 @@ def _not_begun(
     """Why an attempt does not begin whose key has this state."""
     if state != 'done':
         return _running(key)
+    if result == PENDING:
+        lost = ResultLost(
+            f'the key {key!r} was already completed, by a transaction of an attempt whose process '
+            'died before it told its result: what the attempt would have returned is not known'
+        )
+        lost.key = key
+        return lost
     duplicate = DuplicateExecution(f'the key {key!r} was already completed')
     duplicate.key, duplicate.result = key, read_result(key, result)
     return duplicate

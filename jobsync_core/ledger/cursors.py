@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from ..store.executions import Statement
+    from ..store.completions import Statement
 
 __all__ = ['count', 'elsewhere', 'send']
 

@@ -37,15 +37,19 @@ class Endings:
             self._check_committed(mine)
         elif not mine.completed:
             self._complete(mine)
-        self._add_result(mine)
-        mine.settled = True
+        try:
+            self._put_result(mine)
+        except DatabaseUnavailable as error:
+            self._say('key=%s completed, and its result is not recorded yet: %s%s', mine.key, error)
+        else:
+            mine.settled = True
 
     def fail(self, mine: Unsettled) -> None:
         """Record that the attempt failed, so that anybody may begin the next one at once. Raises
         nothing: the error of its work goes on.
         """
         try:
-            mine.settled = self._settle(mine) != 'running'
+            mine.settled = self._end(mine)
         except DatabaseUnavailable as trouble:
             self._say('key=%s failed, which could not be recorded yet: %s%s', mine.key, trouble)
 
@@ -59,7 +63,7 @@ class Endings:
         if not mine.began:
             return True
         if not mine.succeeded or mine.in_users_transaction or mine.completed:
-            return self._settle(mine) != 'running'
+            return self._end(mine)
         finished = self._calls.finish(mine.completion)
         more = self._repeats.say('recorded', clock.now())
         if more is not None:
@@ -80,6 +84,15 @@ class Endings:
                 mine.retention_sec,
                 mine.key,
             )
+
+    def _end(self, mine: Unsettled) -> bool:
+        """Record that the attempt failed, or, where a transaction of the user's has completed it,
+        its result; False while such a transaction is open.
+        """
+        state = self._settle(mine)
+        if state == 'done':
+            self._put_result(mine)
+        return state != 'running'
 
     def _settle(self, mine: Unsettled) -> str | None:
         return self._calls.settle(mine.key, mine.fence, mine.error, mine.retention_sec)
@@ -104,11 +117,12 @@ class Endings:
                 f'{mine.fence}) is not recorded'
             )
         mine.complete(completion.result)
+        mine.put(completion.result)
 
     def _check_committed(self, mine: Unsettled) -> None:
         mine.error = 'the transaction that complete() wrote into was rolled back'
         state = self._settle(mine)
-        mine.settled = state != 'running'
+        mine.settled = state in ('failed', None)
         if state == 'running':
             raise NotCommitted(
                 f'{mine.key!r}: the transaction that complete() wrote into is still open, '
@@ -120,14 +134,11 @@ class Endings:
         if state is None:
             raise Fenced(f'another attempt has taken the key {mine.key!r} over')
 
-    def _add_result(self, mine: Unsettled) -> None:
-        text = mine.missing_result
-        if text is None:
-            return
-        try:
-            self._calls.add_result(mine.key, mine.fence, text)
-        except DatabaseUnavailable as error:
-            self._say('key=%s completed without its result: %s%s', mine.key, error)
+    def _put_result(self, mine: Unsettled) -> None:
+        if mine.owes_result:
+            result = mine.encoded
+            self._calls.put_result(mine.key, mine.fence, result)
+            mine.put(result)
 
     def _say(self, line: str, key: str, error: Exception) -> None:
         """An outage concerns all keys: it is told once, then once a minute with the number of those

@@ -18,7 +18,7 @@ from .state import Unsettled
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from ..store.executions import Statement, Steps
+    from ..store.completions import Statement, Steps
 
 __all__ = ['Execution', 'completed_already', 'current_execution', 'running']
 

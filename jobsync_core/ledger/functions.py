@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import sys
 
 from ..errors import ConfigurationError
 
-__all__ = ['check_has_run', 'is_async', 'name_of']
+__all__ = ['check_has_run', 'is_async', 'name_of', 'returns_nothing']
+
+#: What a function says that has a result without returning it: `execution.result = …` and Celery's
+#: `raise self.replace(…)`.
+_OTHER_RESULTS = frozenset({'result', 'replace'})
 
 
 def name_of(function: object) -> str:
@@ -36,15 +41,34 @@ def name_of(function: object) -> str:
         raise ConfigurationError(
             f'@exactly_once on {function!r}: put it on a function, a method or an `async def`'
         )
-    plain: object = function
-    while isinstance(plain, functools.partial):
-        plain = plain.func
+    plain = _plain(function)
     name = f'{_module_of(plain)}.{getattr(plain, "__qualname__", type(plain).__qualname__)}'
     if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
         raise ConfigurationError(
             f'@exactly_once on the generator {name}: it has not run when it returns; return a list'
         )
     return name
+
+
+def returns_nothing(function: object) -> bool:
+    """Whether its code shows that it has no result but None; False where that cannot be told."""
+    plain = _plain(function)
+    code = getattr(getattr(plain, '__func__', plain), '__code__', None)
+    if code is None or not _OTHER_RESULTS.isdisjoint(code.co_names):
+        return False
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname == 'RETURN_CONST' and step.argval is not None:
+            return False
+        if step.opname == 'RETURN_VALUE' and (
+            step.is_jump_target
+            or before is None
+            or before.opname != 'LOAD_CONST'
+            or before.argval is not None
+        ):
+            return False
+        before = step
+    return True
 
 
 def is_async(function: object) -> bool:
@@ -62,6 +86,12 @@ def check_has_run(name: str, result: object) -> None:
             f'{name} returned a {type(result).__name__} that has not run yet: put @exactly_once '
             'on the function that does the work'
         )
+
+
+def _plain(function: object) -> object:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _module_of(function: object) -> str:

@@ -12,7 +12,7 @@ from .state import Unsettled
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as PgConnection
 
-    from ..store.executions import Steps
+    from ..store.completions import Steps
 
 __all__ = ['Ledger']
 

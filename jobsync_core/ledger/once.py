@@ -59,7 +59,7 @@ def once(
         NotCommitted: The block ran, but the transaction that `execution.complete` wrote into is not
             committed.
     """
-    return _Block(Attempt(ledger, check_key(key), retention_seconds(retention)))
+    return _Block(Attempt(ledger, check_key(key), retention_seconds(retention), awaits_result=True))
 
 
 class _Block(AbstractContextManager[Execution]):

@@ -14,13 +14,14 @@ from ..errors import (
     ExecutionRunning,
     Fenced,
     JobSyncError,
+    ResultLost,
     StatementRefused,
 )
 from ..logs import get_logger
 from .attempt import Attempt
 from .current import current_ledger
 from .execution import Execution
-from .functions import name_of
+from .functions import name_of, returns_nothing
 from .interface import Ledger
 from .keys import Former, Keys, escape, is_ambiguous, key_maker
 from .limits import check_key, retention_seconds
@@ -113,6 +114,7 @@ class ExactlyOnce:
         self.on_duplicate = on_duplicate
         self.on_running = on_running
         self.store_result = store_result
+        self._awaits_result = store_result and not returns_nothing(function)
         self.affinity = affinity
         self.scope = self.name if scope is None else scope
         self._is_scoped = scope is not None
@@ -251,7 +253,7 @@ class ExactlyOnce:
         if isinstance(error, DuplicateExecution):
             if self.on_duplicate == 'raise':
                 raise error
-            return getattr(error, 'result', None) if self.on_duplicate == 'result' else None
+            return self.result_of(error) if self.on_duplicate == 'result' else None
         if not isinstance(error, ExecutionRunning):
             raise error
         if self.on_running == 'skip':
@@ -264,8 +266,22 @@ class ExactlyOnce:
         # The key first: without one, no ledger would help.
         keys = self._make(args, kwargs)
         return Attempt(
-            self.ledger(), self._scoped(keys.key), self.retention_sec, self._former_keys(keys)
+            self.ledger(),
+            self._scoped(keys.key),
+            self.retention_sec,
+            self._former_keys(keys),
+            self._awaits_result,
         )
+
+    def result_of(self, error: DuplicateExecution) -> Any:
+        """The result of the attempt that completed the key.
+
+        Raises:
+            ResultLost: Nobody knows it.
+        """
+        if isinstance(error, ResultLost):
+            raise error
+        return error.result
 
     def judge(self, attempt: Attempt, error: BaseException) -> End:
         """Note how an attempt has ended whose function raised; returns what its call does after the

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..store.executions import Completion
+from ..store.completions import PENDING, Completion
 from .limits import describe
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Unsettled:
         key: The key.
         retention_sec: Seconds for which its end is remembered.
         former: Prefixes and keys under which earlier versions recorded the same call.
+        awaits_result: Its result may come after its completion, when a transaction of the user's
+            has carried that.
         pid: The process that it belongs to: a forked child leaves it alone.
 
     Attributes:
@@ -42,6 +44,7 @@ class Unsettled:
         completed: Its completion is recorded, or written into a transaction of the caller's.
         in_users_transaction: The caller commits the completion, or rolls it back.
         recorded: The result, as JSON text, that the completion carried.
+        pending: What may be recorded is that its result is still to come: duplicates wait for that.
         succeeded: It has done its work, so that its end is a completion; otherwise a failure for
             the reason `error`.
         failure: What its work raised, until it is left.
@@ -55,6 +58,7 @@ class Unsettled:
     key: str
     retention_sec: float
     former: tuple[Former, ...] = ()
+    awaits_result: bool = False
     pid: int = dataclasses.field(default_factory=os.getpid)
     sent: bool = False
     holder: Holder | None = None
@@ -66,6 +70,7 @@ class Unsettled:
     completed: bool = False
     in_users_transaction: bool = False
     recorded: str | None = None
+    pending: bool = False
     succeeded: bool = False
     error: str = INTERRUPTED
     failure: BaseException | None = None
@@ -107,10 +112,21 @@ class Unsettled:
         """What is recorded of it when it completes."""
         return Completion(self.key, self.fence, self.encoded, self.retention_sec)
 
+    def complete_by_transaction(self) -> Completion:
+        """What a transaction of the user's records: the result, or that it is still to come."""
+        if self.encoded is not None or not self.awaits_result:
+            return self.completion
+        self.pending = True  # for good: nobody may learn which of several transactions went through
+        return Completion(self.key, self.fence, PENDING, self.retention_sec)
+
+    def put(self, result: str | None) -> None:
+        """Its result, as JSON text, is recorded: this one, or that there is none."""
+        self.recorded, self.pending = result, False
+
     @property
-    def missing_result(self) -> str | None:
-        """The result that its completion did not carry, as JSON text."""
-        return self.encoded if self.completed and self.recorded != self.encoded else None
+    def owes_result(self) -> bool:
+        """Whether it is still to be recorded which result it has, or that it has none."""
+        return self.pending or (self.completed and self.recorded != self.encoded)
 
     @property
     def size(self) -> int:

@@ -103,9 +103,10 @@ class CompletingTransaction(AbstractContextManager['PgConnection']):
 
     def _commit(self, connection: TransactionConnection) -> None:
         mine, encoded = self._mine, self._mine.encoded
+        completion = mine.complete_by_transaction()
 
         def complete() -> None:
-            if not self._transactions.complete(connection, mine.completion, self._began):
+            if not self._transactions.complete(connection, completion, self._began):
                 raise self._why_not(connection)
             connection.commit()
 

@@ -8,16 +8,15 @@ and duplicates of a completed key cost a read and no lock.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..process import Process
 from .base import Store
-from .tables import Tables
+from .completions import PENDING, Completion, in_order
 
-__all__ = ['Began', 'Completion', 'ExecutionStore', 'Holder', 'Row', 'Statement', 'Steps', 'steps']
+__all__ = ['Began', 'ExecutionStore', 'Holder', 'Row']
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,6 @@ class Holder:
     node: str
     incarnation: str
     process: Process
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A completion to record; `result` is JSON text."""
-
-    key: str
-    fence: int
-    result: str | None
-    retention_sec: float
 
 
 @dataclass(frozen=True)
@@ -66,27 +55,6 @@ class Row:
     dead: bool = False
 
 
-#: A statement with its parameters.
-Statement: TypeAlias = 'tuple[str, tuple[object, ...]]'
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What completes a key in a transaction of the user's.
-
-    Args:
-        mark: Runs first.
-        complete: Completes it: one row, or none.
-        look: Where there was none: one row if both ran in one transaction, none in autocommit mode.
-        place: Which database they are for, for people.
-    """
-
-    mark: Statement
-    complete: Statement
-    look: Statement
-    place: str
-
-
 @dataclass(frozen=True)
 class Began:
     """By what a transaction of the user's is known.
@@ -106,22 +74,6 @@ USERS_IDLE_SEC, _COMMIT_SEC = 3600, 10
 
 #: Seconds for which a key whose row is locked is waited for.
 _BEGIN_WAIT_SEC = 1
-
-
-def steps(tables: Tables, completion: Completion, place: str) -> Steps:
-    """What completes a key in a transaction of the user's, on a connection of the user's to the
-    database at a place.
-    """
-    token, done = secrets.token_hex(8), f'{completion.fence} {completion.key}'
-    return Steps(
-        mark=(tables.sql('execution.mark'), (token,)),
-        complete=(
-            tables.sql('execution.complete_if_marked'),
-            (*_in_order(completion), done, token, done),
-        ),
-        look=(tables.sql('execution.is_marked'), (token,)),
-        place=place,
-    )
 
 
 class ExecutionStore(Store):
@@ -224,7 +176,7 @@ class ExecutionStore(Store):
             (
                 lock_timeout_ms,
                 _COMMIT_SEC * 1000,
-                *_in_order(completion),
+                *in_order(completion),
                 '',
                 began.stamp,
                 began.backend,
@@ -289,17 +241,29 @@ class ExecutionStore(Store):
 
     def find(self, keys: Sequence[str], old: Sequence[str]) -> tuple[str, str | None] | None:
         """State and result (JSON text) of the first of these keys that is complete, else 'running'
-        where one is held by a live node.
+        where one is held by a live node, or one's result is still to come from it.
 
         Those of them that are in `old` count only where an earlier version began them, before the
         tables were of this version.
         """
-        row = self._row('execution.find', {'keys': list(keys), 'old': list(old)})
+        row = self._row(
+            'execution.find', {'keys': list(keys), 'old': list(old), 'pending': PENDING}
+        )
         return (str(row[0]), row[1]) if row else None
 
-    def add_result(self, key: str, fence: int, result: str) -> None:
-        """Store the result of a completion that carried none."""
-        self._run('execution.add_result', {'result': result, 'key': key, 'fence': fence})
+    def late_result(self, key: str, fence: int) -> tuple[str | None, bool] | None:
+        """The result (JSON text) of an attempt's row, and whether the incarnation that made the
+        attempt is in the node table; None where another attempt holds the key.
+        """
+        row = self._row('execution.late_result', {'key': key, 'fence': fence})
+        return (row[0], bool(row[1])) if row else None
+
+    def put_result(self, key: str, fence: int, result: str | None) -> None:
+        """Store the result of a completion that carried none, or that there is none."""
+        self._run(
+            'execution.put_result',
+            {'result': result, 'key': key, 'fence': fence, 'pending': PENDING},
+        )
 
     def settle(self, key: str, fence: int, error: str, retention_sec: float) -> str | None:
         """End an attempt that did not complete: it becomes 'failed', unless a transaction that
@@ -351,10 +315,6 @@ def _holding(holder: Holder) -> dict[str, object]:
         'pid': process.pid,
         'started': process.started,
     }
-
-
-def _in_order(completion: Completion) -> tuple[object, ...]:
-    return (completion.result, completion.retention_sec, completion.key, completion.fence)
 
 
 def _row(values: Sequence[Any]) -> Row:

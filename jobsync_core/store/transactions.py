@@ -23,8 +23,9 @@ from ..errors import (
     NotCommitted,
     StoreTimeout,
 )
+from .completions import Completion
 from .deadline import GuardedConnection, GuardedCursor
-from .executions import Began, Completion, ExecutionStore
+from .executions import Began, ExecutionStore
 from .options import text_of
 from .refusals import refusal, refused
 from .sessions import Sessions

@@ -283,7 +283,7 @@ class MessageOnce(ABC):
             if options.on_duplicate == 'raise':
                 raise error
             self.replay(error)
-            return error.result if options.on_duplicate == 'result' else None
+            return options.result_of(error) if options.on_duplicate == 'result' else None
         # What runs may be this very message's, on a worker that is dead and not known to be yet.
         other = isinstance(error, ExecutionRunning) and not self.came_before()
         if other and options.on_running != 'requeue':

@@ -28,13 +28,14 @@ from jobsync_core.errors import (
     Fenced,
     JobSyncError,
     NotEntered,
+    ResultLost,
 )
 from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.state import Unsettled
 from jobsync_core.worker.come_back import ComeBacks
 from jobsync_core.worker.incoming import MAX_WAITS
 from jobsync_core.worker.routing import WAITS
-from tests.support.fakes import FakeLedger, duplicate
+from tests.support.fakes import FakeLedger, duplicate, lost_result
 
 OPTIONS = {
     'args': [3],
@@ -206,6 +207,19 @@ class TestDuplicates:
         app.tasks.pop('double')
         with pytest.raises(DuplicateExecution):
             in_worker(task_of(app, on_duplicate='raise'))
+
+    def test_a_lost_result_fails_the_message(self, app: Celery, ledger: FakeLedger) -> None:
+        ledger.begin_error = lost_result()
+        with pytest.raises(ResultLost):
+            in_worker(task_of(app), id='lost')
+        app.tasks.pop('double')
+        assert in_worker(task_of(app, on_duplicate='skip'), id='lost') is None
+
+    def test_but_not_one_whose_success_is_known(self, app: Celery, ledger: FakeLedger) -> None:
+        ledger.begin_error = lost_result()
+        app.backend.store_result('told before', 6, states.SUCCESS)
+        with pytest.raises(Ignore):
+            in_worker(task_of(app), id='told before')
 
 
 class TestComeBack:

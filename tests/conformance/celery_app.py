@@ -147,6 +147,7 @@ def _add_tasks(
         task('homeless', once(key='g:{n}', affinity=False)(work.pinned))
     else:
         task('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    task('late', once(key='t:{n}', on_duplicate='result')(work.late))
     task('loose', once(key='l:{n}', affinity=False)(work.loose))
     task('hasty', once(key='h:{n}', affinity=False, on_running='skip')(work.hasty))
     task('reveal', _reveal, jobsync_key='v:{n}')

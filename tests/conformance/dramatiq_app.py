@@ -196,6 +196,7 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str], free: boo
         actor('homeless', once(key='g:{n}', affinity=False)(work.pinned))
     else:
         actor('homeless', once(key='g:{n}')(work.pinned), jobsync_pin=['missing-%'])
+    actor('late', once(key='t:{n}')(work.late))
     actor('loose', once(key='l:{n}', affinity=False)(work.loose))
     actor('hasty', once(key='h:{n}', affinity=False, on_running='skip')(work.hasty))
     actor('reveal', _reveal, jobsync_key='v:{n}', queue_name='second')

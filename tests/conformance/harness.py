@@ -641,6 +641,7 @@ _LETTERS = {
     'pinned': 'g',
     'preferred': 'g',
     'homeless': 'g',
+    'late': 't',
     'loose': 'l',
     'hasty': 'h',
     'flaky': 'f',

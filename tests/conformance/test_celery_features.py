@@ -213,6 +213,17 @@ def test_duplicates_get_the_stored_result(cluster: Cluster, start: int) -> None:
     assert len(cluster.ended(f'b:{start}')) == 1
 
 
+def test_a_duplicate_waits_for_a_result_that_comes_after_the_commit(
+    cluster: Cluster, start: int
+) -> None:
+    first = cluster.send('late', start, 2.0)
+    cluster.wait_ended([f't:{start}'])
+    again = [cluster.send('late', start, routed=i % 2 == 0) for i in range(3)]
+    expected = {'n': start, 'message': first}
+    assert [cluster.result(message) for message in (first, *again)] == [expected] * 4
+    assert len(cluster.ended(f't:{start}')) == 1
+
+
 def test_duplicates_sent_at_once_run_once(cluster: Cluster, start: int) -> None:
     messages = [cluster.send('body', start, 0.5, routed=i % 2 == 0) for i in range(6)]
     assert len({str(cluster.result(message)) for message in messages}) == 1

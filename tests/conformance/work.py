@@ -26,6 +26,7 @@ __all__ = [
     'flaky',
     'hasty',
     'keyed',
+    'late',
     'loose',
     'node',
     'order',
@@ -144,6 +145,18 @@ def loose(n: int, sleep: float = 0.0) -> dict[str, Any]:
 def hasty(n: int, sleep: float = 0.0) -> dict[str, Any]:
     """The same; a message whose key is running is skipped."""
     return _effect(f'h:{n}', n, sleep)
+
+
+def late(n: int, sleep: float = 0.0) -> dict[str, Any]:
+    """Its transaction carries its completion; what it returns comes later."""
+    key, message = f't:{n}', now.message_id()
+    with _noted(key, end=False):
+        assert now.execution is not None
+        with now.execution().transaction() as connection:
+            _insert(connection, (key, message, node(), os.getpid()))
+            note('end', key)
+        time.sleep(sleep)
+    return {'n': n, 'message': message}
 
 
 def _effect(key: str, n: int, sleep: float) -> dict[str, Any]:

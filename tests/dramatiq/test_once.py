@@ -26,6 +26,7 @@ from jobsync_core.errors import (
     ExecutionRunning,
     Fenced,
     NotEntered,
+    ResultLost,
     StoreTimeout,
 )
 from jobsync_core.ledger.current import set_current_ledger
@@ -37,7 +38,7 @@ from jobsync_dramatiq import JobSync, exactly_once
 from jobsync_dramatiq import once as once_module
 from jobsync_dramatiq.groups import mark_members
 from jobsync_dramatiq.notes import Note
-from tests.support.fakes import FakeLedger, duplicate
+from tests.support.fakes import FakeLedger, duplicate, lost_result
 
 
 @pytest.fixture
@@ -165,6 +166,16 @@ class TestDuplicates:
             else:
                 with pytest.raises(outcome):
                     bench.run(actor, delivered(actor.message(3)))
+
+    def test_a_lost_result_fails_the_message_unless_it_skips(self, ledger: FakeLedger) -> None:
+        ledger.begin_error = lost_result()
+        bench = Bench()
+        actor = bench.actor()
+        with pytest.raises(ResultLost):
+            bench.run(actor, delivered(actor.message(3)))
+        bench = Bench()
+        actor = bench.actor(on_duplicate='skip')
+        assert bench.run(actor, delivered(actor.message(3))) is None
 
     def test_a_member_of_a_group_that_is_delivered_again_counts_once(
         self, ledger: FakeLedger

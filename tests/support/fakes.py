@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobsync_core.errors import DuplicateExecution, JobSyncError
+from jobsync_core.errors import DuplicateExecution, JobSyncError, ResultLost
 from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.ledger.state import Unsettled
 from jobsync_core.protocol.pausing import Pausing
 from jobsync_core.worker.owners import Place
 
-__all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate']
+__all__ = ['Clock', 'FakeJob', 'FakeLedger', 'FakeOwners', 'duplicate', 'lost_result']
 
 
 class Clock:
@@ -93,4 +93,11 @@ def duplicate(result: Any = 6) -> DuplicateExecution:
     """What the ledger says of a key that is complete."""
     error = DuplicateExecution()
     vars(error).update(key='d:3', result=result)
+    return error
+
+
+def lost_result() -> ResultLost:
+    """What the ledger says of a key that is complete and whose result nobody knows."""
+    error = ResultLost()
+    error.key = 'd:3'
     return error

@@ -27,6 +27,7 @@ _CORE = {
     'NotCommitted',
     'NotEntered',
     'RebalanceEvent',
+    'ResultLost',
     'SchemaConflict',
     'StoreTimeout',
     'Task',

@@ -165,24 +165,35 @@ SELECT state FROM {execution} WHERE key = %(key)s
 -- Whether there is any key in a range.
 SELECT EXISTS (SELECT FROM {execution} WHERE key >= %(first)s AND key < %(end)s)
 
+-- piece: is_held
+-- Whether the node that made the attempt lives.
+EXISTS (SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
+
 -- name: find
 -- The first of these keys that is complete, else one that a live node holds ('done' comes before
 -- 'running'). Those that are old count only where an earlier version began them.
-SELECT e.state, e.result::text FROM {execution} AS e
+SELECT CASE WHEN e.result = %(pending)s::jsonb AND {is_held} THEN 'running' ELSE e.state END,
+    e.result::text
+FROM {execution} AS e
 WHERE e.key = ANY(%(keys)s::text[])
     AND (e.key <> ALL(%(old)s::text[])
         OR e.fence < (SELECT max(c.former_until) FROM {cluster} AS c))
     AND CASE e.state
         WHEN 'done' THEN e.expires_at IS NULL OR e.expires_at > now()
-        WHEN 'running' THEN EXISTS (
-            SELECT FROM {node} AS n WHERE n.name = e.node AND n.incarnation = e.incarnation)
+        WHEN 'running' THEN {is_held}
         ELSE false END
 ORDER BY e.state LIMIT 1
 
--- name: add_result
--- Stores the result of a completion that carried none.
+-- name: late_result
+-- The result of an attempt's row, and whether its node lives.
+SELECT e.result::text, {is_held} FROM {execution} AS e
+WHERE e.key = %(key)s AND e.fence = %(fence)s
+
+-- name: put_result
+-- Stores the result of a completion that carried none, or that there is none.
 UPDATE {execution} SET result = CAST(%(result)s AS jsonb)
-WHERE key = %(key)s AND fence = %(fence)s AND state = 'done' AND result IS NULL
+WHERE key = %(key)s AND fence = %(fence)s AND state = 'done'
+    AND (result IS NULL OR result = CAST(%(pending)s AS jsonb))
 
 -- name: settle
 -- Ends an attempt that did not complete; the state that it is in now. SKIP LOCKED: whoever holds the

@@ -20,7 +20,8 @@ from jobsync_core.executions import ExecutionFilter, Executions
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
-from jobsync_core.store.executions import Completion, Holder, Row
+from jobsync_core.store.completions import Completion
+from jobsync_core.store.executions import Holder, Row
 from tests.support import attempts as by_hand
 from tests.support.ledgers import MakeLedger, insert, state_of
 from tests.support.rows import Rows

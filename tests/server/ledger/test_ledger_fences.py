@@ -19,7 +19,8 @@ from jobsync_core.ledger.attempt import Attempt
 from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
-from jobsync_core.store.executions import Completion, ExecutionStore, Holder
+from jobsync_core.store.completions import Completion
+from jobsync_core.store.executions import ExecutionStore, Holder
 from tests.support import attempts as by_hand
 from tests.support.ledger_process import connect
 from tests.support.ledgers import ledgers_of, state_of

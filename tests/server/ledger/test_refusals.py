@@ -191,7 +191,7 @@ def test_a_trouble_that_meets_all_keys_is_told_once_and_then_once_a_minute_with_
     said = (
         'failed, which could not be recorded yet'
         if ends == 'failure'
-        else 'completed without its result'
+        else 'completed, and its result is not recorded yet'
     )
     lines = [record.getMessage() for record in caplog.records if said in record.getMessage()]
     assert len(lines) == 2, lines

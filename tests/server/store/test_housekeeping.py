@@ -16,8 +16,9 @@ import pytest
 from jobsync_core import CoordinationConfig, Job
 from jobsync_core.agent.housekeeper import Housekeeper
 from jobsync_core.process import Process
+from jobsync_core.store.completions import Completion
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.executions import Completion, ExecutionStore, Holder
+from jobsync_core.store.executions import ExecutionStore, Holder
 from jobsync_core.store.housekeeping import (
     AGES,
     CHORES,

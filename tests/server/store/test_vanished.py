@@ -25,8 +25,9 @@ import pytest
 from jobsync_core import CoordinationConfig, ExecutionRunning, Job
 from jobsync_core.errors import DatabaseUnavailable
 from jobsync_core.ledger.cluster import ClusterLedger
+from jobsync_core.store.completions import Completion
 from jobsync_core.store.connection import Connection
-from jobsync_core.store.executions import Completion, ExecutionStore
+from jobsync_core.store.executions import ExecutionStore
 from jobsync_core.store.queues import QueueStore
 from jobsync_core.store.sessions import Sessions
 from tests.support import attempts as by_hand
