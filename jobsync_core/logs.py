@@ -8,8 +8,9 @@ import logging
 import reprlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ['Repeats', 'escaping', 'get_logger', 'one_line', 'shown']
+__all__ = ['Repeats', 'escaping', 'forget_oldest', 'get_logger', 'one_line', 'shown']
 
 _AS_THEY_ARE = (int, float, type(None))
 _repr = reprlib.Repr()
@@ -109,6 +110,19 @@ def shown(value: object, limit: int = 300) -> str:
     return f'{text[:limit]}…' if cut else text
 
 
+def forget_oldest(known: dict[Hashable, Any], most: int) -> None:
+    """Make room for one more of `most`: what was put there first goes. Threads may do so at once.
+
+    Args:
+        known: What is remembered.
+        most: How many are, at most.
+    """
+    while len(known) >= most:
+        # The list is made at one go; an iterator raises where another thread has changed the dict.
+        for kind in list(known)[:1]:
+            known.pop(kind, None)
+
+
 @dataclass
 class _Said:
     at: float
@@ -144,7 +158,6 @@ class Repeats:
             known.hushed += 1
             return None
         self._said.pop(kind, None)
-        while len(self._said) >= self._most:
-            self._said.pop(next(iter(self._said), None), None)
+        forget_oldest(self._said, self._most)
         self._said[kind] = _Said(now)
         return f' ({known.hushed} more like it)' if known is not None and known.hushed else ''

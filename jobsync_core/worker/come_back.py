@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..errors import ExecutionRunning, JobSyncError
-from ..logs import Repeats
+from ..logs import Repeats, forget_oldest
 
 __all__ = ['MOST_SEC', 'ComeBack', 'ComeBacks', 'come_back_sec', 'waited_sec']
 
@@ -84,7 +84,6 @@ class ComeBacks:
     def _is_first(self, kind: Hashable, now: float) -> bool:
         # Written anew each time, so that the oldest is one that comes back no more.
         before = self._told.pop(kind, None)
-        while len(self._told) >= _MOST_KEYS:
-            self._told.pop(next(iter(self._told), None), None)
+        forget_oldest(self._told, _MOST_KEYS)
         self._told[kind] = now
         return before is None or now - before > _QUIET_SEC

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from jobsync_core.errors import ExecutionRunning
 from jobsync_core.logs import Repeats, shown
+from jobsync_core.worker import come_back
+from jobsync_core.worker.come_back import ComeBacks
 
 
 @pytest.mark.parametrize(
@@ -61,3 +69,36 @@ class TestRepeats:
         assert [repeats.say(number, 0.0) for number in range(100)] == [''] * 100
         assert len(repeats._said) == 10
         assert repeats.say(99, 1.0) is None
+
+
+def say(repeats: Repeats) -> Callable[[object], object]:
+    return lambda kind: repeats.say(kind, 0.0)
+
+
+def come(come_backs: ComeBacks) -> Callable[[object], object]:
+    return lambda kind: come_backs.next(str(kind), ExecutionRunning(), 0, 0.0)
+
+
+@pytest.mark.parametrize('kind', ['said', 'told'])
+def test_threads_that_say_more_than_is_remembered_raise_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """They are switched between any two instructions; it took a tenth of a second to go wrong."""
+    monkeypatch.setattr(come_back, '_MOST_KEYS', 4)
+    act = say(Repeats(most=4)) if kind == 'said' else come(ComeBacks())
+    end = time.monotonic() + 1.0
+
+    def work(thread: int) -> int:
+        number = 0
+        while time.monotonic() < end:
+            number += 1
+            act((thread, number))
+        return number
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert min(pool.map(work, range(4))) > 0
+    finally:
+        sys.setswitchinterval(before)
