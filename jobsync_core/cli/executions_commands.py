@@ -18,7 +18,7 @@ from rich.table import Table
 from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
 from ..executions import STATES, ExecutionFilter, Executions
 from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
-from ..store.completions import PENDING
+from ..store.completions import LOST, PENDING
 from .columns import columns, cut
 from .context import Database, console, database_options, printable
 from .status_view import as_json, table
@@ -370,9 +370,9 @@ def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
     if found['error'] is not None:
         lines.append(('error', found['error']))
     if found['result'] is not None:
-        late = found['result'] == PENDING
-        shown = 'not told yet by its attempt' if late else cut(found['result'], _RESULT_WIDTH)
-        lines.append(('result', shown))
+        untold = {PENDING: 'not told yet by its attempt', LOST: 'lost with its process'}
+        shown = cut(found['result'], _RESULT_WIDTH)
+        lines.append(('result', untold.get(found['result'], shown)))
     return lines
 
 

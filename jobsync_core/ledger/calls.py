@@ -22,7 +22,7 @@ from ..errors import (
 from ..logs import Repeats, get_logger
 from ..process import is_known_dead
 from ..store.blockers import BlockerStore, name_all
-from ..store.completions import PENDING, Completion
+from ..store.completions import LOST, PENDING, Completion
 from ..store.executions import ExecutionStore, Holder, Row
 from ..store.refusals import refusal
 from .batch import GroupCommit
@@ -209,8 +209,12 @@ class LedgerCalls:
             if row.free or row.state is None:
                 continue
             if row.state == 'done':
-                if row.result != PENDING or _is_gone(row, holder):
+                if row.result != PENDING:
                     return row
+                if _is_gone(row, holder):
+                    # Other machines cannot tell while the node lives whose child that process was.
+                    store.put_result(key, row.fence, LOST)
+                    return dataclasses.replace(row, result=LOST)
                 found = store.late_result(key, row.fence)
                 if found is None:
                     continue

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..process import this_process
 from ..protocol.pausing import Pausing
-from ..store.completions import PENDING, Steps, steps
+from ..store.completions import LOST, PENDING, Steps, steps
 from ..store.executions import Holder
 from ..store.transactions import Transactions
 from .calls import LedgerCalls
@@ -261,7 +261,7 @@ def _not_begun(
     """Why an attempt does not begin whose key has this state."""
     if state != 'done':
         return _running(key)
-    if result == PENDING:
+    if result in (PENDING, LOST):
         lost = ResultLost(
             f'the key {key!r} was already completed, by a transaction of an attempt whose process '
             'died before it told its result: what the attempt would have returned is not known'

@@ -10,12 +10,15 @@ from typing import TypeAlias
 
 from .tables import Tables
 
-__all__ = ['PENDING', 'Completion', 'Statement', 'Steps', 'in_order', 'steps']
+__all__ = ['LOST', 'PENDING', 'Completion', 'Statement', 'Steps', 'in_order', 'steps']
 
 #: What stands in the place of a result that is still to come, as PostgreSQL writes it: the key is
 #: complete by a transaction of the user's, and its attempt has not ended. Processes of an earlier
 #: version take it for None.
 PENDING = '{"$jobsync": null}'
+#: What somebody has put there who knows that the attempt's process is dead. They, too, take it for
+#: None.
+LOST = '{"$jobsync": {"$text": "null"}}'
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from jobsync_core.ledger.execution import Execution, current_execution
 from jobsync_core.ledger.functions import returns_nothing
 from jobsync_core.ledger.keys import Former
 from jobsync_core.ledger.once import exactly_once, once
+from jobsync_core.ledger.results import read_result
 from jobsync_core.ledger.state import Unsettled
-from jobsync_core.store.completions import PENDING
+from jobsync_core.store.completions import LOST, PENDING
 from jobsync_core.store.transactions import TransactionConnection
 from tests.support.ledger_process import connect
 from tests.support.ledgers import MakeLedger, effects, insert, state_of
@@ -343,6 +344,19 @@ class TestALostResult:
             assert (caught.value.key, caught.value.result) == ('k', None)
         assert paying(other, lambda: None, on_duplicate='skip')('k') is None
         assert effects(rows) == 1
+
+    def test_whoever_knows_that_tells_other_machines(
+        self, ledger: ClusterLedger, other: ClusterLedger, rows: Rows, config: CoordinationConfig
+    ) -> None:
+        """A child of a worker that lives: only its own machine knows that it is dead."""
+        left_behind(ledger, config, by_block)
+        rows.run(f"UPDATE {rows.tables.execution} SET started = 'long ago'")
+        with pytest.raises(ResultLost), once(other, 'k'):
+            pass
+        assert stored(rows) == LOST and read_result('k', LOST) is None
+        rows.run(f"UPDATE {rows.tables.execution} SET boot_id = 'of another machine'")
+        with pytest.raises(ResultLost), once(other, 'k'):
+            pass
 
 
 class Callable_:
