@@ -22,7 +22,7 @@ from tests.support.waiting import eventually
 from .beats import Beat, Stage, gaps, repeated
 
 #: Twice this is longer than a take-over takes here, so that no slot may be missing.
-SECONDS = 2.0
+SECONDS = 3.0
 MakeStage = Callable[..., Stage]
 
 
@@ -95,7 +95,7 @@ def test_a_follower_takes_over_within_seconds_of_a_kill(stage: Stage) -> None:
     leader, follower = leader_and_follower(stage)
     stage.wait_calm()
     leader.kill(signal.SIGKILL)
-    eventually(lambda: 'this scheduler is the active one' in follower.log, timeout=3)
+    eventually(lambda: 'this scheduler is the active one' in follower.log, timeout=8)
     stage.wait_from(follower, 2)
     check(stage)
 

@@ -265,7 +265,7 @@ def test_what_a_plain_worker_had_taken_comes_back_under_the_prefix(
     client.lpush(f'{prefix}{_QUEUE}', json.dumps(_message()))
     assert Queue(_QUEUE)(channel).get() is not None
     assert client.hlen(f'{prefix}unacked') == 1 and not client.exists(f'{prefix}{_QUEUE}')
-    eventually(lambda: broker.restore_shared(options) == 1, 10)
+    eventually(lambda: broker.restore_shared(options) == 1)
     assert client.llen(f'{prefix}{_QUEUE}') == 1
     assert not client.exists(f'{prefix}unacked', f'{prefix}unacked_index')
     assert all(key.startswith(prefix) for key in client.scan_iter())

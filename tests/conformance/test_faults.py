@@ -25,7 +25,7 @@ on_processes = pytest.mark.parametrize('setup', setups('processes'), ids=str)
 on_threads = pytest.mark.parametrize('setup', setups('threads'), ids=str)
 MakeCluster = Callable[..., Cluster]
 #: What a machine that runs other tests at the same time may add.
-_SLOW_SEC = 4.0
+_SLOW_SEC = 10.0
 #: Kills of a test; there are two tests of them on two brokers.
 _KILLS = 5 * SOAK
 #: Environment variable with a seed that makes the random moments those of another run.
@@ -89,7 +89,7 @@ def test_pool_processes_killed_at_random_moments_lose_nothing(
             os.kill(chance.choice(pool), signal.SIGKILL)
         if pool and not cluster.adapter.replaces_processes:
             # The others of the pool are stopped, and the worker ends with an error.
-            assert victim.wait(20) != 0
+            assert victim.wait() != 0
             names.remove(victim.name)
             names.append(f'worker-{number + 3}')
             cluster.start(names[-1], concurrency=2, settle=False)
@@ -107,7 +107,7 @@ def test_a_task_whose_process_is_killed_runs_again_at_once(
     eventually(lambda: cluster.notes.of('start'))
     since = moment()
     os.kill(cluster.notes.of('start')[0].pid, signal.SIGKILL)
-    within(10, lambda: len(cluster.notes.of('start')) > 1)
+    within(20, lambda: len(cluster.notes.of('start')) > 1)
     print(f'{setup}: begun again {moment() - since:.2f} s after SIGKILL of its pool process')
     cluster.finish()
 
@@ -189,10 +189,11 @@ def test_the_queue_of_a_node_that_never_comes_back_is_deleted_and_forgotten(
         ),
         40,
     )
-    assert isinstance(cluster.place.server, RabbitServer)
-    assert not [
-        name for name in cluster.place.server.queues(cluster.place.space) if 'victim' in name
-    ]
+    server = cluster.place.server
+    assert isinstance(server, RabbitServer)
+    eventually(
+        lambda: not [name for name in server.queues(cluster.place.space) if 'victim' in name]
+    )
 
 
 @on_processes

@@ -143,7 +143,7 @@ def message(n: int, **options: Any) -> Any:
 
 
 def next_of(consumer: Any) -> Any:
-    return eventually(lambda: consumer.next(patient=True), 10)
+    return eventually(lambda: consumer.next(patient=True))
 
 
 def came_before(found: Any) -> bool:
@@ -280,7 +280,7 @@ class TestBothBrokers:
         place.put(node, N2)
         assert not node.delete(N2)
         node.take(N2).forward(PARKED)
-        assert eventually(lambda: node.delete(N2), 10)
+        assert eventually(lambda: node.delete(N2))
         assert two.take(N2) is None
 
     def test_a_dead_letter_of_a_node_s_queue_goes_to_its_actor_s(self, place: Place) -> None:
@@ -299,7 +299,7 @@ class TestBothBrokers:
             def dead() -> Any:
                 return node.native.channel.basic_get('default.XQ', auto_ack=True)[2]
 
-            raw = eventually(dead, 10)
+            raw = eventually(dead)
         buried = dramatiq.Message.decode(raw)
         assert (buried.queue_name, buried.args, 'jobsync_home' in buried.options) == (
             'default',
@@ -322,7 +322,7 @@ class TestBothBrokers:
             taken.extend(place.take_all(other, N1))
             return len(taken) == 4
 
-        eventually(take_more, 10)
+        eventually(take_more)
         consumer.ack(first)
         consumer.resume()
         node.send(message(9), N1, None)
@@ -363,7 +363,7 @@ class TestBothBrokers:
             taken.extend(place.take_all(two, N1))
             return len(taken) == 5
 
-        eventually(take_more, 10)
+        eventually(take_more)
 
 
 def dead_by_queue(queue: str | None) -> dict[str, list[bytes]]:
@@ -391,7 +391,7 @@ class TestUnreadable:
         good = [next_of(consumer) for _ in UNREADABLE]
         assert sorted(each.args[0] for each in good) == list(range(len(UNREADABLE)))
         dead = dead_by_queue('default')
-        eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead, 10)
+        eventually(lambda: {name: sorted(place.dead(node, name)) for name in dead} == dead)
         for each in good:
             in_thread(partial(consumer.ack, each))
         consumer.idle(0.05)
@@ -404,8 +404,7 @@ class TestUnreadable:
         eventually(
             lambda: (
                 not [name for name in place.server.depths(place.space) if not name.endswith('.XQ')]
-            ),
-            10,
+            )
         )
 
     @pytest.mark.parametrize('queue', [PARKED, OLD_PARKED])
@@ -454,8 +453,7 @@ class TestUnreadable:
             lambda: (
                 {name: sorted(place.dead(node, name)) for name in expected}
                 == {name: sorted(data) for name, data in expected.items()}
-            ),
-            10,
+            )
         )
 
     def test_without_a_right_to_write_there_it_goes_to_the_plugin_s_own(
@@ -474,8 +472,8 @@ class TestUnreadable:
         node.reset()
         with suppress(*BROKEN):  # the refusal has closed the channel: it comes once more
             node.take(OLD_PARKED)
-        eventually(lambda: node.take(OLD_PARKED) is None and node.size(OLD_PARKED) == 0, 10)
-        eventually(lambda: len(rabbit.dead(node, OLD_PARKED)) == 2, 10)
+        eventually(lambda: node.take(OLD_PARKED) is None and node.size(OLD_PARKED) == 0)
+        eventually(lambda: len(rabbit.dead(node, OLD_PARKED)) == 2)
         assert caplog.text.count('may not write to default.XQ') == 1
 
     def test_a_consumer_that_is_closed_or_paused_with_some_of_it_gives_it_back(
@@ -496,8 +494,7 @@ class TestUnreadable:
             lambda: (
                 consumer.next(patient=True) is None
                 and {name: sorted(place.dead(node, name)) for name in dead} == dead
-            ),
-            10,
+            )
         )
         consumer.close([])
 
@@ -569,7 +566,7 @@ class TestRedis:
                 target=lambda found=found: found.append(consumer.next(patient=True)), daemon=True
             )
             thread.start()
-            eventually(lambda: consumer._waits, 10)
+            eventually(lambda: consumer._waits)
             in_thread(lambda: consumer.ack(held.pop()))
             thread.join(0.2)
             assert thread.is_alive(), 'one by one each would be a trip'
@@ -594,7 +591,7 @@ class TestRedis:
             target=lambda: found.append(consumer.next(patient=True)), daemon=True
         )
         thread.start()
-        eventually(lambda: consumer._waits, 10)
+        eventually(lambda: consumer._waits)
         in_thread(lambda: getattr(consumer, way)(held[0]))
         thread.join(20)
         assert [each.args for each in found] == [(2,)]
@@ -855,7 +852,7 @@ class TestRabbit:
             found.extend(rabbit.take_all(node, OLD_PARKED))
             return len(found) == 2
 
-        eventually(parked, 10)
+        eventually(parked)
         assert node.take(N2) is None
 
     def test_what_is_passed_on_says_still_that_it_came_before(self, rabbit: Place) -> None:
@@ -906,7 +903,7 @@ class TestRabbit:
     def test_a_home_queue_that_is_gone_is_made_again(self, rabbit: Place) -> None:
         node = rabbit.node('n1')
         rabbit.put(node, 'default')
-        eventually(lambda: rabbit.server.depths(rabbit.space).get('default') == 1, 10)
+        eventually(lambda: rabbit.server.depths(rabbit.space).get('default') == 1)
         assert 'default' not in node.native.queues  # and it is not consumed here
 
     def test_what_a_broken_consumer_had_taken_is_delivered_again_and_no_thread_waits_for_it(

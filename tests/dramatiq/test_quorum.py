@@ -144,7 +144,7 @@ class TestQueues:
         assert consumer.next(patient=True) is None
         assert not node.delete(N2)
         consumer.close([])
-        eventually(lambda: node.delete(N2), 10)
+        eventually(lambda: node.delete(N2))
         assert N2 not in quorum.kinds() and node.delete(N2)
         assert node.native.connection is connection and connection.is_open
 
@@ -154,13 +154,13 @@ class TestQueues:
         node = quorum.node('n1')
         consumer = quorum.node('n2').consume(N2, 1, 50)
         put(node, N2, 1)
-        assert eventually(lambda: consumer.next(patient=True), 10)
+        assert eventually(lambda: consumer.next(patient=True))
         consumer.pause()
         for _ in range(2):
             assert not node.delete(N2)
             consumer.idle(0.05)
         consumer.close([])
-        assert eventually(lambda: node.size(N2), 10) == 1
+        assert eventually(lambda: node.size(N2)) == 1
 
     def test_a_consumer_whose_presence_was_deleted_begins_anew(self, quorum: Space) -> None:
         node = quorum.node('n1')
@@ -195,7 +195,7 @@ class TestQueues:
             # Deleted is what is empty at some moment; who sends without a pause keeps it.
             gaps.acquire(timeout=0 if deleted.is_set() else 0.5)
         thread.join(20)
-        eventually(lambda: node.size(OLD_PARKED) == sent, 10)
+        eventually(lambda: node.size(OLD_PARKED) == sent)
         assert set(take_all(node, OLD_PARKED)) == set(range(sent)) and N1 not in quorum.kinds()
 
     def test_one_that_stays_is_reached_still(
@@ -208,7 +208,7 @@ class TestQueues:
             looks.append(_is_idle(channel, queue))
             if len(looks) == 1:  # past the exchange, as a client of its own may
                 node.native.channel.basic_publish('', N1, b'', mandatory=True)
-                eventually(lambda: node.size(N1) == 1, 10)
+                eventually(lambda: node.size(N1) == 1)
             return looks[-1]
 
         monkeypatch.setattr('jobsync_dramatiq.broker.rabbit_declaring._is_idle', is_idle)
@@ -216,7 +216,7 @@ class TestQueues:
         assert not node.delete(N1)
         assert looks[0] and len(looks) == 3
         put(node, N1, 5)
-        eventually(lambda: node.size(N1) == 2, 10)
+        eventually(lambda: node.size(N1) == 2)
 
     def test_one_whose_node_comes_back_meanwhile_is_reached_again(self, quorum: Space) -> None:
         node = quorum.node('n1')
@@ -242,7 +242,7 @@ class TestLimitOfReturns:
         quorum.limit_returns(2)
         put(node, PARKED, *range(5))
         for _ in range(6):
-            eventually(lambda: node.size(PARKED) == 5, 10)
+            eventually(lambda: node.size(PARKED) == 5)
             passed = Passage(node, 'n1').go(PARKED, lambda delivery: None, lambda: False)
             assert (passed.moved, passed.stayed) == (0, 5)
         assert take_all(node, PARKED) == list(range(5))
@@ -252,9 +252,9 @@ class TestLimitOfReturns:
         quorum.limit_returns(1)
         put(node, PARKED, 1)
         for _ in range(5):
-            delivery = eventually(lambda: node.take(PARKED), 10)
+            delivery = eventually(lambda: node.take(PARKED))
             delivery.requeue()
-        eventually(lambda: node.size(PARKED) == 1, 10)
+        eventually(lambda: node.size(PARKED) == 1)
 
     def test_a_consumer_that_stops_and_goes_on_loses_nothing(self, quorum: Space) -> None:
         node = quorum.node('n1')
@@ -262,7 +262,7 @@ class TestLimitOfReturns:
         put(node, N1, *range(3))
         consumer = node.consume(N1, 3, 200)
         for _ in range(5):
-            handed_out = eventually(lambda: consumer.next(patient=True), 10)
+            handed_out = eventually(lambda: consumer.next(patient=True))
             consumer.requeue(handed_out)
             consumer.pause()
             consumer.idle(0.01)
@@ -282,16 +282,16 @@ class TestLimitOfReturns:
             put(node, N1, 1)
             for _ in range(before):
                 dies = node.consume(N1, 1, 50)
-                assert eventually(lambda: dies.next(patient=True), 10)  # noqa: B023
+                assert eventually(lambda: dies.next(patient=True))  # noqa: B023
                 dies.close([])
-            eventually(lambda: other.take(N1), 10).forward(N2)
+            eventually(lambda: other.take(N1)).forward(N2)
             for _ in range(3 - before):
                 dies = other.consume(N2, 1, 50)
-                found = eventually(lambda: dies.next(patient=True), 10)  # noqa: B023
+                found = eventually(lambda: dies.next(patient=True))  # noqa: B023
                 assert found.args == (1,)
                 dies.close([])
             last = other.consume(N2, 1, 50)
-            eventually(lambda: last.next(patient=True) or other.size('default.XQ') == 1, 10)
+            eventually(lambda: last.next(patient=True) or other.size('default.XQ') == 1)
             assert other.size('default.XQ') == 1 and other.size(N2) == 0
             last.close([])
 
@@ -302,7 +302,7 @@ class TestLimitOfReturns:
             consumer = node.consume(N1, 1, 50)
             for _ in range(6):
                 consumer.requeue(eventually(lambda: consumer.next(patient=True), 10))
-            assert returns_of(eventually(lambda: consumer.next(patient=True), 10).raw.headers) == 0
+            assert returns_of(eventually(lambda: consumer.next(patient=True)).raw.headers) == 0
             consumer.close([])
 
 

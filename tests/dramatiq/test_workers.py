@@ -54,7 +54,7 @@ def test_results_groups_pipelines_retries_and_delays(workers: Workers) -> None:
     group.add_completion_callback(app.seal.message('g'))
     group.run()
     assert list(group.get_results(block=True, timeout=20_000)) == [1 + n for n in range(30)]
-    eventually(lambda: workers.counts('seal:') == {'seal:g': 1}, 10)
+    eventually(lambda: workers.counts('seal:') == {'seal:g': 1})
     pipe = dramatiq.pipeline(
         [app.add.message(1, 100), app.add.message(1000), app.add.message(10_000)]
     ).run()
@@ -135,7 +135,7 @@ def test_orphans_that_have_not_told_their_master_that_they_are_up_end_their_work
     first.wait()
     # This one begins, and does not end before the first orphan is told to stop.
     workers.app.lasting.send(1)
-    eventually(lambda: workers.lines('lasting:'), 10)
+    eventually(lambda: workers.lines('lasting:'))
     del workers._environment['TEST_SLOW_START']
     workers.start(1)
     workers.wait_for_nodes(1)
@@ -154,7 +154,7 @@ def test_only_chosen_queues_are_consumed_and_pins_without_a_node_are_parked(
     workers.app.keyed.send(1)
     workers.app.homeless.send(1)
     workers.app.on_second.send(1)
-    eventually(lambda: workers.counts('second:') == {'second:1': 1}, 10)
+    eventually(lambda: workers.counts('second:') == {'second:1': 1})
     assert workers.depth('default') == 2 and workers.lines('keyed:') == []
     workers.start(1)
     eventually(lambda: workers.counts('keyed:') == {'keyed:1': 1}, 20)

@@ -65,8 +65,7 @@ class TestDurableRedis:
                     for name in workers.server.depths(workers.space)
                     if name.endswith('default.DQ')
                 ]
-            ),
-            10,
+            )
         )
         workers.server.restart(signal.SIGKILL)
         done(workers, 'keyed:', 20, 30)
@@ -169,8 +168,7 @@ def test_what_grows_too_old_while_it_is_parked_is_among_the_dead_letters_of_its_
                     'default.XQ', passive=True
                 ).method.message_count
                 == 3
-            ),
-            10,
+            )
         )
     assert 'has exceeded its age limit' in workers.output()
 
@@ -189,7 +187,7 @@ def test_a_killed_process_of_several_takes_its_master_along_and_another_has_all_
     workers.wait_for_nodes(3)
     for n in range(60):
         workers.app.slow.send(n)
-    child = eventually(partial(_child_of, first.pid), 10)
+    child = eventually(partial(_child_of, first.pid))
     os.kill(child, signal.SIGKILL)
     assert first.wait(30) != 0
     eventually(lambda: len(workers.counts('slowend:')) == 60, 40)

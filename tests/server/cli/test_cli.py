@@ -636,11 +636,11 @@ class TestQueueGroups:
     ) -> None:
         assert 'no other node can take those of gpu:' in good(run('drain', 'n2'))
         reason = 'gpu: every live node that consumes it is draining'
-        eventually(lambda: 'nobody' in good(run('who', 't', '--queue', 'gpu')), 10)
+        eventually(lambda: 'nobody' in good(run('who', 't', '--queue', 'gpu')))
         shown = good(run('status'))
         assert reason in shown and 'their locks' not in shown, shown
         assert 'no other node can take them:' in good(run('drain', 'n1'))
-        eventually(lambda: 'mail: every live node' in good(run('status')), 10)
+        eventually(lambda: 'mail: every live node' in good(run('status')))
         assert reason in good(run('status'))
 
 

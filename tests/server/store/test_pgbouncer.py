@@ -187,8 +187,7 @@ class TestACluster:
                             (),
                         )
                     )
-                ),
-                timeout=10,
+                )
             )
             pooler.start()
             cluster.wait_claimed()
