@@ -117,6 +117,7 @@ class Answers:
         else:
             self.parts.leadership.start_anew()
         self.parts.handover.beat_answered(reply.version, now)
+        self.parts.enrollment.heard(reply)
         if (
             self.parts.membership.phase is not Phase.LEAVING
             and not self.parts.connection.quarantined

@@ -15,7 +15,7 @@ from ..assignment.tokens import TokenSet
 from .agenda import NEVER, Due
 from .messages.groups import Enroll, EnrollReply, Ids
 from .messages.handover import RefreshReply
-from .messages.membership import JoinReply
+from .messages.membership import HeartbeatReply, JoinReply
 from .messages.signs import Life
 from .rhythm import Backoff
 
@@ -84,6 +84,13 @@ class Enrollment:
         """The row names the groups that were asked for."""
         self._is_told(request.groups)
         self._learn((*self.ids.items(), *reply.ids))  # of groups that it is leaving as well
+
+    def heard(self, reply: HeartbeatReply) -> None:
+        """What the row names. An Enroll of before may have been carried out late, after a newer
+        one, and nothing else would tell of it.
+        """
+        if reply.groups is not None:
+            self._is_told(_ordered(reply.groups))
 
     def refused(self, now: float) -> None:
         """The server has refused."""

@@ -59,7 +59,7 @@ class NodeStore:
         )
         if not rows or rows[0][0] is None:
             return None
-        version, state, created, text, history, recorded, same, held = rows[0]
+        version, state, created, text, history, recorded, same, held, groups = rows[0]
         older = json.loads(text or '[]')
         return HeartbeatReply(
             version,
@@ -71,6 +71,7 @@ class NodeStore:
             _is_settled(history, recorded),
             same,
             held,
+            tuple(json.loads(groups or '[]')),
         )
 
     def refresh(self, connection: Connection, request: Refresh) -> RefreshReply | None:

@@ -8,7 +8,7 @@ from .beginnings import have_groups, some_duration, some_times, start_cluster
 from .schedule import TIMEOUT, Run
 from .store import SimStore
 
-__all__ = ['deserted', 'enrolling', 'erased', 'forgotten', 'renamed', 'upgrades']
+__all__ = ['belated', 'deserted', 'enrolling', 'erased', 'forgotten', 'renamed', 'upgrades']
 
 
 def enrolling(run: Run) -> None:
@@ -38,6 +38,22 @@ def enrolling(run: Run) -> None:
         )
     run.at(run.faults_end + TIMEOUT, run.undrain_all)
     run.faults_end += 2 * TIMEOUT
+
+
+def belated(run: Run) -> None:
+    """What a worker said of its queues is carried out late, perhaps after it has said otherwise,
+    and before anybody has planned for that.
+    """
+    have_groups(run)
+    start = start_cluster(run)
+    rng, network = run.world.rng, run.world.network
+    network.late_enrolls, network.lateness = 0.5, TIMEOUT / 2
+    network.lost_notification = rng.choice((0.5, 1.0))
+    for time in some_times(run, start, TIMEOUT, 3, 1):
+        name = rng.choice(run.names)
+        run.at(time, run.enroll, name)
+        run.at(time + TIMEOUT * rng.uniform(0.2, 0.8), run.enroll, name)
+    run.faults_end += TIMEOUT
 
 
 def deserted(run: Run) -> None:

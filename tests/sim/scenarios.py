@@ -14,7 +14,7 @@ from jobsync_core.protocol.messages.leadership import Evict, Lead, Observe
 from jobsync_core.protocol.node import Phase, Settings
 
 from .beginnings import have_groups, some_duration, some_times, start_cluster
-from .group_scenarios import deserted, enrolling, erased, forgotten, renamed, upgrades
+from .group_scenarios import belated, deserted, enrolling, erased, forgotten, renamed, upgrades
 from .invariants import Violation
 from .node import LEASE_FRACTION, SimNode
 from .schedule import TIMEOUT, Run
@@ -457,6 +457,7 @@ FAMILIES: dict[str, Callable[[Run], None]] = {
         reused,
         failbacks,
         enrolling,
+        belated,
         deserted,
         forgotten,
         renamed,
@@ -523,7 +524,7 @@ def play(run: Run) -> None:
 def _calm(run: Run) -> None:
     """All faults cease."""
     world = run.world
-    world.network.late_gives = world.network.late_leads = 0.0
+    world.network.late_gives = world.network.late_leads = world.network.late_enrolls = 0.0
     world.network.slow = world.network.lost_reply = world.network.late = (
         world.network.lost_notification
     ) = 0.0

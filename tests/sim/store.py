@@ -470,6 +470,7 @@ class SimStore:
             self._settled,
             same,
             row.held,
+            row.groups,
         )
 
     def _youngest(self) -> float:

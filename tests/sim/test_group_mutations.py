@@ -124,6 +124,11 @@ def _trust_what_was_told_once(patch: pytest.MonkeyPatch) -> None:
         original(self, replace(reply, groups=self._told))
 
     patch.setattr(Enrollment, 'refreshed', mutated)
+    _believe_that_the_row_stays(patch)
+
+
+def _believe_that_the_row_stays(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Enrollment, 'heard', lambda self, reply: None)
 
 
 def _keep_the_first_ids(patch: pytest.MonkeyPatch) -> None:
@@ -303,6 +308,13 @@ MUTATIONS = (
     ),
     Mutation(
         'the row is asked which groups it names', ('forgotten',), _trust_what_was_told_once, ('I3',)
+    ),
+    Mutation(
+        'a heartbeat tells which groups the row names',
+        ('belated',),
+        _believe_that_the_row_stays,
+        ('I3', 'I7'),
+        schedules=800,
     ),
     Mutation(
         "a group's id is told with the rows",

@@ -22,6 +22,7 @@ from jobsync_core.errors import ClusterNotFormed, DuplicateNodeName
 from jobsync_core.process import Process
 from jobsync_core.protocol.messages import Reply, Request
 from jobsync_core.protocol.messages.connection import Connect, ConnectReply
+from jobsync_core.protocol.messages.groups import Enroll
 from jobsync_core.protocol.messages.handover import Give, Refresh
 from jobsync_core.protocol.messages.leadership import Lead
 from jobsync_core.protocol.messages.membership import Beat
@@ -44,6 +45,7 @@ class Network:
         self.late = 0.0  # chance that a statement is carried out after its sender has given up
         self.lateness = 6.0  # by how much at most
         self.late_gives = self.late_leads = 0.0  # the same, for these statements
+        self.late_enrolls = 0.0  # at least this, for those
         self.lost_notification = 0.0
 
 
@@ -219,6 +221,8 @@ class World:
             if isinstance(request, Give)
             else network.late_leads
             if isinstance(request, Lead)
+            else max(network.late, network.late_enrolls)
+            if isinstance(request, Enroll)
             else network.late
         )
         if late and rng.random() < late:

@@ -106,7 +106,8 @@ class HeartbeatReply:
     began, somebody has waited until no lease of another one can be valid. So it is where the row
     names none and the server was never promoted. same: this is the history of the last answer. If
     not, it is another one, whatever its name. held: the node was drained by somebody else than
-    itself, or by its program: it does not take part again by itself.
+    itself, or by its program: it does not take part again by itself. groups: names of the queue
+    groups that the row names; None: not told.
     """
 
     version: int
@@ -118,6 +119,7 @@ class HeartbeatReply:
     settled: bool = True
     same: bool = True
     held: bool = False
+    groups: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

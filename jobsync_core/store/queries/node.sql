@@ -56,7 +56,8 @@ RETURNING (SELECT c.version FROM {cluster} AS c), n.state,
                 AND o.created_on
                     >= timestamptz 'epoch' + %(since)s * interval '1 microsecond'
             ORDER BY o.created_on, o.name LIMIT %(elders)s) AS o),
-    {history}, (SELECT c.history FROM {cluster} AS c), n.beat % 2 = 0, n.held
+    {history}, (SELECT c.history FROM {cluster} AS c), n.beat % 2 = 0, n.held,
+    to_json(n.groups)::text
 
 -- name: refresh
 -- A node's state, its ranges and its queue groups. The plan of a leader that knows of no groups is

@@ -224,7 +224,7 @@ class TestJoin:
             'joining',
             0,
         )
-        assert store.beat(name) == HeartbeatReply(store.version(), 'joining', ())
+        assert store.beat(name) == HeartbeatReply(store.version(), 'joining', (), groups=())
         assert store.lead(name).led
         assert store.ask(Leave(name, f'life of {name}'))
         assert store.ask(Observe()).members == ()
@@ -351,7 +351,10 @@ class TestHeartbeat:
             store.join(name)
         store.beat('a')
         assert store.beat('c') == HeartbeatReply(
-            store.version(), 'active', (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0))
+            store.version(),
+            'active',
+            (Sign('a', 'life of a', 2), Sign('b', 'life of b', 0)),
+            groups=(),
         )
         assert store.beat('c', 'a former life') is None
         assert store.beat('nobody') is None

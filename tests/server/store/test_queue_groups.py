@@ -20,7 +20,7 @@ from jobsync_core.process import Process
 from jobsync_core.protocol.messages.groups import Enroll
 from jobsync_core.protocol.messages.handover import Give, Refresh
 from jobsync_core.protocol.messages.leadership import Lead, Observe
-from jobsync_core.protocol.messages.membership import Join, Leave
+from jobsync_core.protocol.messages.membership import Beat, Join, Leave
 from jobsync_core.store import leading
 from jobsync_core.store.cluster import ClusterStore
 from jobsync_core.store.connection import Connection
@@ -59,6 +59,9 @@ class Store:
             led = self.ask(Lead(name, f'life of {name}', (), 'test'))
             if not led.more:
                 return led
+
+    def beat(self, name: str) -> Any:
+        return self.ask(Beat(name, f'life of {name}'))
 
     def refresh(self, name: str) -> Any:
         return self.ask(Refresh(name, f'life of {name}'))
@@ -118,6 +121,13 @@ class TestIds:
         assert store.enroll('c', 'other') == {'other': 2}, 'nobody names mail and slow any more'
         assert store.join('a', 'mail') == {}, 'it is there already, with the groups of its row'
         assert store.enroll('a', 'mail') == {'mail': 3}
+
+    def test_a_heartbeat_tells_what_the_row_names(self, store: Store) -> None:
+        store.join('a', 'mail', 'fast')
+        store.join('b')
+        assert [store.beat(name).groups for name in 'ab'] == [('fast', 'mail'), ()]
+        store.enroll('a', 'slow')
+        assert store.beat('a').groups == ('slow',)
 
     def test_it_keeps_it_as_long_as_somebody_has_its_tokens(self, store: Store) -> None:
         store.join('a', 'mail')

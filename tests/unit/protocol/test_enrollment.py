@@ -11,7 +11,7 @@ from jobsync_core.protocol.agenda import NEVER
 from jobsync_core.protocol.enrollment import Enrollment
 from jobsync_core.protocol.messages.groups import Enroll, EnrollReply, Ids
 from jobsync_core.protocol.messages.handover import RefreshReply
-from jobsync_core.protocol.messages.membership import JoinReply
+from jobsync_core.protocol.messages.membership import HeartbeatReply, JoinReply
 from jobsync_core.protocol.messages.signs import Life
 
 LIFE = Life('me', 'life')
@@ -151,3 +151,15 @@ def test_a_refusal_is_tried_again_later_and_later_until_it_works() -> None:
     node.enrolled(Enroll('me', 'life', ('a',)), EnrollReply((('a', 1),)))
     node.want(['b'])
     assert asks(node) == Enroll('me', 'life', ('b',))
+
+
+def test_a_heartbeat_tells_that_an_enroll_of_before_was_carried_out_after_a_newer_one() -> None:
+    node = enrolled(('a', 1))
+    node.want(['a', 'b'])
+    node.enrolled(Enroll('me', 'life', ('a', 'b')), EnrollReply((('a', 1), ('b', 2))))
+    node.heard(HeartbeatReply(1, 'active', (), groups=('b', 'a')))
+    assert asks(node) is None
+    node.heard(HeartbeatReply(1, 'active', (), groups=('a',)))
+    assert asks(node) == Enroll('me', 'life', ('a', 'b'))
+    node.heard(HeartbeatReply(1, 'active', (), groups=('a', 'b')))
+    assert asks(node) is None
