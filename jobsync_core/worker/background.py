@@ -27,8 +27,8 @@ class _Call:
 
 
 class Background:
-    """Runs a function in a thread, one call at a time. What does not answer is waited for once: the
-    next ones wait again when a call has gone well.
+    """Runs a function in a thread, one call at a time. What does not answer in time is waited for
+    once: the next ones wait again when a call has gone well, and was no slower than they wait.
 
     There is a thread for as long as a call takes. So none is left in a process that asks nothing,
     and none keeps an interpreter from ending. Threads may share the object; a forked child makes
@@ -46,7 +46,7 @@ class Background:
         self._wait_sec = wait_sec
         self._lock = threading.Lock()
         self._call: _Call | None = None
-        #: A call failed, or was waited for in vain, and none has gone well since.
+        #: A call failed, or took too long, and none has gone well in time since.
         self._late = False
 
     def ask(self, wait: bool) -> bool:
@@ -62,8 +62,8 @@ class Background:
         if wait and not self._late:
             # Whoever comes later waits for the rest alone.
             left = call.began + self._wait_sec - clock.now()
-            if left <= 0 or not call.over.wait(left):
-                self._late = not call.over.is_set()
+            if not (call.over.is_set() or (left > 0 and call.over.wait(left))):
+                self._late = True
         return call.went_well
 
     def _begin(self) -> _Call:
@@ -78,6 +78,11 @@ class Background:
                     thread.start()
                 except RuntimeError:  # no thread can be had, or the interpreter ends
                     self._end(call, went_well=False)
+                except BaseException:
+                    # What a signal or a time limit raises here must not leave a call that nobody
+                    # ends: none would ever be made again.
+                    self._end(call, went_well=False)
+                    raise
             return call
 
     def _work(self, call: _Call) -> None:
@@ -88,7 +93,8 @@ class Background:
             self._end(call, went_well)
 
     def _end(self, call: _Call, went_well: bool) -> None:
-        self._late = not went_well
+        self._late = not went_well or clock.now() - call.began > self._wait_sec
         call.went_well = went_well
-        self._call = None
+        if self._call is call:
+            self._call = None
         call.over.set()

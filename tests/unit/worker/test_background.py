@@ -64,7 +64,13 @@ def test_what_does_not_end_is_waited_for_once_until_it_has_gone_well(work: Work)
     work.goes_on.set()
     eventually(work.is_over)
     work.goes_on.clear()
-    assert work.ask() == (False, True), 'it went well, and so is waited for again'
+    assert work.ask() == (False, False), 'it went well, and too late'
+    work.goes_on.set()
+    eventually(work.is_over)
+    work.ask()
+    eventually(work.is_over)
+    work.goes_on.clear()
+    assert work.ask() == (False, True), 'it went well in time, and so is waited for again'
 
 
 def test_what_failed_is_not_waited_for(work: Work) -> None:
@@ -100,6 +106,21 @@ def test_where_no_thread_can_be_had_it_has_failed(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, 'start', refuse)
         assert work.ask() == (False, False)
+    work.goes_on.set()
+    work.ask(wait=False)
+    eventually(lambda: work.calls == 1)
+
+
+def test_a_time_limit_that_strikes_as_it_begins_does_not_end_it_for_ever(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike(thread: threading.Thread) -> None:
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', strike)
+        with pytest.raises(TimeoutError):
+            work.ask()
     work.goes_on.set()
     work.ask(wait=False)
     eventually(lambda: work.calls == 1)
