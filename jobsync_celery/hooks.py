@@ -13,8 +13,9 @@ from jobsync_core import clock
 from jobsync_core.assignment.tokens import TokenSet
 from jobsync_core.job import Job
 from jobsync_core.protocol.effects import RebalanceEvent
-from jobsync_core.worker.node import Framework, WorkerNode, node_status
+from jobsync_core.worker.node import Framework, WorkerNode
 from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.node_status import node_status
 
 from .application import Application
 from .broker.broker import CeleryBroker

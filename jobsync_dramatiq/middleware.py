@@ -9,8 +9,8 @@ from dramatiq.middleware import Middleware
 from jobsync_core.errors import ConfigurationError
 from jobsync_core.job import Job
 from jobsync_core.worker.backlog import QueueCounter
-from jobsync_core.worker.node import node_status
 from jobsync_core.worker.node_of_tests import node_of_tests
+from jobsync_core.worker.node_status import node_status
 from jobsync_core.worker.settings import PluginSettings
 
 from .actors import OPTIONS, ActorOptions, check_actor, read_settings

@@ -17,7 +17,8 @@ from jobsync_core.ledger.current import set_current_ledger
 from jobsync_core.ledger.single import SingleLedger
 from jobsync_core.logs import get_logger
 from jobsync_core.worker.consuming import Consuming
-from jobsync_core.worker.node import Framework, WorkerNode, node_status, tell_uncoordinated
+from jobsync_core.worker.node import Framework, WorkerNode
+from jobsync_core.worker.node_status import node_status, tell_uncoordinated
 from jobsync_core.worker.parts import missing
 from jobsync_core.worker.routing import is_of_cluster, node_queue
 from jobsync_core.worker.settings import PluginSettings

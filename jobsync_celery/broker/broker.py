@@ -131,12 +131,9 @@ class CeleryBroker:
     def mark(self, mark: str) -> None:
         """Write the cluster's mark where the broker has lost it."""
 
-    def declare(self, home: str, queue: str) -> None:
-        """Make a node's queue for a home queue, the parked one for it, and what they hang on."""
-        self.declare_all({home: queue})
-
-    def declare_all(self, queues: Mapping[str, str]) -> None:
-        """The same for several home queues, over one connection.
+    def declare(self, queues: Mapping[str, str]) -> None:
+        """Make a node's queues for its home queues, the parked ones for these, and what they hang
+        on; over one connection.
 
         Args:
             queues: Home queue -> the node's queue for it.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from .. import clock
 from ..job import Job
 from ..logs import Repeats, get_logger
+from ..results import NodeInfo
 
 __all__ = ['Consuming', 'SelfDrain']
 
@@ -184,12 +185,11 @@ class SelfDrain:
 
     def _consider(self, silence: float) -> None:
         """Say that this node is silent, and drain it when it is time."""
-        nodes = {node['name']: node for node in self._job.get_active_nodes()}
-        mine = nodes.pop(self._job.node_name, None)
+        mine, others = self._look_around()
         if mine is not None and not mine.get('silent'):
             self._told = True  # also where the answer is lost: it is to be taken back
             self._tell(True)
-        if not any(node['state'] == 'active' and not node.get('silent') for node in nodes.values()):
+        if not any(node['state'] == 'active' and not node.get('silent') for node in others):
             # Where the broker itself is away, all are silent: each keeps its keys.
             self._others_from = None
             self._keep(silence)
@@ -206,6 +206,15 @@ class SelfDrain:
             self._job.stand_aside()
             self.drained = True
 
+    def _look_around(self) -> tuple[NodeInfo | None, list[NodeInfo]]:
+        """This node, and those that may have its keys: they share a queue group with it."""
+        nodes = {node['name']: node for node in self._job.get_active_nodes()}
+        mine = nodes.pop(self._job.node_name, None)
+        groups = {*(mine.get('groups', ()) if mine is not None else ())}
+        return mine, [
+            node for node in nodes.values() if not groups or groups & {*node.get('groups', ())}
+        ]
+
     def _keep(self, silence: float) -> None:
         if silence <= self._timeout:
             return
@@ -219,11 +228,11 @@ class SelfDrain:
         self._alone = True
 
     def _is_deserted(self) -> bool:
-        """Whether no node is active, and it is this one's turn to be so again: one after the other,
-        as some may have been drained by an operator.
+        """Whether none of the others is active, and it is this one's turn to be so again: one after
+        the other, as some may have been drained by an operator.
         """
-        states = {node['name']: node['state'] for node in self._job.get_active_nodes()}
-        states.pop(self._job.node_name, None)
+        _, others = self._look_around()
+        states = {node['name']: node['state'] for node in others}
         if 'active' in states.values():
             self._deserted = 0
             return False

@@ -4,7 +4,6 @@ adapters do alike, once.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from .duties.node import NodeDuties
 from .entering import make_job
 from .framework import Framework, NodeBroker
 from .gate import Gate
+from .node_status import node_status, refusal, tell_uncoordinated
 from .queue_groups import divided, whole_groups
 from .registry import QueueRegistry
 from .routing import node_queue
@@ -30,7 +30,7 @@ from .settings import PluginSettings
 from .standby import Standby
 from .startup import wait_for_database
 
-__all__ = ['Framework', 'NodeBroker', 'WorkerNode', 'node_status', 'refusal', 'tell_uncoordinated']
+__all__ = ['Framework', 'NodeBroker', 'WorkerNode']
 
 #: Seconds within which the duties' thread ends.
 _STOP_SEC = 5.0
@@ -357,50 +357,3 @@ class WorkerNode:
             consuming=bool(self.ready()['consuming']),
             messages={**self.gate.counts, **messages},
         )
-
-
-def tell_uncoordinated(
-    log: logging.Logger, reason: str, setting: str, trace: BaseException | None = None
-) -> None:
-    """Say that a worker is no node, and runs all the same.
-
-    Args:
-        log: Where.
-        reason: Why it could not enter.
-        setting: What the setting is called that lets it run.
-        trace: An error that nobody expected.
-    """
-    log.critical(
-        'JobSync: %s -- THIS WORKER RUNS WITHOUT COORDINATION, because %s is False: '
-        'keys may run twice',
-        reason,
-        setting,
-        exc_info=trace,
-    )
-
-
-def node_status(job: Job, *, consuming: bool, messages: Mapping[str, int]) -> dict[str, Any]:
-    """A node as it sees itself, as plain values.
-
-    Args:
-        job: The node.
-        consuming: Whether its worker takes messages.
-        messages: What became of messages.
-    """
-    status: dict[str, Any] = dict(job.local_status())
-    status['recent_events'] = [
-        {**event, 'timestamp': str(event['timestamp'])} for event in status['recent_events']
-    ]
-    heartbeat = status['last_heartbeat']
-    status['last_heartbeat'] = str(heartbeat) if heartbeat is not None else None
-    return {
-        **status,
-        'consuming': consuming,
-        'paused': refusal(job, clock.now()),
-        'messages': dict(messages),
-    }
-
-
-def refusal(job: Job, now: float) -> str:
-    """Why consuming pauses, as the database refuses to begin anything; '' where it does not."""
-    return str(job.pausing.error) if job.pausing.is_paused(now) else ''

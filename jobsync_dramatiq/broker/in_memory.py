@@ -12,7 +12,7 @@ from jobsync_core.job import Job
 from jobsync_core.ledger.current import current_ledger, set_current_ledger
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.single import SingleLedger
-from jobsync_core.worker.node import node_status
+from jobsync_core.worker.node_status import node_status
 
 __all__ = ['InMemory', 'is_in_memory', 'ledger_in_memory']
 

@@ -38,7 +38,7 @@ from jobsync_celery.tasks.resending import RequeueLater
 from jobsync_core.config import CoordinationConfig
 from jobsync_core.errors import DatabaseRefused, MessageRefused, Unroutable
 from jobsync_core.worker.gate import Gate
-from jobsync_core.worker.node import refusal
+from jobsync_core.worker.node_status import refusal
 from jobsync_core.worker.owners import Place
 from jobsync_core.worker.routing import REFUSED
 from tests.support.waiting import eventually

@@ -15,7 +15,8 @@ import pytest
 
 from jobsync_core import CoordinationConfig, DatabaseUnavailable, Job
 from jobsync_core.worker.lookup import OwnerLookup
-from jobsync_core.worker.node import Framework, WorkerNode, node_status
+from jobsync_core.worker.node import Framework, WorkerNode
+from jobsync_core.worker.node_status import node_status
 from jobsync_core.worker.settings import PluginSettings
 from tests.support.brokers import free_port
 from tests.support.cluster import query

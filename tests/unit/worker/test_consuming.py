@@ -26,6 +26,8 @@ class Node:
         self.log: list[str] = []
         self.healthy, self.state, self.other = True, 'active', 'active'
         self.silent, self.other_silent = False, False
+        self.groups: list[str] = []
+        self.other_groups: list[str] = []
 
     def am_i_healthy(self) -> bool:
         return self.healthy
@@ -35,8 +37,13 @@ class Node:
 
     def get_active_nodes(self) -> list[dict[str, Any]]:
         return [
-            {'name': 'n1', 'state': self.state, 'silent': self.silent},
-            {'name': 'n2', 'state': self.other, 'silent': self.other_silent},
+            {'name': 'n1', 'state': self.state, 'silent': self.silent, 'groups': self.groups},
+            {
+                'name': 'n2',
+                'state': self.other,
+                'silent': self.other_silent,
+                'groups': self.other_groups,
+            },
         ]
 
     def tell(self, silent: bool) -> None:
@@ -227,6 +234,24 @@ class TestSelfDrain:
         silence[0] = 104.0
         made.look()
         assert node.log == ['drain']
+
+    def test_the_last_one_of_its_queue_groups_keeps_its_keys(self, node: Node) -> None:
+        node.groups, node.other_groups = ['mail', 'slow'], ['fast']
+        silence = [99.0]
+        made = self.drain(node, silence)
+        made.look()
+        silence[0] = 120.0
+        made.look()
+        assert node.log == []
+        node.other_groups = ['fast', 'mail']
+        made.look()
+        silence[0] = 125.0
+        made.look()
+        assert node.log == ['drain']
+        node.other_groups = ['fast']  # which takes over none of its keys
+        for _ in range(4):
+            made.look()
+        assert node.log == ['drain', 'undrain']
 
     @pytest.mark.parametrize('by_operator', [None, 'n1', 'n3'])
     def test_of_those_that_drain_at_one_moment_one_takes_its_keys_back(
