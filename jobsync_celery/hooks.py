@@ -137,7 +137,7 @@ class WorkerHooks:
                 kind='celery',
                 broker=broker,
                 homes=homes,
-                declare=broker.declare_all,
+                declare=broker.declare,
                 tasks=lambda: list(self._app.tasks),
                 pins=self._pins,
                 busy=self._busy,

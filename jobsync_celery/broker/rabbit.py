@@ -60,7 +60,7 @@ class RabbitBroker(CeleryBroker):
             with self._app.connection_for_write(connect_timeout=CONNECT_SEC) as connection:
                 self._declare_shared(connection)
 
-    def declare_all(self, queues: Mapping[str, str]) -> None:
+    def declare(self, queues: Mapping[str, str]) -> None:
         """As its base's; queues that are there with other arguments are made anew."""
         with self._app.connection_for_write() as connection:
             self._declare_shared(connection)

@@ -77,8 +77,8 @@ def test_queues_are_declared_alike_each_time_and_strays_are_parked(
     broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_HOME, _QUEUE)
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
+        broker.declare({_HOME: _QUEUE})
         own, common = (
             {} if most is None else {'x-max-priority': most} for most in (priorities, shared)
         )
@@ -115,7 +115,7 @@ def test_fifty_home_queues_take_one_connection(
 
     monkeypatch.setattr(amqp.Connection, 'connect', connect)
     with contextlib.closing(broker):
-        broker.declare_all({f'q{n}': f'q{n}.jobsync.shop_.n1' for n in range(50)})
+        broker.declare({f'q{n}': f'q{n}.jobsync.shop_.n1' for n in range(50)})
     assert len(opened) == 1
     assert {f'q{n}.jobsync.shop_.n1' for n in range(50)} <= rabbitmq_server.queues(space)
 
@@ -152,7 +152,7 @@ def broker(
         return queue
 
     monkeypatch.setattr(broker._queues, 'make', quorum)
-    broker.declare(_HOME, _QUEUE)
+    broker.declare({_HOME: _QUEUE})
     yield broker
     broker.close()
 
@@ -239,7 +239,7 @@ class TestQuorum:
             # Nor is it made anew: a former life of the node may be running something of it.
             app.amqp.queues[_QUEUE].queue_arguments = None
             broker._queues.settle(_QUEUE, {'x-max-length': 5}, True)
-            broker.declare(_HOME, _QUEUE)
+            broker.declare({_HOME: _QUEUE})
             assert 'is used as it is' in caplog.text
             presence.withdraw(_QUEUE)
             eventually(lambda: broker.delete(_QUEUE))
@@ -302,7 +302,7 @@ class TestQuorum:
         assert own.queue_arguments == {'x-queue-type': 'quorum', 'x-max-priority': 5}
         assert broker.delete(_QUEUE)
         for _ in range(2):
-            broker.declare(_HOME, _QUEUE)
+            broker.declare({_HOME: _QUEUE})
             assert not own.no_declare
             with app.connection_for_write() as connection:
                 own(connection.default_channel).declare()
@@ -316,7 +316,7 @@ def test_what_native_delayed_delivery_keeps_of_a_node_goes_with_its_queue(
     plugin = JobSync(app, config=CoordinationConfig(appname='shop_'), route_producers=False)
     broker = plugin.evacuable()
     with contextlib.closing(broker), app.connection_for_write() as connection:
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
         declare_native_delayed_delivery_exchanges_and_queues(connection, 'quorum')
         bind_queue_to_native_delayed_delivery_exchange(connection, broker._queues.make(_QUEUE))
         nodes = _bindings(rabbitmq_server, space, 'jobsync.shop_.nodes')
@@ -340,7 +340,7 @@ def test_a_broker_that_came_back_empty_parks_strays_again(
     broker = plugin.evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
         broker.mark('the cluster')
         for queue in (_PARKED, _UNKNOWN):
             rabbitmq_server.api('DELETE', f'queues/{space}/{queue}')
@@ -463,7 +463,7 @@ def test_what_goes_home_arrives_there(
     ).evacuable()
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('own', durable=True)(connection.default_channel).declare()
             connection.Producer().publish(
@@ -496,7 +496,7 @@ def test_what_a_duty_has_looked_at_is_not_redelivered_by_that(
     marked = {'redelivered': True, REDELIVERED: True} if came_before else {}
     with contextlib.ExitStack() as stack:
         stack.callback(broker.close)
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
         source = stack.enter_context(app.connection_for_write()).SimpleQueue(_HOME)
         for number in range(3):
             source.put([[number], {}, {}], headers={'task': 'nobody', 'id': f'm{number}', **marked})
@@ -642,7 +642,7 @@ def check_compressed(
     with contextlib.ExitStack() as stack:
         stack.callback(server.drop_space, space)
         stack.callback(broker.close)
-        broker.declare(_HOME, _QUEUE)
+        broker.declare({_HOME: _QUEUE})
         with app.connection_for_write(transport_options={'confirm_publish': True}) as connection:
             Queue('celery', durable=True)(connection.default_channel).declare()
             with known(method) if odd else contextlib.nullcontext():
