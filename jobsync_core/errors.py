@@ -201,7 +201,7 @@ class DuplicateExecution(JobSyncError):
 
 
 class ResultLost(DuplicateExecution):
-    """The key was already completed, and its result is not known: the process of the attempt died
+    """The key was already completed, and its result is not known: the attempt died, or raised,
     between the commit of its transaction and its end. Set `execution.result` within the
     transaction, and its commit carries the result.
     """

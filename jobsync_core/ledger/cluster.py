@@ -21,7 +21,6 @@ from ..errors import (
     DatabaseUnavailable,
     DuplicateExecution,
     ExecutionRunning,
-    ResultLost,
 )
 from ..process import this_process
 from ..protocol.pausing import Pausing
@@ -33,7 +32,7 @@ from .endings import Endings
 from .former_keys import FormerKeys
 from .interface import Ledger
 from .limits import DEFAULT_RETENTION, check_key
-from .results import read_result
+from .results import lost_result, read_result
 from .single import SingleLedger
 from .state import Unsettled
 from .transaction import CompletingTransaction
@@ -262,12 +261,7 @@ def _not_begun(
     if state != 'done':
         return _running(key)
     if result in (PENDING, LOST):
-        lost = ResultLost(
-            f'the key {key!r} was already completed, by a transaction of an attempt whose process '
-            'died before it told its result: what the attempt would have returned is not known'
-        )
-        lost.key = key
-        return lost
+        return lost_result(key)
     duplicate = DuplicateExecution(f'the key {key!r} was already completed')
     duplicate.key, duplicate.result = key, read_result(key, result)
     return duplicate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import clock
 from ..errors import DatabaseRefused, DatabaseUnavailable, Fenced, NotCommitted
 from ..logs import Repeats, get_logger
+from ..store.completions import LOST
 from .calls import LedgerCalls
 from .state import Unsettled
 
@@ -137,6 +138,8 @@ class Endings:
     def _put_result(self, mine: Unsettled) -> None:
         if mine.owes_result:
             result = mine.encoded
+            if result is None and not mine.succeeded:
+                result = LOST  # it did not come to its return: None would be a guess
             self._calls.put_result(mine.key, mine.fence, result)
             mine.put(result)
 

@@ -25,6 +25,7 @@ from .functions import name_of, returns_nothing
 from .interface import Ledger
 from .keys import Former, Keys, escape, is_ambiguous, key_maker
 from .limits import check_key, retention_seconds
+from .results import lost_result
 
 __all__ = ['UNRECORDED', 'End', 'ExactlyOnce']
 
@@ -289,6 +290,9 @@ class ExactlyOnce:
         """
         if isinstance(error, CompletedAlready) and error.key == attempt.key:
             # A commit whose answer was lost went through: what was to be done is done.
+            if attempt.unsettled.pending and attempt.execution.result is None:
+                attempt.fail(error)
+                return End(lambda: self.answer(lost_result(attempt.key)))
             attempt.succeed()
             return End(lambda: error.result)
         if self.is_complete(attempt.execution, error):

@@ -19,10 +19,17 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from ..errors import ConfigurationError, JobSyncError
+from ..errors import ConfigurationError, JobSyncError, ResultLost
 from ..logs import shown
 
-__all__ = ['MAX_RESULT_BYTES', 'decode_result', 'encode_result', 'is_plain', 'read_result']
+__all__ = [
+    'MAX_RESULT_BYTES',
+    'decode_result',
+    'encode_result',
+    'is_plain',
+    'lost_result',
+    'read_result',
+]
 
 #: Longest result that is stored, in bytes of JSON.
 MAX_RESULT_BYTES = 1_000_000
@@ -96,6 +103,16 @@ def read_result(key: str, text: str | None) -> Any:
             f'the key {key!r} is complete, and its result in the ledger cannot be read: somebody '
             f'has changed it ({type(error).__name__}: {shown(str(error), 100)}); set it to NULL'
         ) from None
+
+
+def lost_result(key: str) -> ResultLost:
+    """The error that tells that a key is complete and nobody knows its result."""
+    error = ResultLost(
+        f'the key {key!r} was already completed, by a transaction of an attempt that died, or '
+        'raised, before it told its result: what it would have returned is not known'
+    )
+    error.key = key
+    return error
 
 
 def _same(back: Any, given: Any) -> bool:

@@ -196,7 +196,7 @@ class TestBeforeTheResult:
 class TestEveryEnd:
     @WAYS
     @pytest.mark.parametrize('error', [ValueError, SystemExit, KeyboardInterrupt])
-    def test_an_attempt_that_raises_after_its_commit_has_no_result(
+    def test_an_attempt_that_raises_after_its_commit_has_lost_its_result(
         self,
         ledger: ClusterLedger,
         other: ClusterLedger,
@@ -211,8 +211,10 @@ class TestEveryEnd:
 
         with pytest.raises(error):
             paying(ledger, work)('k')
-        assert (state_of(rows, 'k'), stored(rows), ledger.unsettled) == ('done', None, 0)
-        assert paying(other, work)('k') is None
+        assert (state_of(rows, 'k'), stored(rows), ledger.unsettled) == ('done', LOST, 0)
+        with pytest.raises(ResultLost):
+            paying(other, work)('k')
+        assert paying(other, work, on_duplicate='skip')('k') is None
 
     @WAYS
     def test_one_that_returns_none_has_none(
@@ -256,7 +258,7 @@ class TestEveryEnd:
         next(suspended)
         assert stored(rows) == PENDING
         suspended.close()
-        eventually(lambda: stored(rows) is None)
+        eventually(lambda: stored(rows) == LOST)
         assert state_of(rows, 'k') == 'done'
 
     @WAYS
@@ -317,6 +319,40 @@ class TestEveryEnd:
 
         assert paying(ledger, again)('k') == 'paid'
         assert (stored(rows), effects(rows)) == ('"paid"', 1)
+
+    def test_one_whose_commit_s_answer_is_lost_for_good_has_lost_its_result(
+        self,
+        ledger: ClusterLedger,
+        rows: Rows,
+        config: CoordinationConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        commit = TransactionConnection.commit
+
+        def lose(connection: TransactionConnection) -> None:
+            commit(connection)
+            connection.close()
+            raise psycopg2.OperationalError('server closed the connection unexpectedly')
+
+        def again() -> str:
+            with pytest.raises(DatabaseUnavailable):
+                by_block(current_execution(), config)
+            by_block(current_execution(), config)
+            return 'not reached'
+
+        def once_only() -> str:
+            by_block(current_execution(), config)
+            return 'not reached'
+
+        monkeypatch.setattr(TransactionConnection, 'commit', lose)
+        with pytest.raises(DatabaseUnavailable):
+            paying(ledger, once_only)('first')
+        with pytest.raises(ResultLost):
+            paying(ledger, again)('second')
+        for key in ('first', 'second'):
+            with pytest.raises(ResultLost):
+                paying(ledger, once_only)(key)
+        assert effects(rows) == 2
 
 
 class TestALostResult:
