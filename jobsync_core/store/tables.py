@@ -135,6 +135,11 @@ class Tables:
         return quoted
 
     @property
+    def are_found(self) -> bool:
+        """Whether they have been seen in the database."""
+        return self._location.found
+
+    @property
     def schema(self) -> str:
         """The schema, not quoted.
 

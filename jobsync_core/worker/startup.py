@@ -1,4 +1,6 @@
-"""Servers that are not up yet when a worker starts: it waits for them."""
+"""Servers that are not up yet when a worker starts, and tables that somebody has locked: it waits
+for them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,28 @@ from typing import Any
 
 from .. import clock
 from ..config import CoordinationConfig
-from ..errors import DatabaseRefused, DatabaseUnavailable
+from ..errors import DatabaseRefused, DatabaseUnavailable, LockNotAvailable
+from ..store.blockers import BlockerStore, name_all
 from ..store.sessions import Sessions
+from ..store.tables import Tables
 
 __all__ = ['wait_for_database', 'wait_for_server']
 
 #: Seconds between two tries, and between two lines about it.
 _TRY_AGAIN_SEC, _SAY_AGAIN_SEC = 1.0, 10.0
+#: Tables that a worker reads or changes while it enters.
+_USED = (
+    'cluster',
+    'node',
+    'assignment',
+    'ring',
+    'queue_group',
+    'lock',
+    'queue',
+    'node_queue',
+    'claim',
+    'audit',
+)
 
 
 def wait_for_server(
@@ -67,7 +84,8 @@ def wait_for_database(
     sleep: Callable[[float], Any],
     log: logging.Logger,
 ) -> None:
-    """Wait until the database answers; what it says else is left for entering.
+    """Wait until the database answers, and nobody has locked a table that entering needs; what it
+    says else is left for entering.
 
     Args:
         config: Where it is.
@@ -75,13 +93,15 @@ def wait_for_database(
         check, sleep, log: As for `wait_for_server`.
 
     Raises:
-        DatabaseUnavailable: It did not answer in time.
+        DatabaseUnavailable: It did not answer in time; or, LockNotAvailable, a table was still
+            locked then.
     """
-    sessions = Sessions(config, 'jobsync start')
+    sessions, tables = Sessions(config, 'jobsync start'), Tables.of(config)
 
     def reach() -> None:
-        with sessions.session():
-            pass
+        with sessions.session() as connection:
+            if limit_sec and tables.are_found:
+                _check_tables(BlockerStore(connection, tables), tables)
 
     try:
         wait_for_server(
@@ -97,6 +117,17 @@ def wait_for_database(
         sessions.close_all()
 
 
+def _check_tables(store: BlockerStore, tables: Tables) -> None:
+    """Raises LockNotAvailable where somebody has locked one."""
+    found = store.on_tables([tables.all[name] for name in _USED])
+    if found:
+        raise LockNotAvailable(f'nothing can be entered: {name_all(found)}')
+
+
 def _is_away(error: Exception) -> bool:
-    """Whether nobody answered. A server that refuses something is there."""
-    return isinstance(error, DatabaseUnavailable) and not isinstance(error, DatabaseRefused)
+    """Whether nobody answered, or tables are locked. A server that refuses something else is
+    there.
+    """
+    return isinstance(error, LockNotAvailable) or (
+        isinstance(error, DatabaseUnavailable) and not isinstance(error, DatabaseRefused)
+    )

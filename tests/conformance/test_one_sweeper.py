@@ -37,7 +37,7 @@ _HOME = 'jobs'
 def _celery(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:
     app = Celery('sweeping', broker=url, set_as_current=False)
     broker = jobsync_celery.JobSync(app, config=config, route_producers=False).evacuable()
-    return broker, lambda node: broker.declare(_HOME, node_queue(_HOME, config.appname, node))
+    return broker, lambda node: broker.declare({_HOME: node_queue(_HOME, config.appname, node)})
 
 
 def _dramatiq(url: str, config: CoordinationConfig) -> tuple[Any, Callable[[str], object]]:

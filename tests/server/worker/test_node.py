@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import urllib.error
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from jobsync_core import CoordinationConfig, DatabaseUnavailable, Job
+from jobsync_core.errors import LockNotAvailable
 from jobsync_core.worker.lookup import OwnerLookup
 from jobsync_core.worker.node import Framework, WorkerNode
 from jobsync_core.worker.node_status import node_status
@@ -21,6 +23,7 @@ from jobsync_core.worker.settings import PluginSettings
 from tests.support.brokers import free_port
 from tests.support.cluster import query
 from tests.support.fake_broker import Contents, FakeBroker, Item
+from tests.support.ledger_process import connect
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
 
@@ -339,3 +342,44 @@ class TestLookup:
         owners: Any = object()  # that nobody can ask
         lookup.use(owners)
         assert lookup.queue_of('order-1', 'home') is None
+
+
+@pytest.mark.parametrize(
+    'table', ['node_queue', 'queue', 'lock', 'node', 'cluster', 'assignment', 'queue_group']
+)
+def test_a_worker_waits_for_a_table_that_somebody_has_locked_as_for_the_database(
+    stage: Stage, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage.entered('first').leave()  # the tables are there
+    with contextlib.closing(connect(stage.config)) as dba:
+        dba.autocommit = False
+        with dba.cursor() as cursor:
+            cursor.execute(f'LOCK TABLE "{stage.config.appname}{table}"')
+        node = stage.node(pins={'known': ['n%']})
+
+        def start() -> None:
+            node.wait_for_database(lambda: None)
+            node.enter()
+            entered.append(True)
+
+        entered: list[bool] = []
+        starting = threading.Thread(target=start)
+        starting.start()
+        starting.join(8)  # what a statement may take at most is over
+        assert starting.is_alive() and not entered
+        dba.rollback()
+        starting.join(30)
+    assert entered
+    waiting = [line for line in caplog.messages if 'waiting for it, for 60 s at most' in line]
+    assert len(waiting) == 1 and f'has locked {stage.config.appname}{table}' in waiting[0]
+
+
+def test_it_waits_no_longer_than_for_the_database(stage: Stage) -> None:
+    stage.entered('first').leave()
+    with contextlib.closing(connect(stage.config)) as dba:
+        dba.autocommit = False
+        with dba.cursor() as cursor:
+            cursor.execute(f'LOCK TABLE "{stage.config.appname}node_queue"')
+        node = stage.node(wait_for_database_sec=1.0)
+        with pytest.raises(LockNotAvailable, match='has locked'):
+            node.wait_for_database(lambda: None)
