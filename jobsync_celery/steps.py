@@ -114,10 +114,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no 
     terminate = stop
 
 
-class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Puts the gate into the consumer."""
-
-    requires = ('celery.worker.consumer.connection:Connection',)
+class _HookedStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """A step of a worker that is a node; not of one in a test, whose node stands in."""
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
@@ -125,8 +123,17 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
         assert hooks is not None
         self._hooks = hooks
         self.enabled = node_of_tests() is None
+
+
+class GateStep(_HookedStep):
+    """Puts the gate into the consumer."""
+
+    requires = ('celery.worker.consumer.connection:Connection',)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
         if self.enabled:
-            hooks.attach(parent)
+            self._hooks.attach(parent)
 
     def start(self, parent: Any) -> None:
         """A connection is there, the first one or another."""
@@ -141,20 +148,13 @@ class GateStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._hooks.leave()
 
 
-class ReadyStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class ReadyStep(_HookedStep):
     """Has the node take part once the consumer has everything, mingle's second of silence among
     it, and right before it takes messages: what owns keys before it can work on them makes them
     wait.
     """
 
     requires = (GateStep, *(f'celery.worker.consumer.{step}' for step in _BEFORE))
-
-    def __init__(self, parent: Any, **options: Any) -> None:
-        super().__init__(parent, **options)
-        hooks = WorkerHooks.of(parent.app)
-        assert hooks is not None
-        self._hooks = hooks
-        self.enabled = node_of_tests() is None
 
     def start(self, parent: Any) -> None:
         """Wait for the node's first tokens; at the first connection alone."""

@@ -4,11 +4,13 @@ examples.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from jobsync_core import CoordinationConfig
@@ -17,7 +19,7 @@ from tests.support.waiting import eventually
 
 from ..conftest import SHORT
 
-__all__ = ['Program', 'Programs']
+__all__ = ['Program', 'Programs', 'project']
 
 _ROOT = Path(__file__).parents[2]
 _START_SEC = 60.0
@@ -141,6 +143,27 @@ class Programs:
         """End all that runs, and leave nothing at the broker."""
         self.end()
         self.broker.drop_space(self.space)
+
+
+@contextlib.contextmanager
+def project(
+    config: CoordinationConfig, broker: BrokerServer, directory: Path, orders: str
+) -> Iterator[Programs]:
+    """The programs of a project that is one module, `orders`, and keeps no results.
+
+    Args:
+        config: The database.
+        broker: The broker's server.
+        directory: Where the project is made, and its logs are.
+        orders: The module's text.
+    """
+    place = directory / 'project'
+    place.mkdir()
+    (place / 'orders.py').write_text(orders)
+    made = Programs(config, broker, place, directory)
+    del made.environment['CELERY_RESULT_BACKEND']
+    yield made
+    made.close()
 
 
 def _commands(directory: Path) -> Path:

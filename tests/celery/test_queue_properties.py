@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobsync_core import CoordinationConfig
-from tests.celery.programs import Programs
+from tests.celery.programs import Programs, project
 from tests.support.brokers import RabbitServer
 from tests.support.waiting import eventually
 
@@ -68,13 +68,8 @@ END
 def programs(
     config: CoordinationConfig, rabbitmq_server: RabbitServer, tmp_path: Path
 ) -> Iterator[Programs]:
-    place = tmp_path / 'project'
-    place.mkdir()
-    (place / 'orders.py').write_text(_APP)
-    made = Programs(config, rabbitmq_server, place, tmp_path)
-    del made.environment['CELERY_RESULT_BACKEND']
-    yield made
-    made.close()
+    with project(config, rabbitmq_server, tmp_path, _APP) as made:
+        yield made
 
 
 @pytest.mark.parametrize('plain', ['PLAIN=1', ''], ids=['plain', 'plugin'])

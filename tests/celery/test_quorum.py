@@ -12,7 +12,7 @@ from kombu.entity import Exchange, Queue
 
 from jobsync_core import CoordinationConfig
 from jobsync_core.worker.routing import RETURNS
-from tests.celery.programs import Programs
+from tests.celery.programs import Programs, project
 from tests.support.brokers import RabbitServer
 from tests.support.waiting import eventually
 
@@ -56,13 +56,8 @@ _SEND = """celery -A orders call orders.{task} --args '["{n}"]' {more}"""
 def programs(
     config: CoordinationConfig, rabbitmq_server: RabbitServer, tmp_path: Path
 ) -> Iterator[Programs]:
-    place = tmp_path / 'project'
-    place.mkdir()
-    (place / 'orders.py').write_text(_APP)
-    made = Programs(config, rabbitmq_server, place, tmp_path)
-    del made.environment['CELERY_RESULT_BACKEND']
-    yield made
-    made.close()
+    with project(config, rabbitmq_server, tmp_path, _APP) as made:
+        yield made
 
 
 _LIMITED = """
