@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -21,6 +21,7 @@ from .producer import install_producer
 from .settings import CelerySettings
 from .steps import GateStep, NodeStep, ReadyStep
 from .tasks.coordinated import Tasks, watch_tasks
+from .tasks.dead_letters import resend
 
 __all__ = ['JobSync']
 
@@ -117,6 +118,15 @@ class JobSync:
     def evacuable(self) -> CeleryBroker:
         """The broker, for `jobsync evacuate`."""
         return self._application.broker()
+
+    def resend(self, document: Mapping[str, Any]) -> None:
+        """Send a message again that the ledger has kept with a dead key, for `jobsync executions
+        retry`; returns when the broker has it.
+
+        Raises:
+            JobSyncError: It is no message of Celery.
+        """
+        resend(self.app, document)
 
     def countable(self) -> QueueCounter:
         """The broker, for `jobsync backlog` and `jobsync purge`."""

@@ -59,6 +59,9 @@ class CoordinationConfig:
         release_timeout_sec: Seconds that `on_release` may hold up a hand-over.
         listen: False where LISTEN does not work (a transaction-pooling PgBouncer): polling alone
             then.
+        max_lost: How many attempts at a key of `once` or `exactly_once` may be lost, as their
+            process died or was taken for dead; then the key is dead: nothing begins it before an
+            operator says so. 0: any number. Attempts that raise do not count.
         connection_options: Further libpq parameters, for example {'sslmode': 'require'}. They win
             over what JobSync would ask of libpq by itself (application_name, keepalives,
             target_session_attrs …), and `connect_timeout` over connect_timeout_sec. What has a
@@ -84,6 +87,7 @@ class CoordinationConfig:
     connect_timeout_sec: float = 5
     release_timeout_sec: float = 5
     listen: bool = True
+    max_lost: int = 3
     connection_options: Mapping[str, str] = field(default_factory=dict, repr=False)
     #: The variable that would have said where the database is, if nothing did; for the error of a
     #: connection that fails.
@@ -120,6 +124,7 @@ class CoordinationConfig:
         self._check_ports()
         self._check_integer('total_tokens', 1, MAX_TOKENS)
         self._check_integer('minimum_nodes', 1, None)
+        self._check_integer('max_lost', 0, 2**31 - 1)
         for name in (
             'heartbeat_interval_sec',
             'heartbeat_timeout_sec',

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    'AttemptsExhausted',
     'BadData',
     'ClaimLost',
     'ClusterNotFormed',
@@ -31,6 +32,7 @@ __all__ = [
     'NoSuchExecution',
     'NotCommitted',
     'NotEntered',
+    'NotSent',
     'ResultLost',
     'SchemaConflict',
     'StatementCanceled',
@@ -219,8 +221,28 @@ class ExecutionRunning(JobSyncError):
     requeue: bool = False
 
 
+class AttemptsExhausted(JobSyncError):
+    """Too many attempts at this key were lost: their processes died, or were taken for dead.
+    Nothing begins it any more. Find out what ends its processes; `jobsync executions retry` frees
+    it.
+
+    Attributes:
+        key: The key.
+        lost: How many attempts were lost.
+    """
+
+    key: str = ''
+    lost: int = 0
+
+
 class NoSuchExecution(JobSyncError, LookupError):
     """The ledger does not have this key. It was never begun, or its retention is over."""
+
+
+class NotSent(JobSyncError):
+    """The key is free, but the message that was kept with it could not be sent, and is still kept.
+    Retry it once more.
+    """
 
 
 class Fenced(JobSyncError):

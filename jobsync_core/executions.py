@@ -14,14 +14,21 @@ worker waits for it.
 from __future__ import annotations
 
 import datetime
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .config import CoordinationConfig
-from .errors import ConfigurationError, DuplicateExecution, ExecutionRunning, NoSuchExecution
+from .errors import (
+    ConfigurationError,
+    DuplicateExecution,
+    ExecutionRunning,
+    NoSuchExecution,
+    NotSent,
+)
 from .ledger.keys import escape
 from .ledger.limits import DEFAULT_RETENTION, check_key
 from .results import ExecutionDetails, FormerAttempt, RecordedExecution
@@ -41,8 +48,8 @@ __all__ = [
 ]
 
 #: What an execution can be. A lost one was running on a node that is gone: whoever gets its message
-#: takes it over.
-STATES = ('running', 'lost', 'done', 'failed')
+#: takes it over. A dead one was lost too often: nothing begins it any more.
+STATES = ('running', 'lost', 'done', 'failed', 'dead')
 _PAGE = 5000
 _RACES = 10
 
@@ -55,7 +62,7 @@ class ExecutionFilter:
     r"""Which executions are meant: those to which all applies that is given.
 
     Args:
-        state: 'running', 'lost', 'done' or 'failed', or several of them.
+        state: 'running', 'lost', 'done', 'failed' or 'dead', or several of them.
         key: A pattern for the whole key, as in SQL's LIKE: `%` is any text, `_` one character, `\`
             takes the meaning from what follows.
         function: Name of the task, the actor or the function, or the `scope` of `exactly_once`:
@@ -134,11 +141,16 @@ class Executions:
 
     Args:
         config: Where the tables are.
+        send: Sends a message again that the ledger has kept with a dead key, for `retry`: of the
+            plugin for Celery, `JobSync.of(app).resend`.
 
     All calls raise DatabaseUnavailable where the database cannot be reached, or refuses.
     """
 
-    def __init__(self, config: CoordinationConfig) -> None:
+    def __init__(
+        self, config: CoordinationConfig, send: Callable[[Mapping[str, Any]], object] | None = None
+    ) -> None:
+        self._send = send
         self._sessions = Sessions(config, 'jobsync executions')
         self._tables = Tables.of(config)
 
@@ -202,19 +214,35 @@ class Executions:
             raise _unknown(key)
         return found
 
-    def retry(self, key: str) -> RecordedExecution:
-        """Have a key that failed or was lost free for its next attempt; what it is afterwards.
+    @property
+    def sends(self) -> bool:
+        """Whether `retry` can send a message that is kept."""
+        return self._send is not None
 
-        Its message is not sent by this: the broker may still have it, and otherwise whoever sent it
-        sends it again.
+    def retry(self, key: str) -> ExecutionDetails:
+        """Have a key that failed, was lost or is dead free for its next attempt, as if none had
+        been lost; what it is then.
+
+        Where the ledger has kept its message (`message`), that is sent, if this object was told
+        how. Any other message is not: the broker may have it still, among dead letters perhaps, and
+        otherwise whoever sent it sends it again.
 
         Raises:
             NoSuchExecution: The ledger does not have it, so that it is free.
             ExecutionRunning: A live node is at it.
             DuplicateExecution: It is complete. `forget` makes it run again.
+            NotSent: It is free, but its message could not be sent. Call it again.
         """
         self._change(key, _free)
-        return self.show(key)
+        found = self.show(key)
+        if found['message'] is not None and self._send is not None:
+            try:
+                self._send(json.loads(found['message']))
+            except Exception as error:  # whatever the application's broker raises
+                raise NotSent(
+                    f'the key {key!r} is free, but its message is not sent, and still kept: {error}'
+                ) from error
+        return found
 
     def forget(self, key: str) -> RecordedExecution:
         """Delete what the ledger knows of a key, so that it runs when its message comes again; what
@@ -227,7 +255,8 @@ class Executions:
         return self._change(key, _forget)
 
     def purge(self, which: ExecutionFilter) -> int:
-        """Delete all that a filter selects, but none that a live node is at; how many.
+        """Delete all that a filter selects, but none that a live node is at; how many. Messages
+        that are kept with dead keys go with them.
 
         It goes in steps, each of which is committed: what it has deleted when it fails stays so.
         Rows that somebody has locked at the moment stay, too.
@@ -288,7 +317,7 @@ def _free(store: LedgerStore, found: ExecutionDetails) -> bool:
         )
         complete.key = key
         raise complete
-    return found['state'] == 'failed' or store.free(
+    return store.free(
         key,
         found['fence'],
         f'its node {found["node"]} was gone: an operator freed the key',

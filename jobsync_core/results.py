@@ -121,8 +121,9 @@ class CoordinationStatus(_CoordinationEnabled, total=False):
 
 
 class ExecutionInfo(TypedDict):
-    """What the ledger knows of a key: `state` is 'running', 'lost', 'done' or 'failed'. What is
-    lost was running on a node that is gone: whoever gets its message takes it over.
+    """What the ledger knows of a key: `state` is 'running', 'lost', 'done', 'failed' or 'dead'.
+    What is lost was running on a node that is gone: whoever gets its message takes it over. What is
+    dead was lost too often, and is not begun any more.
     """
 
     key: str
@@ -138,7 +139,8 @@ class RecordedExecution(TypedDict):
     """One row of the ledger, as operators see it; `state` as in ExecutionInfo.
 
     `node`, `host` and `pid` tell who made the last attempt, `fence` is the number of that attempt,
-    which rises with each of the key, and `attempts` counts them; `expires_at` is when the row goes,
+    which rises with each of the key, `attempts` counts them, and `lost` those of them whose process
+    died or was taken for dead; `expires_at` is when the row goes,
     None while it stays. A time is None as well where it is none that Python has.
     """
 
@@ -153,6 +155,7 @@ class RecordedExecution(TypedDict):
     finished_at: datetime.datetime | None
     expires_at: datetime.datetime | None
     error: str | None
+    lost: int
 
 
 class FormerAttempt(TypedDict):
@@ -174,10 +177,12 @@ class FormerAttempt(TypedDict):
 class ExecutionDetails(RecordedExecution):
     """The same with what is told of one key alone: its `result` as the JSON text that is stored,
     of one that is running, for how many seconds its node has been silent, and in `history` the
-    attempts that failed or were lost, in their order: the last hundred.
+    attempts that failed or were lost, in their order: the last hundred. `message` is the message of
+    a dead key as JSON text, where nobody but the ledger keeps it.
     """
 
     result: str | None
+    message: str | None
     silent_sec: float | None
     history: list[FormerAttempt]
 

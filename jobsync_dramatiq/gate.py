@@ -262,7 +262,9 @@ class WorkerGate:
     def is_refused(self, signal: str, message: Any) -> bool:
         """Whether this is the end of a message that was refused, which no retry can help."""
         note = note_of(message) if signal == 'process_message' else None
-        return note is not None and bool(note.received.problem) and message.failed
+        return (
+            note is not None and message.failed and (note.exhausted or bool(note.received.problem))
+        )
 
     def hides(self, signal: str, message: Any) -> bool:
         """Whether the other middleware must not hear of this.

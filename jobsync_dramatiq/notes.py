@@ -11,7 +11,7 @@ from jobsync_core.worker.inbox import Received
 
 from .broker.interface import QueueConsumer
 
-__all__ = ['Note', 'attach_note', 'is_quiet', 'note_of', 'requeue_instead', 'skip']
+__all__ = ['Note', 'attach_note', 'be_quiet', 'is_quiet', 'note_of', 'requeue_instead', 'skip']
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Note:
         goes_back: It goes back to its queue instead of being acknowledged.
         unseen: No middleware but this one has seen it.
         sent_on: It is gone, or back in its queue; what becomes of it here does not count.
+        exhausted: Its key is dead.
     """
 
     source: QueueConsumer
@@ -33,6 +34,7 @@ class Note:
     goes_back: bool = False
     unseen: bool = False
     sent_on: bool = False
+    exhausted: bool = False
 
 
 def attach_note(message: Any, note: Note) -> None:
@@ -60,10 +62,15 @@ def skip(message: Any, reason: str) -> SkipMessage:
     """
     # A skipped message would get the result None, for which a group may wait.
     message.options['store_results'] = False
-    vars(message)['jobsync_quiet'] = True
+    be_quiet(message)
     return SkipMessage(reason)
 
 
+def be_quiet(message: Any) -> None:
+    """Have Dramatiq write no line of its own about the end of this delivery."""
+    vars(message)['jobsync_quiet'] = True
+
+
 def is_quiet(item: object) -> bool:
-    """Whether this is a message whose delivery was ended by `skip`."""
+    """Whether this is a message of whose end Dramatiq is to write nothing."""
     return bool(getattr(item, '__dict__', {}).get('jobsync_quiet'))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dramatiq import GenericActor
 
 from jobsync_core import clock
-from jobsync_core.errors import DuplicateExecution, JobSyncError, NotEntered
+from jobsync_core.errors import AttemptsExhausted, DuplicateExecution, JobSyncError, NotEntered
 from jobsync_core.ledger.current import message_ledger
 from jobsync_core.ledger.interface import Ledger
 from jobsync_core.ledger.once import ExactlyOnce
@@ -25,7 +25,7 @@ from jobsync_core.worker.routing import WAITS
 
 from .broker.in_memory import ledger_in_memory
 from .groups import forget_group, was_counted
-from .notes import note_of, requeue_instead, skip
+from .notes import be_quiet, note_of, requeue_instead, skip
 
 __all__ = ['exactly_once', 'function_of', 'is_ours', 'processing']
 
@@ -86,6 +86,21 @@ class _DramatiqOnce(MessageOnce):
         broker, message = _current()
         if was_counted(broker, message):
             forget_group(message)
+
+    def exhausted(self, error: AttemptsExhausted) -> NoReturn:
+        _, message = _current()
+        message.fail()  # so that it is a dead letter
+        note = note_of(message)
+        if note is not None:
+            note.exhausted = True  # no retry can help
+        be_quiet(message)
+        logger.error(
+            'actor=%s id=%s goes to the dead letters: %s',
+            message.actor_name,
+            message.message_id,
+            error,
+        )
+        raise error
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         broker, message = _current()

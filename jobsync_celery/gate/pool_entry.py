@@ -16,6 +16,7 @@ from celery.worker import state
 
 from ..faults import is_its_fault
 from ..logs import get_logger
+from ..tasks.dead_letters import DeadLetter
 from ..tasks.lost_members import comes_back, count_lost
 from ..tasks.resending import RequeueLater
 from .retries import Retries
@@ -301,6 +302,13 @@ class PoolEntry:
                     lambda: self._again(request.message),
                     stays=expires(request.message),
                 )
+                return None
+            if isinstance(error, DeadLetter):
+                # Not by Celery, which from 5.7 on would tell of the rejection as of a failure, once
+                # more.
+                state.task_ready(request)
+                request.send_event('task-failed', exception=repr(error.reason), traceback='')
+                request.reject(requeue=False)
                 return None
             if comes_back(request, exc_info):
                 request.reject(requeue=True)  # Celery cannot acknowledge it any more

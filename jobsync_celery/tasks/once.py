@@ -19,6 +19,7 @@ from celery.exceptions import Ignore
 
 from jobsync_core import clock
 from jobsync_core.errors import (
+    AttemptsExhausted,
     DuplicateExecution,
     ExecutionRunning,
     JobSyncError,
@@ -37,6 +38,7 @@ from jobsync_core.worker.routing import WAITS
 
 from ..logs import get_logger
 from .chords import count_member
+from .dead_letters import DeadLetter, fail_for_good
 from .resending import RequeueLater, send_again
 
 __all__ = ['exactly_once', 'made_here', 'options_of']
@@ -240,6 +242,22 @@ class _CeleryOnce(MessageOnce):
         options = getattr(current_task, 'jobsync_dump', None)
         dump = getattr(result, 'model_dump', None)
         return dump(**options) if options is not None and dump is not None else result
+
+    def exhausted(self, error: AttemptsExhausted) -> NoReturn:
+        task, request = current_task, _request()
+        if request.is_eager:
+            raise error
+        try:
+            fail_for_good(task, request, error, lambda *kept: self.ledger().keep(*kept))
+        except DeadLetter:
+            raise
+        # The database or the result backend is away: told later, where the message comes again.
+        except Exception as trouble:
+            if not task.acks_late:
+                raise error from trouble
+            raise RequeueLater(
+                f'its failure cannot be told: {trouble!r}', requeue=True
+            ) from trouble
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         task, request = current_task, _request()

@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import Any
 
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from ..broker.publisher import BrokerAway, Publisher
 
@@ -19,9 +19,10 @@ __all__ = ['RequeueLater', 'send_again']
 _LIMIT_SEC = 5.0
 
 
-class RequeueLater(Reject):  # type: ignore[misc]  # celery has no types
+class RequeueLater(Reject, Ignore):  # type: ignore[misc]  # celery has no types
     """The message of the task goes back to the broker, after a pause. The worker makes the pause,
-    which no process of a pool waits for.
+    which no process of a pool waits for. An Ignore as well, which alone passes
+    `autoretry_for=(Exception,)`.
     """
 
 

@@ -4,97 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 from rich.table import Table
 
-from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution
-from ..executions import STATES, ExecutionFilter, Executions
+from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution, NotSent
+from ..executions import ExecutionFilter, Executions
 from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
 from ..store.completions import LOST, PENDING
+from .application import app_option, plugin_at
 from .columns import columns, cut
 from .context import Database, console, database_options, printable
+from .executions_options import filter_options
 from .status_view import as_json, table
 
 __all__ = ['executions_group']
 
-_Command = TypeVar('_Command', bound=Callable[..., Any])
+_Found = TypeVar('_Found', bound=RecordedExecution)
 
 #: Rows that are listed unless more are asked for; rows of one table, and characters of a cell.
 _LISTED, _TOGETHER = 100, 1000
 #: States of what can be retried, and of what can be deleted.
-_RETRIED, _PURGED = ('failed', 'lost'), ('done', 'failed', 'lost')
+_RETRIED, _PURGED = ('failed', 'lost', 'dead'), ('done', 'failed', 'lost', 'dead')
 _KEY_WIDTH, _NODE_WIDTH, _ERROR_WIDTH, _RESULT_WIDTH = 80, 40, 60, 4000
-_UNITS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86_400}
-_AGE = re.compile(r'(\d+(?:\.\d+)?)\s*([smhd]?)')
-
-
-def _age(value: str) -> datetime.timedelta:
-    """A number of seconds, or of minutes, hours or days: 90, 90s, 15m, 2h, 7d."""
-    found = _AGE.fullmatch(value.strip())
-    try:
-        if found is not None:
-            return datetime.timedelta(seconds=float(found[1]) * _UNITS[found[2]])
-    except OverflowError:
-        pass
-    raise click.BadParameter(f'{value!r} is no age: give seconds, or 15m, 2h, 7d')
-
-
-def filter_options(command: _Command) -> _Command:
-    """Add --state, --key, --function, --node and --older-than to a command, which gets them as
-    `which`.
-    """
-
-    @functools.wraps(command)
-    def wrapped(
-        state: tuple[str, ...],
-        key: str | None,
-        function: str | None,
-        node: str | None,
-        older_than: datetime.timedelta | None,
-        **options: Any,
-    ) -> Any:
-        which = ExecutionFilter(state or None, key, function, node, older_than)
-        return command(**options, which=which)
-
-    result: Any = wrapped
-    for option in (
-        click.option(
-            '--older-than',
-            type=_age,
-            metavar='AGE',
-            help='Whose last attempt ended so long ago, or began and has no end: seconds, or 15m, '
-            '2h, 7d.',
-        ),
-        click.option('--node', metavar='NAME', help='Whose last attempt this node made.'),
-        click.option(
-            '--function',
-            metavar='NAME',
-            help='Of this task, actor or function, or scope: what the key begins with.',
-        ),
-        click.option(
-            '--key',
-            metavar='PATTERN',
-            help='Whose whole key matches: % any text, _ any character, \\ before one of these '
-            'that is meant as it stands.',
-        ),
-        click.option(
-            '--state',
-            type=click.Choice(STATES),
-            multiple=True,
-            help='In this state; may be repeated.',
-        ),
-    ):
-        result = option(result)
-    given: _Command = result
-    return given
 
 
 @click.group('executions')
@@ -102,8 +39,9 @@ def filter_options(command: _Command) -> _Command:
 def executions_group() -> None:
     """Look at the ledger of what runs exactly once, and mend it.
 
-    An execution is running, done, failed, or lost: it ran on a node that is gone, and whoever gets
-    its message takes it over.
+    An execution is running, done, failed, lost, or dead. What is lost ran on a node that is gone,
+    and whoever gets its message takes it over; what is dead was lost too often, and is not begun
+    any more.
     """
 
 
@@ -174,18 +112,26 @@ def show_command(database: Database, key: str, json_wanted: bool) -> None:
 @filter_options
 @click.option('--yes', is_flag=True, help='Do not ask, where a filter says which.')
 @click.option('--json', 'json_wanted', is_flag=True, help='JSON; with a filter it needs --yes.')
+@app_option
 @database_options
 @click.pass_obj
 def retry_command(
-    database: Database, keys: tuple[str, ...], which: ExecutionFilter, yes: bool, json_wanted: bool
+    database: Database,
+    keys: tuple[str, ...],
+    which: ExecutionFilter,
+    yes: bool,
+    json_wanted: bool,
+    place: str | None,
 ) -> None:
-    """Have KEYs that failed or were lost free for their next attempt, or all that a filter selects.
+    """Have KEYs that failed, were lost or are dead free for their next attempt, or all that a
+    filter selects.
 
-    No message is sent: what the broker still has is taken by the workers, anything else has to be
-    sent again. The exit code is 1 where a key is not free.
+    A message that the ledger has kept with a dead key is sent again, where the application is
+    named: by `celery -A proj jobsync`, or by --app. No other is: what the broker still has is taken
+    by the workers, anything else has to be sent again. The exit code is 1 where a key is not free.
     """
     _check_named(keys, which)
-    with _opened(database) as executions:
+    with _sending(database, place) as executions:
         chosen: Iterable[str] = keys
         if not keys:
             wanted = _in_states(which, _RETRIED)
@@ -196,12 +142,7 @@ def retry_command(
                 'Have {:,} executions free for their next attempt?',
             )
             chosen = (each['key'] for each in executions.find(wanted))
-        _each(
-            chosen,
-            executions.retry,
-            'is free: its next message begins an attempt at once; none is sent by this',
-            json_wanted,
-        )
+        _each(chosen, executions.retry, lambda found: _freed(executions, found), json_wanted)
 
 
 @executions_group.command('forget')
@@ -222,7 +163,7 @@ def forget_command(database: Database, keys: tuple[str, ...], yes: bool, json_wa
         'Forget {:,} executions? When their messages come again, they run again.',
     )
     with _opened(database) as executions:
-        _each(keys, executions.forget, 'is forgotten', json_wanted)
+        _each(keys, executions.forget, lambda found: 'is forgotten', json_wanted)
 
 
 @executions_group.command('purge')
@@ -265,6 +206,31 @@ def _opened(database: Database) -> Iterator[Executions]:
         executions.close()
 
 
+@contextmanager
+def _sending(database: Database, place: str | None) -> Iterator[Executions]:
+    """The same, with the application's plugin, if one is known, to send what is kept."""
+    plugin = None
+    if place is not None or (database.has_plugin and not database.url):
+        plugin = plugin_at(place) if place is not None else database.plugin()
+    config = plugin.settings.config if place is not None and plugin else database.config()
+    executions = Executions(config, getattr(plugin, 'resend', None))
+    try:
+        yield executions
+    finally:
+        executions.close()
+
+
+def _freed(executions: Executions, found: ExecutionDetails) -> str:
+    if found['message'] is None:
+        return 'is free: its next message begins an attempt at once; none is sent by this'
+    if executions.sends:
+        return 'is free, and its message is sent'
+    return (
+        'is free, but its message is only kept: name the application, by `celery -A proj jobsync` '
+        'or --app, to have it sent'
+    )
+
+
 def _in_states(which: ExecutionFilter, allowed: tuple[str, ...]) -> ExecutionFilter:
     """The filter for the states that a command is for."""
     if which.state is None:
@@ -290,21 +256,24 @@ def _ask(yes: bool, json_wanted: bool, count: Callable[[], int], question: str) 
 
 
 def _each(
-    keys: Iterable[str], action: Callable[[str], RecordedExecution], done: str, json_wanted: bool
+    keys: Iterable[str],
+    action: Callable[[str], _Found],
+    done: Callable[[_Found], str],
+    json_wanted: bool,
 ) -> None:
     """Do it for each key by itself: what one is refused for does not concern the others."""
     changed, refused = 0, dict[str, str]()
     for key in keys:
         try:
-            action(key)
-        except (NoSuchExecution, ExecutionRunning, DuplicateExecution) as error:
+            found = action(key)
+        except (NoSuchExecution, ExecutionRunning, DuplicateExecution, NotSent) as error:
             refused[key] = str(error)
             if not json_wanted:
                 click.echo(printable(error), err=True)
         else:
             changed += 1
             if not json_wanted:
-                click.echo(f'{printable(key)} {done}')
+                click.echo(f'{printable(key)} {done(found)}')
     if json_wanted:
         click.echo(json.dumps({'changed': changed, 'refused': refused}))
     if refused:
@@ -351,7 +320,9 @@ def _history_table(history: list[FormerAttempt]) -> Table:
 
 def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
     state = found['state']
-    if state == 'lost':
+    if state == 'dead':
+        state = f'dead: {found["lost"]:,} attempts were lost, and nothing begins it any more'
+    elif state == 'lost':
         state = 'lost: its node is gone, and whoever gets its message takes it over'
     elif found['silent_sec'] is not None:
         state = f'running (last heartbeat of its node {found["silent_sec"]:.0f} s ago)'
@@ -369,6 +340,8 @@ def _lines(found: ExecutionDetails) -> list[tuple[str, str]]:
         lines.append(('kept until', _time(found['expires_at'])))
     if found['error'] is not None:
         lines.append(('error', found['error']))
+    if found['message'] is not None:
+        lines.append(('message', 'kept: `retry` sends it again'))
     if found['result'] is not None:
         untold = {PENDING: 'not told yet by its attempt', LOST: 'lost with its process'}
         shown = cut(found['result'], _RESULT_WIDTH)

@@ -33,6 +33,7 @@ class Attempt:
         retention_sec: Seconds for which its completion is remembered.
         former: Keys under which earlier versions recorded the same call.
         awaits_result: Its result may come after its completion.
+        max_lost: How many attempts at the key may be lost; None: as the ledger says.
 
     Attributes:
         unsettled: What is known of it, and left to do about it.
@@ -49,8 +50,9 @@ class Attempt:
         retention_sec: float,
         former: tuple[Former, ...] = (),
         awaits_result: bool = False,
+        max_lost: int | None = None,
     ) -> None:
-        self.unsettled = Unsettled(key, retention_sec, former, awaits_result)
+        self.unsettled = Unsettled(key, retention_sec, former, awaits_result, max_lost=max_lost)
         self._before: Execution | None = None
         self._ledger = ledger
 

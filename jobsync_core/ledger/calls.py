@@ -152,6 +152,12 @@ class LedgerCalls:
             lambda store: store.release(node, incarnation, pid, error, retention_sec, key)
         )
 
+    def keep(self, key: str, message: str) -> bool:
+        """Keep the message of a dead key, as JSON text, unless one is kept; False where the key is
+        not dead any more.
+        """
+        return self._call(lambda store: store.keep(key, message))
+
     def _grouped(
         self,
         groups: dict[int, GroupCommit[T, R]],

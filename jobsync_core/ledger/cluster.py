@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import clock
 from ..errors import (
+    AttemptsExhausted,
     ClaimLost,
     DatabaseRefused,
     DatabaseUnavailable,
@@ -74,6 +75,8 @@ class ClusterLedger:
         incarnation: Gives this node's present incarnation.
         has_lease: Tells whether this node's lease is valid.
         pausing: Learns how the database answers begins.
+        max_lost: How many attempts at a key may be lost, where a caller says nothing; 0: any
+            number.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ClusterLedger:
         incarnation: Callable[[], str],
         has_lease: Callable[[], bool] = lambda: True,
         pausing: Pausing | None = None,
+        max_lost: int = 0,
     ) -> None:
         self._sessions = sessions
         self._tables = tables
@@ -93,6 +97,7 @@ class ClusterLedger:
         self._incarnation = incarnation
         self.has_lease = has_lease
         self.pausing = pausing if pausing is not None else Pausing()
+        self.max_lost = max_lost
         self._locals: dict[int, _Local] = {}
         self._former = FormerKeys(self._calls)
         self._endings = Endings(self._calls)
@@ -133,7 +138,8 @@ class ClusterLedger:
         mine.holder = holder = Holder(self._node, self._incarnation(), here.process)
         mine.sent = True
         try:
-            row = self._calls.begin(key, holder)
+            limit = self.max_lost if mine.max_lost is None else mine.max_lost
+            row = self._calls.begin(key, holder, limit or None)
         except DatabaseUnavailable as error:
             mine.sent = error.sent
             self._note_refusal(error)
@@ -143,6 +149,8 @@ class ClusterLedger:
             mine.begin(row.fence, row.attempts)
             return
         mine.sent = False
+        if row.dead:
+            raise _dead(key, row.lost)
         if not row.registered:
             raise ClaimLost(
                 f'node {self._node!r} is not registered in the cluster at the moment, so {key!r} '
@@ -188,6 +196,12 @@ class ClusterLedger:
             'its process was lost',
             DEFAULT_RETENTION.total_seconds(),
         )
+
+    def keep(self, key: str, message: str) -> bool:
+        """Keep the message of a dead key, as JSON text, unless one is kept; False where the key is
+        not dead any more.
+        """
+        return self._calls.keep(key, message)
 
     def for_messages(self) -> Ledger:
         """Itself, where something may begin.
@@ -265,6 +279,15 @@ def _not_begun(
     duplicate = DuplicateExecution(f'the key {key!r} was already completed')
     duplicate.key, duplicate.result = key, read_result(key, result)
     return duplicate
+
+
+def _dead(key: str, lost: int) -> AttemptsExhausted:
+    dead = AttemptsExhausted(
+        f'the key {key!r} is dead: {lost} of its attempts were lost, as their processes died or '
+        'were taken for dead; `jobsync executions show` tells which, `retry` frees the key'
+    )
+    dead.key, dead.lost = key, lost
+    return dead
 
 
 def _running(key: str) -> ExecutionRunning:

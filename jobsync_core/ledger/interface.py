@@ -30,6 +30,7 @@ class Ledger(Protocol):
         Raises:
             DuplicateExecution: The key was completed; `.result` is its stored result.
             ExecutionRunning: Another attempt is running.
+            AttemptsExhausted: Too many attempts at the key were lost.
             ClaimLost: This node was evicted; it rejoins by itself. Nothing was begun.
             DatabaseUnavailable: Nothing was begun. DatabaseRefused, which is one, tells why the
                 server refused.
@@ -63,6 +64,18 @@ class Ledger(Protocol):
 
         Raises:
             DatabaseUnavailable: Nothing is known to be released; call it again.
+        """
+
+    def keep(self, key: str, message: str) -> bool:
+        """Keep the message of a dead key, so that it can be sent again, unless one is kept; False
+        where the key is not dead any more.
+
+        Args:
+            key: The key.
+            message: A JSON document.
+
+        Raises:
+            DatabaseUnavailable: It is not known to be kept.
         """
 
     def for_messages(self) -> Ledger:

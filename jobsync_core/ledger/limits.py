@@ -6,7 +6,7 @@ import datetime
 
 from ..errors import ConfigurationError
 
-__all__ = ['DEFAULT_RETENTION', 'check_key', 'describe', 'retention_seconds']
+__all__ = ['DEFAULT_RETENTION', 'check_key', 'check_max_lost', 'describe', 'retention_seconds']
 
 #: How long a completed key is remembered, unless the caller says otherwise.
 DEFAULT_RETENTION = datetime.timedelta(days=7)
@@ -14,6 +14,8 @@ DEFAULT_RETENTION = datetime.timedelta(days=7)
 MAX_KEY_BYTES = 2000
 _MAX_RETENTION_SEC = 36_500 * 86_400.0
 _ERROR_LENGTH = 2000
+#: PostgreSQL's largest integer.
+_MOST_LOST = 2**31 - 1
 
 
 def check_key(key: object) -> str:
@@ -60,6 +62,20 @@ def retention_seconds(retention: datetime.timedelta | float) -> float:
             'years'
         )
     return float(seconds)
+
+
+def check_max_lost(value: object) -> int | None:
+    """How many attempts at a key may be lost; 0: any number, None: as the Job says.
+
+    Raises:
+        ConfigurationError: It is no whole number, or less than zero.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigurationError(
+            f'max_lost={value!r}: give a whole number of at least 1, 0 for no limit, or None for '
+            'what the Job says'
+        )
+    return value if value is None else min(value, _MOST_LOST)
 
 
 def describe(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..errors import (
+    AttemptsExhausted,
     ClaimLost,
     ConfigurationError,
     DatabaseUnavailable,
@@ -31,7 +32,13 @@ __all__ = ['ExactlyOnce', 'exactly_once', 'once']
 F = TypeVar('F', bound=Callable[..., Any])
 
 #: Why an attempt does not begin.
-_REFUSALS = (DuplicateExecution, ExecutionRunning, ClaimLost, DatabaseUnavailable)
+_REFUSALS = (
+    DuplicateExecution,
+    ExecutionRunning,
+    AttemptsExhausted,
+    ClaimLost,
+    DatabaseUnavailable,
+)
 
 
 def once(
@@ -52,6 +59,7 @@ def once(
         DuplicateExecution: The key was completed before; the block does not run. `.result` is the
             stored result.
         ExecutionRunning: Another attempt is running; the block does not run.
+        AttemptsExhausted: Too many attempts at the key were lost; the block does not run.
         ClaimLost: This node was evicted and rejoins by itself; the block does not run.
         DatabaseUnavailable: Before the block: it does not run. After it: it ran, but its completion
             is not known to be recorded.
@@ -118,6 +126,7 @@ def exactly_once(
     as_sent: Callable[[Any], Any] | None = None,
     named_later: bool = False,
     affinity: bool | None = None,
+    max_lost: int | None = None,
 ) -> Callable[[F], F]:
     """Make a function complete once per key, in the whole cluster:
     `@exactly_once(key='order:{order_id}')`.
@@ -160,6 +169,9 @@ def exactly_once(
             stored.
         named_later: For adapters: the function gets a name, which is its scope, from
             `ExactlyOnce.adopt`.
+        max_lost: How many attempts at a key may be lost, as their process died or was taken for
+            dead; then the key is dead, and a call raises AttemptsExhausted until an operator frees
+            it. 0: any number; None: as the Job says. Attempts that raise do not count.
         affinity: For adapters: whether messages of the task go to the owner of their key; None: as
             the settings say.
 
@@ -191,6 +203,7 @@ def exactly_once(
             as_sent,
             named_later,
             affinity,
+            max_lost,
         )
         wrapper = (
             _async_wrapper(function, options) if is_async(function) else _wrapper(function, options)

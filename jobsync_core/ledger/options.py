@@ -24,7 +24,7 @@ from .execution import Execution
 from .functions import name_of, returns_nothing
 from .interface import Ledger
 from .keys import Former, Keys, escape, is_ambiguous, key_maker
-from .limits import check_key, retention_seconds
+from .limits import check_key, check_max_lost, retention_seconds
 from .results import lost_result
 
 __all__ = ['UNRECORDED', 'End', 'ExactlyOnce']
@@ -61,6 +61,7 @@ class ExactlyOnce:
         completes: Tells of an exception that ended the function whether the key is complete by it.
         check_result: Raises where the caller of the function cannot be given what it returned.
         as_sent: Makes of what the function returned what the caller is given.
+        max_lost: How many attempts at a key may be lost; 0: any number, None: as the Job says.
 
     Raises:
         ConfigurationError: A value cannot work.
@@ -83,6 +84,7 @@ class ExactlyOnce:
         as_sent: Callable[[Any], Any] | None = None,
         named_later: bool = False,
         affinity: bool | None = None,
+        max_lost: int | None = None,
     ) -> None:
         self.name = name_of(function)
         self.retention_sec = retention_seconds(retention)
@@ -117,6 +119,7 @@ class ExactlyOnce:
         self.store_result = store_result
         self._awaits_result = store_result and not returns_nothing(function)
         self.affinity = affinity
+        self.max_lost = check_max_lost(max_lost)
         self.scope = self.name if scope is None else scope
         self._is_scoped = scope is not None
         self._task: str | None = None
@@ -272,6 +275,7 @@ class ExactlyOnce:
             self.retention_sec,
             self._former_keys(keys),
             self._awaits_result,
+            self.max_lost,
         )
 
     def result_of(self, error: DuplicateExecution) -> Any:

@@ -35,6 +35,7 @@ class Unsettled:
         awaits_result: Its result may come after its completion, when a transaction of the user's
             has carried that.
         pid: The process that it belongs to: a forked child leaves it alone.
+        max_lost: How many attempts at the key may be lost; None: as the ledger says.
 
     Attributes:
         sent: The database has been asked to begin it.
@@ -60,6 +61,7 @@ class Unsettled:
     former: tuple[Former, ...] = ()
     awaits_result: bool = False
     pid: int = dataclasses.field(default_factory=os.getpid)
+    max_lost: int | None = None
     sent: bool = False
     holder: Holder | None = None
     began: bool = False

@@ -99,6 +99,7 @@ class ClusterNode:
             lambda: self.incarnation,
             lambda: self.has_lease,
             self.ownership.pausing,
+            config.max_lost,
         )
         #: Bound once: nothing stands between the question and the look-up.
         self.can_claim = self.tasks.can_claim

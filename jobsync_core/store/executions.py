@@ -148,6 +148,12 @@ class ExecutionStore(Store):
         row = self._row('execution.bury', {'key': key, 'fence': fence, 'node': holder.node})
         return row is not None and bool(row[0])
 
+    def keep(self, key: str, message: str) -> bool:
+        """Keep the message of a dead key, as JSON text, unless one is kept; False where the key is
+        not dead any more.
+        """
+        return self._run('execution.keep', {'key': key, 'message': message}) == 1
+
     def begin_transaction(self) -> Began:
         """Begin a transaction of the user's: without the limits of short calls, and known, so that
         its end is noticed.

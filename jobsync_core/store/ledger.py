@@ -77,12 +77,13 @@ class LedgerStore(Store):
         return cast(ExecutionDetails, {**found[0], 'history': history})
 
     def free(self, key: str, fence: int, error: str, retention_sec: float) -> bool:
-        """End a lost attempt as failed; False where it is another one now, not lost, or locked.
+        """Let a key begin anew that failed, was lost or is dead, as if no attempt had been lost;
+        False where it is another attempt's now, is running or done, or its row is locked.
 
         Args:
             key: The key.
             fence: The attempt's.
-            error: Why it ended.
+            error: Why it ended, where it was lost.
             retention_sec: Seconds for which its row is kept.
         """
         parameters = {'key': key, 'fence': fence, 'error': error, 'retention': retention_sec}

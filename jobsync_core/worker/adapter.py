@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from ..errors import ConfigurationError, DuplicateExecution, ExecutionRunning, JobSyncError
+from ..errors import (
+    AttemptsExhausted,
+    ConfigurationError,
+    DuplicateExecution,
+    ExecutionRunning,
+    JobSyncError,
+)
 from ..ledger import once as core
 from ..ledger.current import message_ledger
 from ..ledger.execution import Execution, running
@@ -155,6 +161,7 @@ class MessageOnce(ABC):
         store_result: bool = True,
         scope: str | None = None,
         affinity: bool | None = None,
+        max_lost: int | None = None,
     ) -> Callable[[F], F]:
         """Make a task (an actor) complete once per key: put it below the framework's own decorator.
 
@@ -171,6 +178,10 @@ class MessageOnce(ABC):
             scope: What keys begin with; default: the task's (the actor's) name.
             affinity: False: a message runs where it is taken from its queue; True: on the node that
                 owns its key; default: as the setting `affinity` says.
+            max_lost: How many attempts at a key may be lost, as their process died or was taken for
+                dead; then its message fails with AttemptsExhausted and goes to the dead letters. 0:
+                any number; default: as the setting `max_lost` says. Attempts that raise do not
+                count.
 
         Raises:
             ConfigurationError: An option cannot work.
@@ -196,6 +207,7 @@ class MessageOnce(ABC):
                 as_sent=self.as_sent,
                 named_later=True,
                 affinity=affinity,
+                max_lost=max_lost,
             )(function)
             made.append(vars(wrapper)['exactly_once'])
             return wrapper
@@ -225,6 +237,12 @@ class MessageOnce(ABC):
     @abstractmethod
     def come_back(self, error: JobSyncError) -> NoReturn:
         """Have the message that is being processed come back later; raise what ends it for now."""
+
+    @abstractmethod
+    def exhausted(self, error: AttemptsExhausted) -> NoReturn:
+        """Have the message that is being processed fail for good, and go where dead letters go;
+        raise what ends it.
+        """
 
     def is_processing(self) -> bool:
         """Whether the function was called for a message, and not by the user's own code."""
@@ -284,6 +302,8 @@ class MessageOnce(ABC):
                 raise error
             self.replay(error)
             return options.result_of(error) if options.on_duplicate == 'result' else None
+        if isinstance(error, AttemptsExhausted):
+            self.exhausted(error)
         # What runs may be this very message's, on a worker that is dead and not known to be yet.
         other = isinstance(error, ExecutionRunning) and not self.came_before()
         if other and options.on_running != 'requeue':

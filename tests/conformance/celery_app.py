@@ -154,6 +154,11 @@ def _add_tasks(
     task('flaky', once(key='f:{n}')(work.flaky), **retry)
     task('retrying', once(key='f:{n}')(_retrying))
     task('sour', once(key='s:{n}')(work.sour))
+    task(
+        'poison',
+        once(key='x:{n}', max_lost=3)(work.poison),
+        **retry | {'autoretry_for': (Exception,)},
+    )
     task('overdue', once(key='o:{n}')(work.overdue), time_limit=1)
     task('overdue_softly', once(key='o:{n}')(work.overdue), soft_time_limit=1)
     task('add', once(key='a:{tag}:{x}:{y}')(work.add))

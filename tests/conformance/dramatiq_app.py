@@ -203,6 +203,13 @@ def _add_actors(app: App, once: Callable[..., Any], without: set[str], free: boo
     actor('flaky', once(key='f:{n}')(work.flaky), queue_name='second', **quick)
     actor('retrying', once(key='f:{n}')(_retrying), **quick)
     actor('sour', once(key='s:{n}')(work.sour))
+    actor(
+        'poison',
+        once(key='x:{n}', max_lost=2)(work.poison),
+        queue_name='second',
+        on_failure='told',
+        **quick,
+    )
     actor('overdue', once(key='o:{n}')(work.overdue), time_limit=1000)
     actor('awaited', once(key='w:{n}')(_awaited))
     actor('told', _told)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ __all__ = [
     'overdue',
     'pinned',
     'plain',
+    'poison',
     'seal',
     'sour',
     'total',
@@ -230,6 +232,12 @@ def sour(n: int) -> None:
     """Fails always."""
     with _noted(f's:{n}'):
         raise Flaky(f'{n} cannot work')
+
+
+def poison(n: int) -> None:
+    """Ends its process."""
+    with _noted(f'x:{n}'):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def overdue(n: int, sleep: float = 0.0) -> int:

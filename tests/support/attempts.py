@@ -14,9 +14,11 @@ __all__ = ['abandon', 'begin', 'fail', 'finish']
 _driven: dict[int, Attempt] = {}
 
 
-def begin(ledger: Ledger, key: str = 'k', retention_sec: float = 60) -> Execution:
+def begin(
+    ledger: Ledger, key: str = 'k', retention_sec: float = 60, max_lost: int | None = None
+) -> Execution:
     """Begin an attempt, which is not what runs here."""
-    attempt = Attempt(ledger, key, retention_sec)
+    attempt = Attempt(ledger, key, retention_sec, max_lost=max_lost)
     try:
         execution = contextvars.copy_context().run(attempt.begin)
     except BaseException:

@@ -90,6 +90,11 @@ SELECT fence, attempts FROM taken
 -- Has a running key be dead whose holder is dead, if its fence is still the same; whether it did.
 SELECT {bury_key}(%(key)s, %(fence)s, 'running', %(node)s)
 
+-- name: keep
+-- Keeps the message of a dead key; the first one that comes.
+UPDATE {execution} SET message = coalesce(message, CAST(%(message)s AS jsonb))
+WHERE key = %(key)s AND state = 'dead'
+
 -- piece: completing
 -- Completes a key in a transaction of the user's. Only a running attempt becomes complete there: with
 -- 'done' accepted, one that tries again after a commit whose answer was lost would write its effect

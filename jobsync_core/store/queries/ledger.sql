@@ -43,7 +43,7 @@ e.key, {state_shown} AS state, e.node, e.attempts, e.fence, e.host, e.pid,
     CASE WHEN e.finished_at BETWEEN '0002-01-01' AND '9998-12-31' THEN e.finished_at END
         AS finished_at,
     CASE WHEN e.expires_at BETWEEN '0002-01-01' AND '9998-12-31' THEN e.expires_at END AS expires_at,
-    e.error
+    e.error, e.lost
 
 -- name: page
 -- The rows of a slice that a filter chooses, so many at most, beside where the slice ends.
@@ -66,7 +66,7 @@ FROM slice
 
 -- piece: ended
 -- Nobody is at it.
-(e.state IN ('done', 'failed') OR {is_lost})
+(e.state IN ('done', 'failed', 'dead') OR {is_lost})
 
 -- name: purge
 -- Deletes the rows of a slice that a filter chooses, but none of a live node's running ones; how many,
@@ -86,32 +86,38 @@ WITH {slice}, gone AS (
 SELECT slice.last, slice.looked, (SELECT count(*) FROM gone) FROM slice
 
 -- name: look
--- One key's row, with its result as it is stored, and for how many seconds a running one's node has
+-- One key's row, with its result and its message as they are stored, and for how many seconds a running one's node has
 -- been silent.
-SELECT {shown}, e.result::text AS result, (
+SELECT {shown}, e.result::text AS result, e.message::text AS message, (
     SELECT extract(epoch FROM clock_timestamp() - n.last_heartbeat)::float8 FROM {node} AS n
     WHERE e.state = 'running' AND n.name = e.node AND n.incarnation = e.incarnation) AS silent_sec
 FROM {execution} AS e WHERE e.key = %(key)s
 
 -- name: free
--- Ends a lost attempt, if it is still the same one and nobody has locked its row.
+-- Lets a key begin anew that failed, was lost or is dead, with nothing lost any more, if its attempt is
+-- still the same one and nobody has locked its row. A kept message stays, and the row with it, until
+-- the key is begun.
 WITH mine AS (
-    SELECT e.key FROM {execution} AS e
-    WHERE e.key = %(key)s AND e.fence = %(fence)s AND {is_lost} FOR UPDATE OF e SKIP LOCKED
-), failed AS (
+    SELECT e.key, e.state FROM {execution} AS e
+    WHERE e.key = %(key)s AND e.fence = %(fence)s AND (e.state IN ('failed', 'dead') OR {is_lost})
+    FOR UPDATE OF e SKIP LOCKED
+), freed AS (
     UPDATE {execution} AS e
-    SET state = 'failed', error = %(error)s, finished_at = now(),
-        expires_at = now() + make_interval(secs => %(retention)s)
+    SET state = 'failed', lost = 0,
+        expires_at = CASE WHEN mine.state = 'failed' OR e.message IS NOT NULL THEN e.expires_at
+            ELSE now() + make_interval(secs => %(retention)s) END,
+        error = CASE mine.state WHEN 'running' THEN %(error)s ELSE e.error END,
+        finished_at = CASE mine.state WHEN 'running' THEN now() ELSE e.finished_at END
     FROM mine WHERE e.key = mine.key
-    RETURNING e.*
+    RETURNING e.*, mine.state AS former
 ), filed AS (
     {filing}
     SELECT f.key, mod(f.attempts, 100), f.attempts, f.fence, 'lost', f.node, f.incarnation, f.host,
         f.pid, f.started_at, f.finished_at, f.error, f.expires_at
-    FROM failed AS f
+    FROM freed AS f WHERE f.former = 'running'
     {in_its_slot}
 )
-SELECT FROM failed
+SELECT FROM freed
 
 -- name: attempts
 -- The attempts at a key that failed or were lost, in their order.

@@ -107,7 +107,7 @@ class TestList:
     @pytest.mark.parametrize(
         ('words', 'said'),
         [
-            (('--state', 'dead'), "'dead' is not one of"),
+            (('--state', 'over'), "'over' is not one of"),
             (('--older-than', 'long'), "'long' is no age"),
             (('--older-than', f'1{"0" * 400}'), 'is no age'),
             (('--limit', '3', '--all'), '--limit or --all'),
@@ -240,3 +240,17 @@ def test_who_only_looks_needs_three_tables_and_the_doctor_names_what_is_missing(
 def test_tables_that_are_not_there(run: Run) -> None:
     for words in (('list',), ('show', 'k'), ('retry', 'k'), ('purge', '--all', '--yes')):
         assert 'jobsync init-db' in bad(run(*words))
+
+
+def test_retry_says_what_becomes_of_the_message_of_a_dead_key(run: Run, rows: Rows) -> None:
+    for key in ('poison:1', 'poison:2'):
+        put(rows, key, 'dead')
+    rows.run(
+        f"UPDATE {rows.tables.execution} SET lost = 3, message = '{{}}' WHERE key = 'poison:2'"
+    )
+    shown = good(run('show', 'poison:2'))
+    assert 'dead: 3 attempts were lost' in shown and 'kept' in shown
+    said = good(run('retry', '--state', 'dead', '--yes'))
+    assert 'poison:1 is free: its next message begins an attempt at once' in said
+    assert 'poison:2 is free, but its message is only kept' in said
+    assert 'no executions' in good(run('list', '--state', 'dead'))

@@ -127,7 +127,7 @@ class Refuses:
     full = True
     asked = 0
 
-    def begin(self, key: str, holder: object) -> object:
+    def begin(self, key: str, holder: object, max_lost: int | None) -> object:
         self.asked += 1
         if self.full:
             raise FULL

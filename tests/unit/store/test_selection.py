@@ -110,7 +110,7 @@ def test_an_age_is_a_timedelta_or_seconds() -> None:
 @pytest.mark.parametrize(
     'wrong',
     [
-        {'state': 'dead'},
+        {'state': 'over'},
         {'state': ()},
         {'state': ['done', 'gone']},
         {'key': ''},
