@@ -27,7 +27,7 @@ _WORKERS = ('alpha', 'beta', 'gamma')
 #: Seconds that the long task takes, and each of the short ones; two workers have twelve of these.
 _LONG_SEC, _SHORT_SEC, _SHORT_ONES = 12.0, 0.5, 12
 #: What a machine that runs other tests at the same time may add.
-_SLOW_SEC = 4.0
+_SLOW_SEC = 10.0
 #: Tasks of the suite that contradict the setting affinity=False.
 _PLACED = ('routed', 'reveal')
 
@@ -60,7 +60,7 @@ def test_no_message_waits_behind_a_long_task_while_others_are_idle(
     plain.adapter.jobsync = False
     bare = _behind_a_long_task(plain, 'plain')
     print(f'{setup}: twelve short ones behind a long one in {took:.1f} s, plainly in {bare:.1f} s')
-    assert took < bare * 1.25 + 1.0
+    assert took < min(bare * 1.25 + 4.0, _LONG_SEC)
 
 
 @on_all
@@ -131,14 +131,15 @@ def test_a_message_that_is_delivered_again_is_not_skipped_for_its_own_attempt(
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
         broker = server.url(cluster.place.space, proxy.port)
-        cluster.launch('victim', broker=broker, concurrency=1).wait_ready()
-        cluster.send('hasty', 1, 5.0)
+        # It is at it when the broker delivers the message again, however long that takes.
+        cluster.launch('victim', broker=broker, concurrency=1, pause=120).wait_ready()
+        cluster.send('hasty', 1)
         eventually(lambda: cluster.notes.of('start'), 20)
         cluster.start('alpha', concurrency=2)
         proxy.reset()
         # Whoever gets it first finds the key running.
         said = 'comes back in'
-        within(10, lambda: said in cluster['alpha'].log() or said in cluster['victim'].log())
+        within(40, lambda: said in cluster['alpha'].log() or said in cluster['victim'].log())
         cluster['victim'].crash()
         cluster.finish(60)
 

@@ -19,7 +19,7 @@ from tests.support.waiting import eventually
 from .harness import STEADY, Cluster
 from .setups import Setup, setups
 
-_COUNT = 120
+_COUNT = 200
 _BUSY, _AGAIN, _STUCK = (
     'did not take a message in time',
     'takes messages again',

@@ -79,7 +79,7 @@ def test_a_revoked_message_does_not_run(
     cluster: Cluster, celery: CeleryAdapter, start: int
 ) -> None:
     messages = [
-        cluster.send('keyed', start + i, fate='dropped', delay=2, routed=i % 2 == 0)
+        cluster.send('keyed', start + i, fate='dropped', delay=5, routed=i % 2 == 0)
         for i in range(6)
     ]
     celery.app.control.revoke(messages)

@@ -319,7 +319,7 @@ def test_urgent_messages_overtake_patient_ones(cluster: Cluster, start: int, rou
         mine[20 : 20 + threads // 2],
     )
     for n in busy:
-        cluster.send('body', n, 1.2 if n == busy[0] else 2.5, routed=routed)
+        cluster.send('body', n, 3.0 if n == busy[0] else 5.0, routed=routed)
     cluster.wait_started([f'b:{n}' for n in busy])
     for n in patient:
         cluster.send('patient', n, 0.2, routed=routed)

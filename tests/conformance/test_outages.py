@@ -14,7 +14,7 @@ from tests.support.cluster import query
 from tests.support.proxy import Mode, Proxy
 from tests.support.waiting import eventually
 
-from .harness import Cluster
+from .harness import STEADY, Cluster
 from .history import moment
 from .setups import Setup, setups
 
@@ -32,7 +32,7 @@ def send_some(cluster: Cluster, count: int, start: int = 0, sleep: float = 0.1) 
 def test_a_broker_connection_that_breaks_while_tasks_run_costs_nothing(
     setup: Setup, make_cluster: MakeCluster
 ) -> None:
-    cluster = make_cluster(setup)
+    cluster = make_cluster(setup, STEADY)
     server = cluster.place.server
     with Proxy('127.0.0.1', server.port) as proxy:
         cluster.launch('alpha', broker=server.url(cluster.place.space, proxy.port), concurrency=2)
@@ -105,16 +105,16 @@ def test_without_a_database_nothing_runs_and_nothing_is_lost(
     cluster.wait_progress(5)
     own_server.pause()
     lost = moment()
-    # Longer than any lease.
-    eventually(lambda: moment() - lost > 3)
+    # Longer than any lease, and than it takes a busy machine from a claim to the task's first line.
+    eventually(lambda: moment() - lost > 5)
     for n in range(100, 120):
         cluster.send('body', n)
-    eventually(lambda: moment() - lost > 5)
+    eventually(lambda: moment() - lost > 7)
     resumed = moment()
     own_server.resume()
     cluster.finish(60)
     assert all(worker.is_running() for worker in cluster.workers.values())
-    begun = [note for note in cluster.notes.of('start') if lost + 2 < note.at < resumed]
+    begun = [note for note in cluster.notes.of('start') if lost + 4 < note.at < resumed]
     assert not begun, f'begun without a lease: {begun[:5]}'
 
 
@@ -138,7 +138,7 @@ def test_a_worker_cut_off_from_the_database_stops_and_comes_back(
         assert not [
             note
             for note in cluster.notes.of('start')
-            if cluster.worker_of(note.node) == 'alpha' and note.at > cut + 2
+            if cluster.worker_of(note.node) == 'alpha' and note.at > cut + 4
         ]
         proxy.heal()
         cluster.settle()
