@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from celery import signals
 from kombu.connection import Connection
 
 from jobsync_core import clock
@@ -125,6 +126,8 @@ class WorkerHooks:
         self._configuration = NodeConfiguration(application, name, self._solo)
         self._broker = broker = application.broker(self._carried, self.receiving)
         self._children = PoolChildren(worker)
+        # With the pool solo nothing else is heard of it while a task runs.
+        signals.worker_shutting_down.connect(self._shutting_down)
         self._loop_watch = loop_watch = LoopWatch(self._carried, self._solo)
         self._pins = application.tasks.pins()
         odd = odd_names(self._app, settings.pins)
@@ -271,6 +274,11 @@ class WorkerHooks:
         """The consumer has no connection."""
         if self._leased is not None:
             self._leased.disconnected()
+
+    def _shutting_down(self, **_: Any) -> None:
+        # In a signal's handler.
+        if self._node is not None:
+            self._node.hurry()
 
     def closing(self) -> None:
         """The worker shuts down; its tasks end."""

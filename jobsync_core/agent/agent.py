@@ -39,6 +39,8 @@ __all__ = ['Agent']
 logger = get_logger(__name__)
 
 _LONGEST_WAIT = 60.0
+#: Seconds between two looks whether the database answers, while somebody waits for the end.
+_LOOK_SEC = 0.1
 #: Seconds between two tries after something unforeseen, and between two reports of the same.
 _REST, _SAID_AGAIN = 1.0, 60.0
 #: What the server refuses and will not refuse for long. A server that starts or stops is away
@@ -85,6 +87,9 @@ class Agent:
         self._changed = threading.Condition()
         self._abandoned = False
         self._failing_since: float | None = None
+        #: Since when the database owes an answer, to this request or to those that failed before;
+        #: None: it owes none.
+        self._asked_at: float | None = None
         self._said: dict[str, tuple[float, int]] = {}
         self._thread = threading.Thread(
             target=self._run, name=f'jobsync-{protocol.name}', daemon=True
@@ -104,6 +109,14 @@ class Agent:
         if self._wake_sender is not None:
             with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has ended
                 self._wake_sender.send(b'.')
+
+    def wake(self) -> None:
+        """Have those who `wait_for` something look at it: also while the agent waits for the
+        database.
+        """
+        self.post(lambda: None)
+        with self._changed:
+            self._changed.notify_all()
 
     def wait_entered(self) -> None:
         """Wait until the node has entered.
@@ -138,14 +151,28 @@ class Agent:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def stop(self, timeout: float) -> bool:
-        """Leave the cluster and end the thread, within `timeout` seconds; whether it ended in
-        time.
+    @property
+    def unanswered_sec(self) -> float:
+        """Seconds for which the database has not answered; 0 where nothing is asked."""
+        since = self._asked_at
+        return clock.now() - since if since is not None else 0.0
+
+    def stop(self, timeout: float, patience: float = math.inf) -> bool:
+        """Leave the cluster and end the thread; whether it ended in time.
+
+        Args:
+            timeout: Seconds that this may take.
+            patience: Seconds for which a database is waited for that does not answer. One that was
+                silent before is waited for no longer.
         """
         self.post(lambda: self.protocol.leave(clock.now()))
         if self._thread.ident is None:
             return True
-        self._thread.join(timeout)
+        until = clock.now() + timeout
+        while self._thread.is_alive() and (left := until - clock.now()) > 0:
+            if self.unanswered_sec > patience:
+                break
+            self._thread.join(min(left, _LOOK_SEC))
         if self._thread.is_alive():
             self._abandoned = True
             self.post(lambda: None)
@@ -183,17 +210,19 @@ class Agent:
         if request is None:
             self._wait(min(max(self.protocol.wake_at - now, 0.0), _LONGEST_WAIT))
             return
+        self._asked_at = now if self._asked_at is None else self._asked_at
         try:
             reply = self._perform(request)
         except DatabaseUnavailable as error:
             self._request_failed(request, error)
         except Exception as error:
+            self._asked_at = None
             if not self._goes_on_without(request, error):
                 raise
             self._report(error, f'{type(request).__name__} is tried again')
             self.protocol.refused(request, clock.now())
         else:
-            self._failing_since = None
+            self._failing_since = self._asked_at = None
             if isinstance(reply, HeartbeatReply):
                 self.last_beat = _wall_clock()
             self._run_commands()
@@ -269,7 +298,10 @@ class Agent:
 
     def _request_failed(self, request: Request, error: Exception) -> None:
         now = clock.now()
+        if isinstance(error, DatabaseRefused):
+            self._asked_at = None  # that is an answer
         if self._goes_on_without(request, error):
+            self._asked_at = None
             self._say(
                 logging.WARNING, f'{_failed(request)}, heartbeats go on: {str(error).strip()}'
             )

@@ -45,6 +45,10 @@ __all__ = ['ClusterNode']
 
 logger = get_logger(__name__)
 
+#: Seconds for which a node that leaves waits for a database that does not answer; and where that is
+#: known already.
+_PATIENCE_SEC, _LAST_SEC = 2.0, 0.5
+
 
 class ClusterNode:
     """A node of a cluster. Methods without a docstring do what `Node` says.
@@ -170,20 +174,42 @@ class ClusterNode:
     def entered(self, is_bound: Callable[[], bool]) -> None:
         self._callbacks.go_on(is_bound)
 
+    def hurry(self) -> None:
+        self._sessions.hurry()
+
+    @property
+    def hurried(self) -> bool:
+        return self._sessions.hurried
+
     def leave(self, error: BaseException | None) -> None:
         self.tasks.close()
+        self.hurry()
         try:
-            self._write_off(error)
+            self._write_off(error, releases=self._answers())
             if self._participation.wait_on_exit:
                 self.agent.post(lambda: self.protocol.drain(clock.now()))
-                self.agent.wait_for(
-                    lambda: not self.agent.running, self._participation.wait_on_exit
-                )
+                self._wait_for(lambda: not self.agent.running, self._participation.wait_on_exit)
         finally:
             self.ledger.close()
             self._go()
 
-    def _write_off(self, error: BaseException | None) -> None:
+    def _answers(self) -> bool:
+        """Whether the database answers the agent, as far as is known; waits a moment for it."""
+
+        def is_known() -> bool:
+            return not self.agent.running or self.agent.unanswered_sec == 0
+
+        return self._wait_for(is_known, _PATIENCE_SEC)
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until a condition holds, while the database answers; whether it does."""
+        until = clock.now() + timeout
+        while (left := until - clock.now()) > 0 and self.agent.unanswered_sec <= _PATIENCE_SEC:
+            if self.agent.wait_for(condition, min(left, _LAST_SEC)):
+                return True
+        return condition()
+
+    def _write_off(self, error: BaseException | None, releases: bool) -> None:
         try:
             self.tasks.audit(threading.get_ident() if error is not None else None)
             self.tasks.audit_children()
@@ -192,8 +218,9 @@ class ClusterNode:
             if error is None:
                 raise
             return
-        with contextlib.suppress(JobSyncError):  # they lapse with this node
-            self.tasks.release()
+        if releases:
+            with contextlib.suppress(JobSyncError):  # they lapse with this node
+                self.tasks.release()
 
     def leave_child(self, error: BaseException | None) -> None:
         try:
@@ -206,13 +233,15 @@ class ClusterNode:
 
     def _go(self) -> None:
         self._housekeeper.stop(0)
-        if not self.agent.stop(self._longest_hand_over):
+        patience = _LAST_SEC if self._sessions.given_up else _PATIENCE_SEC
+        if not self.agent.stop(self._longest_hand_over, patience):
             logger.warning(
                 'node=%s left without telling; its tokens are free after heartbeat_timeout_sec=%s',
                 self._name,
                 self._config.heartbeat_timeout_sec,
             )
-        self._housekeeper.stop(STATEMENT_SEC + 1.0)
+        silent = self.agent.unanswered_sec > patience
+        self._housekeeper.stop(0 if silent else STATEMENT_SEC + 1.0)
         self._sessions.close_all()
 
     @property
@@ -220,7 +249,7 @@ class ClusterNode:
         return self._config.release_timeout_sec + 2 * self._config.connect_timeout_sec
 
     def give_up(self) -> None:
-        self.agent.stop(self._longest_hand_over)
+        self.agent.stop(self._longest_hand_over, _PATIENCE_SEC)
 
     def disown(self, mark: str) -> None:
         self.ownership.incarnation = mark
@@ -351,7 +380,7 @@ class ClusterNode:
         return self.agent.wait_for(condition, timeout)
 
     def wake(self) -> None:
-        self.agent.post(lambda: None)
+        self.agent.wake()
 
     def drain(self, timeout: float | None) -> bool:
         if timeout is None:

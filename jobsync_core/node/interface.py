@@ -47,6 +47,13 @@ class Node(Protocol):
     def leave_child(self, error: BaseException | None) -> None:
         """The same in a forked child, which is no member: its audit alone."""
 
+    def hurry(self) -> None:
+        """Its process ends: no call waits long any more for a database that does not answer."""
+
+    @property
+    def hurried(self) -> bool:
+        """Whether its process ends."""
+
     def give_up(self) -> None:
         """End an `enter` that another thread waits in."""
 

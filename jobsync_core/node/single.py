@@ -46,6 +46,13 @@ class SingleNode:
     def leave_child(self, error: BaseException | None) -> None:
         """Nothing to do."""
 
+    def hurry(self) -> None:
+        """There is no database."""
+
+    @property
+    def hurried(self) -> bool:
+        return False
+
     def give_up(self) -> None:
         """Entering does not wait."""
 

@@ -109,6 +109,17 @@ class NodeView:
         """
         return self._node.ledger.release(pid)
 
+    def hurry(self) -> None:
+        """The process ends: from now on nothing waits long for a database that does not answer, in
+        forked children neither.
+        """
+        self._node.hurry()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the process ends."""
+        return self._node.hurried
+
     def give_up(self) -> None:
         """End an `__enter__` that another thread waits in; it returns as if entered, and `__exit__`
         is due.

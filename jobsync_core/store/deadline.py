@@ -19,17 +19,26 @@ import psycopg2.errors
 import psycopg2.extensions
 from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_IDLE
 
+from .hurry import Hurry
+
 __all__ = ['BEGIN_TRIES', 'QUICK_SEC', 'Deadlines', 'GuardedConnection']
 
 #: A statement_timeout of the role's that strikes within this time is not one of ours; how often a
 #: transaction is begun in spite of it.
 QUICK_SEC, BEGIN_TRIES = 0.2, 20
+#: Seconds between two looks whether the process ends, while a call is watched.
+_LOOK_SEC = 0.5
 
 
 class Deadlines:
-    """Cuts connections whose call is overdue. Its thread lives only while something is watched."""
+    """Cuts connections whose call is overdue. Its thread lives only while something is watched.
 
-    def __init__(self) -> None:
+    Args:
+        hurry: Whether the process ends.
+    """
+
+    def __init__(self, hurry: Hurry) -> None:
+        self._hurry = hurry
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Weak: an exception that strikes between the lines, such as a signal's, must leave no call
@@ -76,19 +85,20 @@ class Deadlines:
                     (watch.due for watch in self._watched if not watch.connection.cut),
                     default=now + 1.0,
                 )
-                self._changed.wait(max(0.0, self._next - now))
+                self._changed.wait(min(_LOOK_SEC, max(0.0, self._next - now)))
             self._thread = None
 
     def _cut_overdue(self, now: float) -> None:
         for watch in self._watched:
-            if watch.due <= now and not watch.connection.cut:
+            due = self._hurry.due(watch.began, watch.due)
+            if due <= now and not watch.connection.cut:
                 watch.connection.cut_off()
 
 
 class _Watch:
     """`Deadlines.watch`, around each call: a class, because generators cost twice as much."""
 
-    __slots__ = ('__weakref__', '_deadlines', '_seconds', 'connection', 'due')
+    __slots__ = ('__weakref__', '_deadlines', '_seconds', 'began', 'connection', 'due')
 
     def __init__(self, deadlines: Deadlines, connection: GuardedConnection, seconds: float) -> None:
         self._deadlines = deadlines
@@ -96,7 +106,8 @@ class _Watch:
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        self.due = time.monotonic() + self._seconds
+        self.began = time.monotonic()
+        self.due = self.began + self._seconds
         self._deadlines.begin(self)
 
     def __exit__(self, *error: object) -> None:

@@ -20,6 +20,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from ..config import CoordinationConfig
 from ..errors import DatabaseUnavailable, StatementRefused, StoreTimeout
 from .deadline import Deadlines, GuardedConnection
+from .hurry import HURRIED_SEC, Hurry
 from .inherited import leave_to_parent
 from .location import locate, location_of
 from .options import (
@@ -41,6 +42,8 @@ _FEW_IDLE, _MOST_IDLE = 4, 16
 _IDLE_SEC = 10.0
 #: Seconds after which `trim` closes what a burst has left.
 _REST_SEC = 30.0
+#: Seconds from which on a connection that cannot be made is one that gets no answer.
+_SILENT_SEC = 1.0
 
 Guarded = TypeVar('Guarded', bound=GuardedConnection)
 
@@ -72,6 +75,7 @@ class Sessions:
         self._location = location_of(config)
         self._keepalive = keepalive(config)
         self._pools: dict[int, _Pool] = {}
+        self._hurry = Hurry()
 
     @contextlib.contextmanager
     def session(
@@ -92,6 +96,11 @@ class Sessions:
             StatementRefused: The server refused a statement, in the class of the cause. Within the
                 block it is raised even where the statement took too long.
         """
+        if self._hurry.is_hopeless:
+            raise StoreTimeout(
+                f'PostgreSQL at {self._config.host}:{self._config.port} did not answer, and this '
+                'process ends'
+            )
         pool = self._pool()
         connection = pool.take() or self._open(pool)
         connection.limit = self._limits.statement + 1.0 if limited else None
@@ -104,6 +113,7 @@ class Sessions:
                 connection.translate = None
             yield connection
             connection.commit()
+            self._hurry.answered()
         except BaseException as error:
             ours = self._explain(error, connection, limited, users)
             self._roll_back(connection)
@@ -209,6 +219,25 @@ class Sessions:
         """Whether an idle connection shows no sign of having been closed by the server."""
         return _is_quiet(connection)
 
+    def hurry(self, limit: float = HURRIED_SEC) -> None:
+        """This process ends, and its forked children with it: from now on no call waits long for an
+        answer, and where one got none, the others do not ask.
+
+        Args:
+            limit: Seconds that a call of this process may take.
+        """
+        self._hurry.begin(limit)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether this process ends."""
+        return self._hurry.begun
+
+    @property
+    def given_up(self) -> bool:
+        """Whether this process ends, and got no answer a moment ago."""
+        return self._hurry.is_hopeless
+
     def trim(self) -> None:
         """Close connections of this process that nobody has used for half a minute, but one. Called
         now and then.
@@ -224,7 +253,7 @@ class Sessions:
         found = self._pools.get(pid)
         # A forked child starts with an empty pool: the parent's connections, and locks, are not its
         # own.
-        return found if found is not None else self._pools.setdefault(pid, _Pool())
+        return found if found is not None else self._pools.setdefault(pid, _Pool(self._hurry))
 
     def _open(self, pool: _Pool) -> GuardedConnection:
         connection = self._connect(pool, GuardedConnection)
@@ -236,7 +265,10 @@ class Sessions:
         parameters = libpq_parameters(config, self._name)
         parameters.update(host=config.host, port=str(config.port), client_encoding='utf8')
         parameters.setdefault('connect_timeout', max(1, math.ceil(config.connect_timeout_sec)))
+        if self._hurry.begun:
+            parameters['connect_timeout'] = math.ceil(HURRIED_SEC)
         connection: Guarded | None = None
+        began = time.monotonic()
         try:
             connection = psycopg2.connect(connection_factory=factory, **parameters)
             connection.deadlines = pool.deadlines
@@ -247,6 +279,8 @@ class Sessions:
         except psycopg2.Error as error:
             if connection is not None:
                 connection.close()
+            if time.monotonic() - began > _SILENT_SEC:
+                self._hurry.unanswered()
             raise DatabaseUnavailable(
                 explain(config, f'{config.host}:{config.port}', error)
             ) from error
@@ -271,6 +305,7 @@ class Sessions:
     ) -> DatabaseUnavailable | None:
         where = f'PostgreSQL at {self._config.host}:{self._config.port}'
         if connection.cut:
+            self._hurry.unanswered()
             return StoreTimeout(
                 f'{where} did not answer in time: the network or the server is stuck'
             )
@@ -300,8 +335,8 @@ class Sessions:
 class _Pool:
     """One process's idle connections, last in, first out."""
 
-    def __init__(self) -> None:
-        self.deadlines = Deadlines()
+    def __init__(self, hurry: Hurry) -> None:
+        self.deadlines = Deadlines(hurry)
         self._idle: list[tuple[float, GuardedConnection]] = []
         self._lock = threading.Lock()
         # Weak: a connection whose borrower was struck between the lines is closed when nobody has

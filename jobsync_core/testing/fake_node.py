@@ -141,6 +141,13 @@ class FakeNode:
     def leave_child(self, error: BaseException | None) -> None:
         """Nothing to do."""
 
+    def hurry(self) -> None:
+        """There is no database."""
+
+    @property
+    def hurried(self) -> bool:
+        return False
+
     def give_up(self) -> None:
         """Entering does not wait."""
 

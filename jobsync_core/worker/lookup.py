@@ -55,10 +55,10 @@ class OwnerLookup:
         """
         if not self._settings().route_producers:
             return None
-        # A node without a lease does not ask: its database is most likely away, and each question
-        # takes seconds then.
+        # A node without a lease does not ask, nor does one that ends: its database is most likely
+        # away, or may be, and nobody waits for it then.
         job = self._job()
-        if job is not None and not job.has_lease:
+        if job is not None and (job.hurried or not job.has_lease):
             return None
         place = self._owners().find_fresh(route, home)
         if place is None:

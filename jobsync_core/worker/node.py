@@ -32,8 +32,8 @@ from .startup import wait_for_database
 
 __all__ = ['Framework', 'NodeBroker', 'WorkerNode']
 
-#: Seconds within which the duties' thread ends.
-_STOP_SEC = 5.0
+#: Seconds within which the duties' thread ends; and that its last call to the database may take.
+_STOP_SEC, _LAST_SEC = 5.0, 0.5
 
 
 class WorkerNode:
@@ -92,6 +92,7 @@ class WorkerNode:
         self._duties: NodeDuties | None = None
         self._self_drain: SelfDrain | None = None
         self._http: Any = None
+        self._ends = False
 
     def _make_homes(self, job: Job) -> Homes:
         settings, gate, kind = self._settings, self.gate, self._framework.kind
@@ -278,29 +279,44 @@ class WorkerNode:
 
     def drain(self) -> None:
         """The worker shuts down: give the tokens away while its tasks end."""
+        self.hurry()
         if self._self_drain is None:
             return  # it owns nothing yet
-        self._self_drain.stop()
         if self.job is not None:
             try:
                 self.job.drain(0)
             except JobSyncError as error:
                 self._framework.log.warning('JobSync: %s', error)
+        self._self_drain.stop()
+
+    def hurry(self) -> None:
+        """The worker is about to shut down: nothing waits long for the database any more. Quick, so
+        that a signal's handler may call it.
+        """
+        self._ends = True
+        self._job.hurry()
+        self.gate.sessions.hurry()
 
     def leave(self) -> None:
         """Leave; survivors take over what is left at the broker. It may be called again, and where
         nothing was entered.
         """
-        if self._http is not None:
-            self._http.close()
-            self._http = None
-        self._leave()
+        self.hurry()
+        try:
+            self._leave()
+        finally:
+            # Last: a probe that is not answered while the worker leaves has it killed.
+            if self._http is not None:
+                self._http.close()
+                self._http = None
 
     def _leave(self) -> None:
         self.job = None
         if self._self_drain is not None:
             self._self_drain.stop()
         if self._duties is not None:
+            # What a duty leaves undone is done by others.
+            self.gate.sessions.hurry(_LAST_SEC)
             self._duties.stop(_STOP_SEC)
             self._duties = None
         self._job.__exit__(None, None, None)
@@ -335,6 +351,9 @@ class WorkerNode:
         leased = self._job.am_i_healthy()
         problem = 'no lease' if self.coordinated and not leased else ''
         problem = problem or refusal(self._job, clock.now()) or self._framework.problem()
+        duties = self._duties
+        problem = problem or (duties.problem() if duties is not None else '')
+        problem = problem or ('the worker shuts down' if self._ends else '')
         groups = self._job.local_status().get('groups') if self.coordinated else None
         return {
             'consuming': not problem,

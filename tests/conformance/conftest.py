@@ -24,6 +24,7 @@ _HALVED = (
     'test_celery_broker',
     'test_celery_kills',
     'test_dramatiq_lifecycle',
+    'test_ends',
     'test_faults',
     'test_lifecycle',
     'test_load',

@@ -11,6 +11,7 @@ from ..gate import Gate
 from ..passage import Passage
 from ..registry import QueueRegistry, restore_former_life
 from ..sweeping import Sweeping
+from .answering import BrokerAnswers
 from .backlog import Backlog
 from .drained import Drained
 from .duty import Every, Moment
@@ -80,6 +81,9 @@ class NodeDuties:
             count=gate.count,
             consumers=owners.consumers_of,
         )
+        self._answers = BrokerAnswers(
+            lambda: broker.size(next(iter(homes.queues.values()), parked('')))
+        )
         sweeping = Sweeping(
             node,
             broker,
@@ -96,6 +100,7 @@ class NodeDuties:
                 LeaseWatch(lambda: registry.record(homes.queues, job.belonging), on_lease),
                 PlanWatch(owners.reread, on_change),
                 homes,
+                self._answers,
                 Backlog(
                     node,
                     broker,
@@ -129,7 +134,7 @@ class NodeDuties:
             self._look,
             wait=job.wait_until,
             wake=job.wake,
-            reset=broker.reset,
+            reset=self._reset,
         )
 
     def start(self) -> None:
@@ -140,6 +145,10 @@ class NodeDuties:
         """End it; wait for it for so many seconds at most."""
         self.runner.stop(timeout)
         self._sessions.close_all()
+
+    def problem(self) -> str:
+        """Why the broker counts as away; '' where it answers."""
+        return self._answers.problem()
 
     def parked_something(self, home: str) -> None:
         """A message was put into the parked queue of a home queue."""
@@ -158,6 +167,10 @@ class NodeDuties:
             wait=self._job.wait_until,
             closing=lambda: self.runner.closing,
         )
+
+    def _reset(self) -> None:
+        self._answers.failed()
+        self._broker.reset()
 
     def _look(self) -> Moment:
         job = self._job

@@ -334,6 +334,14 @@ class TestLookup:
         quiet = replace(settings, route_producers=False)
         assert OwnerLookup(lambda: quiet, lambda: None).queue_of('order-1', 'home') is None
 
+    def test_a_node_that_ends_does_not_ask(self, stage: Stage) -> None:
+        node = stage.entered('n1')
+        settings = PluginSettings(config=stage.config)
+        lookup = OwnerLookup(lambda: settings, lambda: node.job)
+        eventually(lambda: lookup.queue_of('order-1', 'home') == node.queues['home'])
+        node.hurry()
+        assert lookup.queue_of('order-1', 'home') is None
+
     def test_a_node_without_a_lease_does_not_ask(self, stage: Stage) -> None:
         settings = PluginSettings(config=stage.config)
         job = Job('n9', stage.config)
