@@ -17,7 +17,7 @@ from ..errors import DuplicateExecution, ExecutionRunning, NoSuchExecution, NotS
 from ..executions import ExecutionFilter, Executions
 from ..results import ExecutionDetails, FormerAttempt, RecordedExecution
 from ..store.completions import LOST, PENDING
-from .application import app_option, plugin_at
+from .application import app_option, plugin_of
 from .columns import columns, cut
 from .context import Database, console, database_options, printable
 from .executions_options import filter_options
@@ -209,10 +209,12 @@ def _opened(database: Database) -> Iterator[Executions]:
 @contextmanager
 def _sending(database: Database, place: str | None) -> Iterator[Executions]:
     """The same, with the application's plugin, if one is known, to send what is kept."""
-    plugin = None
-    if place is not None or (database.has_plugin and not database.url):
-        plugin = plugin_at(place) if place is not None else database.plugin()
-    config = plugin.settings.config if place is not None and plugin else database.config()
+    if database.has_plugin:
+        plugin = database.plugin() if not database.url and not database.named else None
+        config = database.config()
+    else:
+        plugin = plugin_of(database, place) if place is not None else None
+        config = plugin.settings.config if plugin is not None else database.config()
     executions = Executions(config, getattr(plugin, 'resend', None))
     try:
         yield executions

@@ -450,7 +450,10 @@ class TestLocks:
     ) -> None:
         assert 'celery -A proj' in bad(run(*words)) and 'JOBSYNC_APP' in bad(run(*words))
 
-    @pytest.mark.parametrize('words', [('backlog',), ('purge', 'q', '--yes'), ('evacuate',)])
+    @pytest.mark.parametrize(
+        'words',
+        [('backlog',), ('purge', 'q', '--yes'), ('evacuate',), ('executions', 'retry', 'k')],
+    )
     @pytest.mark.parametrize('option', ['--url', '--appname', '--schema'])
     def test_a_command_that_asks_the_application_is_for_no_other_cluster(
         self,
