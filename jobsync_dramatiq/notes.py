@@ -25,7 +25,7 @@ class Note:
         goes_back: It goes back to its queue instead of being acknowledged.
         unseen: No middleware but this one has seen it.
         sent_on: It is gone, or back in its queue; what becomes of it here does not count.
-        exhausted: Its key is dead.
+        exhausted: It fails, and no retry can help.
     """
 
     source: QueueConsumer

@@ -89,10 +89,7 @@ class _DramatiqOnce(MessageOnce):
 
     def exhausted(self, error: AttemptsExhausted) -> NoReturn:
         _, message = _current()
-        message.fail()  # so that it is a dead letter
-        note = note_of(message)
-        if note is not None:
-            note.exhausted = True  # no retry can help
+        _fail_for_good(message)
         be_quiet(message)
         logger.error(
             'actor=%s id=%s goes to the dead letters: %s',
@@ -101,6 +98,9 @@ class _DramatiqOnce(MessageOnce):
             error,
         )
         raise error
+
+    def result_lost(self) -> None:
+        _fail_for_good(_current()[1])
 
     def come_back(self, error: JobSyncError) -> NoReturn:
         broker, message = _current()
@@ -134,6 +134,13 @@ def _current() -> tuple[Any, Any]:
     found = processing.get()
     assert found is not None
     return found
+
+
+def _fail_for_good(message: Any) -> None:
+    message.fail()  # so that it is a dead letter
+    note = note_of(message)
+    if note is not None:
+        note.exhausted = True
 
 
 def function_of(actor: Any) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from ..errors import (
     DuplicateExecution,
     ExecutionRunning,
     JobSyncError,
+    ResultLost,
 )
 from ..ledger import once as core
 from ..ledger.current import message_ledger
@@ -283,6 +284,9 @@ class MessageOnce(ABC):
         What this raises fails the attempt.
         """
 
+    def result_lost(self) -> None:  # noqa: B027  # most frameworks make no retry by themselves
+        """Called before a message fails as nobody knows its key's result: no retry can help."""
+
     def as_sent(self, result: Any) -> Any:
         """What the framework sends for what a function returned: the ledger stores that."""
         return result
@@ -301,7 +305,11 @@ class MessageOnce(ABC):
             if options.on_duplicate == 'raise':
                 raise error
             self.replay(error)
-            return options.result_of(error) if options.on_duplicate == 'result' else None
+            if options.on_duplicate != 'result':
+                return None
+            if isinstance(error, ResultLost):
+                self.result_lost()
+            return options.result_of(error)
         if isinstance(error, AttemptsExhausted):
             self.exhausted(error)
         # What runs may be this very message's, on a worker that is dead and not known to be yet.

@@ -171,11 +171,16 @@ class TestDuplicates:
         ledger.begin_error = lost_result()
         bench = Bench()
         actor = bench.actor()
+        message = delivered(actor.message(3))
+        note = Note(SimpleNamespace(), Received('', 'd:3'))
+        vars(message)['jobsync_note'] = note
         with pytest.raises(ResultLost):
-            bench.run(actor, delivered(actor.message(3)))
+            bench.run(actor, message)
+        assert message.failed and note.exhausted, 'at once: no retry can help'
         bench = Bench()
         actor = bench.actor(on_duplicate='skip')
-        assert bench.run(actor, delivered(actor.message(3))) is None
+        message = delivered(actor.message(3))
+        assert bench.run(actor, message) is None and not message.failed
 
     def test_a_member_of_a_group_that_is_delivered_again_counts_once(
         self, ledger: FakeLedger
