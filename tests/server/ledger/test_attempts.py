@@ -250,6 +250,18 @@ class TestWhatIsCounted:
         assert ledger._calls.settle('k', row.fence, 'no', 60) is None
         assert lost(rows) == ('dead', 1)
 
+    @pytest.mark.parametrize('later', [None, 9])
+    def test_a_dead_key_stays_dead_for_who_allows_more(
+        self, rows: Rows, make_ledger: MakeLedger, later: int | None
+    ) -> None:
+        ledger = make_ledger('a')
+        begin_at_most(ledger, 'a', 1)
+        self.lose_one(rows, ledger, 'a', 'node')
+        assert begin_at_most(ledger, 'a', 1).dead
+        row = begin_at_most(ledger, 'a', later)
+        assert (row.began, row.dead) == (False, True)
+        assert lost(rows) == ('dead', 1)
+
     def test_many_who_come_at_once_bury_once(
         self, rows: Rows, make_ledger: MakeLedger, executions: Executions
     ) -> None:
