@@ -258,7 +258,7 @@ def test_a_message_gives_up_before_its_key_is_forgotten(
 ) -> None:
     members = Chord(app)
     members.store(0)
-    day = 24 * 60  # minutes
+    day = 2 * 24 * 60  # come-backs, half a minute each
     members.again(0, jobsync_waits=3 * day)
     assert sent == [('double', 3)]
     members.again(0, jobsync_waits=4 * day)
