@@ -36,8 +36,8 @@ __all__ = ['EFFECTS', 'FORMS', 'Dispatcher', 'connect', 'form_of']
 #: How a key's effect is written, by what its name begins with: in a transaction of the ledger's, in
 #: one of the worker's own, or beside the ledger.
 FORMS = ('transaction', 'cursor', 'plain')
-#: Every effect is a row, and so is every time that a row of the ledger becomes 'done': PostgreSQL
-#: itself counts them.
+#: Every effect is a row, and so is every time that a row of the ledger is said to be 'done', but for
+#: the storing of a result that comes afterwards: PostgreSQL itself counts them.
 EFFECTS = """
 CREATE TABLE effect (key text NOT NULL, fence bigint NOT NULL);
 CREATE TABLE completion (key text NOT NULL, fence bigint NOT NULL);
@@ -46,8 +46,13 @@ BEGIN
     INSERT INTO completion VALUES (NEW.key, NEW.fence);
     RETURN NEW;
 END $$;
-CREATE TRIGGER count_completion AFTER INSERT OR UPDATE ON {execution}
+CREATE TRIGGER count_new_completion AFTER INSERT ON {execution}
     FOR EACH ROW WHEN (NEW.state = 'done') EXECUTE FUNCTION count_completion();
+CREATE TRIGGER count_completion AFTER UPDATE ON {execution}
+    FOR EACH ROW WHEN (
+        NEW.state = 'done' AND (OLD.state, OLD.fence, OLD.finished_at)
+            IS DISTINCT FROM (NEW.state, NEW.fence, NEW.finished_at)
+    ) EXECUTE FUNCTION count_completion();
 """
 _POINTS = ('before begin', 'after begin', 'after effect', 'after completion')
 _BATCH = 8
