@@ -4,6 +4,7 @@ database does.
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import urllib.error
@@ -36,14 +37,15 @@ DEFAULTS = {
 
 
 def probe(port: int, path: str) -> tuple[int, dict[str, Any]]:
-    """Status and answer; 0 where nobody listens."""
+    """Status and answer; 0 where nobody listens, or ends amid an answer."""
     try:
-        with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=5) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-    except OSError:
+        try:
+            with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=5) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+    except (OSError, http.client.HTTPException):
         return 0, {}
 
 

@@ -5,6 +5,7 @@ on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 
@@ -14,25 +15,35 @@ from tests.support.waiting import eventually
 from .harness import Cluster, Outcome
 from .setups import Setup, setups
 
+T = TypeVar('T')
 MakeCluster = Callable[..., Cluster]
 
 #: As the app of each framework says.
 _MOST = {'celery': 3, 'dramatiq': 2}
 
 
-def _survive(cluster: Cluster, message: str) -> Outcome:
-    """Start the worker again whenever it has ended, as whoever supervises it does, until something
-    is known of a message.
+def _until(cluster: Cluster, condition: Callable[[], T]) -> T:
+    """Wait until a condition is true. Whenever the worker has ended, it is started again, as by
+    whoever supervises it: Dramatiq's other processes end with one that dies.
     """
 
-    def known() -> Outcome | None:
+    def holds() -> T:
         if not cluster['worker-1'].is_running():
             cluster['worker-1'].crash()  # what is left of it
             cluster.launch('worker-1')
+        return condition()
+
+    return eventually(holds, 90)
+
+
+def _survive(cluster: Cluster, message: str) -> Outcome:
+    """What becomes of a message."""
+
+    def known() -> Outcome | None:
         found = cluster.adapter.outcome(message)
         return None if found.state == 'pending' else found
 
-    found = eventually(known, 90)
+    found = _until(cluster, known)
     assert found is not None
     return found
 
@@ -44,13 +55,14 @@ def test_it_is_attempted_so_often_and_is_a_dead_letter_then(
     cluster, most = make_cluster(setup), _MOST[setup.framework]
     cluster.start('worker-1')
     message = cluster.send('poison', 1, fate='failed')
+    others = {f'b:{n}' for n in range(10)}
     for n in range(10):
         cluster.send('body', n, 0.1)
     found = _survive(cluster, message)
     assert found.state == 'failed' and 'AttemptsExhausted' in repr(found.value)
     assert len(cluster.notes.of('start', ['x:1'])) == most
     if setup.framework == 'dramatiq':
-        cluster.wait_ended(['d:poison 1'])
+        _until(cluster, lambda: cluster.notes.of('end', ['d:poison 1']))
 
     # a duplicate gets the same, and runs no more
     found = _survive(cluster, cluster.send('poison', 1, fate='failed'))
@@ -62,4 +74,5 @@ def test_it_is_attempted_so_often_and_is_a_dead_letter_then(
         assert dead['key'] == 'poison:x:1'
         history = executions.show(dead['key'])['history']
     assert [each['outcome'] for each in history] == ['lost'] * most
+    _until(cluster, lambda: {note.key for note in cluster.notes.of('end', others)} == others)
     cluster.finish(60)
