@@ -177,6 +177,7 @@ def workers(
     found = Workers(app, server, space, tmp_path, dict(os.environ))
     yield found
     found.stop()
+    print(found.output()[-8000:])  # shown where the test fails
     app.close()
     server.drop_space(space)
     redis_server.drop_space(store)
