@@ -36,8 +36,8 @@ __all__ = ['EFFECTS', 'FORMS', 'Dispatcher', 'connect', 'form_of']
 #: How a key's effect is written, by what its name begins with: in a transaction of the ledger's, in
 #: one of the worker's own, or beside the ledger.
 FORMS = ('transaction', 'cursor', 'plain')
-#: Every effect is a row, and so is every time that a row of the ledger is said to be 'done', but for
-#: the storing of a result that comes afterwards: PostgreSQL itself counts them.
+#: Every effect is a row, and so is every time that a row of the ledger is said to be 'done', but
+#: for the storing of a result that comes afterwards: PostgreSQL itself counts them.
 EFFECTS = """
 CREATE TABLE effect (key text NOT NULL, fence bigint NOT NULL);
 CREATE TABLE completion (key text NOT NULL, fence bigint NOT NULL);
