@@ -87,17 +87,15 @@ def test_a_worker_that_shuts_down_is_alive_and_not_ready_until_it_ends(
 ) -> None:
     cluster, port = make_cluster(setup), free_port()
     worker = launch(cluster, port)
-    cluster.send('plain', 1, 8.0)
+    cluster.send('plain', 1, 4.0)
     eventually(lambda: cluster.notes.of('start'), 20)
     worker.send_signal(signal.SIGTERM)
-    # A pool of one runs the task in the thread that hears signals: it may hear them after the task.
-    solo = setup.kind == 'solo'
-    eventually(lambda: not is_ready(port), 20 if solo else 6)
-    assert (solo or not cluster.ended()) and worker.is_running()
+    eventually(lambda: not is_ready(port), 3)
+    assert not cluster.ended() and worker.is_running()
     seen: list[tuple[int, int]] = []
     while worker.is_running():
         seen.append((probe(port, '/health/live')[0], probe(port, '/health/ready')[0]))
-    assert worker.wait() == 0 and len(seen) > (0 if solo else 10)
+    assert worker.wait() == 0 and len(seen) > 10
     # The last words of a process that has nothing left to do may go unheard.
     while 0 in seen[-1]:
         seen.pop()
