@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -116,6 +117,20 @@ class TestBeforeTheResult:
         assert first('k') == 'paid'
         assert met == ['k', 'k', None]  # skipped, as it asks for
         assert (second('k'), first('k'), effects(rows)) == ('paid', 'paid', 1)
+
+    def test_a_result_goes_to_the_attempt_that_it_is_of(
+        self, ledger: ClusterLedger, other: ClusterLedger, rows: Rows, config: CoordinationConfig
+    ) -> None:
+        def work() -> str:
+            by_block(current_execution(), config)
+            # Somebody deletes the key, and another attempt is as far as this one.
+            rows.run(f'DELETE FROM {rows.tables.execution}')
+            left_behind(other, config, by_block)
+            return 'paid'
+
+        assert paying(ledger, work)('k') == 'paid'
+        kept = stored(rows)
+        assert kept is not None and json.loads(kept) == json.loads(PENDING)
 
     def test_so_it_does_where_many_begin_at_once(
         self, ledger: ClusterLedger, other: ClusterLedger, config: CoordinationConfig
