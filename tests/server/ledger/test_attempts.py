@@ -21,7 +21,7 @@ from jobsync_core.ledger.cluster import ClusterLedger
 from jobsync_core.ledger.once import once
 from jobsync_core.process import this_process
 from jobsync_core.store.completions import Completion
-from jobsync_core.store.executions import Holder, Row
+from jobsync_core.store.executions import ExecutionStore, Holder, Row
 from tests.support import attempts as by_hand
 from tests.support.ledgers import MakeLedger, insert, state_of
 from tests.support.rows import Rows
@@ -261,6 +261,19 @@ class TestWhatIsCounted:
         row = begin_at_most(ledger, 'a', later)
         assert (row.began, row.dead) == (False, True)
         assert lost(rows) == ('dead', 1)
+
+    def test_an_attempt_that_has_taken_over_is_not_buried_for_the_one_before(
+        self, rows: Rows, make_ledger: MakeLedger
+    ) -> None:
+        ledger = make_ledger('a')
+        seen = begin_at_most(ledger, 'a', 5)
+        self.lose_one(rows, ledger, 'a', 'node')
+        now = begin_at_most(ledger, 'a', 5)
+        with rows.sessions.session() as connection:
+            store = ExecutionStore(connection, rows.tables)
+            assert not store.bury('k', Holder('b', 'life of b', this_process()), seen.fence)
+        assert lost(rows) == ('running', 1)
+        assert ledger._calls.settle('k', now.fence, 'no', 60) == 'failed'
 
     def test_many_who_come_at_once_bury_once(
         self, rows: Rows, make_ledger: MakeLedger, executions: Executions
